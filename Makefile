@@ -1,0 +1,143 @@
+# Every target creates .venv and fills it by itself. `make help` lists the targets.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+# Arguments for the program a target runs: make test ARGS="-x -k resume"
+ARGS ?=
+# The interpreter .venv is made with; when empty, the first suitable one on PATH.
+PYTHON ?=
+# What TensorFlow's C++ code prints: errors only.
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+PIP_INSTALL := $(RUN) pip install --quiet --disable-pip-version-check --no-input --use-pep517
+
+.PHONY: help
+help:  ## this list
+	@echo 'make TARGET [ARGS="..."] [PYTHON=python3.11]'
+	sed -n 's/^\([a-z-]*\):[^#]*##  *\(.*\)/\1@\2/p' $(firstword $(MAKEFILE_LIST)) |
+	  while IFS=@ read -r target text; do printf '  %-10s %s\n' "$$target" "$$text"; done
+
+.PHONY: demo
+demo: venv-run  ## run the whole method on small data, on a CPU
+	@$(RUN) efficientnet_ns.demo $(ARGS)
+
+.PHONY: test
+test: venv-dev  ## run the quick tests
+	@$(RUN) pytest $(ARGS)
+
+.PHONY: test-all
+test-all: venv-dev  ## run all tests, the slow ones too
+	@$(RUN) pytest -m "" $(ARGS)
+
+.PHONY: lint
+lint: venv-dev  ## check style, import order and format
+	@$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+.PHONY: install
+install: venv-run  ## put the package into .venv, for use from any folder
+	@echo "Installing the package into $(VENV)"
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+
+.PHONY: clean
+clean:  ## remove .venv, caches and build products; runs/ stays
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ----------------------------------------------------------------------------------------------
+# The virtual environment. An installation that finished has a stamp, an empty file in .venv that
+# is named by the content of its requirements. One that broke off has left .venv/unfinished behind
+# and is started over, because any of its packages may be half written.
+
+.PHONY: venv-run venv-dev
+venv-run: REQUIREMENTS := requirements.txt
+venv-dev: REQUIREMENTS := requirements.txt requirements-dev.txt
+venv-dev: venv-run
+
+venv-run venv-dev:
+	@$(shell_functions)
+	lock
+	if [[ -n "$(PYTHON)" ]] || ! usable; then find_python; fi
+	if ! usable; then
+	  echo "Creating $(VENV) with Python $$(version "$$python")"
+	  rm -rf $(VENV)
+	  mkdir $(VENV)
+	  touch $(VENV)/unfinished
+	  "$$python" -m venv $(VENV)
+	fi
+	stamp=$(VENV)/$@-$$(cat $(REQUIREMENTS) | cksum | tr ' ' -)
+	if [[ -e $$stamp ]]; then exit; fi
+	echo "Installing $(lastword $(REQUIREMENTS)) into $(VENV) (minutes the first time)"
+	touch $(VENV)/unfinished
+	rm -f $(VENV)/$@-*
+	$(RUN) pip --version &> /dev/null || $(RUN) ensurepip > /dev/null
+	$(PIP_INSTALL) --requirement $(lastword $(REQUIREMENTS))
+	rm $(VENV)/unfinished
+	touch $$stamp
+
+define shell_functions
+# Version of an interpreter; empty when it does not run, as the shims of pyenv may not.
+version() {
+  "$$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null || true
+}
+
+suitable() {
+  case "$$(version "$$1")" in 3.9 | 3.10 | 3.11) ;; *) return 1 ;; esac
+}
+
+usable() {
+  [[ ! -e $(VENV)/unfinished ]] && suitable $(VENV)/bin/python &&
+    [[ -z "$(PYTHON)" || $$(version $(VENV)/bin/python) == $$(version "$(PYTHON)") ]]
+}
+
+# Two makes in one folder install one after the other.
+lock() {
+  exec 9< $(firstword $(MAKEFILE_LIST))
+  if ! command -v flock > /dev/null || flock --nonblock 9; then return; fi
+  echo "Waiting for another make that is installing here"
+  flock 9 || true
+}
+
+find_python() {
+  local candidate seen= without_venv=
+  for candidate in $(if $(PYTHON),"$(PYTHON)",python3.11 python3.10 python3.9 python3); do
+    if ! suitable "$$candidate"; then
+      seen+="  $$candidate: $$(version "$$candidate" | grep . || echo "not found or does not run")"$$'\n'
+      continue
+    fi
+    if "$$candidate" -c 'import ensurepip, venv' 2> /dev/null; then
+      python=$$candidate
+      return
+    fi
+    without_venv=$${without_venv:-$$(version "$$candidate")}
+  done
+  {
+    if [[ -n $$without_venv ]]; then
+      echo "Python $$without_venv is here, but without what makes virtual environments. Install it:"
+      echo
+      echo "  sudo apt-get install python$$without_venv-venv"
+    else
+      echo "Python 3.9, 3.10 or 3.11 is needed: TensorFlow 2.15 has no packages for other versions."
+      echo "Found:"
+      echo -n "$$seen"
+      echo "Any one of these provides it:"
+      echo
+      echo "  Debian 12:     sudo apt-get install python3.11 python3.11-venv"
+      echo "  Ubuntu 22.04:  sudo apt-get install python3.10 python3.10-venv"
+      echo "  Other Ubuntu:  sudo add-apt-repository ppa:deadsnakes/ppa"
+      echo "                 sudo apt-get install python3.11 python3.11-venv"
+      echo "  uv:            uv python install 3.11"
+      echo "                 make $(MAKECMDGOALS) PYTHON=\"\$$(uv python find 3.11)\""
+      echo "  pyenv:         pyenv install 3.11"
+      echo "                 make $(MAKECMDGOALS) PYTHON=\"\$$(pyenv prefix 3.11)/bin/python\""
+    fi
+    echo
+  } >&2
+  exit 1
+}
+endef

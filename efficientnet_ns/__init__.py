@@ -1,0 +1,31 @@
+"""Noisy Student Training with EfficientNet in TensorFlow 2 (arXiv 1911.04252).
+
+Names are imported on first use, so that command lines answer `--help` without loading TensorFlow.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "config",
+    "VARIANTS": "models.efficientnet",
+    "build_model": "models.efficientnet",
+    "endpoints": "models.efficientnet",
+    "load_weights": "models.weights",
+    "Preprocessing": "data.pipeline",
+    "train_and_evaluate": "training.train",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

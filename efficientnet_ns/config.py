@@ -1,0 +1,369 @@
+"""Configuration: frozen dataclasses whose fields are the flags (name, default, help in one place).
+
+Entries call `define_flags(Config)` and `from_flags(Config)`; everything below them takes the dataclass or
+plain arguments. Importing this module does not import TensorFlow, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable
+from typing import Any, Optional
+
+from absl import app, flags, logging
+
+
+class ConfigError(ValueError):
+    """A flag has a value that cannot work; the message names it."""
+
+
+def setting(
+    default: Any,
+    help: str,  # noqa: A002 - the word absl uses
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    free: bool = False,
+) -> Any:
+    """A dataclass field that is also a flag.
+
+    Args:
+      default: of the flag.
+      help: of the flag.
+      choices: allowed values.
+      low: smallest allowed value.
+      free: may change between the runs that continue one model_dir.
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "free": free}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which network."""
+
+    model_name: str = setting("efficientnet-b0", "Variant: efficientnet-b0 … -b7, -l2, -test.")
+    input_image_size: Optional[int] = setting(
+        None, "Image side in pixels; default: the task's, else the model's own.", low=8
+    )
+    num_label_classes: int = setting(1000, "Number of classes; tasks other than imagenet set it.")
+    small_image_model: bool = setting(
+        False, "Strides of stages 2 and 3 are 1, for images of 32 pixels and less."
+    )
+    width_coefficient: Optional[float] = setting(None, "Overrides the variant's width multiplier.")
+    depth_coefficient: Optional[float] = setting(None, "Overrides the variant's depth multiplier.")
+    dropout_rate: Optional[float] = setting(None, "Overrides the variant's head dropout.", low=0)
+    stochastic_depth_rate: Optional[float] = setting(
+        None, "Drop probability of the last block, linear from 0; default 0.2.", low=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images, and what is done to them."""
+
+    task_name: str = setting(
+        "imagenet", "imagenet, svhn, digits, or the path of a .json file that describes a task."
+    )
+    label_data_dir: Optional[str] = setting(
+        None, "Folder of labeled records; several joined with ';'."
+    )
+    unlabel_data_dir: str = setting(
+        "", "Folder of (pseudo-labeled) unlabeled records; several joined with ';'."
+    )
+    num_train_images: Optional[int] = setting(
+        None, "Labeled images per epoch; default: the task's, else counted.", low=1
+    )
+    augment_name: Optional[str] = setting(
+        None,
+        "Augmentation of training images: randaugment (the original calls it v1); default none.",
+        choices=("randaugment", "v1"),
+    )
+    unl_aug: str = setting(
+        "default", "Augmentation of unlabeled images: default (as labeled), randaugment, v1, none."
+    )
+    randaug_mag: int = setting(27, "RandAugment magnitude M, levels of 10.", low=0)
+    randaug_layer: int = setting(2, "RandAugment operations per image N.", low=0)
+    randaug_mode: str = setting(
+        "original",
+        "Levels above 10: original (posterize and solarize wrap, as published) or clipped.",
+        choices=("original", "clipped"),
+    )
+    cutout_op: bool = setting(True, "Include Cutout among RandAugment's operations.")
+    remove_aug: bool = setting(
+        False, "Train on the evaluation crop without any augmentation (FixRes fine-tuning)."
+    )
+    shuffle_buffer: int = setting(10000, "Undecoded records held to shuffle from.", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How the student learns."""
+
+    model_dir: Optional[str] = setting(None, "Folder of checkpoints and logs.", free=True)
+    train_steps: int = setting(109474, "Update steps of the whole schedule.", low=1)
+    train_ratio: float = setting(
+        1.0, "Stretches train_steps and the decay period (2 for the 700-epoch recipes)."
+    )
+    train_last_step_num: int = setting(
+        -1, "Train only the last so many steps of the schedule, without warm-up; -1: all."
+    )
+    train_batch_size: int = setting(4096, "Labeled images per update, over all replicas.", low=1)
+    base_learning_rate: float = setting(0.016, "Learning rate per 256 labeled images.")
+    final_base_lr: Optional[float] = setting(
+        None, "When given, the decay period is chosen to end at this rate per 256."
+    )
+    warmup_epochs: float = setting(5.0, "Length of the linear warm-up.", low=0)
+    moving_average_decay: float = setting(0.9999, "Ceiling of the weight average's decay.")
+    bn_momentum: float = setting(0.99, "Decay of the batch-norm moving statistics.")
+    weight_decay: float = setting(1e-5, "Factor of half the squared norm.", low=0)
+    label_smoothing: float = setting(0.1, "Weight of the uniform distribution.", low=0)
+    unlabel_ratio: float = setting(
+        0.0, "Unlabeled images per labeled one, and their weight.", low=0
+    )
+    teacher_softmax_temp: float = setting(
+        -1.0, "Temperature of soft pseudo labels; -1: hard labels."
+    )
+    teacher_model_name: Optional[str] = setting(
+        None, "Variant of a teacher that labels on the fly; default: stored labels."
+    )
+    teacher_model_path: Optional[str] = setting(None, "Checkpoint of the on-the-fly teacher.")
+    teacher_image_size: Optional[int] = setting(
+        None,
+        "Resolution of the on-the-fly teacher; default: its variant's (the task's when small).",
+    )
+    init_model: bool = setting(False, "Start from the weights at init_model_path.")
+    init_model_path: Optional[str] = setting(None, "Checkpoint to start from.")
+    seed: int = setting(0, "Of initial weights, data order, augmentation and noise.")
+    steps_per_eval: int = setting(3000, "Evaluate every so many steps.", low=1, free=True)
+    eval_batch_size: int = setting(8, "Images per evaluation step.", low=1, free=True)
+    save_checkpoints_steps: int = setting(1000, "Save every so many steps.", low=1, free=True)
+    keep_checkpoint_max: int = setting(5, "Checkpoints kept.", low=1, free=True)
+    iterations_per_loop: int = setting(
+        1000, "Steps the device runs between two looks from the host.", low=1, free=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictConfig:
+    """Which shards a teacher labels, and where to."""
+
+    predict_ckpt_path: str = setting("", "Checkpoint of the teacher.")
+    output_dir: str = setting("", "Folder of the prediction records.")
+    info_dir: str = setting("", "Folder of the per-shard counts.")
+    num_shards: int = setting(128, "Number of shards of the unlabeled set.", low=1)
+    shard_id: str = setting("0", "Shards to label: a list or ranges, e.g. 0,3,8-15.")
+    total_replicas: int = setting(1, "Workers that share each shard.", low=1)
+    worker_id: int = setting(0, "This worker among total_replicas.", low=0)
+    file_prefix: str = setting("train", "Prefix of the unlabeled files: train or extra.")
+    max_bad_fraction: float = setting(
+        0.01, "Stop when more than this fraction of a shard's records is unreadable.", low=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class HardwareConfig:
+    """What it runs on."""
+
+    use_tpu: bool = setting(
+        True, "Use the TPU given by --tpu; without --tpu, the local devices.", free=True
+    )
+    tpu: Optional[str] = setting(
+        None, "TPU name, 'local' on a TPU VM, or grpc:// address.", free=True
+    )
+    tpu_zone: Optional[str] = setting(None, "Zone of the TPU.", free=True)
+    gcp_project: Optional[str] = setting(None, "Project of the TPU.", free=True)
+    use_bfloat16: bool = setting(
+        True, "Compute in bfloat16 on TPU; weights stay float32.", free=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectConfig:
+    """Statistics, selection and writing of pseudo-labeled records; the flags of `filter_unlabel.py`."""
+
+    input_dir: str = setting("", "Folder of the unlabeled records.")
+    prediction_dir: str = setting("", "Folder of the predictions.")
+    prelim_stats_dir: str = setting("", "Folder of the statistics.")
+    output_dir: str = setting("", "Folder of the selection and of the balanced records.")
+    num_shards: int = setting(128, "Number of shards of the unlabeled set.", low=1)
+    total_label_replicas: int = setting(
+        -1, "Workers that predicted each shard (their total_replicas); -1: as many as are found."
+    )
+    task: int = setting(-1, "Number in the names of the output files; -1: 0.")
+    num_image: int = setting(1300, "Images per class.", low=0)
+    min_threshold: float = setting(0.0, "Lowest confidence that is kept.", low=0)
+    num_label_classes: int = setting(1000, "Number of classes.", low=1)
+    upsample: int = setting(1, "Fill classes below num_image with copies: 1 or 0.", low=0)
+    only_get_stats: int = setting(0, "Stop after the statistics: 1 or 0.", low=0)
+    file_prefix: str = setting("train", "Prefix of the unlabeled files: train or extra.")
+    seed: int = setting(0, "Of the choice of copies and of the order of records.")
+    num_samples: int = setting(5, "Sample pictures kept per class and shard.", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """The rounds of `noisy_student.py`, beside the settings of its trainings."""
+
+    work_dir: str = setting("", "Folder of everything the loop makes.")
+    models: str = setting(
+        "efficientnet-b0,efficientnet-b0",
+        "Variants in order: the first teacher, then the student of each round, which teaches the next.",
+    )
+    teacher_steps: Optional[int] = setting(
+        None, "Update steps of the first teacher; default: train_steps.", low=1
+    )
+    num_image: int = setting(1300, "Pseudo-labeled images per class.", low=1)
+    min_threshold: float = setting(0.3, "Lowest confidence of a pseudo label that is kept.", low=0)
+
+
+_SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "predict": PredictConfig,
+    "hardware": HardwareConfig,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything `main.py` can be told."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    predict: PredictConfig = PredictConfig()
+    hardware: HardwareConfig = HardwareConfig()
+
+    def override(self, **values: Any) -> Config:
+        """A copy with fields of any section replaced: `config.override(model_name=…, train_steps=…)`."""
+        sections = {name: getattr(self, name) for name in _SECTIONS}
+        for key, value in values.items():
+            for name, section in sections.items():
+                if key in section.__dataclass_fields__:
+                    sections[name] = dataclasses.replace(section, **{key: value})
+                    break
+            else:
+                raise ConfigError(f"no setting is called {key!r}")
+        return Config(**sections)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make two trainings the same training; JSON-able."""
+        return {
+            field.name: getattr(section, field.name)
+            for section in (self.model, self.data, self.train)
+            for field in dataclasses.fields(section)
+            if not field.metadata["free"]
+        }
+
+
+def _flag_fields(cls: type) -> list[dataclasses.Field]:
+    sections = [_SECTIONS[f.name] for f in dataclasses.fields(cls) if f.name in _SECTIONS]
+    return [f for section in (sections or [cls]) for f in dataclasses.fields(section)]
+
+
+def _field_type(cls: type, name: str) -> type:
+    for owner in (cls, *_SECTIONS.values()):
+        hints = typing.get_type_hints(owner)
+        if name in hints:
+            arguments = [a for a in typing.get_args(hints[name]) if a is not type(None)]
+            return arguments[0] if arguments else hints[name]
+    raise KeyError(name)
+
+
+_DEFINE = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_bool,
+}
+
+
+def define_flags(cls: type, **defaults: Any) -> None:
+    """Defines one absl flag per field of a configuration dataclass; `defaults` replace field defaults."""
+    # Attributed to the program, so that --helpshort shows them.
+    module_name = sys.argv[0]
+    for field in _flag_fields(cls):
+        default = defaults.get(field.name, field.default)
+        kind = _field_type(cls, field.name)
+        if field.metadata["choices"]:
+            choices = list(field.metadata["choices"])
+            flags.DEFINE_enum(
+                field.name, default, choices, field.metadata["help"], module_name=module_name
+            )
+        else:
+            help_text = field.metadata["help"]
+            _DEFINE[kind](field.name, default, help_text, module_name=module_name)
+
+
+def from_flags(cls: type, values: flags.FlagValues) -> Any:
+    """Builds and checks the dataclass from parsed flags.
+
+    Raises:
+      ConfigError: a value out of range.
+    """
+    chosen = {field.name: values[field.name].value for field in _flag_fields(cls)}
+    result = Config().override(**chosen) if cls is Config else cls(**chosen)
+    check(result)
+    return result
+
+
+def check(config: Any) -> None:
+    """Raises ConfigError for the first value below its field's lower bound."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in _SECTIONS:
+            check(value)
+        elif value is not None and field.metadata["low"] is not None:
+            if value < field.metadata["low"]:
+                raise ConfigError(
+                    f"--{field.name}={value} is too small: it must be at least {field.metadata['low']}"
+                )
+
+
+def no_arguments(argv: list[str]) -> None:
+    """Refuses words that are not flags: a mistyped flag must not be ignored for hours."""
+    if len(argv) > 1:
+        raise ConfigError(f"unexpected argument {argv[1]!r}; every setting is a --flag=value")
+
+
+def shard_list(text: str, num_shards: int) -> list[int]:
+    """`"0,3,8-11"` → [0, 3, 8, 9, 10, 11].
+
+    Raises:
+      ConfigError: not numbers and ranges, or outside 0..num_shards-1.
+    """
+    shards: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ConfigError(f"--shard_id={text}: {part!r} is neither a number nor a range a-b")
+        shards += range(int(first), int(last or first) + 1)
+    outside = [s for s in shards if s >= num_shards]
+    if outside:
+        raise ConfigError(f"--shard_id={text}: {outside[0]} is not below --num_shards={num_shards}")
+    return shards
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """`absl.app.run` for an entry point: what the user can mend is one line, not a stack trace.
+
+    Exit code 2 for a wrong flag or unusable data.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except (ValueError, RuntimeError, FileNotFoundError) as e:
+            if not type(e).__module__.startswith("efficientnet_ns") and not isinstance(
+                e, FileNotFoundError
+            ):
+                raise
+            logging.error("%s", e)
+            sys.exit(2)
+
+    logging.set_verbosity(logging.INFO)
+    app.run(guarded)

@@ -1,0 +1,1 @@
+"""Input side: tasks, records, images, augmentation and the datasets built from them."""

@@ -1,0 +1,229 @@
+"""Decoding, cropping and resizing of single images (arXiv 1911.04252, section 3.1; EfficientNet,
+arXiv 1905.11946).
+
+`eval_image` is the one preprocessing for evaluation, prediction and serving; `train_image` and
+`reflect_pad_crop` are those of training. Pixels stay on the 0..255 scale: the model normalizes.
+
+Functions that take an `image` accept either the encoded bytes, a scalar string, or the decoded
+pixels, uint8 [H, W, 3]. Undecodable bytes raise tf.errors.InvalidArgumentError when the op runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+# Pixels around the evaluation crop at its own scale: 224 of 256, 299 of 331 and so on.
+CROP_PADDING = 32
+
+# Smoothed chroma upsampling looks one chroma sample, two pixels, to each side.
+_CHROMA_REACH = 2
+
+
+def decode(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Decodes JPEG, PNG, GIF (first frame) or BMP bytes, scalar string, to uint8 [H, W, 3].
+
+    JPEG gives exactly what tf.image.decode_jpeg(channels=3) does, including grayscale and CMYK.
+    Gray becomes RGB, palettes are looked up (except in BMP, where TensorFlow takes the indices for
+    gray), alpha is dropped, 16-bit channels keep their high byte. Orientation tags are ignored.
+    """
+    return tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
+
+
+def _decode_jpeg_box(image_bytes: tf.Tensor, box: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
+    """Decodes `box` of a JPEG `width` pixels wide to the pixels a full decode gives there."""
+    y, x, box_height, box_width = tf.unstack(box)
+    # The decoder has no neighbours for the chroma of the first and last column it is asked for.
+    left = tf.maximum(x - _CHROMA_REACH, 0)
+    right = tf.minimum(x + box_width + _CHROMA_REACH, width)
+    window = tf.stack([y, left, box_height, right - left])
+    pixels = tf.image.decode_and_crop_jpeg(image_bytes, window, channels=3)
+    return tf.slice(pixels, [0, x - left, 0], [box_height, box_width, 3])
+
+
+def _crop(image: tf.Tensor, choose_box: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """Cuts out the box (y, x, h, w) that `choose_box(height, width)` names; uint8 [h, w, 3].
+
+    Of a JPEG only the box is decoded.
+    """
+    image = tf.convert_to_tensor(image)
+    if image.dtype != tf.string:
+        shape = tf.shape(image)
+        box = choose_box(shape[0], shape[1])
+        return tf.slice(image, [box[0], box[1], 0], [box[2], box[3], 3])
+
+    def from_jpeg() -> tf.Tensor:
+        shape = tf.image.extract_jpeg_shape(image)
+        return _decode_jpeg_box(image, choose_box(shape[0], shape[1]), shape[1])
+
+    crop = tf.cond(tf.io.is_jpeg(image), from_jpeg, lambda: _crop(decode(image), choose_box))
+    return tf.ensure_shape(crop, [None, None, 3])
+
+
+def _resize(image: tf.Tensor, size: int) -> tf.Tensor:
+    """Bicubic resize as TF1 defines it; any number type [H, W, 3] to float32 [size, size, 3].
+
+    Neither half-pixel centres nor aligned corners, and no antialiasing: published weights were
+    trained on it. Overshoots leave 0..255 by up to about 30.
+    """
+    return tf.raw_ops.ResizeBicubic(
+        images=image[tf.newaxis],
+        size=[size, size],
+        align_corners=False,
+        half_pixel_centers=False,
+    )[0]
+
+
+def center_crop_box(height: int | tf.Tensor, width: int | tf.Tensor, size: int) -> tf.Tensor:
+    """The centred square that fills size / (size + CROP_PADDING) of the shorter side.
+
+    Returns int32 [4] (y, x, h, w); at least one pixel.
+    """
+    shorter = tf.cast(tf.minimum(height, width), tf.float32)
+    side = tf.maximum(tf.cast(size / (size + CROP_PADDING) * shorter, tf.int32), 1)
+    return tf.stack([(height - side + 1) // 2, (width - side + 1) // 2, side, side])
+
+
+def eval_image(image: tf.Tensor, size: int) -> tf.Tensor:
+    """Centre crop and bicubic resize, the evaluation preprocessing.
+
+    Returns float32 [size, size, 3], neither clipped to 0..255 nor normalized.
+    """
+    return _resize(_crop(image, lambda height, width: center_crop_box(height, width, size)), size)
+
+
+def small_eval_image(image: tf.Tensor, size: int) -> tf.Tensor:
+    """The evaluation preprocessing for small images (SVHN, 32 x 32): a cast.
+
+    An image of another size is resized (bicubic, without cropping) and clipped.
+    Returns float32 [size, size, 3] in 0..255.
+    """
+    image = tf.convert_to_tensor(image)
+    if image.dtype == tf.string:
+        image = decode(image)
+    pixels = tf.cond(
+        tf.reduce_all(tf.equal(tf.shape(image)[:2], size)),
+        lambda: tf.cast(image, tf.float32),
+        lambda: tf.clip_by_value(_resize(image, size), 0.0, 255.0),
+    )
+    return tf.ensure_shape(pixels, [size, size, 3])
+
+
+def random_crop_box(
+    height: int | tf.Tensor,
+    width: int | tf.Tensor,
+    seed: tf.Tensor,
+    *,
+    area: tuple[float, float] = (0.08, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    max_attempts: int = 10,
+    size: int | None = None,
+) -> tf.Tensor:
+    """Draws the Inception-style random crop of training.
+
+    Args:
+      height, width: size of the image in pixels, int32.
+      seed: int32 or int64 [2]; equal seeds give equal boxes.
+      area: range of the part of the image that the crop covers. As in the original, crops below 0.1
+        are redrawn whatever the lower end is.
+      aspect: range of width / height of the crop.
+      max_attempts: draws before giving up, which leaves the whole image.
+      size: if given, the evaluation crop for this size takes the place of the whole image, which
+        would be squeezed into a square.
+
+    Returns:
+      int32 [4] (y, x, h, w).
+    """
+    begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+        tf.stack([height, width, 3]),
+        bounding_boxes=tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
+        seed=seed,
+        min_object_covered=0.1,
+        aspect_ratio_range=aspect,
+        area_range=area,
+        max_attempts=max_attempts,
+    )
+    box = tf.concat([begin[:2], extent[:2]], axis=0)
+    if size is None:
+        return box
+    is_whole = tf.reduce_all(tf.equal(extent[:2], tf.stack([height, width])))
+    return tf.where(is_whole, center_crop_box(height, width, size), box)
+
+
+def crop_and_resize(image: tf.Tensor, box: tf.Tensor, size: int) -> tf.Tensor:
+    """Cuts `box`, int32 [4] (y, x, h, w), out of an image and resizes it (bicubic).
+
+    Returns float32 [size, size, 3], not clipped.
+    """
+    return _resize(_crop(image, lambda _height, _width: tf.convert_to_tensor(box)), size)
+
+
+def to_uint8(image: tf.Tensor) -> tf.Tensor:
+    """Clips to 0..255 and drops the fraction; float32 to uint8 of the same shape."""
+    return tf.cast(tf.clip_by_value(image, 0.0, 255.0), tf.uint8)
+
+
+def train_image(image: tf.Tensor, size: int, seed: tf.Tensor, *, flip: bool = True) -> tf.Tensor:
+    """Random crop, bicubic resize and random horizontal flip, the training preprocessing.
+
+    Args:
+      image: encoded bytes or uint8 [H, W, 3].
+      size: side of the result in pixels.
+      seed: int32 or int64 [2]; equal seeds give equal results.
+      flip: whether to mirror half of the images.
+
+    Returns:
+      float32 [size, size, 3], not clipped; RandAugment takes `to_uint8` of it.
+    """
+    seeds = tf.random.experimental.stateless_split(seed, 2)
+    pixels = _resize(
+        _crop(image, lambda height, width: random_crop_box(height, width, seeds[0], size=size)),
+        size,
+    )
+    if flip:
+        pixels = tf.image.stateless_random_flip_left_right(pixels, seeds[1])
+    return tf.ensure_shape(pixels, [size, size, 3])
+
+
+def reflect_pad_crop_at(
+    image: tf.Tensor, dy: tf.Tensor | int, dx: tf.Tensor | int, pad: int = 4
+) -> tf.Tensor:
+    """The part of the reflect-padded image that starts at row `dy`, column `dx`.
+
+    Args:
+      image: [H, W, 3] of any number type, H and W above `pad`.
+      dy, dx: offsets in 0..2*pad; `pad` gives the image itself.
+      pad: pixels added to each side, mirrored without repeating the border.
+
+    Returns:
+      Same shape and type as `image`.
+
+    Raises:
+      ValueError: H or W is not above `pad`; InvalidArgumentError if known only at run time.
+    """
+    message = f"reflect padding by {pad} needs an image of at least {pad + 1} x {pad + 1} pixels"
+    known = [side for side in image.shape[:2] if side is not None]
+    if any(side <= pad for side in known):
+        raise ValueError(f"{message}, got shape {image.shape}")
+    shape = tf.shape(image)
+    with tf.control_dependencies([tf.debugging.assert_greater(shape[:2], pad, message)]):
+        padded = tf.pad(image, [[pad, pad], [pad, pad], [0, 0]], mode="REFLECT")
+    return tf.ensure_shape(tf.slice(padded, [dy, dx, 0], shape), image.shape)
+
+
+def reflect_pad_crop(image: tf.Tensor, seed: tf.Tensor, pad: int = 4) -> tf.Tensor:
+    """Shifts a small image by up to `pad` pixels each way, the SVHN training crop.
+
+    Args:
+      image: [H, W, 3] of any number type, H and W above `pad`.
+      seed: int32 or int64 [2]; equal seeds give equal shifts.
+      pad: largest shift in pixels; all (2 * pad + 1) ** 2 shifts are equally likely.
+
+    Returns:
+      Same shape and type as `image`.
+    """
+    offsets = tf.random.stateless_uniform(
+        [2], seed, maxval=2 * pad + 1, minval=0, dtype=tf.int32, alg="philox"
+    )
+    return reflect_pad_crop_at(image, offsets[0], offsets[1], pad)

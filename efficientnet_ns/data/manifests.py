@@ -1,0 +1,149 @@
+"""Finished work that is never lost and never done twice.
+
+A stage writes its outputs under temporary names, then a manifest with their sizes and its configuration,
+then renames the outputs. Started again, a stage whose outputs match its manifest is skipped; one that was
+interrupted is done again; files that no manifest vouches for are never overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+import tensorflow as tf
+
+
+class OutputConflict(RuntimeError):
+    """Existing files were not made by this stage with this configuration."""
+
+
+def temporary_name(path: str) -> str:
+    """A name in the same folder that no record pattern matches, private to this process."""
+    folder, base = os.path.split(path)
+    return os.path.join(folder, f".tmp-{os.getpid()}-{base}")
+
+
+@contextlib.contextmanager
+def atomic_path(path: str) -> Iterator[str]:
+    """Yields a temporary name; renames it to `path` when the block ends without an exception."""
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        tf.io.gfile.rename(temporary, path, overwrite=True)
+    finally:
+        if tf.io.gfile.exists(temporary):
+            tf.io.gfile.remove(temporary)
+
+
+def write_json(path: str, value: object, *, indent: int | None = None) -> None:
+    """Writes JSON that is either whole or absent."""
+    with atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
+        f.write(json.dumps(value, indent=indent))
+
+
+def read_json(path: str):
+    """The parsed file; ValueError naming it when it is not JSON."""
+    with tf.io.gfile.GFile(path) as f:
+        text = f.read()
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(
+            f"{path} is not valid JSON ({e}); delete it and run its stage again"
+        ) from e
+
+
+def fingerprint(paths: Sequence[str]) -> str:
+    """Short hash of the names and sizes of files, order included."""
+    listing = [(os.path.basename(p), tf.io.gfile.stat(p).length) for p in paths]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+
+
+def content_hash(path: str) -> str:
+    """Short hash of a file's bytes. A checkpoint's `.index` holds the checksums of all its tensors."""
+    with tf.io.gfile.GFile(path, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()[:16]
+
+
+class Stage:
+    """One unit of work with its outputs and manifest.
+
+    Args:
+      manifest: path of the JSON manifest.
+      outputs: paths the work produces; created together.
+      config: everything that determines the outputs' content, JSON-able.
+    """
+
+    def __init__(self, manifest: str, outputs: Sequence[str], config: Mapping[str, object]):
+        self.manifest, self.outputs = manifest, list(outputs)
+        self.config = json.loads(json.dumps(config))
+
+    def done(self) -> bool:
+        """Whether the outputs are there and whole.
+
+        Raises:
+          OutputConflict: files are in the way that this stage did not make with this configuration.
+        """
+        if not tf.io.gfile.exists(self.manifest):
+            found = [p for p in self.outputs if tf.io.gfile.exists(p)]
+            if found:
+                raise OutputConflict(
+                    f"{found[0]} exists but {self.manifest} does not, so nothing tells how it was made. "
+                    "It is left alone: move it away, or choose another output folder."
+                )
+            return False
+        made_with = read_json(self.manifest)["config"]
+        if made_with != self.config:
+            raise OutputConflict(
+                f"the outputs of {self.manifest} were made with other settings "
+                f"({describe_difference(made_with, self.config)}). "
+                "Delete them, or choose another output folder."
+            )
+        sizes = read_json(self.manifest)["sizes"]
+        for path in self.outputs:
+            if not tf.io.gfile.exists(path):
+                return False
+            size = tf.io.gfile.stat(path).length
+            if size != sizes[os.path.basename(path)]:
+                raise OutputConflict(
+                    f"{path} has {size} bytes, its manifest says {sizes[os.path.basename(path)]}: it was "
+                    "changed or truncated. Delete it to have it made again."
+                )
+        return True
+
+    def counts(self) -> dict:
+        """What the finished stage reported about itself."""
+        return read_json(self.manifest)["counts"]
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[tuple[dict[str, str], dict]]:
+        """Yields ({output: temporary name}, counts); the caller fills both, then all is committed."""
+        for path in [self.manifest, *self.outputs]:
+            tf.io.gfile.makedirs(os.path.dirname(path) or ".")
+        temporary = {path: temporary_name(path) for path in self.outputs}
+        counts: dict = {}
+        try:
+            yield temporary, counts
+            sizes = {os.path.basename(p): tf.io.gfile.stat(t).length for p, t in temporary.items()}
+            write_json(
+                self.manifest,
+                {"config": self.config, "counts": counts, "sizes": sizes},
+                indent=1,
+            )
+            for path, name in temporary.items():
+                tf.io.gfile.rename(name, path, overwrite=True)
+        finally:
+            for name in temporary.values():
+                if tf.io.gfile.exists(name):
+                    tf.io.gfile.remove(name)
+
+
+def describe_difference(old: Mapping[str, object], new: Mapping[str, object]) -> str:
+    """`field: old → new` for every field that differs."""
+    keys = sorted(set(old) | set(new))
+    return ", ".join(
+        f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)
+    )

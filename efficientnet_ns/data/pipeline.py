@@ -1,0 +1,315 @@
+"""Datasets: records in, batches of preprocessed images out.
+
+Order, augmentation and batches depend only on (seed, position), never on what was read before: a dataset
+started at step n continues exactly where an uninterrupted one would be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+from efficientnet_ns.data import augment, images, records
+
+_LABELED, _UNLABELED = 1, 2  # Salts: the two streams draw independently from one seed.
+
+
+@dataclasses.dataclass(frozen=True)
+class RandAugment:
+    """Settings of RandAugment; see `augment.rand_augment`."""
+
+    num_layers: int = 2
+    magnitude: int = 27
+    mode: str = "original"
+    use_cutout: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """From encoded bytes to model input.
+
+    Attributes:
+      image_size: side of the result in pixels.
+      small_image: no resizing crop; shift by reflection instead (SVHN, CIFAR, digits).
+      flip: mirror half of the training images.
+      randaugment: None for no augmentation beyond crop and flip.
+      clean: train on evaluation crops (FixRes fine-tuning).
+    """
+
+    image_size: int
+    small_image: bool = False
+    flip: bool = True
+    randaugment: RandAugment | None = None
+    clean: bool = False
+
+    def evaluate(self, image: tf.Tensor) -> tf.Tensor:
+        """Encoded scalar string (or uint8 [H, W, 3]) → float32 [S, S, 3] in about 0..255."""
+        prepare = images.small_eval_image if self.small_image else images.eval_image
+        return prepare(image, self.image_size)
+
+    def train(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Encoded scalar string → [S, S, 3]; uint8 when augmented, else float32.
+
+        Args:
+          seed: int [2]; fixes every random choice.
+        """
+        if self.clean:
+            return self.evaluate(image)
+        crop_seed, augment_seed, cutout_seed = tf.unstack(
+            tf.random.experimental.stateless_split(seed, 3)
+        )
+        if not self.small_image:
+            image = images.train_image(image, self.image_size, crop_seed, flip=self.flip)
+            if self.randaugment is None:
+                return image
+            return self._augment(images.to_uint8(image), augment_seed, 40.0, 100.0)
+        image = images.to_uint8(images.small_eval_image(image, self.image_size))
+        # The original's constants at 32 pixels, in proportion.
+        reach = self.image_size // 8
+        if self.randaugment is not None:
+            image = self._augment(image, augment_seed, reach, reach)
+            image = augment.cutout(image, cutout_seed, self.image_size // 4)
+        shift_seed, flip_seed = tf.unstack(tf.random.experimental.stateless_split(crop_seed, 2))
+        image = images.reflect_pad_crop(image, shift_seed, pad=reach)
+        return tf.image.stateless_random_flip_left_right(image, flip_seed) if self.flip else image
+
+    def _augment(self, image, seed, cutout_const: float, translate_const: float) -> tf.Tensor:
+        return augment.rand_augment(
+            image,
+            seed,
+            cutout_const=cutout_const,
+            translate_const=translate_const,
+            **dataclasses.asdict(self.randaugment),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Record files with their counts.
+
+    Attributes:
+      paths: TFRecord files.
+      counts: whole records in each.
+    """
+
+    paths: tuple[str, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def find(cls, folders: str, prefixes: str | Sequence[str]) -> Source:
+        """Lists and counts the shards; DataError when there are none, some are missing, or all are empty."""
+        paths = records.list_shards(folders, prefixes)
+        counts = records.count_all(paths)
+        if not sum(counts):
+            raise records.DataError(f"the {len(paths)} shards in {folders!r} hold no records")
+        return cls(tuple(paths), tuple(counts))
+
+    @property
+    def total(self) -> int:
+        """Number of records."""
+        return sum(self.counts)
+
+
+def _stream(source: Source, seed: int, start: int, shuffle_buffer: int) -> tf.data.Dataset:
+    """Endless (global index, serialized record), shuffled anew each epoch, beginning at index `start`."""
+    paths, counts = tf.constant(source.paths), tf.constant(source.counts, tf.int64)
+
+    def epoch(number: tf.Tensor) -> tf.data.Dataset:
+        epoch_seed = tf.stack([tf.constant(seed, tf.int64), number])
+        order = tf.random.experimental.stateless_shuffle(tf.range(len(source.paths)), epoch_seed)
+        files = tf.data.Dataset.from_tensor_slices(
+            (tf.gather(paths, order), tf.gather(counts, order))
+        )
+        data = files.interleave(
+            # Only whole records: a truncated tail was not counted.
+            lambda path, count: tf.data.TFRecordDataset(path).take(count),
+            cycle_length=min(16, len(source.paths)),
+            num_parallel_calls=tf.data.AUTOTUNE,
+            deterministic=True,
+        )
+        return _shuffle(data, min(shuffle_buffer, source.total), epoch_seed)
+
+    first_epoch, offset = divmod(start, source.total)
+    data = tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch).skip(offset)
+    return data.enumerate(start)
+
+
+def _shuffle(data: tf.data.Dataset, buffer_size: int, seed: tf.Tensor) -> tf.data.Dataset:
+    # `Dataset.shuffle` takes no seed that is a tensor, and here the seed depends on the epoch.
+    spec = data.element_spec
+    shuffled = tf.raw_ops.ShuffleDataset(
+        input_dataset=tf.data.experimental.to_variant(data),
+        buffer_size=tf.constant(buffer_size, tf.int64),
+        seed=seed[0] + 1,  # Two zeros would mean a seed from the clock.
+        seed2=seed[1],
+        output_types=[spec.dtype],
+        output_shapes=[spec.shape],
+        reshuffle_each_iteration=False,
+    )
+    return tf.data.experimental.from_variant(shuffled, spec)
+
+
+def _sample_seed(seed: int, salt: int, index: tf.Tensor) -> tf.Tensor:
+    return tf.random.experimental.stateless_fold_in(tf.constant([seed, salt], tf.int64), index)
+
+
+def _checked_label(label: tf.Tensor, num_classes: int) -> tf.Tensor:
+    # One-hot encoding would silently turn such a label into no class at all.
+    check = tf.debugging.Assert(
+        (label >= 0) & (label < num_classes),
+        [f"label out of range 0..{num_classes - 1} (0-based):", label],
+    )
+    with tf.control_dependencies([check]):
+        return tf.identity(label)
+
+
+def labeled_batches(
+    source: Source,
+    preprocessing: Preprocessing,
+    *,
+    num_classes: int,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    shuffle_buffer: int = 10000,
+) -> tf.data.Dataset:
+    """Endless training batches.
+
+    Yields:
+      `image` [batch_size, S, S, 3], `label` int32 [batch_size], 0-based.
+    """
+
+    def prepare(index: tf.Tensor, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
+        example = records.parse_labeled(serialized)
+        image = preprocessing.train(example["image"], _sample_seed(seed, _LABELED, index))
+        return {"image": image, "label": _checked_label(example["label"], num_classes)}
+
+    data = _stream(source, seed, start_step * batch_size, shuffle_buffer)
+    data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return data.batch(batch_size, drop_remainder=True)
+
+
+def unlabeled_batches(
+    source: Source,
+    preprocessing: Preprocessing,
+    *,
+    num_classes: int,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    shuffle_buffer: int = 10000,
+    teacher_preprocessing: Preprocessing | None = None,
+) -> tf.data.Dataset:
+    """Endless training batches of pseudo-labeled records.
+
+    Args:
+      teacher_preprocessing: when given, records need no stored labels and each image also comes clean, at
+        the teacher's resolution.
+
+    Yields:
+      `unl_image` [batch_size, S, S, 3] and either `unl_label` int32 [batch_size], `unl_probs` float32
+      [batch_size, num_classes], or `teacher_image` [batch_size, T, T, 3].
+    """
+
+    def prepare(index: tf.Tensor, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
+        sample_seed = _sample_seed(seed, _UNLABELED, index)
+        if teacher_preprocessing is not None:
+            image = records.parse_unlabeled(serialized)
+            return {
+                "unl_image": preprocessing.train(image, sample_seed),
+                "teacher_image": teacher_preprocessing.evaluate(image),
+            }
+        example = records.parse_pseudo_labeled(serialized, num_classes)
+        return {
+            "unl_image": preprocessing.train(example["image"], sample_seed),
+            "unl_label": _checked_label(example["label"], num_classes),
+            "unl_probs": example["probs"],
+        }
+
+    data = _stream(source, seed + 1, start_step * batch_size, shuffle_buffer)
+    data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return data.batch(batch_size, drop_remainder=True)
+
+
+def join(*datasets: tf.data.Dataset) -> tf.data.Dataset:
+    """Zips datasets of dicts into one dataset of merged dicts, prefetched."""
+    data = datasets[0]
+    if len(datasets) > 1:
+        data = tf.data.Dataset.zip(datasets).map(
+            lambda *parts: {key: value for part in parts for key, value in part.items()}
+        )
+    return data.prefetch(tf.data.AUTOTUNE)
+
+
+def eval_batches(
+    source: Source, preprocessing: Preprocessing, *, num_classes: int, batch_size: int
+) -> tf.data.Dataset:
+    """Every record once, in file order; the last batch is padded.
+
+    Yields:
+      `image` float32 [batch_size, S, S, 3], `label` int32 [batch_size], `mask` float32 [batch_size]: 1 for
+      an example, 0 for padding.
+    """
+
+    def prepare(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
+        example = records.parse_labeled(serialized)
+        return {
+            "image": preprocessing.evaluate(example["image"]),
+            "label": _checked_label(example["label"], num_classes),
+            "mask": tf.ones([]),
+        }
+
+    files = tf.data.Dataset.from_tensor_slices((list(source.paths), list(source.counts)))
+    data = files.flat_map(
+        lambda path, count: tf.data.TFRecordDataset(path).take(tf.cast(count, tf.int64))
+    )
+    data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE)
+    data = data.batch(batch_size).map(lambda batch: pad_batch(batch, batch_size))
+    return data.prefetch(tf.data.AUTOTUNE)
+
+
+def pad_batch(batch: dict[str, tf.Tensor], batch_size: int) -> dict[str, tf.Tensor]:
+    """Appends zeros to every tensor of a short batch, so that all batches have one static shape."""
+
+    def pad(x: tf.Tensor) -> tf.Tensor:
+        missing = batch_size - tf.shape(x)[0]
+        padded = tf.pad(x, [[0, missing]] + [[0, 0]] * (x.shape.rank - 1))
+        return tf.ensure_shape(padded, [batch_size, *x.shape[1:]])
+
+    return tf.nest.map_structure(pad, batch)
+
+
+def name_bad_record(source: Source, check: Callable[[bytes], None]) -> str | None:
+    """Finds the first record that cannot be used, for an error message; None when all are fine.
+
+    Args:
+      check: raises for a payload that cannot be used.
+    """
+    for path in source.paths:
+        for record in records.read(path):
+            problem = record.problem
+            if record.payload is not None:
+                try:
+                    check(record.payload)
+                except (
+                    Exception
+                ) as e:  # whatever is wrong with it, its place is what the user needs
+                    problem = str(e).splitlines()[0]
+            if problem:
+                return f"{path}, record {record.position}: {problem}"
+    return None
+
+
+def check_image(payload: bytes) -> None:
+    """Raises DataError or a TensorFlow error unless the record has a decodable image."""
+    images.decode(tf.constant(records.image_bytes(payload)))
+
+
+def check_trainable(payload: bytes, num_classes: int) -> None:
+    """Raises DataError or a TensorFlow error unless the record has a decodable image and a valid label."""
+    check_image(payload)
+    label = records.label(payload)
+    if not 0 <= label < num_classes:
+        raise records.DataError(f"label {label} (0-based) is outside 0..{num_classes - 1}")

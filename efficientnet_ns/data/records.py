@@ -1,0 +1,354 @@
+"""Every record format in one place: names of files, keys of examples, reading and writing.
+
+Labeled, unlabeled, prediction and pseudo-labeled records are TFRecords of `tf.train.Example`, unchanged from
+the original code base, so that its data works here and ours there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import google_crc32c
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.data import manifests
+
+IMAGE, LABEL_ONE_BASED = "image/encoded", "image/class/label"
+PROBABILITIES, CLASSES, LABEL, PROB = "probabilities", "classes", "label", "prob"
+
+
+class DataError(ValueError):
+    """Input files that cannot be used as they are; the message names file, record and value."""
+
+
+# --- Names of files -----------------------------------------------------------------------------------------
+
+
+def shard_name(prefix: str, shard: int, num_shards: int) -> str:
+    """`train-00003-of-00128`."""
+    return f"{prefix}-{shard:05d}-of-{num_shards:05d}"
+
+
+def prediction_name(shard: int, num_shards: int, worker: int) -> str:
+    """`train-info-00003-of-00128-00000`, whatever the prefix of the input."""
+    return f"{shard_name('train-info', shard, num_shards)}-{worker:05d}"
+
+
+def info_name(shard: int, num_shards: int, worker: int) -> str:
+    """`info-00003-of-00128-00000.txt`."""
+    return f"{shard_name('info', shard, num_shards)}-{worker:05d}.txt"
+
+
+def index_name(shard: int, num_shards: int, worker: int) -> str:
+    """`index-00003-of-00128-00000.parquet`, the columns of a prediction file without its probabilities."""
+    return f"{shard_name('index', shard, num_shards)}-{worker:05d}.parquet"
+
+
+def pseudo_label_name(task: int, shard: int, num_shards: int) -> str:
+    """`train-0-00003-of-00128`."""
+    return shard_name(f"train-{task}", shard, num_shards)
+
+
+_SHARD = re.compile(r"^(?P<group>.+)-(?P<shard>\d+)-of-(?P<total>\d+)$")
+
+
+def list_shards(folders: str, prefixes: str | Sequence[str]) -> list[str]:
+    """All shards with one of the prefixes in one or several folders.
+
+    Args:
+      folders: paths joined with `;`.
+      prefixes: e.g. `train` or `("train", "extra")`; `train` also finds `train-0-00000-of-00004`.
+
+    Returns:
+      Sorted paths.
+
+    Raises:
+      DataError: nothing matches, or a shard of a set is missing.
+    """
+    prefixes = (prefixes,) if isinstance(prefixes, str) else tuple(prefixes)
+    paths = []
+    for folder in filter(None, folders.split(";")):
+        found = _shards_in(folder, prefixes)
+        if not found:
+            names = " or ".join(f"{p}-00000-of-…" for p in prefixes)
+            raise DataError(f"no record files in {folder!r}: expected names such as {names}")
+        paths += found
+    if not paths:
+        raise DataError("no data folder given; expected one path, or several joined with ';'")
+    return paths
+
+
+def _shards_in(folder: str, prefixes: tuple[str, ...]) -> list[str]:
+    if not tf.io.gfile.isdir(folder):
+        return []
+    groups: dict[tuple[str, int], dict[int, str]] = {}
+    for name in tf.io.gfile.listdir(folder):
+        match = _SHARD.match(name.rstrip("/"))
+        if match and any(re.fullmatch(rf"{re.escape(p)}(-\d+)?", match["group"]) for p in prefixes):
+            key = (match["group"], int(match["total"]))
+            groups.setdefault(key, {})[int(match["shard"])] = os.path.join(folder, name)
+    for (group, total), shards in groups.items():
+        missing = [i for i in range(total) if i not in shards]
+        if missing:
+            first = os.path.join(folder, shard_name(group, missing[0], total))
+            raise DataError(f"{len(missing)} of {total} shards are missing, the first is {first}")
+    return sorted(path for shards in groups.values() for path in shards.values())
+
+
+# --- Examples -----------------------------------------------------------------------------------------------
+
+
+def _bytes(value: bytes) -> tf.train.Feature:
+    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+
+def _ints(*values: int) -> tf.train.Feature:
+    return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
+
+
+def _floats(values: Sequence[float]) -> tf.train.Feature:
+    return tf.train.Feature(float_list=tf.train.FloatList(value=values))
+
+
+def _example(**features: tf.train.Feature) -> bytes:
+    names = {"image": IMAGE, "label_one_based": LABEL_ONE_BASED}
+    named = {names.get(key, key): value for key, value in features.items()}
+    return tf.train.Example(features=tf.train.Features(feature=named)).SerializeToString(
+        deterministic=True
+    )
+
+
+def labeled_example(image: bytes, label: int) -> bytes:
+    """A labeled record from encoded image bytes and a 0-based label; stored 1-based, as ImageNet's."""
+    return _example(image=_bytes(image), label_one_based=_ints(label + 1))
+
+
+def unlabeled_example(image: bytes) -> bytes:
+    """An unlabeled record from encoded image bytes."""
+    return _example(image=_bytes(image))
+
+
+def prediction_example(probabilities: Sequence[float]) -> bytes:
+    """A prediction; `classes` is the argmax, 0-based. All zeros stand for an unreadable image."""
+    return _example(
+        probabilities=_floats(probabilities), classes=_ints(int(np.argmax(probabilities)))
+    )
+
+
+def pseudo_labeled_example(image: bytes, probabilities: Sequence[float], label: int) -> bytes:
+    """A pseudo-labeled record: image, class probabilities, 0-based label and its probability."""
+    return _example(
+        image=_bytes(image),
+        probabilities=_floats(probabilities),
+        label=_ints(label),
+        prob=_floats([probabilities[label]]),
+    )
+
+
+def image_bytes(record: bytes) -> bytes:
+    """The encoded image of any record.
+
+    Raises:
+      DataError: not an Example, or one without `image/encoded`.
+    """
+    values = _features(record)[IMAGE].bytes_list.value
+    if not values:
+        raise DataError(f"the record has no {IMAGE!r}")
+    return values[0]
+
+
+def probabilities(record: bytes) -> np.ndarray:
+    """Class probabilities, float32 [C], of a prediction or pseudo-labeled record."""
+    return np.asarray(_features(record)[PROBABILITIES].float_list.value, np.float32)
+
+
+def label(record: bytes) -> int:
+    """The 0-based (pseudo) label of a labeled, prediction or pseudo-labeled record; -1 when it has none."""
+    features = _features(record)
+    if features[LABEL_ONE_BASED].int64_list.value:
+        return features[LABEL_ONE_BASED].int64_list.value[0] - 1
+    for key in (CLASSES, LABEL):
+        if features[key].int64_list.value:
+            return features[key].int64_list.value[0]
+    return -1
+
+
+def _features(record: bytes):
+    try:
+        return tf.train.Example.FromString(record).features.feature
+    except Exception as e:  # protobuf's DecodeError differs between its implementations
+        raise DataError(f"the record is not a tf.train.Example: {e}") from e
+
+
+def parse_labeled(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Scalar string → `image` (encoded, scalar string) and `label` (0-based, int32)."""
+    spec = {
+        IMAGE: tf.io.FixedLenFeature([], tf.string),
+        LABEL_ONE_BASED: tf.io.FixedLenFeature([], tf.int64),
+    }
+    parsed = tf.io.parse_single_example(serialized, spec)
+    return {"image": parsed[IMAGE], "label": tf.cast(parsed[LABEL_ONE_BASED] - 1, tf.int32)}
+
+
+def parse_unlabeled(serialized: tf.Tensor) -> tf.Tensor:
+    """Scalar string → encoded image, scalar string."""
+    return tf.io.parse_single_example(serialized, {IMAGE: tf.io.FixedLenFeature([], tf.string)})[
+        IMAGE
+    ]
+
+
+def parse_pseudo_labeled(serialized: tf.Tensor, num_classes: int) -> dict[str, tf.Tensor]:
+    """Scalar string → `image`, `label` (0-based, int32), `probs` float32 [num_classes]."""
+    spec = {
+        IMAGE: tf.io.FixedLenFeature([], tf.string),
+        LABEL: tf.io.FixedLenFeature([], tf.int64),
+        PROBABILITIES: tf.io.FixedLenFeature([num_classes], tf.float32),
+    }
+    parsed = tf.io.parse_single_example(serialized, spec)
+    return {
+        "image": parsed[IMAGE],
+        "label": tf.cast(parsed[LABEL], tf.int32),
+        "probs": parsed[PROBABILITIES],
+    }
+
+
+# --- Reading ------------------------------------------------------------------------------------------------
+
+
+class Record(NamedTuple):
+    """One record of a file; `payload` is None and `problem` says why when it could not be read."""
+
+    position: int
+    payload: bytes | None
+    problem: str = ""
+
+
+_HEADER = struct.Struct("<QI")
+_FOOTER = struct.Struct("<I")
+
+
+def _masked_crc(data: bytes) -> int:
+    crc = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def read(path: str) -> Iterator[Record]:
+    """Reads a TFRecord file past damage.
+
+    A record whose payload fails its checksum is reported and the next one is read. When a length cannot be
+    trusted, or the file ends inside a record, the rest of the file is one last unreadable record.
+
+    Yields:
+      Records in file order, positions counting unreadable ones.
+    """
+    size = tf.io.gfile.stat(path).length
+    position = offset = 0
+    with tf.io.gfile.GFile(path, "rb") as f:
+        while offset < size:
+            header = f.read(_HEADER.size)
+            if len(header) < _HEADER.size:
+                yield Record(position, None, f"truncated at byte {offset}")
+                return
+            length, length_crc = _HEADER.unpack(header)
+            if _masked_crc(header[:8]) != length_crc:
+                yield Record(position, None, f"damaged length at byte {offset}: the rest is lost")
+                return
+            if offset + _HEADER.size + length + _FOOTER.size > size:
+                yield Record(position, None, f"truncated at byte {offset}")
+                return
+            payload = f.read(length)
+            (crc,) = _FOOTER.unpack(f.read(_FOOTER.size))
+            good = _masked_crc(payload) == crc
+            problem = "" if good else f"damaged payload at byte {offset}"
+            yield Record(position, payload if good else None, problem)
+            offset += _HEADER.size + length + _FOOTER.size
+            position += 1
+
+
+def count(path: str) -> int:
+    """Number of whole records of a file, from its headers alone; a truncated tail is not counted."""
+    size = tf.io.gfile.stat(path).length
+    offset = total = 0
+    with tf.io.gfile.GFile(path, "rb") as f:
+        while offset + _HEADER.size <= size:
+            f.seek(offset)
+            length, length_crc = _HEADER.unpack(header := f.read(_HEADER.size))
+            offset += _HEADER.size + length + _FOOTER.size
+            if _masked_crc(header[:8]) != length_crc or offset > size:
+                break
+            total += 1
+    return total
+
+
+def count_all(paths: Sequence[str]) -> list[int]:
+    """Records per file, from the folder's `counts.json` where that matches the file's size, else counted.
+
+    Raises:
+      DataError: a file is empty although no `counts.json` says so.
+    """
+    known: dict[str, dict] = {}
+    counts = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in known:
+            sidecar = os.path.join(folder, COUNTS)
+            known[folder] = manifests.read_json(sidecar) if tf.io.gfile.exists(sidecar) else {}
+        size = tf.io.gfile.stat(path).length
+        entry = known[folder].get(name)
+        if entry and entry["bytes"] == size:
+            counts.append(entry["records"])
+        elif size == 0:
+            raise DataError(f"{path} is empty: write it again, or delete its whole set")
+        else:
+            counts.append(count(path))
+    return counts
+
+
+# --- Writing ------------------------------------------------------------------------------------------------
+
+COUNTS = "counts.json"
+
+
+def write(path: str, payloads: Iterator[bytes] | Sequence[bytes]) -> int:
+    """Writes one TFRecord file under exactly this name (callers rename it when whole); returns the count."""
+    total = 0
+    with tf.io.TFRecordWriter(path) as writer:
+        for payload in payloads:
+            writer.write(payload)
+            total += 1
+    return total
+
+
+def write_sharded(
+    folder: str, prefix: str, payloads: Sequence[bytes], num_shards: int
+) -> list[str]:
+    """Writes `payloads` round-robin to `num_shards` files; each appears by rename when whole.
+
+    Returns:
+      The paths.
+    """
+    tf.io.gfile.makedirs(folder)
+    paths = [os.path.join(folder, shard_name(prefix, i, num_shards)) for i in range(num_shards)]
+    for shard, path in enumerate(paths):
+        with manifests.atomic_path(path) as temporary:
+            write(temporary, payloads[shard::num_shards])
+    note_counts(paths)
+    return paths
+
+
+def note_counts(paths: Sequence[str]) -> None:
+    """Records the number of records and bytes of files of one folder in its `counts.json`."""
+    folder = os.path.dirname(paths[0])
+    sidecar = os.path.join(folder, COUNTS)
+    entries = manifests.read_json(sidecar) if tf.io.gfile.exists(sidecar) else {}
+    for path in paths:
+        entries[os.path.basename(path)] = {
+            "records": count(path),
+            "bytes": tf.io.gfile.stat(path).length,
+        }
+    manifests.write_json(sidecar, entries, indent=1)

@@ -1,0 +1,90 @@
+"""What is classified: classes, channel statistics, image size and the sets of each task."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from efficientnet_ns.data import manifests
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One classification task.
+
+    Attributes:
+      num_classes: number of classes.
+      mean, std: channel statistics in units of the full range (0..1).
+      image_size: side in pixels, or None for the model's own resolution.
+      small_image: train with the small-image model variant and its preprocessing.
+      flip: whether a mirrored image keeps its class (house numbers and digits do not).
+      train_set, eval_set, test_set: prefixes of the record files; no test set when None.
+      num_train_images: size of the training set, which defines an epoch; None counts the records.
+      class_names: one per class, or None.
+    """
+
+    num_classes: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    image_size: int | None = None
+    small_image: bool = False
+    flip: bool = True
+    train_set: str = "train"
+    eval_set: str = "validation"
+    test_set: str | None = None
+    num_train_images: int | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+_DIGIT_NAMES = tuple(str(i) for i in range(10))
+
+TASKS: dict[str, Task] = {
+    "imagenet": Task(num_classes=1000, num_train_images=1281167),
+    # Statistics of the SVHN training set, as the original's.
+    "svhn": Task(
+        num_classes=10,
+        mean=(0.4376821, 0.4437697, 0.47280442),
+        std=(0.19803012, 0.20101562, 0.19703614),
+        image_size=32,
+        small_image=True,
+        flip=False,
+        eval_set="dev",
+        test_set="test",
+        num_train_images=69257,
+        class_names=_DIGIT_NAMES,
+    ),
+    # scikit-learn's bundled scans of handwritten digits (UCI, 1797 images).
+    "digits": Task(
+        num_classes=10,
+        mean=(0.305, 0.305, 0.305),
+        std=(0.36, 0.36, 0.36),
+        image_size=16,
+        small_image=True,
+        flip=False,
+        eval_set="dev",
+        test_set="test",
+        class_names=_DIGIT_NAMES,
+    ),
+}
+
+
+def get_task(name: str) -> Task:
+    """The task called `name`, or the one described by the JSON file at that path (fields of `Task`).
+
+    Raises:
+      ValueError: neither, or a file with unknown or missing fields.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    if not name.endswith(".json"):
+        raise ValueError(
+            f"unknown task {name!r}; known tasks: {', '.join(TASKS)}, or the path of a .json file "
+            'with the fields of a task, e.g. {"num_classes": 5}'
+        )
+    fields = manifests.read_json(name)
+    known = {f.name for f in dataclasses.fields(Task)}
+    unknown = sorted(set(fields) - known)
+    if unknown or "num_classes" not in fields:
+        raise ValueError(
+            f"{name}: unknown fields {unknown}; allowed are {sorted(known)}, num_classes is required"
+        )
+    return Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})

@@ -1,0 +1,1 @@
+"""Measuring models: accuracy over every example exactly once."""

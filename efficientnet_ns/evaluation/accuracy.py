@@ -1,0 +1,71 @@
+"""Accuracy over every example exactly once."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+
+class IncompleteEvaluation(RuntimeError):
+    """The number of examples seen is not the number of examples there are."""
+
+
+class Evaluator:
+    """Top-1, top-5 and loss of a model; may be called again and again while the model learns.
+
+    Args:
+      model: pixels → logits.
+      strategy: the one the model was built under.
+    """
+
+    def __init__(self, model: tf.keras.Model, strategy: tf.distribute.Strategy | None = None):
+        self._strategy = strategy or tf.distribute.get_strategy()
+
+        @tf.function
+        def step(batch):
+            partial = self._strategy.run(_batch_sums, args=(model, batch))
+            total = tf.distribute.ReduceOp.SUM
+            return {k: self._strategy.reduce(total, v, None) for k, v in partial.items()}
+
+        self._step = step
+
+    def __call__(self, batches: tf.data.Dataset, num_examples: int) -> dict[str, float]:
+        """Measures one set.
+
+        Args:
+          batches: padded batches with a mask; see `pipeline.eval_batches`.
+          num_examples: size of the set.
+
+        Returns:
+          `top1`, `top5` (fractions; top-5 is over min(5, classes)), `loss` (mean cross entropy without
+          smoothing), `examples`.
+
+        Raises:
+          IncompleteEvaluation: the batches held more or fewer examples.
+        """
+        sums = {"top1": 0.0, "top5": 0.0, "loss": 0.0, "examples": 0.0}
+        for batch in self._strategy.experimental_distribute_dataset(batches):
+            for key, value in self._step(batch).items():
+                sums[key] += float(value)
+        seen = round(sums.pop("examples"))
+        if seen != num_examples:
+            raise IncompleteEvaluation(f"saw {seen} examples, but the set has {num_examples}")
+        return {**{key: value / seen for key, value in sums.items()}, "examples": seen}
+
+
+def _batch_sums(model: tf.keras.Model, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    logits = model(batch["image"], training=False)
+    labels, mask = batch["label"], batch["mask"]
+    k = min(5, logits.shape[-1])
+    # NaN logits count as misses: in_top_k is false for them.
+    return {
+        "top1": tf.reduce_sum(mask * _in_top_k(logits, labels, 1)),
+        "top5": tf.reduce_sum(mask * _in_top_k(logits, labels, k)),
+        "loss": tf.reduce_sum(
+            mask * tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
+        ),
+        "examples": tf.reduce_sum(mask),
+    }
+
+
+def _in_top_k(logits: tf.Tensor, labels: tf.Tensor, k: int) -> tf.Tensor:
+    return tf.cast(tf.math.in_top_k(labels, logits, k), tf.float32)

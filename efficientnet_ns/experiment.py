@@ -1,0 +1,169 @@
+"""A `Config` resolved against its task and model: sizes, preprocessing, models, datasets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import tensorflow as tf
+
+from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.data import pipeline, tasks
+from efficientnet_ns.models import efficientnet
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a run works on.
+
+    Attributes:
+      config: the settings.
+      task: the classification task.
+      image_size: side of the model's input in pixels.
+      small_image: whether model and preprocessing are the small-image variants.
+      num_classes: width of the logits.
+    """
+
+    config: Config
+    task: tasks.Task
+    image_size: int
+    small_image: bool
+    num_classes: int
+
+    @classmethod
+    def from_config(cls, config: Config) -> Experiment:
+        """Resolves and cross-checks; ConfigError names the flag that does not fit."""
+        try:
+            task = tasks.get_task(config.data.task_name)
+        except ValueError as e:
+            raise ConfigError(f"--task_name: {e}") from e
+        try:
+            variant = efficientnet.get_variant(config.model.model_name)
+        except ValueError as e:
+            raise ConfigError(f"--model_name: {e}") from e
+        default_classes = type(config.model)().num_label_classes
+        if config.model.num_label_classes not in (default_classes, task.num_classes):
+            raise ConfigError(
+                f"--num_label_classes={config.model.num_label_classes}, but task "
+                f"{config.data.task_name!r} has {task.num_classes} classes"
+            )
+        return cls(
+            config=config,
+            task=task,
+            image_size=config.model.input_image_size or task.image_size or variant.resolution,
+            small_image=config.model.small_image_model or task.small_image,
+            num_classes=task.num_classes,
+        )
+
+    @property
+    def train_steps(self) -> int:
+        """Update steps of the whole schedule, stretched by train_ratio."""
+        return int(self.config.train.train_steps * self.config.train.train_ratio)
+
+    @property
+    def unlabeled_batch_size(self) -> int:
+        """Unlabeled images per update."""
+        return math.ceil(self.config.train.train_batch_size * self.config.train.unlabel_ratio)
+
+    def build_model(self) -> tf.keras.Model:
+        """A new student."""
+        model, train = self.config.model, self.config.train
+        drop_rate = 0.2 if model.stochastic_depth_rate is None else model.stochastic_depth_rate
+        return efficientnet.build_model(
+            model.model_name,
+            self.num_classes,
+            self.image_size,
+            small_image=self.small_image,
+            width_coefficient=model.width_coefficient,
+            depth_coefficient=model.depth_coefficient,
+            dropout_rate=model.dropout_rate,
+            survival_prob=1.0 - drop_rate,
+            mean=self.task.mean,
+            std=self.task.std,
+            bn_momentum=train.bn_momentum,
+        )
+
+    @property
+    def teacher_image_size(self) -> int:
+        """Resolution of the on-the-fly teacher."""
+        if self.config.train.teacher_image_size:
+            return self.config.train.teacher_image_size
+        if self.small_image:
+            return self.image_size
+        return efficientnet.get_variant(self.config.train.teacher_model_name).resolution
+
+    def build_teacher(self) -> tf.keras.Model:
+        """A new on-the-fly teacher, at its variant's own width and depth."""
+        return efficientnet.build_model(
+            self.config.train.teacher_model_name,
+            self.num_classes,
+            self.teacher_image_size,
+            small_image=self.small_image,
+            mean=self.task.mean,
+            std=self.task.std,
+        )
+
+    def preprocessing(self, augment_name: str | None = None) -> pipeline.Preprocessing:
+        """Preprocessing at the student's resolution, augmented when `augment_name` is given."""
+        data = self.config.data
+        randaugment = None
+        if augment_name not in (None, "none"):
+            randaugment = pipeline.RandAugment(
+                num_layers=data.randaug_layer,
+                magnitude=data.randaug_mag,
+                mode=data.randaug_mode,
+                use_cutout=data.cutout_op,
+            )
+        return pipeline.Preprocessing(
+            image_size=self.image_size,
+            small_image=self.small_image,
+            flip=self.task.flip,
+            randaugment=randaugment,
+            clean=data.remove_aug,
+        )
+
+    def training_batches(
+        self, labeled: pipeline.Source, unlabeled: pipeline.Source | None, start_step: int
+    ) -> tf.data.Dataset:
+        """Endless joint batches beginning at update `start_step`; see `student.NoisyStudent`."""
+        data, train = self.config.data, self.config.train
+        shared = {
+            "num_classes": self.num_classes,
+            "seed": train.seed,
+            "start_step": start_step,
+            "shuffle_buffer": data.shuffle_buffer,
+        }
+        parts = [
+            pipeline.labeled_batches(
+                labeled,
+                self.preprocessing(data.augment_name),
+                batch_size=train.train_batch_size,
+                **shared,
+            )
+        ]
+        if unlabeled is not None:
+            name = data.augment_name if data.unl_aug == "default" else data.unl_aug
+            teacher = None
+            if train.teacher_model_name:
+                teacher = dataclasses.replace(
+                    self.preprocessing(), image_size=self.teacher_image_size
+                )
+            parts.append(
+                pipeline.unlabeled_batches(
+                    unlabeled,
+                    self.preprocessing(name),
+                    batch_size=self.unlabeled_batch_size,
+                    teacher_preprocessing=teacher,
+                    **shared,
+                )
+            )
+        return pipeline.join(*parts)
+
+    def eval_batches(self, source: pipeline.Source) -> tf.data.Dataset:
+        """Every record of `source` once; see `pipeline.eval_batches`."""
+        return pipeline.eval_batches(
+            source,
+            self.preprocessing(),
+            num_classes=self.num_classes,
+            batch_size=self.config.train.eval_batch_size,
+        )

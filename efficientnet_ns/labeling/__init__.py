@@ -1,0 +1,1 @@
+"""The pseudo-label stages: predict, select, write, report."""

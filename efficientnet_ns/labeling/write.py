@@ -1,0 +1,171 @@
+"""Balanced, pseudo-labeled records from a selection (arXiv 1911.04252, algorithm 1, step 3).
+
+One output file per shard of the unlabeled set, in the original's format and with its side files: statistics
+and sample pictures per class. Copies are physical copies, spread by the shuffle.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.config import SelectConfig
+from efficientnet_ns.data import manifests, records
+from efficientnet_ns.labeling import select
+from efficientnet_ns.progress import Progress
+
+_BUFFER = 10000  # Records held to shuffle from; bounds memory.
+
+
+class Lost(RuntimeError):
+    """Records written are not the records selected."""
+
+
+def write(config: SelectConfig) -> dict[str, int]:
+    """Writes the selected records of every shard; finished shards are verified and skipped.
+
+    Returns:
+      `records` written, over all shards.
+
+    Raises:
+      records.DataError: a selected record cannot be read.
+      Lost: counts of selected, written and read-back records differ.
+    """
+    workers = select.count_workers(config)
+    selection = os.path.join(config.output_dir, select.SELECTION)
+    if not tf.io.gfile.exists(selection):
+        raise records.DataError(f"{selection} is missing: run the selection first")
+    db = select.connect([selection])
+    stages = [_stage(config, selection, shard) for shard in range(config.num_shards)]
+    with Progress(config.num_shards, "writing balanced records", "shards") as progress:
+        for shard, stage in enumerate(stages):
+            if not stage.done():
+                _write_shard(db, config, stage, shard, workers)
+            progress.update(1)
+    _write_final_stats(config, stages)
+    records.note_counts([stage.outputs[0] for stage in stages])
+    total = sum(stage.counts()["records"] for stage in stages)
+    (selected,) = db.execute("SELECT coalesce(sum(copies), 0) FROM predictions").fetchone()
+    if total != selected:
+        raise Lost(f"{selected} records were selected, but {total} written to {config.output_dir}")
+    return {"records": total}
+
+
+def _stage(config: SelectConfig, selection: str, shard: int) -> manifests.Stage:
+    task = select.task_number(config)
+    data = os.path.join(
+        config.output_dir, "data", records.pseudo_label_name(task, shard, config.num_shards)
+    )
+    stats = os.path.join(config.output_dir, "stats", f"stats_{shard:05d}_{task}.json")
+    settings = {
+        "selection": manifests.content_hash(selection),
+        "input": manifests.fingerprint([select.input_path(config, shard)]),
+        "seed": config.seed,
+    }
+    manifest = os.path.join(config.output_dir, "stats", f"manifest_{shard:05d}_{task}.json")
+    return manifests.Stage(manifest, [data, stats], settings)
+
+
+def _write_shard(db, config: SelectConfig, stage, shard: int, workers: int) -> None:
+    rows = db.execute(
+        "SELECT position * $1 + worker, label, copies FROM predictions WHERE shard = $2",
+        [workers, shard],
+    ).fetchall()
+    chosen = {index: (label, copies) for index, label, copies in rows}
+    samples = _Samples(config, shard)
+    per_class: Counter[str] = Counter()
+    rng = np.random.default_rng([config.seed, shard])
+    with stage.write() as (temporary, counts):
+        data_path, stats_path = stage.outputs
+
+        def balanced() -> Iterator[bytes]:
+            for example, label, copies in _selected(config, shard, workers, chosen, samples):
+                per_class[str(label)] += copies
+                for _ in range(copies):
+                    yield example
+
+        written = records.write(temporary[data_path], _shuffled(balanced(), rng))
+        expected = sum(copies for _, copies in chosen.values())
+        read_back = records.count(temporary[data_path])
+        if not written == read_back == expected:
+            raise Lost(
+                f"{data_path}: {expected} records selected, {written} written, {read_back} read back"
+            )
+        manifests.write_json(temporary[stats_path], dict(sorted(per_class.items())))
+        counts.update(records=written)
+
+
+def _selected(config, shard: int, workers: int, chosen: dict, samples) -> Iterator[tuple]:
+    """Yields (serialized example, label, copies) of the chosen records of a shard, in file order."""
+    predictions = [records.read(select.prediction_path(config, shard, w)) for w in range(workers)]
+    for image_record in records.read(select.input_path(config, shard)):
+        # Record i was predicted by worker i mod workers.
+        prediction = next(predictions[image_record.position % workers], None)
+        if image_record.position not in chosen:
+            continue
+        for record, path in (
+            (image_record, select.input_path(config, shard)),
+            (prediction, select.prediction_path(config, shard, image_record.position % workers)),
+        ):
+            if record is None or record.payload is None:
+                problem = record.problem if record else "fewer predictions than images"
+                raise records.DataError(f"{path}, record {image_record.position}: {problem}")
+        label, copies = chosen[image_record.position]
+        image = records.image_bytes(image_record.payload)
+        probs = records.probabilities(prediction.payload)
+        samples.keep(image, label, float(probs[label]))
+        yield records.pseudo_labeled_example(image, probs, label), label, copies
+
+
+def _shuffled(payloads: Iterator[bytes], rng: np.random.Generator) -> Iterator[bytes]:
+    """Draws at random from a buffer that the input refills; every payload comes out once."""
+    buffer: list[bytes] = []
+    for payload in payloads:
+        if len(buffer) < _BUFFER:
+            buffer.append(payload)
+            continue
+        place = rng.integers(_BUFFER)
+        yield buffer[place]
+        buffer[place] = payload
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+class _Samples:
+    """Keeps a few pictures per class as files that people can open."""
+
+    def __init__(self, config: SelectConfig, shard: int):
+        self._folder = os.path.join(config.output_dir, "samples")
+        self._task, self._shard, self._limit = select.task_number(config), shard, config.num_samples
+        self._kept: Counter[int] = Counter()
+
+    def keep(self, image: bytes, label: int, prob: float) -> None:
+        """Writes the picture unless its class has enough."""
+        index = self._kept[label]
+        if index >= self._limit:
+            return
+        self._kept[label] += 1
+        folder = os.path.join(self._folder, str(label))
+        tf.io.gfile.makedirs(folder)
+        name = f"image_{self._shard}_{self._task}_{index}_{prob:.4f}.jpeg"
+        with tf.io.gfile.GFile(os.path.join(folder, name), "wb") as f:
+            f.write(image)
+
+
+def _write_final_stats(config: SelectConfig, stages) -> None:
+    total: Counter[str] = Counter()
+    for stage in stages:
+        total.update(manifests.read_json(stage.outputs[1]))
+    pairs = sorted(total.items(), key=lambda pair: -pair[1])
+    manifests.write_json(
+        os.path.join(config.output_dir, "stats", "final_stats.json"),
+        {
+            "cat_count": dict(total),
+            "cat_sorted_pairs": [list(pair) for pair in pairs],
+            "total_cnt": sum(total.values()),
+        },
+    )

@@ -1,0 +1,42 @@
+"""Train, evaluate or predict: `python -m efficientnet_ns.main --mode=train --flagfile=flags/…`."""
+
+from __future__ import annotations
+
+import json
+
+from absl import flags
+
+from efficientnet_ns import config
+
+MODES = ("train", "eval", "train_and_eval", "predict")
+
+
+def main(argv: list[str]) -> None:
+    config.no_arguments(argv)
+    settings = config.from_flags(config.Config, flags.FLAGS)
+    mode = flags.FLAGS.mode
+    # TensorFlow is loaded here, after --help and wrong flags have been answered.
+    if mode == "predict":
+        from efficientnet_ns.labeling import predict
+
+        result = predict.predict(settings)
+    elif mode == "eval":
+        from efficientnet_ns.training import train
+
+        result = train.evaluate(settings)
+    else:
+        from efficientnet_ns.training import train
+
+        result = train.train_and_evaluate(settings, evaluate=mode == "train_and_eval")
+    print(json.dumps(result))
+
+
+def run() -> None:
+    """The command line."""
+    flags.DEFINE_enum("mode", "train_and_eval", MODES, "What to do.")
+    config.define_flags(config.Config)
+    config.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,1 @@
+"""The EfficientNet family: layers, block tables and weights."""

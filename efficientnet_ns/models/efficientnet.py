@@ -1,0 +1,279 @@
+"""EfficientNet B0–B7 and L2 as Keras functional models (arXiv 1905.11946, table 1; 1911.04252, table 7).
+
+Input is pixels 0..255; normalisation is the first layer. Layer names are stable: `stem_conv`,
+`blocks_<i>_{expand,dw,project}_{conv,bn}`, `blocks_<i>_se_{reduce,expand}`, `head_{conv,bn,dense}`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from efficientnet_ns.models import layers
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One row of table 1 of the EfficientNet paper: `repeats` MBConv blocks of one shape."""
+
+    kernel: int
+    stride: int
+    expand: int
+    filters_in: int
+    filters_out: int
+    repeats: int
+
+
+_B0_STAGES = (
+    Stage(kernel=3, stride=1, expand=1, filters_in=32, filters_out=16, repeats=1),
+    Stage(kernel=3, stride=2, expand=6, filters_in=16, filters_out=24, repeats=2),
+    Stage(kernel=5, stride=2, expand=6, filters_in=24, filters_out=40, repeats=2),
+    Stage(kernel=3, stride=2, expand=6, filters_in=40, filters_out=80, repeats=3),
+    Stage(kernel=5, stride=1, expand=6, filters_in=80, filters_out=112, repeats=3),
+    Stage(kernel=5, stride=2, expand=6, filters_in=112, filters_out=192, repeats=4),
+    Stage(kernel=3, stride=1, expand=6, filters_in=192, filters_out=320, repeats=1),
+)
+_TEST_STAGES = (
+    Stage(kernel=3, stride=1, expand=1, filters_in=8, filters_out=8, repeats=1),
+    Stage(kernel=3, stride=2, expand=2, filters_in=8, filters_out=16, repeats=2),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Compound-scaling coefficients of one model of the family.
+
+    Attributes:
+      width, depth: multipliers of channels and of block repeats.
+      resolution: image side in pixels at which the published model is evaluated.
+      dropout_rate: of the head.
+      stages: the unscaled block table.
+      head_filters: unscaled channels of the last convolution.
+    """
+
+    width: float
+    depth: float
+    resolution: int
+    dropout_rate: float
+    stages: tuple[Stage, ...] = _B0_STAGES
+    head_filters: int = 1280
+
+
+VARIANTS: dict[str, Variant] = {
+    "efficientnet-b0": Variant(1.0, 1.0, 224, 0.2),
+    "efficientnet-b1": Variant(1.0, 1.1, 240, 0.2),
+    "efficientnet-b2": Variant(1.1, 1.2, 260, 0.3),
+    "efficientnet-b3": Variant(1.2, 1.4, 300, 0.3),
+    "efficientnet-b4": Variant(1.4, 1.8, 380, 0.4),
+    "efficientnet-b5": Variant(1.6, 2.2, 456, 0.4),
+    "efficientnet-b6": Variant(1.8, 2.6, 528, 0.5),
+    "efficientnet-b7": Variant(2.0, 3.1, 600, 0.5),
+    "efficientnet-l2": Variant(4.3, 5.3, 800, 0.5),
+    # Not a published model: the same family, small enough for tests that train.
+    "efficientnet-test": Variant(1.0, 1.0, 32, 0.2, _TEST_STAGES, head_filters=32),
+}
+
+
+def round_filters(filters: int, width: float, divisor: int = 8) -> int:
+    """Scaled channel count: nearest multiple of `divisor`, never more than 10 % below the exact product."""
+    if width == 1.0:
+        return filters
+    exact = filters * width
+    rounded = max(divisor, int(exact + divisor / 2) // divisor * divisor)
+    return rounded if rounded >= 0.9 * exact else rounded + divisor
+
+
+def round_repeats(repeats: int, depth: float) -> int:
+    """Scaled number of blocks of a stage, rounded up."""
+    return int(math.ceil(depth * repeats))
+
+
+def block_table(
+    stages: Sequence[Stage], width: float, depth: float, small_image: bool = False
+) -> list[Stage]:
+    """Expands scaled stages into one `Stage(repeats=1)` per MBConv block.
+
+    Args:
+      small_image: strides of stages 2 and 3 are 1 (the 32-pixel variant for SVHN and CIFAR).
+    """
+    blocks = []
+    for number, stage in enumerate(stages, start=1):
+        filters_in, filters_out = (
+            round_filters(f, width) for f in (stage.filters_in, stage.filters_out)
+        )
+        stride = 1 if small_image and number in (2, 3) else stage.stride
+        for repeat in range(round_repeats(stage.repeats, depth)):
+            blocks.append(
+                dataclasses.replace(
+                    stage,
+                    stride=stride if repeat == 0 else 1,
+                    filters_in=filters_in if repeat == 0 else filters_out,
+                    filters_out=filters_out,
+                    repeats=1,
+                )
+            )
+    return blocks
+
+
+def get_variant(name: str) -> Variant:
+    """The table row of `name`; ValueError listing the known names otherwise."""
+    if name not in VARIANTS:
+        raise ValueError(f"unknown model {name!r}; known models: {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
+def _conv(x, filters: int, kernel: int, stride: int, name: str, use_bias: bool = False):
+    return tf.keras.layers.Conv2D(
+        filters,
+        kernel,
+        strides=stride,
+        padding="same",
+        use_bias=use_bias,
+        kernel_initializer=_conv_initializer(),
+        name=name,
+    )(x)
+
+
+def _conv_initializer() -> tf.keras.initializers.Initializer:
+    # Normal with variance 2 / (k·k·filters_out); for depthwise kernels Keras' fan_out is k·k, as the original.
+    return tf.keras.initializers.VarianceScaling(2.0, "fan_out", "untruncated_normal")
+
+
+def _bn_swish(x, name: str, bn_momentum: float):
+    x = layers.BatchNorm(momentum=bn_momentum, name=f"{name}_bn")(x)
+    return tf.keras.layers.Activation(tf.nn.silu, name=f"{name}_swish")(x)
+
+
+def _squeeze_excite(x, filters_in: int, name: str):
+    # The squeeze width comes from the block's input filters, not from the expanded ones.
+    squeezed = max(1, int(filters_in * 0.25))
+    s = tf.keras.layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_se_pool")(x)
+    s = _conv(s, squeezed, 1, 1, f"{name}_se_reduce", use_bias=True)
+    s = tf.keras.layers.Activation(tf.nn.silu, name=f"{name}_se_swish")(s)
+    s = _conv(s, x.shape[-1], 1, 1, f"{name}_se_expand", use_bias=True)
+    s = tf.keras.layers.Activation(tf.nn.sigmoid, name=f"{name}_se_gate")(s)
+    return tf.keras.layers.Multiply(name=f"{name}_se_excite")([x, s])
+
+
+def _mbconv(x, block: Stage, name: str, survival_prob: float, bn_momentum: float):
+    shortcut = x
+    if block.expand != 1:
+        x = _conv(x, block.filters_in * block.expand, 1, 1, f"{name}_expand_conv")
+        x = _bn_swish(x, f"{name}_expand", bn_momentum)
+    x = tf.keras.layers.DepthwiseConv2D(
+        block.kernel,
+        strides=block.stride,
+        padding="same",
+        use_bias=False,
+        depthwise_initializer=_conv_initializer(),
+        name=f"{name}_dw_conv",
+    )(x)
+    x = _bn_swish(x, f"{name}_dw", bn_momentum)
+    x = _squeeze_excite(x, block.filters_in, name)
+    x = _conv(x, block.filters_out, 1, 1, f"{name}_project_conv")
+    x = layers.BatchNorm(momentum=bn_momentum, name=f"{name}_project_bn")(x)
+    if block.stride == 1 and block.filters_in == block.filters_out:
+        if survival_prob < 1.0:
+            x = layers.StochasticDepth(survival_prob, name=f"{name}_stochastic_depth")(x)
+        x = tf.keras.layers.Add(name=f"{name}_add")([x, shortcut])
+    return x
+
+
+def build_model(
+    variant: str,
+    num_classes: int = 1000,
+    image_size: int | None = None,
+    *,
+    small_image: bool = False,
+    width_coefficient: float | None = None,
+    depth_coefficient: float | None = None,
+    dropout_rate: float | None = None,
+    survival_prob: float = 0.8,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    bn_momentum: float = 0.99,
+) -> tf.keras.Model:
+    """Builds an EfficientNet that maps pixels to logits.
+
+    Args:
+      variant: a key of `VARIANTS`; also the model's name and the variable scope of its checkpoints.
+      num_classes: width of the logits.
+      image_size: side of the input in pixels; None takes the variant's resolution.
+      small_image: strides of stages 2 and 3 are 1, for images of 32 pixels and less.
+      width_coefficient, depth_coefficient, dropout_rate: override the variant's values.
+      survival_prob: of the last block's residual branch; block i of N gets 1 - (1 - survival_prob)·i/N.
+      mean, std: channel statistics of the training set in units of the full range (0..1).
+      bn_momentum: decay of the batch-norm moving averages.
+
+    Returns:
+      A model: float or uint8 [N, image_size, image_size, 3] in 0..255 → float32 logits [N, num_classes].
+
+    Raises:
+      ValueError: unknown variant, or a value out of range.
+    """
+    spec = get_variant(variant)
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}; it must be at least 1")
+    if not 0.0 < survival_prob <= 1.0:
+        raise ValueError(f"survival_prob is {survival_prob}; it must be in (0, 1]")
+    dropout_rate = spec.dropout_rate if dropout_rate is None else dropout_rate
+    if not 0.0 <= dropout_rate < 1.0:
+        raise ValueError(f"dropout_rate is {dropout_rate}; it must be in [0, 1)")
+    width = width_coefficient or spec.width
+    size = image_size or spec.resolution
+    blocks = block_table(spec.stages, width, depth_coefficient or spec.depth, small_image)
+
+    inputs = tf.keras.Input((size, size, 3), name="image")
+    x = layers.PixelNormalization(mean, std, name="normalization")(inputs)
+    x = _conv(x, round_filters(spec.stages[0].filters_in, width), 3, 2, "stem_conv")
+    x = _bn_swish(x, "stem", bn_momentum)
+    for index, block in enumerate(blocks):
+        block_survival = 1.0 - (1.0 - survival_prob) * index / len(blocks)
+        x = _mbconv(x, block, f"blocks_{index}", block_survival, bn_momentum)
+    x = _conv(x, round_filters(spec.head_filters, width), 1, 1, "head_conv")
+    x = _bn_swish(x, "head", bn_momentum)
+    x = tf.keras.layers.GlobalAveragePooling2D(name="head_pool")(x)
+    x = layers.Dropout(dropout_rate, name="head_dropout")(x)
+    x = tf.keras.layers.Dense(
+        num_classes,
+        # Uniform in ±1/sqrt(num_classes), as the original.
+        kernel_initializer=tf.keras.initializers.VarianceScaling(1 / 3, "fan_out", "uniform"),
+        name="head_dense",
+    )(x)
+    logits = tf.keras.layers.Activation("linear", dtype="float32", name="logits")(x)
+    return tf.keras.Model(inputs, logits, name=variant)
+
+
+def num_blocks(model: tf.keras.Model) -> int:
+    """Number of MBConv blocks of a model made by `build_model`."""
+    return sum(layer.name.endswith("_dw_conv") for layer in model.layers)
+
+
+def endpoints(model: tf.keras.Model) -> dict[str, tf.Tensor]:
+    """Symbolic intermediate outputs of a model made by `build_model`.
+
+    Returns:
+      `stem`; `reduction_1` … (the last map before each halving of the resolution; five for 224-pixel
+      models); `features` (after the head convolution); `pooled` [N, channels]; `logits`.
+    """
+    outputs = {"stem": model.get_layer("stem_swish").output}
+    blocks = num_blocks(model)
+    names = {layer.name for layer in model.layers}
+    level = 0
+    for index in range(blocks):
+        last = index == blocks - 1
+        if last or model.get_layer(f"blocks_{index + 1}_dw_conv").strides[0] > 1:
+            level += 1
+            added = f"blocks_{index}_add"
+            name = added if added in names else f"blocks_{index}_project_bn"
+            outputs[f"reduction_{level}"] = model.get_layer(name).output
+    outputs["features"] = model.get_layer("head_swish").output
+    outputs["pooled"] = model.get_layer("head_pool").output
+    outputs["logits"] = model.output
+    return outputs

@@ -1,0 +1,1 @@
+"""Losses, schedules, optimizer, EMA, and the student's training loop."""

@@ -1,0 +1,90 @@
+"""Training checkpoints in the original's format: weights, moving averages, optimizer slots, step."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.models import weights
+from efficientnet_ns.training.optimizers import RMSPropTF1
+
+_PREFIX = "model.ckpt-"
+
+
+class Checkpoints:
+    """Saves and restores one training.
+
+    Args:
+      folder: model_dir.
+      student, ema_student: models of one architecture.
+      optimizer: built for the student's trainable variables.
+      keep: number of checkpoints kept.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        student: tf.keras.Model,
+        ema_student: tf.keras.Model,
+        optimizer: RMSPropTF1,
+        keep: int = 5,
+    ):
+        self.folder, self.keep = folder, keep
+        self.optimizer = optimizer
+        names = weights.variable_names(student)
+        averages = weights.variable_names(ema_student)
+        self.variables = {**names, "global_step": optimizer.iterations}
+        trainable = {id(v) for v in student.trainable_variables}
+        for name, variable in names.items():
+            self.variables[name + weights.EMA_SUFFIX] = averages[name]
+            if id(variable) in trainable:
+                slots = optimizer.slots(variable)
+                self.variables[name + "/RMSProp"], self.variables[name + "/RMSProp_1"] = slots
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints in the folder, newest first."""
+        if not tf.io.gfile.isdir(self.folder):
+            return []
+        names = tf.io.gfile.listdir(self.folder)
+        matches = [re.fullmatch(re.escape(_PREFIX) + r"(\d+)\.index", name) for name in names]
+        return sorted((int(m[1]) for m in matches if m), reverse=True)
+
+    def prefix(self, step: int) -> str:
+        """Path of the checkpoint of a step, without its suffixes."""
+        return os.path.join(self.folder, f"{_PREFIX}{step}")
+
+    def save(self) -> str:
+        """Writes a checkpoint of the current step, then removes the oldest beyond `keep`."""
+        prefix = self.prefix(int(self.optimizer.iterations))
+        weights.write_checkpoint(prefix, self.variables)
+        kept = self.steps()[: self.keep]
+        tf.compat.v1.train.update_checkpoint_state(
+            self.folder,
+            os.path.basename(prefix),
+            [os.path.basename(self.prefix(step)) for step in reversed(kept)],
+        )
+        for step in self.steps()[self.keep :]:
+            for path in tf.io.gfile.glob(self.prefix(step) + ".*"):
+                tf.io.gfile.remove(path)
+        return prefix
+
+    def restore_latest(self) -> int:
+        """Restores the newest checkpoint that loads whole and returns its step; 0 when there is none.
+
+        A preempted machine can leave a damaged file: such a checkpoint is passed over, with a warning.
+
+        Raises:
+          weights.WeightsError: a checkpoint of another model.
+        """
+        for step in self.steps():
+            try:
+                weights.read_checkpoint(self.prefix(step), self.variables)
+            except (tf.errors.OpError, RuntimeError) as e:
+                reason = str(e).splitlines()[0]
+                logging.warning("%s does not load, trying older: %s", self.prefix(step), reason)
+                continue
+            return step
+        return 0

@@ -1,0 +1,40 @@
+"""Exponential moving average of weights, kept as the weights of a second model.
+
+The copies cover trainable variables and batch-norm statistics; evaluation, teachers and export read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+
+def ramped_decay(decay: float, num_updates: tf.Tensor) -> tf.Tensor:
+    """min(decay, (1 + n) / (10 + n)): short memory at the start; n counts the step just taken."""
+    n = tf.cast(num_updates, tf.float32)
+    return tf.minimum(decay, (1.0 + n) / (10.0 + n))
+
+
+def update(copies: Sequence[tf.Variable], sources: Sequence[tf.Variable], decay: tf.Tensor) -> None:
+    """copy ← copy - (1 - decay)·(copy - source), pairwise. Call in replica context.
+
+    Batch-norm statistics live per replica and are averaged when read; averaging is linear, so each replica
+    updates its own copy. Mirrored variables are updated once, across replicas.
+    """
+    mirrored = []
+    for copy, source in zip(copies, sources):
+        if copy.synchronization == tf.VariableSynchronization.ON_READ:
+            _move(copy, source, decay)
+        else:
+            mirrored.append((copy, source))
+
+    def update_all(strategy, decay):
+        for copy, source in mirrored:
+            strategy.extended.update(copy, _move, args=(source, decay), group=False)
+
+    tf.distribute.get_replica_context().merge_call(update_all, args=(decay,))
+
+
+def _move(copy: tf.Variable, source: tf.Variable, decay: tf.Tensor) -> None:
+    copy.assign_sub((copy - source) * (1.0 - decay))

@@ -1,0 +1,80 @@
+"""The losses of Noisy Student as pure functions on tensors (arXiv 1911.04252, algorithm 1).
+
+Three forms of the joint loss are published: algorithm 1 adds the two means, the text averages over the
+joint batch, the code adds `unlabel_ratio` times the unlabeled mean. `combine` is the code's form, with which
+the published numbers were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import tensorflow as tf
+
+
+def smoothed_cross_entropy(logits: tf.Tensor, labels: tf.Tensor, smoothing: float) -> tf.Tensor:
+    """Cross entropy per example against one-hot labels mixed with the uniform distribution.
+
+    Args:
+      logits: float32 [N, C].
+      labels: int [N], in 0..C-1.
+      smoothing: weight of the uniform distribution, in [0, 1); 0.1 in the paper.
+
+    Returns:
+      float32 [N].
+    """
+    num_classes = logits.shape[-1]
+    targets = tf.one_hot(labels, num_classes) * (1.0 - smoothing) + smoothing / num_classes
+    return soft_cross_entropy(logits, targets)
+
+
+def soft_cross_entropy(logits: tf.Tensor, probs: tf.Tensor) -> tf.Tensor:
+    """Cross entropy per example against full distributions; [N, C], [N, C] → float32 [N]."""
+    return -tf.reduce_sum(probs * tf.nn.log_softmax(logits), axis=-1)
+
+
+def sharpen(probs: tf.Tensor, temperature: float) -> tf.Tensor:
+    """Stored probabilities [N, C] as a softmax at `temperature` would have given them: p^(1/T), normalised."""
+    if temperature == 1.0:
+        return probs
+    powered = tf.pow(probs, 1.0 / temperature)
+    return powered / tf.reduce_sum(powered, axis=-1, keepdims=True)
+
+
+def pseudo_label_loss(
+    logits: tf.Tensor,
+    *,
+    labels: tf.Tensor,
+    probs: tf.Tensor,
+    temperature: float,
+    smoothing: float,
+) -> tf.Tensor:
+    """Loss per unlabeled example.
+
+    Args:
+      logits: of the student, float32 [N, C].
+      labels: hard pseudo labels, int [N].
+      probs: soft pseudo labels, float32 [N, C], already at `temperature`.
+      temperature: negative means hard labels (smoothed like true ones); else soft ones (never smoothed).
+
+    Returns:
+      float32 [N].
+    """
+    if temperature < 0:
+        return smoothed_cross_entropy(logits, labels, smoothing)
+    return soft_cross_entropy(logits, probs)
+
+
+def combine(labeled: tf.Tensor, unlabeled: tf.Tensor | None, unlabel_ratio: float) -> tf.Tensor:
+    """L_labeled + unlabel_ratio · L_unlabeled of two scalar means."""
+    return labeled if unlabeled is None else labeled + unlabel_ratio * unlabeled
+
+
+def decayed_variables(variables: Iterable[tf.Variable]) -> list[tf.Variable]:
+    """The variables that weight decay counts: all trainable ones, biases too, but batch norm's."""
+    return [v for v in variables if v.name.split("/")[-1].split(":")[0] not in ("gamma", "beta")]
+
+
+def half_squared_norm(variables: Iterable[tf.Variable]) -> tf.Tensor:
+    """Σ ½‖v‖², float32 scalar."""
+    return tf.add_n([tf.nn.l2_loss(v) for v in variables])

@@ -1,0 +1,80 @@
+"""RMSProp as TensorFlow 1 computes it, which is what the published EfficientNets were trained with.
+
+Differs from `tf.keras.optimizers.RMSprop`: (1) the mean square starts at 1, not 0; (2) epsilon is inside the
+square root; (3) the learning rate enters the momentum buffer, so a change of rate acts with its inertia.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+DECAY = 0.9
+MOMENTUM = 0.9
+EPSILON = 1e-3
+
+
+@tf.keras.utils.register_keras_serializable("efficientnet_ns")
+class RMSPropTF1(tf.keras.optimizers.Optimizer):
+    """ms ← ρ·ms + (1-ρ)·g²;  mom ← μ·mom + lr·g/√(ms + ε);  v ← v - mom.
+
+    Args:
+      learning_rate: float or LearningRateSchedule, read at the step before the increment.
+      rho: decay of the mean square.
+      momentum: decay of the momentum buffer.
+      epsilon: added to the mean square inside the root.
+    """
+
+    def __init__(
+        self,
+        learning_rate=0.016,
+        rho: float = DECAY,
+        momentum: float = MOMENTUM,
+        epsilon: float = EPSILON,
+        name: str = "RMSProp",
+        **kwargs,
+    ):
+        # Keras' own defaults would decay every weight by 0 and make an XLA cluster per variable.
+        super().__init__(name=name, **{"weight_decay": None, "jit_compile": False, **kwargs})
+        self._learning_rate = self._build_learning_rate(learning_rate)
+        self.rho, self.momentum, self.epsilon = rho, momentum, epsilon
+
+    def build(self, var_list: list[tf.Variable]) -> None:
+        super().build(var_list)
+        if getattr(self, "_built", False):
+            return
+        self._built = True
+        self.mean_squares = [
+            self.add_variable_from_reference(
+                v, "mean_square", initial_value=tf.ones(v.shape, v.dtype)
+            )
+            for v in var_list
+        ]
+        self.momentums = [self.add_variable_from_reference(v, "momentum") for v in var_list]
+
+    def update_step(self, gradient: tf.Tensor, variable: tf.Variable) -> None:
+        index = self._index_dict[self._var_key(variable)]
+        tf.raw_ops.ResourceApplyRMSProp(
+            var=variable.handle,
+            ms=self.mean_squares[index].handle,
+            mom=self.momentums[index].handle,
+            lr=tf.cast(self.learning_rate, variable.dtype),
+            rho=tf.cast(self.rho, variable.dtype),
+            momentum=tf.cast(self.momentum, variable.dtype),
+            epsilon=tf.cast(self.epsilon, variable.dtype),
+            grad=gradient,
+            use_locking=True,
+        )
+
+    def slots(self, variable: tf.Variable) -> tuple[tf.Variable, tf.Variable]:
+        """(mean square, momentum) of a variable given to `build`."""
+        index = self._index_dict[self._var_key(variable)]
+        return self.mean_squares[index], self.momentums[index]
+
+    def get_config(self) -> dict:
+        return {
+            **super().get_config(),
+            "learning_rate": self._serialize_hyperparameter(self._learning_rate),
+            "rho": self.rho,
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
+        }

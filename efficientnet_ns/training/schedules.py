@@ -1,0 +1,85 @@
+"""Learning-rate schedule: linear warm-up into a staircase exponential decay (paper section 3.1)."""
+
+from __future__ import annotations
+
+import math
+
+import tensorflow as tf
+
+WARMUP_EPOCHS = 5.0
+DECAY_FACTOR = 0.97
+DECAY_EPOCHS = 2.4
+
+
+@tf.keras.utils.register_keras_serializable("efficientnet_ns")
+class WarmupStaircase(tf.keras.optimizers.schedules.LearningRateSchedule):
+    """lr(step) = peak · 0.97^⌊step / decay_steps⌋ after a linear ramp from 0 to `peak`.
+
+    Decay counts from step 0, so the ramp ends above the staircase and falls onto it; `decay_steps` is not
+    rounded. Both are the original's. With `start_step` > 0 (fine-tuning at the end of a schedule) there is no
+    ramp.
+
+    Args:
+      peak: learning rate at the end of the ramp.
+      decay_steps: length of one stair in update steps, may be fractional.
+      warmup_steps: length of the ramp.
+      start_step: added to the optimizer's step.
+    """
+
+    def __init__(self, peak: float, decay_steps: float, warmup_steps: int, start_step: int = 0):
+        super().__init__()
+        self.peak, self.decay_steps = peak, decay_steps
+        self.warmup_steps, self.start_step = warmup_steps, start_step
+
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        step = tf.cast(step, tf.float32) + float(self.start_step)
+        decayed = self.peak * tf.pow(DECAY_FACTOR, tf.floor(step / self.decay_steps))
+        if self.start_step > 0 or self.warmup_steps == 0:
+            return decayed
+        ramp = self.peak * step / float(self.warmup_steps)
+        return tf.where(step < self.warmup_steps, ramp, decayed)
+
+    def get_config(self) -> dict:
+        return {
+            "peak": self.peak,
+            "decay_steps": self.decay_steps,
+            "warmup_steps": self.warmup_steps,
+            "start_step": self.start_step,
+        }
+
+
+def learning_rate(
+    *,
+    base_learning_rate: float,
+    labeled_batch_size: float,
+    num_train_images: int,
+    train_steps: int,
+    train_ratio: float = 1.0,
+    final_base_lr: float | None = None,
+    last_steps: int | None = None,
+    warmup_epochs: float = WARMUP_EPOCHS,
+) -> WarmupStaircase:
+    """The schedule of one run.
+
+    Args:
+      base_learning_rate: per 256 labeled images; 0.016 in the paper.
+      labeled_batch_size: labeled images per update that enter the loss.
+      num_train_images: size of the labeled set; defines an epoch.
+      train_steps: update steps of the whole schedule.
+      train_ratio: stretches the decay period (2 for the 700-epoch recipes).
+      final_base_lr: when given, the decay period is chosen so that the schedule ends at this rate per 256.
+      last_steps: train only the last so many steps of the schedule, without warm-up.
+      warmup_epochs: length of the ramp.
+    """
+    steps_per_epoch = num_train_images / labeled_batch_size
+    decay_epochs = DECAY_EPOCHS * train_ratio
+    if final_base_lr is not None:
+        stairs = math.log(final_base_lr / base_learning_rate) / math.log(DECAY_FACTOR)
+        decay_epochs = (train_steps / steps_per_epoch - warmup_epochs) / stairs
+    start_step = 0 if last_steps is None else train_steps - last_steps
+    return WarmupStaircase(
+        peak=base_learning_rate * labeled_batch_size / 256.0,
+        decay_steps=steps_per_epoch * decay_epochs,
+        warmup_steps=int(steps_per_epoch * warmup_epochs),
+        start_step=start_step,
+    )

@@ -1,0 +1,168 @@
+"""One update of a noised student: the method on one screen (arXiv 1911.04252, algorithm 1)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import tensorflow as tf
+
+from efficientnet_ns.models import layers
+from efficientnet_ns.training import ema, losses
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """What the student is asked to minimise.
+
+    Attributes:
+      label_smoothing: of true labels and of hard pseudo labels.
+      weight_decay: factor of Σ½‖v‖².
+      unlabel_ratio: weight, and batch share, of unlabeled images.
+      teacher_softmax_temp: negative for hard pseudo labels, else the temperature of soft ones.
+      ema_decay: ceiling of the moving average's decay.
+    """
+
+    label_smoothing: float = 0.1
+    weight_decay: float = 1e-5
+    unlabel_ratio: float = 0.0
+    teacher_softmax_temp: float = -1.0
+    ema_decay: float = 0.9999
+
+
+class NoisyStudent(tf.keras.Model):
+    """Trains `student` on labeled and pseudo-labeled images; keeps its moving average in `ema_student`.
+
+    A batch is a dict: `image` [B, S, S, 3] and `label` int32 [B]; with unlabeled data also `unl_image`
+    [U, S, S, 3], and either stored pseudo labels `unl_label` int32 [U], `unl_probs` float32 [U, C], or
+    `teacher_image` [U, T, T, 3] for a teacher that answers on the fly.
+
+    Args:
+      student: the model that learns.
+      ema_student: a model of the same architecture that holds the averages.
+      settings: see `LossSettings`.
+      seed: of all noise; together with the step number it fixes every draw.
+      teacher: frozen model that labels `teacher_image`; None takes the stored labels.
+    """
+
+    def __init__(
+        self,
+        student: tf.keras.Model,
+        ema_student: tf.keras.Model,
+        settings: LossSettings,
+        seed: int = 0,
+        teacher: tf.keras.Model | None = None,
+    ):
+        super().__init__(name="noisy_student")
+        self.student, self.ema_student, self.teacher = student, ema_student, teacher
+        self.settings, self.seed = settings, seed
+        self._means: dict[str, tf.keras.metrics.Mean] = {}
+        ema_student.trainable = False
+        if teacher is not None:
+            teacher.trainable = False
+
+    def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
+        return self.student(images, training=training)
+
+    def train_step(self, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        settings, logs = self.settings, {}
+        images, num_labeled = batch["image"], batch["label"].shape[0]
+        if settings.unlabel_ratio:
+            # One forward pass over both, so that they share batch-norm statistics.
+            images = tf.concat([images, tf.cast(batch["unl_image"], images.dtype)], 0)
+            pseudo_labels, pseudo_probs = self._pseudo_labels(batch)
+
+        with tf.GradientTape() as tape:
+            with layers.noise_seed(self._step_seed()):
+                logits = self.student(images, training=True)
+            labeled_logits = logits[:num_labeled]
+            labeled_loss = tf.reduce_mean(
+                losses.smoothed_cross_entropy(
+                    labeled_logits, batch["label"], settings.label_smoothing
+                )
+            )
+            unlabeled_loss = None
+            if settings.unlabel_ratio:
+                unlabeled_loss = tf.reduce_mean(
+                    losses.pseudo_label_loss(
+                        logits[num_labeled:],
+                        labels=pseudo_labels,
+                        probs=pseudo_probs,
+                        temperature=settings.teacher_softmax_temp,
+                        smoothing=settings.label_smoothing,
+                    )
+                )
+            data_loss = losses.combine(labeled_loss, unlabeled_loss, settings.unlabel_ratio)
+            decay = losses.half_squared_norm(
+                losses.decayed_variables(self.student.trainable_variables)
+            )
+            loss = data_loss + settings.weight_decay * decay
+            # Gradients are summed over replicas; each replica's loss is a mean over its own share.
+            scaled_loss = loss / self.distribute_strategy.num_replicas_in_sync
+
+        variables = self.student.trainable_variables
+        gradients = tape.gradient(scaled_loss, variables)
+        learning_rate = tf.identity(self.optimizer.learning_rate)
+        self.optimizer.apply_gradients(zip(gradients, variables))
+        ema.update(
+            self.ema_student.weights,
+            self.student.weights,
+            ema.ramped_decay(settings.ema_decay, self.optimizer.iterations),
+        )
+
+        logs |= _confidence(labeled_logits, batch["label"], "lab", "lab/acc")
+        logs["lab/loss"] = labeled_loss
+        if settings.unlabel_ratio:
+            # The original compares with the stored label even when a teacher answers on the fly.
+            reference = batch.get("unl_label", pseudo_labels)
+            logs |= _confidence(logits[num_labeled:], reference, "unl", "unl/acc_to_dump")
+            if pseudo_probs is not None:
+                logs["unl/target_prob"] = tf.reduce_mean(tf.reduce_max(pseudo_probs, -1))
+            logs["ext/loss"] = unlabeled_loss
+        logs |= {"train/data_loss": data_loss, "train/loss": loss, "train/lr": learning_rate}
+        return self._averaged(logs)
+
+    def _pseudo_labels(self, batch) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Hard labels int32 [U] and, at a positive temperature, soft ones float32 [U, C]."""
+        temperature = self.settings.teacher_softmax_temp
+        if self.teacher is None:
+            probs = batch["unl_probs"]
+            soft = losses.sharpen(probs, temperature) if temperature > 0 else None
+            return batch["unl_label"], soft
+        logits = tf.stop_gradient(self.teacher(batch["teacher_image"], training=False))
+        soft = tf.nn.softmax(logits / temperature) if temperature > 0 else None
+        return tf.argmax(logits, -1, output_type=tf.int32), soft
+
+    def _step_seed(self) -> tf.Tensor:
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        seed = tf.stack(
+            [tf.cast(self.seed, tf.int32), tf.cast(self.optimizer.iterations, tf.int32)]
+        )
+        return tf.random.experimental.stateless_fold_in(seed, tf.cast(replica, tf.int32))
+
+    def _averaged(self, logs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        for name, value in logs.items():
+            self._means[name].update_state(value)
+        return {name: self._means[name].result() for name in logs}
+
+    def compile(self, *args, **kwargs) -> None:
+        """Keras' `compile`; creates the running means that one chunk of steps reports."""
+        super().compile(*args, **kwargs)
+        names = ["lab/acc", "lab/pred_prob", "lab/loss"]
+        if self.settings.unlabel_ratio:
+            names += ["unl/acc_to_dump", "unl/pred_prob", "ext/loss"]
+            if self.settings.teacher_softmax_temp > 0:
+                names.append("unl/target_prob")
+        names += ["train/data_loss", "train/loss", "train/lr"]
+        self._means = {name: tf.keras.metrics.Mean(name) for name in names}
+
+    @property
+    def metrics(self) -> list[tf.keras.metrics.Metric]:
+        return list(self._means.values())
+
+
+def _confidence(logits, labels, prefix: str, accuracy_name: str) -> dict[str, tf.Tensor]:
+    hits = tf.argmax(logits, -1, output_type=tf.int32) == tf.cast(labels, tf.int32)
+    return {
+        accuracy_name: tf.reduce_mean(tf.cast(hits, tf.float32)),
+        f"{prefix}/pred_prob": tf.reduce_mean(tf.reduce_max(tf.nn.softmax(logits), -1)),
+    }

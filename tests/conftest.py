@@ -1,0 +1,60 @@
+"""Four logical CPU devices, fixed seeds, and where the numbers of the original code are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+GOLDENS_VARIABLE = "EFFICIENTNET_NS_GOLDENS"
+
+# Before anything makes TensorFlow look at its devices; without a strategy all runs on the first.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Keras 2.15 itself, once a random seed is set.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:non-integer arguments to randrange:DeprecationWarning"
+    )
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Every test starts from the same seeds and leaves Keras' global state as it was."""
+    tf.keras.utils.set_random_seed(0)
+    yield
+    tf.keras.mixed_precision.set_global_policy("float32")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The small numbers of the original code, kept beside the tests."""
+    return Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="session")
+def large_goldens() -> Path:
+    """The folder with checkpoints of the original code, which are too large to keep here."""
+    folder = os.environ.get(GOLDENS_VARIABLE)
+    if not folder:
+        pytest.skip(f"{GOLDENS_VARIABLE} is not set: checkpoints made by the original code")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def two_replicas() -> tf.distribute.MirroredStrategy:
+    return tf.distribute.MirroredStrategy(
+        ["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )

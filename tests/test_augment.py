@@ -1,0 +1,369 @@
+"""RandAugment: every op against the original's output, the level table, the draws."""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_addons as tfa
+
+from efficientnet_ns.data import augment
+
+GOLDENS = Path(__file__).parent / "goldens" / "randaugment"
+UNKNOWN_SIZE = tf.TensorSpec([None, None, 3], tf.uint8)
+
+
+def load(name):
+    with np.load(GOLDENS / name) as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+def parse_call(call):
+    """`Op(1,name=2.5)` -> ("Op", [1, 2.5])."""
+    name, args = re.fullmatch(r"(\w+)\((.*)\)", call).groups()
+    return name, [json.loads(arg.split("=")[-1]) for arg in args.split(",") if arg]
+
+
+def single_op_cases():
+    """(op, args, image, expected) for every stored call of a single op."""
+    cases = []
+    for file in ("ops_noise_64x48.npz", "edge_cases.npz"):
+        arrays = load(file)
+        for key, expected in arrays.items():
+            if key.startswith("input"):
+                continue
+            prefix, _, call = key.rpartition("|")
+            image = arrays[f"input|{prefix}" if prefix else "input"]
+            cases.append((*parse_call(call), image, expected))
+    return cases
+
+
+CASES = single_op_cases()
+
+
+def pipeline_cases():
+    """(op, fields, expected) for every stored layer; fields are M, cutout_const, sign and so on."""
+    cases = []
+    for key, expected in load("pipeline_synth_96x96.npz").items():
+        if key != "input":
+            name, *fields = key.split(",")
+            cases.append((name, {f.split("=")[0]: int(f.split("=")[1]) for f in fields}, expected))
+    return cases
+
+
+@pytest.fixture(scope="module")
+def synth():
+    return tf.constant(load("pipeline_synth_96x96.npz")["input"])
+
+
+def noise(height=40, width=56, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return tf.constant(pixels)
+
+
+def example_args(name):
+    args = augment.LEVEL_TO_ARGS[name](9, 4.0, 4.0)
+    return args + ((11, 50) if name == "Cutout" else ())
+
+
+# Ops.
+
+
+def test_names():
+    names = (
+        "AutoContrast Equalize Invert Rotate Posterize Solarize Color Contrast Brightness "
+        "Sharpness ShearX ShearY TranslateX TranslateY SolarizeAdd Cutout"
+    ).split()
+    assert list(augment.RANDAUGMENT_OPS) == names
+    assert set(names) == set(augment.OPS) == set(augment.LEVEL_TO_ARGS)
+
+
+@pytest.mark.parametrize("name", augment.RANDAUGMENT_OPS)
+def test_op_equals_original(name):
+    cases = [case for case in CASES if case[0] == name]
+    assert cases
+    for _, args, image, expected in cases:
+        result = augment.OPS[name](tf.constant(image), *args)
+        assert result.dtype == tf.uint8
+        np.testing.assert_array_equal(result, expected, err_msg=f"{name}{args}")
+
+
+@pytest.mark.parametrize("name", sorted(augment.SIGNED_OPS))
+def test_geometric_op_takes_a_tensor(name):
+    for _, args, image, expected in [case for case in CASES if case[0] == name]:
+        result = augment.OPS[name](tf.constant(image), tf.constant(args[0], tf.float32))
+        np.testing.assert_array_equal(result, expected, err_msg=f"{name}{args}")
+
+
+def test_every_execution_mode_gives_the_same():
+    # The graph optimizer may reorder float operations once shapes are known; pixels stay the same.
+    image = noise()
+
+    def all_ops(image):
+        return {n: op(image, *example_args(n)) for n, op in augment.OPS.items()}
+
+    eager = all_ops(image)
+    dataset = tf.data.Dataset.from_tensors(image)
+    from_bytes = tf.data.Dataset.from_tensors(tf.io.encode_png(image))
+    unknown = from_bytes.map(lambda b: all_ops(tf.io.decode_png(b, channels=3)))
+    results = {
+        "function, static shape": tf.function(all_ops)(image),
+        "function, unknown shape": tf.function(all_ops, input_signature=[UNKNOWN_SIZE])(image),
+        "map, static shape": next(iter(dataset.map(all_ops))),
+        "map, unknown shape": next(iter(unknown)),
+    }
+    for how, outputs in results.items():
+        for name, output in outputs.items():
+            np.testing.assert_array_equal(output, eager[name], err_msg=f"{name}: {how}")
+    assert all(spec.shape == [40, 56, 3] for spec in dataset.map(all_ops).element_spec.values())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (2, 2)])
+def test_degenerate_images_keep_their_shape(shape):
+    image = noise(*shape)
+    for name, op in augment.OPS.items():
+        args = augment.LEVEL_TO_ARGS[name](9, 4.0, 4.0) + ((0, 0) if name == "Cutout" else ())
+        assert op(image, *args).shape == image.shape, name
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_translation_equals_projective_transform(axis):
+    image = noise(9, 12)
+    op = augment.OPS["TranslateY" if axis == 0 else "TranslateX"]
+    for pixels in np.arange(-14, 14.5, 0.25, np.float32):
+        coefficients = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+        coefficients[5 if axis == 0 else 2] = pixels
+        expected = tfa.image.transform(image, coefficients, fill_value=128)
+        np.testing.assert_array_equal(op(image, pixels), expected, err_msg=str(pixels))
+
+
+def test_contrast_of_a_large_image_blends_towards_white():
+    black = tf.zeros([270, 272, 3], tf.uint8)
+    np.testing.assert_array_equal(augment.OPS["Contrast"](black, 0.5), 127)  # 255 / 2, not 286 / 2
+    np.testing.assert_array_equal(augment.OPS["Contrast"](noise(32, 32), 0.0), 4)
+
+
+# Levels.
+
+
+def test_level_table_equals_original():
+    entries = json.loads((GOLDENS / "level_to_arg.json").read_text())
+    assert {entry["op"] for entry in entries} == set(augment.LEVEL_TO_ARGS)
+    for entry in entries:
+        constants = entry["magnitude"], entry["cutout_const"], entry["translate_const"]
+        args = augment.LEVEL_TO_ARGS[entry["op"]](*constants)
+        assert list(args) == entry["args"], entry
+        assert [type(arg) for arg in args] == [type(arg) for arg in entry["args"]], entry
+
+
+@pytest.mark.parametrize("name", augment.RANDAUGMENT_OPS)
+def test_layer_at_level_equals_original(name, synth):
+    cases = [case for case in pipeline_cases() if case[0] == name]
+    assert cases
+    for _, fields, expected in cases:
+        constants = fields["M"], fields["cutout_const"], fields["translate_const"]
+        args = augment.LEVEL_TO_ARGS[name](*constants)
+        if "sign" in fields:
+            args = (fields["sign"] * args[0],)
+        if "cy" in fields:
+            args += (fields["cy"], fields["cx"])
+        np.testing.assert_array_equal(
+            augment.OPS[name](synth, *args), expected, err_msg=str(fields)
+        )
+
+
+# RandAugment.
+
+
+@pytest.mark.parametrize("name", sorted(set(augment.RANDAUGMENT_OPS) - {"Cutout"}))
+def test_rand_augment_applies_the_op_at_its_level(name, synth, monkeypatch):
+    monkeypatch.setattr(augment, "RANDAUGMENT_OPS", (name,))
+    # At this level Translate moves the whole image out, with either sign.
+    expected = {case[2].tobytes() for case in pipeline_cases() if case[0] == name}
+    run = tf.function(lambda seed: augment.rand_augment(synth, seed, num_layers=1, magnitude=27))
+    results = {run(tf.constant([seed, 0])).numpy().tobytes() for seed in range(12)}
+    assert results == expected
+
+
+@pytest.mark.parametrize("use_cutout", [True, False])
+def test_each_layer_runs_exactly_one_op_drawn_uniformly(use_cutout, monkeypatch):
+    runs, layers, height, width = 400, 3, 8, 24
+    calls, sequence = collections.defaultdict(list), []
+
+    def recording(name):
+        def op(image, *args):
+            def record(image, *args):
+                calls[name].append([float(arg) for arg in args])
+                sequence.append((name, *np.sign(args[:1])))
+                return image
+
+            return tf.numpy_function(record, [image, *args], tf.uint8)
+
+        return op
+
+    monkeypatch.setattr(augment, "OPS", {name: recording(name) for name in augment.OPS})
+    image = tf.zeros([height, width, 3], tf.uint8)
+    dataset = tf.data.Dataset.range(runs).map(
+        lambda i: augment.rand_augment(
+            image,
+            tf.stack([i, 7]),
+            num_layers=layers,
+            magnitude=9,
+            use_cutout=use_cutout,
+        )
+    )
+    assert sum(1 for _ in dataset) == runs
+
+    expected_ops = augment.RANDAUGMENT_OPS[: 16 if use_cutout else 15]
+    assert set(calls) == set(expected_ops)
+    assert sum(map(len, calls.values())) == runs * layers
+    # Each layer draws for itself: op and sign agree with those of the layer before by chance only.
+    pairs = [pair for i, pair in enumerate(zip(sequence, sequence[1:])) if (i + 1) % layers]
+    assert sum(before[0] == after[0] for before, after in pairs) < len(pairs) / 8
+    signs = [(b[1], a[1]) for b, a in pairs if {b[0], a[0]} <= augment.SIGNED_OPS]
+    assert 0.3 < np.mean([before == after for before, after in signs]) < 0.7
+
+    mean = runs * layers / len(expected_ops)
+    for name, args in calls.items():
+        assert abs(len(args) - mean) < 4 * mean**0.5, name
+        expected = augment.LEVEL_TO_ARGS[name](9, 40.0, 100.0)
+        np.testing.assert_allclose(
+            [np.abs(a[: len(expected)]) for a in args], [expected] * len(args)
+        )
+        if name in augment.SIGNED_OPS:
+            negative = sum(a[0] < 0 for a in args)
+            assert abs(negative - len(args) / 2) < 2 * mean**0.5, name
+        elif expected:
+            assert all(a[0] > 0 for a in args)
+    if use_cutout:
+        _, rows, columns = np.array(calls["Cutout"]).T
+        assert set(rows) == set(range(height))
+        assert columns.min() >= 0 and columns.max() < width
+        assert len(set(zip(rows, columns))) > width, "row and column are drawn apart"
+
+
+def test_rand_augment_depends_on_the_seed_alone(synth):
+    @tf.function
+    def run(seed):
+        return augment.rand_augment(synth, seed, num_layers=2, magnitude=9)
+
+    results = [run(tf.constant([i, 5], tf.int64)).numpy() for i in range(20)]
+    again = [run(tf.constant([i, 5], tf.int64)).numpy() for i in range(20)]
+    np.testing.assert_array_equal(results, again)
+    assert len({result.tobytes() for result in results}) > 15
+
+    eager = augment.rand_augment(synth, tf.constant([3, 5]), num_layers=2, magnitude=9)
+    np.testing.assert_array_equal(eager, results[3])
+
+
+def test_no_layers_leave_the_image_alone(synth):
+    np.testing.assert_array_equal(
+        augment.rand_augment(synth, [1, 2], num_layers=0, magnitude=9), synth
+    )
+
+
+def test_rand_augment_keeps_the_static_shape():
+    def element_spec(shape):
+        dataset = tf.data.Dataset.from_generator(
+            lambda: iter(()), output_signature=tf.TensorSpec(shape, tf.uint8)
+        )
+        return dataset.map(
+            lambda image: augment.rand_augment(image, [1, 2], num_layers=1, magnitude=9)
+        ).element_spec
+
+    for shape in ([40, 56, 3], [None, None, 3]):
+        assert element_spec(shape) == tf.TensorSpec(shape, tf.uint8)
+
+
+def test_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="'sane' is unknown; allowed: original, clipped"):
+        augment.rand_augment(noise(), [1, 2], num_layers=1, magnitude=9, mode="sane")
+
+
+@pytest.mark.parametrize(
+    "name, magnitude, keeps_image",
+    [
+        ("Solarize", 27, True),
+        ("Solarize", 10, True),
+        ("Posterize", 27, True),
+        ("Posterize", 0, False),
+    ],
+)
+def test_clipped_mode_does_not_wrap(name, magnitude, keeps_image, monkeypatch):
+    monkeypatch.setattr(augment, "RANDAUGMENT_OPS", (name,))
+    image = noise()
+
+    def run(mode):
+        return augment.rand_augment(image, [1, 2], num_layers=1, magnitude=magnitude, mode=mode)
+
+    assert np.array_equal(run("clipped"), image) == keeps_image
+    assert not np.array_equal(run("original"), image)
+
+
+def test_clipped_mode_limits_the_arguments():
+    text = augment.describe_rand_augment(num_layers=2, magnitude=27, mode="clipped")
+    assert text.startswith("randaugment(N=2, M=27, mode=clipped): ")
+    for op in (
+        "Posterize(8)",
+        "Solarize(256)",
+        "SolarizeAdd(128)",
+        "TranslateX(±100.0)",
+        "TranslateY(±100.0)",
+        "Cutout(40)",
+        "Rotate(±81.0)",
+        "Color(4.96)",
+    ):
+        assert op in text
+    low = augment.describe_rand_augment(num_layers=1, magnitude=1, mode="clipped")
+    assert "Posterize(1)" in low
+
+
+def test_modes_agree_in_range():
+    kwargs = {"num_layers": 2, "magnitude": 9}
+    image = noise()
+    for seed in range(10):
+        original, clipped = (
+            augment.rand_augment(image, [seed, 0], mode=mode, **kwargs) for mode in augment.MODES
+        )
+        np.testing.assert_array_equal(original, clipped)
+
+
+def test_description_names_the_effective_arguments():
+    text = augment.describe_rand_augment(num_layers=2, magnitude=27)
+    assert text.startswith(
+        "randaugment(N=2, M=27): AutoContrast, Equalize, Invert, Rotate(±81.0), "
+    )
+    for op in ("Posterize(10→1)", "Solarize(691→179)", "Color(4.96)", "Cutout(108)"):
+        assert op in text
+    without = augment.describe_rand_augment(num_layers=2, magnitude=27, use_cutout=False)
+    assert "Cutout" not in without
+
+
+# Cutout.
+
+
+def test_cutout_grays_a_random_square():
+    image = tf.zeros([32, 32, 3], tf.uint8)
+    run = tf.function(lambda seed: augment.cutout(image, seed, 8))
+    boxes = []
+    for seed in range(300):
+        result = run(tf.constant([seed, 0])).numpy()
+        rows, columns = np.nonzero(result[..., 0])
+        top, left, bottom, right = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+        boxes.append((top, left, bottom, right))
+        square = np.zeros_like(result)
+        square[top:bottom, left:right] = 128
+        np.testing.assert_array_equal(result, square)
+    tops, lefts, bottoms, rights = np.array(boxes).T
+    # Of 32 equally likely centres, 0..8 start at the border, and 24..31 end at it.
+    for first, last in ((tops, bottoms), (lefts, rights)):
+        assert abs(np.mean(first == 0) - 9 / 32) < 0.1
+        assert abs(np.mean(last == 32) - 8 / 32) < 0.1
+        assert (last - first).max() == 16 and (last - first).min() >= 8
+    assert len(set(boxes)) > 150
+    np.testing.assert_array_equal(run(tf.constant([5, 0])), run(tf.constant([5, 0], tf.int64)))

@@ -1,0 +1,525 @@
+"""Tests of the building blocks of the HTML report."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficientnet_ns.labeling import report
+
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+HOSTILE = "<script>alert('$x_{$')</script>"  # As HTML a script, to Matplotlib a broken formula.
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Document(HTMLParser):
+    """Parses HTML strictly: elements must be closed, in order, and attributes not be repeated."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.tables: list[list[list[str]]] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        assert len(dict(attrs)) == len(attrs), f"repeated attribute in {attrs}"
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"unexpected </{tag}>"
+
+    def handle_data(self, data):
+        if not self.open:
+            assert not data.strip(), f"text outside of any element: {data!r}"
+            return
+        self.texts.append((self.open[-1], data))
+        if self.open[-1] in ("th", "td"):
+            self.tables[-1][-1][-1] += data
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def text(self, tag: str) -> str:
+        return " ".join(data for name, data in self.texts if name == tag)
+
+    def rows(self, index: int = 0) -> list[dict[str, str]]:
+        head, *body = self.tables[index]
+        return [dict(zip(head, row)) for row in body]
+
+    def images(self) -> list[tuple[str, bytes]]:
+        found = []
+        for attributes in self.attributes("img"):
+            head, payload = attributes["src"].split(",", 1)
+            found.append((head, base64.b64decode(payload, validate=True)))
+        return found
+
+
+def encoded(kind: str, size: tuple[int, int] = (8, 8), color: str = "teal") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def plot_sizes(document: Document) -> list[tuple[int, int]]:
+    """CSS sizes of the plots, after a check that each is a PNG of twice that size."""
+    sizes = []
+    for attributes, (head, data) in zip(document.attributes("img"), document.images()):
+        size = int(attributes["width"]), int(attributes["height"])
+        assert head == "data:image/png;base64" and data.startswith(PNG_MAGIC)
+        with Image.open(io.BytesIO(data)) as image:
+            assert np.abs(np.subtract(image.size, np.multiply(size, 2))).max() <= 1
+        sizes.append(size)
+    return sizes
+
+
+def ink(document: Document, index: int = 0) -> dict[str, int]:
+    """Opaque pixels of a plot by colour (#rrggbb)."""
+    with Image.open(io.BytesIO(document.images()[index][1])) as image:
+        pixels = np.asarray(image.convert("RGBA")).reshape(-1, 4)
+    colors = pixels[pixels[:, 3] == 255].view(">u4")
+    found, counts = np.unique(colors, return_counts=True)
+    return {f"#{color >> 8:06x}": n for color, n in zip(found.tolist(), counts.tolist())}
+
+
+def legend_colors(document: Document) -> list[str]:
+    styles = [attributes["style"] for attributes in document.attributes("i")]
+    return [style.split()[-1] for style in styles]
+
+
+# Tables.
+
+
+def test_table_values_columns_and_alignment():
+    rows = [
+        {"name": "teacher", "images": np.int64(50000), "top-1": 0.81234567, "kept": True},
+        {"images": 1281167, "name": "student", "top-1": np.float32(0.9), "later": 3.2e-5},
+    ]
+    text = report.table(rows)
+    document = Document(text)
+    head, first, second = document.tables[0]
+    assert head == ["name", "images", "top-1", "kept", "later"]
+    assert first == ["teacher", "50000", "0.8123", "yes", "–"]
+    assert second == ["student", "1281167", "0.9000", "–", "3.200e-05"]
+    aligned = [attributes.get("class") for attributes in document.attributes("td")]
+    right = "number"
+    assert aligned == [None, right, right, None, right, None, right, right, None, right]
+    heads = [attributes.get("class") for attributes in document.attributes("th")]
+    assert heads == [None, right, right, None, right]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0.000"),
+        (350.0, "350.0"),
+        (999.99, "1000"),
+        (12345.678, "12345.7"),
+        (-2.5, "-2.500"),
+        (1.5e9, "1.500e+09"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        (np.bool_(False), "no"),
+        (7, "7"),
+    ],
+)
+def test_table_number_format(value, shown):
+    assert Document(report.table([{"x": value}])).rows() == [{"x": shown}]
+
+
+def test_table_escapes_and_highlights_the_last_row_only():
+    rows = [{HOSTILE: 'a"b'}, {HOSTILE: HOSTILE}]
+    text = report.table(rows, highlight_last=True)
+    assert "<script" not in text
+    document = Document(text)
+    assert document.rows() == [{HOSTILE: 'a"b'}, {HOSTILE: HOSTILE}]
+    classes = [attributes.get("class") for attributes in document.attributes("tr")]
+    assert classes == [None, None, "highlight"]
+    assert "highlight" not in report.table(rows)
+
+
+# Curves.
+
+
+def test_learning_curves_plots_lines_and_last_values():
+    runs = {
+        "teacher": [{"step": 0, "loss": 3.0}, {"step": 100, "accuracy": 0.5}],
+        HOSTILE: [{"step": s, "loss": 2.0 - s / 200, "accuracy": s / 400} for s in (0, 100, 200)],
+    }
+    text = report.learning_curves(runs, metrics=["accuracy", "loss", "absent"])
+    assert "<script" not in text
+    document = Document(text)
+    assert document.text("figcaption") == "accuracy loss"
+    alts = [attributes["alt"] for attributes in document.attributes("img")]
+    assert alts == [
+        f"accuracy: teacher 0.5000 at step 100; {HOSTILE} 0.5000 at step 200",
+        f"loss: teacher 3.000 at step 0; {HOSTILE} 1.000 at step 200",
+    ]
+    assert len(plot_sizes(document)) == 2
+    assert document.text("span") == f"teacher {HOSTILE}"
+    # Both runs are drawn in the colours of the legend, the one of a single point too.
+    assert len(set(legend_colors(document))) == 2
+    assert set(legend_colors(document)) <= ink(document, 0).keys()
+
+
+def test_learning_curves_connects_over_missing_values_and_breaks_at_nan():
+    def length(values):
+        rows = [{"step": i} if v is None else {"step": i, "m": v} for i, v in enumerate(values)]
+        document = Document(report.learning_curves({"run": rows}, metrics=["m"]))
+        return ink(document)[legend_colors(document)[0]]
+
+    straight = length([0.0, 1.0, 2.0, 3.0, 4.0])
+    assert length([0.0, 1.0, None, 3.0, 4.0]) == pytest.approx(straight, rel=0.02)
+    assert length([0.0, 1.0, float("nan"), 3.0, 4.0]) < 0.7 * straight
+
+
+def test_learning_curves_tells_many_runs_apart():
+    runs = {f"run {i}": [{"step": 1, "m": i}] for i in range(20)}
+    document = Document(report.learning_curves(runs, metrics=["m"]))
+    assert len({attributes["style"] for attributes in document.attributes("i")}) == 20
+
+
+def test_learning_curves_needs_steps():
+    with pytest.raises(ValueError, match="runs"):
+        report.learning_curves({"run": [{"loss": 1.0}]}, metrics=["loss"])
+
+
+# Selection.
+
+
+def test_confidence_histogram_counts():
+    probs = np.array([0.1, 0.3, 0.5, 0.7, 0.9, 1.0], np.float32)
+    kept = [False, False, False, False, False, True]
+    document = Document(report.confidence_histogram(probs, kept, threshold=0.7))
+    caption = document.text("figcaption")
+    # 0.7 is below the float64 0.7 as a float32, yet at the threshold for a float32 comparison.
+    assert [int(number) for number in re.findall(r"\d+", caption)] == [6, 1, 5, 2]
+    assert document.text("span") == "kept rejected threshold 0.7"
+    assert plot_sizes(document) == [(640, 280)]
+    assert set(legend_colors(document)[:2]) <= ink(document).keys()
+
+
+def test_confidence_histogram_draws_only_what_is_there():
+    everything = Document(report.confidence_histogram([0.5, 0.6], [1, 1], threshold=0.0))
+    kept, rejected, _ = legend_colors(everything)
+    assert kept in ink(everything) and rejected not in ink(everything)
+
+
+def test_class_balance_numbers_and_names():
+    names = ["cat", HOSTILE, "$dollar$"]
+    text = report.class_balance([10, 4, 0], [5, 2, 0], [0, 3, 0], names)
+    assert "<script" not in text
+    document = Document(text)
+    assert document.rows() == [
+        {"class": "cat", "predicted": "10", "kept": "5", "copies": "0", "total": "5"},
+        {"class": HOSTILE, "predicted": "4", "kept": "2", "copies": "3", "total": "5"},
+        {"class": "$dollar$", "predicted": "0", "kept": "0", "copies": "0", "total": "0"},
+    ]
+    assert re.findall(r"\d+", document.text("figcaption")) == ["14", "3", "7", "3"]
+    assert set(legend_colors(document)) <= ink(document).keys()
+
+
+def test_class_balance_stacks_copies_on_the_kept_images():
+    document = Document(report.class_balance([10], [4], [6], ["cat"]))
+    before, kept, copies = (ink(document)[color] for color in legend_colors(document))
+    assert kept / (kept + copies) == pytest.approx(0.4, abs=0.02)
+    assert kept + copies == pytest.approx(before, rel=0.02)
+
+
+@pytest.mark.parametrize(("classes", "last"), [(60, "extra copies"), (61, "kept with copies")])
+def test_class_balance_switches_from_bars_to_curves(classes, last):
+    counts = np.arange(classes)
+    names = [f"class {i}" for i in range(classes)]
+    document = Document(report.class_balance(counts, counts, counts, names))
+    assert document.text("span") == f"predicted kept {last}"
+    assert len(document.rows()) == classes
+    assert len(plot_sizes(document)) == 1
+
+
+# Images.
+
+
+def test_image_grid_inlines_the_original_bytes():
+    tiny, photo = encoded("PNG"), encoded("JPEG", (300, 200))
+    items = [(tiny, "tiny"), (photo, HOSTILE), (b"GIF89a", "unknown"), (b"", "empty")]
+    text = report.image_grid(items, columns=3, pixel_size=40)
+    assert "<script" not in text
+    document = Document(text)
+    assert document.images() == [
+        ("data:image/png;base64", tiny),
+        ("data:image/jpeg;base64", photo),
+    ]
+    assert document.text("figcaption") == f"tiny {HOSTILE} unknown empty"
+    classes = [attributes.get("class") for attributes in document.attributes("img")]
+    assert classes == ["pixelated", None]
+    divisions = [attributes.get("class") for attributes in document.attributes("div")]
+    assert divisions.count("placeholder") == 2
+    grid = next(a for a in document.attributes("div") if a.get("class") == "grid")
+    assert "repeat(3, minmax(40px, 60px))" in grid["style"]
+
+
+def test_image_grid_survives_a_damaged_header():
+    document = Document(report.image_grid([(PNG_MAGIC + b"garbage", "damaged")]))
+    assert document.images() == [("data:image/png;base64", PNG_MAGIC + b"garbage")]
+
+
+@pytest.mark.parametrize("name", ["columns", "pixel_size"])
+def test_image_grid_rejects_sizes_below_one(name):
+    with pytest.raises(ValueError, match=name):
+        report.image_grid([(encoded("PNG"), "")], **{name: 0})
+
+
+# Quality of pseudo labels.
+
+
+def test_confusion_counts():
+    truth = [0, 0, 0, 1, 1, 2, -1, -1, -1]
+    predicted = [0, 1, 1, 1, 0, 2, 2, 2, 2]
+    text = report.confusion(truth, predicted, ["cat", HOSTILE, "dog"])
+    assert "<script" not in text
+    document = Document(text)
+    assert document.rows() == [
+        {"truth": "cat", "predicted": HOSTILE, "images": "2"},
+        {"truth": HOSTILE, "predicted": "cat", "images": "1"},
+    ]
+    assert re.findall(r"\d+", document.text("figcaption")) == ["3", "6"]
+    assert len(plot_sizes(document)) == 1
+
+
+def test_confusion_of_many_classes_lists_the_worst():
+    rng = np.random.default_rng(0)
+    truth, predicted = rng.integers(0, 100, (2, 5000))
+    document = Document(report.confusion(truth, predicted, [str(i) for i in range(100)]))
+    pairs = Counter((str(t), str(p)) for t, p in zip(truth, predicted) if t != p)
+    shown = [int(row["images"]) for row in document.rows()]
+    assert shown == [count for _, count in pairs.most_common(10)]
+    assert shown == [pairs[row["truth"], row["predicted"]] for row in document.rows()]
+
+
+def plain_calibration_error(correct, probs, bins):
+    """Guo et al. 2017, equation 3, one bin and one image at a time."""
+    total = 0.0
+    for m in range(1, bins + 1):
+        low, high = (m - 1) / bins, m / bins
+        members = [(c, p) for c, p in zip(correct, probs) if low < p <= high or (m == 1 and p == 0)]
+        if members:
+            accuracy = sum(c for c, _ in members) / len(members)
+            confidence = sum(p for _, p in members) / len(members)
+            total += len(members) / len(probs) * abs(accuracy - confidence)
+    return total
+
+
+@pytest.mark.parametrize("bins", [1, 10, 15])
+def test_calibration_error_equals_the_definition(bins):
+    rng = np.random.default_rng(bins)
+    # Includes every bin edge and both ends.
+    probs = np.concatenate([rng.random(300), np.arange(bins + 1) / bins])
+    correct = rng.random(len(probs)) < probs**2
+    expected = plain_calibration_error(correct.tolist(), probs.tolist(), bins)
+    assert report.calibration_error(correct, probs, bins=bins) == pytest.approx(expected, abs=1e-12)
+
+
+def test_calibration_error_by_hand():
+    # Bins of 0.5: (0.2, 0.4) with accuracy 0.5 and (0.8, 0.9) with accuracy 1.
+    error = report.calibration_error([1, 0, 1, 1], [0.2, 0.4, 0.8, 0.9], bins=2)
+    assert error == pytest.approx(0.5 * 0.2 + 0.5 * 0.15)
+    assert report.calibration_error([True, True], [1.0, 1.0]) == 0.0
+    # An edge belongs to the bin below it.
+    assert report.calibration_error([1, 0], [0.5, 0.9], bins=2) == pytest.approx((0.5 + 0.9) / 2)
+    assert np.isnan(report.calibration_error([], []))
+    with pytest.raises(ValueError, match="bins"):
+        report.calibration_error([1], [0.5], bins=0)
+
+
+def test_accuracy_of_pseudo_labels():
+    truth = np.array([0, 1, 2, 3, 4, -1, -1, -1])
+    predicted = np.array([0, 1, 0, 3, 0, 0, 1, 2])
+    probs = np.array([0.9, 0.8, 0.7, 0.4, 0.3, 0.95, 0.2, 0.1])
+    kept = probs >= 0.5
+    document = Document(report.accuracy_of_pseudo_labels(truth, predicted, probs, kept))
+    every, accepted, refused = document.rows(0)
+    shared = ["images", "of known class", "correct", "accuracy", "out of distribution"]
+    assert [every[key] for key in shared] == ["8", "5", "3", "0.6000", "3"]
+    assert [accepted[key] for key in shared] == ["4", "3", "2", "0.6667", "1"]
+    assert [refused[key] for key in shared] == ["4", "2", "1", "0.5000", "2"]
+    # Images of no class have no right label, so they are no part of the calibration.
+    error = plain_calibration_error((truth == predicted)[:5].tolist(), probs[:5].tolist(), 15)
+    assert f"error {error:.4f} (15 bins, 5 images)" in document.text("figcaption")
+    bins = document.rows(1)
+    assert [row["confidence"] for row in bins][0] == "0.27–0.33"
+    assert sum(int(row["images"]) for row in bins) == 5
+    assert plot_sizes(document) == [(420, 360)]
+
+
+def test_accuracy_of_pseudo_labels_without_known_truth():
+    text = report.accuracy_of_pseudo_labels([-1, -1], [0, 1], [0.5, 0.9], [False, True])
+    document = Document(text)
+    assert [row["accuracy"] for row in document.rows()] == ["–", "–", "–"]
+    assert [row["out of distribution"] for row in document.rows()] == ["2", "1", "1"]
+    assert report.NOTHING in text
+
+
+# Empty and wrong input.
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(lambda: report.table([]), id="table"),
+        pytest.param(lambda: report.table([{}]), id="table of no columns"),
+        pytest.param(lambda: report.learning_curves({}, metrics=["m"]), id="no runs"),
+        pytest.param(lambda: report.learning_curves({"r": []}, metrics=["m"]), id="no rows"),
+        pytest.param(
+            lambda: report.learning_curves({"r": [{"step": 1}]}, metrics=[]), id="no metrics"
+        ),
+        pytest.param(lambda: report.confidence_histogram([], [], threshold=0.5), id="histogram"),
+        pytest.param(lambda: report.class_balance([], [], [], []), id="balance"),
+        pytest.param(lambda: report.image_grid([]), id="grid"),
+        pytest.param(lambda: report.confusion([], [], ["cat"]), id="confusion"),
+        pytest.param(lambda: report.accuracy_of_pseudo_labels([], [], [], []), id="accuracy"),
+    ],
+)
+def test_empty_input_says_so(text):
+    html = text()
+    assert html == report.NOTHING
+    assert "Nothing to show" in Document(html).text("p")
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("kept", lambda: report.confidence_histogram([0.5, 0.6], [True], threshold=0.5)),
+        ("kept", lambda: report.confidence_histogram([0.5, 0.6], [5, 7], threshold=0.5)),
+        ("probs", lambda: report.confidence_histogram([[0.5, 0.5]], [True], threshold=0.5)),
+        ("probs", lambda: report.confidence_histogram([float("nan")], [True], threshold=0.5)),
+        ("probs", lambda: report.confidence_histogram([1.5], [True], threshold=0.5)),
+        ("threshold", lambda: report.confidence_histogram([0.5], [True], threshold=30)),
+        ("before", lambda: report.class_balance([1], [1, 2], [1, 2], ["a", "b"])),
+        ("unique", lambda: report.class_balance([1, 2], [1], [1, 2], ["a", "b"])),
+        ("copies", lambda: report.class_balance([1, 2], [1, 2], [-1, 2], ["a", "b"])),
+        ("copies", lambda: report.class_balance([1], [1], [0.5], ["a"])),
+        ("predicted", lambda: report.confusion([0, 1], [0], ["a", "b"])),
+        ("predicted", lambda: report.confusion([0], [2], ["a", "b"])),
+        ("predicted", lambda: report.confusion([0], [-1], ["a", "b"])),
+        ("truth", lambda: report.confusion([2], [0], ["a", "b"])),
+        ("truth", lambda: report.confusion([-2], [0], ["a", "b"])),
+        ("predicted", lambda: report.accuracy_of_pseudo_labels([0, 1], [0], [0.5, 1], [1, 1])),
+        ("probs", lambda: report.accuracy_of_pseudo_labels([0, 1], [0, 1], [0.5], [1, 1])),
+        ("kept", lambda: report.accuracy_of_pseudo_labels([0, 1], [0, 1], [0.5, 1], [1])),
+        ("truth", lambda: report.accuracy_of_pseudo_labels([[0]], [0], [0.5], [1])),
+        ("correct", lambda: report.calibration_error([True], [0.5, 0.6])),
+    ],
+)
+def test_wrong_input_is_named(name, call):
+    with pytest.raises(ValueError, match=f"^{name} "):
+        call()
+
+
+# The page.
+
+
+def sections(count: int) -> list[report.Section]:
+    return [report.Section(f"Part {i} {HOSTILE}", f"<p>Body {i}</p>") for i in range(count)]
+
+
+def test_page_is_complete_and_self_contained(tmp_path):
+    path = tmp_path / "new" / "report.html"
+    parts = [
+        report.Section("Curves", report.learning_curves({"r": [{"step": 1, "m": 2}]}, metrics="m")),
+        report.Section("Images", report.image_grid([(encoded("PNG"), "käse")])),
+        report.Section("Table", report.table([{"a": 1}], highlight_last=True)),
+        report.Section("Nothing", ""),
+    ]
+    report.write_page(path, title=HOSTILE, intro=f"p < 0.3 {HOSTILE}\n\nNext", sections=parts)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>")
+    assert not re.search(r"https?://", text) and "<script" not in text
+    document = Document(text)
+    assert document.text("title") == document.text("h1") == HOSTILE
+    assert document.text("h2") == "Curves Images Table Nothing"
+    assert document.text("p").startswith(f"p < 0.3 {HOSTILE} Next")
+    assert "käse" in document.text("figcaption")
+    # Whatever a browser could load is either inside the file or an anchor in it.
+    for _, attributes in document.elements:
+        assert attributes.get("src", "data:").startswith("data:")
+        assert attributes.get("href", "#").startswith("#")
+    assert "url(" not in text and "@import" not in text
+    assert "prefers-color-scheme: dark" in text and "tabular-nums" in text
+
+
+@pytest.mark.parametrize(("count", "has_contents"), [(0, False), (3, False), (4, True)])
+def test_contents_lead_to_every_section(tmp_path, count, has_contents):
+    path = tmp_path / "report.html"
+    report.write_page(path, title="T", intro="", sections=sections(count))
+    document = Document(path.read_text(encoding="utf-8"))
+    identifiers = [attributes["id"] for attributes in document.attributes("section")]
+    assert len(set(identifiers)) == count
+    targets = [attributes["href"] for attributes in document.attributes("a")]
+    assert targets == ([f"#{identifier}" for identifier in identifiers] if has_contents else [])
+
+
+def test_write_replaces_the_old_page_and_leaves_no_other_file(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    report.write_page(path, title="New", intro="", sections=[])
+    assert Document(path.read_text(encoding="utf-8")).text("h1") == "New"
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
+    import tensorflow as tf
+
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    renamed = []
+
+    def fail(source, target, overwrite=False):
+        renamed.append((source, target, overwrite))
+        assert "</html>" in open(source, encoding="utf-8").read()
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(tf.io.gfile, "rename", fail)
+    with pytest.raises(OSError, match="disk gone"):
+        report.write_page(str(path), title="New", intro="", sections=[])
+    temporary = str(tmp_path / f".tmp-{os.getpid()}-report.html")
+    assert renamed == [(temporary, str(path), True)]
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["report.html"]
+
+
+def test_write_to_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report.write_page("report.html", title="T", intro="", sections=[])
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_import_is_cheap_and_plots_leave_pyplot_alone():
+    code = (
+        "import sys\n"
+        "from efficientnet_ns.labeling import report\n"
+        "assert not {'matplotlib', 'tensorflow', 'PIL'} & set(sys.modules)\n"
+        "report.confidence_histogram([0.5], [True], threshold=0.5)\n"
+        "assert not {'matplotlib.pyplot', 'tensorflow'} & set(sys.modules)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
