@@ -9,8 +9,8 @@ SHELL := bash
 ARGS ?=
 # The interpreter .venv is made with; when empty, the first suitable one on PATH.
 PYTHON ?=
-# What TensorFlow's C++ code prints: errors only.
-export TF_CPP_MIN_LOG_LEVEL ?= 2
+# TensorFlow's C++ code prints nothing; its errors reach Python as exceptions.
+export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 VENV := .venv
 RUN := $(VENV)/bin/python -m

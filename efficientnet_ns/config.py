@@ -1,12 +1,15 @@
 """Configuration: frozen dataclasses whose fields are the flags (name, default, help in one place).
 
-Entries call `define_flags(Config)` and `from_flags(Config)`; everything below them takes the dataclass or
-plain arguments. Importing this module does not import TensorFlow, so that `--help` is quick.
+Entries call `define_flags(Config)` and `from_flags(Config)`; everything below them takes the
+dataclass or plain arguments. Importing this module does not import TensorFlow, so that `--help` is
+quick.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -82,7 +85,9 @@ class DataConfig:
         choices=("randaugment", "v1"),
     )
     unl_aug: str = setting(
-        "default", "Augmentation of unlabeled images: default (as labeled), randaugment, v1, none."
+        "default",
+        "Augmentation of unlabeled images: default (as labeled), randaugment, v1, none.",
+        choices=("default", "randaugment", "v1", "none"),
     )
     randaug_mag: int = setting(27, "RandAugment magnitude M, levels of 10.", low=0)
     randaug_layer: int = setting(2, "RandAugment operations per image N.", low=0)
@@ -136,7 +141,7 @@ class TrainConfig:
     )
     init_model: bool = setting(False, "Start from the weights at init_model_path.")
     init_model_path: Optional[str] = setting(None, "Checkpoint to start from.")
-    seed: int = setting(0, "Of initial weights, data order, augmentation and noise.")
+    seed: int = setting(0, "Of initial weights, data order, augmentation and noise.", low=0)
     steps_per_eval: int = setting(3000, "Evaluate every so many steps.", low=1, free=True)
     eval_batch_size: int = setting(8, "Images per evaluation step.", low=1, free=True)
     save_checkpoints_steps: int = setting(1000, "Save every so many steps.", low=1, free=True)
@@ -182,7 +187,7 @@ class HardwareConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
-    """Statistics, selection and writing of pseudo-labeled records; the flags of `filter_unlabel.py`."""
+    """Selection and writing of pseudo-labeled records; the flags of `filter_unlabel.py`."""
 
     input_dir: str = setting("", "Folder of the unlabeled records.")
     prediction_dir: str = setting("", "Folder of the predictions.")
@@ -199,7 +204,7 @@ class SelectConfig:
     upsample: int = setting(1, "Fill classes below num_image with copies: 1 or 0.", low=0)
     only_get_stats: int = setting(0, "Stop after the statistics: 1 or 0.", low=0)
     file_prefix: str = setting("train", "Prefix of the unlabeled files: train or extra.")
-    seed: int = setting(0, "Of the choice of copies and of the order of records.")
+    seed: int = setting(0, "Of the choice of copies and of the order of records.", low=0)
     num_samples: int = setting(5, "Sample pictures kept per class and shard.", low=0)
 
 
@@ -210,7 +215,7 @@ class LoopConfig:
     work_dir: str = setting("", "Folder of everything the loop makes.")
     models: str = setting(
         "efficientnet-b0,efficientnet-b0",
-        "Variants in order: the first teacher, then the student of each round, which teaches the next.",
+        "Variants in order: the first teacher, then each round's student, which teaches the next.",
     )
     teacher_steps: Optional[int] = setting(
         None, "Update steps of the first teacher; default: train_steps.", low=1
@@ -239,7 +244,7 @@ class Config:
     hardware: HardwareConfig = HardwareConfig()
 
     def override(self, **values: Any) -> Config:
-        """A copy with fields of any section replaced: `config.override(model_name=…, train_steps=…)`."""
+        """A copy with fields of any section replaced: `config.override(train_steps=…)`."""
         sections = {name: getattr(self, name) for name in _SECTIONS}
         for key, value in values.items():
             for name, section in sections.items():
@@ -282,21 +287,21 @@ _DEFINE = {
 }
 
 
-def define_flags(cls: type, **defaults: Any) -> None:
-    """Defines one absl flag per field of a configuration dataclass; `defaults` replace field defaults."""
-    # Attributed to the program, so that --helpshort shows them.
-    module_name = sys.argv[0]
+def define_flags(cls: type, flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines one absl flag per field of a configuration dataclass."""
     for field in _flag_fields(cls):
-        default = defaults.get(field.name, field.default)
-        kind = _field_type(cls, field.name)
-        if field.metadata["choices"]:
-            choices = list(field.metadata["choices"])
-            flags.DEFINE_enum(
-                field.name, default, choices, field.metadata["help"], module_name=module_name
-            )
-        else:
-            help_text = field.metadata["help"]
-            _DEFINE[kind](field.name, default, help_text, module_name=module_name)
+        choices = field.metadata["choices"]
+        define = _DEFINE[_field_type(cls, field.name)]
+        if choices:
+            define = functools.partial(flags.DEFINE_enum, enum_values=list(choices))
+        define(
+            name=field.name,
+            default=field.default,
+            help=field.metadata["help"],
+            flag_values=flag_values,
+            # Attributed to the program, so that --helpshort shows them.
+            module_name=sys.argv[0],
+        )
 
 
 def from_flags(cls: type, values: flags.FlagValues) -> Any:
@@ -320,7 +325,7 @@ def check(config: Any) -> None:
         elif value is not None and field.metadata["low"] is not None:
             if value < field.metadata["low"]:
                 raise ConfigError(
-                    f"--{field.name}={value} is too small: it must be at least {field.metadata['low']}"
+                    f"--{field.name}={value} is too small: at least {field.metadata['low']} is needed"
                 )
 
 
@@ -341,7 +346,10 @@ def shard_list(text: str, num_shards: int) -> list[int]:
         first, _, last = part.strip().partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
             raise ConfigError(f"--shard_id={text}: {part!r} is neither a number nor a range a-b")
-        shards += range(int(first), int(last or first) + 1)
+        part_shards = range(int(first), int(last or first) + 1)
+        if not part_shards:
+            raise ConfigError(f"--shard_id={text}: the range {part!r} ends before it starts")
+        shards += part_shards
     outside = [s for s in shards if s >= num_shards]
     if outside:
         raise ConfigError(f"--shard_id={text}: {outside[0]} is not below --num_shards={num_shards}")
@@ -366,4 +374,6 @@ def run(main: Callable[[list[str]], None]) -> None:
             sys.exit(2)
 
     logging.set_verbosity(logging.INFO)
+    # Errors of TensorFlow's C++ code reach Python as exceptions; the rest of its log is noise here.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     app.run(guarded)

@@ -1,7 +1,7 @@
 """The whole loop from one command: teacher, then rounds of label → select → write → student.
 
-Started again after a kill, it continues: finished stages are recorded in `state.json`, and the stage that was
-interrupted resumes from its own checkpoints and manifests. Layout of `--work_dir`:
+Started again after a kill, it continues: finished stages are recorded in `state.json`, and the
+stage that was interrupted resumes from its own checkpoints and manifests. Layout of `--work_dir`:
 
   round-0/model                       the first teacher
   round-<r>/{predictions,info}        labels given by the model of round r-1
@@ -69,8 +69,9 @@ def run_loop(config: Config, loop: LoopConfig) -> list[dict[str, Any]]:
       loop: the rounds.
 
     Returns:
-      One row per model: `round`, `model`, `labels` (records it learned from), `unique` pseudo-labeled
-      images, `kept` ([lowest kept confidence, images] per class), and `eval/…`, `test/…` metrics.
+      One row per model: `round`, `model`, `labels` (records it learned from), `unique`
+      pseudo-labeled images, `kept` ([lowest kept confidence, images] per class), and `eval/…`,
+      `test/…` metrics.
     """
     models = [name.strip() for name in loop.models.split(",")]
     if len(models) < 2:

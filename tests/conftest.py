@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 import tensorflow as tf
 
 GOLDENS_VARIABLE = "EFFICIENTNET_NS_GOLDENS"
+
+# Tests compile more than they run. XLA reads this when it is first used.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Before anything makes TensorFlow look at its devices; without a strategy all runs on the first.
 tf.config.set_logical_device_configuration(
@@ -23,6 +27,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "ignore:non-integer arguments to randrange:DeprecationWarning"
     )
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # What is imported by now stays; collections need not walk through it every time.
 
 
 @pytest.fixture(autouse=True)

@@ -14,11 +14,16 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_addons as tfa
+
+with warnings.catch_warnings():
+    # It says at import that it is no longer developed, which users of this package cannot act on.
+    warnings.simplefilter("ignore", UserWarning)
+    import tensorflow_addons as tfa
 
 FILL = 128
 MODES = ("original", "clipped")

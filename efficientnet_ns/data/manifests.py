@@ -1,8 +1,9 @@
 """Finished work that is never lost and never done twice.
 
-A stage writes its outputs under temporary names, then a manifest with their sizes and its configuration,
-then renames the outputs. Started again, a stage whose outputs match its manifest is skipped; one that was
-interrupted is done again; files that no manifest vouches for are never overwritten.
+A stage writes its outputs under temporary names, then a manifest with their sizes and its
+configuration, then renames the outputs. Started again, a stage whose outputs match its manifest is
+skipped; one that was interrupted is done again; files that no manifest vouches for are never
+overwritten.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 
 import tensorflow as tf
@@ -23,7 +25,7 @@ class OutputConflict(RuntimeError):
 def temporary_name(path: str) -> str:
     """A name in the same folder that no record pattern matches, private to this process."""
     folder, base = os.path.split(path)
-    return os.path.join(folder, f".tmp-{os.getpid()}-{base}")
+    return os.path.join(folder, f".tmp-{socket.gethostname()}-{os.getpid()}-{base}")
 
 
 @contextlib.contextmanager
@@ -63,7 +65,7 @@ def fingerprint(paths: Sequence[str]) -> str:
 
 
 def content_hash(path: str) -> str:
-    """Short hash of a file's bytes. A checkpoint's `.index` holds the checksums of all its tensors."""
+    """Short hash of a file's bytes; a checkpoint's `.index` stands for all its tensors."""
     with tf.io.gfile.GFile(path, "rb") as f:
         return hashlib.sha256(f.read()).hexdigest()[:16]
 
@@ -91,7 +93,7 @@ class Stage:
             found = [p for p in self.outputs if tf.io.gfile.exists(p)]
             if found:
                 raise OutputConflict(
-                    f"{found[0]} exists but {self.manifest} does not, so nothing tells how it was made. "
+                    f"{found[0]} exists but {self.manifest} does not: nothing tells how it was made. "
                     "It is left alone: move it away, or choose another output folder."
                 )
             return False
@@ -109,8 +111,8 @@ class Stage:
             size = tf.io.gfile.stat(path).length
             if size != sizes[os.path.basename(path)]:
                 raise OutputConflict(
-                    f"{path} has {size} bytes, its manifest says {sizes[os.path.basename(path)]}: it was "
-                    "changed or truncated. Delete it to have it made again."
+                    f"{path} has {size} bytes, not the {sizes[os.path.basename(path)]} of its manifest: "
+                    "it was changed or truncated. Delete it to have it made again."
                 )
         return True
 
@@ -120,7 +122,7 @@ class Stage:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[tuple[dict[str, str], dict]]:
-        """Yields ({output: temporary name}, counts); the caller fills both, then all is committed."""
+        """Yields ({output: temporary name}, counts) to fill; then commits all together."""
         for path in [self.manifest, *self.outputs]:
             tf.io.gfile.makedirs(os.path.dirname(path) or ".")
         temporary = {path: temporary_name(path) for path in self.outputs}

@@ -1,12 +1,13 @@
 """Datasets: records in, batches of preprocessed images out.
 
-Order, augmentation and batches depend only on (seed, position), never on what was read before: a dataset
-started at step n continues exactly where an uninterrupted one would be.
+Order, augmentation and batches depend only on (seed, position), never on what was read before: a
+dataset started at step n continues exactly where an uninterrupted one would be.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
@@ -99,7 +100,7 @@ class Source:
 
     @classmethod
     def find(cls, folders: str, prefixes: str | Sequence[str]) -> Source:
-        """Lists and counts the shards; DataError when there are none, some are missing, or all are empty."""
+        """Lists and counts the shards; DataError when there are none, one misses, or all are empty."""
         paths = records.list_shards(folders, prefixes)
         counts = records.count_all(paths)
         if not sum(counts):
@@ -113,7 +114,7 @@ class Source:
 
 
 def _stream(source: Source, seed: int, start: int, shuffle_buffer: int) -> tf.data.Dataset:
-    """Endless (global index, serialized record), shuffled anew each epoch, beginning at index `start`."""
+    """Endless (global index, record) from index `start` on, shuffled anew each epoch."""
     paths, counts = tf.constant(source.paths), tf.constant(source.counts, tf.int64)
 
     def epoch(number: tf.Tensor) -> tf.data.Dataset:
@@ -205,12 +206,12 @@ def unlabeled_batches(
     """Endless training batches of pseudo-labeled records.
 
     Args:
-      teacher_preprocessing: when given, records need no stored labels and each image also comes clean, at
-        the teacher's resolution.
+      teacher_preprocessing: when given, records need no stored labels and each image also comes
+        clean, at the teacher's resolution.
 
     Yields:
-      `unl_image` [batch_size, S, S, 3] and either `unl_label` int32 [batch_size], `unl_probs` float32
-      [batch_size, num_classes], or `teacher_image` [batch_size, T, T, 3].
+      `unl_image` [batch_size, S, S, 3] and either `unl_label` int32 [batch_size], `unl_probs`
+      float32 [batch_size, num_classes], or `teacher_image` [batch_size, T, T, 3].
     """
 
     def prepare(index: tf.Tensor, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -249,8 +250,8 @@ def eval_batches(
     """Every record once, in file order; the last batch is padded.
 
     Yields:
-      `image` float32 [batch_size, S, S, 3], `label` int32 [batch_size], `mask` float32 [batch_size]: 1 for
-      an example, 0 for padding.
+      `image` float32 [batch_size, S, S, 3], `label` int32 [batch_size], `mask` float32
+      [batch_size]: 1 for an example, 0 for padding.
     """
 
     def prepare(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -287,8 +288,9 @@ def name_bad_record(source: Source, check: Callable[[bytes], None]) -> str | Non
     Args:
       check: raises for a payload that cannot be used.
     """
-    for path in source.paths:
-        for record in records.read(path):
+    for path, count in zip(source.paths, source.counts):
+        # A truncated tail is not counted: it is left out, so it is never what went wrong.
+        for record in itertools.islice(records.read(path), count):
             problem = record.problem
             if record.payload is not None:
                 try:
@@ -308,7 +310,7 @@ def check_image(payload: bytes) -> None:
 
 
 def check_trainable(payload: bytes, num_classes: int) -> None:
-    """Raises DataError or a TensorFlow error unless the record has a decodable image and a valid label."""
+    """Raises DataError or a TensorFlow error unless image and label can be used."""
     check_image(payload)
     label = records.label(payload)
     if not 0 <= label < num_classes:

@@ -1,7 +1,7 @@
 """Every record format in one place: names of files, keys of examples, reading and writing.
 
-Labeled, unlabeled, prediction and pseudo-labeled records are TFRecords of `tf.train.Example`, unchanged from
-the original code base, so that its data works here and ours there.
+Labeled, unlabeled, prediction and pseudo-labeled records are TFRecords of `tf.train.Example`,
+unchanged from the original code base, so that its data works here and ours there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import google_crc32c
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from efficientnet_ns.data import manifests
 
@@ -26,7 +27,7 @@ class DataError(ValueError):
     """Input files that cannot be used as they are; the message names file, record and value."""
 
 
-# --- Names of files -----------------------------------------------------------------------------------------
+# --- Names of files -------------------------------------------------------------------------------
 
 
 def shard_name(prefix: str, shard: int, num_shards: int) -> str:
@@ -45,7 +46,7 @@ def info_name(shard: int, num_shards: int, worker: int) -> str:
 
 
 def index_name(shard: int, num_shards: int, worker: int) -> str:
-    """`index-00003-of-00128-00000.parquet`, the columns of a prediction file without its probabilities."""
+    """`index-00003-of-00128-00000.parquet`, beside the prediction file it describes."""
     return f"{shard_name('index', shard, num_shards)}-{worker:05d}.parquet"
 
 
@@ -100,7 +101,7 @@ def _shards_in(folder: str, prefixes: tuple[str, ...]) -> list[str]:
     return sorted(path for shards in groups.values() for path in shards.values())
 
 
-# --- Examples -----------------------------------------------------------------------------------------------
+# --- Examples -------------------------------------------------------------------------------------
 
 
 def _bytes(value: bytes) -> tf.train.Feature:
@@ -124,7 +125,7 @@ def _example(**features: tf.train.Feature) -> bytes:
 
 
 def labeled_example(image: bytes, label: int) -> bytes:
-    """A labeled record from encoded image bytes and a 0-based label; stored 1-based, as ImageNet's."""
+    """A labeled record from encoded image bytes and a 0-based label, which is stored 1-based."""
     return _example(image=_bytes(image), label_one_based=_ints(label + 1))
 
 
@@ -168,7 +169,7 @@ def probabilities(record: bytes) -> np.ndarray:
 
 
 def label(record: bytes) -> int:
-    """The 0-based (pseudo) label of a labeled, prediction or pseudo-labeled record; -1 when it has none."""
+    """The 0-based label of a labeled, prediction or pseudo-labeled record; -1 for none."""
     features = _features(record)
     if features[LABEL_ONE_BASED].int64_list.value:
         return features[LABEL_ONE_BASED].int64_list.value[0] - 1
@@ -217,7 +218,7 @@ def parse_pseudo_labeled(serialized: tf.Tensor, num_classes: int) -> dict[str, t
     }
 
 
-# --- Reading ------------------------------------------------------------------------------------------------
+# --- Reading --------------------------------------------------------------------------------------
 
 
 class Record(NamedTuple):
@@ -240,8 +241,9 @@ def _masked_crc(data: bytes) -> int:
 def read(path: str) -> Iterator[Record]:
     """Reads a TFRecord file past damage.
 
-    A record whose payload fails its checksum is reported and the next one is read. When a length cannot be
-    trusted, or the file ends inside a record, the rest of the file is one last unreadable record.
+    A record whose payload fails its checksum is reported and the next one is read. When a length
+    cannot be trusted, or the file ends inside a record, the rest of the file is one last
+    unreadable record.
 
     Yields:
       Records in file order, positions counting unreadable ones.
@@ -271,22 +273,28 @@ def read(path: str) -> Iterator[Record]:
 
 
 def count(path: str) -> int:
-    """Number of whole records of a file, from its headers alone; a truncated tail is not counted."""
+    """Number of whole records of a file, by its headers alone; a truncated tail is left out."""
+    return _measure(path)[0]
+
+
+def _measure(path: str) -> tuple[int, int]:
+    """(whole records, bytes after the last whole record)."""
     size = tf.io.gfile.stat(path).length
-    offset = total = 0
+    end = total = 0
     with tf.io.gfile.GFile(path, "rb") as f:
-        while offset + _HEADER.size <= size:
-            f.seek(offset)
+        while end + _HEADER.size <= size:
+            f.seek(end)
             length, length_crc = _HEADER.unpack(header := f.read(_HEADER.size))
-            offset += _HEADER.size + length + _FOOTER.size
-            if _masked_crc(header[:8]) != length_crc or offset > size:
+            record_end = end + _HEADER.size + length + _FOOTER.size
+            if _masked_crc(header[:8]) != length_crc or record_end > size:
                 break
-            total += 1
-    return total
+            end, total = record_end, total + 1
+    return total, size - end
 
 
 def count_all(paths: Sequence[str]) -> list[int]:
-    """Records per file, from the folder's `counts.json` where that matches the file's size, else counted.
+    """Records per file, from the folder's `counts.json` where that matches the file's size, else
+    counted.
 
     Raises:
       DataError: a file is empty although no `counts.json` says so.
@@ -305,17 +313,22 @@ def count_all(paths: Sequence[str]) -> list[int]:
         elif size == 0:
             raise DataError(f"{path} is empty: write it again, or delete its whole set")
         else:
-            counts.append(count(path))
+            whole, rest = _measure(path)
+            if rest:
+                logging.warning(
+                    "%s is damaged after record %d: %d bytes left out", path, whole, rest
+                )
+            counts.append(whole)
     return counts
 
 
-# --- Writing ------------------------------------------------------------------------------------------------
+# --- Writing --------------------------------------------------------------------------------------
 
 COUNTS = "counts.json"
 
 
 def write(path: str, payloads: Iterator[bytes] | Sequence[bytes]) -> int:
-    """Writes one TFRecord file under exactly this name (callers rename it when whole); returns the count."""
+    """Writes one TFRecord file under exactly this name and returns the number of records."""
     total = 0
     with tf.io.TFRecordWriter(path) as writer:
         for payload in payloads:

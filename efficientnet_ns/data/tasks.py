@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import tensorflow as tf
+
 from efficientnet_ns.data import manifests
 
 
@@ -68,14 +70,15 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str) -> Task:
-    """The task called `name`, or the one described by the JSON file at that path (fields of `Task`).
+    """The task called `name`, or the one described by the JSON file at that path (fields of
+    `Task`).
 
     Raises:
       ValueError: neither, or a file with unknown or missing fields.
     """
     if name in TASKS:
         return TASKS[name]
-    if not name.endswith(".json"):
+    if not name.endswith(".json") or not tf.io.gfile.exists(name):
         raise ValueError(
             f"unknown task {name!r}; known tasks: {', '.join(TASKS)}, or the path of a .json file "
             'with the fields of a task, e.g. {"num_classes": 5}'
@@ -85,6 +88,6 @@ def get_task(name: str) -> Task:
     unknown = sorted(set(fields) - known)
     if unknown or "num_classes" not in fields:
         raise ValueError(
-            f"{name}: unknown fields {unknown}; allowed are {sorted(known)}, num_classes is required"
+            f"{name}: unknown fields {unknown}; allowed are {sorted(known)}, and num_classes must be"
         )
     return Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})

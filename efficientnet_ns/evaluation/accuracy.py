@@ -36,8 +36,8 @@ class Evaluator:
           num_examples: size of the set.
 
         Returns:
-          `top1`, `top5` (fractions; top-5 is over min(5, classes)), `loss` (mean cross entropy without
-          smoothing), `examples`.
+          `top1`, `top5` (fractions; top-5 is over min(5, classes)), `loss` (mean cross entropy
+          without smoothing), `examples`.
 
         Raises:
           IncompleteEvaluation: the batches held more or fewer examples.
@@ -69,3 +69,11 @@ def _batch_sums(model: tf.keras.Model, batch: dict[str, tf.Tensor]) -> dict[str,
 
 def _in_top_k(logits: tf.Tensor, labels: tf.Tensor, k: int) -> tf.Tensor:
     return tf.cast(tf.math.in_top_k(labels, logits, k), tf.float32)
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """`top-1 88.6%, top-5 99.6%, loss 0.566 on 500 examples`."""
+    return (
+        f"top-1 {metrics['top1']:.1%}, top-5 {metrics['top5']:.1%}, "
+        f"loss {metrics['loss']:.3f} on {metrics['examples']} examples"
+    )

@@ -1,9 +1,9 @@
 """A teacher's predictions for shards of unlabeled records (arXiv 1911.04252, algorithm 1, step 2).
 
-Each (shard, worker) gives one prediction file in the original's format, a Parquet index of it without the
-probabilities, an info file with its count, and a manifest. Records that cannot be read, and images that
-cannot be decoded, keep their place: all-zero probabilities, label -1 in the index, and an entry with the
-reason in the quarantine list of the manifest.
+Each (shard, worker) gives one prediction file in the original's format, a Parquet index of it
+without the probabilities, an info file with its count, and a manifest. Records that cannot be
+read, and images that cannot be decoded, keep their place: all-zero probabilities, label -1 in the
+index, and an entry with the reason in the quarantine list of the manifest.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _check(config: Config) -> None:
         raise ConfigError("--unlabel_data_dir is needed: the folder with the records to label")
     if options.worker_id >= options.total_replicas:
         raise ConfigError(
-            f"--worker_id={options.worker_id} is not below --total_replicas={options.total_replicas}"
+            f"--worker_id={options.worker_id} must be below --total_replicas={options.total_replicas}"
         )
 
 
@@ -146,7 +146,7 @@ class _Labeler:
 
 
 def _image_source(path: str, options, tolerant: bool, problems: dict[int, str]) -> tf.data.Dataset:
-    """(position among this worker's records, encoded image); `problems` collects what was left out."""
+    """(position among this worker's records, encoded image); `problems` collects the left out."""
     replicas, worker = options.total_replicas, options.worker_id
     if not tolerant:
         data = tf.data.TFRecordDataset(path).shard(replicas, worker)
@@ -169,7 +169,7 @@ def _image_source(path: str, options, tolerant: bool, problems: dict[int, str]) 
 
 
 def _label_shard(labeler: _Labeler, stage: manifests.Stage, path: str, shard: int, options) -> None:
-    """Labels one shard; the rare one with bad records is started again in the slower tolerant way."""
+    """Labels one shard; one with bad records is started again in the slower tolerant way."""
     try:
         _write_shard(labeler, stage, path, shard, options, tolerant=False)
     except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
@@ -231,8 +231,8 @@ def write_index(
 ) -> None:
     """Writes the columnar index of one prediction file.
 
-    Columns: `shard` int32, `worker` int32, `position` int64 (in the prediction file), `label` int32 (-1:
-    unreadable), `prob` float32 (top-1 probability).
+    Columns: `shard` int32, `worker` int32, `position` int64 (in the prediction file), `label`
+    int32 (-1: unreadable), `prob` float32 (top-1 probability).
     """
     import pyarrow
     import pyarrow.parquet
@@ -252,12 +252,12 @@ def write_index(
 
 
 def index_from_predictions(prediction_path: str, index_path: str, shard: int, worker: int) -> None:
-    """Builds the index of a prediction file that has none, such as one written by the original code."""
+    """Builds the index of a prediction file without one, such as the original code's."""
     labels, top_probs = [], []
     for record in records.read(prediction_path):
         if record.payload is None:
             raise records.DataError(
-                f"{prediction_path}, record {record.position}: {record.problem}; predict this shard again"
+                f"{prediction_path}, record {record.position}: {record.problem}; predict it again"
             )
         probs = records.probabilities(record.payload)
         top = float(probs.max(initial=0.0))

@@ -1,8 +1,9 @@
-"""Which unlabeled images a student learns from (arXiv 1911.04252, section 3.1, data filtering and balancing).
+"""Which unlabeled images a student learns from (arXiv 1911.04252, section 3.1, data filtering and
+balancing).
 
-Confidence above a threshold, at most `num_image` per class with the highest confidence first, classes with
-fewer filled up by copies. All of it is SQL on DuckDB over the columnar index of the predictions, so the
-probabilities themselves are never read.
+Confidence above a threshold, at most `num_image` per class with the highest confidence first,
+classes with fewer filled up by copies. All of it is SQL on DuckDB over the columnar index of the
+predictions, so the probabilities themselves are never read.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def connect(index_paths: Sequence[str]):
 def write_statistics(db, config: SelectConfig) -> None:
     """Counts per class and 0.01-wide confidence bin, in the original's JSON files.
 
-    `prelim_stats_<shard>_<task>.json` per shard, `total_counts.json` and its running sum from the top,
-    `total_counts_sum.json`: {class: [[threshold, count], …]} for thresholds 0.00 … 1.00.
+    `prelim_stats_<shard>_<task>.json` per shard, `total_counts.json` and its running sum from the
+    top, `total_counts_sum.json`: {class: [[threshold, count], …]} for thresholds 0.00 … 1.00.
     """
     # The bin is the last threshold k/100 that is not above prob, compared in float64.
     rows = db.execute(
@@ -128,25 +129,20 @@ def _sum_from_top(counts: list[int]) -> list[int]:
 def select(config: SelectConfig) -> dict[str, object]:
     """Writes statistics and the selection; skips what is already there and whole.
 
-    The selection is a Parquet table (shard, worker, position, label, prob, copies). Ties in confidence go to
-    the lower (shard, position, worker). A class with n < num_image images gets num_image // n copies of each
-    and one more of num_image % n of them, drawn by `seed`.
+    The selection is a Parquet table (shard, worker, position, label, prob, copies). Ties in
+    confidence go to the lower (shard, position, worker). A class with n < num_image images gets
+    num_image // n copies of each and one more of num_image % n of them, drawn by `seed`.
 
     Returns:
-      `unique` (images selected), `records` (with copies), `available` (predictions read), and `classes`:
-      {class: [lowest kept confidence, images]}.
+      `unique` (images selected), `records` (with copies), `available` (predictions read), and
+      `classes`: {class: [lowest kept confidence, images]}.
     """
     indexes = index_files(config)
     stage = _stage(config, indexes)
     if stage.done():
         return stage.counts()
+    _check_classes(config)
     db = connect(indexes)
-    (beyond,) = db.execute("SELECT max(label) FROM predictions").fetchone()
-    if beyond is not None and beyond >= config.num_label_classes:
-        raise records.DataError(
-            f"{config.prediction_dir} holds predictions of class {beyond}, but "
-            f"--num_label_classes={config.num_label_classes}"
-        )
     write_statistics(db, config)
     if config.only_get_stats:
         return {"available": _count(db, "predictions")}
@@ -154,7 +150,7 @@ def select(config: SelectConfig) -> dict[str, object]:
         _choose(db, config)
         path = temporary[stage.outputs[0]].replace("'", "''")
         db.execute(
-            f"COPY (SELECT * FROM chosen ORDER BY shard, worker, position) TO '{path}' (FORMAT parquet)"
+            f"COPY (FROM chosen ORDER BY shard, worker, position) TO '{path}' (FORMAT parquet)"
         )
         classes = db.execute(
             "SELECT label, min(prob)::DOUBLE, count(*), sum(copies) FROM chosen GROUP BY 1 ORDER BY 1"
@@ -167,6 +163,19 @@ def select(config: SelectConfig) -> dict[str, object]:
         )
         _write_thresholds(config, counts)
     return stage.counts()
+
+
+def _check_classes(config: SelectConfig) -> None:
+    path = prediction_path(config, 0, 0)
+    first = next(records.read(path), None)
+    if first is None or first.payload is None:
+        return
+    classes = len(records.probabilities(first.payload))
+    if classes != config.num_label_classes:
+        raise records.DataError(
+            f"{path} holds probabilities of {classes} classes, but "
+            f"--num_label_classes={config.num_label_classes}"
+        )
 
 
 def _stage(config: SelectConfig, indexes: Sequence[str]) -> manifests.Stage:
@@ -225,11 +234,12 @@ def _write_thresholds(config: SelectConfig, counts: dict) -> None:
 
 
 def load_outcome(config: SelectConfig) -> dict[str, np.ndarray]:
-    """Every prediction beside what the selection made of it, for reports on sets that fit in memory.
+    """Every prediction beside what the selection made of it, for reports on sets that fit in
+    memory.
 
     Returns:
-      Columns `shard`, `record` (position in the shard), `label`, `prob`, `copies` (0: rejected), each [N],
-      ordered by shard and record.
+      Columns `shard`, `record` (position in the shard), `label`, `prob`, `copies` (0: rejected),
+      each [N], ordered by shard and record.
     """
     workers = count_workers(config)
     db = connect(index_files(config))

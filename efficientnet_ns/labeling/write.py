@@ -1,7 +1,7 @@
 """Balanced, pseudo-labeled records from a selection (arXiv 1911.04252, algorithm 1, step 3).
 
-One output file per shard of the unlabeled set, in the original's format and with its side files: statistics
-and sample pictures per class. Copies are physical copies, spread by the shuffle.
+One output file per shard of the unlabeled set, in the original's format and with its side files:
+statistics and sample pictures per class. Copies are physical copies, spread by the shuffle.
 """
 
 from __future__ import annotations
@@ -61,9 +61,12 @@ def _stage(config: SelectConfig, selection: str, shard: int) -> manifests.Stage:
         config.output_dir, "data", records.pseudo_label_name(task, shard, config.num_shards)
     )
     stats = os.path.join(config.output_dir, "stats", f"stats_{shard:05d}_{task}.json")
+    source = select.input_path(config, shard)
+    if not tf.io.gfile.exists(source):
+        raise records.DataError(f"shard {source} is missing (check --file_prefix and --num_shards)")
     settings = {
         "selection": manifests.content_hash(selection),
-        "input": manifests.fingerprint([select.input_path(config, shard)]),
+        "input": manifests.fingerprint([source]),
         "seed": config.seed,
     }
     manifest = os.path.join(config.output_dir, "stats", f"manifest_{shard:05d}_{task}.json")
@@ -93,27 +96,28 @@ def _write_shard(db, config: SelectConfig, stage, shard: int, workers: int) -> N
         read_back = records.count(temporary[data_path])
         if not written == read_back == expected:
             raise Lost(
-                f"{data_path}: {expected} records selected, {written} written, {read_back} read back"
+                f"{data_path}: {expected} records chosen, {written} written, {read_back} read back"
             )
         manifests.write_json(temporary[stats_path], dict(sorted(per_class.items())))
         counts.update(records=written)
 
 
 def _selected(config, shard: int, workers: int, chosen: dict, samples) -> Iterator[tuple]:
-    """Yields (serialized example, label, copies) of the chosen records of a shard, in file order."""
+    """Yields (example, label, copies) of the chosen records of a shard, in file order."""
     predictions = [records.read(select.prediction_path(config, shard, w)) for w in range(workers)]
     for image_record in records.read(select.input_path(config, shard)):
         # Record i was predicted by worker i mod workers.
-        prediction = next(predictions[image_record.position % workers], None)
+        position, worker = divmod(image_record.position, workers)
+        absent = records.Record(position, None, "fewer predictions than images")
+        prediction = next(predictions[worker], absent)
         if image_record.position not in chosen:
             continue
         for record, path in (
             (image_record, select.input_path(config, shard)),
-            (prediction, select.prediction_path(config, shard, image_record.position % workers)),
+            (prediction, select.prediction_path(config, shard, worker)),
         ):
-            if record is None or record.payload is None:
-                problem = record.problem if record else "fewer predictions than images"
-                raise records.DataError(f"{path}, record {image_record.position}: {problem}")
+            if record.payload is None:
+                raise records.DataError(f"{path}, record {record.position}: {record.problem}")
         label, copies = chosen[image_record.position]
         image = records.image_bytes(image_record.payload)
         probs = records.probabilities(prediction.payload)

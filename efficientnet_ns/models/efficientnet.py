@@ -1,4 +1,5 @@
-"""EfficientNet B0–B7 and L2 as Keras functional models (arXiv 1905.11946, table 1; 1911.04252, table 7).
+"""EfficientNet B0–B7 and L2 as Keras functional models (arXiv 1905.11946, table 1; 1911.04252,
+table 7).
 
 Input is pixels 0..255; normalisation is the first layer. Layer names are stable: `stem_conv`,
 `blocks_<i>_{expand,dw,project}_{conv,bn}`, `blocks_<i>_se_{reduce,expand}`, `head_{conv,bn,dense}`.
@@ -81,7 +82,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def round_filters(filters: int, width: float, divisor: int = 8) -> int:
-    """Scaled channel count: nearest multiple of `divisor`, never more than 10 % below the exact product."""
+    """Nearest multiple of `divisor` to the product, never more than 10 % below it."""
     if width == 1.0:
         return filters
     exact = filters * width
@@ -141,7 +142,8 @@ def _conv(x, filters: int, kernel: int, stride: int, name: str, use_bias: bool =
 
 
 def _conv_initializer() -> tf.keras.initializers.Initializer:
-    # Normal with variance 2 / (k·k·filters_out); for depthwise kernels Keras' fan_out is k·k, as the original.
+    # Normal with variance 2 / (k·k·filters_out); for depthwise kernels Keras' fan_out is k·k, as
+    # the original.
     return tf.keras.initializers.VarianceScaling(2.0, "fan_out", "untruncated_normal")
 
 
@@ -185,6 +187,20 @@ def _mbconv(x, block: Stage, name: str, survival_prob: float, bn_momentum: float
     return x
 
 
+def _head(x, filters: int, num_classes: int, dropout_rate: float, bn_momentum: float):
+    x = _conv(x, filters, 1, 1, "head_conv")
+    x = _bn_swish(x, "head", bn_momentum)
+    x = tf.keras.layers.GlobalAveragePooling2D(name="head_pool")(x)
+    x = layers.Dropout(dropout_rate, name="head_dropout")(x)
+    x = tf.keras.layers.Dense(
+        num_classes,
+        # Uniform in ±1/sqrt(num_classes), as the original.
+        kernel_initializer=tf.keras.initializers.VarianceScaling(1 / 3, "fan_out", "uniform"),
+        name="head_dense",
+    )(x)
+    return tf.keras.layers.Activation("linear", dtype="float32", name="logits")(x)
+
+
 def build_model(
     variant: str,
     num_classes: int = 1000,
@@ -207,12 +223,14 @@ def build_model(
       image_size: side of the input in pixels; None takes the variant's resolution.
       small_image: strides of stages 2 and 3 are 1, for images of 32 pixels and less.
       width_coefficient, depth_coefficient, dropout_rate: override the variant's values.
-      survival_prob: of the last block's residual branch; block i of N gets 1 - (1 - survival_prob)·i/N.
+      survival_prob: of the last block's residual branch; block i of N gets 1 - (1 -
+        survival_prob)·i/N.
       mean, std: channel statistics of the training set in units of the full range (0..1).
       bn_momentum: decay of the batch-norm moving averages.
 
     Returns:
-      A model: float or uint8 [N, image_size, image_size, 3] in 0..255 → float32 logits [N, num_classes].
+      A model: float or uint8 [N, image_size, image_size, 3] in 0..255 → float32 logits [N,
+        num_classes].
 
     Raises:
       ValueError: unknown variant, or a value out of range.
@@ -236,17 +254,8 @@ def build_model(
     for index, block in enumerate(blocks):
         block_survival = 1.0 - (1.0 - survival_prob) * index / len(blocks)
         x = _mbconv(x, block, f"blocks_{index}", block_survival, bn_momentum)
-    x = _conv(x, round_filters(spec.head_filters, width), 1, 1, "head_conv")
-    x = _bn_swish(x, "head", bn_momentum)
-    x = tf.keras.layers.GlobalAveragePooling2D(name="head_pool")(x)
-    x = layers.Dropout(dropout_rate, name="head_dropout")(x)
-    x = tf.keras.layers.Dense(
-        num_classes,
-        # Uniform in ±1/sqrt(num_classes), as the original.
-        kernel_initializer=tf.keras.initializers.VarianceScaling(1 / 3, "fan_out", "uniform"),
-        name="head_dense",
-    )(x)
-    logits = tf.keras.layers.Activation("linear", dtype="float32", name="logits")(x)
+    head_filters = round_filters(spec.head_filters, width)
+    logits = _head(x, head_filters, num_classes, dropout_rate, bn_momentum)
     return tf.keras.Model(inputs, logits, name=variant)
 
 
@@ -259,8 +268,8 @@ def endpoints(model: tf.keras.Model) -> dict[str, tf.Tensor]:
     """Symbolic intermediate outputs of a model made by `build_model`.
 
     Returns:
-      `stem`; `reduction_1` … (the last map before each halving of the resolution; five for 224-pixel
-      models); `features` (after the head convolution); `pooled` [N, channels]; `logits`.
+      `stem`; `reduction_1` … (the last map before each halving of the resolution; five for
+      224-pixel models); `features` (after the head convolution); `pooled` [N, channels]; `logits`.
     """
     outputs = {"stem": model.get_layer("stem_swish").output}
     blocks = num_blocks(model)

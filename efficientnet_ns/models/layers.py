@@ -1,8 +1,9 @@
 """Layers that Keras does not have in the form EfficientNet was trained with.
 
-All noise is stateless. A training step opens `noise_seed(seed)` around the forward pass; every noisy layer
-folds its own name into that seed, so the same (seed, step) always draws the same noise, whatever ran before.
-Outside such a scope (plain `model.fit`) the seed comes from TensorFlow's global generator.
+All noise is stateless. A training step opens `noise_seed(seed)` around the forward pass; every
+noisy layer folds its own name into that seed, so the same (seed, step) always draws the same
+noise, whatever ran before. Outside such a scope (plain `model.fit`) the seed comes from
+TensorFlow's global generator.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class PixelNormalization(tf.keras.layers.Layer):
 class BatchNorm(tf.keras.layers.Layer):
     """Batch normalisation over N, H, W whose moving variance is the biased one, as in the original.
 
-    The fused kernel reports the unbiased batch variance (N/(N-1) larger); it is scaled back before it enters
-    the moving average. Statistics and parameters are float32 whatever the compute dtype.
+    The fused kernel reports the unbiased batch variance (N/(N-1) larger); it is scaled back before
+    it enters the moving average. Statistics and parameters are float32 whatever the compute dtype.
 
     Args:
       momentum: decay of the moving averages.
@@ -132,8 +133,8 @@ class BatchNorm(tf.keras.layers.Layer):
 class StochasticDepth(tf.keras.layers.Layer):
     """Drops the whole residual branch of an example, scaling survivors by 1/survival_prob.
 
-    One draw per example. Reference: Huang et al., "Deep Networks with Stochastic Depth" (2016); paper
-    section 3.1 uses survival probability 0.8 at the last block, falling linearly from 1.
+    One draw per example. Reference: Huang et al., "Deep Networks with Stochastic Depth" (2016);
+    paper section 3.1 uses survival probability 0.8 at the last block, falling linearly from 1.
 
     Args:
       survival_prob: probability in (0, 1] that the branch is kept.

@@ -1,4 +1,5 @@
-"""Weights by name: the variable names of the original's TF1 checkpoints, strict reading and atomic writing.
+"""Weights by name: the variable names of the original's TF1 checkpoints, strict reading and atomic
+writing.
 
 A checkpoint holds `<variant>/stem/conv2d/kernel` …, the moving-average copy of each variable under
 `…/ExponentialMovingAverage`, and the optimizer's slots under `…/RMSProp` and `…/RMSProp_1`.
@@ -32,7 +33,8 @@ def _layer_scopes(model: tf.keras.Model) -> dict[str, str]:
         ours, theirs = f"blocks_{index}", f"blocks_{index}"
         has_expand = any(layer.name == f"{ours}_expand_conv" for layer in model.layers)
         parts = ["expand"] * has_expand + ["dw", "project"]
-        # TF1 numbers layers of one class inside a block; blocks without expansion start one earlier.
+        # TF1 numbers layers of one class inside a block; blocks without expansion start one
+        # earlier.
         convs = iter(range(2))
         for number, part in enumerate(parts):
             scopes[f"{ours}_{part}_conv"] = (
@@ -86,13 +88,14 @@ def checkpoint_prefix(path: str) -> str:
         if found:
             raise WeightsError(f"{path} holds {len(found)} checkpoints: name one, e.g. {found[0]}")
     raise FileNotFoundError(
-        f"no checkpoint at {path!r}: expected a folder with one, or a prefix such as model.ckpt-1000"
+        f"no checkpoint at {path!r}: expected a folder with one, or a prefix like model.ckpt-1000"
     )
 
 
 @contextlib.contextmanager
 def _damage_named(prefix: str) -> Iterator[None]:
-    # TensorFlow's reader raises several types for this, IndexError among them, mostly without the file.
+    # TensorFlow's reader raises several types for this, IndexError among them, mostly without the
+    # file.
     try:
         yield
     except (tf.errors.OpError, IndexError, ValueError, RuntimeError) as error:
@@ -138,7 +141,7 @@ def _listing(title: str, names: list[str], limit: int = 8) -> str:
 
 
 def write_checkpoint(prefix: str, tensors: Mapping[str, tf.Tensor]) -> None:
-    """Writes a TF1-style checkpoint; its `.index` file appears last, so a whole one has an index."""
+    """Writes a TF1-style checkpoint; its `.index` appears last, so a whole one has it."""
     names = sorted(tensors)
     tf.raw_ops.SaveV2(
         prefix=prefix,

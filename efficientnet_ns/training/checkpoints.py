@@ -1,4 +1,4 @@
-"""Training checkpoints in the original's format: weights, moving averages, optimizer slots, step."""
+"""Training checkpoints in the original's format: weights, averages, optimizer slots, step."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import re
 import tensorflow as tf
 from absl import logging
 
+from efficientnet_ns.data import manifests
 from efficientnet_ns.models import weights
 from efficientnet_ns.training.optimizers import RMSPropTF1
 
 _PREFIX = "model.ckpt-"
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written: disk full, folder gone or not writable."""
 
 
 class Checkpoints:
@@ -57,24 +62,43 @@ class Checkpoints:
         return os.path.join(self.folder, f"{_PREFIX}{step}")
 
     def save(self) -> str:
-        """Writes a checkpoint of the current step, then removes the oldest beyond `keep`."""
+        """Writes a checkpoint of the current step, then removes the oldest beyond `keep`.
+
+        Raises:
+          SaveFailed: it could not be written; earlier checkpoints are untouched.
+        """
         prefix = self.prefix(int(self.optimizer.iterations))
-        weights.write_checkpoint(prefix, self.variables)
-        kept = self.steps()[: self.keep]
-        tf.compat.v1.train.update_checkpoint_state(
-            self.folder,
-            os.path.basename(prefix),
-            [os.path.basename(self.prefix(step)) for step in reversed(kept)],
-        )
+        earlier = self.steps()
+        try:
+            weights.write_checkpoint(prefix, self.variables)
+        except (tf.errors.OpError, OSError) as e:
+            last = self.prefix(earlier[0]) if earlier else "none"
+            reason = str(e).splitlines()[0]
+            raise SaveFailed(
+                f"could not write {prefix} ({reason}). Last good checkpoint: {last}. Make room on "
+                "the disk, or mend the folder, and start the same command again."
+            ) from e
+        self._note(self.steps()[: self.keep])
         for step in self.steps()[self.keep :]:
             for path in tf.io.gfile.glob(self.prefix(step) + ".*"):
                 tf.io.gfile.remove(path)
         return prefix
 
-    def restore_latest(self) -> int:
-        """Restores the newest checkpoint that loads whole and returns its step; 0 when there is none.
+    def _note(self, steps: list[int]) -> None:
+        """Writes the `checkpoint` file, by which TensorFlow finds the newest of `steps`."""
+        names = [os.path.basename(self.prefix(step)) for step in steps]
+        lines = [f'model_checkpoint_path: "{names[0]}"']
+        lines += [f'all_model_checkpoint_paths: "{name}"' for name in reversed(names)]
+        with manifests.atomic_path(os.path.join(self.folder, "checkpoint")) as temporary:
+            with tf.io.gfile.GFile(temporary, "w") as f:
+                f.write("\n".join(lines) + "\n")
 
-        A preempted machine can leave a damaged file: such a checkpoint is passed over, with a warning.
+    def restore_latest(self) -> int:
+        """Restores the newest checkpoint that loads whole and returns its step; 0 when there is
+        none.
+
+        A preempted machine can leave a damaged file: such a checkpoint is passed over, with a
+          warning.
 
         Raises:
           weights.WeightsError: a checkpoint of another model.

@@ -6,7 +6,6 @@ import json
 import os
 
 import tensorflow as tf
-from absl import logging
 
 from efficientnet_ns.config import HardwareConfig
 
@@ -14,8 +13,8 @@ from efficientnet_ns.config import HardwareConfig
 def get_strategy(hardware: HardwareConfig) -> tf.distribute.Strategy:
     """The distribution strategy for the given hardware.
 
-    A TPU when one is named; several workers when TF_CONFIG describes a cluster; several GPUs when there are
-    several; else the one local device.
+    A TPU when one is named; several workers when TF_CONFIG describes a cluster; several GPUs when
+    there are several; else the one local device.
     """
     if hardware.use_tpu and hardware.tpu:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
@@ -29,13 +28,11 @@ def get_strategy(hardware: HardwareConfig) -> tf.distribute.Strategy:
         return tf.distribute.MultiWorkerMirroredStrategy()
     if len(tf.config.list_logical_devices("GPU")) > 1:
         return tf.distribute.MirroredStrategy()
-    if hardware.use_tpu:
-        logging.info("no --tpu given: running on %s", tf.config.list_logical_devices()[-1].name)
     return tf.distribute.get_strategy()
 
 
 def set_precision(hardware: HardwareConfig, strategy: tf.distribute.Strategy) -> None:
-    """mixed_bfloat16 on TPU when asked for, else float32 (bfloat16 is emulated, and slow, on most CPUs)."""
+    """mixed_bfloat16 on TPU when asked for, else float32: most CPUs emulate bfloat16."""
     on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
     policy = "mixed_bfloat16" if on_tpu and hardware.use_bfloat16 else "float32"
     tf.keras.mixed_precision.set_global_policy(policy)

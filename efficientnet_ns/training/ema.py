@@ -1,6 +1,7 @@
 """Exponential moving average of weights, kept as the weights of a second model.
 
-The copies cover trainable variables and batch-norm statistics; evaluation, teachers and export read them.
+The copies cover trainable variables and batch-norm statistics; evaluation, teachers and export
+read them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ def ramped_decay(decay: float, num_updates: tf.Tensor) -> tf.Tensor:
 def update(copies: Sequence[tf.Variable], sources: Sequence[tf.Variable], decay: tf.Tensor) -> None:
     """copy ← copy - (1 - decay)·(copy - source), pairwise. Call in replica context.
 
-    Batch-norm statistics live per replica and are averaged when read; averaging is linear, so each replica
-    updates its own copy. Mirrored variables are updated once, across replicas.
+    Batch-norm statistics live per replica and are averaged when read; averaging is linear, so each
+    replica updates its own copy. Mirrored variables are updated once, across replicas.
     """
     mirrored = []
     for copy, source in zip(copies, sources):

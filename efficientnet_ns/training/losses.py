@@ -1,8 +1,8 @@
 """The losses of Noisy Student as pure functions on tensors (arXiv 1911.04252, algorithm 1).
 
-Three forms of the joint loss are published: algorithm 1 adds the two means, the text averages over the
-joint batch, the code adds `unlabel_ratio` times the unlabeled mean. `combine` is the code's form, with which
-the published numbers were made.
+Three forms of the joint loss are published: algorithm 1 adds the two means, the text averages over
+the joint batch, the code adds `unlabel_ratio` times the unlabeled mean. `combine` is the code's
+form, with which the published numbers were made.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def soft_cross_entropy(logits: tf.Tensor, probs: tf.Tensor) -> tf.Tensor:
 
 
 def sharpen(probs: tf.Tensor, temperature: float) -> tf.Tensor:
-    """Stored probabilities [N, C] as a softmax at `temperature` would have given them: p^(1/T), normalised."""
+    """Probabilities [N, C] as a softmax at `temperature` would give them: p^(1/T), normalised."""
     if temperature == 1.0:
         return probs
     powered = tf.pow(probs, 1.0 / temperature)
@@ -55,7 +55,8 @@ def pseudo_label_loss(
       logits: of the student, float32 [N, C].
       labels: hard pseudo labels, int [N].
       probs: soft pseudo labels, float32 [N, C], already at `temperature`.
-      temperature: negative means hard labels (smoothed like true ones); else soft ones (never smoothed).
+      temperature: negative means hard labels (smoothed like true ones); else soft ones (never
+        smoothed).
 
     Returns:
       float32 [N].

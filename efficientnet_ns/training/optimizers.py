@@ -1,7 +1,8 @@
 """RMSProp as TensorFlow 1 computes it, which is what the published EfficientNets were trained with.
 
-Differs from `tf.keras.optimizers.RMSprop`: (1) the mean square starts at 1, not 0; (2) epsilon is inside the
-square root; (3) the learning rate enters the momentum buffer, so a change of rate acts with its inertia.
+Differs from `tf.keras.optimizers.RMSprop`: (1) the mean square starts at 1, not 0; (2) epsilon is
+inside the square root; (3) the learning rate enters the momentum buffer, so a change of rate acts
+with its inertia.
 """
 
 from __future__ import annotations

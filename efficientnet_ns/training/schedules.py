@@ -15,9 +15,9 @@ DECAY_EPOCHS = 2.4
 class WarmupStaircase(tf.keras.optimizers.schedules.LearningRateSchedule):
     """lr(step) = peak · 0.97^⌊step / decay_steps⌋ after a linear ramp from 0 to `peak`.
 
-    Decay counts from step 0, so the ramp ends above the staircase and falls onto it; `decay_steps` is not
-    rounded. Both are the original's. With `start_step` > 0 (fine-tuning at the end of a schedule) there is no
-    ramp.
+    Decay counts from step 0, so the ramp ends above the staircase and falls onto it; `decay_steps`
+    is not rounded. Both are the original's. With `start_step` > 0 (fine-tuning at the end of a
+    schedule) there is no ramp.
 
     Args:
       peak: learning rate at the end of the ramp.
@@ -67,7 +67,8 @@ def learning_rate(
       num_train_images: size of the labeled set; defines an epoch.
       train_steps: update steps of the whole schedule.
       train_ratio: stretches the decay period (2 for the 700-epoch recipes).
-      final_base_lr: when given, the decay period is chosen so that the schedule ends at this rate per 256.
+      final_base_lr: when given, the decay period is chosen so that the schedule ends at this rate
+        per 256.
       last_steps: train only the last so many steps of the schedule, without warm-up.
       warmup_epochs: length of the ramp.
     """

@@ -30,11 +30,12 @@ class LossSettings:
 
 
 class NoisyStudent(tf.keras.Model):
-    """Trains `student` on labeled and pseudo-labeled images; keeps its moving average in `ema_student`.
+    """Trains `student` on labeled and pseudo-labeled images; keeps its moving average in
+    `ema_student`.
 
-    A batch is a dict: `image` [B, S, S, 3] and `label` int32 [B]; with unlabeled data also `unl_image`
-    [U, S, S, 3], and either stored pseudo labels `unl_label` int32 [U], `unl_probs` float32 [U, C], or
-    `teacher_image` [U, T, T, 3] for a teacher that answers on the fly.
+    A batch is a dict: `image` [B, S, S, 3] and `label` int32 [B]; with unlabeled data also
+    `unl_image` [U, S, S, 3], and either stored pseudo labels `unl_label` int32 [U], `unl_probs`
+    float32 [U, C], or `teacher_image` [U, T, T, 3] for a teacher that answers on the fly.
 
     Args:
       student: the model that learns.
@@ -101,8 +102,10 @@ class NoisyStudent(tf.keras.Model):
 
         variables = self.student.trainable_variables
         gradients = tape.gradient(scaled_loss, variables)
-        learning_rate = tf.identity(self.optimizer.learning_rate)
         self.optimizer.apply_gradients(zip(gradients, variables))
+        # Keras computes a schedule's value while it applies it; before, the last step's would be
+        # read.
+        learning_rate = tf.identity(self.optimizer.learning_rate)
         ema.update(
             self.ema_student.weights,
             self.student.weights,

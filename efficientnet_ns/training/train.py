@@ -40,8 +40,8 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
     """Trains the student that `config` describes, continuing where an earlier run stopped.
 
     Args:
-      evaluate: also measure the moving-average weights on the evaluation set, every steps_per_eval steps
-        and at the end.
+      evaluate: also measure the moving-average weights on the evaluation set, every steps_per_eval
+        steps and at the end.
 
     Returns:
       `step`, the last training metrics, and with `evaluate` `eval/top1`, `eval/top5`, `eval/loss`.
@@ -124,7 +124,7 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     for prefix in filter(None, (experiment.task.eval_set, experiment.task.test_set)):
         source = pipeline.Source.find(config.data.label_data_dir, prefix)
         results[prefix] = evaluator(experiment.eval_batches(source), source.total)
-        logging.info("%s, %s: %s", path, prefix, results[prefix])
+        logging.info("%s, %s: %s", path, prefix, accuracy.describe(results[prefix]))
     return results
 
 
@@ -253,8 +253,8 @@ def _explain(error, labeled, unlabeled, num_classes: int) -> Exception:
     if place is None:
         return error
     return records.DataError(
-        f"a training record cannot be used: {place}. Repair or remove it and start the same command "
-        "again; training continues from the last checkpoint."
+        f"a training record cannot be used: {place}. Repair or remove it and start the same "
+        "command again; training continues from the last checkpoint."
     )
 
 
@@ -313,7 +313,7 @@ class _Session(tf.keras.callbacks.Callback):
         self.chunk = _chunk(train, total)
         images = train.train_batch_size * (1 + train.unlabel_ratio)
         self._images_per_step = images
-        self._progress = Progress(total, os.path.basename(train.model_dir), "steps", done=start)
+        self._progress = Progress(total, f"training {train.model_dir}", "steps", done=start)
         self._mark = time.monotonic()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
@@ -339,9 +339,9 @@ class _Session(tf.keras.callbacks.Callback):
     def evaluate(self, step: int) -> None:
         """Measures the moving-average weights, when there is a set to measure on."""
         if self._measure is not None:
-            measured = {f"eval/{k}": v for k, v in self._measure().items()}
-            self.log.add(step, measured)
-            logging.info("step %d: %s", step, measured)
+            measured = self._measure()
+            self.log.add(step, {f"eval/{k}": v for k, v in measured.items()})
+            logging.info("step %d: %s", step, accuracy.describe(measured))
 
     def finish(self) -> dict[str, float]:
         """Evaluates once at the end, unless an earlier run did, and returns the newest metrics."""

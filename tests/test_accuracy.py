@@ -1,0 +1,127 @@
+"""Accuracy over padded batches: every example counts once, as NumPy counts it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from efficientnet_ns.data import pipeline
+from efficientnet_ns.evaluation import accuracy
+
+BATCH, CLASSES = 8, 7
+
+
+def passing_logits() -> tf.keras.Model:
+    """A model whose "images" are its logits."""
+    inputs = tf.keras.Input([CLASSES])
+    return tf.keras.Model(inputs, tf.keras.layers.Activation("linear")(inputs))
+
+
+def batches(logits: np.ndarray, labels: np.ndarray, batch_size: int = BATCH) -> tf.data.Dataset:
+    examples = {
+        "image": logits.astype(np.float32),
+        "label": labels.astype(np.int32),
+        "mask": np.ones(len(labels), np.float32),
+    }
+    data = tf.data.Dataset.from_tensor_slices(examples).batch(batch_size)
+    return data.map(lambda batch: pipeline.pad_batch(batch, batch_size))
+
+
+def examples(rng: np.random.Generator, size: int, classes: int = CLASSES):
+    return 3 * rng.standard_normal([size, classes]), rng.integers(0, classes, size)
+
+
+def by_numpy(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    order = np.argsort(-logits, axis=1)
+    own = logits[np.arange(len(labels)), labels]
+    return {
+        "top1": np.mean(order[:, 0] == labels),
+        "top5": np.mean(np.any(order[:, :5] == labels[:, None], axis=1)),
+        "loss": np.mean(np.log(np.sum(np.exp(logits), axis=1)) - own),
+        "examples": len(labels),
+    }
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> accuracy.Evaluator:
+    return accuracy.Evaluator(passing_logits())
+
+
+@pytest.fixture(scope="module")
+def evaluator_of_two(two_replicas) -> accuracy.Evaluator:
+    with two_replicas.scope():
+        model = passing_logits()
+    return accuracy.Evaluator(model, two_replicas)
+
+
+@pytest.mark.parametrize("size", [1, BATCH - 1, BATCH, BATCH + 1, 5 * BATCH + 3])
+def test_as_numpy_counts(evaluator, rng, size):
+    logits, labels = examples(rng, size)
+    result = evaluator(batches(logits, labels), size)
+    expected = by_numpy(logits, labels)
+    assert result["examples"] == size
+    assert round(result["top1"] * size, 6) == expected["top1"] * size
+    assert result == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, BATCH - 1, BATCH, BATCH + 1])
+def test_two_replicas_give_the_same_numbers(evaluator, evaluator_of_two, rng, size):
+    logits, labels = examples(rng, size)
+    alone = evaluator(batches(logits, labels), size)
+    shared = evaluator_of_two(batches(logits, labels), size)
+    assert shared == pytest.approx(alone, rel=1e-6)
+    assert {key: shared[key] for key in ("top1", "top5", "examples")} == {
+        key: alone[key] for key in ("top1", "top5", "examples")
+    }
+
+
+def test_again_and_again(evaluator, rng):
+    """Nothing is left over from one evaluation in the next."""
+    first, second = examples(rng, 5), examples(rng, 11)
+    before = evaluator(batches(*first), 5)
+    evaluator(batches(*second), 11)
+    assert evaluator(batches(*first), 5) == before
+
+
+def test_later_weights_are_seen():
+    model = tf.keras.Sequential([tf.keras.Input([3]), tf.keras.layers.Dense(3, use_bias=False)])
+    evaluator = accuracy.Evaluator(model)
+    data = batches(np.eye(3), np.arange(3))
+    model.set_weights([np.eye(3)])
+    assert evaluator(data, 3)["top1"] == 1.0
+    model.set_weights([-np.eye(3)])
+    assert evaluator(data, 3)["top1"] == 0.0
+
+
+def test_fewer_than_five_classes(rng):
+    inputs = tf.keras.Input([3])
+    model = tf.keras.Model(inputs, tf.keras.layers.Activation("linear")(inputs))
+    logits, labels = examples(rng, 10, classes=3)
+    assert accuracy.Evaluator(model)(batches(logits, labels), 10)["top5"] == 1.0
+
+
+@pytest.mark.parametrize("claimed", [BATCH, BATCH + 2])
+def test_another_number_of_examples(evaluator, rng, claimed):
+    logits, labels = examples(rng, BATCH + 1)
+    message = f"saw {BATCH + 1} examples, but the set has {claimed}"
+    with pytest.raises(accuracy.IncompleteEvaluation, match=message):
+        evaluator(batches(logits, labels), claimed)
+
+
+def test_nan_logits_are_misses(evaluator, rng):
+    logits, labels = examples(rng, 6)
+    sure = np.eye(CLASSES)[labels] * 20 + logits
+    assert evaluator(batches(sure, labels), 6)["top1"] == 1.0
+    broken = sure.copy()
+    broken[1] = np.nan
+    broken[4] = np.nan
+    result = evaluator(batches(broken, labels), 6)
+    assert (result["top1"], result["top5"]) == (4 / 6, 4 / 6)
+    assert np.isnan(result["loss"])
+
+
+def test_description():
+    metrics = {"top1": 0.8861, "top5": 0.9957, "loss": 0.5661, "examples": 500}
+    described = accuracy.describe(metrics)
+    assert described == "top-1 88.6%, top-5 99.6%, loss 0.566 on 500 examples"

@@ -1,0 +1,295 @@
+"""The shape of the package: who imports whom, where flags are read, what nothing may mention."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "efficientnet_ns"
+SOURCES = {
+    ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path.read_text()
+    for path in sorted((ROOT / PACKAGE).rglob("*.py"))
+}
+
+ENTRIES = {"main", "filter_unlabel", "noisy_student", "export_model", "demo"}
+BASE = {"config", "progress"}
+NUMBERS = {"data", "models"}
+# Whom a package, or a module at the top, may import: only what is below it, and itself.
+MAY_IMPORT = {
+    "config": set(),
+    "progress": set(),
+    "data": BASE | {"data"},
+    "models": BASE | {"models"},
+    "experiment": BASE | NUMBERS,
+    "evaluation": BASE | NUMBERS | {"experiment", "evaluation"},
+    "training": BASE | NUMBERS | {"experiment", "evaluation", "training"},
+    "labeling": BASE | NUMBERS | {"experiment", "labeling", "training.distribution"},
+    "serving": BASE | NUMBERS | {"experiment", "serving"},
+    **{
+        entry: BASE
+        | NUMBERS
+        | ENTRIES
+        | {"experiment", "evaluation", "training", "labeling", "serving"}
+        for entry in ENTRIES
+    },
+    "__init__": set(),
+}
+# Take plain arguments, so that their numbers can be checked without a configuration.
+WITHOUT_CONFIG = [
+    "models.",
+    "data.augment",
+    "data.images",
+    "training.losses",
+    "training.schedules",
+    "training.optimizers",
+    "training.ema",
+]
+
+
+def imports(source: str, module: str = "", *, top_level: bool = False) -> Iterator[str]:
+    """Dotted names of what a module imports, relative names resolved.
+
+    Args:
+      module: its name inside the package.
+      top_level: leave out what is imported inside functions, and only for type checkers.
+    """
+    for node in _statements(ast.parse(source), top_level):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = [PACKAGE, *module.split(".")][: -node.level]
+                base = ".".join([*parents, *filter(None, [base])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _statements(node: ast.AST, top_level: bool) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if top_level:
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                continue
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+        yield from _statements(child, top_level)
+
+
+def own_imports(source: str, module: str = "", **kwargs) -> set[str]:
+    """Modules of the package that a module imports, e.g. `data.records`; `` is the package itself."""
+    found = set()
+    for name in imports(source, module, **kwargs):
+        if name == PACKAGE or name.startswith(f"{PACKAGE}."):
+            parts = name.split(".")[1:]
+            # The last part may be a name inside a module.
+            while parts and ".".join(parts) not in SOURCES and not _is_package(parts):
+                parts.pop()
+            found.add(".".join(parts))
+    return found
+
+
+def _is_package(parts: list[str]) -> bool:
+    return ".".join([*parts, "__init__"]) in SOURCES
+
+
+def reads_flags(source: str) -> bool:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr == "FLAGS":
+            return True
+        if isinstance(node, ast.ImportFrom) and any(a.name == "FLAGS" for a in node.names):
+            return True
+    return False
+
+
+def test_the_helpers_see_what_they_should():
+    source = """
+import tensorflow as tf, efficientnet_ns.progress
+from typing import TYPE_CHECKING
+from efficientnet_ns import config as c
+from efficientnet_ns.data.records import DataError
+from . import layers
+from ..training import train
+if TYPE_CHECKING:
+    import typed
+try:
+    import tried
+except ImportError:
+    pass
+def f():
+    from efficientnet_ns.labeling import write
+    import lazy
+class C:
+    import in_class
+"""
+    assert own_imports(source, "models.weights") == {
+        "progress",
+        "config",
+        "data.records",
+        "models.layers",
+        "training.train",
+        "labeling.write",
+    }
+    assert "labeling.write" not in own_imports(source, "models.weights", top_level=True)
+    assert {"tensorflow", "typed", "tried", "lazy", "in_class"} <= set(imports(source))
+    top = set(imports(source, top_level=True))
+    assert {"tensorflow", "tried", "in_class"} <= top and not {"typed", "lazy"} & top
+    assert own_imports("from efficientnet_ns import build_model\nimport efficientnet_ns") == {""}
+    assert reads_flags("from absl import flags\nx = flags.FLAGS.seed")
+    assert reads_flags("from absl.flags import FLAGS as f")
+    assert not reads_flags("from absl import flags\nflags.DEFINE_string('FLAGS', '', '')")
+
+
+def test_there_is_something_to_check():
+    assert {"__init__", "main", "data.records", "models.efficientnet", "training.train"} <= set(
+        SOURCES
+    )
+
+
+# Imports.
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_point_downward(module):
+    layer = module.split(".")[0]
+    assert layer in MAY_IMPORT, f"{layer} is new: say in MAY_IMPORT what it may import"
+    allowed = MAY_IMPORT[layer]
+    for target in own_imports(SOURCES[module], module):
+        fits = target in allowed or target.split(".")[0] in allowed
+        assert fits, f"{module} imports {target}"
+
+
+def test_nothing_imports_in_circles():
+    graph = {module: own_imports(source, module) for module, source in SOURCES.items()}
+    finished: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " → ".join([*path, module])
+        if module not in finished:
+            for target in graph.get(module, ()):
+                visit(target, (*path, module))
+            finished.add(module)
+
+    for module in graph:
+        visit(module, ())
+    assert finished >= set(graph)
+
+
+def test_numbers_know_no_methods_and_no_settings():
+    for module, source in SOURCES.items():
+        targets = own_imports(source, module)
+        if module.split(".")[0] in NUMBERS:
+            above = {t for t in targets if t.split(".")[0] in ("training", "labeling", "serving")}
+            assert not above, f"{module} imports {above}"
+        if module.startswith(tuple(WITHOUT_CONFIG)):
+            assert not targets & {"config", "experiment"}, module
+    for name in WITHOUT_CONFIG:
+        assert any(module.startswith(name) for module in SOURCES), f"{name} is gone"
+
+
+def test_entries_are_the_programs():
+    programs = {m for m, source in SOURCES.items() if '__name__ == "__main__"' in source}
+    assert programs == ENTRIES
+
+
+def test_flags_are_read_in_entries_only():
+    readers = {module for module, source in SOURCES.items() if reads_flags(source)}
+    # The configuration names FLAGS once, as the default of where it defines them.
+    assert readers - {"config"} <= ENTRIES
+    assert "main" in readers
+    assert len(re.findall(r"\bflags\.FLAGS\b", SOURCES["config"])) <= 1
+
+
+def test_tensorflow_addons_stays_in_one_module():
+    users = {
+        module
+        for module, source in SOURCES.items()
+        if any(name.split(".")[0] == "tensorflow_addons" for name in imports(source, module))
+    }
+    assert users == {"data.augment"}
+
+
+@pytest.mark.parametrize("module", sorted(ENTRIES | {"config", "progress", "__init__"}))
+def test_tensorflow_is_not_loaded_by_the_command_line(module):
+    """Neither by the module nor by what it imports at its top."""
+    waiting, seen = [module], set()
+    while waiting:
+        current = waiting.pop()
+        seen.add(current)
+        top = {n.split(".")[0] for n in imports(SOURCES[current], current, top_level=True)}
+        assert not top & {"tensorflow", "tensorflow_addons", "keras"}, current
+        below = own_imports(SOURCES[current], current, top_level=True) - seen
+        # A package's own __init__ is loaded with each of its modules.
+        below |= {f"{t.split('.')[0]}.__init__" for t in below if "." in t} & set(SOURCES)
+        waiting += [target for target in below - seen if target in SOURCES]
+
+
+# The public face.
+
+
+def test_public_names_are_found():
+    package = importlib.import_module(PACKAGE)
+    assert {"Config", "build_model", "load_weights", "train_and_evaluate"} <= set(package.__all__)
+    for name in package.__all__:
+        value = getattr(package, name)
+        assert value is getattr(importlib.import_module(f"{PACKAGE}.{package._HOME[name]}"), name)
+        assert name in dir(package)
+    with pytest.raises(AttributeError, match="build_modell"):
+        package.build_modell
+
+
+def test_public_face_alone_loads_nothing():
+    code = (
+        f"import sys, {PACKAGE} as ns; ns.Config; print(ns.__version__, 'tensorflow' in sys.modules)"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"[\d.]+ False", answer.stdout.strip())
+
+
+# What nothing may mention or be called.
+
+
+def project_files() -> list[Path]:
+    """Files under version control, and those about to be."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listing = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git repository")
+    return [path for name in listing.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+# Absolute, so not `runs/work/x`, `$HOME/work/x` or `https://host/home/x`.
+MACHINE_PATH = re.compile(rb"(?<![\w.$}\])~-])/(?:work|home|root|Users)/\w")
+
+
+def test_machine_path_pattern():
+    for text in (b'"/work/x"', b"cd /home/me", b"=/root/x", b" /Users/me"):
+        assert MACHINE_PATH.search(text), text
+    for text in (b"runs/work/x", b"$HOME/work/x", b"https://a.b/home/x", b"{tmp}/work/x"):
+        assert not MACHINE_PATH.search(text), text
+
+
+def test_no_path_of_one_machine():
+    files = project_files()
+    assert ROOT / "pyproject.toml" in files
+    found = {
+        str(path.relative_to(ROOT)): match[0]
+        for path in files
+        if path != Path(__file__) and (match := MACHINE_PATH.search(path.read_bytes()))
+    }
+    assert not found
+
+
+def test_no_drawer_for_odds_and_ends():
+    named = [m for m in SOURCES if re.search(r"util|helper|misc|common", m, re.IGNORECASE)]
+    assert not named

@@ -1,0 +1,518 @@
+"""Flags: one per field, the original's names and defaults, wrong values answered at once."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from efficientnet_ns import config, demo
+from efficientnet_ns.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    HardwareConfig,
+    LoopConfig,
+    ModelConfig,
+    PredictConfig,
+    SelectConfig,
+    TrainConfig,
+)
+
+ROOT = Path(__file__).parent.parent
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "predict": PredictConfig,
+    "hardware": HardwareConfig,
+}
+# Entry → the dataclasses whose fields are its flags, and the flags it defines by itself.
+ENTRIES = {
+    "main": ([Config], {"mode"}),
+    "noisy_student": ([Config, LoopConfig], set()),
+    "filter_unlabel": ([SelectConfig], set()),
+    "demo": ([demo.DemoConfig], set()),
+    "export_model": ([Config], {"export_dir", "version", "ema"}),
+}
+ALL = [*SECTIONS.values(), SelectConfig, LoopConfig, demo.DemoConfig]
+
+# Flags of google-research/noisystudent (commit aac52bf) that exist here, with their types and
+# defaults there. Those of its predict_label.py belong to `main --mode=predict`.
+ORIGINAL = {
+    "main": {
+        "task_name": (str, "imagenet"),
+        "label_data_dir": (str, None),
+        "model_dir": (str, None),
+        "init_model": (bool, False),
+        "init_model_path": (str, None),
+        "model_name": (str, "efficientnet-b0"),
+        "mode": (str, "train_and_eval"),
+        "train_steps": (int, 109474),
+        "input_image_size": (int, None),
+        "train_ratio": (float, 1.0),
+        "train_batch_size": (int, 4096),
+        "eval_batch_size": (int, 8),
+        "use_tpu": (bool, True),
+        "tpu": (str, None),
+        "gcp_project": (str, None),
+        "tpu_zone": (str, None),
+        "num_train_images": (int, None),
+        "steps_per_eval": (int, 3000),
+        "iterations_per_loop": (int, 1000),
+        "num_label_classes": (int, 1000),
+        "use_bfloat16": (bool, True),
+        "base_learning_rate": (float, 0.016),
+        "moving_average_decay": (float, 0.9999),
+        "weight_decay": (float, 1e-05),
+        "label_smoothing": (float, 0.1),
+        "dropout_rate": (float, None),
+        "stochastic_depth_rate": (float, None),
+        "depth_coefficient": (float, None),
+        "width_coefficient": (float, None),
+        "unlabel_data_dir": (str, ""),
+        "unlabel_ratio": (float, 0),
+        "teacher_softmax_temp": (float, -1),
+        "train_last_step_num": (int, -1),
+        "teacher_model_name": (str, None),
+        "teacher_model_path": (str, None),
+        "augment_name": (str, None),
+        "remove_aug": (bool, False),
+        "save_checkpoints_steps": (int, 1000),
+        "randaug_mag": (int, 27),
+        "randaug_layer": (int, 2),
+        "unl_aug": (str, "default"),
+        "cutout_op": (bool, True),
+        "small_image_model": (bool, False),
+        "final_base_lr": (float, None),
+        "keep_checkpoint_max": (int, 5),
+        "predict_ckpt_path": (str, ""),
+        "output_dir": (str, ""),
+        "info_dir": (str, ""),
+        "num_shards": (int, 128),
+        "shard_id": (str, "0"),
+        "total_replicas": (int, 1),
+        "worker_id": (int, 0),
+        "file_prefix": (str, "train"),
+    },
+    "filter_unlabel": {
+        "input_dir": (str, ""),
+        "prediction_dir": (str, ""),
+        "prelim_stats_dir": (str, ""),
+        "output_dir": (str, ""),
+        "num_shards": (int, 128),
+        "num_image": (int, 1300),
+        "total_label_replicas": (int, -1),
+        "task": (int, -1),
+        "min_threshold": (float, 0.0),
+        "num_label_classes": (int, 1000),
+        "upsample": (int, 1),
+        "only_get_stats": (int, 0),
+        "file_prefix": (str, "train"),
+    },
+}
+# Flags of the original that are not here yet; once they are, they belong in the table above.
+NOT_YET = {
+    "main": {
+        "master": (str, None),
+        "num_eval_images": (int, None),
+        "num_test_images": (int, None),
+        "skip_host_call": (bool, False),
+        "data_format": (str, "channels_last"),
+        "transpose_input": (bool, True),
+        "log_step_count_steps": (int, 64),
+        "use_cache": (bool, True),
+        "debug": (int, 0),
+        "fix_layer_num": (int, -1),
+        "num_shards_per_group": (int, -1),
+        "label_data_sample_prob": (float, 1),
+        "num_tpu_cores": (int, None),
+        "num_train_shards": (int, None),
+        "reassign_label": (bool, False),
+        "data_type": (str, "tfrecord"),
+    },
+    "filter_unlabel": {
+        "info_dir": (str, ""),
+        "only_use_num_shards": (int, -1),
+        "shard_id": (int, 0),
+        "total_replicas": (int, 1),
+        "debug": (int, 0),
+        "max_prob": (float, 2),
+        "data_type": (str, "tfrecord"),
+        "use_top": (int, 1),
+        "eval_imagenet_p": (bool, False),
+        "use_all": (bool, False),
+    },
+}
+
+
+def flatten(cls: type) -> list[tuple[type, dataclasses.Field]]:
+    """(dataclass, field) of every setting."""
+    classes = SECTIONS.values() if cls is Config else [cls]
+    return [(owner, field) for owner in classes for field in dataclasses.fields(owner)]
+
+
+def kind_of(cls: type, name: str) -> type:
+    hint = typing.get_type_hints(cls)[name]
+    (kind,) = [a for a in typing.get_args(hint) or [hint] if a is not type(None)]
+    return kind
+
+
+def run(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+_LIST_FLAGS = """
+import importlib, json, sys
+from absl import flags
+from efficientnet_ns import config
+before = set(flags.FLAGS)
+config.run = lambda main: None
+importlib.import_module("efficientnet_ns." + sys.argv[1]).run()
+types = {"string": "str", "string enum": "str", "int": "int", "float": "float", "bool": "bool"}
+own = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - before}
+print(json.dumps({
+    name: [types[f.flag_type()], f.default, getattr(f.parser, "enum_values", None), f.help]
+    for name, f in own.items()
+}))
+"""
+
+
+@functools.lru_cache(maxsize=None)
+def flags_of(entry: str) -> dict[str, tuple]:
+    """Name → (type, default, choices, help) of the flags that the entry itself defines."""
+    answer = run("-c", _LIST_FLAGS, entry)
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout)
+
+
+# One flag per field.
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_field_is_a_flag(entry):
+    classes, own = ENTRIES[entry]
+    found = flags_of(entry)
+    fields = [pair for cls in classes for pair in flatten(cls)]
+    assert set(found) == {field.name for _, field in fields} | own
+    for cls, field in fields:
+        kind, default, choices, help_text = found[field.name]
+        assert (type(default), default) == (type(field.default), field.default), field.name
+        assert kind == kind_of(cls, field.name).__name__, field.name
+        assert choices == (list(c) if (c := field.metadata["choices"]) else None), field.name
+        assert help_text == field.metadata["help"], field.name
+    for name in own:
+        assert found[name][3], f"--{name} has no help"
+
+
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+def test_fields_are_consistent(cls):
+    for _, field in flatten(cls):
+        kind, default = kind_of(cls, field.name), field.default
+        assert kind in (str, int, float, bool), field.name
+        optional = type(None) in typing.get_args(typing.get_type_hints(cls)[field.name])
+        assert optional if default is None else type(default) is kind, field.name
+        choices, low = field.metadata["choices"], field.metadata["low"]
+        assert not choices or default is None or default in choices, field.name
+        assert low is None or default is None or default >= low, field.name
+        assert field.metadata["help"].endswith("."), field.name
+
+
+def test_sections_share_no_names():
+    names = [field.name for cls in (Config, LoopConfig) for _, field in flatten(cls)]
+    assert len(names) == len(set(names))
+    assert {f.name: type(f.default) for f in dataclasses.fields(Config)} == SECTIONS
+
+
+@pytest.mark.parametrize("entry", ORIGINAL)
+def test_the_originals_names_types_and_defaults(entry):
+    found = flags_of(entry)
+    missing = set(ORIGINAL[entry]) - set(found)
+    assert not missing
+    for name, (kind, default) in {**ORIGINAL[entry], **NOT_YET[entry]}.items():
+        if name in found:
+            assert found[name][:2] == [kind.__name__, default], name
+
+
+# From the command line.
+
+
+def parse(cls: type, *arguments: str):
+    values = flags.FlagValues()
+    config.define_flags(cls, flag_values=values)
+    values(["program", *arguments])
+    return config.from_flags(cls, values)
+
+
+def test_defaults():
+    assert parse(Config) == Config()
+    assert parse(SelectConfig) == SelectConfig()
+    assert parse(LoopConfig) == LoopConfig()
+
+
+def test_values_reach_their_fields():
+    settings = parse(
+        Config,
+        "--model_name=efficientnet-b7",
+        "--input_image_size=300",
+        "--dropout_rate=0.4",
+        "--nocutout_op",
+        "--randaug_mode=clipped",
+        "--train_ratio=2",
+        "--shard_id=3,5-7",
+        "--use_tpu=false",
+    )
+    expected = {
+        "model_name": "efficientnet-b7",
+        "input_image_size": 300,
+        "dropout_rate": 0.4,
+        "cutout_op": False,
+        "randaug_mode": "clipped",
+        "train_ratio": 2.0,
+        "shard_id": "3,5-7",
+        "use_tpu": False,
+    }
+    assert settings == Config().override(**expected)
+    assert settings != Config()
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--train_steps=many",
+        "--train_steps=1.5",
+        "--base_learning_rate=high",
+        "--cutout_op=perhaps",
+        "--augment_name=autoaugment2",
+        "--unl_aug=randaugmnt",
+        "--randaug_mode=clip",
+        "--trian_steps=1",
+    ],
+)
+def test_wrong_values_and_names_are_refused(argument):
+    with pytest.raises(flags.Error) as e:
+        parse(Config, argument)
+    assert argument.split("=")[0].lstrip("-") in str(e.value)
+
+
+BOUNDED = [
+    (cls, field.name, field.metadata["low"])
+    for cls in ALL
+    for _, field in flatten(cls)
+    if field.metadata["low"] is not None
+]
+
+
+@pytest.mark.parametrize("cls, name, low", BOUNDED, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_values_below_the_bound_name_the_flag(cls, name, low):
+    entry = Config if cls in SECTIONS.values() else cls
+    below = low - 1
+    with pytest.raises(ConfigError, match=rf"--{name}={below}.*at least {low}"):
+        parse(entry, f"--{name}={below}")
+    assert parse(entry, f"--{name}={low}") is not None
+
+
+def test_there_are_bounds():
+    names = {name for _, name, _ in BOUNDED}
+    assert {"train_steps", "train_batch_size", "num_shards", "seed", "unlabel_ratio"} <= names
+
+
+def test_words_that_are_no_flags_are_refused():
+    config.no_arguments(["program"])
+    with pytest.raises(ConfigError, match="'train_steps=5'"):
+        config.no_arguments(["program", "train_steps=5"])
+
+
+# The programs.
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_help_does_not_load_tensorflow(entry):
+    answer = run("-X", "importtime", "-m", f"efficientnet_ns.{entry}", "--helpshort")
+    modules = {line.split("|")[-1].strip() for line in answer.stderr.splitlines()}
+    assert {"absl", "efficientnet_ns.config"} <= modules
+    assert "tensorflow" not in modules
+    for name in flags_of(entry):
+        assert f"--{name}" in answer.stdout or f"--[no]{name}" in answer.stdout
+    # The program's own flags, not those of the libraries.
+    assert "--logtostderr" not in answer.stdout
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_leftover_words_end_the_program(entry):
+    answer = run("-m", f"efficientnet_ns.{entry}", "oops")
+    assert answer.returncode == 2
+    assert "'oops'" in answer.stderr and "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize(
+    "entry, arguments, message",
+    [
+        ("main", ["--train_steps=0"], "--train_steps=0 is too small"),
+        ("noisy_student", ["--teacher_steps=0"], "--teacher_steps=0 is too small"),
+        ("filter_unlabel", [], "--input_dir is needed"),
+    ],
+)
+def test_wrong_settings_are_one_line(entry, arguments, message):
+    answer = run("-m", f"efficientnet_ns.{entry}", *arguments)
+    assert answer.returncode == 2
+    assert message in answer.stderr and "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize(
+    "error, one_line",
+    [
+        ("config.ConfigError('the message')", True),
+        ("FileNotFoundError('the message')", True),
+        ("ValueError('the message')", False),
+        ("TypeError('the message')", False),
+    ],
+)
+def test_run_hides_the_stack_only_of_what_users_can_mend(error, one_line):
+    code = f"""
+from efficientnet_ns import config
+def main(argv):
+    raise {error}
+config.run(main)
+"""
+    answer = run("-c", code)
+    assert "the message" in answer.stderr
+    assert ("Traceback" not in answer.stderr) == one_line
+    assert (answer.returncode == 2) == one_line
+
+
+# Config.
+
+
+def test_override():
+    base = Config()
+    changed = base.override(model_name="efficientnet-b1", seed=7, num_shards=3, tpu="local")
+    assert (changed.model.model_name, changed.train.seed) == ("efficientnet-b1", 7)
+    assert (changed.predict.num_shards, changed.hardware.tpu) == (3, "local")
+    assert base == Config()
+    assert changed.override(model_name="efficientnet-b0", seed=0, num_shards=128, tpu=None) == base
+
+
+def test_override_of_an_unknown_name():
+    with pytest.raises(ConfigError, match="'trian_steps'"):
+        Config().override(train_steps=3, trian_steps=3)
+    with pytest.raises(ConfigError, match="'model'"):
+        Config().override(model=ModelConfig())
+
+
+def test_identity():
+    """Of the sections that make the weights, all but what may change between runs; JSON-able."""
+    identity = Config().identity()
+    free = {
+        "model_dir",
+        "steps_per_eval",
+        "eval_batch_size",
+        "save_checkpoints_steps",
+        "keep_checkpoint_max",
+        "iterations_per_loop",
+    }
+    fields = [f.name for s in ("model", "data", "train") for _, f in flatten(SECTIONS[s])]
+    assert set(identity) == set(fields) - free and free < set(fields)
+    assert json.loads(json.dumps(identity)) == identity
+    assert {"seed", "train_steps", "model_name", "label_data_dir", "randaug_mag"} <= set(identity)
+
+
+def test_identity_changes_with_what_matters_only():
+    base = Config().identity()
+    assert Config().override(seed=1).identity() == {**base, "seed": 1}
+    for name in ("eval_batch_size", "keep_checkpoint_max", "worker_id"):
+        assert Config().override(**{name: 3}).identity() == base
+    assert Config().override(model_dir="a", tpu="b", use_bfloat16=False).identity() == base
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("0", [0]),
+        ("127", [127]),
+        ("0,3,8-11", [0, 3, 8, 9, 10, 11]),
+        ("5-5", [5]),
+        (" 1, 2-3 ", [1, 2, 3]),
+        ("7,2", [7, 2]),
+    ],
+)
+def test_shard_list(text, expected):
+    assert config.shard_list(text, 128) == expected
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("128", "128"),
+        ("0-128", "128"),
+        ("a", "'a'"),
+        ("", "''"),
+        ("1,", "''"),
+        ("-3", "'-3'"),
+        ("1-2-3", "'1-2-3'"),
+        ("1.5", "'1.5'"),
+        ("8-3", "'8-3'"),
+    ],
+)
+def test_wrong_shard_list(text, named):
+    with pytest.raises(ConfigError) as e:
+        config.shard_list(text, 128)
+    assert f"--shard_id={text}" in str(e.value)
+    assert named in str(e.value).split(f"--shard_id={text}", 1)[1]
+
+
+# No setting without effect.
+
+
+def names_read(source: str) -> set[str]:
+    """Attributes that are read, and texts in functions that read attributes by name."""
+    found = set()
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            found.add(node.attr)
+        if isinstance(node, ast.FunctionDef):
+            calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)]
+            if any(isinstance(c.func, ast.Name) and c.func.id == "getattr" for c in calls):
+                texts = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant))
+                found.update(text for text in texts if isinstance(text, str))
+    return found
+
+
+def test_names_read():
+    source = """
+def f(x):
+    "a docstring"
+    x.written = x.read(keyword=1)
+    return "text"
+def g(x):
+    return [getattr(x, name) for name in ("by_name",)]
+"""
+    found = names_read(source)
+    assert {"read", "by_name"} <= found
+    assert not {"written", "keyword", "text", "a docstring"} & found
+
+
+def test_every_setting_is_read_somewhere():
+    package = ROOT / "efficientnet_ns"
+    sources = [p for p in package.rglob("*.py") if p != package / "config.py"]
+    read = set().union(*(names_read(path.read_text()) for path in sources))
+    settings = {field.name for cls in ALL for _, field in flatten(cls)}
+    assert len(settings) > 60
+    assert not settings - read

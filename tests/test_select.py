@@ -1,0 +1,343 @@
+"""Statistics as the original computes them, and the exact top-K selection against plain Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from efficientnet_ns.config import SelectConfig
+from efficientnet_ns.data import manifests, records
+from efficientnet_ns.labeling import predict, select
+
+CLASSES = 10
+
+
+def config(folder: Path, **values) -> SelectConfig:
+    """Settings of the goldens, with all folders below `folder`."""
+    defaults = {
+        "input_dir": str(folder / "unlabeled"),
+        "prediction_dir": str(folder / "predictions"),
+        "prelim_stats_dir": str(folder / "statistics"),
+        "output_dir": str(folder / "selected"),
+        "file_prefix": "extra",
+        "num_shards": 4,
+        "num_label_classes": CLASSES,
+        "min_threshold": 0.3,
+        "num_image": 100,
+    }
+    return SelectConfig(**{**defaults, **values})
+
+
+def make_predictions(folder: Path, table: list[list[list[list[float]]]]) -> None:
+    """Writes prediction records: probabilities by shard, worker and position."""
+    (folder / "predictions").mkdir(parents=True)
+    for shard, workers in enumerate(table):
+        for worker, rows in enumerate(workers):
+            name = records.prediction_name(shard, len(table), worker)
+            examples = [records.prediction_example(row) for row in rows]
+            records.write(str(folder / "predictions" / name), examples)
+
+
+def one_hot(label: int, prob: float) -> list[float]:
+    """Probabilities of `CLASSES` classes with a given top one; the rest is spread over the others."""
+    row = np.full(CLASSES, (1 - prob) / (CLASSES - 1))
+    row[label] = prob
+    return row.tolist()
+
+
+def selection(settings_: SelectConfig) -> dict[tuple[int, int, int], tuple[int, int]]:
+    """(shard, worker, position) → (label, copies), as written to disk."""
+    table = pyarrow.parquet.read_table(f"{settings_.output_dir}/{select.SELECTION}").to_pydict()
+    keys = zip(table["shard"], table["worker"], table["position"])
+    return dict(zip(keys, zip(table["label"], table["copies"])))
+
+
+@pytest.fixture(scope="module")
+def original(goldens, tmp_path_factory) -> SelectConfig:
+    """The selection from the original's prediction records, which have no index."""
+    folder = tmp_path_factory.mktemp("original")
+    shutil.copytree(goldens / "filter_unlabel" / "predictions", folder / "predictions")
+    result = config(folder)
+    select.select(result)
+    return result
+
+
+@pytest.fixture(scope="module")
+def expected(goldens) -> dict:
+    return json.loads((goldens / "filter_unlabel" / "expected.json").read_text())
+
+
+def test_statistics_are_those_of_the_original(original, goldens):
+    files = sorted((goldens / "filter_unlabel" / "prelim_stats").iterdir())
+    assert len(files) == 6
+    for path in files:
+        ours = json.loads((Path(original.prelim_stats_dir) / path.name).read_text())
+        assert ours == json.loads(path.read_text()), path.name
+
+
+def test_index_is_built_from_the_predictions_of_the_original(original):
+    for shard in range(original.num_shards):
+        path = select.prediction_path(original, shard, 0)
+        rows = [records.probabilities(record.payload) for record in records.read(path)]
+        index = pyarrow.parquet.read_table(
+            f"{original.prediction_dir}/{records.index_name(shard, original.num_shards, 0)}"
+        )
+        assert index.column_names == ["shard", "worker", "position", "label", "prob"]
+        columns = index.to_pydict()
+        assert columns["shard"] == [shard] * 500
+        assert columns["worker"] == [0] * 500
+        assert columns["position"] == list(range(500))
+        assert columns["label"] == [int(row.argmax()) for row in rows]
+        assert columns["prob"] == [float(row.max()) for row in rows]
+
+
+def test_selection_is_that_of_the_original_where_it_draws_nothing(original, expected):
+    fixed = {int(c) for c, entry in expected["per_class"].items() if entry["deterministic"]}
+    assert len(fixed) == 6
+    ours: dict[int, dict[int, int]] = defaultdict(dict)
+    labels = {}
+    for (shard, _, position), (label, copies) in selection(original).items():
+        labels[shard, position] = label
+        if label in fixed:
+            ours[shard][position] = copies
+    for entry in expected["shards"]:
+        shard = entry["shard"]
+        # Class of an image that ours does not keep: from its prediction.
+        path = select.prediction_path(original, shard, 0)
+        guesses = [records.label(record.payload) for record in records.read(path)]
+        theirs = {int(i): n for i, n in entry["kept"].items() if guesses[int(i)] in fixed}
+        assert ours[shard] == theirs
+
+
+def test_best_images_of_each_class(original, expected):
+    """Classes with more than enough candidates: ours is the exact top of the original's candidates."""
+    result = select.select(original)["classes"]
+    for label, entry in expected["per_class"].items():
+        lowest, images = result[label]
+        assert images == min(entry["total_image"], original.num_image)
+        assert lowest >= entry["threshold"]
+    assert json.loads((Path(original.output_dir) / "threshold.json").read_text()) == result
+
+
+def test_side_files(original):
+    counts = select.select(original)
+    assert counts["available"] == 2000
+    assert counts["records"] == 100 * CLASSES
+    assert counts["unique"] == len(selection(original)) == sum(n for _, n in counts["classes"].values())
+    # The misspelt key is what the original's readers look for.
+    side = json.loads((Path(original.output_dir) / "num_image_across_cat.json").read_text())
+    assert side == {"num_image_acorss_cat": counts["unique"]}
+
+
+def test_outcome_has_every_prediction_once(original):
+    outcome = select.load_outcome(original)
+    chosen = selection(original)
+    places = list(zip(outcome["shard"].tolist(), outcome["record"].tolist()))
+    assert places == [(shard, record) for shard in range(4) for record in range(500)]
+    for (shard, record), copies in zip(places, outcome["copies"]):
+        assert copies == chosen.get((shard, 0, record), (0, 0))[1]
+
+
+def test_record_numbers_of_two_workers(tmp_path):
+    """Worker w of 2 predicted records w, w + 2, …; the outcome is in the order of the records."""
+    probs = [0.31, 0.35, 0.41, 0.45, 0.51]
+    workers = [[one_hot(1, p) for p in probs[worker::2]] for worker in (0, 1)]
+    make_predictions(tmp_path, [workers])
+    two = config(tmp_path, num_shards=1, num_image=2)
+    select.select(two)
+    outcome = select.load_outcome(two)
+    np.testing.assert_allclose(outcome["prob"], probs, rtol=1e-6)
+    assert outcome["copies"].tolist() == [0, 0, 0, 1, 1]
+    assert set(selection(two)) == {(0, 1, 1), (0, 0, 2)}
+
+
+# --- Properties -------------------------------------------------------------------------------------
+
+
+def reference(rows, num_image: int, threshold: float, upsample: int):
+    """What must be selected: {class: [(shard, worker, position), …]} and the copies per class, sorted."""
+    classes = defaultdict(list)
+    for shard, worker, position, label, prob in rows:
+        if label >= 0 and float(prob) >= threshold:
+            classes[label].append((-float(prob), shard, position, worker))
+    kept, copies = {}, {}
+    for label, candidates in classes.items():
+        best = sorted(candidates)[:num_image]
+        kept[label] = {(shard, worker, position) for _, shard, position, worker in best}
+        size = len(best)
+        if upsample:
+            whole, rest = divmod(num_image, size)
+            copies[label] = [whole] * (size - rest) + [whole + 1] * rest
+        else:
+            copies[label] = [1] * size
+    return kept, copies
+
+
+# Few values, so that ties are common, and some that are exactly at a threshold.
+PROBS = [np.float32(p) for p in (0.0, 0.25, 0.3, 0.5, 0.75, 1.0)]
+
+
+@st.composite
+def indexes(draw):
+    """Rows (shard, worker, position, label, prob) of up to 2 shards with 2 workers."""
+    rows = []
+    for shard in range(2):
+        for worker in range(2):
+            guesses = draw(st.lists(st.tuples(st.integers(-1, 3), st.sampled_from(PROBS)), max_size=8))
+            rows += [(shard, worker, i, label, prob) for i, (label, prob) in enumerate(guesses)]
+    return rows
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=indexes(),
+    num_image=st.integers(1, 9),
+    threshold=st.sampled_from([0.0, 0.25, 0.3, float(np.float32(0.3)), 0.5, 1.0]),
+    upsample=st.integers(0, 1),
+    seed=st.integers(0, 3),
+)
+def test_selection_is_exactly_the_top(rows, num_image, threshold, upsample, seed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("property")
+    paths = []
+    for shard in range(2):
+        for worker in range(2):
+            mine = [row for row in rows if row[:2] == (shard, worker)]
+            paths.append(str(folder / f"{shard}-{worker}.parquet"))
+            labels, probs = (np.array([row[i] for row in mine]) for i in (3, 4))
+            predict.write_index(
+                paths[-1], shard, worker, labels.astype(np.int32), probs.astype(np.float32)
+            )
+    settings_ = config(
+        folder, num_image=num_image, min_threshold=threshold, upsample=upsample, seed=seed
+    )
+    db = select.connect(paths)
+    select._choose(db, settings_)
+    chosen = db.execute("SELECT shard, worker, position, label, copies FROM chosen").fetchall()
+
+    kept, copies = reference(rows, num_image, threshold, upsample)
+    assert len(chosen) == len({row[:3] for row in chosen})
+    by_class: dict[int, dict] = defaultdict(dict)
+    for *key, label, n in chosen:
+        by_class[label][tuple(key)] = n
+    assert {label: set(keys) for label, keys in by_class.items()} == kept
+    assert {label: sorted(keys.values()) for label, keys in by_class.items()} == copies
+    if upsample:
+        assert all(sum(keys.values()) == num_image for keys in by_class.values())
+
+
+def test_seed_decides_only_who_gets_the_extra_copy(goldens, tmp_path):
+    shutil.copytree(goldens / "filter_unlabel" / "predictions", tmp_path / "predictions")
+    outcomes = []
+    for seed in (0, 0, 1):
+        folder = tmp_path / f"run-{len(outcomes)}"
+        settings_ = config(tmp_path, seed=seed, num_image=150, output_dir=str(folder))
+        select.select(settings_)
+        outcomes.append(selection(settings_))
+    first, again, other = outcomes
+    assert first == again
+    assert {key: label for key, (label, _) in first.items()} == {
+        key: label for key, (label, _) in other.items()
+    }
+    per_class = [
+        {
+            label: Counter(copies for guess, copies in outcome.values() if guess == label)
+            for label in range(CLASSES)
+        }
+        for outcome in (first, other)
+    ]
+    assert per_class[0] == per_class[1]
+    assert first != other
+
+
+def test_statistics_of_every_bin_edge(tmp_path):
+    """A probability on k / 100 belongs to bin k, its neighbour below to bin k - 1, as float64 has it."""
+    probs = np.float32([k / 100 for k in range(12, 101)])
+    probs = np.concatenate([probs, np.nextafter(probs, np.float32(0))])
+    make_predictions(tmp_path, [[[one_hot(3, float(p)) for p in probs]]])
+    settings_ = config(tmp_path, num_shards=1, only_get_stats=1)
+    assert select.select(settings_) == {"available": len(probs)}
+    table = json.loads((Path(settings_.prelim_stats_dir) / "prelim_stats_00000_0.json").read_text())
+    edges = [k / 100 for k in range(101)]
+    bins = np.searchsorted(edges, probs.astype(np.float64), side="right") - 1
+    assert table == {"3": [[t, int(n)] for t, n in zip(edges, np.bincount(bins, minlength=101))]}
+    assert not Path(settings_.output_dir).exists()
+
+
+# --- Refusals ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path) -> SelectConfig:
+    """Two shards by one worker, a few records."""
+    rows = [one_hot(label, 0.6) for label in (0, 1, 1, 2)]
+    make_predictions(tmp_path, [[rows], [rows]])
+    return config(tmp_path, num_shards=2, num_image=3)
+
+
+def test_missing_prediction_file_is_named(small):
+    missing = select.prediction_path(small, 1, 0)
+    Path(missing).unlink()
+    with pytest.raises(records.DataError, match=missing):
+        select.select(small)
+    assert not Path(small.output_dir).exists()
+
+
+def test_missing_prediction_of_a_second_worker_is_named(small):
+    source = Path(select.prediction_path(small, 0, 0))
+    shutil.copy(source, select.prediction_path(small, 0, 1))
+    with pytest.raises(records.DataError, match=select.prediction_path(small, 1, 1)):
+        select.select(small)
+
+
+def test_wrong_number_of_classes(small):
+    with pytest.raises(records.DataError, match="10 classes, but --num_label_classes=2"):
+        select.select(dataclasses.replace(small, num_label_classes=2))
+
+
+def test_damaged_predictions_are_named(small):
+    path = Path(select.prediction_path(small, 1, 0))
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(records.DataError, match=f"{path}, record 3: truncated"):
+        select.select(small)
+    assert not list(path.parent.glob("*00001-of-00002-00000.parquet"))
+
+
+def test_unreadable_images_are_never_selected(tmp_path):
+    rows = [one_hot(1, 0.9), [0.0] * CLASSES, one_hot(1, 0.8)]
+    make_predictions(tmp_path, [[rows]])
+    settings_ = config(tmp_path, num_shards=1, min_threshold=0.0, num_image=3)
+    result = select.select(settings_)
+    assert result["available"] == 3
+    assert set(selection(settings_)) == {(0, 0, 0), (0, 0, 2)}
+    assert result["classes"] == {"1": [pytest.approx(0.8), 2]}
+
+
+def test_nothing_above_the_threshold(tmp_path):
+    make_predictions(tmp_path, [[[one_hot(1, 0.4)]]])
+    result = select.select(config(tmp_path, num_shards=1, min_threshold=0.5))
+    assert (result["unique"], result["records"], result["classes"]) == (0, 0, {})
+
+
+def test_finished_selection_is_not_made_again(small, monkeypatch):
+    first = select.select(small)
+    path = Path(small.output_dir) / select.SELECTION
+    before = path.stat().st_mtime_ns
+    monkeypatch.setattr(select, "_choose", lambda *_: pytest.fail("selected again"))
+    assert select.select(small) == first
+    assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("field, value", [("num_image", 4), ("min_threshold", 0.5), ("seed", 1)])
+def test_other_settings_are_refused(small, field, value):
+    select.select(small)
+    with pytest.raises(manifests.OutputConflict, match=f"{field}: .*{value}"):
+        select.select(dataclasses.replace(small, **{field: value}))
