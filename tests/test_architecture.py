@@ -246,9 +246,7 @@ def test_public_names_are_found():
 
 
 def test_public_face_alone_loads_nothing():
-    code = (
-        f"import sys, {PACKAGE} as ns; ns.Config; print(ns.__version__, 'tensorflow' in sys.modules)"
-    )
+    code = f"import sys, {PACKAGE} as ns; ns.Config; print(ns.__version__, 'tensorflow' in sys.modules)"
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

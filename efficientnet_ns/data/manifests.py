@@ -93,7 +93,7 @@ class Stage:
             found = [p for p in self.outputs if tf.io.gfile.exists(p)]
             if found:
                 raise OutputConflict(
-                    f"{found[0]} exists but {self.manifest} does not: nothing tells how it was made. "
+                    f"{found[0]} exists but {self.manifest} does not: how was it made? "
                     "It is left alone: move it away, or choose another output folder."
                 )
             return False
@@ -109,9 +109,10 @@ class Stage:
             if not tf.io.gfile.exists(path):
                 return False
             size = tf.io.gfile.stat(path).length
-            if size != sizes[os.path.basename(path)]:
+            expected = sizes[os.path.basename(path)]
+            if size != expected:
                 raise OutputConflict(
-                    f"{path} has {size} bytes, not the {sizes[os.path.basename(path)]} of its manifest: "
+                    f"{path} has {size} bytes, its manifest says {expected}: "
                     "it was changed or truncated. Delete it to have it made again."
                 )
         return True

@@ -100,7 +100,7 @@ class Source:
 
     @classmethod
     def find(cls, folders: str, prefixes: str | Sequence[str]) -> Source:
-        """Lists and counts the shards; DataError when there are none, one misses, or all are empty."""
+        """Lists and counts shards; DataError when there are none, one misses or all are empty."""
         paths = records.list_shards(folders, prefixes)
         counts = records.count_all(paths)
         if not sum(counts):

@@ -69,7 +69,8 @@ def _check(config: Config) -> None:
         raise ConfigError("--unlabel_data_dir is needed: the folder with the records to label")
     if options.worker_id >= options.total_replicas:
         raise ConfigError(
-            f"--worker_id={options.worker_id} must be below --total_replicas={options.total_replicas}"
+            f"--worker_id={options.worker_id} is not below "
+            f"--total_replicas={options.total_replicas}"
         )
 
 
@@ -193,6 +194,9 @@ def _write_shard(labeler, stage, path: str, shard: int, options, *, tolerant: bo
         ):
             written = 0
             for position, probs in labeler.label(source, tolerant):
+                if np.isnan(probs).any():
+                    problems[position] = "the model answers NaN"
+                    continue
                 for _ in range(position - written):
                     writer.write(empty)
                 writer.write(records.prediction_example(probs))
@@ -209,8 +213,8 @@ def _write_shard(labeler, stage, path: str, shard: int, options, *, tolerant: bo
             first = min(quarantine)
             raise TooManyBadRecords(
                 f"{path}: {len(quarantine)} of {total} records are unreadable, more than "
-                f"--max_bad_fraction={options.max_bad_fraction}; the first is record {first}: "
-                f"{quarantine[first]}"
+                f"--max_bad_fraction={options.max_bad_fraction}; the first is record "
+                f"{first * options.total_replicas + options.worker_id}: {quarantine[first]}"
             )
         write_index(temporary[index_path], shard, options.worker_id, labels, top_probs)
         with tf.io.gfile.GFile(temporary[info_path], "w") as f:

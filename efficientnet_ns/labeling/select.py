@@ -153,7 +153,8 @@ def select(config: SelectConfig) -> dict[str, object]:
             f"COPY (FROM chosen ORDER BY shard, worker, position) TO '{path}' (FORMAT parquet)"
         )
         classes = db.execute(
-            "SELECT label, min(prob)::DOUBLE, count(*), sum(copies) FROM chosen GROUP BY 1 ORDER BY 1"
+            "SELECT label, min(prob)::DOUBLE, count(*), sum(copies) "
+            "FROM chosen GROUP BY label ORDER BY label"
         ).fetchall()
         counts.update(
             available=_count(db, "predictions"),

@@ -61,14 +61,22 @@ class Checkpoints:
         """Path of the checkpoint of a step, without its suffixes."""
         return os.path.join(self.folder, f"{_PREFIX}{step}")
 
+    def finite(self) -> bool:
+        """Whether no value that `save` would write is NaN or infinite."""
+        return all(
+            bool(tf.reduce_all(tf.math.is_finite(variable)))
+            for variable in self.variables.values()
+            if variable.dtype.is_floating
+        )
+
     def save(self) -> str:
         """Writes a checkpoint of the current step, then removes the oldest beyond `keep`.
 
         Raises:
           SaveFailed: it could not be written; earlier checkpoints are untouched.
         """
-        prefix = self.prefix(int(self.optimizer.iterations))
-        earlier = self.steps()
+        step = int(self.optimizer.iterations)
+        prefix, earlier = self.prefix(step), self.steps()
         try:
             weights.write_checkpoint(prefix, self.variables)
         except (tf.errors.OpError, OSError) as e:
@@ -78,9 +86,11 @@ class Checkpoints:
                 f"could not write {prefix} ({reason}). Last good checkpoint: {last}. Make room on "
                 "the disk, or mend the folder, and start the same command again."
             ) from e
-        self._note(self.steps()[: self.keep])
-        for step in self.steps()[self.keep :]:
-            for path in tf.io.gfile.glob(self.prefix(step) + ".*"):
+        # Later ones did not load; they count for nothing until training reaches them again.
+        reached = [saved for saved in self.steps() if saved <= step]
+        self._note(reached[: self.keep])
+        for old in reached[self.keep :]:
+            for path in tf.io.gfile.glob(self.prefix(old) + ".*"):
                 tf.io.gfile.remove(path)
         return prefix
 

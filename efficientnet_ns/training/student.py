@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -27,6 +28,13 @@ class LossSettings:
     unlabel_ratio: float = 0.0
     teacher_softmax_temp: float = -1.0
     ema_decay: float = 0.9999
+
+
+class _PseudoLabels(NamedTuple):
+    """Hard labels int32 [U] and, at a positive temperature, soft ones float32 [U, C]."""
+
+    labels: tf.Tensor
+    probs: tf.Tensor | None
 
 
 class NoisyStudent(tf.keras.Model):
@@ -65,75 +73,68 @@ class NoisyStudent(tf.keras.Model):
         return self.student(images, training=training)
 
     def train_step(self, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        settings, logs = self.settings, {}
-        images, num_labeled = batch["image"], batch["label"].shape[0]
-        if settings.unlabel_ratio:
+        images, labels = batch["image"], batch["label"]
+        pseudo = None
+        if self.settings.unlabel_ratio:
             # One forward pass over both, so that they share batch-norm statistics.
             images = tf.concat([images, tf.cast(batch["unl_image"], images.dtype)], 0)
-            pseudo_labels, pseudo_probs = self._pseudo_labels(batch)
-
+            pseudo = self._pseudo_labels(batch)
+        variables = self.student.trainable_variables
         with tf.GradientTape() as tape:
             with layers.noise_seed(self._step_seed()):
                 logits = self.student(images, training=True)
-            labeled_logits = logits[:num_labeled]
-            labeled_loss = tf.reduce_mean(
-                losses.smoothed_cross_entropy(
-                    labeled_logits, batch["label"], settings.label_smoothing
-                )
-            )
-            unlabeled_loss = None
-            if settings.unlabel_ratio:
-                unlabeled_loss = tf.reduce_mean(
-                    losses.pseudo_label_loss(
-                        logits[num_labeled:],
-                        labels=pseudo_labels,
-                        probs=pseudo_probs,
-                        temperature=settings.teacher_softmax_temp,
-                        smoothing=settings.label_smoothing,
-                    )
-                )
-            data_loss = losses.combine(labeled_loss, unlabeled_loss, settings.unlabel_ratio)
-            decay = losses.half_squared_norm(
-                losses.decayed_variables(self.student.trainable_variables)
-            )
-            loss = data_loss + settings.weight_decay * decay
+            labeled_logits, unlabeled_logits = tf.split(logits, [labels.shape[0], -1])
+            parts = self._loss_parts(labeled_logits, labels, unlabeled_logits, pseudo)
             # Gradients are summed over replicas; each replica's loss is a mean over its own share.
-            scaled_loss = loss / self.distribute_strategy.num_replicas_in_sync
-
-        variables = self.student.trainable_variables
+            scaled_loss = parts["train/loss"] / self.distribute_strategy.num_replicas_in_sync
         gradients = tape.gradient(scaled_loss, variables)
         self.optimizer.apply_gradients(zip(gradients, variables))
-        # Keras computes a schedule's value while it applies it; before, the last step's would be
-        # read.
-        learning_rate = tf.identity(self.optimizer.learning_rate)
         ema.update(
             self.ema_student.weights,
             self.student.weights,
-            ema.ramped_decay(settings.ema_decay, self.optimizer.iterations),
+            ema.ramped_decay(self.settings.ema_decay, self.optimizer.iterations),
         )
-
-        logs |= _confidence(labeled_logits, batch["label"], "lab", "lab/acc")
-        logs["lab/loss"] = labeled_loss
-        if settings.unlabel_ratio:
+        logs = _confidence(labeled_logits, labels, "lab", "lab/acc") | parts
+        if pseudo is not None:
             # The original compares with the stored label even when a teacher answers on the fly.
-            reference = batch.get("unl_label", pseudo_labels)
-            logs |= _confidence(logits[num_labeled:], reference, "unl", "unl/acc_to_dump")
-            if pseudo_probs is not None:
-                logs["unl/target_prob"] = tf.reduce_mean(tf.reduce_max(pseudo_probs, -1))
-            logs["ext/loss"] = unlabeled_loss
-        logs |= {"train/data_loss": data_loss, "train/loss": loss, "train/lr": learning_rate}
+            reference = batch.get("unl_label", pseudo.labels)
+            logs |= _confidence(unlabeled_logits, reference, "unl", "unl/acc_to_dump")
+            if pseudo.probs is not None:
+                logs["unl/target_prob"] = tf.reduce_mean(tf.reduce_max(pseudo.probs, -1))
+        # Keras computes a schedule's value while it applies it; before, the last step's is read.
+        logs["train/lr"] = tf.identity(self.optimizer.learning_rate)
         return self._averaged(logs)
 
-    def _pseudo_labels(self, batch) -> tuple[tf.Tensor, tf.Tensor | None]:
-        """Hard labels int32 [U] and, at a positive temperature, soft ones float32 [U, C]."""
+    def _loss_parts(self, labeled_logits, labels, unlabeled_logits, pseudo) -> dict[str, tf.Tensor]:
+        """The named parts of the loss and their sum `train/loss`, float32 scalars."""
+        settings, unlabeled_loss, parts = self.settings, None, {}
+        parts["lab/loss"] = tf.reduce_mean(
+            losses.smoothed_cross_entropy(labeled_logits, labels, settings.label_smoothing)
+        )
+        if pseudo is not None:
+            parts["ext/loss"] = unlabeled_loss = tf.reduce_mean(
+                losses.pseudo_label_loss(
+                    unlabeled_logits,
+                    labels=pseudo.labels,
+                    probs=pseudo.probs,
+                    temperature=settings.teacher_softmax_temp,
+                    smoothing=settings.label_smoothing,
+                )
+            )
+        data_loss = losses.combine(parts["lab/loss"], unlabeled_loss, settings.unlabel_ratio)
+        decayed = losses.decayed_variables(self.student.trainable_variables)
+        decay = settings.weight_decay * losses.half_squared_norm(decayed)
+        return {**parts, "train/data_loss": data_loss, "train/loss": data_loss + decay}
+
+    def _pseudo_labels(self, batch: dict[str, tf.Tensor]) -> _PseudoLabels:
         temperature = self.settings.teacher_softmax_temp
         if self.teacher is None:
             probs = batch["unl_probs"]
             soft = losses.sharpen(probs, temperature) if temperature > 0 else None
-            return batch["unl_label"], soft
+            return _PseudoLabels(batch["unl_label"], soft)
         logits = tf.stop_gradient(self.teacher(batch["teacher_image"], training=False))
         soft = tf.nn.softmax(logits / temperature) if temperature > 0 else None
-        return tf.argmax(logits, -1, output_type=tf.int32), soft
+        return _PseudoLabels(tf.argmax(logits, -1, output_type=tf.int32), soft)
 
     def _step_seed(self) -> tf.Tensor:
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group

@@ -94,9 +94,9 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
             start,
             total,
         )
+        return session.finish()
     except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
-        raise _explain(e, labeled, unlabeled, experiment.num_classes) from e
-    return session.finish()
+        raise _explain(e, experiment, (labeled, evaluation), unlabeled) from e
 
 
 def evaluate(config: Config) -> dict[str, dict[str, float]]:
@@ -123,7 +123,10 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     evaluator, results = accuracy.Evaluator(model, strategy), {}
     for prefix in filter(None, (experiment.task.eval_set, experiment.task.test_set)):
         source = pipeline.Source.find(config.data.label_data_dir, prefix)
-        results[prefix] = evaluator(experiment.eval_batches(source), source.total)
+        try:
+            results[prefix] = evaluator(experiment.eval_batches(source), source.total)
+        except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
+            raise _explain(e, experiment, (source,)) from e
         logging.info("%s, %s: %s", path, prefix, accuracy.describe(results[prefix]))
     return results
 
@@ -245,17 +248,31 @@ def _fit(model: NoisyStudent, make_batches, session: _Session, start: int, total
             )
 
 
-def _explain(error, labeled, unlabeled, num_classes: int) -> Exception:
-    """Names the record behind an input error, since TensorFlow's message does not."""
-    place = pipeline.name_bad_record(labeled, lambda p: pipeline.check_trainable(p, num_classes))
-    if place is None and unlabeled is not None:
-        place = pipeline.name_bad_record(unlabeled, pipeline.check_image)
-    if place is None:
-        return error
-    return records.DataError(
-        f"a training record cannot be used: {place}. Repair or remove it and start the same "
-        "command again; training continues from the last checkpoint."
-    )
+def _explain(error, experiment: Experiment, labeled, unlabeled=None) -> Exception:
+    """Names the record behind an input error, since TensorFlow's message does not.
+
+    Args:
+      labeled: sources of labeled records, None among them.
+      unlabeled: source of the unlabeled records, or None.
+    """
+
+    def check_labeled(payload: bytes) -> None:
+        pipeline.check_trainable(payload, experiment.num_classes)
+
+    def check_unlabeled(payload: bytes) -> None:
+        pipeline.check_image(payload)
+        if not experiment.config.train.teacher_model_name:
+            records.parse_pseudo_labeled(tf.constant(payload), experiment.num_classes)
+            check_labeled(payload)
+
+    for source, check in [*((s, check_labeled) for s in labeled), (unlabeled, check_unlabeled)]:
+        place = pipeline.name_bad_record(source, check) if source is not None else None
+        if place is not None:
+            return records.DataError(
+                f"a record cannot be used: {place}. Repair or remove it and start the same command "
+                "again; training continues from the last checkpoint."
+            )
+    return error
 
 
 class MetricsLog:
@@ -319,22 +336,29 @@ class _Session(tf.keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         step, previous = int(self.saver.optimizer.iterations), self._seen
         values = {name: float(value) for name, value in (logs or {}).items()}
+        save = step == self.total or step // self._save_every > previous // self._save_every
         if not math.isfinite(values["train/loss"]):
-            kept = self.saver.steps()
-            last = self.saver.prefix(kept[0]) if kept else "none was saved yet"
-            raise TrainingDiverged(
-                f"the loss became {values['train/loss']} between steps {previous} and {step}. "
-                f"Last good checkpoint: {last}. Lower --base_learning_rate, or look at the data."
-            )
+            raise self._diverged(f"the loss became {values['train/loss']}", step)
+        # A step's loss is from before its update, and it can be the last update that went wrong.
+        if save and not self.saver.finite():
+            raise self._diverged("a weight became NaN or infinite", step)
         elapsed, self._mark = time.monotonic() - self._mark, time.monotonic()
         values["images_per_second"] = (step - previous) * self._images_per_step / elapsed
         self.log.add(step, values)
         self._seen = step
-        if step == self.total or step // self._save_every > previous // self._save_every:
+        if save:
             self.saver.save()
         if step < self.total and step // self._eval_every > previous // self._eval_every:
             self.evaluate(step)
         self._progress.update(step - previous, f"loss {values['train/loss']:.3f}")
+
+    def _diverged(self, what: str, step: int) -> TrainingDiverged:
+        kept = self.saver.steps()
+        last = self.saver.prefix(kept[0]) if kept else "none was saved yet"
+        return TrainingDiverged(
+            f"{what} between steps {self._seen} and {step}. Last good checkpoint: {last}. "
+            "Lower --base_learning_rate, or look at the data."
+        )
 
     def evaluate(self, step: int) -> None:
         """Measures the moving-average weights, when there is a set to measure on."""

@@ -1,0 +1,176 @@
+"""Exported models answer to encoded images without this package."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from efficientnet_ns import export_model
+from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.data import manifests
+from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.models import weights
+from efficientnet_ns.serving import export
+
+CLASSES, SIZE = 5, 32
+
+
+def pictures() -> dict[str, bytes]:
+    """JPEG and PNG files of several sizes; nothing is drawn in them twice."""
+    rng = np.random.default_rng(0)
+
+    def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+        return rng.integers(0, 256, [height, width, channels], np.uint8)
+
+    return {
+        "wide.jpg": tf.io.encode_jpeg(noise(40, 71)).numpy(),
+        "tall.png": tf.io.encode_png(noise(90, 33)).numpy(),
+        "gray.jpg": tf.io.encode_jpeg(noise(50, 50, 1)).numpy(),
+        "alpha.png": tf.io.encode_png(noise(20, 25, 4)).numpy(),
+        "pixel.png": tf.io.encode_png(noise(1, 1)).numpy(),
+    }
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Config:
+    """A checkpoint whose moving averages differ from its raw weights."""
+    folder = tmp_path_factory.mktemp("export")
+    task = folder / "task.json"
+    task.write_text(json.dumps({"num_classes": CLASSES, "image_size": SIZE}))
+    config = Config().override(
+        model_name="efficientnet-test", task_name=str(task), model_dir=str(folder / "model")
+    )
+    variables = weights.variable_names(Experiment.from_config(config).build_model())
+    rng = np.random.default_rng(1)
+    (folder / "model").mkdir()
+    tensors = {}
+    for name, variable in variables.items():
+        tensors[name] = variable + rng.uniform(0, 0.05, variable.shape)
+        tensors[name + weights.EMA_SUFFIX] = variable + rng.uniform(0, 0.05, variable.shape)
+    weights.write_checkpoint(str(folder / "model" / "model.ckpt-7"), tensors)
+    return config
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def exported(config, base) -> str:
+    folder = export_model.export_model(config, str(base / "models"), 3)
+    assert folder == str(base / "models" / "3")
+    return folder
+
+
+def by_eval_path(config: Config) -> np.ndarray:
+    """Probabilities from the evaluation preprocessing and the model, one image at a time."""
+    experiment = Experiment.from_config(config)
+    model = experiment.build_model()
+    weights.load_weights(model, config.train.model_dir)
+    prepare = experiment.preprocessing().evaluate
+    rows = [
+        tf.nn.softmax(model(prepare(image)[None], training=False))[0]
+        for image in pictures().values()
+    ]
+    return np.array(rows)
+
+
+ELSEWHERE = """
+import json, pathlib, sys
+import tensorflow as tf
+
+folder, *images = sys.argv[1:]
+model = tf.saved_model.load(folder)
+files = [pathlib.Path(image).read_bytes() for image in images]
+answer = model.signatures["serving_default"](tf.constant(files))
+print(json.dumps({
+    "classes": answer["classes"].numpy().tolist(),
+    "probabilities": answer["probabilities"].numpy().tolist(),
+    "inputs": [spec.name for spec in model.signatures["serving_default"].inputs][:1],
+    "ours": [name for name in sys.modules if name.startswith("efficientnet_ns")],
+}))
+"""
+
+
+def test_plain_tensorflow_gives_the_same_answers(config, exported, tmp_path):
+    """Images of different kinds and sizes in one batch, in a process that has TensorFlow alone."""
+    paths = []
+    for name, content in pictures().items():
+        paths.append(tmp_path / name)
+        paths[-1].write_bytes(content)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, exported, *map(str, paths)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["ours"] == []
+    expected = by_eval_path(config)
+    np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-5)
+    assert answer["classes"] == expected.argmax(1).tolist()
+    assert expected.std(0).max() > 1e-3
+
+
+def test_signature(exported):
+    signature = tf.saved_model.load(exported).signatures["serving_default"]
+    _, inputs = signature.structured_input_signature
+    assert inputs == {"image_bytes": tf.TensorSpec([None], tf.string, name="image_bytes")}
+    outputs = {name: (t.dtype, t.shape.as_list()) for name, t in signature.structured_outputs.items()}
+    assert outputs == {
+        "classes": (tf.int64, [None]),
+        "probabilities": (tf.float32, [None, CLASSES]),
+    }
+
+
+def test_only_the_version_is_left(exported, base):
+    assert [path.name for path in (base / "models").iterdir()] == ["3"]
+
+
+@pytest.mark.parametrize("ema, suffix", [(True, weights.EMA_SUFFIX), (False, "")])
+def test_which_weights(config, monkeypatch, ema, suffix):
+    monkeypatch.setattr(export, "export", lambda model, *_: model)
+    model = export_model.export_model(config, "unused", 1, ema=ema)
+    stored = tf.train.load_checkpoint(config.train.model_dir + "/model.ckpt-7")
+    for name, variable in weights.variable_names(model).items():
+        np.testing.assert_array_equal(variable, stored.get_tensor(name + suffix), err_msg=name)
+
+
+def test_existing_version_is_refused(config, exported):
+    before = {path: path.stat().st_mtime_ns for path in Path(exported).rglob("*")}
+    with pytest.raises(manifests.OutputConflict, match=f"{exported} exists"):
+        export_model.export_model(config, str(Path(exported).parent), 3)
+    assert {path: path.stat().st_mtime_ns for path in Path(exported).rglob("*")} == before
+
+
+def test_failure_leaves_nothing(config, tmp_path, monkeypatch):
+    def half_a_model(_, folder, **unused):
+        os.makedirs(folder)
+        (Path(folder) / "saved_model.pb").write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tf.saved_model, "save", half_a_model)
+    experiment = Experiment.from_config(config)
+    with pytest.raises(OSError, match="disk full"):
+        export.export(experiment.build_model(), experiment.preprocessing(), str(tmp_path), 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", ["model_dir", "export_dir"])
+def test_missing_folders_are_named(config, tmp_path, missing):
+    if missing == "model_dir":
+        config = config.override(model_dir=None)
+    export_dir = "" if missing == "export_dir" else str(tmp_path)
+    with pytest.raises(ConfigError, match=f"--{missing}"):
+        export_model.export_model(config, export_dir, 1)

@@ -1,0 +1,408 @@
+"""Predictions of a teacher: format, order, resuming, and what happens to records that are no images."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.data import manifests, records
+from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.labeling import predict
+from efficientnet_ns.models import weights
+
+CLASSES, SIZE = 3, 8
+
+
+def png(rng: np.random.Generator, height: int = SIZE, width: int = SIZE) -> bytes:
+    pixels = rng.integers(0, 256, [height, width, 3], np.uint8)
+    return tf.io.encode_png(pixels).numpy()
+
+
+def encoded(pixels: np.ndarray, mode: str, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.frombytes(mode, pixels.shape[1::-1], pixels.tobytes()).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def odd_images(rng: np.random.Generator) -> dict[str, bytes]:
+    """Kinds of images that real collections hold besides RGB of the right size."""
+    gray, cmyk = (rng.integers(0, 256, [9, 11, n], np.uint8) for n in (1, 4))
+    deep = rng.integers(0, 65536, [9, 11, 3], np.uint16)
+    frames = [Image.fromarray(rng.integers(0, 256, [9, 11], np.uint8)) for _ in range(2)]
+    animation = io.BytesIO()
+    frames[0].save(animation, "GIF", save_all=True, append_images=frames[1:])
+    return {
+        "grayscale JPEG": encoded(gray[..., 0], "L", "JPEG"),
+        "CMYK JPEG": encoded(cmyk, "CMYK", "JPEG"),
+        "16-bit PNG": tf.io.encode_png(deep).numpy(),
+        "animated GIF": animation.getvalue(),
+        "one pixel": png(rng, 1, 1),
+        "long": png(rng, 1, 300),
+    }
+
+
+def write_shards(folder: Path, shards: list[list[bytes]]) -> None:
+    """Unlabeled records, one list of payloads per shard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, payloads in enumerate(shards):
+        name = records.shard_name("extra", number, len(shards))
+        records.write(str(folder / name), payloads)
+
+
+def save_teacher(prefix: Path, num_classes: int, seed: int) -> None:
+    """A checkpoint with moving averages of random weights, unsure enough to show small errors."""
+    tf.keras.utils.set_random_seed(seed)
+    task = prefix.parent / f"task_{num_classes}.json"
+    task.write_text(json.dumps({"num_classes": num_classes, "image_size": SIZE, "small_image": True}))
+    model = Experiment.from_config(config(task)).build_model()
+    rng = np.random.default_rng(seed)
+    weights.write_checkpoint(
+        str(prefix),
+        {
+            name + weights.EMA_SUFFIX: variable + rng.uniform(0, 0.05, variable.shape)
+            for name, variable in weights.variable_names(model).items()
+        },
+    )
+
+
+def config(task: Path, **values) -> Config:
+    return Config().override(
+        model_name="efficientnet-test", task_name=str(task), eval_batch_size=4, **values
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A task, a teacher and an unlabeled set: 10, 3 and a few odd images in three shards."""
+    path = tmp_path_factory.mktemp("predict")
+    rng = np.random.default_rng(0)
+    save_teacher(path / "teacher", CLASSES, seed=1)
+    shards = [[png(rng) for _ in range(n)] for n in (10, 3)] + [list(odd_images(rng).values())]
+    write_shards(
+        path / "unlabeled", [[records.unlabeled_example(i) for i in images] for images in shards]
+    )
+    return path
+
+
+def settings(folder: Path, output: str | Path, **values) -> Config:
+    """Predictions for the set of `folder`, below `folder / output`."""
+    defaults = {
+        "predict_ckpt_path": str(folder / "teacher"),
+        "unlabel_data_dir": str(folder / "unlabeled"),
+        "output_dir": str(folder / output / "predictions"),
+        "info_dir": str(folder / output / "info"),
+        "num_shards": 3,
+        "shard_id": "0-2",
+        "file_prefix": "extra",
+    }
+    return config(folder / f"task_{CLASSES}.json", **{**defaults, **values})
+
+
+def predictions(path: str | Path) -> tuple[np.ndarray, list[int]]:
+    """(probabilities [N, C], classes) of a prediction file."""
+    spec = {
+        "probabilities": tf.io.FixedLenFeature([CLASSES], tf.float32),
+        "classes": tf.io.FixedLenFeature([], tf.int64),
+    }
+    rows = [tf.io.parse_single_example(r, spec) for r in tf.data.TFRecordDataset(str(path))]
+    probs = [row["probabilities"].numpy() for row in rows]
+    return np.array(probs).reshape(-1, CLASSES), [int(row["classes"]) for row in rows]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_labeler_per_teacher() -> Iterator[None]:
+    """Building and tracing a model takes seconds; every run here has the same settings of it."""
+    original, made = predict._Labeler, {}
+
+    def labeler(experiment: Experiment, checkpoint: str):
+        if checkpoint not in made:
+            made[checkpoint] = original(experiment, checkpoint)
+        return made[checkpoint]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "_Labeler", labeler)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(folder) -> Config:
+    done = settings(folder, "one")
+    assert predict.predict(done) == {"records": 19, "unreadable": 0, "skipped_shards": 0}
+    return done
+
+
+@pytest.fixture(scope="module")
+def answer(folder) -> Callable[[bytes], np.ndarray]:
+    """Encoded image → probabilities, from one image at a time through the teacher's weights."""
+    experiment = Experiment.from_config(config(folder / f"task_{CLASSES}.json"))
+    model = experiment.build_model()
+    weights.load_weights(model, str(folder / "teacher"))
+
+    def ask(image: bytes) -> np.ndarray:
+        pixels = experiment.preprocessing().evaluate(image)
+        return tf.nn.softmax(model(pixels[None], training=False))[0].numpy()
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def expected(folder, answer) -> list[np.ndarray]:
+    """Probabilities by shard."""
+    paths = [folder / "unlabeled" / records.shard_name("extra", shard, 3) for shard in range(3)]
+    return [
+        np.array([answer(records.image_bytes(r.payload)) for r in records.read(str(path))])
+        for path in paths
+    ]
+
+
+# --- What is written --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shard", range(3))
+def test_predictions_are_the_forward_pass(finished, expected, shard):
+    probs, classes = predictions(
+        f"{finished.predict.output_dir}/train-info-{shard:05d}-of-00003-00000"
+    )
+    np.testing.assert_allclose(probs, expected[shard], atol=1e-6)
+    assert classes == expected[shard].argmax(1).tolist()
+    assert expected[shard].std(0).max() > 1e-3  # The images differ for this teacher.
+
+
+def test_odd_images_are_all_read(finished):
+    probs, _ = predictions(f"{finished.predict.output_dir}/train-info-00002-of-00003-00000")
+    np.testing.assert_allclose(probs.sum(1), np.ones(len(probs)), atol=1e-5)
+
+
+def test_info_files(finished):
+    for shard, total in enumerate([10, 3, 6]):
+        path = Path(finished.predict.info_dir) / f"info-{shard:05d}-of-00003-00000.txt"
+        assert json.loads(path.read_text()) == {"image_num": total}
+
+
+def test_index(finished):
+    for shard in range(3):
+        probs, classes = predictions(
+            f"{finished.predict.output_dir}/train-info-{shard:05d}-of-00003-00000"
+        )
+        table = pyarrow.parquet.read_table(
+            f"{finished.predict.output_dir}/index-{shard:05d}-of-00003-00000.parquet"
+        )
+        types = {field.name: str(field.type) for field in table.schema}
+        assert types == {
+            "shard": "int32",
+            "worker": "int32",
+            "position": "int64",
+            "label": "int32",
+            "prob": "float",
+        }
+        columns = table.to_pydict()
+        assert columns["shard"] == [shard] * len(classes)
+        assert columns["worker"] == [0] * len(classes)
+        assert columns["position"] == list(range(len(classes)))
+        assert columns["label"] == classes
+        np.testing.assert_array_equal(np.float32(columns["prob"]), probs.max(1))
+
+
+def test_index_can_be_built_from_the_predictions(finished, tmp_path):
+    for shard in range(3):
+        source = f"{finished.predict.output_dir}/train-info-{shard:05d}-of-00003-00000"
+        predict.index_from_predictions(source, str(tmp_path / "index"), shard, 0)
+        built = pyarrow.parquet.read_table(tmp_path / "index")
+        original = f"{finished.predict.output_dir}/index-{shard:05d}-of-00003-00000.parquet"
+        assert built.equals(pyarrow.parquet.read_table(original))
+
+
+def test_two_workers_share_each_shard(folder, expected):
+    for worker in (0, 1):
+        mine = settings(folder, "two", shard_id="0", total_replicas=2, worker_id=worker)
+        assert predict.predict(mine)["records"] == 5
+        name = f"train-info-00000-of-00003-{worker:05d}"
+        probs, _ = predictions(f"{mine.predict.output_dir}/{name}")
+        np.testing.assert_allclose(probs, expected[0][worker::2], atol=1e-6)
+        index = pyarrow.parquet.read_table(
+            f"{mine.predict.output_dir}/index-00000-of-00003-{worker:05d}.parquet"
+        ).to_pydict()
+        assert index["worker"] == [worker] * 5
+        info = Path(mine.predict.info_dir) / f"info-00000-of-00003-{worker:05d}.txt"
+        assert json.loads(info.read_text()) == {"image_num": 5}
+
+
+# --- Resuming ---------------------------------------------------------------------------------------
+
+
+def times(done: Config) -> dict[str, int]:
+    paths = [*Path(done.predict.output_dir).iterdir(), *Path(done.predict.info_dir).iterdir()]
+    return {str(path): path.stat().st_mtime_ns for path in paths}
+
+
+def test_finished_shards_are_skipped(finished, monkeypatch):
+    before = times(finished)
+    monkeypatch.setattr(predict, "_Labeler", lambda *_: pytest.fail("a model was built"))
+    result = predict.predict(finished)
+    assert result == {"records": 19, "unreadable": 0, "skipped_shards": 3}
+    assert times(finished) == before
+
+
+def test_another_teacher_is_refused(finished, folder):
+    save_teacher(folder / "other", CLASSES, seed=2)
+    before = times(finished)
+    other = finished.override(predict_ckpt_path=str(folder / "other"))
+    with pytest.raises(manifests.OutputConflict, match="checkpoint: '.*' → '.*'"):
+        predict.predict(other)
+    assert times(finished) == before
+
+
+def test_files_of_unknown_origin_are_left_alone(folder):
+    mine = settings(folder, "unknown", shard_id="1")
+    path = Path(mine.predict.output_dir) / "train-info-00001-of-00003-00000"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"of somebody else")
+    with pytest.raises(manifests.OutputConflict, match=str(path)):
+        predict.predict(mine)
+    assert path.read_bytes() == b"of somebody else"
+
+
+# --- Bad input --------------------------------------------------------------------------------------
+
+
+def flip_payload(path: Path, record: int) -> None:
+    """Changes the last byte of a record's payload, which its checksum then denies."""
+    content = bytearray(path.read_bytes())
+    end = 0
+    for _ in range(record + 1):
+        end += 16 + int.from_bytes(content[end : end + 8], "little")
+    content[end - 5] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def damaged(folder) -> Path:
+    """Twelve records in one shard of two; numbers 2, 4, 5, 7 and the truncated last one are bad."""
+    rng = np.random.default_rng(3)
+    images = [png(rng) for _ in range(12)]
+    images[4] = images[4][:40]
+    images[5] = b""
+    payloads = [records.unlabeled_example(image) for image in images]
+    payloads[7] = records.prediction_example([0.5, 0.5])
+    write_shards(folder / "damaged", [[records.unlabeled_example(png(rng))], payloads])
+    path = folder / "damaged" / records.shard_name("extra", 1, 2)
+    flip_payload(path, 2)
+    path.write_bytes(path.read_bytes()[:-9])
+    return path
+
+
+def test_bad_records_keep_their_place(folder, damaged, answer, caplog):
+    mine = settings(
+        folder,
+        "tolerant",
+        unlabel_data_dir=str(damaged.parent),
+        num_shards=2,
+        shard_id="1",
+        max_bad_fraction=0.5,
+    )
+    assert predict.predict(mine) == {"records": 12, "unreadable": 5, "skipped_shards": 0}
+    bad = [2, 4, 5, 7, 11]
+    output = Path(mine.predict.output_dir)
+    probs, _ = predictions(output / "train-info-00001-of-00002-00000")
+    good = [i for i in range(12) if i not in bad]
+    np.testing.assert_array_equal(probs[bad], np.zeros([5, CLASSES]))
+    # No two of the good ones are alike, so that none can stand in another's place.
+    payloads = {r.position: r.payload for r in records.read(str(damaged))}
+    own = [answer(records.image_bytes(payloads[i])) for i in good]
+    np.testing.assert_allclose(probs[good], own, atol=1e-6)
+
+    index = pyarrow.parquet.read_table(output / "index-00001-of-00002-00000.parquet").to_pydict()
+    assert [i for i in range(12) if index["label"][i] == predict.UNREADABLE_LABEL] == bad
+    assert [index["prob"][i] for i in bad] == [0.0] * 5
+    manifest = manifests.read_json(str(output / "train-info-00001-of-00002-00000.manifest.json"))
+    quarantine = manifest["counts"]["quarantine"]
+    assert list(quarantine) == [str(i) for i in bad]
+    assert quarantine["2"].startswith("damaged payload at byte")
+    assert quarantine["4"] == quarantine["5"] == "the image cannot be decoded"
+    assert quarantine["7"] == "the record has no 'image/encoded'"
+    assert quarantine["11"].startswith("truncated at byte")
+    assert str(damaged) in caplog.text
+
+
+def test_too_many_bad_records(folder, damaged):
+    """The shard before is kept. The second worker's first bad record is the shard's record 5."""
+    mine = settings(
+        folder,
+        "too_many",
+        unlabel_data_dir=str(damaged.parent),
+        num_shards=2,
+        shard_id="0-1",
+        total_replicas=2,
+        worker_id=1,
+    )
+    message = f"{damaged}: 3 of 6 records .* record 5: the image cannot be decoded"
+    with pytest.raises(predict.TooManyBadRecords, match=message):
+        predict.predict(mine)
+    left = [Path(path).name for path in times(mine)]
+    assert left
+    assert not [name for name in left if "00001-of-00002" in name or name.startswith(".tmp")]
+
+
+def test_answers_that_are_no_numbers(folder):
+    """Such a teacher must not label anything: NaN would be the highest confidence of all."""
+    reader = tf.train.load_checkpoint(str(folder / "teacher"))
+    values = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    bias = next(name for name in values if "dense/bias" in name)
+    weights.write_checkpoint(str(folder / "broken"), {**values, bias: values[bias] * np.nan})
+    mine = settings(folder, "nan", shard_id="1", predict_ckpt_path=str(folder / "broken"))
+    with pytest.raises(predict.TooManyBadRecords, match="extra-00001-of-00003: 3 of 3 .* NaN"):
+        predict.predict(mine)
+    assert times(mine) == {}
+
+
+def test_missing_shard_is_named(folder, tmp_path):
+    write_shards(tmp_path, [[], []])
+    missing = tmp_path / records.shard_name("extra", 1, 2)
+    missing.unlink()
+    mine = settings(
+        folder, "missing", unlabel_data_dir=str(tmp_path), num_shards=2, shard_id="1"
+    )
+    with pytest.raises(records.DataError, match=f"{missing} is missing"):
+        predict.predict(mine)
+
+
+def test_empty_shard_is_named(folder, tmp_path):
+    write_shards(tmp_path, [[records.unlabeled_example(b"")], []])
+    mine = settings(folder, "empty", unlabel_data_dir=str(tmp_path), num_shards=2, shard_id="0,1")
+    empty = tmp_path / records.shard_name("extra", 1, 2)
+    with pytest.raises(records.DataError, match=f"{empty} is empty"):
+        predict.predict(mine)
+    assert not Path(mine.predict.output_dir).exists()
+
+
+def test_teacher_of_another_number_of_classes(folder):
+    save_teacher(folder / "five", 5, seed=1)
+    mine = settings(folder, "five_classes", predict_ckpt_path=str(folder / "five"))
+    message = r"efficientnet-test/head/dense/bias/Exp\w+: file \[5\], model \[3\]"
+    with pytest.raises(weights.WeightsError, match=message):
+        predict.predict(mine)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"predict_ckpt_path": ""}, "--predict_ckpt_path"),
+        ({"output_dir": ""}, "--output_dir"),
+        ({"info_dir": ""}, "--info_dir"),
+        ({"unlabel_data_dir": ""}, "--unlabel_data_dir"),
+        ({"total_replicas": 2, "worker_id": 2}, "--worker_id=2 .*--total_replicas=2"),
+        ({"shard_id": "0,3"}, "--shard_id=0,3: 3 .*--num_shards=3"),
+    ],
+)
+def test_flags_that_do_not_fit(folder, values, message):
+    with pytest.raises(ConfigError, match=message):
+        predict.predict(settings(folder, "flags", **values))

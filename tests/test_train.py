@@ -1,0 +1,542 @@
+"""Training end to end on tiny records: what it leaves, resuming bit for bit, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.data import records
+from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.models import weights
+from efficientnet_ns.training import checkpoints, train
+from efficientnet_ns.training.student import NoisyStudent
+
+ROOT = Path(__file__).parents[1]
+CLASSES, SIZE = 3, 8
+LABELED, UNLABELED, VALIDATION = 13, 11, 7
+LABELED_METRICS = {"lab/acc", "lab/pred_prob", "lab/loss"}
+TRAIN_METRICS = {"train/data_loss", "train/loss", "train/lr", "images_per_second"}
+UNLABELED_METRICS = {"unl/acc_to_dump", "unl/pred_prob", "unl/target_prob", "ext/loss"}
+EVAL_METRICS = {"eval/top1", "eval/top5", "eval/loss", "eval/examples"}
+
+
+def pictures(count: int, seed: int) -> list[bytes]:
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, [count, SIZE, SIZE, 3], np.uint8)
+    return [tf.io.encode_png(image).numpy() for image in pixels]
+
+
+def pseudo_labels(count: int) -> np.ndarray:
+    return np.random.default_rng(9).dirichlet(np.ones(CLASSES), count).astype(np.float32)
+
+
+def write_task(path: Path, num_classes: int = CLASSES) -> str:
+    task = {"num_classes": num_classes, "image_size": SIZE, "small_image": True}
+    path.write_text(json.dumps(task))
+    return str(path)
+
+
+def write_data(folder: Path) -> None:
+    """A task, labeled records in two sets, unlabeled records with and without pseudo labels."""
+    write_task(folder / "task.json")
+    for prefix, count, seed in (("train", LABELED, 1), ("validation", VALIDATION, 2)):
+        examples = [
+            records.labeled_example(image, i % CLASSES)
+            for i, image in enumerate(pictures(count, seed))
+        ]
+        records.write_sharded(str(folder / "labeled"), prefix, examples, 2)
+    images, probs = pictures(UNLABELED, 3), pseudo_labels(UNLABELED)
+    pseudo = [
+        records.pseudo_labeled_example(image, row, int(row.argmax()))
+        for image, row in zip(images, probs)
+    ]
+    records.write_sharded(str(folder / "pseudo"), "train-0", pseudo, 2)
+    plain = [records.unlabeled_example(image) for image in images]
+    records.write_sharded(str(folder / "unlabeled"), "extra", plain, 1)
+
+
+def settings(folder: Path, model_dir: str | Path, **values) -> Config:
+    """Supervised training of the smallest model on the data of `folder`."""
+    defaults = {
+        "model_name": "efficientnet-test",
+        "task_name": str(folder / "task.json"),
+        "label_data_dir": str(folder / "labeled"),
+        "model_dir": str(folder / model_dir),
+        "train_batch_size": 4,
+        "train_steps": 2,
+        "base_learning_rate": 0.5,
+        "warmup_epochs": 0.0,
+        "eval_batch_size": 4,
+        "iterations_per_loop": 1,
+        "save_checkpoints_steps": 1,
+    }
+    return Config().override(**{**defaults, **values})
+
+
+def noised(folder: Path, model_dir: str | Path, **values) -> Config:
+    """A student of stored soft labels with every noise; 7 steps in loops of 2."""
+    noise = {
+        "unlabel_data_dir": str(folder / "pseudo"),
+        "unlabel_ratio": 1.5,
+        "teacher_softmax_temp": 1.0,
+        "augment_name": "randaugment",
+        "randaug_mag": 9,
+        "randaug_layer": 1,
+        "dropout_rate": 0.3,
+        "stochastic_depth_rate": 0.5,
+        "train_steps": 7,
+        "iterations_per_loop": 2,
+        "save_checkpoints_steps": 2,
+        "steps_per_eval": 4,
+        "seed": 5,
+    }
+    return settings(folder, model_dir, **{**noise, **values})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("train")
+    write_data(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def straight(folder) -> tuple[Config, dict[str, float]]:
+    """The noised student, trained without interruption."""
+    config = noised(folder, "straight")
+    return config, train.train_and_evaluate(config)
+
+
+def tensors(model_dir: str, step: int) -> dict[str, np.ndarray]:
+    reader = tf.train.load_checkpoint(f"{model_dir}/model.ckpt-{step}")
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+
+
+def assert_same_training(one: str, other: str, step: int) -> None:
+    """Checkpoints equal in every bit, and the same rows of metrics, but for the speed."""
+    ours, theirs = tensors(one, step), tensors(other, step)
+    assert set(ours) == set(theirs)
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+    rows = [train.read_metrics(f"{folder}/metrics.jsonl") for folder in (one, other)]
+    for row in rows[0] + rows[1]:
+        row.pop("images_per_second", None)
+    assert rows[0] == rows[1]
+
+
+def saved_steps(model_dir: str) -> list[int]:
+    return sorted(int(path.stem.split("-")[1]) for path in Path(model_dir).glob("*.index"))
+
+
+# --- What a training leaves -------------------------------------------------------------------------
+
+
+def test_metrics_of_a_student(straight):
+    _, metrics = straight
+    assert set(metrics) == {"step"} | (
+        LABELED_METRICS | UNLABELED_METRICS | TRAIN_METRICS | EVAL_METRICS
+    )
+    assert metrics["step"] == 7
+    assert metrics["eval/examples"] == VALIDATION
+    assert metrics["train/data_loss"] == pytest.approx(
+        metrics["lab/loss"] + 1.5 * metrics["ext/loss"], rel=1e-5
+    )
+    assert metrics["train/loss"] > metrics["train/data_loss"]
+
+
+def test_rows_of_metrics(straight):
+    config, metrics = straight
+    rows = train.read_metrics(f"{config.train.model_dir}/metrics.jsonl")
+    kinds = [(row["step"], "train/loss" in row, "eval/top1" in row) for row in rows]
+    assert kinds == [
+        (2, True, False),
+        (4, True, False),
+        (4, False, True),
+        (6, True, False),
+        (7, True, False),
+        (7, False, True),
+    ]
+    assert {**rows[-2], **rows[-1]} == metrics
+
+
+def test_tensorboard_events(straight):
+    config, metrics = straight
+    (path,) = Path(config.train.model_dir).glob("events.out.tfevents.*")
+    seen = {}
+    for event in tf.compat.v1.train.summary_iterator(str(path)):
+        for value in event.summary.value:
+            seen[event.step, value.tag] = float(tf.make_ndarray(value.tensor))
+    assert {step for step, _ in seen} == {2, 4, 6, 7}
+    last = {tag: value for (step, tag), value in seen.items() if step == 7}
+    expected = {name: value for name, value in metrics.items() if name != "step"}
+    assert last == pytest.approx(expected, rel=1e-6)
+
+
+def test_checkpoint_has_the_names_of_the_original(straight):
+    config, _ = straight
+    assert tf.train.latest_checkpoint(config.train.model_dir).endswith("/model.ckpt-7")
+    stored = tensors(config.train.model_dir, 7)
+    model = Experiment.from_config(config).build_model()
+    expected = {"global_step"}
+    for name, variable in weights.variable_names(model).items():
+        expected |= {name, f"{name}/ExponentialMovingAverage"}
+        if variable.trainable:
+            expected |= {f"{name}/RMSProp", f"{name}/RMSProp_1"}
+    assert set(stored) == expected
+    assert {
+        "efficientnet-test/stem/conv2d/kernel/RMSProp",
+        "efficientnet-test/blocks_1/tpu_batch_normalization_2/moving_mean/ExponentialMovingAverage",
+        "efficientnet-test/head/dense/bias/RMSProp_1",
+    } <= expected
+    assert stored["global_step"] == 7 and stored["global_step"].dtype == np.int64
+    kernel = "efficientnet-test/head/dense/kernel"
+    for suffix in ("/ExponentialMovingAverage", "/RMSProp", "/RMSProp_1"):
+        assert stored[kernel + suffix].shape == stored[kernel].shape
+        assert np.abs(stored[kernel + suffix] - stored[kernel]).max() > 1e-4
+
+
+def test_evaluation_alone_gives_the_last_evaluation(straight):
+    config, metrics = straight
+    expected = {key: metrics[f"eval/{key}"] for key in ("top1", "top5", "loss", "examples")}
+    assert train.evaluate(config) == {"validation": pytest.approx(expected, rel=1e-6)}
+
+
+def test_finished_training_is_left_alone(straight):
+    """Settings that do not change what is learned may be others."""
+    config, metrics = straight
+    model_dir = Path(config.train.model_dir)
+    before = {path: path.stat().st_mtime_ns for path in model_dir.glob("model.ckpt-*")}
+    again = config.override(steps_per_eval=3, keep_checkpoint_max=1, iterations_per_loop=5)
+    assert train.train_and_evaluate(again) == metrics
+    assert {path: path.stat().st_mtime_ns for path in model_dir.glob("model.ckpt-*")} == before
+
+
+def test_supervised(folder):
+    metrics = train.train_and_evaluate(settings(folder, "supervised"))
+    assert set(metrics) == {"step"} | LABELED_METRICS | TRAIN_METRICS | EVAL_METRICS
+    assert metrics["train/data_loss"] == metrics["lab/loss"]
+
+
+def test_teacher_on_the_fly(straight, folder):
+    """Labels come from a model; the student starts from given weights, and at rate 0 keeps them."""
+    source = f"{straight[0].train.model_dir}/model.ckpt-6"
+    config = settings(
+        folder,
+        "on_the_fly",
+        unlabel_data_dir=str(folder / "unlabeled"),
+        unlabel_ratio=2.0,
+        teacher_softmax_temp=0.5,
+        teacher_model_name="efficientnet-test",
+        teacher_model_path=source,
+        init_model=True,
+        init_model_path=source,
+        base_learning_rate=0.0,
+        train_steps=3,
+        keep_checkpoint_max=2,
+    )
+    metrics = train.train_and_evaluate(config, evaluate=False)
+    assert set(metrics) == {"step"} | LABELED_METRICS | UNLABELED_METRICS | TRAIN_METRICS
+    # At temperature 0.5 the teacher is surer than it is by itself, and not as sure as a hard label.
+    assert 1 / CLASSES < metrics["unl/target_prob"] < 1
+    assert saved_steps(config.train.model_dir) == [2, 3]
+    state = tf.train.get_checkpoint_state(config.train.model_dir)
+    assert [Path(p).name for p in state.all_model_checkpoint_paths] == [
+        "model.ckpt-2",
+        "model.ckpt-3",
+    ]
+
+    given, kept = tensors(straight[0].train.model_dir, 6), tensors(config.train.model_dir, 3)
+    assert set(kept) == set(given)  # The teacher is not saved.
+    for name in (name for name in kept if name.endswith("/RMSProp")):
+        variable = name[: -len("/RMSProp")]
+        average = given[variable + weights.EMA_SUFFIX]
+        assert np.any(average != given[variable]), variable
+        np.testing.assert_array_equal(kept[variable], average, err_msg=name)
+        np.testing.assert_array_equal(kept[variable + weights.EMA_SUFFIX], average, err_msg=name)
+
+
+# --- Resuming ---------------------------------------------------------------------------------------
+
+KILLED_BEFORE_STEP_6_IS_SAVED = """
+import json, os, signal, sys
+from efficientnet_ns.config import Config
+from efficientnet_ns.models import weights
+from efficientnet_ns.training import train
+
+write = weights.write_checkpoint
+
+def killing(prefix, tensors):
+    if prefix.endswith("-6"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(prefix, tensors)
+
+weights.write_checkpoint = killing
+train.train_and_evaluate(Config().override(**json.loads(sys.argv[1])))
+"""
+
+
+def changed_settings(config: Config) -> str:
+    """JSON of every setting that is not at its default."""
+    pairs = zip(
+        (getattr(config, section) for section in ("model", "data", "train")),
+        (getattr(Config(), section) for section in ("model", "data", "train")),
+    )
+    return json.dumps(
+        {
+            name: value
+            for ours, defaults in pairs
+            for name, value in vars(ours).items()
+            if value != getattr(defaults, name)
+        }
+    )
+
+
+def test_killed_training_ends_in_the_same_bits(straight, folder):
+    """Steps 5 and 6 were taken but not saved; they are taken again in another process."""
+    config = noised(folder, "killed")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_BEFORE_STEP_6_IS_SAVED, changed_settings(config)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert saved_steps(config.train.model_dir) == [2, 4]
+    rows = train.read_metrics(f"{config.train.model_dir}/metrics.jsonl")
+    assert rows[-1]["step"] == 6
+    train.train_and_evaluate(config)
+    assert saved_steps(config.train.model_dir) == [2, 4, 6, 7]
+    assert_same_training(config.train.model_dir, straight[0].train.model_dir, 7)
+
+
+def test_damaged_checkpoint_is_passed_over(straight, folder, caplog):
+    config = noised(folder, "damaged")
+    shutil.copytree(straight[0].train.model_dir, config.train.model_dir)
+    newest = Path(config.train.model_dir) / "model.ckpt-7.data-00000-of-00001"
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    with caplog.at_level("WARNING"):
+        train.train_and_evaluate(config)
+    assert "model.ckpt-7 does not load, trying older" in caplog.text
+    assert_same_training(config.train.model_dir, straight[0].train.model_dir, 7)
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> NoisyStudent:
+    """The supervised student, built once for tests that train no step of it."""
+    return train._build(Experiment.from_config(settings(folder, "unused")), LABELED)
+
+
+def test_saving_below_a_damaged_checkpoint(model, tmp_path):
+    """What cannot be loaded does not push out what can."""
+    saver = checkpoints.Checkpoints(
+        str(tmp_path), model.student, model.ema_student, model.optimizer, keep=1
+    )
+    for step in (8, 2, 4):
+        model.optimizer.iterations.assign(step)
+        saver.save()
+        if step == 8:
+            (tmp_path / "model.ckpt-8.data-00000-of-00001").write_bytes(b"cut")
+            assert saver.restore_latest() == 0
+    assert saved_steps(str(tmp_path)) == [4, 8]
+    assert tf.train.latest_checkpoint(str(tmp_path)).endswith("-4")
+    assert saver.restore_latest() == 4
+    model.optimizer.iterations.assign(0)
+
+
+# --- Refusals ---------------------------------------------------------------------------------------
+
+
+def test_loss_that_explodes(folder):
+    """The first update is enormous but finite; the loss of the second step is not."""
+    config = settings(folder, "exploding", base_learning_rate=1e30, train_steps=4)
+    with pytest.raises(train.TrainingDiverged) as error:
+        train.train_and_evaluate(config, evaluate=False)
+    last = f"{config.train.model_dir}/model.ckpt-1"
+    assert "between steps 1 and 2" in str(error.value)
+    assert f"Last good checkpoint: {last}." in str(error.value)
+    assert saved_steps(config.train.model_dir) == [1]
+    assert all(np.isfinite(value).all() for value in tensors(config.train.model_dir, 1).values())
+
+
+def test_weights_that_explode_after_the_last_loss(folder):
+    """The loss is a number, the weights after its update are none: they are not saved."""
+    config = settings(folder, "broken", base_learning_rate=1e39, train_steps=1)
+    with pytest.raises(train.TrainingDiverged, match="between steps 0 and 1.*none was saved yet"):
+        train.train_and_evaluate(config, evaluate=False)
+    assert saved_steps(config.train.model_dir) == []
+
+
+def test_folder_of_another_training(straight):
+    config, _ = straight
+    other = config.override(seed=6, label_smoothing=0.2)
+    with pytest.raises(train.DirectoryConflict) as error:
+        train.train_and_evaluate(other)
+    assert "(label_smoothing: 0.1 → 0.2, seed: 5 → 6)" in str(error.value)
+    assert str(config.train.model_dir) in str(error.value)
+
+
+def test_checkpoint_of_another_number_of_classes(straight, tmp_path):
+    """The task's file was edited since."""
+    config, _ = straight
+    shutil.copytree(config.train.model_dir, tmp_path / "model")
+    other = config.override(
+        model_dir=str(tmp_path / "model"), task_name=write_task(tmp_path / "task.json", CLASSES + 1)
+    )
+    (tmp_path / "model" / "config.json").write_text(json.dumps(other.identity()))
+    with pytest.raises(weights.WeightsError) as error:
+        train.train_and_evaluate(other)
+    for name in ("kernel", "bias"):
+        assert f"efficientnet-test/head/dense/{name}: file [" in str(error.value)
+    assert "efficientnet-test/head/dense/bias: file [3], model [4]" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"model_dir": None}, "--model_dir is needed"),
+        ({"label_data_dir": None}, "--label_data_dir is needed"),
+        ({"unlabel_ratio": 1.0}, "--unlabel_ratio=1.0 needs --unlabel_data_dir"),
+        ({"teacher_model_name": "efficientnet-b0"}, "--teacher_model_path"),
+        ({"teacher_model_path": "somewhere"}, "--teacher_model_name"),
+        ({"init_model": True}, "--init_model needs --init_model_path"),
+        ({"teacher_softmax_temp": 0.0}, "--teacher_softmax_temp=0.0"),
+        ({"teacher_softmax_temp": -0.5}, "--teacher_softmax_temp=-0.5"),
+        ({"model_name": "efficientnet-b9"}, "--model_name: unknown model 'efficientnet-b9'"),
+        ({"task_name": "cifar"}, "--task_name: unknown task 'cifar'"),
+        ({"num_label_classes": 10}, "--num_label_classes=10"),
+    ],
+)
+def test_settings_that_do_not_fit(folder, values, message):
+    config = settings(folder, "never").override(**values)
+    with pytest.raises(ConfigError, match=message):
+        train.train_and_evaluate(config)
+    assert not (folder / "never").exists()
+
+
+@pytest.mark.parametrize("missing", ["model_dir", "label_data_dir"])
+def test_evaluation_names_what_is_missing(folder, missing):
+    with pytest.raises(ConfigError, match=f"--{missing}"):
+        train.evaluate(settings(folder, "never").override(**{missing: None}))
+
+
+def test_missing_sets(folder, tmp_path):
+    shutil.copytree(folder / "labeled", tmp_path / "labeled")
+    config = settings(tmp_path, "never", task_name=str(folder / "task.json"))
+    (tmp_path / "labeled" / "validation-00001-of-00002").unlink()
+    with pytest.raises(records.DataError, match="validation-00001-of-00002"):
+        train.train_and_evaluate(config)
+    with pytest.raises(records.DataError, match="no record files in .*pseudo"):
+        train.train_and_evaluate(
+            config.override(unlabel_ratio=1.0, unlabel_data_dir=str(tmp_path / "pseudo")),
+            evaluate=False,
+        )
+
+
+# --- Records that cannot be used --------------------------------------------------------------------
+
+
+@pytest.fixture
+def only_reads(model, monkeypatch) -> None:
+    """Training that draws its batches but takes no step."""
+
+    def draw(_, batches, *, epochs: int, steps_per_epoch: int, **unused) -> None:
+        for _ in batches.take(epochs * steps_per_epoch):
+            pass
+
+    monkeypatch.setattr(train, "_build", lambda *_: model)
+    monkeypatch.setattr(NoisyStudent, "fit", draw)
+
+
+def replace_record(folder: Path, name: str, position: int, payload: bytes) -> Path:
+    (path,) = folder.glob(f"*/{name}")
+    payloads = [record.payload for record in records.read(str(path))]
+    payloads[position] = payload
+    records.write(str(path), payloads)
+    (path.parent / records.COUNTS).unlink()
+    return path
+
+
+IMAGE = pictures(1, 8)[0]
+BROKEN_RECORDS = {
+    "label above the classes": (
+        "train-00001-of-00002",
+        records.labeled_example(IMAGE, CLASSES),
+        r"label 3 \(0-based\) is outside 0..2",
+    ),
+    "label 0, which is none": (
+        "train-00000-of-00002",
+        records.labeled_example(IMAGE, -1),
+        r"label -1 \(0-based\) is outside 0..2",
+    ),
+    "image cut off": (
+        "train-00001-of-00002",
+        records.labeled_example(IMAGE[:40], 1),
+        "PNG",
+    ),
+    "no image": (
+        "train-00000-of-00002",
+        records.prediction_example([1.0]),
+        "the record has no 'image/encoded'",
+    ),
+    "pseudo label above the classes": (
+        "train-0-00001-of-00002",
+        records.pseudo_labeled_example(IMAGE, [0.1, 0.2, 0.3, 0.4], 3),
+        "probabilities",
+    ),
+    "too few probabilities": (
+        "train-0-00000-of-00002",
+        records.pseudo_labeled_example(IMAGE, [0.5, 0.5], 1),
+        "probabilities",
+    ),
+    "unlabeled image cut off": (
+        "train-0-00001-of-00002",
+        records.pseudo_labeled_example(IMAGE[:40], [0.5, 0.5, 0.0], 1),
+        "PNG",
+    ),
+    "evaluation label above the classes": (
+        "validation-00000-of-00002",
+        records.labeled_example(IMAGE, CLASSES),
+        r"label 3 \(0-based\) is outside 0..2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_RECORDS)
+def test_bad_record_is_named(case, tmp_path, only_reads):
+    name, payload, problem = BROKEN_RECORDS[case]
+    write_data(tmp_path)
+    path = replace_record(tmp_path, name, 2, payload)
+    config = settings(
+        tmp_path, "model", unlabel_data_dir=str(tmp_path / "pseudo"), unlabel_ratio=1.0
+    ).override(train_steps=8)
+    with pytest.raises(records.DataError, match=f"{path}, record 2: .*{problem}"):
+        train.train_and_evaluate(config)
+
+
+def test_bad_record_stops_an_evaluation(straight, tmp_path):
+    name, payload, problem = BROKEN_RECORDS["evaluation label above the classes"]
+    write_data(tmp_path)
+    path = replace_record(tmp_path, name, 2, payload)
+    config = straight[0].override(label_data_dir=str(tmp_path / "labeled"))
+    with pytest.raises(records.DataError, match=f"{path}, record 2: {problem}"):
+        train.evaluate(config)
+
+
+def test_bad_record_stops_a_training(tmp_path):
+    """The same through Keras, whose errors come from inside the compiled loop."""
+    write_data(tmp_path)
+    path = replace_record(
+        tmp_path, "train-00001-of-00002", 1, records.labeled_example(IMAGE, CLASSES)
+    )
+    with pytest.raises(records.DataError, match=f"{path}, record 1: label 3"):
+        train.train_and_evaluate(settings(tmp_path, "model", train_steps=8), evaluate=False)
