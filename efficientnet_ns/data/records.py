@@ -293,8 +293,7 @@ def _measure(path: str) -> tuple[int, int]:
 
 
 def count_all(paths: Sequence[str]) -> list[int]:
-    """Records per file, from the folder's `counts.json` where that matches the file's size, else
-    counted.
+    """Records per file, from the folder's `counts.json` where file sizes agree, else counted.
 
     Raises:
       DataError: a file is empty although no `counts.json` says so.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from pathlib import Path
 
 import tensorflow as tf
 
@@ -70,8 +72,7 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str) -> Task:
-    """The task called `name`, or the one described by the JSON file at that path (fields of
-    `Task`).
+    """The task called `name`, or that of the JSON file at this path, with the fields of `Task`.
 
     Raises:
       ValueError: neither, or a file with unknown or missing fields.
@@ -91,3 +92,29 @@ def get_task(name: str) -> Task:
             f"{name}: unknown fields {unknown}; allowed: {sorted(known)}, needed: num_classes"
         )
     return Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+# Names too many to stand in the table: one per line in a file beside this one.
+_NAME_FILES = {TASKS["imagenet"]: "imagenet_classes.txt"}
+
+
+def class_names(task: str | Task) -> tuple[str, ...] | None:
+    """Short names of a task's classes, in order of their labels; None when it has none.
+
+    ImageNet's are in the order of the sorted WordNet ids.
+
+    Args:
+      task: or what `get_task` takes.
+
+    Raises:
+      ValueError: see `get_task`.
+    """
+    task = get_task(task) if isinstance(task, str) else task
+    if task.class_names is None and task in _NAME_FILES:
+        return _names_from(_NAME_FILES[task])
+    return task.class_names
+
+
+@functools.lru_cache(maxsize=None)
+def _names_from(file_name: str) -> tuple[str, ...]:
+    return tuple(Path(__file__).with_name(file_name).read_text(encoding="utf-8").splitlines())

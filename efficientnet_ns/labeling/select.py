@@ -1,5 +1,4 @@
-"""Which unlabeled images a student learns from (arXiv 1911.04252, section 3.1, data filtering and
-balancing).
+"""Which unlabeled images a student learns from: filtering and balancing (paper section 3.1).
 
 Confidence above a threshold, at most `num_image` per class with the highest confidence first,
 classes with fewer filled up by copies. All of it is SQL on DuckDB over the columnar index of the
@@ -235,8 +234,7 @@ def _write_thresholds(config: SelectConfig, counts: dict) -> None:
 
 
 def load_outcome(config: SelectConfig) -> dict[str, np.ndarray]:
-    """Every prediction beside what the selection made of it, for reports on sets that fit in
-    memory.
+    """Every prediction and what the selection made of it, for sets that fit in memory.
 
     Returns:
       Columns `shard`, `record` (position in the shard), `label`, `prob`, `copies` (0: rejected),

@@ -1,5 +1,4 @@
-"""EfficientNet B0–B7 and L2 as Keras functional models (arXiv 1905.11946, table 1; 1911.04252,
-table 7).
+"""EfficientNet B0–B7 (arXiv 1905.11946, table 1) and L2 (1911.04252, table 7) in Keras.
 
 Input is pixels 0..255; normalisation is the first layer. Layer names are stable: `stem_conv`,
 `blocks_<i>_{expand,dw,project}_{conv,bn}`, `blocks_<i>_se_{reduce,expand}`, `head_{conv,bn,dense}`.
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from efficientnet_ns.models import layers
+from efficientnet_ns.models.weights import load_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -187,10 +187,13 @@ def _mbconv(x, block: Stage, name: str, survival_prob: float, bn_momentum: float
     return x
 
 
-def _head(x, filters: int, num_classes: int, dropout_rate: float, bn_momentum: float):
+def _pooled_features(x, filters: int, bn_momentum: float):
     x = _conv(x, filters, 1, 1, "head_conv")
     x = _bn_swish(x, "head", bn_momentum)
-    x = tf.keras.layers.GlobalAveragePooling2D(name="head_pool")(x)
+    return tf.keras.layers.GlobalAveragePooling2D(name="head_pool")(x)
+
+
+def _classifier(x, num_classes: int, dropout_rate: float):
     x = layers.Dropout(dropout_rate, name="head_dropout")(x)
     x = tf.keras.layers.Dense(
         num_classes,
@@ -198,7 +201,21 @@ def _head(x, filters: int, num_classes: int, dropout_rate: float, bn_momentum: f
         kernel_initializer=tf.keras.initializers.VarianceScaling(1 / 3, "fan_out", "uniform"),
         name="head_dense",
     )(x)
-    return tf.keras.layers.Activation("linear", dtype="float32", name="logits")(x)
+    return _float32(x, "logits")
+
+
+def _float32(x, name: str):
+    # Outputs are float32 whatever the compute dtype.
+    return tf.keras.layers.Activation("linear", dtype="float32", name=name)(x)
+
+
+def _check(num_classes: int, survival_prob: float, dropout_rate: float) -> None:
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}; it must be at least 1")
+    if not 0.0 < survival_prob <= 1.0:
+        raise ValueError(f"survival_prob is {survival_prob}; it must be in (0, 1]")
+    if not 0.0 <= dropout_rate < 1.0:
+        raise ValueError(f"dropout_rate is {dropout_rate}; it must be in [0, 1)")
 
 
 def build_model(
@@ -214,8 +231,10 @@ def build_model(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     bn_momentum: float = 0.99,
+    include_top: bool = True,
+    weights: str | None = None,
 ) -> tf.keras.Model:
-    """Builds an EfficientNet that maps pixels to logits.
+    """Builds an EfficientNet that maps pixels to logits, or to pooled features.
 
     Args:
       variant: a key of `VARIANTS`; also the model's name and the variable scope of its checkpoints.
@@ -227,22 +246,20 @@ def build_model(
         survival_prob)·i/N.
       mean, std: channel statistics of the training set in units of the full range (0..1).
       bn_momentum: decay of the batch-norm moving averages.
+      include_top: False leaves out dropout and classifier; num_classes then has no meaning.
+      weights: file or checkpoint to load, see `load_weights`; None: random initial values.
 
     Returns:
       A model: float or uint8 [N, image_size, image_size, 3] in 0..255 → float32 logits [N,
-        num_classes].
+        num_classes], or float32 features [N, channels] without the top.
 
     Raises:
       ValueError: unknown variant, or a value out of range.
+      WeightsError, FileNotFoundError: the weights do not fit, or are not there.
     """
     spec = get_variant(variant)
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; it must be at least 1")
-    if not 0.0 < survival_prob <= 1.0:
-        raise ValueError(f"survival_prob is {survival_prob}; it must be in (0, 1]")
     dropout_rate = spec.dropout_rate if dropout_rate is None else dropout_rate
-    if not 0.0 <= dropout_rate < 1.0:
-        raise ValueError(f"dropout_rate is {dropout_rate}; it must be in [0, 1)")
+    _check(num_classes, survival_prob, dropout_rate)
     width = width_coefficient or spec.width
     size = image_size or spec.resolution
     blocks = block_table(spec.stages, width, depth_coefficient or spec.depth, small_image)
@@ -254,9 +271,12 @@ def build_model(
     for index, block in enumerate(blocks):
         block_survival = 1.0 - (1.0 - survival_prob) * index / len(blocks)
         x = _mbconv(x, block, f"blocks_{index}", block_survival, bn_momentum)
-    head_filters = round_filters(spec.head_filters, width)
-    logits = _head(x, head_filters, num_classes, dropout_rate, bn_momentum)
-    return tf.keras.Model(inputs, logits, name=variant)
+    x = _pooled_features(x, round_filters(spec.head_filters, width), bn_momentum)
+    x = _classifier(x, num_classes, dropout_rate) if include_top else _float32(x, "pooled")
+    model = tf.keras.Model(inputs, x, name=variant)
+    if weights is not None:
+        load_weights(model, weights)
+    return model
 
 
 def num_blocks(model: tf.keras.Model) -> int:
@@ -269,7 +289,8 @@ def endpoints(model: tf.keras.Model) -> dict[str, tf.Tensor]:
 
     Returns:
       `stem`; `reduction_1` … (the last map before each halving of the resolution; five for
-      224-pixel models); `features` (after the head convolution); `pooled` [N, channels]; `logits`.
+      224-pixel models); `features` (after the head convolution); `pooled` [N, channels]; `logits`,
+      unless the model was built without the top.
     """
     outputs = {"stem": model.get_layer("stem_swish").output}
     blocks = num_blocks(model)
@@ -284,5 +305,6 @@ def endpoints(model: tf.keras.Model) -> dict[str, tf.Tensor]:
             outputs[f"reduction_{level}"] = model.get_layer(name).output
     outputs["features"] = model.get_layer("head_swish").output
     outputs["pooled"] = model.get_layer("head_pool").output
-    outputs["logits"] = model.output
+    if "logits" in names:
+        outputs["logits"] = model.output
     return outputs

@@ -1,73 +1,97 @@
-"""Weights by name: the variable names of the original's TF1 checkpoints, strict reading and atomic
-writing.
+"""Weights by name: strict reading from, and atomic writing to, the files of this and other programs.
 
-A checkpoint holds `<variant>/stem/conv2d/kernel` …, the moving-average copy of each variable under
-`…/ExponentialMovingAverage`, and the optimizer's slots under `…/RMSProp` and `…/RMSProp_1`.
+A checkpoint of the original (TF1) holds `<variant>/stem/conv2d/kernel` …, the moving-average copy
+of each variable under `…/ExponentialMovingAverage`, and the optimizer's slots under `…/RMSProp` and
+`…/RMSProp_1`. Files of Keras and timm: see `foreign_weights`.
+
+Every file is checked whole before the first variable is assigned: each variable of the model must
+be in it with its shape, and nothing that the model does not have may be.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
+import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.models import efficientnet
+from efficientnet_ns.data import manifests
+from efficientnet_ns.models import foreign_weights
 
 EMA_SUFFIX = "/ExponentialMovingAverage"
-_BN_SLOTS = ("gamma", "beta", "moving_mean", "moving_variance")
+# What the original calls the teacher inside a student's checkpoint.
+TEACHER_SCOPE = "teacher_model"
 
 
 class WeightsError(ValueError):
-    """The variables in a file are not those of the model."""
+    """The variables in a file are not those of the model.
+
+    Attributes:
+      missing, unexpected, shapes: names that the file lacks; that the model lacks; and
+        `name: file […], model […]`. All empty when the error is of another kind.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        shapes: Sequence[str] = (),
+    ):
+        super().__init__(message)
+        self.missing, self.unexpected, self.shapes = missing, unexpected, shapes
 
 
-def _numbered(name: str, number: int) -> str:
-    return name if number == 0 else f"{name}_{number}"
+class DamagedFile(WeightsError, tf.errors.DataLossError):
+    """A file cannot be read to its end."""
+
+    def __init__(self, message: str):
+        tf.errors.DataLossError.__init__(self, None, None, message)
+        self.missing, self.unexpected, self.shapes = (), (), ()
 
 
-def _layer_scopes(model: tf.keras.Model) -> dict[str, str]:
-    """Maps each layer with variables to its TF1 scope below the model's, in order of creation."""
-    scopes = {"stem_conv": "stem/conv2d", "stem_bn": "stem/tpu_batch_normalization"}
-    for index in range(efficientnet.num_blocks(model)):
-        ours, theirs = f"blocks_{index}", f"blocks_{index}"
-        has_expand = any(layer.name == f"{ours}_expand_conv" for layer in model.layers)
-        parts = ["expand"] * has_expand + ["dw", "project"]
-        # TF1 numbers layers of one class inside a block; blocks without expansion start one
-        # earlier.
-        convs = iter(range(2))
-        for number, part in enumerate(parts):
-            scopes[f"{ours}_{part}_conv"] = (
-                f"{theirs}/depthwise_conv2d"
-                if part == "dw"
-                else f"{theirs}/{_numbered('conv2d', next(convs))}"
-            )
-            scopes[f"{ours}_{part}_bn"] = f"{theirs}/{_numbered('tpu_batch_normalization', number)}"
-        scopes[f"{ours}_se_reduce"] = f"{theirs}/se/conv2d"
-        scopes[f"{ours}_se_expand"] = f"{theirs}/se/conv2d_1"
-    scopes.update(
-        head_conv="head/conv2d", head_bn="head/tpu_batch_normalization", head_dense="head/dense"
-    )
-    return scopes
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """Where a stored array goes: `variable.assign(stored.transpose(axes))`."""
+
+    variable: tf.Variable
+    axes: tuple[int, ...]
+
+    @property
+    def stored_shape(self) -> list[int]:
+        shape = self.variable.shape.as_list()
+        return [shape[axis] for axis in foreign_weights.inverse(self.axes)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """An open file: the shape of every array in it, and how to read one."""
+
+    path: str
+    shapes: Mapping[str, Sequence[int]]
+    read: Callable[[str], np.ndarray]
 
 
 def variable_names(model: tf.keras.Model) -> dict[str, tf.Variable]:
     """TF1 name → variable for every weight of a model made by `build_model`."""
-    names = {}
-    for layer_name, scope in _layer_scopes(model).items():
-        layer = model.get_layer(layer_name)
-        for weight in layer.weights:
-            leaf = weight.name.split("/")[-1].split(":")[0]
-            names[f"{model.name}/{scope}/{leaf}"] = weight
-    if len(names) != len(model.weights):
-        raise AssertionError(f"{model.name}: {len(model.weights)} weights but {len(names)} names")
-    return names
+    names = foreign_weights.stored_names(model, foreign_weights.TF1)
+    variables = foreign_weights.layer_variables(model)
+    if len(variables) != len(model.weights):
+        raise AssertionError(
+            f"{model.name}: {len(model.weights)} weights but {len(variables)} names"
+        )
+    return {f"{model.name}/{names[key]}": variable for key, variable in variables.items()}
 
 
 def checkpoint_prefix(path: str) -> str:
     """The prefix of the checkpoint that `path` means: a prefix, its `.index` file, or a folder.
 
-    In a folder the newest entry of its `checkpoint` file counts, else a single `*.index` file.
+    In a folder the newest entry of its `checkpoint` file counts, else a single `*.index` file,
+    there or in the folders inside (those of the published archives have various names).
 
     Raises:
       FileNotFoundError: nothing there is a checkpoint.
@@ -83,6 +107,7 @@ def checkpoint_prefix(path: str) -> str:
         if latest:
             return latest
         found = tf.io.gfile.glob(path + "/*.index")
+        found = found or tf.io.gfile.glob(path + "/*/model.ckpt*.index")
         if len(found) == 1:
             return found[0][: -len(".index")]
         if found:
@@ -93,51 +118,108 @@ def checkpoint_prefix(path: str) -> str:
 
 
 @contextlib.contextmanager
-def _damage_named(prefix: str) -> Iterator[None]:
-    # TensorFlow's reader raises several types for this, IndexError among them, mostly without the
-    # file.
+def _damage_named(path: str, *where: str) -> Iterator[None]:
+    # Readers raise types of their own for damaged files, IndexError and OSError among them, mostly
+    # without the file.
     try:
         yield
-    except (tf.errors.OpError, IndexError, ValueError, RuntimeError) as error:
-        raise tf.errors.DataLossError(None, None, f"{prefix} cannot be read: {error}") from error
+    except (ImportError, MemoryError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error
+    except Exception as error:
+        message = ": ".join([*where, str(error)])
+        raise DamagedFile(f"{path} cannot be read: {message}") from error
+
+
+def _open_checkpoint(prefix: str) -> _File:
+    with _damage_named(prefix):
+        reader = tf.train.load_checkpoint(prefix)
+        return _File(prefix, reader.get_variable_to_shape_map(), reader.get_tensor)
+
+
+def _open_file(path: str, read: Callable[[bytes, bool], dict], ema: bool) -> _File:
+    if not tf.io.gfile.exists(path):
+        raise FileNotFoundError(f"no file at {path!r}")
+    with _damage_named(path):
+        with tf.io.gfile.GFile(path, "rb") as f:
+            arrays = read(f.read(), ema)
+        shapes = {name: list(array.shape) for name, array in arrays.items()}
+        return _File(path, shapes, arrays.__getitem__)
+
+
+def _assign(
+    file: _File,
+    targets: Mapping[str, _Target],
+    known: Callable[[str], bool],
+    head: Container[str] = (),
+) -> None:
+    """Assigns every target the array stored under its name; nothing is assigned unless all fit.
+
+    Args:
+      known: whether a name that is not in `targets` may be in the file.
+      head: names whose misfit alone means another number of classes.
+
+    Raises:
+      WeightsError: with each missing or unexpected name and each other shape.
+      DamagedFile: an array cannot be read; the message names it.
+    """
+    missing = sorted(name for name in targets if name not in file.shapes)
+    unexpected = sorted(n for n in file.shapes if n not in targets and not known(n))
+    other = [n for n in targets if n not in missing and not _fits(file.shapes[n], targets[n])]
+    shapes = [f"{n}: file {list(file.shapes[n])}, model {targets[n].stored_shape}" for n in other]
+    if missing or unexpected or shapes:
+        only_head = not unexpected and all(name in head for name in [*missing, *other])
+        raise WeightsError(
+            f"{file.path} does not fit the model.\n"
+            + _listing("missing from the file", missing)
+            + _listing("of another shape", shapes)
+            + _listing("in the file only", unexpected)
+            + ('  To begin with a new classifier: skip=["head/dense/"].\n' if only_head else ""),
+            missing,
+            unexpected,
+            sorted(shapes),
+        )
+    # All values are read before the first is assigned, so that a damaged file changes nothing.
+    values = {}
+    for name in targets:
+        with _damage_named(file.path, name):
+            values[name] = np.asarray(file.read(name)).transpose(targets[name].axes)
+    for name, target in targets.items():
+        target.variable.assign(values[name].astype(target.variable.dtype.as_numpy_dtype))
+
+
+def _fits(stored: Sequence[int], target: _Target) -> bool:
+    return list(stored) == target.stored_shape
+
+
+def _listing(title: str, names: Sequence[str], limit: int = 8) -> str:
+    if not names:
+        return ""
+    more = f"\n    … and {len(names) - limit} more" if len(names) > limit else ""
+    return f"  {title} ({len(names)}):\n    " + "\n    ".join(sorted(names)[:limit]) + more + "\n"
 
 
 def read_checkpoint(prefix: str, names: Mapping[str, tf.Variable]) -> None:
     """Assigns each variable the value stored under its name; nothing is assigned unless all fit.
 
     Raises:
-      WeightsError: names missing from the file or of another shape, each listed.
-      tf.errors.DataLossError: the file is damaged.
+      WeightsError: names missing from the file, in the file only, or of another shape, each listed.
+        The optimizer's slots and what belongs to an on-the-fly teacher may be in the file.
+      DamagedFile: the file is damaged.
     """
-    with _damage_named(prefix):
-        reader = tf.train.load_checkpoint(prefix)
-    stored = reader.get_variable_to_shape_map()
-    missing = [name for name in names if name not in stored]
-    shapes = [
-        f"{name}: file {list(stored[name])}, model {variable.shape.as_list()}"
+    targets = {
+        name: _Target(variable, tuple(range(variable.shape.rank)))
         for name, variable in names.items()
-        if name in stored and list(stored[name]) != variable.shape.as_list()
-    ]
-    if missing or shapes:
-        unexpected = [name for name in stored if name not in names and "/RMSProp" not in name]
-        raise WeightsError(
-            f"{prefix} does not fit the model.\n"
-            + _listing("missing from the file", missing)
-            + _listing("of another shape", shapes)
-            + _listing("in the file only", unexpected if missing else [])
-        )
-    # All values are read before the first is assigned, so that a damaged file changes nothing.
-    with _damage_named(prefix):
-        values = {name: reader.get_tensor(name) for name in names}
-    for name, variable in names.items():
-        variable.assign(values[name])
+    }
+    _assign(_open_checkpoint(prefix), targets, lambda name: _beside(name, None))
 
 
-def _listing(title: str, names: list[str], limit: int = 8) -> str:
-    if not names:
-        return ""
-    more = f"\n    … and {len(names) - limit} more" if len(names) > limit else ""
-    return f"  {title} ({len(names)}):\n    " + "\n    ".join(sorted(names)[:limit]) + more + "\n"
+def _beside(name: str, scope: str | None) -> bool:
+    """Whether a checkpoint may hold `name` beside the variables of the model under `scope`."""
+    if foreign_weights.matches(foreign_weights.TF1, name):
+        return True
+    if scope is None:
+        return name.startswith(f"{TEACHER_SCOPE}/")
+    return not name.startswith(f"{scope}/")
 
 
 def write_checkpoint(prefix: str, tensors: Mapping[str, tf.Tensor]) -> None:
@@ -151,16 +233,115 @@ def write_checkpoint(prefix: str, tensors: Mapping[str, tf.Tensor]) -> None:
     )
 
 
-def load_weights(model: tf.keras.Model, path: str, *, ema: bool = True) -> None:
-    """Loads a checkpoint of the original's format into a model made by `build_model`.
+def load_weights(
+    model: tf.keras.Model,
+    path: str,
+    *,
+    ema: bool = True,
+    scope: str | None = None,
+    skip: Sequence[str] = (),
+) -> None:
+    """Loads weights from a file into a model made by `build_model`.
+
+    The model's own normalisation stays: pixels 0..255 become (x/255 - mean)/std with the mean and
+    std it was built with. Files of `tf.keras.applications` with published ImageNet weights, the
+    `efficientnet` package and timm's `tf_efficientnet_*` all expect what the default mean and std
+    give; a Keras model made with `weights=None` whose Normalization layer was never adapted
+    expects mean 0 and std 1. Only the statistics in a Keras file are not read.
+
+    A classifier in the file is passed over when the model has none (`include_top=False`).
 
     Args:
-      path: see `checkpoint_prefix`.
-      ema: take the moving-average copies, which is what evaluation and teachers use.
+      path: ending in `.h5`, `.safetensors` or `.pth`: a file of Keras or timm, of the model's
+        variant. Anything else is a checkpoint of this package or of the original; see
+        `checkpoint_prefix`.
+      ema: take the moving-average copies, which is what evaluation and teachers use. Files that
+        have a single set of weights give that.
+      scope: above the model's variables in a checkpoint, e.g. `teacher_model`; None: they are at
+        the top.
+      skip: regular expressions, searched for in the names of `variable_names`; what they match
+        keeps its values, e.g. `["head/dense/"]` for a new classifier. Nothing else may be missing.
 
     Raises:
-      WeightsError, FileNotFoundError: the file does not fit, or is not there.
+      FileNotFoundError: nothing there.
+      WeightsError: the file does not fit, an expression in `skip` matches nothing, or a library
+        that reads the file is not installed.
+      DamagedFile: the file cannot be read to its end.
     """
-    suffix = EMA_SUFFIX if ema else ""
-    names = {name + suffix: variable for name, variable in variable_names(model).items()}
-    read_checkpoint(checkpoint_prefix(path), names)
+    naming, read = foreign_weights.FILES.get(
+        os.path.splitext(path)[1], (foreign_weights.TF1, None)
+    )
+    if read is not None and scope is not None:
+        raise WeightsError(f"{path} has no scopes; scope={scope!r} is for checkpoints")
+    kept = _skipped(variable_names(model), skip)
+    above, below, copies = "", "", [""]
+    if read is None:
+        above = f"{model.name}/" if scope is None else f"{scope}/{model.name}/"
+        below, copies = (EMA_SUFFIX if ema else ""), ["", EMA_SUFFIX]
+    names = foreign_weights.stored_names(model, naming)
+    targets = {
+        above + names[layer, leaf] + below: _Target(
+            variable, foreign_weights.axes(naming, leaf, variable.shape.rank)
+        )
+        for (layer, leaf), variable in foreign_weights.layer_variables(model).items()
+        if id(variable) not in kept
+    }
+    # The other copy of a variable, what is skipped, and a classifier that the model lacks.
+    ours = {above + name + copy for name in names.values() for copy in copies}
+
+    def known(name: str) -> bool:
+        if name in ours:
+            return True
+        return _beside(name, scope) if read is None else foreign_weights.matches(naming, name)
+
+    file = _open_file(path, read, ema) if read else _open_checkpoint(checkpoint_prefix(path))
+    _assign(file, targets, known, [above + names[key] + below for key in foreign_weights.HEAD])
+
+
+def _skipped(names: Mapping[str, tf.Variable], skip: Sequence[str]) -> set[int]:
+    """Ids of the variables whose name one of the expressions matches."""
+    kept = set()
+    for pattern in skip:
+        matched = {id(v) for name, v in names.items() if re.search(pattern, name)}
+        if not matched:
+            raise WeightsError(f"skip: {pattern!r} matches no variable of the model")
+        kept |= matched
+    return kept
+
+
+def save_weights(
+    model: tf.keras.Model, path: str, *, ema_model: tf.keras.Model | None = None, step: int = 0
+) -> None:
+    """Writes the weights of a model made by `build_model`; a file there is replaced when it is whole.
+
+    Args:
+      path: ending in `.safetensors`: timm's names and layout, one set of weights (the averages,
+        when both are given). Else the prefix of a checkpoint as the original's.
+      ema_model: of the same architecture, holds the moving averages; None: the model's own values
+        are written for both.
+      step: what the checkpoint says under `global_step`.
+
+    Raises:
+      WeightsError: the path ends as a file of another kind.
+    """
+    averages = ema_model or model
+    suffix = os.path.splitext(path)[1]
+    if suffix in foreign_weights.FILES and suffix != ".safetensors":
+        raise WeightsError(
+            f"{path}: {suffix} files are read, not written; "
+            "end the name in .safetensors, or give the prefix of a checkpoint like model.ckpt-0"
+        )
+    tf.io.gfile.makedirs(os.path.dirname(path) or ".")
+    if suffix == ".safetensors":
+        from safetensors import numpy as safetensors
+
+        content = safetensors.save(
+            foreign_weights.timm_tensors(averages), metadata={"format": "pt"}
+        )
+        with manifests.atomic_path(path) as name, tf.io.gfile.GFile(name, "wb") as f:
+            f.write(content)
+        return
+    tensors = {f"{n}{EMA_SUFFIX}": v for n, v in variable_names(averages).items()}
+    write_checkpoint(
+        path, {**variable_names(model), **tensors, "global_step": np.array(step, np.int64)}
+    )

@@ -37,8 +37,7 @@ class Classifier(tf.Module):
 
 
 def export(model: tf.keras.Model, preprocessing: Preprocessing, base: str, version: int) -> str:
-    """Writes `<base>/<version>/`; it appears by rename, so a running server never loads half a
-    model.
+    """Writes `<base>/<version>/`; it appears by rename, so a server never loads half a model.
 
     Returns:
       The folder.

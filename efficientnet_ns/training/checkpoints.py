@@ -104,11 +104,10 @@ class Checkpoints:
                 f.write("\n".join(lines) + "\n")
 
     def restore_latest(self) -> int:
-        """Restores the newest checkpoint that loads whole and returns its step; 0 when there is
-        none.
+        """Restores the newest checkpoint that loads whole; returns its step, 0 without one.
 
         A preempted machine can leave a damaged file: such a checkpoint is passed over, with a
-          warning.
+        warning.
 
         Raises:
           weights.WeightsError: a checkpoint of another model.

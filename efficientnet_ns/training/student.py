@@ -38,8 +38,7 @@ class _PseudoLabels(NamedTuple):
 
 
 class NoisyStudent(tf.keras.Model):
-    """Trains `student` on labeled and pseudo-labeled images; keeps its moving average in
-    `ema_student`.
+    """Trains `student` on labeled and pseudo-labeled images, and averages it in `ema_student`.
 
     A batch is a dict: `image` [B, S, S, 3] and `label` int32 [B]; with unlabeled data also
     `unl_image` [U, S, S, 3], and either stored pseudo labels `unl_label` int32 [U], `unl_probs`

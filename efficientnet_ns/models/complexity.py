@@ -1,0 +1,73 @@
+"""What a model costs: multiply-adds of one image, parameters, batch-norm statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import tensorflow as tf
+
+from efficientnet_ns.models import efficientnet
+
+# The layers that multiply an image by a kernel. Each value of the kernel is used once per position
+# of the output, whatever the kernel's layout.
+_KERNELS = {
+    tf.keras.layers.Conv2D: "kernel",
+    tf.keras.layers.DepthwiseConv2D: "depthwise_kernel",
+    tf.keras.layers.Dense: "kernel",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Complexity:
+    """Counts of one model.
+
+    Attributes:
+      multiply_adds: in convolutions and dense layers, for one image. Normalisation, activations,
+        pooling and the excitation's product are left out, as in the paper.
+      params: trainable values.
+      statistics: moving means and variances of the batch norms.
+    """
+
+    multiply_adds: int
+    params: int
+    statistics: int
+
+
+def _layer_multiply_adds(layer: tf.keras.layers.Layer) -> int:
+    kernel = _KERNELS.get(type(layer))
+    if kernel is None:
+        return 0
+    positions = layer.output_shape[1:-1]
+    if None in positions:
+        raise ValueError(f"{layer.name}: the size of its output is not known; fix the image size")
+    return math.prod(positions) * math.prod(getattr(layer, kernel).shape)
+
+
+def _size(variables: list[tf.Variable]) -> int:
+    return sum(math.prod(variable.shape) for variable in variables)
+
+
+def count(model: tf.keras.Model) -> Complexity:
+    """Counts a functional model of fixed image size, such as `build_model` makes.
+
+    Raises:
+      ValueError: the image size is not fixed.
+    """
+    return Complexity(
+        multiply_adds=sum(_layer_multiply_adds(layer) for layer in model.layers),
+        params=_size(model.trainable_weights),
+        statistics=_size(model.non_trainable_weights),
+    )
+
+
+def count_variant(
+    variant: str, num_classes: int = 1000, image_size: int | None = None
+) -> Complexity:
+    """Counts a model by its name, without memory for its weights.
+
+    Args:
+      image_size: side of the input in pixels; None takes the variant's resolution.
+    """
+    with tf.Graph().as_default():  # Where variables are declared, not initialised.
+        return count(efficientnet.build_model(variant, num_classes, image_size))
