@@ -59,10 +59,10 @@ def settings(folder: Path) -> dict:
     }
 
 
-def rounds(folder: Path, work_dir: str) -> LoopConfig:
+def rounds(folder: Path, work_dir: str, number: int = 2) -> LoopConfig:
     return LoopConfig(
         work_dir=str(folder / work_dir),
-        models="efficientnet-test, efficientnet-test,efficientnet-test",
+        models=", ".join(["efficientnet-test"] * (1 + number)),
         teacher_steps=3,
         num_image=NUM_IMAGE,
         min_threshold=0.2,
@@ -230,7 +230,7 @@ for moment in moments:
 """
 
 MOMENTS = [
-    # The teacher: one step saved, two not.
+    # The teacher: one step saved, another taken.
     ("round-0/model/model.ckpt-2", ""),
     # Predictions: the first shard finished, of the second only the manifest.
     ("round-1/predictions/train-info-00001-of-00002-00000", ""),
@@ -240,13 +240,12 @@ MOMENTS = [
     ("round-1/selected/data/train-0-00001-of-00002", ""),
     # The student: trained, its metrics not recorded.
     ("state.json", "round 1: student"),
-    # Second round: its first shard of labels is about to appear.
-    ("round-2/predictions/index-00000-of-00002-00000.parquet", ""),
 ]
 
 
 def test_killed_at_many_moments(folder, config, undisturbed):
-    loop = rounds(folder, "killed")
+    """One round less, whose results are those of the first round of two."""
+    loop = rounds(folder, "killed", 1)
     arguments = [settings(folder), dataclasses.asdict(loop), MOMENTS]
     done = subprocess.run(
         [sys.executable, "-c", KILLED_AT, *map(json.dumps, arguments)],
@@ -255,14 +254,13 @@ def test_killed_at_many_moments(folder, config, undisturbed):
         text=True,
     )
     assert done.stdout.split() == [str(int(signal.SIGKILL))] * len(MOMENTS), done.stderr
-    assert "round 2: predict" not in stages(loop)
+    assert list(stages(loop))[-1] == "round 1: write"
 
-    rows = noisy_student.run_loop(config, loop)
     reference, expected = undisturbed
-    assert rows == expected
-    assert stages(loop) == stages(reference)
-    for number in (1, 2):
-        assert balanced(loop, number) == balanced(reference, number)
+    assert noisy_student.run_loop(config, loop) == expected[:2]
+    recorded = stages(reference)
+    assert stages(loop) == {name: recorded[name] for name in recorded if "round 2" not in name}
+    assert balanced(loop, 1) == balanced(reference, 1)
 
 
 def test_finished_loop_does_nothing(undisturbed, config, monkeypatch):

@@ -108,6 +108,8 @@ def test_count_of_a_built_model():
     counts = complexity.count(model)
     assert counts == complexity.count_variant("efficientnet-test", num_classes=10)
     assert counts.params + counts.statistics == model.count_params()
+    model.trainable = False
+    assert complexity.count(model) == counts
     larger = complexity.count_variant("efficientnet-test", num_classes=10, image_size=64)
     # Four times the positions, except in the squeeze, the excitation and the dense layer.
     assert 3.9 < larger.multiply_adds / counts.multiply_adds < 4

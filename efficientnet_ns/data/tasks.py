@@ -89,7 +89,7 @@ def get_task(name: str) -> Task:
     unknown = sorted(set(fields) - known)
     if unknown or "num_classes" not in fields:
         raise ValueError(
-            f"{name}: unknown fields {unknown}; allowed: {sorted(known)}, needed: num_classes"
+            f"{name}: unknown fields {unknown}; allowed: {sorted(known)}; num_classes is required"
         )
     return Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 

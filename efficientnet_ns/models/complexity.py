@@ -25,7 +25,7 @@ class Complexity:
     Attributes:
       multiply_adds: in convolutions and dense layers, for one image. Normalisation, activations,
         pooling and the excitation's product are left out, as in the paper.
-      params: trainable values.
+      params: values that training can change, frozen layers' among them.
       statistics: moving means and variances of the batch norms.
     """
 
@@ -56,8 +56,8 @@ def count(model: tf.keras.Model) -> Complexity:
     """
     return Complexity(
         multiply_adds=sum(_layer_multiply_adds(layer) for layer in model.layers),
-        params=_size(model.trainable_weights),
-        statistics=_size(model.non_trainable_weights),
+        params=_size([variable for variable in model.weights if variable.trainable]),
+        statistics=_size([variable for variable in model.weights if not variable.trainable]),
     )
 
 
