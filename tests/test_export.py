@@ -127,7 +127,9 @@ def test_signature(exported):
     signature = tf.saved_model.load(exported).signatures["serving_default"]
     _, inputs = signature.structured_input_signature
     assert inputs == {"image_bytes": tf.TensorSpec([None], tf.string, name="image_bytes")}
-    outputs = {name: (t.dtype, t.shape.as_list()) for name, t in signature.structured_outputs.items()}
+    outputs = {
+        name: (t.dtype, t.shape.as_list()) for name, t in signature.structured_outputs.items()
+    }
     assert outputs == {
         "classes": (tf.int64, [None]),
         "probabilities": (tf.float32, [None, CLASSES]),

@@ -190,10 +190,10 @@ def test_each_student_is_taught_by_the_model_before(undisturbed, config):
     assert (teacher["unlabel_data_dir"], teacher["unlabel_ratio"]) == ("", 0.0)
 
 
-# --- Killed and continued ---------------------------------------------------------------------------
+# --- Killed and continued -------------------------------------------------------------------------
 
-# TensorFlow is loaded once, and each run forks before it is used. A moment is the end of the name of a
-# file that is about to appear, and a text in it.
+# TensorFlow is loaded once, and each run forks before it is used. A moment is the end of the name of
+# a file that is about to appear, and a text in it.
 KILLED_AT = """
 import json, os, signal, sys
 import tensorflow as tf
@@ -273,7 +273,7 @@ def test_finished_loop_does_nothing(undisturbed, config, monkeypatch):
     assert (Path(loop.work_dir) / "state.json").stat().st_mtime_ns == before
 
 
-# --- Refusals ---------------------------------------------------------------------------------------
+# --- Refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -326,4 +326,6 @@ def test_failed_stage_is_not_recorded(tmp_path):
     state = noisy_student.State(str(tmp_path), {})
     with pytest.raises(ZeroDivisionError):
         state.once("stage", lambda: {"number": 1 // 0})
-    assert noisy_student.State(str(tmp_path), {}).once("stage", lambda: {"number": 2}) == {"number": 2}
+    assert noisy_student.State(str(tmp_path), {}).once("stage", lambda: {"number": 2}) == {
+        "number": 2
+    }

@@ -1,4 +1,4 @@
-"""Predictions of a teacher: format, order, resuming, and what happens to records that are no images."""
+"""Predictions of a teacher: format, order, resuming, and records that are no images."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def save_teacher(prefix: Path, num_classes: int, seed: int) -> None:
     """A checkpoint with moving averages of random weights, unsure enough to show small errors."""
     tf.keras.utils.set_random_seed(seed)
     task = prefix.parent / f"task_{num_classes}.json"
-    task.write_text(json.dumps({"num_classes": num_classes, "image_size": SIZE, "small_image": True}))
+    task.write_text(
+        json.dumps({"num_classes": num_classes, "image_size": SIZE, "small_image": True})
+    )
     model = Experiment.from_config(config(task)).build_model()
     rng = np.random.default_rng(seed)
     weights.write_checkpoint(
@@ -164,7 +166,7 @@ def expected(folder, answer) -> list[np.ndarray]:
     ]
 
 
-# --- What is written --------------------------------------------------------------------------------
+# --- What is written ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shard", range(3))
@@ -236,7 +238,7 @@ def test_two_workers_share_each_shard(folder, expected):
         assert json.loads(info.read_text()) == {"image_num": 5}
 
 
-# --- Resuming ---------------------------------------------------------------------------------------
+# --- Resuming -------------------------------------------------------------------------------------
 
 
 def times(done: Config) -> dict[str, int]:
@@ -271,7 +273,7 @@ def test_files_of_unknown_origin_are_left_alone(folder):
     assert path.read_bytes() == b"of somebody else"
 
 
-# --- Bad input --------------------------------------------------------------------------------------
+# --- Bad input ------------------------------------------------------------------------------------
 
 
 def flip_payload(path: Path, record: int) -> None:
@@ -368,9 +370,7 @@ def test_missing_shard_is_named(folder, tmp_path):
     write_shards(tmp_path, [[], []])
     missing = tmp_path / records.shard_name("extra", 1, 2)
     missing.unlink()
-    mine = settings(
-        folder, "missing", unlabel_data_dir=str(tmp_path), num_shards=2, shard_id="1"
-    )
+    mine = settings(folder, "missing", unlabel_data_dir=str(tmp_path), num_shards=2, shard_id="1")
     with pytest.raises(records.DataError, match=f"{missing} is missing"):
         predict.predict(mine)
 

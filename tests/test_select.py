@@ -48,7 +48,7 @@ def make_predictions(folder: Path, table: list[list[list[list[float]]]]) -> None
 
 
 def one_hot(label: int, prob: float) -> list[float]:
-    """Probabilities of `CLASSES` classes with a given top one; the rest is spread over the others."""
+    """Probabilities of `CLASSES` classes with a given top one; the others share the rest."""
     row = np.full(CLASSES, (1 - prob) / (CLASSES - 1))
     row[label] = prob
     return row.tolist()
@@ -104,22 +104,18 @@ def test_selection_is_that_of_the_original_where_it_draws_nothing(original, expe
     fixed = {int(c) for c, entry in expected["per_class"].items() if entry["deterministic"]}
     assert len(fixed) == 6
     ours: dict[int, dict[int, int]] = defaultdict(dict)
-    labels = {}
     for (shard, _, position), (label, copies) in selection(original).items():
-        labels[shard, position] = label
         if label in fixed:
             ours[shard][position] = copies
     for entry in expected["shards"]:
-        shard = entry["shard"]
-        # Class of an image that ours does not keep: from its prediction.
-        path = select.prediction_path(original, shard, 0)
+        path = select.prediction_path(original, entry["shard"], 0)
         guesses = [records.label(record.payload) for record in records.read(path)]
         theirs = {int(i): n for i, n in entry["kept"].items() if guesses[int(i)] in fixed}
-        assert ours[shard] == theirs
+        assert ours[entry["shard"]] == theirs
 
 
 def test_best_images_of_each_class(original, expected):
-    """Classes with more than enough candidates: ours is the exact top of the original's candidates."""
+    """Ours is the exact top of the candidates that the original takes for a class."""
     result = select.select(original)["classes"]
     for label, entry in expected["per_class"].items():
         lowest, images = result[label]
@@ -132,7 +128,11 @@ def test_side_files(original):
     counts = select.select(original)
     assert counts["available"] == 2000
     assert counts["records"] == 100 * CLASSES
-    assert counts["unique"] == len(selection(original)) == sum(n for _, n in counts["classes"].values())
+    assert (
+        counts["unique"]
+        == len(selection(original))
+        == sum(n for _, n in counts["classes"].values())
+    )
     # The misspelt key is what the original's readers look for.
     side = json.loads((Path(original.output_dir) / "num_image_across_cat.json").read_text())
     assert side == {"num_image_acorss_cat": counts["unique"]}
@@ -160,11 +160,11 @@ def test_record_numbers_of_two_workers(tmp_path):
     assert set(selection(two)) == {(0, 1, 1), (0, 0, 2)}
 
 
-# --- Properties -------------------------------------------------------------------------------------
+# --- Properties -----------------------------------------------------------------------------------
 
 
 def reference(rows, num_image: int, threshold: float, upsample: int):
-    """What must be selected: {class: [(shard, worker, position), …]} and the copies per class, sorted."""
+    """What must be selected: {class: {(shard, worker, position)}} and {class: sorted copies}."""
     classes = defaultdict(list)
     for shard, worker, position, label, prob in rows:
         if label >= 0 and float(prob) >= threshold:
@@ -192,7 +192,9 @@ def indexes(draw):
     rows = []
     for shard in range(2):
         for worker in range(2):
-            guesses = draw(st.lists(st.tuples(st.integers(-1, 3), st.sampled_from(PROBS)), max_size=8))
+            guesses = draw(
+                st.lists(st.tuples(st.integers(-1, 3), st.sampled_from(PROBS)), max_size=8)
+            )
             rows += [(shard, worker, i, label, prob) for i, (label, prob) in enumerate(guesses)]
     return rows
 
@@ -259,7 +261,7 @@ def test_seed_decides_only_who_gets_the_extra_copy(goldens, tmp_path):
 
 
 def test_statistics_of_every_bin_edge(tmp_path):
-    """A probability on k / 100 belongs to bin k, its neighbour below to bin k - 1, as float64 has it."""
+    """Probabilities at k / 100 and their neighbours below, in bins of float64."""
     probs = np.float32([k / 100 for k in range(12, 101)])
     probs = np.concatenate([probs, np.nextafter(probs, np.float32(0))])
     make_predictions(tmp_path, [[[one_hot(3, float(p)) for p in probs]]])
@@ -272,7 +274,7 @@ def test_statistics_of_every_bin_edge(tmp_path):
     assert not Path(settings_.output_dir).exists()
 
 
-# --- Refusals ---------------------------------------------------------------------------------------
+# --- Refusals -------------------------------------------------------------------------------------
 
 
 @pytest.fixture

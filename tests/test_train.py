@@ -139,7 +139,7 @@ def saved_steps(model_dir: str) -> list[int]:
     return sorted(int(path.stem.split("-")[1]) for path in Path(model_dir).glob("*.index"))
 
 
-# --- What a training leaves -------------------------------------------------------------------------
+# --- What a training leaves -----------------------------------------------------------------------
 
 
 def test_metrics_of_a_student(straight):
@@ -266,7 +266,7 @@ def test_teacher_on_the_fly(straight, folder):
         np.testing.assert_array_equal(kept[variable + weights.EMA_SUFFIX], average, err_msg=name)
 
 
-# --- Resuming ---------------------------------------------------------------------------------------
+# --- Resuming -------------------------------------------------------------------------------------
 
 KILLED_BEFORE_STEP_6_IS_SAVED = """
 import json, os, signal, sys
@@ -354,7 +354,7 @@ def test_saving_below_a_damaged_checkpoint(model, tmp_path):
     model.optimizer.iterations.assign(0)
 
 
-# --- Refusals ---------------------------------------------------------------------------------------
+# --- Refusals -------------------------------------------------------------------------------------
 
 
 def test_loss_that_explodes(folder):
@@ -455,7 +455,7 @@ def test_missing_sets(folder, tmp_path):
         )
 
 
-# --- Records that cannot be used --------------------------------------------------------------------
+# --- Records that cannot be used ------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -123,6 +123,58 @@ def test_folder_with_a_checkpoint_file(checkpoint, model):
     assert weights.checkpoint_prefix(str(checkpoint.parent)) == str(newer)
 
 
+@pytest.mark.parametrize(
+    "folder", ["noisy_student_efficientnet-b0", "noisy-student-efficientnet-b1"]
+)
+def test_unpacked_archive(checkpoint, tmp_path, folder):
+    """The folder inside has no fixed name, and its `checkpoint` file may mean another machine."""
+    inner = tmp_path / "unpacked" / folder
+    inner.mkdir(parents=True)
+    for path in checkpoint.parent.glob(f"{checkpoint.name}.*"):
+        path.rename(inner / path.name.replace("model.ckpt-1000", "model.ckpt"))
+    (inner / "checkpoint").write_text('model_checkpoint_path: "/tmp/elsewhere/model.ckpt"\n')
+    assert weights.checkpoint_prefix(str(inner)) == str(inner / "model.ckpt")
+    assert weights.checkpoint_prefix(str(tmp_path / "unpacked")) == str(inner / "model.ckpt")
+
+
+@pytest.fixture
+def student_checkpoint(tmp_path) -> Path:
+    """As of the original training with a teacher on the fly, which is of another size."""
+    prefix = tmp_path / "student" / "model.ckpt-9"
+    prefix.parent.mkdir()
+    student, teacher = tiny(), tiny(depth_coefficient=2.0)
+    tensors = {"global_step": np.array(9, np.int64)}
+    for model, scope, start in ((student, "", 0), (teacher, "teacher_model/", 300_000)):
+        for suffix, first in (("", start), (weights.EMA_SUFFIX, start + 100_000)):
+            values = counting(model, first, suffix)
+            tensors.update({scope + name: value for name, value in values.items()})
+    for name, value in counting(student).items():
+        tensors[f"{name}/RMSProp"] = tensors[f"{name}/RMSProp_1"] = value
+    weights.write_checkpoint(str(prefix), tensors)
+    return prefix
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_student_and_teacher_in_one_checkpoint(student_checkpoint, model, ema):
+    weights.load_weights(model, str(student_checkpoint), ema=ema)
+    assert_values(model, counting(model, 100_000 if ema else 0))
+    teacher = tiny(depth_coefficient=2.0)
+    weights.load_weights(teacher, str(student_checkpoint), ema=ema, scope="teacher_model")
+    assert_values(teacher, counting(teacher, 400_000 if ema else 300_000))
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_new_head(checkpoint, ema):
+    """What is skipped keeps its values, whatever its shape in the file."""
+    target = tiny(num_classes=7)
+    before, values = snapshot(target), counting(tiny(), 100_000 if ema else 0)
+    weights.load_weights(target, str(checkpoint), ema=ema, skip=["head/dense/kernel", "dense/bias"])
+    after = snapshot(target)
+    for name in after:
+        expected = before if "head/dense" in name else values
+        np.testing.assert_array_equal(after[name], expected[name], err_msg=name)
+
+
 # --------------------------------------------------------------------------------------------------
 # Refusals, none of which may change the model
 
@@ -142,6 +194,8 @@ def test_missing_variable(tmp_path, model, untouched):
     with pytest.raises(weights.WeightsError, match=f"(?s)missing from the file.*{name}") as error:
         weights.load_weights(model, str(tmp_path / "model"), ema=False)
     assert str(tmp_path / "model") in str(error.value)
+    assert error.value.missing == [name]
+    assert error.value.unexpected == ["efficientnet-test/blocks_1/se/conv2d_9/bias"]
     assert "efficientnet-test/blocks_1/se/conv2d_9/bias" in str(error.value)
     assert "efficientnet-test/head" not in str(error.value)
 
@@ -156,6 +210,35 @@ def test_missing_averages(tmp_path, model, untouched):
     assert f"and {count - 8} more" in str(error.value)
 
 
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "efficientnet-test/blocks_3/conv2d/kernel",
+        "efficientnet-test/blocks_0/conv2d_1/kernel/ExponentialMovingAverage",
+        "efficientnet-b0/stem/conv2d/kernel",
+        "beta1_power",
+    ],
+)
+def test_unexpected_variable(tmp_path, model, untouched, extra, ema):
+    """Everything the model needs is there, and one more."""
+    values = {**counting(model, 7), **counting(model, 9, weights.EMA_SUFFIX), extra: np.zeros(2)}
+    weights.write_checkpoint(str(tmp_path / "model"), values)
+    with pytest.raises(weights.WeightsError, match="in the file only") as error:
+        weights.load_weights(model, str(tmp_path / "model"), ema=ema)
+    found = (error.value.missing, error.value.unexpected, error.value.shapes)
+    assert found == ([], [extra], [])
+    assert extra in str(error.value) and str(tmp_path / "model") in str(error.value)
+
+
+def test_wrong_scope(student_checkpoint, model, untouched):
+    with pytest.raises(weights.WeightsError, match="missing.*\n *teacher/efficientnet-test/"):
+        weights.load_weights(model, str(student_checkpoint), scope="teacher")
+    # The teacher is deeper than this model.
+    with pytest.raises(weights.WeightsError, match="teacher_model/efficientnet-test/blocks_3/"):
+        weights.load_weights(model, str(student_checkpoint), scope="teacher_model")
+
+
 def test_wrong_shape(tmp_path, model, untouched):
     values = counting(model, 7)
     name = "efficientnet-test/blocks_0/depthwise_conv2d/depthwise_kernel"
@@ -163,6 +246,7 @@ def test_wrong_shape(tmp_path, model, untouched):
     weights.write_checkpoint(str(tmp_path / "model"), values)
     with pytest.raises(weights.WeightsError) as error:
         weights.load_weights(model, str(tmp_path / "model"), ema=False)
+    assert error.value.shapes == [f"{name}: file [5, 5, 8, 1], model [3, 3, 8, 1]"]
     assert f"{name}: file [5, 5, 8, 1], model [3, 3, 8, 1]" in str(error.value)
     assert str(tmp_path / "model") in str(error.value)
     assert "missing" not in str(error.value)
@@ -186,6 +270,7 @@ def test_other_number_of_classes(checkpoint):
     assert f"efficientnet-test/head/dense/bias{suffix}: file [10], model [7]" in str(error.value)
     assert f"head/dense/kernel{suffix}: file [32, 10], model [32, 7]" in str(error.value)
     assert "of another shape (2)" in str(error.value)
+    assert 'skip=["head/dense/"]' in str(error.value)
     assert_values(other, before)
 
 
@@ -217,8 +302,10 @@ def test_one_wrong_bit(tmp_path, model, untouched):
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    with pytest.raises(tf.errors.DataLossError, match="model.ckpt-7 cannot be read"):
+    with pytest.raises(tf.errors.DataLossError, match="model.ckpt-7 cannot be read") as error:
         weights.load_weights(model, str(tmp_path), ema=False)
+    assert isinstance(error.value, weights.WeightsError)
+    assert any(name in str(error.value) for name in weights.variable_names(model))
 
 
 def test_missing_data_file(checkpoint, model, untouched):
@@ -238,6 +325,11 @@ def test_not_there(tmp_path, model, untouched):
         name = str(path).replace(".index", "")
         with pytest.raises(FileNotFoundError, match=f"no checkpoint at '{name}'"):
             weights.load_weights(model, str(path))
+
+
+def test_skip_that_matches_nothing(checkpoint, model, untouched):
+    with pytest.raises(weights.WeightsError, match="'head/fc' matches no variable"):
+        weights.load_weights(model, str(checkpoint), skip=["stem", "head/fc"])
 
 
 def test_folder_with_several_checkpoints(checkpoint, model, untouched):

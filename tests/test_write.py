@@ -87,7 +87,9 @@ def parse(path: Path) -> list[Written]:
     result = []
     for serialized in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
         assert set(tf.train.Example.FromString(serialized).features.feature) == set(spec)
-        values = [tensor.numpy() for tensor in tf.io.parse_single_example(serialized, spec).values()]
+        values = [
+            tensor.numpy() for tensor in tf.io.parse_single_example(serialized, spec).values()
+        ]
         image, label, prob, probabilities = values
         result.append(Written(image, int(label), float(prob), tuple(probabilities.tolist())))
     return result
@@ -199,7 +201,9 @@ def test_sample_pictures(by_command, written):
     known = {r.image: (shard, r.label, r.prob) for shard, rows in enumerate(written) for r in rows}
     seen = defaultdict(list)
     for path in (Path(settings.output_dir) / "samples").rglob("*.jpeg"):
-        shard, index, prob = re.fullmatch(r"image_(\d)_0_(\d)_(\d\.\d{4})\.jpeg", path.name).groups()
+        shard, index, prob = re.fullmatch(
+            r"image_(\d)_0_(\d)_(\d\.\d{4})\.jpeg", path.name
+        ).groups()
         label = int(path.parent.name)
         assert known[path.read_bytes()] == (int(shard), label, pytest.approx(float(prob), abs=1e-4))
         seen[int(shard), label].append(int(index))
@@ -265,7 +269,7 @@ def test_killed_run_is_continued(inputs, by_command, monkeypatch):
     assert files(settings.output_dir) == files(by_command[0].output_dir)
 
 
-# --- Inputs that do not fit -------------------------------------------------------------------------
+# --- Inputs that do not fit -----------------------------------------------------------------------
 
 
 def make_small(folder: Path, workers: int = 1, **values) -> SelectConfig:

@@ -241,7 +241,7 @@ def build_model(
       num_classes: width of the logits.
       image_size: side of the input in pixels; None takes the variant's resolution.
       small_image: strides of stages 2 and 3 are 1, for images of 32 pixels and less.
-      width_coefficient, depth_coefficient, dropout_rate: override the variant's values.
+      width_coefficient, depth_coefficient, dropout_rate: override the variant's.
       survival_prob: of the last block's residual branch; block i of N gets 1 - (1 -
         survival_prob)·i/N.
       mean, std: channel statistics of the training set in units of the full range (0..1).
@@ -250,8 +250,8 @@ def build_model(
       weights: file or checkpoint to load, see `load_weights`; None: random initial values.
 
     Returns:
-      A model: float or uint8 [N, image_size, image_size, 3] in 0..255 → float32 logits [N,
-        num_classes], or float32 features [N, channels] without the top.
+      A model: float or uint8 [N, image_size, image_size, 3] in 0..255 → float32 [N, num_classes],
+      or [N, channels] without the top.
 
     Raises:
       ValueError: unknown variant, or a value out of range.
@@ -260,8 +260,7 @@ def build_model(
     spec = get_variant(variant)
     dropout_rate = spec.dropout_rate if dropout_rate is None else dropout_rate
     _check(num_classes, survival_prob, dropout_rate)
-    width = width_coefficient or spec.width
-    size = image_size or spec.resolution
+    width, size = width_coefficient or spec.width, image_size or spec.resolution
     blocks = block_table(spec.stages, width, depth_coefficient or spec.depth, small_image)
 
     inputs = tf.keras.Input((size, size, 3), name="image")

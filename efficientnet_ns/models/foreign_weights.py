@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
-import re
 from collections.abc import Mapping
 
 import h5py
@@ -303,8 +302,3 @@ FILES = {
     ".safetensors": (TIMM, read_safetensors),
     ".pth": (TIMM, read_pth),
 }
-
-
-def matches(naming: Naming, name: str) -> bool:
-    """Whether files of this kind hold `name` beside the model's variables."""
-    return re.fullmatch(naming.ignored, name) is not None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -65,6 +66,12 @@ class _Target:
     def stored_shape(self) -> list[int]:
         shape = self.variable.shape.as_list()
         return [shape[axis] for axis in foreign_weights.inverse(self.axes)]
+
+
+def _target(
+    naming: foreign_weights.Naming, key: foreign_weights.Key, variable: tf.Variable
+) -> _Target:
+    return _Target(variable, foreign_weights.axes(naming, key[1], variable.shape.rank))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,12 +217,13 @@ def read_checkpoint(prefix: str, names: Mapping[str, tf.Variable]) -> None:
         name: _Target(variable, tuple(range(variable.shape.rank)))
         for name, variable in names.items()
     }
-    _assign(_open_checkpoint(prefix), targets, lambda name: _beside(name, None))
+    beside = functools.partial(_beside, foreign_weights.TF1)
+    _assign(_open_checkpoint(prefix), targets, beside)
 
 
-def _beside(name: str, scope: str | None) -> bool:
-    """Whether a checkpoint may hold `name` beside the variables of the model under `scope`."""
-    if foreign_weights.matches(foreign_weights.TF1, name):
+def _beside(naming: foreign_weights.Naming, name: str, scope: str | None = None) -> bool:
+    """Whether a file may hold `name` beside the variables of the model under `scope`."""
+    if re.fullmatch(naming.ignored, name):
         return True
     if scope is None:
         return name.startswith(f"{TEACHER_SCOPE}/")
@@ -268,9 +276,7 @@ def load_weights(
         that reads the file is not installed.
       DamagedFile: the file cannot be read to its end.
     """
-    naming, read = foreign_weights.FILES.get(
-        os.path.splitext(path)[1], (foreign_weights.TF1, None)
-    )
+    naming, read = foreign_weights.FILES.get(os.path.splitext(path)[1], (foreign_weights.TF1, None))
     if read is not None and scope is not None:
         raise WeightsError(f"{path} has no scopes; scope={scope!r} is for checkpoints")
     kept = _skipped(variable_names(model), skip)
@@ -280,22 +286,19 @@ def load_weights(
         below, copies = (EMA_SUFFIX if ema else ""), ["", EMA_SUFFIX]
     names = foreign_weights.stored_names(model, naming)
     targets = {
-        above + names[layer, leaf] + below: _Target(
-            variable, foreign_weights.axes(naming, leaf, variable.shape.rank)
-        )
-        for (layer, leaf), variable in foreign_weights.layer_variables(model).items()
+        above + names[key] + below: _target(naming, key, variable)
+        for key, variable in foreign_weights.layer_variables(model).items()
         if id(variable) not in kept
     }
     # The other copy of a variable, what is skipped, and a classifier that the model lacks.
     ours = {above + name + copy for name in names.values() for copy in copies}
-
-    def known(name: str) -> bool:
-        if name in ours:
-            return True
-        return _beside(name, scope) if read is None else foreign_weights.matches(naming, name)
-
     file = _open_file(path, read, ema) if read else _open_checkpoint(checkpoint_prefix(path))
-    _assign(file, targets, known, [above + names[key] + below for key in foreign_weights.HEAD])
+    _assign(
+        file,
+        targets,
+        lambda name: name in ours or _beside(naming, name, scope),
+        head=[above + names[key] + below for key in foreign_weights.HEAD],
+    )
 
 
 def _skipped(names: Mapping[str, tf.Variable], skip: Sequence[str]) -> set[int]:
@@ -312,7 +315,7 @@ def _skipped(names: Mapping[str, tf.Variable], skip: Sequence[str]) -> set[int]:
 def save_weights(
     model: tf.keras.Model, path: str, *, ema_model: tf.keras.Model | None = None, step: int = 0
 ) -> None:
-    """Writes the weights of a model made by `build_model`; a file there is replaced when it is whole.
+    """Writes the weights of a model made by `build_model`; a file is either whole or absent.
 
     Args:
       path: ending in `.safetensors`: timm's names and layout, one set of weights (the averages,
