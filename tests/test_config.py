@@ -342,7 +342,7 @@ def test_words_that_are_no_flags_are_refused():
 # The programs.
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", [*ENTRIES, "convert_checkpoint", "list_models", "predict_image"])
 def test_help_does_not_load_tensorflow(entry):
     answer = run("-X", "importtime", "-m", f"efficientnet_ns.{entry}", "--helpshort")
     modules = {line.split("|")[-1].strip() for line in answer.stderr.splitlines()}

@@ -504,7 +504,7 @@ def test_a_shard_that_fails_leaves_the_earlier_file(tmp_path):
     assert names_in(tmp_path) == ["counts.json", Path(path).name]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(items=st.lists(st.binary(max_size=600), max_size=12), shards=st.integers(1, 4))
 def test_round_trip(tmp_path_factory, items, shards):
     folder = tmp_path_factory.mktemp("round-trip")
@@ -534,3 +534,11 @@ def test_no_damage_passes_unnoticed(tmp_path_factory, data):
     assert sum(bool(r.problem) for r in found) == 1
     for record in found:
         assert record.problem or record.payload == items[record.position]
+
+
+def test_two_sets_of_one_prefix_are_refused(tmp_path):
+    folder = str(tmp_path)
+    for shards in (2, 3):
+        records.write_sharded(folder, "train", [records.unlabeled_example(b"x")] * 6, shards)
+    with pytest.raises(records.DataError, match="two sets of 'train', of 2 and of 3 shards"):
+        records.list_shards(folder, "train")

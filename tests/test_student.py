@@ -497,3 +497,14 @@ def test_three_updates_equal_original(large_goldens, recorded):
 
 if __name__ == "__main__":
     print(digest_after_three_steps())
+
+
+def test_unlabeled_pixels_outside_of_uint8_do_not_wrap():
+    """Augmented labeled images are uint8; bicubic overshoot of the others is outside 0..255."""
+    batch = make_batch(num_unlabeled=4)
+    overshoot = tf.cast(batch["unl_image"], tf.float32) * 1.1 - 12.0
+    logs = []
+    for image in (batch["image"], tf.cast(batch["image"], tf.float32)):
+        trainer = make_trainer(unlabel_ratio=1.0, temperature=1.0)
+        logs += steps(trainer, {**batch, "image": image, "unl_image": overshoot})
+    assert logs[0] == logs[1]

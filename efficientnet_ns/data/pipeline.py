@@ -51,7 +51,7 @@ class Preprocessing:
         return prepare(image, self.image_size)
 
     def train(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        """Encoded scalar string → [S, S, 3]; uint8 when augmented, else float32.
+        """Encoded scalar string → [S, S, 3]; uint8 when augmented or small, else float32.
 
         Args:
           seed: int [2]; fixes every random choice.

@@ -94,6 +94,12 @@ def _shards_in(folder: str, prefixes: tuple[str, ...]) -> list[str]:
             key = (match["group"], int(match["total"]))
             groups.setdefault(key, {})[int(match["shard"])] = os.path.join(folder, name)
     for (group, total), shards in groups.items():
+        totals = sorted(t for g, t in groups if g == group)
+        if len(totals) > 1:
+            raise DataError(
+                f"{folder} holds two sets of {group!r}, of {totals[0]} and of {totals[1]} shards: "
+                "the same images would count twice. Move one away."
+            )
         missing = [i for i in range(total) if i not in shards]
         if missing:
             first = os.path.join(folder, shard_name(group, missing[0], total))

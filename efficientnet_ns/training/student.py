@@ -75,8 +75,10 @@ class NoisyStudent(tf.keras.Model):
         images, labels = batch["image"], batch["label"]
         pseudo = None
         if self.settings.unlabel_ratio:
-            # One forward pass over both, so that they share batch-norm statistics.
-            images = tf.concat([images, tf.cast(batch["unl_image"], images.dtype)], 0)
+            # One forward pass over both, so that they share batch-norm statistics. Augmented images
+            # are uint8, others are not, and may lie outside of its range.
+            both = [tf.cast(x, tf.float32) for x in (images, batch["unl_image"])]
+            images = tf.concat(both, 0)
             pseudo = self._pseudo_labels(batch)
         variables = self.student.trainable_variables
         with tf.GradientTape() as tape:
