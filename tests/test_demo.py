@@ -104,6 +104,19 @@ def test_no_picture_is_in_two_sets(sets, classes):
     assert set(digits.values()) == {1}
 
 
+def test_labeled_pictures_stand_close_together():
+    """In a circle of classes 0, 1 … 9, 0, 1 …, three of each are thirty neighbours."""
+    labels = np.tile(np.arange(10), 40)
+    starts = set()
+    for seed in range(5):
+        chosen = demo.labeled_indices(labels, 3, np.random.default_rng(seed))
+        assert Counter(labels[chosen]) == {label: 3 for label in range(10)}
+        (start,) = [i for i in chosen if (i - 1) % len(labels) not in chosen]
+        assert set(chosen) == {(start + i) % len(labels) for i in range(30)}
+        starts.add(int(start))
+    assert len(starts) == 5
+
+
 def test_unlabeled_records_hold_nothing_but_the_picture(sets):
     for payload in sets["extra"]:
         assert list(tf.train.Example.FromString(payload).features.feature) == ["image/encoded"]

@@ -70,6 +70,8 @@ def calibrate_keras(model: tf.keras.Model, images: np.ndarray) -> None:
     for layer in model.layers:
         if isinstance(layer, tf.keras.layers.BatchNormalization):
             layer.momentum = 0.0
+        if isinstance(layer, tf.keras.layers.Dropout):
+            layer.rate = 0.0
     model(images.astype(np.float32), training=True)
 
 
@@ -634,7 +636,8 @@ def keras_model(name: str, rng: np.random.Generator, images: np.ndarray) -> tf.k
     model = make(weights=None, input_shape=(SIZE, SIZE, 3))
     randomise(model, rng)
     # Its Normalization layer belongs to the input, not to what is imported.
-    model.get_layer("normalization").set_weights([np.zeros(3), np.ones(3), 0])
+    (layer,) = (la for la in model.layers if isinstance(la, tf.keras.layers.Normalization))
+    layer.set_weights([np.zeros(3), np.ones(3), 0])
     calibrate_keras(model, images)
     return model
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from efficientnet_ns.config import SelectConfig
@@ -199,7 +199,11 @@ def indexes(draw):
     return rows
 
 
+TIE = [(0, 0, 0, 1, PROBS[3]), (0, 0, 1, 1, PROBS[3]), (0, 1, 0, 1, PROBS[3])]
+
+
 @settings(max_examples=40, deadline=None)
+@example(rows=TIE, num_image=2, threshold=0.0, upsample=1, seed=0)
 @given(
     rows=indexes(),
     num_image=st.integers(1, 9),
