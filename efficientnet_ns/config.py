@@ -55,8 +55,12 @@ class ModelConfig:
     small_image_model: bool = setting(
         False, "Strides of stages 2 and 3 are 1, for images of 32 pixels and less."
     )
-    width_coefficient: Optional[float] = setting(None, "Overrides the variant's width multiplier.")
-    depth_coefficient: Optional[float] = setting(None, "Overrides the variant's depth multiplier.")
+    width_coefficient: Optional[float] = setting(
+        None, "Overrides the variant's width multiplier.", low=0.01
+    )
+    depth_coefficient: Optional[float] = setting(
+        None, "Overrides the variant's depth multiplier.", low=0.01
+    )
     dropout_rate: Optional[float] = setting(None, "Overrides the variant's head dropout.", low=0)
     stochastic_depth_rate: Optional[float] = setting(
         None, "Drop probability of the last block, linear from 0; default 0.2.", low=0
@@ -353,7 +357,10 @@ def shard_list(text: str, num_shards: int) -> list[int]:
     outside = [s for s in shards if s >= num_shards]
     if outside:
         raise ConfigError(f"--shard_id={text}: {outside[0]} is not below --num_shards={num_shards}")
-    return shards
+    return list(dict.fromkeys(shards))
+
+
+_STORAGE_ERRORS = ("NotFoundError", "PermissionDeniedError", "ResourceExhaustedError")
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -365,10 +372,11 @@ def run(main: Callable[[list[str]], None]) -> None:
     def guarded(argv: list[str]) -> None:
         try:
             main(argv)
-        except (ValueError, RuntimeError, FileNotFoundError) as e:
-            if not type(e).__module__.startswith("efficientnet_ns") and not isinstance(
-                e, FileNotFoundError
-            ):
+        except Exception as e:
+            # Storage fails with an OSError or one of TensorFlow's errors, which name the path.
+            ours = type(e).__module__.startswith("efficientnet_ns")
+            storage = isinstance(e, OSError) or type(e).__name__ in _STORAGE_ERRORS
+            if not (ours or storage):
                 raise
             logging.error("%s", e)
             sys.exit(2)

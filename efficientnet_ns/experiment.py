@@ -47,6 +47,10 @@ class Experiment:
                 f"--num_label_classes={config.model.num_label_classes}, but task "
                 f"{config.data.task_name!r} has {task.num_classes} classes"
             )
+        for name in ("dropout_rate", "stochastic_depth_rate"):
+            rate = getattr(config.model, name)
+            if rate is not None and rate >= 1:
+                raise ConfigError(f"--{name}={rate} must be below 1")
         return cls(
             config=config,
             task=task,

@@ -69,18 +69,19 @@ def run_loop(config: Config, loop: LoopConfig) -> list[dict[str, Any]]:
       loop: the rounds.
 
     Returns:
-      One row per model: `round`, `model`, `labels` (records it learned from), `unique`
-      pseudo-labeled images, `kept` ([lowest kept confidence, images] per class), and `eval/…`,
-      `test/…` metrics.
+      One row per model: `round`, `model`, `steps`, `measured` (metrics per set) and, for
+      students, `unique` (pseudo-labeled images) and `kept` ({class: [lowest kept confidence,
+      images]}).
+
+    Raises:
+      ConfigError, records.DataError: settings or data that cannot work, before anything is done.
     """
-    models = [name.strip() for name in loop.models.split(",")]
-    if len(models) < 2:
-        raise ConfigError(f"--models={loop.models}: name a teacher and at least one student")
-    if not (loop.work_dir and config.data.unlabel_data_dir and config.train.unlabel_ratio > 0):
-        raise ConfigError(
-            "--work_dir, --unlabel_data_dir and a positive --unlabel_ratio are needed"
-        )
-    state = State(loop.work_dir, {**config.identity(), **dataclasses.asdict(loop)})
+    models = _check(config, loop)
+    # Models may be added later; every training guards its own folder.
+    settings = {**config.identity(), **dataclasses.asdict(loop)}
+    state = State(
+        loop.work_dir, {k: v for k, v in settings.items() if k not in ("models", "work_dir")}
+    )
     teacher = config.override(
         model_name=models[0],
         model_dir=model_dir(loop, 0),
@@ -88,10 +89,45 @@ def run_loop(config: Config, loop: LoopConfig) -> list[dict[str, Any]]:
         unlabel_ratio=0.0,
         train_steps=loop.teacher_steps or config.train.train_steps,
     )
-    rows = [{"round": 0, **train_and_measure(state, "round 0: teacher", teacher)}]
+    name = f"round 0: teacher {models[0]}"
+    rows = [{"round": 0, **train_and_measure(state, name, teacher)}]
     for number, name in enumerate(models[1:], start=1):
         rows.append(_round(state, config, loop, number, name, teacher_name=models[number - 1]))
     return rows
+
+
+def _check(config: Config, loop: LoopConfig) -> list[str]:
+    """The models of the loop; finds now what would otherwise fail after the teacher's training."""
+    from efficientnet_ns.experiment import Experiment
+
+    if not (loop.work_dir and config.data.unlabel_data_dir and config.train.unlabel_ratio > 0):
+        raise ConfigError(
+            "--work_dir, --unlabel_data_dir and a positive --unlabel_ratio are needed"
+        )
+    models = [name.strip() for name in loop.models.split(",")]
+    if len(models) < 2:
+        raise ConfigError(f"--models={loop.models}: name a teacher and at least one student")
+    for name in models:
+        Experiment.from_config(config.override(model_name=name))
+    _unlabeled_shards(config)
+    return models
+
+
+def _unlabeled_shards(config: Config) -> tuple[str, int]:
+    """(prefix, number of shards) of the unlabeled set."""
+    from efficientnet_ns.data import records
+
+    folder = config.data.unlabel_data_dir
+    if ";" in folder:
+        raise ConfigError(f"--unlabel_data_dir={folder}: the loop labels one folder")
+    names = [os.path.basename(path) for path in records.list_shards(folder, ("train", "extra"))]
+    prefixes = {name.split("-")[0] for name in names}
+    if len(prefixes) > 1 or names[0].count("-") != 3:
+        raise ConfigError(
+            f"--unlabel_data_dir={folder} should hold one set, named train-00000-of-… or "
+            f"extra-00000-of-…, but holds {names[0]} … {names[-1]}"
+        )
+    return prefixes.pop(), len(names)
 
 
 def model_dir(loop: LoopConfig, number: int) -> str:
@@ -113,7 +149,7 @@ def _round(
         model_dir=model_dir(loop, number),
         unlabel_data_dir=os.path.join(selection.output_dir, "data"),
     )
-    row = train_and_measure(state, f"round {number}: student", student)
+    row = train_and_measure(state, f"round {number}: student {name}", student)
     return {"round": number, **row, "unique": chosen["unique"], "kept": chosen["classes"]}
 
 
@@ -121,19 +157,17 @@ def stage_configs(
     config: Config, loop: LoopConfig, number: int, teacher_name: str
 ) -> tuple[Config, SelectConfig]:
     """Settings of the prediction and of the selection of round `number`."""
-    from efficientnet_ns.data import records
     from efficientnet_ns.experiment import Experiment
 
     folder = os.path.join(loop.work_dir, f"round-{number}")
-    shards = records.list_shards(config.data.unlabel_data_dir, ("train", "extra"))
-    prefix = os.path.basename(shards[0]).split("-")[0]
+    prefix, num_shards = _unlabeled_shards(config)
     prediction = config.override(
         model_name=teacher_name,
         predict_ckpt_path=model_dir(loop, number - 1),
         output_dir=os.path.join(folder, "predictions"),
         info_dir=os.path.join(folder, "info"),
-        num_shards=len(shards),
-        shard_id=f"0-{len(shards) - 1}",
+        num_shards=num_shards,
+        shard_id=f"0-{num_shards - 1}",
         file_prefix=prefix,
     )
     selection = SelectConfig(
@@ -141,7 +175,7 @@ def stage_configs(
         prediction_dir=prediction.predict.output_dir,
         prelim_stats_dir=os.path.join(folder, "statistics"),
         output_dir=os.path.join(folder, "selected"),
-        num_shards=len(shards),
+        num_shards=num_shards,
         num_image=loop.num_image,
         min_threshold=loop.min_threshold,
         num_label_classes=Experiment.from_config(config).num_classes,

@@ -126,3 +126,12 @@ def test_description():
     metrics = {"top1": 0.8861, "top5": 0.9957, "loss": 0.5661, "examples": 500}
     described = accuracy.describe(metrics)
     assert described == "top-1 88.6%, top-5 99.6%, loss 0.566 on 500 examples"
+
+
+def test_ties_are_not_all_hits(evaluator):
+    """Equal logits answer the first class, as argmax does wherever a model is used."""
+    labels = np.arange(CLASSES, dtype=np.int32)
+    logits = np.zeros([CLASSES, CLASSES], np.float32)
+    measured = evaluator(batches(logits, labels), CLASSES)
+    assert measured["top1"] == pytest.approx(1 / CLASSES)
+    assert measured["top5"] == pytest.approx(5 / CLASSES)

@@ -516,3 +516,7 @@ def test_every_setting_is_read_somewhere():
     settings = {field.name for cls in ALL for _, field in flatten(cls)}
     assert len(settings) > 60
     assert not settings - read
+
+
+def test_shards_named_twice_count_once():
+    assert config.shard_list("0-2,1,2", 4) == [0, 1, 2]

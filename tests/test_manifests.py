@@ -301,3 +301,20 @@ if __name__ == "__main__":
             os._exit(0)
         codes[kill_point] = os.waitstatus_to_exitcode(os.waitpid(child_id, 0)[1])
     print(json.dumps(codes))
+
+
+def test_temporary_files_of_killed_processes_are_removed(tmp_path):
+    stage = make_stage(tmp_path)
+    output = stage.outputs[0]
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    ours = manifests.temporary_name(output)
+    theirs = ours.replace(f"-{os.getpid()}-", f"-{dead.pid}-")
+    alive = ours.replace(f"-{os.getpid()}-", f"-{os.getppid()}-")
+    elsewhere = theirs.replace(".tmp-", ".tmp-other")
+    for path in (theirs, alive, elsewhere):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(b"left behind")
+    finish(stage)
+    assert not Path(theirs).exists()
+    assert Path(alive).exists() and Path(elsewhere).exists()

@@ -140,20 +140,20 @@ def test_state(undisturbed):
     loop, rows = undisturbed
     recorded = stages(loop)
     assert list(recorded) == [
-        "round 0: teacher",
-        "round 0: teacher: measure",
+        "round 0: teacher efficientnet-test",
+        "round 0: teacher efficientnet-test: measure",
         "round 1: predict",
         "round 1: select",
         "round 1: write",
-        "round 1: student",
-        "round 1: student: measure",
+        "round 1: student efficientnet-test",
+        "round 1: student efficientnet-test: measure",
         "round 2: predict",
         "round 2: select",
         "round 2: write",
-        "round 2: student",
-        "round 2: student: measure",
+        "round 2: student efficientnet-test",
+        "round 2: student efficientnet-test: measure",
     ]
-    assert recorded["round 2: student: measure"] == rows[2]["measured"]
+    assert recorded["round 2: student efficientnet-test: measure"] == rows[2]["measured"]
     assert recorded["round 1: predict"] == {"records": 24, "unreadable": 0}
 
 
@@ -239,7 +239,7 @@ MOMENTS = [
     # Balanced records: the same in the middle.
     ("round-1/selected/data/train-0-00001-of-00002", ""),
     # The student: trained, its metrics not recorded.
-    ("state.json", "round 1: student"),
+    ("state.json", "round 1: student efficientnet-test"),
 ]
 
 
@@ -281,7 +281,6 @@ def test_finished_loop_does_nothing(undisturbed, config, monkeypatch):
     [
         ({"seed": 4}, {}, "seed: 3 → 4"),
         ({}, {"num_image": 6}, "num_image: 5 → 6"),
-        ({}, {"models": "efficientnet-test,efficientnet-b0"}, "models: .* → .*b0"),
     ],
 )
 def test_other_settings_are_refused(undisturbed, config, training, looping, difference):
@@ -290,6 +289,27 @@ def test_other_settings_are_refused(undisturbed, config, training, looping, diff
     with pytest.raises(ConfigError, match=f"undisturbed was begun with .*{difference}"):
         noisy_student.run_loop(config.override(**training), dataclasses.replace(loop, **looping))
     assert (Path(loop.work_dir) / "state.json").read_bytes() == before
+
+
+def test_another_model_in_a_round_that_is_finished_is_refused(undisturbed, config):
+    loop, _ = undisturbed
+    other = dataclasses.replace(loop, models="efficientnet-test,efficientnet-b0")
+    with pytest.raises(ConfigError, match="model_name: 'efficientnet-test' → 'efficientnet-b0'"):
+        noisy_student.run_loop(config, other)
+
+
+@pytest.mark.parametrize(
+    "models, message",
+    [
+        ("efficientnet-test,efficientnet-b9", "unknown model 'efficientnet-b9'"),
+        ("efficientnet-test,", "unknown model ''"),
+    ],
+)
+def test_unknown_models_are_refused_before_any_work(config, tmp_path, models, message):
+    loop = LoopConfig(work_dir=str(tmp_path / "loop"), models=models)
+    with pytest.raises(ConfigError, match=message):
+        noisy_student.run_loop(config, loop)
+    assert not (tmp_path / "loop").exists()
 
 
 @pytest.mark.parametrize(

@@ -406,3 +406,19 @@ def test_teacher_of_another_number_of_classes(folder):
 def test_flags_that_do_not_fit(folder, values, message):
     with pytest.raises(ConfigError, match=message):
         predict.predict(settings(folder, "flags", **values))
+
+
+def test_lost_tail_counts_as_much_as_it_is(folder, tmp_path):
+    """A damaged length loses many records, of which nobody can tell the number."""
+    rng = np.random.default_rng(5)
+    payloads = [records.unlabeled_example(png(rng)) for _ in range(8)]
+    write_shards(tmp_path / "unlabeled", [payloads])
+    path = tmp_path / "unlabeled" / records.shard_name("extra", 0, 1)
+    content = bytearray(path.read_bytes())
+    content[4 * (len(content) // 8) : 4 * (len(content) // 8) + 300] = bytes(300)
+    path.write_bytes(content)
+    values = {"unlabel_data_dir": str(path.parent), "num_shards": 1, "shard_id": "0"}
+    with pytest.raises(predict.TooManyBadRecords, match="% of the file cannot be read"):
+        predict.predict(settings(folder, tmp_path / "a", **values, max_bad_fraction=0.3))
+    result = predict.predict(settings(folder, tmp_path / "b", **values, max_bad_fraction=0.7))
+    assert result["unreadable"] >= 1

@@ -316,7 +316,7 @@ def test_truncated_anywhere_in_the_last_record(path):
         path.write_bytes(clean[:size])
         *whole, last = read(path)
         assert [r.payload for r in whole] == PAYLOADS[:-1], size
-        assert last == records.Record(3, None, f"truncated at byte {begin}"), size
+        assert last == records.Record(3, None, f"truncated at byte {begin}", size - begin), size
         assert records.count(str(path)) == 3, size
 
 
@@ -391,7 +391,8 @@ def test_counts_are_trusted_while_the_size_fits(path):
     sidecar.write_text(json.dumps({path.name: {"records": 77, "bytes": size}}))
     assert records.count_all([str(path)]) == [77]
     sidecar.write_text(json.dumps({path.name: {"records": 77, "bytes": size + 1}}))
-    assert records.count_all([str(path)]) == [4]
+    with pytest.raises(records.DataError, match=f"{path} has {size} bytes, but counts.json"):
+        records.count_all([str(path)])
     sidecar.write_text(json.dumps({"train-00001-of-00002": {"records": 77, "bytes": size}}))
     assert records.count_all([str(path)]) == [4]
     sidecar.unlink()
@@ -415,7 +416,7 @@ def test_empty_file_nobody_accounts_for_is_an_error(path):
 
 def test_count_all_leaves_out_a_truncated_tail(path):
     path.write_bytes(path.read_bytes()[:-1])
-    assert records.count_all([str(path)]) == [3]
+    assert records.count_all([str(path)], max_bad_fraction=0.9) == [3]
 
 
 def test_broken_counts_are_named(path):
@@ -542,3 +543,34 @@ def test_two_sets_of_one_prefix_are_refused(tmp_path):
         records.write_sharded(folder, "train", [records.unlabeled_example(b"x")] * 6, shards)
     with pytest.raises(records.DataError, match="two sets of 'train', of 2 and of 3 shards"):
         records.list_shards(folder, "train")
+
+
+def test_file_of_another_size_than_its_count_says(tmp_path):
+    paths = records.write_sharded(str(tmp_path), "train", [b"abc"] * 8, 2)
+    whole = Path(paths[1]).read_bytes()
+    Path(paths[1]).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(records.DataError, match=f"{paths[1]} has .* but counts.json"):
+        records.count_all(paths)
+
+
+@pytest.mark.parametrize("limit, fine", [(0.5, True), (0.01, False), (0.0, False)])
+def test_damage_is_bounded(tmp_path, limit, fine):
+    paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+    for path in paths:
+        records.write(path, [b"x" * 10] * 4)
+    whole = Path(paths[0]).read_bytes()
+    Path(paths[0]).write_bytes(whole[:-3])
+    if fine:
+        assert records.count_all(paths, limit) == [3, 4]
+    else:
+        with pytest.raises(records.DataError, match=f"{paths[0]} is damaged after record 3"):
+            records.count_all(paths, limit)
+
+
+def test_lost_bytes_are_counted(tmp_path):
+    path = tmp_path / "a"
+    records.write(str(path), [b"x" * 10] * 4)
+    content = bytearray(path.read_bytes())
+    content[26] ^= 1  # In the length of the second record.
+    path.write_bytes(content)
+    assert [r.lost for r in records.read(str(path))] == [0, 3 * 26]

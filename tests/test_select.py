@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+import tensorflow as tf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -225,7 +227,7 @@ def test_selection_is_exactly_the_top(rows, num_image, threshold, upsample, seed
     settings_ = config(
         folder, num_image=num_image, min_threshold=threshold, upsample=upsample, seed=seed
     )
-    db = select.connect(paths)
+    db = select.connect(predictions=paths)
     select._choose(db, settings_)
     chosen = db.execute("SELECT shard, worker, position, label, copies FROM chosen").fetchall()
 
@@ -347,3 +349,54 @@ def test_other_settings_are_refused(small, field, value):
     select.select(small)
     with pytest.raises(manifests.OutputConflict, match=f"{field}: .*{value}"):
         select.select(dataclasses.replace(small, **{field: value}))
+
+
+@pytest.mark.parametrize("claimed", [-1, 1, 3])
+def test_number_of_workers_is_that_of_the_prediction(tmp_path, claimed):
+    rows = [one_hot(0, 0.6)]
+    make_predictions(tmp_path, [[rows, rows]])
+    settings = config(tmp_path, num_shards=1, num_image=3, total_label_replicas=claimed)
+    manifest = select.prediction_path(settings, 0, 0) + ".manifest.json"
+    manifests.write_json(manifest, {"config": {"total_replicas": 2}})
+    if claimed == -1:
+        assert select.count_workers(settings) == 2
+        Path(select.prediction_path(settings, 0, 1)).unlink()
+        with pytest.raises(records.DataError, match="is missing"):
+            select.count_workers(settings)
+    else:
+        with pytest.raises(records.DataError, match=f"--total_label_replicas={claimed}"):
+            select.count_workers(settings)
+
+
+def test_side_files_are_made_again(small):
+    first = select.select(small)
+    for path in (
+        f"{small.output_dir}/threshold.json",
+        f"{small.prelim_stats_dir}/total_counts_sum.json",
+    ):
+        content = Path(path).read_bytes()
+        Path(path).unlink()
+        assert select.select(small) == first
+        assert Path(path).read_bytes() == content
+
+
+def test_other_file_systems(small):
+    """TensorFlow's file system in memory stands for those of the cloud."""
+    select.select(small)
+    remote = dataclasses.replace(
+        small,
+        prediction_dir="ram://test/predictions",
+        prelim_stats_dir="ram://test/statistics",
+        output_dir="ram://test/out",
+    )
+    tf.io.gfile.makedirs(remote.prediction_dir)
+    for shard in range(2):
+        name = os.path.basename(select.prediction_path(small, shard, 0))
+        tf.io.gfile.copy(f"{small.prediction_dir}/{name}", f"{remote.prediction_dir}/{name}")
+    select.select(remote)
+    local_copy = os.path.join(small.output_dir, "remote.parquet")
+    tf.io.gfile.copy(f"{remote.output_dir}/{select.SELECTION}", local_copy)
+    expected = pyarrow.parquet.read_table(f"{small.output_dir}/{select.SELECTION}")
+    assert pyarrow.parquet.read_table(local_copy) == expected
+    outcome, here = select.load_outcome(remote), select.load_outcome(small)
+    assert all((outcome[key] == here[key]).all() for key in here)

@@ -9,8 +9,10 @@ import collections
 import functools
 import hashlib
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -315,7 +317,13 @@ def digest_after_three_steps() -> str:
 
 
 def test_another_process_gives_the_same_bits():
-    process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(
+        [sys.executable, __file__],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     here = digest_after_three_steps()
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0

@@ -330,7 +330,7 @@ def test_damaged_checkpoint_is_passed_over(straight, folder, caplog):
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     with caplog.at_level("WARNING"):
         train.train_and_evaluate(config)
-    assert "model.ckpt-7 does not load, trying older" in caplog.text
+    assert "model.ckpt-7 does not load" in caplog.text
     assert_same_training(config.train.model_dir, straight[0].train.model_dir, 7)
 
 
@@ -350,10 +350,28 @@ def test_saving_below_a_damaged_checkpoint(model, tmp_path):
         saver.save()
         if step == 8:
             (tmp_path / "model.ckpt-8.data-00000-of-00001").write_bytes(b"cut")
-            assert saver.restore_latest() == 0
+            with pytest.raises(checkpoints.NothingLoads, match="none of the 1 checkpoints"):
+                saver.restore_latest()
     assert saved_steps(str(tmp_path)) == [4, 8]
     assert tf.train.latest_checkpoint(str(tmp_path)).endswith("-4")
     assert saver.restore_latest() == 4
+    model.optimizer.iterations.assign(0)
+
+
+def test_kill_between_a_checkpoint_and_its_mention(model, tmp_path):
+    """Who asks TensorFlow for the newest checkpoint must get the one that training goes on from."""
+    saver = checkpoints.Checkpoints(
+        str(tmp_path), model.student, model.ema_student, model.optimizer, keep=3
+    )
+    for step in (2, 4):
+        model.optimizer.iterations.assign(step)
+        saver.save()
+        if step == 2:
+            mention = (tmp_path / "checkpoint").read_bytes()
+    (tmp_path / "checkpoint").write_bytes(mention)
+    assert tf.train.latest_checkpoint(str(tmp_path)).endswith("-2")
+    assert saver.restore_latest() == 4
+    assert tf.train.latest_checkpoint(str(tmp_path)).endswith("-4")
     model.optimizer.iterations.assign(0)
 
 
@@ -556,3 +574,44 @@ def test_bad_record_stops_a_training(tmp_path):
     )
     with pytest.raises(records.DataError, match=f"{path}, record 1: label 3"):
         train.train_and_evaluate(settings(tmp_path, "model", train_steps=8), evaluate=False)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"train_last_step_num": 3}, "--train_last_step_num=3"),
+        ({"train_last_step_num": 0}, "--train_last_step_num=0"),
+        ({"train_ratio": 0.1}, "--train_ratio=0.1"),
+        ({"final_base_lr": 0.5}, "--final_base_lr=0.5"),
+        ({"dropout_rate": 1.5}, "--dropout_rate=1.5"),
+        ({"stochastic_depth_rate": 1.0}, "--stochastic_depth_rate=1.0"),
+    ],
+)
+def test_numbers_out_of_range(folder, values, message):
+    with pytest.raises(ConfigError, match=message):
+        train.train_and_evaluate(settings(folder, "never", **values))
+    assert not (folder / "never").exists()
+
+
+def test_settings_that_came_later_had_their_defaults(straight, tmp_path):
+    config, metrics = straight
+    path = Path(config.train.model_dir) / "config.json"
+    whole = path.read_text()
+    older = json.loads(whole)
+    del older["shuffle_buffer"]
+    try:
+        path.write_text(json.dumps(older))
+        assert train.train_and_evaluate(config)["step"] == metrics["step"]
+    finally:
+        path.write_text(whole)
+
+
+def test_truncated_set_is_not_measured(straight, tmp_path):
+    config, _ = straight
+    write_data(tmp_path)
+    folder = tmp_path / "labeled"
+    (folder / records.COUNTS).unlink()
+    shard = sorted(folder.glob("validation-*"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(records.DataError, match=f"{shard} is damaged after record"):
+        train.evaluate(config.override(label_data_dir=str(folder)))

@@ -163,7 +163,7 @@ def test_classes_are_balanced_exactly(written):
 
 
 def test_copies_are_those_of_the_selection(by_command, written):
-    db = select.connect([f"{by_command[0].output_dir}/{select.SELECTION}"])
+    db = select.connect(predictions=[f"{by_command[0].output_dir}/{select.SELECTION}"])
     for shard, rows in enumerate(written):
         chosen = db.execute(
             "SELECT position, copies FROM predictions WHERE shard = ?", [shard]
@@ -309,6 +309,14 @@ def test_input_with_fewer_records_than_were_selected(tmp_path):
     settings = make_small(tmp_path)
     images = [records.unlabeled_example(picture(i)) for i in range(4)]
     records.write(select.input_path(settings, 0), images)
+    with pytest.raises(records.DataError, match="more predictions than .* has images"):
+        write.write(settings)
+    assert_nothing_written(settings)
+
+
+def test_records_that_get_lost_on_the_way_are_noticed(tmp_path, monkeypatch):
+    settings = make_small(tmp_path)
+    monkeypatch.setattr(write, "_shuffled", lambda payloads, rng: list(payloads)[:4])
     with pytest.raises(write.Lost, match="6 records .*, 4 written, 4 read back"):
         write.write(settings)
     assert_nothing_written(settings)
@@ -369,4 +377,35 @@ def test_missing_input_shard_is_named(tmp_path):
 def test_selection_comes_first(tmp_path):
     settings = dataclasses.replace(make_small(tmp_path), output_dir=str(tmp_path / "other"))
     with pytest.raises(records.DataError, match="other/selection.parquet is missing"):
+        write.write(settings)
+
+
+def test_wrong_number_of_workers_is_noticed(tmp_path):
+    """Two of three prediction files were there: positions mean other images."""
+    settings = make_small(tmp_path, workers=3)
+    Path(select.prediction_path(settings, 0, 2)).unlink()
+    Path(settings.output_dir, select.SELECTION).unlink()
+    Path(settings.output_dir, select.SELECTION + ".manifest.json").unlink()
+    for name in ("threshold.json", "num_image_across_cat.json"):
+        Path(settings.output_dir, name).unlink()
+    select.select(settings)
+    with pytest.raises(records.DataError, match="total_replicas of the prediction"):
+        write.write(settings)
+    assert_nothing_written(settings)
+
+
+def test_predictions_left_over_are_noticed(tmp_path):
+    settings = make_small(tmp_path)
+    more = [*(r.payload for r in records.read(select.prediction_path(settings, 0, 0)))] * 2
+    records.write(select.prediction_path(settings, 0, 0), more)
+    with pytest.raises(records.DataError, match="more predictions than"):
+        write.write(settings)
+
+
+def test_predictions_made_again_after_the_selection_are_noticed(tmp_path):
+    settings = make_small(tmp_path)
+    path = select.prediction_path(settings, 0, 0)
+    rows = [records.probabilities(r.payload)[::-1] for r in records.read(path)]
+    records.write(path, [records.prediction_example(row) for row in rows])
+    with pytest.raises(records.DataError, match="record 0 is not what was selected from"):
         write.write(settings)

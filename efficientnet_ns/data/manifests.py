@@ -28,6 +28,27 @@ def temporary_name(path: str) -> str:
     return os.path.join(folder, f".tmp-{socket.gethostname()}-{os.getpid()}-{base}")
 
 
+def remove_abandoned(paths: Sequence[str]) -> None:
+    """Removes temporary files for `paths` that killed processes of this machine left behind."""
+    for path in paths:
+        folder, base = os.path.split(path)
+        pattern = os.path.join(folder, f".tmp-{socket.gethostname()}-*-{base}")
+        for found in tf.io.gfile.glob(pattern):
+            pid = os.path.basename(found)[: -len(base) - 1].rsplit("-", 1)[1]
+            if not _is_running(int(pid)):
+                tf.io.gfile.remove(found)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def atomic_path(path: str) -> Iterator[str]:
     """Yields a temporary name; renames it to `path` when the block ends without an exception."""
@@ -47,15 +68,13 @@ def write_json(path: str, value: object, *, indent: int | None = None) -> None:
 
 
 def read_json(path: str):
-    """The parsed file; ValueError naming it when it is not JSON."""
+    """The parsed file; BrokenFile naming it when it is not JSON."""
     with tf.io.gfile.GFile(path) as f:
         text = f.read()
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
-        raise ValueError(
-            f"{path} is not valid JSON ({e}); delete it and run its stage again"
-        ) from e
+        raise BrokenFile(f"{path} is not valid JSON: {e}") from e
 
 
 def fingerprint(paths: Sequence[str]) -> str:
@@ -68,6 +87,10 @@ def content_hash(path: str) -> str:
     """Short hash of a file's bytes; a checkpoint's `.index` stands for all its tensors."""
     with tf.io.gfile.GFile(path, "rb") as f:
         return hashlib.sha256(f.read()).hexdigest()[:16]
+
+
+class BrokenFile(ValueError):
+    """A JSON file that cannot be parsed."""
 
 
 class Stage:
@@ -126,6 +149,7 @@ class Stage:
         """Yields ({output: temporary name}, counts) to fill; then commits all together."""
         for path in [self.manifest, *self.outputs]:
             tf.io.gfile.makedirs(os.path.dirname(path) or ".")
+        remove_abandoned(self.outputs)
         temporary = {path: temporary_name(path) for path in self.outputs}
         counts: dict = {}
         try:

@@ -99,10 +99,16 @@ class Source:
     counts: tuple[int, ...]
 
     @classmethod
-    def find(cls, folders: str, prefixes: str | Sequence[str]) -> Source:
-        """Lists and counts shards; DataError when there are none, one misses or all are empty."""
+    def find(
+        cls, folders: str, prefixes: str | Sequence[str], max_bad_fraction: float = 0.01
+    ) -> Source:
+        """Lists and counts shards; DataError when there are none, one misses or all are empty.
+
+        Args:
+          max_bad_fraction: see `records.count_all`; 0 for sets to measure on, which must be whole.
+        """
         paths = records.list_shards(folders, prefixes)
-        counts = records.count_all(paths)
+        counts = records.count_all(paths, max_bad_fraction)
         if not sum(counts):
             raise records.DataError(f"the {len(paths)} shards in {folders!r} hold no records")
         return cls(tuple(paths), tuple(counts))

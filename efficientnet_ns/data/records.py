@@ -228,11 +228,19 @@ def parse_pseudo_labeled(serialized: tf.Tensor, num_classes: int) -> dict[str, t
 
 
 class Record(NamedTuple):
-    """One record of a file; `payload` is None and `problem` says why when it could not be read."""
+    """One record of a file.
+
+    Attributes:
+      position: in the file, from 0.
+      payload: None when it could not be read.
+      problem: why not.
+      lost: bytes from here to the end of the file, when all of them are lost.
+    """
 
     position: int
     payload: bytes | None
     problem: str = ""
+    lost: int = 0
 
 
 _HEADER = struct.Struct("<QI")
@@ -260,14 +268,15 @@ def read(path: str) -> Iterator[Record]:
         while offset < size:
             header = f.read(_HEADER.size)
             if len(header) < _HEADER.size:
-                yield Record(position, None, f"truncated at byte {offset}")
+                yield Record(position, None, f"truncated at byte {offset}", size - offset)
                 return
             length, length_crc = _HEADER.unpack(header)
             if _masked_crc(header[:8]) != length_crc:
-                yield Record(position, None, f"damaged length at byte {offset}: the rest is lost")
+                problem = f"damaged length at byte {offset}: the rest is lost"
+                yield Record(position, None, problem, size - offset)
                 return
             if offset + _HEADER.size + length + _FOOTER.size > size:
-                yield Record(position, None, f"truncated at byte {offset}")
+                yield Record(position, None, f"truncated at byte {offset}", size - offset)
                 return
             payload = f.read(length)
             (crc,) = _FOOTER.unpack(f.read(_FOOTER.size))
@@ -298,32 +307,39 @@ def _measure(path: str) -> tuple[int, int]:
     return total, size - end
 
 
-def count_all(paths: Sequence[str]) -> list[int]:
-    """Records per file, from the folder's `counts.json` where file sizes agree, else counted.
+def count_all(paths: Sequence[str], max_bad_fraction: float = 0.01) -> list[int]:
+    """Records per file, from the folder's `counts.json` where it names the file, else counted.
+
+    Args:
+      max_bad_fraction: how much of all bytes may lie behind damage, which is left out.
 
     Raises:
-      DataError: a file is empty although no `counts.json` says so.
+      DataError: a file is empty, or of another size than `counts.json` says, or too much is lost.
     """
     known: dict[str, dict] = {}
-    counts = []
+    counts, damage, total_bytes = [], [], 0
     for path in paths:
         folder, name = os.path.split(path)
         if folder not in known:
             sidecar = os.path.join(folder, COUNTS)
             known[folder] = manifests.read_json(sidecar) if tf.io.gfile.exists(sidecar) else {}
         size = tf.io.gfile.stat(path).length
+        total_bytes += size
         entry = known[folder].get(name)
-        if entry and entry["bytes"] == size:
-            counts.append(entry["records"])
-        elif size == 0:
+        if entry and entry["bytes"] != size:
+            raise DataError(
+                f"{path} has {size} bytes, but {COUNTS} beside it says {entry['bytes']}: it was "
+                f"truncated or changed. Write it again, or delete {COUNTS} if it is meant so."
+            )
+        if size == 0 and not entry:
             raise DataError(f"{path} is empty: write it again, or delete its whole set")
-        else:
-            whole, rest = _measure(path)
-            if rest:
-                logging.warning(
-                    "%s is damaged after record %d: %d bytes left out", path, whole, rest
-                )
-            counts.append(whole)
+        whole, rest = (entry["records"], 0) if entry else _measure(path)
+        counts.append(whole)
+        if rest:
+            damage.append((rest, f"{path} is damaged after record {whole}: {rest} bytes left out"))
+            logging.warning("%s", damage[-1][1])
+    if sum(rest for rest, _ in damage) > max_bad_fraction * total_bytes:
+        raise DataError(f"{damage[0][1]}, more than the fraction {max_bad_fraction} of the set")
     return counts
 
 

@@ -56,19 +56,18 @@ def _batch_sums(model: tf.keras.Model, batch: dict[str, tf.Tensor]) -> dict[str,
     logits = model(batch["image"], training=False)
     labels, mask = batch["label"], batch["mask"]
     k = min(5, logits.shape[-1])
-    # NaN logits count as misses: in_top_k is false for them.
+    # NaN logits count as misses, ties go to the first class, as wherever one class is answered.
+    finite = tf.reduce_all(tf.math.is_finite(logits), -1)
+    top_classes = tf.math.top_k(logits, k).indices
+    hits = (top_classes == labels[:, None]) & finite[:, None]
     return {
-        "top1": tf.reduce_sum(mask * _in_top_k(logits, labels, 1)),
-        "top5": tf.reduce_sum(mask * _in_top_k(logits, labels, k)),
+        "top1": tf.reduce_sum(mask * tf.cast(hits[:, 0], tf.float32)),
+        "top5": tf.reduce_sum(mask * tf.cast(tf.reduce_any(hits, -1), tf.float32)),
         "loss": tf.reduce_sum(
             mask * tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
         ),
         "examples": tf.reduce_sum(mask),
     }
-
-
-def _in_top_k(logits: tf.Tensor, labels: tf.Tensor, k: int) -> tf.Tensor:
-    return tf.cast(tf.math.in_top_k(labels, logits, k), tf.float32)
 
 
 def describe(metrics: dict[str, float]) -> str:

@@ -51,6 +51,9 @@ def predict(config: Config) -> dict[str, int]:
     if todo:
         labeler = _Labeler(experiment, checkpoint)
         for shard in todo:
+            # Another process may have finished it meanwhile.
+            if stages[shard].done():
+                continue
             _label_shard(labeler, stages[shard], inputs[shard], shard, options)
     counts = [stages[shard].counts() for shard in shards]
     return {
@@ -99,6 +102,9 @@ def _stage(experiment: Experiment, checkpoint: str, path: str, shard: int) -> ma
         "model": experiment.config.model.model_name,
         "image_size": experiment.image_size,
         "num_classes": experiment.num_classes,
+        "small_image": experiment.small_image,
+        "mean": experiment.task.mean,
+        "std": experiment.task.std,
         "total_replicas": options.total_replicas,
     }
     return manifests.Stage(f"{outputs[0]}.manifest.json", outputs, settings)
@@ -180,7 +186,7 @@ def _label_shard(labeler: _Labeler, stage: manifests.Stage, path: str, shard: in
 
 
 def _write_shard(labeler, stage, path: str, shard: int, options, *, tolerant: bool) -> None:
-    total = _records_of_worker(path, options, tolerant)
+    total, lost = _survey(path, options, tolerant)
     problems: dict[int, str] = {}
     labels = np.full(total, UNREADABLE_LABEL, np.int32)
     top_probs = np.zeros(total, np.float32)
@@ -209,25 +215,37 @@ def _write_shard(labeler, stage, path: str, shard: int, options, *, tolerant: bo
             int(p): problems.get(int(p), "the image cannot be decoded")
             for p in np.flatnonzero(labels == UNREADABLE_LABEL)
         }
-        if len(quarantine) > options.max_bad_fraction * total:
-            first = min(quarantine)
-            raise TooManyBadRecords(
-                f"{path}: {len(quarantine)} of {total} records are unreadable, more than "
-                f"--max_bad_fraction={options.max_bad_fraction}; the first is record "
-                f"{first * options.total_replicas + options.worker_id}: {quarantine[first]}"
-            )
+        _check_bad_fraction(path, options, total, lost, quarantine)
         write_index(temporary[index_path], shard, options.worker_id, labels, top_probs)
         with tf.io.gfile.GFile(temporary[info_path], "w") as f:
             f.write(json.dumps({"image_num": total}))
         counts.update(records=total, quarantine=quarantine)
 
 
-def _records_of_worker(path: str, options, tolerant: bool) -> int:
+def _survey(path: str, options, tolerant: bool) -> tuple[int, float]:
+    """(records of this worker, fraction of the file's bytes in which no record can be told)."""
+    lost = 0
     if tolerant:
-        in_shard = sum(1 for _ in records.read(path))
+        in_shard = 0
+        for record in records.read(path):
+            in_shard, lost = in_shard + 1, record.lost
     else:
-        (in_shard,) = records.count_all([path])
-    return len(range(options.worker_id, in_shard, options.total_replicas))
+        in_shard = records.count(path)
+    mine = len(range(options.worker_id, in_shard, options.total_replicas))
+    return mine, lost / tf.io.gfile.stat(path).length
+
+
+def _check_bad_fraction(path: str, options, total: int, lost: float, quarantine: dict) -> None:
+    limit = options.max_bad_fraction
+    if len(quarantine) <= limit * total and lost <= limit:
+        return
+    tail = f" and {lost:.1%} of the file cannot be read" if lost else ""
+    first = min(quarantine, default=total)
+    raise TooManyBadRecords(
+        f"{path}: {len(quarantine)} of {total} records are unreadable{tail}, more than "
+        f"--max_bad_fraction={limit}; the first is record "
+        f"{first * options.total_replicas + options.worker_id}: {quarantine.get(first, 'the tail')}"
+    )
 
 
 def write_index(

@@ -8,6 +8,7 @@ predictions, so the probabilities themselves are never read.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from efficientnet_ns.data import manifests, records
 from efficientnet_ns.labeling import predict
 
 SELECTION = "selection.parquet"
+_RUNNING_SUM = "total_counts_sum.json"
 _THRESHOLDS = [k / 100 for k in range(101)]
 
 
@@ -45,6 +47,15 @@ def count_workers(config: SelectConfig) -> int:
       records.DataError: a prediction file is missing; the first is named.
     """
     workers = config.total_label_replicas
+    manifest = prediction_path(config, 0, 0) + ".manifest.json"
+    if tf.io.gfile.exists(manifest):
+        predicted_by = manifests.read_json(manifest)["config"]["total_replicas"]
+        if workers not in (-1, predicted_by):
+            raise records.DataError(
+                f"--total_label_replicas={workers}, but {manifest} says that {predicted_by} "
+                "workers shared a shard"
+            )
+        workers = predicted_by
     if workers < 1:
         workers = 1
         while tf.io.gfile.exists(prediction_path(config, 0, workers)):
@@ -72,15 +83,47 @@ def index_files(config: SelectConfig) -> list[str]:
     return paths
 
 
-def connect(index_paths: Sequence[str]):
-    """A DuckDB connection with the view `predictions` (shard, worker, position, label, prob)."""
+def connect(**tables: Sequence[str]):
+    """A DuckDB connection with a view per keyword, over the Parquet files given for it.
+
+    Local files are read by DuckDB, piece by piece; those of other file systems are loaded.
+    """
     import duckdb
 
-    listing = ", ".join("'{}'".format(path.replace("'", "''")) for path in index_paths)
     db = duckdb.connect()
     db.execute("SET enable_progress_bar = false")
-    db.execute(f"CREATE VIEW predictions AS SELECT * FROM read_parquet([{listing}])")
+    for name, paths in tables.items():
+        if all(_is_local(path) for path in paths):
+            listing = ", ".join("'{}'".format(path.replace("'", "''")) for path in paths)
+            db.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet([{listing}])")
+        else:
+            db.register(name, _load(paths))
     return db
+
+
+def _is_local(path: str) -> bool:
+    return "://" not in path
+
+
+def _load(paths: Sequence[str]):
+    import pyarrow
+    import pyarrow.parquet
+
+    loaded = []
+    for path in paths:
+        with tf.io.gfile.GFile(path, "rb") as f:
+            loaded.append(pyarrow.parquet.read_table(pyarrow.BufferReader(f.read())))
+    return pyarrow.concat_tables(loaded)
+
+
+def _save(db, query: str, path: str) -> None:
+    """Writes the result of a query as one Parquet file."""
+    with tempfile.TemporaryDirectory() as folder:
+        local = path if _is_local(path) else os.path.join(folder, SELECTION)
+        quoted = local.replace("'", "''")
+        db.execute(f"COPY ({query}) TO '{quoted}' (FORMAT parquet)")
+        if local != path:
+            tf.io.gfile.copy(local, path)
 
 
 def write_statistics(db, config: SelectConfig) -> None:
@@ -111,7 +154,7 @@ def write_statistics(db, config: SelectConfig) -> None:
         name = f"prelim_stats_{shard:05d}_{task_number(config)}.json"
         manifests.write_json(os.path.join(config.prelim_stats_dir, name), _histogram(table))
     running = {label: _sum_from_top(counts) for label, counts in total.items()}
-    for name, table in (("total_counts.json", total), ("total_counts_sum.json", running)):
+    for name, table in (("total_counts.json", total), (_RUNNING_SUM, running)):
         manifests.write_json(os.path.join(config.prelim_stats_dir, name), _histogram(table))
 
 
@@ -138,19 +181,18 @@ def select(config: SelectConfig) -> dict[str, object]:
     """
     indexes = index_files(config)
     stage = _stage(config, indexes)
-    if stage.done():
+    statistics = os.path.join(config.prelim_stats_dir, _RUNNING_SUM)
+    if not config.only_get_stats and stage.done() and tf.io.gfile.exists(statistics):
         return stage.counts()
     _check_classes(config)
-    db = connect(indexes)
+    db = connect(predictions=indexes)
     write_statistics(db, config)
     if config.only_get_stats:
         return {"available": _count(db, "predictions")}
     with stage.write() as (temporary, counts):
         _choose(db, config)
-        path = temporary[stage.outputs[0]].replace("'", "''")
-        db.execute(
-            f"COPY (FROM chosen ORDER BY shard, worker, position) TO '{path}' (FORMAT parquet)"
-        )
+        selection, thresholds, total = (temporary[path] for path in stage.outputs)
+        _save(db, "FROM chosen ORDER BY shard, worker, position", selection)
         classes = db.execute(
             "SELECT label, min(prob)::DOUBLE, count(*), sum(copies) "
             "FROM chosen GROUP BY label ORDER BY label"
@@ -161,7 +203,9 @@ def select(config: SelectConfig) -> dict[str, object]:
             records=int(sum(copies for *_, copies in classes)),
             classes={str(label): [lowest, n] for label, lowest, n, _ in classes},
         )
-        _write_thresholds(config, counts)
+        manifests.write_json(thresholds, counts["classes"])
+        # The key is misspelt in the original, whose readers expect it so.
+        manifests.write_json(total, {"num_image_acorss_cat": counts["unique"]})
     return stage.counts()
 
 
@@ -186,8 +230,9 @@ def _stage(config: SelectConfig, indexes: Sequence[str]) -> manifests.Stage:
             for name in ("num_image", "min_threshold", "upsample", "seed", "num_shards", "task")
         },
     }
-    output = os.path.join(config.output_dir, SELECTION)
-    return manifests.Stage(f"{output}.manifest.json", [output], settings)
+    names = (SELECTION, "threshold.json", "num_image_across_cat.json")
+    outputs = [os.path.join(config.output_dir, name) for name in names]
+    return manifests.Stage(f"{outputs[0]}.manifest.json", outputs, settings)
 
 
 def _count(db, table: str) -> int:
@@ -224,15 +269,6 @@ def _choose(db, config: SelectConfig) -> None:
     )
 
 
-def _write_thresholds(config: SelectConfig, counts: dict) -> None:
-    manifests.write_json(os.path.join(config.output_dir, "threshold.json"), counts["classes"])
-    # The key is misspelt in the original, whose readers expect it so.
-    manifests.write_json(
-        os.path.join(config.output_dir, "num_image_across_cat.json"),
-        {"num_image_acorss_cat": counts["unique"]},
-    )
-
-
 def load_outcome(config: SelectConfig) -> dict[str, np.ndarray]:
     """Every prediction and what the selection made of it, for sets that fit in memory.
 
@@ -241,14 +277,13 @@ def load_outcome(config: SelectConfig) -> dict[str, np.ndarray]:
       each [N], ordered by shard and record.
     """
     workers = count_workers(config)
-    db = connect(index_files(config))
-    selection = os.path.join(config.output_dir, SELECTION).replace("'", "''")
+    selection = os.path.join(config.output_dir, SELECTION)
+    db = connect(predictions=index_files(config), selection=[selection])
     return db.execute(
         f"""
         SELECT shard, position * {workers} + worker AS record, label, prob,
                coalesce(copies, 0) AS copies
-        FROM predictions LEFT JOIN
-             (SELECT shard, worker, position, copies FROM read_parquet('{selection}'))
+        FROM predictions LEFT JOIN (SELECT shard, worker, position, copies FROM selection)
              USING (shard, worker, position)
         ORDER BY shard, record
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -39,8 +40,9 @@ def write(config: SelectConfig) -> dict[str, int]:
     selection = os.path.join(config.output_dir, select.SELECTION)
     if not tf.io.gfile.exists(selection):
         raise records.DataError(f"{selection} is missing: run the selection first")
-    db = select.connect([selection])
-    stages = [_stage(config, selection, shard) for shard in range(config.num_shards)]
+    db = select.connect(selection=[selection])
+    selection_hash = manifests.content_hash(selection)
+    stages = [_stage(config, selection_hash, shard) for shard in range(config.num_shards)]
     with Progress(config.num_shards, "writing balanced records", "shards") as progress:
         for shard, stage in enumerate(stages):
             if not stage.done():
@@ -49,13 +51,13 @@ def write(config: SelectConfig) -> dict[str, int]:
     _write_final_stats(config, stages)
     records.note_counts([stage.outputs[0] for stage in stages])
     total = sum(stage.counts()["records"] for stage in stages)
-    (selected,) = db.execute("SELECT coalesce(sum(copies), 0) FROM predictions").fetchone()
+    (selected,) = db.execute("SELECT coalesce(sum(copies), 0) FROM selection").fetchone()
     if total != selected:
         raise Lost(f"{selected} records were selected, but {total} written to {config.output_dir}")
     return {"records": total}
 
 
-def _stage(config: SelectConfig, selection: str, shard: int) -> manifests.Stage:
+def _stage(config: SelectConfig, selection_hash: str, shard: int) -> manifests.Stage:
     task = select.task_number(config)
     data = os.path.join(
         config.output_dir, "data", records.pseudo_label_name(task, shard, config.num_shards)
@@ -65,7 +67,7 @@ def _stage(config: SelectConfig, selection: str, shard: int) -> manifests.Stage:
     if not tf.io.gfile.exists(source):
         raise records.DataError(f"shard {source} is missing (check --file_prefix and --num_shards)")
     settings = {
-        "selection": manifests.content_hash(selection),
+        "selection": selection_hash,
         "input": manifests.fingerprint([source]),
         "seed": config.seed,
     }
@@ -75,10 +77,10 @@ def _stage(config: SelectConfig, selection: str, shard: int) -> manifests.Stage:
 
 def _write_shard(db, config: SelectConfig, stage, shard: int, workers: int) -> None:
     rows = db.execute(
-        "SELECT position * $1 + worker, label, copies FROM predictions WHERE shard = $2",
+        "SELECT position * $1 + worker, label, prob, copies FROM selection WHERE shard = $2",
         [workers, shard],
     ).fetchall()
-    chosen = {index: (label, copies) for index, label, copies in rows}
+    chosen = {index: _Choice(label, prob, copies) for index, label, prob, copies in rows}
     samples = _Samples(config, shard)
     per_class: Counter[str] = Counter()
     rng = np.random.default_rng([config.seed, shard])
@@ -92,7 +94,7 @@ def _write_shard(db, config: SelectConfig, stage, shard: int, workers: int) -> N
                     yield example
 
         written = records.write(temporary[data_path], _shuffled(balanced(), rng))
-        expected = sum(copies for _, copies in chosen.values())
+        expected = sum(choice.copies for choice in chosen.values())
         read_back = records.count(temporary[data_path])
         if not written == read_back == expected:
             raise Lost(
@@ -100,6 +102,14 @@ def _write_shard(db, config: SelectConfig, stage, shard: int, workers: int) -> N
             )
         manifests.write_json(temporary[stats_path], dict(sorted(per_class.items())))
         counts.update(records=written)
+
+
+class _Choice(NamedTuple):
+    """A selected image: its pseudo label, that label's probability, how often it is written."""
+
+    label: int
+    prob: float
+    copies: int
 
 
 def _selected(config, shard: int, workers: int, chosen: dict, samples) -> Iterator[tuple]:
@@ -110,6 +120,12 @@ def _selected(config, shard: int, workers: int, chosen: dict, samples) -> Iterat
         position, worker = divmod(image_record.position, workers)
         absent = records.Record(position, None, "fewer predictions than images")
         prediction = next(predictions[worker], absent)
+        if prediction is absent:
+            raise records.DataError(
+                f"{select.prediction_path(config, shard, worker)} ends before image "
+                f"{image_record.position} of the shard: predict it again, or give the "
+                f"total_replicas of the prediction as --total_label_replicas (now {workers})"
+            )
         if image_record.position not in chosen:
             continue
         for record, path in (
@@ -118,11 +134,26 @@ def _selected(config, shard: int, workers: int, chosen: dict, samples) -> Iterat
         ):
             if record.payload is None:
                 raise records.DataError(f"{path}, record {record.position}: {record.problem}")
-        label, copies = chosen[image_record.position]
+        choice = chosen[image_record.position]
         image = records.image_bytes(image_record.payload)
         probs = records.probabilities(prediction.payload)
-        samples.keep(image, label, float(probs[label]))
-        yield records.pseudo_labeled_example(image, probs, label), label, copies
+        if len(probs) != config.num_label_classes or probs[choice.label] != choice.prob:
+            raise records.DataError(
+                f"{select.prediction_path(config, shard, worker)}, record {prediction.position} is "
+                "not what was selected from: delete its index and the selection, and select again"
+            )
+        samples.keep(image, choice.label, choice.prob)
+        yield (
+            records.pseudo_labeled_example(image, probs, choice.label),
+            choice.label,
+            choice.copies,
+        )
+    for worker, rest in enumerate(predictions):
+        if next(rest, None) is not None:
+            raise records.DataError(
+                f"{select.prediction_path(config, shard, worker)} has more predictions than "
+                f"{select.input_path(config, shard)} has images for {workers} workers"
+            )
 
 
 def _shuffled(payloads: Iterator[bytes], rng: np.random.Generator) -> Iterator[bytes]:

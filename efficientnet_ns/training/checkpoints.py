@@ -19,6 +19,10 @@ class SaveFailed(RuntimeError):
     """A checkpoint could not be written: disk full, folder gone or not writable."""
 
 
+class NothingLoads(RuntimeError):
+    """There are checkpoints, but none can be read."""
+
+
 class Checkpoints:
     """Saves and restores one training.
 
@@ -111,13 +115,22 @@ class Checkpoints:
 
         Raises:
           weights.WeightsError: a checkpoint of another model.
+          NothingLoads: there are checkpoints, but none loads; starting anew would overwrite them.
         """
+        reasons = []
         for step in self.steps():
             try:
                 weights.read_checkpoint(self.prefix(step), self.variables)
             except (tf.errors.OpError, RuntimeError) as e:
-                reason = str(e).splitlines()[0]
-                logging.warning("%s does not load, trying older: %s", self.prefix(step), reason)
+                reasons.append(str(e).splitlines()[0])
+                logging.warning("%s does not load: %s", self.prefix(step), reasons[-1])
                 continue
+            # A kill may have come between a checkpoint and the file that names it as the newest.
+            self._note([saved for saved in self.steps() if saved <= step][: self.keep])
             return step
+        if reasons:
+            raise NothingLoads(
+                f"none of the {len(reasons)} checkpoints in {self.folder} loads: {reasons[0]}. "
+                "Mend the storage and start again, or move them away to begin anew."
+            )
         return 0

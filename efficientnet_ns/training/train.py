@@ -105,7 +105,7 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     The weights are those at `init_model_path` when given, else the newest in `model_dir`.
 
     Returns:
-      Set prefix → metrics; see `accuracy.evaluate`.
+      Set prefix → metrics; see `accuracy.Evaluator`.
     """
     experiment = Experiment.from_config(config)
     if not config.data.label_data_dir:
@@ -122,7 +122,7 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     weights.load_weights(model, path)
     evaluator, results = accuracy.Evaluator(model, strategy), {}
     for prefix in filter(None, (experiment.task.eval_set, experiment.task.test_set)):
-        source = pipeline.Source.find(config.data.label_data_dir, prefix)
+        source = pipeline.Source.find(config.data.label_data_dir, prefix, max_bad_fraction=0)
         try:
             results[prefix] = evaluator(experiment.eval_batches(source), source.total)
         except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
@@ -143,6 +143,19 @@ def _check(config: Config) -> None:
         raise ConfigError("--teacher_model_name and --teacher_model_path go together")
     if train.init_model and not train.init_model_path:
         raise ConfigError("--init_model needs --init_model_path")
+    steps = int(train.train_steps * train.train_ratio)
+    last = int(train.train_last_step_num * train.train_ratio)
+    if steps < 1 or last == 0 or last > steps:
+        raise ConfigError(
+            f"--train_steps={train.train_steps}, --train_ratio={train.train_ratio} and "
+            f"--train_last_step_num={train.train_last_step_num} leave nothing to train: "
+            "train_last_step_num must be -1 or in 1..train_steps"
+        )
+    if train.final_base_lr is not None and not 0 < train.final_base_lr < train.base_learning_rate:
+        raise ConfigError(
+            f"--final_base_lr={train.final_base_lr} must be above 0 and below "
+            f"--base_learning_rate={train.base_learning_rate}"
+        )
     if train.teacher_softmax_temp == 0 or -1 < train.teacher_softmax_temp < 0:
         raise ConfigError(
             f"--teacher_softmax_temp={train.teacher_softmax_temp}: "
@@ -157,7 +170,7 @@ def _sources(experiment: Experiment, evaluate: bool):
     if train.unlabel_ratio:
         unlabeled = pipeline.Source.find(data.unlabel_data_dir, ("train", "extra"))
     if evaluate:
-        evaluation = pipeline.Source.find(data.label_data_dir, task.eval_set)
+        evaluation = pipeline.Source.find(data.label_data_dir, task.eval_set, max_bad_fraction=0)
     return labeled, unlabeled, evaluation
 
 
@@ -166,7 +179,8 @@ def _claim(model_dir: str, config: Config) -> None:
     path = os.path.join(model_dir, "config.json")
     identity = json.loads(json.dumps(config.identity()))
     if tf.io.gfile.exists(path):
-        existing = manifests.read_json(path)
+        # Settings that came later had their defaults.
+        existing = {**json.loads(json.dumps(Config().identity())), **manifests.read_json(path)}
         if existing != identity:
             difference = manifests.describe_difference(existing, identity)
             raise DirectoryConflict(
@@ -255,6 +269,7 @@ def _explain(error, experiment: Experiment, labeled, unlabeled=None) -> Exceptio
       labeled: sources of labeled records, None among them.
       unlabeled: source of the unlabeled records, or None.
     """
+    logging.error("%s\nLooking for the record behind this.", str(error).splitlines()[0])
 
     def check_labeled(payload: bytes) -> None:
         pipeline.check_trainable(payload, experiment.num_classes)
