@@ -145,6 +145,11 @@ class TrainConfig:
     )
     init_model: bool = setting(False, "Start from the weights at init_model_path.")
     init_model_path: Optional[str] = setting(None, "Checkpoint to start from.")
+    init_skip: str = setting(
+        "",
+        "Regular expressions, joined with ',', of variables that keep their initial values with "
+        "--init_model: head/dense/ for other classes.",
+    )
     seed: int = setting(0, "Of initial weights, data order, augmentation and noise.", low=0)
     steps_per_eval: int = setting(3000, "Evaluate every so many steps.", low=1, free=True)
     eval_batch_size: int = setting(8, "Images per evaluation step.", low=1, free=True)

@@ -90,6 +90,7 @@ class Experiment:
     @property
     def teacher_image_size(self) -> int:
         """Resolution of the on-the-fly teacher."""
+        # Differs (6): it can be chosen.
         if self.config.train.teacher_image_size:
             return self.config.train.teacher_image_size
         if self.small_image:

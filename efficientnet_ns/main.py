@@ -27,6 +27,7 @@ def main(argv: list[str]) -> None:
     else:
         from efficientnet_ns.training import train
 
+        # Differs (5): this mode, the default, trains and evaluates.
         result = train.train_and_evaluate(settings, evaluate=mode == "train_and_eval")
     print(json.dumps(result))
 

@@ -615,3 +615,26 @@ def test_truncated_set_is_not_measured(straight, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(records.DataError, match=f"{shard} is damaged after record"):
         train.evaluate(config.override(label_data_dir=str(folder)))
+
+
+def test_new_head_on_old_weights(straight, tmp_path):
+    """Weights of another number of classes: everything but the head is taken over."""
+    write_data(tmp_path)
+    write_task(tmp_path / "task.json", CLASSES + 2)
+    start = {
+        "init_model": True,
+        "init_model_path": straight[0].train.model_dir,
+        "base_learning_rate": 1e-30,
+        "moving_average_decay": 0.0,
+        "weight_decay": 0.0,
+        "train_steps": 1,
+    }
+    with pytest.raises(weights.WeightsError, match="head/dense/kernel"):
+        train.train_and_evaluate(settings(tmp_path, "refused", **start))
+    config = settings(tmp_path, "model", **start, init_skip="head/dense/")
+    train.train_and_evaluate(config, evaluate=False)
+    old = tensors(straight[0].train.model_dir, 7)
+    new = tensors(config.train.model_dir, 1)
+    name = "efficientnet-test/stem/conv2d/kernel"
+    np.testing.assert_array_equal(new[name], old[name + weights.EMA_SUFFIX])
+    assert new["efficientnet-test/head/dense/bias"].shape == (CLASSES + 2,)

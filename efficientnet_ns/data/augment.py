@@ -378,6 +378,7 @@ def rand_augment(
       uint8 [H, W, 3], with the static shape of `image`.
     """
     policy = _policy(magnitude, cutout_const, translate_const, use_cutout, mode)
+    # Differs (7), on request only: levels above 10 are clipped.
     ops = {**OPS, **_CLIPPED_OPS} if mode == "clipped" else OPS
 
     def apply(name: str, image: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:

@@ -158,6 +158,7 @@ def _shuffle(data: tf.data.Dataset, buffer_size: int, seed: tf.Tensor) -> tf.dat
     return tf.data.experimental.from_variant(shuffled, spec)
 
 
+# Differs (8): every draw is a function of the seed and the example, here of its place in the stream.
 def _sample_seed(seed: int, salt: int, index: tf.Tensor) -> tf.Tensor:
     return tf.random.experimental.stateless_fold_in(tf.constant([seed, salt], tf.int64), index)
 
@@ -273,6 +274,7 @@ def eval_batches(
         lambda path, count: tf.data.TFRecordDataset(path).take(tf.cast(count, tf.int64))
     )
     data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE)
+    # Differs (4): the last batch is padded, not dropped.
     data = data.batch(batch_size).map(lambda batch: pad_batch(batch, batch_size))
     return data.prefetch(tf.data.AUTOTUNE)
 

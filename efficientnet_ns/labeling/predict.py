@@ -190,6 +190,7 @@ def _write_shard(labeler, stage, path: str, shard: int, options, *, tolerant: bo
     problems: dict[int, str] = {}
     labels = np.full(total, UNREADABLE_LABEL, np.int32)
     top_probs = np.zeros(total, np.float32)
+    # Differs (9): an unreadable record keeps its place with probabilities of zero.
     empty = records.prediction_example(np.zeros(labeler.num_classes, np.float32))
     prediction_path, index_path, info_path = stage.outputs
     with stage.write() as (temporary, counts):

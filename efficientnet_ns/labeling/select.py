@@ -201,6 +201,7 @@ def select(config: SelectConfig) -> dict[str, object]:
             available=_count(db, "predictions"),
             unique=sum(n for _, _, n, _ in classes),
             records=int(sum(copies for *_, copies in classes)),
+            # Differs (2): the least kept confidence and the images kept.
             classes={str(label): [lowest, n] for label, lowest, n, _ in classes},
         )
         manifests.write_json(thresholds, counts["classes"])
@@ -241,6 +242,7 @@ def _count(db, table: str) -> int:
 
 def _choose(db, config: SelectConfig) -> None:
     """Creates the table `chosen`."""
+    # Differs (1): exactly the top images, and copies by a seed.
     db.execute(
         """
         CREATE TABLE kept AS

@@ -123,6 +123,7 @@ class NoisyStudent(tf.keras.Model):
                 )
             )
         data_loss = losses.combine(parts["lab/loss"], unlabeled_loss, settings.unlabel_ratio)
+        # Differs (3): the student's weights only, without a teacher's.
         decayed = losses.decayed_variables(self.student.trainable_variables)
         decay = settings.weight_decay * losses.half_squared_norm(decayed)
         return {**parts, "train/data_loss": data_loss, "train/loss": data_loss + decay}

@@ -240,7 +240,8 @@ def _chunk(train: TrainConfig, total: int) -> int:
 
 def _initialise(model: NoisyStudent, config: Config) -> None:
     if config.train.init_model:
-        weights.load_weights(model.student, config.train.init_model_path)
+        skip = [pattern for pattern in config.train.init_skip.split(",") if pattern]
+        weights.load_weights(model.student, config.train.init_model_path, skip=skip)
     for average, variable in zip(model.ema_student.weights, model.student.weights):
         average.assign(variable)
 
