@@ -344,8 +344,7 @@ class _Session(tf.keras.callbacks.Callback):
         self.total, self._seen = total, start
         self._save_every, self._eval_every = train.save_checkpoints_steps, train.steps_per_eval
         self.chunk = _chunk(train, total)
-        images = train.train_batch_size * (1 + train.unlabel_ratio)
-        self._images_per_step = images
+        self._images_per_step = train.train_batch_size * (1 + train.unlabel_ratio)
         self._progress = Progress(total, f"training {train.model_dir}", "steps", done=start)
         self._mark = time.monotonic()
 
