@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.data import manifests, records
@@ -204,6 +205,12 @@ def select(config: SelectConfig) -> dict[str, object]:
             # Differs (2): the least kept confidence and the images kept.
             classes={str(label): [lowest, n] for label, lowest, n, _ in classes},
         )
+        empty = [c for c in range(config.num_label_classes) if str(c) not in counts["classes"]]
+        if empty:
+            logging.warning(
+                "%d of %d classes have no image at or above --min_threshold=%s, the first are %s",
+                *(len(empty), config.num_label_classes, config.min_threshold, empty[:10]),
+            )
         manifests.write_json(thresholds, counts["classes"])
         # The key is misspelt in the original, whose readers expect it so.
         manifests.write_json(total, {"num_image_acorss_cat": counts["unique"]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import tensorflow as tf
+from absl import logging
 
 from efficientnet_ns.data import manifests
 from efficientnet_ns.data.pipeline import Preprocessing
@@ -51,10 +52,14 @@ def export(model: tf.keras.Model, preprocessing: Preprocessing, base: str, versi
     tf.io.gfile.makedirs(base)
     classifier = Classifier(model, preprocessing)
     temporary = manifests.temporary_name(folder)
+    verbosity = logging.get_verbosity()
+    # It warns of functions that only Keras would miss, and names the temporary folder.
+    logging.set_verbosity(logging.ERROR)
     try:
         tf.saved_model.save(classifier, temporary, signatures=classifier.__call__)
         tf.io.gfile.rename(temporary, folder)
     finally:
+        logging.set_verbosity(verbosity)
         if tf.io.gfile.exists(temporary):
             tf.io.gfile.rmtree(temporary)
     return folder
