@@ -76,8 +76,7 @@ def labeled_indices(labels: np.ndarray, per_class: int, rng: np.random.Generator
     """Indices of `per_class` images of each class that stand close together in the scans.
 
     Neighbouring scans come from the same few hands, so the labels cover less than the unlabeled
-    images
-    do: the usual reason to want unlabeled ones.
+    images do: the usual reason to want unlabeled ones.
     """
     from_here = np.roll(np.arange(len(labels)), -rng.integers(len(labels)))
     return np.concatenate([from_here[labels[from_here] == c][:per_class] for c in range(10)])

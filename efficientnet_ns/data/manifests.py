@@ -35,7 +35,8 @@ def remove_abandoned(paths: Sequence[str]) -> None:
         pattern = os.path.join(folder, f".tmp-{socket.gethostname()}-*-{base}")
         for found in tf.io.gfile.glob(pattern):
             pid = os.path.basename(found)[: -len(base) - 1].rsplit("-", 1)[1]
-            if not _is_running(int(pid)):
+            # Without a number there it is the file of another output whose name ends like this one.
+            if pid.isdigit() and not _is_running(int(pid)):
                 tf.io.gfile.remove(found)
 
 

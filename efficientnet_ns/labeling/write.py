@@ -117,10 +117,9 @@ def _selected(config, shard: int, workers: int, chosen: dict, samples) -> Iterat
     predictions = [records.read(select.prediction_path(config, shard, w)) for w in range(workers)]
     for image_record in records.read(select.input_path(config, shard)):
         # Record i was predicted by worker i mod workers.
-        position, worker = divmod(image_record.position, workers)
-        absent = records.Record(position, None, "fewer predictions than images")
-        prediction = next(predictions[worker], absent)
-        if prediction is absent:
+        worker = image_record.position % workers
+        prediction = next(predictions[worker], None)
+        if prediction is None:
             raise records.DataError(
                 f"{select.prediction_path(config, shard, worker)} ends before image "
                 f"{image_record.position} of the shard: predict it again, or give the "
