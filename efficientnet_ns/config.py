@@ -233,6 +233,19 @@ class LoopConfig:
     min_threshold: float = setting(0.3, "Lowest confidence of a pseudo label that is kept.", low=0)
 
 
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+    """What `benchmark.py` measures, and on what."""
+
+    data: str = setting("", "Folder of images or of records; default: images made for it.")
+    model_name: str = setting("efficientnet-b0", "Variant to measure.")
+    image_size: int = setting(224, "Image side in pixels.", low=8)
+    batch_size: int = setting(16, "Images per step.", low=1)
+    seconds: float = setting(10.0, "Duration of each measurement.", low=0.1)
+    threads: Optional[int] = setting(None, "CPU threads; default: all.", low=1)
+    json_file: str = setting("", "Also write the results to this file.")
+
+
 _SECTIONS = {
     "model": ModelConfig,
     "data": DataConfig,

@@ -28,6 +28,7 @@ ENTRIES = {
     "list_models",
     "predict_image",
     "demo",
+    "benchmark",
 }
 BASE = {"config", "progress"}
 NUMBERS = {"data", "models"}
@@ -45,11 +46,15 @@ MAY_IMPORT = {
     "training": BASE | NUMBERS | {"experiment", "evaluation", "training"},
     "labeling": BASE | NUMBERS | {"experiment", "labeling", "training.distribution"},
     "serving": BASE | NUMBERS | {"experiment", "serving"},
+    "benchmarks": BASE
+    | NUMBERS
+    | {"experiment", "evaluation", "training", "labeling", "serving", "recipes", "benchmarks"},
     **{
         entry: BASE
         | NUMBERS
         | ENTRIES
         | {"experiment", "evaluation", "training", "labeling", "serving", "recipes", "inference"}
+        | {"benchmarks"}
         for entry in ENTRIES
     },
     "__init__": set(),

@@ -1,0 +1,1 @@
+"""What `python -m efficientnet_ns.benchmark` measures: one module per part of the product."""

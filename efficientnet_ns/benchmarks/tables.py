@@ -1,0 +1,66 @@
+"""How measurements are taken and shown: rows of one run, side by side with their peers."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Row(NamedTuple):
+    """One line of a result.
+
+    Attributes:
+      name: what was measured.
+      value: in `unit`.
+      unit: images/s, ms, MB, rows/s …
+      ratio: against the peer of the same run, above 1 is better than it; None without a peer.
+      peer: name of that peer.
+    """
+
+    name: str
+    value: float
+    unit: str
+    ratio: float | None = None
+    peer: str = ""
+
+
+def rates(contenders: dict[str, Callable[[], int]], seconds: float) -> dict[str, float]:
+    """Units per second of each contender, measured in turns so that all see the same machine.
+
+    Args:
+      contenders: name → function that does some work and returns how many units it did.
+      seconds: how long each contender runs, after one call that warms it up.
+
+    Returns:
+      Name → median of the rates of the turns.
+    """
+    turns = 5
+    for work in contenders.values():
+        work()
+    measured: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(turns):
+        for name, work in contenders.items():
+            units, start = 0, time.perf_counter()
+            while (elapsed := time.perf_counter() - start) < seconds / turns or not units:
+                units += work()
+            measured[name].append(units / elapsed)
+    return {name: statistics.median(values) for name, values in measured.items()}
+
+
+def format_rows(rows: list[Row]) -> str:
+    """Plain text, columns aligned."""
+    lines = [("what", "measured", "ratio")]
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f} x {row.peer}"
+        lines.append((row.name, f"{row.value:,.1f} {row.unit}", ratio))
+    widths = [max(len(line[i]) for line in lines) for i in range(3)]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines
+    )
+
+
+def as_json(rows: list[Row]) -> list[dict[str, Any]]:
+    """The rows for programs."""
+    return [row._asdict() for row in rows]
