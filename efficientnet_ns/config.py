@@ -295,7 +295,7 @@ class MakeConfig:
 class SvhnConfig:
     """The flags of `proc_svhn.py`."""
 
-    task_name: str = setting("svhn", "The task; there is one.", choices=("svhn",))
+    task_name: str = setting("svhn", "The task: svhn, the only one.")
     raw_data_dir: Optional[str] = setting(
         None, "Folder of train_32x32.mat, test_32x32.mat and extra_32x32.mat."
     )

@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,8 @@ from efficientnet_ns.data.sources import Entry, Loaded
 from efficientnet_ns.progress import Progress
 
 _IMAGES_PER_SHARD, _MAX_SHARDS = 1024, 1024
+# A process spends seconds on loading TensorFlow, in which another one writes so many images.
+_IMAGES_PER_WORKER = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +62,11 @@ class ImageSet:
 
     def _stage(self, shard: int, start: int, stop: int) -> manifests.Stage:
         name = records.shard_name(self.prefix, shard, self.num_shards)
-        digest = hashlib.sha256()
-        for entry in self.entries[start:stop]:
-            digest.update(repr((entry.name, entry.label, entry.size)).encode("utf-8", "replace"))
+        images = digest((e.name, e.label, e.size) for e in self.entries[start:stop])
         return manifests.Stage(
             os.path.join(self.folder, "manifests", f"{name}.json"),
             [os.path.join(self.folder, name)],
-            {**self.identity, "images": digest.hexdigest()[:16]},
+            {**self.identity, "images": images},
         )
 
 
@@ -88,6 +88,14 @@ class Made(NamedTuple):
     records: int
     bad: list[list[str]]
     shape: tuple[int, int] | None
+
+
+def digest(values: Iterable[object]) -> str:
+    """Short hash of a sequence of strings, numbers and tuples of them."""
+    sha = hashlib.sha256()
+    for value in values:
+        sha.update(repr(value).encode("utf-8", "backslashreplace") + b"\n")
+    return sha.hexdigest()[:16]
 
 
 def unlabeled_record(image: bytes, label: int) -> bytes:
@@ -146,21 +154,23 @@ def make_sets(
     for one in sets:
         _refuse_other_sharding(one)
     shards = [(number, shard) for number, one in enumerate(sets) for shard in one.shards()]
-    pending = [(number, shard) for number, shard in shards if not shard.stage.done()]
     results = [_Result(one, max_bad_fraction) for one in sets]
-    skip = {id(shard) for _, shard in pending}
+    pending = []
     for number, shard in shards:
-        if id(shard) not in skip:
+        if shard.stage.done():
             results[number].add(shard.stage.counts())
+        else:
+            pending.append((number, shard))
     total = sum(len(shard.entries) for _, shard in shards)
     done = total - sum(len(shard.entries) for _, shard in pending)
+    workers = num_workers or min(_cores(), 1 + (total - done) // _IMAGES_PER_WORKER)
     batches = list(_batches(source, pending))
     jobs = (
         (numbers, _Job(source, list(part), rules, _limits(sets, numbers)))
         for numbers, part in batches
     )
     with Progress(total, f"records in {sets[0].folder}", "images", done=done) as progress:
-        for numbers, job, counts in _run(jobs, min(num_workers or _cores(), len(batches))):
+        for numbers, job, counts in _run(jobs, min(workers, len(batches))):
             for number, shard, count in zip(numbers, job.shards, counts):
                 results[number].add(count)
                 progress.update(len(shard.entries))

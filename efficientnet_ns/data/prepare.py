@@ -93,7 +93,7 @@ def _image_set(
         identity={
             "source": os.path.basename(source.path.rstrip("/")),
             "labeled": config.labeled,
-            "classes": list(class_names) if config.labeled and class_names else None,
+            "classes": make.digest(class_names) if config.labeled else None,
             "seed": config.seed,
             "check": config.check,
             "max_side": config.max_side,

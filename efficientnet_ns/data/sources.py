@@ -181,7 +181,10 @@ class _Window:
         self.seek(0)
 
     def seek(self, offset: int) -> int:
-        self._file.seek(self._start + offset)
+        try:
+            self._file.seek(self._start + offset)
+        except tf.errors.OutOfRangeError as e:
+            raise tarfile.ReadError("unexpected end of data") from e
         return offset
 
     def tell(self) -> int:
@@ -194,16 +197,22 @@ class _Window:
 def _members(f, path: str, folder: str = "", start: int = 0) -> Iterator[tuple]:
     """(member, folder, byte at which the archive that has it begins), of inner archives too."""
     try:
-        archive = tarfile.open(fileobj=_Window(f, start), mode="r:")
-        members = archive.getmembers()
+        with tarfile.open(fileobj=_Window(f, start), mode="r:") as archive:
+            for member in _each(archive):
+                stem, extension = posixpath.splitext(member.name)
+                if member.isreg() and extension.lower() == ".tar":
+                    inner = posixpath.join(folder, stem)
+                    yield from _members(f, path, inner, start + member.offset_data)
+                else:
+                    yield member, folder, start
     except tarfile.TarError as e:
         raise records.DataError(f"{path}: {e}: is the file whole?") from e
-    for member in members:
-        stem, extension = posixpath.splitext(member.name)
-        if member.isreg() and extension.lower() == ".tar":
-            yield from _members(f, path, posixpath.join(folder, stem), start + member.offset_data)
-        else:
-            yield member, folder, start
+
+
+def _each(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # It would keep them all.
+        yield member
 
 
 class TarStream:
@@ -229,9 +238,8 @@ class TarStream:
         with tf.io.gfile.GFile(self.path, "rb") as f:
             try:
                 with tarfile.open(fileobj=f, mode="r|*") as archive:
-                    for i, member in enumerate(archive):
+                    for i, member in enumerate(_each(archive)):
                         yield i, member, archive
-                        archive.members.clear()  # It would keep what it has passed.
             except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
                 raise records.DataError(f"{self.path}: {e}: is the file whole?") from e
 

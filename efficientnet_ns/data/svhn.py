@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -93,12 +94,8 @@ _ENCODE = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Extra:
-    """The record of an unlabeled digit."""
-
-    def __call__(self, image: bytes, label: int) -> bytes:
-        return records.placeholder_example(image, label, _CLASSES)
+# What unlabeled digits are stored as.
+_EXTRA = functools.partial(records.placeholder_example, num_classes=_CLASSES)
 
 
 def make_records(config: SvhnConfig) -> dict[str, int]:
@@ -108,9 +105,11 @@ def make_records(config: SvhnConfig) -> dict[str, int]:
       Prefix → number of records.
 
     Raises:
-      ConfigError: dev_size leaves nothing to train on.
+      ConfigError: another task, or dev_size leaves nothing to train on.
       records.DataError: a file is missing and cannot be downloaded, or is not SVHN's.
     """
+    if config.task_name != "svhn":
+        raise ConfigError(f"--task_name={config.task_name}: this program knows svhn alone")
     files = {
         name: MatFile(_path(config.raw_data_dir, name), config.image_format) for name in _PUBLISHED
     }
@@ -159,7 +158,7 @@ def _image_set(config: SvhnConfig, name: str, file: MatFile, entries: list[Entry
         prefix=f"{name}_full" if config.full_train_data else name,
         entries=entries,
         num_shards=config.num_shards or _NUM_SHARDS[name],
-        record=_Extra() if extra else records.labeled_example,
+        record=_EXTRA if extra else records.labeled_example,
         identity={
             "source": manifests.fingerprint([file.path]),
             "seed": config.seed,
