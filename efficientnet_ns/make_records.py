@@ -7,11 +7,12 @@ import json
 from absl import flags
 
 from efficientnet_ns import config
+from efficientnet_ns.data.settings import MakeConfig
 
 
 def main(argv: list[str]) -> None:
     config.no_arguments(argv)
-    settings = config.from_flags(config.MakeConfig, flags.FLAGS)
+    settings = config.from_flags(MakeConfig, flags.FLAGS)
     # TensorFlow is loaded here, after --help and wrong flags have been answered.
     from efficientnet_ns.data import prepare
 
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """The command line."""
-    config.define_flags(config.MakeConfig)
+    config.define_flags(MakeConfig)
     config.run(main)
 
 

@@ -7,11 +7,12 @@ import json
 from absl import flags
 
 from efficientnet_ns import config
+from efficientnet_ns.data.settings import SvhnConfig
 
 
 def main(argv: list[str]) -> None:
     config.no_arguments(argv)
-    settings = config.from_flags(config.SvhnConfig, flags.FLAGS)
+    settings = config.from_flags(SvhnConfig, flags.FLAGS)
     for name in ("raw_data_dir", "output_dir"):
         if not getattr(settings, name):
             raise config.ConfigError(f"--{name} is needed")
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """The command line."""
-    config.define_flags(config.SvhnConfig)
+    config.define_flags(SvhnConfig)
     config.run(main)
 
 

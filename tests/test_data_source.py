@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from efficientnet_ns.config import Config, ConfigError, MakeConfig
+from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import encoded, prepare, records, tasks, tfds_source
+from efficientnet_ns.data.settings import MakeConfig
 from efficientnet_ns.experiment import Experiment
 from efficientnet_ns.training import train
 

@@ -18,8 +18,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from efficientnet_ns.config import ConfigError, MakeConfig
+from efficientnet_ns.config import ConfigError
 from efficientnet_ns.data import encoded, images, make, manifests, prepare, records, sources, tasks
+from efficientnet_ns.data.settings import MakeConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -382,7 +383,7 @@ def test_finished_shards_are_left_alone_and_other_settings_refused(tmp_path):
 # Stops for good inside the sixth image, with two of five shards finished and one begun.
 STUCK = """
 import sys, time
-from efficientnet_ns.config import MakeConfig
+from efficientnet_ns.data.settings import MakeConfig
 from efficientnet_ns.data import encoded, prepare
 
 work, calls = encoded.prepare, []

@@ -14,8 +14,9 @@ import tensorflow as tf
 from absl import flags
 
 from efficientnet_ns import config as config_lib
-from efficientnet_ns.config import Config, ConfigError, SvhnConfig
+from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import pipeline, records, svhn, tasks
+from efficientnet_ns.data.settings import SvhnConfig
 from efficientnet_ns.experiment import Experiment
 
 SIZES = {"train": 23, "test": 9, "extra": 14}

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config import Config, ConfigError, MakeConfig
+from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import encoded, make, records, sources, tasks, tfds_source
+from efficientnet_ns.data.settings import MakeConfig
 from efficientnet_ns.data.sources import Entry
 
 TASK = "task.json"

@@ -17,8 +17,9 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config import ConfigError, SvhnConfig
+from efficientnet_ns.config import ConfigError
 from efficientnet_ns.data import encoded, make, manifests, prepare, records, tasks
+from efficientnet_ns.data.settings import SvhnConfig
 from efficientnet_ns.data.sources import Entry, Loaded, Reader
 
 URL = "http://ufldl.stanford.edu/housenumbers/{}_32x32.mat"
