@@ -27,7 +27,7 @@ from efficientnet_ns.progress import Progress
 
 _IMAGES_PER_SHARD, _MAX_SHARDS = 1024, 1024
 # A process spends seconds on loading TensorFlow, in which another one writes so many images.
-_IMAGES_PER_WORKER = 1024
+_IMAGES_PER_WORKER = 2048
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,8 @@ class MatFile:
     """Digits of one .mat file: `X` uint8 [32, 32, 3, N] and `y` [N, 1], 1..10 with 10 for 0.
 
     Pixels are loaded when the first are needed and stay in the process that hands out the work
-    (1.6 GB for `extra`); each shard's go to the process that encodes them.
+    (1.6 GB for `extra`, twice that while it loads); each shard's go to the process that
+    encodes them.
 
     Raises:
       records.DataError: not such a file, or a label out of range.
