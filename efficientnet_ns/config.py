@@ -99,8 +99,8 @@ class DataConfig:
     )
     use_cache: bool = setting(
         True,
-        "Keep the encoded records in memory from the second epoch on, when they fit into half of "
-        "what is free; changes no bit of the training.",
+        "Keep the encoded records of a set in memory after their first reading, when they fit into a "
+        "quarter of what is free; changes no bit of the training.",
         free=True,
     )
     augment_name: Optional[str] = setting(

@@ -102,4 +102,6 @@ class StopRequest:
                         logging.warning("%s again: ending without saving", name)
                         os._exit(128 + number)
                     self.requested = True
-                    logging.warning("%s: stopping when everything is saved; once more: at once", name)
+                    logging.warning(
+                        "%s: stopping when everything is saved; once more: at once", name
+                    )

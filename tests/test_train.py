@@ -19,14 +19,17 @@ from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import records
 from efficientnet_ns.experiment import Experiment
 from efficientnet_ns.models import weights
-from efficientnet_ns.training import checkpoints, train
+from efficientnet_ns.preemption import StopRequest
+from efficientnet_ns.training import checkpoints, summaries, train
+from efficientnet_ns.training.session import Session, TrainingDiverged
 from efficientnet_ns.training.student import NoisyStudent
 
 ROOT = Path(__file__).parents[1]
 CLASSES, SIZE = 3, 8
 LABELED, UNLABELED, VALIDATION = 13, 11, 7
 LABELED_METRICS = {"lab/acc", "lab/pred_prob", "lab/loss"}
-TRAIN_METRICS = {"train/data_loss", "train/loss", "train/lr", "images_per_second"}
+PACE = ("images_per_second", "input_wait")
+TRAIN_METRICS = {"train/data_loss", "train/loss", "train/lr", "train/epoch", *PACE}
 UNLABELED_METRICS = {"unl/acc_to_dump", "unl/pred_prob", "unl/target_prob", "ext/loss"}
 EVAL_METRICS = {"eval/top1", "eval/top5", "eval/loss", "eval/examples"}
 
@@ -80,6 +83,7 @@ def settings(folder: Path, model_dir: str | Path, **values) -> Config:
         "eval_batch_size": 4,
         "iterations_per_loop": 1,
         "save_checkpoints_steps": 1,
+        "preview_images": 0,
     }
     return Config().override(**{**defaults, **values})
 
@@ -130,9 +134,10 @@ def assert_same_training(one: str, other: str, step: int) -> None:
     assert set(ours) == set(theirs)
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
-    rows = [train.read_metrics(f"{folder}/metrics.jsonl") for folder in (one, other)]
+    rows = [summaries.read_metrics(folder) for folder in (one, other)]
     for row in rows[0] + rows[1]:
-        row.pop("images_per_second", None)
+        for name in PACE:
+            row.pop(name, None)
     assert rows[0] == rows[1]
 
 
@@ -158,7 +163,7 @@ def test_metrics_of_a_student(straight):
 
 def test_rows_of_metrics(straight):
     config, metrics = straight
-    rows = train.read_metrics(f"{config.train.model_dir}/metrics.jsonl")
+    rows = summaries.read_metrics(config.train.model_dir)
     kinds = [(row["step"], "train/loss" in row, "eval/top1" in row) for row in rows]
     assert kinds == [
         (2, True, False),
@@ -316,7 +321,7 @@ def test_killed_training_ends_in_the_same_bits(straight, folder):
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert saved_steps(config.train.model_dir) == [2, 4]
-    rows = train.read_metrics(f"{config.train.model_dir}/metrics.jsonl")
+    rows = summaries.read_metrics(config.train.model_dir)
     assert rows[-1]["step"] == 6
     train.train_and_evaluate(config)
     assert saved_steps(config.train.model_dir) == [2, 4, 6, 7]
@@ -381,7 +386,7 @@ def test_kill_between_a_checkpoint_and_its_mention(model, tmp_path):
 def test_loss_that_explodes(folder):
     """The first update is enormous but finite; the loss of the second step is not."""
     config = settings(folder, "exploding", base_learning_rate=1e30, train_steps=4)
-    with pytest.raises(train.TrainingDiverged) as error:
+    with pytest.raises(TrainingDiverged) as error:
         train.train_and_evaluate(config, evaluate=False)
     last = f"{config.train.model_dir}/model.ckpt-1"
     assert re.match("the loss became (nan|inf) between steps 1 and 2", str(error.value))
@@ -397,13 +402,22 @@ def test_weights_that_break_after_the_last_loss(folder, model, tmp_path, broken)
     saver = checkpoints.Checkpoints(
         str(tmp_path), model.student, model.ema_student, model.optimizer, keep=5
     )
-    session = train._Session(saver, train.MetricsLog(str(tmp_path), 0), None, 0, 2, config)
+    session = Session(
+        saver,
+        summaries.MetricsLog(str(tmp_path), 0),
+        None,
+        StopRequest(),
+        config,
+        start=0,
+        total=2,
+        steps_per_epoch=1.0,
+    )
     model.optimizer.iterations.assign(1)
     session.on_epoch_end(0, {"train/loss": 1.0})
     model.optimizer.iterations.assign(2)
     bias = model.student.get_layer("head_dense").bias
     bias.assign(tf.fill(bias.shape, broken))
-    with pytest.raises(train.TrainingDiverged, match="between steps 1 and 2.*model.ckpt-1"):
+    with pytest.raises(TrainingDiverged, match="between steps 1 and 2.*model.ckpt-1"):
         session.on_epoch_end(1, {"train/loss": 1.0})
     assert saved_steps(str(tmp_path)) == [1]
     bias.assign(tf.zeros(bias.shape))
