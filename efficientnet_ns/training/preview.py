@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from efficientnet_ns.config import DataConfig
 from efficientnet_ns.data import manifests, pipeline, tasks
 from efficientnet_ns.experiment import Experiment
 
@@ -23,7 +24,7 @@ _SHUFFLE_BUFFER = 256
 def draw(
     experiment: Experiment, labeled: pipeline.Source, unlabeled: pipeline.Source | None, number: int
 ) -> np.ndarray:
-    """The grid of `number` labeled and as many unlabeled images, and writes it to model_dir.
+    """Draws `number` labeled and as many unlabeled images, and writes the picture to model_dir.
 
     The images come from a dataset of their own: the training's is not touched.
 
@@ -35,19 +36,16 @@ def draw(
         train_batch_size=number, unlabel_ratio=ratio, shuffle_buffer=_SHUFFLE_BUFFER
     )
     sample = Experiment.from_config(small).training_batches(labeled, unlabeled, 0)
-    batch = next(iter(sample)) if number else {}
-    names = tasks.class_names(experiment.task)
-    augmented = experiment.config.data
-    sections = [
-        (
-            f"Labeled images, augmentation: {augmented.augment_name or 'crop and flip only'}",
-            batch["image"].numpy(),
-            [_name(int(label), names) for label in batch["label"]],
-        )
-    ]
+    batch = next(iter(sample))
+    names, data = tasks.class_names(experiment.task), experiment.config.data
+    titles = [_name(int(label), names) for label in batch["label"]]
+    heading = f"Labeled images, {_augmentation(data, data.augment_name)}"
+    sections = [(heading, batch["image"].numpy(), titles)]
     if unlabeled is not None:
-        images = batch["unl_image"].numpy()
-        sections.append((_unlabeled_heading(batch), images, _pseudo_titles(batch, names)))
+        images, titles = batch["unl_image"].numpy(), _pseudo_titles(batch, names)
+        name = data.augment_name if data.unl_aug == "default" else data.unl_aug
+        heading = f"Unlabeled images, {_augmentation(data, name)}; {_label_source(batch)}"
+        sections.append((heading, images, titles))
     png = _png(sections)
     path = os.path.join(experiment.config.train.model_dir, FILE)
     with manifests.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
@@ -60,10 +58,18 @@ def _name(label: int, names: Sequence[str] | None) -> str:
     return text if len(text) <= _TITLE_WIDTH else text[: _TITLE_WIDTH - 1] + "…"
 
 
-def _unlabeled_heading(batch: dict[str, tf.Tensor]) -> str:
+def _augmentation(data: DataConfig, name: str | None) -> str:
+    if data.remove_aug:
+        return "evaluation crops"
+    if name in (None, "none"):
+        return "cropped and flipped only"
+    return f"augmentation {name} ({data.randaug_layer} layers, magnitude {data.randaug_mag})"
+
+
+def _label_source(batch: dict[str, tf.Tensor]) -> str:
     if "unl_probs" in batch:
-        return "Unlabeled images with their pseudo labels and confidence"
-    return "Unlabeled images; the teacher labels them on the fly"
+        return "pseudo labels with the teacher's confidence"
+    return "labeled by the teacher on the fly"
 
 
 def _pseudo_titles(batch: dict[str, tf.Tensor], names: Sequence[str] | None) -> list[str]:

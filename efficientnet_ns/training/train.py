@@ -112,7 +112,8 @@ def _start(experiment: Experiment, labeled, unlabeled, evaluation, stop) -> Call
 def _show(experiment: Experiment, model, log, labeled, unlabeled, start: int) -> None:
     """Pictures of the augmented images and, with --debug, a log of everything that matters."""
     config = experiment.config
-    if config.train.preview_images:
+    drawn = tf.io.gfile.exists(os.path.join(config.train.model_dir, preview.FILE))
+    if config.train.preview_images and not drawn:
         picture = preview.draw(experiment, labeled, unlabeled, config.train.preview_images)
         with log.writer.as_default(start):
             tf.summary.image("augmented", picture[None])
