@@ -676,7 +676,7 @@ config.run(lambda argv: train.train_and_evaluate(Config().override(**json.loads(
 """
 
 
-def test_request_to_stop_saves_and_continues_in_the_same_bits(folder):
+def test_request_to_stop_saves_and_continues_in_the_same_bits(straight, folder):
     """Everything at once: teacher on the fly, frozen layers, the end of a schedule, no cache.
 
     The signal comes while step 5 is being logged, which no interval would have saved.
@@ -684,7 +684,7 @@ def test_request_to_stop_saves_and_continues_in_the_same_bits(folder):
     values = {
         "unlabel_data_dir": str(folder / "unlabeled"),
         "teacher_model_name": "efficientnet-test",
-        "teacher_model_path": str(folder / "teacher_of_stopped" / "model.ckpt-1"),
+        "teacher_model_path": f"{straight[0].train.model_dir}/model.ckpt-6",
         "fix_layer_num": 1,
         "train_steps": 20,
         "train_last_step_num": 7,
@@ -692,8 +692,6 @@ def test_request_to_stop_saves_and_continues_in_the_same_bits(folder):
         "save_checkpoints_steps": 4,
         "steps_per_eval": 5,
     }
-    teacher = settings(folder, "teacher_of_stopped", train_steps=1)
-    train.train_and_evaluate(teacher, evaluate=False)
     whole = noised(folder, "unstopped", **values)
     train.train_and_evaluate(whole)
     config = noised(folder, "stopped", **values, use_cache=False, preview_images=3)

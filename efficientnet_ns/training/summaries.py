@@ -80,6 +80,7 @@ class MetricsLog:
 
     def __init__(self, folder: str, start: int):
         self.path = os.path.join(folder, METRICS)
+        tf.io.gfile.makedirs(folder)
         self.rows = [row for row in read_metrics(folder) if row["step"] <= start]
         _write_lines(self.path, self.rows)
         self._lines = None if "://" in folder else open(self.path, "a", encoding="utf-8")
