@@ -8,7 +8,7 @@ import math
 import tensorflow as tf
 
 from efficientnet_ns.config import Config, ConfigError
-from efficientnet_ns.data import pipeline, tasks
+from efficientnet_ns.data import pipeline, prepare, tasks
 from efficientnet_ns.models import efficientnet
 
 
@@ -32,7 +32,11 @@ class Experiment:
 
     @classmethod
     def from_config(cls, config: Config) -> Experiment:
-        """Resolves and cross-checks; ConfigError names the flag that does not fit."""
+        """Resolves and cross-checks; ConfigError names the flag that does not fit.
+
+        Records of a `data_source` are made here when they are not there yet.
+        """
+        config = prepare.with_records(config)
         try:
             task = tasks.get_task(config.data.task_name)
         except ValueError as e:
@@ -70,7 +74,7 @@ class Experiment:
         return math.ceil(self.config.train.train_batch_size * self.config.train.unlabel_ratio)
 
     def build_model(self) -> tf.keras.Model:
-        """A new student."""
+        """A new student, of which nothing is frozen yet."""
         model, train = self.config.model, self.config.train
         drop_rate = 0.2 if model.stochastic_depth_rate is None else model.stochastic_depth_rate
         return efficientnet.build_model(
@@ -137,6 +141,7 @@ class Experiment:
             "seed": train.seed,
             "start_step": start_step,
             "shuffle_buffer": data.shuffle_buffer,
+            "cache": data.use_cache,
         }
         parts = [
             pipeline.labeled_batches(
