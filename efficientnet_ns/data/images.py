@@ -175,14 +175,34 @@ def train_image(image: tf.Tensor, size: int, seed: tf.Tensor, *, flip: bool = Tr
     Returns:
       float32 [size, size, 3], not clipped; RandAugment takes `to_uint8` of it.
     """
-    seeds = tf.random.experimental.stateless_split(seed, 2)
+    crop_seed, flip_seed = split_seed(seed, 2)
     pixels = _resize(
-        _crop(image, lambda height, width: random_crop_box(height, width, seeds[0], size=size)),
+        _crop(image, lambda height, width: random_crop_box(height, width, crop_seed, size=size)),
         size,
     )
-    if flip:
-        pixels = tf.image.stateless_random_flip_left_right(pixels, seeds[1])
-    return tf.ensure_shape(pixels, [size, size, 3])
+    return random_flip(pixels, flip_seed) if flip else pixels
+
+
+def random_flip(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Mirrors half of the images; [H, W, 3] of any number type, same shape and type.
+
+    Args:
+      seed: int32 or int64 [2]; equal seeds give equal results.
+    """
+    draw = tf.random.stateless_uniform([], seed, alg="philox")
+    return tf.cond(draw < 0.5, lambda: tf.reverse(image, [1]), lambda: image)
+
+
+def split_seed(seed: tf.Tensor, count: int) -> list[tf.Tensor]:
+    """`count` seeds, int [2] each, from one, int [2]; the first is `seed` itself.
+
+    Two operations, where tf.random's split draws numbers, which takes as long as flipping an image.
+    The seed is a key of a cipher: streams of keys that differ in any bit are independent.
+    """
+    seed = tf.convert_to_tensor(seed)
+    # Multiples of a large odd number are far from the seeds next to this one, which others may use.
+    salts = [[0, number * 0x3C6EF372 % 2**31] for number in range(count)]
+    return tf.unstack(tf.bitwise.bitwise_xor(seed, tf.constant(salts, seed.dtype)))
 
 
 def reflect_pad_crop_at(
