@@ -142,6 +142,130 @@ def test_translation_equals_projective_transform(axis):
         np.testing.assert_array_equal(op(image, pixels), expected, err_msg=str(pixels))
 
 
+SHAPES = [(1, 1), (1, 9), (8, 1), (33, 20), (20, 33)]
+
+
+def in_both_shapes(function, image):
+    """Results with the size known to the graph, and not."""
+    yield function(image).numpy()
+    yield tf.function(function, input_signature=[UNKNOWN_SIZE])(image).numpy()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_warps_equal_projective_transform(shape):
+    image = noise(*shape)
+
+    def transform(image, *coefficients):
+        return tfa.image.transform(image, [*coefficients, 0.0, 0.0], fill_value=128)
+
+    # 0.5 and 1 put sources exactly between pixels.
+    for level in (-1.0, -0.81, -0.5, -0.12, 0.0, 0.09, 0.25, 0.5, 0.81, 1.0):
+        for op, coefficients in (
+            ("ShearX", (1.0, level, 0.0, 0.0, 1.0, 0.0)),
+            ("ShearY", (1.0, 0.0, 0.0, level, 1.0, 0.0)),
+        ):
+            for result in in_both_shapes(lambda x, op=op: augment.OPS[op](x, level), image):
+                expected = transform(image, *coefficients)
+                np.testing.assert_array_equal(result, expected, err_msg=f"{op}({level})")
+    for degrees in (-180.0, -90.0, -81.0, -45.0, -3.0, 0.0, 7.5, 24.0, 45.0, 81.0, 90.0, 180.0):
+        expected = tfa.image.rotate(
+            image, tf.constant(degrees) * (np.pi / 180), fill_value=128, interpolation="nearest"
+        )
+        for result in in_both_shapes(lambda x: augment.OPS["Rotate"](x, degrees), image):
+            np.testing.assert_array_equal(result, expected, err_msg=f"Rotate({degrees})")
+
+
+def test_warps_of_the_usual_size_equal_projective_transform():
+    image = noise(224, 224)
+    for magnitude in range(1, 31):
+        for sign in (-1, 1):
+            level = tf.constant(sign * magnitude / 10 * 0.3, tf.float32)
+            coefficients = [1.0, level, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+            np.testing.assert_array_equal(
+                augment.OPS["ShearX"](image, level),
+                tfa.image.transform(image, coefficients, fill_value=128),
+            )
+            degrees = tf.constant(sign * magnitude * 3.0)
+            np.testing.assert_array_equal(
+                augment.OPS["Rotate"](image, degrees),
+                tfa.image.rotate(image, degrees * (np.pi / 180), fill_value=128),
+            )
+
+
+def pil_equalize(channel):
+    """The loop of Pillow's ImageOps.equalize."""
+    histogram = np.bincount(channel.ravel(), minlength=256)
+    occupied = histogram[histogram > 0]
+    step = (occupied.sum() - occupied[-1]) // 255
+    if not step:
+        return channel
+    table, n = [], step // 2
+    for count in histogram:
+        table.append(min(n // step, 255))
+        n += count
+    return np.array(table, np.uint8)[channel]
+
+
+# The last ones look up pairs of values.
+@pytest.mark.parametrize("shape", [*SHAPES, (200, 131), (128, 128), (129, 130)])
+def test_equalize_and_auto_contrast_follow_their_definition(shape):
+    flat = np.full((*shape, 3), 7, np.uint8)
+    narrow = noise(*shape).numpy() // [4, 16, 1]
+    # Each channel of another distribution, to tell channels apart.
+    for image in (noise(*shape).numpy(), narrow.astype(np.uint8), flat):
+        expected = np.stack([pil_equalize(image[..., c]) for c in range(3)], axis=-1)
+        for result in in_both_shapes(augment.OPS["Equalize"], tf.constant(image)):
+            np.testing.assert_array_equal(result, expected)
+
+        low, high = image.min((0, 1)), image.max((0, 1))
+        for result in in_both_shapes(augment.OPS["AutoContrast"], tf.constant(image)):
+            for c in range(3):
+                if low[c] == high[c]:
+                    np.testing.assert_array_equal(result[..., c], image[..., c])
+                else:
+                    scale = np.float32(255) / (np.float32(high[c]) - np.float32(low[c]))
+                    stretched = image[..., c] * scale + -np.float32(low[c]) * scale
+                    np.testing.assert_array_equal(
+                        result[..., c], np.clip(stretched, 0, 255).astype(np.uint8)
+                    )
+
+
+def test_solarize_for_all_values():
+    levels_ = np.arange(256)
+    image = tf.constant(np.repeat(levels_[None, :, None], 3, axis=2).astype(np.uint8))
+    for threshold in range(-5, 700, 3):
+        expected = np.where(levels_ >= threshold % 256, 255 - levels_, levels_)
+        result = augment.OPS["Solarize"](image, threshold)
+        np.testing.assert_array_equal(result[0, :, 0], expected, err_msg=str(threshold))
+    for addition in range(-300, 301, 4):
+        for threshold in (0, 1, 128, 255):
+            expected = np.where(levels_ < threshold, np.clip(levels_ + addition, 0, 255), levels_)
+            result = augment.OPS["SolarizeAdd"](image, addition, threshold)
+            np.testing.assert_array_equal(result[0, :, 0], expected, err_msg=str(addition))
+
+
+def test_blends_follow_their_definition_for_all_pairs():
+    def blend(degenerate, image, factor):
+        degenerate, image = np.float32(degenerate), np.float32(image)
+        return np.clip(degenerate + np.float32(factor) * (image - degenerate), 0, 255)
+
+    values = np.arange(256)
+    # Colours with every gray level beside every red.
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (256, 256, 3), np.uint8)
+    image[..., 0] = values
+    gray = tf.image.rgb_to_grayscale(image).numpy()
+    for magnitude in (0, 1, 3, 5, 9, 10, 15, 27, 30):
+        factor = magnitude / 10 * 1.8 + 0.1
+        for name, degenerate in (("Color", gray), ("Brightness", 0), ("Contrast", 255)):
+            if factor != 1:
+                expected = blend(degenerate, image, factor).astype(np.uint8)
+                for result in in_both_shapes(
+                    lambda x, name=name: augment.OPS[name](x, factor), tf.constant(image)
+                ):
+                    np.testing.assert_array_equal(result, expected, err_msg=f"{name}({factor})")
+
+
 def test_contrast_of_a_large_image_blends_towards_white():
     black = tf.zeros([270, 272, 3], tf.uint8)
     np.testing.assert_array_equal(augment.OPS["Contrast"](black, 0.5), 127)  # 255 / 2, not 286 / 2

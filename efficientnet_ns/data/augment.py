@@ -264,9 +264,12 @@ def rotate(image: tf.Tensor, degrees: tf.Tensor | float) -> tf.Tensor:
     radians = tf.cast(degrees, tf.float32) * (math.pi / 180.0)
     height, width = (tf.cast(size, tf.float32) for size in _height_width(image))
     matrix = tfa.image.transform_ops.angles_to_projective_transforms(radians, height, width)
-    a = tf.unstack(matrix[0])
+    a, minus = tf.unstack(matrix[0]), tf.unstack(-matrix[0])
     y, x = _grid(image)
-    return _sample(image, a[3] * x + a[4] * y + a[5], a[0] * x + a[1] * y + a[2])
+    # Subtractions, because the graph optimizer reorders additions, and with that the rounding.
+    row = a[3] * x - minus[4] * y - minus[5]
+    column = a[0] * x - minus[1] * y - minus[2]
+    return _sample(image, row, column)
 
 
 def shear_x(image: tf.Tensor, level: tf.Tensor | float) -> tf.Tensor:
