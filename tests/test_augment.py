@@ -159,7 +159,7 @@ def test_warps_equal_projective_transform(shape):
         return tfa.image.transform(image, [*coefficients, 0.0, 0.0], fill_value=128)
 
     # 0.5 and 1 put sources exactly between pixels.
-    for level in (-1.0, -0.81, -0.5, -0.12, 0.0, 0.09, 0.25, 0.5, 0.81, 1.0):
+    for level in (-0.81, -0.5, 0.0, 0.09, 1.0):
         for op, coefficients in (
             ("ShearX", (1.0, level, 0.0, 0.0, 1.0, 0.0)),
             ("ShearY", (1.0, 0.0, 0.0, level, 1.0, 0.0)),
@@ -167,7 +167,7 @@ def test_warps_equal_projective_transform(shape):
             for result in in_both_shapes(lambda x, op=op: augment.OPS[op](x, level), image):
                 expected = transform(image, *coefficients)
                 np.testing.assert_array_equal(result, expected, err_msg=f"{op}({level})")
-    for degrees in (-180.0, -90.0, -81.0, -45.0, -3.0, 0.0, 7.5, 24.0, 45.0, 81.0, 90.0, 180.0):
+    for degrees in (-90.0, -81.0, -45.0, 0.0, 7.5, 90.0):
         expected = tfa.image.rotate(
             image, tf.constant(degrees) * (np.pi / 180), fill_value=128, interpolation="nearest"
         )
@@ -177,7 +177,7 @@ def test_warps_equal_projective_transform(shape):
 
 def test_warps_of_the_usual_size_equal_projective_transform():
     image = noise(224, 224)
-    for magnitude in range(1, 31):
+    for magnitude in (1, 5, 9, 10, 20, 27, 30):
         for sign in (-1, 1):
             level = tf.constant(sign * magnitude / 10 * 0.3, tf.float32)
             coefficients = [1.0, level, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
@@ -255,7 +255,7 @@ def test_blends_follow_their_definition_for_all_pairs():
     image = rng.integers(0, 256, (256, 256, 3), np.uint8)
     image[..., 0] = values
     gray = tf.image.rgb_to_grayscale(image).numpy()
-    for magnitude in (0, 1, 3, 5, 9, 10, 15, 27, 30):
+    for magnitude in (0, 3, 9, 27, 30):
         factor = magnitude / 10 * 1.8 + 0.1
         for name, degenerate in (("Color", gray), ("Brightness", 0), ("Contrast", 255)):
             if factor != 1:
