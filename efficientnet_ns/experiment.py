@@ -66,8 +66,13 @@ class Experiment:
 
     @property
     def unlabeled_batch_size(self) -> int:
-        """Unlabeled images per update."""
-        return math.ceil(self.config.train.train_batch_size * self.config.train.unlabel_ratio)
+        """Unlabeled images per update, over all replicas."""
+        return math.ceil(self.counted_batch_size * self.config.train.unlabel_ratio)
+
+    @property
+    def counted_batch_size(self) -> float:
+        """Labeled images per update that enter the loss, on average."""
+        return self.config.train.train_batch_size * self.config.train.label_data_sample_prob
 
     def build_model(self) -> tf.keras.Model:
         """A new student."""
@@ -85,6 +90,7 @@ class Experiment:
             mean=self.task.mean,
             std=self.task.std,
             bn_momentum=train.bn_momentum,
+            num_shards_per_group=train.num_shards_per_group,
         )
 
     @property
@@ -128,15 +134,24 @@ class Experiment:
         )
 
     def training_batches(
-        self, labeled: pipeline.Source, unlabeled: pipeline.Source | None, start_step: int
+        self,
+        labeled: pipeline.Source,
+        unlabeled: pipeline.Source | None,
+        start_step: int,
+        share: pipeline.Share = pipeline.WHOLE,
     ) -> tf.data.Dataset:
-        """Endless joint batches beginning at update `start_step`; see `student.NoisyStudent`."""
+        """Endless joint batches beginning at update `start_step`; see `student.NoisyStudent`.
+
+        Args:
+          share: which rows of each batch, and how many at a time.
+        """
         data, train = self.config.data, self.config.train
         shared = {
             "num_classes": self.num_classes,
             "seed": train.seed,
             "start_step": start_step,
             "shuffle_buffer": data.shuffle_buffer,
+            "share": share,
         }
         parts = [
             pipeline.labeled_batches(
@@ -164,11 +179,15 @@ class Experiment:
             )
         return pipeline.join(*parts)
 
-    def eval_batches(self, source: pipeline.Source) -> tf.data.Dataset:
+    def eval_batches(
+        self, source: pipeline.Source, share: pipeline.Share = pipeline.WHOLE
+    ) -> tf.data.Dataset:
         """Every record of `source` once; see `pipeline.eval_batches`."""
+        per_replica = math.ceil(self.config.train.eval_batch_size / share.replicas)
         return pipeline.eval_batches(
             source,
             self.preprocessing(),
             num_classes=self.num_classes,
-            batch_size=self.config.train.eval_batch_size,
+            batch_size=per_replica * share.replicas,
+            share=share,
         )

@@ -52,22 +52,26 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
     """
     experiment = Experiment.from_config(config)
     _check(config)
+    strategy = distribution.get_strategy(config.hardware)
+    distribution.check(experiment, strategy)
+    distribution.set_precision(config.hardware, strategy)
+    writes = distribution.is_chief(strategy)
     labeled, unlabeled, evaluation = _sources(experiment, evaluate)
     model_dir = config.train.model_dir
-    _claim(model_dir, config)
+    _claim(model_dir, config, writes)
     tf.keras.utils.set_random_seed(config.train.seed)
-    strategy = distribution.get_strategy(config.hardware)
-    distribution.set_precision(config.hardware, strategy)
     with strategy.scope():
-        model = _build(experiment, labeled.total)
+        model = _build(experiment, labeled.total, strategy)
     saver = checkpoints.Checkpoints(
         model_dir,
         model.student,
         model.ema_student,
         model.optimizer,
         config.train.keep_checkpoint_max,
+        writes=writes,
     )
     start = saver.restore_latest()
+    distribution.check_agreement(strategy, start)
     total = _steps_to_run(experiment)
     if start == 0:
         _initialise(model, config)
@@ -76,25 +80,26 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
     evaluator = accuracy.Evaluator(model.ema_student, strategy)
 
     def measure() -> dict[str, float]:
-        return evaluator(experiment.eval_batches(evaluation), evaluation.total)
+        return evaluator(_eval_shares(experiment, evaluation), evaluation.total)
+
+    def make_batches(step: int):
+        return distribution.distribute(
+            strategy,
+            lambda share: experiment.training_batches(labeled, unlabeled, step, share),
+        )
 
     session = _Session(
         saver,
-        MetricsLog(model_dir, start),
+        MetricsLog(model_dir, start, writes),
         measure if evaluation is not None else None,
         start,
         total,
         config,
     )
     try:
-        _fit(
-            model,
-            lambda step: experiment.training_batches(labeled, unlabeled, step),
-            session,
-            start,
-            total,
-        )
-        return session.finish()
+        with distribution.noticing_lost_workers(strategy):
+            _fit(model, make_batches, session, start, total)
+            return session.finish()
     except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
         raise _explain(e, experiment, (labeled, evaluation), unlabeled) from e
 
@@ -124,11 +129,15 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     for prefix in filter(None, (experiment.task.eval_set, experiment.task.test_set)):
         source = pipeline.Source.find(config.data.label_data_dir, prefix, max_bad_fraction=0)
         try:
-            results[prefix] = evaluator(experiment.eval_batches(source), source.total)
+            results[prefix] = evaluator(_eval_shares(experiment, source), source.total)
         except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
             raise _explain(e, experiment, (source,)) from e
         logging.info("%s, %s: %s", path, prefix, accuracy.describe(results[prefix]))
     return results
+
+
+def _eval_shares(experiment: Experiment, source: pipeline.Source):
+    return lambda context: experiment.eval_batches(source, distribution.share(context))
 
 
 def _check(config: Config) -> None:
@@ -156,6 +165,10 @@ def _check(config: Config) -> None:
             f"--final_base_lr={train.final_base_lr} must be above 0 and below "
             f"--base_learning_rate={train.base_learning_rate}"
         )
+    if not 0 < train.label_data_sample_prob <= 1:
+        raise ConfigError(
+            f"--label_data_sample_prob={train.label_data_sample_prob} must be above 0, and at most 1"
+        )
     if train.teacher_softmax_temp == 0 or -1 < train.teacher_softmax_temp < 0:
         raise ConfigError(
             f"--teacher_softmax_temp={train.teacher_softmax_temp}: "
@@ -174,7 +187,7 @@ def _sources(experiment: Experiment, evaluate: bool):
     return labeled, unlabeled, evaluation
 
 
-def _claim(model_dir: str, config: Config) -> None:
+def _claim(model_dir: str, config: Config, writes: bool = True) -> None:
     """Writes the configuration to model_dir, or checks that the one there is the same."""
     path = os.path.join(model_dir, "config.json")
     identity = json.loads(json.dumps(config.identity()))
@@ -188,11 +201,12 @@ def _claim(model_dir: str, config: Config) -> None:
                 "Choose another --model_dir, or give the settings it was started with."
             )
         return
-    tf.io.gfile.makedirs(model_dir)
-    manifests.write_json(path, identity, indent=1)
+    if writes:
+        tf.io.gfile.makedirs(model_dir)
+        manifests.write_json(path, identity, indent=1)
 
 
-def _build(experiment: Experiment, labeled_count: int) -> NoisyStudent:
+def _build(experiment: Experiment, labeled_count: int, strategy=None) -> NoisyStudent:
     train = experiment.config.train
     student, ema_student = experiment.build_model(), experiment.build_model()
     teacher = None
@@ -205,10 +219,12 @@ def _build(experiment: Experiment, labeled_count: int) -> NoisyStudent:
         unlabel_ratio=train.unlabel_ratio,
         teacher_softmax_temp=train.teacher_softmax_temp,
         ema_decay=train.moving_average_decay,
+        label_data_sample_prob=train.label_data_sample_prob,
     )
     schedule = schedules.learning_rate(
         base_learning_rate=train.base_learning_rate,
         labeled_batch_size=train.train_batch_size,
+        label_data_sample_prob=train.label_data_sample_prob,
         num_train_images=(
             experiment.config.data.num_train_images
             or experiment.task.num_train_images
@@ -222,7 +238,9 @@ def _build(experiment: Experiment, labeled_count: int) -> NoisyStudent:
     )
     model = NoisyStudent(student, ema_student, settings, train.seed, teacher)
     model.compile(
-        RMSPropTF1(schedule), steps_per_execution=_chunk(train, _steps_to_run(experiment))
+        RMSPropTF1(schedule),
+        steps_per_execution=_chunk(train, _steps_to_run(experiment)),
+        jit_compile=distribution.compiles(experiment.config.hardware, strategy),
     )
     model.optimizer.build(student.trainable_variables)
     return model
@@ -297,13 +315,17 @@ class MetricsLog:
     Args:
       folder: model_dir.
       start: step the run continues from; later rows of an interrupted run are dropped.
+      writes: False on all workers but the chief, who keep the rows in memory.
     """
 
-    def __init__(self, folder: str, start: int):
+    def __init__(self, folder: str, start: int, writes: bool = True):
+        self._writes = writes
         self.path = os.path.join(folder, "metrics.jsonl")
         self.rows = [row for row in read_metrics(self.path) if row["step"] <= start]
         self._write()
-        self._writer = tf.summary.create_file_writer(folder)
+        self._writer = (
+            tf.summary.create_file_writer(folder) if writes else tf.summary.create_noop_writer()
+        )
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Appends one row and the same scalars for TensorBoard."""
@@ -322,6 +344,8 @@ class MetricsLog:
         return {}
 
     def _write(self) -> None:
+        if not self._writes:
+            return
         with manifests.atomic_path(self.path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
             f.write("".join(json.dumps(row) + "\n" for row in self.rows))
 
