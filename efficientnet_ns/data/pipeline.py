@@ -288,13 +288,15 @@ def _batches(data: tf.data.Dataset, prepare, batch_size: int, share: Share) -> t
 
 
 def join(*datasets: tf.data.Dataset) -> tf.data.Dataset:
-    """Zips datasets of dicts into one dataset of merged dicts, prefetched."""
+    """Zips endless datasets of dicts into one dataset of merged dicts, prefetched."""
     data = datasets[0]
     if len(datasets) > 1:
         data = tf.data.Dataset.zip(datasets).map(
             lambda *parts: {key: value for part in parts for key, value in part.items()}
         )
-    return data.prefetch(tf.data.AUTOTUNE)
+    # Several workers have static shapes only where no end can come.
+    endless = tf.data.experimental.assert_cardinality(tf.data.experimental.INFINITE_CARDINALITY)
+    return data.apply(endless).prefetch(tf.data.AUTOTUNE)
 
 
 def eval_batches(

@@ -82,7 +82,7 @@ class Checkpoints:
         Raises:
           SaveFailed: it could not be written; earlier checkpoints are untouched.
         """
-        step = int(self.optimizer.iterations)
+        step = int(tf.convert_to_tensor(self.optimizer.iterations))
         prefix, earlier = self.prefix(step), self.steps()
         # Batch-norm statistics are averaged over replicas as they are read, by all workers together.
         values = {name: tf.convert_to_tensor(self.variables[name]) for name in self.variables}

@@ -373,7 +373,7 @@ class _Session(tf.keras.callbacks.Callback):
         self._mark = time.monotonic()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        step, previous = int(self.saver.optimizer.iterations), self._seen
+        step, previous = int(tf.convert_to_tensor(self.saver.optimizer.iterations)), self._seen
         values = {name: float(value) for name, value in (logs or {}).items()}
         save = step == self.total or step // self._save_every > previous // self._save_every
         if not math.isfinite(values["train/loss"]):
