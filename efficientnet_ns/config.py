@@ -319,8 +319,9 @@ class Config:
 
 
 def _flag_fields(cls: type) -> list[dataclasses.Field]:
-    sections = [_SECTIONS[f.name] for f in dataclasses.fields(cls) if f.name in _SECTIONS]
-    return [f for section in (sections or [cls]) for f in dataclasses.fields(section)]
+    # Other configurations may have a field that is called like a section: benchmarks have `data`.
+    sections = _SECTIONS.values() if cls is Config else [cls]
+    return [f for section in sections for f in dataclasses.fields(section)]
 
 
 def _field_type(cls: type, name: str) -> type:
@@ -373,7 +374,7 @@ def check(config: Any) -> None:
     """Raises ConfigError for the first value below its field's lower bound."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in _SECTIONS:
+        if dataclasses.is_dataclass(value):
             check(value)
         elif value is not None and field.metadata["low"] is not None:
             if value < field.metadata["low"]:

@@ -75,6 +75,7 @@ def make_trainer(
     seed: int = 0,
     learning_rate=0.05,
     weight_decay: float = 1e-2,
+    label_data_sample_prob: float = 1.0,
     jit_compile: bool = False,
     **model_kwargs,
 ) -> student.NoisyStudent:
@@ -86,6 +87,7 @@ def make_trainer(
             weight_decay=weight_decay,
             unlabel_ratio=unlabel_ratio,
             teacher_softmax_temp=temperature,
+            label_data_sample_prob=label_data_sample_prob,
         ),
         seed=seed,
         teacher=teacher,

@@ -153,7 +153,7 @@ def _conv_initializer() -> tf.keras.initializers.Initializer:
 
 def _bn_swish(x, name: str, batch_norm: BatchNormMaker):
     x = batch_norm(name=f"{name}_bn")(x)
-    return tf.keras.layers.Activation(tf.nn.silu, name=f"{name}_swish")(x)
+    return tf.keras.layers.Activation(layers.swish, name=f"{name}_swish")(x)
 
 
 def _squeeze_excite(x, filters_in: int, name: str):
@@ -161,7 +161,7 @@ def _squeeze_excite(x, filters_in: int, name: str):
     squeezed = max(1, int(filters_in * 0.25))
     s = tf.keras.layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_se_pool")(x)
     s = _conv(s, squeezed, 1, 1, f"{name}_se_reduce", use_bias=True)
-    s = tf.keras.layers.Activation(tf.nn.silu, name=f"{name}_se_swish")(s)
+    s = tf.keras.layers.Activation(layers.swish, name=f"{name}_se_swish")(s)
     s = _conv(s, x.shape[-1], 1, 1, f"{name}_se_expand", use_bias=True)
     s = tf.keras.layers.Activation(tf.nn.sigmoid, name=f"{name}_se_gate")(s)
     return tf.keras.layers.Multiply(name=f"{name}_se_excite")([x, s])

@@ -99,6 +99,20 @@ def _draw(stream, skip: int | tf.Tensor, shape: Sequence[int | tf.Tensor]) -> tf
 
 
 @tf.keras.utils.register_keras_serializable("efficientnet_ns")
+@tf.custom_gradient
+def swish(x: tf.Tensor) -> tf.Tensor:
+    """x·sigmoid(x), whose gradient reads memory less often than that of `tf.nn.silu`."""
+    y = x * tf.sigmoid(x)
+
+    def gradient(dy: tf.Tensor) -> tf.Tensor:
+        # dy·s·(1 + x·(1 - s)) with s = sigmoid(x); this kernel gives dy·s in one pass.
+        through_gate = tf.raw_ops.SoftplusGrad(gradients=dy, features=x)
+        return through_gate + through_gate * (x - y)
+
+    return y, gradient
+
+
+@tf.keras.utils.register_keras_serializable("efficientnet_ns")
 class PixelNormalization(tf.keras.layers.Layer):
     """(x - 255·mean) / (255·std) per channel: pixels 0..255 to about zero mean, unit variance.
 
@@ -281,8 +295,8 @@ class StochasticDepth(tf.keras.layers.Layer):
             return inputs
         shape = [-1] + [1] * (inputs.shape.rank - 1)
         draw = tf.reshape(_uniform(inputs, 1, self.name), shape)
-        kept = tf.cast(draw < self.survival_prob, inputs.dtype)
-        return inputs / tf.cast(self.survival_prob, inputs.dtype) * kept
+        factors = tf.cast(draw < self.survival_prob, tf.float32) / self.survival_prob
+        return inputs * tf.cast(factors, inputs.dtype)
 
     def get_config(self) -> dict:
         return {**super().get_config(), "survival_prob": self.survival_prob}
