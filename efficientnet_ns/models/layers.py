@@ -74,7 +74,9 @@ def _uniform(inputs: tf.Tensor, width: int, layer: str, blocks: int | None = Non
         (),
         None,
     )
-    seed = tf.random.experimental.stateless_fold_in(seed, zlib.crc32(layer.encode()) & 0x7FFFFFFF)
+    # The algorithm is named wherever there is a choice: XLA's own differs from device to device.
+    salt = zlib.crc32(layer.encode()) & 0x7FFFFFFF
+    seed = tf.random.experimental.stateless_fold_in(seed, salt, alg="philox")
     stream = tf.raw_ops.StatelessRandomGetKeyCounter(seed=seed)
     if not rows:
         return _draw(stream, 0, [tf.shape(inputs)[0], width])
