@@ -54,6 +54,12 @@ def noise_seed(
 _PHILOX, _PHILOX_GROUP = 1, 4  # TensorFlow's number of the algorithm; numbers per counter value.
 
 
+def fold_in(seed: tf.Tensor, salt: int) -> tf.Tensor:
+    """A new seed int32 [2] from an integer one [2]; the same on all devices and under XLA."""
+    # The algorithm that is chosen without a name differs from device to device.
+    return tf.random.experimental.stateless_fold_in(seed, salt, alg="philox")
+
+
 def bernoulli(inputs: tf.Tensor, probability: float, name: str) -> tf.Tensor:
     """1 with `probability`, else 0, per row of the first block of rows; the dtype of `inputs` [N]."""
     draw = _uniform(inputs, 1, name, blocks=1)
@@ -74,10 +80,8 @@ def _uniform(inputs: tf.Tensor, width: int, layer: str, blocks: int | None = Non
         (),
         None,
     )
-    # The algorithm is named wherever there is a choice: XLA's own differs from device to device.
-    salt = zlib.crc32(layer.encode()) & 0x7FFFFFFF
-    seed = tf.random.experimental.stateless_fold_in(seed, salt, alg="philox")
-    stream = tf.raw_ops.StatelessRandomGetKeyCounter(seed=seed)
+    seed = fold_in(seed, zlib.crc32(layer.encode()) & 0x7FFFFFFF)
+    stream = _stream(seed)
     if not rows:
         return _draw(stream, 0, [tf.shape(inputs)[0], width])
     if width % _PHILOX_GROUP:
@@ -90,10 +94,27 @@ def _uniform(inputs: tf.Tensor, width: int, layer: str, blocks: int | None = Non
     return tf.concat(parts, 0)
 
 
+def _stream(seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Key uint64 [1] and first counter uint64 [2] of the numbers of a seed, as TensorFlow has them.
+
+    Its own `StatelessRandomGetKeyCounter` is not used because XLA takes negative seeds for others.
+    """
+    mixed = tf.raw_ops.StatelessRandomUniformFullIntV2(
+        shape=[4],
+        key=tf.constant([0x02461E293EC8F720], tf.uint64),
+        counter=tf.cast(seed, tf.uint64),
+        alg=_PHILOX,
+        dtype=tf.uint32,
+    )
+    key, counter = tf.unstack(tf.bitcast(tf.reshape(mixed, [2, 2]), tf.uint64))
+    return key[None], tf.stack([tf.zeros_like(counter), counter])
+
+
 def _draw(stream, skip: int | tf.Tensor, shape: Sequence[int | tf.Tensor]) -> tf.Tensor:
+    key, counter = stream
     skipped = tf.stack([tf.cast(skip, tf.uint64), tf.zeros([], tf.uint64)])
     bits = tf.raw_ops.StatelessRandomUniformFullIntV2(
-        shape=shape, key=stream.key, counter=stream.counter + skipped, alg=_PHILOX, dtype=tf.uint32
+        shape=shape, key=key, counter=counter + skipped, alg=_PHILOX, dtype=tf.uint32
     )
     # XLA makes other floats of the same bits than TensorFlow's kernels, which these equal.
     low = tf.cast(tf.bitwise.bitwise_and(bits, tf.constant(0x7FFFFF, tf.uint32)), tf.int32)

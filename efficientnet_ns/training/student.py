@@ -148,7 +148,7 @@ class NoisyStudent(tf.keras.Model):
         seed = tf.stack(
             [tf.cast(self.seed, tf.int32), tf.cast(self.optimizer.iterations, tf.int32)]
         )
-        seed = tf.random.experimental.stateless_fold_in(seed, 0, alg="philox")
+        seed = layers.fold_in(seed, 0)
         if replicas == 1:
             return layers.noise_seed(seed)
         num_unlabeled = num_images - num_labeled
