@@ -15,6 +15,7 @@ from efficientnet_ns.config import BenchmarkConfig
 # --what → module with `run(BenchmarkConfig) -> list[tables.Row]`.
 BENCHMARKS = {
     "input": "inputs",
+    "train": "training",
 }
 
 

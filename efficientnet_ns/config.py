@@ -163,6 +163,18 @@ class TrainConfig:
         -1, "Train only the last so many steps of the schedule, without warm-up; -1: all."
     )
     train_batch_size: int = setting(4096, "Labeled images per update, over all replicas.", low=1)
+    label_data_sample_prob: float = setting(
+        1.0,
+        "Probability that a labeled image enters the loss, for labeled batches that must be smaller "
+        "than the number of replicas: train_batch_size times this counts as the batch.",
+        low=0,
+    )
+    num_shards_per_group: int = setting(
+        -1,
+        "Replicas that share batch-norm statistics: -1: one up to 8 replicas, else groups of "
+        "max(8, replicas/8); 1: one; k: groups of k; -2: all.",
+        low=-2,
+    )
     base_learning_rate: float = setting(0.016, "Learning rate per 256 labeled images.")
     final_base_lr: Optional[float] = setting(
         None, "When given, the decay period is chosen to end at this rate per 256."
@@ -261,6 +273,25 @@ class HardwareConfig:
     gcp_project: Optional[str] = setting(None, "Project of the TPU.", free=True)
     use_bfloat16: bool = setting(
         True, "Compute in bfloat16 on TPU; weights stay float32.", free=True
+    )
+    precision: str = setting(
+        "auto",
+        "auto: bfloat16 on TPU with use_bfloat16, else float32 (most CPUs emulate bfloat16); or the "
+        "one to use on any device.",
+        choices=("auto", "float32", "mixed_bfloat16"),
+        free=True,
+    )
+    num_replicas: int = setting(
+        0,
+        "Local devices that share each batch: GPUs, or without any, logical CPU devices; 0: all "
+        "GPUs, or one CPU. With TF_CONFIG, per worker.",
+        low=0,
+        free=True,
+    )
+    jit_compile: bool = setting(
+        False,
+        "Compile the training step with XLA on one device or on GPUs; TPUs always do.",
+        free=True,
     )
 
 

@@ -195,6 +195,40 @@ class Source:
         return Source(self.paths, tuple(counts))
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The rows of every batch that one host prepares, and in how many pieces.
+
+    The batch is defined once, for all hosts: host h of H prepares rows h·B/H … (h+1)·B/H - 1, and
+    hands them on in order, B/replicas at a time, one piece to each of its replicas. So a batch holds
+    the same examples with the same augmentation on any number of hosts and replicas.
+
+    Attributes:
+      host, num_hosts: which host of how many.
+      replicas: of all hosts together; a multiple of num_hosts that divides the batch.
+    """
+
+    host: int = 0
+    num_hosts: int = 1
+    replicas: int = 1
+
+    def per_replica(self, batch_size: int) -> int:
+        """Rows of one replica; ValueError unless the replicas divide the batch."""
+        if batch_size % self.replicas:
+            raise ValueError(f"a batch of {batch_size} does not divide by {self.replicas} replicas")
+        return batch_size // self.replicas
+
+    def own(self, data: tf.data.Dataset, batch_size: int) -> tf.data.Dataset:
+        """The elements (index in the stream, …) of this host's rows."""
+        if self.num_hosts == 1:
+            return data
+        rows = self.per_replica(batch_size) * (self.replicas // self.num_hosts)
+        return data.filter(lambda index, _: index % batch_size // rows == self.host)
+
+
+WHOLE = Share()
+
+
 def _stream(
     source: Source, seed: int, start: int, shuffle_buffer: int, cache: bool
 ) -> tf.data.Dataset:
@@ -273,14 +307,17 @@ def labeled_batches(
     start_step: int = 0,
     shuffle_buffer: int = 10000,
     cache: bool = False,
+    share: Share = WHOLE,
 ) -> tf.data.Dataset:
     """Endless training batches.
 
     Args:
       cache: keep the records in memory when they fit; see `record_cache`.
+      batch_size: over all replicas.
+      share: the rows of each batch to prepare. Every host reads all records, and decodes its own.
 
     Yields:
-      `image` [batch_size, S, S, 3], `label` int32 [batch_size], 0-based.
+      `image` [B, S, S, 3], `label` int32 [B], 0-based; B = batch_size / replicas.
     """
 
     def prepare(index: tf.Tensor, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -289,8 +326,7 @@ def labeled_batches(
         return {"image": image, "label": _checked_label(example["label"], num_classes)}
 
     data = _stream(source, seed, start_step * batch_size, shuffle_buffer, cache)
-    data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return data.batch(batch_size, drop_remainder=True)
+    return _batches(data, prepare, batch_size, share)
 
 
 def unlabeled_batches(
@@ -304,16 +340,19 @@ def unlabeled_batches(
     shuffle_buffer: int = 10000,
     cache: bool = False,
     teacher_preprocessing: Preprocessing | None = None,
+    share: Share = WHOLE,
 ) -> tf.data.Dataset:
     """Endless training batches of pseudo-labeled records.
 
     Args:
+      batch_size: over all replicas.
       teacher_preprocessing: when given, records need no stored labels and each image also comes
         clean, at the teacher's resolution.
+      share: see `labeled_batches`.
 
     Yields:
-      `unl_image` [batch_size, S, S, 3] and either `unl_label` int32 [batch_size], `unl_probs`
-      float32 [batch_size, num_classes], or `teacher_image` [batch_size, T, T, 3].
+      `unl_image` [B, S, S, 3] and either `unl_label` int32 [B], `unl_probs` float32
+      [B, num_classes], or `teacher_image` [B, T, T, 3]; B = batch_size / replicas.
     """
 
     def prepare(index: tf.Tensor, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -332,31 +371,47 @@ def unlabeled_batches(
         }
 
     data = _stream(source, seed + 1, start_step * batch_size, shuffle_buffer, cache)
+    return _batches(data, prepare, batch_size, share)
+
+
+def _batches(data: tf.data.Dataset, prepare, batch_size: int, share: Share) -> tf.data.Dataset:
+    data = share.own(data, batch_size)
     data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return data.batch(batch_size, drop_remainder=True)
+    return data.batch(share.per_replica(batch_size), drop_remainder=True)
 
 
 def join(*datasets: tf.data.Dataset) -> tf.data.Dataset:
-    """Zips datasets of dicts into one dataset of merged dicts, prefetched."""
+    """Zips endless datasets of dicts into one dataset of merged dicts, prefetched."""
     data = datasets[0]
     if len(datasets) > 1:
         data = tf.data.Dataset.zip(datasets).map(
             lambda *parts: {key: value for part in parts for key, value in part.items()}
         )
-    return data.prefetch(tf.data.AUTOTUNE)
+    # Several workers have static shapes only where no end can come.
+    endless = tf.data.experimental.assert_cardinality(tf.data.experimental.INFINITE_CARDINALITY)
+    return data.apply(endless).prefetch(tf.data.AUTOTUNE)
 
 
 def eval_batches(
-    source: Source, preprocessing: Preprocessing, *, num_classes: int, batch_size: int
+    source: Source,
+    preprocessing: Preprocessing,
+    *,
+    num_classes: int,
+    batch_size: int,
+    share: Share = WHOLE,
 ) -> tf.data.Dataset:
     """Every record once, in file order; the last batch is padded.
 
+    Args:
+      batch_size: over all replicas.
+      share: the rows of each batch to prepare.
+
     Yields:
-      `image` float32 [batch_size, S, S, 3], `label` int32 [batch_size], `mask` float32
-      [batch_size]: 1 for an example, 0 for padding.
+      `image` float32 [B, S, S, 3], `label` int32 [B], `mask` float32 [B]: 1 for an example, 0 for
+      padding; B = batch_size / replicas. Every replica gets the same number of batches.
     """
 
-    def prepare(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
+    def prepare(_, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
         example = records.parse_labeled(serialized)
         return {
             "image": preprocessing.evaluate(example["image"]),
@@ -368,10 +423,16 @@ def eval_batches(
     data = files.flat_map(
         lambda path, count: tf.data.TFRecordDataset(path).take(tf.cast(count, tf.int64))
     )
+    data = share.own(data.enumerate(), batch_size)
     data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE)
+    size = share.per_replica(batch_size)
     # Differs (4): the last batch is padded, not dropped.
-    data = data.batch(batch_size).map(lambda batch: pad_batch(batch, batch_size))
-    return data.prefetch(tf.data.AUTOTUNE)
+    data = data.batch(size).map(lambda batch: pad_batch(batch, size))
+    steps = -(-source.total // batch_size)
+    pieces = steps * (share.replicas // share.num_hosts)
+    nothing = tf.nest.map_structure(lambda s: tf.zeros(s.shape, s.dtype), data.element_spec)
+    padding = tf.data.Dataset.from_tensors(nothing).repeat(pieces)
+    return data.concatenate(padding).take(pieces).prefetch(tf.data.AUTOTUNE)
 
 
 def pad_batch(batch: dict[str, tf.Tensor], batch_size: int) -> dict[str, tf.Tensor]:
