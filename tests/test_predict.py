@@ -123,7 +123,7 @@ def predictions(path: str | Path) -> tuple[np.ndarray, list[int]]:
 @pytest.fixture(scope="module", autouse=True)
 def one_labeler_per_teacher() -> Iterator[None]:
     """Building and tracing a model takes seconds; every run here has the same settings of it."""
-    original, made = predict._Labeler, {}
+    original, made = predict.Labeler, {}
 
     def labeler(experiment: Experiment, checkpoint: str):
         if checkpoint not in made:
@@ -131,7 +131,7 @@ def one_labeler_per_teacher() -> Iterator[None]:
         return made[checkpoint]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predict, "_Labeler", labeler)
+        patch.setattr(predict, "Labeler", labeler)
         yield
 
 
@@ -248,7 +248,7 @@ def times(done: Config) -> dict[str, int]:
 
 def test_finished_shards_are_skipped(finished, monkeypatch):
     before = times(finished)
-    monkeypatch.setattr(predict, "_Labeler", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr(predict, "Labeler", lambda *_: pytest.fail("a model was built"))
     result = predict.predict(finished)
     assert result == {"records": 19, "unreadable": 0, "skipped_shards": 3}
     assert times(finished) == before
