@@ -242,7 +242,8 @@ def test_two_workers_share_each_shard(folder, expected):
 
 
 def times(done: Config) -> dict[str, int]:
-    paths = [*Path(done.predict.output_dir).iterdir(), *Path(done.predict.info_dir).iterdir()]
+    folders = [Path(done.predict.output_dir), Path(done.predict.info_dir)]
+    paths = [path for folder in folders if folder.exists() for path in folder.iterdir()]
     return {str(path): path.stat().st_mtime_ns for path in paths}
 
 
@@ -333,6 +334,11 @@ def test_bad_records_keep_their_place(folder, damaged, answer, caplog):
     assert quarantine["7"] == "the record has no 'image/encoded'"
     assert quarantine["11"].startswith("truncated at byte")
     assert str(damaged) in caplog.text
+    lines = (output / "quarantine-00001-of-00002-00000.jsonl").read_text().splitlines()
+    listed = [json.loads(line) for line in lines]
+    assert [entry["position"] for entry in listed] == bad
+    assert {entry["file"] for entry in listed} == {str(damaged)}
+    assert [entry["reason"] for entry in listed] == list(quarantine.values())
 
 
 def test_too_many_bad_records(folder, damaged):

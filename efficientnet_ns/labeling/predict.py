@@ -31,10 +31,13 @@ from efficientnet_ns.labeling.shards import ShardJob, TooManyBadRecords, Unit
 from efficientnet_ns.models import weights
 
 
-def predict(config: Config) -> dict[str, int]:
+def predict(config: Config, labeler: Labeler | None = None) -> dict[str, int]:
     """Labels the configured shards; finished ones are verified and skipped.
 
     Shards that another process is working on are waited for, and taken over when it dies.
+
+    Args:
+      labeler: one made before for the same settings; None: it is made when there is work.
 
     Returns:
       `records`, `unreadable` and `skipped_shards` (not labeled by this call), over the shards.
@@ -50,7 +53,7 @@ def predict(config: Config) -> dict[str, int]:
     stages = {name: unit.stage for name, unit in units.items()}
     labeled = 0
     if not all([stage.done() for stage in stages.values()]):
-        labeled = _work(experiment, units)
+        labeled = _work(experiment, units, labeler)
     counts = [stage.counts() for stage in stages.values()]
     return {
         "records": sum(c["records"] for c in counts),
@@ -147,10 +150,10 @@ def _unit(experiment: Experiment, checkpoint: str, path: str, shard: int) -> Uni
     )
 
 
-def _work(experiment: Experiment, units: dict[str, Unit]) -> int:
+def _work(experiment: Experiment, units: dict[str, Unit], labeler: Labeler | None) -> int:
     """Labels units until all are done, by this process or by others; returns how many it did."""
     options = experiment.config.predict
-    labeler = Labeler(experiment, options.predict_ckpt_path)
+    labeler = labeler or Labeler(experiment, options.predict_ckpt_path)
     labeled, failed = 0, {}
     queue = Queue(options.output_dir, options.lease_seconds)
 

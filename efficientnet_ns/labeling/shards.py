@@ -236,6 +236,14 @@ class ShardJob:
                     f.write(json.dumps({"image_num": total}))
             self._lease.check()
             write_quarantine(unit, quarantine)
+            if quarantine:
+                logging.warning(
+                    "%s: %d of %d records are unreadable, see %s",
+                    unit.source,
+                    len(quarantine),
+                    total,
+                    unit.quarantine_path,
+                )
             counts.update(records=total, quarantine={str(n): why for n, _, why in quarantine})
         self._parts.remove()
 
