@@ -86,7 +86,7 @@ class Lease:
     def _write(self, state: str) -> None:
         self._beat += 1
         with tf.io.gfile.GFile(self.path, "w") as f:
-            f.write(json.dumps({**self._owner, "state": state, "beat": self._beat}))
+            f.write(json.dumps({**self._owner, "state": state, "beat": self._beat}) + "\n")
 
     def _keep(self) -> None:
         while not self._stop.wait(self._seconds):
@@ -213,9 +213,10 @@ def _read(path: str) -> str | None:
 
 
 def _parse(content: str) -> dict[str, Any]:
+    # The last line: there are stores (`ram://`) where writing an existing file appends to it.
     try:
-        return json.loads(content)
-    except json.JSONDecodeError:
+        return json.loads(content.splitlines()[-1])
+    except (IndexError, json.JSONDecodeError):
         return {}
 
 

@@ -48,9 +48,6 @@ class TensorFlowEngine:
         self.lanes = max(2, os.cpu_count() or 2)
         self._lock = threading.Lock()
 
-        @tf.function(
-            input_signature=[tf.TensorSpec([self._per_replica, *model.input_shape[1:]], tf.float32)]
-        )
         def forward(pixels):
             return tf.nn.softmax(model(pixels, training=False))
 
