@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +15,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import tensorflow as tf
+import torture
 from PIL import Image
 
 from efficientnet_ns.config import Config, ConfigError
@@ -762,3 +766,49 @@ def test_mutated_records_and_images(folder, tmp_path):
 @pytest.mark.slow
 def test_many_mutated_records_and_images(folder, tmp_path):
     fuzz(folder, tmp_path, 10_000)
+
+
+# --- Kills ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_workers_killed_again_and_again(folder, tmp_path):
+    """SIGKILLs at random moments leave the files of an undisturbed run, to the last byte."""
+    rng = np.random.default_rng(21)
+    pictures = [png(rng) for _ in range(500)]
+    payloads = [records.unlabeled_example(picture) for picture in pictures]
+    number, num_shards = 20_000, 4
+    places = rng.integers(0, 500, [num_shards, number])
+    write_shards(tmp_path / "unlabeled", [[payloads[i] for i in row] for row in places])
+    for shard in range(num_shards):
+        path = tmp_path / "unlabeled" / records.shard_name("extra", shard, num_shards)
+        corrupt(path, rng.choice(number, number // 200, replace=False))
+    values = {
+        "unlabel_data_dir": str(tmp_path / "unlabeled"),
+        "num_shards": num_shards,
+        "max_bad_fraction": 0.02,
+        "shard_id": "auto",
+    }
+    quiet, rough = (settings(folder, tmp_path / name, **values) for name in ("quiet", "rough"))
+    result = predict.predict(quiet)
+    assert result["records"] == num_shards * number and result["unreadable"] > 100
+    command = [sys.executable, "-m", "efficientnet_ns.main", "--mode=predict"]
+    command += ["--model_name=efficientnet-test", f"--task_name={folder}/task_{CLASSES}.json"]
+    command += [f"--{key}={value}" for key, value in dataclasses.asdict(rough.predict).items()]
+    command += [f"--unlabel_data_dir={tmp_path}/unlabeled", "--eval_batch_size=4"]
+    command += ["--part_seconds=0.5"]
+    hits = torture.run_with_kills([command] * 2, 12, 5, (2.0, 6.0), tmp_path)
+    assert hits >= 3
+    assert contents(rough) == contents(quiet)
+
+
+def corrupt(path: Path, chosen: np.ndarray) -> None:
+    """Changes the last byte of the payloads of the chosen records."""
+    content, chosen, end = bytearray(path.read_bytes()), set(chosen.tolist()), 0
+    for record in itertools.count():
+        if end >= len(content):
+            break
+        end += 16 + int.from_bytes(content[end : end + 8], "little")
+        if record in chosen:
+            content[end - 5] ^= 0xFF
+    path.write_bytes(content)
