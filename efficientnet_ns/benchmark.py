@@ -16,6 +16,7 @@ from efficientnet_ns.config import BenchmarkConfig
 BENCHMARKS = {
     "input": "inputs",
     "train": "training",
+    "predict": "labeling",
 }
 
 

@@ -246,16 +246,46 @@ class TrainConfig:
 class PredictConfig:
     """Which shards a teacher labels, and where to."""
 
-    predict_ckpt_path: str = setting("", "Checkpoint of the teacher.")
+    predict_ckpt_path: str = setting(
+        "",
+        "Weights of the teacher: checkpoint, folder with one, or file of Keras (.h5) or timm "
+        "(.safetensors, .pth).",
+    )
     output_dir: str = setting("", "Folder of the prediction records.")
     info_dir: str = setting("", "Folder of the per-shard counts.")
     num_shards: int = setting(128, "Number of shards of the unlabeled set.", low=1)
-    shard_id: str = setting("0", "Shards to label: a list or ranges, e.g. 0,3,8-15.")
+    shard_id: str = setting(
+        "0",
+        "Shards to label: a list or ranges, e.g. 0,3,8-15; auto: all of them, shared with every "
+        "process that was started with the same output_dir.",
+    )
     total_replicas: int = setting(1, "Workers that share each shard.", low=1)
     worker_id: int = setting(0, "This worker among total_replicas.", low=0)
     file_prefix: str = setting("train", "Prefix of the unlabeled files: train or extra.")
+    data_type: str = setting("tfrecord", "Kind of the input files.", choices=("tfrecord",))
+    reassign_label: bool = setting(
+        False,
+        "Give new labels to pseudo-labeled records, <file_prefix>-<worker_id>-<shard>-of-<shards>.",
+    )
+    inference_engine: str = setting(
+        "auto",
+        "What computes: tf, xnnpack (CPU only), or auto: xnnpack where there is no accelerator.",
+        choices=("auto", "tf", "xnnpack"),
+    )
+    test_time_views: int = setting(
+        1,
+        "Views of each image whose probabilities are averaged: 1; 2 (mirrored); 10 (four corners "
+        "and centre, each also mirrored).",
+        low=1,
+    )
     max_bad_fraction: float = setting(
         0.01, "Stop when more than this fraction of a shard's records is unreadable.", low=0
+    )
+    part_seconds: float = setting(
+        60.0, "Work of a shard that a killed process may lose, in seconds.", low=0
+    )
+    lease_seconds: float = setting(
+        300.0, "A process without a sign of life for so long has lost its shard to others.", low=1
     )
 
 
@@ -511,11 +541,13 @@ def no_arguments(argv: list[str]) -> None:
 
 
 def shard_list(text: str, num_shards: int) -> list[int]:
-    """`"0,3,8-11"` → [0, 3, 8, 9, 10, 11].
+    """`"0,3,8-11"` → [0, 3, 8, 9, 10, 11]; `"auto"` → all.
 
     Raises:
       ConfigError: not numbers and ranges, or outside 0..num_shards-1.
     """
+    if text == "auto":
+        return list(range(num_shards))
     shards: list[int] = []
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
