@@ -342,7 +342,7 @@ class Config:
 
 
 def _flag_fields(cls: type) -> list[dataclasses.Field]:
-    sections = [_SECTIONS[f.name] for f in dataclasses.fields(cls) if f.name in _SECTIONS]
+    sections = list(_SECTIONS.values()) if cls is Config else []
     return [f for section in (sections or [cls]) for f in dataclasses.fields(section)]
 
 
@@ -396,7 +396,7 @@ def check(config: Any) -> None:
     """Raises ConfigError for the first value below its field's lower bound."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in _SECTIONS:
+        if dataclasses.is_dataclass(value):
             check(value)
         elif value is not None and field.metadata["low"] is not None:
             if value < field.metadata["low"]:
