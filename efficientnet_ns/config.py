@@ -233,7 +233,7 @@ class SelectConfig:
     num_image: int = setting(1300, "Images per class.", low=0)
     min_threshold: float = setting(0.0, "Lowest confidence that is kept.", low=0)
     max_prob: float = setting(
-        2, "Highest confidence that is kept; above 1, since rounding may exceed it."
+        2.0, "Highest confidence that is kept; above 1, since rounding may exceed it."
     )
     num_label_classes: int = setting(1000, "Number of classes.", low=1)
     upsample: int = setting(1, "Fill classes below num_image with copies: 1 or 0.", low=0)
