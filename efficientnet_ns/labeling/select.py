@@ -180,7 +180,7 @@ def select(config: SelectConfig) -> dict[str, object]:
     predictions = manifests.fingerprint([path for paths in indexes.values() for path in paths])
     statistics_stage = statistics.stage(config, predictions, names)
     stage = _stage(config, predictions)
-    counted = statistics_stage.done()
+    counted = _are_counted(statistics_stage)
     if config.only_get_stats and counted:
         return statistics_stage.counts()
     if not config.only_get_stats and stage.done() and counted:
@@ -194,6 +194,15 @@ def select(config: SelectConfig) -> dict[str, object]:
         if not stage.done():
             _select(source, counts, config, stage)
     return stage.counts()
+
+
+def _are_counted(stage: manifests.Stage) -> bool:
+    """Whether the statistics are there; those of predictions that changed since are made anew."""
+    if tf.io.gfile.exists(stage.manifest):
+        if manifests.read_json(stage.manifest)["config"] != stage.config:
+            logging.info("%s: of other predictions, counting again", stage.manifest)
+            return False
+    return stage.done()
 
 
 def _statistics_names(config: SelectConfig, workers: int) -> dict[tuple[int, int], str]:
