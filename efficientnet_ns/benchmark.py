@@ -17,6 +17,7 @@ BENCHMARKS = {
     "input": "inputs",
     "train": "training",
     "predict": "labeling",
+    "select": "selection",
 }
 
 
