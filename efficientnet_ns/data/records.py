@@ -375,14 +375,18 @@ def write_sharded(
     return paths
 
 
-def note_counts(paths: Sequence[str]) -> None:
-    """Records the number of records and bytes of files of one folder in its `counts.json`."""
+def note_counts(paths: Sequence[str], totals: Sequence[int] | None = None) -> None:
+    """Records the number of records and bytes of files of one folder in its `counts.json`.
+
+    Args:
+      totals: records of each file; default: they are counted.
+    """
     folder = os.path.dirname(paths[0])
     sidecar = os.path.join(folder, COUNTS)
     entries = manifests.read_json(sidecar) if tf.io.gfile.exists(sidecar) else {}
-    for path in paths:
+    for path, total in zip(paths, totals or map(count, paths)):
         entries[os.path.basename(path)] = {
-            "records": count(path),
+            "records": total,
             "bytes": tf.io.gfile.stat(path).length,
         }
     manifests.write_json(sidecar, entries, indent=1)
