@@ -12,20 +12,26 @@ paragraph saying so; a wrong shape or range raises a ValueError that names the a
 from efficientnet_ns.labeling.report.page import Section, write_page
 from efficientnet_ns.labeling.report.pictures import image_grid
 from efficientnet_ns.labeling.report.plots import (
+    HISTOGRAM_BINS,
     agreement_by_confidence,
     class_balance,
     confidence_by_class,
     confidence_histogram,
     learning_curves,
 )
-from efficientnet_ns.labeling.report.tables import NOTHING, table
+from efficientnet_ns.labeling.report.tables import NOTHING, details, paragraph, table
 from efficientnet_ns.labeling.report.truth import (
+    CALIBRATION_BINS,
     accuracy_of_pseudo_labels,
     calibration_error,
     confusion,
 )
 
 __all__ = [
+    "CALIBRATION_BINS",
+    "HISTOGRAM_BINS",
+    "details",
+    "paragraph",
     "NOTHING",
     "Section",
     "accuracy_of_pseudo_labels",

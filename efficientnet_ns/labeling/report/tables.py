@@ -68,5 +68,11 @@ def table(rows: Sequence[Mapping[str, object]], *, highlight_last: bool = False)
     )
 
 
+def paragraph(text: str) -> str:
+    """Plain text as a paragraph."""
+    return f"<p>{escape(text)}</p>\n"
+
+
 def details(summary: str, body: str) -> str:
+    """HTML that opens on demand."""
     return f"<details><summary>{escape(summary)}</summary>\n{body}</details>\n"
