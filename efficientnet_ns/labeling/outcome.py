@@ -216,7 +216,7 @@ class Outcome:
         labels are those of the earlier round."""
         return self._columns(
             f"SELECT least(floor(prob::DOUBLE * {int(bins)}), {int(bins) - 1})::INTEGER AS bin, "
-            "kept, count_if(label = before) AS same, count(*) AS images FROM compared GROUP BY ALL"
+            "kept, count_if(label = before)::BIGINT AS same, count(*) AS images FROM compared GROUP BY ALL"
         )
 
     def changes(self, limit: int) -> list[tuple[int, int, int]]:
