@@ -92,7 +92,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-KILLS = 40
+KILLS = 30
 
 
 def test_killed_at_random_moments(tmp_path):

@@ -62,7 +62,10 @@ def write_report(config: SelectConfig, options: Options = Options(), path: str =
             f"What the teacher's predictions in {config.prediction_dir} say of the images in "
             f"{config.input_dir}, and what was selected of them into {config.output_dir}."
         ),
-        sections=sections(config, options),
+        sections=[
+            report.Section(title[0].upper() + title[1:], body)
+            for title, body in sections(config, options)
+        ],
     )
     return path
 
@@ -115,9 +118,9 @@ def _summary(run: _Run) -> str:
     ]
     text = ""
     if empty:
-        shown = ", ".join(empty[:20]) + (" …" if len(empty) > 20 else "")
+        shown = ", ".join([*empty[:20], *["…"] * (len(empty) > 20)])
         text = report.paragraph(
-            f"{len(empty)} of {len(run.names)} classes have no image at all: {shown}."
+            f"{len(empty)} of {len(run.names)} classes have no image kept: {shown}"
         )
     return report.table(rows) + text
 
@@ -152,9 +155,10 @@ def _balance(run: _Run) -> str:
 
 
 def _by_coverage(run: _Run) -> np.ndarray:
-    """Classes, the one with the fewest confident images first."""
-    order = (np.arange(len(run.names)), run.classes["predicted"], run.classes["confident"])
-    return np.lexsort(order)
+    """Classes that were predicted at all, the one with the fewest confident images first."""
+    predicted = np.flatnonzero(run.classes["predicted"])
+    keys = (predicted, run.classes["predicted"][predicted], run.classes["confident"][predicted])
+    return predicted[np.lexsort(keys)]
 
 
 def _coverage(run: _Run) -> str:
@@ -175,7 +179,8 @@ def _coverage(run: _Run) -> str:
     ]
     shown = max(run.options.classes, 1)
     text = report.paragraph(
-        "By the number of images whose confidence is at or above the threshold. In the best "
+        "The classes that were predicted at all, by the number of images whose confidence is at or "
+        "above the threshold. In the best "
         "covered classes the lowest kept confidence says how picky the selection could be."
     )
     return (
@@ -269,6 +274,11 @@ _GRIDS = {
     "least confident images kept": {"kept": True, "order": "least"},
     "images rejected": {"kept": False, "order": "most"},
 }
+_SAY = {
+    "most confident images kept": "What the teacher is surest of, with its label and confidence.",
+    "least confident images kept": "What the threshold just lets in: wrong labels would be here.",
+    "images rejected": "What is left out, most confident first: right labels here are a loss.",
+}
 
 
 def _pictures(run: _Run) -> dict[str, str]:
@@ -297,7 +307,10 @@ def _pictures(run: _Run) -> dict[str, str]:
         images = [data[p.shard, p.record] for p in pictures]
         return report.image_grid(list(zip(images, captions)))
 
-    parts = {title: source + grid(pictures, named=True) for title, pictures in overall.items()}
+    parts = {
+        title: report.paragraph(_SAY[title]) + source + grid(pictures, named=True)
+        for title, pictures in overall.items()
+    }
     classes = []
     for label in chosen:
         body = "".join(
