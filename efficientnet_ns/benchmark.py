@@ -13,7 +13,7 @@ from efficientnet_ns import config
 from efficientnet_ns.config import BenchmarkConfig
 
 # --what → module with `run(BenchmarkConfig) -> list[tables.Row]`.
-BENCHMARKS = {}
+BENCHMARKS = {"select": "selection"}
 
 
 def main(argv: list[str]) -> None:

@@ -200,21 +200,78 @@ class SelectConfig:
 
     input_dir: str = setting("", "Folder of the unlabeled records.")
     prediction_dir: str = setting("", "Folder of the predictions.")
+    info_dir: str = setting(
+        "",
+        "Folder of the counts that the prediction wrote; given, they are compared with the "
+        "predictions, which are read in any case.",
+    )
     prelim_stats_dir: str = setting("", "Folder of the statistics.")
     output_dir: str = setting("", "Folder of the selection and of the balanced records.")
     num_shards: int = setting(128, "Number of shards of the unlabeled set.", low=1)
+    only_use_num_shards: int = setting(
+        -1, "Use the first so many shards alone, for statistics, selection and records; -1: all."
+    )
+    shard_id: int = setting(
+        0,
+        "Write the records of this shard alone; not given: those of all. Statistics and selection "
+        "are of all shards in either case, made by the first call and found by the later ones.",
+        low=0,
+    )
+    total_replicas: int = setting(
+        1,
+        "Tasks that share the workers of a shard: the statistics have a file for each, but task 0 "
+        "writes the records of all, so calls with a --task above 0 write none.",
+        low=1,
+    )
     total_label_replicas: int = setting(
         -1, "Workers that predicted each shard (their total_replicas); -1: as many as are found."
     )
     task: int = setting(-1, "Number in the names of the output files; -1: 0.")
+    debug: int = setting(
+        0, "1: statistics and selection of the first worker's part of --shard_id alone."
+    )
     num_image: int = setting(1300, "Images per class.", low=0)
     min_threshold: float = setting(0.0, "Lowest confidence that is kept.", low=0)
+    max_prob: float = setting(
+        2.0, "Highest confidence that is kept; above 1, since rounding may exceed it."
+    )
     num_label_classes: int = setting(1000, "Number of classes.", low=1)
     upsample: int = setting(1, "Fill classes below num_image with copies: 1 or 0.", low=0)
+    use_top: int = setting(
+        1,
+        "1: the most confident images of classes with more than num_image; 0: a random part of "
+        "all from min_threshold on.",
+        low=0,
+    )
+    use_all: bool = setting(
+        False, "Every image from min_threshold on, once; num_image is not heeded."
+    )
+    selection: str = setting(
+        "exact",
+        "exact: num_image images per class. threshold: as the 2019 code, cut at steps of 0.01, "
+        "with copies drawn so that about num_image are expected.",
+        choices=("exact", "threshold"),
+    )
     only_get_stats: int = setting(0, "Stop after the statistics: 1 or 0.", low=0)
     file_prefix: str = setting("train", "Prefix of the unlabeled files: train or extra.")
+    data_type: str = setting(
+        "tfrecord", "Of the unlabeled files; there is no other.", choices=("tfrecord",)
+    )
+    eval_imagenet_p: bool = setting(
+        False, "Accepted for old scripts, without effect; the 2019 code did not use it either."
+    )
     seed: int = setting(0, "Of the choice of copies and of the order of records.", low=0)
     num_samples: int = setting(5, "Sample pictures kept per class and shard.", low=0)
+    num_workers: int = setting(
+        -1,
+        "Processes that write shards at the same time; -1: one per core, fewer if there is little "
+        "to write.",
+    )
+    memory_limit: str = setting(
+        "",
+        "Memory of the selection, such as 8GB, beyond which it spills to files below TMPDIR; "
+        "default: 60 % of the machine's.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +300,8 @@ class BenchmarkConfig:
     batch_size: int = setting(16, "Images per step.", low=1)
     seconds: float = setting(10.0, "Duration of each measurement.", low=0.1)
     threads: Optional[int] = setting(None, "CPU threads; default: all.", low=1)
+    rows: int = setting(30_000_000, "Predictions to select from (select).", low=1)
+    classes: int = setting(1000, "Classes of the predictions (select).", low=1)
     json_file: str = setting("", "Also write the results to this file.")
 
 
@@ -288,7 +347,7 @@ class Config:
 
 
 def _flag_fields(cls: type) -> list[dataclasses.Field]:
-    sections = [_SECTIONS[f.name] for f in dataclasses.fields(cls) if f.name in _SECTIONS]
+    sections = list(_SECTIONS.values()) if cls is Config else []
     return [f for section in (sections or [cls]) for f in dataclasses.fields(section)]
 
 
@@ -342,7 +401,7 @@ def check(config: Any) -> None:
     """Raises ConfigError for the first value below its field's lower bound."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in _SECTIONS:
+        if dataclasses.is_dataclass(value):
             check(value)
         elif value is not None and field.metadata["low"] is not None:
             if value < field.metadata["low"]:

@@ -118,6 +118,16 @@ ORIGINAL = {
         "upsample": (int, 1),
         "only_get_stats": (int, 0),
         "file_prefix": (str, "train"),
+        "info_dir": (str, ""),
+        "only_use_num_shards": (int, -1),
+        "shard_id": (int, 0),
+        "total_replicas": (int, 1),
+        "debug": (int, 0),
+        "max_prob": (float, 2),
+        "data_type": (str, "tfrecord"),
+        "use_top": (int, 1),
+        "eval_imagenet_p": (bool, False),
+        "use_all": (bool, False),
     },
 }
 # Flags of the original that are not here; one that appears has this type and default.
@@ -139,18 +149,6 @@ NOT_HERE = {
         "num_train_shards": (int, None),
         "reassign_label": (bool, False),
         "data_type": (str, "tfrecord"),
-    },
-    "filter_unlabel": {
-        "info_dir": (str, ""),
-        "only_use_num_shards": (int, -1),
-        "shard_id": (int, 0),
-        "total_replicas": (int, 1),
-        "debug": (int, 0),
-        "max_prob": (float, 2),
-        "data_type": (str, "tfrecord"),
-        "use_top": (int, 1),
-        "eval_imagenet_p": (bool, False),
-        "use_all": (bool, False),
     },
 }
 

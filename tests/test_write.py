@@ -230,13 +230,15 @@ def test_seed_changes_the_order(inputs, by_command):
 
 def test_number_of_processes_and_runs_does_not_matter(inputs, by_command):
     """Two shards by two processes, then the others; the last run sums up."""
-    settings = config(inputs, "processes")
+    settings = config(inputs, "processes", num_workers=2)
     select.select(settings)
-    records_written = write.write(settings, shards=[1, 3], num_workers=2)["records"]
+    records_written = write.write(settings, shards=[1, 3])["records"]
     data = Path(settings.output_dir) / "data"
     assert sorted(path.name[-14:-9] for path in data.iterdir()) == ["00001", "00003"]
     assert not (data.parent / "stats" / "final_stats.json").exists()
-    records_written += write.write(settings, shards=[0, 2])["records"]
+    records_written += write.write(dataclasses.replace(settings, num_workers=1), shards=[0, 2])[
+        "records"
+    ]
     assert records_written == NUM_IMAGE * CLASSES
     assert files(settings.output_dir) == files(by_command[0].output_dir)
 
@@ -399,10 +401,9 @@ def test_wrong_number_of_workers_is_noticed(tmp_path):
     """Two of three prediction files were there: positions mean other images."""
     settings = make_small(tmp_path, workers=3)
     Path(select.prediction_path(settings, 0, 2)).unlink()
-    Path(settings.output_dir, select.SELECTION).unlink()
-    Path(settings.output_dir, select.SELECTION + ".manifest.json").unlink()
-    for name in ("threshold.json", "num_image_across_cat.json"):
-        Path(settings.output_dir, name).unlink()
+    settings = dataclasses.replace(
+        settings, output_dir=str(tmp_path / "two"), prelim_stats_dir=str(tmp_path / "two_stats")
+    )
     select.select(settings)
     with pytest.raises(records.DataError, match="total_replicas of the prediction"):
         write.write(settings)

@@ -25,7 +25,6 @@ from efficientnet_ns.labeling import predict, select, write
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
-# Forks nothing of the test's size, so that the peak is that of the work.
 WRITE = """
 import json, resource, sys, time
 from efficientnet_ns.config import SelectConfig
@@ -34,7 +33,7 @@ from efficientnet_ns.labeling import write
 if __name__ == "__main__":
     settings = SelectConfig(**json.loads(sys.argv[1]))
     started = time.monotonic()
-    result = write.write(settings, num_workers=int(sys.argv[2]))
+    result = write.write(settings)
     result["seconds"] = time.monotonic() - started
     peak = max(resource.getrusage(who).ru_maxrss for who in (0, resource.RUSAGE_CHILDREN))
     print(json.dumps({**result, "mib": peak / 1024}))
@@ -42,7 +41,7 @@ if __name__ == "__main__":
 
 
 def child(settings: dict, processes: int) -> list[str]:
-    return [sys.executable, "-c", WRITE, json.dumps(settings), str(processes)]
+    return [sys.executable, "-c", WRITE, json.dumps({**settings, "num_workers": processes})]
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -105,7 +104,7 @@ def test_killed_at_random_moments(tmp_path):
         picture=[jpeg(8, seed) for seed in range(100)],
         num_image=4000,
     )
-    write.write(SelectConfig(**settings), num_workers=1)
+    write.write(SelectConfig(**settings))
     expected = contents(tmp_path / "out")
     for name in expected:
         if not name.startswith(("selection", "threshold", "num_image")):

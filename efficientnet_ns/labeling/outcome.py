@@ -72,13 +72,13 @@ class Outcome:
         selection = os.path.join(config.output_dir, select.SELECTION)
         if not tf.io.gfile.exists(selection):
             raise records.DataError(f"{selection} is missing: run the selection first")
-        tables = {"predictions": select.index_files(config), "selection": [selection]}
+        tables = {"predictions": _indexes(config), "selection": [selection]}
         views = {"images": ("predictions", config), "chosen": ("selection", config)}
         if previous_dir:
             earlier = dataclasses.replace(
                 config, prediction_dir=previous_dir, total_label_replicas=-1
             )
-            tables["previous"] = select.index_files(earlier)
+            tables["previous"] = _indexes(earlier)
             views["earlier"] = ("previous", earlier)
         self._db = select.connect(**tables)
         for view, (table, predicted) in views.items():
@@ -228,3 +228,7 @@ class Outcome:
 
     def _columns(self, query: str) -> dict[str, np.ndarray]:
         return self._db.execute(f"{query} ORDER BY ALL").fetchnumpy()
+
+
+def _indexes(config: SelectConfig) -> list[str]:
+    return [path for paths in select.index_files(config).values() for path in paths]

@@ -39,7 +39,7 @@ def read_truth(config: SelectConfig, truth: Truth) -> pyarrow.Table:
     import pyarrow.parquet
 
     if truth == RECORDS:
-        truth = [_labels(select.input_path(config, s)) for s in range(config.num_shards)]
+        truth = [_labels(select.input_path(config, s)) for s in select.shards(config)]
         if not any((labels > _NO_LABEL).any() for labels in truth):
             raise records.DataError(
                 f"no record of {config.input_dir} has {records.LABEL_ONE_BASED!r}: "
@@ -154,7 +154,7 @@ def read_quarantine(config: SelectConfig, limit: int = 20) -> Quarantine:
     """The quarantine lists of the manifests of all predictions."""
     workers = select.count_workers(config)
     result = Quarantine(Counter(), Counter(), [], 0)
-    for shard in range(config.num_shards):
+    for shard in select.shards(config):
         name = os.path.basename(select.input_path(config, shard))
         for worker in range(workers):
             manifest = select.prediction_path(config, shard, worker) + ".manifest.json"

@@ -32,17 +32,13 @@ class WriterDied(RuntimeError):
     """A process that wrote a shard was ended from outside."""
 
 
-def write(
-    config: SelectConfig, shards: Sequence[int] | None = None, num_workers: int | None = None
-) -> dict[str, int]:
+def write(config: SelectConfig, shards: Sequence[int] | None = None) -> dict[str, int]:
     """Writes the selected records of shards; finished shards are verified and skipped.
 
     The statistics of all and `counts.json` are written by the run that finds every shard finished.
 
     Args:
       shards: numbers of the shards to write, default all; other runs may write the rest.
-      num_workers: processes that write shards at the same time; default: as many as there are
-        cores, fewer if there is little to write.
 
     Returns:
       `records` written, over the shards asked for.
@@ -57,14 +53,14 @@ def write(
     if not tf.io.gfile.exists(selection):
         raise records.DataError(f"{selection} is missing: run the selection first")
     selection_hash = manifests.content_hash(selection)
-    everything = range(config.num_shards)
+    everything = select.shards(config)
     shards = list(everything if shards is None else shards)
     stages = {shard: stage(config, selection_hash, shard) for shard in shards}
     todo = {shard: stages[shard] for shard in shards if not stages[shard].done()}
-    _write_all(config, todo, workers, _processes(config, list(todo), num_workers))
+    _write_all(config, todo, workers, _processes(config, list(todo)))
     written = {shard: stages[shard].counts()["records"] for shard in shards}
     _check_total(config, selection, written)
-    if len(stages) < config.num_shards:
+    if not set(everything) <= set(stages):
         stages = {shard: stage(config, selection_hash, shard) for shard in everything}
     if all(stages[shard].done() for shard in everything):
         _write_final_stats(config, [stages[shard] for shard in everything])
@@ -84,8 +80,9 @@ def _check_total(config: SelectConfig, selection: str, written: Mapping[int, int
             )
 
 
-def _processes(config: SelectConfig, shards: Sequence[int], wanted: int | None) -> int:
-    if wanted is None:
+def _processes(config: SelectConfig, shards: Sequence[int]) -> int:
+    wanted = config.num_workers
+    if wanted < 1:
         size = sum(tf.io.gfile.stat(select.input_path(config, shard)).length for shard in shards)
         wanted = min(os.cpu_count() or 1, 1 + size // _BYTES_PER_PROCESS)
     return max(1, min(wanted, len(shards)))
