@@ -430,6 +430,11 @@ class SelectConfig:
     )
     seed: int = setting(0, "Of the choice of copies and of the order of records.", low=0)
     num_samples: int = setting(5, "Sample pictures kept per class and shard.", low=0)
+    num_workers: int = setting(
+        -1,
+        "Processes that write shards at the same time; -1: one per core, fewer if there is little "
+        "to write.",
+    )
     memory_limit: str = setting(
         "",
         "Memory of the selection, such as 8GB, beyond which it spills to files below TMPDIR; "

@@ -22,6 +22,7 @@ SOURCES = {
 ENTRIES = {
     "main",
     "filter_unlabel",
+    "labeling_report",
     "noisy_student",
     "export_model",
     "convert_checkpoint",
