@@ -232,8 +232,7 @@ def _round_sections(config: Config, loop: LoopConfig, number: int, truth: list[l
     from efficientnet_ns.data import records, tasks
     from efficientnet_ns.labeling import report, select
 
-    teacher = loop.models.split(",")[number - 1]
-    _, selection = noisy_student.stage_configs(config, loop, number, teacher)
+    _, selection = noisy_student.stage_configs(config, loop, number)
     outcome = select.load_outcome(selection)
     names = tasks.get_task(config.data.task_name).class_names
     labels, probs, copies = outcome["label"], outcome["prob"], outcome["copies"]
