@@ -74,6 +74,20 @@ class DataConfig:
     task_name: str = setting(
         "imagenet", "imagenet, svhn, digits, or the path of a .json file that describes a task."
     )
+    data_source: str = setting(
+        "",
+        "tfds:<name>: a set of TensorFlow Datasets as labeled images and task, in place of "
+        "label_data_dir and task_name. Made into records when first used.",
+        free=True,  # The records made from it, in label_data_dir, are not.
+    )
+    data_cache_dir: str = setting(
+        "",
+        "Where the records of data_source are made; default: efficientnet_ns in the TFDS folder.",
+        free=True,
+    )
+    tfds_data_dir: Optional[str] = setting(
+        None, "TFDS folder; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.", free=True
+    )
     label_data_dir: Optional[str] = setting(
         None, "Folder of labeled records; several joined with ';'."
     )

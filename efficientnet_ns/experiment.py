@@ -8,7 +8,7 @@ import math
 import tensorflow as tf
 
 from efficientnet_ns.config import Config, ConfigError
-from efficientnet_ns.data import pipeline, tasks
+from efficientnet_ns.data import pipeline, prepare, tasks
 from efficientnet_ns.models import efficientnet
 
 
@@ -32,7 +32,11 @@ class Experiment:
 
     @classmethod
     def from_config(cls, config: Config) -> Experiment:
-        """Resolves and cross-checks; ConfigError names the flag that does not fit."""
+        """Resolves and cross-checks; ConfigError names the flag that does not fit.
+
+        Records of a `data_source` are made here when they are not there yet.
+        """
+        config = prepare.with_records(config)
         try:
             task = tasks.get_task(config.data.task_name)
         except ValueError as e:

@@ -29,6 +29,8 @@ ENTRIES = {
     "predict_image",
     "demo",
     "benchmark",
+    "make_records",
+    "proc_svhn",
 }
 BASE = {"config", "progress"}
 NUMBERS = {"data", "models"}

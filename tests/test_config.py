@@ -27,6 +27,7 @@ from efficientnet_ns.config import (
     SelectConfig,
     TrainConfig,
 )
+from efficientnet_ns.data.settings import MakeConfig, SvhnConfig
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = {
@@ -43,8 +44,10 @@ ENTRIES = {
     "filter_unlabel": ([SelectConfig], set()),
     "demo": ([demo.DemoConfig], set()),
     "export_model": ([Config], {"export_dir", "version", "ema"}),
+    "make_records": ([MakeConfig], set()),
+    "proc_svhn": ([SvhnConfig], set()),
 }
-ALL = [*SECTIONS.values(), SelectConfig, LoopConfig, demo.DemoConfig]
+ALL = [*SECTIONS.values(), SelectConfig, LoopConfig, demo.DemoConfig, MakeConfig, SvhnConfig]
 
 # Flags of google-research/noisystudent (commit aac52bf) that exist here, with their types and
 # defaults there. Those of its predict_label.py belong to `main --mode=predict`.
@@ -420,6 +423,9 @@ def test_identity():
     """Of the sections that make the weights, all but what may change between runs; JSON-able."""
     identity = Config().identity()
     free = {
+        "data_source",
+        "data_cache_dir",
+        "tfds_data_dir",
         "model_dir",
         "steps_per_eval",
         "eval_batch_size",

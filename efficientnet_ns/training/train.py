@@ -51,6 +51,7 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
       TrainingDiverged: NaN or infinite loss; the last good checkpoint is kept.
     """
     experiment = Experiment.from_config(config)
+    config = experiment.config
     _check(config)
     labeled, unlabeled, evaluation = _sources(experiment, evaluate)
     model_dir = config.train.model_dir
@@ -108,6 +109,7 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
       Set prefix → metrics; see `accuracy.Evaluator`.
     """
     experiment = Experiment.from_config(config)
+    config = experiment.config
     if not config.data.label_data_dir:
         raise ConfigError("--label_data_dir is needed: the folder with the evaluation records")
     path = config.train.init_model_path or config.train.model_dir
