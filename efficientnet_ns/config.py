@@ -17,6 +17,8 @@ from typing import Any, Optional
 
 from absl import app, flags, logging
 
+from efficientnet_ns import flag_help, preemption
+
 
 class ConfigError(ValueError):
     """A flag has a value that cannot work; the message names it."""
@@ -97,6 +99,24 @@ class DataConfig:
     num_train_images: Optional[int] = setting(
         None, "Labeled images per epoch; default: the task's, else counted.", low=1
     )
+    num_eval_images: Optional[int] = setting(
+        None,
+        "Measure the first so many images of the evaluation set; default: all.",
+        low=1,
+        free=True,
+    )
+    num_test_images: Optional[int] = setting(
+        None, "The same of the test set, for tasks that have one.", low=1, free=True
+    )
+    num_train_shards: Optional[int] = setting(
+        None, "Train on the first so many shards of the labeled set; default: all.", low=1
+    )
+    use_cache: bool = setting(
+        True,
+        "Keep the encoded records of a set in memory after their first reading, when they fit into a "
+        "quarter of what is free; changes no bit of the training.",
+        free=True,
+    )
     augment_name: Optional[str] = setting(
         None,
         "Augmentation of training images: randaugment (the original calls it v1); default none.",
@@ -159,6 +179,12 @@ class TrainConfig:
     )
     init_model: bool = setting(False, "Start from the weights at init_model_path.")
     init_model_path: Optional[str] = setting(None, "Checkpoint to start from.")
+    fix_layer_num: int = setting(
+        -1,
+        "Freeze the stem and the first so many blocks: no updates, batch norm with its moving "
+        "statistics, no stochastic depth; -1: nothing is frozen.",
+        low=-1,
+    )
     init_skip: str = setting(
         "",
         "Regular expressions, joined with ',', of variables that keep their initial values with "
@@ -170,7 +196,28 @@ class TrainConfig:
     save_checkpoints_steps: int = setting(1000, "Save every so many steps.", low=1, free=True)
     keep_checkpoint_max: int = setting(5, "Checkpoints kept.", low=1, free=True)
     iterations_per_loop: int = setting(
-        1000, "Steps the device runs between two looks from the host.", low=1, free=True
+        1000,
+        "Steps the device runs between two looks from the host: how soon logs and a request to "
+        "stop (SIGTERM) are answered.",
+        low=1,
+        free=True,
+    )
+    log_step_count_steps: int = setting(
+        64, "A log line every so many steps, at ends of host loops.", low=1, free=True
+    )
+    preview_images: int = setting(
+        16,
+        "Augmented images of each kind in model_dir/augmented.png and TensorBoard; 0: none.",
+        low=0,
+        free=True,
+    )
+    debug: int = setting(
+        0, "1: log the whole configuration, the model and the first batch.", low=0, free=True
+    )
+    eval_continuously: bool = setting(
+        False,
+        "With --mode=eval: measure every new checkpoint in model_dir until the last step.",
+        free=True,
     )
 
 
@@ -206,6 +253,43 @@ class HardwareConfig:
     use_bfloat16: bool = setting(
         True, "Compute in bfloat16 on TPU; weights stay float32.", free=True
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class LegacyConfig:
+    """Accepted for old command lines, without effect."""
+
+    master: Optional[str] = setting(
+        None, "Accepted for old command lines; --tpu names the TPU.", free=True
+    )
+    skip_host_call: bool = setting(
+        False,
+        "Accepted for old command lines; summaries are written between host loops and cost the "
+        "device nothing.",
+        free=True,
+    )
+    data_format: str = setting(
+        "channels_last",
+        "Accepted for old command lines; the compiler chooses the layout on every device.",
+        choices=("channels_last", "channels_first"),
+        free=True,
+    )
+    transpose_input: bool = setting(
+        True,
+        "Accepted for old command lines; the compiler lays out the input for the TPU.",
+        free=True,
+    )
+    num_tpu_cores: Optional[int] = setting(
+        None, "Accepted for old command lines; all cores of the TPU are used.", free=True
+    )
+
+    def without_effect(self) -> list[str]:
+        """`--name=value` of each that is not at its default."""
+        return [
+            f"--{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,6 +369,7 @@ _SECTIONS = {
     "train": TrainConfig,
     "predict": PredictConfig,
     "hardware": HardwareConfig,
+    "legacy": LegacyConfig,
 }
 
 
@@ -297,6 +382,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     predict: PredictConfig = PredictConfig()
     hardware: HardwareConfig = HardwareConfig()
+    legacy: LegacyConfig = LegacyConfig()
 
     def override(self, **values: Any) -> Config:
         """A copy with fields of any section replaced: `config.override(train_steps=…)`."""
@@ -319,10 +405,21 @@ class Config:
             if not field.metadata["free"]
         }
 
+    def values(self) -> dict[str, Any]:
+        """Every setting by its flag's name; JSON-able."""
+        return {
+            field.name: getattr(getattr(self, name), field.name)
+            for name, section in _SECTIONS.items()
+            for field in dataclasses.fields(section)
+        }
+
+
+def _sections(cls: type) -> list[type]:
+    return [_SECTIONS[f.name] for f in dataclasses.fields(cls) if f.name in _SECTIONS] or [cls]
+
 
 def _flag_fields(cls: type) -> list[dataclasses.Field]:
-    sections = [_SECTIONS[f.name] for f in dataclasses.fields(cls) if f.name in _SECTIONS]
-    return [f for section in (sections or [cls]) for f in dataclasses.fields(section)]
+    return [f for section in _sections(cls) for f in dataclasses.fields(section)]
 
 
 def _field_type(cls: type, name: str) -> type:
@@ -344,19 +441,21 @@ _DEFINE = {
 
 def define_flags(cls: type, flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines one absl flag per field of a configuration dataclass."""
-    for field in _flag_fields(cls):
-        choices = field.metadata["choices"]
-        define = _DEFINE[_field_type(cls, field.name)]
-        if choices:
-            define = functools.partial(flags.DEFINE_enum, enum_values=list(choices))
-        define(
-            name=field.name,
-            default=field.default,
-            help=field.metadata["help"],
-            flag_values=flag_values,
-            # Attributed to the program, so that --helpshort shows them.
-            module_name=sys.argv[0],
-        )
+    for section in _sections(cls):
+        # Attributed to the program and the section, so that --helpshort shows them in groups.
+        group = f"{sys.argv[0]}: {section.__doc__.splitlines()[0]}"
+        for field in dataclasses.fields(section):
+            choices = field.metadata["choices"]
+            define = _DEFINE[_field_type(section, field.name)]
+            if choices:
+                define = functools.partial(flags.DEFINE_enum, enum_values=list(choices))
+            define(
+                name=field.name,
+                default=field.default,
+                help=field.metadata["help"],
+                flag_values=flag_values,
+                module_name=group,
+            )
 
 
 def from_flags(cls: type, values: flags.FlagValues) -> Any:
@@ -411,18 +510,26 @@ def shard_list(text: str, num_shards: int) -> list[int]:
     return list(dict.fromkeys(shards))
 
 
+_HELP = {"-h", "--h", "-help", "--help", "-helpshort", "--helpshort", "-?", "--?"}
 _STORAGE_ERRORS = ("NotFoundError", "PermissionDeniedError", "ResourceExhaustedError")
 
 
 def run(main: Callable[[list[str]], None]) -> None:
     """`absl.app.run` for an entry point: what the user can mend is one line, not a stack trace.
 
-    Exit code 2 for a wrong flag or unusable data.
+    Exit code 2 for a wrong flag or unusable data, 75 after SIGTERM or SIGINT (see `preemption`).
     """
+    if _HELP & set(sys.argv[1:]):
+        print(flag_help.text(flags.FLAGS, sys.argv[0], sys.modules["__main__"].__doc__ or ""))
+        sys.exit(0)
 
     def guarded(argv: list[str]) -> None:
         try:
-            main(argv)
+            with preemption.StopRequest() as stop, stop.immediate():
+                main(argv)
+        except preemption.Preempted as e:
+            logging.warning("%s: start the same command again to continue", e)
+            sys.exit(preemption.EXIT_CODE)
         except Exception as e:
             # Storage fails with an OSError or one of TensorFlow's errors, which name the path.
             ours = type(e).__module__.startswith("efficientnet_ns")

@@ -74,7 +74,7 @@ class Experiment:
         return math.ceil(self.config.train.train_batch_size * self.config.train.unlabel_ratio)
 
     def build_model(self) -> tf.keras.Model:
-        """A new student."""
+        """A new student, of which nothing is frozen yet."""
         model, train = self.config.model, self.config.train
         drop_rate = 0.2 if model.stochastic_depth_rate is None else model.stochastic_depth_rate
         return efficientnet.build_model(
@@ -141,6 +141,7 @@ class Experiment:
             "seed": train.seed,
             "start_step": start_step,
             "shuffle_buffer": data.shuffle_buffer,
+            "cache": data.use_cache,
         }
         parts = [
             pipeline.labeled_batches(

@@ -7,12 +7,13 @@ dataset started at step n continues exactly where an uninterrupted one would be.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from efficientnet_ns.data import augment, images, records
+from efficientnet_ns.data import augment, images, record_cache, records
 
 _LABELED, _UNLABELED = 1, 2  # Salts: the two streams draw independently from one seed.
 
@@ -118,20 +119,41 @@ class Source:
         """Number of records."""
         return sum(self.counts)
 
+    def shards(self, number: int) -> Source:
+        """The first `number` files; DataError when there are fewer, or they are empty."""
+        if number > len(self.paths):
+            raise records.DataError(f"{number} shards are asked for, {len(self.paths)} are there")
+        first = Source(self.paths[:number], self.counts[:number])
+        if not first.total:
+            raise records.DataError(f"the first {number} shards hold no records: {first.paths[0]}")
+        return first
 
-def _stream(source: Source, seed: int, start: int, shuffle_buffer: int) -> tf.data.Dataset:
+    def examples(self, number: int) -> Source:
+        """The first `number` records, in file order; DataError when there are fewer."""
+        if number > self.total:
+            raise records.DataError(f"{number} records are asked for, {self.total} are there")
+        counts, left = [], number
+        for count in self.counts:
+            counts.append(min(count, left))
+            left -= counts[-1]
+        return Source(self.paths, tuple(counts))
+
+
+def _stream(
+    source: Source, seed: int, start: int, shuffle_buffer: int, cache: bool
+) -> tf.data.Dataset:
     """Endless (global index, record) from index `start` on, shuffled anew each epoch."""
     paths, counts = tf.constant(source.paths), tf.constant(source.counts, tf.int64)
+    before = tf.cumsum(counts, exclusive=True)
 
-    def epoch(number: tf.Tensor) -> tf.data.Dataset:
+    def epoch(read, number: tf.Tensor) -> tf.data.Dataset:
         epoch_seed = tf.stack([tf.constant(seed, tf.int64), number])
         order = tf.random.experimental.stateless_shuffle(tf.range(len(source.paths)), epoch_seed)
         files = tf.data.Dataset.from_tensor_slices(
-            (tf.gather(paths, order), tf.gather(counts, order))
+            tuple(tf.gather(values, order) for values in (paths, counts, before))
         )
         data = files.interleave(
-            # Only whole records: a truncated tail was not counted.
-            lambda path, count: tf.data.TFRecordDataset(path).take(count),
+            read,
             cycle_length=min(16, len(source.paths)),
             num_parallel_calls=tf.data.AUTOTUNE,
             deterministic=True,
@@ -139,8 +161,20 @@ def _stream(source: Source, seed: int, start: int, shuffle_buffer: int) -> tf.da
         return _shuffle(data, min(shuffle_buffer, source.total), epoch_seed)
 
     first_epoch, offset = divmod(start, source.total)
-    data = tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch).skip(offset)
-    return data.enumerate(start)
+    numbers = tf.data.Dataset.range(first_epoch, tf.int64.max)
+    if cache and record_cache.fits(source.paths):
+        memory = record_cache.RecordCache()
+        data = numbers.take(1).flat_map(functools.partial(epoch, memory.read))
+        data = data.concatenate(numbers.skip(1).flat_map(functools.partial(epoch, memory.recall)))
+    else:
+        data = numbers.flat_map(functools.partial(epoch, _read))
+    return data.skip(offset).enumerate(start)
+
+
+def _read(path: tf.Tensor, count: tf.Tensor, first: tf.Tensor) -> tf.data.Dataset:
+    del first
+    # Only whole records: a truncated tail was not counted.
+    return tf.data.TFRecordDataset(path).take(count)
 
 
 def _shuffle(data: tf.data.Dataset, buffer_size: int, seed: tf.Tensor) -> tf.data.Dataset:
@@ -182,8 +216,12 @@ def labeled_batches(
     seed: int,
     start_step: int = 0,
     shuffle_buffer: int = 10000,
+    cache: bool = False,
 ) -> tf.data.Dataset:
     """Endless training batches.
+
+    Args:
+      cache: keep the records in memory when they fit; see `record_cache`.
 
     Yields:
       `image` [batch_size, S, S, 3], `label` int32 [batch_size], 0-based.
@@ -194,7 +232,7 @@ def labeled_batches(
         image = preprocessing.train(example["image"], _sample_seed(seed, _LABELED, index))
         return {"image": image, "label": _checked_label(example["label"], num_classes)}
 
-    data = _stream(source, seed, start_step * batch_size, shuffle_buffer)
+    data = _stream(source, seed, start_step * batch_size, shuffle_buffer, cache)
     data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     return data.batch(batch_size, drop_remainder=True)
 
@@ -208,6 +246,7 @@ def unlabeled_batches(
     seed: int,
     start_step: int = 0,
     shuffle_buffer: int = 10000,
+    cache: bool = False,
     teacher_preprocessing: Preprocessing | None = None,
 ) -> tf.data.Dataset:
     """Endless training batches of pseudo-labeled records.
@@ -236,7 +275,7 @@ def unlabeled_batches(
             "unl_probs": example["probs"],
         }
 
-    data = _stream(source, seed + 1, start_step * batch_size, shuffle_buffer)
+    data = _stream(source, seed + 1, start_step * batch_size, shuffle_buffer, cache)
     data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     return data.batch(batch_size, drop_remainder=True)
 

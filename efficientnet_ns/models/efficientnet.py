@@ -283,6 +283,23 @@ def num_blocks(model: tf.keras.Model) -> int:
     return sum(layer.name.endswith("_dw_conv") for layer in model.layers)
 
 
+def freeze(model: tf.keras.Model, blocks: int) -> None:
+    """Freezes the stem and the first `blocks` MBConv blocks of a model made by `build_model`.
+
+    Frozen layers get no updates, normalise with their moving statistics, which stay, and drop no
+    residual branch, all as the original's `fix_layer_num`.
+
+    Raises:
+      ValueError: the model has fewer blocks.
+    """
+    if not 0 <= blocks <= num_blocks(model):
+        raise ValueError(f"{blocks} blocks cannot be frozen: {model.name} has {num_blocks(model)}")
+    frozen = ("stem_", *(f"blocks_{index}_" for index in range(blocks)))
+    for layer in model.layers:
+        if layer.name.startswith(frozen):
+            layer.trainable = False
+
+
 def endpoints(model: tf.keras.Model) -> dict[str, tf.Tensor]:
     """Symbolic intermediate outputs of a model made by `build_model`.
 

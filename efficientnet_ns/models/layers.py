@@ -133,7 +133,7 @@ class BatchNorm(tf.keras.layers.Layer):
 class StochasticDepth(tf.keras.layers.Layer):
     """Drops the whole residual branch of an example, scaling survivors by 1/survival_prob.
 
-    One draw per example. Reference: Huang et al., "Deep Networks with Stochastic Depth" (2016);
+    One draw per example; a frozen layer drops nothing. Reference: Huang et al., "Deep Networks with Stochastic Depth" (2016);
     paper section 3.1 uses survival probability 0.8 at the last block, falling linearly from 1.
 
     Args:
@@ -145,7 +145,7 @@ class StochasticDepth(tf.keras.layers.Layer):
         self.survival_prob = survival_prob
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        if not training or self.survival_prob >= 1.0:
+        if not (training and self.trainable) or self.survival_prob >= 1.0:
             return inputs
         shape = [tf.shape(inputs)[0]] + [1] * (inputs.shape.rank - 1)
         draw = tf.random.stateless_uniform(shape, _layer_seed(self.name))

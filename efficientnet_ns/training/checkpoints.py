@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
@@ -29,7 +30,8 @@ class Checkpoints:
     Args:
       folder: model_dir.
       student, ema_student: models of one architecture.
-      optimizer: built for the student's trainable variables.
+      optimizer: built for the student's trainable variables. Frozen ones have no slots; those of a
+        fresh optimizer are written for them, so that every checkpoint has the same names.
       keep: number of checkpoints kept.
     """
 
@@ -46,12 +48,17 @@ class Checkpoints:
         names = weights.variable_names(student)
         averages = weights.variable_names(ema_student)
         self.variables = {**names, "global_step": optimizer.iterations}
+        self._fresh_slots: dict[str, np.ndarray] = {}
         trainable = {id(v) for v in student.trainable_variables}
         for name, variable in names.items():
             self.variables[name + weights.EMA_SUFFIX] = averages[name]
+            mean_square, momentum = f"{name}/RMSProp", f"{name}/RMSProp_1"
             if id(variable) in trainable:
                 slots = optimizer.slots(variable)
-                self.variables[name + "/RMSProp"], self.variables[name + "/RMSProp_1"] = slots
+                self.variables[mean_square], self.variables[momentum] = slots
+            elif not name.endswith(("/moving_mean", "/moving_variance")):
+                self._fresh_slots[mean_square] = np.ones(variable.shape, np.float32)
+                self._fresh_slots[momentum] = np.zeros(variable.shape, np.float32)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints in the folder, newest first."""
@@ -82,7 +89,7 @@ class Checkpoints:
         step = int(self.optimizer.iterations)
         prefix, earlier = self.prefix(step), self.steps()
         try:
-            weights.write_checkpoint(prefix, self.variables)
+            weights.write_checkpoint(prefix, {**self.variables, **self._fresh_slots})
         except (tf.errors.OpError, OSError) as e:
             last = self.prefix(earlier[0]) if earlier else "none"
             reason = str(e).splitlines()[0]
