@@ -280,7 +280,7 @@ def finetune_config(config: Config, loop: LoopConfig, number: int) -> Config:
         input_image_size=loop.finetune_resolution,
         init_model=True,
         init_model_path=student.train.model_dir,
-        **({"fix_layer_num": loop.finetune_fix_layers} if loop.finetune_fix_layers >= 0 else {}),
+        fix_layer_num=loop.finetune_fix_layers,
         remove_aug=True,
         unlabel_ratio=0.0,
         unlabel_data_dir="",
