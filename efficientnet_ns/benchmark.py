@@ -13,7 +13,9 @@ from efficientnet_ns import config
 from efficientnet_ns.config import BenchmarkConfig
 
 # --what → module with `run(BenchmarkConfig) -> list[tables.Row]`.
-BENCHMARKS = {}
+BENCHMARKS = {
+    "input": "inputs",
+}
 
 
 def main(argv: list[str]) -> None:

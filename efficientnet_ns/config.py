@@ -119,19 +119,28 @@ class DataConfig:
     )
     augment_name: Optional[str] = setting(
         None,
-        "Augmentation of training images: randaugment (the original calls it v1); default none.",
-        choices=("randaugment", "v1"),
+        "Augmentation of training images: randaugment (the original calls it v1), autoaugment; "
+        "default none.",
+        choices=("randaugment", "v1", "autoaugment"),
     )
     unl_aug: str = setting(
         "default",
-        "Augmentation of unlabeled images: default (as labeled), randaugment, v1, none.",
-        choices=("default", "randaugment", "v1", "none"),
+        "Augmentation of unlabeled images: default (as labeled), randaugment, v1, autoaugment, "
+        "none.",
+        choices=("default", "randaugment", "v1", "autoaugment", "none"),
+    )
+    autoaugment_policy: Optional[str] = setting(
+        None,
+        "Policy of autoaugment, by the images it was found on; default: svhn for that task, else "
+        "imagenet (v0, which EfficientNet was trained with).",
+        choices=("imagenet", "svhn", "cifar10"),
     )
     randaug_mag: int = setting(27, "RandAugment magnitude M, levels of 10.", low=0)
     randaug_layer: int = setting(2, "RandAugment operations per image N.", low=0)
     randaug_mode: str = setting(
         "original",
-        "Levels above 10: original (posterize and solarize wrap, as published) or clipped.",
+        "Levels above 10: original (posterize and solarize wrap, as published) or clipped; also "
+        "of autoaugment.",
         choices=("original", "clipped"),
     )
     cutout_op: bool = setting(True, "Include Cutout among RandAugment's operations.")
@@ -415,7 +424,7 @@ class Config:
 
 
 def _sections(cls: type) -> list[type]:
-    return [_SECTIONS[f.name] for f in dataclasses.fields(cls) if f.name in _SECTIONS] or [cls]
+    return list(_SECTIONS.values()) if cls is Config else [cls]
 
 
 def _flag_fields(cls: type) -> list[dataclasses.Field]:
@@ -474,7 +483,7 @@ def check(config: Any) -> None:
     """Raises ConfigError for the first value below its field's lower bound."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in _SECTIONS:
+        if dataclasses.is_dataclass(value):
             check(value)
         elif value is not None and field.metadata["low"] is not None:
             if value < field.metadata["low"]:

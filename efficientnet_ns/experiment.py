@@ -115,8 +115,13 @@ class Experiment:
     def preprocessing(self, augment_name: str | None = None) -> pipeline.Preprocessing:
         """Preprocessing at the student's resolution, augmented when `augment_name` is given."""
         data = self.config.data
-        randaugment = None
-        if augment_name not in (None, "none"):
+        randaugment = autoaugment = None
+        if augment_name == "autoaugment":
+            default = "svhn" if data.task_name == "svhn" else "imagenet"
+            autoaugment = pipeline.AutoAugment(
+                policy=data.autoaugment_policy or default, mode=data.randaug_mode
+            )
+        elif augment_name not in (None, "none"):
             randaugment = pipeline.RandAugment(
                 num_layers=data.randaug_layer,
                 magnitude=data.randaug_mag,
@@ -128,6 +133,7 @@ class Experiment:
             small_image=self.small_image,
             flip=self.task.flip,
             randaugment=randaugment,
+            autoaugment=autoaugment,
             clean=data.remove_aug,
         )
 

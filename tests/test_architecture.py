@@ -67,6 +67,9 @@ MAY_IMPORT = {
 WITHOUT_CONFIG = [
     "models.",
     "data.augment",
+    "data.levels",
+    "data.randaugment",
+    "data.autoaugment",
     "data.images",
     "training.losses",
     "training.schedules",

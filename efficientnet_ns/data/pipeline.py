@@ -13,19 +13,55 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from efficientnet_ns.data import augment, images, record_cache, records
+from efficientnet_ns.data import augment, autoaugment, images, randaugment, record_cache, records
 
 _LABELED, _UNLABELED = 1, 2  # Salts: the two streams draw independently from one seed.
 
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """Settings of RandAugment; see `augment.rand_augment`."""
+    """Settings of RandAugment; see `randaugment.rand_augment`."""
 
     num_layers: int = 2
     magnitude: int = 27
     mode: str = "original"
     use_cutout: bool = True
+
+    def constants(self, size: int, small: bool) -> dict[str, float]:
+        """Reach of Cutout and Translate in pixels, for images of `size`."""
+        # At 32 pixels the original's constants, in proportion.
+        reach = size // 8
+        cutout_const, translate_const = (reach, reach) if small else (40.0, 100.0)
+        return {"cutout_const": cutout_const, "translate_const": translate_const}
+
+    def apply(self, image: tf.Tensor, seed: tf.Tensor, **constants: float) -> tf.Tensor:
+        """uint8 [H, W, 3] → uint8 [H, W, 3]."""
+        return randaugment.rand_augment(image, seed, **constants, **dataclasses.asdict(self))
+
+    def describe(self, **constants: float) -> str:
+        """The policy in one line."""
+        return randaugment.describe_rand_augment(**constants, **dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoAugment:
+    """Settings of AutoAugment; see `autoaugment.auto_augment`."""
+
+    policy: str = "imagenet"
+    mode: str = "original"
+
+    def constants(self, size: int, small: bool) -> dict[str, float]:
+        """Reach of Translate in pixels, for images of `size`."""
+        # Published: 10 pixels at 32, in the search on CIFAR-10 and SVHN.
+        return {"translate_const": size * 10 / 32 if small else 250.0}
+
+    def apply(self, image: tf.Tensor, seed: tf.Tensor, **constants: float) -> tf.Tensor:
+        """uint8 [H, W, 3] → uint8 [H, W, 3]."""
+        return autoaugment.auto_augment(image, seed, **constants, **dataclasses.asdict(self))
+
+    def describe(self, **constants: float) -> str:
+        """The policy in one line."""
+        return autoaugment.describe_auto_augment(**constants, **dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +72,8 @@ class Preprocessing:
       image_size: side of the result in pixels.
       small_image: no resizing crop; shift by reflection instead (SVHN, CIFAR, digits).
       flip: mirror half of the training images.
-      randaugment: None for no augmentation beyond crop and flip.
+      randaugment: None for no RandAugment.
+      autoaugment: None for no AutoAugment; takes the place of `randaugment`.
       clean: train on evaluation crops (FixRes fine-tuning).
     """
 
@@ -44,6 +81,7 @@ class Preprocessing:
     small_image: bool = False
     flip: bool = True
     randaugment: RandAugment | None = None
+    autoaugment: AutoAugment | None = None
     clean: bool = False
 
     def evaluate(self, image: tf.Tensor) -> tf.Tensor:
@@ -59,32 +97,50 @@ class Preprocessing:
         """
         if self.clean:
             return self.evaluate(image)
-        crop_seed, augment_seed, cutout_seed = tf.unstack(
-            tf.random.experimental.stateless_split(seed, 3)
-        )
+        crop_seed, flip_seed, noise_seed, cutout_seed = images.split_seed(seed, 4)
         if not self.small_image:
-            image = images.train_image(image, self.image_size, crop_seed, flip=self.flip)
-            if self.randaugment is None:
-                return image
-            return self._augment(images.to_uint8(image), augment_seed, 40.0, 100.0)
+            image = images.train_image(image, self.image_size, crop_seed, flip=False)
+            if self._noise is not None:
+                image = images.to_uint8(image)
+            # The noise comes last, in the order of the original.
+            return self._add_noise(self._flip(image, flip_seed), noise_seed)
         image = images.to_uint8(images.small_eval_image(image, self.image_size))
-        # The original's constants at 32 pixels, in proportion.
-        reach = self.image_size // 8
-        if self.randaugment is not None:
-            image = self._augment(image, augment_seed, reach, reach)
+        image = self._add_noise(image, noise_seed)
+        if self._noise is not None:
             image = augment.cutout(image, cutout_seed, self.image_size // 4)
-        shift_seed, flip_seed = tf.unstack(tf.random.experimental.stateless_split(crop_seed, 2))
-        image = images.reflect_pad_crop(image, shift_seed, pad=reach)
-        return tf.image.stateless_random_flip_left_right(image, flip_seed) if self.flip else image
+        # The original's shift of 4 at 32 pixels, in proportion.
+        image = images.reflect_pad_crop(image, crop_seed, pad=self.image_size // 8)
+        return self._flip(image, flip_seed)
 
-    def _augment(self, image, seed, cutout_const: float, translate_const: float) -> tf.Tensor:
-        return augment.rand_augment(
-            image,
-            seed,
-            cutout_const=cutout_const,
-            translate_const=translate_const,
-            **dataclasses.asdict(self.randaugment),
-        )
+    @property
+    def _noise(self) -> RandAugment | AutoAugment | None:
+        return self.autoaugment or self.randaugment
+
+    def _flip(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        return images.random_flip(image, seed) if self.flip else image
+
+    def _add_noise(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        if self._noise is None:
+            return image
+        constants = self._noise.constants(self.image_size, self.small_image)
+        return self._noise.apply(image, seed, **constants)
+
+    def describe(self) -> str:
+        """What is done to training images, in one line for logs."""
+        size = self.image_size
+        if self.clean:
+            return f"evaluation crop at {size} px, no augmentation"
+        steps = [] if self.small_image else [f"random crop to {size} px"]
+        noise = []
+        if self._noise is not None:
+            noise = [self._noise.describe(**self._noise.constants(size, self.small_image))]
+        if self.small_image:
+            steps += noise
+            if noise:
+                steps.append(f"cutout({size // 4})")
+            steps.append(f"shift(±{size // 8})")
+        flip = ["flip"] if self.flip else []
+        return "; ".join(steps + flip if self.small_image else steps + flip + noise)
 
 
 @dataclasses.dataclass(frozen=True)
