@@ -454,6 +454,25 @@ class LoopConfig:
     teacher_steps: Optional[int] = setting(
         None, "Update steps of the first teacher; default: train_steps.", low=1
     )
+    published_recipes: bool = setting(
+        False,
+        "Train each model as published for ImageNet at its size: resolution, RandAugment, epochs "
+        "and unlabel_ratio, of which image_sizes and unlabel_ratios take precedence.",
+    )
+    image_sizes: str = setting(
+        "", "Image side of each of the models, joined with ','; default: the same for all."
+    )
+    unlabel_ratios: str = setting(
+        "", "unlabel_ratio of each student, joined with ','; default: the same for all."
+    )
+    finetune_resolution: Optional[int] = setting(
+        None,
+        "Image side in pixels at which the last student is fine-tuned on labeled images without "
+        "augmentation (FixRes); default: it is not.",
+        low=8,
+    )
+    finetune_epochs: float = setting(1.5, "Passes over the labeled images of that.", low=0)
+    finetune_fix_layers: int = setting(-1, "fix_layer_num of the fine-tuning; -1: none.", low=-1)
     num_image: int = setting(1300, "Pseudo-labeled images per class.", low=1)
     min_threshold: float = setting(0.3, "Lowest confidence of a pseudo label that is kept.", low=0)
 

@@ -232,11 +232,10 @@ def _round_sections(config: Config, loop: LoopConfig, number: int, truth: list[l
     from efficientnet_ns.data import tasks
     from efficientnet_ns.labeling import report, run_report
 
-    teachers = loop.models.split(",")
-    _, selection = noisy_student.stage_configs(config, loop, number, teachers[number - 1])
+    _, selection = noisy_student.stage_configs(config, loop, number)
     previous_dir = ""
     if number > 1:
-        before, _ = noisy_student.stage_configs(config, loop, number - 1, teachers[number - 2])
+        before, _ = noisy_student.stage_configs(config, loop, number - 1)
         previous_dir = before.predict.output_dir
     options = run_report.Options(
         truth=truth,
