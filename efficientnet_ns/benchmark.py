@@ -13,7 +13,13 @@ from efficientnet_ns import config
 from efficientnet_ns.config import BenchmarkConfig
 
 # --what → module with `run(BenchmarkConfig) -> list[tables.Row]`.
-BENCHMARKS = {}
+BENCHMARKS = {
+    "input": "inputs",
+    "train": "training",
+    "predict": "labeling",
+    "select": "selection",
+    "serving": "serving",
+}
 
 
 def main(argv: list[str]) -> None:

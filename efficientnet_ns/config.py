@@ -119,19 +119,28 @@ class DataConfig:
     )
     augment_name: Optional[str] = setting(
         None,
-        "Augmentation of training images: randaugment (the original calls it v1); default none.",
-        choices=("randaugment", "v1"),
+        "Augmentation of training images: randaugment (the original calls it v1), autoaugment; "
+        "default none.",
+        choices=("randaugment", "v1", "autoaugment"),
     )
     unl_aug: str = setting(
         "default",
-        "Augmentation of unlabeled images: default (as labeled), randaugment, v1, none.",
-        choices=("default", "randaugment", "v1", "none"),
+        "Augmentation of unlabeled images: default (as labeled), randaugment, v1, autoaugment, "
+        "none.",
+        choices=("default", "randaugment", "v1", "autoaugment", "none"),
+    )
+    autoaugment_policy: Optional[str] = setting(
+        None,
+        "Policy of autoaugment, by the images it was found on; default: svhn for that task, else "
+        "imagenet (v0, which EfficientNet was trained with).",
+        choices=("imagenet", "svhn", "cifar10"),
     )
     randaug_mag: int = setting(27, "RandAugment magnitude M, levels of 10.", low=0)
     randaug_layer: int = setting(2, "RandAugment operations per image N.", low=0)
     randaug_mode: str = setting(
         "original",
-        "Levels above 10: original (posterize and solarize wrap, as published) or clipped.",
+        "Levels above 10: original (posterize and solarize wrap, as published) or clipped; also "
+        "of autoaugment.",
         choices=("original", "clipped"),
     )
     cutout_op: bool = setting(True, "Include Cutout among RandAugment's operations.")
@@ -154,6 +163,18 @@ class TrainConfig:
         -1, "Train only the last so many steps of the schedule, without warm-up; -1: all."
     )
     train_batch_size: int = setting(4096, "Labeled images per update, over all replicas.", low=1)
+    label_data_sample_prob: float = setting(
+        1.0,
+        "Probability that a labeled image enters the loss, for labeled batches that must be smaller "
+        "than the number of replicas: train_batch_size times this counts as the batch.",
+        low=0,
+    )
+    num_shards_per_group: int = setting(
+        -1,
+        "Replicas that share batch-norm statistics: -1: one up to 8 replicas, else groups of "
+        "max(8, replicas/8); 1: one; k: groups of k; -2: all.",
+        low=-2,
+    )
     base_learning_rate: float = setting(0.016, "Learning rate per 256 labeled images.")
     final_base_lr: Optional[float] = setting(
         None, "When given, the decay period is chosen to end at this rate per 256."
@@ -225,16 +246,46 @@ class TrainConfig:
 class PredictConfig:
     """Which shards a teacher labels, and where to."""
 
-    predict_ckpt_path: str = setting("", "Checkpoint of the teacher.")
+    predict_ckpt_path: str = setting(
+        "",
+        "Weights of the teacher: checkpoint, folder with one, or file of Keras (.h5) or timm "
+        "(.safetensors, .pth).",
+    )
     output_dir: str = setting("", "Folder of the prediction records.")
     info_dir: str = setting("", "Folder of the per-shard counts.")
     num_shards: int = setting(128, "Number of shards of the unlabeled set.", low=1)
-    shard_id: str = setting("0", "Shards to label: a list or ranges, e.g. 0,3,8-15.")
+    shard_id: str = setting(
+        "0",
+        "Shards to label: a list or ranges, e.g. 0,3,8-15; auto: all of them, shared with every "
+        "process that was started with the same output_dir.",
+    )
     total_replicas: int = setting(1, "Workers that share each shard.", low=1)
     worker_id: int = setting(0, "This worker among total_replicas.", low=0)
     file_prefix: str = setting("train", "Prefix of the unlabeled files: train or extra.")
+    data_type: str = setting("tfrecord", "Kind of the input files.", choices=("tfrecord",))
+    reassign_label: bool = setting(
+        False,
+        "Give new labels to pseudo-labeled records, <file_prefix>-<worker_id>-<shard>-of-<shards>.",
+    )
+    inference_engine: str = setting(
+        "auto",
+        "What computes: tf, xnnpack (CPU only), or auto: xnnpack where there is no accelerator.",
+        choices=("auto", "tf", "xnnpack"),
+    )
+    test_time_views: int = setting(
+        1,
+        "Views of each image whose probabilities are averaged: 1; 2 (mirrored); 10 (four corners "
+        "and centre, each also mirrored).",
+        low=1,
+    )
     max_bad_fraction: float = setting(
         0.01, "Stop when more than this fraction of a shard's records is unreadable.", low=0
+    )
+    part_seconds: float = setting(
+        60.0, "Work of a shard that a killed process may lose, in seconds.", low=0
+    )
+    lease_seconds: float = setting(
+        300.0, "A process without a sign of life for so long has lost its shard to others.", low=1
     )
 
 
@@ -252,6 +303,25 @@ class HardwareConfig:
     gcp_project: Optional[str] = setting(None, "Project of the TPU.", free=True)
     use_bfloat16: bool = setting(
         True, "Compute in bfloat16 on TPU; weights stay float32.", free=True
+    )
+    precision: str = setting(
+        "auto",
+        "auto: bfloat16 on TPU with use_bfloat16, else float32 (most CPUs emulate bfloat16); or the "
+        "one to use on any device.",
+        choices=("auto", "float32", "mixed_bfloat16"),
+        free=True,
+    )
+    num_replicas: int = setting(
+        0,
+        "Local devices that share each batch: GPUs, or without any, logical CPU devices; 0: all "
+        "GPUs, or one CPU. With TF_CONFIG, per worker.",
+        low=0,
+        free=True,
+    )
+    jit_compile: bool = setting(
+        False,
+        "Compile the training step with XLA on one device or on GPUs; TPUs always do.",
+        free=True,
     )
 
 
@@ -298,21 +368,78 @@ class SelectConfig:
 
     input_dir: str = setting("", "Folder of the unlabeled records.")
     prediction_dir: str = setting("", "Folder of the predictions.")
+    info_dir: str = setting(
+        "",
+        "Folder of the counts that the prediction wrote; given, they are compared with the "
+        "predictions, which are read in any case.",
+    )
     prelim_stats_dir: str = setting("", "Folder of the statistics.")
     output_dir: str = setting("", "Folder of the selection and of the balanced records.")
     num_shards: int = setting(128, "Number of shards of the unlabeled set.", low=1)
+    only_use_num_shards: int = setting(
+        -1, "Use the first so many shards alone, for statistics, selection and records; -1: all."
+    )
+    shard_id: int = setting(
+        0,
+        "Write the records of this shard alone; not given: those of all. Statistics and selection "
+        "are of all shards in either case, made by the first call and found by the later ones.",
+        low=0,
+    )
+    total_replicas: int = setting(
+        1,
+        "Tasks that share the workers of a shard: the statistics have a file for each, but task 0 "
+        "writes the records of all, so calls with a --task above 0 write none.",
+        low=1,
+    )
     total_label_replicas: int = setting(
         -1, "Workers that predicted each shard (their total_replicas); -1: as many as are found."
     )
     task: int = setting(-1, "Number in the names of the output files; -1: 0.")
+    debug: int = setting(
+        0, "1: statistics and selection of the first worker's part of --shard_id alone."
+    )
     num_image: int = setting(1300, "Images per class.", low=0)
     min_threshold: float = setting(0.0, "Lowest confidence that is kept.", low=0)
+    max_prob: float = setting(
+        2.0, "Highest confidence that is kept; above 1, since rounding may exceed it."
+    )
     num_label_classes: int = setting(1000, "Number of classes.", low=1)
     upsample: int = setting(1, "Fill classes below num_image with copies: 1 or 0.", low=0)
+    use_top: int = setting(
+        1,
+        "1: the most confident images of classes with more than num_image; 0: a random part of "
+        "all from min_threshold on.",
+        low=0,
+    )
+    use_all: bool = setting(
+        False, "Every image from min_threshold on, once; num_image is not heeded."
+    )
+    selection: str = setting(
+        "exact",
+        "exact: num_image images per class. threshold: as the 2019 code, cut at steps of 0.01, "
+        "with copies drawn so that about num_image are expected.",
+        choices=("exact", "threshold"),
+    )
     only_get_stats: int = setting(0, "Stop after the statistics: 1 or 0.", low=0)
     file_prefix: str = setting("train", "Prefix of the unlabeled files: train or extra.")
+    data_type: str = setting(
+        "tfrecord", "Of the unlabeled files; there is no other.", choices=("tfrecord",)
+    )
+    eval_imagenet_p: bool = setting(
+        False, "Accepted for old scripts, without effect; the 2019 code did not use it either."
+    )
     seed: int = setting(0, "Of the choice of copies and of the order of records.", low=0)
     num_samples: int = setting(5, "Sample pictures kept per class and shard.", low=0)
+    num_workers: int = setting(
+        -1,
+        "Processes that write shards at the same time; -1: one per core, fewer if there is little "
+        "to write.",
+    )
+    memory_limit: str = setting(
+        "",
+        "Memory of the selection, such as 8GB, beyond which it spills to files below TMPDIR; "
+        "default: 60 % of the machine's.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,6 +454,25 @@ class LoopConfig:
     teacher_steps: Optional[int] = setting(
         None, "Update steps of the first teacher; default: train_steps.", low=1
     )
+    published_recipes: bool = setting(
+        False,
+        "Train each model as published for ImageNet at its size: resolution, RandAugment, epochs "
+        "and unlabel_ratio, of which image_sizes and unlabel_ratios take precedence.",
+    )
+    image_sizes: str = setting(
+        "", "Image side of each of the models, joined with ','; default: the same for all."
+    )
+    unlabel_ratios: str = setting(
+        "", "unlabel_ratio of each student, joined with ','; default: the same for all."
+    )
+    finetune_resolution: Optional[int] = setting(
+        None,
+        "Image side in pixels at which the last student is fine-tuned on labeled images without "
+        "augmentation (FixRes); default: it is not.",
+        low=8,
+    )
+    finetune_epochs: float = setting(1.5, "Passes over the labeled images of that.", low=0)
+    finetune_fix_layers: int = setting(-1, "fix_layer_num of the fine-tuning; -1: none.", low=-1)
     num_image: int = setting(1300, "Pseudo-labeled images per class.", low=1)
     min_threshold: float = setting(0.3, "Lowest confidence of a pseudo label that is kept.", low=0)
 
@@ -341,6 +487,8 @@ class BenchmarkConfig:
     batch_size: int = setting(16, "Images per step.", low=1)
     seconds: float = setting(10.0, "Duration of each measurement.", low=0.1)
     threads: Optional[int] = setting(None, "CPU threads; default: all.", low=1)
+    rows: int = setting(30_000_000, "Predictions to select from (select).", low=1)
+    classes: int = setting(1000, "Classes of the predictions (select).", low=1)
     json_file: str = setting("", "Also write the results to this file.")
 
 
@@ -396,7 +544,7 @@ class Config:
 
 
 def _sections(cls: type) -> list[type]:
-    return [_SECTIONS[f.name] for f in dataclasses.fields(cls) if f.name in _SECTIONS] or [cls]
+    return list(_SECTIONS.values()) if cls is Config else [cls]
 
 
 def _flag_fields(cls: type) -> list[dataclasses.Field]:
@@ -455,7 +603,7 @@ def check(config: Any) -> None:
     """Raises ConfigError for the first value below its field's lower bound."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in _SECTIONS:
+        if dataclasses.is_dataclass(value):
             check(value)
         elif value is not None and field.metadata["low"] is not None:
             if value < field.metadata["low"]:
@@ -471,11 +619,13 @@ def no_arguments(argv: list[str]) -> None:
 
 
 def shard_list(text: str, num_shards: int) -> list[int]:
-    """`"0,3,8-11"` → [0, 3, 8, 9, 10, 11].
+    """`"0,3,8-11"` → [0, 3, 8, 9, 10, 11]; `"auto"` → all.
 
     Raises:
       ConfigError: not numbers and ranges, or outside 0..num_shards-1.
     """
+    if text == "auto":
+        return list(range(num_shards))
     shards: list[int] = []
     for part in text.split(","):
         first, _, last = part.strip().partition("-")

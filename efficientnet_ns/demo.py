@@ -229,48 +229,22 @@ def write_report(
 
 
 def _round_sections(config: Config, loop: LoopConfig, number: int, truth: list[list[int]]) -> list:
-    from efficientnet_ns.data import records, tasks
-    from efficientnet_ns.labeling import report, select
+    from efficientnet_ns.data import tasks
+    from efficientnet_ns.labeling import report, run_report
 
-    teacher = loop.models.split(",")[number - 1]
-    _, selection = noisy_student.stage_configs(config, loop, number, teacher)
-    outcome = select.load_outcome(selection)
-    names = tasks.get_task(config.data.task_name).class_names
-    labels, probs, copies = outcome["label"], outcome["prob"], outcome["copies"]
-    kept = copies > 0
-    true = np.array([truth[s][r] for s, r in zip(outcome["shard"], outcome["record"])])
-    images = [
-        records.image_bytes(record.payload)
-        for shard in range(selection.num_shards)
-        for record in records.read(select.input_path(selection, shard))
-    ]
-
-    def grid(order: np.ndarray) -> str:
-        shown = order[:36]
-        captions = [f"{names[labels[i]]} {probs[i]:.2f}" for i in shown]
-        return report.image_grid([(images[i], c) for i, c in zip(shown, captions)])
-
-    by_confidence = np.argsort(-probs, kind="stable")
-    per_class = [np.bincount(labels[mask], minlength=len(names)) for mask in (labels >= 0, kept)]
-    extra = np.bincount(labels[kept], (copies - 1)[kept], minlength=len(names)).astype(int)
-    balance = report.class_balance(per_class[0], per_class[1], extra, names)
+    _, selection = noisy_student.stage_configs(config, loop, number)
+    previous_dir = ""
+    if number > 1:
+        before, _ = noisy_student.stage_configs(config, loop, number - 1)
+        previous_dir = before.predict.output_dir
+    options = run_report.Options(
+        truth=truth,
+        previous_dir=previous_dir,
+        class_names=tasks.get_task(config.data.task_name).class_names,
+    )
     return [
         report.Section(f"Round {number}: {title}", body)
-        for title, body in (
-            (
-                "confidence of the pseudo labels",
-                report.confidence_histogram(probs, kept, threshold=loop.min_threshold),
-            ),
-            ("class balance before and after", balance),
-            (
-                "pseudo labels against the hidden truth",
-                report.accuracy_of_pseudo_labels(true, labels, probs, kept)
-                + report.confusion(true[kept], labels[kept], names),
-            ),
-            ("most confident images kept", grid(by_confidence[kept[by_confidence]])),
-            ("least confident images kept", grid(by_confidence[kept[by_confidence]][::-1])),
-            ("images rejected", grid(by_confidence[~kept[by_confidence]])),
-        )
+        for title, body in run_report.sections(selection, options)
     ]
 
 

@@ -7,6 +7,7 @@ stage that was interrupted resumes from its own checkpoints and manifests. Layou
   round-<r>/{predictions,info}        labels given by the model of round r-1
   round-<r>/{statistics,selected}     what was chosen of them, and the balanced records
   round-<r>/model                     the student, teacher of round r+1
+  round-<last>/finetuned-<size>       the last student, with --finetune_resolution
 """
 
 from __future__ import annotations
@@ -15,12 +16,24 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 from absl import flags, logging
 
 from efficientnet_ns import config as config_lib
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, SelectConfig
+from efficientnet_ns.recipes import EPOCHS_OF_TRAIN_STEPS, RECIPES
+
+# Settings of the loop that may change between two runs of it.
+_MAY_GROW = (
+    "work_dir",
+    "models",
+    "image_sizes",
+    "unlabel_ratios",
+    "finetune_resolution",
+    "finetune_epochs",
+    "finetune_fix_layers",
+)
 
 
 class State:
@@ -29,9 +42,12 @@ class State:
     Args:
       folder: work_dir.
       settings: configuration of the whole; a folder made with another one is refused.
+      defaults: of settings, for a folder made before there were these settings.
     """
 
-    def __init__(self, folder: str, settings: dict[str, Any]):
+    def __init__(
+        self, folder: str, settings: dict[str, Any], defaults: Optional[dict[str, Any]] = None
+    ):
         import tensorflow as tf
 
         from efficientnet_ns.data import manifests
@@ -42,6 +58,8 @@ class State:
         self._state = {"settings": settings, "stages": {}}
         if tf.io.gfile.exists(self.path):
             self._state = manifests.read_json(self.path)
+            earlier = {k: v for k, v in (defaults or {}).items() if k in settings}
+            self._state["settings"] = {**earlier, **self._state["settings"]}
             if self._state["settings"] != settings:
                 difference = manifests.describe_difference(self._state["settings"], settings)
                 raise ConfigError(
@@ -71,46 +89,98 @@ def run_loop(config: Config, loop: LoopConfig) -> list[dict[str, Any]]:
     Returns:
       One row per model: `round`, `model`, `steps`, `measured` (metrics per set) and, for
       students, `unique` (pseudo-labeled images) and `kept` ({class: [lowest kept confidence,
-      images]}).
+      images]}). The fine-tuned last student is one more row, with `finetuned` (its image size).
 
     Raises:
       ConfigError, records.DataError: settings or data that cannot work, before anything is done.
     """
-    models = _check(config, loop)
+    trainings = _check(config, loop)
     # Models may be added later; every training guards its own folder.
     settings = {**config.identity(), **dataclasses.asdict(loop)}
-    state = State(
-        loop.work_dir, {k: v for k, v in settings.items() if k not in ("models", "work_dir")}
-    )
-    teacher = config.override(
-        model_name=models[0],
-        model_dir=model_dir(loop, 0),
+    defaults = {**Config().identity(), **dataclasses.asdict(LoopConfig())}
+    fixed = {k: v for k, v in settings.items() if k not in _MAY_GROW}
+    state = State(loop.work_dir, fixed, defaults)
+    name = f"round 0: teacher {trainings[0].model.model_name}"
+    rows = [{"round": 0, **train_and_measure(state, name, trainings[0])}]
+    for number in range(1, len(trainings)):
+        rows.append(_round(state, config, loop, number))
+    if loop.finetune_resolution:
+        rows.append(_finetune(state, config, loop, number))
+    return rows
+
+
+def _check(config: Config, loop: LoopConfig) -> list[Config]:
+    """`model_configs`; finds now what would otherwise fail after the teacher's training."""
+    from efficientnet_ns.experiment import Experiment
+
+    trainings = model_configs(config, loop)
+    if not (loop.work_dir and config.data.unlabel_data_dir):
+        raise ConfigError("--work_dir and --unlabel_data_dir are needed")
+    for training in trainings:
+        Experiment.from_config(training)
+    if any(training.train.unlabel_ratio <= 0 for training in trainings[1:]):
+        raise ConfigError("a positive --unlabel_ratio is needed for every student")
+    _unlabeled_shards(config)
+    return trainings
+
+
+def model_configs(config: Config, loop: LoopConfig) -> list[Config]:
+    """Settings of the training of each model: the first teacher, then the students.
+
+    Raises:
+      ConfigError: the lists of the loop have different lengths, or name no published model.
+    """
+    models = [name.strip() for name in loop.models.split(",")]
+    if len(models) < 2:
+        raise ConfigError(f"--models={loop.models}: name a teacher and at least one student")
+    sizes = _per_model("image_sizes", loop.image_sizes, int, len(models))
+    ratios = _per_model("unlabel_ratios", loop.unlabel_ratios, float, len(models) - 1)
+    trainings = []
+    for number, name in enumerate(models):
+        training = config.override(model_name=name, model_dir=model_dir(loop, number))
+        if loop.published_recipes:
+            training = _as_published(training)
+        if sizes:
+            training = training.override(input_image_size=sizes[number])
+        if ratios and number:
+            training = training.override(unlabel_ratio=ratios[number - 1])
+        trainings.append(training.override(unlabel_data_dir=_pseudo_labeled_dir(loop, number)))
+    trainings[0] = trainings[0].override(
         unlabel_data_dir="",
         unlabel_ratio=0.0,
         train_steps=loop.teacher_steps or config.train.train_steps,
     )
-    name = f"round 0: teacher {models[0]}"
-    rows = [{"round": 0, **train_and_measure(state, name, teacher)}]
-    for number, name in enumerate(models[1:], start=1):
-        rows.append(_round(state, config, loop, number, name, teacher_name=models[number - 1]))
-    return rows
+    return trainings
 
 
-def _check(config: Config, loop: LoopConfig) -> list[str]:
-    """The models of the loop; finds now what would otherwise fail after the teacher's training."""
-    from efficientnet_ns.experiment import Experiment
+def _per_model(flag: str, text: str, kind: type, count: int) -> list[Any]:
+    """The values of a list flag; none when it is empty."""
+    if not text:
+        return []
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != count or min(values) <= 0:
+        raise ConfigError(f"--{flag}={text} should be {count} positive numbers joined with ','")
+    return values
 
-    if not (loop.work_dir and config.data.unlabel_data_dir and config.train.unlabel_ratio > 0):
+
+def _as_published(config: Config) -> Config:
+    """With what the published model of this size was trained with; an image size given stays."""
+    recipe = RECIPES.get(config.model.model_name)
+    if recipe is None:
         raise ConfigError(
-            "--work_dir, --unlabel_data_dir and a positive --unlabel_ratio are needed"
+            f"--published_recipes: none for {config.model.model_name!r}; known: {', '.join(RECIPES)}"
         )
-    models = [name.strip() for name in loop.models.split(",")]
-    if len(models) < 2:
-        raise ConfigError(f"--models={loop.models}: name a teacher and at least one student")
-    for name in models:
-        Experiment.from_config(config.override(model_name=name))
-    _unlabeled_shards(config)
-    return models
+    magnitude = recipe.randaugment_magnitude
+    return config.override(
+        input_image_size=config.model.input_image_size or recipe.train_resolution,
+        augment_name="randaugment" if magnitude else None,
+        randaug_mag=magnitude or config.data.randaug_mag,
+        train_ratio=recipe.epochs / EPOCHS_OF_TRAIN_STEPS,
+        unlabel_ratio=float(recipe.unlabel_ratio),
+    )
 
 
 def _unlabeled_shards(config: Config) -> tuple[str, int]:
@@ -135,35 +205,37 @@ def model_dir(loop: LoopConfig, number: int) -> str:
     return os.path.join(loop.work_dir, f"round-{number}", "model")
 
 
-def _round(
-    state: State, config: Config, loop: LoopConfig, number: int, name: str, teacher_name: str
-) -> dict[str, Any]:
+def _pseudo_labeled_dir(loop: LoopConfig, number: int) -> str:
+    """Where the balanced records of a round are."""
+    return os.path.join(loop.work_dir, f"round-{number}", "selected", "data")
+
+
+def _round(state: State, config: Config, loop: LoopConfig, number: int) -> dict[str, Any]:
     from efficientnet_ns.labeling import predict, select, write
 
-    prediction, selection = stage_configs(config, loop, number, teacher_name)
+    prediction, selection = stage_configs(config, loop, number)
     state.once(f"round {number}: predict", lambda: predict.predict(prediction))
     chosen = state.once(f"round {number}: select", lambda: select.select(selection))
     state.once(f"round {number}: write", lambda: write.write(selection))
-    student = config.override(
-        model_name=name,
-        model_dir=model_dir(loop, number),
-        unlabel_data_dir=os.path.join(selection.output_dir, "data"),
-    )
-    row = train_and_measure(state, f"round {number}: student {name}", student)
+    student = model_configs(config, loop)[number]
+    name = f"round {number}: student {student.model.model_name}"
+    row = train_and_measure(state, name, student)
     return {"round": number, **row, "unique": chosen["unique"], "kept": chosen["classes"]}
 
 
-def stage_configs(
-    config: Config, loop: LoopConfig, number: int, teacher_name: str
-) -> tuple[Config, SelectConfig]:
-    """Settings of the prediction and of the selection of round `number`."""
+def stage_configs(config: Config, loop: LoopConfig, number: int) -> tuple[Config, SelectConfig]:
+    """Settings of the prediction and of the selection of round `number`.
+
+    The teacher labels at the resolution it was trained at.
+    """
     from efficientnet_ns.experiment import Experiment
 
     folder = os.path.join(loop.work_dir, f"round-{number}")
     prefix, num_shards = _unlabeled_shards(config)
-    prediction = config.override(
-        model_name=teacher_name,
-        predict_ckpt_path=model_dir(loop, number - 1),
+    teacher = model_configs(config, loop)[number - 1]
+    prediction = teacher.override(
+        unlabel_data_dir=config.data.unlabel_data_dir,
+        predict_ckpt_path=teacher.train.model_dir,
         output_dir=os.path.join(folder, "predictions"),
         info_dir=os.path.join(folder, "info"),
         num_shards=num_shards,
@@ -174,7 +246,7 @@ def stage_configs(
         input_dir=config.data.unlabel_data_dir,
         prediction_dir=prediction.predict.output_dir,
         prelim_stats_dir=os.path.join(folder, "statistics"),
-        output_dir=os.path.join(folder, "selected"),
+        output_dir=os.path.dirname(_pseudo_labeled_dir(loop, number)),
         num_shards=num_shards,
         num_image=loop.num_image,
         min_threshold=loop.min_threshold,
@@ -183,6 +255,49 @@ def stage_configs(
         seed=config.train.seed,
     )
     return prediction, selection
+
+
+def _finetune(state: State, config: Config, loop: LoopConfig, number: int) -> dict[str, Any]:
+    """Fine-tunes the student of round `number` at the higher resolution and measures it there."""
+    tuning = finetune_config(config, loop, number)
+    size = loop.finetune_resolution
+    name = f"round {number}: fine-tune {tuning.model.model_name} at {size}"
+    return {"round": number, **train_and_measure(state, name, tuning), "finetuned": size}
+
+
+def finetune_config(config: Config, loop: LoopConfig, number: int) -> Config:
+    """Settings of the fine-tuning of the student of round `number`.
+
+    The train-test resolution fix of arXiv 1911.04252 §3.1: `finetune_epochs` more at a higher
+    resolution, on labeled images without augmentation, at the end of the learning rate schedule.
+    """
+    student = model_configs(config, loop)[number]
+    folder = os.path.join(loop.work_dir, f"round-{number}", f"finetuned-{loop.finetune_resolution}")
+    images = _num_train_images(config)
+    steps = max(1, round(loop.finetune_epochs * images / config.train.train_batch_size))
+    return student.override(
+        model_dir=folder,
+        input_image_size=loop.finetune_resolution,
+        init_model=True,
+        init_model_path=student.train.model_dir,
+        fix_layer_num=loop.finetune_fix_layers,
+        remove_aug=True,
+        unlabel_ratio=0.0,
+        unlabel_data_dir="",
+        # These steps are the last of the schedule, which therefore has as many.
+        train_steps=max(steps, config.train.train_steps),
+        train_ratio=1.0,
+        train_last_step_num=steps,
+    )
+
+
+def _num_train_images(config: Config) -> int:
+    """Labeled images per epoch."""
+    from efficientnet_ns.data import pipeline, tasks
+
+    task = tasks.get_task(config.data.task_name)
+    known = config.data.num_train_images or task.num_train_images
+    return known or pipeline.Source.find(config.data.label_data_dir, task.train_set).total
 
 
 def train_and_measure(state: State, name: str, config: Config) -> dict[str, Any]:

@@ -52,6 +52,9 @@ class Recipe:
     keras_file: Optional[str]
 
 
+# The published schedules are multiples (--train_ratio) of one of 350 epochs: 109474 updates of 4096.
+EPOCHS_OF_TRAIN_STEPS = 350
+
 RECIPES: dict[str, Recipe] = {
     "efficientnet-b0": Recipe(
         params=5_288_548,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl import flags
 
 GOLDENS_VARIABLE = "EFFICIENTNET_NS_GOLDENS"
 
@@ -66,3 +68,37 @@ def two_replicas() -> tf.distribute.MirroredStrategy:
     return tf.distribute.MirroredStrategy(
         ["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice()
     )
+
+
+@pytest.fixture
+def entry_flags(monkeypatch) -> Callable[[str, list[str]], flags.FlagValues]:
+    """Parses a command line with the flags that an entry point, and no other, defines.
+
+    Paths of flag files are relative to the repository. Words that are no flags are refused.
+    """
+    monkeypatch.chdir(Path(__file__).parents[1])
+
+    def parse(module: str, arguments: list[str]) -> flags.FlagValues:
+        values = flags.FlagValues()
+        with monkeypatch.context() as patch:
+            for name, define in vars(flags).items():
+                if name.startswith("DEFINE_"):
+                    patch.setattr(flags, name, _with_values(define, values))
+            kinds = {str: "string", int: "integer", float: "float", bool: "bool"}
+            definitions = {kind: getattr(flags, f"DEFINE_{name}") for kind, name in kinds.items()}
+            patch.setattr("efficientnet_ns.config._DEFINE", definitions)
+            patch.setattr("efficientnet_ns.config.run", lambda main: None)
+            patch.setattr(flags, "FLAGS", values)
+            importlib.import_module(f"efficientnet_ns.{module}").run()
+        rest = values(["program", *arguments])
+        assert rest == ["program"] or module == "predict_image", rest
+        return values
+
+    return parse
+
+
+def _with_values(define: Callable, values: flags.FlagValues) -> Callable:
+    def defined(*args, **kwargs):
+        return define(*args, **{**kwargs, "flag_values": values})
+
+    return defined

@@ -1,75 +1,261 @@
-"""Every preset under flags/ parses, describes a buildable model, and says what it is."""
+"""Every preset under flags/ parses, describes a buildable model and the published run, and says what it is."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
+import functools
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import tensorflow as tf
-from absl import flags
 
-from efficientnet_ns import config, demo
-from efficientnet_ns.config import Config, LoopConfig
+from efficientnet_ns import config, demo, noisy_student
+from efficientnet_ns.config import Config, LoopConfig, SelectConfig
+from efficientnet_ns.data import tasks
 from efficientnet_ns.experiment import Experiment
 from efficientnet_ns.models import efficientnet
+from efficientnet_ns.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
-PRESETS = sorted(ROOT.glob("flags/**/*.flags"), key=str)
+PRESETS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("flags/**/*.flags"))
+RUNS = [name for name in PRESETS if name.startswith("flags/run/")]
+SIZES = [name.split("-")[1] for name in RECIPES]
+# Building the graphs of the others takes longer than it is worth every time.
+QUICK = {"efficientnet-b0"}
 
 
-def parse(preset: Path, monkeypatch) -> tuple[Config, LoopConfig]:
-    monkeypatch.chdir(ROOT)  # Nested --flagfile paths are relative to the current folder.
-    values = flags.FlagValues()
-    for cls in (Config, LoopConfig):
-        config.define_flags(cls, flag_values=values)
-    rest = values(["program", f"--flagfile={preset.relative_to(ROOT)}"])
-    assert rest == ["program"]
-    return config.from_flags(Config, values), config.from_flags(LoopConfig, values)
+def entry_of(preset: str) -> str:
+    """The program a preset is for; parts of presets are for main."""
+    command = re.search(r"^# Command: python -m efficientnet_ns\.(\w+)", text_of(preset), re.M)
+    return command[1] if command else "main"
 
 
-def test_there_are_presets_for_every_published_model():
-    names = {p.stem for p in PRESETS if p.parent.name == "model"}
-    assert names == {name.split("-")[1] for name in efficientnet.VARIANTS} - {"test"}
+def text_of(preset: str) -> str:
+    return (ROOT / preset).read_text()
 
 
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: str(p.relative_to(ROOT / "flags")))
-def test_preset(preset, monkeypatch):
-    lines = preset.read_text().splitlines()
+@pytest.fixture
+def parse(entry_flags):
+    """Preset → the flags of its entry."""
+    return lambda preset, *more: entry_flags(entry_of(preset), [f"--flagfile={preset}", *more])
+
+
+@pytest.fixture
+def settings(parse):
+    """Preset of a training or prediction → its configuration."""
+    return lambda preset, *more: config.from_flags(Config, parse(preset, *more))
+
+
+# --- All presets ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_parses(preset, parse):
+    lines = text_of(preset).splitlines()
     assert lines[0].startswith("# ")
     for line in lines:
         # A comment after a value would silently become part of it, an indented one an argument.
         assert "#" not in line[1:] and line == line.strip()
-    settings, _ = parse(preset, monkeypatch)
-    experiment = Experiment.from_config(settings)
-    if settings.model.model_name not in ("efficientnet-b7", "efficientnet-l2"):
-        with tf.Graph().as_default():
-            assert experiment.build_model().output_shape == (None, experiment.num_classes)
+    values = parse(preset)
+    if entry_of(preset) in ("main", "noisy_student"):
+        experiment = Experiment.from_config(config.from_flags(Config, values))
+        assert experiment.train_steps > 0
 
 
-def test_digits_preset_is_the_loop_of_the_demo(monkeypatch):
-    settings, loop = parse(ROOT / "flags/run/digits/noisy_student.flags", monkeypatch)
-    expected, expected_loop = demo.settings(demo.DemoConfig())
-    assert settings.identity() == expected.identity()
-    assert settings.train.steps_per_eval == expected.train.steps_per_eval
-    assert dataclasses.replace(loop, work_dir="") == dataclasses.replace(expected_loop, work_dir="")
+@pytest.mark.parametrize("preset", RUNS)
+def test_header_says_what_how_and_what_to_expect(preset, entry_flags):
+    header = "\n".join(line for line in text_of(preset).splitlines() if line.startswith("#"))
+    assert re.search(r"^# Expected: ", header, re.M)
+    assert "run/digits" in preset or "ot run here" in header
+    command = re.search(r"^# Command: ((?:.*)(?:\n#   .*)*)", header, re.M)[1]
+    words = shlex.split(command.replace("\n#   ", " "))
+    assert words[:3] == ["python", "-m", f"efficientnet_ns.{entry_of(preset)}"]
+    assert f"--flagfile={preset}" in words
+    entry_flags(entry_of(preset), words[3:])
 
 
-@pytest.mark.parametrize("command", ["create", "setup", "train --mode=train", "logs", "delete"])
-def test_tpu_script_prints_its_commands(command):
-    script = ROOT / "tpu_scripts/tpu_vm.sh"
-    environment = {**os.environ, "TPU_NAME": "my-tpu", "ZONE": "us-central2-b"}
-    printed = subprocess.run(
-        [script, "--dry_run", *command.split()], env=environment, text=True, capture_output=True
+def model_of(preset: str) -> str:
+    """The name of the model, without parsing."""
+    for line in reversed(text_of(preset).splitlines()):
+        if line.startswith("--model_name="):
+            return line.split("=")[1]
+        if line.startswith("--flagfile=") and model_of(line.split("=")[1]):
+            return model_of(line.split("=")[1])
+    return ""
+
+
+def with_a_model():
+    for preset in PRESETS:
+        name = model_of(preset)
+        if name:
+            marks = [] if name in QUICK else [pytest.mark.slow]
+            yield pytest.param(preset, marks=marks)
+
+
+@functools.lru_cache(maxsize=None)
+def output_shape(experiment: Experiment) -> tuple:
+    with tf.Graph().as_default():
+        return experiment.build_model().output_shape
+
+
+@pytest.mark.parametrize("preset", with_a_model())
+def test_model_of_preset_is_built(preset, settings):
+    chosen = settings(preset)
+    # What does not shape the model is left out, so that presets of one model share it.
+    shaping = Config(model=chosen.model).override(task_name=chosen.data.task_name)
+    experiment = Experiment.from_config(shaping)
+    assert output_shape(experiment) == (None, experiment.num_classes)
+    assert experiment.image_size == Experiment.from_config(chosen).image_size
+
+
+# --- ImageNet -------------------------------------------------------------------------------------
+
+
+def test_there_are_presets_for_every_published_model():
+    assert {Path(p).stem for p in PRESETS if p.startswith("flags/model/")} == set(SIZES)
+    assert set(SIZES) == {name.split("-")[1] for name in efficientnet.VARIANTS} - {"test"}
+    for role in ("teacher", "student", "student_on_the_fly"):
+        for size in SIZES:
+            assert f"flags/run/imagenet/{size}_{role}.flags" in PRESETS
+
+
+def epochs(chosen: Config, steps: int | None = None) -> float:
+    experiment = Experiment.from_config(chosen)
+    images = tasks.TASKS["imagenet"].num_train_images
+    return (steps or experiment.train_steps) * chosen.train.train_batch_size / images
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("role", ["student", "student_on_the_fly"])
+def test_imagenet_student_is_the_recipe(size, role, settings):
+    chosen, recipe = (
+        settings(f"flags/run/imagenet/{size}_{role}.flags"),
+        RECIPES[f"efficientnet-{size}"],
     )
-    assert printed.returncode == 0, printed.stderr
-    assert "my-tpu" in printed.stdout and "--zone=us-central2-b" in printed.stdout
+    assert epochs(chosen) == pytest.approx(recipe.epochs, rel=1e-3)
+    assert Experiment.from_config(chosen).image_size == recipe.train_resolution
+    assert chosen.train.unlabel_ratio == recipe.unlabel_ratio
+    magnitude = chosen.data.randaug_mag if chosen.data.augment_name else None
+    assert magnitude == recipe.randaugment_magnitude
+    assert chosen.train.teacher_softmax_temp == 1
+    teacher = {"student": None, "student_on_the_fly": f"efficientnet-{size}"}[role]
+    if role == "student_on_the_fly" and size == "l2":
+        teacher = "efficientnet-b7"
+    assert chosen.train.teacher_model_name == teacher
+    assert chosen.hardware.use_tpu and chosen.hardware.use_bfloat16
 
 
-def test_tpu_script_says_what_is_missing():
-    script = ROOT / "tpu_scripts/tpu_vm.sh"
-    environment = {k: v for k, v in os.environ.items() if k != "TPU_NAME"}
-    failed = subprocess.run([script, "create"], env=environment, text=True, capture_output=True)
-    assert failed.returncode != 0 and "TPU_NAME" in failed.stderr
+@pytest.mark.parametrize("size", SIZES)
+def test_imagenet_teacher_learns_from_labels_alone(size, settings):
+    chosen = settings(f"flags/run/imagenet/{size}_teacher.flags")
+    assert (chosen.train.unlabel_ratio, chosen.train.teacher_model_name) == (0, None)
+    assert epochs(chosen) == pytest.approx(350, rel=1e-3)
+
+
+def test_stated_accuracies_are_those_of_the_papers():
+    for size in SIZES:
+        recipe = RECIPES[f"efficientnet-{size}"]
+        runs = {
+            role: text_of(f"flags/run/imagenet/{size}_{role}.flags")
+            for role in ("teacher", "student")
+        }
+        assert f"{recipe.top1_supervised} %" in runs["teacher"]
+        assert f"{recipe.top1} %" in runs["student"]
+
+
+@pytest.mark.parametrize(
+    "preset, more",
+    [
+        ("flags/run/imagenet/l2_finetune.flags", []),
+        ("flags/role/finetune.flags", ["--flagfile=flags/data/imagenet.flags"]),
+    ],
+)
+def test_fine_tuning(preset, more, settings):
+    chosen = settings(preset, *more)
+    train = chosen.train
+    assert epochs(chosen, train.train_last_step_num) == pytest.approx(1.5, rel=1e-3)
+    assert (train.init_model, chosen.data.remove_aug, train.unlabel_ratio) == (True, True, 0)
+    assert (train.train_ratio, train.train_steps) == (1, 109474)
+
+
+def test_fine_tuning_of_l2_freezes_three_stages_at_800(settings):
+    chosen = settings("flags/run/imagenet/l2_finetune.flags")
+    assert (chosen.model.model_name, chosen.model.input_image_size) == ("efficientnet-l2", 800)
+    assert chosen.train.fix_layer_num == 28
+
+
+def test_chain_is_the_published_one(parse):
+    values = parse("flags/run/imagenet/l2_chain.flags", "--label_data_dir=l", "--work_dir=w")
+    base, loop = config.from_flags(Config, values), config.from_flags(LoopConfig, values)
+    chain = noisy_student.model_configs(base, loop)
+    assert [
+        (c.model.model_name, c.model.input_image_size, c.data.randaug_mag, c.train.unlabel_ratio)
+        for c in chain
+    ] == [
+        ("efficientnet-b7", 600, 27, 0),
+        ("efficientnet-l2", 475, 27, 14),
+        ("efficientnet-l2", 475, 27, 14),
+        ("efficientnet-l2", 475, 27, 28),
+    ]
+    for chosen in chain:
+        assert epochs(chosen) == pytest.approx(350, rel=1e-3)
+        assert chosen.data.augment_name == "randaugment"
+        Experiment.from_config(chosen)
+    tuning = noisy_student.finetune_config(base, loop, 3)
+    alone = config.from_flags(Config, parse("flags/run/imagenet/l2_finetune.flags"))
+    changed = {"model_dir", "init_model_path", "label_data_dir"}
+    assert {k: v for k, v in tuning.identity().items() if k not in changed} == {
+        k: v for k, v in alone.identity().items() if k not in changed
+    }
+    assert (loop.num_image, loop.min_threshold) == (130000, 0.3)
+
+
+# --- SVHN and digits ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["teacher", "student", "student_on_the_fly"])
+def test_svhn_is_the_originals(name, settings):
+    """The values of local_scripts/run_svhn.sh and svhn_offline.sh."""
+    chosen = settings(f"flags/run/svhn/{name}.flags")
+    train, data = chosen.train, chosen.data
+    assert (chosen.model.model_name, data.task_name) == ("efficientnet-b0", "svhn")
+    assert (data.augment_name, data.randaug_mag, data.randaug_layer) == ("randaugment", 5, 2)
+    assert (train.train_batch_size, train.train_steps, train.train_ratio) == (128, 109474, 1)
+    assert (train.base_learning_rate, train.final_base_lr) == (0.016, 0.0002)
+    assert (train.weight_decay, train.teacher_softmax_temp) == (1e-4, 1)
+    assert train.unlabel_ratio == (0 if name == "teacher" else 5)
+    on_the_fly = "efficientnet-b0" if name == "student_on_the_fly" else None
+    assert train.teacher_model_name == on_the_fly
+    assert not chosen.hardware.use_tpu
+
+
+@pytest.mark.parametrize("task, classes, images", [("imagenet", 1000, 130000), ("svhn", 10, 53113)])
+def test_filtering_is_the_originals(task, classes, images, parse):
+    """The values of local_scripts/<task>/filter_unlabel.sh."""
+    chosen = config.from_flags(SelectConfig, parse(f"flags/run/{task}/filter.flags"))
+    assert (chosen.num_label_classes, chosen.num_image) == (classes, images)
+    assert (chosen.min_threshold, chosen.task, chosen.upsample) == (0.3, 0, 1)
+    assert (chosen.file_prefix, chosen.num_shards) == ("extra", 128)
+
+
+@pytest.mark.parametrize("task", ["imagenet", "svhn"])
+def test_prediction_is_the_originals(task, settings):
+    """The values of local_scripts/<task>/predict.sh and reassign.sh, with the right task."""
+    for name, prefix in (("predict", "extra"), ("reassign", "train")):
+        chosen = settings(f"flags/run/{task}/{name}.flags")
+        assert (chosen.data.task_name, chosen.model.model_name) == (task, "efficientnet-b0")
+        assert (chosen.predict.file_prefix, chosen.predict.num_shards) == (prefix, 128)
+        shards = config.shard_list(chosen.predict.shard_id, 128)
+        assert shards == list(range(128))
+        assert chosen.predict.reassign_label == (name == "reassign")
+
+
+def test_digits_preset_is_the_loop_of_the_demo(parse):
+    values = parse("flags/run/digits/noisy_student.flags")
+    chosen, loop = config.from_flags(Config, values), config.from_flags(LoopConfig, values)
+    expected, expected_loop = demo.settings(demo.DemoConfig())
+    assert chosen.identity() == expected.identity()
+    assert chosen.train.steps_per_eval == expected.train.steps_per_eval
+    assert dataclasses.replace(loop, work_dir="") == dataclasses.replace(expected_loop, work_dir="")

@@ -91,7 +91,8 @@ def stages(loop: LoopConfig) -> dict[str, dict]:
     """Recorded results, without what depends on speed or on how often the loop was started."""
     recorded = json.loads((Path(loop.work_dir) / "state.json").read_text())["stages"]
     for result in recorded.values():
-        result.pop("images_per_second", None)
+        for pace in ("images_per_second", "input_wait"):
+            result.pop(pace, None)
         result.pop("skipped_shards", None)
     return recorded
 
@@ -175,9 +176,7 @@ def test_each_student_is_taught_by_the_model_before(undisturbed, config):
     """Labels of a round come from the newest checkpoint of the round before."""
     loop, _ = undisturbed
     for number in (1, 2):
-        prediction, selection = noisy_student.stage_configs(
-            config, loop, number, "efficientnet-test"
-        )
+        prediction, selection = noisy_student.stage_configs(config, loop, number)
         assert prediction.predict.predict_ckpt_path == noisy_student.model_dir(loop, number - 1)
         # Its settings are those the predictions there were made with: all are skipped.
         assert predict.predict(prediction)["skipped_shards"] == 2
@@ -273,6 +272,96 @@ def test_finished_loop_does_nothing(undisturbed, config, monkeypatch):
     assert (Path(loop.work_dir) / "state.json").stat().st_mtime_ns == before
 
 
+# --- A recipe for each model ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def varied(folder, config) -> tuple[LoopConfig, list[dict]]:
+    """A student larger than its teacher, taught with another ratio, then fine-tuned larger still."""
+    loop = dataclasses.replace(
+        rounds(folder, "varied", 1),
+        image_sizes="8,12",
+        unlabel_ratios="0.5",
+        finetune_resolution=16,
+        finetune_epochs=1.4,
+    )
+    return loop, noisy_student.run_loop(config, loop)
+
+
+def trained_with(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_each_model_has_its_image_size_and_ratio(varied):
+    loop, rows = varied
+    work = Path(loop.work_dir)
+    teacher, student, tuned = (
+        trained_with(work / name)
+        for name in ("round-0/model", "round-1/model", "round-1/finetuned-16")
+    )
+    assert [c["input_image_size"] for c in (teacher, student, tuned)] == [8, 12, 16]
+    assert [c["unlabel_ratio"] for c in (teacher, student, tuned)] == [0, 0.5, 0]
+    manifests = list((work / "round-1/predictions").glob("*.manifest.json"))
+    sizes = {json.loads(path.read_text())["config"]["image_size"] for path in manifests}
+    assert len(manifests) == 2 and sizes == {8}
+    assert [row.get("finetuned") for row in rows] == [None, None, 16]
+
+
+def test_fine_tuning_is_the_end_of_a_schedule_on_clean_labeled_images(varied):
+    loop, rows = varied
+    tuned = trained_with(Path(loop.work_dir) / "round-1/finetuned-16")
+    assert (tuned["remove_aug"], tuned["unlabel_data_dir"]) == (True, "")
+    assert tuned["init_model"] and tuned["init_model_path"] == noisy_student.model_dir(loop, 1)
+    # 1.4 passes over 9 images in batches of 4.
+    assert rows[2]["steps"] == tuned["train_last_step_num"] == 3
+    assert rows[2]["measured"] != rows[1]["measured"]
+
+
+def test_fine_tuned_loop_is_continued_and_can_grow(varied, config, monkeypatch):
+    loop, rows = varied
+    for name in ("train_and_evaluate", "evaluate"):
+        monkeypatch.setattr(train, name, lambda *_: pytest.fail("worked again"))
+    assert noisy_student.run_loop(config, loop) == rows
+    without = dataclasses.replace(loop, finetune_resolution=None)
+    assert noisy_student.run_loop(config, without) == rows[:2]
+
+
+def test_published_recipes(config):
+    loop = LoopConfig(
+        work_dir="w",
+        models="efficientnet-b1,efficientnet-b4,efficientnet-l2",
+        published_recipes=True,
+        unlabel_ratios="2,28",
+    )
+    plain = config.override(task_name="imagenet", randaug_mag=9)
+    settings = [
+        (
+            c.model.input_image_size,
+            c.data.augment_name,
+            c.data.randaug_mag,
+            c.train.train_ratio,
+            c.train.unlabel_ratio,
+        )
+        for c in noisy_student.model_configs(plain, loop)
+    ]
+    assert settings == [
+        (240, None, 9, 2.0, 0.0),
+        (380, "randaugment", 15, 2.0, 2.0),
+        (475, "randaugment", 27, 1.0, 28.0),
+    ]
+    own = dataclasses.replace(loop, unlabel_ratios="", image_sizes="100,200,300")
+    configs = noisy_student.model_configs(plain, own)
+    assert [c.model.input_image_size for c in configs] == [100, 200, 300]
+    assert [c.train.unlabel_ratio for c in configs] == [0, 3, 14]
+
+
+def test_folder_of_an_earlier_version_is_continued(tmp_path):
+    noisy_student.State(str(tmp_path), {"seed": 1}).once("stage", dict)
+    noisy_student.State(str(tmp_path), {"seed": 1, "new": 0}, {"new": 0, "other": 5})
+    with pytest.raises(ConfigError, match="new: 0 → 1"):
+        noisy_student.State(str(tmp_path), {"seed": 1, "new": 1}, {"new": 0})
+
+
 # --- Refusals -------------------------------------------------------------------------------------
 
 
@@ -317,6 +406,10 @@ def test_unknown_models_are_refused_before_any_work(config, tmp_path, models, me
     [
         ({}, {"models": "efficientnet-test"}, "--models=efficientnet-test: "),
         ({}, {"work_dir": ""}, "--work_dir"),
+        ({}, {"unlabel_ratios": "1"}, "--unlabel_ratios=1 should be 2 "),
+        ({}, {"unlabel_ratios": "1,0"}, "--unlabel_ratios=1,0 should be 2 positive"),
+        ({}, {"image_sizes": "8,8,large"}, "--image_sizes=8,8,large should be 3 "),
+        ({}, {"published_recipes": True}, "none for 'efficientnet-test'"),
         ({"unlabel_data_dir": ""}, {}, "--unlabel_data_dir"),
         ({"unlabel_ratio": 0.0}, {}, "--unlabel_ratio"),
     ],

@@ -429,7 +429,7 @@ def test_constants_of_the_noise(monkeypatch, small, size, expected):
         calls.append(("crop", size))
         return tf.zeros([size, size, 3])
 
-    monkeypatch.setattr(pipeline.augment, "rand_augment", rand_augment)
+    monkeypatch.setattr(pipeline.randaugment, "rand_augment", rand_augment)
     monkeypatch.setattr(pipeline.augment, "cutout", cutout)
     monkeypatch.setattr(pipeline.images, "reflect_pad_crop", shift)
     monkeypatch.setattr(pipeline.images, "train_image", crop)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import tensorflow as tf
+import torture
 from PIL import Image
 
 from efficientnet_ns.config import Config, ConfigError
-from efficientnet_ns.data import manifests, records
+from efficientnet_ns.data import images, manifests, records, views
 from efficientnet_ns.experiment import Experiment
-from efficientnet_ns.labeling import predict
+from efficientnet_ns.labeling import parts, predict, shards
+from efficientnet_ns.labeling.labeler import Labeler
 from efficientnet_ns.models import weights
 
 CLASSES, SIZE = 3, 8
@@ -123,7 +129,7 @@ def predictions(path: str | Path) -> tuple[np.ndarray, list[int]]:
 @pytest.fixture(scope="module", autouse=True)
 def one_labeler_per_teacher() -> Iterator[None]:
     """Building and tracing a model takes seconds; every run here has the same settings of it."""
-    original, made = predict._Labeler, {}
+    original, made = predict.Labeler, {}
 
     def labeler(experiment: Experiment, checkpoint: str):
         if checkpoint not in made:
@@ -131,7 +137,7 @@ def one_labeler_per_teacher() -> Iterator[None]:
         return made[checkpoint]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predict, "_Labeler", labeler)
+        patch.setattr(predict, "Labeler", labeler)
         yield
 
 
@@ -242,13 +248,14 @@ def test_two_workers_share_each_shard(folder, expected):
 
 
 def times(done: Config) -> dict[str, int]:
-    paths = [*Path(done.predict.output_dir).iterdir(), *Path(done.predict.info_dir).iterdir()]
+    folders = [Path(done.predict.output_dir), Path(done.predict.info_dir)]
+    paths = [path for folder in folders if folder.exists() for path in folder.iterdir()]
     return {str(path): path.stat().st_mtime_ns for path in paths}
 
 
 def test_finished_shards_are_skipped(finished, monkeypatch):
     before = times(finished)
-    monkeypatch.setattr(predict, "_Labeler", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr(predict, "Labeler", lambda *_: pytest.fail("a model was built"))
     result = predict.predict(finished)
     assert result == {"records": 19, "unreadable": 0, "skipped_shards": 3}
     assert times(finished) == before
@@ -333,6 +340,11 @@ def test_bad_records_keep_their_place(folder, damaged, answer, caplog):
     assert quarantine["7"] == "the record has no 'image/encoded'"
     assert quarantine["11"].startswith("truncated at byte")
     assert str(damaged) in caplog.text
+    lines = (output / "quarantine-00001-of-00002-00000.jsonl").read_text().splitlines()
+    listed = [json.loads(line) for line in lines]
+    assert [entry["position"] for entry in listed] == bad
+    assert {entry["file"] for entry in listed} == {str(damaged)}
+    assert [entry["reason"] for entry in listed] == list(quarantine.values())
 
 
 def test_too_many_bad_records(folder, damaged):
@@ -422,3 +434,381 @@ def test_lost_tail_counts_as_much_as_it_is(folder, tmp_path):
         predict.predict(settings(folder, tmp_path / "a", **values, max_bad_fraction=0.3))
     result = predict.predict(settings(folder, tmp_path / "b", **values, max_bad_fraction=0.7))
     assert result["unreadable"] >= 1
+
+
+# --- Inside a shard -------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing that handles errors handles it."""
+
+
+@pytest.fixture(scope="module")
+def long(folder) -> tuple[Path, dict]:
+    """One shard of 700 records of which some are bad, and the files of an undisturbed run."""
+    rng = np.random.default_rng(11)
+    images = [png(rng) for _ in range(700)]
+    for i in (0, 63, 64, 300, 699):
+        images[i] = b"no image"
+    write_shards(folder / "long", [[records.unlabeled_example(i) for i in images]])
+    flip_payload(folder / "long" / records.shard_name("extra", 0, 1), 128)
+    done = long_settings(folder, "undisturbed")
+    assert predict.predict(done) == {"records": 700, "unreadable": 6, "skipped_shards": 0}
+    return folder, contents(done)
+
+
+def long_settings(folder: Path, output: str | Path, **values) -> Config:
+    defaults = {"num_shards": 1, "shard_id": "0", "part_seconds": 0.0}
+    paths = {"unlabel_data_dir": str(folder / "long")}
+    return settings(folder, output, **{**defaults, **paths, **values})
+
+
+def contents(done: Config) -> dict[str, bytes]:
+    """Everything that was written, by name."""
+    folders = [Path(done.predict.output_dir), Path(done.predict.info_dir)]
+    return {path.name: path.read_bytes() for folder in folders for path in folder.iterdir()}
+
+
+def kill_after(monkeypatch, writes: int) -> None:
+    original, count = parts.Parts.write, []
+
+    def write(self, part):
+        if len(count) == writes:
+            raise Killed
+        count.append(part)
+        original(self, part)
+
+    monkeypatch.setattr(parts.Parts, "write", write)
+
+
+def count_labeled(monkeypatch) -> list[int]:
+    """Sizes of the groups labeled from now on."""
+    sizes, original = [], Labeler.label
+    monkeypatch.setattr(
+        Labeler, "label", lambda self, images: sizes.append(len(images)) or original(self, images)
+    )
+    return sizes
+
+
+@pytest.mark.parametrize("writes", [0, 1, 4])
+def test_killed_inside_a_shard(long, tmp_path, monkeypatch, writes):
+    folder, expected = long
+    mine = long_settings(folder, tmp_path)
+    with monkeypatch.context() as patch:
+        kill_after(patch, writes)
+        with pytest.raises(Killed):
+            predict.predict(mine)
+    assert not (tmp_path / "predictions" / "train-info-00000-of-00001-00000").exists()
+    sizes = count_labeled(monkeypatch)
+    assert predict.predict(mine)["records"] == 700
+    assert sum(sizes) == 700 - 64 * writes
+    assert contents(mine) == expected
+
+
+def test_parts_of_other_settings_are_not_used(long, tmp_path, monkeypatch):
+    folder, expected = long
+    save_teacher(folder / "third", CLASSES, seed=3)
+    with monkeypatch.context() as patch:
+        kill_after(patch, 3)
+        with pytest.raises(Killed):
+            predict.predict(
+                long_settings(folder, tmp_path, predict_ckpt_path=str(folder / "third"))
+            )
+    sizes = count_labeled(monkeypatch)
+    mine = long_settings(folder, tmp_path)
+    predict.predict(mine)
+    assert sum(sizes) == 700
+    assert contents(mine) == expected
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda c: c[:-1], lambda c: c[:-9] + b"?" + c[-8:], lambda c: b""]
+)
+def test_damaged_part_is_made_again(long, tmp_path, monkeypatch, damage):
+    folder, expected = long
+    mine = long_settings(folder, tmp_path)
+    with monkeypatch.context() as patch:
+        kill_after(patch, 3)
+        with pytest.raises(Killed):
+            predict.predict(mine)
+    made = sorted((tmp_path / "predictions").glob(".part-*"))
+    assert len(made) == 3
+    made[1].write_bytes(damage(made[1].read_bytes()))
+    sizes = count_labeled(monkeypatch)
+    predict.predict(mine)
+    assert sum(sizes) == 700 - 64
+    assert contents(mine) == expected
+
+
+def test_killed_while_putting_the_parts_together(long, tmp_path, monkeypatch):
+    folder, expected = long
+    mine = long_settings(folder, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_quarantine", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            predict.predict(mine)
+    sizes = count_labeled(monkeypatch)
+    predict.predict(mine)
+    assert sizes == []
+    assert contents(mine) == expected
+
+
+def test_two_processes_on_one_shard(long, tmp_path):
+    """Threads stand for them: each has its own queue, labeler and parts."""
+    folder, expected = long
+    mine = long_settings(folder, tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: predict.predict(mine), range(2)))
+    assert sorted(r["skipped_shards"] for r in results) == [0, 1]
+    assert contents(mine) == expected
+
+
+def test_auto_takes_all_shards(folder, finished):
+    mine = settings(folder, "auto", shard_id="auto")
+    assert predict.predict(mine) == {"records": 19, "unreadable": 0, "skipped_shards": 0}
+    assert contents(mine) == contents(finished)
+
+
+def test_store_without_folders_and_renames(folder, finished):
+    place = f"ram://{folder}/out"
+    mine = settings(folder, "unused", output_dir=place, info_dir=f"{place}/info")
+    assert predict.predict(mine)["records"] == 19
+    names = [n for n in tf.io.gfile.listdir(place) if n.startswith("train-info")]
+    assert len(names) == 6
+    for name in names:
+        with tf.io.gfile.GFile(f"{place}/{name}", "rb") as f:
+            assert f.read() == Path(finished.predict.output_dir, name).read_bytes()
+
+
+# --- Other inputs, weights and outputs ------------------------------------------------------------
+
+
+def test_engines_agree(folder, finished, monkeypatch):
+    monkeypatch.setattr(predict, "Labeler", Labeler)
+    mine = settings(folder, "tf", shard_id="0", inference_engine="tf")
+    predict.predict(mine)
+    name = "train-info-00000-of-00003-00000"
+    probs, classes = predictions(Path(mine.predict.output_dir) / name)
+    other, other_classes = predictions(Path(finished.predict.output_dir) / name)
+    np.testing.assert_allclose(probs, other, atol=1e-5)
+    assert classes == other_classes
+
+
+def test_file_of_weights(folder, finished, monkeypatch):
+    """The same teacher from a .safetensors file; the fingerprint is of the file."""
+    monkeypatch.setattr(predict, "Labeler", Labeler)
+    model = Experiment.from_config(config(folder / f"task_{CLASSES}.json")).build_model()
+    weights.load_weights(model, str(folder / "teacher"))
+    path = str(folder / "teacher.safetensors")
+    weights.save_weights(model, path)
+    mine = settings(folder, "file", shard_id="1", predict_ckpt_path=path)
+    predict.predict(mine)
+    name = "train-info-00001-of-00003-00000"
+    made, other = (predictions(Path(c.predict.output_dir) / name) for c in (mine, finished))
+    np.testing.assert_allclose(made[0], other[0], atol=1e-6)
+    manifest = manifests.read_json(f"{mine.predict.output_dir}/{name}.manifest.json")
+    assert manifest["config"]["checkpoint"] == manifests.content_hash(path)
+
+
+def test_two_views(folder, answer, monkeypatch):
+    monkeypatch.setattr(predict, "Labeler", Labeler)
+    mine = settings(folder, "views", shard_id="1", test_time_views=2)
+    predict.predict(mine)
+    probs, _ = predictions(Path(mine.predict.output_dir) / "train-info-00001-of-00003-00000")
+    images = [
+        records.image_bytes(r.payload)
+        for r in records.read(str(folder / "unlabeled" / records.shard_name("extra", 1, 3)))
+    ]
+    mirrored = [tf.io.encode_png(tf.io.decode_png(image)[:, ::-1]).numpy() for image in images]
+    own = [(answer(a) + answer(b)) / 2 for a, b in zip(images, mirrored)]
+    np.testing.assert_allclose(probs, own, atol=1e-6)
+
+
+@pytest.mark.parametrize("number", [3, 10])
+def test_number_of_views_that_there_is_not(folder, number):
+    """Ten views need a crop, which small images do not have."""
+    with pytest.raises(ConfigError, match=f"--test_time_views={number}"):
+        predict.predict(settings(folder, "flags", test_time_views=number))
+
+
+def test_ten_views_are_corners_and_centre():
+    rng = np.random.default_rng(0)
+    image = tf.constant(png(rng, 20, 30))
+    size = 16
+    found = views.decoder(lambda i: images.eval_image(i, size), size, 10)(image[None])[0].numpy()
+    pixels = tf.io.decode_png(image)
+    side = int(images.center_crop_box(20, 30, size)[2])
+    places = [(0, 0), (0, 30 - side), (20 - side, 0), (20 - side, 30 - side)]
+    crops = [images.crop_and_resize(pixels, [y, x, side, side], size) for y, x in places]
+    expected = np.stack([images.eval_image(image, size), *crops])
+    np.testing.assert_array_equal(found[:5], expected)
+    np.testing.assert_array_equal(found[5:], expected[:, :, ::-1])
+
+
+def test_reassigned_labels(folder, tmp_path, answer):
+    """Pseudo-labeled records in, the same under new labels out; what cannot be read is left out."""
+    rng = np.random.default_rng(7)
+    pictures = [png(rng) for _ in range(5)]
+    pictures[3] = b"no image"
+    old = np.array([0.2, 0.3, 0.5], np.float32)
+    source = tmp_path / "data" / "train-2-00001-of-00004"
+    source.parent.mkdir()
+    examples = [records.pseudo_labeled_example(picture, old, 2) for picture in pictures]
+    records.write(str(source), examples)
+    mine = settings(
+        folder,
+        tmp_path / "new",
+        unlabel_data_dir=str(source.parent),
+        reassign_label=True,
+        file_prefix="train",
+        worker_id=2,
+        shard_id="1",
+        num_shards=4,
+        info_dir="",
+        max_bad_fraction=0.3,
+    )
+    assert predict.predict(mine) == {"records": 5, "unreadable": 1, "skipped_shards": 0}
+    output = Path(mine.predict.output_dir)
+    names = {path.name for path in output.iterdir()}
+    assert names == {source.name, f"{source.name}.manifest.json", f"quarantine-{source.name}.jsonl"}
+    read = [r.payload for r in records.read(str(output / source.name))]
+    good = [0, 1, 2, 4]
+    assert [records.image_bytes(payload) for payload in read] == [pictures[i] for i in good]
+    probs = np.array([records.probabilities(payload) for payload in read])
+    np.testing.assert_allclose(probs, [answer(pictures[i]) for i in good], atol=1e-6)
+    for payload, row in zip(read, probs):
+        features = tf.train.Example.FromString(payload).features.feature
+        assert set(features) == {"image/encoded", "probabilities", "label", "prob"}
+        assert features["label"].int64_list.value[0] == row.argmax()
+        assert features["prob"].float_list.value[0] == row.max()
+
+
+def test_relabeled_records_are_not_written_over_the_old(folder):
+    mine = settings(folder, "same", reassign_label=True, unlabel_data_dir=str(folder / "same"))
+    with pytest.raises(ConfigError, match="--output_dir is the folder of the records"):
+        predict.predict(mine.override(output_dir=str(folder / "same")))
+
+
+# --- Mutations ------------------------------------------------------------------------------------
+
+
+def mutated(content: bytes, rng: np.random.Generator) -> bytes:
+    """Bytes changed, cut out, repeated or cut off."""
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 4)):
+        a, b = sorted(rng.integers(0, len(content) + 1, 2))
+        kind = rng.integers(4)
+        if kind == 0 and content:
+            content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        elif kind == 1:
+            del content[a : min(b, a + 40)]
+        elif kind == 2:
+            content[a:a] = content[a : min(b, a + 40)]
+        elif len(content) > 4:
+            del content[b:]
+    return bytes(content)
+
+
+def seeds_of_images(rng: np.random.Generator) -> list[bytes]:
+    pixels = rng.integers(0, 256, [SIZE, SIZE, 3], np.uint8)
+    pictures = [Image.fromarray(pixels), Image.fromarray(pixels).convert("P")]
+    kinds = [("JPEG", 0), ("PNG", 0), ("PNG", 1), ("GIF", 1), ("BMP", 0)]
+    result = []
+    for kind, number in kinds:
+        buffer = io.BytesIO()
+        pictures[number].save(buffer, kind)
+        result.append(buffer.getvalue())
+    return [*result, *odd_images(rng).values()]
+
+
+def fuzz(folder: Path, tmp_path: Path, number: int) -> None:
+    """Mutated images, mutated Examples and mutated record bytes: all are accounted for."""
+    rng = np.random.default_rng(number)
+    seeds = seeds_of_images(rng)
+    payloads = []
+    for i in range(number):
+        image = seeds[i % len(seeds)]
+        if i % 3:
+            payloads.append(records.unlabeled_example(mutated(image, rng)))
+        else:
+            payloads.append(mutated(records.unlabeled_example(image), rng))
+    write_shards(tmp_path / "unlabeled", [payloads])
+    path = tmp_path / "unlabeled" / records.shard_name("extra", 0, 1)
+    for record in rng.choice(number, number // 50, replace=False):
+        flip_payload(path, record)
+    mine = settings(
+        folder,
+        tmp_path / "out",
+        unlabel_data_dir=str(path.parent),
+        num_shards=1,
+        shard_id="0",
+        max_bad_fraction=1.0,
+    )
+    result = predict.predict(mine)
+    assert result["records"] == number
+    name = "train-info-00000-of-00001-00000"
+    probs, _ = predictions(f"{mine.predict.output_dir}/{name}")
+    assert len(probs) == number
+    manifest = manifests.read_json(f"{mine.predict.output_dir}/{name}.manifest.json")
+    bad = [int(i) for i in manifest["counts"]["quarantine"]]
+    assert bad == sorted(set(bad)) and len(bad) == result["unreadable"]
+    assert np.flatnonzero(probs.sum(1) == 0).tolist() == bad
+    rest = np.delete(probs, bad, 0)
+    np.testing.assert_allclose(rest.sum(1), 1, atol=1e-4)
+    # Both kinds are there, so that the check is one of both.
+    assert number // 10 < len(bad) < number * 9 // 10
+
+
+def test_mutated_records_and_images(folder, tmp_path):
+    fuzz(folder, tmp_path, 2000)
+
+
+@pytest.mark.slow
+def test_many_mutated_records_and_images(folder, tmp_path):
+    fuzz(folder, tmp_path, 10_000)
+
+
+# --- Kills ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_workers_killed_again_and_again(folder, tmp_path):
+    """SIGKILLs at random moments leave the files of an undisturbed run, to the last byte."""
+    rng = np.random.default_rng(21)
+    pictures = [png(rng) for _ in range(500)]
+    payloads = [records.unlabeled_example(picture) for picture in pictures]
+    number, num_shards = 20_000, 4
+    places = rng.integers(0, 500, [num_shards, number])
+    write_shards(tmp_path / "unlabeled", [[payloads[i] for i in row] for row in places])
+    for shard in range(num_shards):
+        path = tmp_path / "unlabeled" / records.shard_name("extra", shard, num_shards)
+        corrupt(path, rng.choice(number, number // 200, replace=False))
+    values = {
+        "unlabel_data_dir": str(tmp_path / "unlabeled"),
+        "num_shards": num_shards,
+        "max_bad_fraction": 0.02,
+        "shard_id": "auto",
+    }
+    quiet, rough = (settings(folder, tmp_path / name, **values) for name in ("quiet", "rough"))
+    result = predict.predict(quiet)
+    assert result["records"] == num_shards * number and result["unreadable"] > 100
+    command = [sys.executable, "-m", "efficientnet_ns.main", "--mode=predict"]
+    command += ["--model_name=efficientnet-test", f"--task_name={folder}/task_{CLASSES}.json"]
+    command += [f"--{key}={value}" for key, value in dataclasses.asdict(rough.predict).items()]
+    command += [f"--unlabel_data_dir={tmp_path}/unlabeled", "--eval_batch_size=4"]
+    command += ["--part_seconds=0.5"]
+    hits = torture.run_with_kills([command] * 2, 12, 5, (2.0, 6.0), tmp_path)
+    assert hits >= 3
+    assert contents(rough) == contents(quiet)
+
+
+def corrupt(path: Path, chosen: np.ndarray) -> None:
+    """Changes the last byte of the payloads of the chosen records."""
+    content, chosen, end = bytearray(path.read_bytes()), set(chosen.tolist()), 0
+    for record in itertools.count():
+        if end >= len(content):
+            break
+        end += 16 + int.from_bytes(content[end : end + 8], "little")
+        if record in chosen:
+            content[end - 5] ^= 0xFF
+    path.write_bytes(content)

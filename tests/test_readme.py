@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-from absl import flags
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,34 +33,8 @@ def test_differences_link_to_their_lines():
 @pytest.mark.parametrize(
     "module, arguments", COMMANDS, ids=[f"{i}-{name}" for i, (name, _) in enumerate(COMMANDS)]
 )
-def test_commands_have_flags_that_exist(module, arguments, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    entry = importlib.import_module(f"efficientnet_ns.{module}")
-    values = flags.FlagValues()
-    for name, define in vars(flags).items():
-        if name.startswith("DEFINE_"):
-            monkeypatch.setattr(flags, name, with_values(define, values))
-    monkeypatch.setattr("efficientnet_ns.config._DEFINE", redirected(values))
-    monkeypatch.setattr("efficientnet_ns.config.run", lambda main: None)
-    monkeypatch.setattr(flags, "FLAGS", values)
-    entry.run()
-    values(["program", *shlex.split(arguments.replace("\\\n", " "))])
-
-
-def with_values(define, values: flags.FlagValues):
-    def defined(*args, **kwargs):
-        return define(*args, **{**kwargs, "flag_values": values})
-
-    return defined
-
-
-def redirected(values: flags.FlagValues) -> dict:
-    return {
-        str: with_values(flags.DEFINE_string, values),
-        int: with_values(flags.DEFINE_integer, values),
-        float: with_values(flags.DEFINE_float, values),
-        bool: with_values(flags.DEFINE_bool, values),
-    }
+def test_commands_have_flags_that_exist(module, arguments, entry_flags):
+    entry_flags(module, shlex.split(arguments.replace("\\\n", " ")))
 
 
 def test_commands_were_found():

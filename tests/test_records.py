@@ -574,3 +574,26 @@ def test_lost_bytes_are_counted(tmp_path):
     content[26] ^= 1  # In the length of the second record.
     path.write_bytes(content)
     assert [r.lost for r in records.read(str(path))] == [0, 3 * 26]
+
+
+@pytest.mark.parametrize("classes", [1, 3, 127, 128, 300, 1000])
+def test_many_predictions_at_once_are_the_same_bytes(classes):
+    probs = np.random.default_rng(0).random([40, classes]).astype(np.float32)
+    probs[0] = 0
+    assert records.prediction_examples(probs) == [records.prediction_example(p) for p in probs]
+
+
+def test_framed_record_is_that_of_the_writer(tmp_path):
+    payloads = [b"", b"x", b"some bytes" * 1000]
+    records.write(str(tmp_path / "file"), payloads)
+    assert b"".join(map(records.frame, payloads)) == (tmp_path / "file").read_bytes()
+
+
+def test_reading_from_the_middle(tmp_path):
+    records.write(str(tmp_path / "file"), PAYLOADS)
+    path = str(tmp_path / "file")
+    whole = list(records.read_from(path))
+    assert [record for record, _ in whole] == list(records.read(path))
+    assert whole[-1][1] == (tmp_path / "file").stat().st_size
+    for i, (record, end) in enumerate(whole):
+        assert list(records.read_from(path, record.position + 1, end)) == whole[i + 1 :]

@@ -1,25 +1,33 @@
 #!/usr/bin/env bash
-# Creates, prepares, uses and deletes a Cloud TPU VM or pod slice. Needs gcloud, logged in.
+# Creates, prepares, uses and deletes a Cloud TPU VM or a slice of a pod. Needs gcloud, logged in, and a git clone.
+#
+#   tpu_vm.sh [--dry_run] COMMAND
+#
+#   create             asks for the TPU VM, as a queued resource
+#   state              where that request is: WAITING_FOR_RESOURCES, ACTIVE, SUSPENDED (preempted) …
+#   setup              copies the committed files of this repository to every worker and installs them there
+#   run PROGRAM…       runs a program on every worker, in the repository, and waits for it
+#   start PROGRAM…     starts a program on worker 0, in the background
+#   train FLAGS…       start python3 -m efficientnet_ns.main FLAGS…
+#   status             of what was started: running, its exit code, or new (nothing was)
+#   logs               follows its output
+#   stop               asks it to save and end
+#   watch PROGRAM…     keeps it going: creates what is missing or was preempted, sets it up, starts the program, and
+#                      starts it again after every preemption, until it has ended. Start it again at any time.
+#   delete             the TPU VM and the request for it
+#
+# TensorFlow is a single-client system: on a pod the program runs on worker 0 only, and reaches the others' chips. So
+# `run` is for installing and looking, `start`, `train` and `watch` are for training. (Machines with GPUs are the other
+# way round: the same program on each, with TF_CONFIG.) With gs:// folders a training that was preempted continues from
+# its last checkpoint, on another machine too.
+#
+# Settings (environment): TPU_NAME and ZONE (needed), PROJECT, ACCELERATOR_TYPE (v3-8), SPOT=1 for a preemptible one,
+# TF_VERSION (2.15.1), DEVICE_API (pjrt; se is the older one of v2 to v4), RUNTIME (made of these two; the pod variant
+# for slices), POLL_SECONDS (60) between two looks of watch.
 set -euo pipefail
+# shellcheck source=tpu_scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-usage() {
-  cat <<'TEXT'
-tpu_vm.sh [--dry_run] COMMAND
-
-  create             the TPU VM, as a queued resource
-  setup              copies this repository to every worker and installs it there
-  train ARGS...      python -m efficientnet_ns.main ARGS on worker 0, in the background
-  logs               follows the log of the training
-  delete             the TPU VM
-
-Settings (environment): TPU_NAME (needed), ZONE (needed), PROJECT, ACCELERATOR_TYPE (v3-8),
-RUNTIME (tpu-vm-tf-2.15.1-pjrt; pod slices take tpu-vm-tf-2.15.1-pod-pjrt), SPOT=1 for a preemptible one.
-TensorFlow is a single-client system: on a pod the program runs on worker 0 only, and reaches the others.
-A preempted training continues from its last checkpoint with the same `train` command.
-TEXT
-}
-
-dry_run=
 if [[ ${1:-} == --dry_run ]]; then
   dry_run=1
   shift
@@ -32,48 +40,119 @@ if [[ $command == help || $command == --help ]]; then
 fi
 : "${TPU_NAME:?set TPU_NAME, the name of the TPU VM}" "${ZONE:?set ZONE, e.g. us-central2-b}"
 accelerator_type=${ACCELERATOR_TYPE:-v3-8}
-runtime=${RUNTIME:-tpu-vm-tf-2.15.1-pjrt}
+device_api=${DEVICE_API:-pjrt}
 where=(--zone="$ZONE")
 if [[ -n ${PROJECT:-} ]]; then where+=(--project="$PROJECT"); fi
-log='~/efficientnet_ns.log'
 
-run() {
-  if [[ -n $dry_run ]]; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
-}
+# Types with all chips on one machine; all others are slices, whose runtime is the pod variant.
+case $accelerator_type in
+  v2-8 | v3-8 | v4-8 | v5p-8 | v5litepod-[148] | v6e-[148]) pod= ;;
+  *) pod=-pod ;;
+esac
+runtime=${RUNTIME:-tpu-vm-tf-${TF_VERSION:-2.15.1}$pod-$device_api}
 
 on_workers() { # which workers, then the command line
   run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --worker="$1" --command="$2"
 }
 
+create() {
+  local spot=()
+  if [[ -n ${SPOT:-} ]]; then spot=(--spot); fi
+  run gcloud compute tpus queued-resources create "$TPU_NAME" "${where[@]}" --node-id="$TPU_NAME" \
+    --accelerator-type="$accelerator_type" --runtime-version="$runtime" ${spot[@]+"${spot[@]}"}
+}
+
+state() {
+  run gcloud compute tpus queued-resources describe "$TPU_NAME" "${where[@]}" --format='value(state.state)'
+}
+
+delete() {
+  run gcloud compute tpus queued-resources delete "$TPU_NAME" "${where[@]}" --force --quiet
+}
+
+setup() {
+  local archive
+  archive=$(mktemp -d)/efficientnet_ns.tar.gz
+  run git archive --format=tar.gz --output="$archive" HEAD
+  run gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME":efficientnet_ns.tar.gz "${where[@]}" --worker=all
+  rm -rf "$(dirname "$archive")"
+  # The image's own TensorFlow drives the TPU: everything of requirements.txt but tensorflow itself.
+  on_workers all 'mkdir -p efficientnet_ns && tar -xzf efficientnet_ns.tar.gz -C efficientnet_ns &&
+    cd efficientnet_ns && grep -v "^tensorflow==" requirements.txt > others.txt && pip install -r others.txt'
+}
+
+# The files of one program on worker 0, in its home folder: efficientnet_ns.log, .pid, .exit (running, or its code).
+start() {
+  local program environment="TPU_NAME=$TPU_NAME"
+  # The older interface finds the other workers only when the library is not loaded at import.
+  if [[ $device_api == se && -n $pod ]]; then environment+=" TPU_LOAD_LIBRARY=0"; fi
+  printf -v program '%q ' "$@"
+  # SIGTERM to the group reaches the program; the shell around it stays to write down the exit code.
+  program="trap : TERM; env $environment $program; echo \$? > ~/efficientnet_ns.exit"
+  on_workers 0 "cd efficientnet_ns && echo running > ~/efficientnet_ns.exit &&
+    { setsid nohup bash -c $(printf '%q' "$program") >> ~/efficientnet_ns.log 2>&1 < /dev/null &
+      echo \$! > ~/efficientnet_ns.pid; }"
+}
+
+# A program whose machine was restarted says running, but is not there: as good as preempted (exit code 75).
+status() {
+  # shellcheck disable=SC2016 # expands on the worker
+  on_workers 0 'status=$(cat ~/efficientnet_ns.exit 2> /dev/null || echo new)
+    if [ "$status" = running ] && ! kill -0 "$(cat ~/efficientnet_ns.pid)" 2> /dev/null; then status=75; fi
+    echo "$status"'
+}
+
+say() {
+  echo "$(date +%T) $TPU_NAME: $*" >&2
+}
+
+# One look, and what it calls for.
+watch_once() {
+  local now
+  now=$(state 2>/dev/null || echo MISSING)
+  case $now in
+    ACTIVE) now=$(status 2>/dev/null | tail -n 1 || true) ;;
+    SUSPENDED | FAILED)
+      say "$now: deleting it and asking for another"
+      delete
+      now=MISSING
+      ;;
+  esac
+  case $now in
+    MISSING) say "creating it" && create ;;
+    new) say "setting it up" && setup && say "starting" && start "$@" ;;
+    75) say "the program was interrupted: starting it again" && start "$@" ;;
+    0) say "the program has ended; the TPU VM is still there: tpu_vm.sh delete" && exit 0 ;;
+    [1-9] | [1-9][0-9] | [1-9][0-9][0-9])
+      say "the program failed with exit code $now: tpu_vm.sh logs"
+      exit "$now"
+      ;;
+    *) say "${now:-not reachable}" ;;
+  esac
+}
+
 case $command in
-  create)
-    spot=()
-    if [[ -n ${SPOT:-} ]]; then spot=(--spot); fi
-    run gcloud compute tpus queued-resources create "$TPU_NAME" "${where[@]}" --node-id="$TPU_NAME" \
-      --accelerator-type="$accelerator_type" --runtime-version="$runtime" "${spot[@]}"
+  create | state | delete | setup | status) "$command" ;;
+  run)
+    printf -v program '%q ' "$@"
+    on_workers all "cd efficientnet_ns && $program"
     ;;
-  setup)
-    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-    archive=$(mktemp --suffix=.tar.gz)
-    trap 'rm -f "$archive"' EXIT
-    run git -C "$root" archive --format=tar.gz --output="$archive" HEAD
-    run gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME":efficientnet_ns.tar.gz "${where[@]}" --worker=all
-    # The image's own TensorFlow drives the TPU: everything of requirements.txt but tensorflow itself.
-    on_workers all 'mkdir -p efficientnet_ns && tar -xzf efficientnet_ns.tar.gz -C efficientnet_ns &&
-      cd efficientnet_ns && grep -v "^tensorflow==" requirements.txt > others.txt && pip install -r others.txt'
+  start) start "$@" ;;
+  train) start python3 -m efficientnet_ns.main "$@" ;;
+  logs) on_workers 0 'tail -n 100 -F ~/efficientnet_ns.log' ;;
+  stop)
+    # shellcheck disable=SC2016 # expands on the worker
+    on_workers 0 'kill -TERM -- "-$(cat ~/efficientnet_ns.pid)"'
     ;;
-  train)
-    printf -v arguments '%q ' "$@"
-    on_workers 0 "cd efficientnet_ns && TPU_NAME=$TPU_NAME nohup python3 -m efficientnet_ns.main $arguments >> $log 2>&1 & disown"
-    ;;
-  logs) on_workers 0 "tail -F $log" ;;
-  delete)
-    run gcloud compute tpus queued-resources delete "$TPU_NAME" "${where[@]}" --force
+  watch)
+    if [[ -n $dry_run ]]; then # What follows a preemption.
+      state && delete && create && setup && start "$@" && status
+      exit
+    fi
+    while true; do
+      watch_once "$@" || say "that failed; trying again"
+      sleep "${POLL_SECONDS:-60}"
+    done
     ;;
   *)
     echo "unknown command: $command" >&2

@@ -1,61 +1,66 @@
-"""The size of an image from the first bytes of its file, in the graph, before anything is decoded.
-
-A file of some kilobytes can claim billions of pixels; whoever takes images from strangers asks here
-first what decoding would allocate.
-"""
+"""What an image file says about itself in its first bytes, before anything is decoded."""
 
 from __future__ import annotations
 
-import tensorflow as tf
+import struct
 
-MAX_PIXELS = 100_000_000
+# Decoded, 600 MB. A small file can claim any size, and decoders allocate what it claims.
+MAX_PIXELS = 200_000_000
 
-_HEADER = 32  # Bytes; PNG and BMP have their sides within the first 26.
-_PNG, _GIF, _BMP = b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM"
-
-
-def num_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
-    """Height times width of an encoded image, scalar string → int64 scalar.
-
-    Kinds that are not recognised give 0: no decoder takes them. A JPEG without a readable header
-    raises tf.errors.InvalidArgumentError when the op runs.
-    """
-    start = tf.strings.substr(image_bytes, 0, _HEADER)
-    header = tf.cast(tf.io.decode_raw(start, tf.uint8), tf.int64)
-    header = tf.pad(header, [[0, _HEADER - tf.size(header)]])
-
-    def number(first: int, size: int, little_endian: bool) -> tf.Tensor:
-        powers = [256**place for place in range(size)]
-        weights = powers if little_endian else powers[::-1]
-        return tf.reduce_sum(header[first : first + size] * tf.constant(weights, tf.int64))
-
-    def jpeg() -> tf.Tensor:
-        return tf.reduce_prod(tf.cast(tf.image.extract_jpeg_shape(image_bytes)[:2], tf.int64))
-
-    # The height of a BMP is negative when its rows are stored from the top.
-    bmp_height = number(22, 4, True)
-    bmp_height = tf.where(bmp_height < 2**31, bmp_height, 2**32 - bmp_height)
-    cases = [
-        (tf.io.is_jpeg(image_bytes), jpeg),
-        (_starts_with(start, _PNG), lambda: number(16, 4, False) * number(20, 4, False)),
-        (_starts_with(start, _GIF), lambda: number(6, 2, True) * number(8, 2, True)),
-        (_starts_with(start, _BMP), lambda: number(18, 4, True) * bmp_height),
-    ]
-    return tf.case(cases, default=lambda: tf.zeros([], tf.int64))
+# Start-of-frame markers of JPEG: C0..CF without the tables C4, C8, CC.
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
-def _starts_with(text: tf.Tensor, prefix: bytes) -> tf.Tensor:
-    return tf.equal(tf.strings.substr(text, 0, len(prefix)), prefix)
+def declared_size(image: bytes) -> tuple[int, int] | None:
+    """(width, height) in pixels that a JPEG, PNG, GIF or BMP declares; None when it tells none."""
+    try:
+        for signature, read in _READERS.items():
+            if image.startswith(signature):
+                return read(image)
+    except (struct.error, IndexError):
+        pass  # Too short to say.
+    return None
 
 
-def refuse_large(image_bytes: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
-    """The same bytes, unless their header claims more than `max_pixels` pixels.
+def problem(image: bytes) -> str:
+    """Why the image must not be given to a decoder, or an empty string."""
+    size = declared_size(image)
+    if size is None or size[0] * size[1] <= MAX_PIXELS:
+        return ""
+    return f"the image claims {size[0]} x {size[1]} pixels, more than {MAX_PIXELS // 10**6} million"
 
-    Raises tf.errors.InvalidArgumentError when the op runs on such an image.
-    """
-    pixels = num_pixels(image_bytes)
-    check = tf.debugging.Assert(
-        pixels <= max_pixels, [f"image larger than {max_pixels} pixels:", pixels]
-    )
-    with tf.control_dependencies([check]):
-        return tf.identity(image_bytes)
+
+def _jpeg(image: bytes) -> tuple[int, int] | None:
+    at = 2
+    while at < len(image):
+        if image[at] != 0xFF:
+            at += 1
+            continue
+        marker = image[at + 1]
+        if marker in _JPEG_FRAMES:
+            height, width = struct.unpack_from(">HH", image, at + 5)
+            return width, height
+        # Fill bytes and markers that stand alone have no length.
+        alone = marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8
+        at += (
+            (1 if marker == 0xFF else 2)
+            if alone
+            else 2 + int.from_bytes(image[at + 2 : at + 4], "big")
+        )
+    return None
+
+
+def _png(image: bytes) -> tuple[int, int]:
+    return struct.unpack_from(">II", image, 16)
+
+
+def _gif(image: bytes) -> tuple[int, int]:
+    return struct.unpack_from("<HH", image, 6)
+
+
+def _bmp(image: bytes) -> tuple[int, int]:
+    width, height = struct.unpack_from("<ii", image, 18)
+    return abs(width), abs(height)
+
+
+_READERS = {b"\xff\xd8": _jpeg, b"\x89PNG\r\n": _png, b"GIF8": _gif, b"BM": _bmp}

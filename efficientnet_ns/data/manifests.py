@@ -36,11 +36,22 @@ def remove_abandoned(paths: Sequence[str]) -> None:
         for found in tf.io.gfile.glob(pattern):
             pid = os.path.basename(found)[: -len(base) - 1].rsplit("-", 1)[1]
             # Without a number there it is the file of another output whose name ends like this one.
-            if pid.isdigit() and not _is_running(int(pid)):
+            if pid.isdigit() and not is_running(int(pid)):
                 tf.io.gfile.remove(found)
 
 
-def _is_running(pid: int) -> bool:
+def remove_abandoned_folders(parent: str) -> None:
+    """Removes temporary folders directly in `parent` of killed processes of this machine."""
+    prefix = f".tmp-{socket.gethostname()}-"
+    for name in (found.rstrip("/") for found in tf.io.gfile.listdir(parent)):
+        pid = name[len(prefix) :].split("-", 1)[0] if name.startswith(prefix) else ""
+        path = os.path.join(parent, name)
+        if pid.isdigit() and not is_running(int(pid)) and tf.io.gfile.isdir(path):
+            tf.io.gfile.rmtree(path)
+
+
+def is_running(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -85,9 +96,12 @@ def fingerprint(paths: Sequence[str]) -> str:
 
 
 def content_hash(path: str) -> str:
-    """Short hash of a file's bytes; a checkpoint's `.index` stands for all its tensors."""
+    """Short hash of a file's bytes."""
+    digest = hashlib.sha256()
     with tf.io.gfile.GFile(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()[:16]
+        while block := f.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 class BrokenFile(ValueError):

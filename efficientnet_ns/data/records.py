@@ -161,6 +161,44 @@ def prediction_example(probabilities: Sequence[float]) -> bytes:
     )
 
 
+def _varint(value: int) -> bytes:
+    """A protocol buffer's variable-length integer, 7 bits per byte, lowest first."""
+    groups = bytearray()
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    groups.append(value)
+    return bytes(groups)
+
+
+def _field(tag: int, content: bytes) -> bytes:
+    """A length-delimited protocol buffer field."""
+    return bytes([tag << 3 | 2]) + _varint(len(content)) + content
+
+
+def prediction_examples(probabilities: np.ndarray) -> list[bytes]:
+    """`prediction_example` of many rows, byte for byte the same and much faster.
+
+    Args:
+      probabilities: float32 [N, C].
+    """
+    rows = np.ascontiguousarray(probabilities, "<f4")
+    size = 4 * rows.shape[1]
+
+    # Field numbers of example.proto: 1 the features of an Example, 1 the entries of their map with
+    # key (1) and value (2), and in a Feature the float list (2) or int64 list (3), packed (1).
+    def entry(key: str, feature: bytes) -> bytes:
+        return _field(1, _field(1, key.encode()) + _field(2, feature))
+
+    numbers = entry(PROBABILITIES, _field(2, _field(1, bytes(size))))
+    # The numbers come last, so that all rows of a class share what is before them.
+    starts: dict[int, bytes] = {}
+    for k in set(classes := rows.argmax(1).tolist()):
+        class_entry = entry(CLASSES, _field(3, _field(1, _varint(k))))
+        starts[k] = _field(1, class_entry + numbers)[:-size]
+    return [starts[k] + row.tobytes() for k, row in zip(classes, rows)]
+
+
 def pseudo_labeled_example(image: bytes, probabilities: Sequence[float], label: int) -> bytes:
     """A pseudo-labeled record: image, class probabilities, 0-based label and its probability."""
     return _example(
@@ -276,28 +314,39 @@ def read(path: str) -> Iterator[Record]:
     Yields:
       Records in file order, positions counting unreadable ones.
     """
+    for record, _ in read_from(path):
+        yield record
+
+
+def read_from(path: str, position: int = 0, offset: int = 0) -> Iterator[tuple[Record, int]]:
+    """Like `read`, from the record `position` that begins at byte `offset` on.
+
+    Yields:
+      (record, byte where the next one begins).
+    """
     size = tf.io.gfile.stat(path).length
-    position = offset = 0
     with tf.io.gfile.GFile(path, "rb") as f:
+        if offset:
+            f.seek(offset)
         while offset < size:
             header = f.read(_HEADER.size)
             if len(header) < _HEADER.size:
-                yield Record(position, None, f"truncated at byte {offset}", size - offset)
+                yield Record(position, None, f"truncated at byte {offset}", size - offset), size
                 return
             length, length_crc = _HEADER.unpack(header)
             if _masked_crc(header[:8]) != length_crc:
                 problem = f"damaged length at byte {offset}: the rest is lost"
-                yield Record(position, None, problem, size - offset)
+                yield Record(position, None, problem, size - offset), size
                 return
             if offset + _HEADER.size + length + _FOOTER.size > size:
-                yield Record(position, None, f"truncated at byte {offset}", size - offset)
+                yield Record(position, None, f"truncated at byte {offset}", size - offset), size
                 return
             payload = f.read(length)
             (crc,) = _FOOTER.unpack(f.read(_FOOTER.size))
             good = _masked_crc(payload) == crc
             problem = "" if good else f"damaged payload at byte {offset}"
-            yield Record(position, payload if good else None, problem)
             offset += _HEADER.size + length + _FOOTER.size
+            yield Record(position, payload if good else None, problem), offset
             position += 1
 
 
@@ -366,6 +415,13 @@ def count_all(paths: Sequence[str], max_bad_fraction: float = 0.01) -> list[int]
 # --- Writing --------------------------------------------------------------------------------------
 
 COUNTS = "counts.json"
+
+
+def frame(payload: bytes) -> bytes:
+    """A record as it stands in a TFRecord file, for files that are put together in memory."""
+    length = struct.pack("<Q", len(payload))
+    checksums = _FOOTER.pack(_masked_crc(length)), _FOOTER.pack(_masked_crc(payload))
+    return b"".join((length, checksums[0], payload, checksums[1]))
 
 
 def write(path: str, payloads: Iterator[bytes] | Sequence[bytes]) -> int:

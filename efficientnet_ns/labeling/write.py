@@ -1,205 +1,179 @@
 """Balanced, pseudo-labeled records from a selection (arXiv 1911.04252, algorithm 1, step 3).
 
 One output file per shard of the unlabeled set, in the original's format and with its side files:
-statistics and sample pictures per class. Copies are physical copies, spread by the shuffle.
+statistics and sample pictures per class. Copies are physical copies, spread over their file. The
+bytes depend on the selection, the images and the seed alone, not on how many processes write.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections import Counter
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.data import manifests, records
 from efficientnet_ns.labeling import select
+from efficientnet_ns.labeling.write_shard import Lost, stage, write_shard
 from efficientnet_ns.progress import Progress
 
-_BUFFER = 10000  # Records held to shuffle from; bounds memory.
+# A process needs seconds to start; with less than this to read, it is not worth it.
+_BYTES_PER_PROCESS = 256 << 20
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
-class Lost(RuntimeError):
-    """Records written are not the records selected."""
+class WriterDied(RuntimeError):
+    """A process that wrote a shard was ended from outside."""
 
 
-def write(config: SelectConfig) -> dict[str, int]:
-    """Writes the selected records of every shard; finished shards are verified and skipped.
+def write(config: SelectConfig, shards: Sequence[int] | None = None) -> dict[str, int]:
+    """Writes the selected records of shards; finished shards are verified and skipped.
+
+    The statistics of all and `counts.json` are written by the run that finds every shard finished.
+
+    Args:
+      shards: numbers of the shards to write, default all; other runs may write the rest.
 
     Returns:
-      `records` written, over all shards.
+      `records` written, over the shards asked for.
 
     Raises:
       records.DataError: a selected record cannot be read.
       Lost: counts of selected, written and read-back records differ.
+      WriterDied: see there.
     """
     workers = select.count_workers(config)
     selection = os.path.join(config.output_dir, select.SELECTION)
     if not tf.io.gfile.exists(selection):
         raise records.DataError(f"{selection} is missing: run the selection first")
-    db = select.connect(selection=[selection])
     selection_hash = manifests.content_hash(selection)
-    stages = [_stage(config, selection_hash, shard) for shard in range(config.num_shards)]
-    with Progress(config.num_shards, "writing balanced records", "shards") as progress:
-        for shard, stage in enumerate(stages):
-            if not stage.done():
-                _write_shard(db, config, stage, shard, workers)
-            progress.update(1)
-    _write_final_stats(config, stages)
-    records.note_counts([stage.outputs[0] for stage in stages])
-    total = sum(stage.counts()["records"] for stage in stages)
-    (selected,) = db.execute("SELECT coalesce(sum(copies), 0) FROM selection").fetchone()
-    if total != selected:
-        raise Lost(f"{selected} records were selected, but {total} written to {config.output_dir}")
-    return {"records": total}
+    everything = select.shards(config)
+    shards = list(everything if shards is None else shards)
+    stages = {shard: stage(config, selection_hash, shard) for shard in shards}
+    todo = {shard: stages[shard] for shard in shards if not stages[shard].done()}
+    _write_all(config, todo, workers, _processes(config, list(todo)))
+    written = {shard: stages[shard].counts()["records"] for shard in shards}
+    _check_total(config, selection, written)
+    if not set(everything) <= set(stages):
+        stages = {shard: stage(config, selection_hash, shard) for shard in everything}
+    if all(stages[shard].done() for shard in everything):
+        _write_final_stats(config, [stages[shard] for shard in everything])
+    return {"records": sum(written.values())}
 
 
-def _stage(config: SelectConfig, selection_hash: str, shard: int) -> manifests.Stage:
-    task = select.task_number(config)
-    data = os.path.join(
-        config.output_dir, "data", records.pseudo_label_name(task, shard, config.num_shards)
+def _check_total(config: SelectConfig, selection: str, written: Mapping[int, int]) -> None:
+    db = select.connect(selection=[selection])
+    selected = dict(
+        db.execute("SELECT shard, sum(copies)::BIGINT FROM selection GROUP BY shard").fetchall()
     )
-    stats = os.path.join(config.output_dir, "stats", f"stats_{shard:05d}_{task}.json")
-    source = select.input_path(config, shard)
-    if not tf.io.gfile.exists(source):
-        raise records.DataError(f"shard {source} is missing (check --file_prefix and --num_shards)")
-    settings = {
-        "selection": selection_hash,
-        "input": manifests.fingerprint([source]),
-        "seed": config.seed,
-    }
-    manifest = os.path.join(config.output_dir, "stats", f"manifest_{shard:05d}_{task}.json")
-    return manifests.Stage(manifest, [data, stats], settings)
-
-
-def _write_shard(db, config: SelectConfig, stage, shard: int, workers: int) -> None:
-    rows = db.execute(
-        "SELECT position * $1 + worker, label, prob, copies FROM selection WHERE shard = $2",
-        [workers, shard],
-    ).fetchall()
-    chosen = {index: _Choice(label, prob, copies) for index, label, prob, copies in rows}
-    samples = _Samples(config, shard)
-    per_class: Counter[str] = Counter()
-    rng = np.random.default_rng([config.seed, shard])
-    with stage.write() as (temporary, counts):
-        data_path, stats_path = stage.outputs
-
-        def balanced() -> Iterator[bytes]:
-            for example, label, copies in _selected(config, shard, workers, chosen, samples):
-                per_class[str(label)] += copies
-                for _ in range(copies):
-                    yield example
-
-        written = records.write(temporary[data_path], _shuffled(balanced(), rng))
-        expected = sum(choice.copies for choice in chosen.values())
-        read_back = records.count(temporary[data_path])
-        if not written == read_back == expected:
+    for shard, records_written in written.items():
+        if selected.get(shard, 0) != records_written:
             raise Lost(
-                f"{data_path}: {expected} records chosen, {written} written, {read_back} read back"
-            )
-        manifests.write_json(temporary[stats_path], dict(sorted(per_class.items())))
-        counts.update(records=written)
-
-
-class _Choice(NamedTuple):
-    """A selected image: its pseudo label, that label's probability, how often it is written."""
-
-    label: int
-    prob: float
-    copies: int
-
-
-def _selected(config, shard: int, workers: int, chosen: dict, samples) -> Iterator[tuple]:
-    """Yields (example, label, copies) of the chosen records of a shard, in file order."""
-    predictions = [records.read(select.prediction_path(config, shard, w)) for w in range(workers)]
-    for image_record in records.read(select.input_path(config, shard)):
-        # Record i was predicted by worker i mod workers.
-        worker = image_record.position % workers
-        prediction = next(predictions[worker], None)
-        if prediction is None:
-            raise records.DataError(
-                f"{select.prediction_path(config, shard, worker)} ends before image "
-                f"{image_record.position} of the shard: predict it again, or give the "
-                f"total_replicas of the prediction as --total_label_replicas (now {workers})"
-            )
-        if image_record.position not in chosen:
-            continue
-        for record, path in (
-            (image_record, select.input_path(config, shard)),
-            (prediction, select.prediction_path(config, shard, worker)),
-        ):
-            if record.payload is None:
-                raise records.DataError(f"{path}, record {record.position}: {record.problem}")
-        choice = chosen[image_record.position]
-        image = records.image_bytes(image_record.payload)
-        probs = records.probabilities(prediction.payload)
-        if len(probs) != config.num_label_classes or probs[choice.label] != choice.prob:
-            raise records.DataError(
-                f"{select.prediction_path(config, shard, worker)}, record {prediction.position} is "
-                "not what was selected from: delete its index and the selection, and select again"
-            )
-        samples.keep(image, choice.label, choice.prob)
-        yield (
-            records.pseudo_labeled_example(image, probs, choice.label),
-            choice.label,
-            choice.copies,
-        )
-    for worker, rest in enumerate(predictions):
-        if next(rest, None) is not None:
-            raise records.DataError(
-                f"{select.prediction_path(config, shard, worker)} has more predictions than "
-                f"{select.input_path(config, shard)} has images for {workers} workers"
+                f"{selected.get(shard, 0)} records of shard {shard} were selected, "
+                f"but {records_written} written to {config.output_dir}"
             )
 
 
-def _shuffled(payloads: Iterator[bytes], rng: np.random.Generator) -> Iterator[bytes]:
-    """Draws at random from a buffer that the input refills; every payload comes out once."""
-    buffer: list[bytes] = []
-    for payload in payloads:
-        if len(buffer) < _BUFFER:
-            buffer.append(payload)
-            continue
-        place = rng.integers(_BUFFER)
-        yield buffer[place]
-        buffer[place] = payload
-    rng.shuffle(buffer)
-    yield from buffer
+def _processes(config: SelectConfig, shards: Sequence[int]) -> int:
+    wanted = config.num_workers
+    if wanted < 1:
+        size = sum(tf.io.gfile.stat(select.input_path(config, shard)).length for shard in shards)
+        wanted = min(os.cpu_count() or 1, 1 + size // _BYTES_PER_PROCESS)
+    return max(1, min(wanted, len(shards)))
 
 
-class _Samples:
-    """Keeps a few pictures per class as files that people can open."""
+# --- Processes ------------------------------------------------------------------------------------
 
-    def __init__(self, config: SelectConfig, shard: int):
-        self._folder = os.path.join(config.output_dir, "samples")
-        self._task, self._shard, self._limit = select.task_number(config), shard, config.num_samples
-        self._kept: Counter[int] = Counter()
 
-    def keep(self, image: bytes, label: int, prob: float) -> None:
-        """Writes the picture unless its class has enough."""
-        index = self._kept[label]
-        if index >= self._limit:
+def _write_all(
+    config: SelectConfig, stages: Mapping[int, manifests.Stage], workers: int, processes: int
+) -> None:
+    with Progress(_count_images(config, stages), "writing balanced records", "images") as progress:
+        if processes == 1:
+            for shard, shard_stage in stages.items():
+                write_shard(config, shard_stage, shard, workers, progress.update)
             return
-        self._kept[label] += 1
-        folder = os.path.join(self._folder, str(label))
-        tf.io.gfile.makedirs(folder)
-        name = f"image_{self._shard}_{self._task}_{index}_{prob:.4f}.jpeg"
-        with tf.io.gfile.GFile(os.path.join(folder, name), "wb") as f:
-            f.write(image)
+        # Spawned, since TensorFlow's threads do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        counter = context.Value("q", 0)
+        with concurrent.futures.ProcessPoolExecutor(
+            processes, mp_context=context, initializer=_start, initargs=(counter,)
+        ) as pool:
+            waiting = {
+                pool.submit(_write_one, config, shard_stage, shard, workers)
+                for shard, shard_stage in stages.items()
+            }
+            try:
+                while waiting:
+                    done, waiting = concurrent.futures.wait(waiting, _SECONDS_BETWEEN_LOOKS)
+                    progress.update(counter.value - progress.count)
+                    for future in done:
+                        future.result()
+            except concurrent.futures.process.BrokenProcessPool as e:
+                raise WriterDied(
+                    "a process that wrote a shard was ended from outside, perhaps for want of "
+                    "memory: start again with fewer by --num_workers; finished shards are kept"
+                ) from e
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _write_final_stats(config: SelectConfig, stages) -> None:
+def _count_images(config: SelectConfig, shards: Mapping[int, object]) -> int:
+    db = select.connect(selection=[os.path.join(config.output_dir, select.SELECTION)])
+    query = "SELECT count(*) FROM selection WHERE list_contains($1::INTEGER[], shard)"
+    return db.execute(query, [list(shards)]).fetchone()[0]
+
+
+_counter = None  # Of images read, shared by the processes of a pool.
+
+
+def _start(counter) -> None:
+    """Makes a process of the pool ready; it ends when its parent does, even by SIGKILL."""
+    global _counter
+    _counter = counter
+    parent = multiprocessing.parent_process().sentinel
+
+    def follow() -> None:
+        multiprocessing.connection.wait([parent])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _write_one(config: SelectConfig, stage: manifests.Stage, shard: int, workers: int) -> None:
+    def progress(images: int) -> None:
+        with _counter.get_lock():
+            _counter.value += images
+
+    write_shard(config, stage, shard, workers, progress)
+
+
+# --- Statistics -----------------------------------------------------------------------------------
+
+
+def _write_final_stats(config: SelectConfig, stages: Sequence[manifests.Stage]) -> None:
     total: Counter[str] = Counter()
-    for stage in stages:
-        total.update(manifests.read_json(stage.outputs[1]))
+    for shard_stage in stages:
+        total.update(manifests.read_json(shard_stage.outputs[1]))
     pairs = sorted(total.items(), key=lambda pair: -pair[1])
+    path = os.path.join(config.output_dir, "stats", "final_stats.json")
+    counts_path = os.path.join(config.output_dir, "data", records.COUNTS)
+    manifests.remove_abandoned([path, counts_path])
     manifests.write_json(
-        os.path.join(config.output_dir, "stats", "final_stats.json"),
+        path,
         {
             "cat_count": dict(total),
             "cat_sorted_pairs": [list(pair) for pair in pairs],
             "total_cnt": sum(total.values()),
         },
+    )
+    records.note_counts(
+        [shard_stage.outputs[0] for shard_stage in stages],
+        [shard_stage.counts()["records"] for shard_stage in stages],
     )

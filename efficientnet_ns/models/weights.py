@@ -124,6 +124,21 @@ def checkpoint_prefix(path: str) -> str:
     )
 
 
+def fingerprint(path: str) -> str:
+    """Short hash of the content of weights of any kind that `load_weights` takes.
+
+    Raises:
+      FileNotFoundError: nothing there.
+      WeightsError: see `checkpoint_prefix`.
+    """
+    if os.path.splitext(path)[1] not in foreign_weights.FILES:
+        # Holds the checksum of every tensor.
+        path = checkpoint_prefix(path) + ".index"
+    elif not tf.io.gfile.exists(path):
+        raise FileNotFoundError(f"no file at {path!r}")
+    return manifests.content_hash(path)
+
+
 @contextlib.contextmanager
 def _damage_named(path: str, *where: str) -> Iterator[None]:
     # Readers raise types of their own for damaged files, IndexError and OSError among them, mostly

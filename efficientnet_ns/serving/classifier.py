@@ -16,6 +16,7 @@ import tensorflow as tf
 from efficientnet_ns.data import headers, records
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.models import efficientnet
+from efficientnet_ns.serving import image_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Classifier(tf.Module):
         return tf.TensorSpec([size, size, 3], tf.float32)
 
     def _decode(self, image_bytes: tf.Tensor) -> tf.Tensor:
-        checked = headers.refuse_large(image_bytes, self._answers.max_pixels)
+        checked = image_sizes.refuse_large(image_bytes, self._answers.max_pixels)
         return self._preprocessing.evaluate(checked)
 
     def _prepared(

@@ -90,7 +90,7 @@ class Session(tf.keras.callbacks.Callback):
         return step // self._eval_every > (step - self.chunk) // self._eval_every
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        step, previous = int(self.saver.optimizer.iterations), self._seen
+        step, previous = int(tf.convert_to_tensor(self.saver.optimizer.iterations)), self._seen
         values = {name: float(value) for name, value in (logs or {}).items()}
         stopping = self._agree(self._stop.requested) if self._agree else self._stop.requested
         save = step // self._save_every > previous // self._save_every

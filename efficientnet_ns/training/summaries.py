@@ -76,15 +76,20 @@ class MetricsLog:
     Args:
       folder: model_dir.
       start: step the run continues from; later rows of an interrupted run are dropped.
+      writes: False on all workers but the chief: they keep the rows in memory.
     """
 
-    def __init__(self, folder: str, start: int):
-        self.path = os.path.join(folder, METRICS)
-        tf.io.gfile.makedirs(folder)
+    def __init__(self, folder: str, start: int, writes: bool = True):
+        self.path, self._writes, self._lines = os.path.join(folder, METRICS), writes, None
         self.rows = [row for row in read_metrics(folder) if row["step"] <= start]
-        _write_lines(self.path, self.rows)
-        self._lines = None if "://" in folder else open(self.path, "a", encoding="utf-8")
         self._written = len(self.rows)
+        if not writes:
+            self.writer = tf.summary.create_noop_writer()
+            return
+        tf.io.gfile.makedirs(folder)
+        _write_lines(self.path, self.rows)
+        if "://" not in folder:
+            self._lines = open(self.path, "a", encoding="utf-8")
         self.writer = tf.summary.create_file_writer(folder)
 
     def add(self, step: int, values: dict[str, float]) -> None:
@@ -100,7 +105,7 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Makes sure that every row is in the file; to be called before a checkpoint is written."""
-        if self._lines is None and self._written < len(self.rows):
+        if self._writes and self._lines is None and self._written < len(self.rows):
             _write_lines(self.path, self.rows)
             self._written = len(self.rows)
 

@@ -53,40 +53,61 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
     _check(experiment)
     with preemption.StopRequest() as stop:
         with stop.immediate():
+            # First of all: once TensorFlow has computed anything, its devices cannot be divided
+            # any more, nor other workers be joined.
+            strategy = distribution.get_strategy(config.hardware)
+            distribution.check(experiment, strategy)
+            distribution.set_precision(config.hardware, strategy)
             labeled, unlabeled, evaluation = _sources(experiment, evaluate)
-            _claim(config.train.model_dir, config)
-            run = _start(experiment, labeled, unlabeled, evaluation, stop)
+            _claim(config.train.model_dir, config, distribution.is_chief(strategy))
+            run = _start(experiment, strategy, labeled, unlabeled, evaluation, stop)
         try:
-            return run()
+            with distribution.noticing_lost_workers(strategy):
+                return run()
         except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
             raise _explain(e, experiment, (labeled, evaluation), unlabeled) from e
 
 
-def _start(experiment: Experiment, labeled, unlabeled, evaluation, stop) -> Callable[[], dict]:
+def _start(
+    experiment: Experiment, strategy, labeled, unlabeled, evaluation, stop
+) -> Callable[[], dict]:
     """Builds or restores everything; returns the function that trains to the end."""
     config, model_dir = experiment.config, experiment.config.train.model_dir
+    writes = distribution.is_chief(strategy)
     tf.keras.utils.set_random_seed(config.train.seed)
-    strategy = distribution.get_strategy(config.hardware)
-    distribution.set_precision(config.hardware, strategy)
     with strategy.scope():
-        model = _build(experiment, labeled.total)
+        model = _build(experiment, labeled.total, strategy)
     saver = checkpoints.Checkpoints(
         model_dir,
         model.student,
         model.ema_student,
         model.optimizer,
         config.train.keep_checkpoint_max,
+        writes=writes,
     )
     start, total = saver.restore_latest(), _steps_to_run(experiment)
+    distribution.check_agreement(strategy, start)
     if start == 0:
         _initialise(model, config)
     logging.info("%s: steps %d to %d in %s", config.model.model_name, start, total, model_dir)
-    log = summaries.MetricsLog(model_dir, start)
-    summaries.note_start(model_dir, start, config.values())
+    logging.info("labeled images: %s", experiment.labeled_preprocessing.describe())
+    if unlabeled is not None:
+        logging.info("unlabeled images: %s", experiment.unlabeled_preprocessing.describe())
+    log = summaries.MetricsLog(model_dir, start, writes)
+    if writes:
+        summaries.note_start(model_dir, start, config.values())
     evaluator = accuracy.Evaluator(model.ema_student, strategy)
 
     def measure() -> dict[str, float]:
-        return evaluator(experiment.eval_batches(evaluation), evaluation.total)
+        return evaluator(_eval_shares(experiment, evaluation), evaluation.total)
+
+    def make_batches(step: int):
+        return distribution.distribute(
+            strategy,
+            lambda share: session.watched(
+                experiment.training_batches(labeled, unlabeled, step, share)
+            ),
+        )
 
     session = Session(
         saver,
@@ -98,13 +119,14 @@ def _start(experiment: Experiment, labeled, unlabeled, evaluation, stop) -> Call
         total=total,
         steps_per_epoch=_epoch_images(experiment, labeled.total) / config.train.train_batch_size,
         wait=InputWait(),
+        agree=distribution.agreement(strategy),
     )
-    if start < total:
+    if start < total and writes:
         _show(experiment, model, log, labeled, unlabeled, start)
 
     def run() -> dict[str, float]:
         session.catch_up()
-        _fit(model, lambda step: experiment.training_batches(labeled, unlabeled, step), session)
+        _fit(model, make_batches, session)
         return session.finish()
 
     return run
@@ -166,7 +188,7 @@ def _evaluate_one(experiment: Experiment, model, evaluator, path: str) -> dict[s
         source = pipeline.Source.find(data.label_data_dir, prefix, max_bad_fraction=0)
         source = _limited(source, source.examples, **limit)
         try:
-            results[prefix] = evaluator(experiment.eval_batches(source), source.total)
+            results[prefix] = evaluator(_eval_shares(experiment, source), source.total)
         except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
             raise _explain(e, experiment, (source,)) from e
         logging.info("%s, %s: %s", path, prefix, accuracy.describe(results[prefix]))
@@ -197,6 +219,10 @@ def _evaluate_each(experiment: Experiment, model, evaluator) -> dict[str, dict]:
     return results
 
 
+def _eval_shares(experiment: Experiment, source: pipeline.Source):
+    return lambda context: experiment.eval_batches(source, distribution.share(context))
+
+
 def _check(experiment: Experiment) -> None:
     train, data = experiment.config.train, experiment.config.data
     if not train.model_dir:
@@ -221,6 +247,10 @@ def _check(experiment: Experiment) -> None:
         raise ConfigError(
             f"--final_base_lr={train.final_base_lr} must be above 0 and below "
             f"--base_learning_rate={train.base_learning_rate}"
+        )
+    if not 0 < train.label_data_sample_prob <= 1:
+        raise ConfigError(
+            f"--label_data_sample_prob={train.label_data_sample_prob} must be above 0, and at most 1"
         )
     if train.teacher_softmax_temp == 0 or -1 < train.teacher_softmax_temp < 0:
         raise ConfigError(
@@ -253,7 +283,7 @@ def _limited(source: pipeline.Source, take, **limit: int | None) -> pipeline.Sou
         raise ConfigError(f"--{flag}={number}: {e} in {folder}") from e
 
 
-def _claim(model_dir: str, config: Config) -> None:
+def _claim(model_dir: str, config: Config, writes: bool = True) -> None:
     """Writes the configuration to model_dir, or checks that the one there is the same."""
     path = os.path.join(model_dir, "config.json")
     identity = json.loads(json.dumps(config.identity()))
@@ -267,11 +297,12 @@ def _claim(model_dir: str, config: Config) -> None:
                 "Choose another --model_dir, or give the settings it was started with."
             )
         return
-    tf.io.gfile.makedirs(model_dir)
-    manifests.write_json(path, identity, indent=1)
+    if writes:
+        tf.io.gfile.makedirs(model_dir)
+        manifests.write_json(path, identity, indent=1)
 
 
-def _build(experiment: Experiment, labeled_count: int) -> NoisyStudent:
+def _build(experiment: Experiment, labeled_count: int, strategy=None) -> NoisyStudent:
     train = experiment.config.train
     student, ema_student = experiment.build_model(), experiment.build_model()
     _freeze(student, train)
@@ -285,10 +316,12 @@ def _build(experiment: Experiment, labeled_count: int) -> NoisyStudent:
         unlabel_ratio=train.unlabel_ratio,
         teacher_softmax_temp=train.teacher_softmax_temp,
         ema_decay=train.moving_average_decay,
+        label_data_sample_prob=train.label_data_sample_prob,
     )
     schedule = schedules.learning_rate(
         base_learning_rate=train.base_learning_rate,
         labeled_batch_size=train.train_batch_size,
+        label_data_sample_prob=train.label_data_sample_prob,
         num_train_images=_epoch_images(experiment, labeled_count),
         train_steps=experiment.train_steps,
         train_ratio=train.train_ratio,
@@ -298,7 +331,9 @@ def _build(experiment: Experiment, labeled_count: int) -> NoisyStudent:
     )
     model = NoisyStudent(student, ema_student, settings, train.seed, teacher)
     model.compile(
-        RMSPropTF1(schedule), steps_per_execution=loop_steps(train, _steps_to_run(experiment))
+        RMSPropTF1(schedule),
+        steps_per_execution=loop_steps(train, _steps_to_run(experiment)),
+        jit_compile=distribution.compiles(experiment.config.hardware, strategy),
     )
     model.optimizer.build(student.trainable_variables)
     return model
@@ -342,7 +377,7 @@ def _fit(model: NoisyStudent, make_batches, session: Session) -> None:
     ):
         if epochs:
             model.fit(
-                session.watched(make_batches(first)),
+                make_batches(first),
                 epochs=epochs,
                 steps_per_epoch=steps,
                 verbose=0,

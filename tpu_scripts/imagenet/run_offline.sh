@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The whole of one round with stored labels: predict.sh, filter_unlabel.sh (statistics, then records), train_offline.sh,
+# eval.sh. Settings: theirs. A TEACHER_CKPT is needed: train_teacher.sh makes one. Started again, it continues.
+set -euo pipefail
+# shellcheck source=tpu_scripts/imagenet/settings.sh
+source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
+parse_arguments "$@"
+
+run_scripts predict.sh "filter_unlabel.sh 1" "filter_unlabel.sh 0" train_offline.sh eval.sh

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Gives the filtered images the labels of another teacher, in PREDICT_DIR/reassign; see FILTERED_DATA_DIR of
+# train_offline.sh. Finished shards are skipped when it is started again.
+# Settings: TEACHER_CKPT (ckpt/svhn_teacher), PREDICT_DIR (data/svhn/predict),
+# NUM_SHARDS (128), SHARD_ID (all: 0-127).
+set -euo pipefail
+# shellcheck source=tpu_scripts/svhn/settings.sh
+source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
+parse_arguments "$@"
+
+main --flagfile=flags/run/svhn/reassign.flags \
+  --predict_ckpt_path="$TEACHER_CKPT" \
+  --unlabel_data_dir="$PREDICT_DIR/filter_data/data" \
+  --num_shards="$NUM_SHARDS" \
+  --shard_id="$SHARD_ID" \
+  --info_dir="$PREDICT_DIR/reassign_info" \
+  --output_dir="$PREDICT_DIR/reassign"

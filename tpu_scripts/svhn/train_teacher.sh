@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Trains the teacher on labeled images and evaluates it. Stopped at any moment, the same command continues.
+# Settings: LABEL_DATA_DIR (data/svhn/proc), TEACHER_CKPT (ckpt/svhn_teacher): the folder it trains in.
+set -euo pipefail
+# shellcheck source=tpu_scripts/svhn/settings.sh
+source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
+parse_arguments "$@"
+
+main --mode=train_and_eval --flagfile=flags/run/svhn/teacher.flags \
+  --label_data_dir="$LABEL_DATA_DIR" \
+  --model_dir="$TEACHER_CKPT"
