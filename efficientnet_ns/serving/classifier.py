@@ -57,12 +57,21 @@ class Classifier(tf.Module):
         ends = efficientnet.endpoints(model)
         names = ("logits", "pooled")
         self._ends = tf.keras.Model(model.input, [ends[name] for name in names])
-        self._forward = _frozen(self._ends) if freeze else self._apply
+        self._run = _frozen(self._ends) if freeze else self._apply
         if freeze:
             del self._ends
 
     def _apply(self, images: tf.Tensor) -> list[tf.Tensor]:
         return self._ends(images, training=False)
+
+    def _forward(self, images: tf.Tensor) -> list[tf.Tensor]:
+        """Logits [N, C] and pooled features [N, D] of prepared images [N, S, S, 3], N from 0."""
+        count = tf.shape(images)[0]
+        # Some kernels for CPUs refuse an empty batch.
+        missing = tf.cast(count == 0, tf.int32)
+        images = tf.pad(images, [[0, missing], [0, 0], [0, 0], [0, 0]])
+        logits, pooled = self._run(tf.ensure_shape(images, [None, *self._image_spec.shape]))
+        return [tf.cast(values[:count], tf.float32) for values in (logits, pooled)]
 
     def signatures(self) -> dict[str, Callable]:
         """Signature name → function, for `tf.saved_model.save`."""
