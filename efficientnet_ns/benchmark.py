@@ -13,7 +13,12 @@ from efficientnet_ns import config
 from efficientnet_ns.config import BenchmarkConfig
 
 # --what → module with `run(BenchmarkConfig) -> list[tables.Row]`.
-BENCHMARKS = {"predict": "labeling"}
+BENCHMARKS = {
+    "input": "inputs",
+    "train": "training",
+    "predict": "labeling",
+    "select": "selection",
+}
 
 
 def main(argv: list[str]) -> None:

@@ -17,6 +17,8 @@ from typing import Any, Optional
 
 from absl import app, flags, logging
 
+from efficientnet_ns import flag_help, preemption
+
 
 class ConfigError(ValueError):
     """A flag has a value that cannot work; the message names it."""
@@ -74,6 +76,20 @@ class DataConfig:
     task_name: str = setting(
         "imagenet", "imagenet, svhn, digits, or the path of a .json file that describes a task."
     )
+    data_source: str = setting(
+        "",
+        "tfds:<name>: a set of TensorFlow Datasets as labeled images and task, in place of "
+        "label_data_dir and task_name. Made into records when first used.",
+        free=True,  # The records made from it, in label_data_dir, are not.
+    )
+    data_cache_dir: str = setting(
+        "",
+        "Where the records of data_source are made; default: efficientnet_ns in the TFDS folder.",
+        free=True,
+    )
+    tfds_data_dir: Optional[str] = setting(
+        None, "TFDS folder; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.", free=True
+    )
     label_data_dir: Optional[str] = setting(
         None, "Folder of labeled records; several joined with ';'."
     )
@@ -83,21 +99,48 @@ class DataConfig:
     num_train_images: Optional[int] = setting(
         None, "Labeled images per epoch; default: the task's, else counted.", low=1
     )
+    num_eval_images: Optional[int] = setting(
+        None,
+        "Measure the first so many images of the evaluation set; default: all.",
+        low=1,
+        free=True,
+    )
+    num_test_images: Optional[int] = setting(
+        None, "The same of the test set, for tasks that have one.", low=1, free=True
+    )
+    num_train_shards: Optional[int] = setting(
+        None, "Train on the first so many shards of the labeled set; default: all.", low=1
+    )
+    use_cache: bool = setting(
+        True,
+        "Keep the encoded records of a set in memory after their first reading, when they fit into a "
+        "quarter of what is free; changes no bit of the training.",
+        free=True,
+    )
     augment_name: Optional[str] = setting(
         None,
-        "Augmentation of training images: randaugment (the original calls it v1); default none.",
-        choices=("randaugment", "v1"),
+        "Augmentation of training images: randaugment (the original calls it v1), autoaugment; "
+        "default none.",
+        choices=("randaugment", "v1", "autoaugment"),
     )
     unl_aug: str = setting(
         "default",
-        "Augmentation of unlabeled images: default (as labeled), randaugment, v1, none.",
-        choices=("default", "randaugment", "v1", "none"),
+        "Augmentation of unlabeled images: default (as labeled), randaugment, v1, autoaugment, "
+        "none.",
+        choices=("default", "randaugment", "v1", "autoaugment", "none"),
+    )
+    autoaugment_policy: Optional[str] = setting(
+        None,
+        "Policy of autoaugment, by the images it was found on; default: svhn for that task, else "
+        "imagenet (v0, which EfficientNet was trained with).",
+        choices=("imagenet", "svhn", "cifar10"),
     )
     randaug_mag: int = setting(27, "RandAugment magnitude M, levels of 10.", low=0)
     randaug_layer: int = setting(2, "RandAugment operations per image N.", low=0)
     randaug_mode: str = setting(
         "original",
-        "Levels above 10: original (posterize and solarize wrap, as published) or clipped.",
+        "Levels above 10: original (posterize and solarize wrap, as published) or clipped; also "
+        "of autoaugment.",
         choices=("original", "clipped"),
     )
     cutout_op: bool = setting(True, "Include Cutout among RandAugment's operations.")
@@ -120,6 +163,18 @@ class TrainConfig:
         -1, "Train only the last so many steps of the schedule, without warm-up; -1: all."
     )
     train_batch_size: int = setting(4096, "Labeled images per update, over all replicas.", low=1)
+    label_data_sample_prob: float = setting(
+        1.0,
+        "Probability that a labeled image enters the loss, for labeled batches that must be smaller "
+        "than the number of replicas: train_batch_size times this counts as the batch.",
+        low=0,
+    )
+    num_shards_per_group: int = setting(
+        -1,
+        "Replicas that share batch-norm statistics: -1: one up to 8 replicas, else groups of "
+        "max(8, replicas/8); 1: one; k: groups of k; -2: all.",
+        low=-2,
+    )
     base_learning_rate: float = setting(0.016, "Learning rate per 256 labeled images.")
     final_base_lr: Optional[float] = setting(
         None, "When given, the decay period is chosen to end at this rate per 256."
@@ -145,6 +200,12 @@ class TrainConfig:
     )
     init_model: bool = setting(False, "Start from the weights at init_model_path.")
     init_model_path: Optional[str] = setting(None, "Checkpoint to start from.")
+    fix_layer_num: int = setting(
+        -1,
+        "Freeze the stem and the first so many blocks: no updates, batch norm with its moving "
+        "statistics, no stochastic depth; -1: nothing is frozen.",
+        low=-1,
+    )
     init_skip: str = setting(
         "",
         "Regular expressions, joined with ',', of variables that keep their initial values with "
@@ -156,7 +217,28 @@ class TrainConfig:
     save_checkpoints_steps: int = setting(1000, "Save every so many steps.", low=1, free=True)
     keep_checkpoint_max: int = setting(5, "Checkpoints kept.", low=1, free=True)
     iterations_per_loop: int = setting(
-        1000, "Steps the device runs between two looks from the host.", low=1, free=True
+        1000,
+        "Steps the device runs between two looks from the host: how soon logs and a request to "
+        "stop (SIGTERM) are answered.",
+        low=1,
+        free=True,
+    )
+    log_step_count_steps: int = setting(
+        64, "A log line every so many steps, at ends of host loops.", low=1, free=True
+    )
+    preview_images: int = setting(
+        16,
+        "Augmented images of each kind in model_dir/augmented.png and TensorBoard; 0: none.",
+        low=0,
+        free=True,
+    )
+    debug: int = setting(
+        0, "1: log the whole configuration, the model and the first batch.", low=0, free=True
+    )
+    eval_continuously: bool = setting(
+        False,
+        "With --mode=eval: measure every new checkpoint in model_dir until the last step.",
+        free=True,
     )
 
 
@@ -222,6 +304,62 @@ class HardwareConfig:
     use_bfloat16: bool = setting(
         True, "Compute in bfloat16 on TPU; weights stay float32.", free=True
     )
+    precision: str = setting(
+        "auto",
+        "auto: bfloat16 on TPU with use_bfloat16, else float32 (most CPUs emulate bfloat16); or the "
+        "one to use on any device.",
+        choices=("auto", "float32", "mixed_bfloat16"),
+        free=True,
+    )
+    num_replicas: int = setting(
+        0,
+        "Local devices that share each batch: GPUs, or without any, logical CPU devices; 0: all "
+        "GPUs, or one CPU. With TF_CONFIG, per worker.",
+        low=0,
+        free=True,
+    )
+    jit_compile: bool = setting(
+        False,
+        "Compile the training step with XLA on one device or on GPUs; TPUs always do.",
+        free=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LegacyConfig:
+    """Accepted for old command lines, without effect."""
+
+    master: Optional[str] = setting(
+        None, "Accepted for old command lines; --tpu names the TPU.", free=True
+    )
+    skip_host_call: bool = setting(
+        False,
+        "Accepted for old command lines; summaries are written between host loops and cost the "
+        "device nothing.",
+        free=True,
+    )
+    data_format: str = setting(
+        "channels_last",
+        "Accepted for old command lines; the compiler chooses the layout on every device.",
+        choices=("channels_last", "channels_first"),
+        free=True,
+    )
+    transpose_input: bool = setting(
+        True,
+        "Accepted for old command lines; the compiler lays out the input for the TPU.",
+        free=True,
+    )
+    num_tpu_cores: Optional[int] = setting(
+        None, "Accepted for old command lines; all cores of the TPU are used.", free=True
+    )
+
+    def without_effect(self) -> list[str]:
+        """`--name=value` of each that is not at its default."""
+        return [
+            f"--{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,21 +368,73 @@ class SelectConfig:
 
     input_dir: str = setting("", "Folder of the unlabeled records.")
     prediction_dir: str = setting("", "Folder of the predictions.")
+    info_dir: str = setting(
+        "",
+        "Folder of the counts that the prediction wrote; given, they are compared with the "
+        "predictions, which are read in any case.",
+    )
     prelim_stats_dir: str = setting("", "Folder of the statistics.")
     output_dir: str = setting("", "Folder of the selection and of the balanced records.")
     num_shards: int = setting(128, "Number of shards of the unlabeled set.", low=1)
+    only_use_num_shards: int = setting(
+        -1, "Use the first so many shards alone, for statistics, selection and records; -1: all."
+    )
+    shard_id: int = setting(
+        0,
+        "Write the records of this shard alone; not given: those of all. Statistics and selection "
+        "are of all shards in either case, made by the first call and found by the later ones.",
+        low=0,
+    )
+    total_replicas: int = setting(
+        1,
+        "Tasks that share the workers of a shard: the statistics have a file for each, but task 0 "
+        "writes the records of all, so calls with a --task above 0 write none.",
+        low=1,
+    )
     total_label_replicas: int = setting(
         -1, "Workers that predicted each shard (their total_replicas); -1: as many as are found."
     )
     task: int = setting(-1, "Number in the names of the output files; -1: 0.")
+    debug: int = setting(
+        0, "1: statistics and selection of the first worker's part of --shard_id alone."
+    )
     num_image: int = setting(1300, "Images per class.", low=0)
     min_threshold: float = setting(0.0, "Lowest confidence that is kept.", low=0)
+    max_prob: float = setting(
+        2.0, "Highest confidence that is kept; above 1, since rounding may exceed it."
+    )
     num_label_classes: int = setting(1000, "Number of classes.", low=1)
     upsample: int = setting(1, "Fill classes below num_image with copies: 1 or 0.", low=0)
+    use_top: int = setting(
+        1,
+        "1: the most confident images of classes with more than num_image; 0: a random part of "
+        "all from min_threshold on.",
+        low=0,
+    )
+    use_all: bool = setting(
+        False, "Every image from min_threshold on, once; num_image is not heeded."
+    )
+    selection: str = setting(
+        "exact",
+        "exact: num_image images per class. threshold: as the 2019 code, cut at steps of 0.01, "
+        "with copies drawn so that about num_image are expected.",
+        choices=("exact", "threshold"),
+    )
     only_get_stats: int = setting(0, "Stop after the statistics: 1 or 0.", low=0)
     file_prefix: str = setting("train", "Prefix of the unlabeled files: train or extra.")
+    data_type: str = setting(
+        "tfrecord", "Of the unlabeled files; there is no other.", choices=("tfrecord",)
+    )
+    eval_imagenet_p: bool = setting(
+        False, "Accepted for old scripts, without effect; the 2019 code did not use it either."
+    )
     seed: int = setting(0, "Of the choice of copies and of the order of records.", low=0)
     num_samples: int = setting(5, "Sample pictures kept per class and shard.", low=0)
+    memory_limit: str = setting(
+        "",
+        "Memory of the selection, such as 8GB, beyond which it spills to files below TMPDIR; "
+        "default: 60 % of the machine's.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,6 +463,8 @@ class BenchmarkConfig:
     batch_size: int = setting(16, "Images per step.", low=1)
     seconds: float = setting(10.0, "Duration of each measurement.", low=0.1)
     threads: Optional[int] = setting(None, "CPU threads; default: all.", low=1)
+    rows: int = setting(30_000_000, "Predictions to select from (select).", low=1)
+    classes: int = setting(1000, "Classes of the predictions (select).", low=1)
     json_file: str = setting("", "Also write the results to this file.")
 
 
@@ -282,6 +474,7 @@ _SECTIONS = {
     "train": TrainConfig,
     "predict": PredictConfig,
     "hardware": HardwareConfig,
+    "legacy": LegacyConfig,
 }
 
 
@@ -294,6 +487,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     predict: PredictConfig = PredictConfig()
     hardware: HardwareConfig = HardwareConfig()
+    legacy: LegacyConfig = LegacyConfig()
 
     def override(self, **values: Any) -> Config:
         """A copy with fields of any section replaced: `config.override(train_steps=…)`."""
@@ -316,10 +510,21 @@ class Config:
             if not field.metadata["free"]
         }
 
+    def values(self) -> dict[str, Any]:
+        """Every setting by its flag's name; JSON-able."""
+        return {
+            field.name: getattr(getattr(self, name), field.name)
+            for name, section in _SECTIONS.items()
+            for field in dataclasses.fields(section)
+        }
+
+
+def _sections(cls: type) -> list[type]:
+    return list(_SECTIONS.values()) if cls is Config else [cls]
+
 
 def _flag_fields(cls: type) -> list[dataclasses.Field]:
-    sections = list(_SECTIONS.values()) if cls is Config else []
-    return [f for section in (sections or [cls]) for f in dataclasses.fields(section)]
+    return [f for section in _sections(cls) for f in dataclasses.fields(section)]
 
 
 def _field_type(cls: type, name: str) -> type:
@@ -341,19 +546,21 @@ _DEFINE = {
 
 def define_flags(cls: type, flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines one absl flag per field of a configuration dataclass."""
-    for field in _flag_fields(cls):
-        choices = field.metadata["choices"]
-        define = _DEFINE[_field_type(cls, field.name)]
-        if choices:
-            define = functools.partial(flags.DEFINE_enum, enum_values=list(choices))
-        define(
-            name=field.name,
-            default=field.default,
-            help=field.metadata["help"],
-            flag_values=flag_values,
-            # Attributed to the program, so that --helpshort shows them.
-            module_name=sys.argv[0],
-        )
+    for section in _sections(cls):
+        # Attributed to the program and the section, so that --helpshort shows them in groups.
+        group = f"{sys.argv[0]}: {section.__doc__.splitlines()[0]}"
+        for field in dataclasses.fields(section):
+            choices = field.metadata["choices"]
+            define = _DEFINE[_field_type(section, field.name)]
+            if choices:
+                define = functools.partial(flags.DEFINE_enum, enum_values=list(choices))
+            define(
+                name=field.name,
+                default=field.default,
+                help=field.metadata["help"],
+                flag_values=flag_values,
+                module_name=group,
+            )
 
 
 def from_flags(cls: type, values: flags.FlagValues) -> Any:
@@ -410,18 +617,26 @@ def shard_list(text: str, num_shards: int) -> list[int]:
     return list(dict.fromkeys(shards))
 
 
+_HELP = {"-h", "--h", "-help", "--help", "-helpshort", "--helpshort", "-?", "--?"}
 _STORAGE_ERRORS = ("NotFoundError", "PermissionDeniedError", "ResourceExhaustedError")
 
 
 def run(main: Callable[[list[str]], None]) -> None:
     """`absl.app.run` for an entry point: what the user can mend is one line, not a stack trace.
 
-    Exit code 2 for a wrong flag or unusable data.
+    Exit code 2 for a wrong flag or unusable data, 75 after SIGTERM or SIGINT (see `preemption`).
     """
+    if _HELP & set(sys.argv[1:]):
+        print(flag_help.text(flags.FLAGS, sys.argv[0], sys.modules["__main__"].__doc__ or ""))
+        sys.exit(0)
 
     def guarded(argv: list[str]) -> None:
         try:
-            main(argv)
+            with preemption.StopRequest() as stop, stop.immediate():
+                main(argv)
+        except preemption.Preempted as e:
+            logging.warning("%s: start the same command again to continue", e)
+            sys.exit(preemption.EXIT_CODE)
         except Exception as e:
             # Storage fails with an OSError or one of TensorFlow's errors, which name the path.
             ours = type(e).__module__.startswith("efficientnet_ns")

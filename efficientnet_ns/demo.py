@@ -204,13 +204,13 @@ def write_report(
 ) -> None:
     """Writes the HTML report of all rounds; `truth` is what `prepare_data` returned."""
     from efficientnet_ns.labeling import report
-    from efficientnet_ns.training import train
+    from efficientnet_ns.training import summaries
 
     runs = {}
     folders = [noisy_student.model_dir(loop, i) for i in range(len(rows) - 1)]
     folders.append(os.path.join(os.path.dirname(path), "control", "model"))
     for row, folder in zip(rows, folders):
-        runs[row["round"]] = train.read_metrics(os.path.join(folder, "metrics.jsonl"))
+        runs[row["round"]] = summaries.read_metrics(folder)
     sections = [
         report.Section("Results", report.table(rows)),
         report.Section(

@@ -8,7 +8,7 @@ import math
 import tensorflow as tf
 
 from efficientnet_ns.config import Config, ConfigError
-from efficientnet_ns.data import pipeline, tasks
+from efficientnet_ns.data import pipeline, prepare, tasks
 from efficientnet_ns.models import efficientnet
 
 
@@ -32,7 +32,11 @@ class Experiment:
 
     @classmethod
     def from_config(cls, config: Config) -> Experiment:
-        """Resolves and cross-checks; ConfigError names the flag that does not fit."""
+        """Resolves and cross-checks; ConfigError names the flag that does not fit.
+
+        Records of a `data_source` are made here when they are not there yet.
+        """
+        config = prepare.with_records(config)
         try:
             task = tasks.get_task(config.data.task_name)
         except ValueError as e:
@@ -66,11 +70,16 @@ class Experiment:
 
     @property
     def unlabeled_batch_size(self) -> int:
-        """Unlabeled images per update."""
-        return math.ceil(self.config.train.train_batch_size * self.config.train.unlabel_ratio)
+        """Unlabeled images per update, over all replicas."""
+        return math.ceil(self.counted_batch_size * self.config.train.unlabel_ratio)
+
+    @property
+    def counted_batch_size(self) -> float:
+        """Labeled images per update that enter the loss, on average."""
+        return self.config.train.train_batch_size * self.config.train.label_data_sample_prob
 
     def build_model(self) -> tf.keras.Model:
-        """A new student."""
+        """A new student, of which nothing is frozen yet."""
         model, train = self.config.model, self.config.train
         drop_rate = 0.2 if model.stochastic_depth_rate is None else model.stochastic_depth_rate
         return efficientnet.build_model(
@@ -85,6 +94,7 @@ class Experiment:
             mean=self.task.mean,
             std=self.task.std,
             bn_momentum=train.bn_momentum,
+            num_shards_per_group=train.num_shards_per_group,
         )
 
     @property
@@ -111,8 +121,13 @@ class Experiment:
     def preprocessing(self, augment_name: str | None = None) -> pipeline.Preprocessing:
         """Preprocessing at the student's resolution, augmented when `augment_name` is given."""
         data = self.config.data
-        randaugment = None
-        if augment_name not in (None, "none"):
+        randaugment = autoaugment = None
+        if augment_name == "autoaugment":
+            default = "svhn" if data.task_name == "svhn" else "imagenet"
+            autoaugment = pipeline.AutoAugment(
+                policy=data.autoaugment_policy or default, mode=data.randaug_mode
+            )
+        elif augment_name not in (None, "none"):
             randaugment = pipeline.RandAugment(
                 num_layers=data.randaug_layer,
                 magnitude=data.randaug_mag,
@@ -124,30 +139,51 @@ class Experiment:
             small_image=self.small_image,
             flip=self.task.flip,
             randaugment=randaugment,
+            autoaugment=autoaugment,
             clean=data.remove_aug,
         )
 
+    @property
+    def labeled_preprocessing(self) -> pipeline.Preprocessing:
+        """What training does to labeled images."""
+        return self.preprocessing(self.config.data.augment_name)
+
+    @property
+    def unlabeled_preprocessing(self) -> pipeline.Preprocessing:
+        """What training does to unlabeled images."""
+        data = self.config.data
+        return self.preprocessing(data.augment_name if data.unl_aug == "default" else data.unl_aug)
+
     def training_batches(
-        self, labeled: pipeline.Source, unlabeled: pipeline.Source | None, start_step: int
+        self,
+        labeled: pipeline.Source,
+        unlabeled: pipeline.Source | None,
+        start_step: int,
+        share: pipeline.Share = pipeline.WHOLE,
     ) -> tf.data.Dataset:
-        """Endless joint batches beginning at update `start_step`; see `student.NoisyStudent`."""
+        """Endless joint batches beginning at update `start_step`; see `student.NoisyStudent`.
+
+        Args:
+          share: which rows of each batch, and how many at a time.
+        """
         data, train = self.config.data, self.config.train
         shared = {
             "num_classes": self.num_classes,
             "seed": train.seed,
             "start_step": start_step,
             "shuffle_buffer": data.shuffle_buffer,
+            "cache": data.use_cache,
+            "share": share,
         }
         parts = [
             pipeline.labeled_batches(
                 labeled,
-                self.preprocessing(data.augment_name),
+                self.labeled_preprocessing,
                 batch_size=train.train_batch_size,
                 **shared,
             )
         ]
         if unlabeled is not None:
-            name = data.augment_name if data.unl_aug == "default" else data.unl_aug
             teacher = None
             if train.teacher_model_name:
                 teacher = dataclasses.replace(
@@ -156,7 +192,7 @@ class Experiment:
             parts.append(
                 pipeline.unlabeled_batches(
                     unlabeled,
-                    self.preprocessing(name),
+                    self.unlabeled_preprocessing,
                     batch_size=self.unlabeled_batch_size,
                     teacher_preprocessing=teacher,
                     **shared,
@@ -164,11 +200,15 @@ class Experiment:
             )
         return pipeline.join(*parts)
 
-    def eval_batches(self, source: pipeline.Source) -> tf.data.Dataset:
+    def eval_batches(
+        self, source: pipeline.Source, share: pipeline.Share = pipeline.WHOLE
+    ) -> tf.data.Dataset:
         """Every record of `source` once; see `pipeline.eval_batches`."""
+        per_replica = math.ceil(self.config.train.eval_batch_size / share.replicas)
         return pipeline.eval_batches(
             source,
             self.preprocessing(),
             num_classes=self.num_classes,
-            batch_size=self.config.train.eval_batch_size,
+            batch_size=per_replica * share.replicas,
+            share=share,
         )

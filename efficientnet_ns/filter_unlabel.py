@@ -1,4 +1,8 @@
-"""Statistics → selection → balanced pseudo-labeled records, from predictions."""
+"""Statistics → selection → balanced pseudo-labeled records, from predictions.
+
+One call does all shards. Scripts that call it once per shard, with --shard_id, end in the same
+files: the first call makes statistics and selection, each writes the records of its shard.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,11 @@ def main(argv: list[str]) -> None:
     from efficientnet_ns.labeling import select, write
 
     result = select.select(settings)
-    if not settings.only_get_stats:
-        result = {**result, **write.write(settings)}
+    # Of the tasks that share a shard, the first writes its records.
+    if not settings.only_get_stats and (settings.total_replicas == 1 or settings.task < 1):
+        one = flags.FLAGS["shard_id"].present
+        shards = [settings.shard_id] if one else select.shards(settings)
+        result = {**result, **write.write(settings, shards)}
     print(json.dumps(result))
 
 

@@ -1,10 +1,14 @@
-"""Train, evaluate or predict: `python -m efficientnet_ns.main --mode=train --flagfile=flags/…`."""
+"""Train, evaluate or predict: `python -m efficientnet_ns.main --mode=train --flagfile=flags/…`.
+
+Exit codes: 0 done; 2 a wrong flag or unusable data; 75 stopped by SIGTERM or Ctrl-C after saving:
+start the same command again to continue.
+"""
 
 from __future__ import annotations
 
 import json
 
-from absl import flags
+from absl import flags, logging
 
 from efficientnet_ns import config
 
@@ -15,6 +19,8 @@ def main(argv: list[str]) -> None:
     config.no_arguments(argv)
     settings = config.from_flags(config.Config, flags.FLAGS)
     mode = flags.FLAGS.mode
+    for argument in settings.legacy.without_effect():
+        logging.warning("%s has no effect; see its help", argument)
     # TensorFlow is loaded here, after --help and wrong flags have been answered.
     if mode == "predict":
         from efficientnet_ns.labeling import predict

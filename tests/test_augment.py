@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_addons as tfa
 
-from efficientnet_ns.data import augment
+from efficientnet_ns.data import augment, levels, randaugment
 
 GOLDENS = Path(__file__).parent / "goldens" / "randaugment"
 UNKNOWN_SIZE = tf.TensorSpec([None, None, 3], tf.uint8)
@@ -67,7 +67,7 @@ def noise(height=40, width=56, seed=0):
 
 
 def example_args(name):
-    args = augment.LEVEL_TO_ARGS[name](9, 4.0, 4.0)
+    args = levels.LEVEL_TO_ARGS[name](9, 4.0, 4.0)
     return args + ((11, 50) if name == "Cutout" else ())
 
 
@@ -79,11 +79,11 @@ def test_names():
         "AutoContrast Equalize Invert Rotate Posterize Solarize Color Contrast Brightness "
         "Sharpness ShearX ShearY TranslateX TranslateY SolarizeAdd Cutout"
     ).split()
-    assert list(augment.RANDAUGMENT_OPS) == names
-    assert set(names) == set(augment.OPS) == set(augment.LEVEL_TO_ARGS)
+    assert list(randaugment.RANDAUGMENT_OPS) == names
+    assert set(names) == set(augment.OPS) == set(levels.LEVEL_TO_ARGS)
 
 
-@pytest.mark.parametrize("name", augment.RANDAUGMENT_OPS)
+@pytest.mark.parametrize("name", randaugment.RANDAUGMENT_OPS)
 def test_op_equals_original(name):
     cases = [case for case in CASES if case[0] == name]
     assert cases
@@ -93,7 +93,7 @@ def test_op_equals_original(name):
         np.testing.assert_array_equal(result, expected, err_msg=f"{name}{args}")
 
 
-@pytest.mark.parametrize("name", sorted(augment.SIGNED_OPS))
+@pytest.mark.parametrize("name", sorted(levels.SIGNED_OPS))
 def test_geometric_op_takes_a_tensor(name):
     for _, args, image, expected in [case for case in CASES if case[0] == name]:
         result = augment.OPS[name](tf.constant(image), tf.constant(args[0], tf.float32))
@@ -127,7 +127,7 @@ def test_every_execution_mode_gives_the_same():
 def test_degenerate_images_keep_their_shape(shape):
     image = noise(*shape)
     for name, op in augment.OPS.items():
-        args = augment.LEVEL_TO_ARGS[name](9, 4.0, 4.0) + ((0, 0) if name == "Cutout" else ())
+        args = levels.LEVEL_TO_ARGS[name](9, 4.0, 4.0) + ((0, 0) if name == "Cutout" else ())
         assert op(image, *args).shape == image.shape, name
 
 
@@ -142,6 +142,130 @@ def test_translation_equals_projective_transform(axis):
         np.testing.assert_array_equal(op(image, pixels), expected, err_msg=str(pixels))
 
 
+SHAPES = [(1, 1), (1, 9), (8, 1), (33, 20), (20, 33)]
+
+
+def in_both_shapes(function, image):
+    """Results with the size known to the graph, and not."""
+    yield function(image).numpy()
+    yield tf.function(function, input_signature=[UNKNOWN_SIZE])(image).numpy()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_warps_equal_projective_transform(shape):
+    image = noise(*shape)
+
+    def transform(image, *coefficients):
+        return tfa.image.transform(image, [*coefficients, 0.0, 0.0], fill_value=128)
+
+    # 0.5 and 1 put sources exactly between pixels.
+    for level in (-0.81, -0.5, 0.0, 0.09, 1.0):
+        for op, coefficients in (
+            ("ShearX", (1.0, level, 0.0, 0.0, 1.0, 0.0)),
+            ("ShearY", (1.0, 0.0, 0.0, level, 1.0, 0.0)),
+        ):
+            for result in in_both_shapes(lambda x, op=op: augment.OPS[op](x, level), image):
+                expected = transform(image, *coefficients)
+                np.testing.assert_array_equal(result, expected, err_msg=f"{op}({level})")
+    for degrees in (-90.0, -81.0, -45.0, 0.0, 7.5, 90.0):
+        expected = tfa.image.rotate(
+            image, tf.constant(degrees) * (np.pi / 180), fill_value=128, interpolation="nearest"
+        )
+        for result in in_both_shapes(lambda x: augment.OPS["Rotate"](x, degrees), image):
+            np.testing.assert_array_equal(result, expected, err_msg=f"Rotate({degrees})")
+
+
+def test_warps_of_the_usual_size_equal_projective_transform():
+    image = noise(224, 224)
+    for magnitude in (1, 5, 9, 10, 20, 27, 30):
+        for sign in (-1, 1):
+            level = tf.constant(sign * magnitude / 10 * 0.3, tf.float32)
+            coefficients = [1.0, level, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+            np.testing.assert_array_equal(
+                augment.OPS["ShearX"](image, level),
+                tfa.image.transform(image, coefficients, fill_value=128),
+            )
+            degrees = tf.constant(sign * magnitude * 3.0)
+            np.testing.assert_array_equal(
+                augment.OPS["Rotate"](image, degrees),
+                tfa.image.rotate(image, degrees * (np.pi / 180), fill_value=128),
+            )
+
+
+def pil_equalize(channel):
+    """The loop of Pillow's ImageOps.equalize."""
+    histogram = np.bincount(channel.ravel(), minlength=256)
+    occupied = histogram[histogram > 0]
+    step = (occupied.sum() - occupied[-1]) // 255
+    if not step:
+        return channel
+    table, n = [], step // 2
+    for count in histogram:
+        table.append(min(n // step, 255))
+        n += count
+    return np.array(table, np.uint8)[channel]
+
+
+# The last ones look up pairs of values.
+@pytest.mark.parametrize("shape", [*SHAPES, (200, 131), (128, 128), (129, 130)])
+def test_equalize_and_auto_contrast_follow_their_definition(shape):
+    flat = np.full((*shape, 3), 7, np.uint8)
+    narrow = noise(*shape).numpy() // [4, 16, 1]
+    # Each channel of another distribution, to tell channels apart.
+    for image in (noise(*shape).numpy(), narrow.astype(np.uint8), flat):
+        expected = np.stack([pil_equalize(image[..., c]) for c in range(3)], axis=-1)
+        for result in in_both_shapes(augment.OPS["Equalize"], tf.constant(image)):
+            np.testing.assert_array_equal(result, expected)
+
+        low, high = image.min((0, 1)), image.max((0, 1))
+        for result in in_both_shapes(augment.OPS["AutoContrast"], tf.constant(image)):
+            for c in range(3):
+                if low[c] == high[c]:
+                    np.testing.assert_array_equal(result[..., c], image[..., c])
+                else:
+                    scale = np.float32(255) / (np.float32(high[c]) - np.float32(low[c]))
+                    stretched = image[..., c] * scale + -np.float32(low[c]) * scale
+                    np.testing.assert_array_equal(
+                        result[..., c], np.clip(stretched, 0, 255).astype(np.uint8)
+                    )
+
+
+def test_solarize_for_all_values():
+    levels_ = np.arange(256)
+    image = tf.constant(np.repeat(levels_[None, :, None], 3, axis=2).astype(np.uint8))
+    for threshold in range(-5, 700, 3):
+        expected = np.where(levels_ >= threshold % 256, 255 - levels_, levels_)
+        result = augment.OPS["Solarize"](image, threshold)
+        np.testing.assert_array_equal(result[0, :, 0], expected, err_msg=str(threshold))
+    for addition in range(-300, 301, 4):
+        for threshold in (0, 1, 128, 255):
+            expected = np.where(levels_ < threshold, np.clip(levels_ + addition, 0, 255), levels_)
+            result = augment.OPS["SolarizeAdd"](image, addition, threshold)
+            np.testing.assert_array_equal(result[0, :, 0], expected, err_msg=str(addition))
+
+
+def test_blends_follow_their_definition_for_all_pairs():
+    def blend(degenerate, image, factor):
+        degenerate, image = np.float32(degenerate), np.float32(image)
+        return np.clip(degenerate + np.float32(factor) * (image - degenerate), 0, 255)
+
+    values = np.arange(256)
+    # Colours with every gray level beside every red.
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (256, 256, 3), np.uint8)
+    image[..., 0] = values
+    gray = tf.image.rgb_to_grayscale(image).numpy()
+    for magnitude in (0, 3, 9, 27, 30):
+        factor = magnitude / 10 * 1.8 + 0.1
+        for name, degenerate in (("Color", gray), ("Brightness", 0), ("Contrast", 255)):
+            if factor != 1:
+                expected = blend(degenerate, image, factor).astype(np.uint8)
+                for result in in_both_shapes(
+                    lambda x, name=name: augment.OPS[name](x, factor), tf.constant(image)
+                ):
+                    np.testing.assert_array_equal(result, expected, err_msg=f"{name}({factor})")
+
+
 def test_contrast_of_a_large_image_blends_towards_white():
     black = tf.zeros([270, 272, 3], tf.uint8)
     np.testing.assert_array_equal(augment.OPS["Contrast"](black, 0.5), 127)  # 255 / 2, not 286 / 2
@@ -153,21 +277,21 @@ def test_contrast_of_a_large_image_blends_towards_white():
 
 def test_level_table_equals_original():
     entries = json.loads((GOLDENS / "level_to_arg.json").read_text())
-    assert {entry["op"] for entry in entries} == set(augment.LEVEL_TO_ARGS)
+    assert {entry["op"] for entry in entries} == set(levels.LEVEL_TO_ARGS)
     for entry in entries:
         constants = entry["magnitude"], entry["cutout_const"], entry["translate_const"]
-        args = augment.LEVEL_TO_ARGS[entry["op"]](*constants)
+        args = levels.LEVEL_TO_ARGS[entry["op"]](*constants)
         assert list(args) == entry["args"], entry
         assert [type(arg) for arg in args] == [type(arg) for arg in entry["args"]], entry
 
 
-@pytest.mark.parametrize("name", augment.RANDAUGMENT_OPS)
+@pytest.mark.parametrize("name", randaugment.RANDAUGMENT_OPS)
 def test_layer_at_level_equals_original(name, synth):
     cases = [case for case in pipeline_cases() if case[0] == name]
     assert cases
     for _, fields, expected in cases:
         constants = fields["M"], fields["cutout_const"], fields["translate_const"]
-        args = augment.LEVEL_TO_ARGS[name](*constants)
+        args = levels.LEVEL_TO_ARGS[name](*constants)
         if "sign" in fields:
             args = (fields["sign"] * args[0],)
         if "cy" in fields:
@@ -180,12 +304,14 @@ def test_layer_at_level_equals_original(name, synth):
 # RandAugment.
 
 
-@pytest.mark.parametrize("name", sorted(set(augment.RANDAUGMENT_OPS) - {"Cutout"}))
+@pytest.mark.parametrize("name", sorted(set(randaugment.RANDAUGMENT_OPS) - {"Cutout"}))
 def test_rand_augment_applies_the_op_at_its_level(name, synth, monkeypatch):
-    monkeypatch.setattr(augment, "RANDAUGMENT_OPS", (name,))
+    monkeypatch.setattr(randaugment, "RANDAUGMENT_OPS", (name,))
     # At this level Translate moves the whole image out, with either sign.
     expected = {case[2].tobytes() for case in pipeline_cases() if case[0] == name}
-    run = tf.function(lambda seed: augment.rand_augment(synth, seed, num_layers=1, magnitude=27))
+    run = tf.function(
+        lambda seed: randaugment.rand_augment(synth, seed, num_layers=1, magnitude=27)
+    )
     results = {run(tf.constant([seed, 0])).numpy().tobytes() for seed in range(12)}
     assert results == expected
 
@@ -209,7 +335,7 @@ def test_each_layer_runs_exactly_one_op_drawn_uniformly(use_cutout, monkeypatch)
     monkeypatch.setattr(augment, "OPS", {name: recording(name) for name in augment.OPS})
     image = tf.zeros([height, width, 3], tf.uint8)
     dataset = tf.data.Dataset.range(runs).map(
-        lambda i: augment.rand_augment(
+        lambda i: randaugment.rand_augment(
             image,
             tf.stack([i, 7]),
             num_layers=layers,
@@ -219,23 +345,23 @@ def test_each_layer_runs_exactly_one_op_drawn_uniformly(use_cutout, monkeypatch)
     )
     assert sum(1 for _ in dataset) == runs
 
-    expected_ops = augment.RANDAUGMENT_OPS[: 16 if use_cutout else 15]
+    expected_ops = randaugment.RANDAUGMENT_OPS[: 16 if use_cutout else 15]
     assert set(calls) == set(expected_ops)
     assert sum(map(len, calls.values())) == runs * layers
     # Each layer draws for itself: op and sign agree with those of the layer before by chance only.
     pairs = [pair for i, pair in enumerate(zip(sequence, sequence[1:])) if (i + 1) % layers]
     assert sum(before[0] == after[0] for before, after in pairs) < len(pairs) / 8
-    signs = [(b[1], a[1]) for b, a in pairs if {b[0], a[0]} <= augment.SIGNED_OPS]
+    signs = [(b[1], a[1]) for b, a in pairs if {b[0], a[0]} <= levels.SIGNED_OPS]
     assert 0.3 < np.mean([before == after for before, after in signs]) < 0.7
 
     mean = runs * layers / len(expected_ops)
     for name, args in calls.items():
         assert abs(len(args) - mean) < 4 * mean**0.5, name
-        expected = augment.LEVEL_TO_ARGS[name](9, 40.0, 100.0)
+        expected = levels.LEVEL_TO_ARGS[name](9, 40.0, 100.0)
         np.testing.assert_allclose(
             [np.abs(a[: len(expected)]) for a in args], [expected] * len(args)
         )
-        if name in augment.SIGNED_OPS:
+        if name in levels.SIGNED_OPS:
             negative = sum(a[0] < 0 for a in args)
             assert abs(negative - len(args) / 2) < 2 * mean**0.5, name
         elif expected:
@@ -250,20 +376,20 @@ def test_each_layer_runs_exactly_one_op_drawn_uniformly(use_cutout, monkeypatch)
 def test_rand_augment_depends_on_the_seed_alone(synth):
     @tf.function
     def run(seed):
-        return augment.rand_augment(synth, seed, num_layers=2, magnitude=9)
+        return randaugment.rand_augment(synth, seed, num_layers=2, magnitude=9)
 
     results = [run(tf.constant([i, 5], tf.int64)).numpy() for i in range(20)]
     again = [run(tf.constant([i, 5], tf.int64)).numpy() for i in range(20)]
     np.testing.assert_array_equal(results, again)
     assert len({result.tobytes() for result in results}) > 15
 
-    eager = augment.rand_augment(synth, tf.constant([3, 5]), num_layers=2, magnitude=9)
+    eager = randaugment.rand_augment(synth, tf.constant([3, 5]), num_layers=2, magnitude=9)
     np.testing.assert_array_equal(eager, results[3])
 
 
 def test_no_layers_leave_the_image_alone(synth):
     np.testing.assert_array_equal(
-        augment.rand_augment(synth, [1, 2], num_layers=0, magnitude=9), synth
+        randaugment.rand_augment(synth, [1, 2], num_layers=0, magnitude=9), synth
     )
 
 
@@ -273,7 +399,7 @@ def test_rand_augment_keeps_the_static_shape():
             lambda: iter(()), output_signature=tf.TensorSpec(shape, tf.uint8)
         )
         return dataset.map(
-            lambda image: augment.rand_augment(image, [1, 2], num_layers=1, magnitude=9)
+            lambda image: randaugment.rand_augment(image, [1, 2], num_layers=1, magnitude=9)
         ).element_spec
 
     for shape in ([40, 56, 3], [None, None, 3]):
@@ -282,7 +408,7 @@ def test_rand_augment_keeps_the_static_shape():
 
 def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="'sane' is unknown; allowed: original, clipped"):
-        augment.rand_augment(noise(), [1, 2], num_layers=1, magnitude=9, mode="sane")
+        randaugment.rand_augment(noise(), [1, 2], num_layers=1, magnitude=9, mode="sane")
 
 
 @pytest.mark.parametrize(
@@ -295,18 +421,18 @@ def test_unknown_mode_is_refused():
     ],
 )
 def test_clipped_mode_does_not_wrap(name, magnitude, keeps_image, monkeypatch):
-    monkeypatch.setattr(augment, "RANDAUGMENT_OPS", (name,))
+    monkeypatch.setattr(randaugment, "RANDAUGMENT_OPS", (name,))
     image = noise()
 
     def run(mode):
-        return augment.rand_augment(image, [1, 2], num_layers=1, magnitude=magnitude, mode=mode)
+        return randaugment.rand_augment(image, [1, 2], num_layers=1, magnitude=magnitude, mode=mode)
 
     assert np.array_equal(run("clipped"), image) == keeps_image
     assert not np.array_equal(run("original"), image)
 
 
 def test_clipped_mode_limits_the_arguments():
-    text = augment.describe_rand_augment(num_layers=2, magnitude=27, mode="clipped")
+    text = randaugment.describe_rand_augment(num_layers=2, magnitude=27, mode="clipped")
     assert text.startswith("randaugment(N=2, M=27, mode=clipped): ")
     for op in (
         "Posterize(8)",
@@ -319,7 +445,7 @@ def test_clipped_mode_limits_the_arguments():
         "Color(4.96)",
     ):
         assert op in text
-    low = augment.describe_rand_augment(num_layers=1, magnitude=1, mode="clipped")
+    low = randaugment.describe_rand_augment(num_layers=1, magnitude=1, mode="clipped")
     assert "Posterize(1)" in low
 
 
@@ -328,19 +454,19 @@ def test_modes_agree_in_range():
     image = noise()
     for seed in range(10):
         original, clipped = (
-            augment.rand_augment(image, [seed, 0], mode=mode, **kwargs) for mode in augment.MODES
+            randaugment.rand_augment(image, [seed, 0], mode=mode, **kwargs) for mode in levels.MODES
         )
         np.testing.assert_array_equal(original, clipped)
 
 
 def test_description_names_the_effective_arguments():
-    text = augment.describe_rand_augment(num_layers=2, magnitude=27)
+    text = randaugment.describe_rand_augment(num_layers=2, magnitude=27)
     assert text.startswith(
         "randaugment(N=2, M=27): AutoContrast, Equalize, Invert, Rotate(±81.0), "
     )
     for op in ("Posterize(10→1)", "Solarize(691→179)", "Color(4.96)", "Cutout(108)"):
         assert op in text
-    without = augment.describe_rand_augment(num_layers=2, magnitude=27, use_cutout=False)
+    without = randaugment.describe_rand_augment(num_layers=2, magnitude=27, use_cutout=False)
     assert "Cutout" not in without
 
 

@@ -91,7 +91,8 @@ def stages(loop: LoopConfig) -> dict[str, dict]:
     """Recorded results, without what depends on speed or on how often the loop was started."""
     recorded = json.loads((Path(loop.work_dir) / "state.json").read_text())["stages"]
     for result in recorded.values():
-        result.pop("images_per_second", None)
+        for pace in ("images_per_second", "input_wait"):
+            result.pop(pace, None)
         result.pop("skipped_shards", None)
     return recorded
 

@@ -28,8 +28,9 @@ def schedule_of(flags: dict) -> schedules.WarmupStaircase:
     train_ratio = flags.get("train_ratio", 1.0)
     return schedules.learning_rate(
         base_learning_rate=0.016,
+        labeled_batch_size=flags["train_batch_size"],
         # Labeled images that a mask drops do not count.
-        labeled_batch_size=flags["train_batch_size"] * flags.get("label_data_sample_prob", 1.0),
+        label_data_sample_prob=flags.get("label_data_sample_prob", 1.0),
         num_train_images=flags["num_train_images"],
         train_steps=int(flags["train_steps"] * train_ratio),
         train_ratio=train_ratio,

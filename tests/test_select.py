@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -16,9 +17,9 @@ import tensorflow as tf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from efficientnet_ns.config import SelectConfig
+from efficientnet_ns.config import ConfigError, SelectConfig
 from efficientnet_ns.data import manifests, records
-from efficientnet_ns.labeling import predict, select
+from efficientnet_ns.labeling import choose, predict, select
 
 CLASSES = 10
 
@@ -165,27 +166,53 @@ def test_record_numbers_of_two_workers(tmp_path):
 # --- Properties -----------------------------------------------------------------------------------
 
 
-def reference(rows, num_image: int, threshold: float, upsample: int):
+def reference_exact(rows, settings_: SelectConfig):
     """What must be selected: {class: {(shard, worker, position)}} and {class: sorted copies}."""
     classes = defaultdict(list)
     for shard, worker, position, label, prob in rows:
-        if label >= 0 and float(prob) >= threshold:
+        if label >= 0 and settings_.min_threshold <= float(prob) <= settings_.max_prob:
             classes[label].append((-float(prob), shard, position, worker))
     kept, copies = {}, {}
     for label, candidates in classes.items():
-        best = sorted(candidates)[:num_image]
+        best = sorted(candidates)
+        if not settings_.use_all:
+            best = best[: settings_.num_image]
+        if not best:
+            continue
         kept[label] = {(shard, worker, position) for _, shard, position, worker in best}
-        size = len(best)
-        if upsample:
-            whole, rest = divmod(num_image, size)
-            copies[label] = [whole] * (size - rest) + [whole + 1] * rest
-        else:
-            copies[label] = [1] * size
+        copies[label] = [1] * len(best)
+        if settings_.upsample and not settings_.use_all:
+            whole, rest = divmod(settings_.num_image, len(best))
+            copies[label] = [whole] * (len(best) - rest) + [whole + 1] * rest
     return kept, copies
 
 
-# Few values, so that ties are common, and some that are exactly at a threshold.
-PROBS = [np.float32(p) for p in (0.0, 0.25, 0.3, 0.5, 0.75, 1.0)]
+def reference_thresholds(rows, settings_: SelectConfig) -> dict[str, list]:
+    """The rule of the original: from the top, the first step at which there are enough."""
+    result = {}
+    for label in range(CLASSES):
+        probs = np.array([float(row[4]) for row in rows if row[3] == label])
+        steps = [k / 100 for k in range(101) if k / 100 >= settings_.min_threshold]
+        steps = [step for step in steps if step < settings_.max_prob]
+        # Images of the steps from this one on; the last of them has no upper end of its own.
+        ceiling = (len(steps) + round(100 * settings_.min_threshold)) / 100
+        counted = probs[probs < ceiling] if ceiling <= 1 else probs
+        entry = [settings_.min_threshold, int((counted >= settings_.min_threshold).sum())]
+        if settings_.use_top and not settings_.use_all:
+            for step in reversed(steps):
+                if (counted >= step).sum() >= settings_.num_image:
+                    entry = [step, int((counted >= step).sum())]
+                    break
+        result[str(label)] = entry
+    return result
+
+
+# Few values, so that ties are common, and some that are exactly at a threshold or beside it.
+PROBS = [np.float32(p) for p in (0.0, 0.25, 0.29, 0.3, 0.5, 0.505, 0.75, 1.0, 1.0000001)]
+PROBS += [
+    np.nextafter(np.float32(0.3), np.float32(0)),
+    np.nextafter(np.float32(0.5), np.float32(1)),
+]
 
 
 @st.composite
@@ -201,45 +228,214 @@ def indexes(draw):
     return rows
 
 
-TIE = [(0, 0, 0, 1, PROBS[3]), (0, 0, 1, 1, PROBS[3]), (0, 1, 0, 1, PROBS[3])]
-
-
-@settings(max_examples=40, deadline=None)
-@example(rows=TIE, num_image=2, threshold=0.0, upsample=1, seed=0)
-@given(
-    rows=indexes(),
-    num_image=st.integers(1, 9),
-    threshold=st.sampled_from([0.0, 0.25, 0.3, float(np.float32(0.3)), 0.5, 1.0]),
-    upsample=st.integers(0, 1),
-    seed=st.integers(0, 3),
-)
-def test_selection_is_exactly_the_top(rows, num_image, threshold, upsample, seed, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("property")
-    paths = []
+def write_indexes(folder: Path, rows) -> None:
+    """The index alone: the predictions beside it are empty files."""
+    (folder / "predictions").mkdir()
     for shard in range(2):
         for worker in range(2):
             mine = [row for row in rows if row[:2] == (shard, worker)]
-            paths.append(str(folder / f"{shard}-{worker}.parquet"))
             labels, probs = (np.array([row[i] for row in mine]) for i in (3, 4))
             predict.write_index(
-                paths[-1], shard, worker, labels.astype(np.int32), probs.astype(np.float32)
+                str(folder / "predictions" / records.index_name(shard, 2, worker)),
+                *(shard, worker, labels.astype(np.int32), probs.astype(np.float32)),
             )
-    settings_ = config(
-        folder, num_image=num_image, min_threshold=threshold, upsample=upsample, seed=seed
-    )
-    db = select.connect(predictions=paths)
-    select._choose(db, settings_)
-    chosen = db.execute("SELECT shard, worker, position, label, copies FROM chosen").fetchall()
+            (folder / "predictions" / records.prediction_name(shard, 2, worker)).touch()
 
-    kept, copies = reference(rows, num_image, threshold, upsample)
-    assert len(chosen) == len({row[:3] for row in chosen})
+
+TIE = [(0, 0, 0, 1, PROBS[4]), (0, 0, 1, 1, PROBS[4]), (0, 1, 0, 1, PROBS[4])]
+SWITCHES = {
+    "rows": indexes(),
+    "num_image": st.integers(0, 9),
+    "max_prob": st.sampled_from([2.0, 1.0, 0.75, 0.502]),
+    "upsample": st.integers(0, 1),
+    "use_all": st.booleans(),
+    "seed": st.integers(0, 3),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@example(rows=TIE, num_image=2, threshold=0.0, max_prob=2.0, upsample=1, use_all=False, seed=0)
+@given(threshold=st.sampled_from([0.0, 0.25, 0.3, float(np.float32(0.3)), 0.5, 1.0]), **SWITCHES)
+def test_selection_is_exactly_the_top(rows, threshold, tmp_path_factory, **values):
+    folder = tmp_path_factory.mktemp("property")
+    write_indexes(folder, rows)
+    settings_ = config(folder, num_shards=2, min_threshold=threshold, **values)
+    result = select.select(settings_)
+    chosen = selection(settings_)
+    assert list(chosen) == sorted(chosen)
     by_class: dict[int, dict] = defaultdict(dict)
-    for *key, label, n in chosen:
-        by_class[label][tuple(key)] = n
+    for key, (label, n) in chosen.items():
+        by_class[label][key] = n
+    kept, copies = reference_exact(rows, settings_)
     assert {label: set(keys) for label, keys in by_class.items()} == kept
     assert {label: sorted(keys.values()) for label, keys in by_class.items()} == copies
-    if upsample:
-        assert all(sum(keys.values()) == num_image for keys in by_class.values())
+    assert result["available"] == len(rows)
+    assert result["records"] == sum(map(sum, copies.values()))
+    # Which of a class get one more is decided by this hash alone.
+    for label, keys in by_class.items():
+        order = sorted(
+            keys,
+            key=lambda k: hashlib.md5(
+                ",".join(map(str, (settings_.seed, *k))).encode()
+            ).hexdigest(),
+        )
+        assert [keys[k] for k in order] == copies[label][::-1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(threshold=st.sampled_from([0.0, 0.25, 0.3, 0.5]), use_top=st.integers(0, 1), **SWITCHES)
+def test_thresholds_are_those_of_the_rule(rows, threshold, tmp_path_factory, **values):
+    folder = tmp_path_factory.mktemp("property")
+    write_indexes(folder, rows)
+    settings_ = config(
+        folder, num_shards=2, min_threshold=threshold, selection="threshold", **values
+    )
+    select.select(settings_)
+    thresholds = json.loads((Path(settings_.output_dir) / "threshold.json").read_text())
+    assert thresholds == reference_thresholds(rows, settings_)
+    side = json.loads((Path(settings_.output_dir) / "num_image_across_cat.json").read_text())
+    across = sum(min(n, settings_.num_image) for _, n in thresholds.values())
+    assert side == {"num_image_acorss_cat": across}
+    expected = {}
+    for shard, worker, position, label, prob in rows:
+        least, images = thresholds.get(str(label), (3, 0))
+        if not least <= float(prob) <= settings_.max_prob:
+            continue
+        wanted = 1 if settings_.use_all else settings_.num_image / images if images else 0
+        wanted = wanted if settings_.upsample else min(wanted, 1)
+        text = f"{settings_.seed},{shard},{worker},{position}"
+        draw = int(hashlib.md5(text.encode()).hexdigest()[:13], 16) / 2**52
+        if copies := int(wanted) + (draw < wanted - int(wanted)):
+            expected[shard, worker, position] = (label, copies)
+    assert selection(settings_) == expected
+
+
+def test_random_part_of_classes_with_enough(tmp_path):
+    """--use_top=0: num_image of each class by the seed, not the most confident."""
+    make_predictions(tmp_path, [[[one_hot(1, p) for p in np.linspace(0.4, 0.9, 40)]]])
+    chosen = []
+    for seed in (0, 1):
+        output = str(tmp_path / f"seed-{seed}")
+        settings_ = config(
+            tmp_path, num_shards=1, num_image=10, use_top=0, seed=seed, output_dir=output
+        )
+        select.select(settings_)
+        chosen.append(selection(settings_))
+        assert [n for _, n in chosen[-1].values()] == [1] * 10
+        assert {p for _, _, p in chosen[-1]} != set(range(30, 40))
+    assert chosen[0] != chosen[1]
+
+
+@pytest.fixture(scope="module")
+def by_threshold(goldens, tmp_path_factory) -> SelectConfig:
+    folder = tmp_path_factory.mktemp("threshold")
+    shutil.copytree(goldens / "filter_unlabel" / "predictions", folder / "predictions")
+    (folder / "info").mkdir()
+    for shard in range(4):
+        (folder / "info" / records.info_name(shard, 4, 0)).write_text('{"image_num": 500}')
+    result = config(folder, selection="threshold", task=0, info_dir=str(folder / "info"))
+    select.select(result)
+    return result
+
+
+def test_threshold_mode_is_the_original(by_threshold, expected, goldens):
+    """Thresholds, totals, candidates, and the copies of classes in which nothing is drawn."""
+    output = Path(by_threshold.output_dir)
+    for name in ("threshold.json", "num_image_across_cat.json"):
+        theirs = json.loads((goldens / "filter_unlabel" / name).read_text())
+        assert json.loads((output / name).read_text()) == theirs
+    ours: dict[int, dict[int, tuple[int, int]]] = defaultdict(dict)
+    for (shard, _, position), (label, copies) in selection(by_threshold).items():
+        ours[shard][position] = (label, copies)
+    classes = {int(c): entry for c, entry in expected["per_class"].items()}
+    for entry in expected["shards"]:
+        path = select.prediction_path(by_threshold, entry["shard"], 0)
+        guesses = [records.label(record.payload) for record in records.read(path)]
+        theirs = {int(i): (guesses[int(i)], n) for i, n in entry["kept"].items()}
+        mine = ours[entry["shard"]]
+        for label, rule in classes.items():
+            my = {i: n for i, (c, n) in mine.items() if c == label}
+            their = {i: n for i, (c, n) in theirs.items() if c == label}
+            if rule["deterministic"]:
+                assert my == their
+            elif rule["include_copy"] > 1:
+                # Every candidate is kept; only who gets one more is drawn.
+                assert set(my) == set(their)
+                assert len(my) == entry["candidates_per_label"][str(label)]
+            assert set(my.values()) <= {int(rule["include_copy"]), int(rule["include_copy"]) + 1}
+
+
+def test_info_that_does_not_fit(by_threshold, tmp_path):
+    shutil.copytree(by_threshold.info_dir, tmp_path / "info")
+    info = tmp_path / "info" / records.info_name(2, 4, 0)
+    other = dataclasses.replace(
+        by_threshold, info_dir=str(tmp_path / "info"), output_dir=str(tmp_path / "out")
+    )
+    info.write_text('{"image_num": 499}')
+    with pytest.raises(records.DataError, match="shard 2 by worker 0 are 500 .* says 499"):
+        select.select(other)
+    info.unlink()
+    with pytest.raises(records.DataError, match=f"{info} is missing"):
+        select.select(other)
+
+
+def test_first_shards_alone(by_threshold, tmp_path, goldens):
+    folder = {"prelim_stats_dir": str(tmp_path / "stats"), "output_dir": str(tmp_path / "out")}
+    two = dataclasses.replace(by_threshold, only_use_num_shards=2, **folder)
+    assert select.select(two)["available"] == 1000
+    assert {shard for shard, *_ in selection(two)} == {0, 1}
+    stats = {path.name for path in (tmp_path / "stats").glob("prelim_stats_*")}
+    assert stats == {"prelim_stats_00000_0.json", "prelim_stats_00001_0.json"}
+    with pytest.raises(ConfigError, match="--only_use_num_shards=5"):
+        select.select(dataclasses.replace(two, only_use_num_shards=5))
+    with pytest.raises(ConfigError, match="--shard_id=2 is not below the 2"):
+        select.select(dataclasses.replace(two, shard_id=2))
+
+
+def test_tasks_have_statistics_of_their_workers(tmp_path):
+    workers = [[one_hot(w, 0.6)] * (w + 1) for w in range(4)]
+    make_predictions(tmp_path, [workers])
+    settings_ = config(tmp_path, num_shards=1, num_image=3, total_replicas=2, task=1)
+    result = select.select(settings_)
+    for task, counts in enumerate(({"0": 1, "1": 2}, {"2": 3, "3": 4})):
+        path = Path(settings_.prelim_stats_dir) / f"prelim_stats_00000_{task}.json"
+        table = json.loads(path.read_text())
+        assert {c: sum(n for _, n in entries) for c, entries in table.items()} == counts
+    assert select.select(dataclasses.replace(settings_, task=0)) == result
+    for values, message in (({"task": 2}, "--task=2"), ({"total_replicas": 3}, "--total_replicas")):
+        with pytest.raises(ConfigError, match=message):
+            select.select(dataclasses.replace(settings_, **values))
+
+
+def test_debug_is_one_worker_of_one_shard(tmp_path):
+    rows = [one_hot(1, 0.6), one_hot(2, 0.7)]
+    make_predictions(tmp_path, [[rows, rows], [rows, rows]])
+    settings_ = config(tmp_path, num_shards=2, num_image=1, debug=1, shard_id=1)
+    assert select.select(settings_)["available"] == 2
+    assert set(selection(settings_)) == {(1, 0, 0), (1, 0, 1)}
+
+
+def test_memory_limit_that_is_none(small):
+    with pytest.raises(ConfigError, match="--memory_limit=much"):
+        select.select(dataclasses.replace(small, memory_limit="much"))
+
+
+def test_threshold_mode_needs_a_step(small):
+    odd = dataclasses.replace(small, selection="threshold", min_threshold=0.305)
+    with pytest.raises(ConfigError, match="--min_threshold=0.305.*multiple of 0.01"):
+        select.select(odd)
+
+
+@pytest.mark.slow
+def test_indexes_are_built_by_processes(small, monkeypatch, tmp_path):
+    select.index_files(small)
+    built = sorted(Path(small.prediction_dir).glob("index-*"))
+    content = [path.read_bytes() for path in built]
+    for path in built:
+        path.unlink()
+    monkeypatch.setattr(select, "_BYTES_PER_PROCESS", 1)
+    select.index_files(small)
+    assert [path.read_bytes() for path in built] == content
 
 
 def test_seed_decides_only_who_gets_the_extra_copy(goldens, tmp_path):
@@ -339,7 +535,7 @@ def test_finished_selection_is_not_made_again(small, monkeypatch):
     first = select.select(small)
     path = Path(small.output_dir) / select.SELECTION
     before = path.stat().st_mtime_ns
-    monkeypatch.setattr(select, "_choose", lambda *_: pytest.fail("selected again"))
+    monkeypatch.setattr(choose, "kept", lambda *_: pytest.fail("selected again"))
     assert select.select(small) == first
     assert path.stat().st_mtime_ns == before
 

@@ -75,6 +75,7 @@ def make_trainer(
     seed: int = 0,
     learning_rate=0.05,
     weight_decay: float = 1e-2,
+    label_data_sample_prob: float = 1.0,
     jit_compile: bool = False,
     **model_kwargs,
 ) -> student.NoisyStudent:
@@ -86,6 +87,7 @@ def make_trainer(
             weight_decay=weight_decay,
             unlabel_ratio=unlabel_ratio,
             teacher_softmax_temp=temperature,
+            label_data_sample_prob=label_data_sample_prob,
         ),
         seed=seed,
         teacher=teacher,
@@ -379,14 +381,18 @@ def test_replicas_draw_different_noise(two_replicas):
 # Compiled by XLA
 
 
-@pytest.mark.parametrize("kind", ["supervised", "stored", "teacher"])
+@pytest.mark.parametrize("kind", ["supervised", "stored", "hard", "teacher"])
 def test_compiled_by_xla_equals_eager(kind):
     batch = make_batch(4, 0 if kind == "supervised" else 4)
     kwargs = {} if kind == "supervised" else {"temperature": 0.5, "unlabel_ratio": RATIO}
+    if kind == "hard":
+        kwargs["temperature"] = -1.0
+    # The noise has the same bits, whoever compiles it.
+    kwargs |= NO_NOISE if kind == "teacher" else STRONG_NOISE
 
     def trainer_of(jit_compile):
         teacher = tiny(9) if kind == "teacher" else None
-        return make_trainer(teacher=teacher, jit_compile=jit_compile, **kwargs, **NO_NOISE)
+        return make_trainer(teacher=teacher, jit_compile=jit_compile, **kwargs)
 
     eager, compiled = trainer_of(False), trainer_of(True)
     (expected,) = steps(eager, batch)
@@ -395,6 +401,39 @@ def test_compiled_by_xla_equals_eager(kind):
     assert {name: value[0] for name, value in history.items()} == pytest.approx(expected, rel=1e-4)
     assert_close(values(compiled.student), values(eager.student), rtol=1e-3, atol=1e-4)
     assert_close(values(compiled.ema_student), values(eager.ema_student), rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_compiled_by_xla():
+    """Weights, slots and losses stay float32; the update is that of float32, roughly."""
+    batch = make_batch(8, 8)
+    kwargs = {"temperature": 0.5, "unlabel_ratio": RATIO, "learning_rate": 0.01, **STRONG_NOISE}
+    reference = make_trainer(**kwargs)
+    (expected,) = steps(reference, batch)
+    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    # Not lent to other tests, which need models of float32.
+    models = [build(**STRONG_NOISE) for _ in range(2)]
+    for model, number in zip(models, (1, 2)):
+        model.set_weights(initial_weights(number))
+    half = student.NoisyStudent(*models, reference.settings)
+    half.compile(optimizers.RMSPropTF1(0.01), jit_compile=True)
+    history = half.fit(tf.data.Dataset.from_tensors(batch), verbose=0).history
+    assert half.student.get_layer("head_conv").compute_dtype == "bfloat16"
+    assert {v.dtype for v in half.student.weights + half.optimizer.variables[1:]} == {tf.float32}
+    for name in ("lab/loss", "ext/loss", "train/loss"):
+        assert history[name][0] == pytest.approx(expected[name], rel=0.02)
+    before = initial_weights(1)
+    moved = [
+        np.concatenate([(v.numpy() - b).ravel() for v, b in zip(m.weights, before)])
+        for m in (half.student, reference.student)
+    ]
+    cosine = moved[0] @ moved[1] / np.linalg.norm(moved[0]) / np.linalg.norm(moved[1])
+    assert cosine > 0.95
+
+
+def test_evaluation_compiled_by_xla():
+    model, images = tiny(4), make_batch(6)["image"]
+    compiled = tf.function(lambda x: model(x, training=False), jit_compile=True)
+    np.testing.assert_allclose(compiled(images), model(images, training=False), atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------

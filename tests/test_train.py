@@ -9,24 +9,29 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns.config import Config, ConfigError
-from efficientnet_ns.data import records
+from efficientnet_ns.config import Config, ConfigError, check
+from efficientnet_ns.data import manifests, pipeline, records
 from efficientnet_ns.experiment import Experiment
-from efficientnet_ns.models import weights
-from efficientnet_ns.training import checkpoints, train
+from efficientnet_ns.models import efficientnet, weights
+from efficientnet_ns.preemption import StopRequest
+from efficientnet_ns.training import checkpoints, preview, summaries, train
+from efficientnet_ns.training.input_wait import InputWait
+from efficientnet_ns.training.session import Session, TrainingDiverged
 from efficientnet_ns.training.student import NoisyStudent
 
 ROOT = Path(__file__).parents[1]
 CLASSES, SIZE = 3, 8
 LABELED, UNLABELED, VALIDATION = 13, 11, 7
 LABELED_METRICS = {"lab/acc", "lab/pred_prob", "lab/loss"}
-TRAIN_METRICS = {"train/data_loss", "train/loss", "train/lr", "images_per_second"}
+PACE = ("images_per_second", "input_wait")
+TRAIN_METRICS = {"train/data_loss", "train/loss", "train/lr", "train/epoch", *PACE}
 UNLABELED_METRICS = {"unl/acc_to_dump", "unl/pred_prob", "unl/target_prob", "ext/loss"}
 EVAL_METRICS = {"eval/top1", "eval/top5", "eval/loss", "eval/examples"}
 
@@ -80,6 +85,7 @@ def settings(folder: Path, model_dir: str | Path, **values) -> Config:
         "eval_batch_size": 4,
         "iterations_per_loop": 1,
         "save_checkpoints_steps": 1,
+        "preview_images": 0,
     }
     return Config().override(**{**defaults, **values})
 
@@ -130,9 +136,10 @@ def assert_same_training(one: str, other: str, step: int) -> None:
     assert set(ours) == set(theirs)
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
-    rows = [train.read_metrics(f"{folder}/metrics.jsonl") for folder in (one, other)]
+    rows = [summaries.read_metrics(folder) for folder in (one, other)]
     for row in rows[0] + rows[1]:
-        row.pop("images_per_second", None)
+        for name in PACE:
+            row.pop(name, None)
     assert rows[0] == rows[1]
 
 
@@ -158,7 +165,7 @@ def test_metrics_of_a_student(straight):
 
 def test_rows_of_metrics(straight):
     config, metrics = straight
-    rows = train.read_metrics(f"{config.train.model_dir}/metrics.jsonl")
+    rows = summaries.read_metrics(config.train.model_dir)
     kinds = [(row["step"], "train/loss" in row, "eval/top1" in row) for row in rows]
     assert kinds == [
         (2, True, False),
@@ -316,7 +323,7 @@ def test_killed_training_ends_in_the_same_bits(straight, folder):
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert saved_steps(config.train.model_dir) == [2, 4]
-    rows = train.read_metrics(f"{config.train.model_dir}/metrics.jsonl")
+    rows = summaries.read_metrics(config.train.model_dir)
     assert rows[-1]["step"] == 6
     train.train_and_evaluate(config)
     assert saved_steps(config.train.model_dir) == [2, 4, 6, 7]
@@ -381,7 +388,7 @@ def test_kill_between_a_checkpoint_and_its_mention(model, tmp_path):
 def test_loss_that_explodes(folder):
     """The first update is enormous but finite; the loss of the second step is not."""
     config = settings(folder, "exploding", base_learning_rate=1e30, train_steps=4)
-    with pytest.raises(train.TrainingDiverged) as error:
+    with pytest.raises(TrainingDiverged) as error:
         train.train_and_evaluate(config, evaluate=False)
     last = f"{config.train.model_dir}/model.ckpt-1"
     assert re.match("the loss became (nan|inf) between steps 1 and 2", str(error.value))
@@ -397,13 +404,22 @@ def test_weights_that_break_after_the_last_loss(folder, model, tmp_path, broken)
     saver = checkpoints.Checkpoints(
         str(tmp_path), model.student, model.ema_student, model.optimizer, keep=5
     )
-    session = train._Session(saver, train.MetricsLog(str(tmp_path), 0), None, 0, 2, config)
+    session = Session(
+        saver,
+        summaries.MetricsLog(str(tmp_path), 0),
+        None,
+        StopRequest(),
+        config,
+        start=0,
+        total=2,
+        steps_per_epoch=1.0,
+    )
     model.optimizer.iterations.assign(1)
     session.on_epoch_end(0, {"train/loss": 1.0})
     model.optimizer.iterations.assign(2)
     bias = model.student.get_layer("head_dense").bias
     bias.assign(tf.fill(bias.shape, broken))
-    with pytest.raises(train.TrainingDiverged, match="between steps 1 and 2.*model.ckpt-1"):
+    with pytest.raises(TrainingDiverged, match="between steps 1 and 2.*model.ckpt-1"):
         session.on_epoch_end(1, {"train/loss": 1.0})
     assert saved_steps(str(tmp_path)) == [1]
     bias.assign(tf.zeros(bias.shape))
@@ -638,3 +654,230 @@ def test_new_head_on_old_weights(straight, tmp_path):
     name = "efficientnet-test/stem/conv2d/kernel"
     np.testing.assert_array_equal(new[name], old[name + weights.EMA_SUFFIX])
     assert new["efficientnet-test/head/dense/bias"].shape == (CLASSES + 2,)
+
+
+# --- Stopping on request, and other ways to go on -------------------------------------------------
+
+ASKED_TO_STOP = """
+import json, os, signal, sys
+from efficientnet_ns.config import Config
+from efficientnet_ns import config, preemption
+from efficientnet_ns.training import session, train
+
+log = session.Session._pace
+
+def asking(self, step):
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return log(self, step)
+
+session.Session._pace = asking
+config.run(lambda argv: train.train_and_evaluate(Config().override(**json.loads(argv[1]))))
+"""
+
+
+def test_request_to_stop_saves_and_continues_in_the_same_bits(straight, folder):
+    """Everything at once: teacher on the fly, frozen layers, the end of a schedule, no cache.
+
+    The signal comes while step 5 is being logged, which no interval would have saved.
+    """
+    values = {
+        "unlabel_data_dir": str(folder / "unlabeled"),
+        "teacher_model_name": "efficientnet-test",
+        "teacher_model_path": f"{straight[0].train.model_dir}/model.ckpt-6",
+        "fix_layer_num": 1,
+        "train_steps": 20,
+        "train_last_step_num": 7,
+        "iterations_per_loop": 1,
+        "save_checkpoints_steps": 4,
+        "steps_per_eval": 5,
+    }
+    whole = noised(folder, "unstopped", **values)
+    train.train_and_evaluate(whole)
+    config = noised(folder, "stopped", **values, use_cache=False, preview_images=3)
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED_TO_STOP, changed_settings(config)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 75, done.stderr
+    rows = summaries.read_metrics(config.train.model_dir)
+    assert rows[-1]["step"] in (5, 6)
+    assert rows[-1]["step"] == saved_steps(config.train.model_dir)[-1]
+    train.train_and_evaluate(config)
+    assert_same_training(config.train.model_dir, whole.train.model_dir, 7)
+    assert (Path(config.train.model_dir) / preview.FILE).exists()
+    assert_frozen(whole)
+
+
+def assert_frozen(config: Config) -> None:
+    """Stem and block 0 are as they began, their averages and statistics too; the rest is not."""
+    tf.keras.utils.set_random_seed(config.train.seed)
+    fresh = train._build(Experiment.from_config(config), LABELED)
+    initial = {name: v.numpy() for name, v in weights.variable_names(fresh.student).items()}
+    stored = tensors(config.train.model_dir, 7)
+    frozen = re.compile("efficientnet-test/(stem|blocks_0)/")
+    assert any("moving_mean" in name for name in initial if frozen.match(name))
+    for name, value in initial.items():
+        same = np.array_equal(stored[name], value)
+        assert same == bool(frozen.match(name)), name
+        if frozen.match(name):
+            np.testing.assert_array_equal(stored[name + weights.EMA_SUFFIX], value, err_msg=name)
+        if "moving_" not in name:
+            assert stored[name + "/RMSProp"].shape == value.shape
+
+
+@pytest.mark.parametrize("number", [-2, 4])
+def test_blocks_that_cannot_be_frozen(folder, number):
+    values = settings(folder, "never", fix_layer_num=number)
+    with pytest.raises(ConfigError, match="fix_layer_num"):
+        check(values)
+        train._build(Experiment.from_config(values), LABELED)
+
+
+def test_frozen_layers_drop_nothing_and_keep_their_statistics():
+    model = efficientnet.build_model("efficientnet-test", 3, 8, small_image=True, survival_prob=0.1)
+    efficientnet.freeze(model, efficientnet.num_blocks(model))
+    inner = tf.keras.Model(model.input, efficientnet.endpoints(model)["reduction_1"])
+    images = tf.random.uniform([4, 8, 8, 3], maxval=255.0)
+    np.testing.assert_array_equal(inner(images, training=True), inner(images, training=False))
+    assert {v.name.split("/")[0] for v in model.trainable_variables} == {
+        "head_conv",
+        "head_bn",
+        "head_dense",
+    }
+
+
+def test_evaluation_that_was_cut_off_is_made_up_for(straight, folder):
+    """The checkpoint of step 4 was written, its evaluation was not."""
+    config = noised(folder, "unevaluated")
+    shutil.copytree(straight[0].train.model_dir, config.train.model_dir)
+    model_dir = Path(config.train.model_dir)
+    for path in [*model_dir.glob("model.ckpt-6.*"), *model_dir.glob("model.ckpt-7.*")]:
+        path.unlink()
+    log = model_dir / summaries.METRICS
+    rows = log.read_text().splitlines(keepends=True)
+    # A killed writer's last line is not whole.
+    log.write_text("".join(rows[:2]) + rows[2][:9])
+    train.train_and_evaluate(config)
+    assert_same_training(config.train.model_dir, straight[0].train.model_dir, 7)
+
+
+def test_loss_that_explodes_inside_a_host_loop(folder):
+    config = settings(
+        folder,
+        "exploding_loop",
+        base_learning_rate=1e30,
+        train_steps=8,
+        iterations_per_loop=4,
+        save_checkpoints_steps=4,
+    )
+    with pytest.raises(TrainingDiverged, match="between steps 0 and 4.*none was saved yet"):
+        train.train_and_evaluate(config, evaluate=False)
+    assert not saved_steps(config.train.model_dir)
+
+
+# --- Parts of the sets ----------------------------------------------------------------------------
+
+
+def test_parts_of_the_sets(straight, folder):
+    config, _ = straight
+    measured = train.evaluate(config.override(num_eval_images=5))["validation"]
+    assert measured["examples"] == 5
+    with pytest.raises(ConfigError, match="--num_eval_images=8: 8 records are asked for, 7 are"):
+        train.evaluate(config.override(num_eval_images=8))
+    experiment = Experiment.from_config(config.override(num_train_shards=1))
+    labeled, unlabeled, _ = train._sources(experiment, True)
+    assert [Path(p).name for p in labeled.paths] == ["train-00000-of-00002"]
+    assert len(unlabeled.paths) == 2
+    with pytest.raises(ConfigError, match="--num_train_shards=3: 3 shards are asked for, 2 are"):
+        train.train_and_evaluate(config.override(num_train_shards=3, model_dir=str(folder / "no")))
+
+
+def test_continuous_evaluation_ends_with_the_last_step(straight, tmp_path):
+    config, metrics = straight
+    shutil.copytree(config.train.model_dir, tmp_path / "model")
+    config = config.override(model_dir=str(tmp_path / "model"), eval_continuously=True)
+    for _ in range(2):
+        results = train.evaluate(config)
+        assert results["validation"]["loss"] == pytest.approx(metrics["eval/loss"], rel=1e-6)
+        (row,) = summaries.read_metrics(str(tmp_path / "model" / "eval"))
+        assert row["step"] == 7 and row["validation/loss"] == results["validation"]["loss"]
+
+
+# --- What is to be looked at ----------------------------------------------------------------------
+
+
+def test_every_start_is_noted_with_all_flags(straight):
+    config, _ = straight
+    first, *_ = summaries.read_lines(f"{config.train.model_dir}/{summaries.RUNS}")
+    assert first["step"] == 0 and first["flags"]["iterations_per_loop"] == 2
+    assert set(first["flags"]) == set(Config().values())
+
+
+def test_metrics_in_a_store_without_appending(tmp_path, monkeypatch):
+    """Rows are in the file when `flush` says so, and a continued log drops what came after."""
+    written = []
+    write = summaries._write_lines
+    monkeypatch.setattr(summaries, "_write_lines", lambda *a: written.append(1) or write(*a))
+    folder = "file://" + str(tmp_path)  # A scheme, so treated as a store; TensorFlow knows it.
+    log = summaries.MetricsLog(folder, 0)
+    for step in range(1, 6):
+        log.add(step, {"train/loss": 1.0 / step})
+        if step % 2 == 0:
+            log.flush()
+    assert len(written) == 3
+    assert [row["step"] for row in summaries.read_metrics(folder)] == [1, 2, 3, 4]
+    log.close()
+    assert [r["step"] for r in summaries.MetricsLog(folder, 3).rows] == [1, 2, 3]
+
+
+def test_damaged_metrics_are_named(tmp_path):
+    (tmp_path / summaries.METRICS).write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(manifests.BrokenFile, match="metrics.jsonl, line 2"):
+        summaries.read_metrics(str(tmp_path))
+
+
+def test_input_wait_is_the_time_the_batches_took():
+    """An input of which every batch takes 20 ms, and one that is ready."""
+    wait = InputWait()
+    slow = tf.data.Dataset.range(5).map(lambda i: tf.py_function(pause, [i], tf.int64))
+    assert [int(i) for i in wait.measure(slow)] == [0, 1, 2, 3, 4]
+    assert 0.1 <= wait.take() < 60
+    assert wait.take() == 0
+    assert [int(i) for i in wait.measure(tf.data.Dataset.range(5))] == [0, 1, 2, 3, 4]
+    assert 0 < wait.take() < 0.1
+
+
+def pause(value):
+    time.sleep(0.02)
+    return value
+
+
+def test_input_wait_under_replicas(two_replicas):
+    wait = InputWait()
+    data = wait.measure(tf.data.Dataset.range(8).batch(4, drop_remainder=True))
+    seen = []
+    for batch in two_replicas.experimental_distribute_dataset(data):
+        seen += [int(v) for part in two_replicas.experimental_local_results(batch) for v in part]
+    assert seen == list(range(8))
+    assert wait.take() > 0
+
+
+def test_preview_shows_the_images_and_their_labels(tmp_path):
+    """One plain color per class, and none of them changed: each is found in the picture."""
+    colors = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]
+    images = [tf.io.encode_png(np.full([SIZE, SIZE, 3], c, np.uint8)).numpy() for c in colors]
+    examples = [records.labeled_example(image, i) for i, image in enumerate(images)]
+    records.write_sharded(str(tmp_path / "labeled"), "train", examples, 1)
+    write_task(tmp_path / "task.json")
+    (tmp_path / "model").mkdir()
+    config = settings(tmp_path, "model", remove_aug=True)
+    experiment = Experiment.from_config(config)
+    source = pipeline.Source.find(config.data.label_data_dir, "train")
+    picture = preview.draw(experiment, source, None, 3)
+    stored = tf.io.decode_png((tmp_path / "model" / preview.FILE).read_bytes(), 3)
+    np.testing.assert_array_equal(picture, stored)
+    for color in colors:
+        assert (picture == color).all(-1).sum() > 5000, color

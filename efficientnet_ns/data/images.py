@@ -41,7 +41,7 @@ def _decode_jpeg_box(image_bytes: tf.Tensor, box: tf.Tensor, width: tf.Tensor) -
     return tf.slice(pixels, [0, x - left, 0], [box_height, box_width, 3])
 
 
-def _crop(image: tf.Tensor, choose_box: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]) -> tf.Tensor:
+def crop(image: tf.Tensor, choose_box: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]) -> tf.Tensor:
     """Cuts out the box (y, x, h, w) that `choose_box(height, width)` names; uint8 [h, w, 3].
 
     Of a JPEG only the box is decoded.
@@ -56,11 +56,11 @@ def _crop(image: tf.Tensor, choose_box: Callable[[tf.Tensor, tf.Tensor], tf.Tens
         shape = tf.image.extract_jpeg_shape(image)
         return _decode_jpeg_box(image, choose_box(shape[0], shape[1]), shape[1])
 
-    crop = tf.cond(tf.io.is_jpeg(image), from_jpeg, lambda: _crop(decode(image), choose_box))
-    return tf.ensure_shape(crop, [None, None, 3])
+    pixels = tf.cond(tf.io.is_jpeg(image), from_jpeg, lambda: crop(decode(image), choose_box))
+    return tf.ensure_shape(pixels, [None, None, 3])
 
 
-def _resize(image: tf.Tensor, size: int) -> tf.Tensor:
+def resize(image: tf.Tensor, size: int) -> tf.Tensor:
     """Bicubic resize as TF1 defines it; any number type [H, W, 3] to float32 [size, size, 3].
 
     Neither half-pixel centres nor aligned corners, and no antialiasing: published weights were
@@ -89,7 +89,7 @@ def eval_image(image: tf.Tensor, size: int) -> tf.Tensor:
 
     Returns float32 [size, size, 3], neither clipped to 0..255 nor normalized.
     """
-    return _resize(_crop(image, lambda height, width: center_crop_box(height, width, size)), size)
+    return resize(crop(image, lambda height, width: center_crop_box(height, width, size)), size)
 
 
 def small_eval_image(image: tf.Tensor, size: int) -> tf.Tensor:
@@ -104,7 +104,7 @@ def small_eval_image(image: tf.Tensor, size: int) -> tf.Tensor:
     pixels = tf.cond(
         tf.reduce_all(tf.equal(tf.shape(image)[:2], size)),
         lambda: tf.cast(image, tf.float32),
-        lambda: tf.clip_by_value(_resize(image, size), 0.0, 255.0),
+        lambda: tf.clip_by_value(resize(image, size), 0.0, 255.0),
     )
     return tf.ensure_shape(pixels, [size, size, 3])
 
@@ -155,7 +155,7 @@ def crop_and_resize(image: tf.Tensor, box: tf.Tensor, size: int) -> tf.Tensor:
 
     Returns float32 [size, size, 3], not clipped.
     """
-    return _resize(_crop(image, lambda _height, _width: tf.convert_to_tensor(box)), size)
+    return resize(crop(image, lambda _height, _width: tf.convert_to_tensor(box)), size)
 
 
 def to_uint8(image: tf.Tensor) -> tf.Tensor:
@@ -175,14 +175,34 @@ def train_image(image: tf.Tensor, size: int, seed: tf.Tensor, *, flip: bool = Tr
     Returns:
       float32 [size, size, 3], not clipped; RandAugment takes `to_uint8` of it.
     """
-    seeds = tf.random.experimental.stateless_split(seed, 2)
-    pixels = _resize(
-        _crop(image, lambda height, width: random_crop_box(height, width, seeds[0], size=size)),
+    crop_seed, flip_seed = split_seed(seed, 2)
+    pixels = resize(
+        crop(image, lambda height, width: random_crop_box(height, width, crop_seed, size=size)),
         size,
     )
-    if flip:
-        pixels = tf.image.stateless_random_flip_left_right(pixels, seeds[1])
-    return tf.ensure_shape(pixels, [size, size, 3])
+    return random_flip(pixels, flip_seed) if flip else pixels
+
+
+def random_flip(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Mirrors half of the images; [H, W, 3] of any number type, same shape and type.
+
+    Args:
+      seed: int32 or int64 [2]; equal seeds give equal results.
+    """
+    draw = tf.random.stateless_uniform([], seed, alg="philox")
+    return tf.cond(draw < 0.5, lambda: tf.reverse(image, [1]), lambda: image)
+
+
+def split_seed(seed: tf.Tensor, count: int) -> list[tf.Tensor]:
+    """`count` seeds, int [2] each, from one, int [2]; the first is `seed` itself.
+
+    Two operations, where tf.random's split draws numbers, which takes as long as flipping an image.
+    The seed is a key of a cipher: streams of keys that differ in any bit are independent.
+    """
+    seed = tf.convert_to_tensor(seed)
+    # Multiples of a large odd number are far from the seeds next to this one, which others may use.
+    salts = [[0, number * 0x3C6EF372 % 2**31] for number in range(count)]
+    return tf.unstack(tf.bitwise.bitwise_xor(seed, tf.constant(salts, seed.dtype)))
 
 
 def reflect_pad_crop_at(

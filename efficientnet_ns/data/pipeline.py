@@ -7,24 +7,61 @@ dataset started at step n continues exactly where an uninterrupted one would be.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from efficientnet_ns.data import augment, images, records
+from efficientnet_ns.data import augment, autoaugment, images, randaugment, record_cache, records
 
 _LABELED, _UNLABELED = 1, 2  # Salts: the two streams draw independently from one seed.
 
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """Settings of RandAugment; see `augment.rand_augment`."""
+    """Settings of RandAugment; see `randaugment.rand_augment`."""
 
     num_layers: int = 2
     magnitude: int = 27
     mode: str = "original"
     use_cutout: bool = True
+
+    def constants(self, size: int, small: bool) -> dict[str, float]:
+        """Reach of Cutout and Translate in pixels, for images of `size`."""
+        # At 32 pixels the original's constants, in proportion.
+        reach = size // 8
+        cutout_const, translate_const = (reach, reach) if small else (40.0, 100.0)
+        return {"cutout_const": cutout_const, "translate_const": translate_const}
+
+    def apply(self, image: tf.Tensor, seed: tf.Tensor, **constants: float) -> tf.Tensor:
+        """uint8 [H, W, 3] → uint8 [H, W, 3]."""
+        return randaugment.rand_augment(image, seed, **constants, **dataclasses.asdict(self))
+
+    def describe(self, **constants: float) -> str:
+        """The policy in one line."""
+        return randaugment.describe_rand_augment(**constants, **dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoAugment:
+    """Settings of AutoAugment; see `autoaugment.auto_augment`."""
+
+    policy: str = "imagenet"
+    mode: str = "original"
+
+    def constants(self, size: int, small: bool) -> dict[str, float]:
+        """Reach of Translate in pixels, for images of `size`."""
+        # Published: 10 pixels at 32, in the search on CIFAR-10 and SVHN.
+        return {"translate_const": size * 10 / 32 if small else 250.0}
+
+    def apply(self, image: tf.Tensor, seed: tf.Tensor, **constants: float) -> tf.Tensor:
+        """uint8 [H, W, 3] → uint8 [H, W, 3]."""
+        return autoaugment.auto_augment(image, seed, **constants, **dataclasses.asdict(self))
+
+    def describe(self, **constants: float) -> str:
+        """The policy in one line."""
+        return autoaugment.describe_auto_augment(**constants, **dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +72,8 @@ class Preprocessing:
       image_size: side of the result in pixels.
       small_image: no resizing crop; shift by reflection instead (SVHN, CIFAR, digits).
       flip: mirror half of the training images.
-      randaugment: None for no augmentation beyond crop and flip.
+      randaugment: None for no RandAugment.
+      autoaugment: None for no AutoAugment; takes the place of `randaugment`.
       clean: train on evaluation crops (FixRes fine-tuning).
     """
 
@@ -43,6 +81,7 @@ class Preprocessing:
     small_image: bool = False
     flip: bool = True
     randaugment: RandAugment | None = None
+    autoaugment: AutoAugment | None = None
     clean: bool = False
 
     def evaluate(self, image: tf.Tensor) -> tf.Tensor:
@@ -58,32 +97,50 @@ class Preprocessing:
         """
         if self.clean:
             return self.evaluate(image)
-        crop_seed, augment_seed, cutout_seed = tf.unstack(
-            tf.random.experimental.stateless_split(seed, 3)
-        )
+        crop_seed, flip_seed, noise_seed, cutout_seed = images.split_seed(seed, 4)
         if not self.small_image:
-            image = images.train_image(image, self.image_size, crop_seed, flip=self.flip)
-            if self.randaugment is None:
-                return image
-            return self._augment(images.to_uint8(image), augment_seed, 40.0, 100.0)
+            image = images.train_image(image, self.image_size, crop_seed, flip=False)
+            if self._noise is not None:
+                image = images.to_uint8(image)
+            # The noise comes last, in the order of the original.
+            return self._add_noise(self._flip(image, flip_seed), noise_seed)
         image = images.to_uint8(images.small_eval_image(image, self.image_size))
-        # The original's constants at 32 pixels, in proportion.
-        reach = self.image_size // 8
-        if self.randaugment is not None:
-            image = self._augment(image, augment_seed, reach, reach)
+        image = self._add_noise(image, noise_seed)
+        if self._noise is not None:
             image = augment.cutout(image, cutout_seed, self.image_size // 4)
-        shift_seed, flip_seed = tf.unstack(tf.random.experimental.stateless_split(crop_seed, 2))
-        image = images.reflect_pad_crop(image, shift_seed, pad=reach)
-        return tf.image.stateless_random_flip_left_right(image, flip_seed) if self.flip else image
+        # The original's shift of 4 at 32 pixels, in proportion.
+        image = images.reflect_pad_crop(image, crop_seed, pad=self.image_size // 8)
+        return self._flip(image, flip_seed)
 
-    def _augment(self, image, seed, cutout_const: float, translate_const: float) -> tf.Tensor:
-        return augment.rand_augment(
-            image,
-            seed,
-            cutout_const=cutout_const,
-            translate_const=translate_const,
-            **dataclasses.asdict(self.randaugment),
-        )
+    @property
+    def _noise(self) -> RandAugment | AutoAugment | None:
+        return self.autoaugment or self.randaugment
+
+    def _flip(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        return images.random_flip(image, seed) if self.flip else image
+
+    def _add_noise(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        if self._noise is None:
+            return image
+        constants = self._noise.constants(self.image_size, self.small_image)
+        return self._noise.apply(image, seed, **constants)
+
+    def describe(self) -> str:
+        """What is done to training images, in one line for logs."""
+        size = self.image_size
+        if self.clean:
+            return f"evaluation crop at {size} px, no augmentation"
+        steps = [] if self.small_image else [f"random crop to {size} px"]
+        noise = []
+        if self._noise is not None:
+            noise = [self._noise.describe(**self._noise.constants(size, self.small_image))]
+        if self.small_image:
+            steps += noise
+            if noise:
+                steps.append(f"cutout({size // 4})")
+            steps.append(f"shift(±{size // 8})")
+        flip = ["flip"] if self.flip else []
+        return "; ".join(steps + flip if self.small_image else steps + flip + noise)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,20 +175,75 @@ class Source:
         """Number of records."""
         return sum(self.counts)
 
+    def shards(self, number: int) -> Source:
+        """The first `number` files; DataError when there are fewer, or they are empty."""
+        if number > len(self.paths):
+            raise records.DataError(f"{number} shards are asked for, {len(self.paths)} are there")
+        first = Source(self.paths[:number], self.counts[:number])
+        if not first.total:
+            raise records.DataError(f"the first {number} shards hold no records: {first.paths[0]}")
+        return first
 
-def _stream(source: Source, seed: int, start: int, shuffle_buffer: int) -> tf.data.Dataset:
+    def examples(self, number: int) -> Source:
+        """The first `number` records, in file order; DataError when there are fewer."""
+        if number > self.total:
+            raise records.DataError(f"{number} records are asked for, {self.total} are there")
+        counts, left = [], number
+        for count in self.counts:
+            counts.append(min(count, left))
+            left -= counts[-1]
+        return Source(self.paths, tuple(counts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The rows of every batch that one host prepares, and in how many pieces.
+
+    The batch is defined once, for all hosts: host h of H prepares rows h·B/H … (h+1)·B/H - 1, and
+    hands them on in order, B/replicas at a time, one piece to each of its replicas. So a batch holds
+    the same examples with the same augmentation on any number of hosts and replicas.
+
+    Attributes:
+      host, num_hosts: which host of how many.
+      replicas: of all hosts together; a multiple of num_hosts that divides the batch.
+    """
+
+    host: int = 0
+    num_hosts: int = 1
+    replicas: int = 1
+
+    def per_replica(self, batch_size: int) -> int:
+        """Rows of one replica; ValueError unless the replicas divide the batch."""
+        if batch_size % self.replicas:
+            raise ValueError(f"a batch of {batch_size} does not divide by {self.replicas} replicas")
+        return batch_size // self.replicas
+
+    def own(self, data: tf.data.Dataset, batch_size: int) -> tf.data.Dataset:
+        """The elements (index in the stream, …) of this host's rows."""
+        if self.num_hosts == 1:
+            return data
+        rows = self.per_replica(batch_size) * (self.replicas // self.num_hosts)
+        return data.filter(lambda index, _: index % batch_size // rows == self.host)
+
+
+WHOLE = Share()
+
+
+def _stream(
+    source: Source, seed: int, start: int, shuffle_buffer: int, cache: bool
+) -> tf.data.Dataset:
     """Endless (global index, record) from index `start` on, shuffled anew each epoch."""
     paths, counts = tf.constant(source.paths), tf.constant(source.counts, tf.int64)
+    before = tf.cumsum(counts, exclusive=True)
 
-    def epoch(number: tf.Tensor) -> tf.data.Dataset:
+    def epoch(read, number: tf.Tensor) -> tf.data.Dataset:
         epoch_seed = tf.stack([tf.constant(seed, tf.int64), number])
         order = tf.random.experimental.stateless_shuffle(tf.range(len(source.paths)), epoch_seed)
         files = tf.data.Dataset.from_tensor_slices(
-            (tf.gather(paths, order), tf.gather(counts, order))
+            tuple(tf.gather(values, order) for values in (paths, counts, before))
         )
         data = files.interleave(
-            # Only whole records: a truncated tail was not counted.
-            lambda path, count: tf.data.TFRecordDataset(path).take(count),
+            read,
             cycle_length=min(16, len(source.paths)),
             num_parallel_calls=tf.data.AUTOTUNE,
             deterministic=True,
@@ -139,8 +251,20 @@ def _stream(source: Source, seed: int, start: int, shuffle_buffer: int) -> tf.da
         return _shuffle(data, min(shuffle_buffer, source.total), epoch_seed)
 
     first_epoch, offset = divmod(start, source.total)
-    data = tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch).skip(offset)
-    return data.enumerate(start)
+    numbers = tf.data.Dataset.range(first_epoch, tf.int64.max)
+    if cache and record_cache.fits(source.paths):
+        memory = record_cache.RecordCache()
+        data = numbers.take(1).flat_map(functools.partial(epoch, memory.read))
+        data = data.concatenate(numbers.skip(1).flat_map(functools.partial(epoch, memory.recall)))
+    else:
+        data = numbers.flat_map(functools.partial(epoch, _read))
+    return data.skip(offset).enumerate(start)
+
+
+def _read(path: tf.Tensor, count: tf.Tensor, first: tf.Tensor) -> tf.data.Dataset:
+    del first
+    # Only whole records: a truncated tail was not counted.
+    return tf.data.TFRecordDataset(path).take(count)
 
 
 def _shuffle(data: tf.data.Dataset, buffer_size: int, seed: tf.Tensor) -> tf.data.Dataset:
@@ -182,11 +306,18 @@ def labeled_batches(
     seed: int,
     start_step: int = 0,
     shuffle_buffer: int = 10000,
+    cache: bool = False,
+    share: Share = WHOLE,
 ) -> tf.data.Dataset:
     """Endless training batches.
 
+    Args:
+      cache: keep the records in memory when they fit; see `record_cache`.
+      batch_size: over all replicas.
+      share: the rows of each batch to prepare. Every host reads all records, and decodes its own.
+
     Yields:
-      `image` [batch_size, S, S, 3], `label` int32 [batch_size], 0-based.
+      `image` [B, S, S, 3], `label` int32 [B], 0-based; B = batch_size / replicas.
     """
 
     def prepare(index: tf.Tensor, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -194,9 +325,8 @@ def labeled_batches(
         image = preprocessing.train(example["image"], _sample_seed(seed, _LABELED, index))
         return {"image": image, "label": _checked_label(example["label"], num_classes)}
 
-    data = _stream(source, seed, start_step * batch_size, shuffle_buffer)
-    data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return data.batch(batch_size, drop_remainder=True)
+    data = _stream(source, seed, start_step * batch_size, shuffle_buffer, cache)
+    return _batches(data, prepare, batch_size, share)
 
 
 def unlabeled_batches(
@@ -208,17 +338,21 @@ def unlabeled_batches(
     seed: int,
     start_step: int = 0,
     shuffle_buffer: int = 10000,
+    cache: bool = False,
     teacher_preprocessing: Preprocessing | None = None,
+    share: Share = WHOLE,
 ) -> tf.data.Dataset:
     """Endless training batches of pseudo-labeled records.
 
     Args:
+      batch_size: over all replicas.
       teacher_preprocessing: when given, records need no stored labels and each image also comes
         clean, at the teacher's resolution.
+      share: see `labeled_batches`.
 
     Yields:
-      `unl_image` [batch_size, S, S, 3] and either `unl_label` int32 [batch_size], `unl_probs`
-      float32 [batch_size, num_classes], or `teacher_image` [batch_size, T, T, 3].
+      `unl_image` [B, S, S, 3] and either `unl_label` int32 [B], `unl_probs` float32
+      [B, num_classes], or `teacher_image` [B, T, T, 3]; B = batch_size / replicas.
     """
 
     def prepare(index: tf.Tensor, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -236,32 +370,48 @@ def unlabeled_batches(
             "unl_probs": example["probs"],
         }
 
-    data = _stream(source, seed + 1, start_step * batch_size, shuffle_buffer)
+    data = _stream(source, seed + 1, start_step * batch_size, shuffle_buffer, cache)
+    return _batches(data, prepare, batch_size, share)
+
+
+def _batches(data: tf.data.Dataset, prepare, batch_size: int, share: Share) -> tf.data.Dataset:
+    data = share.own(data, batch_size)
     data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return data.batch(batch_size, drop_remainder=True)
+    return data.batch(share.per_replica(batch_size), drop_remainder=True)
 
 
 def join(*datasets: tf.data.Dataset) -> tf.data.Dataset:
-    """Zips datasets of dicts into one dataset of merged dicts, prefetched."""
+    """Zips endless datasets of dicts into one dataset of merged dicts, prefetched."""
     data = datasets[0]
     if len(datasets) > 1:
         data = tf.data.Dataset.zip(datasets).map(
             lambda *parts: {key: value for part in parts for key, value in part.items()}
         )
-    return data.prefetch(tf.data.AUTOTUNE)
+    # Several workers have static shapes only where no end can come.
+    endless = tf.data.experimental.assert_cardinality(tf.data.experimental.INFINITE_CARDINALITY)
+    return data.apply(endless).prefetch(tf.data.AUTOTUNE)
 
 
 def eval_batches(
-    source: Source, preprocessing: Preprocessing, *, num_classes: int, batch_size: int
+    source: Source,
+    preprocessing: Preprocessing,
+    *,
+    num_classes: int,
+    batch_size: int,
+    share: Share = WHOLE,
 ) -> tf.data.Dataset:
     """Every record once, in file order; the last batch is padded.
 
+    Args:
+      batch_size: over all replicas.
+      share: the rows of each batch to prepare.
+
     Yields:
-      `image` float32 [batch_size, S, S, 3], `label` int32 [batch_size], `mask` float32
-      [batch_size]: 1 for an example, 0 for padding.
+      `image` float32 [B, S, S, 3], `label` int32 [B], `mask` float32 [B]: 1 for an example, 0 for
+      padding; B = batch_size / replicas. Every replica gets the same number of batches.
     """
 
-    def prepare(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
+    def prepare(_, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
         example = records.parse_labeled(serialized)
         return {
             "image": preprocessing.evaluate(example["image"]),
@@ -273,10 +423,16 @@ def eval_batches(
     data = files.flat_map(
         lambda path, count: tf.data.TFRecordDataset(path).take(tf.cast(count, tf.int64))
     )
+    data = share.own(data.enumerate(), batch_size)
     data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE)
+    size = share.per_replica(batch_size)
     # Differs (4): the last batch is padded, not dropped.
-    data = data.batch(batch_size).map(lambda batch: pad_batch(batch, batch_size))
-    return data.prefetch(tf.data.AUTOTUNE)
+    data = data.batch(size).map(lambda batch: pad_batch(batch, size))
+    steps = -(-source.total // batch_size)
+    pieces = steps * (share.replicas // share.num_hosts)
+    nothing = tf.nest.map_structure(lambda s: tf.zeros(s.shape, s.dtype), data.element_spec)
+    padding = tf.data.Dataset.from_tensors(nothing).repeat(pieces)
+    return data.concatenate(padding).take(pieces).prefetch(tf.data.AUTOTUNE)
 
 
 def pad_batch(batch: dict[str, tf.Tensor], batch_size: int) -> dict[str, tf.Tensor]:

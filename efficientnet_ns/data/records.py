@@ -140,6 +140,20 @@ def unlabeled_example(image: bytes) -> bytes:
     return _example(image=_bytes(image))
 
 
+def placeholder_example(image: bytes, label: int, num_classes: int) -> bytes:
+    """A labeled record that also has the keys of a pseudo-labeled one, all zero.
+
+    SVHN's unlabeled records are of this kind; who reads them as unlabeled ignores all but the image.
+    """
+    return _example(
+        image=_bytes(image),
+        label_one_based=_ints(label + 1),
+        probabilities=_floats([0.0] * num_classes),
+        label=_ints(0),
+        prob=_floats([0.0]),
+    )
+
+
 def prediction_example(probabilities: Sequence[float]) -> bytes:
     """A prediction; `classes` is the argmax, 0-based. All zeros stand for an unreadable image."""
     return _example(
@@ -341,19 +355,25 @@ def count(path: str) -> int:
     return _measure(path)[0]
 
 
-def _measure(path: str) -> tuple[int, int]:
-    """(whole records, bytes after the last whole record)."""
-    size = tf.io.gfile.stat(path).length
-    end = total = 0
+def spans(path: str) -> Iterator[tuple[int, int]]:
+    """(first byte, length) of the payload of each whole record, by the headers alone."""
+    size, end = tf.io.gfile.stat(path).length, 0
     with tf.io.gfile.GFile(path, "rb") as f:
         while end + _HEADER.size <= size:
             f.seek(end)
             length, length_crc = _HEADER.unpack(header := f.read(_HEADER.size))
-            record_end = end + _HEADER.size + length + _FOOTER.size
-            if _masked_crc(header[:8]) != length_crc or record_end > size:
-                break
-            end, total = record_end, total + 1
-    return total, size - end
+            start, end = end + _HEADER.size, end + _HEADER.size + length + _FOOTER.size
+            if _masked_crc(header[:8]) != length_crc or end > size:
+                return
+            yield start, length
+
+
+def _measure(path: str) -> tuple[int, int]:
+    """(whole records, bytes after the last whole record)."""
+    total = end = 0
+    for start, length in spans(path):
+        total, end = total + 1, start + length + _FOOTER.size
+    return total, tf.io.gfile.stat(path).length - end
 
 
 def count_all(paths: Sequence[str], max_bad_fraction: float = 0.01) -> list[int]:
@@ -431,14 +451,18 @@ def write_sharded(
     return paths
 
 
-def note_counts(paths: Sequence[str]) -> None:
-    """Records the number of records and bytes of files of one folder in its `counts.json`."""
+def note_counts(paths: Sequence[str], counts: Sequence[int] | None = None) -> None:
+    """Records the number of records and bytes of files of one folder in its `counts.json`.
+
+    Args:
+      counts: records of each file; None: counted.
+    """
     folder = os.path.dirname(paths[0])
     sidecar = os.path.join(folder, COUNTS)
     entries = manifests.read_json(sidecar) if tf.io.gfile.exists(sidecar) else {}
-    for path in paths:
+    for path, total in zip(paths, counts or map(count, paths)):
         entries[os.path.basename(path)] = {
-            "records": count(path),
+            "records": total,
             "bytes": tf.io.gfile.stat(path).length,
         }
     manifests.write_json(sidecar, entries, indent=1)

@@ -94,6 +94,17 @@ def get_task(name: str) -> Task:
     return Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
+def write_task(path: str, **fields) -> None:
+    """Writes a task file, or replaces these fields of the one that is there.
+
+    Raises:
+      ValueError: see `get_task`.
+    """
+    existing = dataclasses.asdict(get_task(path)) if tf.io.gfile.exists(path) else {}
+    task = dataclasses.asdict(Task(**{**existing, **fields}))
+    manifests.write_json(path, {k: v for k, v in task.items() if v is not None}, indent=1)
+
+
 # Names too many to stand in the table: one per line in a file beside this one.
 _NAME_FILES = {TASKS["imagenet"]: "imagenet_classes.txt"}
 

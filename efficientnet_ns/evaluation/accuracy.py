@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 
@@ -28,11 +30,16 @@ class Evaluator:
 
         self._step = step
 
-    def __call__(self, batches: tf.data.Dataset, num_examples: int) -> dict[str, float]:
+    def __call__(
+        self,
+        batches: tf.data.Dataset | Callable[[tf.distribute.InputContext], tf.data.Dataset],
+        num_examples: int,
+    ) -> dict[str, float]:
         """Measures one set.
 
         Args:
-          batches: padded batches with a mask; see `pipeline.eval_batches`.
+          batches: padded batches with a mask; see `pipeline.eval_batches`. Either whole batches, on
+            one host, or what makes one host's share of them.
           num_examples: size of the set.
 
         Returns:
@@ -43,7 +50,11 @@ class Evaluator:
           IncompleteEvaluation: the batches held more or fewer examples.
         """
         sums = {"top1": 0.0, "top5": 0.0, "loss": 0.0, "examples": 0.0}
-        for batch in self._strategy.experimental_distribute_dataset(batches):
+        if callable(batches):
+            distributed = self._strategy.distribute_datasets_from_function(batches)
+        else:
+            distributed = self._strategy.experimental_distribute_dataset(batches)
+        for batch in distributed:
             for key, value in self._step(batch).items():
                 sums[key] += float(value)
         seen = round(sums.pop("examples"))

@@ -7,21 +7,27 @@ predictions, so the probabilities themselves are never read.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import functools
+import multiprocessing
 import os
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config import SelectConfig
+from efficientnet_ns.config import ConfigError, SelectConfig
 from efficientnet_ns.data import manifests, records
-from efficientnet_ns.labeling import predict
+from efficientnet_ns.labeling import choose, predict, scan, statistics
 
 SELECTION = "selection.parquet"
-_RUNNING_SUM = "total_counts_sum.json"
-_THRESHOLDS = [k / 100 for k in range(101)]
+# A process needs seconds to start; with less than this to read, it is not worth it.
+_BYTES_PER_PROCESS = 64 << 20
+_ROW_GROUP = 1 << 20
 
 
 def task_number(config: SelectConfig) -> int:
@@ -41,6 +47,22 @@ def prediction_path(config: SelectConfig, shard: int, worker: int) -> str:
     return os.path.join(config.prediction_dir, name)
 
 
+def shards(config: SelectConfig) -> list[int]:
+    """The shards that count: all, the first `only_use_num_shards`, or with `debug` one.
+
+    Raises:
+      ConfigError: a shard that is not below num_shards.
+    """
+    used = config.num_shards if config.only_use_num_shards == -1 else config.only_use_num_shards
+    if not 1 <= used <= config.num_shards:
+        raise ConfigError(
+            f"--only_use_num_shards={used} is not among the 1 … {config.num_shards} of --num_shards"
+        )
+    if config.shard_id >= used:
+        raise ConfigError(f"--shard_id={config.shard_id} is not below the {used} shards in use")
+    return [config.shard_id] if config.debug == 1 else list(range(used))
+
+
 def count_workers(config: SelectConfig) -> int:
     """How many workers predicted each shard.
 
@@ -49,7 +71,8 @@ def count_workers(config: SelectConfig) -> int:
     """
     workers = config.total_label_replicas
     manifest = prediction_path(config, 0, 0) + ".manifest.json"
-    if tf.io.gfile.exists(manifest):
+    found = _predicted(config)
+    if os.path.basename(manifest) in found:
         predicted_by = manifests.read_json(manifest)["config"]["total_replicas"]
         if workers not in (-1, predicted_by):
             raise records.DataError(
@@ -58,30 +81,53 @@ def count_workers(config: SelectConfig) -> int:
             )
         workers = predicted_by
     if workers < 1:
-        workers = 1
-        while tf.io.gfile.exists(prediction_path(config, 0, workers)):
-            workers += 1
-    for shard in range(config.num_shards):
+        name = re.compile(rf"train-info-\d{{5}}-of-{config.num_shards:05d}-(\d{{5}})")
+        numbers = [int(match[1]) for match in map(name.fullmatch, found) if match]
+        workers = 1 + max(numbers, default=0)
+    for shard in shards(config):
         for worker in range(workers):
             path = prediction_path(config, shard, worker)
-            if not tf.io.gfile.exists(path):
+            if os.path.basename(path) not in found:
                 raise records.DataError(f"prediction {path} is missing: predict that shard first")
     return workers
 
 
-def index_files(config: SelectConfig) -> list[str]:
-    """The index of every prediction file, built from the records where it is missing."""
-    paths = []
-    for worker in range(count_workers(config)):
-        for shard in range(config.num_shards):
+def _predicted(config: SelectConfig) -> set[str]:
+    """Names in the folder of the predictions, listed once: a look per file takes long on gs://."""
+    if not tf.io.gfile.isdir(config.prediction_dir):
+        raise records.DataError(f"--prediction_dir={config.prediction_dir} is not a folder")
+    return {name.rstrip("/") for name in tf.io.gfile.listdir(config.prediction_dir)}
+
+
+def index_files(config: SelectConfig) -> dict[int, list[str]]:
+    """The index of every prediction file by shard, built from the records where it is missing."""
+    workers, found = count_workers(config), _predicted(config)
+    files: dict[int, list[str]] = {}
+    missing = []
+    for shard in shards(config):
+        for worker in range(1 if config.debug == 1 else workers):
             name = records.index_name(shard, config.num_shards, worker)
             path = os.path.join(config.prediction_dir, name)
-            if not tf.io.gfile.exists(path):
-                predict.index_from_predictions(
-                    prediction_path(config, shard, worker), path, shard, worker
-                )
-            paths.append(path)
-    return paths
+            files.setdefault(shard, []).append(path)
+            if name not in found:
+                missing.append((prediction_path(config, shard, worker), path, shard, worker))
+    _build_indexes(missing)
+    return files
+
+
+def _build_indexes(missing: Sequence[tuple[str, str, int, int]]) -> None:
+    size = sum(tf.io.gfile.stat(prediction).length for prediction, *_ in missing)
+    processes = min(len(missing), scan.cores(), size // _BYTES_PER_PROCESS)
+    if processes < 2:
+        for arguments in missing:
+            predict.index_from_predictions(*arguments)
+        return
+    logging.info("building the index of %d prediction files", len(missing))
+    # Spawned, since TensorFlow's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for future in [pool.submit(predict.index_from_predictions, *job) for job in missing]:
+            future.result()
 
 
 def connect(**tables: Sequence[str]):
@@ -89,21 +135,13 @@ def connect(**tables: Sequence[str]):
 
     Local files are read by DuckDB, piece by piece; those of other file systems are loaded.
     """
-    import duckdb
-
-    db = duckdb.connect()
-    db.execute("SET enable_progress_bar = false")
+    db = scan.database()
     for name, paths in tables.items():
-        if all(_is_local(path) for path in paths):
-            listing = ", ".join("'{}'".format(path.replace("'", "''")) for path in paths)
-            db.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet([{listing}])")
+        if all(scan.is_local(path) for path in paths):
+            db.execute(f"CREATE VIEW {name} AS SELECT * FROM {scan.parquet(paths)}")
         else:
             db.register(name, _load(paths))
     return db
-
-
-def _is_local(path: str) -> bool:
-    return "://" not in path
 
 
 def _load(paths: Sequence[str]):
@@ -117,108 +155,108 @@ def _load(paths: Sequence[str]):
     return pyarrow.concat_tables(loaded)
 
 
-def _save(db, query: str, path: str) -> None:
-    """Writes the result of a query as one Parquet file."""
-    with tempfile.TemporaryDirectory() as folder:
-        local = path if _is_local(path) else os.path.join(folder, SELECTION)
-        quoted = local.replace("'", "''")
-        db.execute(f"COPY ({query}) TO '{quoted}' (FORMAT parquet)")
-        if local != path:
-            tf.io.gfile.copy(local, path)
-
-
-def write_statistics(db, config: SelectConfig) -> None:
-    """Counts per class and 0.01-wide confidence bin, in the original's JSON files.
-
-    `prelim_stats_<shard>_<task>.json` per shard, `total_counts.json` and its running sum from the
-    top, `total_counts_sum.json`: {class: [[threshold, count], …]} for thresholds 0.00 … 1.00.
-    """
-    # The bin is the last threshold k/100 that is not above prob, compared in float64.
-    rows = db.execute(
-        """
-        WITH guess AS (SELECT shard, label, prob::DOUBLE AS p, floor(prob::DOUBLE * 100) AS k
-                       FROM predictions WHERE label >= 0)
-        SELECT shard, label,
-               CASE WHEN p >= (k + 1) / 100 THEN k + 1 WHEN p < k / 100 THEN k - 1 ELSE k END
-                 ::INTEGER AS bin,
-               count(*)
-        FROM guess GROUP BY ALL ORDER BY shard, label, bin
-        """
-    ).fetchall()
-    tf.io.gfile.makedirs(config.prelim_stats_dir)
-    total: dict[int, list[int]] = {}
-    shards: dict[int, dict[int, list[int]]] = {shard: {} for shard in range(config.num_shards)}
-    for shard, label, bin_, count in rows:
-        for table in (total, shards[shard]):
-            table.setdefault(label, [0] * len(_THRESHOLDS))[bin_] += count
-    for shard, table in shards.items():
-        name = f"prelim_stats_{shard:05d}_{task_number(config)}.json"
-        manifests.write_json(os.path.join(config.prelim_stats_dir, name), _histogram(table))
-    running = {label: _sum_from_top(counts) for label, counts in total.items()}
-    for name, table in (("total_counts.json", total), (_RUNNING_SUM, running)):
-        manifests.write_json(os.path.join(config.prelim_stats_dir, name), _histogram(table))
-
-
-def _histogram(table: dict[int, list[int]]) -> dict[str, list]:
-    return {
-        str(label): [[t, n] for t, n in zip(_THRESHOLDS, table[label])] for label in sorted(table)
-    }
-
-
-def _sum_from_top(counts: list[int]) -> list[int]:
-    return [sum(counts[k:]) for k in range(len(counts))]
-
-
 def select(config: SelectConfig) -> dict[str, object]:
     """Writes statistics and the selection; skips what is already there and whole.
 
-    The selection is a Parquet table (shard, worker, position, label, prob, copies). Ties in
-    confidence go to the lower (shard, position, worker). A class with n < num_image images gets
-    num_image // n copies of each and one more of num_image % n of them, drawn by `seed`.
+    The statistics are the original's JSON files: `prelim_stats_<shard>_<task>.json` per shard,
+    `total_counts.json`, and its running sum from the top, `total_counts_sum.json`; each {class:
+    [[threshold, count], …]} for thresholds 0.00 … 1.00.
+
+    The selection is a Parquet table (shard, worker, position, label, prob, copies) in the order of
+    the first three. Ties in confidence go to the lower (shard, position, worker). A class with n <
+    num_image images gets num_image // n copies of each and one more of num_image % n of them,
+    drawn by `seed`. With `selection="threshold"` it is what the original takes, its draws by
+    `seed`.
 
     Returns:
       `unique` (images selected), `records` (with copies), `available` (predictions read), and
       `classes`: {class: [lowest kept confidence, images]}.
+
+    Raises:
+      ConfigError, records.DataError, manifests.OutputConflict: see there.
     """
+    names = _statistics_names(config, count_workers(config))
     indexes = index_files(config)
-    stage = _stage(config, indexes)
-    statistics = os.path.join(config.prelim_stats_dir, _RUNNING_SUM)
-    if not config.only_get_stats and stage.done() and tf.io.gfile.exists(statistics):
+    predictions = manifests.fingerprint([path for paths in indexes.values() for path in paths])
+    statistics_stage = statistics.stage(config, predictions, names)
+    stage = _stage(config, predictions)
+    counted = _are_counted(statistics_stage)
+    if config.only_get_stats and counted:
+        return statistics_stage.counts()
+    if not config.only_get_stats and stage.done() and counted:
         return stage.counts()
     _check_classes(config)
-    db = connect(predictions=indexes)
-    write_statistics(db, config)
-    if config.only_get_stats:
-        return {"available": _count(db, "predictions")}
-    with stage.write() as (temporary, counts):
-        _choose(db, config)
-        selection, thresholds, total = (temporary[path] for path in stage.outputs)
-        _save(db, "FROM chosen ORDER BY shard, worker, position", selection)
-        classes = db.execute(
-            "SELECT label, min(prob)::DOUBLE, count(*), sum(copies) "
-            "FROM chosen GROUP BY label ORDER BY label"
-        ).fetchall()
-        counts.update(
-            available=_count(db, "predictions"),
-            unique=sum(n for _, _, n, _ in classes),
-            records=int(sum(copies for *_, copies in classes)),
-            # Differs (2): the least kept confidence and the images kept.
-            classes={str(label): [lowest, n] for label, lowest, n, _ in classes},
-        )
-        empty = [c for c in range(config.num_label_classes) if str(c) not in counts["classes"]]
-        if empty:
-            logging.warning(
-                "%d of %d classes have no image at or above --min_threshold=%s, the first are %s",
-                *(len(empty), config.num_label_classes, config.min_threshold, empty[:10]),
-            )
-        manifests.write_json(thresholds, counts["classes"])
-        # The key is misspelt in the original, whose readers expect it so.
-        manifests.write_json(total, {"num_image_acorss_cat": counts["unique"]})
+    with scan.local_copies(indexes) as files:
+        source = scan.Scan(scan.database(config.memory_limit), files)
+        counts = _count(source, config, None if counted else statistics_stage, names)
+        if config.only_get_stats:
+            return statistics_stage.counts()
+        if not stage.done():
+            _select(source, counts, config, stage)
     return stage.counts()
 
 
+def _are_counted(stage: manifests.Stage) -> bool:
+    """Whether the statistics are there; those of predictions that changed since are made anew."""
+    if tf.io.gfile.exists(stage.manifest):
+        if manifests.read_json(stage.manifest)["config"] != stage.config:
+            logging.info("%s: of other predictions, counting again", stage.manifest)
+            return False
+    return stage.done()
+
+
+def _statistics_names(config: SelectConfig, workers: int) -> dict[tuple[int, int], str]:
+    """(shard, task) → name of its file; the workers of a shard are shared among the tasks."""
+    tasks = config.total_replicas
+    if workers % tasks:
+        raise ConfigError(
+            f"--total_replicas={tasks} tasks cannot share the {workers} workers that predicted "
+            "each shard evenly"
+        )
+    if tasks > 1 and config.task >= tasks:
+        raise ConfigError(f"--task={config.task} is not below --total_replicas={tasks}")
+    numbers = [task_number(config)] if tasks == 1 else range(tasks)
+    return {
+        (shard, place): f"prelim_stats_{shard:05d}_{number}.json"
+        for shard in shards(config)
+        for place, number in enumerate(numbers)
+    }
+
+
+def _count(source, config: SelectConfig, stage, names) -> statistics.Counts:
+    """Counts the predictions; writes the statistics unless `stage` is None."""
+    workers = count_workers(config)
+    arguments = {
+        "images": _image_numbers(config, source.files),
+        "workers_per_task": workers // config.total_replicas,
+    }
+    if stage is None:
+        return statistics.count(source, config, save={}, **arguments)
+    with stage.write() as (temporary, summary):
+        *files, total, running_sum = (temporary[path] for path in stage.outputs)
+        counts = statistics.count(source, config, save=dict(zip(names, files)), **arguments)
+        statistics.write_totals(counts, total, running_sum)
+        summary.update(available=counts.available)
+    return counts
+
+
+def _image_numbers(config: SelectConfig, files) -> dict[tuple[int, int], int]:
+    """How many images --info_dir says that each (shard, worker) predicted."""
+    if not config.info_dir:
+        return {}
+    numbers = {}
+    for shard, paths in files.items():
+        for worker in range(len(paths)):
+            name = records.info_name(shard, config.num_shards, worker)
+            path = os.path.join(config.info_dir, name)
+            if not tf.io.gfile.exists(path):
+                raise records.DataError(f"{path} is missing: predict that shard first")
+            numbers[shard, worker] = manifests.read_json(path)["image_num"]
+    return numbers
+
+
 def _check_classes(config: SelectConfig) -> None:
-    path = prediction_path(config, 0, 0)
+    path = prediction_path(config, shards(config)[0], 0)
     first = next(records.read(path), None)
     if first is None or first.payload is None:
         return
@@ -230,52 +268,93 @@ def _check_classes(config: SelectConfig) -> None:
         )
 
 
-def _stage(config: SelectConfig, indexes: Sequence[str]) -> manifests.Stage:
-    settings = {
-        "predictions": manifests.fingerprint(indexes),
-        **{
-            name: getattr(config, name)
-            for name in ("num_image", "min_threshold", "upsample", "seed", "num_shards", "task")
-        },
-    }
+_DECISIVE = (
+    "selection num_image min_threshold max_prob upsample use_top use_all seed num_shards "
+    "num_label_classes only_use_num_shards debug"
+).split()
+
+
+def _stage(config: SelectConfig, predictions: str) -> manifests.Stage:
+    settings = {name: getattr(config, name) for name in _DECISIVE}
+    settings["predictions"] = predictions
+    if config.debug == 1:
+        settings["shard_id"] = config.shard_id
     names = (SELECTION, "threshold.json", "num_image_across_cat.json")
     outputs = [os.path.join(config.output_dir, name) for name in names]
     return manifests.Stage(f"{outputs[0]}.manifest.json", outputs, settings)
 
 
-def _count(db, table: str) -> int:
-    return db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+def _select(source, counts: statistics.Counts, config: SelectConfig, stage) -> None:
+    original = config.selection == "threshold"
+    chosen = choose.thresholds(counts.total, config) if original else {}
+    with stage.write() as (temporary, summary):
+        selection, thresholds, total = (temporary[path] for path in stage.outputs)
+        if original:
+            choose.by_thresholds(source.db, chosen, config)
+        else:
+            choose.exactly(source, counts, config)
+        with _local_name(selection) as local:
+            _write_selection(source, config, local)
+            rows = source.db.execute(
+                "SELECT label, min(prob)::DOUBLE, count(*), sum(copies) "
+                f"FROM {scan.parquet([local])} GROUP BY label ORDER BY label"
+            ).fetchall()
+        summary.update(
+            available=counts.available,
+            unique=sum(n for _, _, n, _ in rows),
+            records=int(sum(copies for *_, copies in rows)),
+            classes={str(label): [lowest, n] for label, lowest, n, _ in rows},
+        )
+        _warn_of_empty_classes(config, {label for label, *_ in rows})
+        # Differs (2): the least kept confidence and the images kept.
+        content = {str(c): entry for c, entry in chosen.items()} or summary["classes"]
+        manifests.write_json(thresholds, content)
+        across = sum(min(images, config.num_image) for _, images in chosen.values())
+        # The key is misspelt in the original, whose readers expect it so.
+        across_classes = {"num_image_acorss_cat": across if original else summary["unique"]}
+        manifests.write_json(total, across_classes)
 
 
-def _choose(db, config: SelectConfig) -> None:
-    """Creates the table `chosen`."""
-    # Differs (1): exactly the top images, and copies by a seed.
-    db.execute(
-        """
-        CREATE TABLE kept AS
-        SELECT *, count(*) OVER (PARTITION BY label) AS class_size
-        FROM (SELECT *, row_number() OVER (PARTITION BY label
-                                           ORDER BY prob DESC, shard, position, worker) AS place
-              FROM predictions WHERE label >= 0 AND prob::DOUBLE >= $threshold)
-        WHERE place <= $num_image
-        """,
-        {"threshold": config.min_threshold, "num_image": config.num_image},
-    )
-    # md5 rather than DuckDB's hash(), which may change between its versions.
-    db.execute(
-        """
-        CREATE TABLE chosen AS
-        SELECT shard, worker, position, label, prob,
-               CASE WHEN $upsample = 0 THEN 1
-                    ELSE $num_image // class_size
-                         + (row_number() OVER (PARTITION BY label ORDER BY
-                              md5(concat_ws(',', $seed, shard, worker, position)))
-                            <= $num_image % class_size)::INTEGER
-               END::INTEGER AS copies
-        FROM kept
-        """,
-        {"upsample": config.upsample, "num_image": config.num_image, "seed": config.seed},
-    )
+def _warn_of_empty_classes(config: SelectConfig, found: set[int]) -> None:
+    empty = [c for c in range(config.num_label_classes) if c not in found]
+    if empty:
+        logging.warning(
+            "%d of %d classes have no image at or above --min_threshold=%s, the first are %s",
+            *(len(empty), config.num_label_classes, config.min_threshold, empty[:10]),
+        )
+
+
+@contextlib.contextmanager
+def _local_name(path: str) -> Iterator[str]:
+    """Yields a name that DuckDB can open; its file ends up at `path`."""
+    if scan.is_local(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.path.join(folder, SELECTION)
+        yield local
+        tf.io.gfile.copy(local, path)
+
+
+def _write_selection(source, config: SelectConfig, path: str) -> None:
+    """One Parquet file; a row group holds rows of one shard, so that a reader skips the others."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = ("shard", "worker", "position", "label", "prob", "copies")
+    types = ("int32", "int32", "int64", "int32", "float32", "int32")
+    schema = pyarrow.schema(list(zip(columns, types)))
+    work = functools.partial(choose.kept, config=config)
+    with pyarrow.parquet.ParquetWriter(
+        path,
+        schema,
+        compression="zstd",
+        use_dictionary=["shard", "worker", "label", "copies"],
+        column_encoding={"position": "DELTA_BINARY_PACKED", "prob": "BYTE_STREAM_SPLIT"},
+    ) as writer:
+        for _, table in source.each("writing the selection", work):
+            if len(table):
+                writer.write_table(table.cast(schema), row_group_size=_ROW_GROUP)
 
 
 def load_outcome(config: SelectConfig) -> dict[str, np.ndarray]:
@@ -287,7 +366,8 @@ def load_outcome(config: SelectConfig) -> dict[str, np.ndarray]:
     """
     workers = count_workers(config)
     selection = os.path.join(config.output_dir, SELECTION)
-    db = connect(predictions=index_files(config), selection=[selection])
+    indexes = [path for paths in index_files(config).values() for path in paths]
+    db = connect(predictions=indexes, selection=[selection])
     return db.execute(
         f"""
         SELECT shard, position * {workers} + worker AS record, label, prob,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,11 +26,14 @@ class Lost(RuntimeError):
     """Records written are not the records selected."""
 
 
-def write(config: SelectConfig) -> dict[str, int]:
-    """Writes the selected records of every shard; finished shards are verified and skipped.
+def write(config: SelectConfig, shards: Sequence[int] | None = None) -> dict[str, int]:
+    """Writes the selected records of shards; finished shards are verified and skipped.
+
+    Args:
+      shards: numbers of the shards to write, default all; other runs may write the rest.
 
     Returns:
-      `records` written, over all shards.
+      `records` written, over the shards asked for.
 
     Raises:
       records.DataError: a selected record cannot be read.
@@ -42,16 +45,19 @@ def write(config: SelectConfig) -> dict[str, int]:
         raise records.DataError(f"{selection} is missing: run the selection first")
     db = select.connect(selection=[selection])
     selection_hash = manifests.content_hash(selection)
-    stages = [_stage(config, selection_hash, shard) for shard in range(config.num_shards)]
-    with Progress(config.num_shards, "writing balanced records", "shards") as progress:
-        for shard, stage in enumerate(stages):
-            if not stage.done():
-                _write_shard(db, config, stage, shard, workers)
+    everything = {s: _stage(config, selection_hash, s) for s in select.shards(config)}
+    shards = list(everything if shards is None else shards)
+    with Progress(len(shards), "writing balanced records", "shards") as progress:
+        for shard in shards:
+            if not everything[shard].done():
+                _write_shard(db, config, everything[shard], shard, workers)
             progress.update(1)
-    _write_final_stats(config, stages)
-    records.note_counts([stage.outputs[0] for stage in stages])
-    total = sum(stage.counts()["records"] for stage in stages)
-    (selected,) = db.execute("SELECT coalesce(sum(copies), 0) FROM selection").fetchone()
+    if all(stage.done() for stage in everything.values()):
+        _write_final_stats(config, everything.values())
+        records.note_counts([stage.outputs[0] for stage in everything.values()])
+    total = sum(everything[shard].counts()["records"] for shard in shards)
+    query = "SELECT coalesce(sum(copies), 0) FROM selection WHERE list_contains($1, shard)"
+    (selected,) = db.execute(query, [shards]).fetchone()
     if total != selected:
         raise Lost(f"{selected} records were selected, but {total} written to {config.output_dir}")
     return {"records": total}

@@ -7,8 +7,9 @@ Input is pixels 0..255; normalisation is the first layer. Layer names are stable
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
@@ -129,6 +130,9 @@ def get_variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
+BatchNormMaker = Callable[..., layers.BatchNorm]
+
+
 def _conv(x, filters: int, kernel: int, stride: int, name: str, use_bias: bool = False):
     return tf.keras.layers.Conv2D(
         filters,
@@ -147,9 +151,9 @@ def _conv_initializer() -> tf.keras.initializers.Initializer:
     return tf.keras.initializers.VarianceScaling(2.0, "fan_out", "untruncated_normal")
 
 
-def _bn_swish(x, name: str, bn_momentum: float):
-    x = layers.BatchNorm(momentum=bn_momentum, name=f"{name}_bn")(x)
-    return tf.keras.layers.Activation(tf.nn.silu, name=f"{name}_swish")(x)
+def _bn_swish(x, name: str, batch_norm: BatchNormMaker):
+    x = batch_norm(name=f"{name}_bn")(x)
+    return tf.keras.layers.Activation(layers.swish, name=f"{name}_swish")(x)
 
 
 def _squeeze_excite(x, filters_in: int, name: str):
@@ -157,17 +161,17 @@ def _squeeze_excite(x, filters_in: int, name: str):
     squeezed = max(1, int(filters_in * 0.25))
     s = tf.keras.layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_se_pool")(x)
     s = _conv(s, squeezed, 1, 1, f"{name}_se_reduce", use_bias=True)
-    s = tf.keras.layers.Activation(tf.nn.silu, name=f"{name}_se_swish")(s)
+    s = tf.keras.layers.Activation(layers.swish, name=f"{name}_se_swish")(s)
     s = _conv(s, x.shape[-1], 1, 1, f"{name}_se_expand", use_bias=True)
     s = tf.keras.layers.Activation(tf.nn.sigmoid, name=f"{name}_se_gate")(s)
     return tf.keras.layers.Multiply(name=f"{name}_se_excite")([x, s])
 
 
-def _mbconv(x, block: Stage, name: str, survival_prob: float, bn_momentum: float):
+def _mbconv(x, block: Stage, name: str, survival_prob: float, batch_norm: BatchNormMaker):
     shortcut = x
     if block.expand != 1:
         x = _conv(x, block.filters_in * block.expand, 1, 1, f"{name}_expand_conv")
-        x = _bn_swish(x, f"{name}_expand", bn_momentum)
+        x = _bn_swish(x, f"{name}_expand", batch_norm)
     x = tf.keras.layers.DepthwiseConv2D(
         block.kernel,
         strides=block.stride,
@@ -176,10 +180,10 @@ def _mbconv(x, block: Stage, name: str, survival_prob: float, bn_momentum: float
         depthwise_initializer=_conv_initializer(),
         name=f"{name}_dw_conv",
     )(x)
-    x = _bn_swish(x, f"{name}_dw", bn_momentum)
+    x = _bn_swish(x, f"{name}_dw", batch_norm)
     x = _squeeze_excite(x, block.filters_in, name)
     x = _conv(x, block.filters_out, 1, 1, f"{name}_project_conv")
-    x = layers.BatchNorm(momentum=bn_momentum, name=f"{name}_project_bn")(x)
+    x = batch_norm(name=f"{name}_project_bn")(x)
     if block.stride == 1 and block.filters_in == block.filters_out:
         if survival_prob < 1.0:
             x = layers.StochasticDepth(survival_prob, name=f"{name}_stochastic_depth")(x)
@@ -187,9 +191,9 @@ def _mbconv(x, block: Stage, name: str, survival_prob: float, bn_momentum: float
     return x
 
 
-def _pooled_features(x, filters: int, bn_momentum: float):
+def _pooled_features(x, filters: int, batch_norm: BatchNormMaker):
     x = _conv(x, filters, 1, 1, "head_conv")
-    x = _bn_swish(x, "head", bn_momentum)
+    x = _bn_swish(x, "head", batch_norm)
     return tf.keras.layers.GlobalAveragePooling2D(name="head_pool")(x)
 
 
@@ -231,6 +235,7 @@ def build_model(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     bn_momentum: float = 0.99,
+    num_shards_per_group: int = -1,
     include_top: bool = True,
     weights: str | None = None,
 ) -> tf.keras.Model:
@@ -246,6 +251,8 @@ def build_model(
         survival_prob)·i/N.
       mean, std: channel statistics of the training set in units of the full range (0..1).
       bn_momentum: decay of the batch-norm moving averages.
+      num_shards_per_group: how many replicas share batch statistics while training; see
+        `layers.replicas_per_group`.
       include_top: False leaves out dropout and classifier; num_classes then has no meaning.
       weights: file or checkpoint to load, see `load_weights`; None: random initial values.
 
@@ -263,14 +270,17 @@ def build_model(
     width, size = width_coefficient or spec.width, image_size or spec.resolution
     blocks = block_table(spec.stages, width, depth_coefficient or spec.depth, small_image)
 
+    batch_norm = functools.partial(
+        layers.BatchNorm, momentum=bn_momentum, num_shards_per_group=num_shards_per_group
+    )
     inputs = tf.keras.Input((size, size, 3), name="image")
     x = layers.PixelNormalization(mean, std, name="normalization")(inputs)
     x = _conv(x, round_filters(spec.stages[0].filters_in, width), 3, 2, "stem_conv")
-    x = _bn_swish(x, "stem", bn_momentum)
+    x = _bn_swish(x, "stem", batch_norm)
     for index, block in enumerate(blocks):
         block_survival = 1.0 - (1.0 - survival_prob) * index / len(blocks)
-        x = _mbconv(x, block, f"blocks_{index}", block_survival, bn_momentum)
-    x = _pooled_features(x, round_filters(spec.head_filters, width), bn_momentum)
+        x = _mbconv(x, block, f"blocks_{index}", block_survival, batch_norm)
+    x = _pooled_features(x, round_filters(spec.head_filters, width), batch_norm)
     x = _classifier(x, num_classes, dropout_rate) if include_top else _float32(x, "pooled")
     model = tf.keras.Model(inputs, x, name=variant)
     if weights is not None:
@@ -281,6 +291,23 @@ def build_model(
 def num_blocks(model: tf.keras.Model) -> int:
     """Number of MBConv blocks of a model made by `build_model`."""
     return sum(layer.name.endswith("_dw_conv") for layer in model.layers)
+
+
+def freeze(model: tf.keras.Model, blocks: int) -> None:
+    """Freezes the stem and the first `blocks` MBConv blocks of a model made by `build_model`.
+
+    Frozen layers get no updates, normalise with their moving statistics, which stay, and drop no
+    residual branch, all as the original's `fix_layer_num`.
+
+    Raises:
+      ValueError: the model has fewer blocks.
+    """
+    if not 0 <= blocks <= num_blocks(model):
+        raise ValueError(f"{blocks} blocks cannot be frozen: {model.name} has {num_blocks(model)}")
+    frozen = ("stem_", *(f"blocks_{index}_" for index in range(blocks)))
+    for layer in model.layers:
+        if layer.name.startswith(frozen):
+            layer.trainable = False
 
 
 def endpoints(model: tf.keras.Model) -> dict[str, tf.Tensor]:

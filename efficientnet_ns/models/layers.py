@@ -1,8 +1,9 @@
 """Layers that Keras does not have in the form EfficientNet was trained with.
 
-All noise is stateless. A training step opens `noise_seed(seed)` around the forward pass; every
-noisy layer folds its own name into that seed, so the same (seed, step) always draws the same
-noise, whatever ran before. Outside such a scope (plain `model.fit`) the seed comes from
+All noise is stateless. A training step opens `noise_seed(seed, …)` around the forward pass; every noisy
+layer folds its own name into that seed, so the same (seed, step) always draws the same noise,
+whatever ran before. The noise of an example depends on its row in the batch of all replicas, so it
+is the same on one device and on many. Outside such a scope (plain `model.fit`) the seed comes from
 TensorFlow's global generator.
 """
 
@@ -12,32 +13,126 @@ import contextlib
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import tensorflow as tf
 
 _scope = threading.local()  # Replica functions of one step run in threads of their own.
 
 
+class Rows(NamedTuple):
+    """Neighbouring rows of the batch of all replicas: `count` of them from row `first` on.
+
+    `first` is an int or an int32 scalar tensor (on a TPU the replica's number is one); `count` is
+    an int, so that shapes are static.
+    """
+
+    first: int | tf.Tensor
+    count: int
+
+
 @contextlib.contextmanager
-def noise_seed(seed: tf.Tensor) -> Iterator[None]:
+def noise_seed(
+    seed: tf.Tensor, rows: Sequence[Rows] = (), total: int | None = None
+) -> Iterator[None]:
     """Makes dropout and stochastic depth inside the block draw from `seed`.
 
     Args:
       seed: int32 [2].
+      rows: which rows of the batch of all replicas this replica's batch is made of, in order; none:
+        this batch is the whole.
+      total: number of rows of the batch of all replicas; needed with `rows`.
     """
-    outer = getattr(_scope, "seed", None)
-    _scope.seed = seed
+    outer = getattr(_scope, "noise", None)
+    _scope.noise = seed, tuple(rows), total
     try:
         yield
     finally:
-        _scope.seed = outer
+        _scope.noise = outer
 
 
-def _layer_seed(name: str) -> tf.Tensor:
-    seed = getattr(_scope, "seed", None)
-    if seed is None:
-        seed = tf.random.uniform([2], maxval=tf.int32.max, dtype=tf.int32)
-    return tf.random.experimental.stateless_fold_in(seed, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+_PHILOX, _PHILOX_GROUP = 1, 4  # TensorFlow's number of the algorithm; numbers per counter value.
+
+
+def fold_in(seed: tf.Tensor, salt: int) -> tf.Tensor:
+    """A new seed int32 [2] from an integer one [2]; the same on all devices and under XLA."""
+    # The algorithm that is chosen without a name differs from device to device.
+    return tf.random.experimental.stateless_fold_in(seed, salt, alg="philox")
+
+
+def bernoulli(inputs: tf.Tensor, probability: float, name: str) -> tf.Tensor:
+    """1 with `probability`, else 0, per row of the first block of rows; the dtype of `inputs` [N]."""
+    draw = _uniform(inputs, 1, name, blocks=1)
+    return tf.cast(draw[:, 0] < probability, inputs.dtype)
+
+
+def _uniform(inputs: tf.Tensor, width: int, layer: str, blocks: int | None = None) -> tf.Tensor:
+    """Numbers in [0, 1), float32 [rows of inputs, width].
+
+    Row r of the batch of all replicas gets the numbers r·width … of one stream, whichever replica
+    draws them.
+
+    Args:
+      blocks: `inputs` holds only the rows of so many of the first blocks.
+    """
+    seed, rows, total = getattr(_scope, "noise", None) or (
+        tf.random.uniform([2], maxval=tf.int32.max, dtype=tf.int32),
+        (),
+        None,
+    )
+    seed = fold_in(seed, zlib.crc32(layer.encode()) & 0x7FFFFFFF)
+    stream = _stream(seed)
+    if not rows:
+        return _draw(stream, 0, [tf.shape(inputs)[0], width])
+    if width % _PHILOX_GROUP:
+        # A row need not begin at a whole counter value: draw them all, and take ours.
+        whole = _draw(stream, 0, [total, width])
+        parts = [tf.slice(whole, [first, 0], [n, width]) for first, n in rows[:blocks]]
+    else:
+        groups = width // _PHILOX_GROUP
+        parts = [_draw(stream, first * groups, [n, width]) for first, n in rows[:blocks]]
+    return tf.concat(parts, 0)
+
+
+def _stream(seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Key uint64 [1] and first counter uint64 [2] of the numbers of a seed, as TensorFlow has them.
+
+    Its own `StatelessRandomGetKeyCounter` is not used because XLA takes negative seeds for others.
+    """
+    mixed = tf.raw_ops.StatelessRandomUniformFullIntV2(
+        shape=[4],
+        key=tf.constant([0x02461E293EC8F720], tf.uint64),
+        counter=tf.cast(seed, tf.uint64),
+        alg=_PHILOX,
+        dtype=tf.uint32,
+    )
+    key, counter = tf.unstack(tf.bitcast(tf.reshape(mixed, [2, 2]), tf.uint64))
+    return key[None], tf.stack([tf.zeros_like(counter), counter])
+
+
+def _draw(stream, skip: int | tf.Tensor, shape: Sequence[int | tf.Tensor]) -> tf.Tensor:
+    key, counter = stream
+    skipped = tf.stack([tf.cast(skip, tf.uint64), tf.zeros([], tf.uint64)])
+    bits = tf.raw_ops.StatelessRandomUniformFullIntV2(
+        shape=shape, key=key, counter=counter + skipped, alg=_PHILOX, dtype=tf.uint32
+    )
+    # XLA makes other floats of the same bits than TensorFlow's kernels, which these equal.
+    low = tf.cast(tf.bitwise.bitwise_and(bits, tf.constant(0x7FFFFF, tf.uint32)), tf.int32)
+    return tf.cast(low, tf.float32) * 2.0**-23
+
+
+@tf.keras.utils.register_keras_serializable("efficientnet_ns")
+@tf.custom_gradient
+def swish(x: tf.Tensor) -> tf.Tensor:
+    """x·sigmoid(x), whose gradient reads memory less often than that of `tf.nn.silu`."""
+    y = x * tf.sigmoid(x)
+
+    def gradient(dy: tf.Tensor) -> tf.Tensor:
+        # dy·s·(1 + x·(1 - s)) with s = sigmoid(x); this kernel gives dy·s in one pass.
+        through_gate = tf.raw_ops.SoftplusGrad(gradients=dy, features=x)
+        return through_gate + through_gate * (x - y)
+
+    return y, gradient
 
 
 @tf.keras.utils.register_keras_serializable("efficientnet_ns")
@@ -62,6 +157,47 @@ class PixelNormalization(tf.keras.layers.Layer):
         return {**super().get_config(), "mean": self.mean, "std": self.std}
 
 
+def replicas_per_group(num_shards_per_group: int, num_replicas: int) -> int:
+    """How many neighbouring replicas share batch statistics.
+
+    Args:
+      num_shards_per_group: a number of replicas; -1: one up to 8 replicas, beyond that groups of
+        max(8, num_replicas / 8), as the original; -2: all replicas.
+      num_replicas: of the strategy.
+
+    Raises:
+      ValueError: the groups do not divide the replicas.
+    """
+    if num_shards_per_group == -2:
+        return num_replicas
+    group = num_shards_per_group
+    if group == -1:
+        group = 1 if num_replicas <= 8 else max(8, num_replicas // 8)
+    if num_replicas == 1:
+        return 1
+    if group < 1 or num_replicas % group:
+        raise ValueError(
+            f"num_shards_per_group={num_shards_per_group} does not divide {num_replicas} replicas: "
+            "-1 (by the number of replicas), -2 (all of them) or a divisor is needed"
+        )
+    return group
+
+
+def _group_mean(values: tf.Tensor, context, group: int) -> tf.Tensor:
+    """Mean of a tensor over the replica's group, with gradients to every replica of it."""
+    replicas = context.num_replicas_in_sync
+    if group == replicas:
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, values) / group
+    if isinstance(context.strategy, tf.distribute.TPUStrategy):
+        groups = [list(range(first, first + group)) for first in range(0, replicas, group)]
+        return tf.raw_ops.CrossReplicaSum(input=values, group_assignment=groups) / group
+    # Other strategies only add over all replicas: each group has a place of its own in the sum.
+    own = context.replica_id_in_sync_group // group
+    place = tf.reshape(tf.one_hot(own, replicas // group), [-1] + [1] * values.shape.rank)
+    sums = context.all_reduce(tf.distribute.ReduceOp.SUM, place * values)
+    return tf.gather(sums, own) / group
+
+
 @tf.keras.utils.register_keras_serializable("efficientnet_ns")
 class BatchNorm(tf.keras.layers.Layer):
     """Batch normalisation over N, H, W whose moving variance is the biased one, as in the original.
@@ -69,14 +205,25 @@ class BatchNorm(tf.keras.layers.Layer):
     The fused kernel reports the unbiased batch variance (N/(N-1) larger); it is scaled back before
     it enters the moving average. Statistics and parameters are float32 whatever the compute dtype.
 
+    Several replicas may share their batch statistics. They are then mean and E[x²] - mean², from
+    averages over the group, and the fused kernel is not used.
+
     Args:
       momentum: decay of the moving averages.
       epsilon: added to the variance.
+      num_shards_per_group: see `replicas_per_group`.
     """
 
-    def __init__(self, momentum: float = 0.99, epsilon: float = 1e-3, **kwargs):
+    def __init__(
+        self,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        num_shards_per_group: int = -1,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.momentum, self.epsilon = momentum, epsilon
+        self.num_shards_per_group = num_shards_per_group
 
     def build(self, input_shape) -> None:
         def weight(name, init, trainable):
@@ -114,6 +261,12 @@ class BatchNorm(tf.keras.layers.Layer):
                 is_training=False,
             )
             return outputs
+        # Outside of a replica (a model's graph is built there) there is nobody to share with.
+        context = tf.distribute.get_replica_context()
+        replicas = 1 if context is None else context.num_replicas_in_sync
+        group = replicas_per_group(self.num_shards_per_group, replicas)
+        if group > 1:
+            return self._normalize_in_group(inputs, context, group)
         outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(
             inputs, self.gamma, self.beta, epsilon=self.epsilon, is_training=True
         )
@@ -122,18 +275,34 @@ class BatchNorm(tf.keras.layers.Layer):
         self._track(self.moving_variance, variance * ((count - 1.0) / count))
         return outputs
 
+    def _normalize_in_group(self, inputs: tf.Tensor, context, group: int) -> tf.Tensor:
+        x = tf.cast(inputs, tf.float32)
+        axes = list(range(x.shape.rank - 1))
+        moments = tf.stack([tf.reduce_mean(x, axes), tf.reduce_mean(tf.square(x), axes)])
+        mean, mean_square = tf.unstack(_group_mean(moments, context, group))
+        variance = mean_square - tf.square(mean)
+        self._track(self.moving_mean, mean)
+        self._track(self.moving_variance, variance)
+        scale = self.gamma * tf.math.rsqrt(variance + self.epsilon)
+        return tf.cast(x * scale + (self.beta - mean * scale), inputs.dtype)
+
     def _track(self, moving: tf.Variable, value: tf.Tensor) -> None:
         moving.assign_sub((moving - value) * (1.0 - self.momentum))
 
     def get_config(self) -> dict:
-        return {**super().get_config(), "momentum": self.momentum, "epsilon": self.epsilon}
+        return {
+            **super().get_config(),
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
+            "num_shards_per_group": self.num_shards_per_group,
+        }
 
 
 @tf.keras.utils.register_keras_serializable("efficientnet_ns")
 class StochasticDepth(tf.keras.layers.Layer):
     """Drops the whole residual branch of an example, scaling survivors by 1/survival_prob.
 
-    One draw per example. Reference: Huang et al., "Deep Networks with Stochastic Depth" (2016);
+    One draw per example; a frozen layer drops nothing. Reference: Huang et al., "Deep Networks with Stochastic Depth" (2016);
     paper section 3.1 uses survival probability 0.8 at the last block, falling linearly from 1.
 
     Args:
@@ -145,12 +314,12 @@ class StochasticDepth(tf.keras.layers.Layer):
         self.survival_prob = survival_prob
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        if not training or self.survival_prob >= 1.0:
+        if not (training and self.trainable) or self.survival_prob >= 1.0:
             return inputs
-        shape = [tf.shape(inputs)[0]] + [1] * (inputs.shape.rank - 1)
-        draw = tf.random.stateless_uniform(shape, _layer_seed(self.name))
-        kept = tf.cast(draw < self.survival_prob, inputs.dtype)
-        return inputs / tf.cast(self.survival_prob, inputs.dtype) * kept
+        shape = [-1] + [1] * (inputs.shape.rank - 1)
+        draw = tf.reshape(_uniform(inputs, 1, self.name), shape)
+        factors = tf.cast(draw < self.survival_prob, tf.float32) / self.survival_prob
+        return inputs * tf.cast(factors, inputs.dtype)
 
     def get_config(self) -> dict:
         return {**super().get_config(), "survival_prob": self.survival_prob}
@@ -158,7 +327,7 @@ class StochasticDepth(tf.keras.layers.Layer):
 
 @tf.keras.utils.register_keras_serializable("efficientnet_ns")
 class Dropout(tf.keras.layers.Layer):
-    """Dropout with stateless noise.
+    """Dropout with stateless noise; [N, C] → [N, C].
 
     Args:
       rate: fraction of units set to zero, in [0, 1).
@@ -171,7 +340,9 @@ class Dropout(tf.keras.layers.Layer):
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         if not training or self.rate == 0.0:
             return inputs
-        return tf.nn.experimental.stateless_dropout(inputs, self.rate, seed=_layer_seed(self.name))
+        kept = _uniform(inputs, inputs.shape[-1], self.name) >= self.rate
+        scale = tf.constant(1.0 / (1.0 - self.rate), inputs.dtype)
+        return tf.where(kept, inputs * scale, tf.zeros([], inputs.dtype))
 
     def get_config(self) -> dict:
         return {**super().get_config(), "rate": self.rate}

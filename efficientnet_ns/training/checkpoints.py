@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
@@ -29,8 +30,11 @@ class Checkpoints:
     Args:
       folder: model_dir.
       student, ema_student: models of one architecture.
-      optimizer: built for the student's trainable variables.
+      optimizer: built for the student's trainable variables. Frozen ones have no slots; those of a
+        fresh optimizer are written for them, so that every checkpoint has the same names.
       keep: number of checkpoints kept.
+      writes: False on all workers but the chief. They read, and take part in gathering values that
+        differ between replicas, but leave the folder alone.
     """
 
     def __init__(
@@ -40,18 +44,24 @@ class Checkpoints:
         ema_student: tf.keras.Model,
         optimizer: RMSPropTF1,
         keep: int = 5,
+        writes: bool = True,
     ):
-        self.folder, self.keep = folder, keep
+        self.folder, self.keep, self._writes = folder, keep, writes
         self.optimizer = optimizer
         names = weights.variable_names(student)
         averages = weights.variable_names(ema_student)
         self.variables = {**names, "global_step": optimizer.iterations}
+        self._fresh_slots: dict[str, np.ndarray] = {}
         trainable = {id(v) for v in student.trainable_variables}
         for name, variable in names.items():
             self.variables[name + weights.EMA_SUFFIX] = averages[name]
+            mean_square, momentum = f"{name}/RMSProp", f"{name}/RMSProp_1"
             if id(variable) in trainable:
                 slots = optimizer.slots(variable)
-                self.variables[name + "/RMSProp"], self.variables[name + "/RMSProp_1"] = slots
+                self.variables[mean_square], self.variables[momentum] = slots
+            elif not name.endswith(("/moving_mean", "/moving_variance")):
+                self._fresh_slots[mean_square] = np.ones(variable.shape, np.float32)
+                self._fresh_slots[momentum] = np.zeros(variable.shape, np.float32)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints in the folder, newest first."""
@@ -79,10 +89,14 @@ class Checkpoints:
         Raises:
           SaveFailed: it could not be written; earlier checkpoints are untouched.
         """
-        step = int(self.optimizer.iterations)
+        step = int(tf.convert_to_tensor(self.optimizer.iterations))
         prefix, earlier = self.prefix(step), self.steps()
+        # Batch-norm statistics are averaged over replicas as they are read, by all workers together.
+        values = {name: tf.convert_to_tensor(self.variables[name]) for name in self.variables}
+        if not self._writes:
+            return prefix
         try:
-            weights.write_checkpoint(prefix, self.variables)
+            weights.write_checkpoint(prefix, {**values, **self._fresh_slots})
         except (tf.errors.OpError, OSError) as e:
             last = self.prefix(earlier[0]) if earlier else "none"
             reason = str(e).splitlines()[0]
@@ -100,6 +114,8 @@ class Checkpoints:
 
     def _note(self, steps: list[int]) -> None:
         """Writes the `checkpoint` file, by which TensorFlow finds the newest of `steps`."""
+        if not self._writes:
+            return
         names = [os.path.basename(self.prefix(step)) for step in steps]
         lines = [f'model_checkpoint_path: "{names[0]}"']
         lines += [f'all_model_checkpoint_paths: "{name}"' for name in reversed(names)]

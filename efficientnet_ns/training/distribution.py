@@ -1,38 +1,197 @@
-"""Where the computation runs."""
+"""Where the computation runs: one device, local replicas, several machines, or a TPU.
+
+Several workers run the same program on one `model_dir`. All of them read it; the chief alone writes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Callable, Iterator
 
 import tensorflow as tf
 
-from efficientnet_ns.config import HardwareConfig
+from efficientnet_ns.config import ConfigError, HardwareConfig
+from efficientnet_ns.data import pipeline
+from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.models import layers
+
+# A worker that waits this long for the others' gradients gives up. Far above a slow input pipeline,
+# an evaluation or a compilation on another worker; a lost connection is noticed at once.
+WAIT_SECONDS = 1800.0
+
+
+class WorkerLost(RuntimeError):
+    """Another worker of the cluster went away, so that this one cannot go on."""
 
 
 def get_strategy(hardware: HardwareConfig) -> tf.distribute.Strategy:
-    """The distribution strategy for the given hardware.
+    """The distribution strategy for the given hardware. Call it before TensorFlow computes anything.
 
-    A TPU when one is named; several workers when TF_CONFIG describes a cluster; several GPUs when
-    there are several; else the one local device.
+    A TPU when one is named; several workers when TF_CONFIG describes a cluster; several local
+    devices when asked for or when there are several GPUs; else the one local device.
+
+    Raises:
+      ConfigError: fewer devices than num_replicas.
     """
     if hardware.use_tpu and hardware.tpu:
-        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
-            hardware.tpu, zone=hardware.tpu_zone, project=hardware.gcp_project
+        return _tpu_strategy(hardware)
+    cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster")
+    if cluster:
+        if hardware.num_replicas > 1 and not tf.config.list_physical_devices("GPU"):
+            raise ConfigError(
+                f"--num_replicas={hardware.num_replicas}: with TF_CONFIG, a worker without GPUs is "
+                "one replica. Start more workers, or unset TF_CONFIG."
+            )
+        options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=WAIT_SECONDS)
+        return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    devices = _local_devices(hardware.num_replicas)
+    return tf.distribute.MirroredStrategy(devices) if devices else tf.distribute.get_strategy()
+
+
+def _tpu_strategy(hardware: HardwareConfig) -> tf.distribute.Strategy:
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
+        hardware.tpu, zone=hardware.tpu_zone, project=hardware.gcp_project
+    )
+    if hardware.tpu != "local":
+        tf.config.experimental_connect_to_cluster(resolver)
+    tf.tpu.experimental.initialize_tpu_system(resolver)
+    return tf.distribute.TPUStrategy(resolver)
+
+
+def _local_devices(num_replicas: int) -> list[str]:
+    """Names of the devices of a MirroredStrategy; none when one device does everything."""
+    kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
+    if kind == "CPU" and num_replicas > 1:
+        _split_cpu(num_replicas)
+    available = len(tf.config.list_logical_devices(kind))
+    if num_replicas > available:
+        raise ConfigError(f"--num_replicas={num_replicas}, but there are {available} {kind}s")
+    count = num_replicas or (available if kind == "GPU" else 1)
+    return [f"{kind}:{i}" for i in range(count)] if count > 1 else []
+
+
+def _split_cpu(count: int) -> None:
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    if len(tf.config.get_logical_device_configuration(cpu) or []) >= count:
+        return
+    try:
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * count
         )
-        if hardware.tpu != "local":
-            tf.config.experimental_connect_to_cluster(resolver)
-        tf.tpu.experimental.initialize_tpu_system(resolver)
-        return tf.distribute.TPUStrategy(resolver)
-    if json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster"):
-        return tf.distribute.MultiWorkerMirroredStrategy()
-    if len(tf.config.list_logical_devices("GPU")) > 1:
-        return tf.distribute.MirroredStrategy()
-    return tf.distribute.get_strategy()
+    except RuntimeError as e:
+        raise ConfigError(
+            f"--num_replicas={count}: TensorFlow runs already in this process, so that its CPU "
+            "cannot be divided any more. Ask for the replicas before the first computation."
+        ) from e
 
 
 def set_precision(hardware: HardwareConfig, strategy: tf.distribute.Strategy) -> None:
-    """mixed_bfloat16 on TPU when asked for, else float32: most CPUs emulate bfloat16."""
-    on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
-    policy = "mixed_bfloat16" if on_tpu and hardware.use_bfloat16 else "float32"
+    """mixed_bfloat16 or float32, as `precision` and, on a TPU, `use_bfloat16` ask for."""
+    policy = hardware.precision
+    if policy == "auto":
+        on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
+        policy = "mixed_bfloat16" if on_tpu and hardware.use_bfloat16 else "float32"
     tf.keras.mixed_precision.set_global_policy(policy)
+
+
+def check(experiment: Experiment, strategy: tf.distribute.Strategy) -> None:
+    """Raises ConfigError unless the batches and the batch-norm groups divide the replicas evenly."""
+    replicas, train = strategy.num_replicas_in_sync, experiment.config.train
+    batches = {f"--train_batch_size={train.train_batch_size}": train.train_batch_size}
+    if train.unlabel_ratio:
+        size = experiment.unlabeled_batch_size
+        batches[f"--unlabel_ratio={train.unlabel_ratio} (a batch of {size})"] = size
+    for name, size in batches.items():
+        if size % replicas:
+            raise ConfigError(
+                f"{name} does not divide by {replicas} replicas, so that they cannot have equal "
+                f"shares: choose a multiple of {replicas}"
+            )
+    try:
+        layers.replicas_per_group(train.num_shards_per_group, replicas)
+    except ValueError as e:
+        raise ConfigError(f"--{e}") from e
+    on_cpu = replicas > 1 and not tf.config.list_physical_devices("GPU")
+    if compiles(experiment.config.hardware, strategy) and on_cpu:
+        raise ConfigError("--jit_compile: several CPU replicas cannot be compiled together by XLA")
+
+
+def compiles(hardware: HardwareConfig, strategy: tf.distribute.Strategy) -> bool:
+    """Whether Keras has to compile the step with XLA; on a TPU that is so in any case."""
+    return hardware.jit_compile and not isinstance(strategy, tf.distribute.TPUStrategy)
+
+
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Whether this process writes checkpoints, logs and results."""
+    return strategy.extended.should_checkpoint
+
+
+def distribute(
+    strategy: tf.distribute.Strategy, make: Callable[[pipeline.Share], tf.data.Dataset]
+) -> tf.distribute.DistributedDataset:
+    """The dataset of all hosts; each makes its own share of every batch, by `make(share)`."""
+    return strategy.distribute_datasets_from_function(lambda context: make(share(context)))
+
+
+def share(context: tf.distribute.InputContext) -> pipeline.Share:
+    """What a host prepares."""
+    return pipeline.Share(
+        context.input_pipeline_id, context.num_input_pipelines, context.num_replicas_in_sync
+    )
+
+
+def check_agreement(strategy: tf.distribute.Strategy, step: int) -> None:
+    """Raises ConfigError when the workers would continue from different steps."""
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return
+
+    @tf.function
+    def gather() -> tf.Tensor:
+        own = strategy.run(lambda: tf.constant([step], tf.int64))
+        return strategy.gather(own, axis=0)
+
+    steps = sorted({int(s) for s in gather()})
+    if len(steps) > 1:
+        raise ConfigError(
+            f"the workers found checkpoints of different steps {steps}: --model_dir must be one "
+            "folder that all workers read"
+        )
+
+
+def agreement(strategy: tf.distribute.Strategy) -> Callable[[bool], bool] | None:
+    """A function that all workers call at one point, and that is true for all if for any of them.
+
+    None when there is one worker, which need not ask.
+    """
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return None
+
+    @tf.function
+    def wishes(own: tf.Tensor) -> tf.Tensor:
+        return strategy.reduce("SUM", strategy.run(tf.identity, args=(own,)), axis=None)
+
+    return lambda wish: int(wishes(tf.constant(int(wish)))) > 0
+
+
+_LOST = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+)
+
+
+@contextlib.contextmanager
+def noticing_lost_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Turns what TensorFlow says when another worker goes away into `WorkerLost`."""
+    try:
+        yield
+    except _LOST as e:
+        if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            raise
+        raise WorkerLost(
+            f"another worker stopped, or cannot be reached ({str(e).splitlines()[0]}). Start the "
+            "same command again on all workers; training continues from the last checkpoint."
+        ) from e

@@ -34,7 +34,9 @@ def update(copies: Sequence[tf.Variable], sources: Sequence[tf.Variable], decay:
         for copy, source in mirrored:
             strategy.extended.update(copy, _move, args=(source, decay), group=False)
 
-    tf.distribute.get_replica_context().merge_call(update_all, args=(decay,))
+    # As Keras' optimizers do: a step that XLA compiles for several GPUs has no `merge_call`.
+    strategy = tf.distribute.get_strategy()
+    tf.__internal__.distribute.interim.maybe_merge_call(update_all, strategy, decay)
 
 
 def _move(copy: tf.Variable, source: tf.Variable, decay: tf.Tensor) -> None:

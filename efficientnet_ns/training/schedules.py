@@ -58,12 +58,13 @@ def learning_rate(
     final_base_lr: float | None = None,
     last_steps: int | None = None,
     warmup_epochs: float = WARMUP_EPOCHS,
+    label_data_sample_prob: float = 1.0,
 ) -> WarmupStaircase:
     """The schedule of one run.
 
     Args:
       base_learning_rate: per 256 labeled images; 0.016 in the paper.
-      labeled_batch_size: labeled images per update that enter the loss.
+      labeled_batch_size: labeled images per update.
       num_train_images: size of the labeled set; defines an epoch.
       train_steps: update steps of the whole schedule.
       train_ratio: stretches the decay period (2 for the 700-epoch recipes).
@@ -71,15 +72,19 @@ def learning_rate(
         per 256.
       last_steps: train only the last so many steps of the schedule, without warm-up.
       warmup_epochs: length of the ramp.
+      label_data_sample_prob: fraction of the labeled images that enters the loss; only these count,
+        except in the length of a schedule that ends at `final_base_lr`, as in the original.
     """
-    steps_per_epoch = num_train_images / labeled_batch_size
+    counted_batch_size = labeled_batch_size * label_data_sample_prob
+    steps_per_epoch = num_train_images / counted_batch_size
     decay_epochs = DECAY_EPOCHS * train_ratio
     if final_base_lr is not None:
         stairs = math.log(final_base_lr / base_learning_rate) / math.log(DECAY_FACTOR)
-        decay_epochs = (train_steps / steps_per_epoch - warmup_epochs) / stairs
+        epochs = train_steps * labeled_batch_size / num_train_images
+        decay_epochs = (epochs - warmup_epochs) / stairs
     start_step = 0 if last_steps is None else train_steps - last_steps
     return WarmupStaircase(
-        peak=base_learning_rate * labeled_batch_size / 256.0,
+        peak=base_learning_rate * counted_batch_size / 256.0,
         decay_steps=steps_per_epoch * decay_epochs,
         warmup_steps=int(steps_per_epoch * warmup_epochs),
         start_step=start_step,

@@ -21,6 +21,8 @@ class LossSettings:
       unlabel_ratio: weight, and batch share, of unlabeled images.
       teacher_softmax_temp: negative for hard pseudo labels, else the temperature of soft ones.
       ema_decay: ceiling of the moving average's decay.
+      label_data_sample_prob: probability that a labeled image enters the loss. The mean stays over
+        all of them, so that the labeled loss shrinks by this factor, as in the original.
     """
 
     label_smoothing: float = 0.1
@@ -28,6 +30,7 @@ class LossSettings:
     unlabel_ratio: float = 0.0
     teacher_softmax_temp: float = -1.0
     ema_decay: float = 0.9999
+    label_data_sample_prob: float = 1.0
 
 
 class _PseudoLabels(NamedTuple):
@@ -81,9 +84,8 @@ class NoisyStudent(tf.keras.Model):
             images = tf.concat(both, 0)
             pseudo = self._pseudo_labels(batch)
         variables = self.student.trainable_variables
-        with tf.GradientTape() as tape:
-            with layers.noise_seed(self._step_seed()):
-                logits = self.student(images, training=True)
+        with tf.GradientTape() as tape, self._noise(labels.shape[0], images.shape[0]):
+            logits = self.student(images, training=True)
             labeled_logits, unlabeled_logits = tf.split(logits, [labels.shape[0], -1])
             parts = self._loss_parts(labeled_logits, labels, unlabeled_logits, pseudo)
             # Gradients are summed over replicas; each replica's loss is a mean over its own share.
@@ -109,9 +111,10 @@ class NoisyStudent(tf.keras.Model):
     def _loss_parts(self, labeled_logits, labels, unlabeled_logits, pseudo) -> dict[str, tf.Tensor]:
         """The named parts of the loss and their sum `train/loss`, float32 scalars."""
         settings, unlabeled_loss, parts = self.settings, None, {}
-        parts["lab/loss"] = tf.reduce_mean(
-            losses.smoothed_cross_entropy(labeled_logits, labels, settings.label_smoothing)
-        )
+        labeled = losses.smoothed_cross_entropy(labeled_logits, labels, settings.label_smoothing)
+        if settings.label_data_sample_prob < 1:
+            labeled *= layers.bernoulli(labeled, settings.label_data_sample_prob, "labeled_sample")
+        parts["lab/loss"] = tf.reduce_mean(labeled)
         if pseudo is not None:
             parts["ext/loss"] = unlabeled_loss = tf.reduce_mean(
                 losses.pseudo_label_loss(
@@ -138,12 +141,22 @@ class NoisyStudent(tf.keras.Model):
         soft = tf.nn.softmax(logits / temperature) if temperature > 0 else None
         return _PseudoLabels(tf.argmax(logits, -1, output_type=tf.int32), soft)
 
-    def _step_seed(self) -> tf.Tensor:
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+    def _noise(self, num_labeled: int, num_images: int):
+        """Noise by seed, step and row of the batch of all replicas: the labeled rows come first."""
+        context = tf.distribute.get_replica_context()
+        replica, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
         seed = tf.stack(
             [tf.cast(self.seed, tf.int32), tf.cast(self.optimizer.iterations, tf.int32)]
         )
-        return tf.random.experimental.stateless_fold_in(seed, tf.cast(replica, tf.int32))
+        seed = layers.fold_in(seed, 0)
+        if replicas == 1:
+            return layers.noise_seed(seed)
+        num_unlabeled = num_images - num_labeled
+        rows = [layers.Rows(replica * num_labeled, num_labeled)]
+        if num_unlabeled:
+            first = replicas * num_labeled + replica * num_unlabeled
+            rows.append(layers.Rows(first, num_unlabeled))
+        return layers.noise_seed(seed, rows, total=replicas * num_images)
 
     def _averaged(self, logs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         for name, value in logs.items():

@@ -10,26 +10,23 @@ Resuming, in this order:
 from __future__ import annotations
 
 import json
-import math
 import os
-import time
+from collections.abc import Callable
 
 import tensorflow as tf
 from absl import logging
 
+from efficientnet_ns import preemption
 from efficientnet_ns.config import Config, ConfigError, TrainConfig
 from efficientnet_ns.data import manifests, pipeline, records
 from efficientnet_ns.evaluation import accuracy
 from efficientnet_ns.experiment import Experiment
-from efficientnet_ns.models import weights
-from efficientnet_ns.progress import Progress
-from efficientnet_ns.training import checkpoints, distribution, schedules
+from efficientnet_ns.models import efficientnet, weights
+from efficientnet_ns.training import checkpoints, distribution, preview, schedules, summaries
+from efficientnet_ns.training.input_wait import InputWait
 from efficientnet_ns.training.optimizers import RMSPropTF1
+from efficientnet_ns.training.session import Session, loop_steps
 from efficientnet_ns.training.student import LossSettings, NoisyStudent
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number."""
 
 
 class DirectoryConflict(ConfigError):
@@ -48,69 +45,125 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
 
     Raises:
       ConfigError, records.DataError: settings or data that cannot work, before training starts.
-      TrainingDiverged: NaN or infinite loss; the last good checkpoint is kept.
+      session.TrainingDiverged: NaN or infinite loss; the last good checkpoint is kept.
+      preemption.Preempted: SIGTERM or SIGINT came; the state of the running host loop is saved.
     """
     experiment = Experiment.from_config(config)
-    _check(config)
-    labeled, unlabeled, evaluation = _sources(experiment, evaluate)
-    model_dir = config.train.model_dir
-    _claim(model_dir, config)
+    config = experiment.config
+    _check(experiment)
+    with preemption.StopRequest() as stop:
+        with stop.immediate():
+            # First of all: once TensorFlow has computed anything, its devices cannot be divided
+            # any more, nor other workers be joined.
+            strategy = distribution.get_strategy(config.hardware)
+            distribution.check(experiment, strategy)
+            distribution.set_precision(config.hardware, strategy)
+            labeled, unlabeled, evaluation = _sources(experiment, evaluate)
+            _claim(config.train.model_dir, config, distribution.is_chief(strategy))
+            run = _start(experiment, strategy, labeled, unlabeled, evaluation, stop)
+        try:
+            with distribution.noticing_lost_workers(strategy):
+                return run()
+        except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
+            raise _explain(e, experiment, (labeled, evaluation), unlabeled) from e
+
+
+def _start(
+    experiment: Experiment, strategy, labeled, unlabeled, evaluation, stop
+) -> Callable[[], dict]:
+    """Builds or restores everything; returns the function that trains to the end."""
+    config, model_dir = experiment.config, experiment.config.train.model_dir
+    writes = distribution.is_chief(strategy)
     tf.keras.utils.set_random_seed(config.train.seed)
-    strategy = distribution.get_strategy(config.hardware)
-    distribution.set_precision(config.hardware, strategy)
     with strategy.scope():
-        model = _build(experiment, labeled.total)
+        model = _build(experiment, labeled.total, strategy)
     saver = checkpoints.Checkpoints(
         model_dir,
         model.student,
         model.ema_student,
         model.optimizer,
         config.train.keep_checkpoint_max,
+        writes=writes,
     )
-    start = saver.restore_latest()
-    total = _steps_to_run(experiment)
+    start, total = saver.restore_latest(), _steps_to_run(experiment)
+    distribution.check_agreement(strategy, start)
     if start == 0:
         _initialise(model, config)
     logging.info("%s: steps %d to %d in %s", config.model.model_name, start, total, model_dir)
-
+    logging.info("labeled images: %s", experiment.labeled_preprocessing.describe())
+    if unlabeled is not None:
+        logging.info("unlabeled images: %s", experiment.unlabeled_preprocessing.describe())
+    log = summaries.MetricsLog(model_dir, start, writes)
+    if writes:
+        summaries.note_start(model_dir, start, config.values())
     evaluator = accuracy.Evaluator(model.ema_student, strategy)
 
     def measure() -> dict[str, float]:
-        return evaluator(experiment.eval_batches(evaluation), evaluation.total)
+        return evaluator(_eval_shares(experiment, evaluation), evaluation.total)
 
-    session = _Session(
-        saver,
-        MetricsLog(model_dir, start),
-        measure if evaluation is not None else None,
-        start,
-        total,
-        config,
-    )
-    try:
-        _fit(
-            model,
-            lambda step: experiment.training_batches(labeled, unlabeled, step),
-            session,
-            start,
-            total,
+    def make_batches(step: int):
+        return distribution.distribute(
+            strategy,
+            lambda share: session.watched(
+                experiment.training_batches(labeled, unlabeled, step, share)
+            ),
         )
+
+    session = Session(
+        saver,
+        log,
+        measure if evaluation is not None else None,
+        stop,
+        config,
+        start=start,
+        total=total,
+        steps_per_epoch=_epoch_images(experiment, labeled.total) / config.train.train_batch_size,
+        wait=InputWait(),
+        agree=distribution.agreement(strategy),
+    )
+    if start < total and writes:
+        _show(experiment, model, log, labeled, unlabeled, start)
+
+    def run() -> dict[str, float]:
+        session.catch_up()
+        _fit(model, make_batches, session)
         return session.finish()
-    except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
-        raise _explain(e, experiment, (labeled, evaluation), unlabeled) from e
+
+    return run
+
+
+def _show(experiment: Experiment, model, log, labeled, unlabeled, start: int) -> None:
+    """Pictures of the augmented images and, with --debug, a log of everything that matters."""
+    config = experiment.config
+    drawn = tf.io.gfile.exists(os.path.join(config.train.model_dir, preview.FILE))
+    if config.train.preview_images and not drawn:
+        picture = preview.draw(experiment, labeled, unlabeled, config.train.preview_images)
+        with log.writer.as_default(start):
+            tf.summary.image("augmented", picture[None])
+    if config.train.debug:
+        for name, value in config.values().items():
+            logging.info("--%s=%s", name, value)
+        model.student.summary(print_fn=logging.info)
+        preview.log_batch(next(iter(experiment.training_batches(labeled, unlabeled, start))))
 
 
 def evaluate(config: Config) -> dict[str, dict[str, float]]:
     """Measures checkpoint weights (moving averages) on the task's evaluation and test sets.
 
-    The weights are those at `init_model_path` when given, else the newest in `model_dir`.
+    The weights are those at `init_model_path` when given, else the newest in `model_dir`; with
+    `eval_continuously`, those of every new checkpoint there until the last step, also written to
+    `model_dir/eval`.
 
     Returns:
-      Set prefix → metrics; see `accuracy.Evaluator`.
+      Set prefix → metrics, of the last weights measured; see `accuracy.Evaluator`.
     """
     experiment = Experiment.from_config(config)
+    config = experiment.config
     if not config.data.label_data_dir:
         raise ConfigError("--label_data_dir is needed: the folder with the evaluation records")
-    path = config.train.init_model_path or config.train.model_dir
+    continuously = config.train.eval_continuously
+    path = config.train.model_dir if continuously else config.train.init_model_path
+    path = path or config.train.model_dir
     if not path:
         raise ConfigError(
             "--model_dir (or --init_model_path) is needed: the checkpoint to evaluate"
@@ -119,20 +172,59 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     distribution.set_precision(config.hardware, strategy)
     with strategy.scope():
         model = experiment.build_model()
+    evaluator = accuracy.Evaluator(model, strategy)
+    if continuously:
+        return _evaluate_each(experiment, model, evaluator)
+    return _evaluate_one(experiment, model, evaluator, path)
+
+
+def _evaluate_one(experiment: Experiment, model, evaluator, path: str) -> dict[str, dict]:
+    data, results = experiment.config.data, {}
     weights.load_weights(model, path)
-    evaluator, results = accuracy.Evaluator(model, strategy), {}
-    for prefix in filter(None, (experiment.task.eval_set, experiment.task.test_set)):
-        source = pipeline.Source.find(config.data.label_data_dir, prefix, max_bad_fraction=0)
+    sets = {experiment.task.eval_set: {"num_eval_images": data.num_eval_images}}
+    if experiment.task.test_set is not None:
+        sets[experiment.task.test_set] = {"num_test_images": data.num_test_images}
+    for prefix, limit in sets.items():
+        source = pipeline.Source.find(data.label_data_dir, prefix, max_bad_fraction=0)
+        source = _limited(source, source.examples, **limit)
         try:
-            results[prefix] = evaluator(experiment.eval_batches(source), source.total)
+            results[prefix] = evaluator(_eval_shares(experiment, source), source.total)
         except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
             raise _explain(e, experiment, (source,)) from e
         logging.info("%s, %s: %s", path, prefix, accuracy.describe(results[prefix]))
     return results
 
 
-def _check(config: Config) -> None:
-    train, data = config.train, config.data
+def _evaluate_each(experiment: Experiment, model, evaluator) -> dict[str, dict]:
+    """Waits for checkpoints and measures each, until that of the last step."""
+    folder, total = experiment.config.train.model_dir, _steps_to_run(experiment)
+    log = summaries.MetricsLog(os.path.join(folder, "eval"), start=total)
+    measured = {row["step"] for row in log.rows}
+    results: dict[str, dict] = {}
+    for path in tf.train.checkpoints_iterator(folder, min_interval_secs=1):
+        step = int(path.rsplit("-", 1)[1])
+        try:
+            if step not in measured or step == total:
+                results = _evaluate_one(experiment, model, evaluator, path)
+        except (FileNotFoundError, tf.errors.NotFoundError):
+            logging.warning("%s was removed before it could be measured", path)
+            continue
+        if step not in measured:
+            values = {f"{s}/{k}": v for s, of_set in results.items() for k, v in of_set.items()}
+            log.add(step, values)
+            log.flush()
+        if step >= total:
+            break
+    log.close()
+    return results
+
+
+def _eval_shares(experiment: Experiment, source: pipeline.Source):
+    return lambda context: experiment.eval_batches(source, distribution.share(context))
+
+
+def _check(experiment: Experiment) -> None:
+    train, data = experiment.config.train, experiment.config.data
     if not train.model_dir:
         raise ConfigError("--model_dir is needed: the folder for checkpoints and logs")
     if not data.label_data_dir:
@@ -156,6 +248,10 @@ def _check(config: Config) -> None:
             f"--final_base_lr={train.final_base_lr} must be above 0 and below "
             f"--base_learning_rate={train.base_learning_rate}"
         )
+    if not 0 < train.label_data_sample_prob <= 1:
+        raise ConfigError(
+            f"--label_data_sample_prob={train.label_data_sample_prob} must be above 0, and at most 1"
+        )
     if train.teacher_softmax_temp == 0 or -1 < train.teacher_softmax_temp < 0:
         raise ConfigError(
             f"--teacher_softmax_temp={train.teacher_softmax_temp}: "
@@ -166,15 +262,28 @@ def _check(config: Config) -> None:
 def _sources(experiment: Experiment, evaluate: bool):
     data, train, task = experiment.config.data, experiment.config.train, experiment.task
     labeled = pipeline.Source.find(data.label_data_dir, task.train_set)
+    # The unlabeled set is taken whole, as the original does.
+    labeled = _limited(labeled, labeled.shards, num_train_shards=data.num_train_shards)
     unlabeled = evaluation = None
     if train.unlabel_ratio:
         unlabeled = pipeline.Source.find(data.unlabel_data_dir, ("train", "extra"))
     if evaluate:
         evaluation = pipeline.Source.find(data.label_data_dir, task.eval_set, max_bad_fraction=0)
+        evaluation = _limited(evaluation, evaluation.examples, num_eval_images=data.num_eval_images)
     return labeled, unlabeled, evaluation
 
 
-def _claim(model_dir: str, config: Config) -> None:
+def _limited(source: pipeline.Source, take, **limit: int | None) -> pipeline.Source:
+    """`take(number)` for the one `flag=number` given, or all of `source` when it is None."""
+    ((flag, number),) = limit.items()
+    try:
+        return source if number is None else take(number)
+    except records.DataError as e:
+        folder = os.path.dirname(source.paths[0])
+        raise ConfigError(f"--{flag}={number}: {e} in {folder}") from e
+
+
+def _claim(model_dir: str, config: Config, writes: bool = True) -> None:
     """Writes the configuration to model_dir, or checks that the one there is the same."""
     path = os.path.join(model_dir, "config.json")
     identity = json.loads(json.dumps(config.identity()))
@@ -188,13 +297,15 @@ def _claim(model_dir: str, config: Config) -> None:
                 "Choose another --model_dir, or give the settings it was started with."
             )
         return
-    tf.io.gfile.makedirs(model_dir)
-    manifests.write_json(path, identity, indent=1)
+    if writes:
+        tf.io.gfile.makedirs(model_dir)
+        manifests.write_json(path, identity, indent=1)
 
 
-def _build(experiment: Experiment, labeled_count: int) -> NoisyStudent:
+def _build(experiment: Experiment, labeled_count: int, strategy=None) -> NoisyStudent:
     train = experiment.config.train
     student, ema_student = experiment.build_model(), experiment.build_model()
+    _freeze(student, train)
     teacher = None
     if train.teacher_model_name and train.unlabel_ratio:
         teacher = experiment.build_teacher()
@@ -205,15 +316,13 @@ def _build(experiment: Experiment, labeled_count: int) -> NoisyStudent:
         unlabel_ratio=train.unlabel_ratio,
         teacher_softmax_temp=train.teacher_softmax_temp,
         ema_decay=train.moving_average_decay,
+        label_data_sample_prob=train.label_data_sample_prob,
     )
     schedule = schedules.learning_rate(
         base_learning_rate=train.base_learning_rate,
         labeled_batch_size=train.train_batch_size,
-        num_train_images=(
-            experiment.config.data.num_train_images
-            or experiment.task.num_train_images
-            or labeled_count
-        ),
+        label_data_sample_prob=train.label_data_sample_prob,
+        num_train_images=_epoch_images(experiment, labeled_count),
         train_steps=experiment.train_steps,
         train_ratio=train.train_ratio,
         final_base_lr=train.final_base_lr,
@@ -222,20 +331,32 @@ def _build(experiment: Experiment, labeled_count: int) -> NoisyStudent:
     )
     model = NoisyStudent(student, ema_student, settings, train.seed, teacher)
     model.compile(
-        RMSPropTF1(schedule), steps_per_execution=_chunk(train, _steps_to_run(experiment))
+        RMSPropTF1(schedule),
+        steps_per_execution=loop_steps(train, _steps_to_run(experiment)),
+        jit_compile=distribution.compiles(experiment.config.hardware, strategy),
     )
     model.optimizer.build(student.trainable_variables)
     return model
 
 
+def _freeze(student: tf.keras.Model, train: TrainConfig) -> None:
+    if train.fix_layer_num < 0:
+        return
+    try:
+        efficientnet.freeze(student, train.fix_layer_num)
+    except ValueError as e:
+        raise ConfigError(f"--fix_layer_num: {e}") from e
+
+
+def _epoch_images(experiment: Experiment, labeled_count: int) -> int:
+    """Labeled images that make an epoch."""
+    chosen = experiment.config.data.num_train_images
+    return chosen or experiment.task.num_train_images or labeled_count
+
+
 def _steps_to_run(experiment: Experiment) -> int:
     last = experiment.config.train.train_last_step_num
     return experiment.train_steps if last < 0 else int(last * experiment.config.train.train_ratio)
-
-
-def _chunk(train: TrainConfig, total: int) -> int:
-    """Steps of one host loop: checkpoints and evaluations fall on its ends."""
-    return min(train.iterations_per_loop, train.save_checkpoints_steps, train.steps_per_eval, total)
 
 
 def _initialise(model: NoisyStudent, config: Config) -> None:
@@ -246,8 +367,9 @@ def _initialise(model: NoisyStudent, config: Config) -> None:
         average.assign(variable)
 
 
-def _fit(model: NoisyStudent, make_batches, session: _Session, start: int, total: int) -> None:
+def _fit(model: NoisyStudent, make_batches, session: Session) -> None:
     """Keras `fit` in chunks: one Keras epoch is one host loop, so that resuming is by step."""
+    start, total = session.start, session.total
     whole, rest = divmod(total - start, session.chunk)
     for first, epochs, steps in (
         (start, whole, session.chunk),
@@ -289,102 +411,3 @@ def _explain(error, experiment: Experiment, labeled, unlabeled=None) -> Exceptio
                 "again; training continues from the last checkpoint."
             )
     return error
-
-
-class MetricsLog:
-    """`metrics.jsonl` (one JSON object per line) and TensorBoard scalars in model_dir.
-
-    Args:
-      folder: model_dir.
-      start: step the run continues from; later rows of an interrupted run are dropped.
-    """
-
-    def __init__(self, folder: str, start: int):
-        self.path = os.path.join(folder, "metrics.jsonl")
-        self.rows = [row for row in read_metrics(self.path) if row["step"] <= start]
-        self._write()
-        self._writer = tf.summary.create_file_writer(folder)
-
-    def add(self, step: int, values: dict[str, float]) -> None:
-        """Appends one row and the same scalars for TensorBoard."""
-        self.rows.append({"step": step, **values})
-        self._write()
-        with self._writer.as_default(step):
-            for name, value in values.items():
-                tf.summary.scalar(name, value)
-        self._writer.flush()
-
-    def last(self, prefix: str) -> dict[str, float]:
-        """The newest row with a metric that starts with `prefix`; empty when there is none."""
-        for row in reversed(self.rows):
-            if any(key.startswith(prefix) for key in row):
-                return row
-        return {}
-
-    def _write(self) -> None:
-        with manifests.atomic_path(self.path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
-            f.write("".join(json.dumps(row) + "\n" for row in self.rows))
-
-
-def read_metrics(path: str) -> list[dict[str, float]]:
-    """Rows of a `metrics.jsonl`; none when it does not exist."""
-    if not tf.io.gfile.exists(path):
-        return []
-    with tf.io.gfile.GFile(path) as f:
-        return [json.loads(line) for line in f]
-
-
-class _Session(tf.keras.callbacks.Callback):
-    """What happens between two host loops: stop on NaN, log, save, evaluate."""
-
-    def __init__(self, saver, log: MetricsLog, measure, start: int, total: int, config: Config):
-        super().__init__()
-        train = config.train
-        self.saver, self.log, self._measure = saver, log, measure
-        self.total, self._seen = total, start
-        self._save_every, self._eval_every = train.save_checkpoints_steps, train.steps_per_eval
-        self.chunk = _chunk(train, total)
-        self._images_per_step = train.train_batch_size * (1 + train.unlabel_ratio)
-        self._progress = Progress(total, f"training {train.model_dir}", "steps", done=start)
-        self._mark = time.monotonic()
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        step, previous = int(self.saver.optimizer.iterations), self._seen
-        values = {name: float(value) for name, value in (logs or {}).items()}
-        save = step == self.total or step // self._save_every > previous // self._save_every
-        if not math.isfinite(values["train/loss"]):
-            raise self._diverged(f"the loss became {values['train/loss']}", step)
-        # A step's loss is from before its update, and it can be the last update that went wrong.
-        if save and not self.saver.finite():
-            raise self._diverged("a weight became NaN or infinite", step)
-        elapsed, self._mark = time.monotonic() - self._mark, time.monotonic()
-        values["images_per_second"] = (step - previous) * self._images_per_step / elapsed
-        self.log.add(step, values)
-        self._seen = step
-        if save:
-            self.saver.save()
-        if step < self.total and step // self._eval_every > previous // self._eval_every:
-            self.evaluate(step)
-        self._progress.update(step - previous, f"loss {values['train/loss']:.3f}")
-
-    def _diverged(self, what: str, step: int) -> TrainingDiverged:
-        kept = self.saver.steps()
-        last = self.saver.prefix(kept[0]) if kept else "none was saved yet"
-        return TrainingDiverged(
-            f"{what} between steps {self._seen} and {step}. Last good checkpoint: {last}. "
-            "Lower --base_learning_rate, or look at the data."
-        )
-
-    def evaluate(self, step: int) -> None:
-        """Measures the moving-average weights, when there is a set to measure on."""
-        if self._measure is not None:
-            measured = self._measure()
-            self.log.add(step, {f"eval/{k}": v for k, v in measured.items()})
-            logging.info("step %d: %s", step, accuracy.describe(measured))
-
-    def finish(self) -> dict[str, float]:
-        """Evaluates once at the end, unless an earlier run did, and returns the newest metrics."""
-        self._progress.close()
-        if self.log.last("eval/").get("step") != self.total:
-            self.evaluate(self.total)
-        return {**self.log.last("train/"), **self.log.last("eval/"), "step": self.total}

@@ -1,0 +1,278 @@
+"""Images per second of the input pipeline, stage by stage, beside timm's PIL transforms.
+
+"One core" is one thread, for us and for timm, that takes encoded bytes in memory to pixels. Ours
+yield uint8 when augmented and float32 otherwise, not normalized: the model does that. timm's are
+measured both as uint8 and as its default, normalized float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.benchmarks.tables import Row, rates
+from efficientnet_ns.config import BenchmarkConfig, ConfigError
+from efficientnet_ns.data import (
+    augment,
+    autoaugment,
+    images,
+    levels,
+    pipeline,
+    randaugment,
+    records,
+)
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
+_SHARD = re.compile(r".+-\d{5}-of-\d{5}$")
+_MOST_IMAGES = 512  # Kept in memory.
+_CHUNK = 16  # Images between two looks at the clock.
+# What timm calls the two layers that its recipes train with.
+_TIMM_POLICY = "rand-m10-n2"
+_LAYERS, _MAGNITUDE = 2, 27
+
+
+def run(settings: BenchmarkConfig) -> list[Row]:
+    """Measures all stages; `settings.data` is a folder of images or of records.
+
+    Raises:
+      ConfigError: the folder has neither.
+    """
+    files, encoded = _encoded_images(settings.data)
+    one_core = {
+        **_read_stage(files),
+        **_stages(encoded, settings.image_size),
+        **_op_stages(encoded, settings.image_size),
+        **_wholes(encoded, settings.image_size),
+    }
+    peers = _timm(encoded, settings.image_size)
+    measured = rates({**one_core, **peers}, settings.seconds)
+    rows = [Row(f"{name}, one core", measured[name], "images/s") for name in one_core]
+    rows += _against_peers(measured, peers)
+    return rows + _all_cores(encoded, settings)
+
+
+def _against_peers(measured: dict[str, float], peers: dict) -> list[Row]:
+    if not peers:
+        return [Row("timm is not installed: nothing to compare with", float("nan"), "")]
+    rows = [Row(f"{name}, one core", measured[name], "images/s") for name in peers]
+    for ours, kind in ((_TRAIN, "train"), (_EVAL, "eval")):
+        for peer in (name for name in peers if f" {kind}," in name):
+            ratio = measured[ours] / measured[peer]
+            rows.append(Row(f"{ours}, one core", measured[ours], "images/s", ratio, peer))
+    return rows
+
+
+# Images.
+
+
+def _encoded_images(folder: str) -> tuple[list[str], list[bytes]]:
+    """Paths of files to read, and encoded images out of them."""
+    if not folder:
+        return [], _made_images()
+    paths = sorted(itertools.chain(*(tf.io.gfile.glob(f"{folder}/{p}") for p in ("*", "*/*"))))
+    shards = [path for path in paths if _SHARD.fullmatch(path)]
+    pictures = [path for path in paths if path.lower().endswith(_SUFFIXES)]
+    if shards:
+        payloads = (r.payload for path in shards for r in records.read(path))
+        found = (records.image_bytes(payload) for payload in payloads if payload is not None)
+    else:
+        found = (tf.io.gfile.GFile(path, "rb").read() for path in pictures)
+    encoded = list(itertools.islice(found, _MOST_IMAGES))
+    if not encoded:
+        raise ConfigError(
+            f"--data={folder}: neither images ({', '.join(_SUFFIXES)}) nor records "
+            "(…-00000-of-00004) in it or in its folders"
+        )
+    return shards or pictures, encoded
+
+
+def _made_images(count: int = 48, height: int = 400, width: int = 500) -> list[bytes]:
+    """JPEGs with the detail of photographs: noise of several scales, seeded."""
+    rng = np.random.default_rng(0)
+
+    def picture() -> bytes:
+        total = tf.zeros([height, width, 3]) + 128.0
+        for cell in (100, 50, 25, 12, 6, 3):
+            noise = rng.normal(size=(height // cell + 1, width // cell + 1, 3)) * cell**0.8
+            total += tf.image.resize(noise, [height, width], "bicubic")
+        return tf.io.encode_jpeg(images.to_uint8(total), quality=95).numpy()
+
+    return [picture() for _ in range(count)]
+
+
+# One core.
+
+
+def _one_thread() -> tf.data.Options:
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 1
+    options.threading.max_intra_op_parallelism = 1
+    options.autotune.enabled = False
+    return options
+
+
+def _worker(data: tf.data.Dataset, function: Callable[..., tf.Tensor]) -> Callable[[], int]:
+    """Maps `function(element, seed)` over the endlessly repeated `data`, on one thread."""
+    mapped = (
+        data.repeat().enumerate().map(lambda index, x: function(x, tf.stack([index, 0])))
+    ).with_options(_one_thread())
+    iterator: list[Iterator] = []
+
+    def work() -> int:
+        if not iterator:
+            iterator.append(iter(mapped))
+        for _ in range(_CHUNK):
+            next(iterator[0])
+        return _CHUNK
+
+    return work
+
+
+def _read_stage(files: list[str]) -> dict[str, Callable[[], int]]:
+    if not files:
+        return {}
+    paths = tf.data.Dataset.from_tensor_slices(files)
+    if not _SHARD.fullmatch(files[0]):
+        return {"read files": _worker(paths, lambda path, _: tf.io.read_file(path))}
+    return {
+        "read records": _worker(
+            paths.flat_map(tf.data.TFRecordDataset),
+            lambda record, _: records.parse_unlabeled(record),
+        )
+    }
+
+
+def _stages(encoded: list[bytes], size: int) -> dict[str, Callable[[], int]]:
+    source = tf.data.Dataset.from_tensor_slices(encoded)
+
+    def random_crop(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        return images.crop(image, functools.partial(images.random_crop_box, seed=seed, size=size))
+
+    crops = source.enumerate().map(lambda i, image: random_crop(image, tf.stack([i, 0]))).cache()
+    floats = crops.map(lambda image: images.resize(image, size)).take(64).cache()
+    return {
+        "decode": _worker(source, lambda image, _: images.decode(image)),
+        "decode a random crop": _worker(source, random_crop),
+        "resize the crop": _worker(crops, lambda image, _: images.resize(image, size)),
+        "clip to uint8": _worker(floats, lambda image, _: images.to_uint8(image)),
+        "flip": _worker(floats.map(images.to_uint8).cache(), images.random_flip),
+    }
+
+
+def _op_stages(encoded: list[bytes], size: int) -> dict[str, Callable[[], int]]:
+    """Every op at the published magnitude, and the policies made of them, on uint8 images."""
+    source = tf.data.Dataset.from_tensor_slices(encoded[:64])
+    pixels = source.map(lambda image: images.to_uint8(images.eval_image(image, size))).cache()
+
+    def op(name: str) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+        args = levels.op_args(name, _MAGNITUDE, 40.0, 100.0, "original")
+
+        def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+            draws = tf.fill([4], tf.cast(seed[0] % 16, tf.float32) / 16)
+            return levels.apply_op(name, args, "original", image, draws)
+
+        return apply
+
+    stages = {
+        f"{name}({_MAGNITUDE})" if levels.op_args(name, 1, 1, 1, "original") else name: _worker(
+            pixels, op(name)
+        )
+        for name in augment.OPS
+    }
+    rand_augment = functools.partial(
+        randaugment.rand_augment, num_layers=_LAYERS, magnitude=_MAGNITUDE
+    )
+    stages[f"RandAugment N={_LAYERS} M={_MAGNITUDE}"] = _worker(pixels, rand_augment)
+    stages["AutoAugment, ImageNet policy"] = _worker(pixels, autoaugment.auto_augment)
+    return stages
+
+
+_TRAIN, _EVAL = f"train, RandAugment N={_LAYERS} M={_MAGNITUDE}", "eval"
+
+
+def _preprocessings(size: int) -> dict[str, pipeline.Preprocessing]:
+    noise = pipeline.RandAugment(_LAYERS, _MAGNITUDE)
+    return {
+        "train, no augmentation": pipeline.Preprocessing(size),
+        _TRAIN: pipeline.Preprocessing(size, randaugment=noise),
+        "train, AutoAugment": pipeline.Preprocessing(size, autoaugment=pipeline.AutoAugment()),
+    }
+
+
+def _wholes(encoded: list[bytes], size: int) -> dict[str, Callable[[], int]]:
+    source = tf.data.Dataset.from_tensor_slices(encoded)
+    evaluate = pipeline.Preprocessing(size).evaluate
+    return {
+        **{name: _worker(source, p.train) for name, p in _preprocessings(size).items()},
+        _EVAL: _worker(source, lambda image, _: evaluate(image)),
+    }
+
+
+# All cores.
+
+
+def _all_cores(encoded: list[bytes], settings: BenchmarkConfig) -> list[Row]:
+    threads = settings.threads or os.cpu_count()
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = threads
+    options.threading.max_intra_op_parallelism = 1
+    source = tf.data.Dataset.from_tensor_slices(encoded).repeat().enumerate()
+
+    def worker(preprocessing: pipeline.Preprocessing) -> Callable[[], int]:
+        batches = iter(
+            source.map(
+                lambda index, image: preprocessing.train(image, tf.stack([index, 0])),
+                num_parallel_calls=tf.data.AUTOTUNE,
+            )
+            .batch(settings.batch_size)
+            .prefetch(tf.data.AUTOTUNE)
+            .with_options(options)
+        )
+        return lambda: len(next(batches))
+
+    # One after the other: each fills its buffers on all cores while another is measured.
+    rows = []
+    for name, preprocessing in _preprocessings(settings.image_size).items():
+        rate = rates({name: worker(preprocessing)}, settings.seconds)[name]
+        rows.append(Row(f"{name}, batches, {threads} threads", rate, "images/s"))
+    return rows
+
+
+# Peer.
+
+
+def _timm(encoded: list[bytes], size: int) -> dict[str, Callable[[], int]]:
+    """timm's transforms on the same bytes; empty when timm is not installed."""
+    try:
+        import torch
+        from PIL import Image
+        from timm.data import create_transform
+    except ImportError:
+        return {}
+    torch.set_num_threads(1)
+
+    def worker(transform: Callable) -> Callable[[], int]:
+        turns = itertools.cycle(encoded)
+
+        def work() -> int:
+            for image in itertools.islice(turns, _CHUNK):
+                transform(Image.open(io.BytesIO(image)).convert("RGB"))
+            return _CHUNK
+
+        return work
+
+    train = {"is_training": True, "auto_augment": _TIMM_POLICY}
+    return {
+        f"timm {kind}, {output}": worker(
+            create_transform(size, interpolation="bicubic", use_prefetcher=as_uint8, **options)
+        )
+        for kind, options in ((f"{_TIMM_POLICY} train", train), ("eval", {}))
+        for output, as_uint8 in (("uint8", True), ("normalized float32", False))
+    }

@@ -1,0 +1,87 @@
+"""RandAugment (arXiv 1909.13719): ops drawn uniformly, all at one magnitude."""
+
+from __future__ import annotations
+
+import functools
+
+import tensorflow as tf
+
+from efficientnet_ns.data import augment, levels
+
+RANDAUGMENT_OPS: tuple[str, ...] = tuple(augment.OPS)
+
+
+def _policy(
+    magnitude: float, cutout_const: float, translate_const: float, use_cutout: bool, mode: str
+) -> dict[str, tuple]:
+    """The ops to draw from, in order, with their (positive) arguments."""
+    return {
+        name: levels.op_args(name, magnitude, cutout_const, translate_const, mode)
+        for name in RANDAUGMENT_OPS
+        if use_cutout or name != "Cutout"
+    }
+
+
+def rand_augment(
+    image: tf.Tensor,
+    seed: tf.Tensor,
+    *,
+    num_layers: int,
+    magnitude: float,
+    cutout_const: float = 40.0,
+    translate_const: float = 100.0,
+    use_cutout: bool = True,
+    mode: str = "original",
+) -> tf.Tensor:
+    """Applies `num_layers` ops, each drawn uniformly from `RANDAUGMENT_OPS`.
+
+    Args:
+      image: uint8 [H, W, 3].
+      seed: int32 or int64 [2]; equal seeds give equal results. Another random op on the same image
+        needs another seed.
+      num_layers: ops applied one after the other (N of RandAugment).
+      magnitude: M of RandAugment; 10 is the nominal maximum, the published recipes go up to 27.
+      cutout_const: half side of the Cutout square at magnitude 10, in pixels.
+      translate_const: translation at magnitude 10, in pixels.
+      use_cutout: whether Cutout is among the ops (16 ops, otherwise 15).
+      mode: "original" passes the arguments of `levels.LEVEL_TO_ARGS` on unclipped. Posterize then
+        leaves a single bit from magnitude 22.5 up, Solarize uses its threshold modulo 256,
+        SolarizeAdd merges all dark pixels into white, Translate and Cutout may gray the whole
+        image. "clipped" limits Posterize to 1..8 bits, the Solarize threshold to 0..256 (256
+        inverts nothing), the SolarizeAdd addition to 128 (dark pixels stay distinct), and Translate
+        and Cutout to their size at magnitude 10. Rotate, Shear and the four blending ops are the
+        same in both modes.
+
+    Returns:
+      uint8 [H, W, 3], with the static shape of `image`.
+
+    Raises:
+      ValueError: unknown mode.
+    """
+    policy = _policy(magnitude, cutout_const, translate_const, use_cutout, mode)
+    if not num_layers:
+        return image
+    draws = augment.uniform(seed, [num_layers, 4])  # op, sign, cutout row, cutout column
+    chosen = tf.unstack(augment.random_index(draws[:, 0], len(policy)))
+    ops = [functools.partial(levels.apply_op, *op, mode) for op in policy.items()]
+    layers = tf.unstack(draws)
+    branches = levels.Branches(ops, image, layers[0])
+    for index, layer in zip(chosen, layers):
+        image = branches.run(index, image, layer)
+    return image
+
+
+def describe_rand_augment(
+    *,
+    num_layers: int,
+    magnitude: float,
+    cutout_const: float = 40.0,
+    translate_const: float = 100.0,
+    use_cutout: bool = True,
+    mode: str = "original",
+) -> str:
+    """The policy in one line for logs; `Solarize(691→179)` means 691 was asked for and 179 acts."""
+    policy = _policy(magnitude, cutout_const, translate_const, use_cutout, mode)
+    ops = ", ".join(levels.describe_op(name, args, mode) for name, args in policy.items())
+    suffix = "" if mode == "original" else f", mode={mode}"
+    return f"randaugment(N={num_layers}, M={magnitude}{suffix}): {ops}"

@@ -1,0 +1,79 @@
+"""Settings of the programs that make records; each field is a flag. TensorFlow is not imported."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Optional
+
+from efficientnet_ns.config import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class MakeConfig:
+    """Images to make records from, and how; the flags of `make_records.py`."""
+
+    source: str = setting(
+        "", "Folder, .zip, .tar, .tar.gz (.tgz, .tar.bz2, .tar.xz), or tfds:<name>[:split]."
+    )
+    output_dir: str = setting("", "Folder of the records and of task.json.")
+    labeled: bool = setting(
+        True, "Folders (or a TFDS label) are classes; --nolabeled writes the images alone."
+    )
+    image_set: Optional[str] = setting(
+        None,
+        "Prefix of the files: train, validation, dev, test or extra; default: train, or extra with "
+        "--nolabeled; tfds:<name> without a split makes all sets.",
+        choices=("train", "validation", "dev", "test", "extra"),
+    )
+    subfolder: str = setting("", "Only what is in this folder of the source, e.g. train.")
+    num_shards: Optional[int] = setting(
+        None, "Files of the set; default: one per 1024 images, 1024 at most.", low=1
+    )
+    validation_fraction: float = setting(
+        0.0, "This part of each class becomes another set, --validation_set.", low=0
+    )
+    validation_set: str = setting(
+        "validation", "Prefix of the other set: validation or dev.", choices=("validation", "dev")
+    )
+    max_side: Optional[int] = setting(
+        None,
+        "Shrink images with a longer side to it, as JPEG of quality 95; default: never.",
+        low=1,
+    )
+    limit: Optional[int] = setting(None, "At most so many images, drawn by the seed.", low=1)
+    check: bool = setting(True, "Decode every image; those that cannot be are left out and listed.")
+    max_bad_fraction: float = setting(
+        0.01, "Stop when more than this fraction of the images is unreadable.", low=0
+    )
+    num_workers: Optional[int] = setting(None, "Processes; default: one per CPU core.", low=1)
+    seed: int = setting(0, "Of the order of the images and of the split.", low=0)
+    tfds_data_dir: Optional[str] = setting(
+        None, "TFDS folder; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SvhnConfig:
+    """The flags of `proc_svhn.py`."""
+
+    task_name: str = setting("svhn", "The task: svhn, the only one.")
+    raw_data_dir: Optional[str] = setting(
+        None, "Folder of train_32x32.mat, test_32x32.mat and extra_32x32.mat."
+    )
+    output_dir: str = setting(
+        "", "Folder of the labeled records and task.json; unlabeled ones go to `unlabeled` in it."
+    )
+    full_train_data: bool = setting(
+        False, "Train on all training images (sets train_full, dev_full = test_full)."
+    )
+    dev_size: int = setting(4000, "Training images kept for the dev set.", low=1)
+    image_format: str = setting(
+        "jpeg",
+        "jpeg (quality 100, as the original) or png (lossless).",
+        choices=("jpeg", "png"),
+    )
+    num_shards: Optional[int] = setting(
+        None, "Files per set; default: 128 of train and extra, 64 of dev and test.", low=1
+    )
+    num_workers: Optional[int] = setting(None, "Processes; default: one per CPU core.", low=1)
+    seed: int = setting(0, "Of the order and of the dev set.", low=0)

@@ -1,0 +1,124 @@
+"""Pictures of what the student is given: augmented images with their (pseudo) labels."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.config import DataConfig
+from efficientnet_ns.data import manifests, pipeline, tasks
+from efficientnet_ns.experiment import Experiment
+
+FILE = "augmented.png"
+_COLUMNS = 8
+_TITLE_WIDTH = 17
+# Records to choose from: filling the training's own buffer would take long on large images.
+_SHUFFLE_BUFFER = 256
+
+
+def draw(
+    experiment: Experiment, labeled: pipeline.Source, unlabeled: pipeline.Source | None, number: int
+) -> np.ndarray:
+    """Draws `number` labeled and as many unlabeled images, and writes the picture to model_dir.
+
+    The images come from a dataset of their own: the training's is not touched.
+
+    Returns:
+      uint8 [H, W, 3].
+    """
+    ratio = 1.0 if unlabeled is not None else 0.0
+    small = experiment.config.override(
+        train_batch_size=number, unlabel_ratio=ratio, shuffle_buffer=_SHUFFLE_BUFFER
+    )
+    sample = Experiment.from_config(small).training_batches(labeled, unlabeled, 0)
+    batch = next(iter(sample))
+    names, data = tasks.class_names(experiment.task), experiment.config.data
+    titles = [_name(int(label), names) for label in batch["label"]]
+    heading = f"Labeled images, {_augmentation(data, data.augment_name)}"
+    sections = [(heading, batch["image"].numpy(), titles)]
+    if unlabeled is not None:
+        images, titles = batch["unl_image"].numpy(), _pseudo_titles(batch, names)
+        name = data.augment_name if data.unl_aug == "default" else data.unl_aug
+        heading = f"Unlabeled images, {_augmentation(data, name)}; {_label_source(batch)}"
+        sections.append((heading, images, titles))
+    png = _png(sections)
+    path = os.path.join(experiment.config.train.model_dir, FILE)
+    with manifests.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
+        f.write(png)
+    return tf.io.decode_png(png, channels=3).numpy()
+
+
+def _name(label: int, names: Sequence[str] | None) -> str:
+    text = names[label] if names else f"class {label}"
+    return text if len(text) <= _TITLE_WIDTH else text[: _TITLE_WIDTH - 1] + "…"
+
+
+def _augmentation(data: DataConfig, name: str | None) -> str:
+    if data.remove_aug:
+        return "evaluation crops"
+    if name in (None, "none"):
+        return "cropped and flipped only"
+    return f"augmentation {name} ({data.randaug_layer} layers, magnitude {data.randaug_mag})"
+
+
+def _label_source(batch: dict[str, tf.Tensor]) -> str:
+    if "unl_probs" in batch:
+        return "pseudo labels with the teacher's confidence"
+    return "labeled by the teacher on the fly"
+
+
+def _pseudo_titles(batch: dict[str, tf.Tensor], names: Sequence[str] | None) -> list[str]:
+    if "unl_probs" not in batch:
+        return [""] * len(batch["unl_image"])
+    confidence = tf.reduce_max(batch["unl_probs"], -1)
+    return [
+        f"{_name(int(label), names)}\n{float(prob):.0%}"
+        for label, prob in zip(batch["unl_label"], confidence)
+    ]
+
+
+def _png(sections: Sequence[tuple[str, np.ndarray, Sequence[str]]]) -> bytes:
+    """PNG of (heading, images [N, S, S, 3] in 0..255, titles) below each other."""
+    from matplotlib.figure import Figure
+
+    rows = [-(-len(images) // _COLUMNS) for _, images, _ in sections]
+    figure = Figure(figsize=(1.5 * _COLUMNS, sum(1.85 * r + 0.45 for r in rows)), dpi=100)
+    parts = figure.subfigures(len(sections), 1, squeeze=False, height_ratios=rows)[:, 0]
+    for part, number, (heading, images, titles) in zip(parts, rows, sections):
+        part.suptitle(heading, fontsize=12, x=0.02, ha="left")
+        axes = part.subplots(number, _COLUMNS, squeeze=False).ravel()
+        part.subplots_adjust(
+            left=0.02, right=0.98, bottom=0.02, top=1 - 0.75 / (1.85 * number + 0.45), hspace=0.42
+        )
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, image, title in zip(axes, images, titles):
+            axis.imshow(np.clip(np.round(image), 0, 255).astype(np.uint8), interpolation="nearest")
+            axis.set_title(title, fontsize=9, pad=3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def log_batch(batch: dict[str, tf.Tensor]) -> None:
+    """Logs shape, type and range of every tensor of a batch, and how often each class comes."""
+    for name, value in sorted(batch.items()):
+        numbers = value.numpy()
+        logging.info(
+            "first batch, %s: %s %s, %.4g … %.4g, mean %.4g",
+            name,
+            numbers.dtype,
+            list(numbers.shape),
+            numbers.min(),
+            numbers.max(),
+            numbers.mean(),
+        )
+        if name.endswith("label"):
+            classes, counts = np.unique(numbers, return_counts=True)
+            pairs = ", ".join(f"{c}: {n}" for c, n in zip(classes, counts))
+            logging.info("first batch, %s per class: %s", name, pairs)

@@ -1,0 +1,158 @@
+"""What happens between two host loops: stop on NaN or on request, log, save, evaluate."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.config import Config, TrainConfig
+from efficientnet_ns.evaluation import accuracy
+from efficientnet_ns.preemption import Preempted, StopRequest
+from efficientnet_ns.progress import Progress
+from efficientnet_ns.training.checkpoints import Checkpoints
+from efficientnet_ns.training.input_wait import InputWait
+from efficientnet_ns.training.summaries import MetricsLog
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+def loop_steps(train: TrainConfig, total: int) -> int:
+    """Steps of one host loop: checkpoints and evaluations fall on its ends."""
+    return min(train.iterations_per_loop, train.save_checkpoints_steps, train.steps_per_eval, total)
+
+
+class Session(tf.keras.callbacks.Callback):
+    """One run of a training, from step `start` on; one Keras epoch is one host loop.
+
+    Args:
+      saver, log: where checkpoints and metrics go.
+      measure: evaluates the moving-average weights; None: there is nothing to measure on.
+      stop: asked between host loops, and heeded at once while evaluating.
+      start, total: steps.
+      steps_per_epoch: passes over the labeled set are reported as `train/epoch`.
+      wait: measures the input of the steps; None: it is not measured.
+      agree: for several workers, which must stop at one step or wait for each other for ever:
+        called by all of them at every end of a host loop with their own wish, gives all of them
+        one answer. None: there is one worker.
+    """
+
+    def __init__(
+        self,
+        saver: Checkpoints,
+        log: MetricsLog,
+        measure: Callable[[], dict[str, float]] | None,
+        stop: StopRequest,
+        config: Config,
+        *,
+        start: int,
+        total: int,
+        steps_per_epoch: float,
+        wait: InputWait | None = None,
+        agree: Callable[[bool], bool] | None = None,
+    ):
+        super().__init__()
+        train = config.train
+        self.saver, self.log, self._measure = saver, log, measure
+        self._stop, self._wait, self._agree = stop, wait, agree
+        self.start, self.total, self._seen = start, total, start
+        self._save_every, self._eval_every = train.save_checkpoints_steps, train.steps_per_eval
+        self.chunk = loop_steps(train, total)
+        self._steps_per_epoch = steps_per_epoch
+        self._images_per_step = train.train_batch_size * (1 + train.unlabel_ratio)
+        self._progress = Progress(
+            total,
+            f"training {train.model_dir}",
+            "steps",
+            done=start,
+            line_every=train.log_step_count_steps,
+        )
+        self._mark = time.monotonic()
+
+    def watched(self, batches: tf.data.Dataset) -> tf.data.Dataset:
+        """The batches to train on, with their waiting time measured."""
+        return batches if self._wait is None else self._wait.measure(batches)
+
+    def catch_up(self) -> None:
+        """Evaluates the checkpoint of `start` when the run that saved it was ended before."""
+        evaluated = self.log.last("eval/").get("step") == self.start
+        if 0 < self.start < self.total and self._evaluation_due(self.start) and not evaluated:
+            self._evaluate(self.start)
+        self._mark = time.monotonic()
+
+    def _evaluation_due(self, step: int) -> bool:
+        return step // self._eval_every > (step - self.chunk) // self._eval_every
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        step, previous = int(tf.convert_to_tensor(self.saver.optimizer.iterations)), self._seen
+        values = {name: float(value) for name, value in (logs or {}).items()}
+        stopping = self._agree(self._stop.requested) if self._agree else self._stop.requested
+        save = step // self._save_every > previous // self._save_every
+        save = save or stopping or step == self.total
+        if not math.isfinite(values["train/loss"]):
+            raise self._diverged(f"the loss became {values['train/loss']}", step)
+        # A step's loss is from before its update, and it can be the last update that went wrong.
+        if save and not self.saver.finite():
+            raise self._diverged("a weight became NaN or infinite", step)
+        self.log.add(step, {**values, **self._pace(step)})
+        self._seen = step
+        if save:
+            self._save()
+        if stopping:
+            raise Preempted(f"stopped at step {step}, which is saved")
+        if step < self.total and step // self._eval_every > previous // self._eval_every:
+            self._evaluate(step, saved=save)
+        self._progress.update(step - previous, f"loss {values['train/loss']:.3f}")
+        self._mark = time.monotonic()
+
+    def _pace(self, step: int) -> dict[str, float]:
+        """Passes over the labeled set, and how fast the last host loop was."""
+        elapsed = max(time.monotonic() - self._mark, 1e-9)
+        values = {"train/epoch": step / self._steps_per_epoch}
+        values["images_per_second"] = (step - self._seen) * self._images_per_step / elapsed
+        if self._wait is not None:
+            values["input_wait"] = min(self._wait.take() / elapsed, 1.0)
+        return values
+
+    def _save(self) -> None:
+        # Before the checkpoint, so that whoever continues from it finds every row before it.
+        self.log.flush()
+        self.saver.save()
+
+    def _diverged(self, what: str, step: int) -> TrainingDiverged:
+        kept = self.saver.steps()
+        last = self.saver.prefix(kept[0]) if kept else "none was saved yet"
+        return TrainingDiverged(
+            f"{what} between steps {self._seen} and {step}. Last good checkpoint: {last}. "
+            "Lower --base_learning_rate, or look at the data."
+        )
+
+    def _evaluate(self, step: int, saved: bool = True) -> None:
+        """Measures the moving-average weights, when there is a set to measure on."""
+        if self._measure is None:
+            return
+        # One worker alone must not leave the others waiting for it in the middle of a sum.
+        cut = self._stop.immediate() if self._agree is None else contextlib.nullcontext()
+        try:
+            with cut:
+                measured = self._measure()
+        except Preempted:
+            if not saved:
+                self._save()
+            raise
+        self.log.add(step, {f"eval/{k}": v for k, v in measured.items()})
+        logging.info("step %d: %s", step, accuracy.describe(measured))
+
+    def finish(self) -> dict[str, float]:
+        """Evaluates once at the end, unless an earlier run did, and returns the newest metrics."""
+        self._progress.close()
+        if self.log.last("eval/").get("step") != self.total:
+            self._evaluate(self.total)
+        self.log.close()
+        return {**self.log.last("train/"), **self.log.last("eval/"), "step": self.total}
