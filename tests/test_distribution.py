@@ -153,7 +153,7 @@ def test_group_equals_one_device_with_its_rows(rng, setting, group):
 # One update
 
 
-@pytest.mark.parametrize("replicas", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("replicas", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_update_is_the_same_on_any_number_of_replicas(replicas):
     """With all the noise, all kinds of loss, dropped labels and weight decay."""
     batch = make_batch(8, 16)
@@ -416,27 +416,31 @@ def assert_same_curve(found, expected, rel=1e-3) -> None:
         assert mine == pytest.approx(theirs, rel=rel, abs=1e-4)
 
 
-def test_one_device_two_replicas_and_two_workers_train_alike(launcher, folder):
-    runs = {
-        "one": launcher.start("one"),
-        "replicas": launcher.start("replicas", "--num_replicas=2"),
-        "workers": launcher.start("workers", workers=2),
-    }
-    rows = {name: launcher.finish(processes, name) for name, processes in runs.items()}
-    assert [row["step"] for row in rows["one"]] == [1, 2, 2, 3, 4, 4]
-    assert {row["eval/examples"] for row in rows["one"] if "eval/examples" in row} == {7}
-    weights = tensors(str(folder / "one"), 4)
-    for name in ("replicas", "workers"):
-        assert_same_curve(rows[name], rows["one"])
-        found = tensors(str(folder / name), 4)
-        assert set(found) == set(weights)
-        for key, value in weights.items():
-            np.testing.assert_allclose(found[key], value, rtol=1e-3, atol=1e-4, err_msg=key)
+@pytest.mark.parametrize(
+    "name, flags, workers",
+    [
+        ("replicas", ("--num_replicas=2",), 1),
+        pytest.param("workers", (), 2, marks=pytest.mark.slow),
+    ],
+)
+def test_two_replicas_and_two_workers_train_as_one_device(launcher, folder, name, flags, workers):
+    single = f"alone_for_{name}"
+    started = launcher.start(single), launcher.start(name, *flags, workers=workers)
+    expected, found = (launcher.finish(run, where) for run, where in zip(started, (single, name)))
+    assert [row["step"] for row in expected] == [1, 2, 2, 3, 4, 4]
+    assert {row["eval/examples"] for row in expected if "eval/examples" in row} == {7}
+    assert_same_curve(found, expected)
+    weights, own = tensors(str(folder / single), 4), tensors(str(folder / name), 4)
+    assert set(own) == set(weights)
+    for key, value in weights.items():
+        np.testing.assert_allclose(own[key], value, rtol=1e-3, atol=1e-4, err_msg=key)
     # One writer: the same files as of a single process, one file of events.
-    assert len(list((folder / "workers").glob("events*"))) == 1
-    assert {p.name for p in (folder / "workers").iterdir() if "events" not in p.name} == {
-        p.name for p in (folder / "one").iterdir() if "events" not in p.name
-    }
+    assert len(list((folder / name).glob("events*"))) == 1
+    files = [
+        {p.name for p in (folder / where).iterdir() if "events" not in p.name}
+        for where in (single, name)
+    ]
+    assert files[0] == files[1]
 
 
 STEPS = 16
