@@ -57,13 +57,20 @@ class StopRequest:
         previous = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         self._undo.callback(signal.set_wakeup_fd, previous)
         for number in SIGNALS:
-            self._undo.callback(signal.signal, number, signal.signal(number, self._answer))
+            self._undo.callback(signal.signal, number, signal.getsignal(number))
+        self.take_signals()
         # A forked worker would write into this process' pipe when it is told to end.
         os.register_at_fork(after_in_child=self._undo_in_child)
         return self
 
     def __exit__(self, *unused) -> None:
         self._undo.close()
+
+    def take_signals(self) -> None:
+        """Takes them back from native code that took them for itself inside the block."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._answer)
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:

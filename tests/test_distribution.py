@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,13 +17,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from test_student import make_batch, make_trainer, values
-from test_train import ROOT, noised, tensors, write_data
+from test_train import PACE, ROOT, noised, tensors, write_data
 
+from efficientnet_ns import preemption
 from efficientnet_ns.config import Config, ConfigError, HardwareConfig
 from efficientnet_ns.data import pipeline
 from efficientnet_ns.experiment import Experiment
 from efficientnet_ns.models import layers
-from efficientnet_ns.training import distribution, train
+from efficientnet_ns.training import distribution, summaries, train
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ def test_group_equals_one_device_with_its_rows(rng, setting, group):
 # One update
 
 
-@pytest.mark.parametrize("replicas", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("replicas", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_update_is_the_same_on_any_number_of_replicas(replicas):
     """With all the noise, all kinds of loss, dropped labels and weight decay."""
     batch = make_batch(8, 16)
@@ -360,7 +362,13 @@ class Launcher:
         for index, process in enumerate(processes):
             code = process.wait(timeout=300)
             assert code == 0, (self.folder / f"{model_dir}.{index}.log").read_text()[-3000:]
-        return train.read_metrics(str(self.folder / model_dir / "metrics.jsonl"))
+        return summaries.read_metrics(str(self.folder / model_dir))
+
+    def kill(self) -> None:
+        for process in self.running:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
 
 COMMON = (
@@ -395,14 +403,11 @@ def free_ports(count: int) -> list[int]:
 def launcher(folder) -> Iterator[Launcher]:
     made = Launcher(folder)
     yield made
-    for process in made.running:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+    made.kill()
 
 
 def curve(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in PACE} for row in rows]
 
 
 def assert_same_curve(found, expected, rel=1e-3) -> None:
@@ -411,46 +416,88 @@ def assert_same_curve(found, expected, rel=1e-3) -> None:
         assert mine == pytest.approx(theirs, rel=rel, abs=1e-4)
 
 
-def test_one_device_two_replicas_and_two_workers_train_alike(launcher, folder):
-    runs = {
-        "one": launcher.start("one"),
-        "replicas": launcher.start("replicas", "--num_replicas=2"),
-        "workers": launcher.start("workers", workers=2),
-    }
-    rows = {name: launcher.finish(processes, name) for name, processes in runs.items()}
-    assert [row["step"] for row in rows["one"]] == [1, 2, 2, 3, 4, 4]
-    assert {row["eval/examples"] for row in rows["one"] if "eval/examples" in row} == {7}
-    weights = tensors(str(folder / "one"), 4)
-    for name in ("replicas", "workers"):
-        assert_same_curve(rows[name], rows["one"])
-        found = tensors(str(folder / name), 4)
-        assert set(found) == set(weights)
-        for key, value in weights.items():
-            np.testing.assert_allclose(found[key], value, rtol=1e-3, atol=1e-4, err_msg=key)
+@pytest.mark.parametrize(
+    "name, flags, workers",
+    [
+        ("replicas", ("--num_replicas=2",), 1),
+        pytest.param("workers", (), 2, marks=pytest.mark.slow),
+    ],
+)
+def test_two_replicas_and_two_workers_train_as_one_device(launcher, folder, name, flags, workers):
+    single = f"alone_for_{name}"
+    started = launcher.start(single), launcher.start(name, *flags, workers=workers)
+    expected, found = (launcher.finish(run, where) for run, where in zip(started, (single, name)))
+    assert [row["step"] for row in expected] == [1, 2, 2, 3, 4, 4]
+    assert {row["eval/examples"] for row in expected if "eval/examples" in row} == {7}
+    assert_same_curve(found, expected)
+    weights, own = tensors(str(folder / single), 4), tensors(str(folder / name), 4)
+    assert set(own) == set(weights)
+    for key, value in weights.items():
+        np.testing.assert_allclose(own[key], value, rtol=1e-3, atol=1e-4, err_msg=key)
     # One writer: the same files as of a single process, one file of events.
-    assert len(list((folder / "workers").glob("events*"))) == 1
-    assert {p.name for p in (folder / "workers").iterdir() if "events" not in p.name} == {
-        p.name for p in (folder / "one").iterdir() if "events" not in p.name
-    }
+    assert len(list((folder / name).glob("events*"))) == 1
+    files = [
+        {p.name for p in (folder / where).iterdir() if "events" not in p.name}
+        for where in (single, name)
+    ]
+    assert files[0] == files[1]
+
+
+STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder) -> list[dict[str, float]]:
+    """Metrics of two workers that nobody disturbs."""
+    launcher = Launcher(folder)
+    try:
+        started = launcher.start("straight", f"--train_steps={STEPS}", workers=2)
+        return launcher.finish(started, "straight")
+    finally:
+        launcher.kill()
+
+
+def wait_for(condition, processes: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
-def test_killed_worker_stops_the_others_and_all_continue(launcher, folder):
-    steps = "--train_steps=40"
-    expected = launcher.finish(launcher.start("straight", steps, workers=2), "straight")
+def test_killed_worker_stops_the_others_and_all_continue(launcher, folder, uninterrupted):
+    steps, broken = f"--train_steps={STEPS}", folder / "broken"
     first = launcher.start("broken", steps, workers=2)
-    deadline = time.monotonic() + 240
-    while not list((folder / "broken").glob("model.ckpt-*.index")):
-        assert time.monotonic() < deadline and all(p.poll() is None for p in first)
-        time.sleep(0.05)
+    wait_for(lambda: list(broken.glob("model.ckpt-*.index")), first)
     first[1].kill()
-    assert first[0].wait(timeout=180) != 0
+    assert first[0].wait(timeout=180) not in (0, preemption.EXIT_CODE)
     assert "another worker stopped" in (folder / "broken.0.log").read_text()
-    saved = [int(p.stem.split("-")[1]) for p in (folder / "broken").glob("*.index")]
-    assert saved and max(saved) < 40
+    saved = [int(p.stem.split("-")[1]) for p in broken.glob("*.index")]
+    assert saved and max(saved) < STEPS
     found = launcher.finish(launcher.start("broken", steps, workers=2), "broken")
-    assert f"steps {max(saved)} to 40" in (folder / "broken.0.log").read_text()
-    assert_same_curve(found, expected, rel=1e-2)
+    assert f"steps {max(saved)} to {STEPS}" in (folder / "broken.0.log").read_text()
+    assert_same_curve(found, uninterrupted, rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1])
+def test_one_worker_asked_to_stop_stops_all_at_one_step(launcher, folder, uninterrupted, asked):
+    """Either of them: the chief, which saves, or the other, which only takes part in it."""
+    name = f"asked_{asked}"
+    flags = (f"--train_steps={STEPS}", "--save_checkpoints_steps=1000")
+    workers = launcher.start(name, *flags, workers=2)
+    wait_for(lambda: len(summaries.read_metrics(str(folder / name))) >= 3, workers)
+    workers[asked].send_signal(signal.SIGTERM)
+    assert [worker.wait(timeout=180) for worker in workers] == [preemption.EXIT_CODE] * 2
+    (saved,) = (folder / name).glob("model.ckpt-*.index")
+    step = int(saved.stem.split("-")[1])
+    assert 3 <= step < STEPS
+    for index in range(2):
+        log = (folder / f"{name}.{index}.log").read_text()
+        assert f"stopped at step {step}, which is saved" in log
+    found = launcher.finish(launcher.start(name, *flags, workers=2), name)
+    assert f"steps {step} to {STEPS}" in (folder / f"{name}.0.log").read_text()
+    assert_same_curve(found, uninterrupted, rel=1e-2)
 
 
 @pytest.mark.slow

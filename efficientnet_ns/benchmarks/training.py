@@ -6,6 +6,7 @@ leaves behind slows another.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import resource
@@ -13,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from efficientnet_ns.benchmarks.tables import Row
 from efficientnet_ns.config import BenchmarkConfig, ConfigError
@@ -21,35 +22,63 @@ from efficientnet_ns.config import BenchmarkConfig, ConfigError
 _KERAS = "tf.keras.applications"
 _SAME_WORK = "forward, backward, RMSProp"
 _WHOLE = "whole step (weight decay, moving average, metrics)"
-_TURNS = 3
+_TURNS = 8
 
 
 def run(config: BenchmarkConfig) -> list[Row]:
     """Images per second and peak memory of one update, ours and Keras' model.
 
     The same work: forward and backward pass in training mode, cross entropy with label smoothing,
-    the same RMSProp. Ours is measured a second time with all that a student's update adds.
+    the same RMSProp. Ours is measured a second time with all that a student's update adds. Ratios
+    are medians over turns that follow each other closely, since a machine's speed drifts.
     """
     _peer_name(config.model_name)
-    # In turns, so that all see the same machine.
     contenders = {"keras": _KERAS, "ours": _SAME_WORK, "whole": _WHOLE}
-    share = dataclasses.replace(config, seconds=config.seconds / _TURNS, json_file="")
-    results: dict[str, list[dict[str, float]]] = {}
-    for _ in range(_TURNS):
-        for key in contenders:
-            results.setdefault(key, []).append(_measure(key, share))
-    speed = {k: statistics.median(r["rate"] for r in v) for k, v in results.items()}
-    memory = {k: statistics.median(r["megabytes"] for r in v) for k, v in results.items()}
+    turns = _take_turns(list(contenders), config)
+    memory = {key: measured[-1]["megabytes"] for key, measured in turns.items()}
+    speed = {key: [turn["rate"] for turn in measured] for key, measured in turns.items()}
     what = f"{config.model_name} at {config.image_size}, batch {config.batch_size}"
-    rows = [Row(f"{what}: {_KERAS}", speed["keras"], "images/s")]
+    median = statistics.median
+    rows = [Row(f"{what}: {_KERAS}", median(speed["keras"]), "images/s")]
     for key in ("ours", "whole"):
-        ratio = speed[key] / speed["keras"]
-        rows.append(Row(f"{what}: {contenders[key]}", speed[key], "images/s", ratio, _KERAS))
+        ratio = median(own / peer for own, peer in zip(speed[key], speed["keras"]))
+        rows.append(
+            Row(f"{what}: {contenders[key]}", median(speed[key]), "images/s", ratio, _KERAS)
+        )
     rows.append(Row(f"peak memory: {_KERAS}", memory["keras"], "MB"))
     for key in ("ours", "whole"):
         ratio = memory["keras"] / memory[key]
         rows.append(Row(f"peak memory: {contenders[key]}", memory[key], "MB", ratio, _KERAS))
     return rows
+
+
+def _take_turns(keys: list[str], config: BenchmarkConfig) -> dict[str, list[dict[str, float]]]:
+    """What each contender measures in each turn; only one of the processes works at a time."""
+    share = dataclasses.replace(config, seconds=config.seconds / _TURNS, json_file="")
+    settings = json.dumps(dataclasses.asdict(share))
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for key in keys:
+            command = [sys.executable, "-m", __name__, key, settings]
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
+            running[key] = stack.enter_context(process)
+            stack.callback(process.kill)
+            _ask(process)  # Builds, compiles and warms up.
+        results = {key: [] for key in keys}
+        for _ in range(_TURNS):
+            for key in keys:
+                results[key].append(_ask(running[key]))
+        return results
+
+
+def _ask(process: subprocess.Popen) -> dict[str, float]:
+    """One turn of a contender."""
+    print(file=process.stdin, flush=True)
+    line = process.stdout.readline()
+    if not line:
+        raise subprocess.CalledProcessError(process.wait(), process.args)
+    return json.loads(line)
 
 
 def _peer_name(model_name: str) -> str:
@@ -58,14 +87,6 @@ def _peer_name(model_name: str) -> str:
     if variant not in [f"b{i}" for i in range(8)]:
         raise ConfigError(f"--model_name={model_name}: {_KERAS} has efficientnet-b0 to -b7 only")
     return f"EfficientNet{variant.upper()}"
-
-
-def _measure(key: str, config: BenchmarkConfig) -> dict[str, float]:
-    """One contender in a new process."""
-    code = f"from {__name__} import print_work; print_work()"
-    command = [sys.executable, "-c", code, key, json.dumps(dataclasses.asdict(config))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _keras_update(config: BenchmarkConfig) -> Callable:
@@ -123,8 +144,8 @@ def _whole_update(config: BenchmarkConfig) -> Callable:
 _UPDATES = {"keras": _keras_update, "ours": _our_update, "whole": _whole_update}
 
 
-def _work(key: str, config: BenchmarkConfig) -> dict[str, float]:
-    """Rate and peak memory of this process."""
+def _work(key: str, config: BenchmarkConfig) -> Iterator[dict[str, float]]:
+    """Rate and peak memory of this process, turn by turn."""
     import tensorflow as tf
 
     if config.threads:
@@ -137,16 +158,21 @@ def _work(key: str, config: BenchmarkConfig) -> dict[str, float]:
         "label": tf.random.uniform([config.batch_size], maxval=1000, dtype=tf.int32),
     }
     update = _UPDATES[key](config)
-    for _ in range(2):
-        tf.nest.map_structure(lambda x: x.numpy(), update(batch))
-    steps, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < config.seconds or steps < 3:
-        tf.nest.map_structure(lambda x: x.numpy(), update(batch))
-        steps += 1
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kilobytes on Linux
-    return {"rate": steps * config.batch_size / elapsed, "megabytes": peak}
+    while True:
+        steps, start = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < config.seconds or steps < 2:
+            tf.nest.map_structure(lambda x: x.numpy(), update(batch))
+            steps += 1
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kilobytes on Linux
+        yield {"rate": steps * config.batch_size / elapsed, "megabytes": peak}
 
 
-def print_work() -> None:
-    """What a contender's process runs; the arguments are its key and its configuration."""
-    print(json.dumps(_work(sys.argv[1], BenchmarkConfig(**json.loads(sys.argv[2])))))
+def _answer(key: str, settings: str) -> None:
+    """One turn, and one line of output, for each line of input."""
+    turns = _work(key, BenchmarkConfig(**json.loads(settings)))
+    for _ in sys.stdin:
+        print(json.dumps(next(turns)), flush=True)
+
+
+if __name__ == "__main__":
+    _answer(*sys.argv[1:])

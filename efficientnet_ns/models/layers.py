@@ -121,18 +121,19 @@ def _draw(stream, skip: int | tf.Tensor, shape: Sequence[int | tf.Tensor]) -> tf
     return tf.cast(low, tf.float32) * 2.0**-23
 
 
+# Compiled in one piece, since each operation of its own is one more pass over maps that no cache
+# holds: a sixth of a training step on a CPU.
+@tf.function(jit_compile=True)
+def _swish_gradient(dy: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+    gate = 0.5 * tf.tanh(0.5 * x) + 0.5  # sigmoid(x); XLA's tanh is faster than its exp.
+    return dy * gate * (1.0 + x * (1.0 - gate))
+
+
 @tf.keras.utils.register_keras_serializable("efficientnet_ns")
 @tf.custom_gradient
 def swish(x: tf.Tensor) -> tf.Tensor:
-    """x·sigmoid(x), whose gradient reads memory less often than that of `tf.nn.silu`."""
-    y = x * tf.sigmoid(x)
-
-    def gradient(dy: tf.Tensor) -> tf.Tensor:
-        # dy·s·(1 + x·(1 - s)) with s = sigmoid(x); this kernel gives dy·s in one pass.
-        through_gate = tf.raw_ops.SoftplusGrad(gradients=dy, features=x)
-        return through_gate + through_gate * (x - y)
-
-    return y, gradient
+    """x·sigmoid(x), whose gradient reads and writes memory once."""
+    return x * tf.sigmoid(x), lambda dy: _swish_gradient(dy, x)
 
 
 @tf.keras.utils.register_keras_serializable("efficientnet_ns")

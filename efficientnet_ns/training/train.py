@@ -56,11 +56,13 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
             # First of all: once TensorFlow has computed anything, its devices cannot be divided
             # any more, nor other workers be joined.
             strategy = distribution.get_strategy(config.hardware)
+            stop.take_signals()  # TensorFlow takes SIGTERM when it joins other workers.
             distribution.check(experiment, strategy)
             distribution.set_precision(config.hardware, strategy)
             labeled, unlabeled, evaluation = _sources(experiment, evaluate)
             _claim(config.train.model_dir, config, distribution.is_chief(strategy))
-            run = _start(experiment, strategy, labeled, unlabeled, evaluation, stop)
+            with distribution.noticing_lost_workers(strategy):
+                run = _start(experiment, strategy, labeled, unlabeled, evaluation, stop)
         try:
             with distribution.noticing_lost_workers(strategy):
                 return run()
