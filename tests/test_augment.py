@@ -244,16 +244,16 @@ def test_solarize_for_all_values():
             np.testing.assert_array_equal(result[0, :, 0], expected, err_msg=str(addition))
 
 
-def test_blends_follow_their_definition_for_all_pairs():
+def test_blends_follow_their_definition_for_all_pairs_of_value_and_gray():
     def blend(degenerate, image, factor):
         degenerate, image = np.float32(degenerate), np.float32(image)
         return np.clip(degenerate + np.float32(factor) * (image - degenerate), 0, 255)
 
-    values = np.arange(256)
-    # Colours with every gray level beside every red.
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (256, 256, 3), np.uint8)
-    image[..., 0] = values
+    # One channel and the other two take all pairs of values. So each value of a channel meets every
+    # gray level that colours with it have: a step of the others changes gray by less than one.
+    value, others = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    channels = [[value if c == one else others for c in range(3)] for one in range(3)]
+    image = np.concatenate([np.stack(planes, axis=-1) for planes in channels])
     gray = tf.image.rgb_to_grayscale(image).numpy()
     for magnitude in (0, 3, 9, 27, 30):
         factor = magnitude / 10 * 1.8 + 0.1

@@ -1,8 +1,9 @@
 """Images per second of the input pipeline, stage by stage, beside timm's PIL transforms.
 
 "One core" is one thread, for us and for timm, that takes encoded bytes in memory to pixels. Ours
-yield uint8 when augmented and float32 otherwise, not normalized: the model does that. timm's are
-measured both as uint8 and as its default, normalized float32.
+yield uint8 when augmented and float32 otherwise, not normalized: the model does that; and they are
+put together into batches, as training takes them. timm's are single images, measured both as uint8
+and as its default, normalized float32.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from efficientnet_ns.data import (
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}$")
 _MOST_IMAGES = 512  # Kept in memory.
-_CHUNK = 16  # Images between two looks at the clock.
+_CHUNK = 16  # Images of a batch, and between two looks at the clock.
 # What timm calls the two layers that its recipes train with.
 _TIMM_POLICY = "rand-m10-n2"
 _LAYERS, _MAGNITUDE = 2, 27
@@ -119,17 +120,19 @@ def _one_thread() -> tf.data.Options:
 
 
 def _worker(data: tf.data.Dataset, function: Callable[..., tf.Tensor]) -> Callable[[], int]:
-    """Maps `function(element, seed)` over the endlessly repeated `data`, on one thread."""
-    mapped = (
-        data.repeat().enumerate().map(lambda index, x: function(x, tf.stack([index, 0])))
-    ).with_options(_one_thread())
+    """Maps `function(element, seed)` over the endlessly repeated `data`, on one thread.
+
+    The results, all of one shape, come in batches: to hand every single one to Python would take as
+    long as a third of all that is done to an image.
+    """
+    mapped = data.repeat().enumerate().map(lambda index, x: function(x, tf.stack([index, 0])))
+    batches = mapped.batch(_CHUNK, drop_remainder=True).with_options(_one_thread())
     iterator: list[Iterator] = []
 
     def work() -> int:
         if not iterator:
-            iterator.append(iter(mapped))
-        for _ in range(_CHUNK):
-            next(iterator[0])
+            iterator.append(iter(batches))
+        next(iterator[0])
         return _CHUNK
 
     return work
@@ -157,9 +160,10 @@ def _stages(encoded: list[bytes], size: int) -> dict[str, Callable[[], int]]:
 
     crops = source.enumerate().map(lambda i, image: random_crop(image, tf.stack([i, 0]))).cache()
     floats = crops.map(lambda image: images.resize(image, size)).take(64).cache()
+    # Of pixels of any shape only their number goes into the batch.
     return {
-        "decode": _worker(source, lambda image, _: images.decode(image)),
-        "decode a random crop": _worker(source, random_crop),
+        "decode": _worker(source, lambda image, _: tf.size(images.decode(image))),
+        "decode a random crop": _worker(source, lambda *args: tf.size(random_crop(*args))),
         "resize the crop": _worker(crops, lambda image, _: images.resize(image, size)),
         "clip to uint8": _worker(floats, lambda image, _: images.to_uint8(image)),
         "flip": _worker(floats.map(images.to_uint8).cache(), images.random_flip),
