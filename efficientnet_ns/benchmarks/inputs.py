@@ -122,7 +122,7 @@ def _one_thread() -> tf.data.Options:
 def _worker(data: tf.data.Dataset, function: Callable[..., tf.Tensor]) -> Callable[[], int]:
     """Maps `function(element, seed)` over the endlessly repeated `data`, on one thread.
 
-    The results, all of one shape, come in batches: to hand every single one to Python would take as
+    The results, all of one shape, come in batches: to hand every single one to Python would take
     long as a third of all that is done to an image.
     """
     mapped = data.repeat().enumerate().map(lambda index, x: function(x, tf.stack([index, 0])))
