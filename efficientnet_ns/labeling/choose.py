@@ -15,7 +15,7 @@ import numpy as np
 
 from efficientnet_ns.config import ConfigError, SelectConfig
 from efficientnet_ns.labeling.scan import Piece, Scan, pieces
-from efficientnet_ns.labeling.statistics import EDGES, Counts
+from efficientnet_ns.labeling.statistics import EDGES, Counts, at_least
 
 _PARTS = 1024  # Parts of a range of keys.
 _DRAW_BITS = 63
@@ -199,6 +199,7 @@ def _between(rules: Rules, keys: _Range, shard: int, piece: Piece):
         bits = (rules.base - key)[top].astype(np.int32)
         bound[top] = narrower(bound[top], bits.view(np.float32))
     floor[rules.kind == _PLAIN] = np.inf
+    floor, ceiling = at_least(floor), -at_least(-ceiling)
     probs, labels = piece.probs, piece.labels
     rows = np.flatnonzero((probs >= floor[labels]) & (probs <= ceiling[labels]))
     found, labels = _keys(rules, shard, piece, rows), labels[rows]
@@ -293,7 +294,10 @@ def kept(shard: int, paths: Sequence[str], rules: Rules) -> list[dict[str, np.nd
 
 def _kept(rules: Rules, shard: int, piece: Piece) -> dict[str, np.ndarray]:
     probs, labels = piece.probs, piece.labels
-    rows = np.flatnonzero((probs >= rules.least[labels]) & (probs <= np.float64([rules.highest])))
+    fit = (probs >= at_least(rules.least)[labels]) & (
+        probs <= -at_least(np.array([-rules.highest]))
+    )
+    rows = np.flatnonzero(fit)
     labels = labels[rows]
     copies = rules.others[labels]
     ranked = np.flatnonzero(rules.kind[labels])

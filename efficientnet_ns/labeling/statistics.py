@@ -53,6 +53,10 @@ def count(
     total, eligible, available = np.zeros(shape, np.int64), np.zeros(shape, np.int64), 0
     tasks = {shard: [t for s, t in save if s == shard] for shard in scan.files}
 
+    # Bins all of whose images pass; only in the others each is compared.
+    whole = (config.min_threshold <= _EDGES) & (_NEXT_EDGES <= config.max_prob)
+    partial = ~whole & (_NEXT_EDGES > config.min_threshold) & (_EDGES <= config.max_prob)
+
     def group(shard: int, paths: Sequence[str]):
         found, fit = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         tables = {task: np.zeros(shape, np.int64) for task in tasks[shard]}
@@ -60,10 +64,12 @@ def count(
         for piece in pieces(paths):
             _check_labels(shard, piece.labels, shape[0])
             rows[piece.worker] += piece.size
-            place = piece.labels.astype(np.int64) * shape[1] + _bins(piece.probs)
+            bins = _bins(piece.probs)
+            place = piece.labels * np.int64(shape[1]) + bins
             table = _table(place, shape)
             found += table
-            fit += _table(place[fits(piece.probs, config)], shape)
+            rest = np.flatnonzero(partial[bins])
+            fit += table * whole + _table(place[rest[fits(piece.probs[rest], config)]], shape)
             if (task := piece.worker // workers_per_task) in tables:
                 tables[task] += table
         _check_numbers(shard, rows, images)
@@ -89,13 +95,21 @@ def fits(probs: np.ndarray, config: SelectConfig) -> np.ndarray:
     return (probs >= low) & (probs <= high)
 
 
+def at_least(values: np.ndarray) -> np.ndarray:
+    """The least float32 that is not below a float64: comparing with it is as exact, and cheaper."""
+    near = values.astype(np.float32)
+    return np.where(near.astype(np.float64) < values, np.nextafter(near, np.float32(np.inf)), near)
+
+
 def _bins(probs: np.ndarray) -> np.ndarray:
-    """The last edge k/100 that is not above prob, compared in float64: int64 [N]."""
-    probs = probs.astype(np.float64)
-    bins = (probs * 100).astype(np.int64).clip(0, 100)
-    bins += probs >= _NEXT_EDGES[bins]
-    bins -= probs < _EDGES[bins]
+    """The last edge k/100 that is not above prob, as if compared in float64: int32 [N]."""
+    bins = (probs * np.float32(100)).astype(np.int32).clip(0, 100)
+    bins += probs >= _LEAST[bins + 1]
+    bins -= probs < _LEAST[bins]
     return bins
+
+
+_LEAST = at_least(np.array([*EDGES, np.inf]))
 
 
 def _check_labels(shard: int, labels: np.ndarray, num_classes: int) -> None:
