@@ -17,7 +17,8 @@ from efficientnet_ns.config import ConfigError, SelectConfig
 from efficientnet_ns.labeling.scan import Piece, Scan, pieces
 from efficientnet_ns.labeling.statistics import EDGES, Counts, at_least
 
-_PARTS = 1024  # Parts of a range of keys.
+_PART_BITS = 7
+_PARTS = 1 << _PART_BITS  # Parts of a range of keys; more would not fit in the cache.
 _DRAW_BITS = 63
 _ROWS_RANKED_AT_ONCE = 8_000_000  # Bounds memory.
 _PLAIN, _TOP, _DRAWN = 0, 1, 2
@@ -208,8 +209,8 @@ def _between(rules: Rules, keys: _Range, shard: int, piece: Piece):
 
 
 def _narrowed(scan: Scan, rules: Rules, keys: _Range) -> _Range:
-    """The part of each range, of up to 1024, in which the last place is."""
-    bits = [max(int(high).bit_length() - 10, 0) for high in keys.high.clip(0)]
+    """The part of each range, of up to 128, in which the last place is."""
+    bits = [max(int(high).bit_length() - _PART_BITS, 0) for high in keys.high.clip(0)]
     shift, shape = np.array(bits, np.int64), (len(rules.kind), _PARTS)
 
     def group(shard: int, paths: Sequence[str]) -> np.ndarray:
