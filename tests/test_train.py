@@ -844,10 +844,11 @@ def test_input_wait_is_the_time_the_batches_took():
     wait = InputWait()
     slow = tf.data.Dataset.range(5).map(lambda i: tf.py_function(pause, [i], tf.int64))
     assert [int(i) for i in wait.measure(slow)] == [0, 1, 2, 3, 4]
-    assert 0.1 <= wait.take() < 60
+    waited = wait.take()
+    assert waited >= 0.1
     assert wait.take() == 0
     assert [int(i) for i in wait.measure(tf.data.Dataset.range(5))] == [0, 1, 2, 3, 4]
-    assert 0 < wait.take() < 0.1
+    assert 0 < wait.take() < waited
 
 
 def pause(value):

@@ -28,8 +28,10 @@ class InputWait:
 
         # Zip asks its inputs in turn: the clock is read just before the batch is asked for.
         data = tf.data.Dataset.zip((asked, batches)).map(add)
-        # The clock's range ends, the batches do not: several workers have static shapes only then.
-        data = data.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+        if batches.cardinality() == tf.data.INFINITE_CARDINALITY:
+            # The clock's range ends, the batches do not, and only of endless ones do several
+            # workers know the shapes.
+            data = data.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
         options = tf.data.Options()
         options.experimental_optimization.inject_prefetch = False
         return data.with_options(options)
