@@ -435,11 +435,6 @@ class SelectConfig:
         "Processes that write shards at the same time; -1: one per core, fewer if there is little "
         "to write.",
     )
-    memory_limit: str = setting(
-        "",
-        "Memory of the selection, such as 8GB, beyond which it spills to files below TMPDIR; "
-        "default: 60 % of the machine's.",
-    )
 
 
 @dataclasses.dataclass(frozen=True)

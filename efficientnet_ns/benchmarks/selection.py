@@ -44,7 +44,6 @@ def run(config: BenchmarkConfig) -> list[Row]:
             num_label_classes=config.classes,
             num_image=max(1, round(_SHARE_WANTED * config.rows / config.classes)),
             min_threshold=0.3,
-            memory_limit="4GB",
         )
         start = time.perf_counter()
         make_index(settings, config.rows)

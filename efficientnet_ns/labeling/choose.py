@@ -1,48 +1,94 @@
 """Which predictions are kept, and how often: exactly the top of each class, or by thresholds.
 
-Both ways end in two tables. `plain` has for a class the least probability from which on all of its
-images are kept, with their copies; `ranked` has single images, those among which a place in an
-order decides. So the index itself is never sorted.
+Both ways end in a `Rule` per class. An image has a key in its class, its confidence or a draw; from
+the lowest key up a number of images get one copy more than the others. Two passes of histograms
+find the key at which that number is reached, so that few images must be sorted and the index never.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from efficientnet_ns.config import ConfigError, SelectConfig
-from efficientnet_ns.labeling.scan import Scan, double
-from efficientnet_ns.labeling.statistics import EDGES, Counts
+from efficientnet_ns.labeling.scan import Piece, Scan, pieces
+from efficientnet_ns.labeling.statistics import EDGES, Counts, at_least
 
-_FINER = 256  # Parts of a bin.
+_PART_BITS = 7
+_PARTS = 1 << _PART_BITS  # Parts of a range of keys; more would not fit in the cache.
+_DRAW_BITS = 63
 _ROWS_RANKED_AT_ONCE = 8_000_000  # Bounds memory.
+_PLAIN, _TOP, _DRAWN = 0, 1, 2
 
 
-def _hash(config: SelectConfig) -> str:
-    """SQL of an image's place in the seeded order."""
-    # md5 rather than DuckDB's hash(), which may change between its versions.
-    return f"md5(concat_ws(',', {config.seed}, shard, worker, position))"
+@dataclasses.dataclass
+class Rules:
+    """How each class is chosen; arrays are [classes].
+
+    Attributes:
+      seed: of the draws.
+      highest: the greatest probability that is kept.
+      least: float64, the least probability that is kept.
+      kind: whether all images are alike, or which key decides.
+      first, others: int32, copies of the images with the first keys, and of the rest.
+      fraction: float64, the probability of one more copy.
+      base: int64, bits of the probability whose key is 0.
+      below: int64, images with a lower key are among the first.
+      rows: positions of further ones among the first, by (shard, worker).
+    """
+
+    seed: int
+    highest: float
+    least: np.ndarray
+    kind: np.ndarray
+    first: np.ndarray
+    others: np.ndarray
+    fraction: np.ndarray
+    base: np.ndarray
+    below: np.ndarray
+    rows: dict[tuple[int, int], np.ndarray]
+
+    @classmethod
+    def nothing(cls, config: SelectConfig) -> Rules:
+        """No image is kept."""
+        n = config.num_label_classes
+        ints, longs = (lambda: np.zeros(n, np.int32)), (lambda: np.zeros(n, np.int64))
+        least, highest = np.full(n, np.inf), float(config.max_prob)
+        fraction = np.zeros(n)
+        return cls(
+            *(config.seed, highest, least, ints(), ints(), ints(), fraction, longs(), longs(), {})
+        )
 
 
-def _create(db, name: str, columns: str, rows: Iterable[tuple]) -> None:
-    db.execute(f"CREATE TABLE {name} ({columns})")
-    rows = list(rows)
-    if rows:
-        values = ", ".join(f"({', '.join(map(_number, row))})" for row in rows)
-        db.execute(f"INSERT INTO {name} VALUES {values}")
+def _mix(x):
+    """The output function of splitmix64 (Steele et al. 2014) on uint64 [N]."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
-def _number(value) -> str:
-    return double(value) if isinstance(value, float) else str(value)
+def draws(seed: int, shard: int, worker: int, positions: np.ndarray) -> np.ndarray:
+    """A draw per image, int64 [N] in [0, 2**63): mix(mix(mix(mix(seed) + shard) + worker) + position).
+
+    Sums are modulo 2**64, mix is that of splitmix64, and the lowest bit is dropped.
+    """
+    state = _mix(np.array([seed % 2**64], np.uint64))
+    for value in (shard, worker):
+        state = _mix(state + np.uint64(value))
+    return (_mix(state + positions.astype(np.uint64)) >> np.uint64(1)).astype(np.int64)
 
 
-def _plain(db, rows: Iterable[tuple[int, float, int, float]]) -> None:
-    """(label, least probability, whole copies, probability of one more)."""
-    _create(db, "plain", "label INTEGER, least DOUBLE, whole INTEGER, fraction DOUBLE", rows)
-
-
-_RANKED = "shard INTEGER, worker INTEGER, position BIGINT, label INTEGER, prob FLOAT"
+def _keys(rules: Rules, shard: int, piece: Piece, rows: np.ndarray) -> np.ndarray:
+    """int64 [rows], of images of classes that are not plain."""
+    labels = piece.labels[rows]
+    keys = rules.base[labels] - piece.probs[rows].view(np.int32)
+    drawn = np.flatnonzero(rules.kind[labels] == _DRAWN)
+    keys[drawn] = draws(rules.seed, shard, piece.worker, piece.positions[rows[drawn]])
+    return keys
 
 
 # --- The original's thresholds --------------------------------------------------------------------
@@ -77,166 +123,205 @@ def thresholds(total: np.ndarray, config: SelectConfig) -> dict[int, tuple[float
     return chosen
 
 
-def by_thresholds(db, chosen: dict[int, tuple[float, int]], config: SelectConfig) -> None:
+def by_thresholds(chosen: dict[int, tuple[float, int]], config: SelectConfig) -> Rules:
     """Copies = num_image / images: the whole part, and one more with the rest as probability."""
-    rows = []
+    rules = Rules.nothing(config)
     for label, (edge, images) in chosen.items():
         copies = 1.0 if config.use_all else config.num_image / images if images else 0.0
         if not config.upsample:
             copies = min(copies, 1.0)
-        rows.append((label, edge, int(copies), copies - int(copies)))
-    _plain(db, rows)
-    db.execute(f"CREATE TABLE ranked ({_RANKED}, copies INTEGER)")
+        rules.least[label], rules.others[label] = edge, int(copies)
+        rules.fraction[label] = copies - int(copies)
+    return rules
 
 
 # --- Exactly num_image per class ------------------------------------------------------------------
 
 
-def exactly(scan: Scan, counts: Counts, config: SelectConfig) -> None:
+class _Range(NamedTuple):
+    """Among which keys of a class the last of the first is; arrays [classes].
+
+    Attributes:
+      low, high: int64, the least key and the greatest, inclusive; none if low > high.
+      places: int64, how many of the images between are among the first.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    places: np.ndarray
+
+
+def exactly(scan: Scan, counts: Counts, config: SelectConfig) -> Rules:
     """The num_image best of each class; classes with fewer are filled up by seeded copies."""
     # Differs (1): exactly the top images, and copies by a seed.
-    wanted, lowest = config.num_image, config.min_threshold
-    plain: list[tuple[int, float, int, float]] = []
-    # label, least and greatest probability, whether by the seeded order, how many get the copies,
-    # the copies, the copies of the others.
-    to_rank: list[tuple[int, float, float, bool, int, int, int]] = []
-    cut: list[int] = []
-    everything = (lowest, config.max_prob, True)
+    rules, wanted = Rules.nothing(config), config.num_image
+    n = len(rules.least)
+    keys = _Range(np.zeros(n, np.int64), np.full(n, -1), np.zeros(n, np.int64))
+    from_top = counts.eligible[:, ::-1].cumsum(1)[:, ::-1]
     for label, size in enumerate(counts.eligible.sum(1).tolist()):
         if not size or not (wanted or config.use_all):
             continue
+        rules.least[label] = config.min_threshold
         if config.use_all or size == wanted or (size < wanted and not config.upsample):
-            plain.append((label, lowest, 1, 0.0))
+            rules.others[label] = 1
         elif size > wanted and config.use_top:
-            cut.append(label)
-        elif size > wanted:
-            to_rank.append((label, *everything, wanted, 1, 0))
-        elif wanted % size:
-            to_rank.append((label, *everything, wanted % size, wanted // size + 1, wanted // size))
+            # The last bin from which on there are enough.
+            k = int(np.flatnonzero(from_top[label] >= wanted)[-1])
+            rules.kind[label], rules.first[label] = _TOP, 1
+            low, rules.base[label] = _bits_of_bin(k)
+            keys.high[label] = rules.base[label] - low
+            keys.places[label] = wanted - (from_top[label, k] - counts.eligible[label, k])
+        elif size > wanted or wanted % size:
+            rules.kind[label], keys.high[label] = _DRAWN, 2**_DRAW_BITS - 1
+            keys.places[label], rules.others[label] = wanted % size or wanted, wanted // size
+            if size > wanted:
+                keys.places[label], rules.others[label] = wanted, 0
+            rules.first[label] = rules.others[label] + 1
         else:
-            plain.append((label, lowest, wanted // size, 0.0))
-    for label, first, last, places in _boundaries(scan, counts, config, cut):
-        plain.append((label, float(np.nextafter(last, np.inf)), 1, 0.0))
-        to_rank.append((label, first, last, False, places, 1, 0))
-    _plain(scan.db, plain)
-    _rank(scan, to_rank, config)
+            rules.others[label] = wanted // size
+    if rules.kind.any():
+        _rank(scan, rules, _narrowed(scan, rules, keys))
+    return rules
 
 
-def _boundaries(scan: Scan, counts: Counts, config: SelectConfig, labels: list[int]):
-    """Yields (label, first, last, places): what is above `last` is kept, below `first` is not.
-
-    `places` of those between, a 256th of a bin or less, are kept.
-    """
-    from_top = counts.eligible[:, ::-1].cumsum(1)[:, ::-1]
-    # The last bin from which on there are enough.
-    bins = {c: int(np.flatnonzero(from_top[c] >= config.num_image)[-1]) for c in labels}
-    if not bins:
-        return
-    ends = [*EDGES[1:], float("inf")]
-    rows = ((c, max(EDGES[k], config.min_threshold), EDGES[k], ends[k]) for c, k in bins.items())
-    _create(scan.db, "bins", "label INTEGER, low DOUBLE, edge DOUBLE, high DOUBLE", rows)
-
-    def group(cursor, shard: int, rows: str):
-        return cursor.execute(
-            f"""
-            SELECT label, least(floor((prob::DOUBLE - edge) * {100 * _FINER}), {_FINER - 1})::INTEGER
-                     AS part, count(*) AS n, min(prob)::DOUBLE AS low, max(prob)::DOUBLE AS high
-            FROM {rows} JOIN bins USING (label)
-            WHERE prob::DOUBLE >= bins.low AND prob::DOUBLE < bins.high
-              AND prob::DOUBLE <= {double(config.max_prob)}
-            GROUP BY ALL
-            """
-        ).fetchnumpy()
-
-    shape = (len(counts.total), _FINER)
-    number, low, high = np.zeros(shape, np.int64), np.full(shape, np.inf), np.full(shape, -np.inf)
-    for _, found in scan.each("looking for the last that is kept", group):
-        place = found["label"], found["part"]
-        number[place] += found["n"]
-        low[place] = np.minimum(low[place], found["low"])
-        high[place] = np.maximum(high[place], found["high"])
-    above = number[:, ::-1].cumsum(1)[:, ::-1] - number
-    for label, k in bins.items():
-        places = config.num_image - (from_top[label, k] - counts.eligible[label, k])
-        part = int(np.flatnonzero(above[label] + number[label] >= places)[-1])
-        yield (
-            label,
-            float(low[label, part]),
-            float(high[label, part]),
-            int(places - above[label, part]),
-        )
+def _bits_of_bin(k: int) -> tuple[int, int]:
+    """Bits of the least and the greatest float32 in a bin."""
+    edges = np.array([EDGES[k], EDGES[k + 1] if k < 100 else np.inf])
+    least = edges.astype(np.float32)
+    bits = least.view(np.int32).astype(np.int64) + (least.astype(np.float64) < edges)
+    return int(bits[0]), int(bits[1]) - 1
 
 
-def _rank(scan: Scan, to_rank: list[tuple], config: SelectConfig) -> None:
-    """Creates the table `ranked`: images that get their copies by their place in an order."""
-    columns = (
-        "label INTEGER, low DOUBLE, high DOUBLE, seeded BOOLEAN, places BIGINT, copies INTEGER, "
-        "others INTEGER"
-    )
-    _create(scan.db, "to_rank", columns, to_rank)
-    scan.db.execute(f"CREATE TABLE candidates ({_RANKED}, draw UBIGINT)")
-    scan.db.execute(f"CREATE TABLE ranked ({_RANKED}, copies INTEGER)")
-    if not to_rank:
-        return
-
-    def gather(cursor, shard: int, rows: str) -> None:
-        cursor.execute(
-            f"""
-            INSERT INTO candidates
-            SELECT shard, worker, position, label, prob,
-                   CASE WHEN seeded THEN ('0x' || left({_hash(config)}, 16))::UBIGINT ELSE 0 END
-            FROM {rows} JOIN to_rank USING (label)
-            WHERE prob::DOUBLE >= low AND prob::DOUBLE <= high
-            """
-        )
-
-    for _ in scan.each("gathering what is to be ranked", gather):
-        pass
-    for first, last in _ranges(scan.db):
-        # Ties in confidence go to the lower (shard, position, worker).
-        scan.db.execute(
-            f"""
-            INSERT INTO ranked
-            SELECT shard, worker, position, label, prob,
-                   CASE WHEN place <= places THEN copies ELSE others END AS n
-            FROM (SELECT *, row_number() OVER (
-                      PARTITION BY label ORDER BY draw, prob DESC, shard, position, worker) AS place
-                  FROM candidates WHERE label BETWEEN {first} AND {last})
-                 JOIN to_rank USING (label)
-            WHERE n > 0
-            """
-        )
-    scan.db.execute("DROP TABLE candidates")
+def _between(rules: Rules, keys: _Range, shard: int, piece: Piece):
+    """(rows, keys) of the images of a piece whose keys are in the range of their class."""
+    floor, ceiling = rules.least.copy(), np.full(len(rules.least), rules.highest)
+    top = rules.kind == _TOP
+    for bound, key, narrower in ((floor, keys.high, np.maximum), (ceiling, keys.low, np.minimum)):
+        bits = (rules.base - key)[top].astype(np.int32)
+        bound[top] = narrower(bound[top], bits.view(np.float32))
+    floor[rules.kind == _PLAIN] = np.inf
+    floor, ceiling = at_least(floor), -at_least(-ceiling)
+    probs, labels = piece.probs, piece.labels
+    rows = np.flatnonzero((probs >= floor[labels]) & (probs <= ceiling[labels]))
+    found, labels = _keys(rules, shard, piece, rows), labels[rows]
+    inside = (found >= keys.low[labels]) & (found <= keys.high[labels])
+    return rows[inside], found[inside]
 
 
-def _ranges(db) -> list[tuple[int, int]]:
-    """Splits the classes of `candidates` into ranges that fit in memory."""
-    ranges: list[list[int]] = []
-    for label, size in db.execute(
-        "SELECT label, count(*) FROM candidates GROUP BY label ORDER BY label"
-    ).fetchall():
-        if ranges and ranges[-1][2] + size <= _ROWS_RANKED_AT_ONCE:
-            ranges[-1][1:] = [label, ranges[-1][2] + size]
-        else:
-            ranges.append([label, label, size])
-    return [(first, last) for first, last, _ in ranges]
+def _narrowed(scan: Scan, rules: Rules, keys: _Range) -> _Range:
+    """The part of each range, of up to 128, in which the last place is."""
+    bits = [max(int(high).bit_length() - _PART_BITS, 0) for high in keys.high.clip(0)]
+    shift, shape = np.array(bits, np.int64), (len(rules.kind), _PARTS)
+
+    def group(shard: int, paths: Sequence[str]) -> np.ndarray:
+        table = np.zeros(shape, np.int64)
+        for piece in pieces(paths):
+            rows, found = _between(rules, keys, shard, piece)
+            labels = piece.labels[rows]
+            place = labels.astype(np.int64) * _PARTS + (found >> shift[labels])
+            table += np.bincount(place, minlength=table.size).reshape(shape)
+        return table
+
+    table = sum(found for _, found in scan.each("looking for the last that is kept", group))
+    upto = table.cumsum(1)
+    part = (upto < keys.places[:, None]).sum(1).clip(0, _PARTS - 1)
+    classes = np.arange(shape[0])
+    low = part << shift
+    high = np.where(rules.kind == _PLAIN, -1, low + (1 << shift) - 1)
+    high = np.minimum(high, keys.high)
+    return _Range(low, high, keys.places - (upto - table)[classes, part])
+
+
+def _rank(scan: Scan, rules: Rules, keys: _Range) -> None:
+    """Finds the images of the last part that are among the first, and completes the rules."""
+
+    def gather(shard: int, paths: Sequence[str]) -> np.ndarray:
+        found = [np.zeros(0, _CANDIDATE)]
+        for piece in pieces(paths):
+            rows, key = _between(rules, keys, shard, piece)
+            columns = np.zeros(len(rows), _CANDIDATE)
+            columns["label"], columns["key"] = piece.labels[rows], key
+            columns["shard"], columns["worker"] = shard, piece.worker
+            columns["position"] = piece.positions[rows]
+            found.append(columns)
+        return np.concatenate(found)
+
+    waiting, size = [], 0
+    for _, found in scan.each("gathering what is to be ranked", gather):
+        waiting.append(found)
+        size += len(found)
+        if size > _ROWS_RANKED_AT_ONCE:
+            waiting, size = [_first(waiting, keys.places)], 0
+    best = _first(waiting, keys.places)
+    rules.below[:] = np.where(rules.kind == _PLAIN, 0, keys.low)
+    best = best[np.lexsort((best["position"], best["worker"], best["shard"]))]
+    owner = best["shard"].astype(np.int64) << 32 | best["worker"]
+    names, starts = np.unique(owner, return_index=True)
+    for name, group in zip(names.tolist(), np.split(best["position"], starts[1:])):
+        rules.rows[name >> 32, name & 0xFFFFFFFF] = group
+
+
+_CANDIDATE = np.dtype(
+    [("key", "i8"), ("position", "i8"), ("label", "i4"), ("shard", "i4"), ("worker", "i4")]
+)
+
+
+def _first(tables: Iterable[np.ndarray], places: np.ndarray) -> np.ndarray:
+    """The first images of each class; equal keys go by the lower (shard, position, worker)."""
+    table = np.concatenate(list(tables))
+    order = ("worker", "position", "shard", "key", "label")
+    table = table[np.lexsort([table[name] for name in order])]
+    starts = np.searchsorted(table["label"], np.arange(len(places)))
+    place = np.arange(len(table)) - starts[table["label"]]
+    return table[place < places[table["label"]]]
 
 
 # --- The outcome ----------------------------------------------------------------------------------
 
+COLUMNS = {
+    "shard": np.int32,
+    "worker": np.int32,
+    "position": np.int64,
+    "label": np.int32,
+    "prob": np.float32,
+    "copies": np.int32,
+}
 
-def kept(cursor, shard: int, rows: str, config: SelectConfig):
-    """The chosen rows of a shard, an Arrow table with `copies`, by worker and position."""
-    draw = f"('0x' || left({_hash(config)}, 13))::BIGINT / {double(2**52)}"
-    return cursor.execute(
-        f"""
-        SELECT * FROM (
-            SELECT shard, worker, position, label, prob,
-                   whole + CASE WHEN fraction > 0 THEN ({draw} < fraction)::INTEGER ELSE 0 END
-                     AS copies
-            FROM {rows} JOIN plain USING (label)
-            WHERE prob::DOUBLE >= least AND prob::DOUBLE <= {double(config.max_prob)}
-            UNION ALL SELECT * FROM ranked WHERE shard = {shard}
-        ) WHERE copies > 0 ORDER BY worker, position
-        """
-    ).fetch_arrow_table()
+
+def kept(shard: int, paths: Sequence[str], rules: Rules) -> list[dict[str, np.ndarray]]:
+    """The chosen rows of a shard, `COLUMNS`, by worker and position, in pieces."""
+    return [_kept(rules, shard, piece) for piece in pieces(paths)]
+
+
+def _kept(rules: Rules, shard: int, piece: Piece) -> dict[str, np.ndarray]:
+    probs, labels = piece.probs, piece.labels
+    fit = (probs >= at_least(rules.least)[labels]) & (
+        probs <= -at_least(np.array([-rules.highest]))
+    )
+    rows = np.flatnonzero(fit)
+    labels = labels[rows]
+    copies = rules.others[labels]
+    ranked = np.flatnonzero(rules.kind[labels])
+    keys = _keys(rules, shard, piece, rows[ranked])
+    before = ranked[keys < rules.below[labels[ranked]]]
+    copies[before] = rules.first[labels[before]]
+    positions = piece.positions[rows]
+    further = rules.rows.get((shard, piece.worker), np.zeros(0, np.int64))
+    end = piece.start + piece.size
+    further = further[slice(*np.searchsorted(further, (piece.start, end)))]
+    place = np.searchsorted(positions, further)
+    copies[place] = rules.first[labels[place]]
+    split = np.flatnonzero(rules.fraction[labels] > 0)
+    if len(split):
+        draw = draws(rules.seed, shard, piece.worker, positions[split]) / 2.0**_DRAW_BITS
+        copies[split] += draw < rules.fraction[labels[split]]
+    some = np.flatnonzero(copies)
+    owner = {"shard": shard, "worker": piece.worker}
+    constant = {k: np.full(len(some), v, np.int32) for k, v in owner.items()}
+    return {
+        **constant,
+        "position": positions[some],
+        "label": labels[some],
+        "prob": probs[rows[some]],
+        "copies": copies[some],
+    }

@@ -1,8 +1,8 @@
 """Which unlabeled images a student learns from: filtering and balancing (paper section 3.1).
 
 Confidence above a threshold, at most `num_image` per class with the highest confidence first,
-classes with fewer filled up by copies. All of it is SQL on DuckDB over the columnar index of the
-predictions, so the probabilities themselves are never read.
+classes with fewer filled up by copies. All of it reads the columnar index of the predictions only,
+never the probabilities themselves.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def select(config: SelectConfig) -> dict[str, object]:
         return stage.counts()
     _check_classes(config)
     with scan.local_copies(indexes) as files:
-        source = scan.Scan(scan.database(config.memory_limit), files)
+        source = scan.Scan(files)
         counts = _count(source, config, None if counted else statistics_stage, names)
         if config.only_get_stats:
             return statistics_stage.counts()
@@ -289,20 +289,17 @@ def _select(source, counts: statistics.Counts, config: SelectConfig, stage) -> N
     chosen = choose.thresholds(counts.total, config) if original else {}
     with stage.write() as (temporary, summary):
         selection, thresholds, total = (temporary[path] for path in stage.outputs)
-        if original:
-            choose.by_thresholds(source.db, chosen, config)
-        else:
-            choose.exactly(source, counts, config)
+        rules = (
+            choose.by_thresholds(chosen, config)
+            if original
+            else choose.exactly(source, counts, config)
+        )
         with _local_name(selection) as local:
-            _write_selection(source, config, local)
-            rows = source.db.execute(
-                "SELECT label, min(prob)::DOUBLE, count(*), sum(copies) "
-                f"FROM {scan.parquet([local])} GROUP BY label ORDER BY label"
-            ).fetchall()
+            rows = _write_selection(source, rules, local)
         summary.update(
             available=counts.available,
             unique=sum(n for _, _, n, _ in rows),
-            records=int(sum(copies for *_, copies in rows)),
+            records=sum(copies for *_, copies in rows),
             classes={str(label): [lowest, n] for label, lowest, n, _ in rows},
         )
         _warn_of_empty_classes(config, {label for label, *_ in rows})
@@ -336,15 +333,22 @@ def _local_name(path: str) -> Iterator[str]:
         tf.io.gfile.copy(local, path)
 
 
-def _write_selection(source, config: SelectConfig, path: str) -> None:
-    """One Parquet file; a row group holds rows of one shard, so that a reader skips the others."""
+def _write_selection(source, rules: choose.Rules, path: str) -> list[tuple[int, float, int, int]]:
+    """One Parquet file; a row group holds rows of one shard, so that a reader skips the others.
+
+    Returns:
+      (label, least probability, images, copies) of the classes with images.
+    """
     import pyarrow
     import pyarrow.parquet
 
-    columns = ("shard", "worker", "position", "label", "prob", "copies")
-    types = ("int32", "int32", "int64", "int32", "float32", "int32")
-    schema = pyarrow.schema(list(zip(columns, types)))
-    work = functools.partial(choose.kept, config=config)
+    schema = pyarrow.schema(
+        [(name, pyarrow.from_numpy_dtype(kind)) for name, kind in choose.COLUMNS.items()]
+    )
+    classes = len(rules.least)
+    lowest = np.full(classes, np.inf, np.float32)
+    images, copies = np.zeros(classes, np.int64), np.zeros(classes, np.int64)
+
     with pyarrow.parquet.ParquetWriter(
         path,
         schema,
@@ -352,9 +356,18 @@ def _write_selection(source, config: SelectConfig, path: str) -> None:
         use_dictionary=["shard", "worker", "label", "copies"],
         column_encoding={"position": "DELTA_BINARY_PACKED", "prob": "BYTE_STREAM_SPLIT"},
     ) as writer:
-        for _, table in source.each("writing the selection", work):
-            if len(table):
-                writer.write_table(table.cast(schema), row_group_size=_ROW_GROUP)
+        work = functools.partial(choose.kept, rules=rules)
+        for _, tables in source.each("writing the selection", work):
+            for table in tables:
+                labels = table["label"]
+                if not len(labels):
+                    continue
+                np.minimum.at(lowest, labels, table["prob"])
+                images += np.bincount(labels, minlength=classes)
+                copies += np.bincount(labels, table["copies"], classes).astype(np.int64)
+                writer.write_table(pyarrow.table(table, schema), row_group_size=_ROW_GROUP)
+    found = np.flatnonzero(images)
+    return list(zip(*(x[found].tolist() for x in (np.arange(classes), lowest, images, copies))))
 
 
 def load_outcome(config: SelectConfig) -> dict[str, np.ndarray]:

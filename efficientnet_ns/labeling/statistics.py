@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -11,12 +10,11 @@ import numpy as np
 
 from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.data import manifests, records
-from efficientnet_ns.labeling.scan import Scan, double
+from efficientnet_ns.labeling.scan import Scan, pieces
 
 EDGES = [k / 100 for k in range(101)]
-# The JSON of an edge's small counts, so that a million of them need not be formatted one by one.
-_SMALL = 512
-_BINS = np.arange(len(EDGES))
+_EDGES = np.array(EDGES)
+_NEXT_EDGES = np.array([*EDGES[1:], np.inf])
 TOTAL, RUNNING_SUM = "total_counts.json", "total_counts_sum.json"
 
 
@@ -53,50 +51,83 @@ def count(
     """
     shape = (config.num_label_classes, len(EDGES))
     total, eligible, available = np.zeros(shape, np.int64), np.zeros(shape, np.int64), 0
-    low, high = double(config.min_threshold), double(config.max_prob)
+    tasks = {shard: [t for s, t in save if s == shard] for shard in scan.files}
 
-    def group(cursor, shard: int, rows: str) -> dict[str, np.ndarray]:
-        # The bin is the last edge k/100 that is not above prob, compared in float64.
-        return cursor.execute(
-            f"""
-            WITH guess AS (SELECT worker, label, prob::DOUBLE AS p, floor(p * 100) AS k FROM {rows})
-            SELECT worker, label,
-                   least(CASE WHEN p >= (k + 1) / 100 THEN k + 1 WHEN p < k / 100 THEN k - 1
-                              ELSE k END, 100)::INTEGER AS bin,
-                   count(*) AS n, count(*) FILTER (p >= {low} AND p <= {high}) AS fit
-            FROM guess GROUP BY ALL
-            """
-        ).fetchnumpy()
+    # Bins all of whose images pass; only in the others each is compared.
+    whole = (config.min_threshold <= _EDGES) & (_NEXT_EDGES <= config.max_prob)
+    partial = ~whole & (_NEXT_EDGES > config.min_threshold) & (_EDGES <= config.max_prob)
 
-    for shard, rows in scan.each("counting predictions", group):
-        available += int(rows["n"].sum())
-        _check(shard, rows, config.num_label_classes, images)
-        known = rows["label"] >= 0
-        rows = {name: np.asarray(values)[known] for name, values in rows.items()}
-        place = rows["label"], rows["bin"]
-        np.add.at(eligible, place, rows["fit"])
-        np.add.at(total, place, rows["n"])
-        tasks = rows["worker"] // workers_per_task
-        for task in [task for s, task in save if s == shard]:
-            table, mine = np.zeros(shape, np.int64), tasks == task
-            np.add.at(table, tuple(p[mine] for p in place), rows["n"][mine])
+    def group(shard: int, paths: Sequence[str]):
+        found, fit = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        tables = {task: np.zeros(shape, np.int64) for task in tasks[shard]}
+        rows = [0] * len(paths)
+        for piece in pieces(paths):
+            _check_labels(shard, piece.labels, shape[0])
+            rows[piece.worker] += piece.size
+            bins = _bins(piece.probs)
+            place = piece.labels * np.int64(shape[1]) + bins
+            table = _table(place, shape)
+            found += table
+            rest = np.flatnonzero(partial[bins])
+            fit += table * whole + _table(place[rest[fits(piece.probs[rest], config)]], shape)
+            if (task := piece.worker // workers_per_task) in tables:
+                tables[task] += table
+        _check_numbers(shard, rows, images)
+        for task, table in tables.items():
             _write(save[shard, task], table, np.flatnonzero(table.any(1)))
+        return found, fit, sum(rows)
+
+    for _, (found, fit, rows) in scan.each("counting predictions", group):
+        total += found
+        eligible += fit
+        available += rows
     return Counts(total, eligible, available)
 
 
-def _check(shard: int, rows, num_classes: int, images: Mapping[tuple[int, int], int]) -> None:
-    highest = max(rows["label"], default=-1)
+def _table(place: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    return np.bincount(place, minlength=shape[0] * shape[1]).reshape(shape)
+
+
+def fits(probs: np.ndarray, config: SelectConfig) -> np.ndarray:
+    """Which probabilities --min_threshold and --max_prob let pass, compared in float64."""
+    # Arrays: NumPy below 2 compares with a scalar in float32.
+    low, high = np.float64([config.min_threshold]), np.float64([config.max_prob])
+    return (probs >= low) & (probs <= high)
+
+
+def at_least(values: np.ndarray) -> np.ndarray:
+    """The least float32 that is not below a float64: comparing with it is as exact, and cheaper."""
+    near = values.astype(np.float32)
+    return np.where(near.astype(np.float64) < values, np.nextafter(near, np.float32(np.inf)), near)
+
+
+def _bins(probs: np.ndarray) -> np.ndarray:
+    """The last edge k/100 that is not above prob, as if compared in float64: int32 [N]."""
+    bins = (probs * np.float32(100)).astype(np.int32).clip(0, 100)
+    bins += probs >= _LEAST[bins + 1]
+    bins -= probs < _LEAST[bins]
+    return bins
+
+
+_LEAST = at_least(np.array([*EDGES, np.inf]))
+
+
+def _check_labels(shard: int, labels: np.ndarray, num_classes: int) -> None:
+    highest = labels.max(initial=-1)
     if highest >= num_classes:
         raise records.DataError(
             f"a prediction of shard {shard} has the label {highest}, which is not below "
             f"--num_label_classes={num_classes}"
         )
-    for worker in {worker for s, worker in images if s == shard}:
-        found = int(rows["n"][rows["worker"] == worker].sum())
-        if found != images[shard, worker]:
+
+
+def _check_numbers(shard: int, rows: Sequence[int], images: Mapping[tuple[int, int], int]) -> None:
+    for worker, found in enumerate(rows):
+        expected = images.get((shard, worker), found)
+        if found != expected:
             raise records.DataError(
                 f"the predictions of shard {shard} by worker {worker} are {found} records, but its "
-                f"file in --info_dir says {images[shard, worker]}: predict that shard again"
+                f"file in --info_dir says {expected}: predict that shard again"
             )
 
 
@@ -107,28 +138,41 @@ def write_totals(counts: Counts, total: str, running_sum: str) -> None:
     _write(running_sum, counts.total[:, ::-1].cumsum(1)[:, ::-1], classes)
 
 
-@functools.lru_cache(maxsize=1)
-def _entries() -> np.ndarray:
-    """`[edge, count]` as text, by bin and count."""
-    return np.array([[f"[{e}, {n}]" for n in range(_SMALL)] for e in EDGES], dtype=object)
+def _texts(lines: Sequence[str]) -> np.ndarray:
+    """uint8 [lines, longest], filled with zeros."""
+    width = max(map(len, lines))
+    return np.frombuffer("".join(x.ljust(width, "\0") for x in lines).encode(), np.uint8).reshape(
+        len(lines), width
+    )
 
 
 def _write(path: str, table: np.ndarray, classes: Sequence[int]) -> None:
-    """`{class: [[edge, count], …]}`, for the edges 0.00 … 1.00."""
+    """`{class: [[edge, count], …]}`, for the edges 0.00 … 1.00.
+
+    A million of pairs are laid out in columns of equal width, and what is unused is squeezed out.
+    """
     import tensorflow as tf
 
-    entries = _entries()
-    small = table[classes].max(1, initial=0) < _SMALL
-    lines = []
-    for c, is_small in zip(classes, small):
-        if is_small:
-            line = entries[_BINS, table[c]].tolist()
-        else:
-            line = [f"[{edge}, {n}]" for edge, n in zip(EDGES, table[c].tolist())]
-        lines.append(f'"{c}": [{", ".join(line)}]')
-    body = ", ".join(lines)
-    with tf.io.gfile.GFile(path, "w") as f:
-        f.write("{" + body + "}")
+    text = b""
+    if len(classes):
+        rows = table[classes]
+        before, after = _texts([f"[{edge}, " for edge in EDGES]), _texts(["], "])[0]
+        digits = len(str(rows.max()))
+        width = before.shape[1] + digits + len(after)
+        pairs = np.zeros((len(rows), len(EDGES), width), np.uint8)
+        pairs[:, :, : before.shape[1]] = before
+        pairs[:, :, -len(after) :] = after
+        pairs[:, -1, -len(after) + 1 :] = 0
+        for k in range(digits):
+            digit = 48 + rows % 10
+            pairs[:, :, before.shape[1] + digits - 1 - k] = digit if k == 0 else digit * (rows > 0)
+            rows = rows // 10
+        names = _texts([f'"{c}": [' for c in classes])
+        ends = _texts(["], "] * (len(classes) - 1) + ["]"])
+        flat = np.concatenate([names, pairs.reshape(len(classes), -1), ends], axis=1)
+        text = flat[flat != 0].tobytes()
+    with tf.io.gfile.GFile(path, "wb") as f:
+        f.write(b"{" + text + b"}")
 
 
 def stage(config: SelectConfig, predictions: str, names: Mapping[tuple[int, int], str]):
