@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "models": BASE | {"models", "data.manifests"},
     "inference": BASE | NUMBERS,
     "experiment": BASE | NUMBERS,
-    "evaluation": BASE | NUMBERS | {"experiment", "evaluation"},
+    "evaluation": BASE | NUMBERS | {"experiment", "evaluation", "recipes", "labeling.report"},
     "training": BASE | NUMBERS | {"experiment", "evaluation", "training"},
     "labeling": BASE | NUMBERS | {"experiment", "labeling", "training.distribution"},
     "serving": BASE | NUMBERS | {"experiment", "serving"},
