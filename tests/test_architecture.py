@@ -32,6 +32,7 @@ ENTRIES = {
     "benchmark",
     "make_records",
     "proc_svhn",
+    "evaluate_robustness",
 }
 BASE = {"config", "preemption", "progress"}
 NUMBERS = {"data", "models"}
