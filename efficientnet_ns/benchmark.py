@@ -18,6 +18,7 @@ BENCHMARKS = {
     "train": "training",
     "predict": "labeling",
     "select": "selection",
+    "serving": "serving",
 }
 
 

@@ -1,45 +1,180 @@
-"""Export a trained model: `python -m efficientnet_ns.export_model --model_dir=… --export_dir=…`."""
+"""Export a trained model: `python -m efficientnet_ns.export_model --model_dir=… --export_dir=…`.
+
+`--format=savedmodel` writes a version for TensorFlow Serving, `--format=tflite` a file for TensorFlow
+Lite. `--init_model_path` takes weights of any kind: a checkpoint of this package or of the original,
+.h5, .safetensors.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, Optional
 
 from absl import flags
 
 from efficientnet_ns import config as config_lib
-from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.config import Config, ConfigError, setting
 
 
-def export_model(config: Config, export_dir: str, version: int, *, ema: bool = True) -> str:
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """What is exported."""
+
+    export_dir: str = setting("", "Folder in which the version's folder or file is made.")
+    version: Optional[int] = setting(
+        None, "Number of the version; servers take the highest. Default: the next one.", low=1
+    )
+    ema: bool = setting(True, "Export the moving-average weights, not the raw ones.")
+    format: str = setting("savedmodel", "Kind of file.", choices=("savedmodel", "tflite"))
+    optimize_for: str = setting(
+        "cpu",
+        "cpu: batch norm folded, weights frozen; accelerator: folded; none: as trained.",
+        choices=("cpu", "accelerator", "none"),
+    )
+    serving_dtype: str = setting(
+        "float32", "Arithmetic of the SavedModel.", choices=("float32", "bfloat16")
+    )
+    tflite_type: str = setting(
+        "float32",
+        "Numbers of the TFLite file; int8 needs --check_data.",
+        choices=("float32", "float16", "dynamic", "int8"),
+    )
+    top_k: int = setting(5, "Length of the top lists in the answers.", low=1)
+    check_data: str = setting(
+        "", "Folder of images or records on which the export is compared with the model."
+    )
+    check_images: int = setting(200, "How many of them, at most.", low=1)
+
+
+def export_model(
+    config: Config, export_dir: str, version: int | None = None, **settings: Any
+) -> str:
     """Exports the newest checkpoint of `model_dir` (or the one at `init_model_path`).
 
-    Returns:
-      The folder of the SavedModel.
-    """
-    from efficientnet_ns.experiment import Experiment
-    from efficientnet_ns.models import weights
-    from efficientnet_ns.serving import export
+    Args:
+      config: the model, as it was trained.
+      export_dir, version, settings: fields of `ExportConfig`.
 
+    Returns:
+      The folder of the SavedModel, or the path of the TFLite file.
+
+    Raises:
+      ConfigError: a path is missing, or a setting does not fit.
+      manifests.OutputConflict: that version exists.
+    """
+    chosen = ExportConfig(export_dir=export_dir, version=version, **settings)
     path = config.train.init_model_path or config.train.model_dir
     if not path or not export_dir:
         raise ConfigError("--export_dir and --model_dir (or --init_model_path) are needed")
+    if chosen.format == "tflite" and chosen.tflite_type == "int8" and not chosen.check_data:
+        raise ConfigError("--tflite_type=int8 needs --check_data, images to learn ranges from")
+    from efficientnet_ns.experiment import Experiment
+    from efficientnet_ns.serving import export
+
     experiment = Experiment.from_config(config)
-    model = experiment.build_model()
-    weights.load_weights(model, path, ema=ema)
-    return export.export(model, experiment.preprocessing(), export_dir, version)
+    model = _model(experiment, path, chosen)
+    number = export.next_version(export_dir) if version is None else version
+    write = _saved_model if chosen.format == "savedmodel" else _tflite
+    return write(experiment, model, path, number, chosen)
+
+
+def _model(experiment, path: str, chosen: ExportConfig):
+    import tensorflow as tf
+
+    from efficientnet_ns.models import weights
+
+    before = tf.keras.mixed_precision.global_policy()
+    if chosen.serving_dtype == "bfloat16" and chosen.format == "savedmodel":
+        tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        model = experiment.build_model()
+    finally:
+        tf.keras.mixed_precision.set_global_policy(before)
+    weights.load_weights(model, path, ema=chosen.ema)
+    return model
+
+
+def _options(experiment, path: str, chosen: ExportConfig):
+    from efficientnet_ns.data import tasks
+    from efficientnet_ns.serving import export
+    from efficientnet_ns.serving.classifier import Answers
+
+    names = tasks.class_names(experiment.task) or map(str, range(experiment.num_classes))
+    facts = {
+        "Task": experiment.config.data.task_name,
+        "Weights": os.path.basename(path.rstrip("/")) + (" (moving averages)" * chosen.ema),
+        "Arithmetic": chosen.serving_dtype,
+        "Method": "Noisy Student Training (arXiv 1911.04252)",
+    }
+    return export.Options(Answers(tuple(names), top_k=chosen.top_k), chosen.optimize_for, facts)
+
+
+def _check_images(experiment, chosen: ExportConfig):
+    """Encoded images, and the same prepared; nothing when none are given."""
+    from efficientnet_ns.serving import check
+
+    if not chosen.check_data:
+        return [], []
+    encoded = check.encoded_images(chosen.check_data, chosen.check_images)
+    return encoded, check.prepared(encoded, experiment.preprocessing().evaluate)
+
+
+def _float_answers(experiment, path: str, chosen: ExportConfig, images):
+    """Probabilities of the model as it was trained, in float32."""
+    import numpy as np
+    import tensorflow as tf
+
+    model = _model(experiment, path, dataclasses.replace(chosen, serving_dtype="float32"))
+    parts = [images[i : i + 8] for i in range(0, len(images), 8)]
+    return np.concatenate([tf.nn.softmax(model(part, training=False)) for part in parts])
+
+
+def _saved_model(experiment, model, path: str, version: int, chosen: ExportConfig) -> str:
+    from efficientnet_ns.serving import check, export
+
+    encoded, images = _check_images(experiment, chosen)
+    options = _options(experiment, path, chosen)
+    folder = export.export(model, experiment.preprocessing(), chosen.export_dir, version, options)
+    if encoded:
+        answers = export.saved_model_runner(folder)(encoded)
+        expected = _float_answers(experiment, path, chosen, images)
+        print(f"against the float32 model: {check.difference(expected, answers)}")
+    return folder
+
+
+def _tflite(experiment, model, path: str, version: int, chosen: ExportConfig) -> str:
+    from efficientnet_ns.serving import check, export, tflite
+
+    encoded, images = _check_images(experiment, chosen)
+    name = f"{model.name}-{version}-{chosen.tflite_type}.tflite"
+    target = os.path.join(chosen.export_dir, name)
+    content = export.export_tflite(
+        model,
+        experiment.preprocessing(),
+        target,
+        chosen.tflite_type,
+        _options(experiment, path, chosen),
+        images,
+    )
+    if encoded:
+        expected = _float_answers(experiment, path, chosen, images)
+        answers = tflite.runner(content)(images)
+        print(f"against the float32 model: {check.difference(expected, answers)}")
+    return target
 
 
 def main(argv: list[str]) -> None:
     config_lib.no_arguments(argv)
     settings = config_lib.from_flags(Config, flags.FLAGS)
-    values = flags.FLAGS
-    print(export_model(settings, values.export_dir, values.version, ema=values.ema))
+    chosen = config_lib.from_flags(ExportConfig, flags.FLAGS)
+    print(export_model(settings, **dataclasses.asdict(chosen)))
 
 
 def run() -> None:
     """The command line."""
     config_lib.define_flags(Config)
-    flags.DEFINE_string("export_dir", "", "Folder in which the version's folder is made.")
-    flags.DEFINE_integer("version", 1, "Number of the version; servers take the highest.")
-    flags.DEFINE_bool("ema", True, "Export the moving-average weights, not the raw ones.")
+    config_lib.define_flags(ExportConfig)
     config_lib.run(main)
 
 

@@ -132,12 +132,17 @@ def test_signature(exported):
     }
     assert outputs == {
         "classes": (tf.int64, [None]),
+        "class_names": (tf.string, [None]),
         "probabilities": (tf.float32, [None, CLASSES]),
+        "top_classes": (tf.int64, [None, CLASSES]),
+        "top_class_names": (tf.string, [None, CLASSES]),
+        "top_probabilities": (tf.float32, [None, CLASSES]),
+        "valid": (tf.bool, [None]),
     }
 
 
 def test_only_the_version_is_left(exported, base):
-    assert [path.name for path in (base / "models").iterdir()] == ["3"]
+    assert {path.name for path in (base / "models").iterdir()} == {"3", "deploy"}
 
 
 @pytest.mark.parametrize("ema, suffix", [(True, weights.EMA_SUFFIX), (False, "")])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns.data import framing, records
+from efficientnet_ns.data import framing, records, wire
 
 
 def scanned(path: str) -> list[records.Record]:
@@ -75,7 +75,7 @@ def test_mutated_files_are_read_alike(file, block, tmp_path, rng):
 def test_frames_are_what_tensorflow_writes(tmp_path, rng):
     payloads = [rng.bytes(size) for size in (0, 1, 100, 70000)]
     records.write(str(tmp_path / "a"), payloads)
-    assert b"".join(map(framing.frame, payloads)) == (tmp_path / "a").read_bytes()
+    assert b"".join(map(wire.frame, payloads)) == (tmp_path / "a").read_bytes()
 
 
 def unpacked(probabilities: list[float]) -> bytes:

@@ -12,7 +12,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficientnet_ns.data import manifests, records
+from efficientnet_ns.data import manifests, records, wire
 
 GOLDENS = Path(__file__).parent / "goldens" / "records"
 PAYLOADS = [b"first", b"", bytes(range(256)) + b"third", b"the last record"]
@@ -357,7 +357,7 @@ def test_after_a_damaged_length_the_rest_is_lost(path, bad):
 def test_enormous_length_is_not_believed(path):
     """A length with a valid checksum that points beyond the file, as after a truncated download."""
     length = struct.pack("<Q", 2**60)
-    header = length + struct.pack("<I", records._masked_crc(length))
+    header = length + struct.pack("<I", wire.masked_crc(length))
     path.write_bytes(path.read_bytes() + header + b"x" * 100)
     *whole, last = read(path)
     assert [r.payload for r in whole] == PAYLOADS
@@ -586,7 +586,7 @@ def test_many_predictions_at_once_are_the_same_bytes(classes):
 def test_framed_record_is_that_of_the_writer(tmp_path):
     payloads = [b"", b"x", b"some bytes" * 1000]
     records.write(str(tmp_path / "file"), payloads)
-    assert b"".join(map(records.frame, payloads)) == (tmp_path / "file").read_bytes()
+    assert b"".join(map(wire.frame, payloads)) == (tmp_path / "file").read_bytes()
 
 
 def test_reading_from_the_middle(tmp_path):

@@ -62,7 +62,8 @@ def _peer_name(model_name: str) -> str:
 
 def _measure(key: str, config: BenchmarkConfig) -> dict[str, float]:
     """One contender in a new process."""
-    command = [sys.executable, "-m", __name__, key, json.dumps(dataclasses.asdict(config))]
+    code = f"from {__name__} import print_work; print_work()"
+    command = [sys.executable, "-c", code, key, json.dumps(dataclasses.asdict(config))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -146,5 +147,6 @@ def _work(key: str, config: BenchmarkConfig) -> dict[str, float]:
     return {"rate": steps * config.batch_size / elapsed, "megabytes": peak}
 
 
-if __name__ == "__main__":
+def print_work() -> None:
+    """What a contender's process runs; the arguments are its key and its configuration."""
     print(json.dumps(_work(sys.argv[1], BenchmarkConfig(**json.loads(sys.argv[2])))))

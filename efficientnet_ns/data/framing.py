@@ -8,28 +8,12 @@ from __future__ import annotations
 
 import struct
 
-import google_crc32c
 import tensorflow as tf
 
-from efficientnet_ns.data import records
+from efficientnet_ns.data import records, wire
 
-_HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
-_OVERHEAD = _HEADER.size + _FOOTER.size
 _FLOAT = struct.Struct("<f")
 _BLOCK = 4 << 20  # Bytes per read.
-
-
-def _masked_crc(data: bytes) -> int:
-    crc = google_crc32c.value(data)
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def frame(payload: bytes) -> bytes:
-    """A payload as it stands in a TFRecord file: length and checksums around it."""
-    length = len(payload).to_bytes(8, "little")
-    return b"".join(
-        (length, _FOOTER.pack(_masked_crc(length)), payload, _FOOTER.pack(_masked_crc(payload)))
-    )
 
 
 class Scanner:
@@ -75,12 +59,12 @@ class Scanner:
             return records.Record(position, None, problem, self._size - offset)
         # `_next_length` has moved behind the record, which may reach beyond the block.
         end = self._at
-        if end > len(self._block) or end < length + _FOOTER.size:
-            self._load(offset, length + _OVERHEAD)
-            end = self._at = length + _OVERHEAD
-        payload = self._block[end - _FOOTER.size - length : end - _FOOTER.size]
-        (crc,) = _FOOTER.unpack_from(self._block, end - _FOOTER.size)
-        if _masked_crc(payload) != crc:
+        if end > len(self._block) or end < length + wire.FOOTER.size:
+            self._load(offset, length + wire.OVERHEAD)
+            end = self._at = length + wire.OVERHEAD
+        payload = self._block[end - wire.FOOTER.size - length : end - wire.FOOTER.size]
+        (crc,) = wire.FOOTER.unpack_from(self._block, end - wire.FOOTER.size)
+        if wire.masked_crc(payload) != crc:
             return records.Record(position, None, f"damaged payload at byte {offset}")
         return records.Record(position, payload)
 
@@ -89,15 +73,15 @@ class Scanner:
         if self._ended:
             return None
         at = self._at
-        if at + _HEADER.size > len(self._block):
-            self._load(self._start + at, _HEADER.size)
+        if at + wire.HEADER.size > len(self._block):
+            self._load(self._start + at, wire.HEADER.size)
             at = 0
         block = self._block
-        if len(block) - at < _HEADER.size:
+        if len(block) - at < wire.HEADER.size:
             return None
-        length, crc = _HEADER.unpack_from(block, at)
-        end = at + length + _OVERHEAD
-        if self._start + end > self._size or _masked_crc(block[at : at + 8]) != crc:
+        length, crc = wire.HEADER.unpack_from(block, at)
+        end = at + length + wire.OVERHEAD
+        if self._start + end > self._size or wire.masked_crc(block[at : at + 8]) != crc:
             return None
         self._at = end
         self.position += 1
@@ -113,9 +97,9 @@ class Scanner:
 
     def _problem(self, offset: int) -> str:
         """Why there is no whole record at a byte of the file."""
-        header = self._block[self._at : self._at + _HEADER.size]
-        damaged = len(header) == _HEADER.size and (
-            _masked_crc(header[:8]) != _HEADER.unpack(header)[1]
+        header = self._block[self._at : self._at + wire.HEADER.size]
+        damaged = len(header) == wire.HEADER.size and (
+            wire.masked_crc(header[:8]) != wire.HEADER.unpack(header)[1]
         )
         return (
             f"damaged length at byte {offset}: the rest is lost"
@@ -132,21 +116,6 @@ class Scanner:
 
 
 # --- Examples -------------------------------------------------------------------------------------
-
-
-def _varint(value: int) -> bytes:
-    parts = bytearray()
-    while value > 0x7F:
-        parts.append(value & 0x7F | 0x80)
-        value >>= 7
-    parts.append(value)
-    return bytes(parts)
-
-
-def _feature_entry(key: str, feature: bytes) -> bytes:
-    """A serialized entry of the map of an Example, which is its field 1, as are the map's keys."""
-    name = b"\n" + _varint(len(key)) + key.encode() + b"\x12" + _varint(len(feature))
-    return b"".join((b"\n", _varint(len(name) + len(feature)), name, feature))
 
 
 def feature(record: bytes, key: str) -> bytes:
@@ -196,22 +165,17 @@ def _varint_size(data: bytes, at: int) -> int:
 
 
 def pseudo_labeled_example(image: bytes, probabilities: bytes, label: int, prob: float) -> bytes:
-    """`records.pseudo_labeled_example`, the same bytes, from the Features of two other records.
+    """`records.pseudo_labeled_example`, as long and read the same, from the Features of two other records.
 
     Args:
       image, probabilities: serialized Features.
       label: 0-based.
       prob: probability of the label.
     """
-    number = _varint(label)
-    count = _varint(len(number))
-    label_list = b"\n" + count + number
-    body = b"".join(
-        (
-            _feature_entry(records.IMAGE, image),
-            _feature_entry(records.LABEL, b"\x1a" + _varint(len(label_list)) + label_list),
-            _feature_entry(records.PROBABILITIES, probabilities),
-            _feature_entry(records.PROB, b"\x12\x06\n\x04" + _FLOAT.pack(prob)),
-        )
+    features = (
+        wire.entry(records.IMAGE, image),
+        wire.entry(records.LABEL, wire.field(3, wire.field(1, wire.varint(label)))),
+        wire.entry(records.PROBABILITIES, probabilities),
+        wire.entry(records.PROB, wire.field(2, wire.field(1, _FLOAT.pack(prob)))),
     )
-    return b"\n" + _varint(len(body)) + body
+    return wire.field(1, b"".join(features))

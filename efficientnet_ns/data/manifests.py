@@ -40,6 +40,16 @@ def remove_abandoned(paths: Sequence[str]) -> None:
                 tf.io.gfile.remove(found)
 
 
+def remove_abandoned_folders(parent: str) -> None:
+    """Removes temporary folders directly in `parent` of killed processes of this machine."""
+    prefix = f".tmp-{socket.gethostname()}-"
+    for name in (found.rstrip("/") for found in tf.io.gfile.listdir(parent)):
+        pid = name[len(prefix) :].split("-", 1)[0] if name.startswith(prefix) else ""
+        path = os.path.join(parent, name)
+        if pid.isdigit() and not is_running(int(pid)) and tf.io.gfile.isdir(path):
+            tf.io.gfile.rmtree(path)
+
+
 def is_running(pid: int) -> bool:
     """Whether this machine has a process of that number."""
     try:

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import google_crc32c
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.data import manifests
+from efficientnet_ns.data import manifests, wire
 
 IMAGE, LABEL_ONE_BASED = "image/encoded", "image/class/label"
 PROBABILITIES, CLASSES, LABEL, PROB = "probabilities", "classes", "label", "prob"
@@ -161,21 +159,6 @@ def prediction_example(probabilities: Sequence[float]) -> bytes:
     )
 
 
-def _varint(value: int) -> bytes:
-    """A protocol buffer's variable-length integer, 7 bits per byte, lowest first."""
-    groups = bytearray()
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    groups.append(value)
-    return bytes(groups)
-
-
-def _field(tag: int, content: bytes) -> bytes:
-    """A length-delimited protocol buffer field."""
-    return bytes([tag << 3 | 2]) + _varint(len(content)) + content
-
-
 def prediction_examples(probabilities: np.ndarray) -> list[bytes]:
     """`prediction_example` of many rows, byte for byte the same and much faster.
 
@@ -185,17 +168,12 @@ def prediction_examples(probabilities: np.ndarray) -> list[bytes]:
     rows = np.ascontiguousarray(probabilities, "<f4")
     size = 4 * rows.shape[1]
 
-    # Field numbers of example.proto: 1 the features of an Example, 1 the entries of their map with
-    # key (1) and value (2), and in a Feature the float list (2) or int64 list (3), packed (1).
-    def entry(key: str, feature: bytes) -> bytes:
-        return _field(1, _field(1, key.encode()) + _field(2, feature))
-
-    numbers = entry(PROBABILITIES, _field(2, _field(1, bytes(size))))
+    numbers = wire.entry(PROBABILITIES, wire.field(2, wire.field(1, bytes(size))))
     # The numbers come last, so that all rows of a class share what is before them.
     starts: dict[int, bytes] = {}
     for k in set(classes := rows.argmax(1).tolist()):
-        class_entry = entry(CLASSES, _field(3, _field(1, _varint(k))))
-        starts[k] = _field(1, class_entry + numbers)[:-size]
+        class_entry = wire.entry(CLASSES, wire.field(3, wire.field(1, wire.varint(k))))
+        starts[k] = wire.field(1, class_entry + numbers)[:-size]
     return [starts[k] + row.tobytes() for k, row in zip(classes, rows)]
 
 
@@ -295,15 +273,6 @@ class Record(NamedTuple):
     lost: int = 0
 
 
-_HEADER = struct.Struct("<QI")
-_FOOTER = struct.Struct("<I")
-
-
-def _masked_crc(data: bytes) -> int:
-    crc = google_crc32c.value(data)
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
 def read(path: str) -> Iterator[Record]:
     """Reads a TFRecord file past damage.
 
@@ -329,23 +298,23 @@ def read_from(path: str, position: int = 0, offset: int = 0) -> Iterator[tuple[R
         if offset:
             f.seek(offset)
         while offset < size:
-            header = f.read(_HEADER.size)
-            if len(header) < _HEADER.size:
+            header = f.read(wire.HEADER.size)
+            if len(header) < wire.HEADER.size:
                 yield Record(position, None, f"truncated at byte {offset}", size - offset), size
                 return
-            length, length_crc = _HEADER.unpack(header)
-            if _masked_crc(header[:8]) != length_crc:
+            length, length_crc = wire.HEADER.unpack(header)
+            if wire.masked_crc(header[:8]) != length_crc:
                 problem = f"damaged length at byte {offset}: the rest is lost"
                 yield Record(position, None, problem, size - offset), size
                 return
-            if offset + _HEADER.size + length + _FOOTER.size > size:
+            if offset + wire.HEADER.size + length + wire.FOOTER.size > size:
                 yield Record(position, None, f"truncated at byte {offset}", size - offset), size
                 return
             payload = f.read(length)
-            (crc,) = _FOOTER.unpack(f.read(_FOOTER.size))
-            good = _masked_crc(payload) == crc
+            (crc,) = wire.FOOTER.unpack(f.read(wire.FOOTER.size))
+            good = wire.masked_crc(payload) == crc
             problem = "" if good else f"damaged payload at byte {offset}"
-            offset += _HEADER.size + length + _FOOTER.size
+            offset += wire.HEADER.size + length + wire.FOOTER.size
             yield Record(position, payload if good else None, problem), offset
             position += 1
 
@@ -359,11 +328,11 @@ def spans(path: str) -> Iterator[tuple[int, int]]:
     """(first byte, length) of the payload of each whole record, by the headers alone."""
     size, end = tf.io.gfile.stat(path).length, 0
     with tf.io.gfile.GFile(path, "rb") as f:
-        while end + _HEADER.size <= size:
+        while end + wire.HEADER.size <= size:
             f.seek(end)
-            length, length_crc = _HEADER.unpack(header := f.read(_HEADER.size))
-            start, end = end + _HEADER.size, end + _HEADER.size + length + _FOOTER.size
-            if _masked_crc(header[:8]) != length_crc or end > size:
+            length, length_crc = wire.HEADER.unpack(header := f.read(wire.HEADER.size))
+            start, end = end + wire.HEADER.size, end + wire.HEADER.size + length + wire.FOOTER.size
+            if wire.masked_crc(header[:8]) != length_crc or end > size:
                 return
             yield start, length
 
@@ -372,7 +341,7 @@ def _measure(path: str) -> tuple[int, int]:
     """(whole records, bytes after the last whole record)."""
     total = end = 0
     for start, length in spans(path):
-        total, end = total + 1, start + length + _FOOTER.size
+        total, end = total + 1, start + length + wire.FOOTER.size
     return total, tf.io.gfile.stat(path).length - end
 
 
@@ -415,13 +384,6 @@ def count_all(paths: Sequence[str], max_bad_fraction: float = 0.01) -> list[int]
 # --- Writing --------------------------------------------------------------------------------------
 
 COUNTS = "counts.json"
-
-
-def frame(payload: bytes) -> bytes:
-    """A record as it stands in a TFRecord file, for files that are put together in memory."""
-    length = struct.pack("<Q", len(payload))
-    checksums = _FOOTER.pack(_masked_crc(length)), _FOOTER.pack(_masked_crc(payload))
-    return b"".join((length, checksums[0], payload, checksums[1]))
 
 
 def write(path: str, payloads: Iterator[bytes] | Sequence[bytes]) -> int:

@@ -19,7 +19,7 @@ import google_crc32c
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.data import manifests, records
+from efficientnet_ns.data import manifests, wire
 
 
 @dataclasses.dataclass
@@ -74,13 +74,13 @@ class Parts:
         """Publishes a part; it appears whole."""
         stored = {name: getattr(part, name) for name in Part._STORED}
         numbers = part.labels.astype("<i4").tobytes() + part.top_probs.astype("<f4").tobytes()
-        body = b"".join(records.frame(p) for p in [numbers, *part.payloads])
+        body = b"".join(wire.frame(p) for p in [numbers, *part.payloads])
         stored.update(settings=self._settings, bytes=len(body), crc=google_crc32c.value(body))
         with (
             manifests.atomic_path(self._path(part.first)) as temporary,
             tf.io.gfile.GFile(temporary, "wb") as f,
         ):
-            f.write(records.frame(json.dumps(stored).encode()))
+            f.write(wire.frame(json.dumps(stored).encode()))
             f.write(body)
 
     def chain(self) -> Iterator[tuple[Part, bytes]]:

@@ -27,8 +27,10 @@ from efficientnet_ns.labeling.labeler import Labeler
 from efficientnet_ns.labeling.queue import Lease
 from efficientnet_ns.progress import Progress
 
-# Of finished records held in memory before they are written as a part.
-_MAX_PART_BYTES = 64 * 2**20
+# Of finished records held in memory before they are written as a part; a record counts for at least
+# what its Python object takes.
+_MAX_PART_BYTES = 16 * 2**20
+_OBJECT_BYTES = 128
 
 
 class TooManyBadRecords(records.DataError):
@@ -286,7 +288,7 @@ class _PartBuilder:
         self._labels.append(labels)
         self._top.append(probs.max(1, initial=0))
         self._records += len(labels)
-        self.size += sum(map(len, payloads))
+        self.size += sum(map(len, payloads)) + _OBJECT_BYTES * len(payloads)
 
     def part(self, group: _Group) -> parts_lib.Part:
         """All that was added, up to and with `group`."""

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.config import SelectConfig
-from efficientnet_ns.data import framing, manifests, records
+from efficientnet_ns.data import framing, manifests, records, wire
 from efficientnet_ns.labeling import select, shuffle
 
 _ROWS = 1 << 14  # Of the selection, held at a time.
@@ -167,7 +167,7 @@ def _runs(config: SelectConfig, db, shard: int, workers: int) -> Iterator[_Run]:
     chosen: list[tuple[int, int]] = []
     size = 0
     for choice, example in _examples(config, db, shard, workers):
-        frames.append(framing.frame(example))
+        frames.append(wire.frame(example))
         chosen.append((choice.image, choice.copies))
         size += len(frames[-1])
         if size >= _RUN_BYTES:

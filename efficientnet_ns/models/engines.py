@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -134,8 +135,15 @@ def _cache_sized_batch(image_size: int) -> int:
     return max(1, min(16, 64 * 64 // image_size**2))
 
 
-def convert(model: tf.keras.Model, batch_size: int) -> bytes:
+def convert(
+    model: tf.keras.Model,
+    batch_size: int,
+    configure: Callable[[tf.lite.TFLiteConverter], None] | None = None,
+) -> bytes:
     """A flatbuffer of pixels float32 [batch_size, S, S, 3] → probabilities float32.
+
+    Args:
+      configure: sets options of the converter, e.g. quantization.
 
     Raises:
       ValueError: the model is too large for one.
@@ -155,6 +163,8 @@ def convert(model: tf.keras.Model, batch_size: int) -> bytes:
     converter = tf.lite.TFLiteConverter.from_concrete_functions(
         [forward.get_concrete_function()], holder
     )
+    if configure is not None:
+        configure(converter)
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:

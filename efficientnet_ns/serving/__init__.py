@@ -1,1 +1,1 @@
-"""Export of trained models."""
+"""Export of trained models, and how to ask a server that runs them."""

@@ -1,44 +1,102 @@
-"""SavedModels that answer to encoded images: bytes in, classes and probabilities out."""
+"""Versions of SavedModels for TensorFlow Serving, and TFLite files; each appears whole or not at all."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
+from tensorflow.core.protobuf import saved_model_pb2
 
 from efficientnet_ns.data import manifests
 from efficientnet_ns.data.pipeline import Preprocessing
+from efficientnet_ns.models import folding
+from efficientnet_ns.serving import card, deploy, tflite, warmup
+from efficientnet_ns.serving.classifier import Answers, Classifier
+
+TARGETS = ("cpu", "accelerator", "none")
+
+# A graph with its constants is one protocol buffer, which ends at 2 GB.
+_MAX_FROZEN_PARAMETERS = 450_000_000
 
 
-class Classifier(tf.Module):
-    """A model with the evaluation preprocessing inside its graph.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a model is exported.
+
+    Attributes:
+      answers: names of the classes and length of the top list.
+      optimize_for: `cpu` folds batch norm into the convolutions and freezes the weights;
+        `accelerator` folds and keeps variables; `none` leaves the graph as it was trained.
+      facts: lines of the model card, name → value.
+    """
+
+    answers: Answers
+    optimize_for: str = "cpu"
+    facts: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+
+def next_version(base: str) -> int:
+    """One above the highest version in `base`, 1 when there is none."""
+    names = tf.io.gfile.listdir(base) if tf.io.gfile.isdir(base) else []
+    return max([int(n) for n in (n.rstrip("/") for n in names) if n.isdigit()], default=0) + 1
+
+
+@contextmanager
+def _version(base: str, version: int) -> Iterator[str]:
+    """Yields a temporary folder that becomes `<base>/<version>` when the block succeeds."""
+    folder = os.path.join(base, str(version))
+    if tf.io.gfile.exists(folder):
+        raise manifests.OutputConflict(f"{folder} exists: choose another --version, or delete it")
+    tf.io.gfile.makedirs(base)
+    manifests.remove_abandoned_folders(base)
+    temporary = manifests.temporary_name(folder)
+    verbosity = logging.get_verbosity()
+    # TensorFlow warns of functions that only Keras would miss, and names the temporary folder.
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield temporary
+        tf.io.gfile.rename(temporary, folder)
+    finally:
+        logging.set_verbosity(verbosity)
+        if tf.io.gfile.exists(temporary):
+            tf.io.gfile.rmtree(temporary)
+
+
+def optimized(model: tf.keras.Model, optimize_for: str) -> tuple[tf.keras.Model, bool]:
+    """The model to serve, and whether its weights can be frozen into the graph."""
+    if optimize_for == "none":
+        return model, False
+    freeze = optimize_for == "cpu" and model.count_params() <= _MAX_FROZEN_PARAMETERS
+    if optimize_for == "cpu" and not freeze:
+        logging.warning(
+            "%s has %d parameters, too many for constants of one graph (2 GB): they stay variables",
+            model.name,
+            model.count_params(),
+        )
+    return folding.fold_batch_norm(model), freeze
+
+
+def export(
+    model: tf.keras.Model,
+    preprocessing: Preprocessing,
+    base: str,
+    version: int,
+    options: Options | None = None,
+) -> str:
+    """Writes `<base>/<version>/`; it appears by rename, so a server never loads half a model.
+
+    Beside the SavedModel: labels, warm-up requests and a model card; in `<base>/deploy/` what
+    starts a server.
 
     Args:
       model: pixels → logits, with the weights to serve.
       preprocessing: the evaluation preprocessing of that model.
-    """
-
-    def __init__(self, model: tf.keras.Model, preprocessing: Preprocessing):
-        super().__init__()
-        self.model, self._preprocessing = model, preprocessing
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
-    def __call__(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Encoded images [N] → `classes` int64 [N], `probabilities` float32 [N, C]."""
-        size = self._preprocessing.image_size
-        # Decode, crop and resize per image, so that images of different sizes make one batch.
-        images = tf.map_fn(
-            self._preprocessing.evaluate,
-            image_bytes,
-            fn_output_signature=tf.TensorSpec([size, size, 3], tf.float32),
-        )
-        probabilities = tf.nn.softmax(self.model(images, training=False))
-        return {"classes": tf.argmax(probabilities, -1), "probabilities": probabilities}
-
-
-def export(model: tf.keras.Model, preprocessing: Preprocessing, base: str, version: int) -> str:
-    """Writes `<base>/<version>/`; it appears by rename, so a server never loads half a model.
+      options: default: classes are named by their index.
 
     Returns:
       The folder.
@@ -46,20 +104,124 @@ def export(model: tf.keras.Model, preprocessing: Preprocessing, base: str, versi
     Raises:
       manifests.OutputConflict: that version exists.
     """
-    folder = os.path.join(base, str(version))
-    if tf.io.gfile.exists(folder):
-        raise manifests.OutputConflict(f"{folder} exists: choose another --version, or delete it")
-    tf.io.gfile.makedirs(base)
-    classifier = Classifier(model, preprocessing)
-    temporary = manifests.temporary_name(folder)
-    verbosity = logging.get_verbosity()
-    # It warns of functions that only Keras would miss, and names the temporary folder.
-    logging.set_verbosity(logging.ERROR)
-    try:
-        tf.saved_model.save(classifier, temporary, signatures=classifier.__call__)
-        tf.io.gfile.rename(temporary, folder)
-    finally:
-        logging.set_verbosity(verbosity)
-        if tf.io.gfile.exists(temporary):
-            tf.io.gfile.rmtree(temporary)
-    return folder
+    if options is None:
+        names = tuple(str(index) for index in range(model.output_shape[-1]))
+        options = Options(Answers(names))
+    with _version(base, version) as folder:
+        served, freeze = optimized(model, options.optimize_for)
+        classifier = Classifier(served, preprocessing, options.answers, freeze=freeze)
+        tf.saved_model.save(
+            classifier,
+            folder,
+            signatures=classifier.signatures(),
+            # The gradients of swish cannot be saved from a frozen graph, and nobody trains this.
+            options=tf.saved_model.SaveOptions(experimental_custom_gradients=False),
+        )
+        _set_classify_method(folder)
+        _write(os.path.join(folder, "assets", "labels.txt"), _lines(options.answers.class_names))
+        warmup.write(folder, model.name, preprocessing.image_size)
+        _write(os.path.join(folder, "README.md"), _card(model, preprocessing, version, options))
+    deploy.write(base, model.name)
+    return os.path.join(base, str(version))
+
+
+def export_tflite(
+    model: tf.keras.Model,
+    preprocessing: Preprocessing,
+    path: str,
+    kind: str,
+    options: Options,
+    representative: Sequence[np.ndarray] = (),
+) -> bytes:
+    """Writes a TFLite file; see `tflite.convert` and `tflite.with_metadata`.
+
+    Returns:
+      Its content.
+
+    Raises:
+      manifests.OutputConflict: the file exists.
+    """
+    if tf.io.gfile.exists(path):
+        raise manifests.OutputConflict(f"{path} exists: choose another --version, or delete it")
+    tf.io.gfile.makedirs(os.path.dirname(path) or ".")
+    content = tflite.convert(model, kind, representative)
+    facts = {
+        "model": model.name,
+        "type": kind,
+        "input": "pixels 0..255 RGB, evaluation crop and bicubic resize",
+        "image_size": preprocessing.image_size,
+        **_normalisation(model),
+        "normalisation": "inside the graph",
+    }
+    content = tflite.with_metadata(content, options.answers.class_names, facts)
+    with manifests.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
+        f.write(content)
+    return content
+
+
+def saved_model_runner(folder: str) -> Callable[[Sequence[bytes]], np.ndarray]:
+    """Asks an exported version: encoded images → probabilities [N, C]."""
+    loaded = tf.saved_model.load(folder)
+
+    def run(encoded: Sequence[bytes]) -> np.ndarray:
+        parts = [encoded[i : i + 8] for i in range(0, len(encoded), 8)]
+        answer = loaded.signatures["serving_default"]
+        rows = [answer(image_bytes=tf.constant(part))["probabilities"] for part in parts]
+        return np.concatenate([row.numpy() for row in rows])
+
+    return run
+
+
+def _set_classify_method(folder: str) -> None:
+    """Names the method of `classify`, which `tf.saved_model.save` calls Predict."""
+    path = os.path.join(folder, "saved_model.pb")
+    with tf.io.gfile.GFile(path, "rb") as f:
+        saved = saved_model_pb2.SavedModel.FromString(f.read())
+    signature = saved.meta_graphs[0].signature_def["classify"]
+    signature.method_name = tf.compat.v1.saved_model.signature_constants.CLASSIFY_METHOD_NAME
+    with tf.io.gfile.GFile(path, "wb") as f:
+        f.write(saved.SerializeToString(deterministic=True))
+
+
+def _lines(names: Sequence[str]) -> str:
+    return "".join(f"{name}\n" for name in names)
+
+
+def _write(path: str, text: str) -> None:
+    tf.io.gfile.makedirs(os.path.dirname(path))
+    with tf.io.gfile.GFile(path, "w") as f:
+        f.write(text)
+
+
+def _normalisation(model: tf.keras.Model) -> dict[str, list[float]]:
+    layer = model.get_layer("normalization")
+    return {"mean": list(layer.mean), "std": list(layer.std)}
+
+
+def _card(
+    model: tf.keras.Model, preprocessing: Preprocessing, version: int, options: Options
+) -> str:
+    targets = {
+        "cpu": "CPUs (batch norm folded, weights frozen)",
+        "accelerator": "accelerators (batch norm folded, weights in variables)",
+        "none": "any device (graph as trained)",
+    }
+    crop = (
+        "Resized to the model's size without cropping (small images are taken as they are)."
+        if preprocessing.small_image
+        else "Centre crop of size / (size + 32) of the shorter side, then bicubic resize: the "
+        "function that evaluation uses."
+    )
+    names = options.answers.class_names
+    values = {
+        "model": model.name,
+        "version": version,
+        "num_classes": len(names),
+        "size": preprocessing.image_size,
+        "target": targets[options.optimize_for],
+        "preprocessing": crop,
+        "max_pixels": options.answers.max_pixels,
+        "top_k": min(options.answers.top_k, len(names)),
+        **_normalisation(model),
+    }
+    return card.text(values, {"Parameters": f"{model.count_params():,}", **options.facts})

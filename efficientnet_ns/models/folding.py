@@ -1,0 +1,55 @@
+"""Batch norm folded into the convolutions before it, for inference on CPUs."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from efficientnet_ns.models import layers
+
+_CONV, _BN = "_conv", "_bn"
+
+
+def fold_batch_norm(model: tf.keras.Model) -> tf.keras.Model:
+    """A model for inference that computes the same with convolutions alone.
+
+    Every `<name>_conv` takes over the scale γ/√(σ² + ε) and the shift β - μ·γ/√(σ² + ε) of its
+    `<name>_bn`, which becomes the identity; layer names stay, so that `endpoints` works on it.
+
+    Args:
+      model: made by `efficientnet.build_model`.
+
+    Returns:
+      A model with the same input and outputs and no batch norm; its weights are copies.
+    """
+    folded = tf.keras.models.clone_model(model, clone_function=_clone)
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNorm) or not layer.weights:
+            continue
+        values = _folded(layer, model) if layer.name.endswith(_CONV) else layer.get_weights()
+        folded.get_layer(layer.name).set_weights(values)
+    return folded
+
+
+def _swish(x: tf.Tensor) -> tf.Tensor:
+    # tf.nn.silu carries a gradient of its own, whose ops keep kernels from being fused.
+    return x * tf.sigmoid(x)
+
+
+def _clone(layer: tf.keras.layers.Layer) -> tf.keras.layers.Layer:
+    if isinstance(layer, layers.BatchNorm):
+        return tf.keras.layers.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
+    if layer.name.endswith("_swish"):
+        return tf.keras.layers.Activation(_swish, name=layer.name, dtype=layer.dtype_policy)
+    config = layer.get_config()
+    if layer.name.endswith(_CONV):
+        config["use_bias"] = True
+    return type(layer).from_config(config)
+
+
+def _folded(conv: tf.keras.layers.Layer, model: tf.keras.Model) -> list[tf.Tensor]:
+    norm = model.get_layer(conv.name[: -len(_CONV)] + _BN)
+    scale = norm.gamma / tf.sqrt(norm.moving_variance + norm.epsilon)
+    depthwise = isinstance(conv, tf.keras.layers.DepthwiseConv2D)
+    # A depthwise kernel is [k, k, channels, 1], any other [k, k, channels in, channels out].
+    kernel = conv.weights[0] * (scale[:, None] if depthwise else scale)
+    return [kernel.numpy(), (norm.beta - norm.moving_mean * scale).numpy()]

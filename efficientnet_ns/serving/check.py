@@ -1,0 +1,69 @@
+"""How far an exported model's answers are from the model it was made from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.data import records
+
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
+
+
+class Difference(NamedTuple):
+    """Of two models on the same images.
+
+    Attributes:
+      images: how many were compared.
+      agreement: part of them with the same most probable class.
+      largest: absolute difference between two probabilities of one class.
+    """
+
+    images: int
+    agreement: float
+    largest: float
+
+    def __str__(self) -> str:
+        return (
+            f"top-1 agreement {self.agreement:.1%}, largest difference of a probability "
+            f"{self.largest:.2g}, on {self.images} images"
+        )
+
+
+def encoded_images(path: str, limit: int) -> list[bytes]:
+    """The first `limit` encoded images of a folder of image files or of record files.
+
+    Raises:
+      DataError: there are none.
+    """
+    names = sorted(tf.io.gfile.listdir(path)) if tf.io.gfile.isdir(path) else []
+    pictures = [name for name in names if name.lower().endswith(_EXTENSIONS)][:limit]
+    found = []
+    for name in pictures:
+        with tf.io.gfile.GFile(os.path.join(path, name), "rb") as f:
+            found.append(f.read())
+    shards = [name for name in names if "-of-" in name and not name.startswith(".")]
+    for name in [] if pictures else shards:
+        for record in records.read(os.path.join(path, name)):
+            if record.payload is not None and len(found) < limit:
+                found.append(records.image_bytes(record.payload))
+    if not found:
+        raise records.DataError(
+            f"{path} holds neither images ({', '.join(_EXTENSIONS)}) nor records (…-00000-of-…)"
+        )
+    return found
+
+
+def prepared(encoded: Sequence[bytes], prepare: Callable[[tf.Tensor], tf.Tensor]) -> np.ndarray:
+    """Preprocesses encoded images: float32 [N, S, S, 3]."""
+    return np.stack([prepare(tf.constant(image)).numpy() for image in encoded])
+
+
+def difference(expected: np.ndarray, answers: np.ndarray) -> Difference:
+    """Compares probabilities [N, C] of two models."""
+    same = expected.argmax(1) == answers.argmax(1)
+    return Difference(len(expected), float(same.mean()), float(np.abs(expected - answers).max()))

@@ -1,0 +1,187 @@
+"""What a served model answers: encoded images, pixels or tf.Examples in, named classes out.
+
+TF Serving merges the requests of many clients into one batch, so an image that cannot be decoded
+must not fail the others: images are prepared one by one in a `tf.data` pipeline inside the graph,
+which leaves out the bad ones, and their rows are answered as invalid (`valid` false, class -1, name
+"", probabilities 0). Every op is a standard one: TensorFlow alone loads the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+from efficientnet_ns.data import headers, records
+from efficientnet_ns.data.pipeline import Preprocessing
+from efficientnet_ns.models import efficientnet
+from efficientnet_ns.serving import image_sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What is answered beside the probabilities.
+
+    Attributes:
+      class_names: one per class.
+      top_k: length of the `top_*` outputs and of `classify`.
+      max_pixels: images whose header claims more are invalid; they are never decoded.
+    """
+
+    class_names: tuple[str, ...]
+    top_k: int = 5
+    max_pixels: int = headers.MAX_PIXELS
+
+
+class Classifier(tf.Module):
+    """A model with the evaluation preprocessing and the names of its classes inside its graph.
+
+    Args:
+      model: pixels → logits, with the weights to serve.
+      preprocessing: the evaluation preprocessing of that model.
+      answers: see `Answers`.
+      freeze: store the weights as constants of the graph, which CPUs run faster.
+    """
+
+    def __init__(
+        self,
+        model: tf.keras.Model,
+        preprocessing: Preprocessing,
+        answers: Answers,
+        *,
+        freeze: bool = False,
+    ):
+        super().__init__()
+        self._preprocessing, self._answers = preprocessing, answers
+        ends = efficientnet.endpoints(model)
+        names = ("logits", "pooled")
+        self._ends = tf.keras.Model(model.input, [ends[name] for name in names])
+        self._run = _frozen(self._ends) if freeze else self._apply
+        if freeze:
+            del self._ends
+
+    def _apply(self, images: tf.Tensor) -> list[tf.Tensor]:
+        return self._ends(images, training=False)
+
+    def _forward(self, images: tf.Tensor) -> list[tf.Tensor]:
+        """Logits [N, C] and pooled features [N, D] of prepared images [N, S, S, 3], N from 0."""
+        count = tf.shape(images)[0]
+        # Some kernels for CPUs refuse an empty batch.
+        missing = tf.cast(count == 0, tf.int32)
+        images = tf.pad(images, [[0, missing], [0, 0], [0, 0], [0, 0]])
+        logits, pooled = self._run(tf.ensure_shape(images, [None, *self._image_spec.shape]))
+        return [tf.cast(values[:count], tf.float32) for values in (logits, pooled)]
+
+    def signatures(self) -> dict[str, Callable]:
+        """Signature name → function, for `tf.saved_model.save`."""
+        strings = tf.TensorSpec([None], tf.string)
+        size = [None, None, None, 3]
+        specs = {
+            "serving_default": (self._image_bytes, "image_bytes", strings),
+            "predict_images": (self._pixels, "images", tf.TensorSpec(size, tf.float32)),
+            "predict_images_uint8": (self._pixels, "images", tf.TensorSpec(size, tf.uint8)),
+            "features": (self._features, "image_bytes", strings),
+            "classify": (self._classify, "inputs", strings),
+        }
+        return {
+            name: tf.function(function, autograph=False).get_concrete_function(
+                tf.TensorSpec(spec.shape, spec.dtype, name=argument)
+            )
+            for name, (function, argument, spec) in specs.items()
+        }
+
+    def _image_bytes(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Encoded images [N] → see `_described`."""
+        images, valid = self._prepared(image_bytes, self._decode)
+        return self._described(self._forward(images)[0], valid)
+
+    def _pixels(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Pixels 0..255 [N, H, W, 3] of any size → see `_described`."""
+        prepared = tf.map_fn(
+            self._preprocessing.evaluate, images, fn_output_signature=self._image_spec
+        )
+        return self._described(self._forward(prepared)[0], tf.ones(tf.shape(images)[:1], tf.bool))
+
+    def _features(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Encoded images [N] → `features` float32 [N, D] (pooled), `valid` bool [N]."""
+        images, valid = self._prepared(image_bytes, self._decode)
+        return {"features": _only(valid, self._forward(images)[1]), "valid": valid}
+
+    def _classify(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Serialized tf.Examples [N] with `image/encoded` → `classes`, `scores` [N, top_k]."""
+        images, valid = self._prepared(
+            inputs, lambda example: self._decode(records.parse_unlabeled(example))
+        )
+        described = self._described(self._forward(images)[0], valid)
+        return {
+            "classes": described["top_class_names"],
+            "scores": described["top_probabilities"],
+        }
+
+    @property
+    def _image_spec(self) -> tf.TensorSpec:
+        size = self._preprocessing.image_size
+        return tf.TensorSpec([size, size, 3], tf.float32)
+
+    def _decode(self, image_bytes: tf.Tensor) -> tf.Tensor:
+        checked = image_sizes.refuse_large(image_bytes, self._answers.max_pixels)
+        return self._preprocessing.evaluate(checked)
+
+    def _prepared(
+        self, inputs: tf.Tensor, prepare: Callable[[tf.Tensor], tf.Tensor]
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Applies `prepare` to each string [N]: images [N, S, S, 3], zero where it fails, and valid [N]."""
+        count = tf.size(inputs)
+        good = tf.data.Dataset.from_tensor_slices((tf.range(count), inputs))
+        good = good.map(
+            lambda row, text: (row, prepare(text)), num_parallel_calls=tf.data.AUTOTUNE
+        ).ignore_errors()
+        # One element more, so that there is a batch even when no image is good.
+        first = tf.data.Dataset.from_tensors((-1, tf.zeros(self._image_spec.shape)))
+        batch = first.concatenate(good).batch(tf.cast(count, tf.int64) + 1)
+        rows, images = batch.get_single_element()
+        rows, images = rows[1:, None], images[1:]
+        valid = tf.scatter_nd(rows, tf.ones_like(rows[:, 0]), count[None]) > 0
+        shape = tf.concat([count[None], self._image_spec.shape], 0)
+        images = tf.cond(
+            tf.reduce_all(valid), lambda: images, lambda: tf.scatter_nd(rows, images, shape)
+        )
+        return tf.ensure_shape(images, [None, *self._image_spec.shape]), valid
+
+    def _described(self, logits: tf.Tensor, valid: tf.Tensor) -> dict[str, tf.Tensor]:
+        """`classes` int64 [N], `class_names` string [N], `probabilities` float32 [N, C],
+
+        `top_classes` int64, `top_class_names` string and `top_probabilities` float32 [N, top_k],
+        best first, and `valid` bool [N].
+        """
+        names = tf.constant(self._answers.class_names)
+        probabilities = _only(valid, tf.nn.softmax(logits))
+        k = min(self._answers.top_k, len(self._answers.class_names))
+        top_probabilities, top = tf.math.top_k(probabilities, k)
+        top_names = tf.where(valid[:, None], tf.gather(names, top), "")
+        top_classes = tf.where(valid[:, None], tf.cast(top, tf.int64), -1)
+        return {
+            "classes": top_classes[:, 0],
+            "class_names": top_names[:, 0],
+            "probabilities": probabilities,
+            "top_classes": top_classes,
+            "top_class_names": top_names,
+            "top_probabilities": top_probabilities,
+            "valid": valid,
+        }
+
+
+def _only(valid: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    return tf.where(valid[:, None], values, tf.zeros_like(values))
+
+
+def _frozen(model: tf.keras.Model) -> Callable[[tf.Tensor], Sequence[tf.Tensor]]:
+    from tensorflow.python.framework.convert_to_constants import (
+        convert_variables_to_constants_v2,
+    )
+
+    spec = tf.TensorSpec(model.input.shape, tf.float32)
+    return convert_variables_to_constants_v2(
+        tf.function(lambda images: model(images, training=False)).get_concrete_function(spec)
+    )

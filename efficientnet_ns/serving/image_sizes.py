@@ -1,0 +1,61 @@
+"""The size of an image from the first bytes of its file, in the graph, before anything is decoded.
+
+A file of some kilobytes can claim billions of pixels; whoever takes images from strangers asks here
+first what decoding would allocate. `data.headers` is the same outside of graphs.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from efficientnet_ns.data.headers import MAX_PIXELS
+
+_HEADER = 32  # Bytes; PNG and BMP have their sides within the first 26.
+_PNG, _GIF, _BMP = b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM"
+
+
+def num_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Height times width of an encoded image, scalar string → int64 scalar.
+
+    Kinds that are not recognised give 0: no decoder takes them. A JPEG without a readable header
+    raises tf.errors.InvalidArgumentError when the op runs.
+    """
+    start = tf.strings.substr(image_bytes, 0, _HEADER)
+    header = tf.cast(tf.io.decode_raw(start, tf.uint8), tf.int64)
+    header = tf.pad(header, [[0, _HEADER - tf.size(header)]])
+
+    def number(first: int, size: int, little_endian: bool) -> tf.Tensor:
+        powers = [256**place for place in range(size)]
+        weights = powers if little_endian else powers[::-1]
+        return tf.reduce_sum(header[first : first + size] * tf.constant(weights, tf.int64))
+
+    def jpeg() -> tf.Tensor:
+        return tf.reduce_prod(tf.cast(tf.image.extract_jpeg_shape(image_bytes)[:2], tf.int64))
+
+    # The height of a BMP is negative when its rows are stored from the top.
+    bmp_height = number(22, 4, True)
+    bmp_height = tf.where(bmp_height < 2**31, bmp_height, 2**32 - bmp_height)
+    cases = [
+        (tf.io.is_jpeg(image_bytes), jpeg),
+        (_starts_with(start, _PNG), lambda: number(16, 4, False) * number(20, 4, False)),
+        (_starts_with(start, _GIF), lambda: number(6, 2, True) * number(8, 2, True)),
+        (_starts_with(start, _BMP), lambda: number(18, 4, True) * bmp_height),
+    ]
+    return tf.case(cases, default=lambda: tf.zeros([], tf.int64))
+
+
+def _starts_with(text: tf.Tensor, prefix: bytes) -> tf.Tensor:
+    return tf.equal(tf.strings.substr(text, 0, len(prefix)), prefix)
+
+
+def refuse_large(image_bytes: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
+    """The same bytes, unless their header claims more than `max_pixels` pixels.
+
+    Raises tf.errors.InvalidArgumentError when the op runs on such an image.
+    """
+    pixels = num_pixels(image_bytes)
+    check = tf.debugging.Assert(
+        pixels <= max_pixels, [f"image larger than {max_pixels} pixels:", pixels]
+    )
+    with tf.control_dependencies([check]):
+        return tf.identity(image_bytes)

@@ -1,0 +1,80 @@
+"""TensorFlow Lite files: pixels in, probabilities out, with labels and normalisation attached."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.models import engines
+
+TYPES = ("float32", "float16", "dynamic", "int8")
+
+
+def convert(model: tf.keras.Model, kind: str, representative: Sequence[np.ndarray] = ()) -> bytes:
+    """A flatbuffer of pixels [1, S, S, 3] in 0..255 → probabilities [1, C].
+
+    Args:
+      model: pixels → logits.
+      kind: one of `TYPES`. Both ends are float32, of `int8` (every op on integers) uint8.
+      representative: prepared images [S, S, 3], some hundred, from which `int8` learns ranges.
+
+    Raises:
+      ValueError: an unknown kind, `int8` without images, or a model above 2 GB.
+    """
+    if kind not in TYPES:
+        raise ValueError(f"unknown TFLite type {kind!r}; known: {', '.join(TYPES)}")
+    if kind == "int8" and not len(representative):
+        raise ValueError("int8 needs representative images")
+
+    def configure(converter: tf.lite.TFLiteConverter) -> None:
+        if kind == "float32":
+            return
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        if kind == "float16":
+            converter.target_spec.supported_types = [tf.float16]
+        elif kind == "int8":
+            converter.representative_dataset = lambda: ([image[None]] for image in representative)
+            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+            converter.inference_input_type = tf.uint8
+            converter.inference_output_type = tf.uint8
+
+    return engines.convert(model, 1, configure)
+
+
+def with_metadata(content: bytes, labels: Sequence[str], facts: dict) -> bytes:
+    """Appends `labels.txt` and `metadata.json` as a ZIP archive; interpreters pass over it.
+
+    `zipfile.ZipFile(path)` or `unzip` read them from the file.
+    """
+    archive = io.BytesIO(content)
+    with zipfile.ZipFile(archive, "a") as files:
+        # A fixed date: equal models give equal files.
+        files.writestr(zipfile.ZipInfo("labels.txt"), "\n".join(labels) + "\n")
+        files.writestr(zipfile.ZipInfo("metadata.json"), json.dumps(facts, indent=1))
+    return archive.getvalue()
+
+
+def runner(content: bytes, threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """Runs a file: pixels float32 [N, S, S, 3] → probabilities float32 [N, C]."""
+    interpreter = tf.lite.Interpreter(model_content=content, num_threads=threads)
+    interpreter.allocate_tensors()
+    source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+
+    def one(image: np.ndarray) -> np.ndarray:
+        if source["dtype"] != np.float32:
+            scale, zero = source["quantization"]
+            image = np.clip(np.round(image / scale + zero), 0, 255).astype(source["dtype"])
+        interpreter.set_tensor(source["index"], image[None])
+        interpreter.invoke()
+        answer = interpreter.get_tensor(target["index"])[0].astype(np.float32)
+        if target["dtype"] != np.float32:
+            scale, zero = target["quantization"]
+            answer = (answer - zero) * scale
+        return answer
+
+    return lambda images: np.stack([one(image) for image in images])

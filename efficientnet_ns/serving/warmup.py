@@ -1,0 +1,81 @@
+"""Requests that TensorFlow Serving sends to a new version before it takes traffic.
+
+The file `assets.extra/tf_serving_warmup_requests` is a TFRecord of `tensorflow.serving.PredictionLog`.
+Its few fields are encoded here by number, so that exporting needs no package of TensorFlow Serving.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.data import records
+
+FILE = os.path.join("assets.extra", "tf_serving_warmup_requests")
+
+# Field numbers in tensorflow_serving/apis/{prediction_log,predict,classification,input,model}.proto.
+_CLASSIFY_LOG, _PREDICT_LOG = 2, 6
+_REQUEST = 1
+_MODEL_SPEC, _INPUTS = 1, 2
+_NAME, _SIGNATURE = 1, 3
+_EXAMPLE_LIST, _EXAMPLES = 1, 1
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _model_spec(model: str, signature: str) -> bytes:
+    return _field(_NAME, model.encode()) + _field(_SIGNATURE, signature.encode())
+
+
+def predict_log(model: str, signature: str, argument: str, value: np.ndarray) -> bytes:
+    """A serialized PredictionLog of one Predict request."""
+    proto = tf.make_tensor_proto(value).SerializeToString()
+    entry = _field(1, argument.encode()) + _field(2, proto)
+    request = _field(_MODEL_SPEC, _model_spec(model, signature)) + _field(_INPUTS, entry)
+    return _field(_PREDICT_LOG, _field(_REQUEST, request))
+
+
+def classify_log(model: str, examples: Sequence[bytes]) -> bytes:
+    """A serialized PredictionLog of one Classify request with serialized tf.Examples."""
+    listed = b"".join(_field(_EXAMPLES, example) for example in examples)
+    request = _field(_MODEL_SPEC, _model_spec(model, "classify"))
+    request += _field(_INPUTS, _field(_EXAMPLE_LIST, listed))
+    return _field(_CLASSIFY_LOG, _field(_REQUEST, request))
+
+
+def requests(model: str, size: int, batch_sizes: Sequence[int]) -> list[bytes]:
+    """One PredictionLog per signature and batch size, on a gray image of side `size`."""
+    pixels = np.full([size, size, 3], 128, np.uint8)
+    image = tf.io.encode_jpeg(pixels).numpy()
+    logs = []
+    for batch in batch_sizes:
+        batch_pixels = np.stack([pixels] * batch)
+        for signature, argument, value in (
+            ("serving_default", "image_bytes", np.array([image] * batch, object)),
+            ("features", "image_bytes", np.array([image] * batch, object)),
+            ("predict_images", "images", batch_pixels.astype(np.float32)),
+            ("predict_images_uint8", "images", batch_pixels),
+        ):
+            logs.append(predict_log(model, signature, argument, value))
+        logs.append(classify_log(model, [records.unlabeled_example(image)] * batch))
+    return logs
+
+
+def write(folder: str, model: str, size: int, batch_sizes: Sequence[int] = (1, 8)) -> None:
+    """Writes the file into a SavedModel's folder."""
+    path = os.path.join(folder, FILE)
+    tf.io.gfile.makedirs(os.path.dirname(path))
+    records.write(path, requests(model, size, batch_sizes))

@@ -1,0 +1,590 @@
+"""Exported models as TensorFlow Serving uses them: sessions, warm-up, REST, gRPC, odd images."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+import zlib
+from concurrent import futures
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from efficientnet_ns.data import records, tasks
+from efficientnet_ns.data.pipeline import Preprocessing
+from efficientnet_ns.models import efficientnet, folding
+from efficientnet_ns.serving import check, client, deploy, export, tflite, warmup
+from efficientnet_ns.serving.classifier import Answers
+
+CLASSES, SIZE = 5, 32
+NAMES = ("ant", "bee", "cat", "dog", "eel")
+OPTIONS = export.Options(Answers(NAMES, top_k=3))
+PREPROCESSING = Preprocessing(SIZE)
+
+
+@pytest.fixture(scope="module")
+def model() -> tf.keras.Model:
+    made = efficientnet.build_model("efficientnet-test", CLASSES, SIZE)
+    rng = np.random.default_rng(2)
+    made.set_weights([w + rng.uniform(0, 0.1, w.shape) for w in made.get_weights()])
+    return made
+
+
+@pytest.fixture(scope="module")
+def base(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    export.export(model, PREPROCESSING, str(folder), 1, OPTIONS)
+    return folder
+
+
+class Session:
+    """A SavedModel in the C++ session loader, each signature by name."""
+
+    def __init__(self, folder: str):
+        self._session = tf.compat.v1.Session(graph=tf.Graph())
+        with self._session.graph.as_default():
+            loader = tf.compat.v1.saved_model.loader
+            self.signatures = loader.load(self._session, ["serve"], folder).signature_def
+
+    def __call__(self, name: str, **inputs) -> dict[str, np.ndarray]:
+        signature = self.signatures[name]
+        outputs = {key: info.name for key, info in signature.outputs.items()}
+        feed = {signature.inputs[key].name: value for key, value in inputs.items()}
+        return self._session.run(outputs, feed)
+
+
+@pytest.fixture(scope="module")
+def served(base) -> Session:
+    return Session(str(base / "1"))
+
+
+def noise(height: int = 40, width: int = 50, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, [height, width, 3], np.uint8)
+
+
+def jpeg(seed: int = 0) -> bytes:
+    return tf.io.encode_jpeg(noise(seed=seed)).numpy()
+
+
+def expected(model: tf.keras.Model, images: list) -> np.ndarray:
+    pixels = tf.stack([PREPROCESSING.evaluate(tf.constant(image)) for image in images])
+    return tf.nn.softmax(model(pixels, training=False)).numpy()
+
+
+# Graphs.
+
+
+def test_folding_changes_no_number(model):
+    folded = folding.fold_batch_norm(model)
+    pixels = np.random.default_rng(0).uniform(0, 255, [3, SIZE, SIZE, 3])
+    np.testing.assert_allclose(folded(pixels), model(pixels), atol=1e-4, rtol=1e-4)
+    assert not any("moving" in weight.name for weight in folded.weights)
+
+
+def test_every_signature_by_name(model, served):
+    images = [jpeg(), tf.io.encode_png(noise(90, 33)).numpy()]
+    probabilities = expected(model, images)
+    answer = served("serving_default", image_bytes=images)
+    np.testing.assert_allclose(answer["probabilities"], probabilities, atol=1e-5)
+    best = np.argsort(-probabilities, 1)[:, :3]
+    assert (answer["top_classes"] == best).all()
+    assert answer["top_class_names"].tolist() == [[NAMES[i].encode() for i in r] for r in best]
+    assert answer["class_names"].tolist() == [NAMES[i].encode() for i in best[:, 0]]
+    assert answer["valid"].all()
+
+    pixels = np.stack([noise(seed=1), noise(seed=2)])
+    for name, dtype in (("predict_images", np.float32), ("predict_images_uint8", np.uint8)):
+        answer = served(name, images=pixels.astype(dtype))
+        np.testing.assert_allclose(
+            answer["probabilities"], expected(model, list(pixels)), atol=1e-5
+        )
+    pooled = tf.keras.Model(model.input, efficientnet.endpoints(model)["pooled"])
+    answer = served("features", image_bytes=images[:1])
+    np.testing.assert_allclose(
+        answer["features"], pooled(PREPROCESSING.evaluate(images[0])[None]), atol=1e-4
+    )
+    examples = [records.unlabeled_example(image) for image in images]
+    answer = served("classify", inputs=[*examples, b"no example"])
+    np.testing.assert_allclose(answer["scores"][:2], -np.sort(-probabilities, 1)[:, :3], atol=1e-5)
+    assert answer["classes"][2].tolist() == [b""] * 3 and set(answer) == {"classes", "scores"}
+    assert served.signatures["classify"].method_name == "tensorflow/serving/classify"
+
+
+@pytest.mark.parametrize("target", ["accelerator", "none"])
+def test_other_targets_answer_the_same(model, target, tmp_path):
+    options = export.Options(Answers(NAMES), target)
+    export.export(model, PREPROCESSING, str(tmp_path), 4, options)
+    answer = Session(str(tmp_path / "4"))("serving_default", image_bytes=[jpeg()])
+    np.testing.assert_allclose(answer["probabilities"], expected(model, [jpeg()]), atol=1e-5)
+
+
+PLAIN = """
+import sys, tensorflow as tf
+with tf.compat.v1.Session(graph=tf.Graph()) as session:
+    meta = tf.compat.v1.saved_model.loader.load(session, ["serve"], sys.argv[1])
+    signature = meta.signature_def["serving_default"]
+    names = {k: v.name for k, v in signature.outputs.items()}
+    with open(sys.argv[2], "rb") as f:
+        answer = session.run(names, {signature.inputs["image_bytes"].name: [f.read(), b"bad"]})
+assert not [name for name in sys.modules if name.startswith("efficientnet_ns")]
+print(answer["valid"].tolist(), answer["classes"][0])
+"""
+
+
+def elsewhere(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
+
+
+def test_plain_tensorflow_session(model, base, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    done = elsewhere([sys.executable, "-c", PLAIN, str(base / "1"), "a.jpg"], tmp_path)
+    assert done.stdout.split("\n")[0] == f"[True, False] {expected(model, [jpeg()]).argmax()}"
+
+
+@pytest.mark.slow
+def test_saved_model_cli(base, tmp_path):
+    cli = [str(Path(sys.executable).with_name("saved_model_cli"))]
+    shown = elsewhere([*cli, "show", "--dir", str(base / "1"), "--all"], tmp_path).stdout
+    for name in ("serving_default", "predict_images", "features", "classify"):
+        assert f"signature_def['{name}']" in shown
+    np.save(tmp_path / "images.npy", noise()[None])
+    call = ["run", "--dir", str(base / "1"), "--tag_set", "serve"]
+    call += ["--signature_def", "predict_images_uint8", "--inputs", "images=images.npy"]
+    assert "Result for output key probabilities" in elsewhere([*cli, *call], tmp_path).stdout
+
+
+# Files beside the graph.
+
+
+def test_files_of_a_version(base):
+    assert (base / "1" / "assets" / "labels.txt").read_text().split() == list(NAMES)
+    card = (base / "1" / "README.md").read_text()
+    assert "efficientnet-test, version 1" in card and "| `classify` |" in card
+    assert {path.name for path in (base / "deploy").iterdir()} == set(deploy.FILES)
+
+
+def test_changed_deployment_files_stay(base, model):
+    path = base / "deploy" / "models.config"
+    before = path.read_text()
+    path.write_text("mine")
+    deploy.write(str(base), model.name)
+    assert path.read_text() == "mine"
+    path.write_text(before)
+
+
+def test_deployment_files_are_what_their_readers_take(base):
+    from google.protobuf import text_format
+    from tensorflow_serving.config import model_server_config_pb2
+
+    server = model_server_config_pb2.ModelServerConfig()
+    text_format.Parse((base / "deploy" / "models.config").read_text(), server)
+    assert server.model_config_list.config[0].name == "efficientnet-test"
+    batching = (base / "deploy" / "batching_parameters.txt").read_text()
+    # The server refuses a file whose last allowed size is not the largest batch.
+    assert batching.strip().endswith(f"allowed_batch_sizes: {deploy.BATCH_SIZES[-1]}")
+    assert f"max_batch_size {{ value: {deploy.BATCH_SIZES[-1]} }}" in batching
+    subprocess.run(["bash", "-n", base / "deploy" / "start.sh"], check=True)
+    assert os.access(base / "deploy" / "start.sh", os.X_OK)
+
+
+def test_warm_up_requests_run(base, served):
+    from tensorflow_serving.apis import prediction_log_pb2
+
+    seen = set()
+    for record in records.read(str(base / "1" / warmup.FILE)):
+        log = prediction_log_pb2.PredictionLog.FromString(record.payload)
+        if log.WhichOneof("log_type") == "classify_log":
+            request = log.classify_log.request
+            examples = request.input.example_list.examples
+            inputs = {"inputs": [example.SerializeToString() for example in examples]}
+        else:
+            request = log.predict_log.request
+            inputs = {name: tf.make_ndarray(value) for name, value in request.inputs.items()}
+        name = request.model_spec.signature_name
+        answer = served(name, **inputs)
+        assert answer.get("valid", np.array(True)).all()
+        assert request.model_spec.name == "efficientnet-test"
+        seen.add((name, len(next(iter(inputs.values())))))
+    names = set(served.signatures) - {"__saved_model_init_op"}
+    assert seen == {(name, batch) for name in names for batch in (1, 8)} and len(names) == 5
+
+
+def test_next_version(base, tmp_path):
+    assert export.next_version(str(base)) == 2
+    assert export.next_version(str(tmp_path / "none")) == 1
+
+
+# Odd images.
+
+
+def bomb(side: int = 30_000) -> bytes:
+    """A PNG of one colour; its compressed rows are made without the whole of them."""
+    squeeze = zlib.compressobj(9)
+    row = bytes(1 + side * 3)
+    data = b"".join(squeeze.compress(row) for _ in range(side // 100)) + squeeze.flush()
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        check_sum = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + check_sum
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
+
+
+def lying_files() -> dict[str, bytes]:
+    frame = struct.pack(">BHHB", 8, 65500, 65500, 3) + bytes([1, 17, 0, 2, 17, 1, 3, 17, 1])
+    bmp = b"BM" + bytes(8) + struct.pack("<IIiiHHI", 54, 40, 20_000, -20_000, 1, 24, 0) + bytes(24)
+    gif = b"GIF89a" + struct.pack("<HH", 65000, 65000) + bytes(3)
+    return {
+        "bomb.png": bomb(),
+        "huge.jpg": b"\xff\xd8\xff\xc0" + struct.pack(">H", len(frame) + 2) + frame + b"\xff\xd9",
+        "huge.bmp": bmp,
+        "huge.gif": gif + b"\x2c" + struct.pack("<HHHH", 0, 0, 65000, 65000) + bytes(20) + b";",
+        "frame larger than its screen.gif": b"GIF89a"
+        + struct.pack("<HH", 2, 2)
+        + bytes(3)
+        + b"\x2c"
+        + struct.pack("<HHHH", 0, 0, 65000, 65000)
+        + b"\x00\x02\x02\x4c\x01\x00;",
+        "data missing.bmp": b"BM" + bytes(8) + struct.pack("<IIiiHHI", 54, 40, 90, 90, 1, 24, 0),
+        "empty": b"",
+        "text": b"not an image",
+    }
+
+
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def test_lying_files_are_invalid_and_never_allocated(served):
+    good = jpeg()
+    alone = served("serving_default", image_bytes=[good])["probabilities"][0]
+    before = peak_megabytes()
+    for name, content in lying_files().items():
+        answer = served("serving_default", image_bytes=[content, good])
+        assert answer["valid"].tolist() == [False, True], name
+        assert answer["classes"][0] == -1 and answer["class_names"][0] == b"", name
+        assert not answer["probabilities"][0].any(), name
+        np.testing.assert_allclose(answer["probabilities"][1], alone, atol=1e-6, err_msg=name)
+    assert peak_megabytes() - before < 500
+
+
+def test_no_images(served):
+    assert served("serving_default", image_bytes=[])["probabilities"].shape == (0, CLASSES)
+
+
+def odd(rng: np.random.Generator, content: bytes) -> bytes:
+    """Truncated, with bytes changed, or both."""
+    data = bytearray(content)
+    for _ in range(rng.integers(0, 20)):
+        data[rng.integers(0, len(data))] = rng.integers(0, 256)
+    return bytes(data[: rng.integers(0, len(data) + 1)] if rng.random() < 0.6 else data)
+
+
+@pytest.mark.parametrize("number", [200, pytest.param(5000, marks=pytest.mark.slow)])
+def test_fuzzed_images_harm_nobody(served, rng, number):
+    seeds = [
+        jpeg(),
+        tf.io.encode_jpeg(noise(), format="rgb", progressive=True).numpy(),
+        tf.io.encode_png(noise()).numpy(),
+    ]
+    good = jpeg(seed=9)
+    alone = served("serving_default", image_bytes=[good])["probabilities"][0]
+    valid, memory = 0, []
+    for i in range(0, number, 10):
+        batch = [odd(rng, seeds[rng.integers(len(seeds))]) for _ in range(10)]
+        place = int(rng.integers(0, 11))
+        answer = served("serving_default", image_bytes=[*batch[:place], good, *batch[place:]])
+        np.testing.assert_allclose(answer["probabilities"][place], alone, atol=1e-6)
+        single = served("serving_default", image_bytes=batch[:1])
+        assert single["valid"][0] == np.delete(answer["valid"], place)[0]
+        assert np.isfinite(answer["probabilities"]).all()
+        valid += int(answer["valid"].sum()) - 1
+        if i >= number // 2:
+            memory.append(peak_megabytes())
+    assert 0 < valid < number
+    assert memory[-1] - memory[0] < 100
+
+
+# Killed exports.
+
+SLOW_EXPORT = """
+import sys
+from efficientnet_ns.data.pipeline import Preprocessing
+from efficientnet_ns.models import efficientnet
+from efficientnet_ns.serving import export
+model = efficientnet.build_model("efficientnet-test", 5, 32)
+print("go", flush=True)
+while True:
+    version = export.next_version(sys.argv[1])
+    export.export(model, Preprocessing(32), sys.argv[1], version)
+    print(version, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_exports_leave_complete_versions_only(tmp_path, rng, model):
+    for _ in range(4):
+        worker = subprocess.Popen(
+            [sys.executable, "-c", SLOW_EXPORT, str(tmp_path)],
+            cwd=Path(__file__).parent.parent,
+            stdout=subprocess.PIPE,
+        )
+        assert worker.stdout.readline() == b"go\n"
+        time.sleep(rng.uniform(0.5, 8))  # Somewhere inside an export.
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+        for version in (path for path in tmp_path.iterdir() if path.name.isdigit()):
+            assert Session(str(version))("serving_default", image_bytes=[jpeg()])["valid"][0]
+            assert (version / warmup.FILE).exists() and (version / "README.md").exists()
+    number = export.next_version(str(tmp_path))
+    export.export(model, PREPROCESSING, str(tmp_path), number, OPTIONS)
+    assert number > 1 and not list(tmp_path.glob(".tmp-*"))
+
+
+# TensorFlow Lite.
+
+
+@pytest.mark.parametrize(
+    "kind, tolerance",
+    [("float32", 1e-5)]
+    + [pytest.param(k, t, marks=pytest.mark.slow) for k, t in (("float16", 0.01), ("dynamic", 0.1))]
+    + [pytest.param("int8", 0.3, marks=pytest.mark.slow)],
+)
+def test_tflite(model, tmp_path, kind, tolerance):
+    images = check.prepared([jpeg(seed=i) for i in range(8)], PREPROCESSING.evaluate)
+    path = str(tmp_path / "model.tflite")
+    export.export_tflite(model, PREPROCESSING, path, kind, OPTIONS, images)
+    answers = tflite.runner(Path(path).read_bytes())(images)
+    np.testing.assert_allclose(answers, tf.nn.softmax(model(images)), atol=tolerance)
+    with zipfile.ZipFile(path) as attached:
+        assert attached.read("labels.txt").decode().split() == list(NAMES)
+        facts = json.loads(attached.read("metadata.json"))
+    assert facts["image_size"] == SIZE and facts["type"] == kind and len(facts["mean"]) == 3
+    details = tf.lite.Interpreter(path).get_input_details()[0]
+    assert details["dtype"] == (np.uint8 if kind == "int8" else np.float32)
+
+
+def test_tflite_refusals(model):
+    with pytest.raises(ValueError, match="int8 needs representative"):
+        tflite.convert(model, "int8")
+    with pytest.raises(ValueError, match="unknown TFLite type 'int4'"):
+        tflite.convert(model, "int4")
+
+
+def test_difference():
+    one = np.array([[0.6, 0.4], [0.2, 0.8]])
+    found = check.difference(one, np.array([[0.45, 0.55], [0.2, 0.8]]))
+    assert found.images == 2 and found.agreement == 0.5 and found.largest == pytest.approx(0.15)
+
+
+def test_check_data(tmp_path):
+    with pytest.raises(records.DataError, match="neither images"):
+        check.encoded_images(str(tmp_path), 3)
+    examples = [records.unlabeled_example(jpeg(i)) for i in range(4)]
+    records.write_sharded(str(tmp_path), "train", examples, 2)
+    assert len(check.encoded_images(str(tmp_path), 3)) == 3
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    assert check.encoded_images(str(tmp_path), 3) == [jpeg()]
+
+
+# REST.
+
+
+def decoded(value):
+    """JSON → numpy input as the published REST API reads it: {"b64": …} are bytes."""
+    if isinstance(value, dict) and set(value) == {"b64"}:
+        return base64.b64decode(value["b64"], validate=True)
+    return [decoded(item) for item in value] if isinstance(value, list) else value
+
+
+def rest_answer(served: Session, body: dict) -> dict:
+    """What `POST …:predict` answers, by the published rules for rows and columns."""
+    signature = body.get("signature_name", "serving_default")
+    (name,) = served.signatures[signature].inputs
+    rows = "instances" in body
+    content = body["instances" if rows else "inputs"]
+    if rows:  # One input: each instance is its value, or an object with its name.
+        content = [x[name] if isinstance(x, dict) and name in x else x for x in content]
+    elif isinstance(content, dict) and name in content:
+        content = content[name]
+    outputs = served(signature, **{name: decoded(content)})
+    lists = {
+        key: [x.decode() if isinstance(x, bytes) else x for x in value.ravel().tolist()]
+        for key, value in outputs.items()
+    }
+    lists = {k: np.array(v, object).reshape(outputs[k].shape).tolist() for k, v in lists.items()}
+    if not rows:
+        return {"outputs": lists}
+    return {"predictions": [dict(zip(lists, row)) for row in zip(*lists.values())]}
+
+
+@pytest.fixture(scope="module")
+def rest(served):
+    """Address and log of a server with the REST API; `failures` statuses are sent first."""
+
+    class Handler(BaseHTTPRequestHandler):
+        failures: list[int] = []
+        paths: list[str] = []
+
+        def do_POST(self):
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            Handler.paths.append(self.path)
+            status, text = 200, b""
+            if Handler.failures:
+                status, text = Handler.failures.pop(0), b'{"error": "busy"}'
+            else:
+                text = json.dumps(rest_answer(served, json.loads(content))).encode()
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", Handler
+    server.shutdown()
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"image_bytes": x}])
+def test_rest_bodies(model, served, wrap):
+    images = [jpeg(1), jpeg(2)]
+    objects = [{"b64": base64.b64encode(image).decode()} for image in images]
+    rows = rest_answer(served, {"instances": [wrap(item) for item in objects]})["predictions"]
+    columns = rest_answer(served, {"inputs": wrap(objects)})["outputs"]
+    np.testing.assert_allclose(columns["probabilities"], expected(model, images), atol=1e-5)
+    assert [row["class_names"] for row in rows] == columns["class_names"]
+    assert not any(name.endswith("_bytes") for name in columns)  # Would come back as base64.
+
+
+@pytest.fixture
+def photos(tmp_path) -> list[str]:
+    paths = []
+    for i, content in enumerate([jpeg(1), jpeg(2), b"broken", jpeg(3)]):
+        paths.append(str(tmp_path / f"{i}.jpg"))
+        Path(paths[-1]).write_bytes(content)
+    return paths
+
+
+def test_client_by_rest(model, rest, photos, capsys):
+    address, handler = rest
+    handler.failures, handler.paths = [503, 429], []
+    arguments = ["--model=m", "--version=3", f"--server={address}", "--format=json", "--top=2"]
+    assert client.main([*arguments, "--batch_size=2", *photos, "missing.jpg"]) == 1
+    shown = capsys.readouterr()
+    answers = [json.loads(line) for line in shown.out.splitlines()]
+    assert [answer["photo"] for answer in answers] == [*photos, "missing.jpg"]
+    assert "cannot decode" in answers[2]["error"] and "No such file" in answers[4]["error"]
+    best = expected(model, [jpeg(1)])[0]
+    first = answers[0]["predictions"]
+    assert [g["index"] for g in first] == np.argsort(-best)[:2].tolist()
+    assert first[0]["name"] == NAMES[best.argmax()]
+    assert first[0]["probability"] == pytest.approx(best.max(), abs=1e-5)
+    assert set(handler.paths) == {"/v1/models/m/versions/3:predict"} and len(handler.paths) == 4
+    assert "5 photos in" in shown.err and "p99" in shown.err
+
+
+def test_client_gives_up(rest, photos, capsys):
+    address, handler = rest
+    handler.failures, handler.paths = [404], []
+    assert client.main(["--model=m", f"--server={address}", photos[0]]) == 1
+    assert "HTTP 404" in capsys.readouterr().out and len(handler.paths) == 1
+    handler.failures = []
+    assert client.main(["--model=m", f"--server={address}", "--format=csv", photos[0]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "photo,rank,index,name,probability,error" and len(lines) == 4
+    assert client.main(["--model=m", "--server=127.0.0.1:1", "--retries=0", photos[0]]) == 1
+    with pytest.raises(SystemExit) as stop:
+        client.main(["--model=m", "--server=ftp://x", photos[0]])
+    assert stop.value.code == 2
+
+
+def test_back_off():
+    waits, attempts = [], []
+
+    def request():
+        attempts.append(1)
+        raise client.RequestFailed("busy", retry=True)
+
+    with pytest.raises(client.RequestFailed, match="busy"):
+        client.with_retries(request, 3, 1.0, waits.append)
+    assert len(attempts) == 4
+    assert all(low <= wait <= 1.5 * low for low, wait in zip([1, 2, 4], waits))
+
+
+def test_percentile():
+    values = list(range(1, 101))
+    assert [client.percentile(values, p) for p in (50, 99, 100)] == [50, 99, 100]
+    assert client.percentile([7], 50) == 7
+
+
+def test_rest_loads_no_tensorflow():
+    code = "import sys, efficientnet_ns.serving.client; print(sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in ("tensorflow", "numpy", "grpc", "absl", "efficientnet_ns.config"):
+        assert f"'{name}'" not in done.stdout
+
+
+# gRPC.
+
+
+def test_client_by_grpc(model, served, photos, capsys):
+    import grpc
+    from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+
+    class Service(prediction_service_pb2_grpc.PredictionServiceServicer):
+        calls = 0
+
+        def Predict(self, request, context):  # noqa: N802 - name of the service's method
+            Service.calls += 1
+            if Service.calls == 1:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "loading")
+            assert request.model_spec.name == "m"
+            inputs = {name: tf.make_ndarray(value) for name, value in request.inputs.items()}
+            outputs = served(request.model_spec.signature_name, **inputs)
+            answer = predict_pb2.PredictResponse()
+            for name, value in outputs.items():
+                answer.outputs[name].CopyFrom(tf.make_tensor_proto(value))
+            return answer
+
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(Service(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        arguments = ["--protocol=grpc", "--model=m", f"--server=127.0.0.1:{port}"]
+        assert client.main([*arguments, *photos]) == 1
+    finally:
+        server.stop(None)
+    shown = capsys.readouterr().out
+    assert NAMES[expected(model, [jpeg(1)]).argmax()] in shown.splitlines()[1]
+    assert "cannot decode" in shown and Service.calls == 2
+
+
+def test_names_of_imagenet_fit_a_label_file():
+    assert not any("\n" in name for name in tasks.class_names("imagenet"))
