@@ -257,7 +257,7 @@ def test_the_program(tmp_path):
     from efficientnet_ns.models import weights
 
     config = Config().override(model_name="efficientnet-test", input_image_size=32)
-    path = str(tmp_path / "weights.h5")
+    path = str(tmp_path / "weights.safetensors")
     weights.save_weights(Experiment.from_config(config).build_model(), path)
     for wnid in WNIDS:
         folder = tmp_path / "a" / wnid
