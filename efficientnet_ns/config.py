@@ -214,6 +214,26 @@ class TrainConfig:
     seed: int = setting(0, "Of initial weights, data order, augmentation and noise.", low=0)
     steps_per_eval: int = setting(3000, "Evaluate every so many steps.", low=1, free=True)
     eval_batch_size: int = setting(8, "Images per evaluation step.", low=1, free=True)
+    eval_ema: bool = setting(
+        True, "With --mode=eval: measure the moving-average weights, not the raw ones.", free=True
+    )
+    eval_image_size: Optional[int] = setting(
+        None,
+        "With --mode=eval: image side in pixels; default: that of the training.",
+        low=8,
+        free=True,
+    )
+    eval_views: int = setting(
+        1,
+        "With --mode=eval: 2 averages the probabilities with those of the mirrored image.",
+        low=1,
+        free=True,
+    )
+    eval_dir: Optional[str] = setting(
+        None,
+        "With --mode=eval: folder of eval.json and eval_report.html; default: eval in model_dir.",
+        free=True,
+    )
     save_checkpoints_steps: int = setting(1000, "Save every so many steps.", low=1, free=True)
     keep_checkpoint_max: int = setting(5, "Checkpoints kept.", low=1, free=True)
     iterations_per_loop: int = setting(

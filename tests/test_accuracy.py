@@ -135,3 +135,95 @@ def test_ties_are_not_all_hits(evaluator):
     measured = evaluator(batches(logits, labels), CLASSES)
     assert measured["top1"] == pytest.approx(1 / CLASSES)
     assert measured["top5"] == pytest.approx(5 / CLASSES)
+
+
+# Looked at closely.
+
+
+def details_by_numpy(logits: np.ndarray, labels: np.ndarray):
+    """Confusion matrix, ECE and accuracy per class, one example after the other."""
+    probs = np.exp(logits.astype(np.float64))
+    probs /= probs.sum(1, keepdims=True)
+    confusion = np.zeros([CLASSES, CLASSES], int)
+    bins = [[] for _ in range(15)]
+    for row, label in zip(probs, labels):
+        answer = int(np.argmax(row))
+        confusion[label, answer] += 1
+        place = next(b for b in range(15) if row[answer] <= (b + 1) / 15 or b == 14)
+        bins[place].append((row[answer], answer == label))
+    ece = 0.0
+    for rows in filter(None, bins):
+        confidence, right = np.mean(rows, axis=0)
+        ece += len(rows) / len(labels) * abs(confidence - right)
+    accuracy_of = [np.mean(np.argmax(probs[labels == c], 1) == c) for c in range(CLASSES)]
+    return confusion, ece, accuracy_of
+
+
+@pytest.mark.parametrize("size", [60, 5 * BATCH + 3])
+def test_details_as_numpy_counts(evaluator, evaluator_of_two, rng, size):
+    logits, labels = examples(rng, size)
+    confusion, ece, per_class = details_by_numpy(logits, labels)
+    for one in (evaluator, evaluator_of_two):
+        measured = one.measure(batches(logits, labels), size)
+        np.testing.assert_array_equal(measured.confusion, confusion)
+        assert measured.metrics["ece"] == pytest.approx(ece, rel=1e-5)
+        np.testing.assert_allclose(measured.per_class, per_class)
+        assert measured.metrics["top1"] == pytest.approx(np.trace(confusion) / size)
+        assert measured.bins[0].sum() == size
+
+
+def test_a_class_without_images_has_no_accuracy(evaluator, rng):
+    logits, labels = examples(rng, 20)
+    measured = evaluator.measure(batches(logits, labels % 3), 20)
+    assert np.isnan(measured.per_class[3:]).all() and not np.isnan(measured.per_class[:3]).any()
+
+
+def test_worst_confusions():
+    confusion = np.array([[5, 2, 0], [7, 1, 0], [0, 1, 9]])
+    measured = accuracy.Measured({}, confusion, np.zeros([3, 15]))
+    assert measured.confused() == [(1, 0, 7), (0, 1, 2), (2, 1, 1)]
+    assert measured.confused(1) == [(1, 0, 7)]
+
+
+def test_four_devices_count_every_example(rng):
+    strategy = tf.distribute.MirroredStrategy(
+        [f"CPU:{i}" for i in range(4)], cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
+    with strategy.scope():
+        evaluator = accuracy.Evaluator(passing_logits(), strategy)
+    for size in (1, 7, BATCH, 3 * BATCH + 5):
+        logits, labels = examples(rng, size)
+        measured = evaluator.measure(batches(logits, labels), size)
+        assert measured.metrics["examples"] == size == measured.confusion.sum()
+        np.testing.assert_array_equal(measured.confusion, details_by_numpy(logits, labels)[0])
+
+
+def test_an_engine_computes_the_same(evaluator, rng):
+    logits, labels = examples(rng, 13)
+
+    def engine(pixels):
+        return tf.nn.softmax(pixels).numpy()
+
+    other = accuracy.Evaluator(passing_logits(), engine=engine)
+    measured = other.measure(batches(logits, labels), 13)
+    expected = evaluator.measure(batches(logits, labels), 13)
+    assert measured.metrics == pytest.approx(expected.metrics, rel=1e-5)
+    np.testing.assert_array_equal(measured.confusion, expected.confusion)
+
+
+def test_mirrored_view_is_averaged():
+    """A model that answers by the left edge sees the right one in the mirrored view."""
+    inputs = tf.keras.Input([2, 2, 3])
+    model = tf.keras.Model(inputs, tf.keras.layers.Lambda(lambda x: x[:, 0, 0])(inputs))
+    pixels = np.zeros([1, 2, 2, 3], np.float32)
+    pixels[0, :, 0], pixels[0, :, 1] = (1, 0, 0), (0, 9, 0)
+    batch = tf.data.Dataset.from_tensors(
+        {"image": pixels, "label": np.array([1], np.int32), "mask": np.ones(1, np.float32)}
+    )
+    assert accuracy.Evaluator(model)(batch, 1)["top1"] == 0
+    measured = accuracy.Evaluator(model, views=2)(batch, 1)
+    left, right = (np.exp(v)[1] / np.exp(v).sum() for v in (pixels[0, 0, 0], pixels[0, 0, 1]))
+    assert measured["top1"] == 1
+    assert measured["loss"] == pytest.approx(-np.log((left + right) / 2), rel=1e-5)
+    with pytest.raises(ValueError, match="views is 3"):
+        accuracy.Evaluator(model, views=3)

@@ -33,6 +33,7 @@ ENTRIES = {
     "serving.client",
     "make_records",
     "proc_svhn",
+    "evaluate_robustness",
 }
 BASE = {"config", "preemption", "progress"}
 NUMBERS = {"data", "models"}
@@ -48,7 +49,7 @@ MAY_IMPORT = {
     "models": BASE | {"models", "data.manifests"},
     "inference": BASE | NUMBERS,
     "experiment": BASE | NUMBERS,
-    "evaluation": BASE | NUMBERS | {"experiment", "evaluation"},
+    "evaluation": BASE | NUMBERS | {"experiment", "evaluation", "recipes", "labeling.report"},
     "training": BASE | NUMBERS | {"experiment", "evaluation", "training"},
     "labeling": BASE | NUMBERS | {"experiment", "labeling", "training.distribution"},
     "serving": BASE | NUMBERS | {"experiment", "serving"},

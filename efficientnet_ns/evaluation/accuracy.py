@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple, Union
 
+import numpy as np
 import tensorflow as tf
+
+Batches = Union[
+    tf.data.Dataset, Callable[[tf.distribute.InputContext], tf.data.Dataset]
+]  # Of `pipeline.eval_batches`.
+
+_TINY = 1e-30
 
 
 class IncompleteEvaluation(RuntimeError):
     """The number of examples seen is not the number of examples there are."""
+
+
+CALIBRATION_BINS = 15
+
+
+class Measured(NamedTuple):
+    """One set, looked at closely.
+
+    Attributes:
+      metrics: see `Evaluator.__call__`, and `ece`, the expected calibration error.
+      confusion: images by true class and answer, int64 [C, C].
+      bins: images, summed confidence and right answers in 15 equal intervals (lower, upper] of the
+        top-1 probability, float64 [3, 15].
+    """
+
+    metrics: dict[str, float]
+    confusion: np.ndarray
+    bins: np.ndarray
+
+    @property
+    def per_class(self) -> np.ndarray:
+        """Accuracy of each class, float64 [C]; NaN for a class without images."""
+        images = self.confusion.sum(1)
+        right = np.diag(self.confusion)
+        return np.where(images > 0, right / np.maximum(images, 1), np.nan)
+
+    def confused(self, limit: int = 20) -> list[tuple[int, int, int]]:
+        """(true class, answer, images) of the most frequent mistakes."""
+        wrong = self.confusion * ~np.eye(len(self.confusion), dtype=bool)
+        worst = np.argsort(-wrong, axis=None, kind="stable")[:limit]
+        pairs = zip(*np.unravel_index(worst, wrong.shape))
+        return [(int(t), int(a), int(wrong[t, a])) for t, a in pairs if wrong[t, a]]
 
 
 class Evaluator:
@@ -17,24 +58,46 @@ class Evaluator:
     Args:
       model: pixels → logits.
       strategy: the one the model was built under.
+      views: 1, or 2: probabilities are averaged with those of the mirrored image.
+      engine: computes the probabilities in place of the model, on one device; see `models.engines`.
     """
 
-    def __init__(self, model: tf.keras.Model, strategy: tf.distribute.Strategy | None = None):
-        self._strategy = strategy or tf.distribute.get_strategy()
-
-        @tf.function
-        def step(batch):
-            partial = self._strategy.run(_batch_sums, args=(model, batch))
-            total = tf.distribute.ReduceOp.SUM
-            return {k: self._strategy.reduce(total, v, None) for k, v in partial.items()}
-
-        self._step = step
-
-    def __call__(
+    def __init__(
         self,
-        batches: tf.data.Dataset | Callable[[tf.distribute.InputContext], tf.data.Dataset],
-        num_examples: int,
-    ) -> dict[str, float]:
+        model: tf.keras.Model,
+        strategy: tf.distribute.Strategy | None = None,
+        *,
+        views: int = 1,
+        engine: Callable[[np.ndarray], np.ndarray] | None = None,
+    ):
+        self._strategy = strategy or tf.distribute.get_strategy()
+        if views not in (1, 2):
+            raise ValueError(f"views is {views}; it must be 1 or 2 (mirrored)")
+        forward = functools.partial(model, training=False)
+
+        def make_step(detailed: bool):
+            def sums(batch):
+                return _batch_sums(_logits(forward, batch["image"], views), batch, detailed)
+
+            @tf.function
+            def step(batch):
+                partial = self._strategy.run(sums, args=(batch,))
+                total = tf.distribute.ReduceOp.SUM
+                return {k: self._strategy.reduce(total, v, None) for k, v in partial.items()}
+
+            return step
+
+        def engine_step(batch):
+            def answer(pixels):
+                # Logarithms of probabilities are logits of them.
+                return tf.math.log(tf.maximum(engine(pixels.numpy()), _TINY))
+
+            return _batch_sums(_logits(answer, batch["image"], views), batch, True)
+
+        self._step = make_step(detailed=False)
+        self._detailed_step = engine_step if engine else make_step(detailed=True)
+
+    def __call__(self, batches: Batches, num_examples: int) -> dict[str, float]:
         """Measures one set.
 
         Args:
@@ -49,29 +112,52 @@ class Evaluator:
         Raises:
           IncompleteEvaluation: the batches held more or fewer examples.
         """
-        sums = {"top1": 0.0, "top5": 0.0, "loss": 0.0, "examples": 0.0}
+        return _metrics(self._sum(self._step, batches), num_examples)
+
+    def measure(self, batches: Batches, num_examples: int) -> Measured:
+        """As a call, with answers by class and the calibration (Guo et al. 2017, equation 3)."""
+        sums = self._sum(self._detailed_step, batches)
+        confusion, bins = sums.pop("confusion"), sums.pop("bins")
+        metrics = _metrics(sums, num_examples)
+        metrics["ece"] = float(np.abs(bins[1] - bins[2]).sum() / metrics["examples"])
+        return Measured(metrics, np.rint(confusion).astype(np.int64), bins)
+
+    def _sum(self, step, batches: Batches) -> dict[str, np.ndarray]:
+        sums: dict[str, np.ndarray] = {}
         if callable(batches):
             distributed = self._strategy.distribute_datasets_from_function(batches)
         else:
             distributed = self._strategy.experimental_distribute_dataset(batches)
         for batch in distributed:
-            for key, value in self._step(batch).items():
-                sums[key] += float(value)
-        seen = round(sums.pop("examples"))
-        if seen != num_examples:
-            raise IncompleteEvaluation(f"saw {seen} examples, but the set has {num_examples}")
-        return {**{key: value / seen for key, value in sums.items()}, "examples": seen}
+            for key, value in step(batch).items():
+                sums[key] = sums.get(key, 0.0) + np.asarray(value, np.float64)
+        return sums
 
 
-def _batch_sums(model: tf.keras.Model, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    logits = model(batch["image"], training=False)
+def _metrics(sums: dict[str, np.ndarray], num_examples: int) -> dict[str, float]:
+    seen = round(float(sums.pop("examples")))
+    if seen != num_examples:
+        raise IncompleteEvaluation(f"saw {seen} examples, but the set has {num_examples}")
+    return {**{key: float(value) / seen for key, value in sums.items()}, "examples": seen}
+
+
+def _logits(forward, pixels: tf.Tensor, views: int) -> tf.Tensor:
+    if views == 1:
+        return forward(pixels)
+    both = tf.nn.softmax(forward(pixels)) + tf.nn.softmax(forward(tf.reverse(pixels, [2])))
+    return tf.math.log(tf.maximum(both / 2, _TINY))
+
+
+def _batch_sums(
+    logits: tf.Tensor, batch: dict[str, tf.Tensor], detailed: bool
+) -> dict[str, tf.Tensor]:
     labels, mask = batch["label"], batch["mask"]
     k = min(5, logits.shape[-1])
     # NaN logits count as misses, ties go to the first class, as wherever one class is answered.
     finite = tf.reduce_all(tf.math.is_finite(logits), -1)
     top_classes = tf.math.top_k(logits, k).indices
     hits = (top_classes == labels[:, None]) & finite[:, None]
-    return {
+    sums = {
         "top1": tf.reduce_sum(mask * tf.cast(hits[:, 0], tf.float32)),
         "top5": tf.reduce_sum(mask * tf.cast(tf.reduce_any(hits, -1), tf.float32)),
         "loss": tf.reduce_sum(
@@ -79,6 +165,21 @@ def _batch_sums(model: tf.keras.Model, batch: dict[str, tf.Tensor]) -> dict[str,
         ),
         "examples": tf.reduce_sum(mask),
     }
+    if detailed:
+        sums.update(_details(logits, top_classes[:, 0], hits[:, 0], labels, mask))
+    return sums
+
+
+def _details(logits, answers, right, labels, mask) -> dict[str, tf.Tensor]:
+    classes = logits.shape[-1]
+    pairs = labels * classes + answers
+    confusion = tf.math.unsorted_segment_sum(mask, pairs, classes * classes)
+    confidence = tf.reduce_max(tf.nn.softmax(logits), -1)
+    upper = tf.constant(np.arange(1, CALIBRATION_BINS) / CALIBRATION_BINS, tf.float32)
+    index = tf.reduce_sum(tf.cast(confidence[:, None] > upper, tf.int32), -1)
+    values = (tf.ones_like(mask), confidence, tf.cast(right, tf.float32))
+    bins = [tf.math.unsorted_segment_sum(mask * v, index, CALIBRATION_BINS) for v in values]
+    return {"confusion": tf.reshape(confusion, [classes, classes]), "bins": tf.stack(bins)}
 
 
 def describe(metrics: dict[str, float]) -> str:

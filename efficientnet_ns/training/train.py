@@ -18,10 +18,10 @@ from absl import logging
 
 from efficientnet_ns import preemption
 from efficientnet_ns.config import Config, ConfigError, TrainConfig
-from efficientnet_ns.data import manifests, pipeline, records
-from efficientnet_ns.evaluation import accuracy
+from efficientnet_ns.data import manifests, pipeline, records, tasks
+from efficientnet_ns.evaluation import accuracy, report
 from efficientnet_ns.experiment import Experiment
-from efficientnet_ns.models import efficientnet, weights
+from efficientnet_ns.models import efficientnet, engines, weights
 from efficientnet_ns.training import checkpoints, distribution, preview, schedules, summaries
 from efficientnet_ns.training.input_wait import InputWait
 from efficientnet_ns.training.optimizers import RMSPropTF1
@@ -159,10 +159,14 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     Returns:
       Set prefix → metrics, of the last weights measured; see `accuracy.Evaluator`.
     """
+    if config.train.eval_image_size:
+        config = config.override(input_image_size=config.train.eval_image_size)
     experiment = Experiment.from_config(config)
     config = experiment.config
     if not config.data.label_data_dir:
         raise ConfigError("--label_data_dir is needed: the folder with the evaluation records")
+    if config.train.eval_views not in (1, 2):
+        raise ConfigError(f"--eval_views={config.train.eval_views} must be 1 or 2 (mirrored)")
     continuously = config.train.eval_continuously
     path = config.train.model_dir if continuously else config.train.init_model_path
     path = path or config.train.model_dir
@@ -174,15 +178,41 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     distribution.set_precision(config.hardware, strategy)
     with strategy.scope():
         model = experiment.build_model()
-    evaluator = accuracy.Evaluator(model, strategy)
+    views = config.train.eval_views
     if continuously:
+        evaluator = accuracy.Evaluator(model, strategy, views=views)
         return _evaluate_each(experiment, model, evaluator)
-    return _evaluate_one(experiment, model, evaluator, path)
+    weights.load_weights(model, path, ema=config.train.eval_ema)
+    engine = _engine(config, model, strategy)
+    evaluator = accuracy.Evaluator(model, strategy, views=views, engine=engine)
+    results = _evaluate_one(experiment, evaluator, path)
+    folder = config.train.eval_dir
+    if not folder and config.train.model_dir:
+        folder = os.path.join(config.train.model_dir, "eval")
+    if folder and distribution.is_chief(strategy):
+        report.write(folder, config, path, results, tasks.class_names(experiment.task))
+    for line in report.beside_published(config, results):
+        logging.info(line)
+    return {name: _without_ece(measured.metrics) for name, measured in results.items()}
 
 
-def _evaluate_one(experiment: Experiment, model, evaluator, path: str) -> dict[str, dict]:
+def _without_ece(metrics: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if key != "ece"}
+
+
+def _engine(config: Config, model, strategy):
+    """XNNPACK when asked for, which sums on one device; None: TensorFlow, under the strategy."""
+    if config.predict.inference_engine != "xnnpack":
+        return None
+    if strategy.num_replicas_in_sync > 1:
+        raise ConfigError(
+            "--inference_engine=xnnpack evaluates on one device: leave --num_replicas at 0"
+        )
+    return engines.make("xnnpack", model, config.train.eval_batch_size, strategy)
+
+
+def _evaluate_one(experiment: Experiment, evaluator, path: str) -> dict[str, accuracy.Measured]:
     data, results = experiment.config.data, {}
-    weights.load_weights(model, path)
     sets = {experiment.task.eval_set: {"num_eval_images": data.num_eval_images}}
     if experiment.task.test_set is not None:
         sets[experiment.task.test_set] = {"num_test_images": data.num_test_images}
@@ -190,10 +220,10 @@ def _evaluate_one(experiment: Experiment, model, evaluator, path: str) -> dict[s
         source = pipeline.Source.find(data.label_data_dir, prefix, max_bad_fraction=0)
         source = _limited(source, source.examples, **limit)
         try:
-            results[prefix] = evaluator(_eval_shares(experiment, source), source.total)
+            results[prefix] = evaluator.measure(_eval_shares(experiment, source), source.total)
         except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
             raise _explain(e, experiment, (source,)) from e
-        logging.info("%s, %s: %s", path, prefix, accuracy.describe(results[prefix]))
+        logging.info("%s, %s: %s", path, prefix, accuracy.describe(results[prefix].metrics))
     return results
 
 
@@ -207,7 +237,9 @@ def _evaluate_each(experiment: Experiment, model, evaluator) -> dict[str, dict]:
         step = int(path.rsplit("-", 1)[1])
         try:
             if step not in measured or step == total:
-                results = _evaluate_one(experiment, model, evaluator, path)
+                weights.load_weights(model, path, ema=experiment.config.train.eval_ema)
+                measured_now = _evaluate_one(experiment, evaluator, path)
+                results = {k: _without_ece(m.metrics) for k, m in measured_now.items()}
         except (FileNotFoundError, tf.errors.NotFoundError):
             logging.warning("%s was removed before it could be measured", path)
             continue

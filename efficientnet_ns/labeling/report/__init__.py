@@ -25,6 +25,7 @@ from efficientnet_ns.labeling.report.truth import (
     accuracy_of_pseudo_labels,
     calibration_error,
     confusion,
+    reliability,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "confusion",
     "image_grid",
     "learning_curves",
+    "reliability",
     "table",
     "write_page",
 ]

@@ -138,6 +138,19 @@ def calibration_error(correct: ArrayLike, probs: ArrayLike, bins: int = CALIBRAT
     return _error(_bin(correct, probs, np.ones(len(probs), np.int64), bins))
 
 
+def reliability(images: ArrayLike, confidence: ArrayLike, correct: ArrayLike) -> str:
+    """Accuracy by confidence, of sums made elsewhere.
+
+    Args:
+      images, confidence, correct: images, summed top-1 probability and right answers in
+        CALIBRATION_BINS equal intervals (lower, upper], float [CALIBRATION_BINS].
+    """
+    images = checks.integers(np.rint(images).astype(np.int64), "images", low=0)
+    if not images.sum():
+        return tables.NOTHING
+    return _reliability(_Bins(images, np.asarray(confidence), np.asarray(correct)))
+
+
 def _reliability(sums: _Bins) -> str:
     """Accuracy by confidence as a plot and as a table."""
     used = np.flatnonzero(sums.images)

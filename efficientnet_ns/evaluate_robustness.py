@@ -1,0 +1,164 @@
+"""Measure a model on the robustness sets of the paper, as they are distributed:
+
+`python -m efficientnet_ns.evaluate_robustness --weights=PATH --imagenet_c=DIR … --report_dir=DIR`.
+
+Finished parts are kept in report_dir: start a stopped command again to continue.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from absl import flags
+
+from efficientnet_ns import config as config_lib
+from efficientnet_ns.config import Config, ConfigError
+
+# Flag → whether answers are restricted to the classes that have folders.
+_CLASS_FOLDERS = {
+    "imagenet_a": True,
+    "imagenet_r": True,
+    "imagenet_v2": False,
+    "imagenet_sketch": False,
+}
+_HELP = {
+    "imagenet_a": "ImageNet-A: <wnid>/*; answers among the classes that are there.",
+    "imagenet_r": "ImageNet-R: <wnid>/*; answers among the classes that are there.",
+    "imagenet_v2": "ImageNet-V2, matched frequency: <number of the class>/*.",
+    "imagenet_sketch": "ImageNet-Sketch: <wnid>/*.",
+    "imagenet_c": "ImageNet-C: <corruption>/<severity>/<wnid>/*.",
+    "imagenet_p": "ImageNet-P, unpacked: <perturbation>/<wnid>/<clip>/<a picture per frame>.",
+    "imagenet_val": "ImageNet validation images, ILSVRC2012_val_*.JPEG, for --real_labels.",
+    "real_labels": "real.json, the ReaL labels of the validation images.",
+}
+
+
+def evaluate(
+    config: Config,
+    weights_path: str,
+    folders: dict[str, str],
+    report_dir: str,
+    allow_missing: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Measures the sets whose folders are given; writes robustness.json, .md and .html.
+
+    Args:
+      config: the model, an ImageNet one.
+      weights_path: what `weights.load_weights` takes.
+      folders: flag → folder, of `_HELP`; empty ones are left out.
+
+    Returns:
+      Set → results, fractions.
+
+    Raises:
+      ConfigError: settings that do not fit.
+      records.DataError: folders that are not laid out as they must be, before anything is measured
+        on them.
+    """
+    folders = {name: path for name, path in folders.items() if path}
+    if not weights_path or not report_dir or not folders:
+        raise ConfigError(
+            f"--weights, --report_dir and at least one set are needed: --{', --'.join(_HELP)}"
+        )
+    if ("imagenet_val" in folders) != ("real_labels" in folders):
+        raise ConfigError("--imagenet_val and --real_labels go together")
+    from efficientnet_ns.evaluation import robustness
+    from efficientnet_ns.experiment import Experiment
+    from efficientnet_ns.labeling.labeler import Labeler, check_views
+
+    experiment = Experiment.from_config(config)
+    if experiment.num_classes != 1000:
+        raise ConfigError(f"--task_name={config.data.task_name}: the sets need ImageNet's classes")
+    check_views(experiment)
+    labeler = Labeler(experiment, weights_path)
+    identity = {
+        "weights": weights_path,
+        "model": config.model.model_name,
+        "image_size": experiment.image_size,
+        "views": config.predict.test_time_views,
+    }
+    evaluation = robustness.Evaluation(
+        labeler.label, labeler.group, os.path.join(report_dir, "parts"), identity
+    )
+    results = _measure(evaluation, folders, allow_missing)
+    _write(report_dir, identity, results)
+    return results
+
+
+def _measure(evaluation, folders: dict[str, str], allow_missing: bool) -> dict[str, dict]:
+    from efficientnet_ns.evaluation import robustness_sets as sets
+
+    results = {}
+    for flag, subset in _CLASS_FOLDERS.items():
+        if flag in folders:
+            numbers = sets.by_number() if flag == "imagenet_v2" else sets.by_wnid()
+            whole = not subset and not allow_missing
+            images = sets.class_folders(folders[flag], numbers, whole)
+            name = flag.replace("_", "-")
+            results[name] = evaluation.accuracy(name, folders[flag], images, subset)
+    if "real_labels" in folders:
+        labels = sets.real_labels(folders["real_labels"], folders["imagenet_val"])
+        results["imagenet-real"] = evaluation.real(folders["real_labels"], *labels)
+    if "imagenet_c" in folders:
+        results["imagenet-c"] = evaluation.corruptions(folders["imagenet_c"], allow_missing)
+    if "imagenet_p" in folders:
+        results["imagenet-p"] = evaluation.perturbations(folders["imagenet_p"], allow_missing)
+    return results
+
+
+def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
+    import tensorflow as tf
+
+    from efficientnet_ns.data import manifests
+    from efficientnet_ns.evaluation import robustness
+    from efficientnet_ns.labeling import report
+
+    manifests.write_json(
+        os.path.join(folder, "robustness.json"), {**identity, "sets": results}, indent=1
+    )
+    rows = robustness.rows(results, identity["image_size"])
+    with manifests.atomic_path(os.path.join(folder, "robustness.md")) as temporary:
+        with tf.io.gfile.GFile(temporary, "w") as f:
+            f.write(robustness.markdown(rows))
+    details = [
+        report.Section(f"{name}: {key}", report.table([{"name": n, key: v} for n, v in of.items()]))
+        for name, result in results.items()
+        for key, of in result.items()
+        if isinstance(of, dict)
+    ]
+    report.write_page(
+        os.path.join(folder, "robustness.html"),
+        title=f"Robustness of {identity['model']}",
+        intro=f"Weights: {identity['weights']}. Values are percent.",
+        sections=[report.Section("Measured beside published", report.table(rows)), *details],
+    )
+
+
+def main(argv: list[str]) -> None:
+    config_lib.no_arguments(argv)
+    values = flags.FLAGS
+    settings = config_lib.from_flags(Config, values)
+    folders = {name: getattr(values, name) for name in _HELP}
+    results = evaluate(settings, values.weights, folders, values.report_dir, values.allow_missing)
+    from efficientnet_ns.evaluation import robustness
+
+    size = settings.model.input_image_size or 0
+    print(robustness.markdown(robustness.rows(results, size)), end="")
+
+
+def run() -> None:
+    """The command line."""
+    config_lib.define_flags(Config)
+    flags.DEFINE_string("weights", "", "Weights of the model.")
+    flags.DEFINE_string("report_dir", "", "Folder of the results.")
+    flags.DEFINE_bool(
+        "allow_missing", False, "Measure sets with missing parts too; no mean is then reported."
+    )
+    for name, text in _HELP.items():
+        flags.DEFINE_string(name, "", text)
+    config_lib.run(main)
+
+
+if __name__ == "__main__":
+    run()

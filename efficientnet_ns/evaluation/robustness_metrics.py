@@ -1,0 +1,174 @@
+"""mCE, mFR and accuracy on subsets of the classes, as their authors define them.
+
+Sources:
+  Hendrycks and Dietterich 2019 (arXiv 1903.12261): CE, mCE, FP, FR, mFR. Values of AlexNet go by the
+    name of the corruption, never by its place in a list.
+  Hendrycks et al. 2021 (arXiv 1907.07174): ImageNet-A, answers among its 200 classes.
+  Beyer et al. 2020 (arXiv 2006.07159): ReaL labels, a set of right classes per image.
+  Xie et al. 2020 (arXiv 1911.04252), tables 3 to 5: the published rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+SEVERITIES = ("1", "2", "3", "4", "5")
+
+# Top-1 error of AlexNet, mean over the five severities.
+ALEXNET_ERROR = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+# Not in the mean: made to choose settings with.
+ALEXNET_ERROR_EXTRA = {
+    "speckle_noise": 0.8454,
+    "gaussian_blur": 0.7871,
+    "spatter": 0.7175,
+    "saturate": 0.6583,
+}
+# Probability that AlexNet's answer flips between frames.
+ALEXNET_FLIPS = {
+    "gaussian_noise": 0.23653,
+    "shot_noise": 0.30062,
+    "motion_blur": 0.09297,
+    "zoom_blur": 0.05942,
+    "snow": 0.11928,
+    "brightness": 0.04889,
+    "translate": 0.11007,
+    "rotate": 0.13104,
+    "tilt": 0.07050,
+    "scale": 0.23531,
+}
+ALEXNET_FLIPS_EXTRA = {
+    "spatter": 0.05053,
+    "speckle_noise": 0.18649,
+    "gaussian_blur": 0.02775,
+    "shear": 0.10658,
+}
+# Frames are independent draws of noise, so each is compared with the first, clean one.
+NOISE_SEQUENCES = frozenset({"gaussian_noise", "shot_noise", "speckle_noise"})
+
+PUBLISHED_MODELS = ("EfficientNet-L2", "Noisy Student L2")
+# Percent; mCE and mFR as published, C and P at the resolution in the name.
+PUBLISHED = {
+    "imagenet-a": {"EfficientNet-L2": 49.6, "Noisy Student L2": 83.7},
+    "imagenet-c 224": {"EfficientNet-L2": 47.5, "Noisy Student L2": 30.0},
+    "imagenet-c 299": {"EfficientNet-L2": 42.5, "Noisy Student L2": 28.3},
+    "imagenet-p 224": {"EfficientNet-L2": 27.2, "Noisy Student L2": 14.2},
+    "imagenet-p 299": {"EfficientNet-L2": 23.7, "Noisy Student L2": 12.2},
+}
+
+
+def corruption_errors(errors: Mapping[str, float]) -> dict[str, float]:
+    """CE of each corruption: its error over AlexNet's, 1 for a model that is no better.
+
+    Args:
+      errors: corruption → top-1 error, 0..1, mean over the five severities.
+
+    Raises:
+      ValueError: a corruption for which AlexNet's error is not known.
+    """
+    known = {**ALEXNET_ERROR, **ALEXNET_ERROR_EXTRA}
+    _refuse_unknown(errors, known, "corruption")
+    return {name: error / known[name] for name, error in errors.items()}
+
+
+def mean_corruption_error(errors: Mapping[str, float]) -> float:
+    """mCE: mean CE of the 15 corruptions; the extra four may be there and do not count.
+
+    Raises:
+      ValueError: one of the 15 is missing.
+    """
+    _refuse_missing(errors, ALEXNET_ERROR, "mCE")
+    relative = corruption_errors(errors)
+    return float(np.mean([relative[name] for name in ALEXNET_ERROR]))
+
+
+def flips(answers: np.ndarray, perturbation: str) -> float:
+    """FP: share of frames whose answer differs from that of the frame they are compared with.
+
+    Args:
+      answers: top-1 classes of the frames of sequences, int [N, T], T ≥ 2.
+      perturbation: name; of noise sequences all frames are compared with the first one, of others
+        each with the one before it.
+    """
+    answers = np.asarray(answers)
+    if answers.ndim != 2 or answers.shape[1] < 2:
+        raise ValueError(f"answers are {answers.shape}; they must be [N, T] of at least two frames")
+    before = answers[:, :1] if perturbation in NOISE_SEQUENCES else answers[:, :-1]
+    return float(np.mean(answers[:, 1:] != before))
+
+
+def mean_flip_rate(probabilities: Mapping[str, float]) -> float:
+    """mFR: mean over the ten perturbations of FP over AlexNet's.
+
+    Raises:
+      ValueError: a perturbation is unknown, or one of the ten is missing.
+    """
+    _refuse_unknown(probabilities, {**ALEXNET_FLIPS, **ALEXNET_FLIPS_EXTRA}, "perturbation")
+    _refuse_missing(probabilities, ALEXNET_FLIPS, "mFR")
+    return float(np.mean([probabilities[n] / alexnet for n, alexnet in ALEXNET_FLIPS.items()]))
+
+
+def hits(probs: np.ndarray, labels: np.ndarray, k: int, classes: Sequence[int] | None = None):
+    """Whether the label is among the k best answers, bool [N].
+
+    Args:
+      probs: float [N, C].
+      labels: int [N].
+      classes: the only ones that may be answered; None: all. Ties go to the lower class; rows with
+        NaN are misses.
+    """
+    probs, labels = np.asarray(probs), np.asarray(labels)
+    if classes is not None:
+        classes = np.sort(np.asarray(classes))
+        allowed = np.full(probs.shape[1], -np.inf)
+        allowed[classes] = 0
+        probs = probs + allowed
+        k = min(k, len(classes))
+    best = np.argsort(-probs, axis=1, kind="stable")[:, :k]
+    return (best == labels[:, None]).any(1) & ~np.isnan(probs).any(1)
+
+
+def real_accuracy(answers: np.ndarray, right: Sequence[Sequence[int]]) -> tuple[float, int]:
+    """(share of images whose answer is one of the right classes, images that count).
+
+    Args:
+      answers: top-1 classes, int [N].
+      right: the right classes of each image; images without any do not count.
+    """
+    if len(answers) != len(right):
+        raise ValueError(f"{len(answers)} answers for {len(right)} lists of labels")
+    counted = [int(a) in r for a, r in zip(answers, right) if r]
+    if not counted:
+        raise ValueError("no image has a label")
+    return float(np.mean(counted)), len(counted)
+
+
+def _refuse_unknown(values, known, kind: str) -> None:
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"unknown {kind} {', '.join(unknown)}; known: {', '.join(known)}")
+
+
+def _refuse_missing(values, needed, what: str) -> None:
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise ValueError(
+            f"{what} needs all of its {len(needed)} parts; missing: {', '.join(missing)}"
+        )
