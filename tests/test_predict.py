@@ -21,6 +21,7 @@ from PIL import Image
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import images, manifests, records, views
 from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.labeling import index as index_lib
 from efficientnet_ns.labeling import parts, predict, shards
 from efficientnet_ns.labeling.labeler import Labeler
 from efficientnet_ns.models import weights
@@ -223,7 +224,7 @@ def test_index(finished):
 def test_index_can_be_built_from_the_predictions(finished, tmp_path):
     for shard in range(3):
         source = f"{finished.predict.output_dir}/train-info-{shard:05d}-of-00003-00000"
-        predict.index_from_predictions(source, str(tmp_path / "index"), shard, 0)
+        index_lib.index_from_predictions(source, str(tmp_path / "index"), shard, 0)
         built = pyarrow.parquet.read_table(tmp_path / "index")
         original = f"{finished.predict.output_dir}/index-{shard:05d}-of-00003-00000.parquet"
         assert built.equals(pyarrow.parquet.read_table(original))
@@ -330,7 +331,7 @@ def test_bad_records_keep_their_place(folder, damaged, answer, caplog):
     np.testing.assert_allclose(probs[good], own, atol=1e-6)
 
     index = pyarrow.parquet.read_table(output / "index-00001-of-00002-00000.parquet").to_pydict()
-    assert [i for i in range(12) if index["label"][i] == predict.UNREADABLE_LABEL] == bad
+    assert [i for i in range(12) if index["label"][i] == index_lib.UNREADABLE_LABEL] == bad
     assert [index["prob"][i] for i in bad] == [0.0] * 5
     manifest = manifests.read_json(str(output / "train-info-00001-of-00002-00000.manifest.json"))
     quarantine = manifest["counts"]["quarantine"]

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from efficientnet_ns.config import ConfigError, SelectConfig
 from efficientnet_ns.data import manifests, records
-from efficientnet_ns.labeling import choose, predict, select
+from efficientnet_ns.labeling import choose, select
+from efficientnet_ns.labeling import index as index_lib
 
 CLASSES = 10
 
@@ -245,7 +246,7 @@ def write_indexes(folder: Path, rows) -> None:
         for worker in range(2):
             mine = [row for row in rows if row[:2] == (shard, worker)]
             labels, probs = (np.array([row[i] for row in mine]) for i in (3, 4))
-            predict.write_index(
+            index_lib.write_index(
                 str(folder / "predictions" / records.index_name(shard, 2, worker)),
                 *(shard, worker, labels.astype(np.int32), probs.astype(np.float32)),
             )

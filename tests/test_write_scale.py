@@ -20,7 +20,8 @@ import tensorflow as tf
 
 from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.data import records
-from efficientnet_ns.labeling import predict, select, write
+from efficientnet_ns.labeling import index as index_lib
+from efficientnet_ns.labeling import select, write
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -73,7 +74,7 @@ def make(
         records.write(select.prediction_path(config, shard, 0), (examples[i] for i in chosen))
         labels = probs.argmax(1)[chosen].astype(np.int32)
         index = folder / records.index_name(shard, shards, 0)
-        predict.write_index(str(index), shard, 0, labels, probs.max(1)[chosen])
+        index_lib.write_index(str(index), shard, 0, labels, probs.max(1)[chosen])
     select.select(config)
     return settings
 

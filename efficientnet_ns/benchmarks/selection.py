@@ -17,7 +17,7 @@ import numpy as np
 from efficientnet_ns.benchmarks.tables import Row
 from efficientnet_ns.config import BenchmarkConfig, ConfigError, SelectConfig
 from efficientnet_ns.data import records
-from efficientnet_ns.labeling import predict, scan, select
+from efficientnet_ns.labeling import index, scan, select
 
 _SHARDS = 128
 _BYTES_PER_ROW = 30  # Index, selection and what is spilled; measured below 20.
@@ -116,7 +116,7 @@ def make_index(settings: SelectConfig, rows: int) -> None:
         probs = 1 - 0.97 * rng.random(size, np.float32) ** ease[labels]
         name = records.index_name(shard, _SHARDS, 0)
         path = os.path.join(settings.prediction_dir, name)
-        predict.write_index(path, shard, 0, labels, probs.astype(np.float32))
+        index.write_index(path, shard, 0, labels, probs.astype(np.float32))
         open(select.prediction_path(settings, shard, 0), "wb").close()
 
     with concurrent.futures.ThreadPoolExecutor(scan.cores()) as pool:

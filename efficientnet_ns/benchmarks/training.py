@@ -59,7 +59,8 @@ def _take_turns(keys: list[str], config: BenchmarkConfig) -> dict[str, list[dict
     with contextlib.ExitStack() as stack:
         running = {}
         for key in keys:
-            command = [sys.executable, "-m", __name__, key, settings]
+            code = f"from {__name__} import answer; answer(*__import__('sys').argv[1:])"
+            command = [sys.executable, "-c", code, key, settings]
             pipe = subprocess.PIPE
             process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
             running[key] = stack.enter_context(process)
@@ -167,12 +168,8 @@ def _work(key: str, config: BenchmarkConfig) -> Iterator[dict[str, float]]:
         yield {"rate": steps * config.batch_size / elapsed, "megabytes": peak}
 
 
-def _answer(key: str, settings: str) -> None:
-    """One turn, and one line of output, for each line of input."""
+def answer(key: str, settings: str) -> None:
+    """What a contender's process runs: one turn, and one line of output, per line of input."""
     turns = _work(key, BenchmarkConfig(**json.loads(settings)))
     for _ in sys.stdin:
         print(json.dumps(next(turns)), flush=True)
-
-
-if __name__ == "__main__":
-    _answer(*sys.argv[1:])

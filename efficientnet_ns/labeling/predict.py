@@ -20,11 +20,6 @@ from absl import logging
 from efficientnet_ns.config import Config, ConfigError, shard_list
 from efficientnet_ns.data import manifests, records
 from efficientnet_ns.experiment import Experiment
-from efficientnet_ns.labeling.index import (  # noqa: F401 - part of this module's face
-    UNREADABLE_LABEL,
-    index_from_predictions,
-    write_index,
-)
 from efficientnet_ns.labeling.labeler import Labeler, check_views
 from efficientnet_ns.labeling.queue import LeaseLost, Queue
 from efficientnet_ns.labeling.shards import ShardJob, TooManyBadRecords, Unit

@@ -22,7 +22,7 @@ from absl import logging
 
 from efficientnet_ns.config import ConfigError, SelectConfig
 from efficientnet_ns.data import manifests, records
-from efficientnet_ns.labeling import choose, predict, scan, statistics
+from efficientnet_ns.labeling import choose, index, scan, statistics
 
 SELECTION = "selection.parquet"
 # A process needs seconds to start; with less than this to read, it is not worth it.
@@ -120,13 +120,13 @@ def _build_indexes(missing: Sequence[tuple[str, str, int, int]]) -> None:
     processes = min(len(missing), scan.cores(), size // _BYTES_PER_PROCESS)
     if processes < 2:
         for arguments in missing:
-            predict.index_from_predictions(*arguments)
+            index.index_from_predictions(*arguments)
         return
     logging.info("building the index of %d prediction files", len(missing))
     # Spawned, since TensorFlow's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        for future in [pool.submit(predict.index_from_predictions, *job) for job in missing]:
+        for future in [pool.submit(index.index_from_predictions, *job) for job in missing]:
             future.result()
 
 
