@@ -30,9 +30,9 @@ class Recipe:
       unlabel_ratio: unlabeled images per labeled one in a batch.
       randaugment_magnitude: level of RandAugment, two operations per image; None: not used.
       top1: ImageNet validation accuracy of Noisy Student with an L2 teacher, percent.
-      top5: the same, among the first five answers, percent.
-      timm_top1: what timm measured with its copy of the weights, percent.
       top1_supervised: the same of the model trained on ImageNet alone, percent.
+      top5: as top1, among the first five answers, percent.
+      timm_top1: what timm measured with its copy of the Noisy Student weights, percent.
       tf1_checkpoint: name of the TensorFlow 1 archive, without `.tar.gz`.
       timm_name: name of the same weights in timm.
       keras_file: name of the Keras weights file; None: there is none.
@@ -48,9 +48,9 @@ class Recipe:
     unlabel_ratio: int
     randaugment_magnitude: Optional[int]
     top1: float
+    top1_supervised: float
     top5: float
     timm_top1: float
-    top1_supervised: float
     tf1_checkpoint: str
     timm_name: str
     keras_file: Optional[str]
@@ -71,9 +71,9 @@ RECIPES: dict[str, Recipe] = {
         unlabel_ratio=1,
         randaugment_magnitude=None,
         top1=78.8,
+        top1_supervised=77.3,
         top5=94.5,
         timm_top1=78.68,
-        top1_supervised=77.3,
         tf1_checkpoint="noisy_student_efficientnet-b0",
         timm_name="tf_efficientnet_b0.ns_jft_in1k",
         keras_file="efficientnet-b0_noisy-student.h5",
@@ -89,9 +89,9 @@ RECIPES: dict[str, Recipe] = {
         unlabel_ratio=3,
         randaugment_magnitude=None,
         top1=81.5,
+        top1_supervised=79.2,
         top5=95.8,
         timm_top1=81.388,
-        top1_supervised=79.2,
         tf1_checkpoint="noisy_student_efficientnet-b1",
         timm_name="tf_efficientnet_b1.ns_jft_in1k",
         keras_file="efficientnet-b1_noisy-student.h5",
@@ -107,9 +107,9 @@ RECIPES: dict[str, Recipe] = {
         unlabel_ratio=3,
         randaugment_magnitude=6,
         top1=82.4,
+        top1_supervised=80.0,
         top5=96.3,
         timm_top1=82.412,
-        top1_supervised=80.0,
         tf1_checkpoint="noisy_student_efficientnet-b2",
         timm_name="tf_efficientnet_b2.ns_jft_in1k",
         keras_file="efficientnet-b2_noisy-student.h5",
@@ -125,9 +125,9 @@ RECIPES: dict[str, Recipe] = {
         unlabel_ratio=3,
         randaugment_magnitude=12,
         top1=84.1,
+        top1_supervised=81.7,
         top5=96.9,
         timm_top1=84.054,
-        top1_supervised=81.7,
         tf1_checkpoint="noisy_student_efficientnet-b3",
         timm_name="tf_efficientnet_b3.ns_jft_in1k",
         keras_file="efficientnet-b3_noisy-student.h5",
@@ -143,9 +143,9 @@ RECIPES: dict[str, Recipe] = {
         unlabel_ratio=3,
         randaugment_magnitude=15,
         top1=85.3,
+        top1_supervised=83.2,
         top5=97.5,
         timm_top1=85.156,
-        top1_supervised=83.2,
         tf1_checkpoint="noisy_student_efficientnet-b4",
         timm_name="tf_efficientnet_b4.ns_jft_in1k",
         keras_file="efficientnet-b4_noisy-student.h5",
@@ -161,9 +161,9 @@ RECIPES: dict[str, Recipe] = {
         unlabel_ratio=3,
         randaugment_magnitude=18,
         top1=86.1,
+        top1_supervised=84.0,
         top5=97.8,
         timm_top1=86.096,
-        top1_supervised=84.0,
         tf1_checkpoint="noisy_student_efficientnet-b5",
         timm_name="tf_efficientnet_b5.ns_jft_in1k",
         keras_file="efficientnet-b5_noisy-student.h5",
@@ -179,9 +179,9 @@ RECIPES: dict[str, Recipe] = {
         unlabel_ratio=3,
         randaugment_magnitude=24,
         top1=86.4,
+        top1_supervised=84.5,
         top5=97.9,
         timm_top1=86.476,
-        top1_supervised=84.5,
         tf1_checkpoint="noisy_student_efficientnet-b6",
         timm_name="tf_efficientnet_b6.ns_jft_in1k",
         keras_file="efficientnet-b6_noisy-student.h5",
@@ -197,9 +197,9 @@ RECIPES: dict[str, Recipe] = {
         unlabel_ratio=3,
         randaugment_magnitude=27,
         top1=86.9,
+        top1_supervised=85.0,
         top5=98.1,
         timm_top1=86.85,
-        top1_supervised=85.0,
         tf1_checkpoint="noisy_student_efficientnet-b7",
         timm_name="tf_efficientnet_b7.ns_jft_in1k",
         keras_file="efficientnet-b7_noisy-student.h5",
@@ -220,9 +220,9 @@ RECIPES: dict[str, Recipe] = {
         unlabel_ratio=14,
         randaugment_magnitude=27,
         top1=88.4,
+        top1_supervised=85.5,
         top5=98.7,
         timm_top1=88.36,
-        top1_supervised=85.5,
         tf1_checkpoint="noisy_student_efficientnet-l2",
         timm_name="tf_efficientnet_l2.ns_jft_in1k",
         keras_file=None,
