@@ -29,6 +29,8 @@ from efficientnet_ns.config import (
     TrainConfig,
 )
 from efficientnet_ns.data.settings import MakeConfig, SvhnConfig
+from efficientnet_ns.export_model import ExportConfig
+from efficientnet_ns.labeling_report import ReportConfig
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = {
@@ -45,11 +47,21 @@ ENTRIES = {
     "noisy_student": ([Config, LoopConfig], set()),
     "filter_unlabel": ([SelectConfig], set()),
     "demo": ([demo.DemoConfig], set()),
-    "export_model": ([Config], {"export_dir", "version", "ema"}),
+    "export_model": ([Config, ExportConfig], set()),
+    "labeling_report": ([SelectConfig, ReportConfig], set()),
     "make_records": ([MakeConfig], set()),
     "proc_svhn": ([SvhnConfig], set()),
 }
-ALL = [*SECTIONS.values(), SelectConfig, LoopConfig, demo.DemoConfig, MakeConfig, SvhnConfig]
+ALL = [
+    *SECTIONS.values(),
+    SelectConfig,
+    LoopConfig,
+    demo.DemoConfig,
+    ExportConfig,
+    MakeConfig,
+    ReportConfig,
+    SvhnConfig,
+]
 
 # Program here → the programs of google-research/noisystudent (commit aac52bf) whose flags it takes,
 # with their names, types and defaults; its predict_label.py is `main --mode=predict` here.
