@@ -323,7 +323,7 @@ def _warn_of_empty_classes(config: SelectConfig, found: set[int]) -> None:
 
 @contextlib.contextmanager
 def _local_name(path: str) -> Iterator[str]:
-    """Yields a name that DuckDB can open; its file ends up at `path`."""
+    """Yields a name on a local disk; its file ends up at `path`."""
     if scan.is_local(path):
         yield path
         return

@@ -92,9 +92,7 @@ def _start(
     if start == 0:
         _initialise(model, config)
     logging.info("%s: steps %d to %d in %s", config.model.model_name, start, total, model_dir)
-    logging.info("labeled images: %s", experiment.labeled_preprocessing.describe())
-    if unlabeled is not None:
-        logging.info("unlabeled images: %s", experiment.unlabeled_preprocessing.describe())
+    _log_preprocessing(experiment, unlabeled is not None)
     log = summaries.MetricsLog(model_dir, start, writes)
     if writes:
         summaries.note_start(model_dir, start, config.values())
@@ -132,6 +130,12 @@ def _start(
         return session.finish()
 
     return run
+
+
+def _log_preprocessing(experiment: Experiment, has_unlabeled: bool) -> None:
+    logging.info("labeled images: %s", experiment.labeled_preprocessing.describe())
+    if has_unlabeled:
+        logging.info("unlabeled images: %s", experiment.unlabeled_preprocessing.describe())
 
 
 def _show(experiment: Experiment, model, log, labeled, unlabeled, start: int) -> None:
