@@ -17,10 +17,6 @@ from efficientnet_ns.data import pipeline
 from efficientnet_ns.experiment import Experiment
 from efficientnet_ns.models import layers
 
-# A worker that waits this long for the others' gradients gives up. Far above a slow input pipeline,
-# an evaluation or a compilation on another worker; a lost connection is noticed at once.
-WAIT_SECONDS = 1800.0
-
 
 class WorkerLost(RuntimeError):
     """Another worker of the cluster went away, so that this one cannot go on."""
@@ -44,8 +40,9 @@ def get_strategy(hardware: HardwareConfig) -> tf.distribute.Strategy:
                 f"--num_replicas={hardware.num_replicas}: with TF_CONFIG, a worker without GPUs is "
                 "one replica. Start more workers, or unset TF_CONFIG."
             )
-        options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=WAIT_SECONDS)
-        return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+        # Without a timeout for its collectives: for each, TensorFlow would keep a thread asleep until
+        # then. Lost workers are noticed by their connections and heartbeats.
+        return tf.distribute.MultiWorkerMirroredStrategy()
     devices = _local_devices(hardware.num_replicas)
     return tf.distribute.MirroredStrategy(devices) if devices else tf.distribute.get_strategy()
 
