@@ -215,6 +215,16 @@ def test_only_worker_0_trains():
     assert workers("run ls") == "all"
 
 
+@pytest.mark.parametrize("accelerator, hardware", [("v3-8", "tpu"), ("v3-32", "tpu_pod")])
+def test_started_program_runs_on_the_tpu(accelerator, hardware):
+    def started(**variables: object) -> str:
+        words = ("--dry_run", "start", "tpu_scripts/svhn/train.sh")
+        return run("tpu_vm.sh", *words, **HERE, ACCELERATOR_TYPE=accelerator, **variables).stdout
+
+    assert re.search(rf"HARDWARE={hardware}\W", started())
+    assert re.search(r"HARDWARE=cpu\W", started(HARDWARE="cpu"))
+
+
 # Stands for gcloud and for the machine: a command over ssh runs here, with its own home folder. The
 # file `states` has the state of the request at each question; the last stays.
 GCLOUD = """#!/usr/bin/env bash
@@ -270,6 +280,9 @@ def test_program_starts_stops_and_leaves_its_exit_code(cloud):
     assert call("start", "bash", "-c", saving, "a b").returncode == 0
     wait_for(home / "efficientnet_ns.log", "begun a b")
     assert call("status").stdout.strip() == "running"
+    second = call("start", "touch", folder / "second")
+    assert second.returncode != 0 and "is running" in second.stderr
+    assert call("status").stdout.strip() == "running"
     assert call("stop").returncode == 0
     wait_for(home / "efficientnet_ns.exit", "75")
     assert "saved" in (home / "efficientnet_ns.log").read_text()
@@ -278,6 +291,17 @@ def test_program_starts_stops_and_leaves_its_exit_code(cloud):
     (home / "efficientnet_ns.exit").write_text("running\n")
     (home / "efficientnet_ns.pid").write_text("999999999\n")
     assert call("status").stdout.strip() == "75"
+
+
+def test_started_scripts_get_their_settings(cloud):
+    folder, call = cloud
+    settings = {"MODEL": "l2", "MODEL_DIR": "gs://mine/a b", "EXTRA_FLAGS": "--seed=1 --debug=1"}
+    names = "$HARDWARE|$MODEL|$MODEL_DIR|$EXTRA_FLAGS|${PREDICT_DIR-none}|$1"
+    show = f'echo "{names}" | tee "$FAKE/told"'
+    assert call("start", "bash", "-c", show, "-", "x y", **settings).returncode == 0
+    wait_for(folder / "told", "\n")
+    told = (folder / "told").read_text()
+    assert told == "tpu|l2|gs://mine/a b|--seed=1 --debug=1|none|x y\n"
 
 
 def test_preempted_machine_is_replaced_and_the_program_started_again(cloud):
@@ -319,7 +343,7 @@ def write_mat(folder: Path) -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    folder.mkdir()
+    folder.mkdir(parents=True)
     start = 0
     for name, count in (("train", 240), ("test", 60), ("extra", 200)):
         chosen = slice(start, start + count)
@@ -338,9 +362,7 @@ def test_svhn_scripts_run_end_to_end(tmp_path):
     pytest.importorskip("scipy")
     pytest.importorskip("sklearn")
     write_mat(tmp_path / "raw")
-    small = (
-        "--width_coefficient=0.25 --depth_coefficient=0.25 --train_steps=6 --num_train_images=200"
-    )
+    small = "--model_name=efficientnet-test --train_steps=6 --num_train_images=200"
     settings = {
         "PYTHON": sys.executable,
         "DATA_DIR": tmp_path,
@@ -393,6 +415,11 @@ def test_svhn_scripts_run_end_to_end(tmp_path):
     # Students of the fresh labels, and of a teacher that labels inside the step.
     settings["FILTERED_DATA_DIR"], settings["MODEL_DIR"] = predict / "reassign", tmp_path / "second"
     assert last_line("svhn/train_offline.sh")["step"] == 6
+    settings["MODEL_DIR"] = tmp_path / "third"
+    measured = last_line("svhn/run.sh", "--teacher_model_name=efficientnet-test")
+    assert measured["test"]["examples"] == 60
+    lines = (tmp_path / "third" / "metrics.jsonl").read_text().splitlines()
+    assert {"lab/loss", "ext/loss"} <= set(json.loads(lines[-1])) and '"step": 6' in lines[-1]
 
 
 def images_of(path: Path) -> list[bytes]:

@@ -23,7 +23,8 @@
 #
 # Settings (environment): TPU_NAME and ZONE (needed), PROJECT, ACCELERATOR_TYPE (v3-8), SPOT=1 for a preemptible one,
 # TF_VERSION (2.15.1), DEVICE_API (pjrt; se is the older one of v2 to v4), RUNTIME (made of these two; the pod variant
-# for slices), POLL_SECONDS (60) between two looks of watch.
+# for slices), POLL_SECONDS (60) between two looks of watch. Programs that are started get the settings of the scripts in
+# imagenet/ and svhn/ (MODEL, LABEL_DATA_DIR, MODEL_DIR, EXTRA_FLAGS …; their --help), and HARDWARE: tpu, or tpu_pod.
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -81,25 +82,39 @@ setup() {
     cd efficientnet_ns && grep -v "^tensorflow==" requirements.txt > others.txt && pip install -r others.txt'
 }
 
+# The settings of the scripts in this folder that are set here, as words for `env` over there. Their hardware is this TPU,
+# whatever the scripts' own default.
+script_settings() {
+  local name HARDWARE=${HARDWARE:-${pod:+tpu_pod}}
+  HARDWARE=${HARDWARE:-tpu}
+  for name in HARDWARE MODEL TEACHER_MODEL DATA_DIR RAW_DATA_DIR UNLABELED_RAW_DIR LABEL_DATA_DIR UNLABEL_DATA_DIR \
+    FILTERED_DATA_DIR PREDICT_DIR TEACHER_CKPT FETCH_TEACHER MODEL_DIR NUM_SHARDS SHARD_ID EXTRA_FLAGS FILTER_FLAGS; do
+    if [[ -n ${!name:-} ]]; then printf '%q ' "$name=${!name}"; fi
+  done
+}
+
 # The files of one program on worker 0, in its home folder: efficientnet_ns.log, .pid, .exit (running, or its code).
+# shellcheck disable=SC2016 # expands on the worker
+is_running='[ "$(cat ~/efficientnet_ns.exit 2> /dev/null)" = running ] && kill -0 "$(cat ~/efficientnet_ns.pid)" 2> /dev/null'
+
 start() {
   local program environment="TPU_NAME=$TPU_NAME"
   # The older interface finds the other workers only when the library is not loaded at import.
   if [[ $device_api == se && -n $pod ]]; then environment+=" TPU_LOAD_LIBRARY=0"; fi
   printf -v program '%q ' "$@"
   # SIGTERM to the group reaches the program; the shell around it stays to write down the exit code.
-  program="trap : TERM; env $environment $program; echo \$? > ~/efficientnet_ns.exit"
-  on_workers 0 "cd efficientnet_ns && echo running > ~/efficientnet_ns.exit &&
+  program="trap : TERM; env $environment $(script_settings)$program; echo \$? > ~/efficientnet_ns.exit"
+  on_workers 0 "if $is_running; then echo 'a program is running: stop it first' >&2; exit 1; fi
+    cd efficientnet_ns && echo running > ~/efficientnet_ns.exit &&
     { setsid nohup bash -c $(printf '%q' "$program") >> ~/efficientnet_ns.log 2>&1 < /dev/null &
       echo \$! > ~/efficientnet_ns.pid; }"
 }
 
 # A program whose machine was restarted says running, but is not there: as good as preempted (exit code 75).
 status() {
-  # shellcheck disable=SC2016 # expands on the worker
-  on_workers 0 'status=$(cat ~/efficientnet_ns.exit 2> /dev/null || echo new)
-    if [ "$status" = running ] && ! kill -0 "$(cat ~/efficientnet_ns.pid)" 2> /dev/null; then status=75; fi
-    echo "$status"'
+  on_workers 0 "status=\$(cat ~/efficientnet_ns.exit 2> /dev/null || echo new)
+    if [ \$status = running ] && ! { $is_running; }; then status=75; fi
+    echo \$status"
 }
 
 say() {
