@@ -8,6 +8,7 @@ Finished parts are kept in report_dir: start a stopped command again to continue
 from __future__ import annotations
 
 import os
+from operator import methodcaller
 from typing import Any
 
 from absl import flags
@@ -15,20 +16,17 @@ from absl import flags
 from efficientnet_ns import config as config_lib
 from efficientnet_ns.config import Config, ConfigError
 
-# Flag → whether answers are restricted to the classes that have folders.
-_CLASS_FOLDERS = {
-    "imagenet_a": True,
-    "imagenet_r": True,
-    "imagenet_v2": False,
-    "imagenet_sketch": False,
-}
+# Sets of labeled images, which may be class folders, records or tfds.
+_LABELED = ("imagenet_a", "imagenet_r", "imagenet_v2", "imagenet_sketch")
+_PLACES = "; or a folder of records, or tfds:<name>."
 _HELP = {
-    "imagenet_a": "ImageNet-A: <wnid>/*; answers among the classes that are there.",
-    "imagenet_r": "ImageNet-R: <wnid>/*; answers among the classes that are there.",
-    "imagenet_v2": "ImageNet-V2, matched frequency: <number of the class>/*.",
-    "imagenet_sketch": "ImageNet-Sketch: <wnid>/*.",
-    "imagenet_c": "ImageNet-C: <corruption>/<severity>/<wnid>/*.",
-    "imagenet_p": "ImageNet-P, unpacked: <perturbation>/<wnid>/<clip>/<a picture per frame>.",
+    "imagenet_a": f"ImageNet-A: <wnid>/*{_PLACES} Answers among its 200 classes.",
+    "imagenet_r": f"ImageNet-R: <wnid>/*{_PLACES} Answers among its 200 classes.",
+    "imagenet_v2": f"ImageNet-V2, matched frequency: <number of the class>/* or <wnid>/*{_PLACES}",
+    "imagenet_sketch": f"ImageNet-Sketch: <wnid>/*{_PLACES}",
+    "imagenet_c": "ImageNet-C: <corruption>/<severity>/<wnid>/*; or tfds:imagenet2012_corrupted, or "
+    "with /<corruption>_<severity> a single one of its parts.",
+    "imagenet_p": "ImageNet-P: <perturbation>/<wnid>/<clip>.mp4, .gif or /<a picture per frame>.",
     "imagenet_val": "ImageNet validation images, ILSVRC2012_val_*.JPEG, for --real_labels.",
     "real_labels": "real.json, the ReaL labels of the validation images.",
 }
@@ -46,7 +44,7 @@ def evaluate(
     Args:
       config: the model, an ImageNet one.
       weights_path: what `weights.load_weights` takes.
-      folders: flag → folder, of `_HELP`; empty ones are left out.
+      folders: flag → folder or other place, of `_HELP`; empty ones are left out.
 
     Returns:
       Set → results, fractions.
@@ -71,6 +69,8 @@ def evaluate(
     if experiment.num_classes != 1000:
         raise ConfigError(f"--task_name={config.data.task_name}: the sets need ImageNet's classes")
     check_views(experiment)
+    # All sets are looked through before a model is built and anything is measured.
+    measurements = _open(folders, allow_missing, config.data.tfds_data_dir)
     labeler = Labeler(experiment, weights_path)
     identity = {
         "weights": weights_path,
@@ -78,33 +78,46 @@ def evaluate(
         "image_size": experiment.image_size,
         "views": config.predict.test_time_views,
     }
+    whole = {"imagenet_c", "imagenet_p"} & set(folders)
     evaluation = robustness.Evaluation(
-        labeler.label, labeler.group, os.path.join(report_dir, "parts"), identity
+        labeler.label,
+        labeler.group,
+        os.path.join(report_dir, "parts"),
+        identity,
+        labeler.of_whole_images().label if whole else None,
     )
-    results = _measure(evaluation, folders, allow_missing)
+    results = {name: measure(evaluation) for name, measure in measurements.items()}
     _write(report_dir, identity, results)
     return results
 
 
-def _measure(evaluation, folders: dict[str, str], allow_missing: bool) -> dict[str, dict]:
+def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | None) -> dict:
+    """Set → function of the evaluation that measures it."""
     from efficientnet_ns.evaluation import robustness_sets as sets
+    from efficientnet_ns.evaluation import robustness_sources as opening
 
-    results = {}
-    for flag, subset in _CLASS_FOLDERS.items():
+    options, work = (tfds_data_dir, allow_missing), {}
+    for flag in _LABELED:
         if flag in folders:
-            numbers = sets.by_number() if flag == "imagenet_v2" else sets.by_wnid()
-            whole = not subset and not allow_missing
-            images = sets.class_folders(folders[flag], numbers, whole)
             name = flag.replace("_", "-")
-            results[name] = evaluation.accuracy(name, folders[flag], images, subset)
+            classes = sets.classes_of(name)
+            images = opening.open_images(folders[flag], classes, *options)
+            among = list(classes.values()) if len(classes) < 1000 else None
+            work[name] = methodcaller("accuracy", name, images, among)
     if "real_labels" in folders:
         labels = sets.real_labels(folders["real_labels"], folders["imagenet_val"])
-        results["imagenet-real"] = evaluation.real(folders["real_labels"], *labels)
-    if "imagenet_c" in folders:
-        results["imagenet-c"] = evaluation.corruptions(folders["imagenet_c"], allow_missing)
+        work["imagenet-real"] = methodcaller("real", folders["real_labels"], *labels)
+    if part := opening.single_corruption(folders.get("imagenet_c", "")):
+        images = opening.open_images(folders["imagenet_c"], sets.by_wnid(), *options)
+        name = f"imagenet-c/{part}"
+        work[name] = methodcaller("accuracy", name, images, cropped=True)
+    elif "imagenet_c" in folders:
+        corruptions = opening.open_corruptions(folders["imagenet_c"], *options)
+        work["imagenet-c"] = methodcaller("corruptions", corruptions)
     if "imagenet_p" in folders:
-        results["imagenet-p"] = evaluation.perturbations(folders["imagenet_p"], allow_missing)
-    return results
+        clips = opening.open_perturbations(folders["imagenet_p"], allow_missing)
+        work["imagenet-p"] = methodcaller("perturbations", clips)
+    return work
 
 
 def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
@@ -117,10 +130,14 @@ def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
     manifests.write_json(
         os.path.join(folder, "robustness.json"), {**identity, "sets": results}, indent=1
     )
-    rows = robustness.rows(results, identity["image_size"])
+    size, model = identity["image_size"], identity["model"]
+    rows = robustness.rows(results, size, model)
+    tables = robustness.tables(results, size, model)
     with manifests.atomic_path(os.path.join(folder, "robustness.md")) as temporary:
         with tf.io.gfile.GFile(temporary, "w") as f:
             f.write(robustness.markdown(rows))
+            for title, table in tables.items():
+                f.write(f"\n### {title}\n\n{robustness.markdown(table)}")
     details = [
         report.Section(f"{name}: {key}", report.table([{"name": n, key: v} for n, v in of.items()]))
         for name, result in results.items()
@@ -130,8 +147,16 @@ def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
     report.write_page(
         os.path.join(folder, "robustness.html"),
         title=f"Robustness of {identity['model']}",
-        intro=f"Weights: {identity['weights']}. Values are percent.",
-        sections=[report.Section("Measured beside published", report.table(rows)), *details],
+        intro=f"Weights: {identity['weights']}. Values beside published ones are percent (uT5D: places "
+        "of the ranking), those by corruption and perturbation are fractions.",
+        sections=[
+            report.Section("Measured beside published", report.table(rows)),
+            *(
+                report.Section(title, report.table(table, highlight_last=True))
+                for title, table in tables.items()
+            ),
+            *details,
+        ],
     )
 
 
@@ -142,9 +167,10 @@ def main(argv: list[str]) -> None:
     folders = {name: getattr(values, name) for name in _HELP}
     results = evaluate(settings, values.weights, folders, values.report_dir, values.allow_missing)
     from efficientnet_ns.evaluation import robustness
+    from efficientnet_ns.experiment import Experiment
 
-    size = settings.model.input_image_size or 0
-    print(robustness.markdown(robustness.rows(results, size)), end="")
+    size = Experiment.from_config(settings).image_size
+    print(robustness.markdown(robustness.rows(results, size, settings.model.model_name)), end="")
 
 
 def run() -> None:

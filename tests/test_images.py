@@ -103,6 +103,14 @@ def test_decode_equals_original():
     )
 
 
+def test_whole_image_is_resized_without_cropping():
+    encoded = tf.io.encode_png(noise(48, 48))
+    np.testing.assert_array_equal(images.whole_image(encoded, 48), noise(48, 48))
+    # Every second pixel, as TF1's resize takes them when it halves.
+    np.testing.assert_allclose(images.whole_image(encoded, 24), noise(48, 48)[::2, ::2], atol=1e-3)
+    assert images.whole_image(noise(30, 50), 24).shape == (24, 24, 3)
+
+
 def test_small_eval_image():
     for index in "01":
         result = images.small_eval_image(SMALL[f"input|{index}"], 32)

@@ -64,9 +64,9 @@ def prepare(raw: bytes, rules: Rules) -> tuple[bytes, tuple[int, int] | None]:
     return raw, size
 
 
-def png(pixels: np.ndarray) -> bytes:
-    """PNG of uint8 [H, W, 1 or 3] pixels."""
-    return tf.io.encode_png(pixels).numpy()
+def png(pixels: np.ndarray, compression: int = -1) -> bytes:
+    """PNG of uint8 [H, W, 1 or 3] pixels; zlib's level, 0 for what is soon decoded again."""
+    return tf.io.encode_png(pixels, compression=compression).numpy()
 
 
 def _first_line(error: Exception) -> str:

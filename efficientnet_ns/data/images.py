@@ -92,6 +92,15 @@ def eval_image(image: tf.Tensor, size: int) -> tf.Tensor:
     return resize(crop(image, lambda height, width: center_crop_box(height, width, size)), size)
 
 
+def whole_image(image: tf.Tensor, size: int) -> tf.Tensor:
+    """Bicubic resize of the whole image, for pictures that are evaluation crops already.
+
+    Returns float32 [size, size, 3], neither clipped to 0..255 nor normalized.
+    """
+    image = tf.convert_to_tensor(image)
+    return resize(decode(image) if image.dtype == tf.string else image, size)
+
+
 def small_eval_image(image: tf.Tensor, size: int) -> tf.Tensor:
     """The evaluation preprocessing for small images (SVHN, 32 x 32): a cast.
 

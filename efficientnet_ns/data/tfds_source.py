@@ -19,7 +19,7 @@ from efficientnet_ns.data import encoded, records, tasks
 from efficientnet_ns.data.sources import Entry, Loaded, Reader
 
 PREFIX = "tfds:"
-_SPEC = re.compile(r"tfds:(?P<name>[\w/]+(:[\d*][\w.*]*)?)(:(?P<split>[A-Za-z_].*))?")
+_SPEC = re.compile(r"tfds:(?P<name>[\w/-]+(:[\d*][\w.*]*)?)(:(?P<split>[A-Za-z_].*))?")
 
 # Sets whose statistics and other constants are those of a task.
 KNOWN_TASKS = {"imagenet2012": "imagenet", "svhn_cropped": "svhn"}
@@ -83,6 +83,15 @@ def _is_prepared(builder) -> bool:
 def root(builder) -> str:
     """The TFDS folder a builder is in: that of `<name>/[<config>/]<version>`."""
     return str(builder.data_dir)[: -len(builder.info.full_name) - 1]
+
+
+def prepared(name: str, data_dir: str | None) -> list[str]:
+    """Names of a set's configurations that are on this machine, sorted."""
+    import tensorflow_datasets as tfds
+
+    folder = os.path.expanduser(os.path.join(data_dir or tfds.core.constants.DATA_DIR, name))
+    found = tf.io.gfile.glob(os.path.join(folder, "*", "*", "dataset_info.json"))
+    return sorted({path.split("/")[-3] for path in found})
 
 
 def _how_to_get(builder, name: str, error: Exception) -> str:

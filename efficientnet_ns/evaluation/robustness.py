@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from efficientnet_ns.data import manifests, records
 from efficientnet_ns.evaluation import robustness_metrics as metrics
+from efficientnet_ns.evaluation import robustness_published as published
 from efficientnet_ns.evaluation import robustness_sets as sets
-from efficientnet_ns.progress import Progress
+from efficientnet_ns.evaluation.robustness_clips import Clips
 
 # Encoded images → (probabilities [N, C], {place: problem}).
 Classify = Callable[[Sequence[bytes]], tuple[np.ndarray, dict[int, str]]]
@@ -26,55 +28,90 @@ class Evaluation:
       group: images per call.
       folder: results of finished parts; a part that is there is not measured again.
       identity: what determines the answers (weights, size, …), JSON-able.
+      classify_whole: the model for pictures that are evaluation crops already, as those of
+        ImageNet-C and -P; None: `classify`.
     """
 
-    def __init__(self, classify: Classify, group: int, folder: str, identity: dict[str, Any]):
-        self._classify, self._group = classify, group
-        self._folder, self._identity = folder, identity
+    def __init__(
+        self,
+        classify: Classify,
+        group: int,
+        folder: str,
+        identity: dict[str, Any],
+        classify_whole: Classify | None = None,
+    ):
+        self._classify, self._whole = classify, classify_whole or classify
+        self._group, self._folder, self._identity = group, folder, identity
 
-    def part(self, name: str, path: str, measure: Callable[[], dict]) -> dict:
+    def part(self, name: str, settings: dict[str, Any], measure: Callable[[], dict]) -> dict:
         """The stored result of `name`, or that of `measure`, which is then stored.
+
+        Args:
+          settings: what else determines the result, JSON-able.
 
         Raises:
           manifests.OutputConflict: the stored one is of another model or set.
         """
-        identity = {**self._identity, "set": path}
         stored = os.path.join(self._folder, name.replace("/", "-") + ".json")
-        stage = manifests.Stage(stored, [], identity)
+        stage = manifests.Stage(stored, [], {**self._identity, **settings})
         if not stage.done():
             result = measure()
             with stage.write() as (_, counts):
                 counts.update(result)
         return stage.counts()
 
-    def answers(self, paths: Sequence[str], what: str, reduce=np.asarray) -> np.ndarray:
-        """`reduce(probabilities [n, C])` of image files, joined; DataError names a file of no use."""
-        answers = []
-        with Progress(len(paths), what, "images") as progress:
-            for start in range(0, len(paths), self._group):
-                group = paths[start : start + self._group]
-                probs, problems = self._classify([_read(path) for path in group])
-                for place, problem in problems.items():
-                    raise records.DataError(f"{group[place]}: {problem}")
-                answers.append(reduce(probs))
-                progress.update(len(group))
+    def answers(
+        self,
+        images: Iterable[tuple[str, bytes]],
+        reduce: Callable[[np.ndarray], np.ndarray],
+        cropped: bool = False,
+    ) -> np.ndarray:
+        """`reduce(probabilities [n, C])` of images, joined.
+
+        Args:
+          images: (name for messages, encoded image) of each; read group by group.
+          cropped: they are evaluation crops already.
+
+        Raises:
+          records.DataError: names an image of no use.
+        """
+        classify, images, answers = self._whole if cropped else self._classify, iter(images), []
+        while group := list(itertools.islice(images, self._group)):
+            probs, problems = classify([image for _, image in group])
+            for place, problem in problems.items():
+                raise records.DataError(f"{group[place][0]}: {problem}")
+            answers.append(reduce(probs))
         return np.concatenate(answers)
 
-    def accuracy(self, name: str, path: str, images: sets.Images, subset: bool) -> dict:
-        """Top-1 and top-5 of all images; with `subset`, among the classes that have folders."""
+    def accuracy(
+        self,
+        name: str,
+        images: sets.Images,
+        among: Sequence[int] | None = None,
+        cropped: bool = False,
+    ) -> dict:
+        """`top1` and `top5` of all images, and the numbers of `examples` and of `classes`.
+
+        Args:
+          among: the only classes that may be answered; None: all.
+          cropped: the images are evaluation crops already.
+        """
 
         def measure() -> dict:
-            probs = self.answers(images.paths, name)
-            classes = images.classes if subset else None
-            found = {f"top{k}": metrics.hits(probs, images.labels, k, classes) for k in (1, 5)}
+            best = functools.partial(metrics.best, classes=among)
+            answers = self.answers(images.read(name), best, cropped)
+            right = answers == np.array([[entry.label] for entry in images.entries])
             return {
-                **{key: float(np.mean(value)) for key, value in found.items()},
-                "examples": len(images.paths),
+                "top1": float(np.mean(right[:, 0])),
+                "top5": float(np.mean(right.any(1))),
+                "examples": len(images.entries),
+                "classes": len(images.classes),
             }
 
-        return self.part(name, path, measure)
+        settings = {"set": images.source.path, "images": len(images.entries), "cropped": cropped}
+        return self.part(name, settings, measure)
 
-    def real(self, path: str, images: Sequence[str], right: Sequence[Sequence[int]]) -> dict:
+    def real(self, path: str, images: sets.Images, right: Sequence[Sequence[int]]) -> dict:
         """Accuracy by ReaL labels.
 
         Args:
@@ -84,78 +121,108 @@ class Evaluation:
         """
 
         def measure() -> dict:
-            answers = self.answers(images, "imagenet-real", lambda probs: probs.argmax(1))
+            best = functools.partial(metrics.best, k=1)
+            answers = self.answers(images.read("imagenet-real"), best)[:, 0]
             top1, examples = metrics.real_accuracy(answers, right)
             return {"top1": top1, "examples": examples}
 
-        return self.part("imagenet-real", path, measure)
+        return self.part("imagenet-real", {"set": path}, measure)
 
-    def corruptions(self, path: str, allow_missing: bool = False) -> dict:
-        """ImageNet-C, `path/<corruption>/<severity>/<wnid>/*`.
+    def corruptions(self, images: Mapping[tuple[str, str], sets.Images]) -> dict:
+        """ImageNet-C.
+
+        Args:
+          images: by (corruption, severity); see `robustness_sources.open_corruptions`.
 
         Returns:
-          `errors` and `ce` by corruption, `top1`, and `mce` (fractions) unless one of the 15 is
-          missing. The four extra corruptions are in `errors` and `ce` alone.
+          `errors` and `ce` by corruption, `classes`, `top1`, and `mce` (fractions) unless one of
+          the 15 is missing. The four extra corruptions are in `errors` and `ce` alone.
         """
-        listed = {}
-        extra = tuple(metrics.ALEXNET_ERROR_EXTRA)
-        for name in sets.parts(path, tuple(metrics.ALEXNET_ERROR), extra, allow_missing):
-            inside = os.path.join(path, name)
-            # A corruption's error is a mean over all severities: none may be missing.
-            for severity in sets.parts(inside, metrics.SEVERITIES, (), allow_missing=False):
-                folder = os.path.join(inside, severity)
-                listed[name, severity] = folder, sets.class_folders(folder, sets.by_wnid())
-        sets.check_equal_classes(dict(listed.values()))
         errors: dict[str, list[float]] = {}
-        for (name, severity), (folder, images) in listed.items():
-            part = self.accuracy(f"imagenet-c/{name}/{severity}", folder, images, subset=False)
+        for (name, severity), found in images.items():
+            part = self.accuracy(f"imagenet-c/{name}/{severity}", found, cropped=True)
             errors.setdefault(name, []).append(1 - part["top1"])
         means = {name: float(np.mean(values)) for name, values in errors.items()}
         result = {"errors": means, "ce": metrics.corruption_errors(means)}
+        result["classes"] = part["classes"]
         if all(name in means for name in metrics.ALEXNET_ERROR):
             result["top1"] = 1 - float(np.mean([means[n] for n in metrics.ALEXNET_ERROR]))
             result["mce"] = metrics.mean_corruption_error(means)
         return result
 
-    def perturbations(self, path: str, allow_missing: bool = False) -> dict:
-        """ImageNet-P, `path/<perturbation>/<wnid>/<clip>/*`: `flips`, and `mfr` when all are there."""
-        extra = tuple(metrics.ALEXNET_FLIPS_EXTRA)
-        names = sets.parts(path, tuple(metrics.ALEXNET_FLIPS), extra, allow_missing)
-        clips = {name: sets.sequences(os.path.join(path, name)) for name in names}
-        flips = {}
-        for name, frames in clips.items():
+    def perturbations(self, clips: Mapping[str, Clips]) -> dict:
+        """ImageNet-P.
 
-            def measure(name=name, frames=frames) -> dict:
-                flat = [file for clip in frames for file in clip]
-                answers = self.answers(flat, f"imagenet-p/{name}", lambda probs: probs.argmax(1))
-                return {"fp": metrics.flips(answers.reshape(len(frames), -1), name)}
+        Args:
+          clips: by perturbation; see `robustness_sources.open_perturbations`.
 
-            part = self.part(f"imagenet-p/{name}", os.path.join(path, name), measure)
-            flips[name] = part["fp"]
-        result: dict[str, Any] = {"flips": flips}
-        if all(name in flips for name in metrics.ALEXNET_FLIPS):
-            result["mfr"] = metrics.mean_flip_rate(flips)
+        Returns:
+          by perturbation `flips` (FP) and `distances` (uT5D), `classes`, and when all are there
+          `mfr`, and means of the ten of `top1`, over all frames, and of `ut5d`.
+        """
+        parts = {}
+        for name, found in clips.items():
+            settings = {"set": found.path, "clips": len(found.names)}
+            measure = functools.partial(self._stability, name, found)
+            parts[name] = self.part(f"imagenet-p/{name}", settings, measure)
+        result: dict[str, Any] = {
+            "flips": {name: part["fp"] for name, part in parts.items()},
+            "distances": {name: part["ut5d"] for name, part in parts.items()},
+            "classes": min(part["classes"] for part in parts.values()),
+        }
+        if all(name in parts for name in metrics.ALEXNET_FLIPS):
+            result["mfr"] = metrics.mean_flip_rate(result["flips"])
+            for key in ("top1", "ut5d"):
+                result[key] = float(np.mean([parts[name][key] for name in metrics.ALEXNET_FLIPS]))
         return result
 
-
-def _read(path: str) -> bytes:
-    with tf.io.gfile.GFile(path, "rb") as f:
-        return f.read()
+    def _stability(self, perturbation: str, clips: Clips) -> dict:
+        frames = clips.frames(f"imagenet-p/{perturbation}")
+        answers = self.answers(frames, metrics.best, cropped=True)
+        answers = answers.reshape(len(clips.names), -1, answers.shape[1])
+        right = answers[..., 0] == np.array(clips.labels)[:, np.newaxis]
+        return {
+            "fp": metrics.flips(answers[..., 0], perturbation),
+            "ut5d": metrics.top5_distance(answers, perturbation),
+            "top1": float(np.mean(right)),
+            "clips": len(clips.names),
+            "frames": answers.shape[1],
+            "classes": len(set(clips.labels)),
+        }
 
 
 _KEYS = {"imagenet-c": ("mce", "mCE"), "imagenet-p": ("mfr", "mFR")}
 
 
-def rows(results: dict[str, dict], image_size: int) -> list[dict[str, Any]]:
+def rows(results: dict[str, dict], image_size: int, model: str = "") -> list[dict[str, Any]]:
     """A row per set, measured beside published, in percent; None where a mean cannot be formed."""
-    table = []
+    summary = []
     for name, result in results.items():
         key, label = _KEYS.get(name, ("top1", "top-1"))
-        published = metrics.PUBLISHED.get(name) or metrics.PUBLISHED.get(f"{name} {image_size}", {})
         measured = round(100 * result[key], 1) if key in result else None
-        row = {"set": name, "measure": label, "measured": measured}
-        table.append({**row, **{m: published.get(m) for m in metrics.PUBLISHED_MODELS}})
-    return table
+        row = {"set": _titled(name, result), "measure": label, "measured": measured}
+        if known := published.timm(name, model, image_size).get(key):
+            row["same size (timm)"] = round(known, 1)
+        for method in (published.BASELINE, published.STUDENT):
+            row[method] = published.paper(name, method, image_size).get(key)
+        summary.append(row)
+    columns = dict.fromkeys(column for row in summary for column in row)
+    return [{column: row.get(column) for column in columns} for row in summary]
+
+
+def tables(results: dict[str, dict], image_size: int, model: str) -> dict[str, list[dict]]:
+    """Title → table in the paper's layout, of each set."""
+    return {
+        _titled(name, result): published.table(name, result, model, image_size)
+        for name, result in results.items()
+    }
+
+
+def _titled(name: str, result: dict) -> str:
+    whole = sets.num_classes(name)
+    if result.get("classes", whole) == whole:
+        return name
+    return f"{name} ({result['classes']} of {whole} classes)"
 
 
 def markdown(table: Sequence[dict[str, Any]]) -> str:

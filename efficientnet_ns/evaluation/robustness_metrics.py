@@ -1,11 +1,10 @@
 """mCE, mFR and accuracy on subsets of the classes, as their authors define them.
 
 Sources:
-  Hendrycks and Dietterich 2019 (arXiv 1903.12261): CE, mCE, FP, FR, mFR. Values of AlexNet go by the
-    name of the corruption, never by its place in a list.
+  Hendrycks and Dietterich 2019 (arXiv 1903.12261): CE, mCE, FP, FR, mFR, uT5D. Values of AlexNet
+    go by the name of the corruption, never by its place in a list.
   Hendrycks et al. 2021 (arXiv 1907.07174): ImageNet-A, answers among its 200 classes.
   Beyer et al. 2020 (arXiv 2006.07159): ReaL labels, a set of right classes per image.
-  Xie et al. 2020 (arXiv 1911.04252), tables 3 to 5: the published rows.
 """
 
 from __future__ import annotations
@@ -62,16 +61,8 @@ ALEXNET_FLIPS_EXTRA = {
 }
 # Frames are independent draws of noise, so each is compared with the first, clean one.
 NOISE_SEQUENCES = frozenset({"gaussian_noise", "shot_noise", "speckle_noise"})
-
-PUBLISHED_MODELS = ("EfficientNet-L2", "Noisy Student L2")
-# Percent; mCE and mFR as published, C and P at the resolution in the name.
-PUBLISHED = {
-    "imagenet-a": {"EfficientNet-L2": 49.6, "Noisy Student L2": 83.7},
-    "imagenet-c 224": {"EfficientNet-L2": 47.5, "Noisy Student L2": 30.0},
-    "imagenet-c 299": {"EfficientNet-L2": 42.5, "Noisy Student L2": 28.3},
-    "imagenet-p 224": {"EfficientNet-L2": 27.2, "Noisy Student L2": 14.2},
-    "imagenet-p 299": {"EfficientNet-L2": 23.7, "Noisy Student L2": 12.2},
-}
+# Stronger noise that comes with ImageNet-P and is in no mean: `gaussian_noise_2`.
+HARDER_SEQUENCES = frozenset(f"{name}_{level}" for name in NOISE_SEQUENCES for level in (2, 3))
 
 
 def corruption_errors(errors: Mapping[str, float]) -> dict[str, float]:
@@ -114,6 +105,25 @@ def flips(answers: np.ndarray, perturbation: str) -> float:
     return float(np.mean(answers[:, 1:] != before))
 
 
+def top5_distance(answers: np.ndarray, perturbation: str) -> float:
+    """uT5D: how far the five best classes of a frame move, mean over frames; 0 when they stay.
+
+    Each of the five counts the places it moves by, places below the fifth being one. AlexNet's
+    distances, by which mT5D divides as mFR divides by its flips, are not among those known here.
+
+    Args:
+      answers: the five best classes of each frame, best first, int [N, T, 5], T ≥ 2.
+      perturbation: says what a frame is compared with, see `flips`.
+    """
+    answers = np.asarray(answers)
+    if answers.ndim != 3 or answers.shape[1] < 2 or answers.shape[2] != 5:
+        raise ValueError(f"answers are {answers.shape}; they must be [N, T, 5], T at least 2")
+    before = answers[:, :1] if perturbation in NOISE_SEQUENCES else answers[:, :-1]
+    same = before[..., :, np.newaxis] == answers[:, 1:, np.newaxis, :]
+    place = np.where(same.any(-1), same.argmax(-1), 5)
+    return float(np.mean(np.abs(place - np.arange(5)).sum(-1)))
+
+
 def mean_flip_rate(probabilities: Mapping[str, float]) -> float:
     """mFR: mean over the ten perturbations of FP over AlexNet's.
 
@@ -125,24 +135,22 @@ def mean_flip_rate(probabilities: Mapping[str, float]) -> float:
     return float(np.mean([probabilities[n] / alexnet for n, alexnet in ALEXNET_FLIPS.items()]))
 
 
-def hits(probs: np.ndarray, labels: np.ndarray, k: int, classes: Sequence[int] | None = None):
-    """Whether the label is among the k best answers, bool [N].
+def best(probs: np.ndarray, k: int = 5, classes: Sequence[int] | None = None) -> np.ndarray:
+    """The k best classes of each row, best first, int32 [N, k]; -1 in rows with NaN.
 
     Args:
       probs: float [N, C].
-      labels: int [N].
-      classes: the only ones that may be answered; None: all. Ties go to the lower class; rows with
-        NaN are misses.
+      classes: the only ones that may be answered; None: all. Ties go to the lower class.
     """
-    probs, labels = np.asarray(probs), np.asarray(labels)
+    probs = np.asarray(probs)
     if classes is not None:
-        classes = np.sort(np.asarray(classes))
         allowed = np.full(probs.shape[1], -np.inf)
-        allowed[classes] = 0
+        allowed[np.asarray(classes)] = 0
         probs = probs + allowed
-        k = min(k, len(classes))
-    best = np.argsort(-probs, axis=1, kind="stable")[:, :k]
-    return (best == labels[:, None]).any(1) & ~np.isnan(probs).any(1)
+        k = min(k, len(set(classes)))
+    found = np.argsort(-probs, axis=1, kind="stable")[:, :k].astype(np.int32)
+    found[np.isnan(probs).any(1)] = -1
+    return found
 
 
 def real_accuracy(answers: np.ndarray, right: Sequence[Sequence[int]]) -> tuple[float, int]:

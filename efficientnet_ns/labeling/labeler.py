@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import ConfigError
+from efficientnet_ns.data import images as images_lib
 from efficientnet_ns.data import views
 from efficientnet_ns.experiment import Experiment
 from efficientnet_ns.models import engines, weights
@@ -46,6 +48,20 @@ class Labeler:
         self.group = -(-images // batch) * batch
         self._decode = views.decoder(experiment.preprocessing().evaluate, self._size, self._views)
         logging.info("labeling on %s, %d at a time", self.engine.name, self.engine.lanes)
+
+    def of_whole_images(self) -> Labeler:
+        """The same teacher for pictures that are crops already: they are resized, not cropped.
+
+        Raises:
+          ConfigError: ten views, which are crops.
+        """
+        if self._views > 2:
+            raise ConfigError(f"--test_time_views={self._views}: these pictures are crops already")
+        whole = copy.copy(self)
+        whole._decode = views.decoder(
+            lambda image: images_lib.whole_image(image, self._size), self._size, self._views
+        )
+        return whole
 
     def label(self, images: Sequence[bytes | None]) -> tuple[np.ndarray, dict[int, str]]:
         """Probabilities of up to `group` images.

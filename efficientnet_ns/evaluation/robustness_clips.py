@@ -1,0 +1,109 @@
+"""ImageNet-P: clips of frames, as the videos that are distributed or unpacked."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from efficientnet_ns.data import encoded, records, videos
+from efficientnet_ns.evaluation import robustness_sets as sets
+from efficientnet_ns.progress import Progress
+
+
+class Clips(NamedTuple):
+    """Clips of one perturbation.
+
+    Attributes:
+      path: of the perturbation.
+      names: within it, of videos or of folders with a picture per frame.
+      labels: ImageNet's class of each.
+    """
+
+    path: str
+    names: list[str]
+    labels: list[int]
+
+    def frames(self, what: str) -> Iterator[tuple[str, bytes]]:
+        """(name for messages, encoded image) of all frames, clip after clip; `what`: see `Images`.
+
+        Raises:
+          records.DataError: a clip of fewer than two frames or of another number than the first.
+        """
+        length = None
+        with Progress(len(self.names), what, "clips") as progress:
+            for name in self.names:
+                count, path = 0, os.path.join(self.path, name)
+                for frame in _frames(path):
+                    yield f"{path}, frame {count}", frame
+                    count += 1
+                length = length or count
+                if count < 2 or count != length:
+                    raise records.DataError(
+                        f"{path} has {count} frames, {self.names[0]} {length}: clips of one "
+                        "perturbation have equally many, two or more. Is the file whole?"
+                    )
+                progress.update(1)
+
+
+def clips(path: str, classes: Mapping[str, int]) -> Clips:
+    """The clips of `path/<wnid>/`: `<clip>.mp4`, `<clip>.gif` or `<clip>/<a picture per frame>`.
+
+    Args:
+      classes: folder name → class.
+
+    Raises:
+      records.DataError: unknown or empty folders, the same clip twice, clips that are folders of
+        fewer than two or of unequally many frames, or videos that cannot be read here.
+    """
+    names = sets.folders(path)
+    sets.refuse(path, "unknown class folders", [n for n in names if n not in classes])
+    found = {name: _clips_in(os.path.join(path, name)) for name in names}
+    if not any(found.values()):
+        raise records.DataError(
+            f"{path!r} has no clips: <wnid>/<clip>.mp4 or .gif, or folders <wnid>/<clip>/ with a "
+            "picture per frame are needed"
+        )
+    sets.refuse(
+        path, "class folders without clips", [n for n, inside in found.items() if not inside]
+    )
+    listed = [f"{name}/{clip}" for name, inside in found.items() for clip in inside]
+    stems = Counter(os.path.splitext(c)[0] if videos.is_clip(c) else c for c in listed)
+    sets.refuse(path, "clips that are there twice", sorted(s for s, n in stems.items() if n > 1))
+    videos.check_readable(listed)
+    _check_folders(path, [clip for clip in listed if not videos.is_clip(clip)])
+    labels = [classes[name] for name, inside in found.items() for _ in inside]
+    return Clips(path, listed, labels)
+
+
+def _clips_in(path: str) -> list[str]:
+    files = (n for n in tf.io.gfile.listdir(path) if n[0] != "." and videos.is_clip(n))
+    return sorted([*files, *sets.folders(path)])
+
+
+def _check_folders(path: str, names: Sequence[str]) -> None:
+    lengths = {name: len(sets.image_files(os.path.join(path, name))) for name in names}
+    sets.refuse(
+        path, "clips of fewer than two frames", [n for n, length in lengths.items() if length < 2]
+    )
+    longest = max(lengths.values(), default=0)
+    shorter = [n for n, length in lengths.items() if length < longest]
+    sets.refuse(path, f"clips shorter than {longest} frames", shorter)
+
+
+def _frames(path: str) -> Iterator[bytes]:
+    if videos.is_clip(path):
+        yield from (encoded.png(frame, compression=0) for frame in videos.frames(path))
+        return
+    for name in sorted(sets.image_files(path), key=_numeric):
+        with tf.io.gfile.GFile(os.path.join(path, name), "rb") as f:
+            yield f.read()
+
+
+def _numeric(name: str) -> list:
+    """Sorts `img2.png` before `img10.png`, which the makers of the set call them."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,209 @@
+"""Labeled images of a robustness set from class folders, records or TensorFlow Datasets."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import tensorflow as tf
+
+from efficientnet_ns.data import records, sources, tasks, tfds_source
+from efficientnet_ns.evaluation import robustness_clips
+from efficientnet_ns.evaluation import robustness_metrics as metrics
+from efficientnet_ns.evaluation import robustness_sets as sets
+
+# Prefixes of record files, the first one found is read.
+_PREFIXES = ("validation", "val", "test", "train")
+
+
+class Records:
+    """The labeled record files `<prefix>-*-of-*` of a folder, as a source."""
+
+    def __init__(self, folder: str, prefix: str):
+        self.path, self._prefix = folder, prefix
+
+    def labeled_entries(self) -> list[sources.Entry]:
+        """All records with their labels, for which all are read.
+
+        Raises:
+          records.DataError: damaged records, or ones without a label.
+        """
+        found = []
+        for path in records.list_shards(self.path, self._prefix):
+            spans = records.spans(path)
+            for record in records.read(path):
+                name = f"{os.path.basename(path)}#{record.position}"
+                problem = record.problem
+                label = -1 if problem else records.label(record.payload)
+                if label < 0:
+                    raise records.DataError(f"{self.path}/{name}: {problem or 'has no label'}")
+                found.append(sources.Entry(name, label, place=(path, *next(spans))))
+        return found
+
+    @contextlib.contextmanager
+    def reader(self, entries: Sequence[sources.Entry]) -> Iterator[sources.Reader]:
+        with contextlib.ExitStack() as opened:
+            files = {}
+
+            def read(entry: sources.Entry) -> sources.Loaded:
+                path, start, length = entry.place
+                if path not in files:
+                    files[path] = opened.enter_context(tf.io.gfile.GFile(path, "rb"))
+                files[path].seek(start)
+                return sources.Loaded(records.image_bytes(files[path].read(length)), entry.label)
+
+            yield read
+
+
+def open_images(
+    place: str,
+    classes: Mapping[str, int],
+    tfds_data_dir: str | None = None,
+    allow_missing: bool = False,
+) -> sets.Images:
+    """The images of one set.
+
+    Args:
+      place: a folder of class folders, a folder of labeled records, or `tfds:<name>[:split]`.
+      classes: folder name → class of ImageNet, of all classes that the set has.
+      tfds_data_dir: where TensorFlow Datasets keeps its sets; None: its default.
+      allow_missing: some of the classes may be missing.
+
+    Raises:
+      records.DataError: classes that the set does not have, or missing ones; damaged files.
+    """
+    if place.startswith(tfds_source.PREFIX):
+        images = _of_tfds(place, tfds_data_dir)
+    elif prefix := _prefix(place):
+        images = _of_records(place, prefix)
+    else:
+        images = sets.class_folders(place, _naming(place, classes))
+    names = {number: name for name, number in classes.items()}
+    unknown = [sets.wnids()[c] for c in images.classes if c not in names]
+    sets.refuse(place, "classes that are not in this set", unknown)
+    if not allow_missing:
+        sets.check_whole(place, images.classes, classes)
+    return images
+
+
+def _naming(place: str, classes: Mapping[str, int]) -> Mapping[str, int]:
+    """Folder name → class: WordNet ids also where a set itself has numbers, as -V2."""
+    if any(name in classes for name in sets.folders(place)):
+        return classes
+    own = set(classes.values())
+    return {wnid: number for wnid, number in sets.by_wnid().items() if number in own}
+
+
+def single_corruption(place: str) -> str | None:
+    """`fog/3` of `tfds:imagenet2012_corrupted/fog_3`, one part of ImageNet-C; None of other places."""
+    match = re.fullmatch(rf"{tfds_source.PREFIX}\w+/(\w+)_(\d)(:.*)?", place)
+    return match and f"{match[1]}/{match[2]}"
+
+
+def open_corruptions(
+    place: str, tfds_data_dir: str | None = None, allow_missing: bool = False
+) -> dict[tuple[str, str], sets.Images]:
+    """(corruption, severity) → its images, of ImageNet-C.
+
+    Args:
+      place: a folder `<corruption>/<severity>/`, with in it what `open_images` takes, or
+        `tfds:<name>` of a set whose configurations are called `<corruption>_<severity>`; those
+        that are prepared are taken.
+      tfds_data_dir, allow_missing: see `open_images`; also whole corruptions may be missing. Never a
+        severity: a corruption's error is a mean over all.
+
+    Raises:
+      records.DataError: unknown or missing parts, or parts of different classes.
+    """
+    if place.startswith(tfds_source.PREFIX):
+        severities, place_of = _of_configurations(place, tfds_data_dir)
+    else:
+        names = sets.folders(place)
+        severities = {name: sets.folders(os.path.join(place, name)) for name in names}
+        place_of = functools.partial(os.path.join, place)
+    needed, extra = tuple(metrics.ALEXNET_ERROR), tuple(metrics.ALEXNET_ERROR_EXTRA)
+    places = {}
+    for name in sets.parts(place, list(severities), needed, extra, allow_missing):
+        where = os.path.join(place, name)
+        for severity in sets.parts(where, severities[name], metrics.SEVERITIES, (), False):
+            places[name, severity] = place_of(name, severity)
+    images = {
+        part: open_images(of_part, sets.by_wnid(), tfds_data_dir, allow_missing)
+        for part, of_part in places.items()
+    }
+    sets.check_equal_classes({places[part]: found for part, found in images.items()})
+    return images
+
+
+def _of_configurations(place: str, tfds_data_dir: str | None):
+    """(corruption → severities that are prepared, function of both that gives a part's place)."""
+    name, split = tfds_source.parse(place)
+    severities: dict[str, list[str]] = {}
+    for configuration in tfds_source.prepared(name, tfds_data_dir):
+        if match := re.fullmatch(r"(\w+)_(\d)", configuration):
+            severities.setdefault(match[1], []).append(match[2])
+    ending = f":{split}" if split else ""
+
+    def place_of(corruption: str, severity: str) -> str:
+        return f"{tfds_source.PREFIX}{name}/{corruption}_{severity}{ending}"
+
+    return severities, place_of
+
+
+def open_perturbations(path: str, allow_missing: bool = False) -> dict[str, robustness_clips.Clips]:
+    """Perturbation → its clips, of ImageNet-P: `path/<perturbation>/<wnid>/<clip>`.
+
+    Raises:
+      records.DataError: unknown or missing parts, or what `robustness_clips.clips` raises.
+    """
+    found = [name for name in sets.folders(path) if name not in metrics.HARDER_SEQUENCES]
+    needed, extra = tuple(metrics.ALEXNET_FLIPS), tuple(metrics.ALEXNET_FLIPS_EXTRA)
+    clips = {}
+    for name in sets.parts(path, found, needed, extra, allow_missing):
+        inside = os.path.join(path, name)
+        clips[name] = robustness_clips.clips(inside, sets.by_wnid())
+        if not allow_missing:
+            sets.check_whole(inside, clips[name].labels, sets.by_wnid())
+    return clips
+
+
+def _of_tfds(place: str, tfds_data_dir: str | None) -> sets.Images:
+    name, split = tfds_source.parse(place)
+    builder = tfds_source.load_builder(name, tfds_data_dir)
+    splits = sorted(builder.info.splits)
+    if split is None and len(splits) != 1:
+        raise records.DataError(f"{place}: name one of its splits, {place}:<{'|'.join(splits)}>")
+    source = tfds_source.Tfds(builder, split or splits[0])
+    return _with_classes(source, source.class_names)
+
+
+def _of_records(folder: str, prefix: str) -> sets.Images:
+    task = os.path.join(folder, "task.json")
+    # Of class folders, the n-th folder is class n; without names, labels are ImageNet's.
+    names = tasks.get_task(task).class_names if tf.io.gfile.exists(task) else None
+    return _with_classes(Records(folder, prefix), names)
+
+
+def _with_classes(source, names: Sequence[str] | None) -> sets.Images:
+    numbers = sets.numbered(names, source.path) if names else range(len(sets.wnids()))
+    entries = []
+    for entry in source.labeled_entries():
+        if not 0 <= entry.label < len(numbers):
+            raise records.DataError(
+                f"{source.path}/{entry.name} has label {entry.label}: 0 to {len(numbers) - 1} are "
+                "possible"
+            )
+        entries.append(entry._replace(label=numbers[entry.label]))
+    if not entries:
+        raise records.DataError(f"{source.path} has no images")
+    return sets.Images(source, entries, sorted({entry.label for entry in entries}))
+
+
+def _prefix(folder: str) -> str | None:
+    """Prefix of the record files in a folder; None when there are none."""
+    return next(
+        (p for p in _PREFIXES if tf.io.gfile.glob(os.path.join(folder, f"{p}-*-of-*"))), None
+    )
