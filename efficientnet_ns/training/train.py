@@ -355,6 +355,8 @@ def _build(experiment: Experiment, labeled_count: int, strategy=None) -> NoisySt
         teacher_softmax_temp=train.teacher_softmax_temp,
         ema_decay=train.moving_average_decay,
         label_data_sample_prob=train.label_data_sample_prob,
+        label_weight=train.label_weight,
+        unl_model_noise=train.unl_model_noise,
     )
     schedule = schedules.learning_rate(
         base_learning_rate=train.base_learning_rate,
