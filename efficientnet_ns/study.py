@@ -273,7 +273,7 @@ class Runner:
         finished = sum(_images(c) for f, c in trainings.items() if f in done)
         total = finished + sum(self._left.values())
         logging.info("study: %d trainings, %d of them done", len(trainings), len(done))
-        self._progress = Progress(total, "study", "images", done=finished)
+        self._progress = Progress(total, "study", "images", done=finished, line_every=1)
 
     def result(self, name: str, arm: list[Work]) -> Optional[dict[str, Any]]:
         """What the arm's last model reaches; None when it cannot be trained, which is logged."""
@@ -289,8 +289,7 @@ class Runner:
                 return None
             images = self._left.pop(work.config.train.model_dir, 0) if work.kind == "train" else 0
             if images:
-                self._progress.update(images, name)
-                logging.info("study: %s, after %s", self._progress.line(), name)
+                self._progress.update(images, f"after {name}")
         return result
 
 

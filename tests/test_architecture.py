@@ -54,7 +54,13 @@ MAY_IMPORT = {
     "training": BASE | NUMBERS | {"experiment", "evaluation", "training"},
     "labeling": BASE | NUMBERS | {"experiment", "labeling", "training.distribution"},
     "serving": BASE | NUMBERS | {"experiment", "serving"},
-    "studies": {"data.manifests", "evaluation", "labeling.report", "studies"},
+    "studies": {
+        "data.manifests",
+        "evaluation",
+        "labeling.report",
+        "labeling.report.style",
+        "studies",
+    },
     "benchmarks": BASE
     | NUMBERS
     | {"experiment", "evaluation", "training", "labeling", "serving", "recipes", "benchmarks"},

@@ -18,9 +18,12 @@ from test_noisy_student import settings, write_data
 from efficientnet_ns import config as config_lib
 from efficientnet_ns import study
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, SelectConfig
+from efficientnet_ns.data import records
 from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.labeling import predict
 from efficientnet_ns.studies import questions, results
 from efficientnet_ns.studies.questions import STUDIES, Arm, Study
+from efficientnet_ns.training import train
 
 ROOT = Path(__file__).parents[1]
 EVERY_ARM = [(name, arm) for name, of in STUDIES.items() for arm in of.arms]
@@ -61,20 +64,18 @@ def kinds(work: list[study.Work]) -> list[str]:
 
 @pytest.mark.parametrize("name, arm", EVERY_ARM)
 def test_every_arm_can_be_configured(name, arm, config, folder):
-    work = pieces(config, folder, **STUDIES[name].arms[arm].changes)
+    changes = STUDIES[name].arms[arm].changes
+    work = pieces(config, folder, **changes)
     assert work[-1].kind == "train"
     for piece in work:
         config_lib.check(piece.config)
         if piece.kind != "select":
             Experiment.from_config(piece.config)
-        fields = dict(vars(piece.config)) if piece.kind == "select" else piece.config.values()
-        for key, value in STUDIES[name].arms[arm].changes.items():
-            # An arm whose value a field's choices forbid could never be given as a flag.
-            for section in (SelectConfig, *(type(part) for part in vars(Config()).values())):
-                field = section.__dataclass_fields__.get(key)
-                if field is not None and field.metadata["choices"]:
-                    assert value in field.metadata["choices"]
-        assert fields
+    sections = (*(type(section) for section in vars(Config()).values()), SelectConfig)
+    fields = {field.name: field for cls in sections for field in dataclasses.fields(cls)}
+    for key in set(changes) & set(fields):
+        choices = fields[key].metadata["choices"]
+        assert not choices or changes[key] in choices, key
 
 
 def test_comparisons_of_the_table():
@@ -224,13 +225,65 @@ TABLE = {
 }
 
 
+MAY_FINISH = "may finish"
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """Folders that were trained in, by trainings that only say how good they are."""
+    folders = []
+
+    def training(config: Config, evaluate: bool) -> dict:
+        folders.append(config.train.model_dir)
+        if len(folders) == 4 and folders[0] != MAY_FINISH:
+            raise KeyboardInterrupt
+        os.makedirs(config.train.model_dir)
+        return {"step": config.train.train_steps}
+
+    def measure(config: Config) -> dict:
+        number = int(Path(config.train.model_dir).name.split("-")[1], 16)
+        return {"validation": {"top1": 0.0}, "test": {"top1": number % 1000 / 1000}}
+
+    monkeypatch.setattr(train, "train_and_evaluate", training)
+    monkeypatch.setattr(train, "evaluate", measure)
+    monkeypatch.setattr(study, "_DO", {**study._DO, "label": lambda _: None, "select": select})
+    monkeypatch.setattr(study, "STUDIES", TABLE)
+    return folders
+
+
+def select(config: SelectConfig) -> None:
+    """Stands for a selection; nothing at all is as sure as one arm of `TABLE` wants."""
+    if config.min_threshold > 1:
+        raise records.DataError("no image is left")
+
+
+def test_interrupted_study_does_not_train_twice(trained, config, tmp_path):
+    """Two seeds, each a teacher and two students for five arms; ended in the fourth training."""
+    arguments = config, loop_in(tmp_path), study.StudyConfig(seeds="3,4")
+    with pytest.raises(KeyboardInterrupt):
+        study.run_study(*arguments)
+    begun, trained[:] = list(trained), [MAY_FINISH]
+    # Of the first seed, all is done.
+    assert list(json.loads((tmp_path / "study.json").read_text())["seeds"]) == [3]
+    answer = study.run_study(*arguments)
+    # The training that was ended is started again, and none of those before it.
+    assert trained[1] == begun[3]
+    assert len(set(begun)) == 4 and len(set(trained[1:])) == len(trained[1:]) == 3
+    assert len({*begun, *trained[1:]}) == 6
+    assert answer["seeds"] == [3, 4]
+    arms = answer["studies"]["tiny"]["arms"]
+    assert arms["the same"]["top1"] == arms["as it is"]["top1"] != arms["hard"]["top1"]
+    assert len(set(arms["as it is"]["top1"].values())) == 2
+    assert answer["studies"]["none"]["arms"]["empty"]["top1"] == {"3": None, "4": None}
+    trained[:] = [MAY_FINISH]
+    assert study.run_study(*arguments) == answer
+    assert trained == [MAY_FINISH]
+
+
 @pytest.fixture(scope="module")
 def finished(config, folder) -> tuple[Path, dict, list[str], list[str]]:
     """(work_dir, answer, folders trained in, folders labeled into) of a whole study."""
     trained, labeled = [], []
-    from efficientnet_ns.labeling import predict
-    from efficientnet_ns.training import train
-
     original, label = train.train_and_evaluate, predict.predict
 
     def training(config: Config, **kwargs):
@@ -251,6 +304,7 @@ def finished(config, folder) -> tuple[Path, dict, list[str], list[str]]:
     return work_dir, answer, trained, labeled
 
 
+@pytest.mark.slow
 def test_arms_share_what_is_equal(finished):
     """A teacher, its labels, and two students: the other arms are one of them, or have no data."""
     _, _, trained, labeled = finished
@@ -258,6 +312,7 @@ def test_arms_share_what_is_equal(finished):
     assert len(labeled) == 1
 
 
+@pytest.mark.slow
 def test_answer(finished):
     work_dir, answer, _, _ = finished
     assert (answer["set"], answer["seeds"]) == ("test", [3])
@@ -272,6 +327,7 @@ def test_answer(finished):
     assert (arms["hard"]["sd"], arms["hard"]["n"]) == (None, 1)
 
 
+@pytest.mark.slow
 def test_arm_without_images_has_no_result(finished):
     """A threshold above every confidence leaves nothing to learn from; the others go on."""
     _, answer, _, _ = finished
@@ -280,6 +336,7 @@ def test_arm_without_images_has_no_result(finished):
     assert arms["as it is"]["n"] == 1
 
 
+@pytest.mark.slow
 def test_files(finished):
     work_dir, answer, _, _ = finished
     assert json.loads((work_dir / "study.json").read_text()) == answer
@@ -313,6 +370,7 @@ study.run_study(config, test_study.loop_in(folder), study.StudyConfig(seeds="3")
 """
 
 
+@pytest.mark.slow
 def test_killed_study_continues(finished, folder, config, monkeypatch):
     """Killed when the student has made one of two steps; then continued by the same call."""
     done_dir, answer, trained, _ = finished
