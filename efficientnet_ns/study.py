@@ -276,7 +276,10 @@ class Runner:
         self._progress = Progress(total, "study", "images", done=finished, line_every=1)
 
     def result(self, name: str, arm: list[Work]) -> Optional[dict[str, Any]]:
-        """What the arm's last model reaches; None when it cannot be trained, which is logged."""
+        """What the arm's last model reaches; None when it cannot be trained, which is logged.
+
+        A teacher that cannot be trained is an error: no arm could be.
+        """
         from efficientnet_ns.data import records
         from efficientnet_ns.training.session import TrainingDiverged
 
@@ -285,6 +288,8 @@ class Runner:
             try:
                 result = _DO[work.kind](work.config)
             except (records.DataError, TrainingDiverged) as e:
+                if work is arm[0]:
+                    raise
                 logging.error("%s has no result: %s", name, e)
                 return None
             images = self._left.pop(work.config.train.model_dir, 0) if work.kind == "train" else 0

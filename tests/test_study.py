@@ -24,6 +24,7 @@ from efficientnet_ns.labeling import predict
 from efficientnet_ns.studies import questions, results
 from efficientnet_ns.studies.questions import STUDIES, Arm, Study
 from efficientnet_ns.training import train
+from efficientnet_ns.training.session import TrainingDiverged
 
 ROOT = Path(__file__).parents[1]
 EVERY_ARM = [(name, arm) for name, of in STUDIES.items() for arm in of.arms]
@@ -215,8 +216,8 @@ TABLE = {
         "Nothing.",
         {
             "as it is": Arm({}, "1.0"),
-            "hard": Arm({"teacher_softmax_temp": -1.0}, "2.0", 1),
-            "the same": Arm({"unlabel_ratio": 1.0}, "", 0, against="hard"),
+            "soft": Arm({"teacher_softmax_temp": 1.0}, "2.0", 1),
+            "the same": Arm({"unlabel_ratio": 1.0}, "", 0, against="soft"),
         },
     ),
     "none": Study(
@@ -272,12 +273,21 @@ def test_interrupted_study_does_not_train_twice(trained, config, tmp_path):
     assert len({*begun, *trained[1:]}) == 6
     assert answer["seeds"] == [3, 4]
     arms = answer["studies"]["tiny"]["arms"]
-    assert arms["the same"]["top1"] == arms["as it is"]["top1"] != arms["hard"]["top1"]
+    assert arms["the same"]["top1"] == arms["as it is"]["top1"] != arms["soft"]["top1"]
     assert len(set(arms["as it is"]["top1"].values())) == 2
     assert answer["studies"]["none"]["arms"]["empty"]["top1"] == {"3": None, "4": None}
     trained[:] = [MAY_FINISH]
     assert study.run_study(*arguments) == answer
     assert trained == [MAY_FINISH]
+
+
+def test_teacher_that_cannot_be_trained_ends_the_study(trained, config, tmp_path, monkeypatch):
+    def diverging(config: Config, evaluate: bool):
+        raise TrainingDiverged("the loss became nan")
+
+    monkeypatch.setattr(train, "train_and_evaluate", diverging)
+    with pytest.raises(TrainingDiverged):
+        study.run_study(config, loop_in(tmp_path), study.StudyConfig(seeds="3"))
 
 
 @pytest.fixture(scope="module")
@@ -317,14 +327,14 @@ def test_answer(finished):
     work_dir, answer, _, _ = finished
     assert (answer["set"], answer["seeds"]) == ("test", [3])
     arms = answer["studies"]["tiny"]["arms"]
-    assert list(arms) == ["as it is", "hard", "the same"]
+    assert list(arms) == ["as it is", "soft", "the same"]
     assert arms["the same"]["top1"] == arms["as it is"]["top1"]
-    assert arms["the same"]["against"] == "hard"
-    value, other = arms["as it is"]["top1"]["3"], arms["hard"]["top1"]["3"]
-    assert arms["hard"]["mean"] == pytest.approx(100 * other)
-    assert arms["hard"]["difference"] == pytest.approx(100 * (other - value))
+    assert arms["the same"]["against"] == "soft"
+    value, other = arms["as it is"]["top1"]["3"], arms["soft"]["top1"]["3"]
+    assert arms["soft"]["mean"] == pytest.approx(100 * other)
+    assert arms["soft"]["difference"] == pytest.approx(100 * (other - value))
     assert arms["the same"]["difference"] == pytest.approx(100 * (value - other))
-    assert (arms["hard"]["sd"], arms["hard"]["n"]) == (None, 1)
+    assert (arms["soft"]["sd"], arms["soft"]["n"]) == (None, 1)
 
 
 @pytest.mark.slow
@@ -341,9 +351,9 @@ def test_files(finished):
     work_dir, answer, _, _ = finished
     assert json.loads((work_dir / "study.json").read_text()) == answer
     text = (work_dir / "study.md").read_text()
-    mean = answer["studies"]["tiny"]["arms"]["hard"]["mean"]
-    assert f"| hard | {mean:.1f} (n=1) |" in text
-    assert "(to 'hard')" in text and "| empty | – (n=0) | – |" in text
+    mean = answer["studies"]["tiny"]["arms"]["soft"]["mean"]
+    assert f"| soft | {mean:.1f} (n=1) |" in text
+    assert "(to 'soft')" in text and "| empty | – (n=0) | – |" in text
     assert (work_dir / "study.png").read_bytes().startswith(b"\x89PNG")
     assert "tiny: ?" in (work_dir / "study.html").read_text()
 
