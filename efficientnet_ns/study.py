@@ -25,8 +25,8 @@ from efficientnet_ns.config import Config, ConfigError, LoopConfig, SelectConfig
 from efficientnet_ns.progress import Progress
 from efficientnet_ns.studies.questions import STUDIES, Method, Study
 
-# Update steps of each model in a quick study, at most.
-_QUICK_STEPS = 200
+# Update steps in a quick study, at most. With fewer, the teacher of the digits has learnt too little.
+_QUICK_TEACHER_STEPS, _QUICK_STUDENT_STEPS = 400, 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,8 @@ class StudyConfig:
     seeds: str = setting("0,1,2", "Seeds, joined with ','; every arm is run with each.")
     quick: bool = setting(
         False,
-        f"The most telling arms alone, and at most {_QUICK_STEPS} update steps of each model.",
+        f"The most telling arms alone, and at most {_QUICK_TEACHER_STEPS} update steps of the teacher "
+        f"and {_QUICK_STUDENT_STEPS} of each student.",
     )
 
 
@@ -280,10 +281,14 @@ class Runner:
 
         A teacher that cannot be trained is an error: no arm could be.
         """
+        import tensorflow as tf
+
         from efficientnet_ns.data import records
         from efficientnet_ns.training.session import TrainingDiverged
 
         result = None
+        if tf.io.gfile.exists(_result_path(arm[-1].config)):
+            arm = arm[-1:]
         for work in arm:
             try:
                 result = _DO[work.kind](work.config)
@@ -351,11 +356,10 @@ def _check_loop(loop: LoopConfig) -> None:
 
 
 def _shortened(config: Config, loop: LoopConfig) -> tuple[Config, LoopConfig]:
-    steps = min(config.train.train_steps, _QUICK_STEPS)
-    teacher_steps = min(loop.teacher_steps or steps, _QUICK_STEPS)
-    return config.override(train_steps=steps), dataclasses.replace(
-        loop, teacher_steps=teacher_steps
-    )
+    steps = config.train.train_steps
+    teacher_steps = min(loop.teacher_steps or steps, _QUICK_TEACHER_STEPS)
+    short = config.override(train_steps=min(steps, _QUICK_STUDENT_STEPS))
+    return short, dataclasses.replace(loop, teacher_steps=teacher_steps)
 
 
 def _with_data(config: Config, loop: LoopConfig) -> Config:
