@@ -358,6 +358,30 @@ def test_files(finished):
     assert "tiny: ?" in (work_dir / "study.html").read_text()
 
 
+@pytest.mark.slow
+def test_every_kind_of_change_can_be_run(finished, config, monkeypatch):
+    """Each of them leads to a model of its own; the teacher is that of the other study."""
+    work_dir, _, trained, _ = finished
+    changes = {
+        "as it is": {},
+        "noised": {"noised_teacher": True, "dropout_rate": 0.5},
+        "pretrained": {"pretrain": True},
+        "warm": {"warm_start": True},
+        "wide": {"student_width": 2.0},
+        "few": {"images": 0.4, "use_top": 0},
+        "once": {"use_all": True, "unl_aug": "clean", "unl_model_noise": False},
+        "again": {"rounds": 2},
+        "alone": {"labels_only": True},
+    }
+    arms = {name: Arm(of) for name, of in changes.items()}
+    monkeypatch.setattr(study, "STUDIES", {"kinds": Study("?", "§0", "Nothing.", arms)})
+    before = len(list((work_dir / "cache").glob("train-*")))
+    answer = study.run_study(config, loop_in(work_dir), study.StudyConfig(seeds="3"))
+    assert all(arm["n"] == 1 for arm in answer["studies"]["kinds"]["arms"].values())
+    # Two trainings for the pretrained one, and none for the first.
+    assert len(list((work_dir / "cache").glob("train-*"))) == before + len(changes)
+
+
 KILLED_ONCE = """
 import json, os, signal, sys
 import test_study
