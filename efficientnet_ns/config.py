@@ -126,8 +126,8 @@ class DataConfig:
     unl_aug: str = setting(
         "default",
         "Augmentation of unlabeled images: default (as labeled), randaugment, v1, autoaugment, "
-        "none.",
-        choices=("default", "randaugment", "v1", "autoaugment", "none"),
+        "none (crop or shift, and flip), clean (the evaluation crop).",
+        choices=("default", "randaugment", "v1", "autoaugment", "none", "clean"),
     )
     autoaugment_policy: Optional[str] = setting(
         None,
@@ -186,6 +186,17 @@ class TrainConfig:
     label_smoothing: float = setting(0.1, "Weight of the uniform distribution.", low=0)
     unlabel_ratio: float = setting(
         0.0, "Unlabeled images per labeled one, and their weight.", low=0
+    )
+    unl_model_noise: bool = setting(
+        True,
+        "Dropout and stochastic depth for unlabeled images too; --nounl_model_noise: for labeled ones "
+        "alone, an ablation of the paper.",
+    )
+    label_weight: float = setting(
+        1.0,
+        "Weight of the labeled loss; 0: labels have no part in the loss (pretraining on pseudo "
+        "labels).",
+        low=0,
     )
     teacher_softmax_temp: float = setting(
         -1.0, "Temperature of soft pseudo labels; -1: hard labels."
@@ -297,6 +308,11 @@ class PredictConfig:
         "Views of each image whose probabilities are averaged: 1; 2 (mirrored); 10 (four corners "
         "and centre, each also mirrored).",
         low=1,
+    )
+    noised_teacher: bool = setting(
+        False,
+        "Label images augmented as unlabeled ones are for training, with dropout and stochastic depth "
+        "on, which makes worse labels: an ablation of the paper.",
     )
     max_bad_fraction: float = setting(
         0.01, "Stop when more than this fraction of a shard's records is unreadable.", low=0

@@ -127,7 +127,7 @@ class Experiment:
             autoaugment = pipeline.AutoAugment(
                 policy=data.autoaugment_policy or default, mode=data.randaug_mode
             )
-        elif augment_name not in (None, "none"):
+        elif augment_name not in (None, "none", "clean"):
             randaugment = pipeline.RandAugment(
                 num_layers=data.randaug_layer,
                 magnitude=data.randaug_mag,
@@ -140,7 +140,7 @@ class Experiment:
             flip=self.task.flip,
             randaugment=randaugment,
             autoaugment=autoaugment,
-            clean=data.remove_aug,
+            clean=data.remove_aug or augment_name == "clean",
         )
 
     @property

@@ -94,7 +94,7 @@ def run_loop(config: Config, loop: LoopConfig) -> list[dict[str, Any]]:
     Raises:
       ConfigError, records.DataError: settings or data that cannot work, before anything is done.
     """
-    trainings = _check(config, loop)
+    trainings = check(config, loop)
     # Models may be added later; every training guards its own folder.
     settings = {**config.identity(), **dataclasses.asdict(loop)}
     defaults = {**Config().identity(), **dataclasses.asdict(LoopConfig())}
@@ -109,7 +109,7 @@ def run_loop(config: Config, loop: LoopConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def _check(config: Config, loop: LoopConfig) -> list[Config]:
+def check(config: Config, loop: LoopConfig) -> list[Config]:
     """`model_configs`; finds now what would otherwise fail after the teacher's training."""
     from efficientnet_ns.experiment import Experiment
 
@@ -120,7 +120,7 @@ def _check(config: Config, loop: LoopConfig) -> list[Config]:
         Experiment.from_config(training)
     if any(training.train.unlabel_ratio <= 0 for training in trainings[1:]):
         raise ConfigError("a positive --unlabel_ratio is needed for every student")
-    _unlabeled_shards(config)
+    unlabeled_shards(config.data.unlabel_data_dir)
     return trainings
 
 
@@ -183,11 +183,10 @@ def _as_published(config: Config) -> Config:
     )
 
 
-def _unlabeled_shards(config: Config) -> tuple[str, int]:
-    """(prefix, number of shards) of the unlabeled set."""
+def unlabeled_shards(folder: str) -> tuple[str, int]:
+    """(prefix, number of shards) of the unlabeled set in a folder."""
     from efficientnet_ns.data import records
 
-    folder = config.data.unlabel_data_dir
     if ";" in folder:
         raise ConfigError(f"--unlabel_data_dir={folder}: the loop labels one folder")
     names = [os.path.basename(path) for path in records.list_shards(folder, ("train", "extra"))]
@@ -228,13 +227,17 @@ def stage_configs(config: Config, loop: LoopConfig, number: int) -> tuple[Config
 
     The teacher labels at the resolution it was trained at.
     """
-    from efficientnet_ns.experiment import Experiment
-
     folder = os.path.join(loop.work_dir, f"round-{number}")
-    prefix, num_shards = _unlabeled_shards(config)
     teacher = model_configs(config, loop)[number - 1]
-    prediction = teacher.override(
-        unlabel_data_dir=config.data.unlabel_data_dir,
+    prediction = prediction_config(teacher, config.data.unlabel_data_dir, folder)
+    return prediction, selection_config(prediction, loop, folder)
+
+
+def prediction_config(teacher: Config, unlabeled: str, folder: str) -> Config:
+    """Settings of labeling the whole folder `unlabeled` with the model of the training `teacher`."""
+    prefix, num_shards = unlabeled_shards(unlabeled)
+    return teacher.override(
+        unlabel_data_dir=unlabeled,
         predict_ckpt_path=teacher.train.model_dir,
         output_dir=os.path.join(folder, "predictions"),
         info_dir=os.path.join(folder, "info"),
@@ -242,19 +245,25 @@ def stage_configs(config: Config, loop: LoopConfig, number: int) -> tuple[Config
         shard_id=f"0-{num_shards - 1}",
         file_prefix=prefix,
     )
-    selection = SelectConfig(
-        input_dir=config.data.unlabel_data_dir,
-        prediction_dir=prediction.predict.output_dir,
+
+
+def selection_config(prediction: Config, loop: LoopConfig, folder: str) -> SelectConfig:
+    """Settings of the selection among predictions; records are written to `folder/selected/data`."""
+    from efficientnet_ns.experiment import Experiment
+
+    options = prediction.predict
+    return SelectConfig(
+        input_dir=prediction.data.unlabel_data_dir,
+        prediction_dir=options.output_dir,
         prelim_stats_dir=os.path.join(folder, "statistics"),
-        output_dir=os.path.dirname(_pseudo_labeled_dir(loop, number)),
-        num_shards=num_shards,
+        output_dir=os.path.join(folder, "selected"),
+        num_shards=options.num_shards,
         num_image=loop.num_image,
         min_threshold=loop.min_threshold,
-        num_label_classes=Experiment.from_config(config).num_classes,
-        file_prefix=prefix,
-        seed=config.train.seed,
+        num_label_classes=Experiment.from_config(prediction).num_classes,
+        file_prefix=options.file_prefix,
+        seed=prediction.train.seed,
     )
-    return prediction, selection
 
 
 def _finetune(state: State, config: Config, loop: LoopConfig, number: int) -> dict[str, Any]:

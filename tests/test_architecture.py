@@ -34,6 +34,7 @@ ENTRIES = {
     "make_records",
     "proc_svhn",
     "evaluate_robustness",
+    "study",
 }
 BASE = {"config", "preemption", "progress"}
 NUMBERS = {"data", "models"}
@@ -53,6 +54,13 @@ MAY_IMPORT = {
     "training": BASE | NUMBERS | {"experiment", "evaluation", "training"},
     "labeling": BASE | NUMBERS | {"experiment", "labeling", "training.distribution"},
     "serving": BASE | NUMBERS | {"experiment", "serving"},
+    "studies": {
+        "data.manifests",
+        "evaluation",
+        "labeling.report",
+        "labeling.report.style",
+        "studies",
+    },
     "benchmarks": BASE
     | NUMBERS
     | {"experiment", "evaluation", "training", "labeling", "serving", "recipes", "benchmarks"},
@@ -61,7 +69,7 @@ MAY_IMPORT = {
         | NUMBERS
         | ENTRIES
         | {"experiment", "evaluation", "training", "labeling", "serving", "recipes", "inference"}
-        | {"benchmarks"}
+        | {"benchmarks", "studies"}
         for entry in ENTRIES - {"serving.client"}
     },
     "__init__": set(),

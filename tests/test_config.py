@@ -31,6 +31,7 @@ from efficientnet_ns.config import (
 from efficientnet_ns.data.settings import MakeConfig, SvhnConfig
 from efficientnet_ns.export_model import ExportConfig
 from efficientnet_ns.labeling_report import ReportConfig
+from efficientnet_ns.study import StudyConfig
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = {
@@ -45,6 +46,7 @@ SECTIONS = {
 ENTRIES = {
     "main": ([Config], {"mode"}),
     "noisy_student": ([Config, LoopConfig], set()),
+    "study": ([Config, LoopConfig, StudyConfig], set()),
     "filter_unlabel": ([SelectConfig], set()),
     "demo": ([demo.DemoConfig], set()),
     "export_model": ([Config, ExportConfig], set()),
@@ -60,6 +62,7 @@ ALL = [
     ExportConfig,
     MakeConfig,
     ReportConfig,
+    StudyConfig,
     SvhnConfig,
 ]
 

@@ -523,6 +523,17 @@ def test_noise_seed_scopes_nest():
     np.testing.assert_array_equal(outer, noise(layer, (8, 16), seed=1))
 
 
+@NOISY
+def test_quiet_rows_pass_without_noise(make, shape):
+    layer, inputs = make(name="a"), tf.ones(shape)
+    with layers.noise_seed(tf.constant([1, 0]), quiet_from=3):
+        found = layer(inputs, training=True).numpy()
+    expected = noise(layer, shape, seed=1)
+    assert (expected[3:] != 1).any()
+    np.testing.assert_array_equal(found[:3], expected[:3])
+    np.testing.assert_array_equal(found[3:], inputs[3:])
+
+
 @pytest.mark.parametrize(
     "layer, training",
     [

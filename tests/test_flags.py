@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns import config, demo, noisy_student
+from efficientnet_ns import config, demo, noisy_student, study
 from efficientnet_ns.config import Config, LoopConfig, SelectConfig
 from efficientnet_ns.data import tasks
 from efficientnet_ns.experiment import Experiment
@@ -59,7 +59,7 @@ def test_preset_parses(preset, parse):
         # A comment after a value would silently become part of it, an indented one an argument.
         assert "#" not in line[1:] and line == line.strip()
     values = parse(preset)
-    if entry_of(preset) in ("main", "noisy_student"):
+    if entry_of(preset) in ("main", "noisy_student", "study"):
         experiment = Experiment.from_config(config.from_flags(Config, values))
         assert experiment.train_steps > 0
 
@@ -68,7 +68,8 @@ def test_preset_parses(preset, parse):
 def test_header_says_what_how_and_what_to_expect(preset, entry_flags):
     header = "\n".join(line for line in text_of(preset).splitlines() if line.startswith("#"))
     assert re.search(r"^# Expected: ", header, re.M)
-    assert "run/digits" in preset or "ot run here" in header
+    run_here = "run/digits" in preset or preset == "flags/run/study/quick.flags"
+    assert run_here or "ot run here" in header
     command = re.search(r"^# Command: ((?:.*)(?:\n#   .*)*)", header, re.M)[1]
     words = shlex.split(command.replace("\n#   ", " "))
     assert words[:3] == ["python", "-m", f"efficientnet_ns.{entry_of(preset)}"]
@@ -250,6 +251,31 @@ def test_prediction_is_the_originals(task, settings):
         shards = config.shard_list(chosen.predict.shard_id, 128)
         assert shards == list(range(128))
         assert chosen.predict.reassign_label == (name == "reassign")
+
+
+@pytest.mark.parametrize("name, quick", [("digits", False), ("quick", True)])
+def test_study_of_digits_is_the_demo_with_one_student(name, quick, parse):
+    values = parse(f"flags/run/study/{name}.flags")
+    chosen, loop = config.from_flags(Config, values), config.from_flags(LoopConfig, values)
+    expected, expected_loop = demo.settings(demo.DemoConfig())
+    expected = expected.override(label_data_dir="", unlabel_data_dir="")
+    assert chosen.identity() == expected.identity()
+    models = "efficientnet-b0,efficientnet-b0"
+    assert loop == dataclasses.replace(expected_loop, work_dir="", models=models)
+    options = config.from_flags(study.StudyConfig, values)
+    assert options == study.StudyConfig(quick=quick)
+
+
+def test_study_of_svhn_is_the_originals_student(parse):
+    values = parse("flags/run/study/svhn.flags")
+    chosen = config.from_flags(Config, values)
+    student = config.from_flags(Config, parse("flags/run/svhn/student.flags"))
+    assert chosen.identity() == student.identity()
+    loop, filtering = (
+        config.from_flags(LoopConfig, values),
+        config.from_flags(SelectConfig, parse("flags/run/svhn/filter.flags")),
+    )
+    assert (loop.num_image, loop.min_threshold) == (filtering.num_image, filtering.min_threshold)
 
 
 def test_digits_preset_is_the_loop_of_the_demo(parse):

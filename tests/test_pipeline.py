@@ -5,6 +5,7 @@ Run as a program, with a folder of records, it prints digests of a training's fi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -260,6 +261,11 @@ def test_settings_of_joint_batches(folder, monkeypatch):
         calls.clear()
         run.training_batches("labeled", "unlabeled", 0)
         assert calls == [pipeline.Preprocessing(SIZE, randaugment=e) for e in expected]
+    run = experiment(folder, augment_name="v1", unl_aug="clean", **settings)
+    calls.clear()
+    run.training_batches("labeled", "unlabeled", 0)
+    labeled, unlabeled = pipeline.Preprocessing(SIZE), pipeline.Preprocessing(SIZE, clean=True)
+    assert calls == [dataclasses.replace(labeled, randaugment=noise), unlabeled]
     run = experiment(folder, augment_name="v1", remove_aug=True, small_image_model=True)
     assert run.preprocessing().clean and run.preprocessing().small_image
 

@@ -245,6 +245,55 @@ def test_two_workers_share_each_shard(folder, expected):
         assert json.loads(info.read_text()) == {"image_num": 5}
 
 
+# --- A noised teacher -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def noisy_answers(folder) -> Callable[..., np.ndarray]:
+    """Settings → probabilities of ten images by a noised teacher."""
+    rng = np.random.default_rng(5)
+    encoded_images = [png(rng) for _ in range(10)]
+
+    def ask(**values) -> np.ndarray:
+        noised = settings(folder, "noised", noised_teacher=True, **values)
+        labeler = Labeler(Experiment.from_config(noised), noised.predict.predict_ckpt_path)
+        probs, problems = labeler.label(encoded_images)
+        assert not problems
+        return probs
+
+    ask.images = encoded_images
+    return ask
+
+
+def test_teacher_without_any_noise_keeps_its_batch_statistics(noisy_answers, answer):
+    found = noisy_answers(dropout_rate=0.0, stochastic_depth_rate=0.0, unl_aug="clean")
+    expected = [answer(image) for image in noisy_answers.images]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        {"dropout_rate": 0.5, "unl_aug": "clean"},
+        {"dropout_rate": 0.0, "stochastic_depth_rate": 0.0, "unl_aug": "randaugment"},
+    ],
+    ids=["model", "images"],
+)
+def test_noise_of_a_teacher_repeats(noisy_answers, answer, noise):
+    found = noisy_answers(seed=1, **noise)
+    np.testing.assert_allclose(found.sum(1), np.ones(10), atol=1e-5)
+    clean = np.array([answer(image) for image in noisy_answers.images])
+    assert np.abs(found - clean).max() > 1e-3
+    np.testing.assert_array_equal(noisy_answers(seed=1, **noise), found)
+    assert np.abs(noisy_answers(seed=2, **noise) - found).max() > 1e-3
+
+
+@pytest.mark.parametrize("flag", [{"test_time_views": 2}, {"inference_engine": "xnnpack"}])
+def test_noise_of_a_teacher_needs_tensorflow_and_one_view(folder, flag):
+    with pytest.raises(ConfigError, match="--noised_teacher"):
+        predict.predict(settings(folder, "refused", noised_teacher=True, **flag))
+
+
 # --- Resuming -------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,8 @@ def make_trainer(
     learning_rate=0.05,
     weight_decay: float = 1e-2,
     label_data_sample_prob: float = 1.0,
+    label_weight: float = 1.0,
+    unl_model_noise: bool = True,
     jit_compile: bool = False,
     **model_kwargs,
 ) -> student.NoisyStudent:
@@ -88,6 +90,8 @@ def make_trainer(
             unlabel_ratio=unlabel_ratio,
             teacher_softmax_temp=temperature,
             label_data_sample_prob=label_data_sample_prob,
+            label_weight=label_weight,
+            unl_model_noise=unl_model_noise,
         ),
         seed=seed,
         teacher=teacher,
@@ -303,6 +307,27 @@ def test_no_noise_when_switched_off():
     trainer = make_trainer(learning_rate=0.0, **NO_NOISE)
     first, second = (logs["lab/loss"] for logs in steps(trainer, make_batch(), 2))
     assert first == second
+
+
+@pytest.mark.parametrize("noised", [True, False])
+def test_unlabeled_rows_are_noised_only_when_asked_for(noised):
+    trainer = make_trainer(
+        learning_rate=0.0, unlabel_ratio=RATIO, unl_model_noise=noised, **STRONG_NOISE
+    )
+    for layer in trainer.student.layers:
+        if isinstance(layer, layers.BatchNorm):
+            layer.trainable = False  # Batch statistics would mix the rows.
+    first, second = steps(trainer, make_batch(4, 6), 2)
+    assert first["lab/loss"] != second["lab/loss"]
+    assert (first["ext/loss"] != second["ext/loss"]) == noised
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_weight_of_labels(weight):
+    trainer = make_trainer(unlabel_ratio=RATIO, label_weight=weight, **NO_NOISE)
+    (logs,) = steps(trainer, make_batch(4, 6))
+    expected = weight * logs["lab/loss"] + RATIO * logs["ext/loss"]
+    assert logs["train/data_loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def digest_after_three_steps() -> str:

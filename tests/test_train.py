@@ -456,6 +456,7 @@ def test_checkpoint_of_another_number_of_classes(straight, tmp_path):
         ({"model_dir": None}, "--model_dir is needed"),
         ({"label_data_dir": None}, "--label_data_dir is needed"),
         ({"unlabel_ratio": 1.0}, "--unlabel_ratio=1.0 needs --unlabel_data_dir"),
+        ({"label_weight": 0.0}, "--label_weight=0 without --unlabel_ratio"),
         ({"teacher_model_name": "efficientnet-b0"}, "--teacher_model_path"),
         ({"teacher_model_path": "somewhere"}, "--teacher_model_name"),
         ({"init_model": True}, "--init_model needs --init_model_path"),

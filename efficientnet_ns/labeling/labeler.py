@@ -13,6 +13,7 @@ from efficientnet_ns.config import ConfigError
 from efficientnet_ns.data import images as images_lib
 from efficientnet_ns.data import views
 from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.labeling.noised import NoisedTeacher, augmented
 from efficientnet_ns.models import engines, weights
 from efficientnet_ns.training import distribution
 
@@ -37,16 +38,18 @@ class Labeler:
         with strategy.scope():
             model = experiment.build_model()
         weights.load_weights(model, checkpoint)
-        self.engine = engines.make(
-            config.predict.inference_engine, model, config.train.eval_batch_size, strategy
-        )
+        kind, prepare = config.predict.inference_engine, experiment.preprocessing().evaluate
+        if config.predict.noised_teacher:
+            model, kind = NoisedTeacher(model, config.train.seed), "tf"
+            prepare = augmented(experiment.unlabeled_preprocessing, config.train.seed)
+        self.engine = engines.make(kind, model, config.train.eval_batch_size, strategy)
         self.num_classes, self._size = experiment.num_classes, experiment.image_size
         self._views = config.predict.test_time_views
         batch = self.engine.batch_size
         # Small images in larger groups, so that a call costs little beside its images.
         images = max(batch, min(64, 8 * 224**2 // self._size**2))
         self.group = -(-images // batch) * batch
-        self._decode = views.decoder(experiment.preprocessing().evaluate, self._size, self._views)
+        self._decode = views.decoder(prepare, self._size, self._views)
         logging.info("labeling on %s, %d at a time", self.engine.name, self.engine.lanes)
 
     def of_whole_images(self) -> Labeler:
@@ -113,3 +116,8 @@ def check_views(experiment: Experiment) -> None:
     known = [n for n in views.VIEWS if n <= 2 or not experiment.small_image]
     if number not in known:
         raise ConfigError(f"--test_time_views={number}: one of {known} is needed")
+    options = experiment.config.predict
+    if options.noised_teacher and (number > 1 or options.inference_engine == "xnnpack"):
+        raise ConfigError(
+            "--noised_teacher: one view (--test_time_views=1), computed by TensorFlow"
+        )

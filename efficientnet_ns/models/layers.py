@@ -33,7 +33,10 @@ class Rows(NamedTuple):
 
 @contextlib.contextmanager
 def noise_seed(
-    seed: tf.Tensor, rows: Sequence[Rows] = (), total: int | None = None
+    seed: tf.Tensor,
+    rows: Sequence[Rows] = (),
+    total: int | None = None,
+    quiet_from: int | None = None,
 ) -> Iterator[None]:
     """Makes dropout and stochastic depth inside the block draw from `seed`.
 
@@ -42,13 +45,14 @@ def noise_seed(
       rows: which rows of the batch of all replicas this replica's batch is made of, in order; none:
         this batch is the whole.
       total: number of rows of the batch of all replicas; needed with `rows`.
+      quiet_from: rows of this batch from that one on pass without noise; None: none do.
     """
-    outer = getattr(_scope, "noise", None)
-    _scope.noise = seed, tuple(rows), total
+    outer = getattr(_scope, "noise", None), getattr(_scope, "quiet_from", None)
+    _scope.noise, _scope.quiet_from = (seed, tuple(rows), total), quiet_from
     try:
         yield
     finally:
-        _scope.noise = outer
+        _scope.noise, _scope.quiet_from = outer
 
 
 _PHILOX, _PHILOX_GROUP = 1, 4  # TensorFlow's number of the algorithm; numbers per counter value.
@@ -64,6 +68,14 @@ def bernoulli(inputs: tf.Tensor, probability: float, name: str) -> tf.Tensor:
     """1 with `probability`, else 0, per row of the first block of rows; the dtype of `inputs` [N]."""
     draw = _uniform(inputs, 1, name, blocks=1)
     return tf.cast(draw[:, 0] < probability, inputs.dtype)
+
+
+def _but_quiet_rows(noised: tf.Tensor, inputs: tf.Tensor) -> tf.Tensor:
+    """`noised`, with the rows that are to pass without noise as they are in `inputs`."""
+    quiet_from = getattr(_scope, "quiet_from", None)
+    if quiet_from is None:
+        return noised
+    return tf.concat([noised[:quiet_from], inputs[quiet_from:]], 0)
 
 
 def _uniform(inputs: tf.Tensor, width: int, layer: str, blocks: int | None = None) -> tf.Tensor:
@@ -320,7 +332,7 @@ class StochasticDepth(tf.keras.layers.Layer):
         shape = [-1] + [1] * (inputs.shape.rank - 1)
         draw = tf.reshape(_uniform(inputs, 1, self.name), shape)
         factors = tf.cast(draw < self.survival_prob, tf.float32) / self.survival_prob
-        return inputs * tf.cast(factors, inputs.dtype)
+        return _but_quiet_rows(inputs * tf.cast(factors, inputs.dtype), inputs)
 
     def get_config(self) -> dict:
         return {**super().get_config(), "survival_prob": self.survival_prob}
@@ -343,7 +355,8 @@ class Dropout(tf.keras.layers.Layer):
             return inputs
         kept = _uniform(inputs, inputs.shape[-1], self.name) >= self.rate
         scale = tf.constant(1.0 / (1.0 - self.rate), inputs.dtype)
-        return tf.where(kept, inputs * scale, tf.zeros([], inputs.dtype))
+        noised = tf.where(kept, inputs * scale, tf.zeros([], inputs.dtype))
+        return _but_quiet_rows(noised, inputs)
 
     def get_config(self) -> dict:
         return {**super().get_config(), "rate": self.rate}

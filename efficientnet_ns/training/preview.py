@@ -59,7 +59,7 @@ def _name(label: int, names: Sequence[str] | None) -> str:
 
 
 def _augmentation(data: DataConfig, name: str | None) -> str:
-    if data.remove_aug:
+    if data.remove_aug or name == "clean":
         return "evaluation crops"
     if name in (None, "none"):
         return "cropped and flipped only"

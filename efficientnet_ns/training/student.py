@@ -23,6 +23,8 @@ class LossSettings:
       ema_decay: ceiling of the moving average's decay.
       label_data_sample_prob: probability that a labeled image enters the loss. The mean stays over
         all of them, so that the labeled loss shrinks by this factor, as in the original.
+      label_weight: of the labeled loss.
+      unl_model_noise: dropout and stochastic depth for the unlabeled images too.
     """
 
     label_smoothing: float = 0.1
@@ -31,6 +33,8 @@ class LossSettings:
     teacher_softmax_temp: float = -1.0
     ema_decay: float = 0.9999
     label_data_sample_prob: float = 1.0
+    label_weight: float = 1.0
+    unl_model_noise: bool = True
 
 
 class _PseudoLabels(NamedTuple):
@@ -125,7 +129,8 @@ class NoisyStudent(tf.keras.Model):
                     smoothing=settings.label_smoothing,
                 )
             )
-        data_loss = losses.combine(parts["lab/loss"], unlabeled_loss, settings.unlabel_ratio)
+        weighted = parts["lab/loss"] * settings.label_weight
+        data_loss = losses.combine(weighted, unlabeled_loss, settings.unlabel_ratio)
         # Differs (3): the student's weights only, without a teacher's.
         decayed = losses.decayed_variables(self.student.trainable_variables)
         decay = settings.weight_decay * losses.half_squared_norm(decayed)
@@ -149,14 +154,15 @@ class NoisyStudent(tf.keras.Model):
             [tf.cast(self.seed, tf.int32), tf.cast(self.optimizer.iterations, tf.int32)]
         )
         seed = layers.fold_in(seed, 0)
+        quiet_from = None if self.settings.unl_model_noise else num_labeled
         if replicas == 1:
-            return layers.noise_seed(seed)
+            return layers.noise_seed(seed, quiet_from=quiet_from)
         num_unlabeled = num_images - num_labeled
         rows = [layers.Rows(replica * num_labeled, num_labeled)]
         if num_unlabeled:
             first = replicas * num_labeled + replica * num_unlabeled
             rows.append(layers.Rows(first, num_unlabeled))
-        return layers.noise_seed(seed, rows, total=replicas * num_images)
+        return layers.noise_seed(seed, rows, replicas * num_images, quiet_from)
 
     def _averaged(self, logs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         for name, value in logs.items():

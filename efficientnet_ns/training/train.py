@@ -269,6 +269,8 @@ def _check(experiment: Experiment) -> None:
         raise ConfigError("--label_data_dir is needed: the folder with the labeled records")
     if train.unlabel_ratio and not data.unlabel_data_dir:
         raise ConfigError(f"--unlabel_ratio={train.unlabel_ratio} needs --unlabel_data_dir")
+    if not (train.unlabel_ratio or train.label_weight):
+        raise ConfigError("--label_weight=0 without --unlabel_ratio leaves nothing to learn from")
     if bool(train.teacher_model_name) != bool(train.teacher_model_path):
         raise ConfigError("--teacher_model_name and --teacher_model_path go together")
     if train.init_model and not train.init_model_path:
@@ -355,6 +357,8 @@ def _build(experiment: Experiment, labeled_count: int, strategy=None) -> NoisySt
         teacher_softmax_temp=train.teacher_softmax_temp,
         ema_decay=train.moving_average_decay,
         label_data_sample_prob=train.label_data_sample_prob,
+        label_weight=train.label_weight,
+        unl_model_noise=train.unl_model_noise,
     )
     schedule = schedules.learning_rate(
         base_learning_rate=train.base_learning_rate,

@@ -1,0 +1,1 @@
+"""The paper's questions, and how the answers to them are shown."""
