@@ -23,6 +23,7 @@ from efficientnet_ns.labeling.labeler import Labeler
 SHARDS = 3
 # What DirectRunner comes to without a connection, over which it fetches another runner.
 RUNNER = "--runner=FnApiRunner"
+_RESULT = "apache_beam.runners.portability.fn_api_runner.fn_runner.RunnerResult"
 ROOT = Path(__file__).parent.parent
 
 
@@ -189,10 +190,18 @@ def test_errors_of_other_processes_are_one_line(beam):
     with pytest.raises(beam.StepFailed, match=r"^a/b: record 3\nis bad$"):
         with beam._errors_of_workers():
             raise RuntimeError(text)
-    for other in (RuntimeError("ValueError: x [while running 'write']"), ValueError(text)):
+    for other in (RuntimeError("ValueError: x [while running 'write']"), records.DataError(text)):
         with pytest.raises(type(other)) as caught, beam._errors_of_workers():
             raise other
         assert caught.value is other
+
+
+def test_cancelled_pipeline_is_not_taken_for_a_finished_one(beam, folder, tmp_path, monkeypatch):
+    state = property(lambda result: "CANCELLED")
+    monkeypatch.setattr(f"{_RESULT}.state", state)
+    monkeypatch.setattr(beam, "_build", lambda pipeline, *unused: None)
+    with pytest.raises(beam.StepFailed, match="ended as CANCELLED: start the same command again"):
+        beam.label(*stages(folder, tmp_path), [RUNNER])
 
 
 # --- The command ----------------------------------------------------------------------------------

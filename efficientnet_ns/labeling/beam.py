@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Optional
 
 from absl import logging
 
@@ -31,6 +30,7 @@ from efficientnet_ns.labeling.shards import TooManyBadRecords
 try:
     import apache_beam
     from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.runners.runner import PipelineState
     from apache_beam.utils.shared import Shared
 except ImportError as e:
     raise ConfigError(
@@ -40,7 +40,7 @@ except ImportError as e:
 
 
 class StepFailed(RuntimeError):
-    """A worker met an error that the user can mend, such as unusable data."""
+    """A worker met an error that the user can mend, such as unusable data, or was cancelled."""
 
 
 def label(
@@ -69,6 +69,10 @@ def label(
     options = PipelineOptions(list(beam_arguments))
     with _errors_of_workers(), apache_beam.Pipeline(options=options) as pipeline:
         _build(pipeline, units, prediction, selection)
+    if pipeline.result.state != PipelineState.DONE:
+        raise StepFailed(
+            f"the pipeline ended as {pipeline.result.state}: start the same command again"
+        )
     # All is finished: these verify it and sum it up.
     unreadable = sum(predict.predict(part)["unreadable"] for part in parts)
     return {"unreadable": unreadable, **select.select(selection), **write.write(selection)}
@@ -117,7 +121,7 @@ class _Predict(apache_beam.DoFn):
 
     def __init__(self, prediction: Config):
         self._prediction, self._shared = prediction, Shared()
-        self._labeler: Optional[Labeler] = None
+        self._labeler: Labeler | None = None
 
     def process(self, unit: tuple[int, int]) -> Iterator[str]:
         worker, shard = unit
@@ -172,7 +176,7 @@ def _errors_of_workers() -> Iterator[None]:
     """Of an error that came as text from another process, raises what our code said."""
     try:
         yield
-    except RuntimeError as e:
+    except Exception as e:  # Every runner has its own.
         found = _OURS.search(str(e))
         if type(e).__module__.startswith("efficientnet_ns") or found is None:
             raise
