@@ -23,6 +23,7 @@ ENTRIES = {
     "main",
     "filter_unlabel",
     "labeling_report",
+    "label_beam",
     "noisy_student",
     "export_model",
     "convert_checkpoint",

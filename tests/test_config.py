@@ -30,6 +30,7 @@ from efficientnet_ns.config import (
 )
 from efficientnet_ns.data.settings import MakeConfig, SvhnConfig
 from efficientnet_ns.export_model import ExportConfig
+from efficientnet_ns.label_beam import BeamConfig
 from efficientnet_ns.labeling_report import ReportConfig
 from efficientnet_ns.study import StudyConfig
 
@@ -51,6 +52,7 @@ ENTRIES = {
     "demo": ([demo.DemoConfig], set()),
     "export_model": ([Config, ExportConfig], set()),
     "labeling_report": ([SelectConfig, ReportConfig], set()),
+    "label_beam": ([Config, BeamConfig], set()),
     "make_records": ([MakeConfig], set()),
     "proc_svhn": ([SvhnConfig], set()),
 }
@@ -63,6 +65,7 @@ ALL = [
     MakeConfig,
     ReportConfig,
     StudyConfig,
+    BeamConfig,
     SvhnConfig,
 ]
 

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,11 +19,11 @@ import tensorflow as tf
 import torture
 from PIL import Image
 
-from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.config import Config, ConfigError, SelectConfig
 from efficientnet_ns.data import images, manifests, records, views
 from efficientnet_ns.experiment import Experiment
 from efficientnet_ns.labeling import index as index_lib
-from efficientnet_ns.labeling import parts, predict, shards
+from efficientnet_ns.labeling import parts, predict, select, shards, write
 from efficientnet_ns.labeling.labeler import Labeler
 from efficientnet_ns.models import weights
 
@@ -772,7 +773,10 @@ def seeds_of_images(rng: np.random.Generator) -> list[bytes]:
 
 
 def fuzz(folder: Path, tmp_path: Path, number: int) -> None:
-    """Mutated images, mutated Examples and mutated record bytes: all are accounted for."""
+    """Mutated images, mutated Examples and mutated record bytes: all are accounted for, to the end.
+
+    Every record is in quarantine or in the balanced set, there as often as was selected.
+    """
     rng = np.random.default_rng(number)
     seeds = seeds_of_images(rng)
     payloads = []
@@ -807,6 +811,53 @@ def fuzz(folder: Path, tmp_path: Path, number: int) -> None:
     np.testing.assert_allclose(rest.sum(1), 1, atol=1e-4)
     # Both kinds are there, so that the check is one of both.
     assert number // 10 < len(bad) < number * 9 // 10
+    images = [
+        records.image_bytes(r.payload) for r in records.read(str(path)) if r.position not in bad
+    ]
+    check_written(mine, Counter(zip(images, rest.argmax(1).tolist())))
+
+
+def check_written(config: Config, readable: Counter) -> None:
+    """Selects and writes; compares with the readable (image, label), which may occur repeatedly."""
+    options = config.predict
+    unlabeled = config.data.unlabel_data_dir
+    classes = Counter()
+    for (_, label), times in readable.items():
+        classes[label] += times
+    per_class = 2 * max(classes.values()) - 1  # At least once all, and unequal numbers of copies.
+    for name, chosen in {"all": {"use_all": True}, "filled": {"num_image": per_class}}.items():
+        folder = Path(options.output_dir).parent / name
+        selection = SelectConfig(
+            input_dir=unlabeled,
+            prediction_dir=options.output_dir,
+            prelim_stats_dir=str(folder / "statistics"),
+            output_dir=str(folder / "selected"),
+            file_prefix=options.file_prefix,
+            num_shards=1,
+            num_label_classes=CLASSES,
+            **chosen,
+        )
+        select.select(selection)
+        write.write(selection)
+        found = Counter()
+        output = folder / "selected" / "data" / records.pseudo_label_name(0, 0, 1)
+        for payload in tf.data.TFRecordDataset(str(output)).as_numpy_iterator():
+            feature = tf.train.Example.FromString(payload).features.feature
+            (image,), (label,) = (
+                feature["image/encoded"].bytes_list.value,
+                feature["label"].int64_list.value,
+            )
+            found[image, label] += 1
+        if name == "all":
+            assert found == readable
+            continue
+        assert set(found) == set(readable)
+        for (image, label), times in found.items():
+            copies = per_class // classes[label]
+            occurs = readable[image, label]
+            assert occurs * copies <= times <= occurs * (copies + 1)
+        for label in classes:
+            assert sum(n for (_, other), n in found.items() if other == label) == per_class
 
 
 def test_mutated_records_and_images(folder, tmp_path):

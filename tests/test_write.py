@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from efficientnet_ns import filter_unlabel
 from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.data import records
 from efficientnet_ns.labeling import select, write, write_shard
@@ -241,6 +242,22 @@ def test_number_of_processes_and_runs_does_not_matter(inputs, by_command):
     ]
     assert records_written == NUM_IMAGE * CLASSES
     assert files(settings.output_dir) == files(by_command[0].output_dir)
+
+
+def test_a_call_per_shard_is_one_call_over_all(inputs, by_command, entry_flags, monkeypatch):
+    """The original's scripts call once per shard, first for the statistics, then for the records."""
+    settings = config(inputs, "per_shard")
+    for only_get_stats in (1, 0):
+        for shard in (2, 0, 3, 1):
+            step = dataclasses.replace(settings, only_get_stats=only_get_stats)
+            values = entry_flags("filter_unlabel", [*command(step), f"--shard_id={shard}"])
+            monkeypatch.setattr(filter_unlabel.flags, "FLAGS", values)
+            filter_unlabel.main(["filter_unlabel"])
+        written = len(list(Path(settings.output_dir).glob("data/train-*")))
+        assert written == (0 if only_get_stats else SHARDS)
+    for name in ("prelim_stats_dir", "output_dir"):
+        found, expected = (files(getattr(c, name)) for c in (settings, by_command[0]))
+        assert found == expected and len(found) > SHARDS
 
 
 KILLED_AT_ITS_THIRD_SHARD = """

@@ -57,6 +57,13 @@ def predict(config: Config, labeler: Labeler | None = None) -> dict[str, int]:
     }
 
 
+def unfinished(config: Config) -> list[int]:
+    """The configured shards that have no finished predictions yet; raises what `predict` does."""
+    experiment = Experiment.from_config(config)
+    _check(experiment)
+    return [unit.shard for unit in _units(experiment).values() if not unit.stage.done()]
+
+
 def _check(experiment: Experiment) -> None:
     config = experiment.config
     options = config.predict

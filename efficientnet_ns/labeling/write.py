@@ -48,27 +48,53 @@ def write(config: SelectConfig, shards: Sequence[int] | None = None) -> dict[str
       Lost: counts of selected, written and read-back records differ.
       WriterDied: see there.
     """
-    workers = select.count_workers(config)
-    selection = os.path.join(config.output_dir, select.SELECTION)
-    if not tf.io.gfile.exists(selection):
-        raise records.DataError(f"{selection} is missing: run the selection first")
-    selection_hash = manifests.content_hash(selection)
     everything = select.shards(config)
-    shards = list(everything if shards is None else shards)
-    stages = {shard: stage(config, selection_hash, shard) for shard in shards}
-    todo = {shard: stages[shard] for shard in shards if not stages[shard].done()}
-    _write_all(config, todo, workers, _processes(config, list(todo)))
-    written = {shard: stages[shard].counts()["records"] for shard in shards}
-    _check_total(config, selection, written)
+    stages = _write_stages(config, everything if shards is None else shards)
+    written = _records(stages)
     if not set(everything) <= set(stages):
+        selection_hash = _selection_hash(config)
         stages = {shard: stage(config, selection_hash, shard) for shard in everything}
     if all(stages[shard].done() for shard in everything):
         _write_final_stats(config, [stages[shard] for shard in everything])
-    return {"records": sum(written.values())}
+    return {"records": written}
 
 
-def _check_total(config: SelectConfig, selection: str, written: Mapping[int, int]) -> None:
-    db = select.connect(selection=[selection])
+def write_shards(config: SelectConfig, shards: Sequence[int]) -> int:
+    """As `write`, but looks at no other shard, so that the statistics of all are left to `write`.
+
+    Returns:
+      Records written, over the shards asked for.
+    """
+    return _records(_write_stages(config, shards))
+
+
+def _write_stages(config: SelectConfig, shards: Sequence[int]) -> dict[int, manifests.Stage]:
+    """Writes what is not written; returns the shards asked for, each of them finished."""
+    workers, selection_hash = select.count_workers(config), _selection_hash(config)
+    stages = {shard: stage(config, selection_hash, shard) for shard in shards}
+    todo = {shard: stages[shard] for shard in stages if not stages[shard].done()}
+    _write_all(config, todo, workers, _processes(config, list(todo)))
+    _check_total(config, {shard: _records({shard: stages[shard]}) for shard in stages})
+    return stages
+
+
+def _records(stages: Mapping[int, manifests.Stage]) -> int:
+    return sum(shard_stage.counts()["records"] for shard_stage in stages.values())
+
+
+def _selection_path(config: SelectConfig) -> str:
+    return os.path.join(config.output_dir, select.SELECTION)
+
+
+def _selection_hash(config: SelectConfig) -> str:
+    path = _selection_path(config)
+    if not tf.io.gfile.exists(path):
+        raise records.DataError(f"{path} is missing: run the selection first")
+    return manifests.content_hash(path)
+
+
+def _check_total(config: SelectConfig, written: Mapping[int, int]) -> None:
+    db = select.connect(selection=[_selection_path(config)])
     selected = dict(
         db.execute("SELECT shard, sum(copies)::BIGINT FROM selection GROUP BY shard").fetchall()
     )
@@ -125,7 +151,7 @@ def _write_all(
 
 
 def _count_images(config: SelectConfig, shards: Mapping[int, object]) -> int:
-    db = select.connect(selection=[os.path.join(config.output_dir, select.SELECTION)])
+    db = select.connect(selection=[_selection_path(config)])
     query = "SELECT count(*) FROM selection WHERE list_contains($1::INTEGER[], shard)"
     return db.execute(query, [list(shards)]).fetchone()[0]
 
