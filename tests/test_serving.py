@@ -86,11 +86,15 @@ def expected(model: tf.keras.Model, images: list) -> np.ndarray:
 # Graphs.
 
 
-def test_folding_changes_no_number(model):
-    folded = folding.fold_batch_norm(model)
+@pytest.mark.parametrize("products", [False, True])
+def test_folding_changes_no_number(model, products):
+    folded = folding.fold_batch_norm(model, products)
     pixels = np.random.default_rng(0).uniform(0, 255, [3, SIZE, SIZE, 3])
     np.testing.assert_allclose(folded(pixels), model(pixels), atol=1e-4, rtol=1e-4)
     assert not any("moving" in weight.name for weight in folded.weights)
+    graph = tf.function(folded).get_concrete_function(tf.TensorSpec([None, SIZE, SIZE, 3]))
+    convolutions = [op for op in graph.graph.get_operations() if op.type == "Conv2D"]
+    assert (len(convolutions) == 1) == products
 
 
 def test_every_signature_by_name(model, served):

@@ -30,7 +30,8 @@ class Options:
 
     Attributes:
       answers: names of the classes and length of the top list.
-      optimize_for: `cpu` folds batch norm into the convolutions and freezes the weights;
+      optimize_for: `cpu` folds batch norm into the convolutions, computes those of 1 x 1 as products
+        of matrices, and freezes the weights;
         `accelerator` folds and keeps variables; `none` leaves the graph as it was trained.
       facts: lines of the model card, name → value.
     """
@@ -78,7 +79,7 @@ def optimized(model: tf.keras.Model, optimize_for: str) -> tuple[tf.keras.Model,
             model.name,
             model.count_params(),
         )
-    return folding.fold_batch_norm(model), freeze
+    return folding.fold_batch_norm(model, pointwise_products=optimize_for == "cpu"), freeze
 
 
 def export(
