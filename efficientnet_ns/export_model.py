@@ -106,8 +106,23 @@ def _options(experiment, path: str, chosen: ExportConfig):
         "Weights": os.path.basename(path.rstrip("/")) + (" (moving averages)" * chosen.ema),
         "Arithmetic": chosen.serving_dtype,
         "Method": "Noisy Student Training (arXiv 1911.04252)",
+        **_provenance(experiment, path),
     }
     return export.Options(Answers(tuple(names), top_k=chosen.top_k), chosen.optimize_for, facts)
+
+
+def _provenance(experiment, path: str) -> dict[str, object]:
+    """Recipe, data and accuracy of published weights or of a training's folder, if these are such."""
+    import tensorflow as tf
+
+    from efficientnet_ns.recipes import RECIPES
+    from efficientnet_ns.serving import provenance
+
+    recipe = RECIPES.get(experiment.config.model.model_name)
+    if recipe is not None and provenance.is_published(path, recipe):
+        return provenance.of_publication(recipe)
+    folder = path if tf.io.gfile.isdir(path) else os.path.dirname(path)
+    return provenance.of_training(folder)
 
 
 def _check_images(experiment, chosen: ExportConfig):

@@ -15,9 +15,11 @@ import tensorflow as tf
 from efficientnet_ns import export_model
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import manifests
+from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.experiment import Experiment
 from efficientnet_ns.models import weights
-from efficientnet_ns.serving import export
+from efficientnet_ns.recipes import RECIPES
+from efficientnet_ns.serving import export, provenance
 
 CLASSES, SIZE = 5, 32
 
@@ -181,3 +183,47 @@ def test_missing_folders_are_named(config, tmp_path, missing):
     export_dir = "" if missing == "export_dir" else str(tmp_path)
     with pytest.raises(ConfigError, match=f"--{missing}"):
         export_model.export_model(config, export_dir, 1)
+
+
+def test_card_tells_recipe_and_accuracy(config, base, tmp_path):
+    folder = Path(config.train.model_dir)
+    settings = {
+        "train_steps": 700,
+        "label_data_dir": "/a/b/photos",
+        "unlabel_ratio": 3.0,
+        "seed": 0,
+    }
+    settings.update(augment_name="randaugment", randaug_layer=2, randaug_mag=9)
+    (folder / "config.json").write_text(json.dumps({**settings, "init_model_path": None}))
+    (folder / "eval").mkdir()
+    dev = {"top1": 0.875, "top5": 0.99, "examples": 300, "loss": 1.0}
+    (folder / "eval" / "eval.json").write_text(json.dumps({"ema": True, "sets": {"dev": dev}}))
+    facts = provenance.of_training(str(folder))
+    assert facts == {
+        "Update steps": "700",
+        "Unlabeled images per labeled one": "3.0",
+        "Augmentation": "RandAugment, 2 operations of magnitude 9",
+        "Labeled data": "photos",
+        "Seed": "0",
+        "Measured on dev": "top-1 87.50%, top-5 99.00% of 300 images (moving averages)",
+    }
+    chosen = export_model.ExportConfig(export_dir="unused")
+    options = export_model._options(Experiment.from_config(config), str(folder), chosen)
+    text = export._card(
+        Experiment.from_config(config).build_model(), Preprocessing(SIZE), 3, options
+    )
+    for name, value in facts.items():
+        assert f"- {name}: {value}\n" in text
+    assert provenance.of_training(str(tmp_path)) == {}
+
+
+def test_card_of_published_weights():
+    recipe = RECIPES["efficientnet-b5"]
+    for path in (
+        "w/noisy_student_efficientnet-b5/model.ckpt",
+        "tf_efficientnet_b5.ns_jft_in1k.pth",
+    ):
+        assert provenance.is_published(path, recipe)
+    assert not provenance.is_published("runs/efficientnet-b5", recipe)
+    facts = provenance.of_publication(recipe)
+    assert "top-1 86.1%" in facts["Published accuracy"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import resource
@@ -18,14 +19,24 @@ from concurrent import futures
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import flatbuffers
 import numpy as np
 import pytest
 import tensorflow as tf
+import yaml
+from google.protobuf import (
+    descriptor_pb2,
+    descriptor_pool,
+    message_factory,
+    text_format,
+    wrappers_pb2,
+)
+from PIL import Image
 
 from efficientnet_ns.data import records, tasks
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.models import efficientnet, folding
-from efficientnet_ns.serving import check, client, deploy, export, tflite, warmup
+from efficientnet_ns.serving import check, client, deploy, export, image_sizes, tflite, warmup
 from efficientnet_ns.serving.classifier import Answers
 
 CLASSES, SIZE = 5, 32
@@ -86,11 +97,15 @@ def expected(model: tf.keras.Model, images: list) -> np.ndarray:
 # Graphs.
 
 
-def test_folding_changes_no_number(model):
-    folded = folding.fold_batch_norm(model)
+@pytest.mark.parametrize("products", [False, True])
+def test_folding_changes_no_number(model, products):
+    folded = folding.fold_batch_norm(model, products)
     pixels = np.random.default_rng(0).uniform(0, 255, [3, SIZE, SIZE, 3])
     np.testing.assert_allclose(folded(pixels), model(pixels), atol=1e-4, rtol=1e-4)
     assert not any("moving" in weight.name for weight in folded.weights)
+    graph = tf.function(folded).get_concrete_function(tf.TensorSpec([None, SIZE, SIZE, 3]))
+    convolutions = [op for op in graph.graph.get_operations() if op.type == "Conv2D"]
+    assert (len(convolutions) == 1) == products
 
 
 def test_every_signature_by_name(model, served):
@@ -187,19 +202,79 @@ def test_changed_deployment_files_stay(base, model):
     path.write_text(before)
 
 
-def test_deployment_files_are_what_their_readers_take(base):
-    from google.protobuf import text_format
+def batching_parameters():
+    """An empty message with the server's fields of that name, whose package has no such file."""
+    file = descriptor_pb2.FileDescriptorProto(
+        name="batching.proto", dependency=[wrappers_pb2.DESCRIPTOR.name]
+    )
+    message = file.message_type.add(name="BatchingParameters")
+    limits = ("max_batch_size", "batch_timeout_micros", "max_enqueued_batches", "num_batch_threads")
+    for number, name in enumerate(limits, 1):
+        kind = ".google.protobuf.Int64Value"
+        message.field.add(name=name, number=number, label=1, type=11, type_name=kind)
+    message.field.add(name="allowed_batch_sizes", number=6, label=3, type=3)
+    pool = descriptor_pool.Default()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("BatchingParameters"))()
+
+
+def test_text_protos_parse(base):
     from tensorflow_serving.config import model_server_config_pb2
 
-    server = model_server_config_pb2.ModelServerConfig()
-    text_format.Parse((base / "deploy" / "models.config").read_text(), server)
-    assert server.model_config_list.config[0].name == "efficientnet-test"
-    batching = (base / "deploy" / "batching_parameters.txt").read_text()
+    server = text_format.Parse(
+        (base / "deploy" / "models.config").read_text(),
+        model_server_config_pb2.ModelServerConfig(),
+    )
+    (model,) = server.model_config_list.config
+    assert (model.name, model.model_platform) == ("efficientnet-test", "tensorflow")
+    assert model.base_path == "/models/efficientnet-test"
+    assert model.model_version_policy.latest.num_versions == 1
+    batching = text_format.Parse(
+        (base / "deploy" / "batching_parameters.txt").read_text(),
+        batching_parameters(),
+    )
     # The server refuses a file whose last allowed size is not the largest batch.
-    assert batching.strip().endswith(f"allowed_batch_sizes: {deploy.BATCH_SIZES[-1]}")
-    assert f"max_batch_size {{ value: {deploy.BATCH_SIZES[-1]} }}" in batching
-    subprocess.run(["bash", "-n", base / "deploy" / "start.sh"], check=True)
-    assert os.access(base / "deploy" / "start.sh", os.X_OK)
+    assert list(batching.allowed_batch_sizes) == list(deploy.BATCH_SIZES)
+    assert batching.max_batch_size.value == deploy.BATCH_SIZES[-1]
+
+
+def test_start_script_is_sound(base):
+    script = base / "deploy" / "start.sh"
+    assert os.access(script, os.X_OK)
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_compose_file_and_kubernetes_manifest(base):
+    compose = yaml.safe_load((base / "deploy" / "docker-compose.yml").read_text())
+    service = compose["services"]["serving"]
+    inside = "/models/efficientnet-test"
+    assert service["volumes"] == [f"..:{inside}:ro"]
+    assert f"--model_config_file={inside}/deploy/models.config" in service["command"]
+    # A shell reads the check as it is written, with \\r\\n for printf.
+    kind, *check_command = service["healthcheck"]["test"]
+    assert kind == "CMD" and check_command[:2] == ["bash", "-c"]
+    assert "GET /v1/models/efficientnet-test HTTP/1.0\\r\\n\\r\\n" in check_command[2]
+    subprocess.run(["bash", "-n", "-c", check_command[2]], check=True)
+
+    text = (base / "deploy" / "kubernetes.yaml").read_text()
+    deployment, entry = yaml.safe_load_all(text)
+    pod = deployment["spec"]["template"]
+    assert (deployment["kind"], entry["kind"]) == ("Deployment", "Service")
+    labels = pod["metadata"]["labels"]
+    assert labels == deployment["spec"]["selector"]["matchLabels"] == entry["spec"]["selector"]
+    (container,) = pod["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"grpc": 8500, "rest": 8501}
+    assert {port["targetPort"] for port in entry["spec"]["ports"]} == set(ports)
+    for probe in ("startupProbe", "readinessProbe"):
+        path = container[probe]["httpGet"]["path"]
+        assert path == "/v1/models/efficientnet-test/metadata"
+        assert container[probe]["httpGet"]["port"] in ports
+    assert container["image"] == service["image"] and container["args"] == service["command"]
+    (mount,), (volume,) = container["volumeMounts"], pod["spec"]["volumes"]
+    assert mount["name"] == volume["name"] and mount["mountPath"] == inside and mount["readOnly"]
 
 
 def test_warm_up_requests_run(base, served):
@@ -267,6 +342,31 @@ def lying_files() -> dict[str, bytes]:
         "empty": b"",
         "text": b"not an image",
     }
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (3, 500), (70, 41)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP"])
+def test_pixels_are_counted_from_the_header(kind, height, width):
+    file = io.BytesIO()
+    Image.fromarray(noise(height, width)).save(file, kind)
+    assert image_sizes.num_pixels(tf.constant(file.getvalue())) == height * width
+
+
+def test_pixels_that_files_claim():
+    huge = bytearray(jpeg())
+    start = huge.index(b"\xff\xc0") + 5  # Behind marker, length and bits per sample.
+    huge[start : start + 4] = struct.pack(">HH", 65_500, 65_500)
+    files = {**lying_files(), "huge.jpg": bytes(huge)}
+    sizes = {"bomb.png": 30_000**2, "huge.jpg": 65_500**2, "huge.bmp": 20_000**2}
+    sizes.update({"huge.gif": 65_000**2, "empty": 0, "text": 0})
+    for name, pixels in sizes.items():
+        assert image_sizes.num_pixels(tf.constant(files[name])) == pixels, name
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        image_sizes.num_pixels(tf.constant(b"\xff\xd8\xff\xc0 and no more"))
+    small = files["data missing.bmp"]
+    assert image_sizes.refuse_large(tf.constant(small), 8100) == small
+    with pytest.raises(tf.errors.InvalidArgumentError, match="larger than 8099 pixels"):
+        image_sizes.refuse_large(tf.constant(small), 8099)
 
 
 def peak_megabytes() -> float:
@@ -380,6 +480,70 @@ def test_tflite(model, tmp_path, kind, tolerance):
     assert facts["image_size"] == SIZE and facts["type"] == kind and len(facts["mean"]) == 3
     details = tf.lite.Interpreter(path).get_input_details()[0]
     assert details["dtype"] == (np.uint8 if kind == "int8" else np.float32)
+
+
+class Fields:
+    """A table of a flatbuffer, read by the positions of its fields."""
+
+    def __init__(self, data: bytes, position: int | None = None):
+        start = int.from_bytes(data[:4], "little") if position is None else position
+        self.table = flatbuffers.table.Table(bytearray(data), start)
+
+    def _at(self, slot: int) -> int:
+        offset = self.table.Offset(4 + 2 * slot)
+        assert offset, f"field {slot} is absent"
+        return self.table.Pos + offset
+
+    def number(self, slot: int, kind=flatbuffers.number_types.Uint8Flags) -> int:
+        return self.table.Get(kind, self._at(slot))
+
+    def text(self, slot: int) -> str:
+        return self.table.String(self._at(slot)).decode()
+
+    def child(self, slot: int) -> Fields:
+        return Fields(self.table.Bytes, self.table.Indirect(self._at(slot)))
+
+    def floats(self, slot: int) -> list[float]:
+        offset = self._at(slot) - self.table.Pos
+        start, count = self.table.Vector(offset), self.table.VectorLen(offset)
+        return np.frombuffer(self.table.Bytes, "<f4", count, start).tolist()
+
+    def only(self, slot: int) -> Fields:
+        offset = self._at(slot) - self.table.Pos
+        assert self.table.VectorLen(offset) == 1
+        return Fields(self.table.Bytes, self.table.Indirect(self.table.Vector(offset)))
+
+
+def test_tflite_metadata_is_of_the_public_schema(model, tmp_path):
+    from tensorflow.lite.python import schema_py_generated as schema
+
+    path = str(tmp_path / "model.tflite")
+    content = export.export_tflite(model, PREPROCESSING, path, "float32", OPTIONS)
+    stored = schema.Model.GetRootAs(content)
+    entries = [stored.Metadata(i) for i in range(stored.MetadataLength())]
+    (buffer,) = [entry.Buffer() for entry in entries if entry.Name() == b"TFLITE_METADATA"]
+    data = stored.Buffers(buffer).DataAsNumpy().tobytes()
+    assert data[4:8] == b"M001"
+    root = Fields(data)
+    assert root.text(0) == "efficientnet-test" and root.text(7) == "1.0.0"
+    image, probability = root.only(3).only(2), root.only(3).only(3)
+    assert image.child(3).number(0) == 2  # The union's member: image properties.
+    size = image.child(3).child(1).child(1)
+    uint = flatbuffers.number_types.Uint32Flags
+    assert (size.number(0, uint), size.number(1, uint)) == (SIZE, SIZE)
+    assert image.child(3).child(1).number(0) == 1  # RGB.
+    unit = image.only(4)
+    # The graph takes 0..255: whoever follows the metadata must change nothing.
+    assert unit.number(0) == 1 and (unit.child(1).floats(0), unit.child(1).floats(1)) == ([0], [1])
+    labels = probability.only(6)
+    assert labels.number(2) == 2  # Labels of the tensor's axis.
+    with zipfile.ZipFile(path) as attached:
+        assert attached.read(labels.text(0)).decode().split() == list(NAMES)
+    for i in range(stored.BuffersLength()):  # Weights where kernels may load vectors from.
+        if stored.Buffers(i).DataLength():
+            address = stored.Buffers(i).DataAsNumpy().__array_interface__["data"][0]
+            start = np.frombuffer(content, np.uint8).__array_interface__["data"][0]
+            assert (address - start) % 16 == 0
 
 
 def test_tflite_refusals(model):

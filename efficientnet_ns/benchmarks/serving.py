@@ -1,15 +1,20 @@
-"""Exported models on encoded and on decoded images: latency and throughput by batch size.
+"""Exported models on decoded images: throughput and latency by batch size, threads and oneDNN.
 
-Peers: the export as it was trained, TensorFlow Lite, and the same network in `tf.keras.applications`
-under `tf.function`. SavedModels run in TensorFlow's session loader, as a server runs them.
+Peers: the export as it was trained, TensorFlow Lite, and the same network in `tf.keras.applications`.
+All SavedModels run in TensorFlow's session loader, as a server runs them. A process has one pool of
+threads and one kind of kernels, so each situation is measured in a process of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -17,42 +22,127 @@ import tensorflow as tf
 from efficientnet_ns.benchmarks import tables
 from efficientnet_ns.config import BenchmarkConfig, Config
 from efficientnet_ns.experiment import Experiment
-from efficientnet_ns.models import engines
-from efficientnet_ns.serving import export
+from efficientnet_ns.serving import export, tflite
 from efficientnet_ns.serving.classifier import Answers
 
 _BATCHES = (1, 8)
 _LATENCIES = 40
+_KERAS, _LITE = "tf.keras.applications", "TFLite float32"
+_CPU, _NONE, _BFLOAT16 = "SavedModel cpu", "SavedModel none", "SavedModel cpu bfloat16"
+_PEERS = {_CPU: _NONE, _LITE: _KERAS, _BFLOAT16: _CPU}
+
+
+class Situation(NamedTuple):
+    """How many threads compute, and whether with TensorFlow's oneDNN kernels."""
+
+    threads: int
+    onednn: bool
+
+    def __str__(self) -> str:
+        threads = f"{self.threads} thread" + "s" * (self.threads > 1)
+        return f"{threads}, oneDNN {'on' if self.onednn else 'off'}"
 
 
 def run(config: BenchmarkConfig) -> list[tables.Row]:
-    """Throughput of everybody in turns, then latencies of the optimised export."""
+    """Exports once, then measures every situation."""
+    rows: list[tables.Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        _export(config, folder)
+        for situation in _situations(config):
+            with _environment(TF_ENABLE_ONEDNN_OPTS=str(int(situation.onednn))):
+                context = multiprocessing.get_context("spawn")
+                with ProcessPoolExecutor(1, context) as process:
+                    rows += process.submit(_measure, config, folder, situation).result()
+    return rows
+
+
+def _situations(config: BenchmarkConfig) -> list[Situation]:
+    threads = config.threads or os.cpu_count() or 1
+    alone = [Situation(1, True)] if config.threads is None and threads > 1 else []
+    return [Situation(threads, True), *alone, Situation(threads, False)]
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _export(config: BenchmarkConfig, folder: str) -> None:
+    """A folder per contender, with random weights: numbers do not depend on them."""
     settings = Config().override(model_name=config.model_name, input_image_size=config.image_size)
     experiment = Experiment.from_config(settings)
     model = experiment.build_model()
+    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    reduced = experiment.build_model()
+    tf.keras.mixed_precision.set_global_policy("float32")
+    for name, target, served in (
+        (_NONE, "none", model),
+        (_CPU, "cpu", model),
+        (_BFLOAT16, "cpu", reduced),
+    ):
+        options = export.Options(Answers(("",) * experiment.num_classes), target)
+        export.export(served, experiment.preprocessing(), os.path.join(folder, name), 1, options)
+    options = export.Options(Answers(("",) * experiment.num_classes))
+    path = os.path.join(folder, _LITE)
+    export.export_tflite(model, experiment.preprocessing(), path, "float32", options)
+    _export_keras(config, os.path.join(folder, _KERAS, "1"))
+
+
+def _export_keras(config: BenchmarkConfig, folder: str) -> None:
+    """The variant in tf.keras.applications, which has B0 to B7."""
+    name = config.model_name.replace("efficientnet-b", "EfficientNetB")
+    shape = (config.image_size, config.image_size, 3)
+    model = getattr(tf.keras.applications, name)(weights=None, input_shape=shape)
+    holder = tf.Module()
+    holder.held = model.variables
+
+    @tf.function(input_signature=[tf.TensorSpec([None, *shape], tf.float32)])
+    def predict(images):
+        return {"probabilities": model(images, training=False)}
+
+    tf.saved_model.save(holder, folder, signatures={"predict_images": predict})
+
+
+def _measure(config: BenchmarkConfig, folder: str, situation: Situation) -> list[tables.Row]:
+    """Throughput of everybody in turns, then latencies of the optimised export."""
+    # Without oneDNN, TensorFlow has no fast kernels for bfloat16.
+    names = [_NONE, _CPU, _KERAS] + [_BFLOAT16] * situation.onednn
+    calls = {
+        name: session(os.path.join(folder, name, "1"), "predict_images", situation.threads)
+        for name in names
+    }
+    with open(os.path.join(folder, _LITE), "rb") as f:
+        lite = _lite(f.read(), situation.threads)
     rows: list[tables.Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        sessions = {}
-        for name in ("none", "cpu"):
-            options = export.Options(Answers(("",) * experiment.num_classes), name)
-            base = os.path.join(folder, name)
-            path = export.export(model, experiment.preprocessing(), base, 1, options)
-            sessions[name] = session(path, "predict_images", config.threads)
-        engine = engines.XnnpackEngine(model, config.threads)
-        peer = _keras(config)
-        for batch in dict.fromkeys((*_BATCHES, config.batch_size)):
-            rows += _throughput(config, batch, sessions, engine, peer)
-        for batch in _BATCHES:
-            rows += _latency(
-                f"SavedModel cpu, batch {batch}", sessions["cpu"], _pixels(config, batch)
-            )
+    batches = sorted({*_BATCHES, config.batch_size})
+    for batch in batches:
+        pixels = _pixels(config, batch)
+        work = {name: lambda call=call: len(call(pixels)) for name, call in calls.items()}
+        work[_LITE] = lambda: lite(pixels[0])
+        rows += _throughput(work, f", batch {batch}, {situation}", config.seconds / len(batches))
+    for batch in _BATCHES:
+        name = f"{_CPU}, batch {batch}, {situation}"
+        rows += _latency(name, calls[_CPU], _pixels(config, batch))
     return rows
 
 
 def session(
     folder: str, signature: str, threads: int | None = None
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Runs a signature of a SavedModel through the session loader: input → probabilities."""
+    """Runs a signature of a SavedModel through the session loader: input → probabilities.
+
+    Args:
+      threads: CPU threads; the first session of a process decides for all. None: all cores.
+    """
     options = tf.compat.v1.ConfigProto(
         intra_op_parallelism_threads=threads or 0, inter_op_parallelism_threads=threads or 0
     )
@@ -65,53 +155,31 @@ def session(
     return call
 
 
+def _lite(content: bytes, threads: int) -> Callable[[np.ndarray], int]:
+    """An interpreter per thread, each on images of its own; returns how many images were answered."""
+    runners = [tflite.runner(content, 1) for _ in range(threads)]
+    pool = ThreadPoolExecutor(threads)
+
+    def work(image: np.ndarray) -> int:
+        images = np.stack([image] * 4)
+        return sum(len(done) for done in pool.map(lambda runner: runner(images), runners))
+
+    return work
+
+
 def _pixels(config: BenchmarkConfig, batch: int) -> np.ndarray:
     size = [batch, config.image_size, config.image_size, 3]
     return np.random.default_rng(0).uniform(0, 255, size).astype(np.float32)
 
 
-def _keras(config: BenchmarkConfig) -> Callable[[np.ndarray], tf.Tensor]:
-    """The variant in tf.keras.applications, which has B0 to B7."""
-    name = config.model_name.replace("efficientnet-b", "EfficientNetB")
-    shape = (config.image_size, config.image_size, 3)
-    model = getattr(tf.keras.applications, name)(weights=None, input_shape=shape)
-    return tf.function(lambda images: model(images, training=False))
-
-
-def _throughput(config: BenchmarkConfig, batch: int, sessions, engine, peer) -> list[tables.Row]:
-    pixels = _pixels(config, batch)
-    many = np.concatenate([pixels] * -(-engine.lanes * engine.batch_size * 4 // batch))
-    lanes = [part for part in np.array_split(many, engine.lanes) if len(part)]
-
-    def lite() -> int:
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(len(lanes)) as pool:
-            return sum(len(answer) for answer in pool.map(engine, lanes))
-
-    keras_name = f"tf.keras.applications, batch {batch}"
-    names = {"none": f"SavedModel none, batch {batch}", "cpu": f"SavedModel cpu, batch {batch}"}
-    lite_name = f"TFLite float32, beside batch {batch}"
-    measured = tables.rates(
-        {
-            names["none"]: lambda: len(sessions["none"](pixels)),
-            names["cpu"]: lambda: len(sessions["cpu"](pixels)),
-            lite_name: lite,
-            keras_name: lambda: len(peer(pixels).numpy()),
-        },
-        config.seconds,
-    )
-    peers = {names["cpu"]: names["none"], lite_name: keras_name}
-    return [
-        tables.Row(
-            name,
-            rate,
-            "images/s",
-            rate / measured[peers[name]] if name in peers else None,
-            peers.get(name, ""),
-        )
-        for name, rate in measured.items()
-    ]
+def _throughput(work: dict[str, Callable[[], int]], where: str, seconds: float) -> list[tables.Row]:
+    measured = tables.rates(work, seconds)
+    rows = []
+    for name, rate in measured.items():
+        peer = _PEERS.get(name, "")
+        ratio = rate / measured[peer] if peer else None
+        rows.append(tables.Row(name + where, rate, "images/s", ratio, peer))
+    return rows
 
 
 def _latency(name: str, call: Callable, pixels: np.ndarray) -> list[tables.Row]:

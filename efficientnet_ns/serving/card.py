@@ -10,6 +10,8 @@ _TEXT = """\
 An EfficientNet classifier of {num_classes} classes on images of {size} x {size} pixels, exported for
 {target}. TensorFlow alone runs it.
 
+## Recipe, data, accuracy
+
 {facts}
 
 ## Preprocessing (inside the graph)

@@ -15,7 +15,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 from efficientnet_ns.data import manifests
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.models import folding
-from efficientnet_ns.serving import card, deploy, tflite, warmup
+from efficientnet_ns.serving import card, deploy, tflite, tflite_metadata, warmup
 from efficientnet_ns.serving.classifier import Answers, Classifier
 
 TARGETS = ("cpu", "accelerator", "none")
@@ -30,7 +30,8 @@ class Options:
 
     Attributes:
       answers: names of the classes and length of the top list.
-      optimize_for: `cpu` folds batch norm into the convolutions and freezes the weights;
+      optimize_for: `cpu` folds batch norm into the convolutions, computes those of 1 x 1 as products
+        of matrices, and freezes the weights;
         `accelerator` folds and keeps variables; `none` leaves the graph as it was trained.
       facts: lines of the model card, name → value.
     """
@@ -78,7 +79,7 @@ def optimized(model: tf.keras.Model, optimize_for: str) -> tuple[tf.keras.Model,
             model.name,
             model.count_params(),
         )
-    return folding.fold_batch_norm(model), freeze
+    return folding.fold_batch_norm(model, pointwise_products=optimize_for == "cpu"), freeze
 
 
 def export(
@@ -145,15 +146,19 @@ def export_tflite(
         raise manifests.OutputConflict(f"{path} exists: choose another --version, or delete it")
     tf.io.gfile.makedirs(os.path.dirname(path) or ".")
     content = tflite.convert(model, kind, representative)
+    pixels = "pixels 0..255 RGB, evaluation crop and bicubic resize"
+    described = tflite_metadata.Description(
+        model.name, kind, preprocessing.image_size, pixels, "labels.txt"
+    )
     facts = {
         "model": model.name,
         "type": kind,
-        "input": "pixels 0..255 RGB, evaluation crop and bicubic resize",
+        "input": pixels,
         "image_size": preprocessing.image_size,
         **_normalisation(model),
         "normalisation": "inside the graph",
     }
-    content = tflite.with_metadata(content, options.answers.class_names, facts)
+    content = tflite.with_metadata(content, options.answers.class_names, facts, described)
     with manifests.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
         f.write(content)
     return content

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.models import engines
+from efficientnet_ns.serving import tflite_metadata
 
 TYPES = ("float32", "float16", "dynamic", "int8")
 
@@ -46,15 +47,21 @@ def convert(model: tf.keras.Model, kind: str, representative: Sequence[np.ndarra
     return engines.convert(model, 1, configure)
 
 
-def with_metadata(content: bytes, labels: Sequence[str], facts: dict) -> bytes:
-    """Appends `labels.txt` and `metadata.json` as a ZIP archive; interpreters pass over it.
+def with_metadata(
+    content: bytes,
+    labels: Sequence[str],
+    facts: dict,
+    described: tflite_metadata.Description,
+) -> bytes:
+    """Stores TensorFlow Lite's own metadata, and appends `labels.txt` and `metadata.json` as a ZIP archive.
 
-    `zipfile.ZipFile(path)` or `unzip` read them from the file.
+    Interpreters pass over both. `zipfile.ZipFile(path)` or `unzip` read the attached files.
     """
+    content = tflite_metadata.attach(content, tflite_metadata.encode(described))
     archive = io.BytesIO(content)
     with zipfile.ZipFile(archive, "a") as files:
         # A fixed date: equal models give equal files.
-        files.writestr(zipfile.ZipInfo("labels.txt"), "\n".join(labels) + "\n")
+        files.writestr(zipfile.ZipInfo(described.labels_file), "\n".join(labels) + "\n")
         files.writestr(zipfile.ZipInfo("metadata.json"), json.dumps(facts, indent=1))
     return archive.getvalue()
 

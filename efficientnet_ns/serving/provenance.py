@@ -1,0 +1,83 @@
+"""Where exported weights come from, as lines of the model card: recipe, data and what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+# Setting in config.json → its name in the card.
+_RECIPE = {
+    "train_steps": "Update steps",
+    "train_batch_size": "Labeled images per update",
+    "unlabel_ratio": "Unlabeled images per labeled one",
+    "input_image_size": "Training resolution",
+    "augment_name": "Augmentation",
+    "base_learning_rate": "Learning rate per 256 images",
+    "weight_decay": "Weight decay",
+    "label_smoothing": "Label smoothing",
+    "moving_average_decay": "Decay of the moving averages",
+    "teacher_model_name": "Teacher on the fly",
+    "init_model_path": "Started from",
+    "seed": "Seed",
+}
+_DATA = {"label_data_dir": "Labeled data", "unlabel_data_dir": "Pseudo-labeled data"}
+
+
+def of_training(model_dir: str) -> dict[str, object]:
+    """Settings, data and measured accuracy of a training, name → value; without the files: nothing.
+
+    Reads `config.json`, which the training wrote, and `eval/eval.json` of `--mode=eval`.
+    """
+    settings = _read(os.path.join(model_dir, "config.json"))
+    facts: dict[str, object] = {
+        title: os.path.basename(str(settings[name]).rstrip("/"))
+        for name, title in {**_RECIPE, **_DATA}.items()
+        if settings.get(name) not in (None, "")
+    }
+    if settings.get("augment_name") == "randaugment":
+        facts["Augmentation"] = (
+            f"RandAugment, {settings['randaug_layer']} operations of magnitude {settings['randaug_mag']}"
+        )
+    measured = _read(os.path.join(model_dir, "eval", "eval.json"))
+    for name, metrics in measured.get("sets", {}).items():
+        facts[f"Measured on {name}"] = (
+            f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%} of {metrics['examples']} images"
+            f" ({'moving averages' if measured['ema'] else 'raw weights'})"
+        )
+    return facts
+
+
+def of_publication(recipe: Any) -> dict[str, object]:
+    """What a published model (a `recipes.Recipe`) was trained on and reached."""
+    magnitude = recipe.randaugment_magnitude
+    return {
+        "Labeled data": "ImageNet, 1.28 million images",
+        "Pseudo-labeled data": "JFT, 130 million images after balancing, labeled by the teacher",
+        "Epochs of the labeled data": recipe.epochs,
+        "Unlabeled images per labeled one": recipe.unlabel_ratio,
+        "Training resolution": recipe.train_resolution,
+        "Augmentation": (
+            f"RandAugment, 2 operations of magnitude {magnitude}" if magnitude else "crop and flip"
+        ),
+        "Published accuracy": (
+            f"ImageNet validation top-1 {recipe.top1:.1f}%, top-5 {recipe.top5:.1f}% "
+            f"(arXiv 1911.04252) at {recipe.test_resolution} pixels; not measured on this export"
+        ),
+    }
+
+
+def is_published(path: str, recipe: Any) -> bool:
+    """Whether a file or folder is called as the published weights of that recipe are."""
+    names = [recipe.tf1_checkpoint, recipe.timm_name, recipe.keras_file or recipe.timm_name]
+    return any(part.startswith(name) for part in path.split("/") for name in names)
+
+
+def _read(path: str) -> Mapping[str, Any]:
+    if not tf.io.gfile.exists(path):
+        return {}
+    with tf.io.gfile.GFile(path) as f:
+        return json.load(f)
