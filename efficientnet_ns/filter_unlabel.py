@@ -19,7 +19,10 @@ def main(argv: list[str]) -> None:
     for name in ("input_dir", "prediction_dir", "prelim_stats_dir", "output_dir"):
         if not getattr(settings, name):
             raise config.ConfigError(f"--{name} is needed")
-    from efficientnet_ns.labeling import select, write
+    report = flags.FLAGS.report
+    if report and settings.only_get_stats:
+        raise config.ConfigError("--report shows a selection: leave --only_get_stats out")
+    from efficientnet_ns.labeling import run_report, select, write
 
     result = select.select(settings)
     # Of the tasks that share a shard, the first writes its records.
@@ -27,12 +30,15 @@ def main(argv: list[str]) -> None:
         one = flags.FLAGS["shard_id"].present
         shards = [settings.shard_id] if one else select.shards(settings)
         result = {**result, **write.write(settings, shards)}
+    if report:
+        result = {**result, "report": run_report.write_report(settings)}
     print(json.dumps(result))
 
 
 def run() -> None:
     """The command line."""
     config.define_flags(config.SelectConfig)
+    flags.DEFINE_bool("report", False, "Write report.html, as labeling_report does, at the end.")
     config.run(main)
 
 

@@ -48,7 +48,7 @@ ENTRIES = {
     "main": ([Config], {"mode"}),
     "noisy_student": ([Config, LoopConfig], set()),
     "study": ([Config, LoopConfig, StudyConfig], set()),
-    "filter_unlabel": ([SelectConfig], set()),
+    "filter_unlabel": ([SelectConfig], {"report"}),
     "demo": ([demo.DemoConfig], set()),
     "export_model": ([Config, ExportConfig], set()),
     "labeling_report": ([SelectConfig, ReportConfig], set()),
@@ -336,6 +336,12 @@ def test_leftover_words_end_the_program(entry):
         ("main", ["--train_steps=0"], "--train_steps=0 is too small"),
         ("noisy_student", ["--teacher_steps=0"], "--teacher_steps=0 is too small"),
         ("filter_unlabel", [], "--input_dir is needed"),
+        (
+            "filter_unlabel",
+            [f"--{k}_dir=x" for k in ("input", "prediction", "prelim_stats", "output")]
+            + ["--report", "--only_get_stats"],
+            "--report shows a selection",
+        ),
     ],
 )
 def test_wrong_settings_are_one_line(entry, arguments, message):

@@ -13,7 +13,8 @@ from test_predict import CLASSES, corrupt, png, save_teacher, write_shards
 
 from efficientnet_ns.data import records
 
-SHARDS, RECORDS, PICTURES, PER_CLASS = 6, 20_000, 500, 60_000
+SHARDS, RECORDS, PICTURES, PER_CLASS = 6, 24_000, 500, 150_000
+KILLS = {"predict": 60, "select": 40}  # The second selects and writes.
 
 
 @pytest.fixture(scope="module")
@@ -58,20 +59,24 @@ def files(out: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_hundred_kills_change_nothing(unlabeled, tmp_path):
     """Two workers at each stage; none of the final records is lost, changed or written twice."""
-    quiet, rough = tmp_path / "quiet", tmp_path / "rough"
-    for out in (quiet, rough):
-        out.mkdir()
+    quiet = tmp_path / "quiet"
+    quiet.mkdir()
     for command in commands(unlabeled, quiet).values():
         torture.run_with_kills([command], 0, 0, (1.0, 2.0), quiet)
-    hits = 0
-    for stage, kills in (("predict", 60), ("select", 40)):
-        command = commands(unlabeled, rough)[stage]
-        hits += torture.run_with_kills([command] * 2, kills, 7, (1.5, 8.0), rough)
-    print(f"{hits} kills hit a running process")
-    expected, found = files(quiet), files(rough)
-    assert set(found) == set(expected)
-    assert all(found[name] == expected[name] for name in expected)
-    data = (rough / "selected" / "data").glob("train-*")
+    expected, left, runs = files(quiet), dict(KILLS), 0
+    # A fast machine may be done before all kills were given out: the rest is for another run.
+    while any(left.values()):
+        rough = tmp_path / f"rough-{runs}"
+        rough.mkdir()
+        for stage, command in commands(unlabeled, rough).items():
+            hits = torture.run_with_kills([command] * 2, left[stage], 7 + runs, (1.5, 8.0), rough)
+            print(f"run {runs}: {hits} kills hit a running {stage}", flush=True)
+            left[stage] -= hits
+        found = files(rough)
+        assert set(found) == set(expected)
+        assert all(found[name] == expected[name] for name in expected)
+        runs += 1
+    data = (quiet / "selected" / "data").glob("train-*")
     written = sum(records.count(str(path)) for path in data)
-    kept = json.loads((rough / "selected" / "threshold.json").read_text())
+    kept = json.loads((quiet / "selected" / "threshold.json").read_text())
     assert written == len(kept) * PER_CLASS > 0

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -318,3 +319,23 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     finish(stage)
     assert not Path(theirs).exists()
     assert Path(alive).exists() and Path(elsewhere).exists()
+
+
+def test_scratch_folders_of_killed_processes_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = (
+        "import os, signal\n"
+        "from efficientnet_ns.data import manifests\n"
+        "with manifests.scratch_folder('index') as folder:\n"
+        "    open(f'{folder}/copy', 'w').close()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert [path.name for path in left.iterdir()] == ["copy"]
+    with manifests.scratch_folder("index") as first, manifests.scratch_folder("index") as second:
+        assert not left.exists()
+        assert {str(path) for path in tmp_path.iterdir()} == {first, second}
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
+import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 from efficientnet_ns.config import ConfigError, SelectConfig
 from efficientnet_ns.data import manifests, records
-from efficientnet_ns.labeling import choose, select
+from efficientnet_ns.labeling import choose, scan, select
 from efficientnet_ns.labeling import index as index_lib
 
 CLASSES = 10
@@ -565,6 +567,62 @@ def test_number_of_workers_is_that_of_the_prediction(tmp_path, claimed):
     else:
         with pytest.raises(records.DataError, match=f"--total_label_replicas={claimed}"):
             select.count_workers(settings)
+
+
+def test_another_definition_of_the_draws_is_refused(small, monkeypatch):
+    select.select(small)
+    monkeypatch.setattr(choose, "DRAWS", choose.DRAWS + 1)
+    with pytest.raises(manifests.OutputConflict, match="draws: "):
+        select.select(small)
+
+
+@pytest.mark.parametrize("mode", ["exact", "threshold"])
+def test_a_large_shard_is_read_in_parts(tmp_path, monkeypatch, rng, mode):
+    """Shards of one file or two, cut into parts of at most 50 rows, give the bytes of whole ones."""
+    table = [
+        [
+            [one_hot(*x) for x in zip(rng.integers(0, 3, n), rng.choice([0.5, 0.61, 0.7], n))]
+            for n in sizes
+        ]
+        for sizes in ((300, 40), (1, 70))
+    ]
+    folders = {name: tmp_path / name for name in ("whole", "parts")}
+    found = {}
+    for name, folder in folders.items():
+        make_predictions(folder, table)
+        if name == "parts":
+            monkeypatch.setattr(index_lib, "_GROUP", 16)
+            monkeypatch.setattr(scan, "_ROWS_PER_SPAN", 50)
+        settings_ = config(folder, num_shards=2, num_image=60, selection=mode)
+        result = select.select(dataclasses.replace(settings_, total_label_replicas=2))
+        statistics_ = {
+            p.name: p.read_bytes()
+            for p in (folder / "statistics").glob("*.json")
+            if "manifest" not in p.name
+        }
+        found[name] = (result, selection(settings_), statistics_)
+    paths = [str(p) for p in sorted((folders["parts"] / "predictions").glob("index-00000*"))]
+    parts = list(scan.spans(paths))
+    assert len(parts) > 5 and sum(span.rows for part in parts for span in part) == 340
+    assert found["parts"] == found["whole"]
+
+
+def test_database_is_bounded_and_spills(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    abandoned = tmp_path / f".tmp-{socket.gethostname()}-{2**22 + 1}-efficientnet_ns-duckdb-1"
+    abandoned.mkdir()
+    with scan.database() as db:
+        assert not abandoned.exists()
+        ((limit, folder),) = db.execute(
+            "SELECT current_setting('memory_limit'), current_setting('temp_directory')"
+        ).fetchall()
+        assert limit == "1.8 GiB" and folder.startswith(str(tmp_path))
+        db.execute("SET memory_limit = '64MB'")
+        db.execute("SET threads = 1")
+        db.execute("CREATE TABLE numbers AS SELECT hash(range) AS x FROM range(20_000_000)")
+        assert os.listdir(folder)
+        assert db.execute("SELECT count(*) FROM numbers").fetchone() == (20_000_000,)
+    assert not os.path.exists(folder)
 
 
 def test_side_files_are_made_again(small):

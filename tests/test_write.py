@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import tensorflow as tf
+from test_report import Document
 
 from efficientnet_ns import filter_unlabel
 from efficientnet_ns.config import SelectConfig
@@ -122,9 +123,12 @@ def inputs(goldens, tmp_path_factory) -> Path:
 def by_command(inputs) -> tuple[SelectConfig, dict]:
     """Settings and printed result of the command line."""
     settings = config(inputs, "by_command")
-    done = in_child(["-m", "efficientnet_ns.filter_unlabel"], settings)
+    done = in_child(["-m", "efficientnet_ns.filter_unlabel", "--report"], settings)
     assert done.returncode == 0, done.stderr
-    return settings, json.loads(done.stdout)
+    result = json.loads(done.stdout)
+    # Other runs, whose files are compared, have none.
+    shutil.move(result["report"], inputs / "report.html")
+    return settings, result
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +145,13 @@ def test_command_reports_counts(by_command, written):
     total = NUM_IMAGE * CLASSES
     assert result["records"] == sum(map(len, written)) == total
     assert result["unique"] == len({record.image for shard in written for record in shard})
+
+
+def test_report_is_written_when_asked(inputs, by_command):
+    settings, result = by_command
+    assert result["report"] == f"{settings.output_dir}/report.html"
+    summary = Document((inputs / "report.html").read_text(encoding="utf-8")).text("summary")
+    assert re.search(rf"kept\s*{result['unique']}\b", summary)
 
 
 def test_every_record_is_its_image_with_its_prediction(inputs, written):

@@ -1,14 +1,19 @@
 """Labeling end to end, from records to predictions with their index, beside what limits it.
 
 Peers: the same network in `tf.keras.applications` under `tf.function`, on images that are already
-decoded; the bare engine on tensors that are ready; ONNX Runtime, if it and tf2onnx are installed.
+decoded, with TensorFlow as it comes and with its oneDNN kernels off, as they are on CPUs without
+AVX512_VNNI; the bare engine on tensors that are ready; ONNX Runtime, if it and tf2onnx are
+installed.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import multiprocessing
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,21 +28,29 @@ from efficientnet_ns.experiment import Experiment
 from efficientnet_ns.labeling import predict
 from efficientnet_ns.models import engines, weights
 
-_IMAGES = 360  # Per shard: long enough to hide what is paid once per shard.
+_FIRST_IMAGES = 64  # Of the shard that warms up.
+_TURNS = 3
 _EXTENSIONS = (".jpeg", ".jpg", ".png")
 _SELF = "predict, records to predictions"
+_KERAS = "tf.keras.applications"
 
 
 def run(config: BenchmarkConfig) -> list[tables.Row]:
-    """Images per second of everybody, measured in turns."""
+    """Images per second of everybody, measured in turns.
+
+    In each turn predict labels a shard that takes it about `config.seconds`, so that what is paid
+    once per shard is as small as in real ones.
+    """
     images = _images(config.data)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         work, pixels = _predict(config, images, folder)
         contenders = {_SELF: work.label_shard, "bare engine": work.bare_engine}
-        contenders["tf.keras.applications"] = _keras(config, pixels)
+        contenders[_KERAS] = _keras(config.model_name, pixels)
+        without = stack.enter_context(_without_onednn(config.model_name, pixels))
+        contenders[f"{_KERAS}, oneDNN off"] = without
         with contextlib.suppress(_Absent):
             contenders.update(_onnxruntime(config, work.model, pixels))
-        measured = tables.rates(contenders, config.seconds)
+        measured = tables.rates(contenders, config.seconds, _TURNS)
     ours = measured[_SELF]
     rows = [tables.Row(_SELF, ours, "images/s")]
     for name, rate in measured.items():
@@ -67,11 +80,9 @@ def _images(folder: str) -> list[bytes]:
 
 
 class _Work:
-    """One shard of records and a teacher with random weights."""
+    """A teacher with random weights, and a shard of records for it."""
 
     def __init__(self, config: BenchmarkConfig, images: list[bytes], folder: str):
-        examples = [records.unlabeled_example(images[i % len(images)]) for i in range(_IMAGES)]
-        records.write_sharded(os.path.join(folder, "unlabeled"), "train", examples, 1)
         settings = Config().override(
             model_name=config.model_name,
             input_image_size=config.image_size,
@@ -79,7 +90,9 @@ class _Work:
             unlabel_data_dir=os.path.join(folder, "unlabeled"),
             num_shards=1,
         )
+        self._examples = [records.unlabeled_example(image) for image in images]
         self._folder, self._settings, self._runs = folder, settings, 0
+        self._seconds = config.seconds
         self._experiment = Experiment.from_config(settings)
         self.model = self._experiment.build_model()
         weights.save_weights(self.model, settings.predict.predict_ckpt_path)
@@ -88,20 +101,29 @@ class _Work:
             0, 255, [self.labeler.group, *self.model.input_shape[1:]]
         )
         self._ready = self._ready.astype(np.float32)
+        self._write(_FIRST_IMAGES)
+
+    def _write(self, count: int) -> None:
+        chosen = [self._examples[i % len(self._examples)] for i in range(count)]
+        records.write_sharded(self._settings.data.unlabel_data_dir, "train", chosen, 1)
 
     def label_shard(self) -> int:
-        """Labels the shard once more, into a new folder."""
+        """Labels the shard, into a new folder; after the first, a short one, comes the long one."""
         self._runs += 1
         folder = os.path.join(self._folder, str(self._runs))
         settings = self._settings.override(output_dir=folder, info_dir=folder)
-        return predict.predict(settings, labeler=self.labeler)["records"]
+        start = time.perf_counter()
+        images = predict.predict(settings, labeler=self.labeler)["records"]
+        if self._runs == 1:
+            rate = images / (time.perf_counter() - start)
+            self._write(max(_FIRST_IMAGES, int(rate * self._seconds)))
+        return images
 
     def bare_engine(self) -> int:
         """Every lane of the engine on a group of its own."""
         engine = self.labeler.engine
         lanes = engine.lanes if isinstance(engine, engines.XnnpackEngine) else 1
-        rounds = max(1, _IMAGES // len(self._ready) // lanes)
-        return _in_threads(lanes, rounds, lambda: engine(self._ready))
+        return _in_threads(lanes, 8, lambda: engine(self._ready))
 
 
 def _in_threads(lanes: int, rounds: int, work: Callable[[], np.ndarray]) -> int:
@@ -122,9 +144,9 @@ def _predict(config: BenchmarkConfig, images: list[bytes], folder: str) -> tuple
     return work, tf.stack(decoded).numpy()
 
 
-def _keras(config: BenchmarkConfig, pixels: np.ndarray) -> Callable[[], int]:
+def _keras(model_name: str, pixels: np.ndarray) -> Callable[[], int]:
     """The variant in tf.keras.applications, which has B0 to B7."""
-    name = config.model_name.replace("efficientnet-b", "EfficientNetB")
+    name = model_name.replace("efficientnet-b", "EfficientNetB")
     model = getattr(tf.keras.applications, name)(weights=None)
     batch = tf.image.resize(pixels, model.input_shape[1:3])
     step = tf.function(lambda x: model(x, training=False))
@@ -133,6 +155,40 @@ def _keras(config: BenchmarkConfig, pixels: np.ndarray) -> Callable[[], int]:
         return sum(len(step(batch).numpy()) for _ in range(3))
 
     return work
+
+
+_ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
+
+
+@contextlib.contextmanager
+def _without_onednn(model_name: str, pixels: np.ndarray) -> Iterator[Callable[[], int]]:
+    """`_keras` in a process of its own, since TensorFlow looks at the variable once."""
+    before = os.environ.get(_ONEDNN)
+    os.environ[_ONEDNN] = "0"
+    try:
+        context = multiprocessing.get_context("spawn")
+        pool = concurrent.futures.ProcessPoolExecutor(
+            1, mp_context=context, initializer=_start_peer, initargs=(model_name, pixels)
+        )
+        pool.submit(_peer_works).result()
+    finally:
+        del os.environ[_ONEDNN]
+        if before is not None:
+            os.environ[_ONEDNN] = before
+    with pool:
+        yield lambda: pool.submit(_peer_works).result()
+
+
+_peer: Callable[[], int] | None = None  # Of the process without oneDNN.
+
+
+def _start_peer(model_name: str, pixels: np.ndarray) -> None:
+    global _peer
+    _peer = _keras(model_name, pixels)
+
+
+def _peer_works() -> int:
+    return _peer()
 
 
 def _onnxruntime(

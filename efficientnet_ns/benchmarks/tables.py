@@ -26,17 +26,19 @@ class Row(NamedTuple):
     peer: str = ""
 
 
-def rates(contenders: dict[str, Callable[[], int]], seconds: float) -> dict[str, float]:
+def rates(
+    contenders: dict[str, Callable[[], int]], seconds: float, turns: int = 5
+) -> dict[str, float]:
     """Units per second of each contender, measured in turns so that all see the same machine.
 
     Args:
       contenders: name → function that does some work and returns how many units it did.
       seconds: how long each contender runs, after one call that warms it up.
+      turns: in how many parts; a part is one call at least.
 
     Returns:
       Name → median of the rates of the turns.
     """
-    turns = 5
     for work in contenders.values():
         work()
     measured: dict[str, list[float]] = {name: [] for name in contenders}

@@ -12,7 +12,9 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 
 import tensorflow as tf
@@ -47,7 +49,29 @@ def remove_abandoned_folders(parent: str) -> None:
         pid = name[len(prefix) :].split("-", 1)[0] if name.startswith(prefix) else ""
         path = os.path.join(parent, name)
         if pid.isdigit() and not is_running(int(pid)) and tf.io.gfile.isdir(path):
-            tf.io.gfile.rmtree(path)
+            # Another process may remove it at the same time.
+            with contextlib.suppress(tf.errors.NotFoundError):
+                tf.io.gfile.rmtree(path)
+
+
+def scratch_name(purpose: str) -> str:
+    """A new name below TMPDIR for files needed while this process runs, with those of killed
+    processes removed."""
+    parent = tempfile.gettempdir()
+    remove_abandoned_folders(parent)
+    name = f"efficientnet_ns-{purpose}-{secrets.token_hex(4)}"
+    return temporary_name(os.path.join(parent, name))
+
+
+@contextlib.contextmanager
+def scratch_folder(purpose: str) -> Iterator[str]:
+    """Yields a folder of that kind, which is removed when the block ends."""
+    folder = scratch_name(purpose)
+    tf.io.gfile.makedirs(folder)
+    try:
+        yield folder
+    finally:
+        tf.io.gfile.rmtree(folder)
 
 
 def is_running(pid: int) -> bool:

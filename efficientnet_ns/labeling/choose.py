@@ -14,9 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from efficientnet_ns.config import ConfigError, SelectConfig
-from efficientnet_ns.labeling.scan import Piece, Scan, pieces
+from efficientnet_ns.labeling.scan import Piece, Scan, Span, pieces
 from efficientnet_ns.labeling.statistics import EDGES, Counts, at_least
 
+# Which function `draws` is; to be raised when it becomes another one.
+DRAWS = 2
 _PART_BITS = 7
 _PARTS = 1 << _PART_BITS  # Parts of a range of keys; more would not fit in the cache.
 _DRAW_BITS = 63
@@ -213,9 +215,9 @@ def _narrowed(scan: Scan, rules: Rules, keys: _Range) -> _Range:
     bits = [max(int(high).bit_length() - _PART_BITS, 0) for high in keys.high.clip(0)]
     shift, shape = np.array(bits, np.int64), (len(rules.kind), _PARTS)
 
-    def group(shard: int, paths: Sequence[str]) -> np.ndarray:
+    def group(shard: int, spans: Sequence[Span]) -> np.ndarray:
         table = np.zeros(shape, np.int64)
-        for piece in pieces(paths):
+        for piece in pieces(spans):
             rows, found = _between(rules, keys, shard, piece)
             labels = piece.labels[rows]
             place = labels.astype(np.int64) * _PARTS + (found >> shift[labels])
@@ -235,9 +237,9 @@ def _narrowed(scan: Scan, rules: Rules, keys: _Range) -> _Range:
 def _rank(scan: Scan, rules: Rules, keys: _Range) -> None:
     """Finds the images of the last part that are among the first, and completes the rules."""
 
-    def gather(shard: int, paths: Sequence[str]) -> np.ndarray:
+    def gather(shard: int, spans: Sequence[Span]) -> np.ndarray:
         found = [np.zeros(0, _CANDIDATE)]
-        for piece in pieces(paths):
+        for piece in pieces(spans):
             rows, key = _between(rules, keys, shard, piece)
             columns = np.zeros(len(rows), _CANDIDATE)
             columns["label"], columns["key"] = piece.labels[rows], key
@@ -288,9 +290,9 @@ COLUMNS = {
 }
 
 
-def kept(shard: int, paths: Sequence[str], rules: Rules) -> list[dict[str, np.ndarray]]:
-    """The chosen rows of a shard, `COLUMNS`, by worker and position, in pieces."""
-    return [_kept(rules, shard, piece) for piece in pieces(paths)]
+def kept(shard: int, spans: Sequence[Span], rules: Rules) -> list[dict[str, np.ndarray]]:
+    """The chosen rows of a part of a shard, `COLUMNS`, by worker and position, in pieces."""
+    return [_kept(rules, shard, piece) for piece in pieces(spans)]
 
 
 def _kept(rules: Rules, shard: int, piece: Piece) -> dict[str, np.ndarray]:

@@ -6,27 +6,35 @@ import collections
 import concurrent.futures
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Callable, NamedTuple, TypeVar
 
 import numpy as np
 import tensorflow as tf
 
+from efficientnet_ns.data import manifests
 from efficientnet_ns.progress import Progress
 
 Result = TypeVar("Result")
 
-_ROWS_AT_ONCE = 1 << 19  # Of a shard; bounds memory.
+_ROWS_AT_ONCE = 1 << 19  # Of an index file; bounds memory.
+_ROWS_PER_SPAN = 1 << 21  # What is kept of them waits for its turn; bounds memory.
+_DATABASE_MEMORY = "2GB"
 
 
 def database():
-    """An empty DuckDB database in memory, for reports and joins."""
+    """An empty DuckDB database for reports and joins: up to 2 GB in memory, the rest on disk.
+
+    The disk is that of TMPDIR; files of killed processes are removed.
+    """
     import duckdb
 
     db = duckdb.connect()
     db.execute("SET enable_progress_bar = false")
     db.execute(f"SET threads = {cores()}")
+    db.execute(f"SET memory_limit = '{_DATABASE_MEMORY}'")
+    # DuckDB makes the folder when it is needed, and removes it.
+    db.execute(f"SET temp_directory = {quoted(manifests.scratch_name('duckdb'))}")
     return db
 
 
@@ -53,7 +61,7 @@ def parquet(paths: Sequence[str]) -> str:
 @contextlib.contextmanager
 def local_copies(files: Mapping[int, Sequence[str]]) -> Iterator[dict[int, list[str]]]:
     """Yields the files by shard, those of other file systems as copies below TMPDIR."""
-    with tempfile.TemporaryDirectory(prefix="efficientnet_ns-index-") as folder:
+    with manifests.scratch_folder("index") as folder:
 
         def local(path: str) -> str:
             if is_local(path):
@@ -64,6 +72,48 @@ def local_copies(files: Mapping[int, Sequence[str]]) -> Iterator[dict[int, list[
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             yield {shard: list(pool.map(local, paths)) for shard, paths in files.items()}
+
+
+class Span(NamedTuple):
+    """Consecutive row groups of an index file.
+
+    Attributes:
+      worker: of the file.
+      path: of the file.
+      groups: their numbers.
+      start: position of the first row.
+      rows: how many.
+    """
+
+    worker: int
+    path: str
+    groups: list[int]
+    start: int
+    rows: int
+
+
+def spans(paths: Sequence[str]) -> Iterator[list[Span]]:
+    """Cuts the index files of a shard, by worker, into parts of about `_ROWS_PER_SPAN` rows."""
+    import pyarrow.parquet
+
+    part: list[Span] = []
+    rows = 0
+    for worker, path in enumerate(paths):
+        metadata = pyarrow.parquet.read_metadata(path)
+        start = 0
+        for group in range(metadata.num_row_groups):
+            size = metadata.row_group(group).num_rows
+            if part and rows + size > _ROWS_PER_SPAN:
+                yield part
+                part, rows = [], 0
+            if part and part[-1].worker == worker:
+                last = part.pop()
+                part.append(last._replace(groups=[*last.groups, group], rows=last.rows + size))
+            else:
+                part.append(Span(worker, path, [group], start, size))
+            start, rows = start + size, rows + size
+    # Of an empty shard there is one part, too.
+    yield part
 
 
 class Piece(NamedTuple):
@@ -85,19 +135,22 @@ class Piece(NamedTuple):
     size: int
 
 
-def pieces(paths: Sequence[str]) -> Iterator[Piece]:
-    """Yields the rows of a shard, of one worker after the other, in bounded memory.
+def pieces(spans: Sequence[Span]) -> Iterator[Piece]:
+    """Yields the rows of spans, of one after the other, in bounded memory.
 
     NumPy rather than SQL: counting by `bincount` and choosing by lookup per class take a few
     nanoseconds per row, a GROUP BY into 100,000 groups per shard or a join far more.
     """
     import pyarrow.parquet
 
-    for worker, path in enumerate(paths):
-        start = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
+    for span in spans:
+        start = span.start
+        with pyarrow.parquet.ParquetFile(span.path) as file:
             for batch in file.iter_batches(
-                _ROWS_AT_ONCE, columns=["label", "prob"], use_threads=False
+                _ROWS_AT_ONCE,
+                row_groups=span.groups,
+                columns=["label", "prob"],
+                use_threads=False,
             ):
                 labels, probs = (batch.column(k).to_numpy() for k in range(2))
                 # An index has a row per prediction, in their order.
@@ -106,12 +159,12 @@ def pieces(paths: Sequence[str]) -> Iterator[Piece]:
                 if size and labels.min() < 0:
                     known = labels >= 0
                     labels, probs, positions = labels[known], probs[known], positions[known]
-                yield Piece(worker, start, labels, probs, positions, size)
+                yield Piece(span.worker, start, labels, probs, positions, size)
                 start += size
 
 
 class Scan:
-    """Work over the index, one shard at a time and a core for each.
+    """Work over the index, a part of a shard at a time and a core for each.
 
     Args:
       files: local index files by shard, in the order of the workers.
@@ -119,21 +172,25 @@ class Scan:
 
     def __init__(self, files: Mapping[int, Sequence[str]]):
         self.files = dict(files)
+        self._parts = [
+            (shard, part) for shard, paths in self.files.items() for part in spans(paths)
+        ]
 
     def each(
-        self, what: str, work: Callable[[int, Sequence[str]], Result]
+        self, what: str, work: Callable[[int, Sequence[Span]], Result]
     ) -> Iterator[tuple[int, Result]]:
-        """Yields (shard, work(shard, index files)) in the order of the shards.
+        """Yields (shard, work(shard, spans)) in the order of the shards, workers and rows.
 
-        Only as many results as there are cores wait for the reader.
+        A shard has several results when it is large. Only as many results as there are cores wait
+        for the reader.
         """
         waiting: collections.deque = collections.deque()
         with (
             concurrent.futures.ThreadPoolExecutor(cores()) as pool,
-            Progress(len(self.files), what, "shards") as progress,
+            Progress(len(self._parts), what, "parts") as progress,
         ):
-            for shard, paths in self.files.items():
-                waiting.append((shard, pool.submit(work, shard, paths)))
+            for shard, part in self._parts:
+                waiting.append((shard, pool.submit(work, shard, part)))
                 if len(waiting) > cores():
                     shard, future = waiting.popleft()
                     yield shard, future.result()

@@ -13,7 +13,6 @@ import functools
 import multiprocessing
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -277,6 +276,8 @@ _DECISIVE = (
 def _stage(config: SelectConfig, predictions: str) -> manifests.Stage:
     settings = {name: getattr(config, name) for name in _DECISIVE}
     settings["predictions"] = predictions
+    # Results of two definitions of the draws are never mixed.
+    settings["draws"] = choose.DRAWS
     if config.debug == 1:
         settings["shard_id"] = config.shard_id
     names = (SELECTION, "threshold.json", "num_image_across_cat.json")
@@ -327,7 +328,7 @@ def _local_name(path: str) -> Iterator[str]:
     if scan.is_local(path):
         yield path
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with manifests.scratch_folder("selection") as folder:
         local = os.path.join(folder, SELECTION)
         yield local
         tf.io.gfile.copy(local, path)

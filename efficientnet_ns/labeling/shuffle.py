@@ -14,7 +14,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-_BUCKET_BYTES = 128 << 20  # A bucket is held in memory as a whole.
+# Which function of seed, shard and image gives the order; to be raised when another one does.
+ORDER = 2
+_BUCKET_BYTES = 64 << 20  # A bucket is held in memory as a whole.
+_COPY_BYTES = 128  # What a copy takes while its bucket is sorted, beside its bytes.
 _META = np.dtype([("place", "<u8"), ("image", "<i8"), ("length", "<i8")])
 
 
@@ -85,7 +88,7 @@ class Shuffle:
         lengths = np.fromiter(map(len, payloads), np.int64, len(payloads))
         if not self._buckets:
             # The first images stand for all.
-            mean = (lengths * copies).sum() / max(copies.sum(), 1)
+            mean = (lengths * copies).sum() / max(copies.sum(), 1) + _COPY_BYTES
             self._buckets = max(1, int(np.ceil(mean * self._total / _BUCKET_BYTES)))
         source = np.repeat(np.arange(len(payloads)), copies)
         meta = np.empty(len(place), _META)
@@ -102,7 +105,7 @@ class Shuffle:
         self._file.write(meta.tobytes())
         self._file.writelines(payloads)
 
-    def sorted(self) -> Iterator[memoryview]:
+    def sorted(self) -> Iterator[bytes]:
         """Yields all copies in order; neighbours show different images unless a bucket has but one."""
         stretches = np.array(self._stretches, np.int64).reshape(-1, 4)
         last = -1
@@ -110,11 +113,13 @@ class Shuffle:
             meta, data = self._load(stretches[stretches[:, 0] == bucket])
             order = np.lexsort((meta["image"], meta["place"]))
             order = _apart(meta["image"], order, last)
+            last = int(meta["image"][order[-1]]) if len(order) else last
             ends = np.cumsum(meta["length"])
             starts = ends - meta["length"]
             for start, end in zip(starts[order].tolist(), ends[order].tolist()):
-                yield data[start:end]
-            last = int(meta["image"][order[-1]]) if len(order) else last
+                # A copy: a view would keep the whole bucket in memory beside the next one.
+                yield data[start:end].tobytes()
+            del meta, data, order, starts, ends
 
     def _load(self, stretches: np.ndarray) -> tuple[np.ndarray, memoryview]:
         """The copies of a bucket: what is known of them, and their bytes one after the other."""

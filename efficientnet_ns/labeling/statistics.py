@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,7 +13,7 @@ import numpy as np
 
 from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.data import manifests, records
-from efficientnet_ns.labeling.scan import Scan, pieces
+from efficientnet_ns.labeling.scan import Scan, Span, pieces
 
 EDGES = [k / 100 for k in range(101)]
 _EDGES = np.array(EDGES)
@@ -57,11 +60,11 @@ def count(
     whole = (config.min_threshold <= _EDGES) & (_NEXT_EDGES <= config.max_prob)
     partial = ~whole & (_NEXT_EDGES > config.min_threshold) & (_EDGES <= config.max_prob)
 
-    def group(shard: int, paths: Sequence[str]):
+    def group(shard: int, spans: Sequence[Span]):
         found, fit = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         tables = {task: np.zeros(shape, np.int64) for task in tasks[shard]}
-        rows = [0] * len(paths)
-        for piece in pieces(paths):
+        rows = np.zeros(len(scan.files[shard]), np.int64)
+        for piece in pieces(spans):
             _check_labels(shard, piece.labels, shape[0])
             rows[piece.worker] += piece.size
             bins = _bins(piece.probs)
@@ -72,16 +75,27 @@ def count(
             fit += table * whole + _table(place[rest[fits(piece.probs[rest], config)]], shape)
             if (task := piece.worker // workers_per_task) in tables:
                 tables[task] += table
-        _check_numbers(shard, rows, images)
+        return found, fit, tables, rows
+
+    def counted():
+        for shard, (found, fit, *rest) in scan.each("counting predictions", group):
+            np.add(total, found, out=total)
+            np.add(eligible, fit, out=eligible)
+            yield shard, rest
+
+    for shard, parts in itertools.groupby(counted(), key=operator.itemgetter(0)):
+        tables, rows = functools.reduce(_joined, (rest for _, rest in parts))
+        _check_numbers(shard, rows.tolist(), images)
         for task, table in tables.items():
             _write(save[shard, task], table, np.flatnonzero(table.any(1)))
-        return found, fit, sum(rows)
-
-    for _, (found, fit, rows) in scan.each("counting predictions", group):
-        total += found
-        eligible += fit
-        available += rows
+        available += int(rows.sum())
     return Counts(total, eligible, available)
+
+
+def _joined(counts, more):
+    """The counts by task and by worker of two parts of a shard."""
+    tables = {task: table + more[0][task] for task, table in counts[0].items()}
+    return tables, counts[1] + more[1]
 
 
 def _table(place: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -20,8 +20,10 @@ from efficientnet_ns.data import framing, manifests, records, wire
 from efficientnet_ns.labeling import select, shuffle
 
 _ROWS = 1 << 14  # Of the selection, held at a time.
-_RUN_BYTES = 64 << 20  # Of images, held at a time.
+_RUN_BYTES = 32 << 20  # Of images, held at a time.
+_IMAGE_BYTES = 256  # What an image takes in a run beside its bytes.
 _WRITE_BYTES = 8 << 20
+_SORT_MEMORY = "128MB"  # Of the selection of a shard, which is sorted by image; beyond, on disk.
 
 
 class Lost(RuntimeError):
@@ -46,6 +48,7 @@ def stage(config: SelectConfig, selection_hash: str, shard: int) -> manifests.St
         "selection": selection_hash,
         "input": manifests.fingerprint([source]),
         "seed": config.seed,
+        "order": shuffle.ORDER,
     }
     manifest = os.path.join(config.output_dir, "stats", f"manifest_{shard:05d}_{task}.json")
     return manifests.Stage(manifest, [data, stats], settings)
@@ -71,6 +74,7 @@ def write_shard(
     manifests.remove_abandoned([stage.manifest])
     db = select.connect(selection=[os.path.join(config.output_dir, select.SELECTION)])
     db.execute("SET threads = 1")
+    db.execute(f"SET memory_limit = '{_SORT_MEMORY}'")
     selected = Counter(
         dict(
             db.execute(
@@ -86,6 +90,7 @@ def write_shard(
                 place = shuffle.places(config.seed, shard, run.image, run.copies)
                 shuffled.add(run.frames, run.image, run.copies, place)
                 progress(len(run.frames))
+                del run  # It would be held beside the next one.
             written = _write(temporary[data_path], shuffled.sorted())
         read_back = _labels(temporary[data_path])
         _check_conservation(data_path, selected, written, read_back)
@@ -94,10 +99,10 @@ def write_shard(
         counts.update(records=written)
 
 
-def _write(path: str, frames: Iterator[memoryview]) -> int:
+def _write(path: str, frames: Iterator[bytes]) -> int:
     """Writes a TFRecord file from whole frames; returns how many."""
     total = size = 0
-    held: list[memoryview] = []
+    held: list[bytes] = []
     with tf.io.gfile.GFile(path, "wb") as f:
         for frame in frames:
             held.append(frame)
@@ -169,7 +174,7 @@ def _runs(config: SelectConfig, db, shard: int, workers: int) -> Iterator[_Run]:
     for choice, example in _examples(config, db, shard, workers):
         frames.append(wire.frame(example))
         chosen.append((choice.image, choice.copies))
-        size += len(frames[-1])
+        size += len(frames[-1]) + _IMAGE_BYTES
         if size >= _RUN_BYTES:
             yield _Run(frames, *np.array(chosen, np.int64).T)
             frames, chosen, size = [], [], 0
