@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from efficientnet_ns import config, demo
+from efficientnet_ns import config, demo, evaluate_robustness
 from efficientnet_ns.config import (
     Config,
     ConfigError,
@@ -24,6 +24,7 @@ from efficientnet_ns.config import (
     LegacyConfig,
     LoopConfig,
     ModelConfig,
+    OwnSetConfig,
     PredictConfig,
     SelectConfig,
     TrainConfig,
@@ -49,6 +50,10 @@ ENTRIES = {
     "demo": ([demo.DemoConfig], set()),
     "export_model": ([Config, ExportConfig], set()),
     "labeling_report": ([SelectConfig, ReportConfig], set()),
+    "evaluate_robustness": (
+        [Config, OwnSetConfig],
+        {"weights", "report_dir", "allow_missing", *evaluate_robustness._HELP},
+    ),
     "make_records": ([MakeConfig], set()),
     "proc_svhn": ([SvhnConfig], set()),
 }
@@ -59,6 +64,7 @@ ALL = [
     demo.DemoConfig,
     ExportConfig,
     MakeConfig,
+    OwnSetConfig,
     ReportConfig,
     SvhnConfig,
 ]
