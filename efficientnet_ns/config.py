@@ -509,6 +509,37 @@ class LoopConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class OwnSetConfig:
+    """Attacks on, and corruptions of, any labeled set: task_name and label_data_dir."""
+
+    epsilons: str = setting(
+        "",
+        "FGSM and PGD: how far each pixel value of 0..255 may be moved; several joined with ',', "
+        "e.g. 2,4,8,16.",
+    )
+    pgd_steps: int = setting(10, "Gradient steps of PGD.", low=1)
+    pgd_step_size: Optional[float] = setting(
+        None, "Size of each, in pixel values; default: 2.5 epsilon / pgd_steps.", low=0
+    )
+    corrupt: str = setting(
+        "",
+        "Corruptions of ImageNet-C to apply, joined with ','; all: the 15 of its mean. Needs pip "
+        "install 'efficientnet-ns[robustness]'.",
+    )
+    severities: str = setting("1,2,3,4,5", "Their severities, joined with ','.")
+    baseline: str = setting(
+        "",
+        "Weights of another model, which is measured beside it and by which its errors are divided.",
+    )
+    baseline_model_name: str = setting("", "Variant of the baseline; default: the same model.")
+    image_set: str = setting(
+        "",
+        "Prefix of the records to measure on; default: the task's evaluation set. num_eval_images "
+        "takes its first so many.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
     """What `benchmark.py` measures, and on what."""
 

@@ -1,6 +1,9 @@
-"""Measure a model on the robustness sets of the paper, as they are distributed:
+"""Measure a model on the robustness sets of the paper, as they are distributed, or attack it and
+corrupt its images on a labeled set of your own:
 
 `python -m efficientnet_ns.evaluate_robustness --weights=PATH --imagenet_c=DIR … --report_dir=DIR`.
+`python -m efficientnet_ns.evaluate_robustness --weights=PATH --task_name=… --label_data_dir=DIR
+--corrupt=all --epsilons=2,4 --baseline=PATH --report_dir=DIR`.
 
 Finished parts are kept in report_dir: start a stopped command again to continue.
 """
@@ -14,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from efficientnet_ns import config as config_lib
-from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.config import Config, ConfigError, OwnSetConfig
 
 # Sets of labeled images, which may be class folders, records or tfds.
 _LABELED = ("imagenet_a", "imagenet_r", "imagenet_v2", "imagenet_sketch")
@@ -57,7 +60,8 @@ def evaluate(
     folders = {name: path for name, path in folders.items() if path}
     if not weights_path or not report_dir or not folders:
         raise ConfigError(
-            f"--weights, --report_dir and at least one set are needed: --{', --'.join(_HELP)}"
+            f"--weights, --report_dir and at least one set are needed: --{', --'.join(_HELP)}, "
+            "or --corrupt or --epsilons for a labeled set of your own"
         )
     if ("imagenet_val" in folders) != ("real_labels" in folders):
         raise ConfigError("--imagenet_val and --real_labels go together")
@@ -160,11 +164,52 @@ def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
     )
 
 
+def evaluate_own_set(
+    config: Config, own: OwnSetConfig, weights_path: str, report_dir: str
+) -> dict[str, Any]:
+    """Attacks and corrupts the labeled set of `config`; writes own_set.json, .md and .html.
+
+    Returns:
+      `own_set.Found.results`.
+
+    Raises:
+      ConfigError, records.DataError: settings or data that cannot work.
+    """
+    if not weights_path or not report_dir:
+        raise ConfigError("--weights and --report_dir are needed")
+    if os.environ.get("TF_CONFIG"):
+        raise ConfigError("--corrupt and --epsilons work on one machine: unset TF_CONFIG")
+    from efficientnet_ns.evaluation import own_set, own_set_report
+    from efficientnet_ns.experiment import Experiment
+    from efficientnet_ns.training import distribution
+
+    experiment = Experiment.from_config(config)
+    strategy = distribution.get_strategy(config.hardware)
+    distribution.set_precision(config.hardware, strategy)
+    found = own_set.measure(
+        experiment,
+        own,
+        weights_path,
+        report_dir,
+        strategy,
+        distribution.share,
+        distribution.compiles(config.hardware, strategy),
+    )
+    own_set_report.write(report_dir, found)
+    print(own_set_report.markdown(found.results), end="")
+    return found.results
+
+
 def main(argv: list[str]) -> None:
     config_lib.no_arguments(argv)
     values = flags.FLAGS
     settings = config_lib.from_flags(Config, values)
     folders = {name: getattr(values, name) for name in _HELP}
+    own = config_lib.from_flags(OwnSetConfig, values)
+    if own.corrupt or own.epsilons:
+        evaluate_own_set(settings, own, values.weights, values.report_dir)
+        if not any(folders.values()):
+            return
     results = evaluate(settings, values.weights, folders, values.report_dir, values.allow_missing)
     from efficientnet_ns.evaluation import robustness
     from efficientnet_ns.experiment import Experiment
@@ -176,6 +221,7 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     """The command line."""
     config_lib.define_flags(Config)
+    config_lib.define_flags(OwnSetConfig)
     flags.DEFINE_string("weights", "", "Weights of the model.")
     flags.DEFINE_string("report_dir", "", "Folder of the results.")
     flags.DEFINE_bool(

@@ -8,6 +8,7 @@ again), which tells it from a failure. The second one ends the process on the sp
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -112,3 +113,14 @@ class StopRequest:
                     logging.warning(
                         "%s: stopping when everything is saved; once more: at once", name
                     )
+
+
+def end_with_parent() -> None:
+    """In a worker process: no life after the parent's, which cannot tell its workers when killed."""
+    parent = multiprocessing.parent_process()
+
+    def leave() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()

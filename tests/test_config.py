@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from efficientnet_ns import config, demo
+from efficientnet_ns import config, demo, evaluate_robustness
 from efficientnet_ns.config import (
     Config,
     ConfigError,
@@ -24,6 +24,7 @@ from efficientnet_ns.config import (
     LegacyConfig,
     LoopConfig,
     ModelConfig,
+    OwnSetConfig,
     PredictConfig,
     SelectConfig,
     TrainConfig,
@@ -53,6 +54,10 @@ ENTRIES = {
     "export_model": ([Config, ExportConfig], set()),
     "labeling_report": ([SelectConfig, ReportConfig], set()),
     "label_beam": ([Config, BeamConfig], set()),
+    "evaluate_robustness": (
+        [Config, OwnSetConfig],
+        {"weights", "report_dir", "allow_missing", *evaluate_robustness._HELP},
+    ),
     "make_records": ([MakeConfig], set()),
     "proc_svhn": ([SvhnConfig], set()),
 }
@@ -63,6 +68,7 @@ ALL = [
     demo.DemoConfig,
     ExportConfig,
     MakeConfig,
+    OwnSetConfig,
     ReportConfig,
     StudyConfig,
     BeamConfig,

@@ -344,11 +344,7 @@ class Launcher:
         addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
         started = []
         for index in range(workers):
-            task = {"type": "worker", "index": index}
-            cluster = {"cluster": {"worker": addresses}, "task": task}
-            environment = {key: v for key, v in os.environ.items() if key != "TF_CONFIG"}
-            if workers > 1:
-                environment["TF_CONFIG"] = json.dumps(cluster)
+            environment = worker_environment(addresses, index)
             with open(self.folder / f"{model_dir}.{index}.log", "a") as log:
                 started.append(
                     subprocess.Popen(
@@ -389,6 +385,15 @@ COMMON = (
     "--num_shards_per_group=-2",
     "--stochastic_depth_rate=0.5",
 )
+
+
+def worker_environment(addresses: list[str], index: int) -> dict[str, str]:
+    """Of one process of several, or of the only one."""
+    environment = {key: v for key, v in os.environ.items() if key != "TF_CONFIG"}
+    if len(addresses) > 1:
+        task = {"type": "worker", "index": index}
+        environment["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
+    return environment
 
 
 def free_ports(count: int) -> list[int]:

@@ -479,6 +479,7 @@ def test_evaluation_sees_every_record_once_in_order(tmp_path, size):
     assert data.element_spec == {
         "image": tf.TensorSpec([BATCH, SIZE, SIZE, 3], tf.float32),
         "label": tf.TensorSpec([BATCH], tf.int32),
+        "index": tf.TensorSpec([BATCH], tf.int32),
         "mask": tf.TensorSpec([BATCH], tf.float32),
     }
     batches = list(data.as_numpy_iterator())
@@ -488,6 +489,7 @@ def test_evaluation_sees_every_record_once_in_order(tmp_path, size):
     padding = len(batches) * BATCH - size
     np.testing.assert_array_equal(joined["mask"], [1.0] * size + [0.0] * padding)
     np.testing.assert_array_equal(joined["label"], expected + [0] * padding)
+    np.testing.assert_array_equal(joined["index"], [*range(size)] + [0] * padding)
     for image, number in zip(joined["image"], expected):
         np.testing.assert_array_equal(image, images.eval_image(pictures()[number], SIZE))
     assert not joined["image"][size:].any()

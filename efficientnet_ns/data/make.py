@@ -13,7 +13,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from efficientnet_ns import preemption
 from efficientnet_ns.data import encoded, manifests, records
 from efficientnet_ns.data.sources import Entry, Loaded
 from efficientnet_ns.progress import Progress
@@ -307,14 +307,7 @@ def _start_worker() -> None:
     tf.config.threading.set_inter_op_parallelism_threads(1)
     for kind in ("GPU", "TPU"):
         tf.config.set_visible_devices([], kind)
-    parent = multiprocessing.parent_process()
-
-    def leave() -> None:
-        parent.join()
-        os._exit(1)
-
-    # A killed parent cannot tell its workers, which would wait for more work forever.
-    threading.Thread(target=leave, daemon=True).start()
+    preemption.end_with_parent()
 
 
 def _write_shards(job: _Job) -> list[dict]:

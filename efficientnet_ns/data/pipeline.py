@@ -407,15 +407,17 @@ def eval_batches(
       share: the rows of each batch to prepare.
 
     Yields:
-      `image` float32 [B, S, S, 3], `label` int32 [B], `mask` float32 [B]: 1 for an example, 0 for
-      padding; B = batch_size / replicas. Every replica gets the same number of batches.
+      `image` float32 [B, S, S, 3], `label` int32 [B], `index` int32 [B]: place in the set, `mask`
+      float32 [B]: 1 for an example, 0 for padding; B = batch_size / replicas. Every replica gets
+      the same number of batches.
     """
 
-    def prepare(_, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
+    def prepare(index: tf.Tensor, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
         example = records.parse_labeled(serialized)
         return {
             "image": preprocessing.evaluate(example["image"]),
             "label": _checked_label(example["label"], num_classes),
+            "index": tf.cast(index, tf.int32),
             "mask": tf.ones([]),
         }
 

@@ -79,13 +79,7 @@ class Evaluator:
             def sums(batch):
                 return _batch_sums(_logits(forward, batch["image"], views), batch, detailed)
 
-            @tf.function
-            def step(batch):
-                partial = self._strategy.run(sums, args=(batch,))
-                total = tf.distribute.ReduceOp.SUM
-                return {k: self._strategy.reduce(total, v, None) for k, v in partial.items()}
-
-            return step
+            return replicated(self._strategy, sums)
 
         def engine_step(batch):
             def answer(pixels):
@@ -112,29 +106,50 @@ class Evaluator:
         Raises:
           IncompleteEvaluation: the batches held more or fewer examples.
         """
-        return _metrics(self._sum(self._step, batches), num_examples)
+        return means(add_up(self._strategy, self._step, batches), num_examples)
 
     def measure(self, batches: Batches, num_examples: int) -> Measured:
         """As a call, with answers by class and the calibration (Guo et al. 2017, equation 3)."""
-        sums = self._sum(self._detailed_step, batches)
+        sums = add_up(self._strategy, self._detailed_step, batches)
         confusion, bins = sums.pop("confusion"), sums.pop("bins")
-        metrics = _metrics(sums, num_examples)
+        metrics = means(sums, num_examples)
         metrics["ece"] = float(np.abs(bins[1] - bins[2]).sum() / metrics["examples"])
         return Measured(metrics, np.rint(confusion).astype(np.int64), bins)
 
-    def _sum(self, step, batches: Batches) -> dict[str, np.ndarray]:
-        sums: dict[str, np.ndarray] = {}
-        if callable(batches):
-            distributed = self._strategy.distribute_datasets_from_function(batches)
-        else:
-            distributed = self._strategy.experimental_distribute_dataset(batches)
-        for batch in distributed:
-            for key, value in step(batch).items():
-                sums[key] = sums.get(key, 0.0) + np.asarray(value, np.float64)
-        return sums
+
+def replicated(strategy: tf.distribute.Strategy, sums: Callable) -> Callable:
+    """A compiled step: `sums(batch, *more)` on every replica, each of its values added up."""
+
+    @tf.function
+    def step(batch, *more):
+        partial = strategy.run(sums, args=(batch, *more))
+        total = tf.distribute.ReduceOp.SUM
+        return {key: strategy.reduce(total, value, None) for key, value in partial.items()}
+
+    return step
 
 
-def _metrics(sums: dict[str, np.ndarray], num_examples: int) -> dict[str, float]:
+def add_up(
+    strategy: tf.distribute.Strategy, step: Callable, batches: Batches
+) -> dict[str, np.ndarray]:
+    """The sums of `step(batch)` over all batches, float64."""
+    sums: dict[str, np.ndarray] = {}
+    if callable(batches):
+        distributed = strategy.distribute_datasets_from_function(batches)
+    else:
+        distributed = strategy.experimental_distribute_dataset(batches)
+    for batch in distributed:
+        for key, value in step(batch).items():
+            sums[key] = sums.get(key, 0.0) + np.asarray(value, np.float64)
+    return sums
+
+
+def means(sums: dict[str, np.ndarray], num_examples: int) -> dict[str, float]:
+    """Every sum over the `examples` counted beside it.
+
+    Raises:
+      IncompleteEvaluation: there were more or fewer than `num_examples`.
+    """
     seen = round(float(sums.pop("examples")))
     if seen != num_examples:
         raise IncompleteEvaluation(f"saw {seen} examples, but the set has {num_examples}")

@@ -1,0 +1,205 @@
+"""Accuracy under attacks that know the model and the true label.
+
+Sources:
+  Goodfellow et al. 2015 (arXiv 1412.6572): FGSM, one step along the sign of the gradient.
+  Madry et al. 2018 (arXiv 1706.06083): PGD, several such steps from a random start, each projected
+    back onto the ball.
+  Xie et al. 2020 (arXiv 1911.04252), "Adversarial Robustness Results": both, at several ε.
+
+ε is in pixel values: 16 lets every channel of every pixel move by up to 16 of 255.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from efficientnet_ns.data import augment
+from efficientnet_ns.evaluation import accuracy
+
+# (pixels [B, S, S, 3], labels [B]) → gradient of the loss by the pixels.
+Gradient = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+
+_START = 3  # Salt of the random starts.
+
+
+@dataclasses.dataclass(frozen=True)
+class Pgd:
+    """Settings of PGD.
+
+    Attributes:
+      steps: gradient steps.
+      step_size: of one step, in pixel values; None: 2.5 ε / steps, which can reach the border of
+        the ball from any start.
+      seed: of the random starts.
+    """
+
+    steps: int = 10
+    step_size: float | None = None
+    seed: int = 0
+
+    def size(self, epsilon: float) -> float:
+        """Size of a step at this ε."""
+        return 2.5 * epsilon / self.steps if self.step_size is None else self.step_size
+
+
+class Attacker:
+    """Top-1 of a model on images as they are and as FGSM and PGD change them.
+
+    Args:
+      model: pixels → logits.
+      strategy: the one the model was built under.
+      pgd: settings.
+      jit_compile: compile the attack with XLA.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., tf.Tensor],
+        strategy: tf.distribute.Strategy | None = None,
+        pgd: Pgd = Pgd(),
+        jit_compile: bool = False,
+    ):
+        self._strategy = strategy or tf.distribute.get_strategy()
+        self._pgd = pgd
+
+        def sums(batch, epsilon, step_size):
+            return _batch_sums(model, batch, epsilon, step_size, pgd)
+
+        if jit_compile:
+            sums = tf.function(sums, jit_compile=True)
+        self._step = accuracy.replicated(self._strategy, sums)
+
+    def __call__(
+        self, batches: accuracy.Batches, num_examples: int, epsilon: float
+    ) -> dict[str, float]:
+        """Measures one set at one ε.
+
+        Args:
+          batches: of `pipeline.eval_batches`, as for `accuracy.Evaluator`.
+          num_examples: size of the set.
+          epsilon: in pixel values.
+
+        Returns:
+          `clean`, `fgsm`, `pgd` (top-1, fractions), `examples`.
+
+        Raises:
+          accuracy.IncompleteEvaluation: the batches held more or fewer examples.
+        """
+        # Tensors, so that another ε is not compiled again.
+        size = tf.constant(self._pgd.size(epsilon), tf.float32)
+        radius = tf.constant(epsilon, tf.float32)
+        sums = accuracy.add_up(
+            self._strategy, lambda batch: self._step(batch, radius, size), batches
+        )
+        return accuracy.means(sums, num_examples)
+
+
+def _batch_sums(model, batch, epsilon, step_size, pgd: Pgd) -> dict[str, tf.Tensor]:
+    labels, mask, clean = batch["label"], batch["mask"], batch["image"]
+
+    def gradient(pixels: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        return loss_gradient(model, pixels, labels)
+
+    start = random_start(clean, batch["index"], epsilon, pgd.seed)
+    attacked = {
+        "clean": clean,
+        "fgsm": fgsm(gradient, clean, labels, epsilon),
+        "pgd": projected_descent(gradient, clean, labels, epsilon, step_size, pgd.steps, start),
+    }
+
+    def right(pixels: tf.Tensor) -> tf.Tensor:
+        logits = model(pixels, training=False)
+        # A model that answers NaN is wrong, as in `accuracy`.
+        finite = tf.reduce_all(tf.math.is_finite(logits), -1)
+        hit = (tf.argmax(logits, -1, tf.int32) == labels) & finite
+        return tf.reduce_sum(mask * tf.cast(hit, tf.float32))
+
+    return {
+        **{name: right(pixels) for name, pixels in attacked.items()},
+        "examples": tf.reduce_sum(mask),
+    }
+
+
+def loss_gradient(model: Callable[..., tf.Tensor], pixels: tf.Tensor, labels: tf.Tensor):
+    """A positive multiple of the gradient of each image's cross-entropy, float32 [B, S, S, 3].
+
+    The attacks take its sign alone. Cross-entropy is log(1 + exp(margin)), so its gradient is
+    sigmoid(margin) times that of the margin; the factor, which in float32 becomes 0 where the model
+    is very sure, and would end the attack there, is left out.
+    """
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(pixels)
+        logits = tf.cast(model(pixels, training=False), tf.float32)
+        own = tf.one_hot(labels, logits.shape[-1], on_value=True, off_value=False)
+        others = tf.reduce_logsumexp(tf.where(own, logits.dtype.min, logits), -1)
+        margin = others - tf.gather(logits, labels, axis=-1, batch_dims=1)
+        # Without batch statistics the images are independent: the sum's gradient is each one's own.
+        loss = tf.reduce_sum(margin)
+    return tape.gradient(loss, pixels)
+
+
+def project(pixels: tf.Tensor, clean: tf.Tensor, epsilon: tf.Tensor | float) -> tf.Tensor:
+    """The nearest pixels within ε of the clean ones and within 0..255.
+
+    Where bicubic resizing has left 0..255, the clean value takes the place of the bound, so that
+    ε = 0 is the image itself.
+    """
+    lowest = tf.maximum(clean - epsilon, tf.minimum(clean, 0.0))
+    highest = tf.minimum(clean + epsilon, tf.maximum(clean, 255.0))
+    return tf.clip_by_value(pixels, lowest, highest)
+
+
+def fgsm(
+    gradient: Gradient, clean: tf.Tensor, labels: tf.Tensor, epsilon: tf.Tensor | float
+) -> tf.Tensor:
+    """The clean pixels, float32 [B, S, S, 3], moved by ε along the sign of the gradient."""
+    return project(clean + epsilon * tf.sign(gradient(clean, labels)), clean, epsilon)
+
+
+def projected_descent(
+    gradient: Gradient,
+    clean: tf.Tensor,
+    labels: tf.Tensor,
+    epsilon: tf.Tensor | float,
+    step_size: tf.Tensor | float,
+    steps: int,
+    start: tf.Tensor,
+) -> tf.Tensor:
+    """PGD's last iterate.
+
+    Args:
+      gradient: of the loss, which is climbed.
+      clean: pixels, float32 [B, S, S, 3].
+      labels: true classes, int32 [B].
+      epsilon, step_size: in pixel values.
+      steps: how many.
+      start: pixels to start from; projected first.
+    """
+
+    def step(done, pixels):
+        moved = pixels + step_size * tf.sign(gradient(pixels, labels))
+        return done + 1, project(moved, clean, epsilon)
+
+    first = (tf.constant(0), project(start, clean, epsilon))
+    return tf.while_loop(lambda done, _: done < steps, step, first)[1]
+
+
+def random_start(
+    clean: tf.Tensor, index: tf.Tensor, epsilon: tf.Tensor | float, seed: int
+) -> tf.Tensor:
+    """Pixels drawn from the ball around the clean ones.
+
+    Args:
+      index: place of each image in the set, int32 [B]: the draw depends on it and on the seed, not
+        on batches or devices.
+    """
+
+    def draw(place: tf.Tensor) -> tf.Tensor:
+        own = tf.random.experimental.stateless_fold_in([seed, _START], place)
+        return augment.uniform(own, clean.shape[1:])
+
+    noise = tf.map_fn(draw, index, fn_output_signature=tf.float32)
+    return clean + epsilon * (2.0 * noise - 1.0)
