@@ -597,3 +597,21 @@ def test_reading_from_the_middle(tmp_path):
     assert whole[-1][1] == (tmp_path / "file").stat().st_size
     for i, (record, end) in enumerate(whole):
         assert list(records.read_from(path, record.position + 1, end)) == whole[i + 1 :]
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 127, 128, 16_300, 16_384])
+def test_image_of_a_record_with_nothing_else(size, rng):
+    """Read at the level of bytes, and only where a protocol buffer's reader finds the same."""
+    image = rng.bytes(size)
+    record = records.unlabeled_example(image)
+    assert records._only_image(record) == records.image_bytes(record) == image
+    for other in (records.labeled_example(image, 3), records.prediction_example([0.5, 0.5])):
+        assert records._only_image(other) is None
+    for _ in range(300):
+        changed = bytearray(record)
+        changed[rng.integers(min(40, len(record)))] = rng.integers(256)
+        changed = bytes(changed[: len(record) - rng.integers(2) * rng.integers(3)])
+        found = records._only_image(changed)
+        if found is not None:
+            feature = tf.train.Example.FromString(changed).features.feature
+            assert feature[records.IMAGE].bytes_list.value == [found]

@@ -193,10 +193,35 @@ def image_bytes(record: bytes) -> bytes:
     Raises:
       DataError: not an Example, or one without `image/encoded`.
     """
+    image = _only_image(record)
+    if image is not None:
+        return image
     values = _features(record)[IMAGE].bytes_list.value
     if not values:
         raise DataError(f"the record has no {IMAGE!r}")
     return values[0]
+
+
+# What stands before each of the nested fields of an `unlabeled_example`, and their tags.
+_AROUND_IMAGE = (
+    (b"", b"\n"),
+    (b"", b"\n"),
+    (wire.field(1, IMAGE.encode()), b"\x12"),
+    (b"", b"\n"),
+    (b"", b"\n"),
+)
+
+
+def _only_image(record: bytes) -> bytes | None:
+    """The image of a record that holds nothing else, without copying it twice; None for others."""
+    at, end = 0, len(record)
+    for before, tag in _AROUND_IMAGE:
+        if not record.startswith(before, at) or not record.startswith(tag, at + len(before)):
+            return None
+        size, at = wire.read_varint(record, at + len(before) + 1)
+        if at + size != end:
+            return None
+    return record[at:]
 
 
 def probabilities(record: bytes) -> np.ndarray:

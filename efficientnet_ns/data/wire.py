@@ -39,6 +39,16 @@ def varint(value: int) -> bytes:
     return bytes(groups)
 
 
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """(value, end) of the variable-length integer at a byte; the value is -1 when there is none."""
+    value = 0
+    for shift, byte in zip(range(0, 70, 7), data[at : at + 10]):
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at + shift // 7 + 1
+    return -1, at
+
+
 def field(number: int, content: bytes) -> bytes:
     """A length-delimited field."""
     return b"".join((bytes((number << 3 | 2,)), varint(len(content)), content))
