@@ -1,9 +1,10 @@
-"""Statistics and selection on an index of any size, made for the measurement."""
+"""Statistics, selection and report on an index of any size, made for the measurement."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import resource
@@ -11,13 +12,16 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from efficientnet_ns.benchmarks.tables import Row
 from efficientnet_ns.config import BenchmarkConfig, ConfigError, SelectConfig
 from efficientnet_ns.data import records
-from efficientnet_ns.labeling import index, scan, select
+from efficientnet_ns.labeling import index, run_report, scan, select
 
 _SHARDS = 128
 _BYTES_PER_ROW = 30  # Index, selection and what is spilled; measured below 20.
@@ -28,7 +32,7 @@ _SHARE_WANTED = 130_000 * 1000 / 300e6
 def run(config: BenchmarkConfig) -> list[Row]:
     """Makes `rows` predictions for `classes` classes, below `data`, and selects from them.
 
-    The selection runs in a process of its own, so that its peak of memory is known.
+    Selection and report run in processes of their own, so that their peaks of memory are known.
     """
     with tempfile.TemporaryDirectory(dir=config.data or None) as folder:
         free = shutil.disk_usage(folder).free
@@ -38,6 +42,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
                 f"{folder}, which has {free >> 20} MB free: give another folder as --data"
             )
         settings = SelectConfig(
+            input_dir=folder,
             prediction_dir=folder,
             prelim_stats_dir=os.path.join(folder, "statistics"),
             num_shards=_SHARDS,
@@ -56,22 +61,22 @@ def run(config: BenchmarkConfig) -> list[Row]:
         for mode in ("exact", "threshold"):
             # Each makes the statistics anew.
             output = os.path.join(folder, mode)
-            rows += _measured(
-                dataclasses.replace(
-                    settings,
-                    selection=mode,
-                    output_dir=output,
-                    prelim_stats_dir=os.path.join(output, "statistics"),
-                )
+            chosen = dataclasses.replace(
+                settings,
+                selection=mode,
+                output_dir=output,
+                prelim_stats_dir=os.path.join(output, "statistics"),
             )
+            rows += _measured(chosen)
+            if mode == "exact":
+                _make_images(chosen, config.rows)
+                rows += _measured_report(chosen)
             shutil.rmtree(output)
     return rows
 
 
 def _measured(settings: SelectConfig) -> list[Row]:
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        result, seconds, before, peak = pool.submit(_select, settings).result()
+    result, seconds, before, peak = _in_own_process(select.select, settings)
     name = f"statistics + selection, {settings.selection}"
     size = os.path.getsize(os.path.join(settings.output_dir, select.SELECTION))
     return [
@@ -84,10 +89,27 @@ def _measured(settings: SelectConfig) -> list[Row]:
     ]
 
 
-def _select(settings: SelectConfig) -> tuple[dict, float, float, float]:
+def _measured_report(settings: SelectConfig) -> list[Row]:
+    _, seconds, before, peak = _in_own_process(run_report.write_report, settings)
+    return [
+        Row("report: time", seconds, "s"),
+        Row("report: peak memory", peak, "MB"),
+        Row("report: of it the process before", before, "MB"),
+    ]
+
+
+def _in_own_process(
+    work: Callable[[SelectConfig], object], settings: SelectConfig
+) -> tuple[Any, float, float, float]:
     """(result, seconds, peak of memory in MB before and after)."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_watched, work, settings).result()
+
+
+def _watched(work: Callable[[SelectConfig], object], settings: SelectConfig):
     before, start = _peak_memory(), time.perf_counter()
-    result = select.select(settings)
+    result = work(settings)
     return result, time.perf_counter() - start, before, _peak_memory()
 
 
@@ -95,6 +117,18 @@ def _peak_memory() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Bytes on macOS, KiB elsewhere.
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def _shard_rows(rows: int, shard: int) -> int:
+    return rows // _SHARDS + (shard < rows % _SHARDS)
+
+
+def _make_images(settings: SelectConfig, rows: int) -> None:
+    """Writes the images of the shards that a report takes pictures from."""
+    example = records.unlabeled_example(tf.io.encode_png(tf.zeros([8, 8, 3], tf.uint8)).numpy())
+    for shard in range(run_report.Options().picture_shards):
+        images = itertools.repeat(example, _shard_rows(rows, shard))
+        records.write(select.input_path(settings, shard), images)
 
 
 def make_index(settings: SelectConfig, rows: int) -> None:
@@ -111,7 +145,7 @@ def make_index(settings: SelectConfig, rows: int) -> None:
 
     def make(shard: int) -> None:
         rng = np.random.default_rng([1, shard])
-        size = rows // _SHARDS + (shard < rows % _SHARDS)
+        size = _shard_rows(rows, shard)
         labels = np.searchsorted(bounds, rng.random(size)).astype(np.int32)
         probs = 1 - 0.97 * rng.random(size, np.float32) ** ease[labels]
         name = records.index_name(shard, _SHARDS, 0)

@@ -181,7 +181,12 @@ class Outcome:
           shards: how many of the first shards to take them from.
           labels: classes to take them from.
         """
-        source = "chosen" if kept else "images ANTI JOIN chosen USING (shard, record)"
+        # The limit inside as well: DuckDB does not pass it on to the other side of an anti join.
+        rejected = """
+            images ANTI JOIN (SELECT shard, record FROM chosen WHERE shard < $1)
+            USING (shard, record)
+            """
+        source = "chosen" if kept else rejected
         among, partition, values = "", "", [shards, limit]
         if labels is not None:
             among, partition = "AND list_contains($3::INTEGER[], label)", "PARTITION BY label"
