@@ -246,6 +246,13 @@ def test_several_machines_are_refused(folder, tmp_path, monkeypatch):
         )
 
 
+def test_baseline_alone(entry_flags, monkeypatch):
+    values = entry_flags("evaluate_robustness", ["--baseline=b", "--weights=w", "--report_dir=r"])
+    monkeypatch.setattr(evaluate_robustness.flags, "FLAGS", values)
+    with pytest.raises(ConfigError, match="--baseline is measured with --corrupt or --epsilons"):
+        evaluate_robustness.main(["program"])
+
+
 # The whole.
 
 
