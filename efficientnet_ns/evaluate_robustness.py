@@ -210,6 +210,8 @@ def main(argv: list[str]) -> None:
         evaluate_own_set(settings, own, values.weights, values.report_dir)
         if not any(folders.values()):
             return
+    elif own.baseline:
+        raise ConfigError("--baseline is measured with --corrupt or --epsilons, which is not given")
     results = evaluate(settings, values.weights, folders, values.report_dir, values.allow_missing)
     from efficientnet_ns.evaluation import robustness
     from efficientnet_ns.experiment import Experiment

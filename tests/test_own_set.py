@@ -229,6 +229,30 @@ def test_what_is_missing(folder, tmp_path, change, message):
         )
 
 
+def test_a_baseline_of_another_size_has_its_own_coefficients(folder):
+    config = settings(folder, "unused", width_coefficient=0.5, depth_coefficient=0.5)
+    experiment = Experiment.from_config(config)
+    assert own_set._baseline_config(experiment, "") == config
+    other = own_set._baseline_config(experiment, "efficientnet-b1").model
+    assert (other.model_name, other.width_coefficient) == ("efficientnet-b1", None)
+    assert other.depth_coefficient is None
+
+
+def test_several_machines_are_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", '{"cluster": {}}')
+    with pytest.raises(ConfigError, match="one machine: unset TF_CONFIG"):
+        evaluate_robustness.evaluate_own_set(
+            settings(folder, "unused"), OwnSetConfig(epsilons="1"), "weights", str(tmp_path)
+        )
+
+
+def test_baseline_alone(entry_flags, monkeypatch):
+    values = entry_flags("evaluate_robustness", ["--baseline=b", "--weights=w", "--report_dir=r"])
+    monkeypatch.setattr(evaluate_robustness.flags, "FLAGS", values)
+    with pytest.raises(ConfigError, match="--baseline is measured with --corrupt or --epsilons"):
+        evaluate_robustness.main(["program"])
+
+
 # The whole.
 
 
@@ -247,16 +271,18 @@ def test_the_program(folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     results = evaluate_robustness.evaluate_own_set(config, own, paths[0], str(out))
     assert results["examples"] == 5 and list(results["attacks"]) == ["0", "4"]
+    # The clean accuracy is that of the model called by hand.
+    chosen = Experiment.from_config(config)
+    source = pipeline.Source.find(config.data.label_data_dir, "validation").examples(5)
+    (first, second) = chosen.eval_batches(source).as_numpy_iterator()
+    images = np.concatenate([first["image"], second["image"][:1]])
+    labels = np.concatenate([first["label"], second["label"][:1]])
     for name, path in zip(("model", "baseline"), paths):
-        # The program's clean accuracy is that of the ordinary evaluation.
-        model = Experiment.from_config(config).build_model()
+        model = chosen.build_model()
         weights.load_weights(model, path)
-        source = pipeline.Source.find(config.data.label_data_dir, "validation").examples(5)
-        batches = Experiment.from_config(config).eval_batches(source)
-        top1 = accuracy.Evaluator(model)(batches, 5)["top1"]
-        assert results["attacks"]["0"][name] == {
-            "clean": top1, "fgsm": top1, "pgd": top1, "examples": 5
-        }  # fmt: skip
+        top1 = np.mean(model(images, training=False).numpy().argmax(1) == labels)
+        right = dict.fromkeys(("clean", "fgsm", "pgd"), top1)
+        assert results["attacks"]["0"][name] == {**right, "examples": 5}
         assert results["clean"][name] == pytest.approx(1 - top1)
         assert [len(results["corruptions"][c][name]) for c in ("fog", "spatter")] == [2, 2]
     stored = json.loads((out / "own_set.json").read_text())
