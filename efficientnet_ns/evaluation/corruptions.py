@@ -36,7 +36,8 @@ def check_installed() -> str:
     except ImportError as e:
         raise ConfigError(
             "--corrupt needs the package imagecorruptions-imaug, which is not there or cannot be "
-            f"loaded ({e}): pip install 'efficientnet-ns[robustness]'"
+            f"loaded ({e}): pip install 'efficientnet-ns[robustness]'. Where libGL is missing: apt-get "
+            "install libgl1, or opencv-python-headless in place of opencv-python."
         ) from e
     try:
         return metadata.version("imagecorruptions-imaug")
