@@ -92,6 +92,14 @@ def test_comparisons_of_the_table():
         assert len(differing) == len(of.arms), name
 
 
+@pytest.mark.parametrize("temperature", [-1.0, 1.0])
+def test_labels_are_as_their_arms_say_whatever_the_loop_has(temperature, config, folder):
+    own = config.override(teacher_softmax_temp=temperature)
+    for name, arm in STUDIES["labels"].arms.items():
+        student = pieces(own, folder, **arm.changes)[-1].config
+        assert (student.train.teacher_softmax_temp > 0) == name.startswith("soft"), name
+
+
 def test_quick_study_leaves_out_what_has_nothing_to_compare():
     chosen = study.chosen_studies("noise,joint,labels", quick=True)
     assert list(chosen) == ["noise", "labels"]
