@@ -19,6 +19,8 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
+from efficientnet_ns.data import images
+
 with warnings.catch_warnings():
     # It says at import that it is no longer developed, which users of this package cannot act on.
     warnings.simplefilter("ignore", UserWarning)
@@ -47,8 +49,8 @@ def _like(rows: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
 
 
 def _mask(condition: tf.Tensor) -> tf.Tensor:
-    """uint8 with all bits set where `condition` holds, else 0; a select costs several times more."""
-    return tf.bitcast(-tf.cast(condition, tf.int8), tf.uint8)
+    """255 where `condition` holds, else 0, uint8; a select costs several times more."""
+    return tf.cast(condition, tf.uint8) * _u8(255)
 
 
 def _height_width(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -67,8 +69,7 @@ def _blend(degenerate: tf.Tensor | float, image: tf.Tensor, factor: float) -> tf
     """
     if factor == 1.0:
         return image
-    blended = degenerate + factor * (tf.cast(image, tf.float32) - degenerate)
-    return tf.cast(tf.clip_by_value(blended, 0.0, 255.0), tf.uint8)
+    return images.to_uint8(degenerate + factor * (tf.cast(image, tf.float32) - degenerate))
 
 
 def color(image: tf.Tensor, factor: float) -> tf.Tensor:
@@ -92,7 +93,7 @@ def contrast(image: tf.Tensor, factor: float) -> tf.Tensor:
 
 def brightness(image: tf.Tensor, factor: float) -> tf.Tensor:
     """Brightness: 0 is black, 1 the image itself."""
-    return _blend(0.0, image, factor)
+    return images.to_uint8(factor * tf.cast(image, tf.float32))
 
 
 def sharpness(image: tf.Tensor, factor: float) -> tf.Tensor:
@@ -103,38 +104,49 @@ def sharpness(image: tf.Tensor, factor: float) -> tf.Tensor:
     if factor == 1.0:
         return image
     height, width = _height_width(image)
-    pixels = tf.cast(image, tf.float32)
+    rows = _rows(image)
+    pixels = tf.cast(rows, tf.float32)
+    middle = _shifted_left(pixels, 1)
+    edge, centre = pixels * np.float32(-1 / 13), middle * np.float32(-5 / 13)
+    edges = [edge, _shifted_left(edge, 1), _shifted_left(edge, 2)]
     # The sum is rounded after each term in row-major order, as a direct 3x3 convolution does it.
     # Negated terms are subtracted because the graph optimizer reorders chains of additions (but
     # not of subtractions), and convolution kernels round differently from CPU to CPU.
-    edge, centre = pixels * np.float32(-1 / 13), pixels * np.float32(-5 / 13)
     terms = [
-        (centre if (dy, dx) == (1, 1) else edge)[dy : height - 2 + dy, dx : width - 2 + dx]
+        (centre if (dy, dx) == (1, 1) else edges[dx])[dy : height - 2 + dy]
         for dy in range(3)
         for dx in range(3)
     ]
     smooth = functools.reduce(tf.subtract, terms[1:], -terms[0])
-    smooth = tf.cast(tf.clip_by_value(smooth, 0.0, 255.0), tf.uint8)
-    inner = _blend(tf.cast(smooth, tf.float32), image[1:-1, 1:-1], factor)
+    inner = _blend(tf.floor(smooth), middle[1 : height - 1], factor)
     # max: in an image of one row (column), the first is the last as well and must not come twice.
     last_row, last_column = tf.maximum(height - 1, 1), tf.maximum(width - 1, 1)
-    result = tf.concat([image[1:-1, :1], inner, image[1:-1, last_column:]], axis=1)
-    return tf.concat([image[:1], result, image[last_row:]], axis=0)
+    inner = inner[:, : (width - 2) * 3]  # The rest wrapped around.
+    inner = tf.concat([rows[1:-1, :3], inner, rows[1:-1, last_column * 3 :]], axis=1)
+    return _like(tf.concat([rows[:1], inner, rows[last_row:]], axis=0), image)
+
+
+def _shifted_left(rows: tf.Tensor, pixels: int) -> tf.Tensor:
+    """[H, W * 3] moved left, where the beginning of the next row follows."""
+    values = tf.reshape(rows, [-1])
+    moved = tf.concat([values[pixels * 3 :], values[: pixels * 3]], axis=0)
+    return tf.ensure_shape(tf.reshape(moved, tf.shape(rows)), rows.shape)
 
 
 def auto_contrast(image: tf.Tensor) -> tf.Tensor:
     """Stretches each channel to 0..255; a constant channel stays as it is."""
-    rows = _rows(image)
+    # Extremes of floats are found four times faster than those of bytes.
+    rows = tf.cast(_rows(image), tf.float32)
     low, high = (
-        tf.cast(reduce(tf.reshape(reduce(rows, axis=0), [-1, 3]), axis=0), tf.float32)
+        reduce(tf.reshape(reduce(rows, axis=0), [-1, 3]), axis=0)
         for reduce in (tf.reduce_min, tf.reduce_max)
     )
     stretch = high > low
     scale = tf.where(stretch, 255.0 / tf.where(stretch, high - low, 1.0), 1.0)
     offset = tf.where(stretch, -low * scale, 0.0)
     width = image.shape[1] or tf.shape(image)[1]
-    stretched = tf.cast(rows, tf.float32) * tf.tile(scale, [width]) + tf.tile(offset, [width])
-    return _like(tf.cast(tf.clip_by_value(stretched, 0.0, 255.0), tf.uint8), image)
+    stretched = rows * tf.tile(scale, [width]) + tf.tile(offset, [width])
+    return _like(images.to_uint8(stretched), image)
 
 
 def equalize(image: tf.Tensor) -> tf.Tensor:
@@ -143,7 +155,7 @@ def equalize(image: tf.Tensor) -> tf.Tensor:
     if (image.shape[0] or 0) * (image.shape[1] or 0) >= _PAIRS_FROM and image.shape[1] % 2 == 0:
         return _like(_look_up_pairs(_rows(image), table), image)
     index = tf.cast(image, tf.int32) + tf.constant([0, 256, 512])
-    return tf.gather(tf.reshape(table, [768]), index)
+    return tf.gather_nd(tf.reshape(table, [768]), index[..., tf.newaxis])
 
 
 def _equalizing_table(image: tf.Tensor) -> tf.Tensor:
@@ -172,15 +184,17 @@ def _look_up_pairs(rows: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
     A look-up costs the same for one byte as for two. The pairs of a row are of the channels (0, 1),
     (2, 0) and (1, 2) in turn.
     """
-    table = tf.cast(table, tf.int32)
+    table = tf.cast(table, tf.uint16)
     # In the order of the bytes in memory, the first value of a pair is the low byte.
     first = tf.gather(table, [0, 2, 1])[:, tf.newaxis, :]
-    second = tf.gather(table, [1, 0, 2])[:, :, tf.newaxis]
-    pairs = tf.cast(tf.reshape(first + 256 * second, [-1]), tf.uint16)
+    second = tf.gather(table, [1, 0, 2])[:, :, tf.newaxis] * tf.constant(256, tf.uint16)
+    pairs = tf.reshape(first + second, [-1])
     height, values = rows.shape
     index = tf.cast(tf.bitcast(tf.reshape(rows, [height, values // 2, 2]), tf.uint16), tf.int32)
     index += tf.tile([0, 65536, 131072], [values // 6])
-    return tf.reshape(tf.bitcast(tf.gather(pairs, index), tf.uint8), [height, values])
+    # gather_nd finds single elements faster than gather does.
+    found = tf.gather_nd(pairs, index[..., tf.newaxis])
+    return tf.reshape(tf.bitcast(found, tf.uint8), [height, values])
 
 
 def invert(image: tf.Tensor) -> tf.Tensor:
@@ -203,8 +217,9 @@ def invert_from(image: tf.Tensor, threshold: int) -> tf.Tensor:
     """Inverts pixels of `threshold` (0..256) and above."""
     if threshold > 255:
         return image
-    # 255 - x is x with all bits flipped.
-    return tf.bitwise.bitwise_xor(image, _mask(image >= _u8(threshold)))
+    # The distance from 0 is the pixel itself, that from 255 its inverse.
+    reference = _mask(image >= _u8(threshold))
+    return tf.maximum(image, reference) - tf.minimum(image, reference)
 
 
 def solarize(image: tf.Tensor, threshold: int) -> tf.Tensor:
@@ -214,10 +229,10 @@ def solarize(image: tf.Tensor, threshold: int) -> tf.Tensor:
 
 def solarize_add(image: tf.Tensor, addition: int, threshold: int = 128) -> tf.Tensor:
     """Adds `addition` to pixels below `threshold` (modulo 256), saturating at 0 and 255."""
-    below = _mask(image < _u8(threshold % 256))
+    below = image < _u8(threshold % 256)
     if addition >= 255:
-        return tf.bitwise.bitwise_or(image, below)
-    change = tf.bitwise.bitwise_and(below, _u8(min(abs(addition), 255)))
+        return tf.maximum(image, _mask(below))
+    change = tf.cast(below, tf.uint8) * _u8(min(abs(addition), 255))
     if addition < 0:
         return image - tf.minimum(change, image)
     return image + tf.minimum(change, _u8(255) - image)
@@ -226,7 +241,7 @@ def solarize_add(image: tf.Tensor, addition: int, threshold: int = 128) -> tf.Te
 # Geometric ops: nearest neighbour, gray where the source lies outside.
 
 
-# The largest float32 below 0.5. Adding it and truncating rounds half away from zero, as the
+# The largest float32 below 0.5. Adding it and dropping the fraction rounds half away from zero, as the
 # projective transform does; adding 0.5 would round 0.49999997 to 1.
 _BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 
@@ -240,16 +255,20 @@ def _sample(image: tf.Tensor, rows: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
       rows, columns: float32, each [H, W], or 1 where it does not depend on the output's row (column).
     """
     height, width = _height_width(image)
-    inside = (_is_inside(rows, height)) & (_is_inside(columns, width))
-    row, column = (tf.cast(x + _BELOW_HALF, tf.int32) for x in (rows, columns))
-    # Number 0 is the gray outside.
-    number = (row * width + 1 + column) * tf.cast(inside, tf.int32)
-    pixels = tf.concat([tf.fill([1, 3], _u8(FILL)), tf.reshape(image, [-1, 3])], axis=0)
-    return tf.ensure_shape(tf.gather(pixels, number), image.shape)
+    # A gray frame: what lies outside shows it.
+    framed = tf.pad(_rows(image), [[1, 1], [3, 3]], constant_values=FILL)
+    row, column = _framed(rows, height), _framed(columns, width)
+    number = row * (width + 2) + column
+    # gather_nd finds single elements faster than gather does.
+    pixels = tf.gather_nd(tf.reshape(framed, [-1, 3]), number[..., tf.newaxis])
+    return tf.ensure_shape(pixels, image.shape)
 
 
-def _is_inside(coordinate: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
-    return (coordinate > -0.5) & (coordinate < tf.cast(size, tf.float32) - 0.5)
+def _framed(coordinate: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+    """int32: 0 before the image, 1..size in it, size + 1 behind it."""
+    # The maximum also keeps the graph optimizer from joining this addition to earlier ones.
+    nearest = tf.floor(tf.maximum(coordinate, -1.0) + _BELOW_HALF)
+    return tf.minimum(tf.cast(nearest, tf.int32), size) + 1
 
 
 def _grid(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -363,12 +382,6 @@ def random_index(draw: tf.Tensor, size: tf.Tensor | int) -> tf.Tensor:
     return tf.cast(draw * tf.cast(size, tf.float32), tf.int32)
 
 
-def uniform(seed: tf.Tensor, shape: list[int]) -> tf.Tensor:
-    """float32 in [0, 1), fixed by `seed`, int32 or int64 [2]."""
-    # The algorithm is named so that every kind of device draws the same numbers.
-    return tf.random.stateless_uniform(shape, seed, alg="philox")
-
-
 def cutout(image: tf.Tensor, seed: tf.Tensor, pad_size: int) -> tf.Tensor:
     """Grays a square of side 2 * pad_size centred on a random pixel (SVHN recipe: pad_size 8).
 
@@ -381,5 +394,5 @@ def cutout(image: tf.Tensor, seed: tf.Tensor, pad_size: int) -> tf.Tensor:
       uint8 [H, W, 3].
     """
     height, width = _height_width(image)
-    draws = uniform(seed, [2])
+    draws = images.uniform(seed, [2])
     return cutout_at(image, pad_size, random_index(draws[0], height), random_index(draws[1], width))

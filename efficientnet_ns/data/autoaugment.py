@@ -11,7 +11,7 @@ import functools
 
 import tensorflow as tf
 
-from efficientnet_ns.data import augment, levels
+from efficientnet_ns.data import augment, images, levels
 
 # policy → sub-policies → ops in order: (op, probability, level).
 POLICIES: dict[str, tuple] = {
@@ -148,7 +148,7 @@ def auto_augment(
     probabilities = [[probability for _, probability, _ in sub] for sub in sub_policies]
     depth = len(sub_policies[0])
     # One row for the choice of the sub-policy, then for each op: whether, sign, two unused.
-    draws = tf.unstack(augment.uniform(seed, [1 + depth, 4]))
+    draws = tf.unstack(images.uniform(seed, [1 + depth, 4]))
     chosen = augment.random_index(draws[0][0], len(sub_policies))
     number_of, probability_of = tf.constant(numbers)[chosen], tf.constant(probabilities)[chosen]
     functions = [lambda image, _draws: tf.identity(image)]

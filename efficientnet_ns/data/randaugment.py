@@ -6,7 +6,7 @@ import functools
 
 import tensorflow as tf
 
-from efficientnet_ns.data import augment, levels
+from efficientnet_ns.data import augment, images, levels
 
 RANDAUGMENT_OPS: tuple[str, ...] = tuple(augment.OPS)
 
@@ -61,7 +61,7 @@ def rand_augment(
     policy = _policy(magnitude, cutout_const, translate_const, use_cutout, mode)
     if not num_layers:
         return image
-    draws = augment.uniform(seed, [num_layers, 4])  # op, sign, cutout row, cutout column
+    draws = images.uniform(seed, [num_layers, 4])  # op, sign, cutout row, cutout column
     chosen = tf.unstack(augment.random_index(draws[:, 0], len(policy)))
     ops = [functools.partial(levels.apply_op, *op, mode) for op in policy.items()]
     layers = tf.unstack(draws)
