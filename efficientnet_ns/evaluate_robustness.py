@@ -56,18 +56,13 @@ def evaluate(
       ConfigError: settings that do not fit.
       records.DataError: folders that are not laid out as they must be, before anything is measured
         on them.
+      manifests.OutputConflict: report_dir has parts of other weights, settings or sets.
     """
-    folders = {name: path for name, path in folders.items() if path}
-    if not weights_path or not report_dir or not folders:
-        raise ConfigError(
-            f"--weights, --report_dir and at least one set are needed: --{', --'.join(_HELP)}, "
-            "or --corrupt or --epsilons for a labeled set of your own"
-        )
-    if ("imagenet_val" in folders) != ("real_labels" in folders):
-        raise ConfigError("--imagenet_val and --real_labels go together")
+    folders = _given(weights_path, folders, report_dir)
     from efficientnet_ns.evaluation import robustness
     from efficientnet_ns.experiment import Experiment
     from efficientnet_ns.labeling.labeler import Labeler, check_views
+    from efficientnet_ns.models import weights
 
     experiment = Experiment.from_config(config)
     if experiment.num_classes != 1000:
@@ -87,12 +82,26 @@ def evaluate(
         labeler.label,
         labeler.group,
         os.path.join(report_dir, "parts"),
-        identity,
+        # By their content: a training may go on in the same folder.
+        {**identity, "weights": weights.fingerprint(weights_path)},
         labeler.of_whole_images().label if whole else None,
     )
     results = {name: measure(evaluation) for name, measure in measurements.items()}
     _write(report_dir, identity, results)
     return results
+
+
+def _given(weights_path: str, folders: dict[str, str], report_dir: str) -> dict[str, str]:
+    """The `folders` that are not empty."""
+    given = {name: path for name, path in folders.items() if path}
+    if not weights_path or not report_dir or not given:
+        raise ConfigError(
+            f"--weights, --report_dir and at least one set are needed: --{', --'.join(_HELP)}, "
+            "or --corrupt or --epsilons for a labeled set of your own"
+        )
+    if ("imagenet_val" in given) != ("real_labels" in given):
+        raise ConfigError("--imagenet_val and --real_labels go together")
+    return given
 
 
 def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | None) -> dict:

@@ -147,8 +147,9 @@ def _placed(config: Config, loop: LoopConfig) -> Config:
 
 
 def _folder(kind: str, settings: Mapping[str, Any], loop: LoopConfig) -> str:
-    # Without work_dir, so that it may be moved.
-    text = json.dumps(settings, sort_keys=True).replace(json.dumps(loop.work_dir)[1:-1], "")
+    # Without work_dir, so that it may be moved, and be given with a slash at its end.
+    work_dir = json.dumps(loop.work_dir.rstrip("/"))[1:-1]
+    text = json.dumps(settings, sort_keys=True).replace(work_dir, "")
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     return os.path.join(loop.work_dir, "cache", f"{kind}-{key}")
 

@@ -224,6 +224,10 @@ def test_card_of_published_weights():
         "tf_efficientnet_b5.ns_jft_in1k.pth",
     ):
         assert provenance.is_published(path, recipe)
-    assert not provenance.is_published("runs/efficientnet-b5", recipe)
+    for path in ("runs/efficientnet-b5", "runs/noisy_student_efficientnet-b5-on-flowers"):
+        assert not provenance.is_published(path, recipe)
+    large = RECIPES["efficientnet-l2"]
+    for path in ("noisy_student_efficientnet-l2_475", "tf_efficientnet_l2.ns_jft_in1k_475.pth"):
+        assert not provenance.is_published(path, large)
     facts = provenance.of_publication(recipe)
     assert "top-1 86.1%" in facts["Published accuracy"]

@@ -34,13 +34,13 @@ def test_everybody_works_in_each_turn():
 
 @pytest.mark.slow
 def test_a_process_without_onednn(monkeypatch):
-    monkeypatch.setenv(labeling._ONEDNN, "1")
+    monkeypatch.setenv(tables.ONEDNN, "1")
     monkeypatch.setattr(labeling, "_peer_works", _onednn_setting)
     pixels = tf.zeros([1, 224, 224, 3]).numpy()
     with labeling._without_onednn("efficientnet-b0", pixels) as work:
-        assert os.environ[labeling._ONEDNN] == "1"
+        assert os.environ[tables.ONEDNN] == "1"
         assert work() == "0"
 
 
 def _onednn_setting() -> str:
-    return os.environ.get(labeling._ONEDNN, "")
+    return os.environ.get(tables.ONEDNN, "")

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
 
 from efficientnet_ns.data import manifests
 
@@ -339,3 +340,22 @@ def test_scratch_folders_of_killed_processes_are_removed(tmp_path, monkeypatch):
         assert not left.exists()
         assert {str(path) for path in tmp_path.iterdir()} == {first, second}
     assert not list(tmp_path.iterdir())
+
+
+def test_scratch_folders_of_other_users_stay(tmp_path, monkeypatch):
+    """In a TMPDIR that users share, what another one's killed process left is not ours to remove."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    name = Path(manifests.scratch_name("index"))
+    left = name.with_name(name.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
+    left.mkdir()
+    tried = []
+
+    def refused(path: str) -> None:
+        tried.append(path)
+        raise tf.errors.PermissionDeniedError(None, None, "could not fully delete dir")
+
+    monkeypatch.setattr(tf.io.gfile, "rmtree", refused)
+    assert manifests.scratch_name("index") != str(left)
+    assert tried == [str(left)]

@@ -295,6 +295,22 @@ def test_noise_of_a_teacher_needs_tensorflow_and_one_view(folder, flag):
         predict.predict(settings(folder, "refused", noised_teacher=True, **flag))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 9}, {"unl_aug": "clean"}, {"dropout_rate": 0.6}, {"stochastic_depth_rate": 0.6}],
+)
+def test_another_noise_makes_other_labels(folder, change):
+    """Those of one are not taken for those of the other; without noise none of it matters."""
+
+    def identities(**values) -> list[dict]:
+        experiment = Experiment.from_config(settings(folder, "unused", **values))
+        return [unit.stage.config for unit in predict._units(experiment).values()]
+
+    noised = identities(noised_teacher=True)
+    assert noised == identities(noised_teacher=True) != identities(noised_teacher=True, **change)
+    assert identities() == identities(**change)
+
+
 # --- Resuming -------------------------------------------------------------------------------------
 
 

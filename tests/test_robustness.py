@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -468,7 +470,7 @@ def test_incomplete_sets_are_marked():
     ]
 
 
-def test_the_program(tmp_path):
+def test_the_program(tmp_path, monkeypatch):
     """From weights and pictures to the files, once through everything."""
     from efficientnet_ns import evaluate_robustness
     from efficientnet_ns.config import Config
@@ -507,3 +509,10 @@ def test_the_program(tmp_path):
     assert "| imagenet-a | top-1 | 0.5 | 49.6 | 83.7 |" in text
     assert "### imagenet-a\n" in text and "| efficientnet-test, measured | 32 | 0.5 | 2.5 |" in text
     assert "83.7" in (out / "robustness.html").read_text()
+    # Other weights at the same place do not take over the finished parts.
+    monkeypatch.setattr("efficientnet_ns.labeling.labeler.Labeler", mock.Mock())
+    again = evaluate_robustness.evaluate(config, path, folders, str(out), allow_missing=True)
+    assert again == results
+    Path(path).write_bytes(Path(path).read_bytes()[:-1])
+    with pytest.raises(manifests.OutputConflict, match="weights"):
+        evaluate_robustness.evaluate(config, path, folders, str(out), allow_missing=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from efficientnet_ns.benchmarks import serving
+from efficientnet_ns.benchmarks import serving, tables
 from efficientnet_ns.config import BenchmarkConfig
 
 
@@ -19,7 +19,7 @@ def test_every_situation_is_measured(monkeypatch):
 def test_environment_is_put_back(monkeypatch):
     monkeypatch.setenv("ONE", "before")
     monkeypatch.delenv("TWO", raising=False)
-    with serving._environment(ONE="1", TWO="2"):
+    with tables.environment(ONE="1", TWO="2"):
         assert (os.environ["ONE"], os.environ["TWO"]) == ("1", "2")
     assert os.environ["ONE"] == "before" and "TWO" not in os.environ
 

@@ -92,6 +92,14 @@ def test_comparisons_of_the_table():
         assert len(differing) == len(of.arms), name
 
 
+@pytest.mark.parametrize("temperature", [-1.0, 1.0])
+def test_labels_are_as_their_arms_say_whatever_the_loop_has(temperature, config, folder):
+    own = config.override(teacher_softmax_temp=temperature)
+    for name, arm in STUDIES["labels"].arms.items():
+        student = pieces(own, folder, **arm.changes)[-1].config
+        assert (student.train.teacher_softmax_temp > 0) == name.startswith("soft"), name
+
+
 def test_quick_study_leaves_out_what_has_nothing_to_compare():
     chosen = study.chosen_studies("noise,joint,labels", quick=True)
     assert list(chosen) == ["noise", "labels"]
@@ -201,10 +209,16 @@ def test_folders_are_named_by_all_that_determines_them(config, folder):
 
 
 def test_folders_do_not_depend_on_where_the_work_dir_is(config, tmp_path):
-    first, second = (pieces(config, tmp_path / name) for name in ("a", "b"))
-    for one, other in zip(first, second):
-        if one.kind == "train":
-            assert Path(one.config.train.model_dir).name == Path(other.config.train.model_dir).name
+    def names(work_dir: str) -> list[str]:
+        # Data that a study makes are in its work_dir.
+        own = config.override(label_data_dir=os.path.join(work_dir, "data"))
+        loop = dataclasses.replace(loop_in(tmp_path), work_dir=work_dir)
+        work = study.pieces(own, loop, {})
+        return [Path(p.config.train.model_dir).name for p in work if p.kind == "train"]
+
+    first = names(f"{tmp_path}/a")
+    assert names(f"{tmp_path}/b") == names(f"{tmp_path}/a/") == first
+    assert len(set(first)) == 2
 
 
 # --- Running --------------------------------------------------------------------------------------

@@ -157,25 +157,15 @@ def _keras(model_name: str, pixels: np.ndarray) -> Callable[[], int]:
     return work
 
 
-_ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
-
-
 @contextlib.contextmanager
 def _without_onednn(model_name: str, pixels: np.ndarray) -> Iterator[Callable[[], int]]:
     """`_keras` in a process of its own, since TensorFlow looks at the variable once."""
-    before = os.environ.get(_ONEDNN)
-    os.environ[_ONEDNN] = "0"
-    try:
-        context = multiprocessing.get_context("spawn")
-        pool = concurrent.futures.ProcessPoolExecutor(
-            1, mp_context=context, initializer=_start_peer, initargs=(model_name, pixels)
-        )
-        pool.submit(_peer_works).result()
-    finally:
-        del os.environ[_ONEDNN]
-        if before is not None:
-            os.environ[_ONEDNN] = before
-    with pool:
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=context, initializer=_start_peer, initargs=(model_name, pixels)
+    ) as pool:
+        with tables.environment(**{tables.ONEDNN: "0"}):
+            pool.submit(_peer_works).result()
         yield lambda: pool.submit(_peer_works).result()
 
 

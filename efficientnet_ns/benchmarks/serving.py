@@ -7,12 +7,11 @@ threads and one kind of kernels, so each situation is measured in a process of i
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -49,7 +48,7 @@ def run(config: BenchmarkConfig) -> list[tables.Row]:
     with tempfile.TemporaryDirectory() as folder:
         _export(config, folder)
         for situation in _situations(config):
-            with _environment(TF_ENABLE_ONEDNN_OPTS=str(int(situation.onednn))):
+            with tables.environment(**{tables.ONEDNN: str(int(situation.onednn))}):
                 context = multiprocessing.get_context("spawn")
                 with ProcessPoolExecutor(1, context) as process:
                     rows += process.submit(_measure, config, folder, situation).result()
@@ -60,20 +59,6 @@ def _situations(config: BenchmarkConfig) -> list[Situation]:
     threads = config.threads or os.cpu_count() or 1
     alone = [Situation(1, True)] if config.threads is None and threads > 1 else []
     return [Situation(threads, True), *alone, Situation(threads, False)]
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _export(config: BenchmarkConfig, folder: str) -> None:

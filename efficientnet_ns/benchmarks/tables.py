@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+# Whether TensorFlow uses its oneDNN kernels; a process looks at it once.
+ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 
 
 class Row(NamedTuple):
@@ -24,6 +29,21 @@ class Row(NamedTuple):
     unit: str
     ratio: float | None = None
     peer: str = ""
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Environment variables of the processes that are started inside the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def rates(

@@ -49,8 +49,10 @@ def remove_abandoned_folders(parent: str) -> None:
         pid = name[len(prefix) :].split("-", 1)[0] if name.startswith(prefix) else ""
         path = os.path.join(parent, name)
         if pid.isdigit() and not is_running(int(pid)) and tf.io.gfile.isdir(path):
-            # Another process may remove it at the same time.
-            with contextlib.suppress(tf.errors.NotFoundError):
+            # Another process may remove it at the same time, and in a TMPDIR that users share it may
+            # be another one's.
+            gone_or_foreign = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError)
+            with contextlib.suppress(*gone_or_foreign):
                 tf.io.gfile.rmtree(path)
 
 

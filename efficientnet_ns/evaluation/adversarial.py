@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from efficientnet_ns.data import augment
 from efficientnet_ns.evaluation import accuracy
 
 # (pixels [B, S, S, 3], labels [B]) → gradient of the loss by the pixels.
@@ -199,7 +198,8 @@ def random_start(
 
     def draw(place: tf.Tensor) -> tf.Tensor:
         own = tf.random.experimental.stateless_fold_in([seed, _START], place)
-        return augment.uniform(own, clean.shape[1:])
+        # The algorithm is named so that every kind of device draws the same numbers.
+        return tf.random.stateless_uniform(clean.shape[1:], own, alg="philox")
 
     noise = tf.map_fn(draw, index, fn_output_signature=tf.float32)
     return clean + epsilon * (2.0 * noise - 1.0)

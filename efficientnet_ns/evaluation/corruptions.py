@@ -20,8 +20,6 @@ import numpy as np
 from efficientnet_ns import preemption
 from efficientnet_ns.config import ConfigError
 
-SEVERITIES = (1, 2, 3, 4, 5)
-
 # These two have random states of their own.
 _WITH_A_SEED = ("impulse_noise", "glass_blur")
 _LEAST_SIDE = 32

@@ -142,8 +142,13 @@ def _unit(experiment: Experiment, checkpoint: str, path: str, shard: int) -> Uni
     if options.test_time_views > 1:
         settings["test_time_views"] = options.test_time_views
     if options.noised_teacher:
-        noise = experiment.unlabeled_preprocessing.describe()
-        settings["noised_teacher"] = {"seed": experiment.config.train.seed, "images": noise}
+        model = experiment.config.model
+        settings["noised_teacher"] = {
+            "seed": experiment.config.train.seed,
+            "images": experiment.unlabeled_preprocessing.describe(),
+            "dropout_rate": model.dropout_rate,
+            "stochastic_depth_rate": model.stochastic_depth_rate,
+        }
     return Unit(
         name=os.path.basename(outputs[0]),
         source=path,

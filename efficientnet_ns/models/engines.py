@@ -19,8 +19,6 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-ENGINES = ("auto", "tf", "xnnpack")
-
 # Of packed weights over all interpreters, above which cores share interpreters.
 _MAX_INTERPRETER_BYTES = 4 * 2**30
 # A flatbuffer ends at 2 GB.

@@ -18,8 +18,6 @@ from efficientnet_ns.models import folding
 from efficientnet_ns.serving import card, deploy, tflite, tflite_metadata, warmup
 from efficientnet_ns.serving.classifier import Answers, Classifier
 
-TARGETS = ("cpu", "accelerator", "none")
-
 # A graph with its constants is one protocol buffer, which ends at 2 GB.
 _MAX_FROZEN_PARAMETERS = 450_000_000
 

@@ -71,9 +71,13 @@ def of_publication(recipe: Any) -> dict[str, object]:
 
 
 def is_published(path: str, recipe: Any) -> bool:
-    """Whether a file or folder is called as the published weights of that recipe are."""
-    names = [recipe.tf1_checkpoint, recipe.timm_name, recipe.keras_file or recipe.timm_name]
-    return any(part.startswith(name) for part in path.split("/") for name in names)
+    """Whether a file or folder is called as the published weights of that recipe are.
+
+    Endings such as `.pth` do not matter. Names that only begin so are other weights: of L2 before its
+    fine-tuning (`…-l2_475`), or of a training that started from the published ones.
+    """
+    names = {recipe.tf1_checkpoint, recipe.timm_name, recipe.keras_file or recipe.timm_name}
+    return any(part == n or part.startswith(f"{n}.") for part in path.split("/") for n in names)
 
 
 def _read(path: str) -> Mapping[str, Any]:

@@ -76,7 +76,8 @@ class Study:
 
 
 _UNSURE, _SURE = {"min_threshold": 0.0, "max_prob": 0.7}, {"min_threshold": 0.7}
-_HARD = {"teacher_softmax_temp": -1.0}
+# Both are said, since the loop's own labels may be either.
+_SOFT, _HARD = {"teacher_softmax_temp": 1.0}, {"teacher_softmax_temp": -1.0}
 _CLEAN = {"unl_aug": "clean"}
 
 STUDIES: dict[str, Study] = {
@@ -98,9 +99,9 @@ STUDIES: dict[str, Study] = {
         "§4.3, finding 3",
         "Both work where the teacher is sure; where it is not, soft labels help and hard ones harm.",
         {
-            "soft": Arm({}),
+            "soft": Arm(_SOFT),
             "hard": Arm(_HARD, "about equal", 0),
-            "soft, confidence to 0.7": Arm(_UNSURE, "77.5 to 77.9", quick=False),
+            "soft, confidence to 0.7": Arm({**_UNSURE, **_SOFT}, "77.5 to 77.9", quick=False),
             "hard, confidence to 0.7": Arm(
                 {**_UNSURE, **_HARD},
                 "75.8 to 77.3",
@@ -108,7 +109,7 @@ STUDIES: dict[str, Study] = {
                 against="soft, confidence to 0.7",
                 quick=False,
             ),
-            "soft, confidence from 0.7": Arm(_SURE, "78.0", quick=False),
+            "soft, confidence from 0.7": Arm({**_SURE, **_SOFT}, "78.0", quick=False),
             "hard, confidence from 0.7": Arm(
                 {**_SURE, **_HARD}, "78.0", 0, against="soft, confidence from 0.7", quick=False
             ),
