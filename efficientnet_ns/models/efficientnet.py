@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
@@ -18,6 +19,7 @@ from efficientnet_ns.models.weights import load_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_LAYERS_PER_BLOCK = 20  # At most, on the longest path through a block.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +271,9 @@ def build_model(
     _check(num_classes, survival_prob, dropout_rate)
     width, size = width_coefficient or spec.width, image_size or spec.resolution
     blocks = block_table(spec.stages, width, depth_coefficient or spec.depth, small_image)
+    # Keras walks through a model by recursion, a level per layer of the longest path, here and
+    # whenever another model is made of its layers. L2 has nearly as many as Python allows.
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 1000 + _LAYERS_PER_BLOCK * len(blocks)))
 
     batch_norm = functools.partial(
         layers.BatchNorm, momentum=bn_momentum, num_shards_per_group=num_shards_per_group
