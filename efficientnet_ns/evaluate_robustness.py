@@ -216,10 +216,15 @@ def main(argv: list[str]) -> None:
     folders = {name: getattr(values, name) for name in _HELP}
     own = config_lib.from_flags(OwnSetConfig, values)
     if own.corrupt or own.epsilons:
+        given = [f"--{name}" for name, path in folders.items() if path]
+        if given:
+            raise ConfigError(
+                f"--corrupt and --epsilons measure the set of --label_data_dir; {given[0]} needs a "
+                "command of its own"
+            )
         evaluate_own_set(settings, own, values.weights, values.report_dir)
-        if not any(folders.values()):
-            return
-    elif own.baseline:
+        return
+    if own.baseline:
         raise ConfigError("--baseline is measured with --corrupt or --epsilons, which is not given")
     results = evaluate(settings, values.weights, folders, values.report_dir, values.allow_missing)
     from efficientnet_ns.evaluation import robustness

@@ -205,7 +205,7 @@ def test_card_tells_recipe_and_accuracy(config, base, tmp_path):
         "Augmentation": "RandAugment, 2 operations of magnitude 9",
         "Labeled data": "photos",
         "Seed": "0",
-        "Measured on dev": "top-1 87.50%, top-5 99.00% of 300 images (moving averages)",
+        "Last evaluation in the folder, on dev": "top-1 87.50%, top-5 99.00% of 300 images (moving averages)",
     }
     chosen = export_model.ExportConfig(export_dir="unused")
     options = export_model._options(Experiment.from_config(config), str(folder), chosen)

@@ -30,7 +30,8 @@ _DATA = {"label_data_dir": "Labeled data", "unlabel_data_dir": "Pseudo-labeled d
 def of_training(model_dir: str) -> dict[str, object]:
     """Settings, data and measured accuracy of a training, name → value; without the files: nothing.
 
-    Reads `config.json`, which the training wrote, and `eval/eval.json` of `--mode=eval`.
+    Reads `config.json`, which the training wrote, and `eval/eval.json` of the last `--mode=eval`, which
+    may have measured an earlier checkpoint.
     """
     settings = _read(os.path.join(model_dir, "config.json"))
     facts: dict[str, object] = {
@@ -44,7 +45,7 @@ def of_training(model_dir: str) -> dict[str, object]:
         )
     measured = _read(os.path.join(model_dir, "eval", "eval.json"))
     for name, metrics in measured.get("sets", {}).items():
-        facts[f"Measured on {name}"] = (
+        facts[f"Last evaluation in the folder, on {name}"] = (
             f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%} of {metrics['examples']} images"
             f" ({'moving averages' if measured['ema'] else 'raw weights'})"
         )
