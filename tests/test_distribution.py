@@ -521,7 +521,8 @@ def test_digits_on_four_replicas_and_two_workers(launcher, tmp_path, folder):
         "--unlabel_ratio=0",
         "--train_batch_size=32",
         "--train_steps=100",
-        "--base_learning_rate=0.08",
+        # At the demo's rate, 0.08, a difference grows by a third with every step, whatever its cause.
+        "--base_learning_rate=0.004",
         "--iterations_per_loop=1",
         "--save_checkpoints_steps=100",
         "--steps_per_eval=100",
@@ -539,9 +540,7 @@ def test_digits_on_four_replicas_and_two_workers(launcher, tmp_path, folder):
         started = launcher.start(model_dir, *settings, *extra, workers=workers)
         rows[name] = launcher.finish(started, model_dir)
     losses = {k: [r["train/loss"] for r in v if "train/loss" in r] for k, v in rows.items()}
-    assert len(losses["one"]) == 100 and losses["one"][-1] < losses["one"][0]
+    assert len(losses["one"]) == 100 and losses["one"][-1] < 0.5 * losses["one"][0]
     for name in ("replicas", "workers"):
-        # Rounding grows with the steps; the early ones must agree closely, all of them roughly.
-        np.testing.assert_allclose(losses[name][:10], losses["one"][:10], rtol=1e-3)
-        np.testing.assert_allclose(losses[name], losses["one"], rtol=0.1)
+        np.testing.assert_allclose(losses[name], losses["one"], rtol=2e-3)
         assert rows[name][-1]["eval/examples"] == rows["one"][-1]["eval/examples"]
