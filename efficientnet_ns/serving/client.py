@@ -117,7 +117,8 @@ class GrpcServer:
             from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
         except ImportError as e:
             raise ValueError(
-                f"gRPC needs tensorflow-serving-api (pip install 'efficientnet-ns[serving]'): {e}"
+                "gRPC needs tensorflow-serving-api (pip install 'efficientnet-ns[serving]', or in a "
+                f"clone pip install -e '.[serving]'): {e}"
             ) from e
         self._grpc, self._tf, self._messages = grpc, tf, predict_pb2
         self._model, self._version, self._timeout = model, version, timeout
