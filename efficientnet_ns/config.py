@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging as std_logging
 import os
 import sys
 import typing
@@ -735,4 +736,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     logging.set_verbosity(logging.INFO)
     # Errors of TensorFlow's C++ code reach Python as exceptions; the rest of its log is noise here.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # With several replicas TensorFlow logs how it adds up each variable.
+    std_logging.getLogger("tensorflow").addFilter(
+        lambda entry: entry.module != "cross_device_ops" or entry.levelno >= std_logging.WARNING
+    )
     app.run(guarded)

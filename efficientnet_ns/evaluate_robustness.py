@@ -104,11 +104,27 @@ def _given(weights_path: str, folders: dict[str, str], report_dir: str) -> dict[
     return given
 
 
+def _check_there(folders: dict[str, str]) -> None:
+    """DataError naming every set whose folder or file does not exist."""
+    import tensorflow as tf
+
+    from efficientnet_ns.data import records
+
+    absent = [
+        f"--{flag}={path}"
+        for flag, path in folders.items()
+        if not path.startswith("tfds:") and not tf.io.gfile.exists(path)
+    ]
+    if absent:
+        raise records.DataError(f"no such folder or file: {', '.join(absent)}")
+
+
 def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | None) -> dict:
     """Set → function of the evaluation that measures it."""
     from efficientnet_ns.evaluation import robustness_sets as sets
     from efficientnet_ns.evaluation import robustness_sources as opening
 
+    _check_there(folders)
     options, work = (tfds_data_dir, allow_missing), {}
     for flag in _LABELED:
         if flag in folders:

@@ -166,6 +166,21 @@ def test_wrong_trees_are_refused(imagenet_c, change, message):
         sources.open_corruptions(str(imagenet_c))
 
 
+def test_every_set_that_is_not_there_is_named(tmp_path):
+    from efficientnet_ns import evaluate_robustness
+
+    there = tmp_path / "a"
+    there.mkdir()
+    given = {
+        "imagenet_a": str(there),
+        "imagenet_r": "no-r",
+        "imagenet_v2": "tfds:x",
+        "imagenet_c": "c",
+    }
+    with pytest.raises(records.DataError, match=r": --imagenet_r=no-r, --imagenet_c=c$"):
+        evaluate_robustness._open(given, False, None)
+
+
 def test_parts_of_different_classes_are_refused_even_with_missing_ones(imagenet_c):
     shutil.rmtree(imagenet_c / "fog/3" / WNIDS[1])
     with pytest.raises(records.DataError, match=rf"fog/3: 1 missing classes: {WNIDS[1]}"):

@@ -45,7 +45,8 @@ def _av():
         import av
     except ImportError as e:
         raise records.DataError(
-            f"videos need av (pip install 'efficientnet-ns[robustness]'): {e}"
+            "videos need av (pip install 'efficientnet-ns[robustness]', or in a clone "
+            f"pip install -e '.[robustness]'): {e}"
         ) from e
     return av
 

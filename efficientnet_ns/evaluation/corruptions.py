@@ -34,8 +34,9 @@ def check_installed() -> str:
     except ImportError as e:
         raise ConfigError(
             "--corrupt needs the package imagecorruptions-imaug, which is not there or cannot be "
-            f"loaded ({e}): pip install 'efficientnet-ns[robustness]'. Where libGL is missing: apt-get "
-            "install libgl1, or opencv-python-headless in place of opencv-python."
+            f"loaded ({e}): pip install 'efficientnet-ns[robustness]', or in a clone "
+            "pip install -e '.[robustness]'. Where libGL is missing: apt-get install "
+            "libgl1, or opencv-python-headless in place of opencv-python."
         ) from e
     try:
         return metadata.version("imagecorruptions-imaug")
@@ -43,7 +44,7 @@ def check_installed() -> str:
         raise ConfigError(
             "--corrupt: the installed imagecorruptions is another package than "
             "imagecorruptions-imaug; install that in its place: "
-            "pip uninstall imagecorruptions; pip install 'efficientnet-ns[robustness]'"
+            "pip uninstall imagecorruptions; pip install imagecorruptions-imaug"
         ) from None
 
 

@@ -51,7 +51,8 @@ def corruption_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         mean = {f"{m} error": _percent(np.mean(of[m])) for m in models}
         rows.append({"corruption": name, **mean})
     counted = [name for name in metrics.ALEXNET_ERROR if name in errors]
-    last = {"corruption": f"mean of {len(counted)}, without the extra ones"}
+    note = ", without the extra ones" if len(errors) > len(counted) else ""
+    last = {"corruption": f"mean of {len(counted)}{note}"}
     for model in models if counted else []:
         last[f"{model} error"] = _percent(np.mean([errors[name][model] for name in counted]))
     if BASELINE in models:

@@ -72,6 +72,7 @@ class RestServer:
         kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
         if parts.scheme not in kinds or not parts.hostname:
             raise ValueError(f"{url!r} is not an address like http://localhost:8501")
+        self._address = parts.netloc
         self._connect = lambda: kinds[parts.scheme](parts.hostname, parts.port, timeout=timeout)
         chosen = "" if version is None else f"/versions/{version}"
         self._path = f"{parts.path.rstrip('/')}/v1/models/{model}{chosen}:predict"
@@ -90,7 +91,9 @@ class RestServer:
             response = connection.getresponse()
             content = response.read()
         except (OSError, http.client.HTTPException) as e:
-            raise RequestFailed(f"no answer: {e or type(e).__name__}", retry=True) from e
+            raise RequestFailed(
+                f"no answer from {self._address}: {e or type(e).__name__}", retry=True
+            ) from e
         finally:
             connection.close()
         if response.status != 200:
@@ -114,7 +117,8 @@ class GrpcServer:
             from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
         except ImportError as e:
             raise ValueError(
-                f"gRPC needs tensorflow-serving-api (pip install 'efficientnet-ns[serving]'): {e}"
+                "gRPC needs tensorflow-serving-api (pip install 'efficientnet-ns[serving]', or in a "
+                f"clone pip install -e '.[serving]'): {e}"
             ) from e
         self._grpc, self._tf, self._messages = grpc, tf, predict_pb2
         self._model, self._version, self._timeout = model, version, timeout
