@@ -302,15 +302,16 @@ def project_files() -> list[Path]:
     return [path for name in listing.stdout.split("\0") if name and (path := ROOT / name).is_file()]
 
 
-# Absolute, so not `runs/work/x`, `$HOME/work/x` or `https://host/home/x`.
+# Absolute: not below another folder or a variable, and not in a web address.
 MACHINE_PATH = re.compile(rb"(?<![\w.$}\])~-])/(?:work|home|root|Users)/\w")
 
 
 def test_machine_path_pattern():
-    for text in (b'"/work/x"', b"cd /home/me", b"=/root/x", b" /Users/me"):
-        assert MACHINE_PATH.search(text), text
-    for text in (b"runs/work/x", b"$HOME/work/x", b"https://a.b/home/x", b"{tmp}/work/x"):
-        assert not MACHINE_PATH.search(text), text
+    for root in ("work", "home", "root", "Users"):
+        for text in ('"{}/x"', "cd {}/me", "={}/x", " {}/me"):
+            assert MACHINE_PATH.search(text.format(f"/{root}").encode()), text
+        for text in ("runs{}/x", "$HOME{}/x", "https://a.b{}/x", "{{tmp}}{}/x"):
+            assert not MACHINE_PATH.search(text.format(f"/{root}").encode()), text
 
 
 def test_no_path_of_one_machine():
