@@ -199,6 +199,30 @@ def _pooled_features(x, filters: int, batch_norm: BatchNormMaker):
     return tf.keras.layers.GlobalAveragePooling2D(name="head_pool")(x)
 
 
+def _features(
+    x,
+    spec: Variant,
+    width: float,
+    blocks: Sequence[Stage],
+    survival_prob: float,
+    batch_norm: BatchNormMaker,
+):
+    """Normalized pixels → pooled features."""
+    x = _conv(x, round_filters(spec.stages[0].filters_in, width), 3, 2, "stem_conv")
+    x = _bn_swish(x, "stem", batch_norm)
+    for index, block in enumerate(blocks):
+        block_survival = 1.0 - (1.0 - survival_prob) * index / len(blocks)
+        x = _mbconv(x, block, f"blocks_{index}", block_survival, batch_norm)
+    return _pooled_features(x, round_filters(spec.head_filters, width), batch_norm)
+
+
+def _allow_depth(num_blocks: int) -> None:
+    # Keras walks through a model by recursion, a level per layer of the longest path, while it is
+    # built and whenever another one is made of its layers. L2 has nearly as many as Python allows.
+    needed = 1000 + _LAYERS_PER_BLOCK * num_blocks
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), needed))
+
+
 def _classifier(x, num_classes: int, dropout_rate: float):
     x = layers.Dropout(dropout_rate, name="head_dropout")(x)
     x = tf.keras.layers.Dense(
@@ -271,21 +295,13 @@ def build_model(
     _check(num_classes, survival_prob, dropout_rate)
     width, size = width_coefficient or spec.width, image_size or spec.resolution
     blocks = block_table(spec.stages, width, depth_coefficient or spec.depth, small_image)
-    # Keras walks through a model by recursion, a level per layer of the longest path, here and
-    # whenever another model is made of its layers. L2 has nearly as many as Python allows.
-    sys.setrecursionlimit(max(sys.getrecursionlimit(), 1000 + _LAYERS_PER_BLOCK * len(blocks)))
-
+    _allow_depth(len(blocks))
     batch_norm = functools.partial(
         layers.BatchNorm, momentum=bn_momentum, num_shards_per_group=num_shards_per_group
     )
     inputs = tf.keras.Input((size, size, 3), name="image")
     x = layers.PixelNormalization(mean, std, name="normalization")(inputs)
-    x = _conv(x, round_filters(spec.stages[0].filters_in, width), 3, 2, "stem_conv")
-    x = _bn_swish(x, "stem", batch_norm)
-    for index, block in enumerate(blocks):
-        block_survival = 1.0 - (1.0 - survival_prob) * index / len(blocks)
-        x = _mbconv(x, block, f"blocks_{index}", block_survival, batch_norm)
-    x = _pooled_features(x, round_filters(spec.head_filters, width), batch_norm)
+    x = _features(x, spec, width, blocks, survival_prob, batch_norm)
     x = _classifier(x, num_classes, dropout_rate) if include_top else _float32(x, "pooled")
     model = tf.keras.Model(inputs, x, name=variant)
     if weights is not None:
