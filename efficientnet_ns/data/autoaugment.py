@@ -7,8 +7,6 @@ lower levels.
 
 from __future__ import annotations
 
-import functools
-
 import tensorflow as tf
 
 from efficientnet_ns.data import augment, images, levels
@@ -138,11 +136,11 @@ def auto_augment(
     """
     sub_policies = _sub_policies(policy)
     # Many sub-policies share an op at a level: each is built once.
-    ops: dict[tuple, int] = {}
+    ops: dict[tuple, int] = {("Identity", ()): 0}
 
     def number(name: str, level: float) -> int:
         args = levels.op_args(name, level, 0.0, translate_const, mode)
-        return ops.setdefault((name, args), 1 + len(ops))
+        return ops.setdefault((name, args), len(ops))
 
     numbers = [[number(name, level) for name, _, level in sub] for sub in sub_policies]
     probabilities = [[probability for _, probability, _ in sub] for sub in sub_policies]
@@ -151,9 +149,7 @@ def auto_augment(
     draws = tf.unstack(images.uniform(seed, [1 + depth, 4]))
     chosen = augment.random_index(draws[0][0], len(sub_policies))
     number_of, probability_of = tf.constant(numbers)[chosen], tf.constant(probabilities)[chosen]
-    functions = [lambda image, _draws: tf.identity(image)]
-    functions += [functools.partial(levels.apply_op, *op, mode) for op in ops]
-    branches = levels.Branches(functions, image, draws[0])
+    branches = levels.Branches(list(ops), mode, image)
     for step, draw in enumerate(draws[1:]):
         index = tf.where(draw[0] < probability_of[step], number_of[step], 0)
         image = branches.run(index, image, draw)

@@ -8,6 +8,8 @@ arithmetic does out of range. That behaviour is the default here (`mode="origina
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -105,37 +107,49 @@ def apply_op(name: str, args: tuple, mode: str, image: tf.Tensor, draws: tf.Tens
     Args:
       args, mode: of `op_args`.
       image: uint8 [H, W, 3].
-      draws: float32 [4] in [0, 1). The first is for the caller, who chose the op; the others give
-        sign, cutout row and cutout column.
+      draws: float32 [4] in [0, 1). The first two are for the caller, who chose the op and the sign
+        of its argument; the others give cutout row and cutout column.
 
     Returns:
       uint8 [H, W, 3].
     """
-    if name in SIGNED_OPS:
-        args = (tf.where(draws[1] < 0.5, -args[0], args[0]),)
     if name == "Cutout":
         height, width = tf.unstack(tf.shape(image)[:2])
         args += (augment.random_index(draws[2], height), augment.random_index(draws[3], width))
     # Differs (7), on request only: levels above 10 are clipped.
-    ops = {**augment.OPS, **_CLIPPED_OPS} if mode == "clipped" else augment.OPS
-    return ops[name](image, *args)
+    clipped = _CLIPPED_OPS if mode == "clipped" else {}
+    return {"Identity": tf.identity, **augment.OPS, **clipped}[name](image, *args)
 
 
 class Branches:
-    """Functions (image, draws) → image of one set of shapes, one of which is run."""
+    """Ops for images of one shape, one of which is run."""
 
-    def __init__(
-        self, functions: Sequence[Callable[..., tf.Tensor]], image: tf.Tensor, draws: tf.Tensor
-    ):
-        self._functions = functions
+    def __init__(self, ops: Sequence[tuple[str, tuple]], mode: str, image: tf.Tensor):
+        """Builds each op, and each that is signed with the negated argument as well.
+
+        Args:
+          ops: names and (positive) arguments, see `op_args`; "Identity" does nothing.
+          mode: of `op_args`.
+          image: an image of the shape and type of all that will come.
+        """
+        signed = [name in SIGNED_OPS for name, _ in ops]
+        negated = [(name, (-args[0],)) for name, args in ops if name in SIGNED_OPS]
+        self._functions = [
+            functools.partial(apply_op, name, args, mode) for name, args in [*ops, *negated]
+        ]
+        positions = itertools.count(len(ops))
+        # Number of the op with the negated argument; of an op without a sign, its own.
+        self._negated = [next(positions) if s else number for number, s in enumerate(signed)]
         if not tf.executing_eagerly():
-            specs = [tf.TensorSpec.from_tensor(x) for x in (image, draws)]
+            specs = [tf.TensorSpec(image.shape, image.dtype), tf.TensorSpec([4])]
             self._graphs = [
-                tf.function(f, autograph=False).get_concrete_function(*specs) for f in functions
+                tf.function(f, autograph=False).get_concrete_function(*specs)
+                for f in self._functions
             ]
 
     def run(self, index: tf.Tensor, image: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
-        """Runs function number `index`."""
+        """Runs op number `index`, with the random parts that `draws`, float32 [4], give it."""
+        index = tf.where(draws[1] < 0.5, tf.gather(self._negated, index), index)
         if tf.executing_eagerly():
             return self._functions[int(index)](image, draws)
         # tf.switch_case would copy all branches into the caller's graph, where passing over the

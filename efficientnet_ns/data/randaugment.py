@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import tensorflow as tf
 
 from efficientnet_ns.data import augment, images, levels
@@ -63,10 +61,8 @@ def rand_augment(
         return image
     draws = images.uniform(seed, [num_layers, 4])  # op, sign, cutout row, cutout column
     chosen = tf.unstack(augment.random_index(draws[:, 0], len(policy)))
-    ops = [functools.partial(levels.apply_op, *op, mode) for op in policy.items()]
-    layers = tf.unstack(draws)
-    branches = levels.Branches(ops, image, layers[0])
-    for index, layer in zip(chosen, layers):
+    branches = levels.Branches(list(policy.items()), mode, image)
+    for index, layer in zip(chosen, tf.unstack(draws)):
         image = branches.run(index, image, layer)
     return image
 
