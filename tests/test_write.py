@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -345,6 +346,20 @@ def damage(path: str, record: int) -> None:
 def assert_nothing_written(settings: SelectConfig) -> None:
     assert not list(Path(settings.output_dir).glob("data/*"))
     assert not list(Path(settings.output_dir).glob("stats/*"))
+
+
+def test_what_a_killed_process_left_of_a_finished_shard_is_removed(by_command):
+    """Another process may have finished the shard that a killed one had begun."""
+    settings = by_command[0]
+    folder, host = Path(settings.output_dir) / "data", socket.gethostname()
+    shard = next(folder.glob("train-*")).name
+    left = folder / f".tmp-{host}-{2**22 + 1}-{shard}"
+    alive = folder / f".tmp-{host}-{os.getpid()}-{shard}"
+    for path in (left, alive):
+        path.touch()
+    write.write(settings)
+    assert not left.exists() and alive.exists()
+    alive.unlink()
 
 
 def test_input_with_fewer_records_than_were_selected(tmp_path):

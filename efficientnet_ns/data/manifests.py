@@ -32,14 +32,19 @@ def temporary_name(path: str) -> str:
 
 def remove_abandoned(paths: Sequence[str]) -> None:
     """Removes temporary files for `paths` that killed processes of this machine left behind."""
+    prefix = f".tmp-{socket.gethostname()}-"
+    wanted: dict[str, set[str]] = {}
     for path in paths:
         folder, base = os.path.split(path)
-        pattern = os.path.join(folder, f".tmp-{socket.gethostname()}-*-{base}")
-        for found in tf.io.gfile.glob(pattern):
-            pid = os.path.basename(found)[: -len(base) - 1].rsplit("-", 1)[1]
-            # Without a number there it is the file of another output whose name ends like this one.
-            if pid.isdigit() and not is_running(int(pid)):
-                tf.io.gfile.remove(found)
+        wanted.setdefault(folder, set()).add(base)
+    for folder, bases in wanted.items():
+        for found in tf.io.gfile.glob(os.path.join(folder, f"{prefix}*")):
+            # Without a number there it is not one of ours.
+            pid, _, base = os.path.basename(found)[len(prefix) :].partition("-")
+            if base in bases and pid.isdigit() and not is_running(int(pid)):
+                # Another process may remove it at the same time.
+                with contextlib.suppress(tf.errors.NotFoundError):
+                    tf.io.gfile.remove(found)
 
 
 def remove_abandoned_folders(parent: str) -> None:

@@ -75,6 +75,8 @@ def _write_stages(config: SelectConfig, shards: Sequence[int]) -> dict[int, mani
     todo = {shard: stages[shard] for shard in stages if not stages[shard].done()}
     _write_all(config, todo, workers, _processes(config, list(todo)))
     _check_total(config, {shard: _records({shard: stages[shard]}) for shard in stages})
+    # Of a shard that another process finished while a killed one had begun it.
+    manifests.remove_abandoned([p for s in stages.values() for p in (s.manifest, *s.outputs)])
     return stages
 
 
