@@ -195,7 +195,7 @@ class Stage:
         """Yields ({output: temporary name}, counts) to fill; then commits all together."""
         for path in [self.manifest, *self.outputs]:
             tf.io.gfile.makedirs(os.path.dirname(path) or ".")
-        remove_abandoned(self.outputs)
+        remove_abandoned([self.manifest, *self.outputs])
         temporary = {path: temporary_name(path) for path in self.outputs}
         counts: dict = {}
         try:

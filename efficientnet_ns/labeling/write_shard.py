@@ -71,7 +71,6 @@ def write_shard(
       records.DataError: a selected record cannot be read, or is not the one that was selected.
       Lost: records selected, written and read back differ, in all or in a class.
     """
-    manifests.remove_abandoned([stage.manifest])
     db = select.connect(selection=[os.path.join(config.output_dir, select.SELECTION)])
     db.execute("SET threads = 1")
     db.execute(f"SET memory_limit = '{_SORT_MEMORY}'")
