@@ -35,7 +35,7 @@ from PIL import Image
 
 from efficientnet_ns.data import records, tasks
 from efficientnet_ns.data.pipeline import Preprocessing
-from efficientnet_ns.models import efficientnet, folding
+from efficientnet_ns.models import cpu_graph, efficientnet, folding
 from efficientnet_ns.serving import check, client, deploy, export, image_sizes, tflite, warmup
 from efficientnet_ns.serving.classifier import Answers
 
@@ -97,15 +97,29 @@ def expected(model: tf.keras.Model, images: list) -> np.ndarray:
 # Graphs.
 
 
-@pytest.mark.parametrize("products", [False, True])
-def test_folding_changes_no_number(model, products):
-    folded = folding.fold_batch_norm(model, products)
+def test_folding_changes_no_number(model):
+    folded = folding.fold_batch_norm(model)
     pixels = np.random.default_rng(0).uniform(0, 255, [3, SIZE, SIZE, 3])
     np.testing.assert_allclose(folded(pixels), model(pixels), atol=1e-4, rtol=1e-4)
     assert not any("moving" in weight.name for weight in folded.weights)
-    graph = tf.function(folded).get_concrete_function(tf.TensorSpec([None, SIZE, SIZE, 3]))
-    convolutions = [op for op in graph.graph.get_operations() if op.type == "Conv2D"]
-    assert (len(convolutions) == 1) == products
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_the_graph_for_cpus_changes_no_number(model, sliced, monkeypatch):
+    if sliced:
+        monkeypatch.setattr(cpu_graph, "_SLICE_VALUES", 1000)
+        monkeypatch.setattr(cpu_graph, "_SLICE_CHANNELS", 4)
+    graph = cpu_graph.forward(folding.fold_batch_norm(model))
+    kinds = [op.type for op in graph.graph.get_operations()]
+    blocks = efficientnet.num_blocks(model)
+    assert kinds.count("Conv2D") == 1
+    assert (kinds.count("DepthwiseConv2dNative") > blocks) == sliced
+    pixels = np.random.default_rng(0).uniform(0, 255, [3, SIZE, SIZE, 3]).astype(np.float32)
+    logits, pooled = graph(tf.constant(pixels))
+    ends = efficientnet.endpoints(model)
+    expected_pooled = tf.keras.Model(model.input, ends["pooled"])(pixels, training=False)
+    np.testing.assert_allclose(logits, model(pixels, training=False), atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(pooled, expected_pooled, atol=1e-4, rtol=1e-4)
 
 
 def test_every_signature_by_name(model, served):

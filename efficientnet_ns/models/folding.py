@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import tensorflow as tf
 
 from efficientnet_ns.models import layers
@@ -12,7 +10,7 @@ _CONV, _BN = "_conv", "_bn"
 _STEM = "stem_conv"
 
 
-def fold_batch_norm(model: tf.keras.Model, pointwise_products: bool = False) -> tf.keras.Model:
+def fold_batch_norm(model: tf.keras.Model) -> tf.keras.Model:
     """A model for inference that computes the same with convolutions alone.
 
     Every `<name>_conv` takes over the scale γ/√(σ² + ε) and the shift β - μ·γ/√(σ² + ε) of its
@@ -22,14 +20,11 @@ def fold_batch_norm(model: tf.keras.Model, pointwise_products: bool = False) -> 
 
     Args:
       model: made by `efficientnet.build_model`.
-      pointwise_products: compute 1 x 1 convolutions as products of matrices, which on CPUs cost
-        less per call.
 
     Returns:
       A model with the same input and outputs and no batch norm; its weights are copies.
     """
-    clone = functools.partial(_clone, pointwise_products=pointwise_products)
-    folded = tf.keras.models.clone_model(model, clone_function=clone)
+    folded = tf.keras.models.clone_model(model, clone_function=_clone)
     for layer in model.layers:
         if isinstance(layer, layers.BatchNorm) or not layer.weights:
             continue
@@ -46,35 +41,23 @@ class _Centering(layers.PixelNormalization):
         return tf.cast(inputs, dtype) - tf.constant([255.0 * m for m in self.mean], dtype)
 
 
-class _Pointwise(tf.keras.layers.Conv2D):
-    """A 1 x 1 convolution as a product of matrices."""
-
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        height, width, channels = inputs.shape[1:]
-        rows = tf.reshape(inputs, [-1, channels])
-        product = tf.nn.bias_add(tf.matmul(rows, self.kernel[0, 0]), self.bias)
-        return tf.reshape(product, [-1, height, width, self.filters])
-
-
-def _swish(x: tf.Tensor) -> tf.Tensor:
+def swish(x: tf.Tensor) -> tf.Tensor:
+    """x·σ(x) for inference."""
     # tf.nn.silu carries a gradient of its own, whose ops keep kernels from being fused.
     return x * tf.sigmoid(x)
 
 
-def _clone(layer: tf.keras.layers.Layer, pointwise_products: bool) -> tf.keras.layers.Layer:
+def _clone(layer: tf.keras.layers.Layer) -> tf.keras.layers.Layer:
     if isinstance(layer, layers.BatchNorm):
         return tf.keras.layers.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
     if layer.name.endswith("_swish"):
-        return tf.keras.layers.Activation(_swish, name=layer.name, dtype=layer.dtype_policy)
+        return tf.keras.layers.Activation(swish, name=layer.name, dtype=layer.dtype_policy)
     config = layer.get_config()
     if isinstance(layer, layers.PixelNormalization):
         return _Centering.from_config(config)
     if layer.name.endswith(_CONV):
         config["use_bias"] = True
-    kind = type(layer)
-    if pointwise_products and kind is tf.keras.layers.Conv2D and layer.kernel_size == (1, 1):
-        kind = _Pointwise
-    return kind.from_config(config)
+    return type(layer).from_config(config)
 
 
 def _folded(conv: tf.keras.layers.Layer, model: tf.keras.Model) -> list[tf.Tensor]:

@@ -9,13 +9,14 @@ which leaves out the bad ones, and their rows are answered as invalid (`valid` f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 
 import tensorflow as tf
 
 from efficientnet_ns.data import headers, records
 from efficientnet_ns.data.pipeline import Preprocessing
-from efficientnet_ns.models import efficientnet
+from efficientnet_ns.models import cpu_graph, efficientnet
 from efficientnet_ns.serving import image_sizes
 
 
@@ -41,7 +42,7 @@ class Classifier(tf.Module):
       model: pixels → logits, with the weights to serve.
       preprocessing: the evaluation preprocessing of that model.
       answers: see `Answers`.
-      freeze: store the weights as constants of the graph, which CPUs run faster.
+      for_cpu: the model is folded; compute it as `cpu_graph` does, with the weights as constants.
     """
 
     def __init__(
@@ -50,19 +51,16 @@ class Classifier(tf.Module):
         preprocessing: Preprocessing,
         answers: Answers,
         *,
-        freeze: bool = False,
+        for_cpu: bool = False,
     ):
         super().__init__()
         self._preprocessing, self._answers = preprocessing, answers
+        if for_cpu:
+            self._run = cpu_graph.forward(model)
+            return
         ends = efficientnet.endpoints(model)
-        names = ("logits", "pooled")
-        self._ends = tf.keras.Model(model.input, [ends[name] for name in names])
-        self._run = _frozen(self._ends) if freeze else self._apply
-        if freeze:
-            del self._ends
-
-    def _apply(self, images: tf.Tensor) -> list[tf.Tensor]:
-        return self._ends(images, training=False)
+        self._ends = tf.keras.Model(model.input, [ends[name] for name in ("logits", "pooled")])
+        self._run = functools.partial(self._ends, training=False)
 
     def _forward(self, images: tf.Tensor) -> list[tf.Tensor]:
         """Logits [N, C] and pooled features [N, D] of prepared images [N, S, S, 3], N from 0."""
@@ -174,14 +172,3 @@ class Classifier(tf.Module):
 
 def _only(valid: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
     return tf.where(valid[:, None], values, tf.zeros_like(values))
-
-
-def _frozen(model: tf.keras.Model) -> Callable[[tf.Tensor], Sequence[tf.Tensor]]:
-    from tensorflow.python.framework.convert_to_constants import (
-        convert_variables_to_constants_v2,
-    )
-
-    spec = tf.TensorSpec(model.input.shape, tf.float32)
-    return convert_variables_to_constants_v2(
-        tf.function(lambda images: model(images, training=False)).get_concrete_function(spec)
-    )

@@ -28,9 +28,9 @@ class Options:
 
     Attributes:
       answers: names of the classes and length of the top list.
-      optimize_for: `cpu` folds batch norm into the convolutions, computes those of 1 x 1 as products
-        of matrices, and freezes the weights;
-        `accelerator` folds and keeps variables; `none` leaves the graph as it was trained.
+      optimize_for: `cpu` folds batch norm into the convolutions, arranges them for CPUs (see
+        `cpu_graph`) and freezes the weights; `accelerator` folds and keeps variables; `none` leaves
+        the graph as it was trained.
       facts: lines of the model card, name → value.
     """
 
@@ -67,17 +67,17 @@ def _version(base: str, version: int) -> Iterator[str]:
 
 
 def optimized(model: tf.keras.Model, optimize_for: str) -> tuple[tf.keras.Model, bool]:
-    """The model to serve, and whether its weights can be frozen into the graph."""
+    """The model to serve, and whether as a graph for CPUs with its weights in it."""
     if optimize_for == "none":
         return model, False
-    freeze = optimize_for == "cpu" and model.count_params() <= _MAX_FROZEN_PARAMETERS
-    if optimize_for == "cpu" and not freeze:
+    for_cpu = optimize_for == "cpu" and model.count_params() <= _MAX_FROZEN_PARAMETERS
+    if optimize_for == "cpu" and not for_cpu:
         logging.warning(
             "%s has %d parameters, too many for constants of one graph (2 GB): they stay variables",
             model.name,
             model.count_params(),
         )
-    return folding.fold_batch_norm(model, pointwise_products=optimize_for == "cpu"), freeze
+    return folding.fold_batch_norm(model), for_cpu
 
 
 def export(
@@ -107,8 +107,8 @@ def export(
         names = tuple(str(index) for index in range(model.output_shape[-1]))
         options = Options(Answers(names))
     with _version(base, version) as folder:
-        served, freeze = optimized(model, options.optimize_for)
-        classifier = Classifier(served, preprocessing, options.answers, freeze=freeze)
+        served, for_cpu = optimized(model, options.optimize_for)
+        classifier = Classifier(served, preprocessing, options.answers, for_cpu=for_cpu)
         tf.saved_model.save(
             classifier,
             folder,
