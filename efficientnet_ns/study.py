@@ -70,6 +70,8 @@ def chosen_studies(names: str, quick: bool) -> dict[str, Study]:
         arms = {n: arm for n, arm in STUDIES[name].arms.items() if arm.quick or not quick}
         if len(arms) > 1 or not quick:
             studies[name] = dataclasses.replace(STUDIES[name], arms=arms)
+        else:
+            logging.info("--quick leaves out the study %s: its arms take long", name)
     if not studies:
         raise ConfigError(f"--quick has no arms of --studies={names}")
     return studies

@@ -472,10 +472,12 @@ def test_settings_that_cannot_work(tmp_path, values, message):
 
 
 def test_sources_that_are_none(tmp_path):
+    for name in ("absent", "absent.zip"):
+        with pytest.raises(ConfigError, match=f"--source=.*{name} does not exist"):
+            run(tmp_path / name, tmp_path / "out")
+    (tmp_path / "text.txt").touch()
     with pytest.raises(records.DataError, match="neither a folder nor an archive"):
-        run(tmp_path / "absent", tmp_path / "out")
-    with pytest.raises(records.DataError, match="absent.zip does not exist"):
-        run(tmp_path / "absent.zip", tmp_path / "out")
+        run(tmp_path / "text.txt", tmp_path / "out")
     with pytest.raises(records.DataError, match="no images in"):
         run(write_folder(tmp_path / "in", {"a/readme.txt": b""}), tmp_path / "out")
     with pytest.raises(records.DataError, match="in no folders.*--nolabeled"):

@@ -36,6 +36,11 @@ def make_records(config: MakeConfig) -> dict[str, int]:
         )
     if config.source.startswith(tfds_source.PREFIX):
         return _from_tfds(config)
+    if not tf.io.gfile.exists(config.source):
+        raise ConfigError(
+            f"--source={config.source} does not exist: a folder of images, an archive "
+            f"({', '.join(sources.ARCHIVES)}) or {tfds_source.PREFIX}<name> is needed"
+        )
     source = sources.open_source(config.source)
     listing = sources.list_images(
         source, config.labeled, _class_names_of_other_sets(config), config.subfolder

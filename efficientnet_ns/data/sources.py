@@ -255,7 +255,7 @@ class TarStream:
         yield lambda entry: Loaded(held[entry.place], entry.label)
 
 
-_ARCHIVES = {
+ARCHIVES = {
     ".zip": Zip,
     ".tar": Tar,
     ".tar.gz": TarStream,
@@ -266,15 +266,9 @@ _ARCHIVES = {
 
 
 def open_source(path: str) -> Folder | Zip | Tar | TarStream:
-    """The source for a folder or archive, by its name.
-
-    Raises:
-      records.DataError: there is no such file.
-    """
-    for extension, archive in _ARCHIVES.items():
+    """The source for a folder or archive that exists, by its name."""
+    for extension, archive in ARCHIVES.items():
         if path.lower().endswith(extension) and not tf.io.gfile.isdir(path):
-            if not tf.io.gfile.exists(path):
-                raise records.DataError(f"{path} does not exist")
             return archive(path)
     return Folder(path)
 
