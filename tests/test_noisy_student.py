@@ -242,6 +242,7 @@ MOMENTS = [
 ]
 
 
+@pytest.mark.slow
 def test_killed_at_many_moments(folder, config, undisturbed):
     """One round less, whose results are those of the first round of two."""
     loop = rounds(folder, "killed", 1)
