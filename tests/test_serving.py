@@ -122,6 +122,20 @@ def test_the_graph_for_cpus_changes_no_number(model, sliced, monkeypatch):
     np.testing.assert_allclose(pooled, expected_pooled, atol=1e-4, rtol=1e-4)
 
 
+def test_the_graph_for_cpus_in_bfloat16(model):
+    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    reduced = efficientnet.build_model("efficientnet-test", CLASSES, SIZE)
+    reduced.set_weights(model.get_weights())
+    graph = cpu_graph.forward(folding.fold_batch_norm(reduced))
+    pixels = np.random.default_rng(0).uniform(0, 255, [3, SIZE, SIZE, 3]).astype(np.float32)
+    logits, pooled = graph(tf.constant(pixels))
+    assert logits.dtype == pooled.dtype == tf.float32
+    products = [op for op in graph.graph.get_operations() if op.type == "MatMul"]
+    assert products and all(op.inputs[0].dtype == tf.bfloat16 for op in products)
+    exact = model(pixels, training=False)
+    np.testing.assert_allclose(logits, exact, atol=0.05 * np.abs(exact).max())
+
+
 def test_every_signature_by_name(model, served):
     images = [jpeg(), tf.io.encode_png(noise(90, 33)).numpy()]
     probabilities = expected(model, images)
