@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.models import folding
+from efficientnet_ns.models import efficientnet, folding
 
 # Values per image in a slice of an expanded map. The C library uses memory again up to 32 MB, which
 # a batch of 16 then stays below. Smaller slices cost more than they save, in kernels to start.
@@ -38,6 +38,7 @@ def forward(folded: tf.keras.Model) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf
 class _CpuGraph:
     def __init__(self, folded: tf.keras.Model):
         self._layers = {layer.name: layer for layer in folded.layers}
+        self._blocks = efficientnet.num_blocks(folded)
         dtype = tf.as_dtype(self._layers["stem_conv"].compute_dtype).as_numpy_dtype
         self._weights = {
             name: [values.astype(dtype) for values in layer.get_weights()]
@@ -49,10 +50,8 @@ class _CpuGraph:
         x = self._layers["normalization"](images)
         strides = self._layers["stem_conv"].strides
         x = folding.swish(tf.nn.bias_add(tf.nn.conv2d(x, kernel, strides, "SAME"), bias))
-        block = 0
-        while f"blocks_{block}_dw_conv" in self._layers:
+        for block in range(self._blocks):
             x = self._mbconv(x, f"blocks_{block}")
-            block += 1
         x = folding.swish(_pointwise(x, *self._weights["head_conv"]))
         pooled = tf.reduce_mean(x, [1, 2])
         kernel, bias = self._weights["head_dense"]
@@ -68,7 +67,7 @@ class _CpuGraph:
             _pointwise(values * gate, kernel[:, :, part])
             for values, gate, part in zip(slices, gates, parts)
         ]
-        projected = tf.nn.bias_add(sums[0] if len(sums) == 1 else tf.add_n(sums), bias)
+        projected = tf.nn.bias_add(tf.add_n(sums), bias)
         return projected + x if f"{name}_add" in self._layers else projected
 
     def _parts(self, x: tf.Tensor, name: str) -> list[slice]:
@@ -94,11 +93,10 @@ class _CpuGraph:
     def _gates(self, slices: list[tf.Tensor], name: str) -> list[tf.Tensor]:
         """Squeeze and excitation: a factor per image and channel, [N, 1, 1, channels of the slice]."""
         pooled = [tf.reduce_mean(part, [1, 2], keepdims=True) for part in slices]
-        squeezed = pooled[0] if len(pooled) == 1 else tf.concat(pooled, -1)
+        squeezed = tf.concat(pooled, -1)
         squeezed = folding.swish(_pointwise(squeezed, *self._weights[f"{name}_se_reduce"]))
         gate = tf.sigmoid(_pointwise(squeezed, *self._weights[f"{name}_se_expand"]))
-        widths = [part.shape[-1] for part in slices]
-        return [gate] if len(widths) == 1 else tf.split(gate, widths, -1)
+        return tf.split(gate, [part.shape[-1] for part in slices], -1)
 
 
 def _pointwise(x: tf.Tensor, kernel: np.ndarray, bias: np.ndarray | None = None) -> tf.Tensor:
