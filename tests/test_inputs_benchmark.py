@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns.benchmarks import inputs
+from efficientnet_ns.benchmarks import inputs, tables
 from efficientnet_ns.config import ConfigError
 from efficientnet_ns.data import images, records
 
@@ -42,5 +42,5 @@ def test_a_folder_with_neither_images_nor_records_is_named(tmp_path):
 def test_without_timm_the_table_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.data", None)
     peers = inputs._timm([b""], 16)
-    (row,) = inputs._against_peers({inputs._TRAIN: 1.0, inputs._EVAL: 1.0}, peers)
+    (row,) = inputs._against_peers(tables.Measured({}), peers)
     assert "timm is not installed" in row.name and math.isnan(row.value) and row.ratio is None

@@ -27,9 +27,16 @@ def test_after_a_short_shard_comes_one_that_lasts(tmp_path, rng):
 def test_everybody_works_in_each_turn():
     calls = []
     contenders = {name: lambda name=name: calls.append(name) or 5 for name in "ab"}
-    measured = tables.rates(contenders, seconds=0.0, turns=3)
+    measured = tables.measure(contenders, seconds=0.0, turns=3)
     assert "".join(calls) == "ab" * 4  # Once to warm up.
-    assert set(measured) == {"a", "b"} and min(measured.values()) > 0
+    assert set(measured.turns) == {"a", "b"} and min(measured.rate("a"), measured.rate("b")) > 0
+
+
+def test_a_ratio_compares_within_the_turns():
+    # The machine is twice as fast in the last turn, and somebody disturbs the second.
+    measured = tables.Measured({"a": [12.0, 3.0, 24.0], "b": [10.0, 10.0, 20.0]})
+    assert measured.rate("a") == 12.0 and measured.rate("b") == 10.0
+    assert measured.ratio("a", "b") == pytest.approx(1.2)
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from google.protobuf import (
 )
 from PIL import Image
 
+from efficientnet_ns.benchmarks import tables
 from efficientnet_ns.data import records, tasks
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.models import cpu_graph, efficientnet, folding
@@ -274,6 +275,19 @@ def test_start_script_is_sound(base):
     assert done.returncode == 0, done.stdout
 
 
+def test_start_script_turns_onednn_on_unless_told_otherwise(base, tmp_path):
+    server = tmp_path / "tensorflow_model_server"
+    server.write_text('#!/bin/sh\necho "$TF_ENABLE_ONEDNN_OPTS $*"\n')
+    server.chmod(0o755)
+    command = [str(base / "deploy" / "start.sh"), "--version"]
+    for given, expected in (({}, "1"), ({tables.ONEDNN: "0"}, "0")):
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **given}
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+        onednn, *arguments = printed.split()
+        assert onednn == expected and arguments[-1] == "--version"
+        assert f"--model_base_path={base}" in arguments
+
+
 def test_compose_file_and_kubernetes_manifest(base):
     compose = yaml.safe_load((base / "deploy" / "docker-compose.yml").read_text())
     service = compose["services"]["serving"]
@@ -301,6 +315,8 @@ def test_compose_file_and_kubernetes_manifest(base):
         assert path == "/v1/models/efficientnet-test/metadata"
         assert container[probe]["httpGet"]["port"] in ports
     assert container["image"] == service["image"] and container["args"] == service["command"]
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert environment == service["environment"] == {tables.ONEDNN: "1"}
     (mount,), (volume,) = container["volumeMounts"], pod["spec"]["volumes"]
     assert mount["name"] == volume["name"] and mount["mountPath"] == inside and mount["readOnly"]
 

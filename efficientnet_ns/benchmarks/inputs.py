@@ -13,12 +13,12 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.benchmarks.tables import Row, rates
+from efficientnet_ns.benchmarks.tables import Measured, Row, measure
 from efficientnet_ns.config import BenchmarkConfig, ConfigError
 from efficientnet_ns.data import (
     augment,
@@ -56,23 +56,26 @@ def run(settings: BenchmarkConfig) -> list[Row]:
     }
     wholes = _wholes(encoded, settings.image_size)
     peers = _timm(encoded, settings.image_size)
-    measured = rates(stages, settings.seconds * _STAGE_SHARE)
+    parts = measure(stages, settings.seconds * _STAGE_SHARE)
     # Short turns: what disturbs the machine for a second touches few of them.
-    measured.update(rates({**wholes, **peers}, settings.seconds, turns=9))
-    one_core = (*stages, *wholes)
-    rows = [Row(f"{name}, one core", measured[name], "images/s") for name in one_core]
+    measured = measure({**wholes, **peers}, settings.seconds, turns=9)
+    rows = _one_core(parts, stages) + _one_core(measured, wholes)
     rows += _against_peers(measured, peers)
     return rows + _all_cores(encoded, settings)
 
 
-def _against_peers(measured: dict[str, float], peers: dict) -> list[Row]:
+def _one_core(measured: Measured, names: Iterable[str]) -> list[Row]:
+    return [Row(f"{name}, one core", measured.rate(name), "images/s") for name in names]
+
+
+def _against_peers(measured: Measured, peers: dict) -> list[Row]:
     if not peers:
         return [Row("timm is not installed: nothing to compare with", float("nan"), "")]
-    rows = [Row(f"{name}, one core", measured[name], "images/s") for name in peers]
+    rows = _one_core(measured, peers)
     for ours, kind in ((_TRAIN, "train"), (_EVAL, "eval")):
         for peer in (name for name in peers if f" {kind}," in name):
-            ratio = measured[ours] / measured[peer]
-            rows.append(Row(f"{ours}, one core", measured[ours], "images/s", ratio, peer))
+            rate, ratio = measured.rate(ours), measured.ratio(ours, peer)
+            rows.append(Row(f"{ours}, one core", rate, "images/s", ratio, peer))
     return rows
 
 
@@ -250,7 +253,7 @@ def _all_cores(encoded: list[bytes], settings: BenchmarkConfig) -> list[Row]:
     # One after the other: each fills its buffers on all cores while another is measured.
     rows = []
     for name, preprocessing in _preprocessings(settings.image_size).items():
-        rate = rates({name: worker(preprocessing)}, settings.seconds)[name]
+        rate = measure({name: worker(preprocessing)}, settings.seconds).rate(name)
         rows.append(Row(f"{name}, batches, {threads} threads", rate, "images/s"))
     return rows
 

@@ -29,7 +29,7 @@ from efficientnet_ns.labeling import predict
 from efficientnet_ns.models import engines, weights
 
 _FIRST_IMAGES = 64  # Of the shard that warms up.
-_TURNS = 3
+_TURNS = 5
 _EXTENSIONS = (".jpeg", ".jpg", ".png")
 _SELF = "predict, records to predictions"
 _KERAS = "tf.keras.applications"
@@ -50,12 +50,13 @@ def run(config: BenchmarkConfig) -> list[tables.Row]:
         contenders[f"{_KERAS}, oneDNN off"] = without
         with contextlib.suppress(_Absent):
             contenders.update(_onnxruntime(config, work.model, pixels))
-        measured = tables.rates(contenders, config.seconds, _TURNS)
-    ours = measured[_SELF]
-    rows = [tables.Row(_SELF, ours, "images/s")]
-    for name, rate in measured.items():
+        measured = tables.measure(contenders, config.seconds, _TURNS)
+    rows = [tables.Row(_SELF, measured.rate(_SELF), "images/s")]
+    for name in contenders:
         if name != _SELF:
-            rows.append(tables.Row(name, rate, "images/s", ours / rate, f"{name} (predict / this)"))
+            ratio = measured.ratio(_SELF, name)
+            peer = f"{name} (predict / this)"
+            rows.append(tables.Row(name, measured.rate(name), "images/s", ratio, peer))
     return rows
 
 

@@ -26,6 +26,7 @@ from efficientnet_ns.serving.classifier import Answers
 
 _BATCHES = (1, 8)
 _LATENCIES = 40
+_TURNS = 15
 _KERAS, _LITE = "tf.keras.applications", "TFLite float32"
 _CPU, _NONE, _BFLOAT16 = "SavedModel cpu", "SavedModel none", "SavedModel cpu bfloat16"
 _PEERS = {_CPU: _NONE, _LITE: _KERAS, _BFLOAT16: _CPU}
@@ -158,12 +159,12 @@ def _pixels(config: BenchmarkConfig, batch: int) -> np.ndarray:
 
 
 def _throughput(work: dict[str, Callable[[], int]], where: str, seconds: float) -> list[tables.Row]:
-    measured = tables.rates(work, seconds)
+    measured = tables.measure(work, seconds, _TURNS)
     rows = []
-    for name, rate in measured.items():
+    for name in work:
         peer = _PEERS.get(name, "")
-        ratio = rate / measured[peer] if peer else None
-        rows.append(tables.Row(name + where, rate, "images/s", ratio, peer))
+        ratio = measured.ratio(name, peer) if peer else None
+        rows.append(tables.Row(name + where, measured.rate(name), "images/s", ratio, peer))
     return rows
 
 

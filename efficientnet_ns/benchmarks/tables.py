@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import statistics
 import time
@@ -46,18 +47,33 @@ def environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def rates(
-    contenders: dict[str, Callable[[], int]], seconds: float, turns: int = 5
-) -> dict[str, float]:
-    """Units per second of each contender, measured in turns so that all see the same machine.
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Units per second of each contender, turn by turn: {name: [rate, …]}."""
+
+    turns: dict[str, list[float]]
+
+    def rate(self, name: str) -> float:
+        """The median turn."""
+        return statistics.median(self.turns[name])
+
+    def ratio(self, name: str, peer: str) -> float:
+        """How much faster than `peer`: the median over turns of the ratio within the turn.
+
+        What changes the machine's speed for longer than a turn does not touch it, while it would
+        shift the ratio of two medians.
+        """
+        pairs = zip(self.turns[name], self.turns[peer])
+        return statistics.median(own / other for own, other in pairs)
+
+
+def measure(contenders: dict[str, Callable[[], int]], seconds: float, turns: int = 5) -> Measured:
+    """Measures contenders in turns, so that all see the same machine.
 
     Args:
       contenders: name → function that does some work and returns how many units it did.
       seconds: how long each contender runs, after one call that warms it up.
       turns: in how many parts; a part is one call at least.
-
-    Returns:
-      Name → median of the rates of the turns.
     """
     for work in contenders.values():
         work()
@@ -68,7 +84,7 @@ def rates(
             while (elapsed := time.perf_counter() - start) < seconds / turns or not units:
                 units += work()
             measured[name].append(units / elapsed)
-    return {name: statistics.median(values) for name, values in measured.items()}
+    return Measured(measured)
 
 
 def format_rows(rows: list[Row]) -> str:

@@ -41,6 +41,9 @@ services:
       - --model_config_file=/models/{model}/deploy/models.config
       - --enable_batching
       - --batching_parameters_file=/models/{model}/deploy/batching_parameters.txt
+    environment:
+      # oneDNN's kernels are faster with AVX2 too; by itself TensorFlow takes them with AVX-512 VNNI.
+      TF_ENABLE_ONEDNN_OPTS: "1"
     ports:
       - "8500:8500"
       - "8501:8501"
@@ -83,6 +86,9 @@ spec:
             - --model_config_file=/models/{model}/deploy/models.config
             - --enable_batching
             - --batching_parameters_file=/models/{model}/deploy/batching_parameters.txt
+          env:
+            # oneDNN's kernels are faster with AVX2 too; by itself TensorFlow takes them with AVX-512 VNNI.
+            - {{name: TF_ENABLE_ONEDNN_OPTS, value: "1"}}
           ports:
             - {{name: grpc, containerPort: 8500}}
             - {{name: rest, containerPort: 8501}}
@@ -121,6 +127,8 @@ _START = """\
 #!/usr/bin/env bash
 # Serves the newest version: gRPC on 8500, REST on 8501. Stops with Ctrl-C.
 set -euo pipefail
+# oneDNN's kernels are faster with AVX2 too; by itself TensorFlow takes them with AVX-512 VNNI.
+export TF_ENABLE_ONEDNN_OPTS="${{TF_ENABLE_ONEDNN_OPTS:-1}}"
 base="$(cd "$(dirname "${{BASH_SOURCE[0]}}")/.." && pwd)"
 if command -v tensorflow_model_server >/dev/null; then
   exec tensorflow_model_server --port=8500 --rest_api_port=8501 \\
@@ -128,7 +136,7 @@ if command -v tensorflow_model_server >/dev/null; then
     --enable_batching --batching_parameters_file="$base/deploy/batching_parameters.txt" "$@"
 fi
 exec docker run --rm -p 8500:8500 -p 8501:8501 -v "$base:/models/{model}:ro" \\
-  tensorflow/serving:2.15.1 \\
+  -e TF_ENABLE_ONEDNN_OPTS tensorflow/serving:2.15.1 \\
   --model_config_file='/models/{model}/deploy/models.config' \\
   --enable_batching \\
   --batching_parameters_file='/models/{model}/deploy/batching_parameters.txt' "$@"
