@@ -85,9 +85,8 @@ def save_teacher(prefix: Path, num_classes: int, seed: int) -> None:
 
 
 def config(task: Path, **values) -> Config:
-    return Config().override(
-        model_name="efficientnet-test", task_name=str(task), eval_batch_size=4, **values
-    )
+    defaults = {"model_name": "efficientnet-test", "task_name": str(task), "eval_batch_size": 4}
+    return Config().override(**{**defaults, **values})
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +296,13 @@ def test_noise_of_a_teacher_needs_tensorflow_and_one_view(folder, flag):
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 9}, {"unl_aug": "clean"}, {"dropout_rate": 0.6}, {"stochastic_depth_rate": 0.6}],
+    [
+        {"seed": 9},
+        {"unl_aug": "clean"},
+        {"dropout_rate": 0.6},
+        {"stochastic_depth_rate": 0.6},
+        {"eval_batch_size": 5},  # The noise is drawn for a batch.
+    ],
 )
 def test_another_noise_makes_other_labels(folder, change):
     """Those of one are not taken for those of the other; without noise none of it matters."""

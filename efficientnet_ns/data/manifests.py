@@ -27,21 +27,18 @@ class OutputConflict(RuntimeError):
 def temporary_name(path: str) -> str:
     """A name in the same folder that no record pattern matches, private to this process."""
     folder, base = os.path.split(path)
-    return os.path.join(folder, f".tmp-{socket.gethostname()}-{os.getpid()}-{base}")
+    return os.path.join(folder, f"{_temporary_prefix()}{os.getpid()}-{base}")
 
 
 def remove_abandoned(paths: Sequence[str]) -> None:
     """Removes temporary files for `paths` that killed processes of this machine left behind."""
-    prefix = f".tmp-{socket.gethostname()}-"
     wanted: dict[str, set[str]] = {}
     for path in paths:
         folder, base = os.path.split(path)
         wanted.setdefault(folder, set()).add(base)
     for folder, bases in wanted.items():
-        for found in tf.io.gfile.glob(os.path.join(folder, f"{prefix}*")):
-            # Without a number there it is not one of ours.
-            pid, _, base = os.path.basename(found)[len(prefix) :].partition("-")
-            if base in bases and pid.isdigit() and not is_running(int(pid)):
+        for found in tf.io.gfile.glob(os.path.join(folder, f"{_temporary_prefix()}*")):
+            if _abandoned(os.path.basename(found)) in bases:
                 # Another process may remove it at the same time.
                 with contextlib.suppress(tf.errors.NotFoundError):
                     tf.io.gfile.remove(found)
@@ -49,16 +46,27 @@ def remove_abandoned(paths: Sequence[str]) -> None:
 
 def remove_abandoned_folders(parent: str) -> None:
     """Removes temporary folders directly in `parent` of killed processes of this machine."""
-    prefix = f".tmp-{socket.gethostname()}-"
     for name in (found.rstrip("/") for found in tf.io.gfile.listdir(parent)):
-        pid = name[len(prefix) :].split("-", 1)[0] if name.startswith(prefix) else ""
         path = os.path.join(parent, name)
-        if pid.isdigit() and not is_running(int(pid)) and tf.io.gfile.isdir(path):
+        if _abandoned(name) is not None and tf.io.gfile.isdir(path):
             # Another process may remove it at the same time, and in a TMPDIR that users share it may
             # be another one's.
             gone_or_foreign = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError)
             with contextlib.suppress(*gone_or_foreign):
                 tf.io.gfile.rmtree(path)
+
+
+def _temporary_prefix() -> str:
+    return f".tmp-{socket.gethostname()}-"
+
+
+def _abandoned(name: str) -> str | None:
+    """What the temporary `name` of a dead process of this machine was for; None for other names."""
+    if not name.startswith(_temporary_prefix()):
+        return None
+    # Without a number there it is not one of ours.
+    pid, _, base = name[len(_temporary_prefix()) :].partition("-")
+    return base if pid.isdigit() and not is_running(int(pid)) else None
 
 
 def scratch_name(purpose: str) -> str:

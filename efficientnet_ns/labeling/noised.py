@@ -1,6 +1,6 @@
 """A teacher that is noised while it labels: what the paper's ablation of noise warns of (§4.1).
 
-All draws are functions of the seed and of the images, so labels repeat.
+All draws are functions of the seed and of the images of a batch, so labels repeat with its size.
 """
 
 from __future__ import annotations

@@ -145,6 +145,8 @@ def _unit(experiment: Experiment, checkpoint: str, path: str, shard: int) -> Uni
         model = experiment.config.model
         settings["noised_teacher"] = {
             "seed": experiment.config.train.seed,
+            # The noise of an image is drawn with that of the others in its batch.
+            "batch_size": experiment.config.train.eval_batch_size,
             "images": experiment.unlabeled_preprocessing.describe(),
             "dropout_rate": model.dropout_rate,
             "stochastic_depth_rate": model.stochastic_depth_rate,
