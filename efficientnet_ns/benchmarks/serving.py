@@ -63,7 +63,7 @@ def _situations(config: BenchmarkConfig) -> list[Situation]:
 
 
 def _export(config: BenchmarkConfig, folder: str) -> None:
-    """A folder per contender, with random weights: numbers do not depend on them."""
+    """A folder per contender, with random weights."""
     settings = Config().override(model_name=config.model_name, input_image_size=config.image_size)
     experiment = Experiment.from_config(settings)
     model = experiment.build_model()
@@ -76,11 +76,20 @@ def _export(config: BenchmarkConfig, folder: str) -> None:
         (_BFLOAT16, "cpu", reduced),
     ):
         options = export.Options(Answers(("",) * experiment.num_classes), target)
+        _shift(served)
         export.export(served, experiment.preprocessing(), os.path.join(folder, name), 1, options)
     options = export.Options(Answers(("",) * experiment.num_classes))
     path = os.path.join(folder, _LITE)
     export.export_tflite(model, experiment.preprocessing(), path, "float32", options)
     _export_keras(config, os.path.join(folder, _KERAS, "1"))
+
+
+def _shift(model: tf.keras.Model) -> None:
+    """Gives biases and batch norms what training gives them: TensorFlow leaves out adding zeros."""
+    rng = np.random.default_rng(0)
+    for variable in model.variables:
+        if variable.name.endswith(("/beta:0", "/bias:0")):
+            variable.assign(rng.normal(0, 0.1, variable.shape))
 
 
 def _export_keras(config: BenchmarkConfig, folder: str) -> None:

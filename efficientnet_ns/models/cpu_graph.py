@@ -63,11 +63,13 @@ class _CpuGraph:
         slices = [self._expanded(x, name, part) for part in parts]
         gates = self._gates(slices, name)
         kernel, bias = self._weights[f"{name}_project_conv"]
+        # One of the products takes the bias, which costs nothing there.
+        biases = [bias] + [None] * (len(parts) - 1)
         sums = [
-            _pointwise(values * gate, kernel[:, :, part])
-            for values, gate, part in zip(slices, gates, parts)
+            _pointwise(values * gate, kernel[:, :, part], added)
+            for values, gate, part, added in zip(slices, gates, parts, biases)
         ]
-        projected = tf.nn.bias_add(tf.add_n(sums), bias)
+        projected = tf.add_n(sums) if len(sums) > 1 else sums[0]
         return projected + x if f"{name}_add" in self._layers else projected
 
     def _parts(self, x: tf.Tensor, name: str) -> list[slice]:
