@@ -318,6 +318,7 @@ def test_missing_variable(foreign, model, untouched):
         error = refusal(model, path)
         assert (error.missing, error.unexpected, error.shapes) == ([removed], [], [])
         assert f"missing from the file (1):\n    {removed}\n" in str(error)
+        assert "the flags of their training" in str(error)
 
 
 def test_unexpected_variable(foreign, model, untouched):

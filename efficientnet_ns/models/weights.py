@@ -27,6 +27,13 @@ EMA_SUFFIX = "/ExponentialMovingAverage"
 # What the original calls the teacher inside a student's checkpoint.
 TEACHER_SCOPE = "teacher_model"
 
+# What to do about weights that do not fit.
+_NEW_HEAD = '  To begin with a new classifier: skip=["head/dense/"].\n'
+_OTHER_MODEL = (
+    "  The model has to be the one these weights are of: name, size and classes as in the flags of "
+    "their training.\n"
+)
+
 
 class WeightsError(ValueError):
     """The variables in a file are not those of the model.
@@ -195,7 +202,7 @@ def _assign(
             + _listing("missing from the file", missing)
             + _listing("of another shape", shapes)
             + _listing("in the file only", unexpected)
-            + ('  To begin with a new classifier: skip=["head/dense/"].\n' if only_head else ""),
+            + (_NEW_HEAD if only_head else _OTHER_MODEL),
             missing,
             unexpected,
             sorted(shapes),
