@@ -6,6 +6,7 @@ import os
 
 from efficientnet_ns.benchmarks import serving, tables
 from efficientnet_ns.config import BenchmarkConfig
+from efficientnet_ns.models import efficientnet, folding
 
 
 def test_every_situation_is_measured(monkeypatch):
@@ -34,3 +35,11 @@ def test_ratios_are_against_the_peer_of_the_same_turns():
     assert ratios[f"{serving._NONE}, batch 1"] == (None, "")
     ratio, peer = ratios[f"{serving._CPU}, batch 1"]
     assert peer == serving._NONE and ratio > 100
+
+
+def test_the_measured_model_has_no_bias_that_could_be_left_out():
+    model = efficientnet.build_model("efficientnet-test", 3, 32)
+    serving._shift(model)
+    folded = folding.fold_batch_norm(model)
+    biases = [v.numpy() for v in folded.variables if v.name.endswith("/bias:0")]
+    assert len(biases) > 10 and all((bias != 0).all() for bias in biases)
