@@ -70,13 +70,14 @@ def _export(config: BenchmarkConfig, folder: str) -> None:
     tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
     reduced = experiment.build_model()
     tf.keras.mixed_precision.set_global_policy("float32")
+    _shift(model)
+    _shift(reduced)
     for name, target, served in (
         (_NONE, "none", model),
         (_CPU, "cpu", model),
         (_BFLOAT16, "cpu", reduced),
     ):
         options = export.Options(Answers(("",) * experiment.num_classes), target)
-        _shift(served)
         export.export(served, experiment.preprocessing(), os.path.join(folder, name), 1, options)
     options = export.Options(Answers(("",) * experiment.num_classes))
     path = os.path.join(folder, _LITE)

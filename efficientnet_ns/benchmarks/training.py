@@ -10,13 +10,12 @@ import contextlib
 import dataclasses
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 
-from efficientnet_ns.benchmarks.tables import Row
+from efficientnet_ns.benchmarks.tables import Measured, Row
 from efficientnet_ns.config import BenchmarkConfig, ConfigError
 
 _KERAS = "tf.keras.applications"
@@ -36,15 +35,12 @@ def run(config: BenchmarkConfig) -> list[Row]:
     contenders = {"keras": _KERAS, "ours": _SAME_WORK, "whole": _WHOLE}
     turns = _take_turns(list(contenders), config)
     memory = {key: measured[-1]["megabytes"] for key, measured in turns.items()}
-    speed = {key: [turn["rate"] for turn in measured] for key, measured in turns.items()}
+    speed = Measured({key: [turn["rate"] for turn in taken] for key, taken in turns.items()})
     what = f"{config.model_name} at {config.image_size}, batch {config.batch_size}"
-    median = statistics.median
-    rows = [Row(f"{what}: {_KERAS}", median(speed["keras"]), "images/s")]
+    rows = [Row(f"{what}: {_KERAS}", speed.rate("keras"), "images/s")]
     for key in ("ours", "whole"):
-        ratio = median(own / peer for own, peer in zip(speed[key], speed["keras"]))
-        rows.append(
-            Row(f"{what}: {contenders[key]}", median(speed[key]), "images/s", ratio, _KERAS)
-        )
+        name, ratio = f"{what}: {contenders[key]}", speed.ratio(key, "keras")
+        rows.append(Row(name, speed.rate(key), "images/s", ratio, _KERAS))
     rows.append(Row(f"peak memory: {_KERAS}", memory["keras"], "MB"))
     for key in ("ours", "whole"):
         ratio = memory["keras"] / memory[key]

@@ -69,7 +69,7 @@ class _CpuGraph:
             _pointwise(values * gate, kernel[:, :, part], added)
             for values, gate, part, added in zip(slices, gates, parts, biases)
         ]
-        projected = tf.add_n(sums) if len(sums) > 1 else sums[0]
+        projected = tf.add_n(sums)
         return projected + x if f"{name}_add" in self._layers else projected
 
     def _parts(self, x: tf.Tensor, name: str) -> list[slice]:
