@@ -105,15 +105,19 @@ def test_folding_changes_no_number(model):
     assert not any("moving" in weight.name for weight in folded.weights)
 
 
+@pytest.mark.parametrize("width", [1, 8, 1000])
 @pytest.mark.parametrize("sliced", [False, True])
-def test_the_graph_for_cpus_changes_no_number(model, sliced, monkeypatch):
+def test_the_graph_for_cpus_changes_no_number(model, sliced, width, monkeypatch):
+    monkeypatch.setattr(cpu_graph, "_CONVOLVED_WIDTH", width)
     if sliced:
         monkeypatch.setattr(cpu_graph, "_SLICE_VALUES", 1000)
         monkeypatch.setattr(cpu_graph, "_SLICE_CHANNELS", 4)
     graph = cpu_graph.forward(folding.fold_batch_norm(model))
     kinds = [op.type for op in graph.graph.get_operations()]
     blocks = efficientnet.num_blocks(model)
-    assert kinds.count("Conv2D") == 1
+    assert (kinds.count("Conv2D") == 1) == (width == 1000)
+    # With every map convolved, the classifier's product is left.
+    assert (kinds.count("MatMul") == 1) == (width == 1)
     assert (kinds.count("DepthwiseConv2dNative") > blocks) == sliced
     pixels = np.random.default_rng(0).uniform(0, 255, [3, SIZE, SIZE, 3]).astype(np.float32)
     logits, pooled = graph(tf.constant(pixels))

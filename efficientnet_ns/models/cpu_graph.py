@@ -1,9 +1,11 @@
 """A folded model arranged for the kernels that TensorFlow has on CPUs.
 
-Two things cost there more than they need to. A convolution of 1 x 1 is a product of matrices, and
-cheaper when started as one. The expanded maps of the first blocks are so large that the C library
-asks the system for fresh pages, which are cleared, for every tensor of their size: they are computed
-in slices, since between expansion and projection channels meet only in squeeze and excitation.
+Two things cost there more than they need to. A convolution of 1 x 1 is a product of matrices, and on
+small maps cheaper when started as one; on large ones the convolution is, since oneDNN applies its
+activation before the values leave the cache. The expanded maps of the first blocks are so large that
+the C library asks the system for fresh pages, which are cleared, for every tensor of their size: they
+are computed in slices, since between expansion and projection channels meet only in squeeze and
+excitation.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from efficientnet_ns.models import efficientnet, folding
 _SLICE_VALUES = 410_000
 # Channels of the narrowest slice, which fill the vector registers of a core.
 _SLICE_CHANNELS = 16
+# Width of the smallest map whose 1 x 1 convolutions stay convolutions.
+_CONVOLVED_WIDTH = 56
 
 
 def forward(folded: tf.keras.Model) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
@@ -102,9 +106,13 @@ class _CpuGraph:
 
 
 def _pointwise(x: tf.Tensor, kernel: np.ndarray, bias: np.ndarray | None = None) -> tf.Tensor:
-    """A 1 x 1 convolution, kernel [1, 1, channels in, channels out], as a product of matrices."""
+    """A 1 x 1 convolution, kernel [1, 1, channels in, channels out]; of small maps as a product."""
     height, width, channels = x.shape[1:]
-    product = tf.matmul(tf.reshape(x, [-1, channels]), kernel[0, 0])
+    convolved = width >= _CONVOLVED_WIDTH
+    if convolved:
+        y = tf.nn.conv2d(x, kernel, 1, "VALID")
+    else:
+        y = tf.matmul(tf.reshape(x, [-1, channels]), kernel[0, 0])
     if bias is not None:
-        product = tf.nn.bias_add(product, bias)
-    return tf.reshape(product, [-1, height, width, kernel.shape[-1]])
+        y = tf.nn.bias_add(y, bias)
+    return y if convolved else tf.reshape(y, [-1, height, width, kernel.shape[-1]])
