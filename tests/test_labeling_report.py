@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_report import Document, plain_calibration_error
+from test_select import load_outcome
 
 from efficientnet_ns.config import ConfigError, SelectConfig
 from efficientnet_ns.data import records
@@ -81,7 +82,7 @@ def run(tmp_path_factory) -> Run:
             [records.labeled_example(image, int(t)) for image, t in zip(images, truth[shard])],
         )
     select.select(config)
-    outcome = select.load_outcome(config)
+    outcome = load_outcome(config)
     columns = {name: np.asarray(outcome[name]) for name in ("label", "prob", "copies")}
     return Run(config, columns["label"], columns["prob"], columns["copies"] > 0,
                columns["copies"], truth.ravel())  # fmt: skip

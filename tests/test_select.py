@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from efficientnet_ns.config import ConfigError, SelectConfig
 from efficientnet_ns.data import manifests, records
 from efficientnet_ns.labeling import choose, scan, select
 from efficientnet_ns.labeling import index as index_lib
+from efficientnet_ns.labeling.outcome import Outcome
 
 CLASSES = 10
 
@@ -40,6 +42,28 @@ def config(folder: Path, **values) -> SelectConfig:
         "num_image": 100,
     }
     return SelectConfig(**{**defaults, **values})
+
+
+def load_outcome(config: SelectConfig) -> dict[str, np.ndarray]:
+    """Every prediction and what the selection made of it, for sets that fit in memory.
+
+    Returns:
+      Columns `shard`, `record` (position in the shard), `label`, `prob`, `copies` (0: rejected),
+      each [N], ordered by shard and record.
+    """
+    workers = select.count_workers(config)
+    selection = os.path.join(config.output_dir, select.SELECTION)
+    indexes = [path for paths in select.index_files(config).values() for path in paths]
+    db = select.connect(predictions=indexes, selection=[selection])
+    return db.execute(
+        f"""
+        SELECT shard, position * {workers} + worker AS record, label, prob,
+               coalesce(copies, 0) AS copies
+        FROM predictions LEFT JOIN (SELECT shard, worker, position, copies FROM selection)
+             USING (shard, worker, position)
+        ORDER BY shard, record
+        """
+    ).fetchnumpy()
 
 
 def draw_of(*numbers: int) -> int:
@@ -155,7 +179,7 @@ def test_side_files(original):
 
 
 def test_outcome_has_every_prediction_once(original):
-    outcome = select.load_outcome(original)
+    outcome = load_outcome(original)
     chosen = selection(original)
     places = list(zip(outcome["shard"].tolist(), outcome["record"].tolist()))
     assert places == [(shard, record) for shard in range(4) for record in range(500)]
@@ -170,7 +194,7 @@ def test_record_numbers_of_two_workers(tmp_path):
     make_predictions(tmp_path, [workers])
     two = config(tmp_path, num_shards=1, num_image=2)
     select.select(two)
-    outcome = select.load_outcome(two)
+    outcome = load_outcome(two)
     np.testing.assert_allclose(outcome["prob"], probs, rtol=1e-6)
     assert outcome["copies"].tolist() == [0, 0, 0, 1, 1]
     assert set(selection(two)) == {(0, 1, 1), (0, 0, 2)}
@@ -637,8 +661,9 @@ def test_side_files_are_made_again(small):
         assert Path(path).read_bytes() == content
 
 
-def test_other_file_systems(small):
+def test_other_file_systems(small, tmp_path, monkeypatch):
     """TensorFlow's file system in memory stands for those of the cloud."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     select.select(small)
     remote = dataclasses.replace(
         small,
@@ -655,5 +680,11 @@ def test_other_file_systems(small):
     tf.io.gfile.copy(f"{remote.output_dir}/{select.SELECTION}", local_copy)
     expected = pyarrow.parquet.read_table(f"{small.output_dir}/{select.SELECTION}")
     assert pyarrow.parquet.read_table(local_copy) == expected
-    outcome, here = select.load_outcome(remote), select.load_outcome(small)
+    outcome, here = load_outcome(remote), load_outcome(small)
     assert all((outcome[key] == here[key]).all() for key in here)
+    report = Outcome(remote)
+    assert report.totals() == Outcome(small).totals()
+    assert list(tmp_path.glob(".tmp-*-index-*"))
+    del report
+    gc.collect()
+    assert not list(tmp_path.glob(".tmp-*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -303,7 +305,7 @@ def test_killed_run_is_continued(inputs, by_command, monkeypatch):
     shards = []
     original = write.write_shard
     monkeypatch.setattr(
-        write, "write_shard", lambda *args: (shards.append(args[2]), original(*args))
+        write, "write_shard", lambda *args: (shards.append(args[3]), original(*args))
     )
     select.select(settings)
     write.write(settings)
@@ -414,6 +416,25 @@ def test_records_of_two_workers_meet_their_images(tmp_path):
     assert write.write(settings) == {"records": 6}
     labels = {r.image: r.label for r in parse_two_classes(settings)}
     assert labels == {picture(i): i % 2 for i in range(6)}
+
+
+def test_other_file_systems(tmp_path, monkeypatch):
+    """TensorFlow's file system in memory stands for those of the cloud."""
+    settings = make_small(tmp_path, workers=2)
+    write.write(settings)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    remote = dataclasses.replace(
+        settings, output_dir="ram://write/out", prelim_stats_dir="ram://write/statistics"
+    )
+    select.select(remote)
+    assert write.write(remote) == {"records": 6}
+    for name, content in files(settings.output_dir).items():
+        if name.startswith(("data/", "stats/stats_")):
+            with tf.io.gfile.GFile(f"{remote.output_dir}/{name}", "rb") as f:
+                assert f.read() == content, name
+    # The copy of the selection on this machine.
+    gc.collect()
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def parse_two_classes(settings: SelectConfig) -> list[Written]:

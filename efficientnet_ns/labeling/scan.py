@@ -61,17 +61,16 @@ def parquet(paths: Sequence[str]) -> str:
 @contextlib.contextmanager
 def local_copies(files: Mapping[int, Sequence[str]]) -> Iterator[dict[int, list[str]]]:
     """Yields the files by shard, those of other file systems as copies below TMPDIR."""
-    with manifests.scratch_folder("index") as folder:
-
-        def local(path: str) -> str:
-            if is_local(path):
-                return path
-            copy = os.path.join(folder, os.path.basename(path))
-            tf.io.gfile.copy(path, copy)
-            return copy
-
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            yield {shard: list(pool.map(local, paths)) for shard, paths in files.items()}
+    with contextlib.ExitStack() as stack:
+        copied: dict[str, str] = {}
+        remote = [path for paths in files.values() for path in paths if not is_local(path)]
+        if remote:
+            folder = stack.enter_context(manifests.scratch_folder("index"))
+            copied = {p: os.path.join(folder, os.path.basename(p)) for p in remote}
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                # Consumed, so that an error is raised.
+                list(pool.map(tf.io.gfile.copy, copied.keys(), copied.values()))
+        yield {shard: [copied.get(path, path) for path in paths] for shard, paths in files.items()}
 
 
 class Span(NamedTuple):

@@ -13,6 +13,7 @@ import functools
 import multiprocessing
 import os
 import re
+import weakref
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -132,26 +133,16 @@ def _build_indexes(missing: Sequence[tuple[str, str, int, int]]) -> None:
 def connect(**tables: Sequence[str]):
     """A DuckDB connection with a view per keyword, over the Parquet files given for it.
 
-    Local files are read by DuckDB, piece by piece; those of other file systems are loaded.
+    DuckDB reads them piece by piece. Those of other file systems are copied below TMPDIR, where they
+    stay as long as the connection.
     """
     db = scan.database()
+    copies = contextlib.ExitStack()
+    weakref.finalize(db, copies.close)
     for name, paths in tables.items():
-        if all(scan.is_local(path) for path in paths):
-            db.execute(f"CREATE VIEW {name} AS SELECT * FROM {scan.parquet(paths)}")
-        else:
-            db.register(name, _load(paths))
+        local = copies.enter_context(scan.local_copies({0: paths}))[0]
+        db.execute(f"CREATE VIEW {name} AS SELECT * FROM {scan.parquet(local)}")
     return db
-
-
-def _load(paths: Sequence[str]):
-    import pyarrow
-    import pyarrow.parquet
-
-    loaded = []
-    for path in paths:
-        with tf.io.gfile.GFile(path, "rb") as f:
-            loaded.append(pyarrow.parquet.read_table(pyarrow.BufferReader(f.read())))
-    return pyarrow.concat_tables(loaded)
 
 
 def select(config: SelectConfig) -> dict[str, object]:
@@ -369,25 +360,3 @@ def _write_selection(source, rules: choose.Rules, path: str) -> list[tuple[int, 
                 writer.write_table(pyarrow.table(table, schema), row_group_size=_ROW_GROUP)
     found = np.flatnonzero(images)
     return list(zip(*(x[found].tolist() for x in (np.arange(classes), lowest, images, copies))))
-
-
-def load_outcome(config: SelectConfig) -> dict[str, np.ndarray]:
-    """Every prediction and what the selection made of it, for sets that fit in memory.
-
-    Returns:
-      Columns `shard`, `record` (position in the shard), `label`, `prob`, `copies` (0: rejected),
-      each [N], ordered by shard and record.
-    """
-    workers = count_workers(config)
-    selection = os.path.join(config.output_dir, SELECTION)
-    indexes = [path for paths in index_files(config).values() for path in paths]
-    db = connect(predictions=indexes, selection=[selection])
-    return db.execute(
-        f"""
-        SELECT shard, position * {workers} + worker AS record, label, prob,
-               coalesce(copies, 0) AS copies
-        FROM predictions LEFT JOIN (SELECT shard, worker, position, copies FROM selection)
-             USING (shard, worker, position)
-        ORDER BY shard, record
-        """
-    ).fetchnumpy()

@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.data import manifests, records
-from efficientnet_ns.labeling import select
+from efficientnet_ns.labeling import scan, select
 from efficientnet_ns.labeling.write_shard import Lost, stage, write_shard
 from efficientnet_ns.progress import Progress
 
@@ -73,8 +73,12 @@ def _write_stages(config: SelectConfig, shards: Sequence[int]) -> dict[int, mani
     workers, selection_hash = select.count_workers(config), _selection_hash(config)
     stages = {shard: stage(config, selection_hash, shard) for shard in shards}
     todo = {shard: stages[shard] for shard in stages if not stages[shard].done()}
-    _write_all(config, todo, workers, _processes(config, list(todo)))
-    _check_total(config, {shard: _records({shard: stages[shard]}) for shard in stages})
+    with scan.local_copies({0: [_selection_path(config)]}) as copies:
+        selection = copies[0][0]
+        _write_all(config, selection, todo, workers, _processes(config, list(todo)))
+        _check_total(
+            config, selection, {shard: _records({shard: stages[shard]}) for shard in stages}
+        )
     # Of a shard that another process finished while a killed one had begun it.
     manifests.remove_abandoned([p for s in stages.values() for p in (s.manifest, *s.outputs)])
     return stages
@@ -95,8 +99,8 @@ def _selection_hash(config: SelectConfig) -> str:
     return manifests.content_hash(path)
 
 
-def _check_total(config: SelectConfig, written: Mapping[int, int]) -> None:
-    db = select.connect(selection=[_selection_path(config)])
+def _check_total(config: SelectConfig, selection: str, written: Mapping[int, int]) -> None:
+    db = select.connect(selection=[selection])
     selected = dict(
         db.execute("SELECT shard, sum(copies)::BIGINT FROM selection GROUP BY shard").fetchall()
     )
@@ -120,12 +124,18 @@ def _processes(config: SelectConfig, shards: Sequence[int]) -> int:
 
 
 def _write_all(
-    config: SelectConfig, stages: Mapping[int, manifests.Stage], workers: int, processes: int
+    config: SelectConfig,
+    selection: str,
+    stages: Mapping[int, manifests.Stage],
+    workers: int,
+    processes: int,
 ) -> None:
-    with Progress(_count_images(config, stages), "writing balanced records", "images") as progress:
+    with Progress(
+        _count_images(selection, stages), "writing balanced records", "images"
+    ) as progress:
         if processes == 1:
             for shard, shard_stage in stages.items():
-                write_shard(config, shard_stage, shard, workers, progress.update)
+                write_shard(config, selection, shard_stage, shard, workers, progress.update)
             return
         # Spawned, since TensorFlow's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
@@ -134,7 +144,7 @@ def _write_all(
             processes, mp_context=context, initializer=_start, initargs=(counter,)
         ) as pool:
             waiting = {
-                pool.submit(_write_one, config, shard_stage, shard, workers)
+                pool.submit(_write_one, config, selection, shard_stage, shard, workers)
                 for shard, shard_stage in stages.items()
             }
             try:
@@ -152,8 +162,8 @@ def _write_all(
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _count_images(config: SelectConfig, shards: Mapping[int, object]) -> int:
-    db = select.connect(selection=[_selection_path(config)])
+def _count_images(selection: str, shards: Mapping[int, object]) -> int:
+    db = select.connect(selection=[selection])
     query = "SELECT count(*) FROM selection WHERE list_contains($1::INTEGER[], shard)"
     return db.execute(query, [list(shards)]).fetchone()[0]
 
@@ -174,12 +184,14 @@ def _start(counter) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _write_one(config: SelectConfig, stage: manifests.Stage, shard: int, workers: int) -> None:
+def _write_one(
+    config: SelectConfig, selection: str, stage: manifests.Stage, shard: int, workers: int
+) -> None:
     def progress(images: int) -> None:
         with _counter.get_lock():
             _counter.value += images
 
-    write_shard(config, stage, shard, workers, progress)
+    write_shard(config, selection, stage, shard, workers, progress)
 
 
 # --- Statistics -----------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ def stage(config: SelectConfig, selection_hash: str, shard: int) -> manifests.St
 
 def write_shard(
     config: SelectConfig,
+    selection: str,
     stage: manifests.Stage,
     shard: int,
     workers: int,
@@ -64,6 +65,7 @@ def write_shard(
     """Writes the records of a shard, reads them back, and commits them with their statistics.
 
     Args:
+      selection: the file of `select.select`, on this machine.
       workers: how many predicted the shard.
       progress: is told how many more selected images were read.
 
@@ -71,7 +73,7 @@ def write_shard(
       records.DataError: a selected record cannot be read, or is not the one that was selected.
       Lost: records selected, written and read back differ, in all or in a class.
     """
-    db = select.connect(selection=[os.path.join(config.output_dir, select.SELECTION)])
+    db = select.connect(selection=[selection])
     db.execute("SET threads = 1")
     db.execute(f"SET memory_limit = '{_SORT_MEMORY}'")
     selected = Counter(
