@@ -195,6 +195,9 @@ def test_card_tells_recipe_and_accuracy(config, base, tmp_path):
     }
     settings.update(augment_name="randaugment", randaug_layer=2, randaug_mag=9)
     (folder / "config.json").write_text(json.dumps({**settings, "init_model_path": None}))
+    during = {"eval/top1": 0.9, "eval/top5": 1.0, "eval/examples": 40}
+    rows = [json.dumps({"step": step, **more}) for step in (1, 2) for more in ({"lr": 0.1}, during)]
+    (folder / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 3, "eval/top1": 0.1')
     (folder / "eval").mkdir()
     dev = {"top1": 0.875, "top5": 0.99, "examples": 300, "loss": 1.0}
     (folder / "eval" / "eval.json").write_text(json.dumps({"ema": True, "sets": {"dev": dev}}))
@@ -205,6 +208,7 @@ def test_card_tells_recipe_and_accuracy(config, base, tmp_path):
         "Augmentation": "RandAugment, 2 operations of magnitude 9",
         "Labeled data": "photos",
         "Seed": "0",
+        "Evaluation during the training, after 2 steps": "top-1 90.00%, top-5 100.00% of 40 images (moving averages)",
         "Last evaluation in the folder, on dev": "top-1 87.50%, top-5 99.00% of 300 images (moving averages)",
     }
     chosen = export_model.ExportConfig(export_dir="unused")

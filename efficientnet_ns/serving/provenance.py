@@ -30,8 +30,8 @@ _DATA = {"label_data_dir": "Labeled data", "unlabel_data_dir": "Pseudo-labeled d
 def of_training(model_dir: str) -> dict[str, object]:
     """Settings, data and measured accuracy of a training, name → value; without the files: nothing.
 
-    Reads `config.json`, which the training wrote, and `eval/eval.json` of the last `--mode=eval`, which
-    may have measured an earlier checkpoint.
+    Reads `config.json` and `metrics.jsonl`, which the training wrote, and `eval/eval.json` of the last
+    `--mode=eval`, which may have measured an earlier checkpoint.
     """
     settings = _read(os.path.join(model_dir, "config.json"))
     facts: dict[str, object] = {
@@ -43,13 +43,32 @@ def of_training(model_dir: str) -> dict[str, object]:
         facts["Augmentation"] = (
             f"RandAugment, {settings['randaug_layer']} operations of magnitude {settings['randaug_mag']}"
         )
+    row = _last_evaluation(os.path.join(model_dir, "metrics.jsonl"))
+    if row:
+        facts[f"Evaluation during the training, after {row['step']} steps"] = (
+            _accuracy(row, "eval/") + " (moving averages)"
+        )
     measured = _read(os.path.join(model_dir, "eval", "eval.json"))
     for name, metrics in measured.get("sets", {}).items():
         facts[f"Last evaluation in the folder, on {name}"] = (
-            f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%} of {metrics['examples']} images"
-            f" ({'moving averages' if measured['ema'] else 'raw weights'})"
+            _accuracy(metrics) + f" ({'moving averages' if measured['ema'] else 'raw weights'})"
         )
     return facts
+
+
+def _accuracy(metrics: Mapping[str, float], prefix: str = "") -> str:
+    top1, top5, examples = (metrics[prefix + name] for name in ("top1", "top5", "examples"))
+    return f"top-1 {top1:.2%}, top-5 {top5:.2%} of {examples} images"
+
+
+def _last_evaluation(path: str) -> Mapping[str, Any] | None:
+    """The last row of a training's log that holds an evaluation."""
+    if not tf.io.gfile.exists(path):
+        return None
+    with tf.io.gfile.GFile(path) as f:
+        # A killed training may have left half a line.
+        lines = [line for line in f if '"eval/top1"' in line and line.endswith("}\n")]
+    return json.loads(lines[-1]) if lines else None
 
 
 def of_publication(recipe: Any) -> dict[str, object]:
