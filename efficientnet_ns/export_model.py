@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from typing import Any, Optional
 
 from absl import flags
@@ -69,12 +70,19 @@ def export_model(
         raise ConfigError("--export_dir and --model_dir (or --init_model_path) are needed")
     if chosen.format == "tflite" and chosen.tflite_type == "int8" and not chosen.check_data:
         raise ConfigError("--tflite_type=int8 needs --check_data, images to learn ranges from")
+    if chosen.format == "tflite" and chosen.serving_dtype != "float32":
+        raise ConfigError("--serving_dtype is of SavedModels; a TFLite file has --tflite_type")
+    if chosen.format == "savedmodel" and chosen.tflite_type != "float32":
+        raise ConfigError(f"--tflite_type={chosen.tflite_type} needs --format=tflite")
     from efficientnet_ns.experiment import Experiment
     from efficientnet_ns.serving import export
 
     experiment = Experiment.from_config(config)
     model = _model(experiment, path, chosen)
-    number = export.next_version(export_dir) if version is None else version
+    pattern = r"(\d+)"
+    if chosen.format == "tflite":
+        pattern = rf"{re.escape(model.name)}-(\d+)-{chosen.tflite_type}\.tflite"
+    number = export.next_version(export_dir, pattern) if version is None else version
     write = _saved_model if chosen.format == "savedmodel" else _tflite
     return write(experiment, model, path, number, chosen)
 
@@ -121,8 +129,9 @@ def _provenance(experiment, path: str) -> dict[str, object]:
     recipe = RECIPES.get(experiment.config.model.model_name)
     if recipe is not None and provenance.is_published(path, recipe):
         return provenance.of_publication(recipe)
-    folder = path if tf.io.gfile.isdir(path) else os.path.dirname(path)
-    return provenance.of_training(folder)
+    if tf.io.gfile.isdir(path):
+        return provenance.of_training(path)
+    return provenance.of_training(*os.path.split(path))
 
 
 def _check_images(experiment, chosen: ExportConfig):

@@ -185,6 +185,25 @@ def test_missing_folders_are_named(config, tmp_path, missing):
         export_model.export_model(config, export_dir, 1)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"tflite_type": "int8"}, {"format": "tflite", "serving_dtype": "bfloat16"}],
+)
+def test_settings_of_the_other_format_are_refused(config, tmp_path, settings):
+    with pytest.raises(ConfigError, match="tflite"):
+        export_model.export_model(config, str(tmp_path), **settings)
+
+
+def test_a_file_of_the_same_type_gets_the_next_number(config, tmp_path):
+    (tmp_path / "7").mkdir()
+    paths = [
+        export_model.export_model(config, str(tmp_path), format="tflite", tflite_type=kind)
+        for kind in ("float32", "float32", "float16")
+    ]
+    numbers = [Path(path).name.split("-")[-2] for path in paths]
+    assert numbers == ["1", "2", "1"]
+
+
 def test_card_tells_recipe_and_accuracy(config, base, tmp_path):
     folder = Path(config.train.model_dir)
     settings = {
@@ -200,10 +219,12 @@ def test_card_tells_recipe_and_accuracy(config, base, tmp_path):
     (folder / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 3, "eval/top1": 0.1')
     (folder / "eval").mkdir()
     dev = {"top1": 0.875, "top5": 0.99, "examples": 300, "loss": 1.0}
-    (folder / "eval" / "eval.json").write_text(json.dumps({"ema": True, "sets": {"dev": dev}}))
+    (folder / "eval" / "eval.json").write_text(
+        json.dumps({"weights": str(folder), "ema": True, "views": 1, "sets": {"dev": dev}})
+    )
     facts = provenance.of_training(str(folder))
     assert facts == {
-        "Update steps": "700",
+        "Update steps of the whole training": "700",
         "Unlabeled images per labeled one": "3.0",
         "Augmentation": "RandAugment, 2 operations of magnitude 9",
         "Labeled data": "photos",
@@ -219,6 +240,24 @@ def test_card_tells_recipe_and_accuracy(config, base, tmp_path):
     for name, value in facts.items():
         assert f"- {name}: {value}\n" in text
     assert provenance.of_training(str(tmp_path)) == {}
+
+
+def test_card_tells_no_accuracy_of_other_weights(tmp_path):
+    rows = [{"step": s, "eval/top1": s / 10, "eval/top5": 1.0, "eval/examples": 9} for s in (5, 7)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "eval").mkdir()
+    dev = {"top1": 0.25, "top5": 0.5, "examples": 9}
+    measured = {"weights": "runs/teacher", "ema": True, "views": 2, "sets": {"dev": dev}}
+    (tmp_path / "eval" / "eval.json").write_text(json.dumps(measured))
+    during = "Evaluation during the training, after {} steps"
+    assert list(provenance.of_training(str(tmp_path))) == [during.format(7)]
+    assert list(provenance.of_training(str(tmp_path), "model.ckpt-6")) == [during.format(5)]
+    measured["weights"] = f"{tmp_path}/model.ckpt-6"
+    (tmp_path / "eval" / "eval.json").write_text(json.dumps(measured))
+    assert list(provenance.of_training(str(tmp_path))) == [during.format(7)]
+    facts = provenance.of_training(str(tmp_path), "model.ckpt-6")
+    assert "top-1 25.00%" in facts["Last evaluation in the folder, on dev"]
+    assert "2 views" in facts["Last evaluation in the folder, on dev"]
 
 
 def test_card_of_published_weights():

@@ -292,6 +292,31 @@ def test_start_script_turns_onednn_on_unless_told_otherwise(base, tmp_path):
         assert f"--model_base_path={base}" in arguments
 
 
+def test_start_script_without_a_server_starts_a_container(base, tmp_path):
+    docker = tmp_path / "docker"
+    docker.write_text('#!/bin/sh\necho "$*"\n')
+    docker.chmod(0o755)
+    command = [str(base / "deploy" / "start.sh"), "--version"]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    options, _, arguments = done.partition(" tensorflow/serving:2.15.1 ")
+    # Only so do signals reach the server.
+    assert "--init --entrypoint tensorflow_model_server" in options
+    assert arguments.split()[:2] == ["--port=8500", "--rest_api_port=8501"]
+    assert arguments.split()[-1] == "--version"
+
+
+def test_files_of_another_model_are_left_with_a_warning(tmp_path, caplog):
+    deploy.write(str(tmp_path), "one")
+    deploy.write(str(tmp_path), "one")
+    assert not caplog.records
+    before = (tmp_path / "deploy" / "models.config").read_text()
+    with caplog.at_level("WARNING"):
+        deploy.write(str(tmp_path), "two")
+    assert "models.config is not what it would be for two" in caplog.text
+    assert (tmp_path / "deploy" / "models.config").read_text() == before
+
+
 def test_compose_file_and_kubernetes_manifest(base):
     compose = yaml.safe_load((base / "deploy" / "docker-compose.yml").read_text())
     service = compose["services"]["serving"]
@@ -321,6 +346,8 @@ def test_compose_file_and_kubernetes_manifest(base):
     assert container["image"] == service["image"] and container["args"] == service["command"]
     environment = {variable["name"]: variable["value"] for variable in container["env"]}
     assert environment == service["environment"] == {tables.ONEDNN: "1"}
+    assert service["init"] and pod["spec"]["shareProcessNamespace"]
+    assert container["command"] == service["entrypoint"] == ["tensorflow_model_server"]
     (mount,), (volume,) = container["volumeMounts"], pod["spec"]["volumes"]
     assert mount["name"] == volume["name"] and mount["mountPath"] == inside and mount["readOnly"]
 
@@ -615,9 +642,22 @@ def test_check_data(tmp_path):
     assert len(check.encoded_images(str(tmp_path), 3)) == 3
     (tmp_path / "a.jpg").write_bytes(jpeg())
     assert check.encoded_images(str(tmp_path), 3) == [jpeg()]
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    assert check.encoded_images(str(tmp_path), 1) == [jpeg()]
+    with pytest.raises(records.DataError, match="does not exist"):
+        check.encoded_images(str(tmp_path / "nowhere"), 3)
 
 
 # REST.
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--server=localhost:abc", "--server=ftp://localhost", "--timeout=-1"]
+)
+def test_client_refuses_what_cannot_work(wrong, capsys):
+    with pytest.raises(SystemExit):
+        client.main(["--model=m", wrong, "photo.jpg"])
+    assert wrong.partition("=")[2] in capsys.readouterr().err
 
 
 def decoded(value):
@@ -712,7 +752,7 @@ def test_client_by_rest(model, rest, photos, capsys):
     assert first[0]["name"] == NAMES[best.argmax()]
     assert first[0]["probability"] == pytest.approx(best.max(), abs=1e-5)
     assert set(handler.paths) == {"/v1/models/m/versions/3:predict"} and len(handler.paths) == 4
-    assert "5 photos in" in shown.err and "p99" in shown.err
+    assert "3 photos in" in shown.err and "p99" in shown.err
 
 
 def test_client_gives_up(rest, photos, capsys):

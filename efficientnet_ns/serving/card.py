@@ -36,8 +36,8 @@ name empty, and its probabilities and features are 0 (of `classify`: empty names
 ## How to call it
 
 ```
-curl -d "{{\\"instances\\": [{{\\"b64\\": \\"$(base64 -w0 photo.jpg)\\"}}]}}" \\
-  http://localhost:8501/v1/models/{model}:predict
+(printf '{{"instances": [{{"b64": "'; base64 -w0 photo.jpg; printf '"}}]}}') | \\
+  curl -d @- http://localhost:8501/v1/models/{model}:predict
 python -m efficientnet_ns.serving.client --model={model} photo.jpg
 ```
 

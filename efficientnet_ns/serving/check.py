@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from efficientnet_ns.data import records
 
@@ -37,25 +39,42 @@ class Difference(NamedTuple):
 def encoded_images(path: str, limit: int) -> list[bytes]:
     """The first `limit` encoded images of a folder of image files or of record files.
 
+    What cannot be decoded is named in the log and left out.
+
     Raises:
       DataError: there are none.
     """
+    if not tf.io.gfile.exists(path):
+        raise records.DataError(f"{path} does not exist")
     names = sorted(tf.io.gfile.listdir(path)) if tf.io.gfile.isdir(path) else []
-    pictures = [name for name in names if name.lower().endswith(_EXTENSIONS)][:limit]
-    found = []
-    for name in pictures:
-        with tf.io.gfile.GFile(os.path.join(path, name), "rb") as f:
-            found.append(f.read())
-    shards = [name for name in names if "-of-" in name and not name.startswith(".")]
-    for name in [] if pictures else shards:
-        for record in records.read(os.path.join(path, name)):
-            if record.payload is not None and len(found) < limit:
-                found.append(records.image_bytes(record.payload))
+    found = list(itertools.islice(_decodable(_named_images(path, names)), limit))
     if not found:
         raise records.DataError(
-            f"{path} holds neither images ({', '.join(_EXTENSIONS)}) nor records (…-00000-of-…)"
+            f"{path} holds (itself, not in folders below it) neither images ({', '.join(_EXTENSIONS)}) nor records (…-00000-of-…)"
         )
     return found
+
+
+def _named_images(path: str, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    pictures = [name for name in names if name.lower().endswith(_EXTENSIONS)]
+    for name in pictures:
+        with tf.io.gfile.GFile(os.path.join(path, name), "rb") as f:
+            yield name, f.read()
+    shards = [name for name in names if "-of-" in name and not name.startswith(".")]
+    for name in [] if pictures else shards:
+        for number, record in enumerate(records.read(os.path.join(path, name))):
+            if record.payload is not None:
+                yield f"{name}, record {number}", records.image_bytes(record.payload)
+
+
+def _decodable(images: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
+    for name, image in images:
+        try:
+            tf.io.decode_image(image, expand_animations=False)
+        except tf.errors.InvalidArgumentError:
+            logging.warning("%s cannot be decoded and is left out of the comparison", name)
+            continue
+        yield image
 
 
 def prepared(encoded: Sequence[bytes], prepare: Callable[[tf.Tensor], tf.Tensor]) -> np.ndarray:

@@ -10,6 +10,7 @@ import os
 import re
 
 import tensorflow as tf
+from absl import logging
 
 FOLDER = "deploy"
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -37,7 +38,12 @@ _COMPOSE = """\
 services:
   serving:
     image: tensorflow/serving:2.15.1
+    # The image's own entrypoint is a script that does not hand on signals.
+    init: true
+    entrypoint: [tensorflow_model_server]
     command:
+      - --port=8500
+      - --rest_api_port=8501
       - --model_config_file=/models/{model}/deploy/models.config
       - --enable_batching
       - --batching_parameters_file=/models/{model}/deploy/batching_parameters.txt
@@ -58,7 +64,7 @@ services:
         - -c
         - >-
           exec 3<>/dev/tcp/localhost/8501 &&
-          printf 'GET /v1/models/{model} HTTP/1.0\\r\\n\\r\\n' >&3 && grep -q AVAILABLE <&3
+          printf 'GET /v1/models/{model} HTTP/1.0\\r\\n\\r\\n' >&3 && grep -q '"AVAILABLE"' <&3
       interval: 10s
       timeout: 5s
       retries: 6
@@ -79,10 +85,15 @@ spec:
     metadata:
       labels: {{app: {label}}}
     spec:
+      # The server is not process 1 then, and SIGTERM ends it.
+      shareProcessNamespace: true
       containers:
         - name: serving
           image: tensorflow/serving:2.15.1
+          command: [tensorflow_model_server]
           args:
+            - --port=8500
+            - --rest_api_port=8501
             - --model_config_file=/models/{model}/deploy/models.config
             - --enable_batching
             - --batching_parameters_file=/models/{model}/deploy/batching_parameters.txt
@@ -103,12 +114,18 @@ spec:
           livenessProbe:
             tcpSocket: {{port: grpc}}
             periodSeconds: 20
+          # Requests in flight are answered while the service forgets the pod.
+          lifecycle:
+            preStop:
+              exec: {{command: [sleep, "5"]}}
           resources:
+            # Enough for B0 to B7; L2's weights alone are 1.9 GB.
             requests: {{cpu: "2", memory: 2Gi}}
             limits: {{memory: 4Gi}}
           volumeMounts:
             - {{name: models, mountPath: /models/{model}, readOnly: true}}
       volumes:
+        # Yours: a volume that several pods can read, with the versions and this folder in it.
         - name: models
           persistentVolumeClaim: {{claimName: {label}-models}}
 ---
@@ -135,8 +152,9 @@ if command -v tensorflow_model_server >/dev/null; then
     --model_name='{model}' --model_base_path="$base" \\
     --enable_batching --batching_parameters_file="$base/deploy/batching_parameters.txt" "$@"
 fi
-exec docker run --rm -p 8500:8500 -p 8501:8501 -v "$base:/models/{model}:ro" \\
-  -e TF_ENABLE_ONEDNN_OPTS tensorflow/serving:2.15.1 \\
+# The image's own entrypoint is a script that does not hand on signals.
+exec docker run --rm --init --entrypoint tensorflow_model_server -p 8500:8500 -p 8501:8501 -v "$base:/models/{model}:ro" \\
+  -e TF_ENABLE_ONEDNN_OPTS tensorflow/serving:2.15.1 --port=8500 --rest_api_port=8501 \\
   --model_config_file='/models/{model}/deploy/models.config' \\
   --enable_batching \\
   --batching_parameters_file='/models/{model}/deploy/batching_parameters.txt' "$@"
@@ -163,11 +181,14 @@ def texts(model: str) -> dict[str, str]:
 
 
 def write(base: str, model: str) -> None:
-    """Writes the files that are not there yet: those that somebody changed stay."""
+    """Writes the files that are not there yet: those that somebody changed stay, with a warning."""
     tf.io.gfile.makedirs(os.path.join(base, FOLDER))
     for name, text in texts(model).items():
         path = os.path.join(base, FOLDER, name)
         if tf.io.gfile.exists(path):
+            with tf.io.gfile.GFile(path) as f:
+                if f.read() != text:
+                    logging.warning("%s is not what it would be for %s: left as it is", path, model)
             continue
         with tf.io.gfile.GFile(path, "w") as f:
             f.write(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -39,10 +40,15 @@ class Options:
     facts: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
-def next_version(base: str) -> int:
-    """One above the highest version in `base`, 1 when there is none."""
+def next_version(base: str, pattern: str = r"(\d+)") -> int:
+    """One above the highest version in `base`, 1 when there is none.
+
+    Args:
+      pattern: of the names that are versions, with the number as its group.
+    """
     names = tf.io.gfile.listdir(base) if tf.io.gfile.isdir(base) else []
-    return max([int(n) for n in (n.rstrip("/") for n in names) if n.isdigit()], default=0) + 1
+    found = [re.fullmatch(pattern, name.rstrip("/")) for name in names]
+    return max([int(match[1]) for match in found if match], default=0) + 1
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 # Setting in config.json → its name in the card.
 _RECIPE = {
-    "train_steps": "Update steps",
+    "train_steps": "Update steps of the whole training",
     "train_batch_size": "Labeled images per update",
     "unlabel_ratio": "Unlabeled images per labeled one",
     "input_image_size": "Training resolution",
@@ -27,11 +27,14 @@ _RECIPE = {
 _DATA = {"label_data_dir": "Labeled data", "unlabel_data_dir": "Pseudo-labeled data"}
 
 
-def of_training(model_dir: str) -> dict[str, object]:
+def of_training(model_dir: str, checkpoint: str = "") -> dict[str, object]:
     """Settings, data and measured accuracy of a training, name → value; without the files: nothing.
 
     Reads `config.json` and `metrics.jsonl`, which the training wrote, and `eval/eval.json` of the last
-    `--mode=eval`, which may have measured an earlier checkpoint.
+    `--mode=eval`, if it measured these weights; of a folder, it may have been an earlier checkpoint.
+
+    Args:
+      checkpoint: name of the one in question, `model.ckpt-<step>`; empty: the newest.
     """
     settings = _read(os.path.join(model_dir, "config.json"))
     facts: dict[str, object] = {
@@ -43,15 +46,21 @@ def of_training(model_dir: str) -> dict[str, object]:
         facts["Augmentation"] = (
             f"RandAugment, {settings['randaug_layer']} operations of magnitude {settings['randaug_mag']}"
         )
-    row = _last_evaluation(os.path.join(model_dir, "metrics.jsonl"))
+    step = checkpoint.rpartition("-")[2]
+    row = _last_evaluation(
+        os.path.join(model_dir, "metrics.jsonl"), float(step) if step.isdigit() else float("inf")
+    )
     if row:
         facts[f"Evaluation during the training, after {row['step']} steps"] = (
             _accuracy(row, "eval/") + " (moving averages)"
         )
     measured = _read(os.path.join(model_dir, "eval", "eval.json"))
-    for name, metrics in measured.get("sets", {}).items():
+    if not _same(measured.get("weights", ""), os.path.join(model_dir, checkpoint)):
+        return facts
+    views = f", {measured['views']} views" * (measured["views"] > 1)
+    for name, metrics in measured["sets"].items():
         facts[f"Last evaluation in the folder, on {name}"] = (
-            _accuracy(metrics) + f" ({'moving averages' if measured['ema'] else 'raw weights'})"
+            f"{_accuracy(metrics)} ({'moving averages' if measured['ema'] else 'raw weights'}{views})"
         )
     return facts
 
@@ -61,14 +70,23 @@ def _accuracy(metrics: Mapping[str, float], prefix: str = "") -> str:
     return f"top-1 {top1:.2%}, top-5 {top5:.2%} of {examples} images"
 
 
-def _last_evaluation(path: str) -> Mapping[str, Any] | None:
-    """The last row of a training's log that holds an evaluation."""
+def _same(path: str, other: str) -> bool:
+    """Whether two names are of one file or folder."""
+    first, second = (
+        name.rstrip("/") if "://" in name else os.path.abspath(name) for name in (path, other)
+    )
+    return first == second
+
+
+def _last_evaluation(path: str, end: float) -> Mapping[str, Any] | None:
+    """The last row of a training's log that holds an evaluation, up to the step `end`."""
     if not tf.io.gfile.exists(path):
         return None
     with tf.io.gfile.GFile(path) as f:
         # A killed training may have left half a line.
         lines = [line for line in f if '"eval/top1"' in line and line.endswith("}\n")]
-    return json.loads(lines[-1]) if lines else None
+    rows = [row for row in map(json.loads, lines) if row["step"] <= end]
+    return rows[-1] if rows else None
 
 
 def of_publication(recipe: Any) -> dict[str, object]:
