@@ -79,12 +79,16 @@ def export_model(
 
     experiment = Experiment.from_config(config)
     model = _model(experiment, path, chosen)
-    pattern = r"(\d+)"
-    if chosen.format == "tflite":
-        pattern = rf"{re.escape(model.name)}-(\d+)-{chosen.tflite_type}\.tflite"
+    pattern = re.escape(_file_name(model, "NUMBER", chosen)).replace("NUMBER", r"(\d+)")
     number = export.next_version(export_dir, pattern) if version is None else version
     write = _saved_model if chosen.format == "savedmodel" else _tflite
     return write(experiment, model, path, number, chosen)
+
+
+def _file_name(model, version: int | str, chosen: ExportConfig) -> str:
+    if chosen.format == "savedmodel":
+        return str(version)
+    return f"{model.name}-{version}-{chosen.tflite_type}.tflite"
 
 
 def _model(experiment, path: str, chosen: ExportConfig):
@@ -171,8 +175,7 @@ def _tflite(experiment, model, path: str, version: int, chosen: ExportConfig) ->
     from efficientnet_ns.serving import check, export, tflite
 
     encoded, images = _check_images(experiment, chosen)
-    name = f"{model.name}-{version}-{chosen.tflite_type}.tflite"
-    target = os.path.join(chosen.export_dir, name)
+    target = os.path.join(chosen.export_dir, _file_name(model, version, chosen))
     content = export.export_tflite(
         model,
         experiment.preprocessing(),

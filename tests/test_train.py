@@ -812,7 +812,7 @@ def test_continuous_evaluation_ends_with_the_last_step(straight, tmp_path):
 
 def test_every_start_is_noted_with_all_flags(straight):
     config, _ = straight
-    first, *_ = summaries.read_lines(f"{config.train.model_dir}/{summaries.RUNS}")
+    first, *_ = manifests.read_json_lines(f"{config.train.model_dir}/{summaries.RUNS}")
     assert first["step"] == 0 and first["flags"]["iterations_per_loop"] == 2
     assert set(first["flags"]) == set(Config().values())
 

@@ -128,6 +128,29 @@ def read_json(path: str):
         raise BrokenFile(f"{path} is not valid JSON: {e}") from e
 
 
+def read_json_lines(path: str) -> list[dict]:
+    """Objects of a file with one JSON object per line; none when it does not exist.
+
+    A last line that is not whole, which a killed writer leaves behind, is left out.
+
+    Raises:
+      BrokenFile: another line is not JSON.
+    """
+    if not tf.io.gfile.exists(path):
+        return []
+    with tf.io.gfile.GFile(path, "rb") as f:
+        lines = f.read().split(b"\n")[:-1]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as e:
+            if number == len(lines):
+                break
+            raise BrokenFile(f"{path}, line {number} is not valid JSON: {e}") from e
+    return rows
+
+
 def fingerprint(paths: Sequence[str]) -> str:
     """Short hash of the names and sizes of files, order included."""
     listing = [(os.path.basename(p), tf.io.gfile.stat(p).length) for p in paths]

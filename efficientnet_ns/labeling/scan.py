@@ -59,18 +59,19 @@ def parquet(paths: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def local_copies(files: Mapping[int, Sequence[str]]) -> Iterator[dict[int, list[str]]]:
-    """Yields the files by shard, those of other file systems as copies below TMPDIR."""
+def local_copies(paths: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Yields path → path on this machine, for other file systems that of a copy below TMPDIR."""
     with contextlib.ExitStack() as stack:
-        copied: dict[str, str] = {}
-        remote = [path for paths in files.values() for path in paths if not is_local(path)]
+        local = {path: path for path in paths}
+        remote = [path for path in paths if not is_local(path)]
         if remote:
             folder = stack.enter_context(manifests.scratch_folder("index"))
-            copied = {p: os.path.join(folder, os.path.basename(p)) for p in remote}
+            copied = {path: os.path.join(folder, os.path.basename(path)) for path in remote}
             with concurrent.futures.ThreadPoolExecutor(8) as pool:
                 # Consumed, so that an error is raised.
                 list(pool.map(tf.io.gfile.copy, copied.keys(), copied.values()))
-        yield {shard: [copied.get(path, path) for path in paths] for shard, paths in files.items()}
+            local.update(copied)
+        yield local
 
 
 class Span(NamedTuple):

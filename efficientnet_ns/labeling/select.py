@@ -140,8 +140,8 @@ def connect(**tables: Sequence[str]):
     copies = contextlib.ExitStack()
     weakref.finalize(db, copies.close)
     for name, paths in tables.items():
-        local = copies.enter_context(scan.local_copies({0: paths}))[0]
-        db.execute(f"CREATE VIEW {name} AS SELECT * FROM {scan.parquet(local)}")
+        local = copies.enter_context(scan.local_copies(paths))
+        db.execute(f"CREATE VIEW {name} AS SELECT * FROM {scan.parquet([*local.values()])}")
     return db
 
 
@@ -176,8 +176,8 @@ def select(config: SelectConfig) -> dict[str, object]:
     if not config.only_get_stats and stage.done() and counted:
         return stage.counts()
     _check_classes(config)
-    with scan.local_copies(indexes) as files:
-        source = scan.Scan(files)
+    with scan.local_copies([path for paths in indexes.values() for path in paths]) as local:
+        source = scan.Scan({s: [local[path] for path in paths] for s, paths in indexes.items()})
         counts = _count(source, config, None if counted else statistics_stage, names)
         if config.only_get_stats:
             return statistics_stage.counts()

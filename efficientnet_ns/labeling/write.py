@@ -73,8 +73,9 @@ def _write_stages(config: SelectConfig, shards: Sequence[int]) -> dict[int, mani
     workers, selection_hash = select.count_workers(config), _selection_hash(config)
     stages = {shard: stage(config, selection_hash, shard) for shard in shards}
     todo = {shard: stages[shard] for shard in stages if not stages[shard].done()}
-    with scan.local_copies({0: [_selection_path(config)]}) as copies:
-        selection = copies[0][0]
+    path = _selection_path(config)
+    with scan.local_copies([path]) as local:
+        selection = local[path]
         _write_all(config, selection, todo, workers, _processes(config, list(todo)))
         _check_total(
             config, selection, {shard: _records({shard: stages[shard]}) for shard in stages}

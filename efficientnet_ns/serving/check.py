@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from efficientnet_ns.data import images as images_lib
 from efficientnet_ns.data import records
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
@@ -70,7 +71,7 @@ def _named_images(path: str, names: Sequence[str]) -> Iterator[tuple[str, bytes]
 def _decodable(images: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
     for name, image in images:
         try:
-            tf.io.decode_image(image, expand_animations=False)
+            images_lib.decode(image)
         except tf.errors.InvalidArgumentError:
             logging.warning("%s cannot be decoded and is left out of the comparison", name)
             continue

@@ -241,7 +241,11 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def summary(latencies: Sequence[float], photos: int, seconds: float) -> str:
-    """Of the photos that were answered: `12 photos in 0.8 s (15.0 photos/s); request p50 61 ms, p90 70 ms, p99 82 ms`."""
+    """`12 photos in 0.8 s (15.0 photos/s); request p50 61 ms, p90 70 ms, p99 82 ms`.
+
+    Args:
+      photos: how many were answered.
+    """
     text = f"{photos} photos in {seconds:.1f} s ({photos / max(seconds, 1e-9):.1f} photos/s)"
     if latencies:
         shown = [f"p{p} {percentile(latencies, p) * 1e3:.0f} ms" for p in (50, 90, 99)]
@@ -351,12 +355,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     )
     print(FORMATS[chosen.format](answers))
-    print(
-        summary(
-            latencies, sum(not answer.error for answer in answers), time.perf_counter() - start
-        ),
-        file=sys.stderr,
-    )
+    answered = sum(not answer.error for answer in answers)
+    print(summary(latencies, answered, time.perf_counter() - start), file=sys.stderr)
     return int(any(answer.error for answer in answers))
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from efficientnet_ns.data import manifests
+
 # Setting in config.json → its name in the card.
 _RECIPE = {
     "train_steps": "Update steps of the whole training",
@@ -80,13 +82,9 @@ def _same(path: str, other: str) -> bool:
 
 def _last_evaluation(path: str, end: float) -> Mapping[str, Any] | None:
     """The last row of a training's log that holds an evaluation, up to the step `end`."""
-    if not tf.io.gfile.exists(path):
-        return None
-    with tf.io.gfile.GFile(path) as f:
-        # A killed training may have left half a line.
-        lines = [line for line in f if '"eval/top1"' in line and line.endswith("}\n")]
-    rows = [row for row in map(json.loads, lines) if row["step"] <= end]
-    return rows[-1] if rows else None
+    rows = manifests.read_json_lines(path)
+    found = [row for row in rows if "eval/top1" in row and row["step"] <= end]
+    return found[-1] if found else None
 
 
 def of_publication(recipe: Any) -> dict[str, object]:

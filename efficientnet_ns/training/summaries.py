@@ -22,29 +22,6 @@ from efficientnet_ns.data import manifests
 METRICS, RUNS = "metrics.jsonl", "runs.jsonl"
 
 
-def read_lines(path: str) -> list[dict[str, Any]]:
-    """Objects of a file with one JSON object per line; none when it does not exist.
-
-    A last line that is not whole, which a killed writer leaves behind, is left out.
-
-    Raises:
-      manifests.BrokenFile: another line is not JSON.
-    """
-    if not tf.io.gfile.exists(path):
-        return []
-    with tf.io.gfile.GFile(path, "rb") as f:
-        lines = f.read().split(b"\n")[:-1]
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as e:
-            if number == len(lines):
-                break
-            raise manifests.BrokenFile(f"{path}, line {number} is not valid JSON: {e}") from e
-    return rows
-
-
 def _write_lines(path: str, rows: list[dict[str, Any]]) -> None:
     with manifests.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
         f.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -52,7 +29,7 @@ def _write_lines(path: str, rows: list[dict[str, Any]]) -> None:
 
 def read_metrics(folder: str) -> list[dict[str, float]]:
     """Rows of the `metrics.jsonl` of a model_dir, in the order of training."""
-    return read_lines(os.path.join(folder, METRICS))
+    return manifests.read_json_lines(os.path.join(folder, METRICS))
 
 
 def note_start(folder: str, start: int, flags: dict[str, Any]) -> None:
@@ -67,7 +44,7 @@ def note_start(folder: str, start: int, flags: dict[str, Any]) -> None:
         "flags": flags,
     }
     path = os.path.join(folder, RUNS)
-    _write_lines(path, [*read_lines(path), row])
+    _write_lines(path, [*manifests.read_json_lines(path), row])
 
 
 class MetricsLog:
