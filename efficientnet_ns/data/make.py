@@ -6,7 +6,7 @@ holds depends on the source and the settings only, not on the processes that wri
 
 from __future__ import annotations
 
-import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import functools
 import hashlib
@@ -22,7 +22,7 @@ from absl import logging
 
 from efficientnet_ns import preemption
 from efficientnet_ns.data import encoded, manifests, records
-from efficientnet_ns.data.sources import Entry, Loaded
+from efficientnet_ns.data.sources import Entry, LeftOut, Loaded, printable
 from efficientnet_ns.progress import Progress
 
 _IMAGES_PER_SHARD, _MAX_SHARDS = 1024, 1024
@@ -42,6 +42,7 @@ class ImageSet:
       record: (image bytes, label) → serialized Example; picklable.
       identity: settings that determine the records beside the entries, JSON-able.
       num_classes: labels must be below; None for a set without labels.
+      lost: images of the source that are no entries, and why.
     """
 
     folder: str
@@ -51,6 +52,7 @@ class ImageSet:
     record: Callable[[bytes, int], bytes]
     identity: dict[str, object]
     num_classes: int | None
+    lost: Sequence[LeftOut] = ()
 
     def shards(self) -> list[_Shard]:
         """What each file holds."""
@@ -142,14 +144,15 @@ def make_sets(
     Args:
       source: see `sources`; it is sent to the processes.
       num_workers: processes; None: one per CPU core.
-      max_bad_fraction: of a set's images, how many may be unreadable.
+      max_bad_fraction: of a set's images, how many may be unusable.
 
     Returns:
       What became of each set; `<prefix>-quarantine.json` lists what was left out.
 
     Raises:
-      records.DataError: too many unreadable images, or a label out of range.
+      records.DataError: too many unusable images, or a label out of range.
       manifests.OutputConflict: files in the way.
+      WorkerLost: a process was killed.
     """
     for one in sets:
         _refuse_other_sharding(one)
@@ -219,8 +222,11 @@ class _Result:
     """Adds up what the shards of a set report."""
 
     def __init__(self, one: ImageSet, max_bad_fraction: float):
-        self._set, self._allowed = one, max_bad_fraction * len(one.entries)
-        self._records, self._bad, self._shapes = 0, [], set()
+        self._set, self._images = one, len(one.entries) + len(one.lost)
+        self._allowed = max_bad_fraction * self._images
+        self._records, self._shapes = 0, set()
+        self._bad = [list(item) for item in one.lost]
+        self._check()
 
     def add(self, counts: dict) -> None:
         self._records += counts["records"]
@@ -228,12 +234,15 @@ class _Result:
         # Shards of many shapes, or of images nobody looked at, say None.
         if counts["records"]:
             self._shapes.add(tuple(counts["shape"]) if counts["shape"] else None)
+        self._check()
+
+    def _check(self) -> None:
         if len(self._bad) > self._allowed:
             path = self._write()
             name, reason = self._bad[0]
             raise records.DataError(
-                f"{len(self._bad)} of {len(self._set.entries)} images of {self._set.prefix!r} are "
-                f"unreadable, more than --max_bad_fraction allows. One is {name}: {reason}. "
+                f"{len(self._bad)} of {self._images} images of {self._set.prefix!r} are unusable, "
+                f"more than --max_bad_fraction allows. One is {name}: {reason}. "
                 f"{path} lists those found so far."
             )
 
@@ -241,20 +250,28 @@ class _Result:
         self._bad.sort()
         if self._bad:
             path = self._write()
-            logging.warning(
-                "%d unreadable images were left out; %s lists them", len(self._bad), path
-            )
+            logging.warning("%d images were left out; %s lists them", len(self._bad), path)
+        elif tf.io.gfile.exists(self._path()):
+            tf.io.gfile.remove(self._path())  # Of an attempt before the images were mended.
         shape = next(iter(self._shapes)) if len(self._shapes) == 1 else None
         return Made(self._records, self._bad, shape)
 
+    def _path(self) -> str:
+        return os.path.join(self._set.folder, f"{self._set.prefix}-quarantine.json")
+
     def _write(self) -> str:
-        path = os.path.join(self._set.folder, f"{self._set.prefix}-quarantine.json")
+        path = self._path()
+        tf.io.gfile.makedirs(self._set.folder)
         listing = [{"path": name, "reason": reason} for name, reason in sorted(self._bad)]
         manifests.write_json(path, listing, indent=1)
         return path
 
 
 # --- Processes ------------------------------------------------------------------------------------
+
+
+class WorkerLost(RuntimeError):
+    """A process that wrote records ended without an error of its own."""
 
 
 class _Job(NamedTuple):
@@ -290,6 +307,12 @@ def _run(jobs, workers: int) -> Iterator[tuple[list[int], _Job, list[dict]]]:
             running[pool.submit(_write_shards, _attached(job))] = (numbers, job)
         while running:
             yield from _finished(running)
+    except concurrent.futures.process.BrokenProcessPool as e:
+        raise WorkerLost(
+            f"one of {workers} processes was killed, most often because memory ran out. Finished "
+            "shards are kept: start the same command again to continue, with a smaller "
+            "--num_workers if it was the memory."
+        ) from e
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -329,9 +352,7 @@ def _write_shard(shard: _Shard, load: Callable[[Entry], tuple]) -> dict:
             try:
                 loaded, shape = load(entry)
             except (encoded.Unusable, *_UNREADABLE) as e:
-                # Names on disk may hold bytes that are no Unicode.
-                name = entry.name.encode("utf-8", "backslashreplace").decode()
-                bad.append([name, str(e).replace("\n", " ")])
+                bad.append([printable(entry.name), str(e).replace("\n", " ")])
                 continue
             shapes.add(shape)
             yield shard.record(loaded.image, loaded.label)
@@ -352,7 +373,7 @@ def _load(
     loaded = read(entry)
     if num_classes is not None and not 0 <= loaded.label < num_classes:
         raise records.DataError(
-            f"{entry.name} has label {loaded.label}, but labels are 0..{num_classes - 1}"
+            f"{printable(entry.name)} has label {loaded.label}, but labels are 0..{num_classes - 1}"
         )
     image, shape = encoded.prepare(loaded.image, rules)
     return loaded._replace(image=image), shape

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 
 import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError
-from efficientnet_ns.data import encoded, make, records, sources, tasks, tfds_source
+from efficientnet_ns.data import (
+    encoded,
+    listing,
+    make,
+    manifests,
+    records,
+    sources,
+    tasks,
+    tfds_source,
+)
+from efficientnet_ns.data.listing import Listing
 from efficientnet_ns.data.settings import MakeConfig
-from efficientnet_ns.data.sources import Entry
 
 TASK = "task.json"
 # Square images up to this side get the small-image model, as SVHN's 32 pixels do.
@@ -26,14 +36,11 @@ def make_records(config: MakeConfig) -> dict[str, int]:
       Prefix → number of records.
 
     Raises:
-      ConfigError, records.DataError, manifests.OutputConflict: see `make.make_sets`.
+      ConfigError: settings that cannot work, or sets in the output folder that do not go together.
+      records.DataError, manifests.OutputConflict, make.WorkerLost: see `make.make_sets`.
     """
-    if not config.source or not config.output_dir:
-        raise ConfigError("--source and --output_dir are needed")
-    if config.validation_fraction and not (config.labeled and config.validation_fraction < 1):
-        raise ConfigError(
-            f"--validation_fraction={config.validation_fraction} must be below 1, of labeled images"
-        )
+    _check(config)
+    _check_other_sets(config)
     if config.source.startswith(tfds_source.PREFIX):
         return _from_tfds(config)
     if not tf.io.gfile.exists(config.source):
@@ -41,14 +48,79 @@ def make_records(config: MakeConfig) -> dict[str, int]:
             f"--source={config.source} does not exist: a folder of images, an archive "
             f"({', '.join(sources.ARCHIVES)}) or {tfds_source.PREFIX}<name> is needed"
         )
-    source = sources.open_source(config.source)
-    listing = sources.list_images(
-        source, config.labeled, _class_names_of_other_sets(config), config.subfolder
+    source = sources.open_source(config.source, config.subfolder, config.output_dir)
+    found = listing.list_images(
+        source,
+        config.labeled,
+        _class_names_of_other_sets(config),
+        subfolder=config.subfolder,
+        accept_classes=config.accept_classes,
     )
-    made = _make(config, source, listing.entries, listing.class_names)
+    made = _make(config, source, found)
     if config.labeled:
-        _write_task(config, made, {"class_names": listing.class_names})
+        _write_task(config, made, {"class_names": found.class_names})
     return {prefix: one.records for prefix, one in made.items()}
+
+
+def _check(config: MakeConfig) -> None:
+    """ConfigError for settings that cannot work."""
+    if not config.source or not config.output_dir:
+        raise ConfigError("--source and --output_dir are needed")
+    for flag in ("source", "subfolder", "output_dir"):
+        value = getattr(config, flag)
+        if value != sources.printable(value):
+            raise ConfigError(
+                f"--{flag}={sources.printable(value)} is not UTF-8, as TensorFlow needs paths to be: "
+                "give the folder another name"
+            )
+    fraction = config.validation_fraction
+    if fraction and not (config.labeled and fraction < 1):
+        raise ConfigError(f"--validation_fraction={fraction} must be below 1, of labeled images")
+    if fraction and _prefix(config) == config.validation_set:
+        raise ConfigError(
+            f"--validation_fraction={fraction} would cut the set {config.validation_set!r} from "
+            "itself: leave it out, or give another --image_set or --validation_set"
+        )
+
+
+# How the programs that train and evaluate know labeled sets and unlabeled ones apart.
+_UNLABELED = "extra"
+_MANIFEST = re.compile(r"(.+)-\d{5}-of-\d{5}\.json")
+
+
+def _check_other_sets(config: MakeConfig) -> None:
+    """Labeled and unlabeled sets may share a folder if they can be told apart by their names.
+
+    Raises:
+      ConfigError: they could not.
+    """
+    folder = os.path.join(config.output_dir, "manifests")
+    names = sorted(tf.io.gfile.listdir(folder)) if tf.io.gfile.isdir(folder) else []
+    one_of = {match[1]: name for name in names if (match := _MANIFEST.fullmatch(name))}
+    others = {
+        prefix: manifests.read_json(os.path.join(folder, name))["config"].get("labeled")
+        for prefix, name in one_of.items()
+    }
+    labeled = [prefix for prefix, value in others.items() if value]
+    unlabeled = [p for p, value in others.items() if value is False and p != _UNLABELED]
+    prefix = _prefix(config)
+    if config.labeled and unlabeled and unlabeled != [prefix]:
+        raise ConfigError(
+            f"--output_dir={config.output_dir} holds unlabeled images as {unlabeled[0]}-…, which "
+            "would be taken for a labeled set: choose another folder"
+        )
+    if config.labeled or not labeled:
+        return
+    if prefix not in (_UNLABELED, *labeled):
+        raise ConfigError(
+            f"--output_dir={config.output_dir} holds labeled sets ({', '.join(labeled)}): unlabeled "
+            f"images as {prefix}-… would be taken for one. Choose another folder, or "
+            f"--image_set={_UNLABELED}"
+        )
+    logging.info(
+        "%s holds labeled sets too: to label these images, add --file_prefix=%s",
+        *(config.output_dir, prefix),
+    )
 
 
 def _class_names_of_other_sets(config: MakeConfig) -> tuple[str, ...] | None:
@@ -57,22 +129,22 @@ def _class_names_of_other_sets(config: MakeConfig) -> tuple[str, ...] | None:
 
 
 def _prefix(config: MakeConfig) -> str:
-    return config.image_set or ("train" if config.labeled else "extra")
+    return config.image_set or ("train" if config.labeled else _UNLABELED)
 
 
-def _make(
-    config: MakeConfig,
-    source,
-    entries: Sequence[Entry],
-    class_names: Sequence[str] | None,
-) -> dict[str, make.Made]:
+def _make(config: MakeConfig, source, found: Listing) -> dict[str, make.Made]:
     """One set of the entries, or two with a validation fraction."""
-    entries = make.shuffled(entries, config.seed, config.limit)
+    entries = make.shuffled(found.entries, config.seed, config.limit)
     parts = {_prefix(config): entries}
     if config.validation_fraction:
         rest, chosen = make.split(entries, config.validation_fraction)
         parts = {_prefix(config): rest, config.validation_set: chosen}
-    sets = [_image_set(config, source, prefix, part, class_names) for prefix, part in parts.items()]
+    sets = [
+        _image_set(config, source, prefix, found._replace(entries=part))
+        for prefix, part in parts.items()
+    ]
+    # What no set has is listed with the first.
+    sets[0] = dataclasses.replace(sets[0], lost=found.lost)
     made = make.make_sets(
         source,
         sets,
@@ -80,12 +152,25 @@ def _make(
         num_workers=config.num_workers,
         max_bad_fraction=config.max_bad_fraction,
     )
+    _report(source.path, found, made, len(found.entries) - len(entries))
     return dict(zip(parts, made))
 
 
-def _image_set(
-    config: MakeConfig, source, prefix: str, entries: Sequence[Entry], class_names
-) -> make.ImageSet:
+def _report(path: str, found: Listing, made: Sequence[make.Made], undrawn: int) -> None:
+    """Logs what became of all that the source holds."""
+    ignored = sum(found.ignored.values())
+    parts = [
+        f"{sum(one.records for one in made)} records",
+        f"{sum(len(one.bad) for one in made)} in quarantine",
+        f"{ignored} ignored" + (f" ({listing.described(found.ignored)})" if ignored else ""),
+        *([f"{undrawn} beyond --limit"] if undrawn else []),
+    ]
+    total = len(found.entries) + len(found.lost) + ignored
+    logging.info("%s: %d entries = %s", path, total, " + ".join(parts))
+
+
+def _image_set(config: MakeConfig, source, prefix: str, found: Listing) -> make.ImageSet:
+    entries, class_names = found.entries, found.class_names
     if not entries:
         raise records.DataError(f"the set {prefix!r} of {source.path} would have no images")
     if config.num_shards and config.num_shards > len(entries):
@@ -148,7 +233,7 @@ def _from_tfds(config: MakeConfig) -> dict[str, int]:
         if prefix != next(iter(chosen)) or config.validation_set in chosen:
             one = dataclasses.replace(one, validation_fraction=0.0)  # It is cut from train alone.
         entries = source.labeled_entries() if one.validation_fraction else source.entries()
-        made.update(_make(one, source, entries, source.class_names))
+        made.update(_make(one, source, Listing(entries, source.class_names)))
     if config.labeled:
         fields = {"class_names": source.class_names, **tfds_source.task_fields(builder)}
         _write_task(config, made, fields)

@@ -17,7 +17,7 @@ class MakeConfig:
     )
     output_dir: str = setting("", "Folder of the records and of task.json.")
     labeled: bool = setting(
-        True, "Folders (or a TFDS label) are classes; --nolabeled writes the images alone."
+        True, "Folders (or a TFDS label) are classes; --nolabeled writes only the images."
     )
     image_set: Optional[str] = setting(
         None,
@@ -26,6 +26,11 @@ class MakeConfig:
         choices=("train", "validation", "dev", "test", "extra"),
     )
     subfolder: str = setting("", "Only what is in this folder of the source, e.g. train.")
+    accept_classes: bool = setting(
+        False,
+        "Take the topmost folders as classes though they look otherwise: named like sets, all images "
+        "of one in folders below it, or one class only.",
+    )
     num_shards: Optional[int] = setting(
         None, "Files of the set; default: one per 1024 images, 1024 at most.", low=1
     )
@@ -43,7 +48,7 @@ class MakeConfig:
     limit: Optional[int] = setting(None, "At most so many images, drawn by the seed.", low=1)
     check: bool = setting(True, "Decode every image; those that cannot be are left out and listed.")
     max_bad_fraction: float = setting(
-        0.01, "Stop when more than this fraction of the images is unreadable.", low=0
+        0.01, "Stop when more than this fraction of the images cannot be used.", low=0
     )
     num_workers: Optional[int] = setting(None, "Processes; default: one per CPU core.", low=1)
     seed: int = setting(0, "Of the order of the images and of the split.", low=0)

@@ -1,21 +1,26 @@
 """Where images come from before they are records: folders and archives, read where they are.
 
-A source lists its entries, sorted by name, and reads any of them in any process. Nothing is
-unpacked to disk, so names in an archive such as `../x` can do no harm.
+A source lists everything it holds and reads any of its files in any process. Nothing is unpacked to
+disk, so names in an archive such as `../x` can do no harm.
 """
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import errno
+import gzip
 import lzma
 import os
 import posixpath
+import re
+import stat
 import tarfile
 import unicodedata
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -27,11 +32,22 @@ from efficientnet_ns.data.encoded import Unusable
 EXTENSIONS = frozenset(
     "avif bmp dib gif heic heif j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp".split()
 )
-_SET_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "dev", "extra"})
+# Folders of operating systems, desktops and network disks; those that begin with a dot go anyway.
+_SYSTEM_FOLDERS = frozenset(
+    "@eadir @recently-snapshot @recycle @tmp #recycle #snapshot $recycle.bin __macosx __pycache__ "
+    "found.000 lost+found recycler".split()
+) | {"network trash folder", "system volume information", "temporary items"}
+# Kinds of what is ignored.
+HIDDEN, AGAIN, RECORDS = (
+    "hidden or of the system",
+    "folders read by another name",
+    "folders of records",
+)
+_SHARD = re.compile(r".+-\d{5}-of-\d{5}(\.json)?")
 
 
 class Entry(NamedTuple):
-    """One image of a source.
+    """One file of a source.
 
     Attributes:
       name: path within the source.
@@ -46,6 +62,29 @@ class Entry(NamedTuple):
     place: object = None
 
 
+class LeftOut(NamedTuple):
+    """Something in a source that does not become a record; a folder's name ends with `/`."""
+
+    name: str
+    reason: str
+
+
+class Contents(NamedTuple):
+    """All that is in a source.
+
+    Attributes:
+      entries: the files.
+      folders: names of all folders, those without files included.
+      lost: what cannot be read: links to nothing, folders that cannot be listed, pipes …
+      ignored: what is not looked into, by its kind.
+    """
+
+    entries: list[Entry]
+    folders: list[str]
+    lost: list[LeftOut]
+    ignored: list[LeftOut]
+
+
 class Loaded(NamedTuple):
     """What was read for an entry: encoded image bytes and its class, -1 for none."""
 
@@ -56,66 +95,192 @@ class Loaded(NamedTuple):
 Reader = Callable[[Entry], Loaded]
 
 
+# --- Names ----------------------------------------------------------------------------------------
+
+
+def printable(name: str) -> str:
+    """`name` as Unicode that can be stored anywhere; bytes that are no UTF-8 become `\\xe9`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def tidy(name: str) -> str:
+    """`name` without odd parts (`/x`, `./x`, `a/../x`), printable, in one Unicode form."""
+    plain = posixpath.normpath("/" + name.replace("\\", "/")).lstrip("/")
+    return unicodedata.normalize("NFC", printable(plain))
+
+
+def is_image(name: str) -> bool:
+    """Whether a name is an image's by its extension."""
+    return name.rpartition(".")[2].lower() in EXTENSIONS
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or in a folder that a system keeps for itself."""
+    return any(part[:1] == "." or part.lower() in _SYSTEM_FOLDERS for part in name.split("/"))
+
+
+def _maybe_folder(name: str) -> str:
+    """The name for a link to nothing, which may have been a link to a folder of images."""
+    return name if is_image(name) else f"{name}/"
+
+
+# --- Folders --------------------------------------------------------------------------------------
+
+
 class Folder:
-    """A tree of image files."""
+    """A tree of image files. Links are followed, but no folder is read twice.
 
-    def __init__(self, path: str):
-        self.path = path
+    Args:
+      path: of the folder.
+      subfolder: where the tree begins; names are relative to `path` all the same.
+      output: a folder that is not looked into, should it be in the tree.
+    """
 
-    def entries(self) -> tuple[list[Entry], list[str]]:
-        """(all files, paths of all folders); both relative to the source."""
+    def __init__(self, path: str, subfolder: str = "", output: str = ""):
+        self.path, self._output = path, output
+        self._start = posixpath.normpath(f"/{subfolder}").lstrip("/")
+
+    def entries(self) -> Contents:
         if not tf.io.gfile.isdir(self.path):
             raise records.DataError(f"{self.path!r} is neither a folder nor an archive")
-        found, folders = [], []
-        for folder, file_names in _walk(self.path):
-            inside = os.path.relpath(folder, self.path).replace(os.sep, "/")
-            folders.append("" if inside == "." else inside)
-            for name in file_names:
-                size = 0 if "://" in folder else os.stat(os.path.join(folder, name)).st_size
-                found.append(Entry(posixpath.join(folders[-1], name), size=size))
-        return found, folders
+        start = self._start
+        if not tf.io.gfile.isdir(os.path.join(self.path, start)):
+            start = ""  # Its name on disk may be another form of the same letters.
+        walk = _walk_remote if "://" in self.path else _walk
+        return walk(self.path, start, self._output)
 
     @contextlib.contextmanager
     def reader(self, entries: Sequence[Entry]) -> Iterator[Reader]:
+        # TensorFlow refuses names that are not UTF-8.
+        open_file = tf.io.gfile.GFile if "://" in self.path else open
+
         def read(entry: Entry) -> Loaded:
-            with tf.io.gfile.GFile(os.path.join(self.path, entry.name), "rb") as f:
-                return Loaded(f.read(), entry.label)
+            try:
+                with open_file(os.path.join(self.path, entry.name), "rb") as f:
+                    return Loaded(f.read(), entry.label)
+            except OSError as e:
+                if e.errno not in _OF_THE_FILE:
+                    raise
+                raise Unusable(f"cannot be read: {e.strerror}") from e
 
         yield read
 
 
-def _walk(path: str) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of files) of a tree; links are followed, circles are not."""
-    if "://" in path:
-        for folder, _, names in tf.io.gfile.walk(path):
-            yield folder, names
-        return
-    seen = set()
-    for folder, below, names in os.walk(path, followlinks=True):
-        identity = os.stat(folder).st_dev, os.stat(folder).st_ino
+# Errors that concern one file; others (too many open files, a server that is away) end the work.
+_OF_THE_FILE = frozenset(
+    getattr(errno, name)
+    for name in "EACCES EIO EISDIR ELOOP ENAMETOOLONG ENOENT ENOTDIR ENXIO EPERM".split()
+)
+
+
+def _walk(path: str, start: str, output: str) -> Contents:
+    """Folders first, then those that only links lead to: which name is read must not vary."""
+    contents = Contents([], [], [], [])
+    ours = {_identity(output), _identity(os.path.join(output, "manifests"))} if output else set()
+    ours -= {None, _identity(os.path.join(path, start))}
+    seen, folders, links = set(ours), [start], deque()
+    while folders or links:
+        folder = folders.pop() if folders else links.popleft()
+        identity = _identity(os.path.join(path, folder))
         if identity in seen:
-            below.clear()
+            contents.ignored.append(LeftOut(f"{folder}/", RECORDS if identity in ours else AGAIN))
             continue
-        seen.add(identity)
-        below.sort()  # Which of two names of one folder is the first must not vary.
-        yield folder, [name for name in names if os.path.isfile(os.path.join(folder, name))]
+        seen |= {identity} - {None}
+        try:
+            with os.scandir(os.path.join(path, folder)) as found:
+                below = sorted(found, key=lambda item: item.name)
+        except OSError as e:
+            contents.folders.append(folder)
+            reason = f"the folder cannot be listed: {e.strerror}"
+            contents.lost.append(LeftOut(f"{folder}/", reason))
+            continue
+        if folder != start and _holds_records(item.name for item in below):
+            contents.ignored.append(LeftOut(f"{folder}/", RECORDS))
+            continue
+        contents.folders.append(folder)
+        for item in below:
+            name = posixpath.join(folder, item.name)
+            if _sort_in(item, name, contents):
+                (links if item.is_symlink() else folders).append(name)
+    return contents
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _holds_records(names: Iterable[str]) -> bool:
+    """Whether a folder is one that records were written to, which is no class."""
+    names = list(names)
+    return any(map(_SHARD.fullmatch, names)) and not any(map(is_image, names))
+
+
+def _sort_in(item: os.DirEntry, name: str, contents: Contents) -> bool:
+    """Adds what is in a folder to the contents; whether it is a folder to be read."""
+    try:
+        status = item.stat()
+    except OSError as e:
+        lost = LeftOut(_maybe_folder(name), f"cannot be read: {e.strerror}")
+        if item.is_symlink():
+            target = printable(os.readlink(item.path))
+            lost = lost._replace(reason=f"a link to {target}: {e.strerror}")
+        contents.lost.append(lost)
+        return False
+    if stat.S_ISDIR(status.st_mode):
+        if not is_hidden(item.name):
+            return True
+        contents.ignored.append(LeftOut(f"{name}/", HIDDEN))
+    elif stat.S_ISREG(status.st_mode):
+        contents.entries.append(Entry(name, size=status.st_size))
+    else:
+        contents.lost.append(LeftOut(name, "a pipe, socket or device, not a file"))
+    return False
+
+
+def _walk_remote(path: str, start: str, output: str) -> Contents:
+    contents = Contents([], [], [], [])
+    top = os.path.join(path, start)
+    ours = {os.path.join(output, "manifests"), output} - {top.rstrip("/")} if output else set()
+    lost: list[str] = []
+    for folder, below, names in tf.io.gfile.walk(top, onerror=lambda e: lost.append(str(e))):
+        inside = os.path.relpath(folder, path).replace(os.sep, "/")
+        inside = "" if inside == "." else inside
+        if folder.rstrip("/") in ours:
+            below.clear()
+            contents.ignored.append(LeftOut(f"{inside}/", RECORDS))
+            continue
+        contents.folders.append(inside)
+        contents.entries.extend(Entry(posixpath.join(inside, name)) for name in names)
+    contents.lost.extend(LeftOut("/", f"a folder cannot be listed: {reason}") for reason in lost)
+    return contents
+
+
+# --- Archives ---------------------------------------------------------------------------------------
 
 
 class Zip:
-    """A .zip archive; entries are read at their places."""
+    """A .zip archive; entries are read at their places, links within it are followed."""
 
     def __init__(self, path: str):
         self.path = path
 
-    def entries(self) -> tuple[list[Entry], list[str]]:
+    def entries(self) -> Contents:
+        contents, links = Contents([], [], [], []), {}
         with self._open() as archive:
-            infos = archive.infolist()
-        files = [
-            Entry(info.filename, size=info.file_size, place=i)
-            for i, info in enumerate(infos)
-            if not info.is_dir()
-        ]
-        return files, [info.filename for info in infos if info.is_dir()]
+            for i, info in enumerate(archive.infolist()):
+                mode = info.external_attr >> 16
+                if info.is_dir():
+                    contents.folders.append(info.filename)
+                elif stat.S_ISLNK(mode):
+                    links[info.filename] = _zip_target(archive, info)
+                else:
+                    contents.entries.append(Entry(info.filename, size=info.file_size, place=i))
+        _follow(contents, links)
+        return contents
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[zipfile.ZipFile]:
@@ -124,6 +289,10 @@ class Zip:
                 archive = zipfile.ZipFile(f)
             except zipfile.BadZipFile as e:
                 raise records.DataError(f"{self.path}: {e}: is the file whole?") from e
+            except (UnicodeDecodeError, NotImplementedError) as e:
+                raise records.DataError(
+                    f"{self.path}: its list of names cannot be read ({e}): pack the images anew"
+                ) from e
             with archive:
                 yield archive
 
@@ -142,25 +311,32 @@ class Zip:
             yield read
 
 
+def _zip_target(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
+    """Where a link, whose content is a path, leads; nowhere when it cannot be read."""
+    try:
+        return _from_link(info.filename, archive.read(info).decode("utf-8", "surrogateescape"))
+    except Exception as e:  # As for images.
+        logging.warning(
+            "%s: the link %s cannot be unpacked: %s", archive.filename, info.filename, e
+        )
+        return ""
+
+
 class Tar:
     """An uncompressed .tar archive, also one of .tar archives (as ImageNet's training images are).
 
-    An archive inside the archive counts as a folder of its name.
+    An archive inside the archive counts as a folder of its name. Links within it are followed.
     """
 
     def __init__(self, path: str):
         self.path = path
 
-    def entries(self) -> tuple[list[Entry], list[str]]:
-        files, folders = [], []
+    def entries(self) -> Contents:
         with tf.io.gfile.GFile(self.path, "rb") as f:
-            for member, folder, start in _members(f, self.path):
-                name = posixpath.join(folder, member.name)
-                if member.isdir():
-                    folders.append(name)
-                elif member.isreg():
-                    files.append(Entry(name, size=member.size, place=start + member.offset_data))
-        return files, folders
+            return _tar_contents(
+                (folder, member, start + member.offset_data)
+                for folder, member, start in _members(_Window(f, 0), self.path)
+            )
 
     @contextlib.contextmanager
     def reader(self, entries: Sequence[Entry]) -> Iterator[Reader]:
@@ -174,45 +350,144 @@ class Tar:
 
 
 class _Window:
-    """The part of a file that begins at `start`, as a file for `tarfile` to look through."""
+    """A part of a file, from the byte `start` on, as a file for `tarfile` to look through."""
 
-    def __init__(self, file, start: int):
-        self._file, self._start = file, start
+    def __init__(self, file, start: int, size: int | None = None):
+        self.file, self.start, self._size = file, start, size
         self.seek(0)
 
     def seek(self, offset: int) -> int:
         try:
-            self._file.seek(self._start + offset)
+            self.file.seek(self.start + offset)
         except tf.errors.OutOfRangeError as e:
             raise tarfile.ReadError("unexpected end of data") from e
         return offset
 
     def tell(self) -> int:
-        return self._file.tell() - self._start
+        return self.file.tell() - self.start
 
     def read(self, size: int) -> bytes:
-        return self._file.read(size)
+        if self._size is not None:
+            size = max(0, min(size, self._size - self.tell()))
+        return self.file.read(size)
 
 
-def _members(f, path: str, folder: str = "", start: int = 0) -> Iterator[tuple]:
-    """(member, folder, byte at which the archive that has it begins), of inner archives too."""
+def _members(window: _Window, path: str, folder: str = "") -> Iterator[tuple]:
+    """(folder, member, byte at which the archive that has it begins), of inner archives too."""
+    for _, member in _each(path, fileobj=window, mode="r:"):
+        name = _in_folder(folder, member)
+        stem, extension = posixpath.splitext(name)
+        if member.isreg() and extension.lower() == ".tar":
+            inner = _Window(window.file, window.start + member.offset_data, member.size)
+            yield from _members(inner, f"{path}, {printable(name)} in it", stem)
+        else:
+            yield folder, member, window.start
+
+
+def _in_folder(folder: str, member: tarfile.TarInfo) -> str:
+    return posixpath.join(folder, member.name.lstrip("/")) if folder else member.name
+
+
+class _Member(tarfile.TarInfo):
+    """The header of a member. `tarfile` takes a damaged one for the end of the archive, and does not
+    go on behind the end of the first of several archives that were joined."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        ended, archive.ended = getattr(archive, "ended", False), False
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            archive.ended = True
+            raise
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as e:
+            if not ended:
+                raise tarfile.ReadError(f"{e} at byte {archive.offset}") from e
+            archive.ended = True
+            raise tarfile.EmptyHeaderError("what follows the end is no archive") from e
+        except tarfile.EmptyHeaderError:
+            archive.ended = ended
+            raise
+
+
+def _each(path: str, **source) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """The opened archive with each of its members; `source` is what `tarfile.open` takes.
+
+    Raises:
+      records.DataError: it is damaged.
+    """
     try:
-        with tarfile.open(fileobj=_Window(f, start), mode="r:") as archive:
-            for member in _each(archive):
-                stem, extension = posixpath.splitext(member.name)
-                if member.isreg() and extension.lower() == ".tar":
-                    inner = posixpath.join(folder, stem)
-                    yield from _members(f, path, inner, start + member.offset_data)
-                else:
-                    yield member, folder, start
-    except tarfile.TarError as e:
+        with tarfile.open(tarinfo=_Member, ignore_zeros=True, **source) as archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # It would keep them all.
+                yield archive, member
+            if not archive.ended:
+                logging.warning("%s has no end mark: is the file whole?", path)
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
         raise records.DataError(f"{path}: {e}: is the file whole?") from e
 
 
-def _each(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (member := archive.next()) is not None:
-        archive.members.clear()  # It would keep them all.
-        yield member
+def _tar_contents(members: Iterable[tuple[str, tarfile.TarInfo, int]]) -> Contents:
+    """From (folder, member, place of its content) of each."""
+    contents, links = Contents([], [], [], []), {}
+    for folder, member, place in members:
+        name = _in_folder(folder, member)
+        if member.isdir():
+            contents.folders.append(name)
+        elif member.issparse():
+            contents.lost.append(LeftOut(name, "stored as a sparse file"))
+        elif member.isreg():
+            contents.entries.append(Entry(name, size=member.size, place=place))
+        elif member.issym():
+            links[name] = _from_link(name, member.linkname)
+        elif member.islnk():  # A path from the root of the archive.
+            links[name] = tidy(posixpath.join(folder, member.linkname.lstrip("/")))
+        else:
+            contents.lost.append(LeftOut(name, "a pipe or device, not a file"))
+    _follow(contents, links)
+    return contents
+
+
+def _from_link(name: str, target: str) -> str | None:
+    """The tidy path that a symbolic link leads to; None when it leads out of the archive."""
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(name.lstrip("/")), target))
+    return None if path.startswith(("/", "..")) else tidy(path)
+
+
+def _follow(contents: Contents, links: Mapping[str, str | None]) -> None:
+    """Adds the links of an archive (name → tidy path it leads to) to its contents."""
+    files, folders = {}, {""}
+    for entry in contents.entries if links else ():
+        name = tidy(entry.name)
+        files[name] = entry
+        while (name := posixpath.dirname(name)) not in folders:
+            folders.add(name)
+    folders.update(map(tidy, contents.folders))
+    targets = {tidy(name): target for name, target in links.items()}
+    for name, target in links.items():
+        found = _resolved(target, targets)
+        if found in files:
+            contents.entries.append(files[found]._replace(name=name))
+        elif found in folders:
+            contents.ignored.append(LeftOut(f"{name}/", AGAIN))
+        else:
+            where = "out of the archive" if target is None else f"to {target}, which is not there"
+            contents.lost.append(LeftOut(_maybe_folder(name), f"a link {where}"))
+
+
+def _resolved(path: str | None, targets: Mapping[str, str | None]) -> str | None:
+    """The path with all links on its way followed; None for a circle, or out of the archive."""
+    for _ in range(40):  # As many as Linux follows.
+        if path is None:
+            return None
+        parts = path.split("/")
+        heads = ("/".join(parts[:n]) for n in range(1, len(parts) + 1))
+        link = next((head for head in heads if head in targets), None)
+        if link is None:
+            return path
+        rest = path[len(link) :]
+        path = None if targets[link] is None else tidy(targets[link] + rest)
+    return None
 
 
 class TarStream:
@@ -225,23 +500,18 @@ class TarStream:
     def __init__(self, path: str):
         self.path = path
 
-    def entries(self) -> tuple[list[Entry], list[str]]:
-        files, folders = [], []
-        for i, member, _ in self._members():
-            if member.isdir():
-                folders.append(member.name)
-            elif member.isreg():
-                files.append(Entry(member.name, size=member.size, place=i))
-        return files, folders
+    def entries(self) -> Contents:
+        return _tar_contents(("", member, i) for i, member, _ in self._members())
 
     def _members(self) -> Iterator[tuple]:
         with tf.io.gfile.GFile(self.path, "rb") as f:
-            try:
-                with tarfile.open(fileobj=f, mode="r|*") as archive:
-                    for i, member in enumerate(_each(archive)):
-                        yield i, member, archive
-            except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
-                raise records.DataError(f"{self.path}: {e}: is the file whole?") from e
+            start = f.read(6)
+            f.seek(0)
+            # Unlike tarfile's own, these also read files that were compressed in parts.
+            unpack = next((u for magic, u in _UNPACK.items() if start.startswith(magic)), None)
+            with unpack(f) if unpack else contextlib.nullcontext(f) as plain:
+                for i, (archive, member) in enumerate(_each(self.path, fileobj=plain, mode="r|")):
+                    yield i, member, archive
 
     @contextlib.contextmanager
     def reader(self, entries: Sequence[Entry]) -> Iterator[Reader]:
@@ -255,6 +525,8 @@ class TarStream:
         yield lambda entry: Loaded(held[entry.place], entry.label)
 
 
+_UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+
 ARCHIVES = {
     ".zip": Zip,
     ".tar": Tar,
@@ -265,137 +537,9 @@ ARCHIVES = {
 }
 
 
-def open_source(path: str) -> Folder | Zip | Tar | TarStream:
-    """The source for a folder or archive that exists, by its name."""
+def open_source(path: str, subfolder: str = "", output: str = "") -> Folder | Zip | Tar | TarStream:
+    """The source for a folder or archive that exists, by its name; see `Folder` for the rest."""
     for extension, archive in ARCHIVES.items():
         if path.lower().endswith(extension) and not tf.io.gfile.isdir(path):
             return archive(path)
-    return Folder(path)
-
-
-# --- Images and classes among the files -----------------------------------------------------------
-
-
-class Listing(NamedTuple):
-    """Images of a source, sorted by name, and the names of their classes, None without labels."""
-
-    entries: list[Entry]
-    class_names: tuple[str, ...] | None
-
-
-def list_images(
-    source,
-    labeled: bool,
-    class_names: Sequence[str] | None = None,
-    subfolder: str = "",
-) -> Listing:
-    """The images of a folder or archive; with `labeled`, their classes are the topmost folders.
-
-    Files of other kinds and hidden ones are left out. One folder around everything in an archive is
-    not a class. Folders without images are classes too, so that numbers stay when images are added.
-
-    Args:
-      class_names: the classes an earlier set has, in order; None: those found, sorted by name.
-      subfolder: only what is in this folder of the source.
-
-    Raises:
-      records.DataError: no images, or folders that cannot be the classes.
-    """
-    files, folders = source.entries()
-    pairs = [(tidy, e) for e in files if (tidy := _inside(e.name, subfolder)) is not None]
-    images = sorted((pair for pair in pairs if _is_image(pair[0])), key=lambda pair: pair[0])
-    _report_ignored(source.path, [tidy for tidy, _ in pairs if not _is_image(tidy)])
-    where = posixpath.join(source.path, subfolder)
-    if not images:
-        raise records.DataError(
-            f"no images in {where!r}: looked for {', '.join(sorted(EXTENSIONS))}"
-        )
-    if not labeled:
-        return Listing([entry for _, entry in images], None)
-    folders = [tidy for f in folders if (tidy := _inside(f, subfolder)) and not _is_hidden(tidy)]
-    depth = _wrapper_depth(source, [tidy for tidy, _ in images])
-    found = sorted(
-        {_class_of(f + "/", depth) for f in folders} | {_class_of(t, depth) for t, _ in images}
-    )
-    found = [name for name in found if name]
-    names = _agreed_names(where, found, class_names)
-    numbers = {name: i for i, name in enumerate(names)}
-    entries, loose = [], []
-    for tidy, entry in images:
-        name = _class_of(tidy, depth)
-        if name:
-            entries.append(entry._replace(label=numbers[name]))
-        else:
-            loose.append(tidy)
-    _report_ignored(source.path, loose, "in no class folder")
-    _report_classes(where, names, entries)
-    return Listing(entries, names)
-
-
-def _inside(name: str, subfolder: str) -> str | None:
-    """`name` without odd parts (`/x`, `./x`, `a/../x`), relative to `subfolder`; None outside it."""
-    tidy = posixpath.normpath("/" + name.replace("\\", "/")).lstrip("/")
-    tidy = unicodedata.normalize("NFC", tidy)
-    prefix = unicodedata.normalize("NFC", subfolder.strip("/"))
-    if not prefix:
-        return tidy
-    return tidy[len(prefix) + 1 :] if tidy.startswith(prefix + "/") else None
-
-
-def _is_hidden(tidy: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in tidy.split("/"))
-
-
-def _is_image(tidy: str) -> bool:
-    return tidy.rpartition(".")[2].lower() in EXTENSIONS and not _is_hidden(tidy)
-
-
-def _wrapper_depth(source, names: list[str]) -> int:
-    """1 when an archive has all its images deep in one folder, which then is not a class."""
-    if isinstance(source, Folder):
-        return 0
-    tops = {name.split("/")[0] for name in names}
-    return int(len(tops) == 1 and all(name.count("/") >= 2 for name in names))
-
-
-def _class_of(tidy: str, depth: int) -> str:
-    parts = tidy.split("/")
-    return parts[depth] if len(parts) > depth + 1 else ""
-
-
-def _agreed_names(where: str, found: list[str], known: Sequence[str] | None) -> tuple[str, ...]:
-    if not found:
-        raise records.DataError(
-            f"the images in {where!r} are in no folders that could be their classes; "
-            "--nolabeled writes them as unlabeled"
-        )
-    if all(name.lower() in _SET_NAMES for name in found):
-        raise records.DataError(
-            f"the folders in {where!r} are sets, not classes: {', '.join(found)}. Give one of them: "
-            f"--subfolder={found[0]} --image_set={found[0]}"
-        )
-    if known is None:
-        return tuple(found)
-    new = [name for name in found if name not in known]
-    if new:
-        raise records.DataError(
-            f"class {new[0]!r} in {where!r} is none of the {len(known)} classes that the other sets "
-            "in the output folder have"
-        )
-    return tuple(known)
-
-
-def _report_ignored(path: str, names: list[str], why: str = "not images by their names") -> None:
-    if names:
-        logging.warning("%s: %d files are %s: %s …", path, len(names), why, min(names))
-
-
-def _report_classes(where: str, names: Sequence[str], entries: Sequence[Entry]) -> None:
-    seen = Counter(entry.label for entry in entries)
-    empty = [name for i, name in enumerate(names) if i not in seen]
-    if empty:
-        logging.warning("%s: %d classes have no images: %s …", where, len(empty), empty[0])
-    by_case = Counter(name.lower() for name in names)
-    alike = [name for name in names if by_case[name.lower()] > 1]
-    if alike:
-        logging.warning("%s: classes that differ only in case: %s", where, ", ".join(alike))
+    return Folder(path, subfolder, output)

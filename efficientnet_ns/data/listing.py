@@ -1,0 +1,260 @@
+"""Images and classes among the files of a source, and what becomes of everything else in it."""
+
+from __future__ import annotations
+
+import functools
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from absl import logging
+
+from efficientnet_ns.data import records, sources
+from efficientnet_ns.data.sources import Entry, LeftOut
+
+# Words in the names of folders that hold a set, and the --image_set for it.
+_SETS = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "eval"), "validation"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
+    **dict.fromkeys(("dev", "extra"), None),
+}
+_OWN_WORD = re.compile(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z]+")
+_OF_A_SET = re.compile(r"(\w+?)(?:sets?|data|images|imgs)?")
+
+
+class Listing(NamedTuple):
+    """What a source holds; all of it is in one of `entries`, `lost` and `ignored`.
+
+    Attributes:
+      entries: images that can be read as far as the source knows, sorted by name.
+      class_names: names of their classes; None without labels.
+      lost: images that cannot be read or are in no class.
+      ignored: number of other things, by kind.
+    """
+
+    entries: Sequence[Entry]
+    class_names: tuple[str, ...] | None
+    lost: Sequence[LeftOut] = ()
+    ignored: Counter = Counter()
+
+
+def list_images(
+    source,
+    labeled: bool,
+    class_names: Sequence[str] | None = None,
+    *,
+    subfolder: str = "",
+    accept_classes: bool = False,
+) -> Listing:
+    """The images of a folder or archive; with `labeled`, their classes are the topmost folders.
+
+    One folder around everything in an archive is not a class. Folders without images are classes
+    too, so that numbers stay when images are added.
+
+    Args:
+      class_names: the classes an earlier set has, in order; None: those found, sorted by name.
+      subfolder: only what is in this folder of the source.
+      accept_classes: take the topmost folders even when they do not look like classes.
+
+    Raises:
+      records.DataError: no images, or folders that cannot be, or do not look like, the classes.
+    """
+    where = posixpath.join(source.path, subfolder) if subfolder else source.path
+    contents = source.entries()
+    found = _sorted_out(contents, subfolder)
+    if not found.images:
+        raise records.DataError(_no_images(where, found))
+    entries = [entry for _, entry in found.images]
+    if not labeled:
+        return Listing(entries, None, found.lost, found.ignored)
+    names = [name for name, _ in found.images]
+    folders = [f for f in map(functools.partial(_relative, subfolder), contents.folders) if f]
+    folders = [f for f in folders if not sources.is_hidden(f)]
+    depth = _wrapper_depth(source, names)
+    classes = {_class_of(f"{f}/", depth) for f in folders} | {_class_of(n, depth) for n in names}
+    classes = sorted(classes - {""})
+    if not (accept_classes or set(classes) <= set(class_names or ())):
+        _check_classes(where, subfolder, names, depth, alone=class_names is not None)
+    agreed = _agreed_names(where, classes, class_names)
+    numbers = {name: i for i, name in enumerate(agreed)}
+    labels = [numbers.get(_class_of(name, depth)) for name in names]
+    loose = [LeftOut(n, "in no class folder") for n, label in zip(names, labels) if label is None]
+    entries = [e._replace(label=n) for e, n in zip(entries, labels) if n is not None]
+    _report_classes(where, agreed, entries)
+    return Listing(entries, agreed, [*found.lost, *loose], found.ignored)
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    images: list[tuple[str, Entry]]
+    lost: list[LeftOut]
+    ignored: Counter
+
+
+def _sorted_out(contents: sources.Contents, subfolder: str) -> _Found:
+    """All that is in the subfolder, by what becomes of it; names are tidy and relative to it."""
+    images, lost, ignored = [], [], Counter()
+    for name, entry in _pairs(contents.entries, subfolder):
+        if kind := _kind(name):
+            ignored[kind] += 1
+        else:
+            images.append((name, entry))
+    for name, item in _pairs(contents.lost, subfolder):
+        kind = _kind(name)
+        if kind == sources.HIDDEN or kind and not item.name.endswith("/"):
+            ignored[kind] += 1
+        else:
+            lost.append(LeftOut(name + "/" * item.name.endswith("/"), item.reason))
+    for name, item in _pairs(contents.ignored, subfolder):
+        ignored[sources.HIDDEN if sources.is_hidden(name) else item.reason] += 1
+    images.sort(key=lambda pair: (pair[0], pair[1].name))
+    if lost:
+        message = "%s: %d entries cannot be read, one is %s: %s"
+        logging.warning(message, subfolder or "source", len(lost), *min(lost))
+    return _Found(images, sorted(lost), ignored)
+
+
+def _pairs(items: Iterable, subfolder: str) -> Iterable[tuple]:
+    """(tidy name relative to `subfolder`, item) of those that are in it."""
+    for item in items:
+        if (name := _relative(subfolder, item.name)) is not None:
+            yield name, item
+
+
+def _relative(subfolder: str, name: str) -> str | None:
+    """The tidy `name`, relative to `subfolder`; None outside it."""
+    name, prefix = sources.tidy(name), sources.tidy(subfolder)
+    if not prefix or name == prefix:
+        return name[len(prefix) :]
+    return name[len(prefix) + 1 :] if name.startswith(f"{prefix}/") else None
+
+
+def _kind(name: str) -> str | None:
+    """Why a file is ignored; None for an image."""
+    if sources.is_hidden(name):
+        return sources.HIDDEN
+    if sources.is_image(name):
+        return None
+    return posixpath.splitext(name)[1].lower() or "without extension"
+
+
+def _no_images(where: str, found: _Found) -> str:
+    message = f"no images in {where!r}: looked for {', '.join(sorted(sources.EXTENSIONS))}"
+    if found.lost:
+        name, reason = found.lost[0]
+        message += f"; {len(found.lost)} entries cannot be read, one is {name}: {reason}"
+    return message + (f"; found {described(found.ignored)}" if found.ignored else "")
+
+
+def described(ignored: Counter, most: int = 8) -> str:
+    """`3 .txt, 1 hidden …` for numbers by kind."""
+    parts = [f"{number} {kind}" for kind, number in ignored.most_common(most)]
+    rest = sum(ignored.values()) - sum(number for _, number in ignored.most_common(most))
+    return ", ".join(parts + ([f"{rest} others"] if rest else []))
+
+
+# --- Classes --------------------------------------------------------------------------------------
+
+
+def _wrapper_depth(source, names: list[str]) -> int:
+    """1 when an archive has all its images deep in one folder, which then is not a class."""
+    if isinstance(source, sources.Folder):
+        return 0
+    tops = {name.split("/")[0] for name in names}
+    return int(len(tops) == 1 and all(name.count("/") >= 2 for name in names))
+
+
+def _class_of(name: str, depth: int) -> str:
+    parts = name.split("/")
+    return parts[depth] if len(parts) > depth + 1 else ""
+
+
+def _check_classes(
+    where: str, subfolder: str, names: list[str], depth: int, *, alone: bool
+) -> None:
+    """DataError when the folders with images look like something else than classes.
+
+    Args:
+      alone: whether a single class is right.
+    """
+    heights: dict[str, int] = {}
+    for name in names:
+        if top := _class_of(name, depth):
+            below = name.count("/") - depth
+            heights[top] = min(below, heights.get(top, below))
+    of_sets = sorted(top for top in heights if _set_in(top) is not None)
+    deep = sorted(top for top, height in heights.items() if height > 1)
+    if 2 * len(of_sets) >= len(heights) and len(of_sets) > (len(heights) > 1):
+        what = f"are sets, not classes: {', '.join(of_sets)}"
+    elif deep:
+        what = f"do not look like classes: all images of {deep[0]!r} are in folders below it"
+    elif len(heights) == 1 and not alone:
+        what = f"are one class only, {min(heights)!r}: images without classes need --nolabeled"
+    else:
+        return
+    better = _better_folders(names) or of_sets
+    options = [_option(posixpath.join(subfolder.strip("/"), folder)) for folder in better[:4]]
+    give = f". Give one of them: {', or '.join(options)}" if options else ""
+    raise records.DataError(
+        f"the folders in {where!r} {what}{give}. If they are the classes, add --accept_classes"
+    )
+
+
+def _set_in(name: str) -> str | None:
+    """The word in a folder's name that names a set: `train` of seg_train, `Test` or testset."""
+    for word in _OWN_WORD.split(name):
+        word = _OF_A_SET.fullmatch(word.lower() or "-")
+        if word and word[1] in _SETS:
+            return word[1]
+    return None
+
+
+def _better_folders(names: list[str]) -> list[str]:
+    """Folders whose folders have the images, those with most images first."""
+    below: dict[str, Counter] = {}
+    for name in names:
+        folder = posixpath.dirname(name)
+        below.setdefault(posixpath.dirname(folder), Counter())[folder] += 1
+    below.pop("", None)
+    several = {folder: found for folder, found in below.items() if len(found) > 1} or below
+    return sorted(several, key=lambda folder: (-sum(several[folder].values()), folder))
+
+
+def _option(folder: str) -> str:
+    words = (_set_in(part) for part in reversed(folder.split("/")))
+    word = next(filter(None, words), None)
+    image_set = f" --image_set={_SETS[word] or word}" if word else ""
+    return f"--subfolder={folder}{image_set}"
+
+
+def _agreed_names(where: str, found: list[str], known: Sequence[str] | None) -> tuple[str, ...]:
+    if not found:
+        raise records.DataError(
+            f"the images in {where!r} are in no folders that could be their classes; "
+            "--nolabeled writes them as unlabeled"
+        )
+    if known is None:
+        return tuple(found)
+    new = [name for name in found if name not in known]
+    if new:
+        raise records.DataError(
+            f"class {new[0]!r} in {where!r} is none of the {len(known)} classes that the other sets "
+            "in the output folder have"
+        )
+    return tuple(known)
+
+
+def _report_classes(where: str, names: Sequence[str], entries: Sequence[Entry]) -> None:
+    seen = Counter(entry.label for entry in entries)
+    empty = [name for i, name in enumerate(names) if i not in seen]
+    if empty:
+        logging.warning("%s: %d classes have no images: %s …", where, len(empty), empty[0])
+    by_case = Counter(name.lower() for name in names)
+    alike = [name for name in names if by_case[name.lower()] > 1]
+    if alike:
+        logging.warning("%s: classes that differ only in case: %s", where, ", ".join(alike))
