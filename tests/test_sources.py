@@ -109,8 +109,8 @@ def test_a_folder_with_everything_adds_up(tmp_path, caplog):
         "cat/broken.png": "a link to nothing.png: No such file or directory",
         "cat/broken/": "a link to /nowhere/at/all: No such file or directory",
         "cat/self.png": "a link to self.png: Too many levels of symbolic links",
-        "cat/pipe.png": "a pipe, socket or device, not a file",
-        "cat/socket.jpg": "a pipe, socket or device, not a file",
+        "cat/pipe.png": "not a file but a pipe, socket or device",
+        "cat/socket.jpg": "not a file but a pipe, socket or device",
         "cat/caf\\xe8.png": quarantine(tmp_path / "out")["cat/caf\\xe8.png"],
         "loose.png": "in no class folder",
     }
@@ -163,10 +163,10 @@ def test_a_tar_with_everything_adds_up(tmp_path, caplog, kind):
         run(path, tmp_path / "out", **ALL, **({"subfolder": "all/all"} if "in" in kind else {}))
     found = sums(caplog)
     assert found["records"] == 15 + 1 + 4 == len(contents(tmp_path / "out"))
-    bad = quarantine(tmp_path / "out")
+    bad = {path.removeprefix("all/all/"): why for path, why in quarantine(tmp_path / "out").items()}
     assert bad["bee/nothing.png"].endswith("ant/none.png, which is not there")
     assert bad["bee/outside.png"] == bad["bee/absolute.png"] == "a link out of the archive"
-    assert bad["bee/pipe.png"] == "a pipe or device, not a file"
+    assert bad["bee/pipe.png"] == "not a file but a pipe, device or the like"
     assert bad.keys() >= {"bee/circle.png", "bee/broken/", "loose.png"} and len(bad) == 8
     # null, @eaDir/x.jpg, bee/tree, notes.txt
     assert found["ignored"] == 4 and found[sources.AGAIN] == 1
@@ -212,6 +212,18 @@ def test_what_is_not_drawn_adds_up_too(tmp_path, caplog):
     with caplog.at_level("INFO"):
         run(write_folder(tmp_path / "in", files()), tmp_path / "out", limit=4)
     assert sums(caplog)["undrawn"] == 11
+
+
+def test_of_what_is_lost_as_much_counts_as_is_drawn(tmp_path):
+    folder = write_folder(tmp_path / "in", files())
+    for i in range(3):
+        (folder / f"ant/broken {i}.png").symlink_to("nothing")
+    with pytest.raises(records.DataError, match="3 of 18 images"):
+        run(folder, tmp_path / "all", max_bad_fraction=0.1)
+    assert run(folder, tmp_path / "two", limit=2, max_bad_fraction=0.1) == {"train": 2}
+    assert len(quarantine(tmp_path / "two")) == 3
+    with pytest.raises(records.DataError, match="2 of 12 images"):
+        run(folder, tmp_path / "ten", limit=10, max_bad_fraction=0.1)
 
 
 # What cannot be read.
@@ -279,10 +291,15 @@ def test_too_many_that_cannot_be_read_stop_before_anything_is_written(tmp_path):
     assert not (tmp_path / "out/train-quarantine.json").exists(), "of the earlier attempt"
 
 
-def test_only_broken_links(tmp_path):
+def test_nothing_that_can_be_read(tmp_path):
     (tmp_path / "in/ant").mkdir(parents=True)
     (tmp_path / "in/ant/a.png").symlink_to("b.png")
     (tmp_path / "in/ant/raw.cr2").touch()
+    with pytest.raises(records.DataError, match="there is nothing in '.*/trian'"):
+        run(tmp_path / "in", tmp_path / "out", subfolder="trian")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="--output_dir=.*file is a file"):
+        run(tmp_path / "in", tmp_path / "file")
     with pytest.raises(records.DataError, match="1 entries cannot be .* ant/a.png: .*1 .cr2"):
         run(tmp_path / "in", tmp_path / "out")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import posixpath
 import re
 from collections import Counter
@@ -63,25 +62,30 @@ def list_images(
       records.DataError: no images, or folders that cannot be, or do not look like, the classes.
     """
     where = posixpath.join(source.path, subfolder) if subfolder else source.path
+    prefix = sources.tidy(subfolder)
     contents = source.entries()
-    found = _sorted_out(contents, subfolder)
+    found = _sorted_out(contents, prefix)
     if not found.images:
         raise records.DataError(_no_images(where, found))
     entries = [entry for _, entry in found.images]
     if not labeled:
         return Listing(entries, None, found.lost, found.ignored)
     names = [name for name, _ in found.images]
-    folders = [f for f in map(functools.partial(_relative, subfolder), contents.folders) if f]
-    folders = [f for f in folders if not sources.is_hidden(f)]
+    folders = filter(None, (_relative(prefix, folder) for folder in contents.folders))
+    folders = [folder for folder in folders if not sources.is_hidden(folder)]
     depth = _wrapper_depth(source, names)
     classes = {_class_of(f"{f}/", depth) for f in folders} | {_class_of(n, depth) for n in names}
     classes = sorted(classes - {""})
     if not (accept_classes or set(classes) <= set(class_names or ())):
-        _check_classes(where, subfolder, names, depth, alone=class_names is not None)
+        _check_classes(where, prefix, names, depth, alone=class_names is not None)
     agreed = _agreed_names(where, classes, class_names)
     numbers = {name: i for i, name in enumerate(agreed)}
     labels = [numbers.get(_class_of(name, depth)) for name in names]
-    loose = [LeftOut(n, "in no class folder") for n, label in zip(names, labels) if label is None]
+    loose = [
+        LeftOut(sources.printable(entry.name), "in no class folder")
+        for entry, label in zip(entries, labels)
+        if label is None
+    ]
     entries = [e._replace(label=n) for e, n in zip(entries, labels) if n is not None]
     _report_classes(where, agreed, entries)
     return Listing(entries, agreed, [*found.lost, *loose], found.ignored)
@@ -96,39 +100,38 @@ class _Found(NamedTuple):
     ignored: Counter
 
 
-def _sorted_out(contents: sources.Contents, subfolder: str) -> _Found:
-    """All that is in the subfolder, by what becomes of it; names are tidy and relative to it."""
+def _sorted_out(contents: sources.Contents, prefix: str) -> _Found:
+    """All that is in a subfolder, by what becomes of it; images with their names relative to it."""
     images, lost, ignored = [], [], Counter()
-    for name, entry in _pairs(contents.entries, subfolder):
+    for name, entry in _pairs(contents.entries, prefix):
         if kind := _kind(name):
             ignored[kind] += 1
         else:
             images.append((name, entry))
-    for name, item in _pairs(contents.lost, subfolder):
+    for name, item in _pairs(contents.lost, prefix):
         kind = _kind(name)
         if kind == sources.HIDDEN or kind and not item.name.endswith("/"):
             ignored[kind] += 1
         else:
-            lost.append(LeftOut(name + "/" * item.name.endswith("/"), item.reason))
-    for name, item in _pairs(contents.ignored, subfolder):
+            lost.append(LeftOut(sources.printable(item.name), item.reason))
+    for name, item in _pairs(contents.ignored, prefix):
         ignored[sources.HIDDEN if sources.is_hidden(name) else item.reason] += 1
     images.sort(key=lambda pair: (pair[0], pair[1].name))
     if lost:
-        message = "%s: %d entries cannot be read, one is %s: %s"
-        logging.warning(message, subfolder or "source", len(lost), *min(lost))
+        logging.warning("%d entries cannot be read, one is %s: %s", len(lost), *min(lost))
     return _Found(images, sorted(lost), ignored)
 
 
-def _pairs(items: Iterable, subfolder: str) -> Iterable[tuple]:
-    """(tidy name relative to `subfolder`, item) of those that are in it."""
+def _pairs(items: Iterable, prefix: str) -> Iterable[tuple]:
+    """(tidy name relative to the folder `prefix`, item) of those that are in it."""
     for item in items:
-        if (name := _relative(subfolder, item.name)) is not None:
+        if (name := _relative(prefix, item.name)) is not None:
             yield name, item
 
 
-def _relative(subfolder: str, name: str) -> str | None:
-    """The tidy `name`, relative to `subfolder`; None outside it."""
-    name, prefix = sources.tidy(name), sources.tidy(subfolder)
+def _relative(prefix: str, name: str) -> str | None:
+    """The tidy `name`, relative to the folder `prefix`; None outside it."""
+    name = sources.tidy(name)
     if not prefix or name == prefix:
         return name[len(prefix) :]
     return name[len(prefix) + 1 :] if name.startswith(f"{prefix}/") else None
@@ -144,6 +147,8 @@ def _kind(name: str) -> str | None:
 
 
 def _no_images(where: str, found: _Found) -> str:
+    if not (found.lost or found.ignored):
+        return f"there is nothing in {where!r}"
     message = f"no images in {where!r}: looked for {', '.join(sorted(sources.EXTENSIONS))}"
     if found.lost:
         name, reason = found.lost[0]
@@ -174,12 +179,11 @@ def _class_of(name: str, depth: int) -> str:
     return parts[depth] if len(parts) > depth + 1 else ""
 
 
-def _check_classes(
-    where: str, subfolder: str, names: list[str], depth: int, *, alone: bool
-) -> None:
+def _check_classes(where: str, prefix: str, names: list[str], depth: int, *, alone: bool) -> None:
     """DataError when the folders with images look like something else than classes.
 
     Args:
+      prefix: the subfolder that `names` are relative to.
       alone: whether a single class is right.
     """
     heights: dict[str, int] = {}
@@ -198,7 +202,7 @@ def _check_classes(
     else:
         return
     better = _better_folders(names) or of_sets
-    options = [_option(posixpath.join(subfolder.strip("/"), folder)) for folder in better[:4]]
+    options = [_option(posixpath.join(prefix, folder)) for folder in better[:4]]
     give = f". Give one of them: {', or '.join(options)}" if options else ""
     raise records.DataError(
         f"the folders in {where!r} {what}{give}. If they are the classes, add --accept_classes"

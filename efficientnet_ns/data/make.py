@@ -43,6 +43,8 @@ class ImageSet:
       identity: settings that determine the records beside the entries, JSON-able.
       num_classes: labels must be below; None for a set without labels.
       lost: images of the source that are no entries, and why.
+      drawn: fraction of the source's images that are entries of sets; of the lost as many count as
+        unusable.
     """
 
     folder: str
@@ -53,6 +55,7 @@ class ImageSet:
     identity: dict[str, object]
     num_classes: int | None
     lost: Sequence[LeftOut] = ()
+    drawn: float = 1.0
 
     def shards(self) -> list[_Shard]:
         """What each file holds."""
@@ -222,8 +225,7 @@ class _Result:
     """Adds up what the shards of a set report."""
 
     def __init__(self, one: ImageSet, max_bad_fraction: float):
-        self._set, self._images = one, len(one.entries) + len(one.lost)
-        self._allowed = max_bad_fraction * self._images
+        self._set, self._allowed = one, max_bad_fraction
         self._records, self._shapes = 0, set()
         self._bad = [list(item) for item in one.lost]
         self._check()
@@ -237,11 +239,14 @@ class _Result:
         self._check()
 
     def _check(self) -> None:
-        if len(self._bad) > self._allowed:
+        lost = len(self._set.lost)
+        bad = len(self._bad) - lost + round(lost * self._set.drawn)
+        images = len(self._set.entries) + round(lost * self._set.drawn)
+        if bad > self._allowed * images:
             path = self._write()
             name, reason = self._bad[0]
             raise records.DataError(
-                f"{len(self._bad)} of {self._images} images of {self._set.prefix!r} are unusable, "
+                f"{bad} of {images} images of {self._set.prefix!r} are unusable, "
                 f"more than --max_bad_fraction allows. One is {name}: {reason}. "
                 f"{path} lists those found so far."
             )

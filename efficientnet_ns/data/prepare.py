@@ -73,6 +73,8 @@ def _check(config: MakeConfig) -> None:
                 f"--{flag}={sources.printable(value)} is not UTF-8, as TensorFlow needs paths to be: "
                 "give the folder another name"
             )
+    if tf.io.gfile.exists(config.output_dir) and not tf.io.gfile.isdir(config.output_dir):
+        raise ConfigError(f"--output_dir={config.output_dir} is a file: a folder is needed")
     fraction = config.validation_fraction
     if fraction and not (config.labeled and fraction < 1):
         raise ConfigError(f"--validation_fraction={fraction} must be below 1, of labeled images")
@@ -85,7 +87,7 @@ def _check(config: MakeConfig) -> None:
 
 # How the programs that train and evaluate know labeled sets and unlabeled ones apart.
 _UNLABELED = "extra"
-_MANIFEST = re.compile(r"(.+)-\d{5}-of-\d{5}\.json")
+_MANIFEST = re.compile(r"([^.].*)-\d{5}-of-\d{5}\.json")
 
 
 def _check_other_sets(config: MakeConfig) -> None:
@@ -144,7 +146,8 @@ def _make(config: MakeConfig, source, found: Listing) -> dict[str, make.Made]:
         for prefix, part in parts.items()
     ]
     # What no set has is listed with the first.
-    sets[0] = dataclasses.replace(sets[0], lost=found.lost)
+    drawn = len(entries) / max(1, len(found.entries))
+    sets[0] = dataclasses.replace(sets[0], lost=found.lost, drawn=drawn)
     made = make.make_sets(
         source,
         sets,

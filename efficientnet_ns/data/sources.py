@@ -237,7 +237,7 @@ def _sort_in(item: os.DirEntry, name: str, contents: Contents) -> bool:
     elif stat.S_ISREG(status.st_mode):
         contents.entries.append(Entry(name, size=status.st_size))
     else:
-        contents.lost.append(LeftOut(name, "a pipe, socket or device, not a file"))
+        contents.lost.append(LeftOut(name, "not a file but a pipe, socket or device"))
     return False
 
 
@@ -311,15 +311,13 @@ class Zip:
             yield read
 
 
-def _zip_target(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
-    """Where a link, whose content is a path, leads; nowhere when it cannot be read."""
+def _zip_target(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str | None:
+    """Where a link leads, whose content is the path; None out of the archive, or if unreadable."""
     try:
         return _from_link(info.filename, archive.read(info).decode("utf-8", "surrogateescape"))
     except Exception as e:  # As for images.
-        logging.warning(
-            "%s: the link %s cannot be unpacked: %s", archive.filename, info.filename, e
-        )
-        return ""
+        logging.warning("the link %s cannot be unpacked: %s", printable(info.filename), e)
+        return None
 
 
 class Tar:
@@ -443,7 +441,7 @@ def _tar_contents(members: Iterable[tuple[str, tarfile.TarInfo, int]]) -> Conten
         elif member.islnk():  # A path from the root of the archive.
             links[name] = tidy(posixpath.join(folder, member.linkname.lstrip("/")))
         else:
-            contents.lost.append(LeftOut(name, "a pipe or device, not a file"))
+            contents.lost.append(LeftOut(name, "not a file but a pipe, device or the like"))
     _follow(contents, links)
     return contents
 
@@ -471,7 +469,7 @@ def _follow(contents: Contents, links: Mapping[str, str | None]) -> None:
         elif found in folders:
             contents.ignored.append(LeftOut(f"{name}/", AGAIN))
         else:
-            where = "out of the archive" if target is None else f"to {target}, which is not there"
+            where = f"to {target}, which is not there" if target else "out of the archive"
             contents.lost.append(LeftOut(_maybe_folder(name), f"a link {where}"))
 
 

@@ -99,7 +99,7 @@ def check_whole(path: str, found: Collection[int], classes: Mapping[str, int]) -
 
 
 def folders(path: str) -> list[str]:
-    """Names of the folders inside `path`, hidden ones left out.
+    """Names of the folders inside `path`, hidden ones and those of systems left out.
 
     Raises:
       records.DataError: there is no such folder.
@@ -107,7 +107,8 @@ def folders(path: str) -> list[str]:
     if not tf.io.gfile.isdir(path):
         raise records.DataError(f"{path!r} is not a folder")
     names = (name.rstrip("/") for name in tf.io.gfile.listdir(path))
-    return sorted(n for n in names if n[0] != "." and tf.io.gfile.isdir(os.path.join(path, n)))
+    names = (name for name in names if not sources.is_hidden(name))
+    return sorted(n for n in names if tf.io.gfile.isdir(os.path.join(path, n)))
 
 
 def image_files(path: str) -> list[str]:
