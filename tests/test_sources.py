@@ -21,6 +21,7 @@ from test_make_records import add, contents, files, picture, run, write_folder, 
 
 from efficientnet_ns.config import ConfigError
 from efficientnet_ns.data import encoded, listing, make, manifests, records, sources, tasks
+from efficientnet_ns.evaluation import robustness_sets
 
 ALL = {"max_bad_fraction": 1.0}
 
@@ -280,6 +281,13 @@ def test_a_folder_and_a_file_without_permission():
     assert found.lost == [sources.LeftOut("bee/in/", reason)]
 
 
+def test_a_file_that_vanished_is_named_where_no_record_is_made(tmp_path):
+    entry = sources.Entry("ant/x.png")
+    images = robustness_sets.Images(sources.Folder(str(tmp_path)), [entry], [])
+    with pytest.raises(records.DataError, match="ant/x.png cannot be read: No such file"):
+        next(images.read("images"))
+
+
 def test_too_many_that_cannot_be_read_stop_before_anything_is_written(tmp_path):
     folder = write_folder(tmp_path / "in", files())
     (folder / "cat/broken.png").symlink_to("nothing.png")
@@ -337,8 +345,8 @@ def test_joined_archives_are_read_to_the_last(tmp_path, kind):
 def test_an_archive_compressed_in_parts(tmp_path):
     plain = write_tar(tmp_path / "plain.tar", files()).read_bytes()
     parts = [gzip.compress(plain[i : i + 5000]) for i in range(0, len(plain), 5000)]
-    (tmp_path / "in.tgz").write_bytes(b"".join(parts))
-    assert run(tmp_path / "in.tgz", tmp_path / "out") == {"train": 15}
+    (tmp_path / "in.tar").write_bytes(b"".join(parts))  # The name does not tell.
+    assert run(tmp_path / "in.tar", tmp_path / "out") == {"train": 15}
 
 
 def test_a_damaged_archive_in_an_archive_is_named(tmp_path):
@@ -384,7 +392,7 @@ def test_a_subfolder_in_another_unicode_form(tmp_path):
         (
             ("seg_train/seg_train/sea", "seg_train/seg_train/street", "seg_test/seg_test/sea"),
             "are sets, not classes: seg_test, seg_train. Give one of them: "
-            "--subfolder=seg_train/seg_train --image_set=train",
+            "--subfolder=seg_train/seg_train --image_set=train. If",
         ),
         (
             ("Train/0", "Train/1", "Test", "Meta"),

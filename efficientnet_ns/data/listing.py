@@ -219,21 +219,29 @@ def _set_in(name: str) -> str | None:
 
 
 def _better_folders(names: list[str]) -> list[str]:
-    """Folders whose folders have the images, those with most images first."""
+    """Folders whose folders have the images: that of the training set, which names the classes, then
+    those with most images."""
     below: dict[str, Counter] = {}
     for name in names:
         folder = posixpath.dirname(name)
         below.setdefault(posixpath.dirname(folder), Counter())[folder] += 1
     below.pop("", None)
     several = {folder: found for folder, found in below.items() if len(found) > 1} or below
-    return sorted(several, key=lambda folder: (-sum(several[folder].values()), folder))
+    images = {folder: sum(found.values()) for folder, found in several.items()}
+    return sorted(
+        images, key=lambda folder: (_image_set(folder) != "train", -images[folder], folder)
+    )
+
+
+def _image_set(folder: str) -> str | None:
+    words = (_set_in(part) for part in reversed(folder.split("/")))
+    word = next(filter(None, words), None)
+    return _SETS.get(word) or word
 
 
 def _option(folder: str) -> str:
-    words = (_set_in(part) for part in reversed(folder.split("/")))
-    word = next(filter(None, words), None)
-    image_set = f" --image_set={_SETS[word] or word}" if word else ""
-    return f"--subfolder={folder}{image_set}"
+    image_set = _image_set(folder)
+    return f"--subfolder={folder}" + (f" --image_set={image_set}" if image_set else "")
 
 
 def _agreed_names(where: str, found: list[str], known: Sequence[str] | None) -> tuple[str, ...]:

@@ -502,11 +502,8 @@ class TarStream:
         return _tar_contents(("", member, i) for i, member, _ in self._members())
 
     def _members(self) -> Iterator[tuple]:
+        unpack = _unpacker(self.path)
         with tf.io.gfile.GFile(self.path, "rb") as f:
-            start = f.read(6)
-            f.seek(0)
-            # Unlike tarfile's own, these also read files that were compressed in parts.
-            unpack = next((u for magic, u in _UNPACK.items() if start.startswith(magic)), None)
             with unpack(f) if unpack else contextlib.nullcontext(f) as plain:
                 for i, (archive, member) in enumerate(_each(self.path, fileobj=plain, mode="r|")):
                     yield i, member, archive
@@ -523,6 +520,14 @@ class TarStream:
         yield lambda entry: Loaded(held[entry.place], entry.label)
 
 
+def _unpacker(path: str) -> Callable | None:
+    """What opens a compressed file by its content; None when it is not compressed."""
+    with tf.io.gfile.GFile(path, "rb") as f:
+        start = f.read(6)
+    return next((unpack for magic, unpack in _UNPACK.items() if start.startswith(magic)), None)
+
+
+# Unlike tarfile's own, these also read files that were compressed in parts.
 _UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 
 ARCHIVES = {
@@ -536,8 +541,11 @@ ARCHIVES = {
 
 
 def open_source(path: str, subfolder: str = "", output: str = "") -> Folder | Zip | Tar | TarStream:
-    """The source for a folder or archive that exists, by its name; see `Folder` for the rest."""
+    """The source for a folder or archive that exists, by its name; see `Folder` for the rest.
+
+    A .tar may be compressed in spite of its name.
+    """
     for extension, archive in ARCHIVES.items():
         if path.lower().endswith(extension) and not tf.io.gfile.isdir(path):
-            return archive(path)
+            return TarStream(path) if archive is Tar and _unpacker(path) else archive(path)
     return Folder(path, subfolder, output)

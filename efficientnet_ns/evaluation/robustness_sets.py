@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from efficientnet_ns.data import manifests, records, sources
+from efficientnet_ns.data import encoded, manifests, records, sources
 from efficientnet_ns.progress import Progress
 
 
@@ -32,7 +32,12 @@ class Images(NamedTuple):
         with self.source.reader(self.entries) as read:
             with Progress(len(self.entries), what, "images") as progress:
                 for entry in self.entries:
-                    yield os.path.join(self.source.path, entry.name), read(entry).image
+                    path = os.path.join(self.source.path, entry.name)
+                    try:
+                        image = read(entry).image
+                    except encoded.Unusable as e:
+                        raise records.DataError(f"{path} {e}") from e
+                    yield path, image
                     progress.update(1)
 
 
