@@ -356,6 +356,15 @@ def test_a_damaged_archive_in_an_archive_is_named(tmp_path):
         run(path, tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar", "tgz"])
+@pytest.mark.parametrize("content", [b"", b"<html>404", b"<html>404" * 1000])
+def test_what_is_no_archive_in_spite_of_its_name(tmp_path, kind, content):
+    path = tmp_path / f"in.{kind}"
+    path.write_bytes(content)
+    with pytest.raises(records.DataError, match=f"in.{kind}: .*whole?"):
+        run(path, tmp_path / "out")
+
+
 def test_junk_behind_the_end_is_ignored(tmp_path):
     path = write_tar(tmp_path / "in.tar", files())
     path.write_bytes(path.read_bytes() + b"junk" * 1000)
@@ -508,6 +517,6 @@ def test_a_killed_worker_is_explained_and_the_work_continued(tmp_path, monkeypat
         make.make_sets(source, [one], rules, num_workers=2)
     whole = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("train-*")}
     (tmp_path / "alive").touch()
-    (made,) = make.make_sets(source, [one], rules, num_workers=2)
+    (made,) = make.make_sets(source, [one], rules, num_workers=1)
     assert made.records == 15 and not list((tmp_path / "out").glob(".tmp-*"))
     assert all((tmp_path / "out" / n).stat().st_mtime_ns == t for n, t in whole.items())

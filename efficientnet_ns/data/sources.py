@@ -287,8 +287,9 @@ class Zip:
         with tf.io.gfile.GFile(self.path, "rb") as f:
             try:
                 archive = zipfile.ZipFile(f)
-            except zipfile.BadZipFile as e:
-                raise records.DataError(f"{self.path}: {e}: is the file whole?") from e
+            except (zipfile.BadZipFile, tf.errors.InvalidArgumentError) as e:
+                # The latter when a short file is searched before its start.
+                raise records.DataError(f"{self.path}: no zip file: is it whole? ({e})") from e
             except (UnicodeDecodeError, NotImplementedError) as e:
                 raise records.DataError(
                     f"{self.path}: its list of names cannot be read ({e}): pack the images anew"
