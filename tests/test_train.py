@@ -867,6 +867,17 @@ def test_input_wait_under_replicas(two_replicas):
     assert wait.take() > 0
 
 
+def test_preview_of_classes_that_look_like_formulas(folder, tmp_path):
+    """Matplotlib takes text between two dollar signs for mathematics."""
+    task = {"num_classes": CLASSES, "image_size": SIZE, "small_image": True}
+    names = ["$1 to $2", "$x_{$", "\\frac"]
+    (tmp_path / "task.json").write_text(json.dumps({**task, "class_names": names}))
+    config = settings(folder, tmp_path, task_name=str(tmp_path / "task.json"))
+    source = pipeline.Source.find(config.data.label_data_dir, "train")
+    picture = preview.draw(Experiment.from_config(config), source, None, 6)
+    assert (picture.reshape(-1, 3).min(0) == 0).all()  # Letters are black.
+
+
 def test_preview_shows_the_images_and_their_labels(tmp_path):
     """One plain color per class, and none of them changed: each is found in the picture."""
     colors = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]
