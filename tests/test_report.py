@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import os
-import socket
 import re
+import socket
 import subprocess
 import sys
 from collections import Counter
