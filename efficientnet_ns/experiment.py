@@ -253,7 +253,6 @@ class Experiment:
         self,
         *labeled: pipeline.Source | None,
         unlabeled: pipeline.Source | None = None,
-        advice: str = "Repair or remove it, and start the same command again.",
     ) -> Iterator[None]:
         """Turns an input error inside the block into DataError that names the record behind it.
 
@@ -263,7 +262,6 @@ class Experiment:
         Args:
           labeled: sources that the block reads; None stands for no source.
           unlabeled: the same, of records that are used without `image/class/label`.
-          advice: what to do about it, the end of the message.
         """
         try:
             yield
@@ -276,7 +274,10 @@ class Experiment:
             for source, check in checks:
                 place = source and pipeline.name_bad_record(source, check)
                 if place:
-                    raise records.DataError(f"a record cannot be used: {place}. {advice}") from e
+                    raise records.DataError(
+                        f"a record cannot be used: {place}. Repair or remove it, and start the same "
+                        "command again; what is finished is kept."
+                    ) from e
             raise
 
     def _check_labeled(self, payload: bytes) -> None:

@@ -686,14 +686,18 @@ def test_bad_record_stops_an_evaluation(straight, tmp_path):
         train.evaluate(config)
 
 
-def test_bad_record_stops_a_training(tmp_path):
+def test_bad_record_stops_a_training_that_continues_when_it_is_repaired(tmp_path):
     """The same through Keras, whose errors come from inside the compiled loop."""
     write_data(tmp_path)
-    path = replace_record(
-        tmp_path, "train-00001-of-00002", 1, records.labeled_example(IMAGE, CLASSES)
-    )
+    good = records.labeled_example(IMAGE, 0)
+    name, bad = "train-00001-of-00002", records.labeled_example(IMAGE, CLASSES)
+    path = replace_record(tmp_path, name, 1, bad)
+    config = settings(tmp_path, "model", train_steps=8)
     with pytest.raises(records.DataError, match=f"{path}, record 1: label 3"):
-        train.train_and_evaluate(settings(tmp_path, "model", train_steps=8), evaluate=False)
+        train.train_and_evaluate(config, evaluate=False)
+    records.write(str(path), [good])
+    pretend_checkpoint(config)
+    claimed(config)
 
 
 @pytest.mark.parametrize(

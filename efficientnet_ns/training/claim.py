@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Mapping
@@ -59,6 +60,12 @@ def claim(
         manifests.write_json(os.path.join(folder, SETTINGS), config.identity(), indent=1)
     if not begun or not tf.io.gfile.exists(os.path.join(folder, RECORDS)):
         manifests.write_json(os.path.join(folder, RECORDS), listing, indent=1)
+
+
+def expect_other_records(folder: str) -> None:
+    """Lets the training go on with records that are changed from now on."""
+    with contextlib.suppress(tf.errors.NotFoundError):
+        tf.io.gfile.remove(os.path.join(folder, RECORDS))
 
 
 def _changed_settings(folder: str, config: Config) -> str:

@@ -18,12 +18,12 @@ from absl import logging
 
 from efficientnet_ns import preemption
 from efficientnet_ns.config import Config, ConfigError, TrainConfig
-from efficientnet_ns.data import pipeline, tasks
+from efficientnet_ns.data import pipeline, records, tasks
 from efficientnet_ns.evaluation import accuracy, report
 from efficientnet_ns.experiment import Experiment, limited
 from efficientnet_ns.models import efficientnet, engines, weights
 from efficientnet_ns.training import checkpoints, distribution, preview, schedules, summaries
-from efficientnet_ns.training.claim import RECORDS, claim
+from efficientnet_ns.training.claim import claim, expect_other_records
 from efficientnet_ns.training.input_wait import InputWait
 from efficientnet_ns.training.optimizers import RMSPropTF1
 from efficientnet_ns.training.session import Session, loop_steps
@@ -59,17 +59,17 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
             labeled, unlabeled, evaluation = _sources(experiment, evaluate)
             sets = {"labeled": labeled, "unlabeled": unlabeled}
             claim(config, sets, writes=distribution.is_chief(strategy))
-        advice = (
-            f"Repair or remove it, delete {config.train.model_dir}/{RECORDS}, and start the same "
-            "command again; training continues from the last checkpoint."
-        )
-        with (
-            distribution.noticing_lost_workers(strategy),
-            experiment.naming_bad_records(labeled, evaluation, unlabeled=unlabeled, advice=advice),
-        ):
-            with stop.immediate():
-                run = _start(experiment, strategy, labeled, unlabeled, evaluation, stop)
-            return run()
+        try:
+            with (
+                distribution.noticing_lost_workers(strategy),
+                experiment.naming_bad_records(labeled, evaluation, unlabeled=unlabeled),
+            ):
+                with stop.immediate():
+                    run = _start(experiment, strategy, labeled, unlabeled, evaluation, stop)
+                return run()
+        except records.DataError:
+            expect_other_records(config.train.model_dir)  # The bad one is to be repaired.
+            raise
 
 
 def _start(
