@@ -672,7 +672,7 @@ def from_flags(cls: type, values: flags.FlagValues) -> Any:
     result = Config().override(**chosen) if cls is Config else cls(**chosen)
     check(result)
     for name in sorted(_FOLDERS_WRITTEN & chosen.keys()):
-        _check_no_file(name, chosen[name] or "")
+        check_no_file(name, chosen[name] or "")
     return result
 
 
@@ -682,8 +682,8 @@ _FOLDERS_WRITTEN = {
 }
 
 
-def _check_no_file(name: str, path: str) -> None:
-    """Refuses a folder that cannot be made since it, or one above it, is a file."""
+def check_no_file(name: str, path: str) -> None:
+    """Raises ConfigError where the folder of flag `name` cannot be made: a file is in its place."""
     part = path.rstrip("/")
     while part and not os.path.lexists(part):
         part = os.path.dirname(part)
