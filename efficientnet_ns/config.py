@@ -13,7 +13,7 @@ import logging as std_logging
 import os
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 from absl import app, flags, logging
@@ -606,6 +606,18 @@ class Config:
         }
 
 
+def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the `/` at the end of paths, which tells no training from another."""
+
+    def plain(name: str, value: Any) -> Any:
+        is_path = name.endswith(("_dir", "_path")) or name == "task_name"
+        if not is_path or value is None:
+            return value
+        return ";".join(part.rstrip("/") for part in value.split(";"))
+
+    return {name: plain(name, value) for name, value in settings.items()}
+
+
 def _sections(cls: type) -> list[type]:
     return list(_SECTIONS.values()) if cls is Config else [cls]
 
@@ -659,7 +671,24 @@ def from_flags(cls: type, values: flags.FlagValues) -> Any:
     chosen = {field.name: values[field.name].value for field in _flag_fields(cls)}
     result = Config().override(**chosen) if cls is Config else cls(**chosen)
     check(result)
+    for name in sorted(_FOLDERS_WRITTEN & chosen.keys()):
+        check_no_file(name, chosen[name] or "")
     return result
+
+
+_FOLDERS_WRITTEN = {
+    *("model_dir", "eval_dir", "data_cache_dir", "output_dir", "info_dir", "prelim_stats_dir"),
+    *("work_dir", "export_dir"),
+}
+
+
+def check_no_file(name: str, path: str) -> None:
+    """Raises ConfigError where the folder of flag `name` cannot be made: a file is in its place."""
+    part = path.rstrip("/")
+    while part and not os.path.lexists(part):
+        part = os.path.dirname(part)
+    if part and not os.path.isdir(part):
+        raise ConfigError(f"--{name}={path}: {part} is not a folder; choose another path")
 
 
 def check(config: Any) -> None:
@@ -705,7 +734,12 @@ def shard_list(text: str, num_shards: int) -> list[int]:
 
 
 _HELP = {"-h", "--h", "-help", "--help", "-helpshort", "--helpshort", "-?", "--?"}
-_STORAGE_ERRORS = ("NotFoundError", "PermissionDeniedError", "ResourceExhaustedError")
+_STORAGE_ERRORS = (
+    "NotFoundError",
+    "PermissionDeniedError",
+    "ResourceExhaustedError",
+    "AlreadyExistsError",
+)
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -727,7 +761,11 @@ def run(main: Callable[[list[str]], None]) -> None:
         except Exception as e:
             # Storage fails with an OSError or one of TensorFlow's errors, which name the path.
             ours = type(e).__module__.startswith("efficientnet_ns")
-            storage = isinstance(e, OSError) or type(e).__name__ in _STORAGE_ERRORS
+            # A precondition is of storage where it is about a folder in place of a file, or a file
+            # in place of a folder.
+            kind = type(e).__name__
+            storage = isinstance(e, OSError) or kind in _STORAGE_ERRORS
+            storage = storage or kind == "FailedPreconditionError" and "directory" in str(e)
             if not (ours or storage):
                 raise
             logging.error("%s", e)

@@ -229,6 +229,7 @@ def main(argv: list[str]) -> None:
     config_lib.no_arguments(argv)
     values = flags.FLAGS
     settings = config_lib.from_flags(Config, values)
+    config_lib.check_no_file("report_dir", values.report_dir)
     folders = {name: getattr(values, name) for name in _HELP}
     own = config_lib.from_flags(OwnSetConfig, values)
     if own.corrupt or own.epsilons:

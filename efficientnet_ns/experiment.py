@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
+from collections.abc import Callable, Iterator
 
 import tensorflow as tf
+from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError
-from efficientnet_ns.data import pipeline, prepare, tasks
+from efficientnet_ns.data import pipeline, prepare, records, tasks
 from efficientnet_ns.models import efficientnet
 
 
@@ -69,6 +73,17 @@ class Experiment:
         return int(self.config.train.train_steps * self.config.train.train_ratio)
 
     @property
+    def steps_to_run(self) -> int:
+        """Update steps that are taken: all of the schedule, or its last `train_last_step_num`."""
+        last = self.config.train.train_last_step_num
+        return self.train_steps if last < 0 else int(last * self.config.train.train_ratio)
+
+    @property
+    def images_per_step(self) -> int:
+        """Images the student computes per update, over all replicas."""
+        return self.config.train.train_batch_size + self.unlabeled_batch_size
+
+    @property
     def unlabeled_batch_size(self) -> int:
         """Unlabeled images per update, over all replicas."""
         return math.ceil(self.counted_batch_size * self.config.train.unlabel_ratio)
@@ -77,6 +92,26 @@ class Experiment:
     def counted_batch_size(self) -> float:
         """Labeled images per update that enter the loss, on average."""
         return self.config.train.train_batch_size * self.config.train.label_data_sample_prob
+
+    def labeled_source(self) -> pipeline.Source:
+        """The labeled records to train on: the first `num_train_shards`, or all.
+
+        Raises:
+          records.DataError: there are none, or they cannot be counted.
+          ConfigError: fewer shards than asked for.
+        """
+        data = self.config.data
+        source = pipeline.Source.find(data.label_data_dir, self.task.train_set)
+        return limited(source, source.shards, num_train_shards=data.num_train_shards)
+
+    def epoch_images(self, labeled: pipeline.Source | None = None) -> int:
+        """Labeled images that make an epoch: as configured, the task's, or as many as there are.
+
+        Args:
+          labeled: `labeled_source`, where it is at hand; else it is found when needed.
+        """
+        known = self.config.data.num_train_images or self.task.num_train_images
+        return known or (labeled or self.labeled_source()).total
 
     def build_model(self) -> tf.keras.Model:
         """A new student, of which nothing is frozen yet."""
@@ -212,3 +247,60 @@ class Experiment:
             batch_size=per_replica * share.replicas,
             share=share,
         )
+
+    @contextlib.contextmanager
+    def naming_bad_records(
+        self,
+        *labeled: pipeline.Source | None,
+        unlabeled: pipeline.Source | None = None,
+    ) -> Iterator[None]:
+        """Turns an input error inside the block into DataError that names the record behind it.
+
+        TensorFlow's own message does not. The records are read again to find it; an error that no
+        record explains stays as it is.
+
+        Args:
+          labeled: sources that the block reads; None stands for no source.
+          unlabeled: the same, of records that are used without `image/class/label`.
+        """
+        try:
+            yield
+        except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
+            logging.error("%s\nLooking for the record behind this.", str(e).splitlines()[0])
+            checks = [
+                *((s, self._check_labeled) for s in labeled),
+                (unlabeled, self._check_unlabeled),
+            ]
+            for source, check in checks:
+                place = source and pipeline.name_bad_record(source, check)
+                if place:
+                    raise records.DataError(
+                        f"a record cannot be used: {place}. Repair or remove it, and start the same "
+                        "command again; what is finished is kept."
+                    ) from e
+            raise
+
+    def _check_labeled(self, payload: bytes) -> None:
+        pipeline.check_trainable(payload, self.num_classes)
+
+    def _check_unlabeled(self, payload: bytes) -> None:
+        pipeline.check_image(payload)
+        if not self.config.train.teacher_model_name:
+            records.parse_pseudo_labeled(tf.constant(payload), self.num_classes)
+            self._check_labeled(payload)
+
+
+def limited(
+    source: pipeline.Source, take: Callable[[int], pipeline.Source], **limit: int | None
+) -> pipeline.Source:
+    """`take(number)` for the one `flag=number` given, or all of `source` when it is None.
+
+    Raises:
+      ConfigError: there is less to take; names the flag.
+    """
+    ((flag, number),) = limit.items()
+    try:
+        return source if number is None else take(number)
+    except records.DataError as e:
+        folder = os.path.dirname(source.paths[0])
+        raise ConfigError(f"--{flag}={number}: {e} in {folder}") from e

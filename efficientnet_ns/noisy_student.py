@@ -60,8 +60,9 @@ class State:
             self._state = manifests.read_json(self.path)
             earlier = {k: v for k, v in (defaults or {}).items() if k in settings}
             self._state["settings"] = {**earlier, **self._state["settings"]}
-            if self._state["settings"] != settings:
-                difference = manifests.describe_difference(self._state["settings"], settings)
+            stored = config_lib.comparable(self._state["settings"])
+            difference = manifests.describe_difference(stored, config_lib.comparable(settings))
+            if difference:
                 raise ConfigError(
                     f"{folder} was begun with other settings ({difference}). "
                     "Choose another folder, or give the settings it was begun with."
@@ -280,9 +281,11 @@ def finetune_config(config: Config, loop: LoopConfig, number: int) -> Config:
     The train-test resolution fix of arXiv 1911.04252 §3.1: `finetune_epochs` more at a higher
     resolution, on labeled images without augmentation, at the end of the learning rate schedule.
     """
+    from efficientnet_ns.experiment import Experiment
+
     student = model_configs(config, loop)[number]
     folder = os.path.join(loop.work_dir, f"round-{number}", f"finetuned-{loop.finetune_resolution}")
-    images = _num_train_images(config)
+    images = Experiment.from_config(config).epoch_images()
     steps = max(1, round(loop.finetune_epochs * images / config.train.train_batch_size))
     return student.override(
         model_dir=folder,
@@ -298,15 +301,6 @@ def finetune_config(config: Config, loop: LoopConfig, number: int) -> Config:
         train_ratio=1.0,
         train_last_step_num=steps,
     )
-
-
-def _num_train_images(config: Config) -> int:
-    """Labeled images per epoch."""
-    from efficientnet_ns.data import pipeline, tasks
-
-    task = tasks.get_task(config.data.task_name)
-    known = config.data.num_train_images or task.num_train_images
-    return known or pipeline.Source.find(config.data.label_data_dir, task.train_set).total
 
 
 def train_and_measure(state: State, name: str, config: Config) -> dict[str, Any]:

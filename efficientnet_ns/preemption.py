@@ -2,7 +2,11 @@
 
 The first one asks: work that can be cut anywhere ends at once, work that has something to save
 ends when it has saved it; the program then exits with code 75 (EX_TEMPFAIL of sysexits.h: try
-again), which tells it from a failure. The second one ends the process on the spot.
+again), which tells it from a failure. A later one ends the process without saving. Signals that
+follow within a second are the same request: GNU timeout, for one, signals the process and its group.
+
+Python runs handlers between two bytecodes of the main thread, so inside a host loop of the device a
+signal waits until the loop returns.
 """
 
 from __future__ import annotations
@@ -12,12 +16,14 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 from absl import logging
 
 EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_REQUEST_SECONDS = 1.0
 
 
 class Preempted(BaseException):
@@ -32,10 +38,7 @@ class Preempted(BaseException):
 class StopRequest:
     """Takes the signals while the block runs; blocks may be nested, the innermost answers.
 
-    Python runs its own handlers only between two bytecodes of the main thread, which may be deep in
-    a host loop of many minutes. The signals are therefore counted by a thread that reads what the
-    interpreter writes at once (`signal.set_wakeup_fd`). Outside the main thread, where signals
-    cannot be taken, the block changes nothing.
+    Outside the main thread, where signals cannot be taken, the block changes nothing.
 
     Attributes:
       requested: whether to stop as soon as everything is saved.
@@ -43,25 +46,16 @@ class StopRequest:
 
     def __init__(self):
         self.requested = False
+        self._requested_at = 0.0
         self._cut = False
+        self._process = os.getpid()
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        read_end, write_end = os.pipe()
-        os.set_blocking(write_end, False)
-        watcher = threading.Thread(target=self._watch, args=(read_end,), daemon=True)
-        watcher.start()
-        self._undo.callback(watcher.join)
-        self._undo.callback(os.close, write_end)
-        previous = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        self._undo.callback(signal.set_wakeup_fd, previous)
-        for number in SIGNALS:
-            self._undo.callback(signal.signal, number, signal.getsignal(number))
-        self.take_signals()
-        # A forked worker would write into this process' pipe when it is told to end.
-        os.register_at_fork(after_in_child=self._undo_in_child)
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._undo.callback(signal.signal, number, signal.getsignal(number))
+            self.take_signals()
         return self
 
     def __exit__(self, *unused) -> None:
@@ -84,35 +78,22 @@ class StopRequest:
         finally:
             self._cut = outer
 
-    def _undo_in_child(self) -> None:
-        if signal.getsignal(signal.SIGTERM) == self._answer:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
     def _answer(self, number: int, frame) -> None:
-        self.requested = True
+        name = signal.Signals(number).name
+        if os.getpid() != self._process:
+            # A forked worker inherits the handler, but has nothing to save.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if self.requested:
+            if time.monotonic() - self._requested_at < SAME_REQUEST_SECONDS:
+                return
+            logging.warning("%s again: ending without saving", name)
+            os._exit(128 + number)
+        self.requested, self._requested_at = True, time.monotonic()
+        logging.warning("%s: stopping when everything is saved; once more: at once", name)
         if self._cut:
             self._cut = False  # Clean-up on the way out is not cut.
-            raise Preempted(f"stopped by {signal.Signals(number).name}")
-
-    def _watch(self, read_end: int) -> None:
-        """Runs in a thread until the other end is closed."""
-        seen = 0
-        with os.fdopen(read_end, "rb", buffering=0) as pipe:
-            while numbers := pipe.read(64):
-                for number in numbers:
-                    if number not in SIGNALS:
-                        continue
-                    seen += 1
-                    name = signal.Signals(number).name
-                    if seen > 1:
-                        logging.warning("%s again: ending without saving", name)
-                        os._exit(128 + number)
-                    self.requested = True
-                    logging.warning(
-                        "%s: stopping when everything is saved; once more: at once", name
-                    )
+            raise Preempted(f"stopped by {name}")
 
 
 def end_with_parent() -> None:

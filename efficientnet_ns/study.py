@@ -151,7 +151,7 @@ def _placed(config: Config, loop: LoopConfig) -> Config:
 def _folder(kind: str, settings: Mapping[str, Any], loop: LoopConfig) -> str:
     # Without work_dir, so that it may be moved, and be given with a slash at its end.
     work_dir = json.dumps(loop.work_dir.rstrip("/"))[1:-1]
-    text = json.dumps(settings, sort_keys=True).replace(work_dir, "")
+    text = json.dumps(config_lib.comparable(settings), sort_keys=True).replace(work_dir, "")
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     return os.path.join(loop.work_dir, "cache", f"{kind}-{key}")
 
@@ -252,11 +252,8 @@ def _images(config: Config) -> int:
     """Images that a training computes, by which its time is estimated."""
     from efficientnet_ns.experiment import Experiment
 
-    train = config.train
-    steps = Experiment.from_config(config).train_steps
-    if train.train_last_step_num > 0:
-        steps = train.train_last_step_num
-    return round(steps * train.train_batch_size * (1 + train.unlabel_ratio))
+    experiment = Experiment.from_config(config)
+    return experiment.steps_to_run * experiment.images_per_step
 
 
 class Runner:

@@ -293,6 +293,29 @@ def test_there_are_bounds():
     assert {"train_steps", "train_batch_size", "num_shards", "seed", "unlabel_ratio"} <= names
 
 
+@pytest.mark.parametrize("below", ["", "/", "/model", "/runs/model"])
+def test_folder_to_write_that_is_a_file(tmp_path, below):
+    path = tmp_path / "notes.txt"
+    path.touch()
+    with pytest.raises(ConfigError, match=f"--model_dir={path}{below}: {path} is not a folder"):
+        parse(Config, f"--model_dir={path}{below}")
+
+
+def test_folders_to_write_that_can_be_made(tmp_path):
+    for path in (tmp_path, tmp_path / "new/model", "new/model", "gs://bucket/model", ""):
+        assert parse(Config, f"--model_dir={path}").train.model_dir == str(path)
+
+
+def test_paths_compare_without_the_slash_at_their_end():
+    ours = {"label_data_dir": "a/;b", "task_name": "t/", "init_skip": "head/", "seed": 1}
+    assert config.comparable({**ours, "init_model_path": None}) == {
+        **ours,
+        "label_data_dir": "a;b",
+        "task_name": "t",
+        "init_model_path": None,
+    }
+
+
 def test_words_that_are_no_flags_are_refused():
     config.no_arguments(["program"])
     with pytest.raises(ConfigError, match="'train_steps=5'"):
@@ -361,6 +384,7 @@ def test_wrong_settings_are_one_line(entry, arguments, message):
     [
         ("config.ConfigError('the message')", True),
         ("FileNotFoundError('the message')", True),
+        ("type('FailedPreconditionError', (Exception,), {})('the message: a directory')", True),
         ("ValueError('the message')", False),
         ("TypeError('the message')", False),
     ],

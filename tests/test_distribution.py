@@ -404,6 +404,37 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("{'cluster': 1}", "it is not JSON"),
+        ("[]", "it is no JSON object"),
+        ('{"cluster": ["a:1"]}', "the cluster is no JSON object"),
+        ('{"cluster": {"worker": "a:1"}}', "worker should be a list of host:port, but is 'a:1'"),
+        ('{"cluster": {"worker": ["a"]}}', "worker should be a list of host:port"),
+        ('{"cluster": {"worker": ["a:1"]}}', "there is no task"),
+        (
+            '{"cluster": {"worker": ["a:1"]}, "task": {"type": "chief", "index": 0}}',
+            "the task's type is 'chief', but the cluster has worker",
+        ),
+        (
+            '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}',
+            "the task's index is 1, but the cluster has 1 of 'worker'",
+        ),
+    ],
+)
+def test_wrong_descriptions_of_a_cluster(monkeypatch, text, problem):
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(ConfigError, match=f"TF_CONFIG is wrong: {problem}.*Unset it"):
+        distribution.get_strategy(HardwareConfig())
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"cluster": {}}', '{"task": {"index": 0}}'])
+def test_descriptions_of_no_cluster(monkeypatch, text):
+    monkeypatch.setenv("TF_CONFIG", text)
+    assert distribution.get_strategy(HardwareConfig()).num_replicas_in_sync == 1
+
+
 @pytest.fixture
 def launcher(folder) -> Iterator[Launcher]:
     made = Launcher(folder)

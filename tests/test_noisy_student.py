@@ -318,6 +318,25 @@ def test_fine_tuning_is_the_end_of_a_schedule_on_clean_labeled_images(varied):
     assert rows[2]["measured"] != rows[1]["measured"]
 
 
+def test_fine_tuning_counts_the_shards_that_are_trained_on(tmp_path, config):
+    example = records.labeled_example(b"not decoded here", 0)
+    records.write_sharded(str(tmp_path), "train", [example] * 15, 2)
+    few = config.override(label_data_dir=str(tmp_path), num_train_shards=1)
+    loop = dataclasses.replace(
+        rounds(tmp_path, "w", 1), finetune_resolution=16, finetune_epochs=2.0
+    )
+    tuned = noisy_student.finetune_config(few, loop, 1)
+    assert tuned.train.train_last_step_num == 4  # 2 passes over 8 images in batches of 4.
+
+
+def test_slash_at_the_end_of_a_path_is_no_other_setting(tmp_path):
+    state = noisy_student.State(str(tmp_path), {"label_data_dir": "data/", "seed": 1})
+    state.once("stage", lambda: {})
+    noisy_student.State(str(tmp_path), {"label_data_dir": "data", "seed": 1})
+    with pytest.raises(ConfigError, match="seed: 1 → 2"):
+        noisy_student.State(str(tmp_path), {"label_data_dir": "data", "seed": 2})
+
+
 def test_fine_tuned_loop_is_continued_and_can_grow(varied, config, monkeypatch):
     loop, rows = varied
     for name in ("train_and_evaluate", "evaluate"):

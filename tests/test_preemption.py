@@ -1,12 +1,14 @@
-"""Signals: the first asks, the second ends; programs answer with their exit code."""
+"""Signals: the first asks, a later one ends; programs answer with their exit code."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,6 @@ def test_a_request_waits_to_be_asked_for(number):
         with pytest.raises(Preempted), stop.immediate():
             pytest.fail("a request from before is heeded at the door")
     assert [signal.getsignal(n) for n in preemption.SIGNALS] == before
-    assert signal.set_wakeup_fd(-1) == -1
 
 
 @pytest.mark.parametrize("number", preemption.SIGNALS)
@@ -72,7 +73,7 @@ def test_other_threads_cannot_take_signals():
 def program(body: str) -> subprocess.Popen:
     """A program whose `main` is `body` (indented by 4), which prints `ready` at first."""
     code = f"""
-import hashlib, os, signal, sys, time
+import os, signal, sys, time
 from efficientnet_ns import config, preemption
 def main(argv):
 {body}
@@ -105,33 +106,62 @@ def test_programs_end_with_their_code(number):
     assert "start the same command again to continue" in err and "Traceback" not in err
 
 
-def test_the_second_signal_ends_work_that_never_looks():
-    """The main thread is inside a C function all the time, as in a host loop of the device."""
-    process = program(
-        "    with preemption.StopRequest():\n"
-        "        print('ready', flush=True)\n"
-        "        hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
-    )
-    process.send_signal(signal.SIGTERM)
-    while "stopping when everything is saved" not in process.stderr.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "SIGTERM again" in err
+def in_child(work) -> tuple[int, int]:
+    """(process id of a forked child that runs `work`, where to read that it called `ready`)."""
+    ready, says_ready = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            work(lambda: os.write(says_ready, b"1"))
+        finally:
+            os._exit(3)
+    return child, ready
+
+
+def never_look(ready) -> None:
+    with StopRequest():
+        ready()
+        while True:
+            time.sleep(0.001)
+
+
+def test_a_later_signal_ends_work_that_never_looks(monkeypatch):
+    monkeypatch.setattr(preemption, "SAME_REQUEST_SECONDS", 0.02)
+    child, ready = in_child(never_look)
+    os.read(ready, 1)
+    os.kill(child, signal.SIGTERM)
+    ended, status = 0, 0
+    while not ended:
+        time.sleep(0.03)
+        os.kill(child, signal.SIGTERM)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("second", preemption.SIGNALS)
+def test_signals_in_quick_succession_are_one_request(second):
+    with StopRequest() as stop:
+        send(signal.SIGTERM)
+        send(second)  # Not the same moment, so that both reach the handler.
+        assert stop.requested
+        with pytest.raises(Preempted), stop.immediate():
+            pytest.fail("a request from before is heeded at the door")
+        send(second)
+
+
+def test_a_signal_inside_native_code_is_heeded_after_it():
+    """The main thread is inside a C function, as in a host loop of the device."""
+    with StopRequest() as stop:
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        while not stop.requested:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 300_000)
 
 
 def test_a_forked_worker_that_is_ended_asks_nothing_of_its_parent():
     with StopRequest() as stop:
-        ready, says_ready = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.write(says_ready, b"1")
-            signal.pause()
-            os._exit(0)
+        child, ready = in_child(lambda ready: (ready(), signal.pause()))
         os.read(ready, 1)
         os.kill(child, signal.SIGTERM)
         _, status = os.waitpid(child, 0)
-        threading.Event().wait(0.01)
         assert os.WTERMSIG(status) == signal.SIGTERM
         assert not stop.requested

@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -502,9 +503,18 @@ def test_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
     monkeypatch.setattr(tf.io.gfile, "rename", fail)
     with pytest.raises(OSError, match="disk gone"):
         report.write_page(str(path), title="New", intro="", sections=[])
-    temporary = str(tmp_path / f".tmp-{os.getpid()}-report.html")
-    assert renamed == [(temporary, str(path), True)]
+    ((source, *rest),) = renamed
+    assert os.path.dirname(source) == str(tmp_path) and rest == [str(path), True]
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["report.html"]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    leftover = f".tmp-{socket.gethostname()}-{killed.pid}-report.html"
+    (tmp_path / leftover).write_text("half a page")
+    report.write_page(tmp_path / "report.html", title="T", intro="", sections=[])
+    assert os.listdir(tmp_path) == ["report.html"]
 
 
 def test_write_to_the_working_directory(tmp_path, monkeypatch):

@@ -60,6 +60,22 @@ def kinds(work: list[study.Work]) -> list[str]:
     return [piece.kind for piece in work]
 
 
+def test_images_of_a_training_are_those_it_computes(config):
+    """By which the time that is left is estimated; the paper's ablations stretch by train_ratio."""
+    plain = config.override(train_steps=10, train_batch_size=4, unlabel_ratio=1.5)
+    assert study._images(plain) == 10 * (4 + 6)
+    assert study._images(plain.override(train_ratio=2.0)) == 20 * 10
+    last = plain.override(train_ratio=2.0, train_last_step_num=3, label_data_sample_prob=0.5)
+    assert study._images(last) == 6 * (4 + 3)
+
+
+def test_slash_at_the_end_of_a_path_makes_no_other_folder(config, folder):
+    slashed = config.override(label_data_dir=f"{config.data.label_data_dir}/")
+    assert [w.config.train.model_dir for w in pieces(slashed, folder) if w.kind == "train"] == [
+        w.config.train.model_dir for w in pieces(config, folder) if w.kind == "train"
+    ]
+
+
 # --- The table ------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from efficientnet_ns.data import manifests, pipeline, records
 from efficientnet_ns.experiment import Experiment
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.preemption import StopRequest
-from efficientnet_ns.training import checkpoints, preview, summaries, train
+from efficientnet_ns.training import checkpoints, claim, preview, summaries, train
 from efficientnet_ns.training.input_wait import InputWait
 from efficientnet_ns.training.session import Session, TrainingDiverged
 from efficientnet_ns.training.student import NoisyStudent
@@ -413,6 +414,7 @@ def test_weights_that_break_after_the_last_loss(folder, model, tmp_path, broken)
         start=0,
         total=2,
         steps_per_epoch=1.0,
+        images_per_step=4,
     )
     model.optimizer.iterations.assign(1)
     session.on_epoch_end(0, {"train/loss": 1.0})
@@ -429,10 +431,88 @@ def test_weights_that_break_after_the_last_loss(folder, model, tmp_path, broken)
 def test_folder_of_another_training(straight):
     config, _ = straight
     other = config.override(seed=6, label_smoothing=0.2)
-    with pytest.raises(train.DirectoryConflict) as error:
+    with pytest.raises(claim.DirectoryConflict) as error:
         train.train_and_evaluate(other)
     assert "(label_smoothing: 0.1 → 0.2, seed: 5 → 6)" in str(error.value)
     assert str(config.train.model_dir) in str(error.value)
+
+
+def claimed(config: Config) -> None:
+    """Claims model_dir for a training of `config`."""
+    labeled = Experiment.from_config(config).labeled_source()
+    claim.claim(config, {"labeled": labeled, "unlabeled": None})
+
+
+def pretend_checkpoint(config: Config) -> None:
+    (Path(config.train.model_dir) / "model.ckpt-1.index").touch()
+
+
+def test_training_that_never_began_gives_way(folder, tmp_path, only_reads):
+    """A wrong path was given; the right settings must find no other training there."""
+    typo = settings(folder, tmp_path, init_model=True, init_model_path=str(tmp_path / "typo"))
+    with pytest.raises(FileNotFoundError, match="typo"):
+        train.train_and_evaluate(typo, evaluate=False)
+    mended = settings(folder, tmp_path)
+    train.train_and_evaluate(mended, evaluate=False)
+    assert json.loads((tmp_path / claim.SETTINGS).read_text()) == mended.identity()
+
+
+@pytest.mark.parametrize("pid, refused", [(os.getppid(), True), (os.getpid(), False)])
+def test_training_that_runs_does_not_give_way(folder, tmp_path, monkeypatch, pid, refused):
+    """Another process has not reached its first checkpoint."""
+    config = settings(folder, tmp_path)
+    claimed(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: pid)
+        summaries.note_start(str(tmp_path), 0, config.values())
+    other = config.override(seed=1)
+    if refused:
+        with pytest.raises(claim.DirectoryConflict, match=f"process {pid} has been training in"):
+            claimed(other)
+    else:
+        claimed(other)
+    noted = json.loads((tmp_path / claim.SETTINGS).read_text())
+    assert noted["seed"] == (0 if refused else 1)
+
+
+def test_slash_at_the_end_of_a_path_makes_no_other_training(folder, tmp_path):
+    config = settings(folder, tmp_path)
+    claimed(config)
+    pretend_checkpoint(config)
+    claimed(config.override(label_data_dir=f"{folder}/labeled/"))
+    with pytest.raises(claim.DirectoryConflict, match="label_data_dir"):
+        claimed(config.override(label_data_dir=f"{folder}/labeled;{folder}/labeled"))
+
+
+def test_records_that_were_replaced(tmp_path):
+    write_data(tmp_path)
+    config = settings(tmp_path, "model")
+    claimed(config)
+    pretend_checkpoint(config)
+    claimed(config)
+    path = replace_record(
+        tmp_path, "train-00001-of-00002", 2, records.labeled_example(pictures(1, 8)[0] + b"more", 1)
+    )
+    with pytest.raises(claim.DirectoryConflict, match=f"{path}: 6 records in .* → 6 records in"):
+        claimed(config)
+    (tmp_path / "model" / claim.RECORDS).unlink()
+    claimed(config)  # As a training that was begun before records were noted.
+    claimed(config)
+    for old in (tmp_path / "labeled").glob("train-*"):
+        old.unlink()
+    examples = [records.labeled_example(image, 0) for image in pictures(3, 1)]
+    records.write_sharded(str(tmp_path / "labeled"), "train", examples, 1)
+    with pytest.raises(claim.DirectoryConflict, match="no file → 3 records .* and 2 more files"):
+        claimed(config)
+
+
+def test_what_killed_trainings_left_is_removed(folder, tmp_path):
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    leftover = tmp_path / f".tmp-{socket.gethostname()}-{killed.pid}-{summaries.METRICS}"
+    leftover.write_text("")
+    claimed(settings(folder, tmp_path))
+    assert not leftover.exists()
 
 
 def test_checkpoint_of_another_number_of_classes(straight, tmp_path):
@@ -574,6 +654,29 @@ def test_bad_record_is_named(case, tmp_path, only_reads):
         train.train_and_evaluate(config)
 
 
+def flip_last_byte_of_payload(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+
+
+@pytest.mark.parametrize("values", [{"preview_images": 4}, {"debug": 1}])
+@pytest.mark.parametrize("damaged", [True, False])
+def test_bad_record_is_named_before_the_first_step(values, damaged, tmp_path, only_reads):
+    """What the preview and --debug read is explained as what training reads."""
+    write_data(tmp_path)
+    name, payload, problem = BROKEN_RECORDS["label 0, which is none"]
+    path, position = tmp_path / "labeled" / name, 2
+    if damaged:
+        flip_last_byte_of_payload(path)
+        position, problem = records.count(str(path)) - 1, "damaged payload"
+    else:
+        replace_record(tmp_path, name, position, payload)
+    config = settings(tmp_path, "model", train_batch_size=LABELED, **values)
+    expected = f"{path}, record {position}: {problem}.*start the same command again"
+    with pytest.raises(records.DataError, match=expected):
+        train.train_and_evaluate(config, evaluate=False)
+
+
 def test_bad_record_stops_an_evaluation(straight, tmp_path):
     name, payload, problem = BROKEN_RECORDS["evaluation label above the classes"]
     write_data(tmp_path)
@@ -583,14 +686,18 @@ def test_bad_record_stops_an_evaluation(straight, tmp_path):
         train.evaluate(config)
 
 
-def test_bad_record_stops_a_training(tmp_path):
+def test_bad_record_stops_a_training_that_continues_when_it_is_repaired(tmp_path):
     """The same through Keras, whose errors come from inside the compiled loop."""
     write_data(tmp_path)
-    path = replace_record(
-        tmp_path, "train-00001-of-00002", 1, records.labeled_example(IMAGE, CLASSES)
-    )
+    good = records.labeled_example(IMAGE, 0)
+    name, bad = "train-00001-of-00002", records.labeled_example(IMAGE, CLASSES)
+    path = replace_record(tmp_path, name, 1, bad)
+    config = settings(tmp_path, "model", train_steps=8)
     with pytest.raises(records.DataError, match=f"{path}, record 1: label 3"):
-        train.train_and_evaluate(settings(tmp_path, "model", train_steps=8), evaluate=False)
+        train.train_and_evaluate(config, evaluate=False)
+    records.write(str(path), [good])
+    pretend_checkpoint(config)
+    claimed(config)
 
 
 @pytest.mark.parametrize(
@@ -782,6 +889,19 @@ def test_loss_that_explodes_inside_a_host_loop(folder):
 # --- Parts of the sets ----------------------------------------------------------------------------
 
 
+def test_images_and_steps_that_are_counted(folder):
+    """Labeled images left out of the loss are computed all the same."""
+    values = {"train_batch_size": 8, "label_data_sample_prob": 0.5, "unlabel_ratio": 3.0}
+    stretched = {"train_steps": 10, "train_ratio": 2.0, "train_last_step_num": 4}
+    experiment = Experiment.from_config(settings(folder, "never", **values, **stretched))
+    assert (experiment.train_steps, experiment.steps_to_run) == (20, 8)
+    assert (experiment.unlabeled_batch_size, experiment.images_per_step) == (12, 20)
+    assert experiment.epoch_images() == LABELED
+    one_shard = experiment.config.override(num_train_shards=1)
+    assert Experiment.from_config(one_shard).epoch_images() == 7
+    assert Experiment.from_config(one_shard.override(num_train_images=5)).epoch_images() == 5
+
+
 def test_parts_of_the_sets(straight, folder):
     config, _ = straight
     measured = train.evaluate(config.override(num_eval_images=5))["validation"]
@@ -865,6 +985,17 @@ def test_input_wait_under_replicas(two_replicas):
         seen += [int(v) for part in two_replicas.experimental_local_results(batch) for v in part]
     assert seen == list(range(8))
     assert wait.take() > 0
+
+
+def test_preview_of_classes_that_look_like_formulas(folder, tmp_path):
+    """Matplotlib takes text between two dollar signs for mathematics."""
+    task = {"num_classes": CLASSES, "image_size": SIZE, "small_image": True}
+    names = ["$1 to $2", "$x_{$", "\\frac"]
+    (tmp_path / "task.json").write_text(json.dumps({**task, "class_names": names}))
+    config = settings(folder, tmp_path, task_name=str(tmp_path / "task.json"))
+    source = pipeline.Source.find(config.data.label_data_dir, "train")
+    picture = preview.draw(Experiment.from_config(config), source, None, 6)
+    assert (picture.reshape(-1, 3).min(0) == 0).all()  # Letters are black.
 
 
 def test_preview_shows_the_images_and_their_labels(tmp_path):

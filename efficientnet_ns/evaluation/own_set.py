@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.config import Config, ConfigError, OwnSetConfig
-from efficientnet_ns.data import encoded, manifests, pipeline, records
+from efficientnet_ns.data import encoded, manifests, pipeline
 from efficientnet_ns.evaluation import accuracy, adversarial, corruptions
 from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.experiment import Experiment
@@ -173,7 +172,7 @@ def measure(
         "models": {name: path for name, (_, path) in chosen.items()},
     }
     parts, pictures = os.path.join(folder, "own_set"), []
-    try:
+    with experiment.naming_bad_records(labeled.source):
         if settings.epsilons:
             results["attacks"] = _attacks(parts, subjects, labeled, settings, strategy, jit_compile)
         if settings.corruptions:
@@ -185,10 +184,6 @@ def measure(
                     corrupted(parts, subjects, labeled, settings, submit, details, ahead)
                 )
                 pictures = draw(labeled, settings, submit)
-    except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
-        check = functools.partial(pipeline.check_trainable, num_classes=experiment.num_classes)
-        place = pipeline.name_bad_record(labeled.source, check)
-        raise records.DataError(f"a record cannot be used: {place}") if place else e
     return Found(results, pictures)
 
 

@@ -221,5 +221,6 @@ def plot(answer: Mapping[str, Any]):
         axes.tick_params(colors=style.INK, labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color=style.INK, alpha=0.2)
-    panels[-1].set_xlabel(f"{answer['set']} top-1, %", color=style.INK, fontsize=9)
+    label = f"{answer['set']} top-1, %"
+    panels[-1].set_xlabel(label, color=style.INK, fontsize=9, **style.PLAIN_TEXT)
     return figure

@@ -24,6 +24,15 @@ class NothingLoads(RuntimeError):
     """There are checkpoints, but none can be read."""
 
 
+def saved_steps(folder: str) -> list[int]:
+    """Steps of the checkpoints in a model_dir, newest first."""
+    if not tf.io.gfile.isdir(folder):
+        return []
+    names = tf.io.gfile.listdir(folder)
+    matches = [re.fullmatch(re.escape(_PREFIX) + r"(\d+)\.index", name) for name in names]
+    return sorted((int(m[1]) for m in matches if m), reverse=True)
+
+
 class Checkpoints:
     """Saves and restores one training.
 
@@ -65,11 +74,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints in the folder, newest first."""
-        if not tf.io.gfile.isdir(self.folder):
-            return []
-        names = tf.io.gfile.listdir(self.folder)
-        matches = [re.fullmatch(re.escape(_PREFIX) + r"(\d+)\.index", name) for name in names]
-        return sorted((int(m[1]) for m in matches if m), reverse=True)
+        return saved_steps(self.folder)
 
     def prefix(self, step: int) -> str:
         """Path of the checkpoint of a step, without its suffixes."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import tensorflow as tf
 
@@ -29,12 +31,11 @@ def get_strategy(hardware: HardwareConfig) -> tf.distribute.Strategy:
     devices when asked for or when there are several GPUs; else the one local device.
 
     Raises:
-      ConfigError: fewer devices than num_replicas.
+      ConfigError: fewer devices than num_replicas, or TF_CONFIG does not describe a cluster.
     """
     if hardware.use_tpu and hardware.tpu:
         return _tpu_strategy(hardware)
-    cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster")
-    if cluster:
+    if _in_cluster(os.environ.get("TF_CONFIG") or "{}"):
         if hardware.num_replicas > 1 and not tf.config.list_physical_devices("GPU"):
             raise ConfigError(
                 f"--num_replicas={hardware.num_replicas}: with TF_CONFIG, a worker without GPUs is "
@@ -45,6 +46,44 @@ def get_strategy(hardware: HardwareConfig) -> tf.distribute.Strategy:
         return tf.distribute.MultiWorkerMirroredStrategy()
     devices = _local_devices(hardware.num_replicas)
     return tf.distribute.MirroredStrategy(devices) if devices else tf.distribute.get_strategy()
+
+
+def _in_cluster(tf_config: str) -> bool:
+    """Whether TF_CONFIG describes a cluster; ConfigError when the description cannot be used."""
+    try:
+        described = json.loads(tf_config)
+        problem = None if isinstance(described, dict) else "it is no JSON object"
+    except ValueError as e:
+        problem = f"it is not JSON: {e}"
+    if problem is None:
+        cluster = described.get("cluster")
+        if not cluster:
+            return False
+        problem = _cluster_problem(cluster, described.get("task"))
+    if problem is not None:
+        raise ConfigError(
+            f"the environment variable TF_CONFIG is wrong: {problem}. Expected: "
+            '{"cluster": {"worker": ["host:port", …]}, "task": {"type": "worker", "index": 0}}. '
+            "Unset it to use one machine."
+        )
+    return True
+
+
+def _cluster_problem(cluster: Any, task: Any) -> str | None:
+    if not isinstance(cluster, dict):
+        return f"the cluster is no JSON object: {cluster!r}"
+    for job, addresses in cluster.items():
+        is_list = isinstance(addresses, list)
+        if not is_list or not all(re.fullmatch(r".+:\d+", str(a)) for a in addresses):
+            return f"{job} should be a list of host:port, but is {addresses!r}"
+    if not isinstance(task, dict):
+        return "there is no task, which tells this worker from the others"
+    kind, index = str(task.get("type")), str(task.get("index"))
+    if kind not in cluster:
+        return f"the task's type is {kind!r}, but the cluster has {', '.join(cluster)}"
+    if not index.isdigit() or int(index) >= len(cluster[kind]):
+        return f"the task's index is {index}, but the cluster has {len(cluster[kind])} of {kind!r}"
+    return None
 
 
 def _tpu_strategy(hardware: HardwareConfig) -> tf.distribute.Strategy:

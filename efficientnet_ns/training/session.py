@@ -37,6 +37,7 @@ class Session(tf.keras.callbacks.Callback):
       stop: asked between host loops, and heeded at once while evaluating.
       start, total: steps.
       steps_per_epoch: passes over the labeled set are reported as `train/epoch`.
+      images_per_step: images the student computes, reported as a rate.
       wait: measures the input of the steps; None: it is not measured.
       agree: for several workers, which must stop at one step or wait for each other for ever:
         called by all of them at every end of a host loop with their own wish, gives all of them
@@ -54,6 +55,7 @@ class Session(tf.keras.callbacks.Callback):
         start: int,
         total: int,
         steps_per_epoch: float,
+        images_per_step: int,
         wait: InputWait | None = None,
         agree: Callable[[bool], bool] | None = None,
     ):
@@ -65,7 +67,7 @@ class Session(tf.keras.callbacks.Callback):
         self._save_every, self._eval_every = train.save_checkpoints_steps, train.steps_per_eval
         self.chunk = loop_steps(train, total)
         self._steps_per_epoch = steps_per_epoch
-        self._images_per_step = train.train_batch_size * (1 + train.unlabel_ratio)
+        self._images_per_step = images_per_step
         self._progress = Progress(
             total,
             f"training {train.model_dir}",

@@ -38,6 +38,7 @@ def note_start(folder: str, start: int, flags: dict[str, Any]) -> None:
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "step": start,
         "host": socket.gethostname(),
+        "pid": os.getpid(),
         "command": sys.argv,
         "python": platform.python_version(),
         "tensorflow": tf.__version__,

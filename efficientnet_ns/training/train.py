@@ -1,15 +1,15 @@
 """Training and evaluation of one model: `train_and_evaluate(config) -> metrics`.
 
 Resuming, in this order:
-  1. model_dir holds checkpoints of this configuration: continue from the newest that loads whole.
-  2. model_dir holds another configuration: refuse, naming the settings that differ.
+  1. model_dir holds checkpoints of this training: continue from the newest that loads whole.
+  2. It holds checkpoints of another configuration, or of records that were replaced since: refuse,
+     naming what differs. Without a checkpoint the folder is taken over.
   3. --init_model: weights from --init_model_path, fresh optimizer, step 0.
   4. Fresh weights from --seed.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 
@@ -18,19 +18,16 @@ from absl import logging
 
 from efficientnet_ns import preemption
 from efficientnet_ns.config import Config, ConfigError, TrainConfig
-from efficientnet_ns.data import manifests, pipeline, records, tasks
+from efficientnet_ns.data import pipeline, records, tasks
 from efficientnet_ns.evaluation import accuracy, report
-from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.experiment import Experiment, limited
 from efficientnet_ns.models import efficientnet, engines, weights
 from efficientnet_ns.training import checkpoints, distribution, preview, schedules, summaries
+from efficientnet_ns.training.claim import claim, expect_other_records
 from efficientnet_ns.training.input_wait import InputWait
 from efficientnet_ns.training.optimizers import RMSPropTF1
 from efficientnet_ns.training.session import Session, loop_steps
 from efficientnet_ns.training.student import LossSettings, NoisyStudent
-
-
-class DirectoryConflict(ConfigError):
-    """model_dir belongs to a training with other settings."""
 
 
 def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, float]:
@@ -60,14 +57,19 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
             distribution.check(experiment, strategy)
             distribution.set_precision(config.hardware, strategy)
             labeled, unlabeled, evaluation = _sources(experiment, evaluate)
-            _claim(config.train.model_dir, config, distribution.is_chief(strategy))
-            with distribution.noticing_lost_workers(strategy):
-                run = _start(experiment, strategy, labeled, unlabeled, evaluation, stop)
+            sets = {"labeled": labeled, "unlabeled": unlabeled}
+            claim(config, sets, writes=distribution.is_chief(strategy))
         try:
-            with distribution.noticing_lost_workers(strategy):
+            with (
+                distribution.noticing_lost_workers(strategy),
+                experiment.naming_bad_records(labeled, evaluation, unlabeled=unlabeled),
+            ):
+                with stop.immediate():
+                    run = _start(experiment, strategy, labeled, unlabeled, evaluation, stop)
                 return run()
-        except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
-            raise _explain(e, experiment, (labeled, evaluation), unlabeled) from e
+        except records.DataError:
+            expect_other_records(config.train.model_dir)  # The bad one is to be repaired.
+            raise
 
 
 def _start(
@@ -78,7 +80,7 @@ def _start(
     writes = distribution.is_chief(strategy)
     tf.keras.utils.set_random_seed(config.train.seed)
     with strategy.scope():
-        model = _build(experiment, labeled.total, strategy)
+        model = _build(experiment, experiment.epoch_images(labeled), strategy)
     saver = checkpoints.Checkpoints(
         model_dir,
         model.student,
@@ -87,7 +89,7 @@ def _start(
         config.train.keep_checkpoint_max,
         writes=writes,
     )
-    start, total = saver.restore_latest(), _steps_to_run(experiment)
+    start, total = saver.restore_latest(), experiment.steps_to_run
     distribution.check_agreement(strategy, start)
     if start == 0:
         _initialise(model, config)
@@ -117,7 +119,8 @@ def _start(
         config,
         start=start,
         total=total,
-        steps_per_epoch=_epoch_images(experiment, labeled.total) / config.train.train_batch_size,
+        steps_per_epoch=experiment.epoch_images(labeled) / config.train.train_batch_size,
+        images_per_step=experiment.images_per_step,
         wait=InputWait(),
         agree=distribution.agreement(strategy),
     )
@@ -141,7 +144,7 @@ def _log_preprocessing(experiment: Experiment, has_unlabeled: bool) -> None:
 def _show(experiment: Experiment, model, log, labeled, unlabeled, start: int) -> None:
     """Pictures of the augmented images and, with --debug, a log of everything that matters."""
     config = experiment.config
-    drawn = tf.io.gfile.exists(os.path.join(config.train.model_dir, preview.FILE))
+    drawn = start and tf.io.gfile.exists(os.path.join(config.train.model_dir, preview.FILE))
     if config.train.preview_images and not drawn:
         picture = preview.draw(experiment, labeled, unlabeled, config.train.preview_images)
         with log.writer.as_default(start):
@@ -222,18 +225,16 @@ def _evaluate_one(experiment: Experiment, evaluator, path: str) -> dict[str, acc
         sets[experiment.task.test_set] = {"num_test_images": data.num_test_images}
     for prefix, limit in sets.items():
         source = pipeline.Source.find(data.label_data_dir, prefix, max_bad_fraction=0)
-        source = _limited(source, source.examples, **limit)
-        try:
+        source = limited(source, source.examples, **limit)
+        with experiment.naming_bad_records(source):
             results[prefix] = evaluator.measure(_eval_shares(experiment, source), source.total)
-        except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
-            raise _explain(e, experiment, (source,)) from e
         logging.info("%s, %s: %s", path, prefix, accuracy.describe(results[prefix].metrics))
     return results
 
 
 def _evaluate_each(experiment: Experiment, model, evaluator) -> dict[str, dict]:
     """Waits for checkpoints and measures each, until that of the last step."""
-    folder, total = experiment.config.train.model_dir, _steps_to_run(experiment)
+    folder, total = experiment.config.train.model_dir, experiment.steps_to_run
     log = summaries.MetricsLog(os.path.join(folder, "eval"), start=total)
     measured = {row["step"] for row in log.rows}
     results: dict[str, dict] = {}
@@ -301,48 +302,17 @@ def _check(experiment: Experiment) -> None:
 
 def _sources(experiment: Experiment, evaluate: bool):
     data, train, task = experiment.config.data, experiment.config.train, experiment.task
-    labeled = pipeline.Source.find(data.label_data_dir, task.train_set)
-    # The unlabeled set is taken whole, as the original does.
-    labeled = _limited(labeled, labeled.shards, num_train_shards=data.num_train_shards)
-    unlabeled = evaluation = None
+    labeled, unlabeled, evaluation = experiment.labeled_source(), None, None
     if train.unlabel_ratio:
+        # Taken whole, as the original does.
         unlabeled = pipeline.Source.find(data.unlabel_data_dir, ("train", "extra"))
     if evaluate:
         evaluation = pipeline.Source.find(data.label_data_dir, task.eval_set, max_bad_fraction=0)
-        evaluation = _limited(evaluation, evaluation.examples, num_eval_images=data.num_eval_images)
+        evaluation = limited(evaluation, evaluation.examples, num_eval_images=data.num_eval_images)
     return labeled, unlabeled, evaluation
 
 
-def _limited(source: pipeline.Source, take, **limit: int | None) -> pipeline.Source:
-    """`take(number)` for the one `flag=number` given, or all of `source` when it is None."""
-    ((flag, number),) = limit.items()
-    try:
-        return source if number is None else take(number)
-    except records.DataError as e:
-        folder = os.path.dirname(source.paths[0])
-        raise ConfigError(f"--{flag}={number}: {e} in {folder}") from e
-
-
-def _claim(model_dir: str, config: Config, writes: bool = True) -> None:
-    """Writes the configuration to model_dir, or checks that the one there is the same."""
-    path = os.path.join(model_dir, "config.json")
-    identity = json.loads(json.dumps(config.identity()))
-    if tf.io.gfile.exists(path):
-        # Settings that came later had their defaults.
-        existing = {**json.loads(json.dumps(Config().identity())), **manifests.read_json(path)}
-        if existing != identity:
-            difference = manifests.describe_difference(existing, identity)
-            raise DirectoryConflict(
-                f"{model_dir} belongs to a training with other settings ({difference}). "
-                "Choose another --model_dir, or give the settings it was started with."
-            )
-        return
-    if writes:
-        tf.io.gfile.makedirs(model_dir)
-        manifests.write_json(path, identity, indent=1)
-
-
-def _build(experiment: Experiment, labeled_count: int, strategy=None) -> NoisyStudent:
+def _build(experiment: Experiment, num_train_images: int, strategy=None) -> NoisyStudent:
     train = experiment.config.train
     student, ema_student = experiment.build_model(), experiment.build_model()
     _freeze(student, train)
@@ -364,17 +334,17 @@ def _build(experiment: Experiment, labeled_count: int, strategy=None) -> NoisySt
         base_learning_rate=train.base_learning_rate,
         labeled_batch_size=train.train_batch_size,
         label_data_sample_prob=train.label_data_sample_prob,
-        num_train_images=_epoch_images(experiment, labeled_count),
+        num_train_images=num_train_images,
         train_steps=experiment.train_steps,
         train_ratio=train.train_ratio,
         final_base_lr=train.final_base_lr,
-        last_steps=_steps_to_run(experiment),
+        last_steps=experiment.steps_to_run,
         warmup_epochs=train.warmup_epochs,
     )
     model = NoisyStudent(student, ema_student, settings, train.seed, teacher)
     model.compile(
         RMSPropTF1(schedule),
-        steps_per_execution=loop_steps(train, _steps_to_run(experiment)),
+        steps_per_execution=loop_steps(train, experiment.steps_to_run),
         jit_compile=distribution.compiles(experiment.config.hardware, strategy),
     )
     model.optimizer.build(student.trainable_variables)
@@ -388,17 +358,6 @@ def _freeze(student: tf.keras.Model, train: TrainConfig) -> None:
         efficientnet.freeze(student, train.fix_layer_num)
     except ValueError as e:
         raise ConfigError(f"--fix_layer_num: {e}") from e
-
-
-def _epoch_images(experiment: Experiment, labeled_count: int) -> int:
-    """Labeled images that make an epoch."""
-    chosen = experiment.config.data.num_train_images
-    return chosen or experiment.task.num_train_images or labeled_count
-
-
-def _steps_to_run(experiment: Experiment) -> int:
-    last = experiment.config.train.train_last_step_num
-    return experiment.train_steps if last < 0 else int(last * experiment.config.train.train_ratio)
 
 
 def _initialise(model: NoisyStudent, config: Config) -> None:
@@ -425,31 +384,3 @@ def _fit(model: NoisyStudent, make_batches, session: Session) -> None:
                 verbose=0,
                 callbacks=[session],
             )
-
-
-def _explain(error, experiment: Experiment, labeled, unlabeled=None) -> Exception:
-    """Names the record behind an input error, since TensorFlow's message does not.
-
-    Args:
-      labeled: sources of labeled records, None among them.
-      unlabeled: source of the unlabeled records, or None.
-    """
-    logging.error("%s\nLooking for the record behind this.", str(error).splitlines()[0])
-
-    def check_labeled(payload: bytes) -> None:
-        pipeline.check_trainable(payload, experiment.num_classes)
-
-    def check_unlabeled(payload: bytes) -> None:
-        pipeline.check_image(payload)
-        if not experiment.config.train.teacher_model_name:
-            records.parse_pseudo_labeled(tf.constant(payload), experiment.num_classes)
-            check_labeled(payload)
-
-    for source, check in [*((s, check_labeled) for s in labeled), (unlabeled, check_unlabeled)]:
-        place = pipeline.name_bad_record(source, check) if source is not None else None
-        if place is not None:
-            return records.DataError(
-                f"a record cannot be used: {place}. Repair or remove it and start the same command "
-                "again; training continues from the last checkpoint."
-            )
-    return error

@@ -115,17 +115,11 @@ def write_page(
     """
     import tensorflow as tf
 
+    from efficientnet_ns.data import manifests
+
     path = os.fspath(path)
     page = _page(title, intro, sections)
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".tmp-{os.getpid()}-{name}")
-    if folder:
-        tf.io.gfile.makedirs(folder)
-    try:
-        with tf.io.gfile.GFile(temporary, "w") as file:
-            file.write(page)
-        tf.io.gfile.rename(temporary, path, overwrite=True)
-    except BaseException:
-        if tf.io.gfile.exists(temporary):
-            tf.io.gfile.remove(temporary)
-        raise
+    tf.io.gfile.makedirs(os.path.dirname(path) or ".")
+    manifests.remove_abandoned([path])
+    with manifests.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as file:
+        file.write(page)
