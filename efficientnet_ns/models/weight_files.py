@@ -206,20 +206,23 @@ def _numbered(root: h5py.Group, layers: list[_Layer]) -> Arrays:
     arrays: Arrays = {}
     group = root.get("layers", root.get("_layer_checkpoint_dependencies"))
     counts: dict[str, int] = {}
+    unknown = set(group)
     for kind, name, inner in layers:
         numbered = re.sub(r"(?<!^)(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])", "_", kind).lower()
         number = counts[numbered] = counts.get(numbered, -1) + 1
         numbered += f"_{number}" if number else ""
-        found = group.get(numbered, group.get(name))
-        if found is None:
+        key = numbered if numbered in group else name
+        if key not in group:
             continue
+        found = group[key]
+        unknown.discard(key)
         if inner:
             arrays.update(_numbered(found, inner))
             continue
         for index, leaf in enumerate(_LEAVES.get(kind, ())):
             if f"vars/{index}" in found:
                 arrays[f"{name}/{leaf}"] = found[f"vars/{index}"][()]
-    if not arrays:
+    if unknown:
         raise UnusableFile(
             "it does not name its layers, and they are not those of this model; save the model again "
             "with model.save('<name>.keras'), or with model.save_weights('<name>.h5')"

@@ -123,7 +123,8 @@ def checkpoint_prefix(path: PathLike) -> str:
     """The prefix of the checkpoint that `path` means: a prefix, a file of it, or a folder.
 
     In a folder the newest entry of its `checkpoint` file counts, else a single `*.index` file,
-    there or in the folders inside (those of the published archives have various names).
+    there or in the folders inside (those of the published archives have various names). In the
+    folder of a SavedModel it is that of its variables.
 
     Raises:
       FileNotFoundError: nothing there is a checkpoint.
@@ -132,6 +133,13 @@ def checkpoint_prefix(path: PathLike) -> str:
     path = _CHECKPOINT_FILE.sub("", os.fspath(path).rstrip("/"))
     if tf.io.gfile.exists(path + ".index"):
         return path
+    if tf.io.gfile.exists(path + "/saved_model.pb"):
+        if tf.io.gfile.exists(path + "/variables/variables.index"):
+            return path + "/variables/variables"
+        raise WeightsError(
+            f"{path} is an exported model, whose weights are constants of its graph: give the "
+            "checkpoint it was made of"
+        )
     if tf.io.gfile.isdir(path):
         latest = tf.train.latest_checkpoint(path)
         if latest:
