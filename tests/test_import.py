@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -263,27 +264,51 @@ def test_other_ways_to_write_h5(tmp_path, source, target, root, suffix):
     assert_same(snapshot(target), snapshot(source))
 
 
-@pytest.mark.parametrize("name", ["a.pth", "a.PT", "pytorch_model.bin", "model_best.pth.tar", "a"])
+class FakeTensor:
+    """As much of a tensor as reading needs."""
+
+    def __init__(self, value: np.ndarray):
+        self.value = value
+
+    def float(self) -> FakeTensor:
+        return FakeTensor(self.value.astype(np.float32))
+
+    def numpy(self) -> np.ndarray:
+        return self.value
+
+
 @pytest.mark.parametrize(
     "keys, ema, chosen",
     [((), True, ""), (("state_dict",), True, "state_dict")]
     + [(("state_dict", "state_dict_ema"), True, "state_dict_ema")]
     + [(("state_dict", "state_dict_ema"), False, "state_dict")],
 )
-def test_files_of_pytorch(tmp_path, source, target, name, keys, ema, chosen):
-    torch = pytest.importorskip("torch")
-    states = {key: arrays(source, foreign_weights.TIMM) for key in keys or ("",)}
-    for number, key in enumerate(states):
-        states[key] = {n: value + np.float32(number) for n, value in states[key].items()}
-    content = {
-        key: {f"module.{n}": torch.tensor(v) for n, v in state.items()}
-        for key, state in states.items()
-    }
-    # What timm's training script adds.
-    script = {"epoch": 3, "arch": "efficientnet", "args": argparse.Namespace(lr=0.1)}
-    torch.save({**content, **script} if keys else content[""], tmp_path / name)
-    weights.load_weights(target, tmp_path / name, ema=ema)
+def test_pth(tmp_path, monkeypatch, source, target, keys, ema, chosen):
+    states, content = {}, {}
+    for number, key in enumerate(keys or ("",)):
+        values = arrays(source, foreign_weights.TIMM)
+        states[key] = {name: value + np.float32(number) for name, value in values.items()}
+        content[key] = {f"module.{n}": FakeTensor(value) for n, value in states[key].items()}
+    content = content if keys else content[""]
+    torch = types.SimpleNamespace(
+        load=lambda file, map_location, weights_only: content,
+        serialization=types.SimpleNamespace(),
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    with zipfile.ZipFile(tmp_path / "a.pth.tar", "w") as archive:
+        archive.writestr("archive/data.pkl", b"unused")
+    weights.load_weights(target, tmp_path / "a.pth.tar", ema=ema)
     assert_same(arrays(target, foreign_weights.TIMM), states[chosen])
+
+
+@pytest.mark.parametrize("name", ["a.PT", "pytorch_model.bin", "model_best.pth.tar"])
+def test_checkpoint_of_timms_script(tmp_path, source, target, name):
+    torch = pytest.importorskip("torch")
+    state = {n: torch.tensor(v) for n, v in arrays(source, foreign_weights.TIMM).items()}
+    script = {"epoch": 3, "arch": "efficientnet", "args": argparse.Namespace(lr=0.1)}
+    torch.save({**script, "state_dict": state}, tmp_path / name)
+    weights.load_weights(target, tmp_path / name)
+    assert_same(snapshot(target), snapshot(source))
 
 
 @pytest.mark.parametrize("name", ["a.SAFETENSORS", "weights", "model.bin"])
@@ -558,7 +583,7 @@ def test_pth_without_pytorch(tmp_path, model, untouched, monkeypatch):
 def test_h5_without_layer_names(tmp_path, model, untouched):
     keras = tf.keras.Sequential([tf.keras.layers.BatchNormalization(input_shape=(3,))])
     keras.save_weights(tmp_path / "a.weights.h5")
-    assert "does not name the layers" in str(refusal(model, tmp_path / "a.weights.h5"))
+    assert "it does not name its layers" in str(refusal(model, tmp_path / "a.weights.h5"))
 
 
 def test_h5_of_a_model_around(tmp_path, source, target):
