@@ -46,8 +46,17 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class Settings:
+    """What the dataclasses of settings share: paths may be given as `pathlib.Path`."""
+
+    def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+
+
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """Which network."""
 
     model_name: str = setting("efficientnet-b0", "Variant: efficientnet-b0 … -b7, -l2, -test.")
@@ -71,7 +80,7 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """Which images, and what is done to them."""
 
     task_name: str = setting(
@@ -152,7 +161,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """How the student learns."""
 
     model_dir: Optional[str] = setting(None, "Folder of checkpoints and logs.", free=True)
@@ -275,7 +284,7 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PredictConfig:
+class PredictConfig(Settings):
     """Which shards a teacher labels, and where to."""
 
     predict_ckpt_path: str = setting(
@@ -327,7 +336,7 @@ class PredictConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class HardwareConfig:
+class HardwareConfig(Settings):
     """What it runs on."""
 
     use_tpu: bool = setting(
@@ -363,7 +372,7 @@ class HardwareConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LegacyConfig:
+class LegacyConfig(Settings):
     """Accepted for old command lines, without effect."""
 
     master: Optional[str] = setting(
@@ -400,7 +409,7 @@ class LegacyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectConfig:
+class SelectConfig(Settings):
     """Selection and writing of pseudo-labeled records; the flags of `filter_unlabel.py`."""
 
     input_dir: str = setting("", "Folder of the unlabeled records.")
@@ -475,7 +484,7 @@ class SelectConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoopConfig:
+class LoopConfig(Settings):
     """The rounds of `noisy_student.py`, beside the settings of its trainings."""
 
     work_dir: str = setting("", "Folder of everything the loop makes.")
@@ -510,7 +519,7 @@ class LoopConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnSetConfig:
+class OwnSetConfig(Settings):
     """Attacks on, and corruptions of, any labeled set: task_name and label_data_dir."""
 
     epsilons: str = setting(
@@ -541,7 +550,7 @@ class OwnSetConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchmarkConfig:
+class BenchmarkConfig(Settings):
     """What `benchmark.py` measures, and on what."""
 
     data: str = setting("", "Folder of images or of records; default: images made for it.")

@@ -1,11 +1,13 @@
 """Convert weights: `python -m efficientnet_ns.convert_checkpoint --source=… --target=…`.
 
-Reads a checkpoint of the original, a Keras `.h5`, or a timm `.safetensors` or `.pth`; writes timm's
+Reads a checkpoint of the original, a `.h5` or `.keras` file of Keras, or a timm `.safetensors` or `.pth`; writes timm's
 `.safetensors`, or for any other name a checkpoint that the original can read too. The flags of the
 model must fit the source.
 """
 
 from __future__ import annotations
+
+import os
 
 from absl import flags
 
@@ -13,7 +15,9 @@ from efficientnet_ns import config as config_lib
 from efficientnet_ns.config import ConfigError, ModelConfig
 
 
-def convert_checkpoint(config: ModelConfig, source: str, target: str, *, ema: bool = True) -> str:
+def convert_checkpoint(
+    config: ModelConfig, source: str | os.PathLike, target: str | os.PathLike, *, ema: bool = True
+) -> str:
     """Reads the weights at `source` and writes them to `target`, which must not exist.
 
     Args:
@@ -28,6 +32,7 @@ def convert_checkpoint(config: ModelConfig, source: str, target: str, *, ema: bo
     """
     if not source or not target:
         raise ConfigError("--source and --target are needed")
+    source, target = os.fspath(source), os.fspath(target)
     # TensorFlow is loaded here, after --help and wrong flags have been answered.
     import tensorflow as tf
 
@@ -36,14 +41,17 @@ def convert_checkpoint(config: ModelConfig, source: str, target: str, *, ema: bo
     for path in (target, f"{target}.index"):
         if tf.io.gfile.exists(path):
             raise ConfigError(f"--target: {path} exists; remove it, or choose another name")
+    learned = weights.stored_settings(source)
     try:
         model = efficientnet.build_model(
             config.model_name,
             config.num_label_classes,
             config.input_image_size,
-            small_image=config.small_image_model,
+            small_image=config.small_image_model or learned.get("small_image", False),
             width_coefficient=config.width_coefficient,
             depth_coefficient=config.depth_coefficient,
+            mean=learned.get("mean"),
+            std=learned.get("std"),
         )
     except ValueError as e:
         raise ConfigError(f"no such model: {e}") from e
@@ -62,7 +70,7 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     """The command line."""
     config_lib.define_flags(ModelConfig)
-    flags.DEFINE_string("source", "", "Checkpoint, .h5, .safetensors or .pth file to read.")
+    flags.DEFINE_string("source", "", "Checkpoint, .h5, .keras, .safetensors or .pth file to read.")
     flags.DEFINE_string("target", "", "A .safetensors file, or the prefix of a checkpoint.")
     flags.DEFINE_bool("ema", True, "Read the moving-average weights, not the raw ones.")
     config_lib.run(main)

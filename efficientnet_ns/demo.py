@@ -18,11 +18,11 @@ from absl import flags
 
 from efficientnet_ns import config as config_lib
 from efficientnet_ns import export_model, noisy_student
-from efficientnet_ns.config import Config, LoopConfig, setting
+from efficientnet_ns.config import Config, LoopConfig, Settings, setting
 
 
 @dataclasses.dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Settings):
     """Settings of the demo."""
 
     output_dir: str = setting("runs/demo", "Folder of everything the demo makes.")

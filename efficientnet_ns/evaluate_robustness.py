@@ -37,9 +37,9 @@ _HELP = {
 
 def evaluate(
     config: Config,
-    weights_path: str,
-    folders: dict[str, str],
-    report_dir: str,
+    weights_path: str | os.PathLike,
+    folders: dict[str, str | os.PathLike],
+    report_dir: str | os.PathLike,
     allow_missing: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Measures the sets whose folders are given; writes robustness.json, .md and .html.
@@ -58,6 +58,8 @@ def evaluate(
         on them.
       manifests.OutputConflict: report_dir has parts of other weights, settings or sets.
     """
+    weights_path, report_dir = os.fspath(weights_path), os.fspath(report_dir)
+    folders = {name: os.fspath(folder) for name, folder in folders.items()}
     folders = _given(weights_path, folders, report_dir)
     from efficientnet_ns.evaluation import robustness
     from efficientnet_ns.experiment import Experiment
@@ -190,7 +192,10 @@ def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
 
 
 def evaluate_own_set(
-    config: Config, own: OwnSetConfig, weights_path: str, report_dir: str
+    config: Config,
+    own: OwnSetConfig,
+    weights_path: str | os.PathLike,
+    report_dir: str | os.PathLike,
 ) -> dict[str, Any]:
     """Attacks and corrupts the labeled set of `config`; writes own_set.json, .md and .html.
 
@@ -202,6 +207,7 @@ def evaluate_own_set(
     """
     if not weights_path or not report_dir:
         raise ConfigError("--weights and --report_dir are needed")
+    weights_path, report_dir = os.fspath(weights_path), os.fspath(report_dir)
     if os.environ.get("TF_CONFIG"):
         raise ConfigError("--corrupt and --epsilons work on one machine: unset TF_CONFIG")
     from efficientnet_ns.evaluation import own_set, own_set_report

@@ -15,11 +15,11 @@ from typing import Any, Optional
 from absl import flags
 
 from efficientnet_ns import config as config_lib
-from efficientnet_ns.config import Config, ConfigError, setting
+from efficientnet_ns.config import Config, ConfigError, Settings, setting
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Settings):
     """What is exported."""
 
     export_dir: str = setting("", "Folder in which the version's folder or file is made.")

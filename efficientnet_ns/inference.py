@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.data import images as images_lib
-from efficientnet_ns.models import efficientnet
+from efficientnet_ns.models import efficientnet, heads
 
 # A path, the bytes of an image file, or pixels uint8 [H, W, 3].
 Image = Union[str, os.PathLike, bytes, np.ndarray, tf.Tensor]
@@ -56,32 +56,33 @@ def _as_list(images: Image | Sequence[Image]) -> list[Image]:
 def preprocess(
     images: Image | Sequence[Image], model: str | tf.keras.Model = "efficientnet-b0"
 ) -> tf.Tensor:
-    """The evaluation preprocessing: centre crop and bicubic resize to the model's size.
+    """The evaluation preprocessing of a model: its crop, and bicubic resize to its size.
 
-    It is that of ImageNet and of tasks like it; small images (SVHN, digits) are not cropped, see
-    `Preprocessing`. Normalisation is inside the model.
+    The centre is cropped out, except for models of small images (SVHN, digits), which get the whole
+    image. Normalisation is inside the model.
 
     Args:
       images: one or several, of any sizes: paths, bytes of image files, or pixels, uint8 [H, W, 3]
         in 0..255; several arrays of one size may be one array [N, H, W, 3].
-      model: name of a variant, or a model, whose input gives the size.
+      model: made by `build_model`, or of its layers; or the name of a variant of ImageNet.
 
     Returns:
       float32 [N, S, S, 3] in about 0..255.
 
     Raises:
-      ValueError: no images, pixels of another type or shape, or an unknown variant.
+      ValueError: no images, pixels of another type or shape, an unknown variant, or a model of other
+        layers.
       tf.errors.OpError: a file that is not there or cannot be decoded.
     """
-    size = (
-        efficientnet.get_variant(model).resolution
-        if isinstance(model, str)
-        else model.input_shape[1]
-    )
+    if isinstance(model, str):
+        settings = {"image_size": efficientnet.get_variant(model).resolution, "small_image": False}
+    else:
+        settings = heads.settings(model)
+    prepare = images_lib.small_eval_image if settings["small_image"] else images_lib.eval_image
     several = _as_list(images)
     if not several:
         raise ValueError("there are no images")
-    return tf.stack([images_lib.eval_image(_file_or_pixels(image), size) for image in several])
+    return tf.stack([prepare(_file_or_pixels(i), settings["image_size"]) for i in several])
 
 
 def top_k(

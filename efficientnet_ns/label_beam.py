@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from efficientnet_ns import config
-from efficientnet_ns.config import Config, ConfigError, SelectConfig, setting
+from efficientnet_ns.config import Config, ConfigError, SelectConfig, Settings, setting
 
 
 def _of_selection(name: str) -> Any:
@@ -26,7 +26,7 @@ def _of_selection(name: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class BeamConfig:
+class BeamConfig(Settings):
     """Where the job works, and what it selects."""
 
     work_dir: str = setting(

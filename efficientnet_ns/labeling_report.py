@@ -7,11 +7,11 @@ import dataclasses
 from absl import flags
 
 from efficientnet_ns import config
-from efficientnet_ns.config import setting
+from efficientnet_ns.config import Settings, setting
 
 
 @dataclasses.dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Settings):
     """What the report shows; where the run is, SelectConfig says."""
 
     report_path: str = setting("", "File to write; default: report.html in output_dir.")

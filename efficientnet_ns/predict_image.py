@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,12 @@ _FEW = 8
 
 
 def predict_images(
-    config: Config, weights_path: str, photos: Sequence[str], top: int = 5, *, ema: bool = True
+    config: Config,
+    weights_path: str | os.PathLike,
+    photos: Sequence[str | os.PathLike],
+    top: int = 5,
+    *,
+    ema: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Answers for one photo after the other, each as soon as it is known.
 
@@ -57,7 +63,7 @@ def predict_images(
 
     if len(photos) > _FEW:
         classify = tf.function(classify)  # All images have one shape: traced once.
-    for photo in photos:
+    for photo in map(os.fspath, photos):
         try:
             image = prepare(tf.io.read_file(photo))
         except tf.errors.OpError as error:

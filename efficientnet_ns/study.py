@@ -21,7 +21,7 @@ from absl import flags, logging
 
 from efficientnet_ns import config as config_lib
 from efficientnet_ns import demo, noisy_student
-from efficientnet_ns.config import Config, ConfigError, LoopConfig, SelectConfig, setting
+from efficientnet_ns.config import Config, ConfigError, LoopConfig, SelectConfig, Settings, setting
 from efficientnet_ns.progress import Progress
 from efficientnet_ns.studies.questions import STUDIES, Method, Study
 
@@ -30,7 +30,7 @@ _QUICK_TEACHER_STEPS, _QUICK_STUDENT_STEPS = 400, 300
 
 
 @dataclasses.dataclass(frozen=True)
-class StudyConfig:
+class StudyConfig(Settings):
     """Which questions are asked, and how often."""
 
     studies: str = setting("all", f"Joined with ',', or all of them: {', '.join(STUDIES)}.")

@@ -541,3 +541,15 @@ def test_every_setting_is_read_somewhere():
 
 def test_shards_named_twice_count_once():
     assert config.shard_list("0-2,1,2", 4) == [0, 1, 2]
+
+
+def test_paths_become_strings(tmp_path):
+    """Every dataclass of settings takes `pathlib.Path` for a path."""
+    classes = [ModelConfig, DataConfig, TrainConfig, PredictConfig, SelectConfig, LoopConfig]
+    classes += [MakeConfig, SvhnConfig, ExportConfig]
+    for cls in classes:
+        names = [f.name for f in dataclasses.fields(cls) if f.name.endswith(("_dir", "_path"))]
+        made = cls(**{name: tmp_path for name in names})
+        assert all(getattr(made, name) == str(tmp_path) for name in names)
+    config = Config().override(model_dir=tmp_path, label_data_dir=tmp_path)
+    assert config.train.model_dir == config.data.label_data_dir == str(tmp_path)

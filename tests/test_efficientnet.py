@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import gc
 import gzip
 import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns.models import efficientnet, layers, weights
+from efficientnet_ns.models import efficientnet, folding, heads, layers, weights
 from efficientnet_ns.training import losses
 
 # At 1000 classes: trainable, batch-norm statistics, total, MBConv blocks, head channels. The published
@@ -425,6 +428,9 @@ def test_batch_norm_at_inference(rng, frozen):
         layers.BatchNorm(momentum=0.9, epsilon=1e-5),
         layers.StochasticDepth(0.7),
         layers.Dropout(0.3),
+        layers.Swish(),
+        folding.PlainSwish(),
+        folding.Centering((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), small_image=True, variant="a"),
     ],
     ids=lambda layer: type(layer).__name__,
 )
@@ -433,6 +439,104 @@ def test_layer_config_round_trip(layer):
     restored = tf.keras.layers.deserialize(json.loads(json.dumps(config)))
     assert type(restored) is type(layer)
     assert json.dumps(restored.get_config()) == json.dumps(layer.get_config())
+
+
+# --------------------------------------------------------------------------------------------------
+# What Keras saves, clones and copies
+
+
+@pytest.fixture(scope="module", params=["float32", "mixed_bfloat16"])
+def saved(request) -> tf.keras.Model:
+    tf.keras.mixed_precision.set_global_policy(request.param)
+    model = tiny(3, small_image=True, mean=(0.5, 0.25, 0.0))
+    tf.keras.mixed_precision.set_global_policy("float32")
+    return model
+
+
+def through_file(name: str, load: Callable = efficientnet.load_model):
+    def copy_of(model: tf.keras.Model, folder: Path) -> tf.keras.Model:
+        model.save(folder / name)
+        return load(folder / name)
+
+    return copy_of
+
+
+def through_checkpoint_callback(model: tf.keras.Model, folder: Path) -> tf.keras.Model:
+    callback = tf.keras.callbacks.ModelCheckpoint(str(folder / "{epoch}.keras"))
+    callback.set_model(model)
+    callback.on_train_begin()
+    callback.on_epoch_end(0, {})
+    return tf.keras.models.load_model(folder / "1.keras")
+
+
+def with_weights_of(make: Callable[[tf.keras.Model], tf.keras.Model]):
+    def copy_of(model: tf.keras.Model, folder: Path) -> tf.keras.Model:
+        made = make(model)
+        made.set_weights(model.get_weights())
+        return made
+
+    return copy_of
+
+
+@pytest.mark.parametrize(
+    "copy_of",
+    [
+        pytest.param(through_file("a.keras"), id="keras"),
+        pytest.param(through_file("a.h5"), id="h5"),
+        pytest.param(through_file("a.keras", tf.keras.models.load_model), id="load_model"),
+        pytest.param(through_checkpoint_callback, id="ModelCheckpoint"),
+        pytest.param(lambda model, folder: copy.deepcopy(model), id="deepcopy"),
+        pytest.param(with_weights_of(tf.keras.models.clone_model), id="clone_model"),
+        pytest.param(
+            with_weights_of(lambda model: tf.keras.models.model_from_json(model.to_json())),
+            id="json",
+        ),
+        pytest.param(
+            with_weights_of(lambda model: type(model).from_config(model.get_config())),
+            id="from_config",
+        ),
+    ],
+)
+def test_copies_compute_the_same(tmp_path, rng, saved, copy_of):
+    assert_same_computation(saved, copy_of(saved, tmp_path), rng)
+
+
+@pytest.mark.parametrize(
+    "saved", ["mixed_bfloat16", pytest.param("float32", marks=pytest.mark.slow)], indirect=True
+)
+def test_saved_model_computes_the_same(tmp_path, rng, saved):
+    assert_same_computation(saved, through_file("folder")(saved, tmp_path), rng)
+
+
+def assert_same_computation(saved: tf.keras.Model, made: tf.keras.Model, rng) -> None:
+    images = pixels(rng).astype(np.float32)
+    np.testing.assert_array_equal(made(images), saved(images))
+    assert heads.settings(made) == heads.settings(saved)
+    # With the gradient and the noise of ours, not with those of Keras' layers of the same name.
+    kinds = {type(layer) for layer in saved.layers}
+    assert {type(layer) for layer in made.layers} == kinds
+    assert {layers.Swish, layers.StochasticDepth, layers.Dropout} <= kinds
+    with layers.noise_seed(tf.constant([1, 2])):
+        expected = saved(images, training=True)
+    with layers.noise_seed(tf.constant([1, 2])):
+        np.testing.assert_array_equal(made(images, training=True), expected)
+
+
+def test_folded_model_is_saved(tmp_path, rng, saved):
+    folded = folding.fold_batch_norm(saved)
+    folded.save(tmp_path / "a.keras")
+    images = pixels(rng).astype(np.float32)
+    made = efficientnet.load_model(tmp_path / "a.keras")
+    np.testing.assert_array_equal(made(images), folded(images))
+
+
+def test_swish_layer_has_the_gradient_of_one_pass():
+    x = tf.constant([-2.0, 0.0, 3.0])
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = layers.Swish()(x)
+    gate = tf.sigmoid(x)
+    np.testing.assert_allclose(tape.gradient(y, x), gate * (1 + x * (1 - gate)), rtol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns import export_model
+from efficientnet_ns import export_model, inference
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import manifests
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.experiment import Experiment
-from efficientnet_ns.models import weights
+from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.recipes import RECIPES
 from efficientnet_ns.serving import export, provenance
+from efficientnet_ns.serving.classifier import Answers
 
 CLASSES, SIZE = 5, 32
 
@@ -274,3 +275,22 @@ def test_card_of_published_weights():
         assert not provenance.is_published(path, large)
     facts = provenance.of_publication(recipe)
     assert "top-1 86.1%" in facts["Published accuracy"]
+
+
+@pytest.mark.parametrize(
+    "optimize_for",
+    ["cpu", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("accelerator", "none"))],
+)
+def test_classifier_of_ones_own(tmp_path, optimize_for):
+    """A model with the user's Dense layer answers as it does here."""
+    model = efficientnet.build_model("efficientnet-test", image_size=SIZE, small_image=True)
+    pooled = efficientnet.endpoints(model)["pooled"]
+    classifier = tf.keras.Model(model.input, tf.keras.layers.Dense(3)(pooled))
+    preprocessing = Preprocessing(SIZE, small_image=True)
+    options = export.Options(Answers(("a", "b", "c")), optimize_for)
+    folder = export.export(classifier, preprocessing, tmp_path, 1, options)
+    encoded = list(pictures().values())
+    answers = export.saved_model_runner(folder)(encoded)
+    expected = tf.nn.softmax(classifier(inference.preprocess(encoded, classifier)))
+    np.testing.assert_allclose(answers, expected, atol=1e-5)
+    assert "efficientnet-test" in Path(folder, "README.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import gzip
 import json
@@ -9,18 +10,20 @@ import re
 import subprocess
 import sys
 import types
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 import tensorflow as tf
 
 from efficientnet_ns import convert_checkpoint
 from efficientnet_ns.config import ConfigError, ModelConfig
-from efficientnet_ns.models import efficientnet, foreign_weights, weights
+from efficientnet_ns.models import efficientnet, foreign_weights, heads, weight_files, weights
 
 PUBLISHED = [f"efficientnet-b{i}" for i in range(8)] + ["efficientnet-l2"]
 SCALED = [pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED[1:]]
@@ -285,13 +288,194 @@ def test_pth(tmp_path, monkeypatch, source, target, keys, ema, chosen):
     for number, key in enumerate(keys or ("",)):
         values = arrays(source, foreign_weights.TIMM)
         states[key] = {name: value + np.float32(number) for name, value in values.items()}
-        content[key] = {name: FakeTensor(value) for name, value in states[key].items()}
+        content[key] = {f"module.{n}": FakeTensor(value) for n, value in states[key].items()}
     content = content if keys else content[""]
-    torch = types.SimpleNamespace(load=lambda file, map_location, weights_only: content)
+    torch = types.SimpleNamespace(
+        load=lambda file, map_location, weights_only: content,
+        serialization=types.SimpleNamespace(),
+    )
     monkeypatch.setitem(sys.modules, "torch", torch)
-    (tmp_path / "a.pth").write_bytes(b"unused")
-    weights.load_weights(target, str(tmp_path / "a.pth"), ema=ema)
+    with zipfile.ZipFile(tmp_path / "a.pth.tar", "w") as archive:
+        archive.writestr("archive/data.pkl", b"unused")
+    weights.load_weights(target, tmp_path / "a.pth.tar", ema=ema)
     assert_same(arrays(target, foreign_weights.TIMM), states[chosen])
+
+
+@pytest.mark.parametrize("name", ["a.PT", "pytorch_model.bin", "model_best.pth.tar"])
+def test_checkpoint_of_timms_script(tmp_path, source, target, name):
+    torch = pytest.importorskip("torch")
+    state = {n: torch.tensor(v) for n, v in arrays(source, foreign_weights.TIMM).items()}
+    script = {"epoch": 3, "arch": "efficientnet", "args": argparse.Namespace(lr=0.1)}
+    torch.save({**script, "state_dict": state}, tmp_path / name)
+    weights.load_weights(target, tmp_path / name)
+    assert_same(snapshot(target), snapshot(source))
+
+
+@pytest.mark.parametrize("name", ["a.SAFETENSORS", "weights", "model.bin"])
+def test_content_decides_not_the_name(tmp_path, source, target, name):
+    write_safetensors(tmp_path / name, arrays(source, foreign_weights.TIMM))
+    weights.load_weights(target, tmp_path / name)
+    assert_same(snapshot(target), snapshot(source))
+    assert weights.fingerprint(tmp_path / name)
+
+
+def test_bfloat16_safetensors(tmp_path, source, target):
+    bfloat16 = tf.bfloat16.as_numpy_dtype
+    values = {n: v.astype(bfloat16) for n, v in arrays(source, foreign_weights.TIMM).items()}
+    content = {
+        name: {"dtype": "bfloat16", "shape": value.shape, "data": value.tobytes()}
+        for name, value in values.items()
+    }
+    (tmp_path / "a.safetensors").write_bytes(safetensors.serialize(content))
+    weights.load_weights(target, tmp_path / "a.safetensors")
+    expected = {name: value.astype(np.float32) for name, value in values.items()}
+    assert_same(arrays(target, foreign_weights.TIMM), expected)
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (gzip.compress(b"tar"), "a gzip archive: unpack it"),
+        (b"PK\x05\x06" + bytes(18), "of no known kind"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (b"\x1c\0\0\0TFL3", "a TFLite file"),
+        (bytes(257) + b"ustar" + bytes(250), "it is"),
+        (b"a.txt" + bytes(252) + b"ustar\x0000" + bytes(247), "a tar archive"),
+        (b"\x80\x04\x95", "a Python pickle"),
+        (b"some text", "of no known kind"),
+    ],
+)
+@pytest.mark.parametrize("name", ["weights.h5", "weights"])
+def test_other_content_is_named(tmp_path, model, untouched, content, told, name):
+    (tmp_path / name).write_bytes(content)
+    assert told in str(refusal(model, tmp_path / name))
+
+
+def test_empty_file(tmp_path, model, untouched):
+    (tmp_path / "a.pth").touch()
+    with pytest.raises(weights.DamagedFile, match="it is empty"):
+        weights.load_weights(model, tmp_path / "a.pth")
+
+
+def test_zip_archive_without_weights(tmp_path, model, untouched):
+    with zipfile.ZipFile(tmp_path / "a.keras", "w") as archive:
+        archive.writestr("readme.txt", "")
+    assert "a zip archive without weights" in str(refusal(model, tmp_path / "a.keras"))
+
+
+# --------------------------------------------------------------------------------------------------
+# What Keras saves of our own models
+
+
+def flat(source: tf.keras.Model) -> tf.keras.Model:
+    """A classifier on the features, as the README makes one."""
+    pooled = efficientnet.endpoints(source)["pooled"]
+    outputs = tf.keras.layers.Dense(5)(tf.keras.layers.Dropout(0.2)(pooled))
+    return tf.keras.Model(source.input, outputs)
+
+
+def nested(source: tf.keras.Model) -> tf.keras.Model:
+    features = tiny(include_top=False)
+    features.set_weights(source.get_weights()[:-2])
+    return tf.keras.Sequential(
+        [tf.keras.layers.RandomFlip(), features, tf.keras.layers.Dense(5, name="flowers")]
+    )
+
+
+def cleared(model: tf.keras.Model) -> tf.keras.Model:
+    copy = tf.keras.models.clone_model(model)
+    copy.build(model.input_shape)
+    copy.set_weights([np.full_like(value, np.nan) for value in model.get_weights()])
+    return copy
+
+
+@pytest.mark.parametrize("name", ["a.h5", "a.weights.h5", "a.HDF5", "folder/a", "a.keras", "b.h5"])
+@pytest.mark.parametrize(
+    "make", [lambda source: source, flat, nested], ids=["own", "flat", "nested"]
+)
+def test_what_keras_saved(tmp_path, source, make, name):
+    model = make(source)
+    model.build((None, 16, 16, 3))
+    path = tmp_path / name
+    if name in ("a.keras", "b.h5"):
+        model.save(path)
+    elif name == "a.HDF5":
+        model.save_weights(tmp_path / "a.h5")
+        path = (tmp_path / "a.h5").rename(path)
+    else:
+        model.save_weights(path)
+    loaded = cleared(model)
+    weights.load_weights(loaded, path)
+    for value, expected in zip(loaded.get_weights(), model.get_weights()):
+        np.testing.assert_array_equal(value, expected)
+
+
+def test_saved_model_of_keras(tmp_path, source, target):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "saved_model.pb").touch()
+    source.save_weights(tmp_path / "a" / "variables" / "variables")
+    weights.load_weights(target, tmp_path / "a")
+    assert_same(snapshot(target), snapshot(source))
+
+
+def test_export_without_variables(tmp_path, model, untouched):
+    tf.saved_model.save(tf.Module(), tmp_path / "a")
+    for path in (tmp_path / "a" / "variables").iterdir():
+        path.unlink()
+    assert "an exported model" in str(refusal(model, tmp_path / "a"))
+
+
+def test_object_checkpoint_of_another_model(tmp_path, model, untouched):
+    tiny(depth_coefficient=1.5).save_weights(tmp_path / "a")
+    error = refusal(model, tmp_path / "a")
+    assert error.shapes or error.unexpected
+
+
+@pytest.mark.parametrize("make", [flat, nested])
+@pytest.mark.parametrize("name", ["a.safetensors", "model.ckpt-0"])
+def test_classifier_of_ones_own_is_saved(tmp_path, rng, source, make, name):
+    """Under the names of the standard model, which then computes the same."""
+    model = make(source)
+    images = rng.integers(0, 256, (3, 16, 16, 3)).astype(np.float32)
+    expected = model(images, training=False).numpy()
+    weights.save_weights(model, tmp_path / name)
+    np.testing.assert_allclose(tiny(5, weights=tmp_path / name)(images), expected, rtol=1e-5)
+    loaded = cleared(model)
+    weights.load_weights(loaded, tmp_path / name)
+    np.testing.assert_array_equal(loaded(images, training=False), expected)
+
+
+@pytest.mark.parametrize(
+    "layers, told",
+    [
+        ([tf.keras.layers.Dense(8, name="hidden"), tf.keras.layers.Dense(5)], "hidden"),
+        ([tf.keras.layers.BatchNormalization(name="norm"), tf.keras.layers.Dense(5)], "norm"),
+        ([tf.keras.layers.Dense(5, activation="softmax", name="d")], "has to give logits"),
+        ([tf.keras.layers.Dense(5, use_bias=False, name="d")], "with a bias"),
+    ],
+)
+def test_heads_that_no_file_has_names_for(tmp_path, layers, told):
+    model = tf.keras.Sequential([tiny(include_top=False), *layers])
+    with pytest.raises(ValueError, match=told):
+        weights.save_weights(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "model.ckpt-0", "a.keras", "a.h5"])
+def test_settings_travel_with_the_weights(tmp_path, caplog, name):
+    settings = {"small_image": True, "mean": (0.5, 0.25, 0.0), "std": (0.5, 0.25, 1.0)}
+    model = tiny(**settings)
+    if name in ("a.keras", "a.h5"):
+        model.save(tmp_path / name)
+    else:
+        weights.save_weights(model, tmp_path / name)
+    built = tiny(weights=tmp_path / name)
+    assert heads.settings(built) == heads.settings(model)
+    assert built.get_layer("blocks_1_dw_conv").strides == (1, 1)
+    assert "these weights" not in caplog.text
+    weights.load_weights(tiny(), tmp_path / name)
+    assert "small_image=True, mean=[0.5, 0.25, 0.0]" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -348,7 +532,7 @@ def test_other_number_of_classes(foreign, model):
     before = snapshot(other)
     error = refusal(other, path)
     assert (error.missing, error.unexpected, len(error.shapes)) == ([], [], 2)
-    assert 'skip=["head/dense/"]' in str(error)
+    assert 'skip=["head/dense/"]' in str(error) and "--init_skip=head/dense/" in str(error)
     assert ("classifier.bias" if path.suffix != ".h5" else "predictions/bias") in str(error)
     assert_same(snapshot(other), before)
 
@@ -382,7 +566,7 @@ def test_truncated_file(foreign, model, untouched, kept):
         weights.load_weights(model, str(path))
 
 
-@pytest.mark.parametrize("suffix", foreign_weights.FILES)
+@pytest.mark.parametrize("suffix", weight_files.SUFFIXES)
 def test_file_is_not_there(tmp_path, model, untouched, suffix):
     path = tmp_path / f"none{suffix}"
     with pytest.raises(FileNotFoundError, match=re.escape(f"no file at '{path}'")):
@@ -391,21 +575,31 @@ def test_file_is_not_there(tmp_path, model, untouched, suffix):
 
 def test_pth_without_pytorch(tmp_path, model, untouched, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "a.pth").write_bytes(b"unused")
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", b"unused")
     assert "pip install torch" in str(refusal(model, tmp_path / "a.pth"))
 
 
 def test_h5_without_layer_names(tmp_path, model, untouched):
-    keras = tf.keras.Sequential([tf.keras.layers.Dense(2, input_shape=(3,), name="predictions")])
+    keras = tf.keras.Sequential([tf.keras.layers.BatchNormalization(input_shape=(3,))])
     keras.save_weights(tmp_path / "a.weights.h5")
-    assert "does not name the layers" in str(refusal(model, tmp_path / "a.weights.h5"))
+    assert "it does not name its layers" in str(refusal(model, tmp_path / "a.weights.h5"))
 
 
-def test_h5_of_a_model_around(tmp_path, model, untouched):
+def test_h5_of_a_model_around(tmp_path, source, target):
+    """tf.keras.applications inside another model."""
     with h5py.File(tmp_path / "a.h5", "w") as f:
-        f["efficientnetb0/stem_bn/beta:0"] = f["efficientnetb0/top_bn/beta:0"] = np.zeros(8)
-    error = refusal(model, tmp_path / "a.h5")
-    assert "the layer efficientnetb0" in str(error)
+        for name, value in arrays(source, foreign_weights.KERAS).items():
+            f[f"efficientnetb0/{name.replace('/', '_1/')}:0"] = value
+    weights.load_weights(target, tmp_path / "a.h5")
+    assert_same(snapshot(target), snapshot(source))
+
+
+def test_h5_of_two_models(tmp_path, model, untouched):
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        for name in ("one/stem_bn/beta:0", "one/top_bn/beta:0", "two/stem_bn/beta:0", "two/a/b:0"):
+            f[name] = np.zeros(8)
+    assert "two layers stem_bn" in str(refusal(model, tmp_path / "a.h5"))
 
 
 def test_scope_is_for_checkpoints(foreign, model, untouched):
@@ -543,9 +737,9 @@ def test_interrupted_writing_leaves_what_was_there(tmp_path, model, target, monk
     weights.load_weights(target, str(path))
 
 
-@pytest.mark.parametrize("suffix", [".h5", ".pth"])
+@pytest.mark.parametrize("suffix", [".h5", ".pth", ".keras", ".PT", ".pth.tar"])
 def test_kinds_that_are_not_written(tmp_path, model, suffix):
-    with pytest.raises(weights.WeightsError, match=f"a{suffix}: {suffix} files are read"):
+    with pytest.raises(weights.WeightsError, match=f"a{suffix}: .* files are read"):
         weights.save_weights(model, str(tmp_path / f"a{suffix}"))
 
 
@@ -712,10 +906,12 @@ def test_converter_needs_both_paths(source, target):
         convert_checkpoint.convert_checkpoint(TINY, source, target)
 
 
-def test_converter_with_an_unknown_model(tmp_path):
+def test_converter_with_an_unknown_model(tmp_path, model):
+    source = tmp_path / "a.safetensors"
+    weights.save_weights(model, source)
     config = ModelConfig(model_name="efficientnet-b9")
     with pytest.raises(ConfigError, match="efficientnet-b9"):
-        convert_checkpoint.convert_checkpoint(config, "a.h5", str(tmp_path / "b.safetensors"))
+        convert_checkpoint.convert_checkpoint(config, source, tmp_path / "b.safetensors")
 
 
 def test_command_line(tmp_path, model):

@@ -288,6 +288,23 @@ def test_preprocess_at_the_models_size(photos):
     assert batch.shape == (3, 24, 24, 3) and model(batch).shape == (3, 5)
 
 
+@pytest.mark.parametrize("small_image", [False, True])
+def test_preprocess_is_what_the_models_task_evaluates_with(photos, small_image):
+    model = efficientnet.build_model("efficientnet-test", 5, 24, small_image=small_image)
+    features = efficientnet.endpoints(model)["pooled"]
+    classifier = tf.keras.Model(model.input, tf.keras.layers.Dense(2)(features))
+    prepare = pipeline.Preprocessing(24, small_image=small_image).evaluate
+    expected = prepare(tf.io.read_file(photos[0]))
+    for made in (model, classifier, tf.keras.models.clone_model(model)):
+        np.testing.assert_array_equal(inference.preprocess(photos[0], made)[0], expected)
+
+
+def test_preprocess_for_a_model_of_other_layers(photos):
+    other = tf.keras.Sequential([tf.keras.layers.Flatten(input_shape=(24, 24, 3))])
+    with pytest.raises(ValueError, match="not made of the layers of build_model"):
+        inference.preprocess(photos, other)
+
+
 @pytest.mark.parametrize(
     "wrong, part",
     [

@@ -103,3 +103,9 @@ def test_broken_file_is_named(tmp_path):
     path = write(tmp_path, '{"num_classes": 5')
     with pytest.raises(ValueError, match=path):
         tasks.get_task(path)
+
+
+def test_path_of_a_task_file(tmp_path):
+    tasks.write_task(tmp_path / "task.json", num_classes=2, class_names=("a", "b"))
+    assert tasks.get_task(tmp_path / "task.json").num_classes == 2
+    assert tasks.class_names(tmp_path / "task.json") == ("a", "b")

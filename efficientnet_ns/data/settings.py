@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Optional
 
-from efficientnet_ns.config import setting
+from efficientnet_ns.config import Settings, setting
 
 
 @dataclasses.dataclass(frozen=True)
-class MakeConfig:
+class MakeConfig(Settings):
     """Images to make records from, and how; the flags of `make_records.py`."""
 
     source: str = setting(
@@ -58,7 +58,7 @@ class MakeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SvhnConfig:
+class SvhnConfig(Settings):
     """The flags of `proc_svhn.py`."""
 
     task_name: str = setting("svhn", "The task: svhn, the only one.")

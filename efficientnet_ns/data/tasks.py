@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 
 import tensorflow as tf
@@ -71,12 +72,13 @@ TASKS: dict[str, Task] = {
 }
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str | os.PathLike) -> Task:
     """The task called `name`, or that of the JSON file at this path, with the fields of `Task`.
 
     Raises:
       ValueError: neither, or a file with unknown or missing fields.
     """
+    name = os.fspath(name)
     if name in TASKS:
         return TASKS[name]
     if not name.endswith(".json") or not tf.io.gfile.exists(name):
@@ -94,7 +96,7 @@ def get_task(name: str) -> Task:
     return Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
-def write_task(path: str, **fields) -> None:
+def write_task(path: str | os.PathLike, **fields) -> None:
     """Writes a task file, or replaces these fields of the one that is there.
 
     Raises:
@@ -109,7 +111,7 @@ def write_task(path: str, **fields) -> None:
 _NAME_FILES = {TASKS["imagenet"]: "imagenet_classes.txt"}
 
 
-def class_names(task: str | Task) -> tuple[str, ...] | None:
+def class_names(task: str | os.PathLike | Task) -> tuple[str, ...] | None:
     """Short names of a task's classes, in order of their labels; None when it has none.
 
     ImageNet's are in the order of the sorted WordNet ids.
@@ -120,7 +122,7 @@ def class_names(task: str | Task) -> tuple[str, ...] | None:
     Raises:
       ValueError: see `get_task`.
     """
-    task = get_task(task) if isinstance(task, str) else task
+    task = task if isinstance(task, Task) else get_task(task)
     if task.class_names is None and task in _NAME_FILES:
         return _names_from(_NAME_FILES[task])
     return task.class_names

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
 from efficientnet_ns.models import layers
-from efficientnet_ns.models.weights import load_weights
+from efficientnet_ns.models.weights import load_weights, stored_settings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -155,7 +156,7 @@ def _conv_initializer() -> tf.keras.initializers.Initializer:
 
 def _bn_swish(x, name: str, batch_norm: BatchNormMaker):
     x = batch_norm(name=f"{name}_bn")(x)
-    return tf.keras.layers.Activation(layers.swish, name=f"{name}_swish")(x)
+    return layers.Swish(name=f"{name}_swish")(x)
 
 
 def _squeeze_excite(x, filters_in: int, name: str):
@@ -163,9 +164,9 @@ def _squeeze_excite(x, filters_in: int, name: str):
     squeezed = max(1, int(filters_in * 0.25))
     s = tf.keras.layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_se_pool")(x)
     s = _conv(s, squeezed, 1, 1, f"{name}_se_reduce", use_bias=True)
-    s = tf.keras.layers.Activation(layers.swish, name=f"{name}_se_swish")(s)
+    s = layers.Swish(name=f"{name}_se_swish")(s)
     s = _conv(s, x.shape[-1], 1, 1, f"{name}_se_expand", use_bias=True)
-    s = tf.keras.layers.Activation(tf.nn.sigmoid, name=f"{name}_se_gate")(s)
+    s = tf.keras.layers.Activation("sigmoid", name=f"{name}_se_gate")(s)
     return tf.keras.layers.Multiply(name=f"{name}_se_excite")([x, s])
 
 
@@ -216,6 +217,10 @@ def _features(
     return _pooled_features(x, round_filters(spec.head_filters, width), batch_norm)
 
 
+# Blocks of L2.
+_DEEPEST = 88
+
+
 def _allow_depth(num_blocks: int) -> None:
     # Keras walks through a model by recursion, a level per layer of the longest path, while it is
     # built and whenever another one is made of its layers. L2 has nearly as many as Python allows.
@@ -253,17 +258,17 @@ def build_model(
     num_classes: int = 1000,
     image_size: int | None = None,
     *,
-    small_image: bool = False,
+    small_image: bool | None = None,
     width_coefficient: float | None = None,
     depth_coefficient: float | None = None,
     dropout_rate: float | None = None,
     survival_prob: float = 0.8,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     bn_momentum: float = 0.99,
     num_shards_per_group: int = -1,
     include_top: bool = True,
-    weights: str | None = None,
+    weights: str | os.PathLike | None = None,
 ) -> tf.keras.Model:
     """Builds an EfficientNet that maps pixels to logits, or to pooled features.
 
@@ -271,11 +276,13 @@ def build_model(
       variant: a key of `VARIANTS`; also the model's name and the variable scope of its checkpoints.
       num_classes: width of the logits.
       image_size: side of the input in pixels; None takes the variant's resolution.
-      small_image: strides of stages 2 and 3 are 1, for images of 32 pixels and less.
+      small_image: strides of stages 2 and 3 are 1, for images of 32 pixels and less, which are not
+        cropped. None: as `weights` tell, else False.
       width_coefficient, depth_coefficient, dropout_rate: override the variant's.
       survival_prob: of the last block's residual branch; block i of N gets 1 - (1 -
         survival_prob)·i/N.
-      mean, std: channel statistics of the training set in units of the full range (0..1).
+      mean, std: channel statistics of the training set in units of the full range (0..1). None: as
+        `weights` tell, else ImageNet's.
       bn_momentum: decay of the batch-norm moving averages.
       num_shards_per_group: how many replicas share batch statistics while training; see
         `layers.replicas_per_group`.
@@ -294,19 +301,36 @@ def build_model(
     dropout_rate = spec.dropout_rate if dropout_rate is None else dropout_rate
     _check(num_classes, survival_prob, dropout_rate)
     width, size = width_coefficient or spec.width, image_size or spec.resolution
+    learned = {} if weights is None else stored_settings(weights)
+    if small_image is None:
+        small_image = learned.get("small_image", False)
+    mean = learned.get("mean", IMAGENET_MEAN) if mean is None else mean
+    std = learned.get("std", IMAGENET_STD) if std is None else std
     blocks = block_table(spec.stages, width, depth_coefficient or spec.depth, small_image)
     _allow_depth(len(blocks))
     batch_norm = functools.partial(
         layers.BatchNorm, momentum=bn_momentum, num_shards_per_group=num_shards_per_group
     )
     inputs = tf.keras.Input((size, size, 3), name="image")
-    x = layers.PixelNormalization(mean, std, name="normalization")(inputs)
+    x = layers.PixelNormalization(
+        mean, std, small_image=small_image, variant=variant, name="normalization"
+    )(inputs)
     x = _features(x, spec, width, blocks, survival_prob, batch_norm)
     x = _classifier(x, num_classes, dropout_rate) if include_top else _float32(x, "pooled")
     model = tf.keras.Model(inputs, x, name=variant)
     if weights is not None:
         load_weights(model, weights)
     return model
+
+
+def load_model(path: str | os.PathLike) -> tf.keras.Model:
+    """A model with layers of this package that Keras saved: `.keras`, `.h5`, or a SavedModel.
+
+    `tf.keras.models.load_model` does the same where this module is imported and the model is not as
+    deep as L2.
+    """
+    _allow_depth(_DEEPEST)
+    return tf.keras.models.load_model(os.fspath(path))
 
 
 def num_blocks(model: tf.keras.Model) -> int:

@@ -33,7 +33,8 @@ def fold_batch_norm(model: tf.keras.Model) -> tf.keras.Model:
     return folded
 
 
-class _Centering(layers.PixelNormalization):
+@tf.keras.utils.register_keras_serializable("efficientnet_ns")
+class Centering(layers.PixelNormalization):
     """x - 255·mean per channel."""
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
@@ -47,14 +48,22 @@ def swish(x: tf.Tensor) -> tf.Tensor:
     return x * tf.sigmoid(x)
 
 
+@tf.keras.utils.register_keras_serializable("efficientnet_ns")
+class PlainSwish(tf.keras.layers.Layer):
+    """The activation `swish` of a model for inference."""
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        return swish(inputs)
+
+
 def _clone(layer: tf.keras.layers.Layer) -> tf.keras.layers.Layer:
     if isinstance(layer, layers.BatchNorm):
         return tf.keras.layers.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
     if layer.name.endswith("_swish"):
-        return tf.keras.layers.Activation(swish, name=layer.name, dtype=layer.dtype_policy)
+        return PlainSwish.from_config(layer.get_config())
     config = layer.get_config()
     if isinstance(layer, layers.PixelNormalization):
-        return _Centering.from_config(config)
+        return Centering.from_config(config)
     if layer.name.endswith(_CONV):
         config["use_bias"] = True
     return type(layer).from_config(config)

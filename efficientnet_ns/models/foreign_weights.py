@@ -1,19 +1,19 @@
-"""What files of other programs call the variables of an EfficientNet, and how they are read.
+"""What files of other programs call the variables of an EfficientNet.
 
-Three ways to name them: the original's TF1 checkpoints, Keras `.h5` files (`tf.keras.applications`
-and the `efficientnet` package), and timm's `tf_efficientnet_*` in `.safetensors` or `.pth`.
+Four ways to name them: the original's TF1 checkpoints, Keras files of `tf.keras.applications` and the
+`efficientnet` package, Keras files of `build_model`'s own models, and timm's `tf_efficientnet_*`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 from collections.abc import Mapping
 
-import h5py
 import numpy as np
 import tensorflow as tf
+
+from efficientnet_ns.models import heads
 
 # A variable of our model: the name of its layer, and its own inside the layer.
 Key = tuple[str, str]
@@ -139,15 +139,22 @@ TIMM = Naming(
     },
 )
 
-# The `efficientnet` package calls its head otherwise.
-_KERAS_ALIASES = {"probs": "predictions"}
+# What Keras saves of a model made by `build_model`.
+OWN = Naming(
+    ends={name: name for name in TF1.ends},
+    block={name: name for name in TF1.block},
+    block_without_expansion={},
+    scope="blocks_{index}_",
+    separator="/",
+    ignored=r"normalization/.*",
+)
 
 
 def layer_variables(model: tf.keras.Model) -> dict[Key, tf.Variable]:
     """(layer, variable inside it) → variable, for every weight of a model."""
     return {
         (layer.name, weight.name.split("/")[-1].split(":")[0]): weight
-        for layer in model.layers
+        for layer in heads.flat_layers(model)
         for weight in layer.weights
     }
 
@@ -188,7 +195,7 @@ def _block_positions(model: tf.keras.Model) -> list[tuple[int, int, bool]]:
     Inside a stage nothing but the first block's stride and input width differs, while any two
     neighbouring stages differ in kernel, expansion or a stride.
     """
-    layers = {layer.name: layer for layer in model.layers}
+    layers = {layer.name: layer for layer in heads.flat_layers(model)}
     positions: list[tuple[int, int, bool]] = []
     last_kind, stage, repeat = None, -1, 0
     for index in itertools.count():
@@ -214,91 +221,12 @@ def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def timm_tensors(model: tf.keras.Model) -> dict[str, np.ndarray]:
-    """The model's weights under timm's names and in its layout; with its counters of batches."""
+    """The model's weights under timm's names and in its layout, float32; with its counters of batches."""
     names, tensors = stored_names(model, TIMM), {}
     for (layer, leaf), variable in layer_variables(model).items():
         order = inverse(axes(TIMM, leaf, variable.shape.rank))
         name = names[layer, leaf]
-        tensors[name] = np.ascontiguousarray(variable.numpy().transpose(order))
+        tensors[name] = np.ascontiguousarray(variable.numpy().transpose(order), np.float32)
         if leaf == "moving_mean":
             tensors[name.rpartition(".")[0] + ".num_batches_tracked"] = np.array(0, np.int64)
     return tensors
-
-
-# --------------------------------------------------------------------------------------------------
-# Readers: a file's bytes → its arrays by name. What they raise on damaged files is the libraries'.
-
-
-def read_h5(content: bytes, ema: bool) -> dict[str, np.ndarray]:
-    """Weights or a whole model saved by Keras as legacy `.h5`: `<layer>/<variable>` → array.
-
-    Args:
-      ema: has no meaning here; such a file has one set of weights.
-
-    Raises:
-      ValueError: the file is of the newer kind, or its layers are inside another model.
-    """
-    arrays: dict[str, np.ndarray] = {}
-
-    def take(path: str, item) -> None:
-        if not isinstance(item, h5py.Dataset):
-            return
-        # `stem_conv/stem_conv_1/kernel:0`: the layer comes first, the middle is what TensorFlow
-        # made of it.
-        parts = path.split("/")
-        layer, leaf = _KERAS_ALIASES.get(parts[0], parts[0]), parts[-1].split(":")[0]
-        if f"{layer}/{leaf}" in arrays:
-            raise ValueError(
-                f"{path}: the layer {layer} has several variables of this name. "
-                "Save the weights of the EfficientNet itself, not of a model that has it as a layer."
-            )
-        arrays[f"{layer}/{leaf}"] = item[()]
-
-    with h5py.File(io.BytesIO(content), "r") as f:
-        root = f.get("model_weights", f)
-        if {"layers", "_layer_checkpoint_dependencies"} & set(root):
-            raise ValueError(
-                "it is a .weights.h5 file, which does not name the layers; "
-                "save the model again with model.save_weights('<name>.h5') under TensorFlow 2.15"
-            )
-        root.visititems(take)
-    return arrays
-
-
-def read_safetensors(content: bytes, ema: bool) -> dict[str, np.ndarray]:
-    """A `.safetensors` file; it has one set of weights, whatever `ema` says."""
-    from safetensors import numpy as safetensors
-
-    return safetensors.load(content)
-
-
-def read_pth(content: bytes, ema: bool) -> dict[str, np.ndarray]:
-    """A state dict saved by PyTorch, or a checkpoint of timm's training script.
-
-    Args:
-      ema: of such a checkpoint take the averages, when it has them.
-
-    Raises:
-      ImportError: PyTorch is not installed.
-    """
-    try:
-        import torch
-    except ImportError as e:
-        raise ImportError(
-            "PyTorch is needed to read .pth files: pip install torch. "
-            "The .safetensors file of the same model can be read without it"
-        ) from e
-    # Tensors only: nothing in the file is executed.
-    loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    if ema and "state_dict_ema" in loaded:
-        loaded = loaded["state_dict_ema"]
-    state = loaded.get("state_dict", loaded)
-    return {name: tensor.float().numpy() for name, tensor in state.items()}
-
-
-# By the end of the path; anything else is a TF1 checkpoint.
-FILES = {
-    ".h5": (KERAS, read_h5),
-    ".safetensors": (TIMM, read_safetensors),
-    ".pth": (TIMM, read_pth),
-}

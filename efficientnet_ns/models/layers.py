@@ -141,7 +141,6 @@ def _swish_gradient(dy: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     return dy * gate * (1.0 + x * (1.0 - gate))
 
 
-@tf.keras.utils.register_keras_serializable("efficientnet_ns")
 @tf.custom_gradient
 def swish(x: tf.Tensor) -> tf.Tensor:
     """x·sigmoid(x), whose gradient reads and writes memory once."""
@@ -149,16 +148,42 @@ def swish(x: tf.Tensor) -> tf.Tensor:
 
 
 @tf.keras.utils.register_keras_serializable("efficientnet_ns")
+class Swish(tf.keras.layers.Layer):
+    """The activation `swish`.
+
+    A layer of its own, since Keras saves an activation function called swish as its own one, whose
+    gradient is slower.
+    """
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        return swish(inputs)
+
+
+@tf.keras.utils.register_keras_serializable("efficientnet_ns")
 class PixelNormalization(tf.keras.layers.Layer):
     """(x - 255·mean) / (255·std) per channel: pixels 0..255 to about zero mean, unit variance.
 
+    As the first layer of every model that is made of an EfficientNet's layers, it also knows how
+    images become these pixels, and which variant the network is.
+
     Args:
       mean, std: per channel, in units of the full pixel range (0..1).
+      small_image: images are resized whole, without the evaluation crop (SVHN, digits).
+      variant: name of the network.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], **kwargs):
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        small_image: bool = False,
+        variant: str = "",
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.mean, self.std = tuple(mean), tuple(std)
+        self.small_image, self.variant = small_image, variant
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         dtype = self.compute_dtype
@@ -167,7 +192,13 @@ class PixelNormalization(tf.keras.layers.Layer):
         return (tf.cast(inputs, dtype) - offset) / scale
 
     def get_config(self) -> dict:
-        return {**super().get_config(), "mean": self.mean, "std": self.std}
+        return {
+            **super().get_config(),
+            "mean": self.mean,
+            "std": self.std,
+            "small_image": self.small_image,
+            "variant": self.variant,
+        }
 
 
 def replicas_per_group(num_shards_per_group: int, num_replicas: int) -> int:

@@ -2,7 +2,7 @@
 
 A checkpoint of the original (TF1) holds `<variant>/stem/conv2d/kernel` …, the moving-average copy
 of each variable under `…/ExponentialMovingAverage`, and the optimizer's slots under `…/RMSProp` and
-`…/RMSProp_1`. Files of Keras and timm: see `foreign_weights`.
+`…/RMSProp_1`. Files of Keras and timm: see `foreign_weights` and `weight_files`.
 
 Every file is checked whole before the first variable is assigned: each variable of the model must
 be in it with its shape, and nothing that the model does not have may be.
@@ -13,22 +13,36 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import Any, Union
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from efficientnet_ns.data import manifests
-from efficientnet_ns.models import foreign_weights
+from efficientnet_ns.models import foreign_weights, heads, weight_files
+
+# What is taken for a path: local, or of any file system of TensorFlow's.
+PathLike = Union[str, os.PathLike]
 
 EMA_SUFFIX = "/ExponentialMovingAverage"
 # What the original calls the teacher inside a student's checkpoint.
 TEACHER_SCOPE = "teacher_model"
 
+# What the files of a checkpoint end in.
+_CHECKPOINT_FILE = re.compile(r"\.(index|meta|data-\d{5}-of-\d{5})$")
+# What images the model of the weights in a folder expects.
+SETTINGS_FILE = "model.json"
+
 # What to do about weights that do not fit.
-_NEW_HEAD = '  To begin with a new classifier: skip=["head/dense/"].\n'
+_NEW_HEAD = (
+    '  To begin with a new classifier: skip=["head/dense/"], on the command line '
+    "--init_skip=head/dense/.\n"
+)
 _OTHER_MODEL = (
     "  The model has to be the one these weights are of: name, size and classes as in the flags of "
     "their training.\n"
@@ -91,7 +105,11 @@ class _File:
 
 
 def variable_names(model: tf.keras.Model) -> dict[str, tf.Variable]:
-    """TF1 name → variable for every weight of a model made by `build_model`."""
+    """TF1 name → variable for every weight of a model made by `build_model`.
+
+    With a classifier of the user's own its variables are copies.
+    """
+    model = heads.standard(model)
     names = foreign_weights.stored_names(model, foreign_weights.TF1)
     variables = foreign_weights.layer_variables(model)
     if len(variables) != len(model.weights):
@@ -101,21 +119,27 @@ def variable_names(model: tf.keras.Model) -> dict[str, tf.Variable]:
     return {f"{model.name}/{names[key]}": variable for key, variable in variables.items()}
 
 
-def checkpoint_prefix(path: str) -> str:
-    """The prefix of the checkpoint that `path` means: a prefix, its `.index` file, or a folder.
+def checkpoint_prefix(path: PathLike) -> str:
+    """The prefix of the checkpoint that `path` means: a prefix, a file of it, or a folder.
 
     In a folder the newest entry of its `checkpoint` file counts, else a single `*.index` file,
-    there or in the folders inside (those of the published archives have various names).
+    there or in the folders inside (those of the published archives have various names). In the
+    folder of a SavedModel it is that of its variables.
 
     Raises:
       FileNotFoundError: nothing there is a checkpoint.
       WeightsError: a folder with several checkpoints and no `checkpoint` file to choose one.
     """
-    path = path.rstrip("/")
-    if path.endswith(".index"):
-        path = path[: -len(".index")]
+    path = _CHECKPOINT_FILE.sub("", os.fspath(path).rstrip("/"))
     if tf.io.gfile.exists(path + ".index"):
         return path
+    if tf.io.gfile.exists(path + "/saved_model.pb"):
+        if tf.io.gfile.exists(path + "/variables/variables.index"):
+            return path + "/variables/variables"
+        raise WeightsError(
+            f"{path} is an exported model, whose weights are constants of its graph: give the "
+            "checkpoint it was made of"
+        )
     if tf.io.gfile.isdir(path):
         latest = tf.train.latest_checkpoint(path)
         if latest:
@@ -131,19 +155,32 @@ def checkpoint_prefix(path: str) -> str:
     )
 
 
-def fingerprint(path: str) -> str:
+def fingerprint(path: PathLike) -> str:
     """Short hash of the content of weights of any kind that `load_weights` takes.
 
     Raises:
       FileNotFoundError: nothing there.
       WeightsError: see `checkpoint_prefix`.
     """
-    if os.path.splitext(path)[1] not in foreign_weights.FILES:
-        # Holds the checksum of every tensor.
-        path = checkpoint_prefix(path) + ".index"
-    elif not tf.io.gfile.exists(path):
-        raise FileNotFoundError(f"no file at {path!r}")
-    return manifests.content_hash(path)
+    # The index of a checkpoint holds the checksum of every tensor.
+    return manifests.content_hash(file_path(path) or checkpoint_prefix(path) + ".index")
+
+
+def file_path(path: PathLike) -> str | None:
+    """The path, if it is a file of its own; None if it means a checkpoint.
+
+    Raises:
+      FileNotFoundError: it is not there, and is called as a file of Keras or timm.
+    """
+    path = os.fspath(path)
+    if tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path):
+        prefix, matches = _CHECKPOINT_FILE.subn("", path)
+        is_part = matches and tf.io.gfile.exists(prefix + ".index")
+        return None if is_part else path
+    if path.lower().endswith(weight_files.SUFFIXES) and not tf.io.gfile.exists(path):
+        if not tf.io.gfile.exists(path + ".index"):
+            raise FileNotFoundError(f"no file at {path!r}")
+    return None
 
 
 @contextlib.contextmanager
@@ -152,7 +189,7 @@ def _damage_named(path: str, *where: str) -> Iterator[None]:
     # without the file.
     try:
         yield
-    except (ImportError, MemoryError) as error:
+    except (ImportError, MemoryError, weight_files.UnusableFile) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
     except Exception as error:
         message = ": ".join([*where, str(error)])
@@ -165,14 +202,12 @@ def _open_checkpoint(prefix: str) -> _File:
         return _File(prefix, reader.get_variable_to_shape_map(), reader.get_tensor)
 
 
-def _open_file(path: str, read: Callable[[bytes, bool], dict], ema: bool) -> _File:
-    if not tf.io.gfile.exists(path):
-        raise FileNotFoundError(f"no file at {path!r}")
+def _open_file(path: str, model: tf.keras.Model, ema: bool) -> tuple[_File, weight_files.Content]:
     with _damage_named(path):
         with tf.io.gfile.GFile(path, "rb") as f:
-            arrays = read(f.read(), ema)
-        shapes = {name: list(array.shape) for name, array in arrays.items()}
-        return _File(path, shapes, arrays.__getitem__)
+            content = weight_files.read(f.read(), model, ema=ema)
+        shapes = {name: list(array.shape) for name, array in content.arrays.items()}
+        return _File(path, shapes, content.arrays.__getitem__), content
 
 
 def _assign(
@@ -265,7 +300,7 @@ def write_checkpoint(prefix: str, tensors: Mapping[str, tf.Tensor]) -> None:
 
 def load_weights(
     model: tf.keras.Model,
-    path: str,
+    path: PathLike,
     *,
     ema: bool = True,
     scope: str | None = None,
@@ -277,14 +312,16 @@ def load_weights(
     std it was built with. Files of `tf.keras.applications` with published ImageNet weights, the
     `efficientnet` package and timm's `tf_efficientnet_*` all expect what the default mean and std
     give; a Keras model made with `weights=None` whose Normalization layer was never adapted
-    expects mean 0 and std 1. Only the statistics in a Keras file are not read.
+    expects mean 0 and std 1. Only the statistics in a Keras file are not read. Where `stored_settings`
+    are others than the model's, a warning tells how to build it.
 
-    A classifier in the file is passed over when the model has none (`include_top=False`).
+    A classifier in the file is passed over when the model has none (`include_top=False`). A model with
+    a Dense layer of the user's own on its features has that as its classifier.
 
     Args:
-      path: ending in `.h5`, `.safetensors` or `.pth`: a file of Keras or timm, of the model's
-        variant. Anything else is a checkpoint of this package or of the original; see
-        `checkpoint_prefix`.
+      path: a file of Keras (`.h5`, `.keras`), of timm (`.safetensors`, `.pth`) or of this package, of
+        the model's variant, under any name; or a checkpoint of this package, of the original, or of
+        Keras, see `checkpoint_prefix`.
       ema: take the moving-average copies, which is what evaluation and teachers use. Files that
         have a single set of weights give that.
       scope: above the model's variables in a checkpoint, e.g. `teacher_model`; None: they are at
@@ -298,29 +335,122 @@ def load_weights(
         that reads the file is not installed.
       DamagedFile: the file cannot be read to its end.
     """
-    naming, read = foreign_weights.FILES.get(os.path.splitext(path)[1], (foreign_weights.TF1, None))
-    if read is not None and scope is not None:
-        raise WeightsError(f"{path} has no scopes; scope={scope!r} is for checkpoints")
-    kept = _skipped(variable_names(model), skip)
-    above, below, copies = "", "", [""]
-    if read is None:
-        above = f"{model.name}/" if scope is None else f"{scope}/{model.name}/"
-        below, copies = (EMA_SUFFIX if ema else ""), ["", EMA_SUFFIX]
-    names = foreign_weights.stored_names(model, naming)
+    standard = heads.standard(model)
+    file = file_path(path)
+    if file is not None:
+        if scope is not None:
+            raise WeightsError(f"{path} has no scopes; scope={scope!r} is for checkpoints")
+        opened, content = _open_file(file, model, ema)
+        names = foreign_weights.stored_names(standard, content.naming)
+        known = functools.partial(_known, content.naming, set(names.values()), None)
+        stored, naming = content.settings, content.naming
+    else:
+        opened, names, known = _checkpoint_names(path, model, standard, ema, scope)
+        stored, naming = _folder_settings(os.path.dirname(opened.path)), foreign_weights.TF1
+    kept = _skipped(variable_names(standard), skip)
     targets = {
-        above + names[key] + below: _target(naming, key, variable)
-        for key, variable in foreign_weights.layer_variables(model).items()
+        names[key]: _target(naming, key, variable)
+        for key, variable in foreign_weights.layer_variables(standard).items()
         if id(variable) not in kept
     }
+    head = [names[key] for key in foreign_weights.HEAD if key in names]
+    _assign(opened, targets, known, head)
+    if standard is not model:
+        heads.take_head(model, standard)
+    _warn_of_other_settings(model, stored, opened.path)
+
+
+Names = Mapping[foreign_weights.Key, str]
+
+
+def _checkpoint_names(
+    path: PathLike,
+    model: tf.keras.Model,
+    standard: tf.keras.Model,
+    ema: bool,
+    scope: str | None,
+) -> tuple[_File, Names, Callable[[str], bool]]:
+    """A checkpoint, what it calls the variables, and what else may be in it."""
+    file = _open_checkpoint(checkpoint_prefix(path))
+    above = "" if scope is None else f"{scope}/"
+    if _OBJECT_GRAPH in file.shapes:
+        names = {key: above + name for key, name in _object_names(model).items()}
+        return file, names, lambda name: not name.startswith(f"{above}layer_with_weights")
+    above += f"{standard.name}/"
+    plain = foreign_weights.stored_names(standard, foreign_weights.TF1)
     # The other copy of a variable, what is skipped, and a classifier that the model lacks.
-    ours = {above + name + copy for name in names.values() for copy in copies}
-    file = _open_file(path, read, ema) if read else _open_checkpoint(checkpoint_prefix(path))
-    _assign(
-        file,
-        targets,
-        lambda name: name in ours or _beside(naming, name, scope),
-        head=[above + names[key] + below for key in foreign_weights.HEAD],
-    )
+    ours = {above + name + copy for name in plain.values() for copy in ("", EMA_SUFFIX)}
+    names = {key: above + name + (EMA_SUFFIX if ema else "") for key, name in plain.items()}
+    return file, names, functools.partial(_known, foreign_weights.TF1, ours, scope)
+
+
+def _known(
+    naming: foreign_weights.Naming, ours: Container[str], scope: str | None, name: str
+) -> bool:
+    return name in ours or _beside(naming, name, scope)
+
+
+# In a checkpoint of Keras' own, whose names are paths through the layers.
+_OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+
+
+def _object_names(model: tf.keras.Model, above: str = "") -> dict[foreign_weights.Key, str]:
+    """What `model.save_weights(<prefix>)` of Keras calls the variables of the same model."""
+    names: dict[foreign_weights.Key, str] = {}
+    head = heads.own_head(model) if not above else None
+    weighted = [layer for layer in model.layers if layer.weights]
+    for number, layer in enumerate(weighted):
+        path = f"{above}layer_with_weights-{number}/"
+        if isinstance(layer, tf.keras.Model):
+            names.update(_object_names(layer, path))
+            continue
+        ours = "head_dense" if layer is head else layer.name
+        for weight in layer.weights:
+            leaf = weight.name.split("/")[-1].split(":")[0]
+            names[ours, leaf] = f"{path}{leaf}/.ATTRIBUTES/VARIABLE_VALUE"
+    return names
+
+
+def _folder_settings(folder: str) -> dict[str, Any]:
+    path = os.path.join(folder, SETTINGS_FILE)
+    return manifests.read_json(path) if tf.io.gfile.exists(path) else {}
+
+
+def stored_settings(path: PathLike) -> dict[str, Any]:
+    """What images the model of these weights expects, as far as what lies there tells.
+
+    Files of `save_weights`, folders of trainings and models saved by Keras do.
+
+    Returns:
+      Some of `variant`, `image_size`, `small_image`, `mean` and `std`.
+
+    Raises:
+      FileNotFoundError, WeightsError: see `load_weights`.
+    """
+    file = file_path(path)
+    if file is None:
+        return _folder_settings(os.path.dirname(checkpoint_prefix(path)))
+    with _damage_named(file), tf.io.gfile.GFile(file, "rb") as f:
+        return dict(weight_files.settings(f.read()))
+
+
+def write_settings(folder: str, model: tf.keras.Model) -> None:
+    """Writes what images a model expects beside its checkpoints, where `stored_settings` looks."""
+    manifests.write_json(os.path.join(folder, SETTINGS_FILE), heads.settings(model), indent=1)
+
+
+def _warn_of_other_settings(model: tf.keras.Model, stored: Mapping[str, Any], path: str) -> None:
+    own = heads.settings(model)
+    other = [
+        name for name in ("small_image", "mean", "std") if stored.get(name, own[name]) != own[name]
+    ]
+    if other:
+        told = ", ".join(f"{name}={stored[name]}" for name in other)
+        logging.warning(
+            "%s: these weights are of a model with %s; unless it is to learn anew, build the model so",
+            path,
+            told,
+        )
 
 
 def _skipped(names: Mapping[str, tf.Variable], skip: Sequence[str]) -> set[int]:
@@ -329,15 +459,22 @@ def _skipped(names: Mapping[str, tf.Variable], skip: Sequence[str]) -> set[int]:
     for pattern in skip:
         matched = {id(v) for name, v in names.items() if re.search(pattern, name)}
         if not matched:
-            raise WeightsError(f"skip: {pattern!r} matches no variable of the model")
+            raise WeightsError(f"skip (--init_skip): {pattern!r} matches no variable of the model")
         kept |= matched
     return kept
 
 
 def save_weights(
-    model: tf.keras.Model, path: str, *, ema_model: tf.keras.Model | None = None, step: int = 0
+    model: tf.keras.Model,
+    path: PathLike,
+    *,
+    ema_model: tf.keras.Model | None = None,
+    step: int = 0,
 ) -> None:
     """Writes the weights of a model made by `build_model`; a file is either whole or absent.
+
+    A model with a Dense layer of the user's own on its features has that as its classifier. What
+    images the model expects is written too, into the file or beside the checkpoint.
 
     Args:
       path: ending in `.safetensors`: timm's names and layout, one set of weights (the averages,
@@ -348,21 +485,28 @@ def save_weights(
 
     Raises:
       WeightsError: the path ends as a file of another kind.
+      ValueError: the model has layers that EfficientNets do not have.
     """
-    averages = ema_model or model
-    suffix = os.path.splitext(path)[1]
-    if suffix in foreign_weights.FILES and suffix != ".safetensors":
+    path = os.fspath(path)
+    model = heads.standard(model)
+    averages = heads.standard(ema_model) if ema_model is not None else model
+    suffix = next((end for end in weight_files.SUFFIXES if path.lower().endswith(end)), "")
+    if suffix not in ("", ".safetensors"):
         raise WeightsError(
-            f"{path}: {suffix} files are read, not written; "
+            f"{path}: {suffix} files are read, not written (Keras writes its own: model.save, "
+            "model.save_weights); "
             "end the name in .safetensors, or give the prefix of a checkpoint like model.ckpt-0"
         )
-    tf.io.gfile.makedirs(os.path.dirname(path) or ".")
+    folder = os.path.dirname(path) or "."
+    tf.io.gfile.makedirs(folder)
     if suffix == ".safetensors":
         from safetensors import numpy as safetensors
 
-        content = safetensors.save(
-            foreign_weights.timm_tensors(averages), metadata={"format": "pt"}
-        )
+        metadata = {
+            "format": "pt",
+            weight_files.SETTINGS_KEY: json.dumps(heads.settings(averages)),
+        }
+        content = safetensors.save(foreign_weights.timm_tensors(averages), metadata=metadata)
         with manifests.atomic_path(path) as name, tf.io.gfile.GFile(name, "wb") as f:
             f.write(content)
         return
@@ -370,3 +514,4 @@ def save_weights(
     write_checkpoint(
         path, {**variable_names(model), **tensors, "global_step": np.array(step, np.int64)}
     )
+    write_settings(folder, averages)

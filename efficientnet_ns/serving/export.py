@@ -15,7 +15,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from efficientnet_ns.data import manifests
 from efficientnet_ns.data.pipeline import Preprocessing
-from efficientnet_ns.models import folding
+from efficientnet_ns.models import folding, heads
 from efficientnet_ns.serving import card, deploy, tflite, tflite_metadata, warmup
 from efficientnet_ns.serving.classifier import Answers, Classifier
 
@@ -109,6 +109,7 @@ def export(
     Raises:
       manifests.OutputConflict: that version exists.
     """
+    model = heads.standard(model)
     if options is None:
         names = tuple(str(index) for index in range(model.output_shape[-1]))
         options = Options(Answers(names))
@@ -149,8 +150,10 @@ def export_tflite(
     if tf.io.gfile.exists(path):
         raise manifests.OutputConflict(f"{path} exists: choose another --version, or delete it")
     tf.io.gfile.makedirs(os.path.dirname(path) or ".")
+    model = heads.standard(model)
     content = tflite.convert(model, kind, representative)
-    pixels = "pixels 0..255 RGB, evaluation crop and bicubic resize"
+    crop = "without crop," if preprocessing.small_image else "evaluation crop and"
+    pixels = f"pixels 0..255 RGB, {crop} bicubic resize"
     described = tflite_metadata.Description(
         model.name, kind, preprocessing.image_size, pixels, "labels.txt"
     )

@@ -56,7 +56,7 @@ class Checkpoints:
         writes: bool = True,
     ):
         self.folder, self.keep, self._writes = folder, keep, writes
-        self.optimizer = optimizer
+        self.optimizer, self._model = optimizer, ema_student
         names = weights.variable_names(student)
         averages = weights.variable_names(ema_student)
         self.variables = {**names, "global_step": optimizer.iterations}
@@ -101,6 +101,7 @@ class Checkpoints:
         if not self._writes:
             return prefix
         try:
+            weights.write_settings(self.folder, self._model)
             weights.write_checkpoint(prefix, {**values, **self._fresh_slots})
         except (tf.errors.OpError, OSError) as e:
             last = self.prefix(earlier[0]) if earlier else "none"

@@ -1,0 +1,133 @@
+"""Models made of an EfficientNet's layers: with a classifier of the user's own, flat or nested."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from efficientnet_ns.models import layers
+
+# The layers that `build_model` makes.
+_STANDARD = re.compile(r"image|normalization|stem_.*|blocks_\d+_.*|head_.*|pooled|logits")
+
+
+def is_standard(layer_name: str) -> bool:
+    """Whether layers of `build_model` are called so."""
+    return _STANDARD.fullmatch(layer_name) is not None
+
+
+def flat_layers(model: tf.keras.Model) -> Iterator[tf.keras.layers.Layer]:
+    """The layers of a model, with those of the models inside it in their place."""
+    for layer in model.layers:
+        if isinstance(layer, tf.keras.Model):
+            yield from flat_layers(layer)
+        else:
+            yield layer
+
+
+def normalization(model: tf.keras.Model) -> layers.PixelNormalization:
+    """The first layer of the EfficientNet that `model` is made of.
+
+    Raises:
+      ValueError: there is none.
+    """
+    for layer in flat_layers(model):
+        if isinstance(layer, layers.PixelNormalization):
+            return layer
+    raise ValueError(f"{model.name} is not made of the layers of build_model")
+
+
+def settings(model: tf.keras.Model) -> dict[str, Any]:
+    """What images a model expects, JSON-able: `variant`, `image_size`, `small_image`, `mean`, `std`.
+
+    Raises:
+      ValueError: the model is not made of the layers of `build_model`.
+    """
+    layer = normalization(model)
+    return {
+        "variant": layer.variant,
+        "image_size": model.input_shape[1],
+        "small_image": layer.small_image,
+        "mean": list(layer.mean),
+        "std": list(layer.std),
+    }
+
+
+def own_head(model: tf.keras.Model) -> tf.keras.layers.Dense | None:
+    """The classifier that was put onto an EfficientNet; None: the model has its own, or none.
+
+    Raises:
+      ValueError: there are layers that change more than a dense layer does.
+    """
+    added = [layer for layer in flat_layers(model) if not is_standard(layer.name)]
+    dense = [layer for layer in added if isinstance(layer, tf.keras.layers.Dense)]
+    other = [layer.name for layer in added if layer not in dense and not _passes(layer)]
+    has_head = any(layer.name == "head_dense" for layer in flat_layers(model))
+    if other or len(dense) + has_head > 1:
+        names = ", ".join(other or [layer.name for layer in dense])
+        raise ValueError(
+            f"{model.name} was not made by build_model: it has a layer {names}. On the features "
+            "one Dense layer is expected, with dropout before it. Keep this model with "
+            "model.save('<name>.keras')"
+        )
+    if dense and (dense[0].activation is not tf.keras.activations.linear or not dense[0].use_bias):
+        raise ValueError(
+            f"{model.name}: the layer {dense[0].name} has to give logits: without activation (train "
+            "with from_logits=True), and with a bias"
+        )
+    return dense[0] if dense else None
+
+
+def _passes(layer: tf.keras.layers.Layer) -> bool:
+    """Whether a layer leaves its input as it is when nothing is trained."""
+    if isinstance(layer, tf.keras.layers.Activation):
+        return layer.activation is tf.keras.activations.linear
+    # Flatten: features are flat.
+    names = (tf.keras.layers.InputLayer, tf.keras.layers.Dropout, layers.Dropout)
+    return isinstance(layer, (*names, tf.keras.layers.Flatten)) or type(layer).__name__ in (
+        "RandomFlip",
+        "RandomRotation",
+        "RandomTranslation",
+        "RandomZoom",
+        "RandomContrast",
+        "RandomBrightness",
+    )
+
+
+def standard(model: tf.keras.Model) -> tf.keras.Model:
+    """The model as `build_model` lays it out; itself, when it is laid out so.
+
+    Of a model with its own classifier the convolutions are shared, the classifier is copied.
+
+    Raises:
+      ValueError: the model has layers that EfficientNets do not have.
+    """
+    head, network = own_head(model), _network(model)
+    if network is None:
+        return model  # Of other layers, which whoever looks for names will miss.
+    if head is None:
+        return network
+    pooled = network.get_layer("head_pool").output
+    dense = tf.keras.layers.Dense(head.units, name="head_dense", dtype=head.dtype_policy)
+    logits = tf.keras.layers.Activation("linear", dtype="float32", name="logits")(dense(pooled))
+    dense.set_weights(head.get_weights())
+    name = normalization(model).variant or network.name
+    return tf.keras.Model(network.input, logits, name=name)
+
+
+def _network(model: tf.keras.Model) -> tf.keras.Model | None:
+    """The innermost model that has the first layer of an EfficientNet among its own."""
+    if any(isinstance(layer, layers.PixelNormalization) for layer in model.layers):
+        return model
+    inner = (_network(layer) for layer in model.layers if isinstance(layer, tf.keras.Model))
+    return next((network for network in inner if network is not None), None)
+
+
+def take_head(model: tf.keras.Model, standardised: tf.keras.Model) -> None:
+    """Copies the classifier back from what `standard` made of a model."""
+    head = own_head(model)
+    if head is not None:
+        head.set_weights(standardised.get_layer("head_dense").get_weights())

@@ -1,0 +1,330 @@
+"""Files of weights that other programs wrote: of what kind they are, by content, and their arrays.
+
+Names of files decide nothing: `.pth.tar`, `.pt` and `.bin` are PyTorch's, `.h5`, `.hdf5` and `.keras`
+those of Keras, and any of them may be something else, which is then named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.models import foreign_weights, heads
+
+Arrays = dict[str, np.ndarray]
+
+
+class UnusableFile(ValueError):
+    """A file that is whole, as far as is known, but holds no weights that can be read."""
+
+
+class Content(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+      naming: how its variables are called.
+      arrays: by these names.
+      settings: what images its model expects, see `heads.settings`; empty: the file does not tell.
+    """
+
+    naming: foreign_weights.Naming
+    arrays: Arrays
+    settings: Mapping[str, Any]
+
+
+# Endings of names that such files usually have; what is saved by us is never called so by mistake.
+SUFFIXES = (".h5", ".hdf5", ".keras", ".safetensors", ".pth", ".pt", ".bin", ".tar")
+
+_HDF5, _ZIP = b"\x89HDF\r\n\x1a\n", b"PK\x03\x04"
+# How files of PyTorch before 1.6 begin: a pickled number.
+_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+# First bytes → what it is and what to do.
+_OTHERS = (
+    (b"\x1f\x8b", "a gzip archive: unpack it (tar -xzf, or gunzip), and give what is in it"),
+    (b"BZh", "a bzip2 archive: unpack it (tar -xjf), and give what is in it"),
+    (b"\xfd7zXZ", "an xz archive: unpack it (tar -xJf), and give what is in it"),
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file: fetch it with git lfs pull"),
+    (b"<", "a web page or XML, not the file: download it again, and look at what it contains"),
+    (b"model_checkpoint_path", "a list of checkpoints: give its folder, or a checkpoint in it"),
+    (b"\x93NUMPY", "one NumPy array: weights of a whole model are needed"),
+    (b"\x80", "a Python pickle, which can run code when it is read: save the state dict"),
+)
+
+
+def read(content: bytes, model: tf.keras.Model, *, ema: bool = True) -> Content:
+    """The arrays in a file.
+
+    Args:
+      content: of the file.
+      model: what they are for; files of Keras that do not name layers are read in its order.
+      ema: take the moving averages, of files that have both.
+
+    Raises:
+      UnusableFile: it is of no kind that can be read; the message tells of which, and what to do.
+      ImportError: PyTorch is not installed.
+      Exception: of the library that reads the file, if it is damaged.
+    """
+    if not content.strip(b"\0"):
+        raise EOFError("it is empty: copy or download it again")
+    if content.startswith(_HDF5):
+        return _read_hdf5(content, model)
+    if content.startswith(_ZIP):
+        names = zipfile.ZipFile(io.BytesIO(content)).namelist()
+        if "model.weights.h5" in names:
+            return _read_keras(content)
+        if any(name.endswith("/data.pkl") for name in names):
+            return _read_torch(content, ema)
+        raise UnusableFile("it is a zip archive without weights: unpack it, and give what is in it")
+    if content.startswith(_OLD_TORCH):
+        return _read_torch(content, ema)
+    if content[8:9] == b"{":
+        return _read_safetensors(content)
+    raise UnusableFile(f"it is {_described(content)}")
+
+
+def settings(content: bytes) -> Mapping[str, Any]:
+    """`heads.settings` of the model of a file, as far as it tells."""
+    if content.startswith(_HDF5):
+        with h5py.File(io.BytesIO(content), "r") as f:
+            return _hdf5_settings(f)
+    if content.startswith(_ZIP):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if "config.json" in archive.namelist():
+                return _settings(json.loads(archive.read("config.json")))
+    return _safetensors_settings(content) if content[8:9] == b"{" else {}
+
+
+def _described(content: bytes) -> str:
+    if content[257:262] == b"ustar":
+        return "a tar archive: unpack it (tar -xf), and give what is in it"
+    if content[4:8] == b"TFL3":
+        return "a TFLite file, which is an export: give the weights it was made of"
+    for magic, words in _OTHERS:
+        if content.startswith(magic):
+            return words
+    return (
+        f"of no known kind (it begins with {content[:8]!r}), or damaged. Weights are checkpoints of "
+        "TensorFlow, .h5, .keras, .safetensors, and .pth files"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Keras
+
+# Variables of a layer in the order in which Keras 3's format numbers them.
+_LEAVES = {
+    "Conv2D": ("kernel", "bias"),
+    "Dense": ("kernel", "bias"),
+    "DepthwiseConv2D": ("depthwise_kernel", "bias"),
+    "BatchNorm": ("gamma", "beta", "moving_mean", "moving_variance"),
+    "BatchNormalization": ("gamma", "beta", "moving_mean", "moving_variance"),
+    "Normalization": ("mean", "variance", "count"),
+}
+# Class, name and inner layers of a layer.
+_Layer = tuple[str, str, list]
+
+
+def _read_hdf5(content: bytes, model: tf.keras.Model) -> Content:
+    with h5py.File(io.BytesIO(content), "r") as f:
+        if {"layers", "_layer_checkpoint_dependencies"} & set(f):
+            return _keras_content(_numbered(f, _layers_of(model)), {})
+        return _keras_content(_by_layer(f.get("model_weights", f)), _hdf5_settings(f))
+
+
+def _hdf5_settings(f: h5py.File) -> dict[str, Any]:
+    described = f.attrs.get("model_config")
+    return {} if described is None else _settings(json.loads(described))
+
+
+def _read_keras(content: bytes) -> Content:
+    """A `.keras` file: its description names the layers."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        description = json.loads(archive.read("config.json"))
+        with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as f:
+            arrays = _numbered(f, _described_layers(description))
+    return _keras_content(arrays, _settings(description))
+
+
+def _keras_content(arrays: Arrays, described: Mapping[str, Any]) -> Content:
+    layers = {name.split("/")[0] for name in arrays}
+    if not any(re.match(r"blocks_\d+_", layer) for layer in layers):
+        # The `efficientnet` package calls its head `probs`.
+        return Content(foreign_weights.KERAS, _renamed(arrays, "probs", "predictions"), described)
+    # The classifier may have been called by the user.
+    added = [layer for layer in layers if not heads.is_standard(layer)]
+    if len(added) == 1 and "head_dense" not in layers:
+        arrays = _renamed(arrays, added[0], "head_dense")
+    return Content(foreign_weights.OWN, arrays, described)
+
+
+def _renamed(arrays: Arrays, layer: str, new: str) -> Arrays:
+    return {re.sub(rf"^{re.escape(layer)}/", f"{new}/", n): array for n, array in arrays.items()}
+
+
+def _by_layer(root: h5py.Group) -> Arrays:
+    """`<layer>/<variable>` → array of a file that names its layers (`.h5`).
+
+    Raises:
+      UnusableFile: two layers of one name.
+    """
+    arrays: Arrays = {}
+
+    def take(path: str, item: Any) -> None:
+        if not isinstance(item, h5py.Dataset) or path.split("/")[0] == "optimizer_weights":
+            return
+        # `stem_conv/stem_conv_1/kernel:0`: the layer comes first, the middle is what TensorFlow made
+        # of it. Of a model inside the model: `efficientnet-b0/stem_conv_1/kernel:0`.
+        parts = path.split("/")
+        leaf = parts[-1].split(":")[0]
+        layer = re.sub(r"_\d+$", "", parts[-2]) if parts[0] in inner else parts[0]
+        if f"{layer}/{leaf}" in arrays:
+            raise UnusableFile(f"{path}: there are two layers {layer}; save one model alone")
+        arrays[f"{layer}/{leaf}"] = item[()]
+
+    inner = {
+        name for name, group in root.items() if isinstance(group, h5py.Group) and len(group) > 1
+    }
+    inner -= {
+        name for name in inner if any(isinstance(v, h5py.Dataset) for v in root[name].values())
+    }
+    root.visititems(take)
+    return arrays
+
+
+def _numbered(root: h5py.Group, layers: list[_Layer]) -> Arrays:
+    """`<layer>/<variable>` → array of a file in which layers are numbered by class (`.weights.h5`)."""
+    arrays: Arrays = {}
+    group = root.get("layers", root.get("_layer_checkpoint_dependencies"))
+    counts: dict[str, int] = {}
+    unknown = set(group)
+    for kind, name, inner in layers:
+        numbered = re.sub(r"(?<!^)(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])", "_", kind).lower()
+        number = counts[numbered] = counts.get(numbered, -1) + 1
+        numbered += f"_{number}" if number else ""
+        key = numbered if numbered in group else name
+        if key not in group:
+            continue
+        found = group[key]
+        unknown.discard(key)
+        if inner:
+            arrays.update(_numbered(found, inner))
+            continue
+        for index, leaf in enumerate(_LEAVES.get(kind, ())):
+            if f"vars/{index}" in found:
+                arrays[f"{name}/{leaf}"] = found[f"vars/{index}"][()]
+    if unknown:
+        raise UnusableFile(
+            "it does not name its layers, and they are not those of this model; save the model again "
+            "with model.save('<name>.keras'), or with model.save_weights('<name>.h5')"
+        )
+    return arrays
+
+
+def _layers_of(model: tf.keras.Model) -> list[_Layer]:
+    return [
+        (
+            type(layer).__name__,
+            layer.name,
+            _layers_of(layer) if isinstance(layer, tf.keras.Model) else [],
+        )
+        for layer in model.layers
+    ]
+
+
+def _described_layers(description: Mapping[str, Any]) -> list[_Layer]:
+    return [
+        (layer["class_name"], layer["config"]["name"], _described_layers(layer))
+        for layer in description["config"].get("layers", ())
+    ]
+
+
+def _settings(description: Mapping[str, Any]) -> dict[str, Any]:
+    """`heads.settings` of a model that Keras describes; nothing of a model of another package."""
+    for layer in description["config"].get("layers", ()):
+        config = layer["config"]
+        if layer["class_name"].endswith("PixelNormalization"):
+            names = ("variant", "small_image", "mean", "std")
+            return {name: config[name] for name in names}
+        if "layers" in config and (found := _settings(layer)):
+            return found
+    return {}
+
+
+# --------------------------------------------------------------------------------------------------
+# timm
+
+# numpy has no bfloat16; TensorFlow brings it.
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": tf.bfloat16.as_numpy_dtype,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+SETTINGS_KEY = "efficientnet_ns"
+
+
+def _read_safetensors(content: bytes) -> Content:
+    import safetensors
+
+    arrays = {}
+    for name, tensor in safetensors.deserialize(content):
+        if tensor["dtype"] not in _DTYPES:
+            raise UnusableFile(f"{name} is {tensor['dtype']}; convert the file to float32")
+        flat = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]])
+        arrays[name] = flat.reshape(tensor["shape"])
+    return Content(foreign_weights.TIMM, arrays, _safetensors_settings(content))
+
+
+def _safetensors_settings(content: bytes) -> dict[str, Any]:
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return json.loads(header.get("__metadata__", {}).get(SETTINGS_KEY, "{}"))
+
+
+# Where checkpoints of training scripts keep the weights: averages, and as trained.
+_STATES = {True: ("state_dict_ema", "model_ema"), False: ("state_dict", "model")}
+
+
+def _read_torch(content: bytes, ema: bool) -> Content:
+    """A state dict saved by PyTorch, or a checkpoint of timm's training script."""
+    try:
+        import torch
+    except ImportError as e:
+        raise ImportError(
+            "PyTorch is needed to read this file: pip install torch. "
+            "The .safetensors file of the same model can be read without it"
+        ) from e
+    state = _load_tensors(torch, content)
+    for key in (*(_STATES[True] if ema else ()), *_STATES[False]):
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    # What DistributedDataParallel and torch.compile put before every name.
+    prefix = re.compile(r"^(module\.|_orig_mod\.)+")
+    arrays = {prefix.sub("", name): value.float().numpy() for name, value in state.items()}
+    return Content(foreign_weights.TIMM, arrays, {})
+
+
+def _load_tensors(torch: Any, content: bytes) -> Mapping[str, Any]:
+    # Tensors only: nothing in the file is executed. timm's script adds its command line.
+    safe: Callable = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)
+    with safe([argparse.Namespace]):
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    if not isinstance(loaded, Mapping):
+        raise UnusableFile(f"it holds a {type(loaded).__name__}: save the state dict of the model")
+    return loaded
