@@ -177,7 +177,7 @@ def _checked(path: str, fields: Any) -> Task:
     for name, value in fields.items():
         rule = _RULES[name]
         if not rule.holds(value):
-            raise TaskError(f"{path}: {name} is {_shown(value)}; {rule.needed} is needed")
+            raise TaskError(f"{path}: {name} is {_shown(value)}; needed: {rule.needed}")
     _check_names(path, fields.get("class_names"), fields["num_classes"])
     return Task(**{k: tuple(v) if _is_list(v) else v for k, v in fields.items()})
 
