@@ -43,7 +43,9 @@ class ExportConfig(Settings):
     )
     top_k: int = setting(5, "Length of the top lists in the answers.", low=1)
     check_data: str = setting(
-        "", "Folder of images or records on which the export is compared with the model."
+        "",
+        "Folder of images, class folders or records, or an archive of images, on which the export is "
+        "compared with the model.",
     )
     check_images: int = setting(200, "How many of them, at most.", low=1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -159,17 +161,24 @@ def details_by_numpy(logits: np.ndarray, labels: np.ndarray):
     return confusion, ece, accuracy_of
 
 
+def matrix(measured: accuracy.Measured) -> np.ndarray:
+    dense = np.zeros([measured.num_classes] * 2, int)
+    dense[measured.confusion.truth, measured.confusion.predicted] = measured.confusion.images
+    return dense
+
+
 @pytest.mark.parametrize("size", [60, 5 * BATCH + 3])
 def test_details_as_numpy_counts(evaluator, evaluator_of_two, rng, size):
     logits, labels = examples(rng, size)
     confusion, ece, per_class = details_by_numpy(logits, labels)
     for one in (evaluator, evaluator_of_two):
         measured = one.measure(batches(logits, labels), size)
-        np.testing.assert_array_equal(measured.confusion, confusion)
-        assert measured.metrics["ece"] == pytest.approx(ece, rel=1e-5)
+        np.testing.assert_array_equal(matrix(measured), confusion)
+        assert measured.calibration.error == pytest.approx(ece, rel=1e-5)
         np.testing.assert_allclose(measured.per_class, per_class)
         assert measured.metrics["top1"] == pytest.approx(np.trace(confusion) / size)
-        assert measured.bins[0].sum() == size
+        assert measured.calibration.images.sum() == size
+        np.testing.assert_array_equal(measured.images, confusion.sum(1))
 
 
 def test_a_class_without_images_has_no_accuracy(evaluator, rng):
@@ -178,11 +187,24 @@ def test_a_class_without_images_has_no_accuracy(evaluator, rng):
     assert np.isnan(measured.per_class[3:]).all() and not np.isnan(measured.per_class[:3]).any()
 
 
-def test_worst_confusions():
-    confusion = np.array([[5, 2, 0], [7, 1, 0], [0, 1, 9]])
-    measured = accuracy.Measured({}, confusion, np.zeros([3, 15]))
-    assert measured.confused() == [(1, 0, 7), (0, 1, 2), (2, 1, 1)]
-    assert measured.confused(1) == [(1, 0, 7)]
+def test_memory_does_not_grow_with_the_square_of_the_classes():
+    """A matrix of so many classes would take 80 GB, and its cells have no number in 32 bits."""
+    classes = 100_000
+    inputs = tf.keras.Input([1])
+    logits = tf.keras.layers.Lambda(lambda x: tf.one_hot(tf.cast(x[:, 0], tf.int32), classes))
+    evaluator = accuracy.Evaluator(tf.keras.Model(inputs, logits(inputs)))
+    labels = np.array([99_999, 46_341, 99_999, 0, 99_999])
+    answers = np.array([[99_998], [46_341], [99_998], [99_999], [99_999]])
+    tracemalloc.start()
+    measured = evaluator.measure(batches(answers, labels), 5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6, "NumPy's arrays"
+    pairs = [(0, 99_999, 1), (46_341, 46_341, 1), (99_999, 99_998, 2), (99_999, 99_999, 1)]
+    assert list(zip(*measured.confusion)) == pairs
+    assert measured.metrics["top1"] == pytest.approx(2 / 5)
+    assert (measured.per_class[0], measured.per_class[46_341]) == (0, 1)
+    assert measured.per_class[99_999] == pytest.approx(1 / 3) and measured.images.sum() == 5
 
 
 def test_four_devices_count_every_example(rng):
@@ -194,8 +216,8 @@ def test_four_devices_count_every_example(rng):
     for size in (1, 7, BATCH, 3 * BATCH + 5):
         logits, labels = examples(rng, size)
         measured = evaluator.measure(batches(logits, labels), size)
-        assert measured.metrics["examples"] == size == measured.confusion.sum()
-        np.testing.assert_array_equal(measured.confusion, details_by_numpy(logits, labels)[0])
+        assert measured.metrics["examples"] == size
+        np.testing.assert_array_equal(matrix(measured), details_by_numpy(logits, labels)[0])
 
 
 def test_an_engine_computes_the_same(evaluator, rng):
@@ -208,7 +230,20 @@ def test_an_engine_computes_the_same(evaluator, rng):
     measured = other.measure(batches(logits, labels), 13)
     expected = evaluator.measure(batches(logits, labels), 13)
     assert measured.metrics == pytest.approx(expected.metrics, rel=1e-5)
-    np.testing.assert_array_equal(measured.confusion, expected.confusion)
+    np.testing.assert_array_equal(matrix(measured), matrix(expected))
+
+
+def test_an_engine_answers_calls_too(rng):
+    """In place of the model, which would be wrong here."""
+    _, labels = examples(rng, 13)
+    logits = np.eye(CLASSES)[(labels + 1) % CLASSES]
+    engine = lambda pixels: np.roll(pixels, -1, axis=1)  # noqa: E731
+    assert accuracy.Evaluator(passing_logits(), engine=engine)(batches(logits, labels), 13) == {
+        "top1": 1.0,
+        "top5": 1.0,
+        "loss": pytest.approx(0),
+        "examples": 13,
+    }
 
 
 def test_mirrored_view_is_averaged():

@@ -21,6 +21,7 @@ from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import records
 from efficientnet_ns.evaluation import accuracy, report
 from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.labeling import report as labeling_report
 from efficientnet_ns.models import weights
 from efficientnet_ns.recipes import RECIPES
 from efficientnet_ns.training import train
@@ -264,9 +265,13 @@ def test_count_is_exact_with_two_processes(folder, tmp_path, images, batch):
     finally:
         for process in processes:
             process.kill()
-    assert json.loads((tmp_path / "out" / "eval.json").read_text())["sets"]["validation"][
-        "examples"
-    ] == (images)
+    written = json.loads((tmp_path / "out" / "eval.json").read_text())["sets"]["validation"]
+    assert written["examples"] == images == sum(written["calibration"]["images"])
+    right = np.argmax(probs, 1)[:images] == labels[:images]
+    assert written["per_class"] == [
+        pytest.approx(right[labels[:images] == c].mean()) if c in labels[:images] else None
+        for c in range(CLASSES)
+    ]
 
 
 # --- Beside the published value -------------------------------------------------------------------
@@ -274,7 +279,8 @@ def test_count_is_exact_with_two_processes(folder, tmp_path, images, batch):
 
 def measured(top1: float, examples: int) -> dict[str, accuracy.Measured]:
     metrics = {"top1": top1, "examples": examples}
-    return {"validation": accuracy.Measured(metrics, np.eye(2), np.zeros([3, 15]))}
+    nothing = labeling_report.Confusion.count([], []), labeling_report.Calibration.count([], [])
+    return {"validation": accuracy.Measured(metrics, *nothing, 2)}
 
 
 @pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-l2"])

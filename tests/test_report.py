@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 
 from efficientnet_ns.labeling import report
+from efficientnet_ns.labeling.report import truth as truth_lib
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 HOSTILE = "<script>alert('$x_{$')</script>"  # As HTML a script, to Matplotlib a broken formula.
@@ -338,19 +340,51 @@ def test_calibration_error_equals_the_definition(bins):
     probs = np.concatenate([rng.random(300), np.arange(bins + 1) / bins])
     correct = rng.random(len(probs)) < probs**2
     expected = plain_calibration_error(correct.tolist(), probs.tolist(), bins)
-    assert report.calibration_error(correct, probs, bins=bins) == pytest.approx(expected, abs=1e-12)
+    assert report.Calibration.count(probs, correct, bins=bins).error == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_calibration_error_by_hand():
+    def error(correct, probs, **options) -> float:
+        return report.Calibration.count(probs, correct, bins=2, **options).error
+
     # Bins of 0.5: (0.2, 0.4) with accuracy 0.5 and (0.8, 0.9) with accuracy 1.
-    error = report.calibration_error([1, 0, 1, 1], [0.2, 0.4, 0.8, 0.9], bins=2)
-    assert error == pytest.approx(0.5 * 0.2 + 0.5 * 0.15)
-    assert report.calibration_error([True, True], [1.0, 1.0]) == 0.0
+    assert error([1, 0, 1, 1], [0.2, 0.4, 0.8, 0.9]) == pytest.approx(0.5 * 0.2 + 0.5 * 0.15)
+    assert error([True, True], [1.0, 1.0]) == 0.0
     # An edge belongs to the bin below it.
-    assert report.calibration_error([1, 0], [0.5, 0.9], bins=2) == pytest.approx((0.5 + 0.9) / 2)
-    assert np.isnan(report.calibration_error([], []))
-    with pytest.raises(ValueError, match="bins"):
-        report.calibration_error([1], [0.5], bins=0)
+    assert error([1, 0], [0.5, 0.9]) == pytest.approx((0.5 + 0.9) / 2)
+    assert error([1, 0], [0.5, 0.9], images=[3, 1]) == pytest.approx((3 * 0.5 + 0.9) / 4)
+    assert np.isnan(error([], []))
+
+
+def test_worst_confusions():
+    truth, predicted = [0, 0, 1, 1, 2, 2, -1, 1], [0, 1, 1, 0, 2, 1, 0, 0]
+    pairs = report.Confusion.count(truth, predicted, [5, 2, 1, 6, 9, 1, 8, 1])
+    assert list(zip(*pairs)) == [
+        (-1, 0, 8), (0, 0, 5), (0, 1, 2), (1, 0, 7), (1, 1, 1), (2, 1, 1), (2, 2, 9)
+    ]  # fmt: skip
+    assert pairs.worst(20) == [(1, 0, 7), (0, 1, 2), (2, 1, 1)]
+    assert pairs.worst(1) == [(1, 0, 7)]
+    assert report.Confusion.count([], []).worst(5) == []
+
+
+def test_confusion_of_thousands_of_classes():
+    """Cells of many classes: nothing of the size of the square of their number is ever made."""
+    names = [str(i) for i in range(60_000)]
+    truth, predicted = [59_999, 59_999, -1, 0], [59_998, 3, 59_999, 0]
+    tracemalloc.start()
+    document = Document(report.confusion(truth, predicted, names))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 400e6, "The matrix alone would take 29 GB."
+    assert "stands for 60 x 60 classes" in document.text("figcaption")
+    assert [row["predicted"] for row in document.rows()] == ["3", "59998"]
+    counts, together = truth_lib._cells(report.Confusion.count(truth, predicted), 60_000)
+    assert counts.shape == (1001, 1000) and together == 60
+    assert {(r, c): counts[r, c] for r, c in np.argwhere(counts).tolist()} == {
+        (0, 0): 1, (999, 0): 1, (999, 999): 1, (1000, 999): 1
+    }  # fmt: skip
 
 
 def test_accuracy_of_pseudo_labels():
@@ -429,7 +463,6 @@ def test_empty_input_says_so(text):
         ("probs", lambda: report.accuracy_of_pseudo_labels([0, 1], [0, 1], [0.5], [1, 1])),
         ("kept", lambda: report.accuracy_of_pseudo_labels([0, 1], [0, 1], [0.5, 1], [1])),
         ("truth", lambda: report.accuracy_of_pseudo_labels([[0]], [0], [0.5], [1])),
-        ("correct", lambda: report.calibration_error([True], [0.5, 0.6])),
     ],
 )
 def test_wrong_input_is_named(name, call):

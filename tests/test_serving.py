@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import csv
 import io
 import json
 import os
+import re
 import resource
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -634,25 +638,71 @@ def test_difference():
     assert found.images == 2 and found.agreement == 0.5 and found.largest == pytest.approx(0.15)
 
 
-def test_check_data(tmp_path):
-    with pytest.raises(records.DataError, match="neither images"):
+def test_check_data(tmp_path, caplog):
+    with pytest.raises(records.DataError, match="no images in"):
         check.encoded_images(str(tmp_path), 3)
     examples = [records.unlabeled_example(jpeg(i)) for i in range(4)]
     records.write_sharded(str(tmp_path), "train", examples, 2)
-    assert len(check.encoded_images(str(tmp_path), 3)) == 3
+    (tmp_path / "train-00000-of-00002.manifest.json").write_text("{}")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "x.png").write_bytes(b"of something else")
+    assert check.encoded_images(str(tmp_path), 3) == [jpeg(0), jpeg(2), jpeg(1)]
     (tmp_path / "a.jpg").write_bytes(jpeg())
     assert check.encoded_images(str(tmp_path), 3) == [jpeg()]
     (tmp_path / "0.png").write_bytes(b"no picture")
     assert check.encoded_images(str(tmp_path), 1) == [jpeg()]
+    assert f"{tmp_path / '0.png'} is left out" in caplog.text
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(records.DataError, match="neither images that can be decoded nor"):
+        check.encoded_images(str(tmp_path), 3)
     with pytest.raises(records.DataError, match="does not exist"):
         check.encoded_images(str(tmp_path / "nowhere"), 3)
+
+
+def test_check_data_of_class_folders_takes_from_each(tmp_path):
+    images = {"ant": [jpeg(1), jpeg(2), jpeg(3)], "bee": [jpeg(4)], "cat": [jpeg(5), jpeg(6)]}
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for name, of_class in images.items():
+            (tmp_path / "all" / name).mkdir(parents=True)
+            for i, image in enumerate(of_class):
+                (tmp_path / "all" / name / f"{i}.JPG").write_bytes(image)
+                archive.writestr(f"all/{name}/{i}.JPG", image)
+    (tmp_path / "all" / "notes.txt").write_text("not an image")
+    for path in (tmp_path / "all", tmp_path / "all.zip"):
+        found = check.encoded_images(str(path), 5)
+        assert found == [jpeg(1), jpeg(4), jpeg(5), jpeg(2), jpeg(6)]
+        assert len(check.encoded_images(str(path), 100)) == 6
+
+
+def test_check_data_takes_what_records_take(tmp_path):
+    """Formats that are converted when records are made."""
+    Image.fromarray(noise()).save(tmp_path / "a.webp", lossless=True)
+    (found,) = check.encoded_images(str(tmp_path), 9)
+    np.testing.assert_array_equal(tf.io.decode_png(found), noise())
+
+
+def test_records_without_images_are_named(tmp_path):
+    records.write(str(tmp_path / "train-00000-of-00001"), [records.prediction_example([0.5, 0.5])])
+    with pytest.raises(records.DataError, match="train-00000-of-00001, record 0: .*image/encoded"):
+        check.encoded_images(str(tmp_path), 3)
 
 
 # REST.
 
 
 @pytest.mark.parametrize(
-    "wrong", ["--server=localhost:abc", "--server=ftp://localhost", "--timeout=-1"]
+    "wrong",
+    [
+        "--server=localhost:abc",
+        "--server=ftp://localhost",
+        "--server=http://ho st",
+        "--server=http://a..b",
+        "--server=http://[::1",
+        "--timeout=-1",
+        "--timeout=inf",
+        "--timeout=nan",
+        "--version=-1",
+    ],
 )
 def test_client_refuses_what_cannot_work(wrong, capsys):
     with pytest.raises(SystemExit):
@@ -770,6 +820,150 @@ def test_client_gives_up(rest, photos, capsys):
     assert stop.value.code == 2
 
 
+def answering(status: int, body: bytes, **headers: str):
+    """Address of a server that always gives this; a context."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    @contextlib.contextmanager
+    def running():
+        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_port}"
+            server.shutdown()
+
+    return running()
+
+
+def outputs(**changed) -> dict:
+    """What an exported model answers to two photos, with some of it changed or, if None, missing."""
+    good = {
+        "valid": [True, True],
+        "top_classes": [[1, 0], [0, 1]],
+        "top_class_names": [["b", "a"], ["a", "b"]],
+        "top_probabilities": [[0.7, 0.3], [0.6, 0.4]],
+    }
+    return {key: value for key, value in {**good, **changed}.items() if value is not None}
+
+
+_HTML = b"<!DOCTYPE html><html><head><title>502 Bad\n Gateway &lt;nginx&gt;</title></head></html>"
+_OTHER_SERVERS = {
+    "other model": (200, {"outputs": {"scores": [[0.1, 0.9]] * 2}}, "missing: valid, top_classes"),
+    "one output": (200, {"outputs": [[0.1, 0.9]] * 2}, "one without a name"),
+    "no outputs": (200, {"outputs": {}}, "its outputs are none"),
+    "null": (200, {"outputs": None}, "one without a name"),
+    "some missing": (200, {"outputs": outputs(valid=None)}, "missing: valid"),
+    "fewer rows": (200, {"outputs": outputs(valid=[True])}, "a list of 2 is needed"),
+    "no lists": (200, {"outputs": outputs(top_classes=[1, 0])}, "not the outputs of an exported"),
+    "fewer names": (200, {"outputs": outputs(top_class_names=[["b"], ["a"]])}, "a list of 2"),
+    "numbers as names": (200, {"outputs": outputs(top_class_names=[[1, 0]] * 2)}, "as the name"),
+    "texts as numbers": (200, {"outputs": outputs(top_classes=[["x", "y"]] * 2)}, "'x'"),
+    "no classes": (
+        200,
+        {"outputs": {"valid": [True] * 2, **dict.fromkeys(client._TOP, [[], []])}},
+        "a photo without classes",
+    ),
+    "rows": (200, {"predictions": [1, 2]}, "does not answer as TensorFlow Serving"),
+    "error in a good answer": (200, {"error": "no such thing"}, "no such thing"),
+    "a list": (200, ["x"], "does not answer as TensorFlow Serving"),
+    "a page": (200, _HTML, "a web page, 502 Bad Gateway <nginx>"),
+    "nothing": (200, b"", "an empty body"),
+    "no text": (200, b"\xff\xfe\x00", "does not answer as TensorFlow Serving"),
+    "deep": (200, b"[" * 100_000, "does not answer as TensorFlow Serving"),
+    "wrong input": (400, {"error": "missing inputs: x\nof the signature"}, "HTTP 400: missing inp"),
+    "unknown model": (
+        404,
+        {"error": "Servable not found for request: Latest(m)"},
+        "HTTP 404: Serv",
+    ),
+    "no interface": (404, _HTML, "HTTP 404: a web page, 502 Bad Gateway"),
+    "fails": (500, b"Internal\nerror", "HTTP 500: Internal error"),
+    "nothing known": (503, b"", "HTTP 503: an empty body"),
+}
+
+
+@pytest.mark.parametrize("case", _OTHER_SERVERS)
+@pytest.mark.parametrize("shown", client.FORMATS)
+def test_client_names_what_other_servers_answer(case, shown, tmp_path, capsys):
+    status, body, message = _OTHER_SERVERS[case]
+    photos = [str(tmp_path / name) for name in ("a.jpg", "b.jpg")]
+    for path in photos:
+        Path(path).write_bytes(b"x")
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with answering(status, body) as address:
+        arguments = ["--model=m", f"--server={address}", "--retries=0", f"--format={shown}"]
+        assert client.main([*arguments, *photos]) == 1
+    out, err = capsys.readouterr()
+    lines = {
+        "json": lambda: [json.loads(line)["error"] for line in out.splitlines()],
+        "csv": lambda: [row["error"] for row in csv.DictReader(out.splitlines())],
+        "table": lambda: [line.strip() for line in out.splitlines()[1::2]],
+    }[shown]()
+    assert len(lines) == 2 and all(message in line for line in lines)
+    assert "0 photos in" in err
+
+
+def test_client_names_where_it_is_sent(tmp_path, capsys):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    with answering(301, b"", Location="https://elsewhere") as address:
+        assert client.main(["--model=m", f"--server={address}", str(tmp_path / "a.jpg")]) == 1
+    assert "HTTP 301 to https://elsewhere" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reply", [b"", b"SSH-2.0-OpenSSH_9\r\n", None])
+def test_client_of_servers_without_http(reply, tmp_path, capsys):
+    """One that closes, one of another protocol, one that says nothing in time."""
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                if reply is None:
+                    asked.wait(30)
+                else:
+                    connection.sendall(reply)
+
+        asked = threading.Event()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        arguments = ["--model=m", f"--server=127.0.0.1:{server.getsockname()[1]}", "--retries=0"]
+        seconds = "0.2" if reply is None else "30"
+        photo = str(tmp_path / "a.jpg")
+        assert client.main([*arguments, f"--timeout={seconds}", photo]) == 1
+        asked.set()
+        thread.join()
+    assert re.search(r"no answer from 127\.0\.0\.1:\d+: \S", capsys.readouterr().out)
+
+
+def test_names_of_models_are_quoted(rest, tmp_path):
+    address, handler = rest
+    handler.failures, handler.paths = [404], []
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    client.main(["--model=Käfer/a b?", f"--server={address}/x y", str(tmp_path / "a.jpg")])
+    assert handler.paths == ["/x%20y/v1/models/K%C3%A4fer%2Fa%20b%3F:predict"]
+
+
+def test_client_prints_names_that_are_no_text(rest, tmp_path, capsys):
+    path = os.fsdecode(bytes(tmp_path / "caf") + b"\xe9.jpg")
+    Path(path).write_bytes(jpeg())
+    address, handler = rest
+    handler.failures = []
+    assert client.main(["--model=m", f"--server={address}", path]) == 0
+    assert "caf\\udce9.jpg" in capsys.readouterr().out
+
+
 def test_back_off():
     waits, attempts = [], []
 
@@ -836,6 +1030,37 @@ def test_client_by_grpc(model, served, photos, capsys):
     shown = capsys.readouterr().out
     assert NAMES[expected(model, [jpeg(1)]).argmax()] in shown.splitlines()[1]
     assert "cannot decode" in shown and Service.calls == 2
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        ({"scores": [[0.1, 0.9]]}, "its outputs are scores; missing: valid, top_classes"),
+        (outputs(valid=[True]), "a list of 1 is needed"),
+        ({**outputs(), "valid": [True, True]}, "a list of 1 is needed"),
+    ],
+)
+def test_grpc_answers_of_other_models(answer, message, photos, capsys):
+    import grpc
+    from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+
+    class Service(prediction_service_pb2_grpc.PredictionServiceServicer):
+        def Predict(self, request, context):  # noqa: N802 - name of the service's method
+            found = predict_pb2.PredictResponse()
+            for name, value in answer.items():
+                found.outputs[name].CopyFrom(tf.make_tensor_proto(value))
+            return found
+
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(Service(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        arguments = ["--protocol=grpc", "--model=m", f"--server=127.0.0.1:{port}"]
+        assert client.main([*arguments, photos[0]]) == 1
+    finally:
+        server.stop(None)
+    assert message in capsys.readouterr().out
 
 
 def test_names_of_imagenet_fit_a_label_file():

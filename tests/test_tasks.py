@@ -99,9 +99,14 @@ def test_number_of_classes_is_required(tmp_path):
     assert path in str(e.value)
 
 
-def test_broken_file_is_named(tmp_path):
-    path = write(tmp_path, '{"num_classes": 5')
-    with pytest.raises(ValueError, match=path):
+@pytest.mark.parametrize(
+    "text",
+    ['{"num_classes": 5', "", "\x00", b"\xff\xfe\x00", b'{"train_set": "\xe9"}', "[" * 100_000],
+)
+def test_broken_file_is_named(tmp_path, text):
+    path = tmp_path / "task.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(tasks.TaskError, match=f"{path} is not valid JSON"):
         tasks.get_task(path)
 
 
@@ -109,3 +114,93 @@ def test_path_of_a_task_file(tmp_path):
     tasks.write_task(tmp_path / "task.json", num_classes=2, class_names=("a", "b"))
     assert tasks.get_task(tmp_path / "task.json").num_classes == 2
     assert tasks.class_names(tmp_path / "task.json") == ("a", "b")
+
+
+@pytest.mark.parametrize("fields", [[], "5", [{"num_classes": 5}], "null", "7"])
+def test_a_file_without_an_object_is_named(tmp_path, fields):
+    path = write(tmp_path, fields)
+    with pytest.raises(tasks.TaskError, match=f"{path} holds .*; an object is needed"):
+        tasks.get_task(path)
+
+
+def test_byte_order_mark(tmp_path):
+    path = tmp_path / "task.json"
+    path.write_text('{"num_classes": 2, "class_names": ["É", "e"]}', encoding="utf-8-sig")
+    assert tasks.get_task(path).class_names == ("É", "e")
+
+
+_NO_NUMBER = (0, -3, 2.0, 2.5, "10", True, None, [3], {}, float("nan"))
+_NO_SWITCH = (0, 1, "true", "", None, [])
+_NO_PREFIX = ("", "sets/train", 3, ["train"], True, "\ud800")
+_NO_THREE = (0.5, [0.5], [0.1] * 4, "0.5", ["0.5"] * 3, [0.5, 0.5, None], [0.5, 0.5, True],
+             [124, 116, 104], [0.5, 0.5, -0.1], [0.5, 0.5, float("nan")], None, {})  # fmt: skip
+_NO_NAMES = ("abc", ["a", "b", 3], ["a", "b", ""], ["a", "b", " "], ["a", "b", "\udcff"], {"a": 0})
+_WRONG = {
+    "num_classes": _NO_NUMBER,
+    "image_size": _NO_NUMBER,
+    "num_train_images": _NO_NUMBER,
+    "small_image": _NO_SWITCH,
+    "flip": _NO_SWITCH,
+    "train_set": (*_NO_PREFIX, None),
+    "eval_set": (*_NO_PREFIX, None),
+    "test_set": _NO_PREFIX,
+    "mean": _NO_THREE,
+    "std": (*_NO_THREE, [0.5, 0.5, 0]),
+    "class_names": _NO_NAMES,
+}
+_MEANS_NOTHING = {"image_size", "num_train_images", "test_set", "class_names"}
+
+
+def test_every_field_is_checked():
+    assert set(_WRONG) == {field.name for field in dataclasses.fields(tasks.Task)}
+
+
+@pytest.mark.parametrize("name", _WRONG)
+def test_wrong_values_are_named(tmp_path, name):
+    for value in _WRONG[name]:
+        path = write(tmp_path, {"num_classes": 3, name: value})
+        if value is None and name in _MEANS_NOTHING:
+            assert getattr(tasks.get_task(path), name) is None
+            continue
+        with pytest.raises(tasks.TaskError) as e:
+            tasks.get_task(path)
+        shown = json.dumps(value)
+        assert str(e.value).startswith(f"{path}: {name} is {shown}; needed: "), value
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "c", "d"], []])
+def test_number_of_names(tmp_path, names):
+    path = write(tmp_path, {"num_classes": 3, "class_names": names})
+    message = f"{path}: class_names has {len(names)} names, but num_classes is 3"
+    with pytest.raises(tasks.TaskError, match=message):
+        tasks.get_task(path)
+
+
+def test_names_differ(tmp_path):
+    path = write(tmp_path, {"num_classes": 4, "class_names": ["a", "crane", "b", "crane"]})
+    with pytest.raises(tasks.TaskError, match=rf'{path}: .*"crane" for the classes \[1, 3\]'):
+        tasks.get_task(path)
+
+
+def test_long_values_are_shortened(tmp_path):
+    path = write(tmp_path, {"num_classes": list(range(10_000))})
+    with pytest.raises(tasks.TaskError) as e:
+        tasks.get_task(path)
+    assert len(str(e.value)) < len(path) + 200
+
+
+def test_wrong_fields_are_not_written(tmp_path):
+    path = tmp_path / "task.json"
+    tasks.write_task(str(path), num_classes=2, class_names=("a", "b"))
+    before = path.read_bytes()
+    with pytest.raises(tasks.TaskError, match="2 names, but num_classes is 3"):
+        tasks.write_task(str(path), num_classes=3)
+    assert path.read_bytes() == before
+    tasks.write_task(str(path), num_train_images=7)
+    assert tasks.get_task(path) == tasks.Task(2, num_train_images=7, class_names=("a", "b"))
+
+
+def test_a_label_file_has_one_line_per_class():
+    names = ["ant", "a\nb", "c\r\nd", "e\u2028f", "<g> & $h$", "Käfer"]
+    lines = tasks.label_lines(names).splitlines()
+    assert lines == ["ant", "a b", "c d", "e f", "<g> & $h$", "Käfer"]

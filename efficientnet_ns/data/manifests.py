@@ -119,12 +119,12 @@ def write_json(path: str, value: object, *, indent: int | None = None) -> None:
 
 
 def read_json(path: str):
-    """The parsed file; BrokenFile naming it when it is not JSON."""
-    with tf.io.gfile.GFile(path) as f:
+    """The parsed file, with or without a byte order mark; BrokenFile naming it when it is not JSON."""
+    with tf.io.gfile.GFile(path, "rb") as f:
         text = f.read()
     try:
         return json.loads(text)
-    except json.JSONDecodeError as e:
+    except (ValueError, RecursionError) as e:  # Of bytes that are no text, too.
         raise BrokenFile(f"{path} is not valid JSON: {e}") from e
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -72,39 +76,146 @@ TASKS: dict[str, Task] = {
 }
 
 
+class TaskError(ValueError):
+    """There is no such task, or its file cannot be used; the message names file and field."""
+
+
+class _Rule(NamedTuple):
+    """What a field may hold, in words and as a test."""
+
+    needed: str
+    holds: Callable[[Any], bool]
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_text(value: Any) -> bool:
+    # JSON can spell halves of surrogate pairs, which neither files nor TensorFlow take.
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def _are_three(value: Any, holds: Callable[[float], bool]) -> bool:
+    # NaN fails every comparison.
+    return (
+        _is_list(value)
+        and len(value) == 3
+        and all(type(v) in (int, float) and holds(v) for v in value)
+    )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+_POSITIVE = _Rule("a whole number of at least 1", _is_positive)
+_SWITCH = _Rule("true or false", lambda value: isinstance(value, bool))
+_PREFIX = _Rule(
+    "the beginning of the names of record files, without a folder",
+    lambda value: _is_text(value) and value != "" and "/" not in value,
+)
+_RULES = {
+    "num_classes": _POSITIVE,
+    "mean": _Rule(
+        "three numbers 0..1, fractions of the full range",
+        lambda value: _are_three(value, lambda v: 0 <= v <= 1),
+    ),
+    "std": _Rule(
+        "three numbers above 0 and up to 1, fractions of the full range",
+        lambda value: _are_three(value, lambda v: 0 < v <= 1),
+    ),
+    "image_size": _POSITIVE,
+    "small_image": _SWITCH,
+    "flip": _SWITCH,
+    "train_set": _PREFIX,
+    "eval_set": _PREFIX,
+    "test_set": _PREFIX,
+    "num_train_images": _POSITIVE,
+    "class_names": _Rule(
+        "a list of texts, none of them empty",
+        lambda value: _is_list(value) and all(_is_text(v) and v.strip() for v in value),
+    ),
+}
+
+
 def get_task(name: str | os.PathLike) -> Task:
     """The task called `name`, or that of the JSON file at this path, with the fields of `Task`.
 
     Raises:
-      ValueError: neither, or a file with unknown or missing fields.
+      TaskError: neither, or a file with unknown, missing or wrong fields.
     """
     name = os.fspath(name)
     if name in TASKS:
         return TASKS[name]
-    if not name.endswith(".json") or not tf.io.gfile.exists(name):
-        raise ValueError(
+    if not name.endswith(".json") or not tf.io.gfile.exists(name) or tf.io.gfile.isdir(name):
+        raise TaskError(
             f"unknown task {name!r}; known tasks: {', '.join(TASKS)}, or the path of a .json file "
             'with the fields of a task, e.g. {"num_classes": 5}'
         )
-    fields = manifests.read_json(name)
-    known = {f.name for f in dataclasses.fields(Task)}
-    unknown = sorted(set(fields) - known)
-    if unknown or "num_classes" not in fields:
-        raise ValueError(
-            f"{name}: unknown fields {unknown}; allowed: {sorted(known)}; num_classes is required"
+    try:
+        fields = manifests.read_json(name)
+    except manifests.BrokenFile as e:
+        raise TaskError(str(e)) from e
+    return _checked(name, fields)
+
+
+def _checked(path: str, fields: Any) -> Task:
+    """The task of these fields, which are, or are to be, in the file at `path`."""
+    if not isinstance(fields, Mapping):
+        raise TaskError(
+            f'{path} holds {_shown(fields)}; an object is needed, e.g. {{"num_classes": 5}}'
         )
-    return Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    unknown = sorted(set(fields) - set(_RULES))
+    if unknown or "num_classes" not in fields:
+        raise TaskError(
+            f"{path}: unknown fields {unknown}; allowed: {sorted(_RULES)}; num_classes is required"
+        )
+    defaults = {f.name: f.default for f in dataclasses.fields(Task)}
+    # null is as good as nothing where nothing has a meaning.
+    fields = {k: v for k, v in fields.items() if v is not None or defaults[k] is not None}
+    for name, value in fields.items():
+        rule = _RULES[name]
+        if not rule.holds(value):
+            raise TaskError(f"{path}: {name} is {_shown(value)}; needed: {rule.needed}")
+    _check_names(path, fields.get("class_names"), fields["num_classes"])
+    return Task(**{k: tuple(v) if _is_list(v) else v for k, v in fields.items()})
+
+
+def _check_names(path: str, names: Sequence[str] | None, num_classes: int) -> None:
+    if names is None:
+        return
+    if len(names) != num_classes:
+        raise TaskError(
+            f"{path}: class_names has {len(names)} names, but num_classes is {num_classes}"
+        )
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        numbers = [i for i, name in enumerate(names) if name == twice[0]]
+        raise TaskError(
+            f"{path}: class_names has {_shown(twice[0])} for the classes {numbers}; names must differ"
+        )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def write_task(path: str | os.PathLike, **fields) -> None:
     """Writes a task file, or replaces these fields of the one that is there.
 
     Raises:
-      ValueError: see `get_task`.
+      TaskError: see `get_task`; nothing is written.
     """
     existing = dataclasses.asdict(get_task(path)) if tf.io.gfile.exists(path) else {}
-    task = dataclasses.asdict(Task(**{**existing, **fields}))
+    task = dataclasses.asdict(_checked(path, {**existing, **fields}))
     manifests.write_json(path, {k: v for k, v in task.items() if v is not None}, indent=1)
+
+
+def label_lines(names: Sequence[str]) -> str:
+    """A text file with one line per class, whatever is in its name."""
+    return "".join(f"{' '.join(name.splitlines())}\n" for name in names)
 
 
 # Names too many to stand in the table: one per line in a file beside this one.
@@ -120,7 +231,7 @@ def class_names(task: str | os.PathLike | Task) -> tuple[str, ...] | None:
       task: or what `get_task` takes.
 
     Raises:
-      ValueError: see `get_task`.
+      TaskError: see `get_task`.
     """
     task = task if isinstance(task, Task) else get_task(task)
     if task.class_names is None and task in _NAME_FILES:

@@ -3,53 +3,56 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple, Union
 
 import numpy as np
 import tensorflow as tf
+
+from efficientnet_ns.labeling import report
 
 Batches = Union[
     tf.data.Dataset, Callable[[tf.distribute.InputContext], tf.data.Dataset]
 ]  # Of `pipeline.eval_batches`.
 
 _TINY = 1e-30
+# What a step gives for each image of a batch, where it gives sums of everything else.
+_PREDICTIONS, _CONFIDENCE = "predictions", "confidence"
 
 
 class IncompleteEvaluation(RuntimeError):
     """The number of examples seen is not the number of examples there are."""
 
 
-CALIBRATION_BINS = 15
-
-
 class Measured(NamedTuple):
     """One set, looked at closely.
 
     Attributes:
-      metrics: see `Evaluator.__call__`, and `ece`, the expected calibration error.
-      confusion: images by true class and answer, int64 [C, C].
-      bins: images, summed confidence and right answers in 15 equal intervals (lower, upper] of the
-        top-1 probability, float64 [3, 15].
+      metrics: see `Evaluator.__call__`.
+      confusion: images by true class and prediction.
+      calibration: images, confidence and right predictions by top-1 probability.
+      num_classes: of the model.
     """
 
     metrics: dict[str, float]
-    confusion: np.ndarray
-    bins: np.ndarray
+    confusion: report.Confusion
+    calibration: report.Calibration
+    num_classes: int
+
+    @property
+    def images(self) -> np.ndarray:
+        """Images of each class, int64 [C]."""
+        return self._by_class(self.confusion.images)
 
     @property
     def per_class(self) -> np.ndarray:
         """Accuracy of each class, float64 [C]; NaN for a class without images."""
-        images = self.confusion.sum(1)
-        right = np.diag(self.confusion)
-        return np.where(images > 0, right / np.maximum(images, 1), np.nan)
+        truth, predicted, images = self.confusion
+        right = self._by_class(np.where(truth == predicted, images, 0))
+        return np.where(self.images > 0, right / np.maximum(self.images, 1), np.nan)
 
-    def confused(self, limit: int = 20) -> list[tuple[int, int, int]]:
-        """(true class, answer, images) of the most frequent mistakes."""
-        wrong = self.confusion * ~np.eye(len(self.confusion), dtype=bool)
-        worst = np.argsort(-wrong, axis=None, kind="stable")[:limit]
-        pairs = zip(*np.unravel_index(worst, wrong.shape))
-        return [(int(t), int(a), int(wrong[t, a])) for t, a in pairs if wrong[t, a]]
+    def _by_class(self, images: np.ndarray) -> np.ndarray:
+        return np.bincount(self.confusion.truth, images, self.num_classes).astype(np.int64)
 
 
 class Evaluator:
@@ -75,21 +78,19 @@ class Evaluator:
             raise ValueError(f"views is {views}; it must be 1 or 2 (mirrored)")
         forward = functools.partial(model, training=False)
 
-        def make_step(detailed: bool):
-            def sums(batch):
-                return _batch_sums(_logits(forward, batch["image"], views), batch, detailed)
+        def compiled(batch):
+            return _measures(_logits(forward, batch["image"], views), batch)
 
-            return replicated(self._strategy, sums)
-
-        def engine_step(batch):
-            def answer(pixels):
+        def by_engine(batch):
+            def logits(pixels):
                 # Logarithms of probabilities are logits of them.
                 return tf.math.log(tf.maximum(engine(pixels.numpy()), _TINY))
 
-            return _batch_sums(_logits(answer, batch["image"], views), batch, True)
+            return _measures(_logits(logits, batch["image"], views), batch)
 
-        self._step = make_step(detailed=False)
-        self._detailed_step = engine_step if engine else make_step(detailed=True)
+        gathered = (_PREDICTIONS, _CONFIDENCE)
+        self._step = by_engine if engine else replicated(self._strategy, compiled, gathered)
+        self._num_classes = model.output_shape[-1]
 
     def __call__(self, batches: Batches, num_examples: int) -> dict[str, float]:
         """Measures one set.
@@ -106,25 +107,52 @@ class Evaluator:
         Raises:
           IncompleteEvaluation: the batches held more or fewer examples.
         """
-        return means(add_up(self._strategy, self._step, batches), num_examples)
+        return self.measure(batches, num_examples).metrics
 
     def measure(self, batches: Batches, num_examples: int) -> Measured:
-        """As a call, with answers by class and the calibration (Guo et al. 2017, equation 3)."""
-        sums = add_up(self._strategy, self._detailed_step, batches)
-        confusion, bins = sums.pop("confusion"), sums.pop("bins")
-        metrics = means(sums, num_examples)
-        metrics["ece"] = float(np.abs(bins[1] - bins[2]).sum() / metrics["examples"])
-        return Measured(metrics, np.rint(confusion).astype(np.int64), bins)
+        """As a call, with predictions by class and the calibration.
+
+        Of each image it keeps 20 bytes, however many classes there are.
+        """
+        predictions, confidence = [], []
+
+        def step(batch):
+            sums = dict(self._step(batch))
+            predictions.append(sums.pop(_PREDICTIONS).numpy())
+            confidence.append(sums.pop(_CONFIDENCE).numpy())
+            return sums
+
+        metrics = means(add_up(self._strategy, step, batches), num_examples)
+        truth, predicted = np.concatenate(predictions).T
+        real = truth >= 0
+        truth, predicted = truth[real], predicted[real]
+        return Measured(
+            metrics,
+            report.Confusion.count(truth, predicted),
+            report.Calibration.count(np.concatenate(confidence)[real], truth == predicted),
+            self._num_classes,
+        )
 
 
-def replicated(strategy: tf.distribute.Strategy, sums: Callable) -> Callable:
-    """A compiled step: `sums(batch, *more)` on every replica, each of its values added up."""
+def replicated(
+    strategy: tf.distribute.Strategy, measures: Callable, gathered: Collection[str] = ()
+) -> Callable:
+    """A compiled step: `measures(batch, *more)` on every replica, each of its values added up.
+
+    Args:
+      gathered: names of the values whose rows are put one after the other instead.
+    """
 
     @tf.function
     def step(batch, *more):
-        partial = strategy.run(sums, args=(batch, *more))
+        partial = strategy.run(measures, args=(batch, *more))
         total = tf.distribute.ReduceOp.SUM
-        return {key: strategy.reduce(total, value, None) for key, value in partial.items()}
+        return {
+            key: strategy.gather(value, 0)
+            if key in gathered
+            else strategy.reduce(total, value, None)
+            for key, value in partial.items()
+        }
 
     return step
 
@@ -163,38 +191,26 @@ def _logits(forward, pixels: tf.Tensor, views: int) -> tf.Tensor:
     return tf.math.log(tf.maximum(both / 2, _TINY))
 
 
-def _batch_sums(
-    logits: tf.Tensor, batch: dict[str, tf.Tensor], detailed: bool
-) -> dict[str, tf.Tensor]:
+def _measures(logits: tf.Tensor, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """Sums over the batch, and of each image (truth, prediction), int64 [B, 2], with -1 for the truth
+    of padding, and the confidence, float32 [B]."""
     labels, mask = batch["label"], batch["mask"]
     k = min(5, logits.shape[-1])
-    # NaN logits count as misses, ties go to the first class, as wherever one class is answered.
+    # NaN logits count as misses, ties go to the first class, as wherever one class is predicted.
     finite = tf.reduce_all(tf.math.is_finite(logits), -1)
     top_classes = tf.math.top_k(logits, k).indices
     hits = (top_classes == labels[:, None]) & finite[:, None]
-    sums = {
+    truth = tf.where(mask > 0, labels, -1)
+    return {
         "top1": tf.reduce_sum(mask * tf.cast(hits[:, 0], tf.float32)),
         "top5": tf.reduce_sum(mask * tf.cast(tf.reduce_any(hits, -1), tf.float32)),
         "loss": tf.reduce_sum(
             mask * tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
         ),
         "examples": tf.reduce_sum(mask),
+        _PREDICTIONS: tf.cast(tf.stack([truth, top_classes[:, 0]], 1), tf.int64),
+        _CONFIDENCE: tf.reduce_max(tf.nn.softmax(logits), -1),
     }
-    if detailed:
-        sums.update(_details(logits, top_classes[:, 0], hits[:, 0], labels, mask))
-    return sums
-
-
-def _details(logits, answers, right, labels, mask) -> dict[str, tf.Tensor]:
-    classes = logits.shape[-1]
-    pairs = labels * classes + answers
-    confusion = tf.math.unsorted_segment_sum(mask, pairs, classes * classes)
-    confidence = tf.reduce_max(tf.nn.softmax(logits), -1)
-    upper = tf.constant(np.arange(1, CALIBRATION_BINS) / CALIBRATION_BINS, tf.float32)
-    index = tf.reduce_sum(tf.cast(confidence[:, None] > upper, tf.int32), -1)
-    values = (tf.ones_like(mask), confidence, tf.cast(right, tf.float32))
-    bins = [tf.math.unsorted_segment_sum(mask * v, index, CALIBRATION_BINS) for v in values]
-    return {"confusion": tf.reshape(confusion, [classes, classes]), "bins": tf.stack(bins)}
 
 
 def describe(metrics: dict[str, float]) -> str:

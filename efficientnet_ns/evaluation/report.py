@@ -49,7 +49,7 @@ def write(
     """
     tf.io.gfile.makedirs(folder)
     first = next(iter(results.values()))
-    names = class_names or [str(i) for i in range(len(first.confusion))]
+    names = class_names or [str(i) for i in range(first.num_classes)]
     contents = {
         "weights": weights_path,
         "ema": config.train.eval_ema,
@@ -69,36 +69,37 @@ def write(
 def _plain(measured: Measured, names: Sequence[str]) -> dict[str, Any]:
     accuracies = [None if np.isnan(a) else float(a) for a in measured.per_class]
     return {
-        **measured.metrics,
+        **_metrics(measured),
         "per_class": accuracies,
         "confused": [
             {"truth": names[t], "predicted": names[a], "images": n}
-            for t, a, n in measured.confused()
+            for t, a, n in measured.confusion.worst(limit=20)
         ],
         "calibration": {
-            key: [float(v) for v in values]
-            for key, values in zip(("images", "confidence", "correct"), measured.bins)
+            key: values.tolist() for key, values in measured.calibration._asdict().items()
         },
     }
 
 
+def _metrics(measured: Measured) -> dict[str, float]:
+    return {**measured.metrics, "ece": measured.calibration.error}
+
+
 def _sections(name: str, measured: Measured, names: Sequence[str]) -> list[page.Section]:
-    counts = measured.confusion
-    truth, answer = np.nonzero(counts)
-    images = counts.sum(1)
+    images, accuracies, pairs = measured.images, measured.per_class, measured.confusion
     by_class = [
-        {"class": names[i], "images": int(images[i]), "accuracy": float(measured.per_class[i])}
-        for i in np.argsort(measured.per_class, kind="stable")
+        {"class": names[i], "images": int(images[i]), "accuracy": float(accuracies[i])}
+        for i in np.argsort(accuracies, kind="stable")
         if images[i]
     ]
     return [
-        page.Section(f"{name}: accuracy", page.table([measured.metrics])),
-        page.Section(f"{name}: calibration", page.reliability(*measured.bins)),
+        page.Section(f"{name}: accuracy", page.table([_metrics(measured)])),
+        page.Section(f"{name}: calibration", page.reliability(measured.calibration)),
         page.Section(
             f"{name}: classes, worst first", page.details("Accuracy by class", page.table(by_class))
         ),
         page.Section(
             f"{name}: confusion",
-            page.confusion(truth, answer, names, images=counts[truth, answer]),
+            page.confusion(pairs.truth, pairs.predicted, names, images=pairs.images),
         ),
     ]

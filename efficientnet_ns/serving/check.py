@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import posixpath
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,10 +14,9 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.data import images as images_lib
-from efficientnet_ns.data import records
+from efficientnet_ns.data import encoded, listing, records, sources
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
+_SHARD = re.compile(r".+-\d+-of-\d+")
 
 
 class Difference(NamedTuple):
@@ -38,9 +40,10 @@ class Difference(NamedTuple):
 
 
 def encoded_images(path: str, limit: int) -> list[bytes]:
-    """The first `limit` encoded images of a folder of image files or of record files.
+    """`limit` encoded images of a folder of images or of class folders, an archive, or record files.
 
-    What cannot be decoded is named in the log and left out.
+    Every folder gives as many as the others, as long as it has more. What cannot be decoded is named
+    in the log and left out.
 
     Raises:
       DataError: there are none.
@@ -48,39 +51,68 @@ def encoded_images(path: str, limit: int) -> list[bytes]:
     if not tf.io.gfile.exists(path):
         raise records.DataError(f"{path} does not exist")
     names = sorted(tf.io.gfile.listdir(path)) if tf.io.gfile.isdir(path) else []
-    found = list(itertools.islice(_decodable(_named_images(path, names)), limit))
-    if not found:
+    shards = [name for name in names if _SHARD.fullmatch(name)]
+    # Pictures that lie beside records are meant; those in folders below them are of something else.
+    pictures = any(name.rpartition(".")[2].lower() in sources.EXTENSIONS for name in names)
+    found = _recorded(path, shards) if shards and not pictures else _listed(path, limit)
+    images = list(itertools.islice(_decodable(found), limit))
+    if not images:
         raise records.DataError(
-            f"{path} holds (itself, not in folders below it) neither images ({', '.join(_EXTENSIONS)}) nor records (…-00000-of-…)"
+            f"{path} holds neither images that can be decoded nor records (…-00000-of-…)"
         )
-    return found
+    return images
 
 
-def _named_images(path: str, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    pictures = [name for name in names if name.lower().endswith(_EXTENSIONS)]
-    for name in pictures:
-        with tf.io.gfile.GFile(os.path.join(path, name), "rb") as f:
-            yield name, f.read()
-    shards = [name for name in names if "-of-" in name and not name.startswith(".")]
-    for name in [] if pictures else shards:
-        for number, record in enumerate(records.read(os.path.join(path, name))):
-            if record.payload is not None:
-                yield f"{name}, record {number}", records.image_bytes(record.payload)
+def _recorded(path: str, shards: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    for name in shards:
+        for record in records.read(os.path.join(path, name)):
+            where = f"{os.path.join(path, name)}, record {record.position}"
+            if record.payload is None:
+                logging.warning("%s is left out of the comparison: %s", where, record.problem)
+                continue
+            try:
+                yield where, records.image_bytes(record.payload)
+            except records.DataError as e:
+                raise records.DataError(f"{where}: {e}") from e
+
+
+def _listed(path: str, limit: int) -> Iterator[tuple[str, bytes]]:
+    source = sources.open_source(path)
+    entries = _in_turn(listing.list_images(source, labeled=False).entries)
+    # A compressed archive is read as far as the images it is asked for, which it holds in memory.
+    for start in range(0, len(entries), limit):
+        some = entries[start : start + limit]
+        with source.reader(some) as read:
+            for entry in some:
+                try:
+                    yield os.path.join(path, entry.name), read(entry).image
+                except (encoded.Unusable, OSError, tf.errors.OpError) as e:
+                    logging.warning("%s/%s is left out of the comparison: %s", path, entry.name, e)
+
+
+def _in_turn(entries: Sequence[sources.Entry]) -> list[sources.Entry]:
+    """The first of every folder, then the second of every folder …"""
+    seen: Counter[str] = Counter()
+    places = []
+    for entry in entries:
+        folder = posixpath.dirname(entry.name)
+        places.append(seen[folder])
+        seen[folder] += 1
+    return [entries[i] for i in sorted(range(len(entries)), key=places.__getitem__)]
 
 
 def _decodable(images: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
+    """Images as they would be in a record."""
     for name, image in images:
         try:
-            images_lib.decode(image)
-        except tf.errors.InvalidArgumentError:
-            logging.warning("%s cannot be decoded and is left out of the comparison", name)
-            continue
-        yield image
+            yield encoded.prepare(image, encoded.Rules())[0]
+        except encoded.Unusable as e:
+            logging.warning("%s is left out of the comparison: %s", name, e)
 
 
-def prepared(encoded: Sequence[bytes], prepare: Callable[[tf.Tensor], tf.Tensor]) -> np.ndarray:
+def prepared(images: Sequence[bytes], prepare: Callable[[tf.Tensor], tf.Tensor]) -> np.ndarray:
     """Preprocesses encoded images: float32 [N, S, S, 3]."""
-    return np.stack([prepare(tf.constant(image)).numpy() for image in encoded])
+    return np.stack([prepare(tf.constant(image)).numpy() for image in images])
 
 
 def difference(expected: np.ndarray, answers: np.ndarray) -> Difference:

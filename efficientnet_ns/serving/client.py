@@ -1,8 +1,9 @@
 """Ask a server to classify photos: `python -m efficientnet_ns.serving.client --model=NAME photo.jpg …`.
 
 REST needs the standard library alone; `--protocol=grpc` needs tensorflow-serving-api. A photo that
-the server cannot decode, or a request that failed after all its retries, is named in the answers
-and makes the exit code 1; wrong usage gives 2.
+the server cannot decode, a request that failed after all its retries, and an answer that is not that
+of a model exported by this package are named in the answers and make the exit code 1; wrong usage
+gives 2.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import argparse
 import base64
 import csv
+import functools
+import html
 import http.client
 import io
 import json
 import math
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,16 +26,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
+_VALID = "valid"
 _TOP = ("top_classes", "top_class_names", "top_probabilities")
 # Overloaded or not ready yet; everything else will fail again.
 _RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
+_MAX_TIMEOUT = 86_400  # A day, in seconds; sockets take no more than some weeks.
 _RETRIED_GRPC = {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ABORTED"}
 
 
 class RequestFailed(RuntimeError):
-    """The server refused, or could not be reached.
+    """The server refused, could not be reached, or is not one for models of this package.
 
     Attributes:
       retry: whether the same request may succeed later.
@@ -68,21 +74,24 @@ class RestServer:
     """
 
     def __init__(self, url: str, model: str, version: int | None = None, timeout: float = 30.0):
-        parts = urlsplit(url if "//" in url else f"http://{url}")
         kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
         try:
-            usable = parts.scheme in kinds and parts.hostname and parts.port != 0
-        except ValueError:  # Of a port that is no number.
+            parts = urlsplit(url if "//" in url else f"http://{url}")
+            self._connect = functools.partial(
+                kinds[parts.scheme], parts.hostname, parts.port, timeout=timeout
+            )
+            usable = (parts.hostname or "").encode("idna") and parts.port != 0 and self._connect()
+        except (KeyError, ValueError, http.client.HTTPException):
             usable = False
         if not usable:
             raise ValueError(f"{url!r} is not an address like http://localhost:8501")
         self._address = parts.netloc
-        self._connect = lambda: kinds[parts.scheme](parts.hostname, parts.port, timeout=timeout)
         chosen = "" if version is None else f"/versions/{version}"
-        self._path = f"{parts.path.rstrip('/')}/v1/models/{model}{chosen}:predict"
+        base = quote(parts.path.rstrip("/"), safe="/%")
+        self._path = f"{base}/v1/models/{quote(model, safe='')}{chosen}:predict"
 
-    def predict(self, images: Sequence[bytes]) -> dict[str, list]:
-        """Outputs of `serving_default` by name, each with one entry per image.
+    def predict(self, images: Sequence[bytes]) -> Any:
+        """What the server gives as outputs of `serving_default`; see `_answers`.
 
         Raises:
           RequestFailed.
@@ -96,19 +105,36 @@ class RestServer:
             content = response.read()
         except (OSError, http.client.HTTPException) as e:
             raise RequestFailed(
-                f"no answer from {self._address}: {e or type(e).__name__}", retry=True
+                f"no answer from {self._address}: {str(e) or type(e).__name__}", retry=True
             ) from e
         finally:
             connection.close()
         if response.status != 200:
-            text = content.decode("utf-8", "replace")[:300]
+            target = response.getheader("Location")
+            where = f" to {target}" if target else ""
             raise RequestFailed(
-                f"HTTP {response.status}: {text}", retry=response.status in _RETRIED_STATUS
+                f"HTTP {response.status}{where}: {_explanation(content)}",
+                retry=response.status in _RETRIED_STATUS,
             )
         try:
             return json.loads(content)["outputs"]
-        except (ValueError, KeyError, TypeError) as e:
-            raise RequestFailed(f"not an answer of TensorFlow Serving: {e!r}", retry=False) from e
+        except (ValueError, LookupError, TypeError, RecursionError) as e:
+            raise RequestFailed(
+                f"{self._address} does not answer as TensorFlow Serving: {_explanation(content)}",
+                retry=False,
+            ) from e
+
+
+def _explanation(content: bytes) -> str:
+    """What the body of a response says, in one line: its `error`, its HTML title, or its beginning."""
+    text = content.decode("utf-8", "replace")
+    try:
+        text = str(json.loads(text)["error"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        title = re.search(r"<title[^>]*>(.*?)</title", text, re.DOTALL | re.IGNORECASE)
+        if title or re.match(r"\s*<(!doctype|html)", text, re.IGNORECASE):
+            text = f"a web page, {html.unescape(title[1]) if title else 'without a title'}"
+    return " ".join(text.split())[:300] or "an empty body"
 
 
 class GrpcServer:
@@ -130,7 +156,7 @@ class GrpcServer:
         channel = grpc.insecure_channel(address, unlimited)
         self._stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
 
-    def predict(self, images: Sequence[bytes]) -> dict[str, list]:
+    def predict(self, images: Sequence[bytes]) -> Any:
         """As `RestServer.predict`."""
         request = self._messages.PredictRequest()
         request.model_spec.name = self._model
@@ -144,11 +170,20 @@ class GrpcServer:
         except self._grpc.RpcError as e:
             code = e.code().name
             raise RequestFailed(f"{code}: {e.details()}", retry=code in _RETRIED_GRPC) from e
-        lists = {name: self._tf.make_ndarray(tensor).tolist() for name, tensor in outputs.items()}
-        lists["top_class_names"] = [
-            [name.decode() for name in row] for row in lists["top_class_names"]
-        ]
-        return lists
+        try:
+            return {
+                name: _texts(self._tf.make_ndarray(tensor).tolist())
+                for name, tensor in outputs.items()
+            }
+        except (TypeError, ValueError) as e:
+            raise RequestFailed(f"outputs that cannot be read: {e}", retry=False) from e
+
+
+def _texts(value: Any) -> Any:
+    """`value` with the bytes in its lists as text."""
+    if isinstance(value, list):
+        return [_texts(item) for item in value]
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def with_retries(
@@ -205,12 +240,13 @@ def classify(
             start = time.perf_counter()
             try:
                 outputs = with_retries(lambda: server.predict(list(images.values())), retries)
+                seconds = time.perf_counter() - start
+                answers.update(zip(images, _answers(list(images), outputs, top)))
             except RequestFailed as e:
                 answers.update({path: Answer(path, error=str(e)) for path in images})
             else:
                 if latencies is not None:
-                    latencies.append(time.perf_counter() - start)
-                answers.update(zip(images, _answers(list(images), outputs, top)))
+                    latencies.append(seconds)
         return [answers[path] for path in paths]
 
     batches = [photos[i : i + batch_size] for i in range(0, len(photos), batch_size)]
@@ -219,19 +255,61 @@ def classify(
             yield from answered
 
 
-def _answers(photos: Sequence[str], outputs: dict[str, list], top: int) -> Iterator[Answer]:
-    for row, photo in enumerate(photos):
-        if not outputs["valid"][row]:
-            yield Answer(photo, error="the server cannot decode it")
-            continue
-        columns = [outputs[name][row][:top] for name in _TOP]
-        yield Answer(
-            photo,
-            tuple(
-                {"index": int(index), "name": name, "probability": float(probability)}
-                for index, name, probability in zip(*columns)
-            ),
+def _answers(photos: Sequence[str], outputs: Any, top: int) -> list[Answer]:
+    """One answer per photo.
+
+    Args:
+      outputs: by name, each with one entry per photo: `valid`, and of the best classes `top_classes`,
+        `top_class_names` and `top_probabilities`. Anything else may come from other models.
+
+    Raises:
+      RequestFailed: they are of another model.
+    """
+    _check_names(outputs)
+    try:
+        valid, *columns = (_of_length(outputs[name], len(photos)) for name in (_VALID, *_TOP))
+        return [
+            _answer(photo, valid[row], [column[row] for column in columns], top)
+            for row, photo in enumerate(photos)
+        ]
+    except (TypeError, ValueError, OverflowError) as e:
+        raise RequestFailed(f"not the outputs of an exported model: {e}", retry=False) from e
+
+
+def _answer(photo: str, valid: Any, columns: Sequence[Any], top: int) -> Answer:
+    if not isinstance(valid, bool):
+        raise TypeError(f"{valid!r} as {_VALID!r}")
+    if not valid:
+        return Answer(photo, error="the server cannot decode it")
+    classes = len(columns[0])
+    if not classes:
+        raise ValueError("a photo without classes")
+    columns = [_of_length(column, classes)[:top] for column in columns]
+    return Answer(photo, tuple(_guess(*values) for values in zip(*columns)))
+
+
+def _of_length(values: Any, length: int) -> list:
+    if not isinstance(values, list) or len(values) != length:
+        raise ValueError(f"{str(values)[:100]!r} where a list of {length} is needed")
+    return values
+
+
+def _check_names(outputs: Any) -> None:
+    # A single output comes without its name.
+    found = sorted(map(str, outputs)) if isinstance(outputs, dict) else ["one without a name"]
+    missing = [name for name in (_VALID, *_TOP) if name not in found]
+    if missing:
+        raise RequestFailed(
+            "the model was not exported by efficientnet_ns.export_model: its outputs are "
+            f"{', '.join(found) or 'none'}; missing: {', '.join(missing)}",
+            retry=False,
         )
+
+
+def _guess(index: Any, name: Any, probability: Any) -> dict[str, Any]:
+    if not isinstance(name, str):
+        raise TypeError(f"{name!r} as the name of a class")
+    return {"index": int(index), "name": name, "probability": float(probability)}
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -288,6 +366,12 @@ def as_table(answers: Sequence[Answer]) -> str:
     return "\n".join(blocks)
 
 
+def _printable(text: str) -> str:
+    """`text` with escapes for what the output cannot take, such as file names that are no text."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 FORMATS = {"table": as_table, "json": as_json, "csv": as_csv}
 _SERVERS = {"rest": (RestServer, "http://localhost:8501"), "grpc": (GrpcServer, "localhost:8500")}
 
@@ -302,8 +386,8 @@ def _at_least(low: int) -> Callable[[str], int]:
 
 
 def _seconds(text: str) -> float:
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not 0 < float(text) <= _MAX_TIMEOUT:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most {_MAX_TIMEOUT}")
     return float(text)
 
 
@@ -315,7 +399,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("photos", nargs="+", help="JPEG, PNG, GIF or BMP files")
     add("--model", required=True, help="name of the model")
-    add("--version", type=int, help="of the model; default: the server's choice")
+    add("--version", type=_at_least(0), help="of the model; default: the server's choice")
     add("--protocol", choices=sorted(_SERVERS), default="rest")
     add("--server", help="default: http://localhost:8501, with grpc localhost:8500")
     add("--format", choices=sorted(FORMATS), default="table")
@@ -354,7 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             latencies=latencies,
         )
     )
-    print(FORMATS[chosen.format](answers))
+    print(_printable(FORMATS[chosen.format](answers)))
     answered = sum(not answer.error for answer in answers)
     print(summary(latencies, answered, time.perf_counter() - start), file=sys.stderr)
     return int(any(answer.error for answer in answers))

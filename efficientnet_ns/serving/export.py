@@ -13,7 +13,7 @@ import tensorflow as tf
 from absl import logging
 from tensorflow.core.protobuf import saved_model_pb2
 
-from efficientnet_ns.data import manifests
+from efficientnet_ns.data import manifests, tasks
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.models import folding, heads
 from efficientnet_ns.serving import card, deploy, tflite, tflite_metadata, warmup
@@ -124,7 +124,10 @@ def export(
             options=tf.saved_model.SaveOptions(experimental_custom_gradients=False),
         )
         _set_classify_method(folder)
-        _write(os.path.join(folder, "assets", "labels.txt"), _lines(options.answers.class_names))
+        _write(
+            os.path.join(folder, "assets", "labels.txt"),
+            tasks.label_lines(options.answers.class_names),
+        )
         warmup.write(folder, model.name, preprocessing.image_size)
         _write(os.path.join(folder, "README.md"), _card(model, preprocessing, version, options))
     deploy.write(base, model.name)
@@ -193,10 +196,6 @@ def _set_classify_method(folder: str) -> None:
     signature.method_name = tf.compat.v1.saved_model.signature_constants.CLASSIFY_METHOD_NAME
     with tf.io.gfile.GFile(path, "wb") as f:
         f.write(saved.SerializeToString(deterministic=True))
-
-
-def _lines(names: Sequence[str]) -> str:
-    return "".join(f"{name}\n" for name in names)
 
 
 def _write(path: str, text: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
+from efficientnet_ns.data import tasks
 from efficientnet_ns.models import engines
 from efficientnet_ns.serving import tflite_metadata
 
@@ -61,7 +62,7 @@ def with_metadata(
     archive = io.BytesIO(content)
     with zipfile.ZipFile(archive, "a") as files:
         # A fixed date: equal models give equal files.
-        files.writestr(zipfile.ZipInfo(described.labels_file), "\n".join(labels) + "\n")
+        files.writestr(zipfile.ZipInfo(described.labels_file), tasks.label_lines(labels))
         files.writestr(zipfile.ZipInfo("metadata.json"), json.dumps(facts, indent=1))
     return archive.getvalue()
 

@@ -200,11 +200,7 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
         report.write(folder, config, path, results, tasks.class_names(experiment.task))
     for line in report.beside_published(config, results):
         logging.info(line)
-    return {name: _without_ece(measured.metrics) for name, measured in results.items()}
-
-
-def _without_ece(metrics: dict[str, float]) -> dict[str, float]:
-    return {key: value for key, value in metrics.items() if key != "ece"}
+    return {name: measured.metrics for name, measured in results.items()}
 
 
 def _engine(config: Config, model, strategy):
@@ -244,7 +240,7 @@ def _evaluate_each(experiment: Experiment, model, evaluator) -> dict[str, dict]:
             if step not in measured or step == total:
                 weights.load_weights(model, path, ema=experiment.config.train.eval_ema)
                 measured_now = _evaluate_one(experiment, evaluator, path)
-                results = {k: _without_ece(m.metrics) for k, m in measured_now.items()}
+                results = {k: m.metrics for k, m in measured_now.items()}
         except (FileNotFoundError, tf.errors.NotFoundError):
             logging.warning("%s was removed before it could be measured", path)
             continue

@@ -9,6 +9,7 @@ stands for so many images, so that counts made elsewhere are enough. Empty data 
 paragraph saying so; a wrong shape or range raises a ValueError that names the argument.
 """
 
+from efficientnet_ns.labeling.report.measures import CALIBRATION_BINS, Calibration, Confusion
 from efficientnet_ns.labeling.report.page import Section, write_page
 from efficientnet_ns.labeling.report.pictures import image_grid
 from efficientnet_ns.labeling.report.plots import (
@@ -21,15 +22,15 @@ from efficientnet_ns.labeling.report.plots import (
 )
 from efficientnet_ns.labeling.report.tables import NOTHING, details, paragraph, table
 from efficientnet_ns.labeling.report.truth import (
-    CALIBRATION_BINS,
     accuracy_of_pseudo_labels,
-    calibration_error,
     confusion,
     reliability,
 )
 
 __all__ = [
     "CALIBRATION_BINS",
+    "Calibration",
+    "Confusion",
     "HISTOGRAM_BINS",
     "details",
     "paragraph",
@@ -37,7 +38,6 @@ __all__ = [
     "Section",
     "accuracy_of_pseudo_labels",
     "agreement_by_confidence",
-    "calibration_error",
     "class_balance",
     "confidence_by_class",
     "confidence_histogram",
