@@ -21,8 +21,8 @@ _EXTENSION, _IMAGE, _GRAPHIC_CONTROL = 0x21, 0x2C, 0xF9
 def refuse(image_bytes: tf.Tensor) -> tf.Tensor:
     """The same bytes, scalar string, unless TensorFlow's decoder would misread them.
 
-    Raises tf.errors.InvalidArgumentError when the op runs on such an image. Damaged files and
-    formats that the decoder refuses pass: it has the better message.
+    Raises tf.errors.InvalidArgumentError when the op runs on such an image. Damaged files
+    pass: the decoder has the better message.
     """
     faithful, message = tf.case(
         [
@@ -42,15 +42,14 @@ def _starts_with(text: tf.Tensor, prefix: bytes) -> tf.Tensor:
 
 
 def _bytes(image_bytes: tf.Tensor, padding: int) -> tf.Tensor:
-    """int64 [length + padding]; zeros behind the end, so that every place can be read."""
-    values = tf.cast(tf.io.decode_raw(image_bytes, tf.uint8), tf.int64)
-    return tf.pad(values, [[0, padding]])
+    """uint8 [length + padding]; zeros behind the end, so that every place can be read."""
+    return tf.pad(tf.io.decode_raw(image_bytes, tf.uint8), [[0, padding]])
 
 
 def _number(values: tf.Tensor, first: int | tf.Tensor, size: int) -> tf.Tensor:
-    """The little-endian integer of `size` bytes at `first`."""
+    """int64; the little-endian integer of `size` bytes at `first`."""
     weights = tf.constant([256**place for place in range(size)], tf.int64)
-    return tf.reduce_sum(values[first : first + size] * weights)
+    return tf.reduce_sum(tf.cast(values[first : first + size], tf.int64) * weights)
 
 
 @tf.function(input_signature=_STRING, autograph=False)
@@ -66,7 +65,8 @@ def _bmp(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     colours = tf.clip_by_value((offset - start) // 4, 0, 256)
     palette = tf.reshape(values[start : start + 256 * 4], [256, 4])[:, :3]
     place = tf.range(256, dtype=tf.int64)[:, None]
-    gray = (colours > 0) & tf.reduce_all((palette == place) | (place >= colours))
+    gray = tf.cast(palette, tf.int64) == place
+    gray = (colours > 0) & tf.reduce_all(gray | (place >= colours))
 
     plain = compression == 0
     faithful = (header >= 40) & (
@@ -83,7 +83,7 @@ def _bmp(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 def _gif(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     values = _bytes(image_bytes, 16)
     end = tf.size(values, tf.int64) - 16
-    flags = values[10]
+    flags = _number(values, 10, 1)
     table = tf.where(flags >= 128, 3 * 2 ** (flags % 8 + 1), tf.zeros([], tf.int64))
 
     # Steps through the extensions before the first image, and in each through its blocks.
@@ -91,7 +91,7 @@ def _gif(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return (at < end) & (within | (values[at] == _EXTENSION))
 
     def step(at: tf.Tensor, within: tf.Tensor, transparent: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        length = values[at]
+        length = _number(values, at, 1)
         told = ~within & (values[at + 1] == _GRAPHIC_CONTROL) & (values[at + 3] % 2 == 1)
         after = tf.minimum(at + tf.where(within, length + 1, 2), end)
         return after, ~within | (length > 0), transparent | told
