@@ -72,6 +72,8 @@ def predict_images(
             image = _prepared(raw, prepare)
         except (tf.errors.OpError, encoded.Unusable) as error:
             yield {"photo": photo, "error": _reason(getattr(error, "message", str(error)))}
+        except UnicodeDecodeError as error:  # TensorFlow's message, with such a name in it.
+            yield {"photo": photo, "error": error.object.decode(errors="backslashreplace")}
         else:
             best = inference.top_k(classify(image), names, top)
             yield {"photo": photo, "predictions": [guess._asdict() for guess in best]}
