@@ -6,13 +6,16 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from efficientnet_ns import config as config_lib
 from efficientnet_ns.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 # Up to so many photos the model runs as it is: to trace it takes as long as a dozen of them.
 _FEW = 8
@@ -31,7 +34,7 @@ def predict_images(
     Args:
       config: the model and the task it was trained for.
       weights_path: what `weights.load_weights` takes.
-      photos: paths of JPEG, PNG, GIF or BMP files.
+      photos: paths of image files: JPEG, PNG, GIF, BMP and what else `encoded.prepare` takes.
       top: classes per photo.
       ema: take the moving-average weights.
 
@@ -48,7 +51,7 @@ def predict_images(
     import tensorflow as tf  # After --help and wrong flags have been answered.
 
     from efficientnet_ns import inference
-    from efficientnet_ns.data import tasks
+    from efficientnet_ns.data import encoded, tasks
     from efficientnet_ns.experiment import Experiment
     from efficientnet_ns.models import weights
 
@@ -65,12 +68,28 @@ def predict_images(
         classify = tf.function(classify)  # All images have one shape: traced once.
     for photo in map(os.fspath, photos):
         try:
-            image = prepare(tf.io.read_file(photo))
-        except tf.errors.OpError as error:
-            yield {"photo": photo, "error": _reason(error.message)}
+            raw = tf.io.read_file(os.fsencode(photo))  # Names that are not UTF-8 too.
+            image = _prepared(raw, prepare)
+        except (tf.errors.OpError, encoded.Unusable) as error:
+            yield {"photo": photo, "error": _reason(getattr(error, "message", str(error)))}
+        except UnicodeDecodeError as error:  # TensorFlow's message, with such a name in it.
+            yield {"photo": photo, "error": error.object.decode(errors="backslashreplace")}
         else:
             best = inference.top_k(classify(image), names, top)
             yield {"photo": photo, "predictions": [guess._asdict() for guess in best]}
+
+
+def _prepared(raw: tf.Tensor, prepare: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """`prepare` of the bytes, converted as records are made when TensorFlow cannot decode them."""
+    import tensorflow as tf
+
+    from efficientnet_ns.data import encoded
+
+    try:
+        return prepare(raw)
+    except tf.errors.InvalidArgumentError:
+        converted, _ = encoded.prepare(raw.numpy(), encoded.Rules())
+        return prepare(tf.constant(converted))
 
 
 def _reason(message: str) -> str:
@@ -87,13 +106,19 @@ def _text(answer: dict[str, Any]) -> str:
     return "\n".join([answer["photo"], *lines])
 
 
+def _printable(text: str) -> str:
+    """What the output's encoding lacks, and bytes of names that are not UTF-8, as \\x and \\u."""
+    coding = sys.stdout.encoding or "utf-8"
+    return text.encode(coding, "backslashreplace").decode(coding)
+
+
 def main(argv: list[str]) -> None:
     settings = config_lib.from_flags(Config, flags.FLAGS)
     values = flags.FLAGS
     show = json.dumps if values.json else _text
     failed = 0
     for answer in predict_images(settings, values.weights, argv[1:], values.top, ema=values.ema):
-        print(show(answer), flush=True)
+        print(_printable(show(answer)), flush=True)
         failed += "error" in answer
     if failed:
         sys.exit(1)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import image_files
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 from efficientnet_ns import inference, predict_image
 from efficientnet_ns.config import Config, ConfigError
@@ -52,8 +56,8 @@ def bad_photos(tmp_path_factory) -> dict[str, str]:
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "half.jpg").write_bytes(jpeg(noise(np.random.default_rng(0), 64, 64))[:800])
     return {
-        str(folder / "text.jpg"): "Unknown image file format",
-        str(folder / "empty.jpg"): "empty",
+        str(folder / "text.jpg"): "not a format TensorFlow decodes; Pillow: cannot identify",
+        str(folder / "empty.jpg"): "the file is empty",
         str(folder / "half.jpg"): "Invalid JPEG data",
         str(folder / "absent.jpg"): "No such file",
         str(folder): "directory",
@@ -172,6 +176,44 @@ def test_bad_photos_are_named_and_others_answered(config, folder, photos, bad_ph
         assert part in error and "predictions" not in answers[path]
         assert not any(noise in error for noise in ("{{", "[Op", "\n", "Graph execution"))
     assert "error" not in answers[photos[0]]
+
+
+@pytest.mark.parametrize(
+    "name", ["BMP palette 8 bit", "BMP RLE8", "GIF transparent", "TIFF LZW", "WebP lossless"]
+)
+def test_formats_tensorflow_cannot_decode(config, folder, tmp_path, name):
+    content = image_files.FILES[name]()
+    Image.open(io.BytesIO(content)).convert("RGB").save(tmp_path / "same.png")
+    (tmp_path / "photo").write_bytes(content)
+    paths = [str(tmp_path / "photo"), str(tmp_path / "same.png")]
+    photo, same = predict_image.predict_images(config, str(folder), paths)
+    assert photo["predictions"] == same["predictions"]
+
+
+def test_pixels_without_a_known_range_are_named(config, folder, tmp_path):
+    (tmp_path / "depth.tif").write_bytes(image_files.FILES["TIFF gray 32 bit"]())
+    (answer,) = predict_image.predict_images(config, str(folder), [tmp_path / "depth.tif"])
+    assert answer["photo"] == str(tmp_path / "depth.tif")
+    assert answer["error"].startswith("32-bit integer pixels have no known range")
+
+
+@pytest.mark.parametrize("show", [json.dumps, predict_image._text])
+def test_names_that_are_not_utf8(config, folder, photos, tmp_path, show, monkeypatch):
+    name = os.fsencode(tmp_path) + b"/caf\xe9 \xff.png"
+    with open(name, "wb") as file:
+        file.write(Path(photos[1]).read_bytes())
+    paths = [os.fsdecode(name), os.fsdecode(name + b"absent"), photos[1]]
+    answers = list(predict_image.predict_images(config, str(folder), paths))
+    assert answers[0]["predictions"] == answers[2]["predictions"]
+    assert "No such file" in answers[1]["error"]
+    for coding in ("utf-8", "ascii"):
+        target = io.TextIOWrapper(io.BytesIO(), encoding=coding)
+        monkeypatch.setattr(sys, "stdout", target)
+        for answer in answers:
+            print(predict_image._printable(show(answer)))
+        target.flush()
+        text = target.buffer.getvalue().decode(coding)
+        assert r"caf\udce9 \udcff.png" in text and str(photos[1]) in text
 
 
 @pytest.mark.parametrize("weights_path, photos", [("", ["a.jpg"]), ("model", [])])

@@ -24,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import flatbuffers
+import image_files
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -446,6 +447,33 @@ def test_pixels_that_files_claim():
     assert image_sizes.refuse_large(tf.constant(small), 8100) == small
     with pytest.raises(tf.errors.InvalidArgumentError, match="larger than 8099 pixels"):
         image_sizes.refuse_large(tf.constant(small), 8099)
+
+
+def test_every_kind_of_file_is_answered_right_or_as_invalid(model, served):
+    contents = {name: make() for name, make in image_files.FILES.items()}
+    answer = served("serving_default", image_bytes=list(contents.values()))
+    features = served("features", image_bytes=list(contents.values()))
+    np.testing.assert_array_equal(features["valid"], answer["valid"])
+    valid = dict(zip(contents, answer["valid"]))
+    assert all(valid[name] for name in contents if name.startswith("PNG"))
+    for name in ("BMP 24 bit", "BMP 32 bit, masks", "BMP gray 8 bit", "GIF", "GIF animated"):
+        assert valid[name], name
+    for name in ("BMP palette 8 bit", "BMP RLE8", "BMP 32 bit, masks RGBX", "GIF transparent"):
+        assert not valid[name], name
+    exact = [n for n in contents if n.startswith(("PNG", "BMP", "GIF")) and valid[n]]
+    pixels = [np.asarray(sixteen_to_eight(contents[name])) for name in exact]
+    rows = [index for index, name in enumerate(contents) if name in exact]
+    np.testing.assert_allclose(answer["probabilities"][rows], expected(model, pixels), atol=1e-5)
+    assert not answer["probabilities"][~answer["valid"]].any()
+    others = [n for n in contents if not n.startswith(("PNG", "BMP", "GIF", "JPEG "))]
+    assert not any(valid[name] for name in others if name != "JPEG, two frames (MPO)")
+
+
+def sixteen_to_eight(content: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(content))
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def peak_megabytes() -> float:

@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.data import images
+from efficientnet_ns.data import images, misread
 
 JPEG_QUALITY = 95
 
@@ -18,6 +18,17 @@ JPEG_QUALITY = 95
 _KNOWN = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM")
 # Formats that throw detail away as JPEG does; from all others a PNG is made.
 _LOSSY = frozenset({"JPEG", "MPO", "HEIF", "AVIF", "JPEG2000"})
+# Formats whose samples Pillow scales to 16 bits when it opens them with 32.
+_SIXTEEN_BITS = frozenset({"PNG", "PPM"})
+
+# Brands at the start of files in the HEIF container.
+_AVIF = frozenset({b"avif", b"avis"})
+_HEIC = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+
+# Tags of TIFF, and their values.
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO = 0
+_SAMPLE_KINDS = {2: "signed integer", 3: "floating-point", 5: "complex", 6: "complex"}
 
 
 class Unusable(ValueError):
@@ -41,27 +52,31 @@ class Rules:
 def prepare(raw: bytes, rules: Rules) -> tuple[bytes, tuple[int, int] | None]:
     """The bytes to store for an image file's bytes, and its (height, width) when it was decoded.
 
-    JPEG, PNG, GIF and BMP pass through unchanged unless they are to be shrunk. Other formats that
-    Pillow opens become JPEG when they are lossy and PNG when not (first frame, without alpha).
+    JPEG, PNG, GIF and BMP pass through unchanged unless they are to be shrunk or TensorFlow would
+    misread them (`misread`). Those and other formats that Pillow opens become JPEG when they are
+    lossy and PNG when not: first frame, without alpha, the high byte of 16 bits. HEIC needs the
+    package pillow-heif.
 
     Raises:
-      Unusable: neither TensorFlow nor Pillow can decode it.
+      Unusable: neither TensorFlow nor Pillow can decode it, or its pixels have no known range.
     """
+    from PIL import Image
+
     if not raw:
         raise Unusable("the file is empty")
-    known, size = raw.startswith(_KNOWN), None
-    if known and (rules.check or rules.max_side):
-        try:
-            size = tuple(int(side) for side in images.decode(tf.constant(raw)).shape[:2])
-        except tf.errors.InvalidArgumentError as e:
-            known, reason = False, _first_line(e)
+    try:
+        pixels = _by_tensorflow(raw, decode=rules.check or rules.max_side is not None)
+    except tf.errors.InvalidArgumentError as e:
+        image, lossy = _open(raw, _first_line(e))
     else:
-        reason = "not a format TensorFlow decodes"
-    if not known:
-        raw, size = _convert(raw, reason)
-    if rules.max_side and max(size) > rules.max_side:
-        raw, size = _shrink(raw, rules.max_side)
-    return raw, size
+        if pixels is None:
+            return raw, None
+        # Not Pillow's: it inverts every JPEG in CMYK, TensorFlow only those that say so.
+        image, lossy = Image.fromarray(pixels), None
+    if rules.max_side and max(image.size) > rules.max_side:
+        image.thumbnail((rules.max_side, rules.max_side), Image.Resampling.LANCZOS)
+        lossy = True
+    return raw if lossy is None else _encode(image, lossy), (image.height, image.width)
 
 
 def png(pixels: np.ndarray, compression: int = -1) -> bytes:
@@ -74,43 +89,109 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0].split("}} ")[-1]
 
 
-def _convert(raw: bytes, reason: str) -> tuple[bytes, tuple[int, int]]:
-    image, source_format = _open(raw, reason)
-    lossless_webp = source_format == "WEBP" and b"VP8L" in raw[:64]
-    lossy = source_format in _LOSSY or (source_format == "WEBP" and not lossless_webp)
-    return _encode(image, lossy), (image.height, image.width)
-
-
-def _shrink(raw: bytes, max_side: int) -> tuple[bytes, tuple[int, int]]:
-    from PIL import Image
-
-    image, _ = _open(raw, "cannot be shrunk")
-    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    return _encode(image, lossy=True), (image.height, image.width)
+def _by_tensorflow(raw: bytes, decode: bool) -> np.ndarray | None:
+    """uint8 [H, W, 3], or None for bytes that look decodable; InvalidArgumentError if not."""
+    if not raw.startswith(_KNOWN):
+        raise tf.errors.InvalidArgumentError(None, None, "not a format TensorFlow decodes")
+    if decode:
+        return images.decode(tf.constant(raw)).numpy()
+    if raw.startswith(misread.SIGNATURES):
+        misread.refuse(tf.constant(raw))
+    return None
 
 
 def _open(raw: bytes, reason: str):
-    """(Pillow image in RGB or L, name of the file's format)."""
+    """(Pillow image in RGB or L, whether its format is lossy)."""
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Of large images and odd metadata.
+            _need_heif_decoder(raw)
+            tags = _tiff_tags(raw)
+            _refuse_unknown_range(tags)
             image = Image.open(io.BytesIO(raw))
             image.load()
-            return _eight_bit(image), image.format
+            return _eight_bit(image, tags), _is_lossy(image.format, raw)
+    except Unusable:
+        raise
     except Exception as e:  # Decoders of damaged files raise nearly anything.
         raise Unusable(f"{reason}; Pillow: {_without_address(e)}") from e
 
 
-def _eight_bit(image):
+def _need_heif_decoder(raw: bytes) -> None:
+    """Raises Unusable when `raw` is HEIC or AVIF and what decodes it is not installed."""
+    if raw[4:8] != b"ftyp":
+        return
+    length = int.from_bytes(raw[:4], "big")
+    brands = {raw[at : at + 4] for at in (8, *range(16, min(length, 256), 4))}
+    if brands & _AVIF:
+        from PIL import features
+
+        if not features.check("avif"):
+            raise Unusable(
+                "AVIF, which this build of Pillow cannot decode; that of PyPI can: "
+                "pip install --force-reinstall pillow"
+            )
+    elif brands & _HEIC:
+        try:
+            import pillow_heif
+        except ImportError as e:
+            raise Unusable("HEIC needs pillow-heif: pip install pillow-heif") from e
+        pillow_heif.register_heif_opener()
+
+
+def _tiff_tags(raw: bytes) -> dict[int, int]:
+    """Of the first page of a TIFF; of several values the first. Empty for other formats."""
+    if raw[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return {}
+    from PIL import TiffImagePlugin
+
+    directory = TiffImagePlugin.ImageFileDirectory_v2(raw[: 16 if b"+" in raw[:4] else 8])
+    file = io.BytesIO(raw)
+    file.seek(directory.next)
+    directory.load(file)
+    values = {tag: directory.get(tag) for tag in (_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT)}
+    values = {tag: v[0] if isinstance(v, tuple) else v for tag, v in values.items()}
+    return {tag: value for tag, value in values.items() if value is not None}
+
+
+def _refuse_unknown_range(tags: dict[int, int]) -> None:
+    """Raises Unusable for TIFFs whose samples are not unsigned integers of up to 16 bits."""
+    kind, bits = tags.get(_SAMPLE_FORMAT, 1), tags.get(_BITS, 1)
+    if kind in _SAMPLE_KINDS or bits > 16:
+        raise _unknown_range(f"{bits}-bit {_SAMPLE_KINDS.get(kind, 'integer')}")
+
+
+def _unknown_range(samples: str) -> Unusable:
+    return Unusable(f"{samples} pixels have no known range; save them as unsigned 8 or 16 bits")
+
+
+def _eight_bit(image, tags: dict[int, int]):
+    """In RGB or L; of wider samples the high byte is kept, as TensorFlow does."""
     from PIL import Image
 
-    if image.mode.startswith("I"):  # 16 bits; like TensorFlow, the high byte is kept.
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    if image.mode == "F":
-        raise Unusable("floating-point pixels have no known range")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
+        high = np.asarray(image).astype(np.uint16) >> (tags.get(_BITS, 16) - 8)
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts only 8 bits.
+            high = 255 - high
+        return Image.fromarray(high.astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise _unknown_range({"I": "32-bit integer", "F": "floating-point"}[image.mode])
     return image if image.mode in ("RGB", "L") else image.convert("RGB")
+
+
+def _is_lossy(image_format: str, raw: bytes) -> bool:
+    if image_format != "WEBP":
+        return image_format in _LOSSY
+    at = 12  # Behind RIFF, length and WEBP; then chunks of a name, a length and even many bytes.
+    while at + 8 <= len(raw):
+        name, length = raw[at : at + 4], int.from_bytes(raw[at + 4 : at + 8], "little")
+        if name in (b"VP8 ", b"VP8L"):
+            return name == b"VP8 "
+        # A frame of an animation has chunks of its own behind its 16 bytes.
+        at += 8 + (16 if name == b"ANMF" else length + length % 2)
+    return True
 
 
 def _without_address(error: Exception) -> str:

@@ -7,6 +7,8 @@ import struct
 # Decoded, 600 MB. A small file can claim any size, and decoders allocate what it claims.
 MAX_PIXELS = 200_000_000
 
+_OS2_HEADER = 12  # Bytes; the first version of BMP, with sides of 16 bits.
+
 # Start-of-frame markers of JPEG: C0..CF without the tables C4, C8, CC.
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
@@ -59,7 +61,8 @@ def _gif(image: bytes) -> tuple[int, int]:
 
 
 def _bmp(image: bytes) -> tuple[int, int]:
-    width, height = struct.unpack_from("<ii", image, 18)
+    (header,) = struct.unpack_from("<I", image, 14)
+    width, height = struct.unpack_from("<HH" if header == _OS2_HEADER else "<ii", image, 18)
     return abs(width), abs(height)
 
 

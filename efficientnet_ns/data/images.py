@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from efficientnet_ns.data import misread
+
 # Pixels around the evaluation crop at its own scale: 224 of 256, 299 of 331 and so on.
 CROP_PADDING = 32
 
@@ -24,10 +26,12 @@ def decode(image_bytes: tf.Tensor) -> tf.Tensor:
     """Decodes JPEG, PNG, GIF (first frame) or BMP bytes, scalar string, to uint8 [H, W, 3].
 
     JPEG gives exactly what tf.image.decode_jpeg(channels=3) does, including grayscale and CMYK.
-    Gray becomes RGB, palettes are looked up (except in BMP, where TensorFlow takes the indices for
-    gray), alpha is dropped, 16-bit channels keep their high byte. Orientation tags are ignored.
+    Gray becomes RGB, palettes are looked up, alpha is dropped, 16-bit channels keep their high
+    byte. Orientation tags are ignored. What TensorFlow would misread (most BMPs with palettes,
+    transparent GIFs; see `misread`) is refused as what it cannot decode is; `encoded.prepare`
+    converts both.
     """
-    return tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
+    return tf.io.decode_image(misread.refuse(image_bytes), channels=3, expand_animations=False)
 
 
 def _decode_jpeg_box(image_bytes: tf.Tensor, box: tf.Tensor, width: tf.Tensor) -> tf.Tensor:

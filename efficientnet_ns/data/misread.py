@@ -1,0 +1,108 @@
+"""Image files that TensorFlow decodes without complaint to other pixels than they show.
+
+TensorFlow takes the indices of 8-bit BMPs for gray values, every 32-bit BMP for blue, green and
+red in this order, transparent pixels of GIFs for black and the first frame of a GIF for the whole
+picture. What it does with PNG and JPEG is right.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+_BMP, _GIF = b"BM", b"GIF8"
+SIGNATURES = (_BMP, _GIF)
+
+_FILE_HEADER = 14  # Bytes before the header that gives the size of a BMP.
+_COLOUR_MASKS = (0xFF0000, 0xFF00, 0xFF)
+_STRING = [tf.TensorSpec([], tf.string)]
+_EXTENSION, _IMAGE, _GRAPHIC_CONTROL = 0x21, 0x2C, 0xF9
+
+
+def refuse(image_bytes: tf.Tensor) -> tf.Tensor:
+    """The same bytes, scalar string, unless TensorFlow's decoder would misread them.
+
+    Raises tf.errors.InvalidArgumentError when the op runs on such an image. Damaged files
+    pass: the decoder has the better message.
+    """
+    faithful, message = tf.case(
+        [
+            (_starts_with(image_bytes, _BMP), lambda: _bmp(image_bytes)),
+            (_starts_with(image_bytes, _GIF), lambda: _gif(image_bytes)),
+        ],
+        default=lambda: (tf.constant(True), tf.constant("")),
+    )
+    if tf.executing_eagerly() and not faithful:  # An assertion would wrap the message.
+        raise tf.errors.InvalidArgumentError(None, None, message.numpy().decode())
+    with tf.control_dependencies([tf.debugging.Assert(faithful, [message])]):
+        return tf.identity(image_bytes)
+
+
+def _starts_with(text: tf.Tensor, prefix: bytes) -> tf.Tensor:
+    return tf.equal(tf.strings.substr(text, 0, len(prefix)), prefix)
+
+
+def _bytes(image_bytes: tf.Tensor, padding: int) -> tf.Tensor:
+    """uint8 [length + padding]; zeros behind the end, so that every place can be read."""
+    return tf.pad(tf.io.decode_raw(image_bytes, tf.uint8), [[0, padding]])
+
+
+def _number(values: tf.Tensor, first: int | tf.Tensor, size: int) -> tf.Tensor:
+    """int64; the little-endian integer of `size` bytes at `first`."""
+    weights = tf.constant([256**place for place in range(size)], tf.int64)
+    return tf.reduce_sum(tf.cast(values[first : first + size], tf.int64) * weights)
+
+
+@tf.function(input_signature=_STRING, autograph=False)
+def _bmp(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    longest = _FILE_HEADER + 124 + 256 * 4
+    values = _bytes(tf.strings.substr(image_bytes, 0, longest), longest)
+    offset, header = _number(values, 10, 4), _number(values, _FILE_HEADER, 4)
+    bits, compression = _number(values, 28, 2), _number(values, 30, 4)
+    masks = [_number(values, 54 + 4 * place, 4) for place in range(3)]
+    ordered = tf.reduce_all(tf.equal(masks, tf.constant(_COLOUR_MASKS, tf.int64)))
+
+    start = tf.minimum(_FILE_HEADER + header, longest)
+    colours = tf.clip_by_value((offset - start) // 4, 0, 256)
+    palette = tf.reshape(values[start : start + 256 * 4], [256, 4])[:, :3]
+    place = tf.range(256, dtype=tf.int64)[:, None]
+    gray = tf.cast(palette, tf.int64) == place
+    gray = (colours > 0) & tf.reduce_all(gray | (place >= colours))
+
+    plain = compression == 0
+    faithful = (header >= 40) & (
+        (plain & (bits == 24))
+        | ((plain | ((compression == 3) & ordered)) & (bits == 32))
+        | (plain & (bits == 8) & gray)
+    )
+    return faithful, tf.constant(
+        "TensorFlow does not read BMPs with this palette, compression or order of colours"
+    )
+
+
+@tf.function(input_signature=_STRING, autograph=False)
+def _gif(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    values = _bytes(image_bytes, 16)
+    end = tf.size(values, tf.int64) - 16
+    flags = _number(values, 10, 1)
+    table = tf.where(flags >= 128, 3 * 2 ** (flags % 8 + 1), tf.zeros([], tf.int64))
+
+    # Steps through the extensions before the first image, and in each through its blocks.
+    def more(at: tf.Tensor, within: tf.Tensor, _transparent: tf.Tensor) -> tf.Tensor:
+        return (at < end) & (within | (values[at] == _EXTENSION))
+
+    def step(at: tf.Tensor, within: tf.Tensor, transparent: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        length = _number(values, at, 1)
+        told = ~within & (values[at + 1] == _GRAPHIC_CONTROL) & (values[at + 3] % 2 == 1)
+        after = tf.minimum(at + tf.where(within, length + 1, 2), end)
+        return after, ~within | (length > 0), transparent | told
+
+    at, _, transparent = tf.while_loop(
+        more, step, (13 + table, tf.constant(False), tf.constant(False))
+    )
+    at = tf.minimum(at, end)
+    left, top, width, height = [_number(values, at + 1 + 2 * place, 2) for place in range(4)]
+    whole = (left + top == 0) & (width >= _number(values, 6, 2)) & (height >= _number(values, 8, 2))
+    faithful = (values[at] != _IMAGE) | (whole & ~transparent)
+    return faithful, tf.constant(
+        "TensorFlow does not read GIFs with transparency or a first frame that leaves a part free"
+    )
