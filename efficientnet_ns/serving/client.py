@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from efficientnet_ns.config import quiet_when_unread
+
 _TOP = ("top_classes", "top_class_names", "top_probabilities")
 # Overloaded or not ready yet; everything else will fail again.
 _RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
@@ -361,4 +363,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with quiet_when_unread():
+        sys.exit(main())

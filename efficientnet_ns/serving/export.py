@@ -13,7 +13,7 @@ import tensorflow as tf
 from absl import logging
 from tensorflow.core.protobuf import saved_model_pb2
 
-from efficientnet_ns.data import manifests
+from efficientnet_ns.data import manifests, paths
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.models import folding
 from efficientnet_ns.serving import card, deploy, tflite, tflite_metadata, warmup
@@ -170,7 +170,8 @@ def export_tflite(
 
 def saved_model_runner(folder: str) -> Callable[[Sequence[bytes]], np.ndarray]:
     """Asks an exported version: encoded images → probabilities [N, C]."""
-    loaded = tf.saved_model.load(folder)
+    with paths.without_wildcards(folder) as literal:
+        loaded = tf.saved_model.load(literal)
 
     def run(encoded: Sequence[bytes]) -> np.ndarray:
         parts = [encoded[i : i + 8] for i in range(0, len(encoded), 8)]
