@@ -295,7 +295,11 @@ class PredictConfig:
     )
     total_replicas: int = setting(1, "Workers that share each shard.", low=1)
     worker_id: int = setting(0, "This worker among total_replicas.", low=0)
-    file_prefix: str = setting("train", "Prefix of the unlabeled files: train or extra.")
+    file_prefix: str = setting(
+        "train",
+        "Prefix of the unlabeled files: train or extra. noisy_student needs it only where other sets "
+        "lie beside them.",
+    )
     data_type: str = setting("tfrecord", "Kind of the input files.", choices=("tfrecord",))
     reassign_label: bool = setting(
         False,

@@ -58,6 +58,7 @@ def settings(folder: Path, **values) -> Config:
         "task_name": str(folder / "task.json"),
         "label_data_dir": str(folder / "labeled"),
         "model_dir": str(folder / "model"),
+        "inference_engine": "tf",
         "eval_batch_size": 8,
     }
     return Config().override(**{**defaults, **values})

@@ -258,12 +258,13 @@ def test_exported_variables(tmp_path):
 
 
 @pytest.mark.slow
-def test_export(home, settings, trained, capsys):
+def test_export(home, settings, trained, capsys, caplog):
     """Weights in variables, which TensorFlow reads from files when the model is loaded."""
     options = {"optimize_for": "none", "check_data": settings.data.label_data_dir}
     folder = export_model.export_model(settings, str(home / "export"), 1, **options)
     assert folder == str(home / "export" / "1")
     assert "against the float32 model" in capsys.readouterr().out
+    assert "move the model before it is served" in caplog.text
 
 
 def test_photos(home, settings, trained):

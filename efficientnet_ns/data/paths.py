@@ -19,6 +19,11 @@ from efficientnet_ns.data import manifests
 _WILDCARDS = re.compile(r"[*?\[\\]")
 
 
+def is_pattern(path: str) -> bool:
+    """Whether TensorFlow takes a path for a pattern where it reads variables."""
+    return bool(_WILDCARDS.search(path))
+
+
 @contextlib.contextmanager
 def without_wildcards(path: str) -> Iterator[str]:
     """Yields a path for readers of TensorFlow that take paths for patterns, to the same files.
@@ -32,11 +37,11 @@ def without_wildcards(path: str) -> Iterator[str]:
     Raises:
       OSError: TMPDIR has wildcards, too.
     """
-    if not _WILDCARDS.search(path):
+    if not is_pattern(path):
         yield path
         return
     with manifests.scratch_folder("paths") as scratch:
-        if _WILDCARDS.search(scratch):
+        if is_pattern(scratch):
             raise OSError(
                 f"TensorFlow takes {path} for a pattern, and the folder for temporary files, "
                 f"{os.path.dirname(scratch)}, as well: set TMPDIR to one without * ? [ and \\"

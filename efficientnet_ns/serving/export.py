@@ -127,6 +127,12 @@ def export(
         warmup.write(folder, model.name, preprocessing.image_size)
         _write(os.path.join(folder, "README.md"), _card(model, preprocessing, version, options))
     deploy.write(base, model.name)
+    if paths.is_pattern(base) and not for_cpu:
+        logging.warning(
+            "%s: TensorFlow and its server take a path with * ? [ or \\ for a pattern and find no "
+            "variables there: move the model before it is served",
+            base,
+        )
     return os.path.join(base, str(version))
 
 
