@@ -7,13 +7,15 @@ quick.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging as std_logging
 import os
+import select
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Optional
 
 from absl import app, flags, logging
@@ -129,9 +131,9 @@ class DataConfig(Settings):
     )
     augment_name: Optional[str] = setting(
         None,
-        "Augmentation of training images: randaugment (the original calls it v1), autoaugment; "
-        "default none.",
-        choices=("randaugment", "v1", "autoaugment"),
+        "Augmentation of training images: randaugment (the original calls it v1), autoaugment, or "
+        "none, also after a preset that names one.",
+        choices=("randaugment", "v1", "autoaugment", "none"),
     )
     unl_aug: str = setting(
         "default",
@@ -302,7 +304,11 @@ class PredictConfig(Settings):
     )
     total_replicas: int = setting(1, "Workers that share each shard.", low=1)
     worker_id: int = setting(0, "This worker among total_replicas.", low=0)
-    file_prefix: str = setting("train", "Prefix of the unlabeled files: train or extra.")
+    file_prefix: str = setting(
+        "train",
+        "Prefix of the unlabeled files: train or extra. noisy_student needs it only where other sets "
+        "lie beside them.",
+    )
     data_type: str = setting("tfrecord", "Kind of the input files.", choices=("tfrecord",))
     reassign_label: bool = setting(
         False,
@@ -310,7 +316,9 @@ class PredictConfig(Settings):
     )
     inference_engine: str = setting(
         "auto",
-        "What computes: tf, xnnpack (CPU only), or auto: xnnpack where there is no accelerator.",
+        "What computes with --mode=predict and --mode=eval: tf (TensorFlow), xnnpack (CPU only), or "
+        "auto: xnnpack with one device that is no accelerator, for models that it can compute, else "
+        "tf. --eval_continuously, --noised_teacher, attacks and evaluation during training: tf.",
         choices=("auto", "tf", "xnnpack"),
     )
     test_time_views: int = setting(
@@ -661,7 +669,9 @@ def define_flags(cls: type, flag_values: flags.FlagValues = flags.FLAGS) -> None
             choices = field.metadata["choices"]
             define = _DEFINE[_field_type(section, field.name)]
             if choices:
-                define = functools.partial(flags.DEFINE_enum, enum_values=list(choices))
+                # Without a default, an empty value takes back that of a preset.
+                values = [*choices, ""] if field.default is None else [*choices]
+                define = functools.partial(flags.DEFINE_enum, enum_values=values)
             define(
                 name=field.name,
                 default=field.default,
@@ -677,7 +687,7 @@ def from_flags(cls: type, values: flags.FlagValues) -> Any:
     Raises:
       ConfigError: a value out of range.
     """
-    chosen = {field.name: values[field.name].value for field in _flag_fields(cls)}
+    chosen = {field.name: _value(field, values[field.name].value) for field in _flag_fields(cls)}
     result = Config().override(**chosen) if cls is Config else cls(**chosen)
     check(result)
     for name in sorted(_FOLDERS_WRITTEN & chosen.keys()):
@@ -698,6 +708,12 @@ def check_no_file(name: str, path: str) -> None:
         part = os.path.dirname(part)
     if part and not os.path.isdir(part):
         raise ConfigError(f"--{name}={path}: {part} is not a folder; choose another path")
+
+
+def _value(field: dataclasses.Field, value: Any) -> Any:
+    """What a flag's value means; one that names nothing is no value."""
+    nothing = field.metadata["choices"] and field.default is None and value in ("", "none")
+    return None if nothing else value
 
 
 def check(config: Any) -> None:
@@ -749,25 +765,70 @@ _STORAGE_ERRORS = (
     "ResourceExhaustedError",
     "AlreadyExistsError",
 )
+_UNREAD = 141  # 128 + SIGPIPE.
 
 
 def run(main: Callable[[list[str]], None]) -> None:
     """`absl.app.run` for an entry point: what the user can mend is one line, not a stack trace.
 
-    Exit code 2 for a wrong flag or unusable data, 75 after SIGTERM or SIGINT (see `preemption`).
+    Exit code 2 for a wrong flag or unusable data, 75 after SIGTERM or SIGINT (see `preemption`),
+    141 as of other programs when nobody reads the output any more.
     """
-    if _HELP & set(sys.argv[1:]):
-        print(flag_help.text(flags.FLAGS, sys.argv[0], sys.modules["__main__"].__doc__ or ""))
-        sys.exit(0)
+    values = flags.FLAGS
+    with quiet_when_unread():
+        if _HELP & set(sys.argv[1:]):
+            print(flag_help.text(values, sys.argv[0], sys.modules["__main__"].__doc__ or ""))
+            sys.exit(0)
+        _run(main, values)
+
+
+@contextlib.contextmanager
+def quiet_when_unread() -> Iterator[None]:
+    """Ends the program without a trace when the reader of its output, e.g. `head`, has gone."""
+    try:
+        try:
+            yield
+        finally:
+            _flush()
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        # Python writes what is left when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_UNREAD)
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # It was closed before the program began.
+        sys.stdout.flush()
+
+
+def _unread() -> bool:
+    """Whether it is standard output, and not another pipe, that nobody reads."""
+    look = select.poll()
+    look.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in look.poll(0))
+
+
+def _run(main: Callable[[list[str]], None], values: flags.FlagValues) -> None:
+    def parse(arguments: list[str]) -> list[str]:
+        try:
+            return values(arguments)
+        except flags.Error as e:
+            print(f"{e}\n--help lists the flags.", file=sys.stderr)
+            sys.exit(2)
 
     def guarded(argv: list[str]) -> None:
         try:
             with preemption.StopRequest() as stop, stop.immediate():
                 main(argv)
+            _flush()
         except preemption.Preempted as e:
             logging.warning("%s: start the same command again to continue", e)
             sys.exit(preemption.EXIT_CODE)
         except Exception as e:
+            if isinstance(e, BrokenPipeError) and _unread():
+                raise
             # Storage fails with an OSError or one of TensorFlow's errors, which name the path.
             ours = type(e).__module__.startswith("efficientnet_ns")
             # A precondition is of storage where it is about a folder in place of a file, or a file
@@ -787,4 +848,4 @@ def run(main: Callable[[list[str]], None]) -> None:
     std_logging.getLogger("tensorflow").addFilter(
         lambda entry: entry.module != "cross_device_ops" or entry.levelno >= std_logging.WARNING
     )
-    app.run(guarded)
+    app.run(guarded, flags_parser=parse)

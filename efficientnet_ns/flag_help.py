@@ -26,7 +26,8 @@ def text(values: flags.FlagValues, program: str, description: str) -> str:
 
 def _choices(flag: flags.Flag) -> list[str]:
     # absl puts them before the help of such a flag as well.
-    return getattr(flag.parser, "enum_values", [])
+    # The empty one takes back a preset's.
+    return [value for value in getattr(flag.parser, "enum_values", []) if value]
 
 
 def _usage(flag: flags.Flag) -> str:

@@ -21,7 +21,7 @@ from typing import Any, Optional
 from absl import flags, logging
 
 from efficientnet_ns import config as config_lib
-from efficientnet_ns.config import Config, ConfigError, LoopConfig, SelectConfig
+from efficientnet_ns.config import Config, ConfigError, LoopConfig, PredictConfig, SelectConfig
 from efficientnet_ns.recipes import EPOCHS_OF_TRAIN_STEPS, RECIPES
 
 # Settings of the loop that may change between two runs of it.
@@ -121,7 +121,7 @@ def check(config: Config, loop: LoopConfig) -> list[Config]:
         Experiment.from_config(training)
     if any(training.train.unlabel_ratio <= 0 for training in trainings[1:]):
         raise ConfigError("a positive --unlabel_ratio is needed for every student")
-    unlabeled_shards(config.data.unlabel_data_dir)
+    unlabeled_shards(config.data.unlabel_data_dir, config.predict.file_prefix)
     return trainings
 
 
@@ -184,20 +184,26 @@ def _as_published(config: Config) -> Config:
     )
 
 
-def unlabeled_shards(folder: str) -> tuple[str, int]:
-    """(prefix, number of shards) of the unlabeled set in a folder."""
+def unlabeled_shards(folder: str, prefix: str) -> tuple[str, int]:
+    """(prefix, number of shards) of the unlabeled set in a folder.
+
+    Args:
+      prefix: file_prefix; with its default, the folder's only set counts.
+    """
     from efficientnet_ns.data import records
 
     if ";" in folder:
         raise ConfigError(f"--unlabel_data_dir={folder}: the loop labels one folder")
-    names = [os.path.basename(path) for path in records.list_shards(folder, ("train", "extra"))]
-    prefixes = {name.split("-")[0] for name in names}
-    if len(prefixes) > 1 or names[0].count("-") != 3:
+    known = ("train", "extra") if prefix == PredictConfig().file_prefix else prefix
+    names = [os.path.basename(path) for path in records.list_shards(folder, known)]
+    found = {name.rsplit("-", 3)[0] for name in names}
+    if len(found) > 1 or not found <= {"train", "extra", prefix}:
         raise ConfigError(
             f"--unlabel_data_dir={folder} should hold one set, named train-00000-of-… or "
-            f"extra-00000-of-…, but holds {names[0]} … {names[-1]}"
+            f"extra-00000-of-…, but holds {names[0]} … {names[-1]}: move the others away, or name "
+            "the one to label with --file_prefix=extra"
         )
-    return prefixes.pop(), len(names)
+    return found.pop(), len(names)
 
 
 def model_dir(loop: LoopConfig, number: int) -> str:
@@ -236,7 +242,7 @@ def stage_configs(config: Config, loop: LoopConfig, number: int) -> tuple[Config
 
 def prediction_config(teacher: Config, unlabeled: str, folder: str) -> Config:
     """Settings of labeling the whole folder `unlabeled` with the model of the training `teacher`."""
-    prefix, num_shards = unlabeled_shards(unlabeled)
+    prefix, num_shards = unlabeled_shards(unlabeled, teacher.predict.file_prefix)
     return teacher.override(
         unlabel_data_dir=unlabeled,
         predict_ckpt_path=teacher.train.model_dir,

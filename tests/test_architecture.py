@@ -37,18 +37,19 @@ ENTRIES = {
     "evaluate_robustness",
     "study",
 }
-BASE = {"config", "preemption", "progress"}
+BASE = {"config", "cpus", "preemption", "progress"}
 NUMBERS = {"data", "models"}
 # Whom a package, or a module at the top, may import: only what is below it, and itself.
 MAY_IMPORT = {
     "config": {"flag_help", "preemption"},
+    "cpus": set(),
     "flag_help": set(),
     "preemption": set(),
     "progress": set(),
     "data": BASE | {"data"},
     "recipes": set(),
     # Weights are files too: they appear by rename like all others.
-    "models": BASE | {"models", "data.manifests"},
+    "models": BASE | {"models", "data.manifests", "data.paths"},
     "inference": BASE | NUMBERS,
     "experiment": BASE | NUMBERS,
     "evaluation": BASE | NUMBERS | {"experiment", "evaluation", "recipes", "labeling.report"},
@@ -265,6 +266,61 @@ def test_tensorflow_is_not_loaded_by_the_command_line(module):
         # A package's own __init__ is loaded with each of its modules.
         below |= {f"{t.split('.')[0]}.__init__" for t in below if "." in t} & set(SOURCES)
         waiting += [target for target in below - seen if target in SOURCES]
+
+
+# Expands patterns, or takes a path for one → where it stands, for what is no path of a user or after
+# `paths.without_wildcards`.
+EXPANDS: dict[str, set[str]] = {
+    **dict.fromkeys(["glob", "iglob", "rglob", "glob1", "match_filenames_once"], set()),
+    **dict.fromkeys(["matching_files", "MatchingFiles", "get_matching_files"], set()),
+    **dict.fromkeys(["list_files", "latest_checkpoint", "checkpoints_iterator"], set()),
+    **dict.fromkeys(["checkpoint_exists", "CheckpointManager", "NewCheckpointReader"], set()),
+    **dict.fromkeys(["list_variables", "load_variable", "RestoreV2", "Restore", "restore"], set()),
+    **dict.fromkeys(["MatchFiles", "ReadFromTFRecord", "ReadFromParquet", "ReadFromText"], set()),
+    "load_checkpoint": {"models.weights"},
+    "read_parquet": {"labeling.scan"},
+    # The benchmark's of what it saved below TMPDIR; the card's and the demo's are for the reader.
+    "saved_model.load": {"serving.export", "serving.card", "demo"},
+    "saved_model.loader": {"benchmarks.serving"},
+}
+
+
+def expansions(source: str) -> set[str]:
+    """Which of `EXPANDS` a source names: as attribute, name, import or in a text that is code."""
+    words = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            words |= {node.attr, ".".join(ast.unparse(node).split(".")[-2:])}
+        elif isinstance(node, ast.Name):
+            words.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            words |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words |= set(re.findall(r"(?<!\w)(?:saved_model\.)?\w+(?=\()", node.value))
+    return words & set(EXPANDS)
+
+
+def test_expansions_are_seen():
+    assert expansions("import glob") == expansions("from glob import glob") == {"glob"}
+    assert expansions("tf.io.gfile.glob(x)") == {"glob"}
+    assert expansions("Path(x).rglob('*')") == {"rglob"}
+    assert expansions("f = tf.train.latest_checkpoint") == {"latest_checkpoint"}
+    assert expansions("f'SELECT * FROM read_parquet([{x}])'") == {"read_parquet"}
+    assert expansions("tf.saved_model.load(x)") == {"saved_model.load"}
+    assert not expansions("globals(); load(x); 'glob'; model.load")
+
+
+def test_no_path_is_taken_for_a_pattern():
+    """A user's folder may be called `run[1]`: list it with `manifests.listed`."""
+    found = {(module, word) for module in SOURCES for word in expansions(SOURCES[module])}
+    allowed = {(module, word) for word, modules in EXPANDS.items() for module in modules}
+    assert found == allowed
+
+
+def test_cores_are_counted_in_one_place():
+    """Those of the machine are not those that the process may use."""
+    counted = re.compile(r"cpu_count|sched_getaffinity")
+    assert {module for module, source in SOURCES.items() if counted.search(source)} == {"cpus"}
 
 
 # The public face.

@@ -30,6 +30,7 @@ from efficientnet_ns.config import (
     TrainConfig,
 )
 from efficientnet_ns.data.settings import MakeConfig, SvhnConfig
+from efficientnet_ns.experiment import Experiment
 from efficientnet_ns.export_model import ExportConfig
 from efficientnet_ns.label_beam import BeamConfig
 from efficientnet_ns.labeling_report import ReportConfig
@@ -44,6 +45,11 @@ SECTIONS = {
     "hardware": HardwareConfig,
     "legacy": LegacyConfig,
 }
+PROGRAMS = sorted(
+    ".".join(path.relative_to(ROOT / "efficientnet_ns").with_suffix("").parts)
+    for path in (ROOT / "efficientnet_ns").rglob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
+)
 # Entry → the dataclasses whose fields are its flags, and the flags it defines by itself.
 ENTRIES = {
     "main": ([Config], {"mode"}),
@@ -145,7 +151,9 @@ def test_every_field_is_a_flag(entry):
         kind, default, choices, help_text = found[field.name]
         assert (type(default), default) == (type(field.default), field.default), field.name
         assert kind == kind_of(cls, field.name).__name__, field.name
-        assert choices == (list(c) if (c := field.metadata["choices"]) else None), field.name
+        values = [value for value in choices or [] if value]
+        assert values == list(field.metadata["choices"] or []), field.name
+        assert not choices or ("" in choices) == (field.default is None), field.name
         assert help_text.endswith(field.metadata["help"]), field.name
     for name in own:
         assert found[name][3], f"--{name} has no help"
@@ -322,7 +330,79 @@ def test_words_that_are_no_flags_are_refused():
         config.no_arguments(["program", "train_steps=5"])
 
 
+@pytest.mark.parametrize("nothing", ["none", ""])
+def test_a_preset_can_be_taken_back(nothing):
+    """And the training is the same as one that never had it."""
+    preset = f"--flagfile={ROOT}/flags/model/b2.flags"
+    assert parse(Config, preset).data.augment_name == "randaugment"
+    plain = parse(Config, preset, f"--augment_name={nothing}")
+    assert plain.data.augment_name is None
+    assert plain.override(augment_name="randaugment") == parse(Config, preset)
+    assert Experiment.from_config(plain).labeled_preprocessing.randaugment is None
+
+
+def test_none_means_something_where_it_is_not_the_default():
+    assert parse(Config, "--unl_aug=none").data.unl_aug == "none"
+    with pytest.raises(flags.Error, match="unl_aug"):
+        parse(Config, "--unl_aug=")
+
+
 # The programs.
+
+
+def start(program: str, *arguments: str, **streams) -> subprocess.Popen:
+    command = [sys.executable, "-m", f"efficientnet_ns.{program}", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+
+
+def test_unknown_flags_are_wrong_usage():
+    """In every program; those that take other words too."""
+    running = {program: start(program, "--no_such_flag=1") for program in PROGRAMS}
+    for program, process in running.items():
+        errors = process.communicate()[1]
+        assert process.returncode == 2, program
+        assert "no_such_flag" in errors or "the following arguments" in errors, program
+        assert "Traceback" not in errors, program
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_nobody_reads_the_output(arguments):
+    """As of `| head`, which has gone by then."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start("list_models", *arguments, stdout=writer)
+    os.close(writer)
+    assert process.communicate()[1] == ""
+    assert process.returncode == 141
+
+
+def test_nobody_reads_help():
+    reader, writer = os.pipe()
+    os.close(reader)
+    running = {program: start(program, "--help", stdout=writer) for program in PROGRAMS}
+    os.close(writer)
+    for program, process in running.items():
+        assert process.communicate()[1] == "", program
+
+
+def test_other_broken_pipes_are_errors():
+    code = "raise BrokenPipeError(32, 'of a server')"
+    done = run(
+        "-c", f"from efficientnet_ns import config\nwith config.quiet_when_unread():\n    {code}"
+    )
+    assert done.returncode == 1 and "of a server" in done.stderr
+
+
+def test_output_was_closed_before():
+    done = run("-c", "import os, sys\nos.close(1)\nsys.stdout = None\n" + _LIST_MODELS)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+_LIST_MODELS = """
+from efficientnet_ns import list_models
+list_models.run()
+"""
 
 
 def test_help_has_a_heading_for_each_section():

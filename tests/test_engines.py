@@ -91,11 +91,23 @@ def test_auto_is_xnnpack_on_cpu(model):
 
 
 def test_model_that_fits_no_flatbuffer(model, monkeypatch, caplog, pixels, expected):
+    """What is chosen for the user is said; what the user chose is not replaced."""
     monkeypatch.setattr(engines, "_MAX_PARAMETERS", 1000)
-    engine = engines.make("xnnpack", model, 4)
+    with pytest.raises(engines.EngineError, match="=xnnpack: .* does not fit into a flatbuffer"):
+        engines.make("xnnpack", model, 4)
+    engine = engines.make("auto", model, 4)
     assert engine.name == "tf"
     assert "does not fit into a flatbuffer" in caplog.text
     np.testing.assert_allclose(engine(pixels), expected, atol=1e-6)
+
+
+def test_bfloat16_is_computed_by_tensorflow(caplog):
+    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    model = efficientnet.build_model("efficientnet-test", CLASSES, SIZE)
+    with pytest.raises(engines.EngineError, match="bfloat16"):
+        engines.make("xnnpack", model, 4)
+    assert engines.make("auto", model, 4).name == "tf"
+    assert "bfloat16" in caplog.text
 
 
 def test_l2_fits_into_a_flatbuffer():

@@ -23,6 +23,7 @@ from efficientnet_ns.evaluation import accuracy, report
 from efficientnet_ns.experiment import Experiment
 from efficientnet_ns.labeling import report as labeling_report
 from efficientnet_ns.models import weights
+from efficientnet_ns.models.engines import EngineError
 from efficientnet_ns.recipes import RECIPES
 from efficientnet_ns.training import train
 
@@ -58,6 +59,7 @@ def settings(folder: Path, **values) -> Config:
         "task_name": str(folder / "task.json"),
         "label_data_dir": str(folder / "labeled"),
         "model_dir": str(folder / "model"),
+        "inference_engine": "tf",
         "eval_batch_size": 8,
     }
     return Config().override(**{**defaults, **values})
@@ -194,26 +196,36 @@ def test_number_of_views(folder):
         train.evaluate(settings(folder, eval_views=10))
 
 
-def test_xnnpack_is_the_engine_that_computes(folder, monkeypatch):
-    """It is asked for every image, and TensorFlow for none."""
-    seen = []
+def test_an_engine_that_cannot_compute_is_refused(folder, monkeypatch):
+    xnnpack = {"inference_engine": "xnnpack"}
+    with pytest.raises(ConfigError, match="one device"):
+        train.evaluate(settings(folder, num_replicas=4, **xnnpack))
+    with pytest.raises(ConfigError, match="--eval_continuously computes with TensorFlow"):
+        train.evaluate(settings(folder, eval_continuously=True, **xnnpack))
+    monkeypatch.setattr("efficientnet_ns.models.engines._MAX_PARAMETERS", 1)
+    with pytest.raises(EngineError, match="does not fit into a flatbuffer"):
+        train.evaluate(settings(folder, **xnnpack))
+
+
+@pytest.mark.parametrize("kind", ["xnnpack", "auto"])
+def test_the_engine_computes(folder, monkeypatch, kind):
+    """It is asked for every image, and TensorFlow for none; it is what predictions would have."""
+    seen, asked = [], []
 
     def make(kind, model, batch_size, strategy):
         def engine(pixels):
             seen.append(len(pixels))
             return np.full([len(pixels), CLASSES], [0.2, 0.5, 0.3], np.float32)
 
-        assert kind == "xnnpack"
+        asked.append(kind)
         return engine
 
     monkeypatch.setattr("efficientnet_ns.models.engines.make", make)
-    found = train.evaluate(settings(folder, inference_engine="xnnpack"))["validation"]
+    found = train.evaluate(settings(folder, inference_engine=kind))["validation"]
     labels = answers(folder)[1]
-    assert seen == [8, 8, 8]
+    assert (asked, seen) == ([kind], [8, 8, 8])
     assert found["top1"] == pytest.approx(np.mean(labels == 1))
     assert found["loss"] == pytest.approx(-np.mean(np.log([0.2, 0.5, 0.3])[labels]), rel=1e-5)
-    with pytest.raises(ConfigError, match="one device"):
-        train.evaluate(settings(folder, inference_engine="xnnpack", num_replicas=4))
 
 
 # --- Every example exactly once -------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import tensorflow as tf
 
 from efficientnet_ns import noisy_student
 from efficientnet_ns.config import Config, ConfigError, LoopConfig
-from efficientnet_ns.data import records
+from efficientnet_ns.data import prepare, records
+from efficientnet_ns.data.settings import MakeConfig
 from efficientnet_ns.labeling import predict
 from efficientnet_ns.training import train
 
@@ -373,6 +375,34 @@ def test_published_recipes(config):
     configs = noisy_student.model_configs(plain, own)
     assert [c.model.input_image_size for c in configs] == [100, 200, 300]
     assert [c.train.unlabel_ratio for c in configs] == [0, 3, 14]
+
+
+def test_unlabeled_set_beside_the_labeled_ones(folder, tmp_path):
+    """As `make_records --nolabeled` leaves it when it writes into the folder of those."""
+    both = tmp_path / "both"
+    shutil.copytree(folder / "labeled", both)
+    source = tmp_path / "photos"
+    source.mkdir()
+    for number in range(3):
+        pixels = np.full([SIZE, SIZE, 3], 70 * number, np.uint8)
+        (source / f"{number}.png").write_bytes(tf.io.encode_png(pixels).numpy())
+    made = MakeConfig(source=str(source), output_dir=str(both), labeled=False, num_shards=2)
+    prepare.make_records(made)
+    config = Config().override(**{**settings(folder), "unlabel_data_dir": str(both)})
+    loop = rounds(tmp_path, "work", 1)
+    with pytest.raises(ConfigError, match="holds extra-.* … train-.*--file_prefix=extra"):
+        noisy_student.check(config, loop)
+    named = config.override(file_prefix="extra", label_data_dir=str(both))
+    noisy_student.check(named, loop)
+    prediction, selection = noisy_student.stage_configs(named, loop, 1)
+    options = prediction.predict
+    assert (options.file_prefix, options.num_shards, options.shard_id) == ("extra", 2, "0-1")
+    assert (selection.file_prefix, selection.num_shards) == ("extra", 2)
+    with pytest.raises(records.DataError, match="no record files"):
+        noisy_student.check(config.override(file_prefix="other"), loop)
+    alone = config.override(unlabel_data_dir=str(folder / "unlabeled"))
+    prediction, _ = noisy_student.stage_configs(alone, loop, 1)
+    assert prediction.predict.file_prefix == "extra"
 
 
 def test_folder_of_an_earlier_version_is_continued(tmp_path):

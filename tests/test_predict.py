@@ -468,6 +468,41 @@ def test_empty_shard_is_named(folder, tmp_path):
     assert not Path(mine.predict.output_dir).exists()
 
 
+def test_empty_shards_that_were_written_so(folder, tmp_path):
+    """Predictions of them, and records selected from few: both are labeled again."""
+    rng = np.random.default_rng(5)
+    images = [records.unlabeled_example(png(rng)) for _ in range(2)]
+    records.write_sharded(str(tmp_path / "unlabeled"), "extra", images, 3)
+    mine = settings(folder, tmp_path / "first", unlabel_data_dir=str(tmp_path / "unlabeled"))
+    assert predict.predict(mine) == {"records": 2, "unreadable": 0, "skipped_shards": 0}
+    chosen = SelectConfig(
+        input_dir=str(tmp_path / "unlabeled"),
+        prediction_dir=mine.predict.output_dir,
+        prelim_stats_dir=str(tmp_path / "statistics"),
+        output_dir=str(tmp_path / "selected"),
+        file_prefix="extra",
+        num_shards=3,
+        num_image=1,
+        num_label_classes=CLASSES,
+    )
+    select.select(chosen)
+    written = write.write(chosen)["records"]
+    data = tmp_path / "selected" / "data"
+    sizes = [(data / records.pseudo_label_name(0, s, 3)).stat().st_size for s in range(3)]
+    assert 0 in sizes and any(sizes)
+    again = {"unlabel_data_dir": str(data), "num_shards": 3}
+    for number, options in enumerate(
+        [
+            {"file_prefix": "train", "reassign_label": True, "info_dir": ""},
+            {"file_prefix": "train-0"},
+        ]
+    ):
+        mine = settings(folder, tmp_path / f"again-{number}", **again, **options)
+        assert predict.predict(mine) == {"records": written, "unreadable": 0, "skipped_shards": 0}
+        # Finished, they are known to be.
+        assert predict.predict(mine)["skipped_shards"] == 3
+
+
 def test_teacher_of_another_number_of_classes(folder):
     save_teacher(folder / "five", 5, seed=1)
     mine = settings(folder, "five_classes", predict_ckpt_path=str(folder / "five"))

@@ -10,7 +10,7 @@ from efficientnet_ns.models import efficientnet, folding
 
 
 def test_every_situation_is_measured(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(serving, "available_cpus", lambda: 4)
     named = [str(s) for s in serving._situations(BenchmarkConfig())]
     assert named == ["4 threads, oneDNN on", "1 thread, oneDNN on", "4 threads, oneDNN off"]
     named = [str(s) for s in serving._situations(BenchmarkConfig(threads=1))]

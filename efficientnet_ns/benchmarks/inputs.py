@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import io
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 
@@ -20,11 +19,13 @@ import tensorflow as tf
 
 from efficientnet_ns.benchmarks.tables import Measured, Row, measure
 from efficientnet_ns.config import BenchmarkConfig, ConfigError
+from efficientnet_ns.cpus import available_cpus
 from efficientnet_ns.data import (
     augment,
     autoaugment,
     images,
     levels,
+    manifests,
     pipeline,
     randaugment,
     records,
@@ -86,7 +87,8 @@ def _encoded_images(folder: str) -> tuple[list[str], list[bytes]]:
     """Paths of files to read, and encoded images out of them."""
     if not folder:
         return [], _made_images()
-    paths = sorted(itertools.chain(*(tf.io.gfile.glob(f"{folder}/{p}") for p in ("*", "*/*"))))
+    above = manifests.listed(folder, r"[^.].*")
+    paths = sorted(itertools.chain(above, *(manifests.listed(f, r"[^.].*") for f in above)))
     shards = [path for path in paths if _SHARD.fullmatch(path)]
     pictures = [path for path in paths if path.lower().endswith(_SUFFIXES)]
     if shards:
@@ -232,7 +234,7 @@ def _wholes(encoded: list[bytes], size: int) -> dict[str, Callable[[], int]]:
 
 
 def _all_cores(encoded: list[bytes], settings: BenchmarkConfig) -> list[Row]:
-    threads = settings.threads or os.cpu_count()
+    threads = settings.threads or available_cpus()
     options = tf.data.Options()
     options.threading.private_threadpool_size = threads
     options.threading.max_intra_op_parallelism = 1

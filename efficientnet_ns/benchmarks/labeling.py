@@ -23,6 +23,7 @@ from absl import logging
 
 from efficientnet_ns.benchmarks import tables
 from efficientnet_ns.config import BenchmarkConfig, Config, ConfigError
+from efficientnet_ns.cpus import available_cpus
 from efficientnet_ns.data import records
 from efficientnet_ns.experiment import Experiment
 from efficientnet_ns.labeling import predict
@@ -195,7 +196,7 @@ def _onnxruntime(
     signature = [tf.TensorSpec([None, *model.input_shape[1:]], tf.float32, name="pixels")]
     proto, _ = tf2onnx.convert.from_keras(model, input_signature=signature, opset=17)
     content = proto.SerializeToString()
-    lanes = os.cpu_count() or 1
+    lanes = available_cpus()
 
     def session(threads: int) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()

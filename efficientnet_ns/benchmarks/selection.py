@@ -20,8 +20,9 @@ import tensorflow as tf
 
 from efficientnet_ns.benchmarks.tables import Row
 from efficientnet_ns.config import BenchmarkConfig, ConfigError, SelectConfig
+from efficientnet_ns.cpus import available_cpus
 from efficientnet_ns.data import records
-from efficientnet_ns.labeling import index, run_report, scan, select
+from efficientnet_ns.labeling import index, run_report, select
 
 _SHARDS = 128
 _BYTES_PER_ROW = 30  # Index, selection and what is spilled; measured below 20.
@@ -153,6 +154,6 @@ def make_index(settings: SelectConfig, rows: int) -> None:
         index.write_index(path, shard, 0, labels, probs.astype(np.float32))
         open(select.prediction_path(settings, shard, 0), "wb").close()
 
-    with concurrent.futures.ThreadPoolExecutor(scan.cores()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:
         for _ in pool.map(make, range(_SHARDS)):
             pass

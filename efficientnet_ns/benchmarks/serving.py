@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from efficientnet_ns.benchmarks import tables
 from efficientnet_ns.config import BenchmarkConfig, Config
+from efficientnet_ns.cpus import available_cpus
 from efficientnet_ns.experiment import Experiment
 from efficientnet_ns.serving import export, tflite
 from efficientnet_ns.serving.classifier import Answers
@@ -57,7 +58,7 @@ def run(config: BenchmarkConfig) -> list[tables.Row]:
 
 
 def _situations(config: BenchmarkConfig) -> list[Situation]:
-    threads = config.threads or os.cpu_count() or 1
+    threads = config.threads or available_cpus()
     alone = [Situation(1, True)] if config.threads is None and threads > 1 else []
     return [Situation(threads, True), *alone, Situation(threads, False)]
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns import preemption
+from efficientnet_ns.cpus import available_cpus
 from efficientnet_ns.data import encoded, manifests, records
 from efficientnet_ns.data.sources import Entry, LeftOut, Loaded, printable
 from efficientnet_ns.progress import Progress
@@ -169,7 +171,7 @@ def make_sets(
             pending.append((number, shard))
     total = sum(len(shard.entries) for _, shard in shards)
     done = total - sum(len(shard.entries) for _, shard in pending)
-    workers = num_workers or min(_cores(), 1 + (total - done) // _IMAGES_PER_WORKER)
+    workers = num_workers or min(available_cpus(), 1 + (total - done) // _IMAGES_PER_WORKER)
     batches = list(_batches(source, pending))
     jobs = (
         (numbers, _Job(source, list(part), rules, _limits(sets, numbers)))
@@ -188,18 +190,14 @@ def make_sets(
     return made
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def _limits(sets: Sequence[ImageSet], numbers: Sequence[int]) -> list[int | None]:
     return [sets[number].num_classes for number in numbers]
 
 
 def _refuse_other_sharding(one: ImageSet) -> None:
     total = f"-of-{one.num_shards:05d}"
-    pattern = os.path.join(one.folder, f"{one.prefix}-?????-of-?????")
-    other = [path for path in tf.io.gfile.glob(pattern) if not path.endswith(total)]
+    found = manifests.listed(one.folder, re.escape(one.prefix) + "-.{5}-of-.{5}")
+    other = [path for path in found if not path.endswith(total)]
     if other:
         raise records.DataError(
             f"{other[0]} is of a set of another number of shards than {one.num_shards}: the same "

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 import tempfile
@@ -22,6 +23,20 @@ import tensorflow as tf
 
 class OutputConflict(RuntimeError):
     """Existing files were not made by this stage with this configuration."""
+
+
+def listed(folder: str, pattern: str) -> list[str]:
+    """Sorted paths of what lies in `folder` under names that match the whole regular expression.
+
+    Unlike a glob it takes the folder's name as it is, whatever characters are in it.
+
+    Returns:
+      Nothing when there is no such folder.
+    """
+    if not tf.io.gfile.isdir(folder):
+        return []
+    names = (name.rstrip("/") for name in tf.io.gfile.listdir(folder))
+    return sorted(os.path.join(folder, name) for name in names if re.fullmatch(pattern, name))
 
 
 def temporary_name(path: str) -> str:
@@ -37,7 +52,7 @@ def remove_abandoned(paths: Sequence[str]) -> None:
         folder, base = os.path.split(path)
         wanted.setdefault(folder, set()).add(base)
     for folder, bases in wanted.items():
-        for found in tf.io.gfile.glob(os.path.join(folder, f"{_temporary_prefix()}*")):
+        for found in listed(folder or ".", re.escape(_temporary_prefix()) + ".*"):
             if _abandoned(os.path.basename(found)) in bases:
                 # Another process may remove it at the same time.
                 with contextlib.suppress(tf.errors.NotFoundError):

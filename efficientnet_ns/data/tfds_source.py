@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.data import encoded, records, tasks
+from efficientnet_ns.data import encoded, manifests, records, tasks
 from efficientnet_ns.data.sources import Entry, Loaded, Reader
 
 PREFIX = "tfds:"
@@ -90,8 +90,11 @@ def prepared(name: str, data_dir: str | None) -> list[str]:
     import tensorflow_datasets as tfds
 
     folder = os.path.expanduser(os.path.join(data_dir or tfds.core.constants.DATA_DIR, name))
-    found = tf.io.gfile.glob(os.path.join(folder, "*", "*", "dataset_info.json"))
-    return sorted({path.split("/")[-3] for path in found})
+    return [
+        os.path.basename(config)
+        for config in manifests.listed(folder, ".*")
+        if any(manifests.listed(v, r"dataset_info\.json") for v in manifests.listed(config, ".*"))
+    ]
 
 
 def _how_to_get(builder, name: str, error: Exception) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
-import os
 import zlib
 from collections.abc import Sequence
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from efficientnet_ns import preemption
 from efficientnet_ns.config import ConfigError
+from efficientnet_ns.cpus import available_cpus
 
 # These two have random states of their own.
 _WITH_A_SEED = ("impulse_noise", "glass_blur")
@@ -94,12 +94,12 @@ class Corruptor:
 
     Args:
       seed: of all images.
-      workers: processes; None: one per core.
+      workers: processes; None: one per available core.
     """
 
     def __init__(self, seed: int, workers: int | None = None):
         self._seed = seed
-        self.workers = workers or os.cpu_count() or 1
+        self.workers = workers or available_cpus()
         # Forked children would inherit TensorFlow's threads in an unknown state.
         context = multiprocessing.get_context("spawn")
         self._pool = concurrent.futures.ProcessPoolExecutor(self.workers, context, _start_worker)

@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.config import Config, ConfigError, OwnSetConfig
+from efficientnet_ns.cpus import available_cpus
 from efficientnet_ns.data import encoded, manifests, pipeline
 from efficientnet_ns.evaluation import accuracy, adversarial, corruptions
 from efficientnet_ns.evaluation import robustness_metrics as metrics
@@ -156,6 +157,10 @@ def measure(
       ConfigError, records.DataError: settings or data that cannot work, before anything is measured.
     """
     settings = Settings.from_config(own, experiment.config.train.seed)
+    if experiment.config.predict.inference_engine == "xnnpack" and not settings.corruptions:
+        raise ConfigError(
+            "--epsilons: attacks need TensorFlow's gradients: leave out --inference_engine=xnnpack"
+        )
     library = corruptions.check_installed() if settings.corruptions else None
     labeled = _labeled_set(experiment, own.image_set, share)
     chosen = {MODEL: (experiment.config, weights_path)}
@@ -320,7 +325,7 @@ def _count_hits(
     total, seen = np.zeros(len(subjects), int), 0
     waiting: collections.deque = collections.deque()
     what = f"{name} {severity}" if severity else name
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+    with concurrent.futures.ThreadPoolExecutor(available_cpus()) as threads:
         with Progress(labeled.source.total, what, "images") as progress:
             for pixels, labels, first in _groups(labeled.groups):
                 job = submit if severity else _unchanged

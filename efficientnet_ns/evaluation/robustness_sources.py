@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import tensorflow as tf
 
-from efficientnet_ns.data import records, sources, tasks, tfds_source
+from efficientnet_ns.data import manifests, records, sources, tasks, tfds_source
 from efficientnet_ns.evaluation import robustness_clips
 from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.evaluation import robustness_sets as sets
@@ -204,6 +204,4 @@ def _with_classes(source, names: Sequence[str] | None) -> sets.Images:
 
 def _prefix(folder: str) -> str | None:
     """Prefix of the record files in a folder; None when there are none."""
-    return next(
-        (p for p in _PREFIXES if tf.io.gfile.glob(os.path.join(folder, f"{p}-*-of-*"))), None
-    )
+    return next((p for p in _PREFIXES if manifests.listed(folder, f"{p}-.*-of-.*")), None)

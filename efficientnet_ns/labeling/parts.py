@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 
 import google_crc32c
@@ -108,7 +109,8 @@ class Parts:
 
     def remove(self) -> None:
         """Removes all parts of the unit, those of other settings too: its output is finished."""
-        for path in tf.io.gfile.glob(f"{self._prefix}*"):
+        folder, prefix = os.path.split(self._prefix)
+        for path in manifests.listed(folder, re.escape(prefix) + ".*"):
             try:
                 tf.io.gfile.remove(path)
             except tf.errors.NotFoundError:

@@ -113,7 +113,9 @@ def _input_path(config: Config, shard: int) -> str:
     if not tf.io.gfile.exists(path):
         raise records.DataError(f"shard {path} is missing (check --file_prefix and --num_shards)")
     if tf.io.gfile.stat(path).length == 0:
-        raise records.DataError(f"shard {path} is empty (0 bytes): write it again")
+        records.count_all(
+            [path]
+        )  # DataError unless the folder's counts say that it has no records.
     return path
 
 

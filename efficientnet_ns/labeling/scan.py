@@ -6,12 +6,14 @@ import collections
 import concurrent.futures
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Callable, NamedTuple, TypeVar
 
 import numpy as np
 import tensorflow as tf
 
+from efficientnet_ns.cpus import available_cpus
 from efficientnet_ns.data import manifests
 from efficientnet_ns.progress import Progress
 
@@ -31,16 +33,11 @@ def database():
 
     db = duckdb.connect()
     db.execute("SET enable_progress_bar = false")
-    db.execute(f"SET threads = {cores()}")
+    db.execute(f"SET threads = {available_cpus()}")
     db.execute(f"SET memory_limit = '{_DATABASE_MEMORY}'")
     # DuckDB makes the folder when it is needed, and removes it.
     db.execute(f"SET temp_directory = {quoted(manifests.scratch_name('duckdb'))}")
     return db
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def quoted(text: str) -> str:
@@ -55,7 +52,9 @@ def is_local(path: str) -> bool:
 
 def parquet(paths: Sequence[str]) -> str:
     """The SQL for the rows of local Parquet files."""
-    return f"read_parquet([{', '.join(map(quoted, paths))}])"
+    # DuckDB takes a path for a pattern, and of two folders may read the other one's file.
+    literal = (re.sub(r"[*?\[]", r"[\g<0>]", path) for path in paths)
+    return f"read_parquet([{', '.join(map(quoted, literal))}])"
 
 
 @contextlib.contextmanager
@@ -186,12 +185,12 @@ class Scan:
         """
         waiting: collections.deque = collections.deque()
         with (
-            concurrent.futures.ThreadPoolExecutor(cores()) as pool,
+            concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool,
             Progress(len(self._parts), what, "parts") as progress,
         ):
             for shard, part in self._parts:
                 waiting.append((shard, pool.submit(work, shard, part)))
-                if len(waiting) > cores():
+                if len(waiting) > available_cpus():
                     shard, future = waiting.popleft()
                     yield shard, future.result()
                     progress.update(1)

@@ -21,6 +21,7 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import ConfigError, SelectConfig
+from efficientnet_ns.cpus import available_cpus
 from efficientnet_ns.data import manifests, records
 from efficientnet_ns.labeling import choose, index, scan, statistics
 
@@ -117,7 +118,7 @@ def index_files(config: SelectConfig) -> dict[int, list[str]]:
 
 def _build_indexes(missing: Sequence[tuple[str, str, int, int]]) -> None:
     size = sum(tf.io.gfile.stat(prediction).length for prediction, *_ in missing)
-    processes = min(len(missing), scan.cores(), size // _BYTES_PER_PROCESS)
+    processes = min(len(missing), available_cpus(), size // _BYTES_PER_PROCESS)
     if processes < 2:
         for arguments in missing:
             index.index_from_predictions(*arguments)

@@ -203,7 +203,7 @@ class ShardJob:
             # A tail that cannot be read is one more record.
             total = expected + 1
         limit, source = self._options.max_bad_fraction, self._unit.source
-        lost = part.lost / tf.io.gfile.stat(source).length
+        lost = part.lost / max(1, tf.io.gfile.stat(source).length)
         if len(bad) <= limit * total and lost <= limit:
             return
         tail = f" and {lost:.1%} of the file cannot be read" if lost else ""

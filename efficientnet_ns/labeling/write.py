@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 import tensorflow as tf
 
 from efficientnet_ns.config import SelectConfig
+from efficientnet_ns.cpus import available_cpus
 from efficientnet_ns.data import manifests, records
 from efficientnet_ns.labeling import scan, select
 from efficientnet_ns.labeling.write_shard import Lost, stage, write_shard
@@ -117,7 +118,7 @@ def _processes(config: SelectConfig, shards: Sequence[int]) -> int:
     wanted = config.num_workers
     if wanted < 1:
         size = sum(tf.io.gfile.stat(select.input_path(config, shard)).length for shard in shards)
-        wanted = min(os.cpu_count() or 1, 1 + size // _BYTES_PER_PROCESS)
+        wanted = min(available_cpus(), 1 + size // _BYTES_PER_PROCESS)
     return max(1, min(wanted, len(shards)))
 
 

@@ -10,7 +10,6 @@ Calls from several threads are safe; `lanes` of them make progress at the same t
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable
@@ -19,10 +18,16 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from efficientnet_ns.cpus import available_cpus
+
 # Of packed weights over all interpreters, above which cores share interpreters.
 _MAX_INTERPRETER_BYTES = 4 * 2**30
 # A flatbuffer ends at 2 GB.
 _MAX_PARAMETERS = 2**31 // 4 - 2**22
+
+
+class EngineError(ValueError):
+    """The engine that was asked for cannot compute this model."""
 
 
 class TensorFlowEngine:
@@ -44,7 +49,7 @@ class TensorFlowEngine:
         self.name = "tf"
         self.batch_size = self._per_replica * self._strategy.num_replicas_in_sync
         # Callers that prepare the next batches while the device computes.
-        self.lanes = max(2, os.cpu_count() or 2)
+        self.lanes = max(2, available_cpus())
         self._lock = threading.Lock()
 
         def forward(pixels):
@@ -81,17 +86,17 @@ class XnnpackEngine:
 
     Args:
       model: pixels → logits.
-      threads: CPU threads in all; None: as many as there are cores.
+      threads: CPU threads in all; None: as many as cores are available.
 
     Raises:
-      ValueError: the model does not fit into a flatbuffer.
+      ValueError: see `convert`.
     """
 
     def __init__(self, model: tf.keras.Model, threads: int | None = None):
         self.name = "xnnpack"
         self.batch_size = _cache_sized_batch(model.input_shape[1])
         content = convert(model, self.batch_size)
-        threads = threads or os.cpu_count() or 1
+        threads = threads or available_cpus()
         self.lanes = min(threads, max(1, _MAX_INTERPRETER_BYTES // len(content)))
         self._free: queue.LifoQueue = queue.LifoQueue()
         for _ in range(self.lanes):
@@ -144,10 +149,12 @@ def convert(
       configure: sets options of the converter, e.g. quantization.
 
     Raises:
-      ValueError: the model is too large for one.
+      ValueError: the model is too large for one, or computes in bfloat16.
     """
     if model.count_params() > _MAX_PARAMETERS:
         raise ValueError(f"{model.name} does not fit into a flatbuffer, which ends at 2 GB")
+    if any(layer.compute_dtype == "bfloat16" for layer in model.layers):
+        raise ValueError(f"{model.name} computes in bfloat16, which TensorFlow Lite does not have")
     shape = [batch_size, *model.input_shape[1:]]
 
     @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32)])
@@ -187,15 +194,19 @@ def make(
     """The engine of that kind.
 
     Args:
-      kind: `tf`, `xnnpack`, or `auto`: xnnpack without an accelerator.
+      kind: `tf`, `xnnpack`, or `auto`: xnnpack without an accelerator, for models that it can
+        compute, else tf.
       model: pixels → logits, with its weights loaded.
       batch_size: of the tf engine; xnnpack chooses its own.
+
+    Raises:
+      EngineError: `xnnpack` cannot compute the model.
     """
-    if kind == "auto":
-        kind = "tf" if has_accelerator(strategy) else "xnnpack"
-    if kind == "xnnpack":
+    if kind == "xnnpack" or kind == "auto" and not has_accelerator(strategy):
         try:
             return XnnpackEngine(model)
         except ValueError as e:
+            if kind == "xnnpack":
+                raise EngineError(f"--inference_engine=xnnpack: {e}; choose tf or auto") from e
             logging.warning("%s: computing with TensorFlow instead", e)
     return TensorFlowEngine(model, batch_size, strategy)

@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import re
+import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, Union
 
@@ -23,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.data import manifests
+from efficientnet_ns.data import manifests, paths
 from efficientnet_ns.models import foreign_weights, heads, weight_files
 
 # What is taken for a path: local, or of any file system of TensorFlow's.
@@ -141,11 +142,13 @@ def checkpoint_prefix(path: PathLike) -> str:
             "checkpoint it was made of"
         )
     if tf.io.gfile.isdir(path):
-        latest = tf.train.latest_checkpoint(path)
+        latest = newest_checkpoint(path)
         if latest:
             return latest
-        found = tf.io.gfile.glob(path + "/*.index")
-        found = found or tf.io.gfile.glob(path + "/*/model.ckpt*.index")
+        found = manifests.listed(path, r"[^.].*\.index")
+        if not found:
+            below = manifests.listed(path, r"[^.].*")
+            found = [p for f in below for p in manifests.listed(f, r"model\.ckpt.*\.index")]
         if len(found) == 1:
             return found[0][: -len(".index")]
         if found:
@@ -153,6 +156,16 @@ def checkpoint_prefix(path: PathLike) -> str:
     raise FileNotFoundError(
         f"no checkpoint at {path!r}: expected a folder with one, or a prefix like model.ckpt-1000"
     )
+
+
+def newest_checkpoint(folder: str) -> str | None:
+    """The prefix of the checkpoint that the `checkpoint` file of a folder names as the newest.
+
+    None without such a file, or when that checkpoint is gone.
+    """
+    state = tf.train.get_checkpoint_state(folder)
+    prefix = state.model_checkpoint_path if state else ""
+    return prefix if prefix and tf.io.gfile.exists(prefix + ".index") else None
 
 
 def fingerprint(path: PathLike) -> str:
@@ -197,9 +210,12 @@ def _damage_named(path: str, *where: str) -> Iterator[None]:
 
 
 def _open_checkpoint(prefix: str) -> _File:
-    with _damage_named(prefix):
-        reader = tf.train.load_checkpoint(prefix)
-        return _File(prefix, reader.get_variable_to_shape_map(), reader.get_tensor)
+    with _damage_named(prefix), contextlib.ExitStack() as stack:
+        reader = tf.train.load_checkpoint(stack.enter_context(paths.without_wildcards(prefix)))
+        file = _File(prefix, reader.get_variable_to_shape_map(), reader.get_tensor)
+        # Arrays are read one by one, as long as the file is in use.
+        weakref.finalize(file, stack.pop_all().close)
+        return file
 
 
 def _open_file(path: str, model: tf.keras.Model, ema: bool) -> tuple[_File, weight_files.Content]:

@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from efficientnet_ns.config import quiet_when_unread
+
 _VALID = "valid"
 _TOP = ("top_classes", "top_class_names", "top_probabilities")
 # Overloaded or not ready yet; everything else will fail again.
@@ -445,4 +447,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with quiet_when_unread():
+        sys.exit(main())

@@ -13,7 +13,7 @@ import tensorflow as tf
 from absl import logging
 from tensorflow.core.protobuf import saved_model_pb2
 
-from efficientnet_ns.data import manifests, tasks
+from efficientnet_ns.data import manifests, paths, tasks
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.models import folding, heads
 from efficientnet_ns.serving import card, deploy, tflite, tflite_metadata, warmup
@@ -131,6 +131,12 @@ def export(
         warmup.write(folder, model.name, preprocessing.image_size)
         _write(os.path.join(folder, "README.md"), _card(model, preprocessing, version, options))
     deploy.write(base, model.name)
+    if paths.is_pattern(base) and not for_cpu:
+        logging.warning(
+            "%s: TensorFlow and its server take a path with * ? [ or \\ for a pattern and find no "
+            "variables there: move the model before it is served",
+            base,
+        )
     return os.path.join(base, str(version))
 
 
@@ -176,7 +182,8 @@ def export_tflite(
 
 def saved_model_runner(folder: str) -> Callable[[Sequence[bytes]], np.ndarray]:
     """Asks an exported version: encoded images → probabilities [N, C]."""
-    loaded = tf.saved_model.load(folder)
+    with paths.without_wildcards(folder) as literal:
+        loaded = tf.saved_model.load(literal)
 
     def run(encoded: Sequence[bytes]) -> np.ndarray:
         parts = [encoded[i : i + 8] for i in range(0, len(encoded), 8)]

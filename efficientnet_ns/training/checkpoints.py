@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import time
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -31,6 +33,17 @@ def saved_steps(folder: str) -> list[int]:
     names = tf.io.gfile.listdir(folder)
     matches = [re.fullmatch(re.escape(_PREFIX) + r"(\d+)\.index", name) for name in names]
     return sorted((int(m[1]) for m in matches if m), reverse=True)
+
+
+def each_new(folder: str, seconds: float = 1.0) -> Iterator[str]:
+    """Prefixes of the newest checkpoint in a folder, each once, without end; looks every `seconds`."""
+    last = None
+    while True:
+        newest = weights.newest_checkpoint(folder)
+        if newest not in (None, last):
+            yield newest
+            last = newest
+        time.sleep(seconds)
 
 
 class Checkpoints:
@@ -114,7 +127,8 @@ class Checkpoints:
         reached = [saved for saved in self.steps() if saved <= step]
         self._note(reached[: self.keep])
         for old in reached[self.keep :]:
-            for path in tf.io.gfile.glob(self.prefix(old) + ".*"):
+            own = re.escape(os.path.basename(self.prefix(old))) + r"\..*"
+            for path in manifests.listed(self.folder, own):
                 tf.io.gfile.remove(path)
         return prefix
 

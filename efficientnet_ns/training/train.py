@@ -175,6 +175,10 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     if config.train.eval_views not in (1, 2):
         raise ConfigError(f"--eval_views={config.train.eval_views} must be 1 or 2 (mirrored)")
     continuously = config.train.eval_continuously
+    if continuously and config.predict.inference_engine == "xnnpack":
+        raise ConfigError(
+            "--eval_continuously computes with TensorFlow: leave out --inference_engine=xnnpack"
+        )
     path = config.train.model_dir if continuously else config.train.init_model_path
     path = path or config.train.model_dir
     if not path:
@@ -204,14 +208,14 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
 
 
 def _engine(config: Config, model, strategy):
-    """XNNPACK when asked for, which sums on one device; None: TensorFlow, under the strategy."""
-    if config.predict.inference_engine != "xnnpack":
-        return None
-    if strategy.num_replicas_in_sync > 1:
+    """XNNPACK, which sums on one device; None: TensorFlow, under the strategy."""
+    kind = config.predict.inference_engine
+    if kind == "xnnpack" and strategy.num_replicas_in_sync > 1:
         raise ConfigError(
             "--inference_engine=xnnpack evaluates on one device: leave --num_replicas at 0"
         )
-    return engines.make("xnnpack", model, config.train.eval_batch_size, strategy)
+    engine = engines.make(kind, model, config.train.eval_batch_size, strategy)
+    return None if isinstance(engine, engines.TensorFlowEngine) else engine
 
 
 def _evaluate_one(experiment: Experiment, evaluator, path: str) -> dict[str, accuracy.Measured]:
@@ -234,7 +238,7 @@ def _evaluate_each(experiment: Experiment, model, evaluator) -> dict[str, dict]:
     log = summaries.MetricsLog(os.path.join(folder, "eval"), start=total)
     measured = {row["step"] for row in log.rows}
     results: dict[str, dict] = {}
-    for path in tf.train.checkpoints_iterator(folder, min_interval_secs=1):
+    for path in checkpoints.each_new(folder):
         step = int(path.rsplit("-", 1)[1])
         try:
             if step not in measured or step == total:
