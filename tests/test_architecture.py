@@ -73,7 +73,8 @@ MAY_IMPORT = {
         | {"benchmarks", "studies"}
         for entry in ENTRIES - {"serving.client"}
     },
-    "__init__": set(),
+    "stack": set(),
+    "__init__": {"stack"},
 }
 # Take plain arguments, so that their numbers can be checked without a configuration.
 WITHOUT_CONFIG = [

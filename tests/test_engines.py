@@ -111,7 +111,7 @@ def test_large_models_share_interpreters(model, monkeypatch, pixels, expected):
 
 
 def test_normalisation_and_batch_norm_are_folded(model):
-    interpreter = tf.lite.Interpreter(model_content=engines.convert(model, 2))
+    interpreter = engines.Interpreter(model_content=engines.convert(model, 2))
     interpreter.allocate_tensors()
     assert interpreter.get_input_details()[0]["shape"].tolist() == [2, SIZE, SIZE, 3]
     names = [op["op_name"] for op in interpreter._get_ops_details()]

@@ -19,6 +19,11 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+try:
+    from ai_edge_litert.interpreter import Interpreter
+except ImportError:  # With TensorFlow 2.15, whose own is not deprecated.
+    Interpreter = tf.lite.Interpreter
+
 # Of packed weights over all interpreters, above which cores share interpreters.
 _MAX_INTERPRETER_BYTES = 4 * 2**30
 # A flatbuffer ends at 2 GB.
@@ -95,7 +100,7 @@ class XnnpackEngine:
         self.lanes = min(threads, max(1, _MAX_INTERPRETER_BYTES // len(content)))
         self._free: queue.LifoQueue = queue.LifoQueue()
         for _ in range(self.lanes):
-            interpreter = tf.lite.Interpreter(
+            interpreter = Interpreter(
                 model_content=content, num_threads=max(1, threads // self.lanes)
             )
             interpreter.allocate_tensors()

@@ -259,7 +259,7 @@ def read_h5(content: bytes, ema: bool) -> dict[str, np.ndarray]:
         if {"layers", "_layer_checkpoint_dependencies"} & set(root):
             raise ValueError(
                 "it is a .weights.h5 file, which does not name the layers; "
-                "save the model again with model.save_weights('<name>.h5') under TensorFlow 2.15"
+                "save the model again with model.save_weights('<name>.h5') of Keras 2"
             )
         root.visititems(take)
     return arrays
