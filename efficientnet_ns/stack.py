@@ -9,12 +9,22 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LEGACY = "TF_USE_LEGACY_KERAS"
-# TensorFlow's own log of infos, warnings and errors, and the line that precedes it.
-_LOG = re.compile(rb"WARNING: All log messages before absl::InitializeLog|[IWE]\d{4} \d\d:\d\d:")
+_NATIVE_LOG = re.compile(
+    # TensorFlow's log of infos, warnings and errors, and the line that precedes it.
+    rb"WARNING: All log messages before absl::InitializeLog|[IWE]\d{4} \d\d:\d\d:"
+    # The interpreter of TensorFlow Lite.
+    rb"|INFO: (Created TensorFlow Lite|Initialized TensorFlow Lite)"
+    # The table of the converter of TensorFlow 2.15: "- arith.constant:   35 occurrences  (f32: 34, i32: 1)".
+    rb"|Summary on the non-converted ops|-{20,}$| \* (Accepted dialects|Non-Converted Ops|\d+ )"
+    rb"|(- [\w.]+: +\d+ occurrences +|  )\(\w+: \d+.*\)$|$"
+)
+# The file descriptor is the process': threads take turns.
+_STDERR = threading.RLock()
 
 
 def prepare() -> None:
@@ -65,7 +75,7 @@ class _QuietImport(importlib.abc.MetaPathFinder):
             def load_quietly(module) -> None:
                 sys.meta_path.remove(self)
                 if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "3":
-                    with _without_log():
+                    with without_native_log():
                         load(module)
                 else:
                     load(module)
@@ -75,10 +85,10 @@ class _QuietImport(importlib.abc.MetaPathFinder):
 
 
 @contextmanager
-def _without_log() -> Iterator[None]:
-    """Passes on to file descriptor 2, at the end, what is no line of TensorFlow's log."""
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as written:
+def without_native_log() -> Iterator[None]:
+    """Hides what TensorFlow's C++ code writes to file descriptor 2; other lines appear at the end."""
+    with _STDERR, tempfile.TemporaryFile() as written:
+        stderr = os.dup(2)
         os.dup2(written.fileno(), 2)
         try:
             yield
@@ -87,5 +97,5 @@ def _without_log() -> Iterator[None]:
             os.close(stderr)
             written.seek(0)
             for line in written:
-                if not _LOG.match(line):
+                if not _NATIVE_LOG.match(line):
                     os.write(2, line)

@@ -37,7 +37,7 @@ ENTRIES = {
     "evaluate_robustness",
     "study",
 }
-BASE = {"config", "preemption", "progress"}
+BASE = {"config", "preemption", "progress", "stack"}
 NUMBERS = {"data", "models"}
 # Whom a package, or a module at the top, may import: only what is below it, and itself.
 MAY_IMPORT = {
