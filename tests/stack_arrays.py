@@ -30,7 +30,7 @@ def compute() -> dict[str, np.ndarray]:
     return {**_pixels(), **_draws(), **_model(), **_training()}
 
 
-def _images() -> tf.Tensor:
+def pictures() -> tf.Tensor:
     """Six smooth images with some noise, uint8 [6, 40, 52, 3]."""
     y, x = np.mgrid[:40, :52][..., np.newaxis]
     waves = np.sin(0.11 * x + np.arange(3)) + np.cos(0.17 * y * np.arange(1, 4))
@@ -40,10 +40,10 @@ def _images() -> tf.Tensor:
 
 def _pixels() -> dict[str, np.ndarray]:
     noised = pipeline.Preprocessing(SIZE, randaugment=pipeline.RandAugment(2, 15))
-    encoded = [tf.io.encode_png(image) for image in _images()]
+    encoded = [tf.io.encode_png(image) for image in pictures()]
     seeds = [tf.constant([number, 7]) for number in range(len(encoded))]
     evaluate, student = tf.function(noised.evaluate), tf.function(noised.train)
-    rotated = [augment.rotate(image, tf.constant(11.0 * i)) for i, image in enumerate(_images())]
+    rotated = [augment.rotate(image, tf.constant(11.0 * i)) for i, image in enumerate(pictures())]
     return {
         "pixels/evaluation": np.stack([evaluate(image) for image in encoded[:2]]),
         "pixels/student": np.stack([student(*both) for both in zip(encoded, seeds)]),
@@ -64,7 +64,7 @@ def _model() -> dict[str, np.ndarray]:
     tf.keras.utils.set_random_seed(5)
     model = efficientnet.build_model("efficientnet-test", 10, SIZE)
     values = {name: v.numpy() for name, v in weights.variable_names(model).items()}
-    pixels = _images()[:, :SIZE, :SIZE]
+    pixels = pictures()[:, :SIZE, :SIZE]
     return {
         "initial/weights": _first_of_each(values),
         "computed/logits": model(pixels, training=False).numpy(),

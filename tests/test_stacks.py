@@ -190,3 +190,56 @@ def test_training_continues_on_the_other_stack(ours, other, tmp_path, begins_her
     rows = summaries.read_metrics(config.train.model_dir)
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     np.testing.assert_allclose(losses, ours["trained/loss"], atol=TOLERANCE["trained/"])
+
+
+EXPORT = """
+import sys
+import efficientnet_ns
+import tensorflow as tf
+from efficientnet_ns.data.pipeline import Preprocessing
+from efficientnet_ns.models import efficientnet
+from efficientnet_ns.serving import export
+tf.keras.utils.set_random_seed(3)
+model = efficientnet.build_model("efficientnet-test", 10, 32)
+export.export(model, Preprocessing(32), sys.argv[1], 1)
+"""
+# As a server loads it: TensorFlow alone, by the loader of sessions.
+ANSWER = """
+import sys, numpy as np, tensorflow as tf
+with tf.compat.v1.Session(graph=tf.Graph()) as session:
+    meta = tf.compat.v1.saved_model.loader.load(session, ["serve"], sys.argv[1] + "/1")
+    signature = meta.signature_def["serving_default"]
+    with open(sys.argv[2], "rb") as f:
+        fed = {signature.inputs["image_bytes"].name: [f.read(), b"bad"]}
+    names = [signature.outputs[name].name for name in ("valid", "probabilities")]
+    valid, probabilities = session.run(names, fed)
+assert not [name for name in sys.modules if name.startswith("efficientnet_ns")]
+assert valid.tolist() == [True, False]
+np.save(sys.argv[3], probabilities[0])
+"""
+
+
+@pytest.mark.parametrize("exported_here", [True, False])
+def test_exported_model_is_served_by_the_other_stack(other, tmp_path, exported_here):
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(tf.io.encode_png(stack_arrays.pictures()[0]).numpy())
+    exporter = sys.executable if exported_here else other
+    done = python("-c", EXPORT, tmp_path / "base", interpreter=exporter)
+    assert done.returncode == 0, done.stderr
+    answers = []
+    for number, interpreter in enumerate((sys.executable, other)):
+        made = tmp_path / f"{number}.npy"
+        done = python("-c", ANSWER, tmp_path / "base", picture, made, interpreter=interpreter)
+        assert done.returncode == 0, done.stderr
+        answers.append(np.load(made))
+    assert answers[0].shape == (10,) and np.ptp(answers[0]) > 1e-4
+    np.testing.assert_allclose(*answers, atol=1e-6)
+    version = tensorflow_version(exporter)
+    for name in ("docker-compose.yml", "kubernetes.yaml", "start.sh"):
+        text = (tmp_path / "base" / "deploy" / name).read_text()
+        assert f"tensorflow/serving:{version}" in text, name
+
+
+def tensorflow_version(interpreter: str) -> str:
+    code = "from importlib import metadata; print(metadata.version('tensorflow'))"
+    return python("-c", code, interpreter=interpreter).stdout.strip()
