@@ -7,7 +7,8 @@ SHELL := bash
 
 # Arguments for the program a target runs: make test ARGS="-x -k resume"
 ARGS ?=
-# The interpreter .venv is made with; when empty, the first suitable one on PATH.
+# The interpreter .venv is made with; when empty, the newest suitable one on PATH. It decides which TensorFlow is
+# installed (docs/two_stacks.md).
 PYTHON ?=
 # TensorFlow's C++ code prints nothing; its errors reach Python as exceptions.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
@@ -20,7 +21,7 @@ PIP_INSTALL := $(RUN) pip install --quiet --disable-pip-version-check --no-input
 help:  ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3.11]'
 	sed -n 's/^\([a-z-]*\):[^#]*##  *\(.*\)/\1@\2/p' $(firstword $(MAKEFILE_LIST)) |
-	  while IFS=@ read -r target text; do printf '  %-10s %s\n' "$$target" "$$text"; done
+	  while IFS=@ read -r target text; do printf '  %-12s %s\n' "$$target" "$$text"; done
 
 .PHONY: demo
 demo: venv-run  ## run the whole method on small data, on a CPU
@@ -34,6 +35,12 @@ test: venv-dev  ## run the quick tests
 test-all: venv-dev  ## run all tests, the slow ones too
 	@$(RUN) pytest -m "" $(ARGS)
 
+.PHONY: test-install
+test-install:  ## install the package and each extra, lowest and highest versions
+	@$(shell_functions)
+	find_python
+	"$$python" tests/install_ranges.py $(ARGS)
+
 .PHONY: lint
 lint: venv-dev  ## check style, import order and format
 	@$(RUN) ruff check .
@@ -46,7 +53,7 @@ install: venv-run  ## put the package into .venv, for use from any folder
 
 .PHONY: clean
 clean:  ## remove .venv, caches and build products; runs/ stays
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	@rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ----------------------------------------------------------------------------------------------
@@ -86,13 +93,23 @@ version() {
   "$$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null || true
 }
 
+# The interpreter of that name. A shim of pyenv does not run unless its version is chosen; the installed one does.
+resolve() {
+  local prefix
+  if [[ -z "$$(version "$$1")" ]] && prefix=$$(pyenv prefix "$${1#python}" 2> /dev/null); then
+    echo "$$prefix/bin/python"
+  else
+    echo "$$1"
+  fi
+}
+
 suitable() {
-  case "$$(version "$$1")" in 3.9 | 3.10 | 3.11) ;; *) return 1 ;; esac
+  case "$$(version "$$1")" in 3.10 | 3.11 | 3.12 | 3.13) ;; *) return 1 ;; esac
 }
 
 usable() {
   [[ ! -e $(VENV)/unfinished ]] && suitable $(VENV)/bin/python &&
-    [[ -z "$(PYTHON)" || $$(version $(VENV)/bin/python) == $$(version "$(PYTHON)") ]]
+    [[ -z "$(PYTHON)" || $$(version $(VENV)/bin/python) == $$(version "$$(resolve "$(PYTHON)")") ]]
 }
 
 # Two makes in one folder install one after the other.
@@ -105,7 +122,8 @@ lock() {
 
 find_python() {
   local candidate seen= without_venv=
-  for candidate in $(if $(PYTHON),"$(PYTHON)",python3.11 python3.10 python3.9 python3); do
+  for candidate in $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3.10 python3); do
+    candidate=$$(resolve "$$candidate")
     if ! suitable "$$candidate"; then
       seen+="  $$candidate: $$(version "$$candidate" | grep . || echo "not found or does not run")"$$'\n'
       continue
@@ -122,19 +140,21 @@ find_python() {
       echo
       echo "  sudo apt-get install python$$without_venv-venv"
     else
-      echo "Python 3.9, 3.10 or 3.11 is needed: TensorFlow 2.15 has no packages for other versions."
+      echo "Python 3.10, 3.11, 3.12 or 3.13 is needed: TensorFlow 2.15 and 2.21 have no packages for other versions."
       echo "Found:"
       echo -n "$$seen"
       echo "Any one of these provides it:"
       echo
+      echo "  Debian 13:     sudo apt-get install python3.13 python3.13-venv"
+      echo "  Ubuntu 24.04:  sudo apt-get install python3.12 python3.12-venv"
       echo "  Debian 12:     sudo apt-get install python3.11 python3.11-venv"
       echo "  Ubuntu 22.04:  sudo apt-get install python3.10 python3.10-venv"
       echo "  Other Ubuntu:  sudo add-apt-repository ppa:deadsnakes/ppa"
-      echo "                 sudo apt-get install python3.11 python3.11-venv"
-      echo "  uv:            uv python install 3.11"
-      echo "                 make $(MAKECMDGOALS) PYTHON=\"\$$(uv python find 3.11)\""
-      echo "  pyenv:         pyenv install 3.11"
-      echo "                 make $(MAKECMDGOALS) PYTHON=\"\$$(pyenv prefix 3.11)/bin/python\""
+      echo "                 sudo apt-get install python3.13 python3.13-venv"
+      echo "  uv:            uv python install 3.13"
+      echo "                 make $(MAKECMDGOALS) PYTHON=\"\$$(uv python find 3.13)\""
+      echo "  pyenv:         pyenv install 3.13"
+      echo "                 make $(MAKECMDGOALS) PYTHON=\"\$$(pyenv prefix 3.13)/bin/python\""
     fi
     echo
   } >&2

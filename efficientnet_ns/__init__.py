@@ -1,11 +1,16 @@
 """Noisy Student Training with EfficientNet in TensorFlow 2 (arXiv 1911.04252).
 
 Names are imported on first use, so that command lines answer `--help` without loading TensorFlow.
+Import this package before `tf.keras` is used; see `stack`.
 """
 
 from __future__ import annotations
 
 import importlib
+
+from efficientnet_ns import stack
+
+stack.prepare()
 
 __version__ = "0.1.0"
 

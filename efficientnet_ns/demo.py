@@ -269,7 +269,11 @@ def answer_in_fresh_process(folder: str, saved_model: str) -> None:
     with open(picture, "wb") as f:
         f.write(records.image_bytes(first))
     print(f"{picture} shows a {records.label(first)}; ", end="", flush=True)
-    subprocess.run([sys.executable, "-c", _FRESH_PROCESS, saved_model, picture], check=True)
+    command = [sys.executable, "-c", _FRESH_PROCESS, saved_model, picture]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode:  # Else it is TensorFlow's log.
+        sys.stderr.write(done.stderr)
+        done.check_returncode()
 
 
 def main(argv: list[str]) -> None:

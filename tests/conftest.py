@@ -8,6 +8,9 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import efficientnet_ns  # noqa: F401 - decides which Keras TensorFlow has
+
+# isort: split
 import numpy as np
 import pytest
 import tensorflow as tf

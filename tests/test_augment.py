@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_addons as tfa
 
 from efficientnet_ns.data import augment, levels, randaugment
 
@@ -131,14 +130,47 @@ def test_degenerate_images_keep_their_shape(shape):
         assert op(image, *args).shape == image.shape, name
 
 
+def projected(image, coefficients):
+    """The image [H, W, 3] under the first six coefficients of a projective transform."""
+    return tf.raw_ops.ImageProjectiveTransformV3(
+        images=tf.convert_to_tensor(image)[tf.newaxis],
+        transforms=tf.stack([*coefficients, 0.0, 0.0])[tf.newaxis],
+        output_shape=image.shape[:2],
+        fill_value=128.0,
+        interpolation="NEAREST",
+        fill_mode="CONSTANT",
+    )[0]
+
+
+def rotation(degrees, height, width):
+    """Six coefficients; that they are TensorFlow Addons' has a test of its own."""
+    radians = tf.constant(degrees) * (np.pi / 180)
+    return tf.unstack(augment._rotation(radians, float(height), float(width))[0])[:6]
+
+
+def test_rotation_is_that_of_tensorflow_addons(rng):
+    """Bit for bit, also as it is rounded in a graph."""
+    image = pytest.importorskip("tensorflow_addons").image
+    addons = image.transform_ops.angles_to_projective_transforms
+    radians = rng.uniform(-4, 4, 200).astype(np.float32)
+    sizes = rng.integers(1, 1500, [200, 2]).astype(np.float32)
+    signature = [tf.TensorSpec([], tf.float32)] * 3
+    for ours, theirs in ((augment._rotation, addons),) + (
+        tuple(tf.function(f, input_signature=signature) for f in (augment._rotation, addons)),
+    ):
+        for angle, (height, width) in zip(radians, sizes):
+            numbers = [tf.constant(x) for x in (angle, height, width)]
+            np.testing.assert_array_equal(ours(*numbers), theirs(*numbers), err_msg=str(numbers))
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_translation_equals_projective_transform(axis):
     image = noise(9, 12)
     op = augment.OPS["TranslateY" if axis == 0 else "TranslateX"]
     for pixels in np.arange(-14, 14.5, 0.25, np.float32):
-        coefficients = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+        coefficients = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
         coefficients[5 if axis == 0 else 2] = pixels
-        expected = tfa.image.transform(image, coefficients, fill_value=128)
+        expected = projected(image, coefficients)
         np.testing.assert_array_equal(op(image, pixels), expected, err_msg=str(pixels))
 
 
@@ -154,10 +186,6 @@ def in_both_shapes(function, image):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_warps_equal_projective_transform(shape):
     image = noise(*shape)
-
-    def transform(image, *coefficients):
-        return tfa.image.transform(image, [*coefficients, 0.0, 0.0], fill_value=128)
-
     # 0.5 and 1 put sources exactly between pixels.
     for level in (-0.81, -0.5, 0.0, 0.09, 1.0):
         for op, coefficients in (
@@ -165,12 +193,10 @@ def test_warps_equal_projective_transform(shape):
             ("ShearY", (1.0, 0.0, 0.0, level, 1.0, 0.0)),
         ):
             for result in in_both_shapes(lambda x, op=op: augment.OPS[op](x, level), image):
-                expected = transform(image, *coefficients)
+                expected = projected(image, coefficients)
                 np.testing.assert_array_equal(result, expected, err_msg=f"{op}({level})")
     for degrees in (-90.0, -81.0, -45.0, 0.0, 7.5, 90.0):
-        expected = tfa.image.rotate(
-            image, tf.constant(degrees) * (np.pi / 180), fill_value=128, interpolation="nearest"
-        )
+        expected = projected(image, rotation(degrees, *shape))
         for result in in_both_shapes(lambda x: augment.OPS["Rotate"](x, degrees), image):
             np.testing.assert_array_equal(result, expected, err_msg=f"Rotate({degrees})")
 
@@ -180,15 +206,15 @@ def test_warps_of_the_usual_size_equal_projective_transform():
     for magnitude in (1, 5, 9, 10, 20, 27, 30):
         for sign in (-1, 1):
             level = tf.constant(sign * magnitude / 10 * 0.3, tf.float32)
-            coefficients = [1.0, level, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+            coefficients = [1.0, level, 0.0, 0.0, 1.0, 0.0]
             np.testing.assert_array_equal(
                 augment.OPS["ShearX"](image, level),
-                tfa.image.transform(image, coefficients, fill_value=128),
+                projected(image, coefficients),
             )
             degrees = tf.constant(sign * magnitude * 3.0)
             np.testing.assert_array_equal(
                 augment.OPS["Rotate"](image, degrees),
-                tfa.image.rotate(image, degrees * (np.pi / 180), fill_value=128),
+                projected(image, rotation(degrees, 224, 224)),
             )
 
 

@@ -122,9 +122,13 @@ def test_large_models_share_interpreters(model, monkeypatch, pixels, expected):
     np.testing.assert_allclose(engine(pixels), expected, atol=1e-5)
 
 
+def test_native_code_prints_nothing(model, capfd):
+    engines.XnnpackEngine(model, threads=1)
+    assert capfd.readouterr().err == ""
+
+
 def test_normalisation_and_batch_norm_are_folded(model):
-    interpreter = tf.lite.Interpreter(model_content=engines.convert(model, 2))
-    interpreter.allocate_tensors()
+    interpreter = engines.interpreter(engines.convert(model, 2))
     assert interpreter.get_input_details()[0]["shape"].tolist() == [2, SIZE, SIZE, 3]
     names = [op["op_name"] for op in interpreter._get_ops_details()]
     assert "CONV_2D" in names

@@ -93,7 +93,9 @@ def test_files_that_are_named_exist(notebook):
 
 def test_tensorflow_for_gpus_is_the_pinned_one(notebook):
     (asked,) = re.findall(r"tensorflow\[and-cuda\]==([\d.]+)", NOTEBOOK.read_text())
-    assert f"\ntensorflow=={asked} " in (ROOT / "requirements.txt").read_text()
+    (python,) = re.findall(r"uv python install 3\.(\d+)", NOTEBOOK.read_text())
+    condition = "python_version " + ('>= "3.12"' if int(python) >= 12 else '< "3.12"')
+    assert f"\ntensorflow=={asked}; {condition} " in (ROOT / "requirements.txt").read_text()
 
 
 # --- The programs -----------------------------------------------------------------------------------

@@ -206,6 +206,60 @@ def test_runtime_fits_the_accelerator(variables, runtime):
     assert "--spot" in run("tpu_vm.sh", "--dry_run", "create", **HERE, SPOT=1).stdout
 
 
+PYTHON_OF_AN_IMAGE = """#!/usr/bin/env bash
+echo "$FOUND"
+"""
+
+
+@pytest.mark.parametrize(
+    "found, left_out, installed",
+    [
+        ("3.10 2.15.1", "tensorflow", ["pip install -r others.txt"]),
+        ("3.11 2.15.0", "tensorflow", ["pip install -r others.txt"]),
+        *(
+            (
+                found,
+                "tensorflow|tf-keras|tensorboard",
+                [
+                    "pip install -r others.txt tensorflow-tpu==2.20.0",
+                    "pip install --no-deps tf-keras==2.20.1",
+                ],
+            )
+            for found in ("3.12 none", "3.12 2.20.0", "3.13 2.21.0")
+        ),
+    ],
+)
+def test_tpu_machine_gets_what_fits_its_python(tmp_path, found, left_out, installed):
+    python = tmp_path / "python"
+    python.write_text(PYTHON_OF_AN_IMAGE)
+    python.chmod(0o755)
+    filtered, *rest = run(
+        "tpu_install.sh", "--dry_run", PYTHON=python, FOUND=found
+    ).stdout.splitlines()
+    assert shlex.split(filtered)[2] == f"grep -vE '^({left_out})==' requirements.txt > others.txt"
+    assert [line.strip() for line in rest] == installed
+    for image in ("3.9 2.15.1", "3.10 2.18.0", "3.10 none"):
+        failed = run("tpu_install.sh", "--dry_run", check=False, PYTHON=python, FOUND=image)
+        assert failed.returncode == 1 and not failed.stdout
+        assert image.split()[1] in failed.stderr and "2.15.1" in failed.stderr
+
+
+def test_tpu_machine_keeps_every_other_requirement():
+    """The lines left out are there to be left out, under exactly these names."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    for name, conditions in {
+        "tensorflow": {'python_version < "3.12"', 'python_version >= "3.12"'},
+        "tf-keras": {'python_version >= "3.12"'},
+        "tensorboard": {'python_version < "3.12"', 'python_version >= "3.12"'},
+    }.items():
+        found = {
+            line.split("#")[0].split(";")[1].strip()
+            for line in lines
+            if line.startswith(f"{name}==")
+        }
+        assert found == conditions, name
+
+
 def test_only_worker_0_trains():
     def workers(command: str) -> str:
         printed = run("tpu_vm.sh", "--dry_run", *command.split(), **HERE).stdout
@@ -251,7 +305,9 @@ def cloud(tmp_path):
     """A folder that stands for the cloud, and a function that calls tpu_vm.sh in it."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, text in (("gcloud", GCLOUD), ("pip", "#!/bin/sh\necho pip >> $FAKE/calls\n")):
+    image = PYTHON_OF_AN_IMAGE.replace("$FOUND", "3.10 2.15.1")
+    pip = "#!/bin/sh\necho pip >> $FAKE/calls\n"
+    for name, text in (("gcloud", GCLOUD), ("pip", pip), ("python", image)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     (tmp_path / "home" / "efficientnet_ns").mkdir(parents=True)
@@ -314,9 +370,8 @@ def test_preempted_machine_is_replaced_and_the_program_started_again(cloud):
     assert done.returncode == 0, done.stderr
     assert (folder / "runs").read_text().count("x") == 2
     calls = (folder / "calls").read_text().split("\n")
-    changes = [
-        c for c in calls if c in ("queued-resources create", "queued-resources delete", "pip")
-    ]
+    kept = ("queued-resources create", "queued-resources delete", "pip")
+    changes = [c for c in calls if c in kept]
     assert changes == [
         "queued-resources create",
         "pip",

@@ -41,7 +41,7 @@ from PIL import Image
 from efficientnet_ns.benchmarks import tables
 from efficientnet_ns.data import records, tasks
 from efficientnet_ns.data.pipeline import Preprocessing
-from efficientnet_ns.models import cpu_graph, efficientnet, folding
+from efficientnet_ns.models import cpu_graph, efficientnet, engines, folding
 from efficientnet_ns.serving import check, client, deploy, export, image_sizes, tflite, warmup
 from efficientnet_ns.serving.classifier import Answers
 
@@ -304,7 +304,7 @@ def test_start_script_without_a_server_starts_a_container(base, tmp_path):
     command = [str(base / "deploy" / "start.sh"), "--version"]
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
-    options, _, arguments = done.partition(" tensorflow/serving:2.15.1 ")
+    options, _, arguments = done.partition(f" tensorflow/serving:{tf.__version__} ")
     # Only so do signals reach the server.
     assert "--init --entrypoint tensorflow_model_server" in options
     assert arguments.split()[:2] == ["--port=8500", "--rest_api_port=8501"]
@@ -585,7 +585,7 @@ def test_tflite(model, tmp_path, kind, tolerance):
         assert attached.read("labels.txt").decode().split() == list(NAMES)
         facts = json.loads(attached.read("metadata.json"))
     assert facts["image_size"] == SIZE and facts["type"] == kind and len(facts["mean"]) == 3
-    details = tf.lite.Interpreter(path).get_input_details()[0]
+    details = engines.Interpreter(path).get_input_details()[0]
     assert details["dtype"] == (np.uint8 if kind == "int8" else np.float32)
 
 

@@ -23,7 +23,7 @@
 #
 # Settings (environment): TPU_NAME and ZONE (needed), PROJECT, ACCELERATOR_TYPE (v3-8), SPOT=1 for a preemptible one,
 # TF_VERSION (2.15.1), DEVICE_API (pjrt; se is the older one of v2 to v4), RUNTIME (made of these two; the pod variant
-# for slices), POLL_SECONDS (60) between two looks of watch. Programs that are started get the settings of the scripts in
+# for slices; one whose Python is 3.12 or 3.13 gets TensorFlow 2.20), POLL_SECONDS (60) between two looks of watch. Programs that are started get the settings of the scripts in
 # imagenet/ and svhn/ (MODEL, LABEL_DATA_DIR, MODEL_DIR, EXTRA_FLAGS …; their --help), and HARDWARE: tpu, or tpu_pod.
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
@@ -77,9 +77,8 @@ setup() {
   run git archive --format=tar.gz --output="$archive" HEAD
   run gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME":efficientnet_ns.tar.gz "${where[@]}" --worker=all
   rm -rf "$(dirname "$archive")"
-  # The image's own TensorFlow drives the TPU: everything of requirements.txt but tensorflow itself.
   on_workers all 'mkdir -p efficientnet_ns && tar -xzf efficientnet_ns.tar.gz -C efficientnet_ns &&
-    cd efficientnet_ns && grep -v "^tensorflow==" requirements.txt > others.txt && pip install -r others.txt'
+    efficientnet_ns/tpu_scripts/tpu_install.sh'
 }
 
 # The settings of the scripts in this folder that are set here, as words for `env` over there. Their hardware is this TPU,

@@ -23,10 +23,13 @@ import tensorflow as tf
 
 from efficientnet_ns.data import images
 
-with warnings.catch_warnings():
-    # It says at import that it is no longer developed, which users of this package cannot act on.
-    warnings.simplefilter("ignore", UserWarning)
-    import tensorflow_addons as tfa
+try:
+    with warnings.catch_warnings():
+        # It says at import that it is no longer developed, which users of this package cannot act on.
+        warnings.simplefilter("ignore", UserWarning)
+        from tensorflow_addons.image.transform_ops import angles_to_projective_transforms
+except ImportError:  # It ends with TensorFlow 2.15.
+    angles_to_projective_transforms = None
 
 FILL = 128
 
@@ -305,10 +308,20 @@ def rotate(image: tf.Tensor, degrees: tf.Tensor | float) -> tf.Tensor:
 def _rotated(y: tf.Tensor, x: tf.Tensor, degrees: tf.Tensor | float) -> tuple[tf.Tensor, ...]:
     radians = tf.cast(degrees, tf.float32) * (math.pi / 180.0)
     height, width = (tf.cast(tf.size(grid), tf.float32) for grid in (y, x))
-    matrix = tfa.image.transform_ops.angles_to_projective_transforms(radians, height, width)
+    matrix = (angles_to_projective_transforms or _rotation)(radians, height, width)
     a, minus = tf.unstack(matrix[0]), tf.unstack(-matrix[0])
     # Subtractions, because the graph optimizer reorders additions, and with that the rounding.
     return a[3] * x - minus[4] * y - minus[5], a[0] * x - minus[1] * y - minus[2]
+
+
+def _rotation(radians: tf.Tensor, height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
+    """The projective transform of a rotation, float32 [1, 8], in TensorFlow Addons' order of rounding."""
+    cos, sin = tf.cos(radians), tf.sin(radians)
+    x, y = width - 1, height - 1
+    x_offset = (x - (cos * x - sin * y)) / 2
+    y_offset = (y - (sin * x + cos * y)) / 2
+    zero = tf.zeros_like(cos)
+    return tf.stack([cos, -sin, x_offset, sin, cos, y_offset, zero, zero])[tf.newaxis]
 
 
 def shear_x(image: tf.Tensor, level: tf.Tensor | float) -> tf.Tensor:

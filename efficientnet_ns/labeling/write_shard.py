@@ -159,13 +159,13 @@ class _Run(NamedTuple):
 
 def _choices(db, shard: int, workers: int) -> Iterator[_Choice]:
     """The selection of a shard in the order of its images."""
-    batches = db.execute(
+    cursor = db.execute(
         "SELECT position * $1 + worker AS image, label, prob, copies FROM selection "
         "WHERE shard = $2 ORDER BY image",
         [workers, shard],
-    ).fetch_record_batch(_ROWS)
-    for batch in batches:
-        yield from map(_Choice, *(column.tolist() for column in batch.columns))
+    )
+    while rows := cursor.fetchmany(_ROWS):
+        yield from map(_Choice._make, rows)
 
 
 def _runs(config: SelectConfig, db, shard: int, workers: int) -> Iterator[_Run]:

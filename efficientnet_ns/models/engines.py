@@ -18,7 +18,13 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from efficientnet_ns import stack
 from efficientnet_ns.cpus import available_cpus
+
+try:
+    from ai_edge_litert.interpreter import Interpreter
+except ImportError:  # With TensorFlow 2.15, whose own is not deprecated.
+    Interpreter = tf.lite.Interpreter
 
 # Of packed weights over all interpreters, above which cores share interpreters.
 _MAX_INTERPRETER_BYTES = 4 * 2**30
@@ -100,11 +106,7 @@ class XnnpackEngine:
         self.lanes = min(threads, max(1, _MAX_INTERPRETER_BYTES // len(content)))
         self._free: queue.LifoQueue = queue.LifoQueue()
         for _ in range(self.lanes):
-            interpreter = tf.lite.Interpreter(
-                model_content=content, num_threads=max(1, threads // self.lanes)
-            )
-            interpreter.allocate_tensors()
-            self._free.put(interpreter)
+            self._free.put(interpreter(content, max(1, threads // self.lanes)))
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         interpreter = self._free.get()
@@ -120,6 +122,14 @@ class XnnpackEngine:
             return _by_batches(batch, pixels, self.batch_size)
         finally:
             self._free.put(interpreter)
+
+
+def interpreter(content: bytes, threads: int | None = None) -> Interpreter:
+    """What runs a .tflite file, its tensors allocated."""
+    with stack.without_native_log():
+        made = Interpreter(model_content=content, num_threads=threads)
+        made.allocate_tensors()
+    return made
 
 
 def _by_batches(compute, pixels: np.ndarray, size: int) -> np.ndarray:
@@ -173,7 +183,8 @@ def convert(
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
-        return converter.convert()
+        with stack.without_native_log():
+            return converter.convert()
     finally:
         logging.set_verbosity(verbosity)
 

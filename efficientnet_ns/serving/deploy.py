@@ -37,7 +37,7 @@ num_batch_threads {{ value: 2 }}
 _COMPOSE = """\
 services:
   serving:
-    image: tensorflow/serving:2.15.1
+    image: tensorflow/serving:{server}
     # The image's own entrypoint is a script that does not hand on signals.
     init: true
     entrypoint: [tensorflow_model_server]
@@ -89,7 +89,7 @@ spec:
       shareProcessNamespace: true
       containers:
         - name: serving
-          image: tensorflow/serving:2.15.1
+          image: tensorflow/serving:{server}
           command: [tensorflow_model_server]
           args:
             - --port=8500
@@ -154,7 +154,7 @@ if command -v tensorflow_model_server >/dev/null; then
 fi
 # The image's own entrypoint is a script that does not hand on signals.
 exec docker run --rm --init --entrypoint tensorflow_model_server -p 8500:8500 -p 8501:8501 -v "$base:/models/{model}:ro" \\
-  -e TF_ENABLE_ONEDNN_OPTS tensorflow/serving:2.15.1 --port=8500 --rest_api_port=8501 \\
+  -e TF_ENABLE_ONEDNN_OPTS tensorflow/serving:{server} --port=8500 --rest_api_port=8501 \\
   --model_config_file='/models/{model}/deploy/models.config' \\
   --enable_batching \\
   --batching_parameters_file='/models/{model}/deploy/batching_parameters.txt' "$@"
@@ -173,6 +173,7 @@ def texts(model: str) -> dict[str, str]:
     """File name → content, for a model of that name."""
     values = {
         "model": model,
+        "server": tf.__version__,  # Reads all that this TensorFlow writes.
         "label": re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-"),
         "largest": BATCH_SIZES[-1],
         "allowed": "\n".join(f"allowed_batch_sizes: {size}" for size in BATCH_SIZES),

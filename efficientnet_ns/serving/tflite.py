@@ -69,8 +69,7 @@ def with_metadata(
 
 def runner(content: bytes, threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """Runs a file: pixels float32 [N, S, S, 3] → probabilities float32 [N, C]."""
-    interpreter = tf.lite.Interpreter(model_content=content, num_threads=threads)
-    interpreter.allocate_tensors()
+    interpreter = engines.interpreter(content, threads)
     source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
 
     def one(image: np.ndarray) -> np.ndarray:

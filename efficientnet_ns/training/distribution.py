@@ -14,6 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from efficientnet_ns import stack
 from efficientnet_ns.config import ConfigError, HardwareConfig
 from efficientnet_ns.data import pipeline
 from efficientnet_ns.experiment import Experiment
@@ -121,6 +122,12 @@ def _split_cpu(count: int) -> None:
             f"--num_replicas={count}: TensorFlow runs already in this process, so that its CPU "
             "cannot be divided any more. Ask for the replicas before the first computation."
         ) from e
+
+
+def start_xla() -> None:
+    """Compiles a trifle: TensorFlow 2.15 announces its first use of XLA at every log level."""
+    with stack.without_native_log(), tf.device("CPU:0"):
+        tf.function(lambda: tf.constant(0.0) + 1.0, jit_compile=True)()
 
 
 def set_precision(hardware: HardwareConfig, strategy: tf.distribute.Strategy) -> None:

@@ -56,6 +56,7 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
             stop.take_signals()  # TensorFlow takes SIGTERM when it joins other workers.
             distribution.check(experiment, strategy)
             distribution.set_precision(config.hardware, strategy)
+            distribution.start_xla()
             labeled, unlabeled, evaluation = _sources(experiment, evaluate)
             sets = {"labeled": labeled, "unlabeled": unlabeled}
             claim(config, sets, writes=distribution.is_chief(strategy))

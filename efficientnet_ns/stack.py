@@ -1,0 +1,101 @@
+"""What must be settled before TensorFlow is imported: which Keras it has, and that its import is quiet."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LEGACY = "TF_USE_LEGACY_KERAS"
+_NATIVE_LOG = re.compile(
+    # TensorFlow's log of infos, warnings and errors, and the line that precedes it.
+    rb"WARNING: All log messages before absl::InitializeLog|[IWE]\d{4} \d\d:\d\d:"
+    # The interpreter of TensorFlow Lite.
+    rb"|INFO: (Created TensorFlow Lite|Initialized TensorFlow Lite)"
+    # The table of the converter of TensorFlow 2.15: "- arith.constant:   35 occurrences  (f32: 34, i32: 1)".
+    rb"|Summary on the non-converted ops|-{20,}$| \* (Accepted dialects|Non-Converted Ops|\d+ )"
+    rb"|(- [\w.]+: +\d+ occurrences +|  )\(\w+: \d+.*\)$|$"
+)
+# The file descriptor is the process': threads take turns.
+_STDERR = threading.RLock()
+
+
+def prepare() -> None:
+    """Makes `tf.keras` Keras 2, and the import of TensorFlow heed TF_CPP_MIN_LOG_LEVEL=3.
+
+    TensorFlow 2.15 contains Keras 2 and knows no other. Later releases take it from the package
+    tf_keras if TF_USE_LEGACY_KERAS says so.
+
+    Raises:
+      ImportError: Keras 3 is asked for, or `tf.keras` has been used and is Keras 3.
+    """
+    if importlib.util.find_spec("tf_keras") is not None:
+        if os.environ.setdefault(_LEGACY, "1") not in ("1", "true", "True"):
+            raise ImportError(
+                f"efficientnet_ns needs Keras 2, but {_LEGACY}={os.environ[_LEGACY]} asks for Keras 3:"
+                " set it to 1 or unset it"
+            )
+        if _keras_3_is_used():
+            raise ImportError(
+                "efficientnet_ns needs Keras 2, but this program has already used tf.keras, which "
+                f"is Keras 3: import efficientnet_ns first, or set {_LEGACY}=1"
+            )
+    if "tensorflow" not in sys.modules:
+        sys.meta_path.insert(0, _QuietImport())
+
+
+def _keras_3_is_used() -> bool:
+    keras = vars(sys.modules.get("tensorflow", os)).get("keras")
+    # TensorFlow decides at the first use; merely looking at an attribute would be one.
+    if keras is None or vars(keras).get("_tfll_initialized") is False:
+        return False
+    return getattr(keras, "__version__", "2").startswith("3")  # tf_keras has none here.
+
+
+class _QuietImport(importlib.abc.MetaPathFinder):
+    """Finds TensorFlow as Python does, and hides the log of its first import.
+
+    Releases after 2.15 write some lines before they read TF_CPP_MIN_LOG_LEVEL.
+    """
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "tensorflow":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_quietly(module) -> None:
+                sys.meta_path.remove(self)
+                if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "3":
+                    with without_native_log():
+                        load(module)
+                else:
+                    load(module)
+
+            spec.loader.exec_module = load_quietly
+        return spec
+
+
+@contextmanager
+def without_native_log() -> Iterator[None]:
+    """Hides what TensorFlow's C++ code writes to file descriptor 2; other lines appear at the end."""
+    with _STDERR, tempfile.TemporaryFile() as written:
+        stderr = os.dup(2)
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            written.seek(0)
+            for line in written:
+                if not _NATIVE_LOG.match(line):
+                    os.write(2, line)

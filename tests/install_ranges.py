@@ -1,0 +1,129 @@
+"""Installs the package as users do, with pip, at both ends of the ranges of pyproject.toml; `make test-install` runs it.
+
+For the highest and then the lowest versions: a new virtual environment, the package, each extra on top of it, each time
+`pip check` and a program that needs what was installed; then the tests of the modules that depend on the ranges most.
+Needs no package but pip. `--only=highest` or `--only=lowest` tries one end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+from pip._vendor import tomli
+from pip._vendor.packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+# Extra → what must run once it is installed.
+PROGRAMS = {
+    "": """
+import tensorflow as tf
+from efficientnet_ns.labeling import select, write_shard
+from efficientnet_ns.models import efficientnet, engines
+from efficientnet_ns.data import tfds_source, videos
+from efficientnet_ns.training import train
+import numpy as np
+import scipy.io, tensorboard.program, tensorflow_datasets, PIL.Image, matplotlib.pyplot
+model = efficientnet.build_model("efficientnet-test", 3, 8)
+assert engines.XnnpackEngine(model)(np.zeros([2, 8, 8, 3], np.float32)).shape == (2, 3)
+""",
+    "demo": "from sklearn import datasets; assert len(datasets.load_digits().images) == 1797",
+    "serving": "from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc",
+    "robustness": """
+import av, numpy as np
+from efficientnet_ns.evaluation import corruptions
+from imagecorruptions import corrupt, get_corruption_names
+image = np.full([64, 64, 3], 100, np.uint8)
+for name in get_corruption_names("all"):
+    assert corrupt(image, severity=2, corruption_name=name).shape == image.shape, name
+""",
+    "beam": "from efficientnet_ns.labeling import beam",
+    "dev": "import pytest, hypothesis, nbclient",
+}
+TESTS = [
+    "select",
+    "write",
+    "augment",
+    "svhn",
+    "records",
+    "weights",
+    "videos",
+    "corruptions",
+    "data_source",
+]
+
+
+def dependencies() -> dict[str, list[str]]:
+    """Extra → its requirements; the empty name stands for the package's own."""
+    project = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return {"": project["dependencies"], **project["optional-dependencies"]}
+
+
+def lowest() -> list[str]:
+    """`name==version` of the lowest version of every requirement that has one, for this Python."""
+    pinned = {}
+    for requirement in map(Requirement, sum(dependencies().values(), [])):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        for bound in requirement.specifier:
+            if bound.operator == ">=":
+                pinned[requirement.name] = f"{requirement.name}=={bound.version}"
+    return sorted(pinned.values())
+
+
+def step(what: str, command: list[str | Path]) -> bool:
+    """Runs a command; prints how long it took, or its output if it failed."""
+    begun = time.monotonic()
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        command, cwd=tempfile.gettempdir(), env=environment, text=True, capture_output=True
+    )
+    word = "passed" if done.returncode == 0 else "FAILED"
+    print(f"  {what:<28} {word} {time.monotonic() - begun:6.0f} s", flush=True)
+    if done.returncode:
+        print(done.stdout[-4000:] + done.stderr[-4000:], flush=True)
+    return done.returncode == 0
+
+
+def check(end: str, folder: Path) -> list[bool]:
+    """Every step at one end of the ranges, whether it passed."""
+    print(f"Python {sys.version.split()[0]}, {end} versions", flush=True)
+    venv.create(folder / "venv", with_pip=True)
+    python = folder / "venv" / "bin" / "python"
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join(lowest() if end == "lowest" else []) + "\n")
+    install = [python, "-m", "pip", "install", "--quiet", "--no-input", "--constraint", constraints]
+    results = []
+    for extra, program in PROGRAMS.items():
+        name = f"{ROOT}[{extra}]" if extra else str(ROOT)
+        results += [
+            step(f"pip install {extra or 'alone'}", [*install, name]),
+            step("  pip check", [python, "-m", "pip", "check"]),
+            step("  runs", [python, "-c", program]),
+        ]
+    tests = [ROOT / "tests" / f"test_{name}.py" for name in TESTS]
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT]
+    return [*results, step("tests", [*pytest, *tests])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=["highest", "lowest"])
+    only = parser.parse_args().only
+    results = []
+    for end in [only] if only else ["highest", "lowest"]:
+        with tempfile.TemporaryDirectory() as folder:
+            results += check(end, Path(folder))
+    print(f"{results.count(True)} passed, {results.count(False)} failed")
+    sys.exit(not all(results))
+
+
+if __name__ == "__main__":
+    main()

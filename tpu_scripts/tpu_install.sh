@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Installs on a TPU VM what fits its Python and TensorFlow (docs/two_stacks.md). `tpu_vm.sh setup` runs it on every worker.
+#
+#   tpu_install.sh [--dry_run]
+#
+# Python 3.10 or 3.11 with TensorFlow 2.15, as on Google's images of that name: the reference stack around the image's own
+# TensorFlow, which drives the TPU. Python 3.12 or 3.13: tensorflow-tpu 2.20, the last release there is, with its Keras 2.
+# Anything else is refused: without TensorFlow 2.15 the older Pythons have no stack.
+set -euo pipefail
+# shellcheck source=tpu_scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+parse_arguments "$@"
+
+found=$("$PYTHON" -c '
+import sys
+from importlib import metadata
+
+def version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+print("%d.%d" % sys.version_info[:2], version("tensorflow") or version("tensorflow-tpu") or "none")')
+
+install() { # names that are left out of requirements.txt, then what is added
+  local left_out=$1
+  shift
+  run bash -c "grep -vE '^($left_out)==' requirements.txt > others.txt"
+  run pip install -r others.txt "$@"
+}
+
+case $found in
+  "3.10 2.15."* | "3.11 2.15."*) install tensorflow ;;
+  "3.12 "* | "3.13 "*)
+    install 'tensorflow|tf-keras|tensorboard' tensorflow-tpu==2.20.0
+    # It asks for plain tensorflow, which would be installed over the one for TPUs.
+    run pip install --no-deps tf-keras==2.20.1
+    ;;
+  *)
+    echo "This machine has Python ${found% *} and TensorFlow ${found#* }. Needed is an image with TensorFlow 2.15" \
+      "(TF_VERSION=2.15.1), or one with Python 3.12 or 3.13 (RUNTIME=…)." >&2
+    exit 1
+    ;;
+esac
