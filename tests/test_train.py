@@ -457,7 +457,9 @@ def test_training_that_never_began_gives_way(folder, tmp_path, only_reads):
     assert json.loads((tmp_path / claim.SETTINGS).read_text()) == mended.identity()
 
 
-@pytest.mark.parametrize("pid, refused", [(os.getppid(), True), (os.getpid(), False)])
+@pytest.mark.parametrize(
+    "pid, refused", [(os.getppid(), True), (os.getpid(), False)], ids=["another", "this"]
+)
 def test_training_that_runs_does_not_give_way(folder, tmp_path, monkeypatch, pid, refused):
     """Another process has not reached its first checkpoint."""
     config = settings(folder, tmp_path)
