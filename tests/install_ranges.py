@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # Extra → what must run once it is installed.
 PROGRAMS = {
     "": """
-import tensorflow as tf
 from efficientnet_ns.labeling import select, write_shard
 from efficientnet_ns.models import efficientnet, engines
 from efficientnet_ns.data import tfds_source, videos
