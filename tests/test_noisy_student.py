@@ -17,7 +17,7 @@ import tensorflow as tf
 from efficientnet_ns import noisy_student
 from efficientnet_ns.config import Config, ConfigError, LoopConfig
 from efficientnet_ns.data import records
-from efficientnet_ns.labeling import predict
+from efficientnet_ns.pseudo_labels import predict
 from efficientnet_ns.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -198,7 +198,7 @@ import json, os, signal, sys
 import tensorflow as tf
 from efficientnet_ns import noisy_student
 from efficientnet_ns.config import Config, LoopConfig
-from efficientnet_ns.labeling import predict, select, write
+from efficientnet_ns.pseudo_labels import predict, selection, write
 from efficientnet_ns.models import weights
 from efficientnet_ns.training import train
 

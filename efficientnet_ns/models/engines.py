@@ -5,7 +5,7 @@ probabilities, float32 [N, C]. Inside, it works on batches of one static shape, 
 A row's answer may depend in its last bits on the engine and on `batch_size`, never on the other
 rows' values.
 
-Calls from several threads are safe; `lanes` of them make progress at the same time.
+Calls from several threads are safe; `concurrency` of them make progress at the same time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TensorFlowEngine:
         self.name = "tf"
         self.batch_size = self._per_replica * self._strategy.num_replicas_in_sync
         # Callers that prepare the next batches while the device computes.
-        self.lanes = max(2, os.cpu_count() or 2)
+        self.concurrency = max(2, os.cpu_count() or 2)
         self._lock = threading.Lock()
 
         def forward(pixels):
@@ -92,11 +92,11 @@ class XnnpackEngine:
         self.batch_size = _cache_sized_batch(model.input_shape[1])
         content = convert(model, self.batch_size)
         threads = threads or os.cpu_count() or 1
-        self.lanes = min(threads, max(1, _MAX_INTERPRETER_BYTES // len(content)))
+        self.concurrency = min(threads, max(1, _MAX_INTERPRETER_BYTES // len(content)))
         self._free: queue.LifoQueue = queue.LifoQueue()
-        for _ in range(self.lanes):
+        for _ in range(self.concurrency):
             interpreter = tf.lite.Interpreter(
-                model_content=content, num_threads=max(1, threads // self.lanes)
+                model_content=content, num_threads=max(1, threads // self.concurrency)
             )
             interpreter.allocate_tensors()
             self._free.put(interpreter)
