@@ -203,7 +203,7 @@ def write_report(
     truth: list[list[int]],
 ) -> None:
     """Writes the HTML report of all rounds; `truth` is what `prepare_data` returned."""
-    from efficientnet_ns.labeling import report
+    from efficientnet_ns import report
     from efficientnet_ns.training import summaries
 
     runs = {}
@@ -229,8 +229,9 @@ def write_report(
 
 
 def _round_sections(config: Config, loop: LoopConfig, number: int, truth: list[list[int]]) -> list:
+    from efficientnet_ns import report
     from efficientnet_ns.data import tasks
-    from efficientnet_ns.labeling import report, run_report
+    from efficientnet_ns.pseudo_labels import run_report
 
     _, selection = noisy_student.stage_configs(config, loop, number)
     previous_dir = ""

@@ -63,7 +63,7 @@ def evaluate(
     folders = _given(weights_path, folders, report_dir)
     from efficientnet_ns.evaluation import robustness
     from efficientnet_ns.experiment import Experiment
-    from efficientnet_ns.labeling.labeler import Labeler, check_views
+    from efficientnet_ns.inference.teacher import TeacherPredictor, check_views
     from efficientnet_ns.models import weights
 
     experiment = Experiment.from_config(config)
@@ -72,7 +72,7 @@ def evaluate(
     check_views(experiment)
     # All sets are looked through before a model is built and anything is measured.
     measurements = _open(folders, allow_missing, config.data.tfds_data_dir)
-    labeler = Labeler(experiment, weights_path)
+    predictor = TeacherPredictor(experiment, weights_path)
     identity = {
         "weights": weights_path,
         "model": config.model.model_name,
@@ -81,12 +81,12 @@ def evaluate(
     }
     whole = {"imagenet_c", "imagenet_p"} & set(folders)
     evaluation = robustness.Evaluation(
-        labeler.label,
-        labeler.group,
+        predictor.label,
+        predictor.group,
         os.path.join(report_dir, "parts"),
         # By their content: a training may go on in the same folder.
         {**identity, "weights": weights.fingerprint(weights_path)},
-        labeler.of_whole_images().label if whole else None,
+        predictor.of_whole_images().label if whole else None,
     )
     results = {name: measure(evaluation) for name, measure in measurements.items()}
     _write(report_dir, identity, results)
@@ -154,9 +154,9 @@ def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | Non
 def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
     import tensorflow as tf
 
+    from efficientnet_ns import report
     from efficientnet_ns.data import manifests
     from efficientnet_ns.evaluation import robustness
-    from efficientnet_ns.labeling import report
 
     manifests.write_json(
         os.path.join(folder, "robustness.json"), {**identity, "sets": results}, indent=1

@@ -22,13 +22,14 @@ def main(argv: list[str]) -> None:
     report = flags.FLAGS.report
     if report and settings.only_get_stats:
         raise config.ConfigError("--report shows a selection: leave --only_get_stats out")
-    from efficientnet_ns.labeling import run_report, select, write
+    from efficientnet_ns.pseudo_labels import index, run_report, write
+    from efficientnet_ns.pseudo_labels.selection import select
 
-    result = select.select(settings)
+    result = select(settings)
     # Of the tasks that share a shard, the first writes its records.
     if not settings.only_get_stats and (settings.total_replicas == 1 or settings.task < 1):
         one = flags.FLAGS["shard_id"].present
-        shards = [settings.shard_id] if one else select.shards(settings)
+        shards = [settings.shard_id] if one else index.shards(settings)
         result = {**result, **write.write(settings, shards)}
     if report:
         result = {**result, "report": run_report.write_report(settings)}

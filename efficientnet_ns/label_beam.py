@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
     if not (job.work_dir and settings.data.unlabel_data_dir):
         raise ConfigError("--work_dir and --unlabel_data_dir are needed")
     _check_no_part_is_asked_for(settings)
-    from efficientnet_ns.labeling import beam
+    from efficientnet_ns.pseudo_labels import beam
 
     print(json.dumps(beam.label(*stages(settings, job), argv[1:])))
 

@@ -34,7 +34,7 @@ def report_options(settings: ReportConfig):
     """The settings as the report takes them."""
     import tensorflow as tf
 
-    from efficientnet_ns.labeling import run_report
+    from efficientnet_ns.pseudo_labels import run_report
 
     names = None
     if settings.class_names:
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     for name in ("input_dir", "prediction_dir", "output_dir"):
         if not getattr(selection, name):
             raise config.ConfigError(f"--{name} is needed")
-    from efficientnet_ns.labeling import run_report
+    from efficientnet_ns.pseudo_labels import run_report
 
     print(run_report.write_report(selection, report_options(settings), settings.report_path))
 

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
         logging.warning("%s has no effect; see its help", argument)
     # TensorFlow is loaded here, after --help and wrong flags have been answered.
     if mode == "predict":
-        from efficientnet_ns.labeling import predict
+        from efficientnet_ns.pseudo_labels import predict
 
         result = predict.predict(settings)
     elif mode == "eval":

@@ -217,11 +217,12 @@ def _pseudo_labeled_dir(loop: LoopConfig, number: int) -> str:
 
 
 def _round(state: State, config: Config, loop: LoopConfig, number: int) -> dict[str, Any]:
-    from efficientnet_ns.labeling import predict, select, write
+    from efficientnet_ns.pseudo_labels import predict, write
+    from efficientnet_ns.pseudo_labels.selection import select
 
     prediction, selection = stage_configs(config, loop, number)
     state.once(f"round {number}: predict", lambda: predict.predict(prediction))
-    chosen = state.once(f"round {number}: select", lambda: select.select(selection))
+    chosen = state.once(f"round {number}: select", lambda: select(selection))
     state.once(f"round {number}: write", lambda: write.write(selection))
     student = model_configs(config, loop)[number]
     name = f"round {number}: student {student.model.model_name}"

@@ -233,15 +233,16 @@ def _result_path(config: Config) -> str:
 
 
 def _label(config: Config) -> None:
-    from efficientnet_ns.labeling import predict
+    from efficientnet_ns.pseudo_labels import predict
 
     predict.predict(config)
 
 
 def _select(config: SelectConfig) -> None:
-    from efficientnet_ns.labeling import select, write
+    from efficientnet_ns.pseudo_labels import write
+    from efficientnet_ns.pseudo_labels.selection import select
 
-    select.select(config)
+    select(config)
     write.write(config)
 
 

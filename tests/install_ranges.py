@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Extra → what must run once it is installed.
 PROGRAMS = {
     "": """
-from efficientnet_ns.labeling import select, write_shard
+from efficientnet_ns.pseudo_labels import selection, write_shard
 from efficientnet_ns.models import efficientnet, engines
 from efficientnet_ns.data import tfds_source, videos
 from efficientnet_ns.training import train
@@ -42,7 +42,7 @@ image = np.full([64, 64, 3], 100, np.uint8)
 for name in get_corruption_names("all"):
     assert corrupt(image, severity=2, corruption_name=name).shape == image.shape, name
 """,
-    "beam": "from efficientnet_ns.labeling import beam",
+    "beam": "from efficientnet_ns.pseudo_labels import beam",
     "dev": "import pytest, hypothesis, nbclient",
 }
 TESTS = [

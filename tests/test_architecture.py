@@ -50,28 +50,37 @@ MAY_IMPORT = {
     "recipes": set(),
     # Weights are files too: they appear by rename like all others.
     "models": BASE | {"models", "data.manifests", "data.paths"},
-    "inference": BASE | NUMBERS,
     "experiment": BASE | NUMBERS,
-    "evaluation": BASE | NUMBERS | {"experiment", "evaluation", "recipes", "labeling.report"},
+    "evaluation": BASE | NUMBERS | {"experiment", "evaluation", "recipes", "report"},
     "training": BASE | NUMBERS | {"experiment", "evaluation", "training"},
-    "labeling": BASE | NUMBERS | {"experiment", "labeling", "training.distribution"},
+    "report": {"report"},
+    "inference": BASE | NUMBERS | {"experiment", "inference", "training.distribution"},
+    "pseudo_labels": BASE | NUMBERS | {"experiment", "inference", "report", "pseudo_labels"},
     "serving": BASE | NUMBERS | {"experiment", "serving"},
     "studies": {
         "data.manifests",
         "evaluation",
-        "labeling.report",
-        "labeling.report.style",
+        "report",
+        "report.style",
         "studies",
     },
     "benchmarks": BASE
     | NUMBERS
-    | {"experiment", "evaluation", "training", "labeling", "serving", "recipes", "benchmarks"},
+    | {"experiment", "evaluation", "training", "pseudo_labels", "serving", "recipes", "benchmarks"},
     **{
         entry: BASE
         | NUMBERS
         | ENTRIES
-        | {"experiment", "evaluation", "training", "labeling", "serving", "recipes", "inference"}
-        | {"benchmarks", "studies"}
+        | {
+            "experiment",
+            "evaluation",
+            "training",
+            "pseudo_labels",
+            "serving",
+            "recipes",
+            "inference",
+        }
+        | {"benchmarks", "studies", "report"}
         for entry in ENTRIES - {"serving.client"}
     },
     "stack": set(),
@@ -162,7 +171,7 @@ try:
 except ImportError:
     pass
 def f():
-    from efficientnet_ns.labeling import write
+    from efficientnet_ns.pseudo_labels import write
     import lazy
 class C:
     import in_class
@@ -173,9 +182,9 @@ class C:
         "data.records",
         "models.layers",
         "training.train",
-        "labeling.write",
+        "pseudo_labels.write",
     }
-    assert "labeling.write" not in own_imports(source, "models.weights", top_level=True)
+    assert "pseudo_labels.write" not in own_imports(source, "models.weights", top_level=True)
     assert {"tensorflow", "typed", "tried", "lazy", "in_class"} <= set(imports(source))
     top = set(imports(source, top_level=True))
     assert {"tensorflow", "tried", "in_class"} <= top and not {"typed", "lazy"} & top
@@ -224,7 +233,9 @@ def test_numbers_know_no_methods_and_no_settings():
     for module, source in SOURCES.items():
         targets = own_imports(source, module)
         if module.split(".")[0] in NUMBERS:
-            above = {t for t in targets if t.split(".")[0] in ("training", "labeling", "serving")}
+            above = {
+                t for t in targets if t.split(".")[0] in ("training", "pseudo_labels", "serving")
+            }
             assert not above, f"{module} imports {above}"
         if module.startswith(tuple(WITHOUT_CONFIG)):
             assert not targets & {"config", "experiment"}, module

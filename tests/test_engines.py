@@ -118,7 +118,7 @@ def test_l2_fits_into_a_flatbuffer():
 def test_large_models_share_interpreters(model, monkeypatch, pixels, expected):
     monkeypatch.setattr(engines, "_MAX_INTERPRETER_BYTES", 1)
     engine = engines.XnnpackEngine(model, threads=4)
-    assert engine.lanes == 1
+    assert engine.concurrency == 1
     np.testing.assert_allclose(engine(pixels), expected, atol=1e-5)
 
 

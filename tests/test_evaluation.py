@@ -17,11 +17,11 @@ import tensorflow as tf
 from test_distribution import free_ports, worker_environment
 from test_train import ROOT, pictures, write_task
 
+from efficientnet_ns import report as labeling_report
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import records
 from efficientnet_ns.evaluation import accuracy, report
 from efficientnet_ns.experiment import Experiment
-from efficientnet_ns.labeling import report as labeling_report
 from efficientnet_ns.models import weights
 from efficientnet_ns.models.engines import EngineError
 from efficientnet_ns.recipes import RECIPES

@@ -21,7 +21,7 @@ def test_after_a_short_shard_comes_one_that_lasts(tmp_path, rng):
     expected = records.count(shard)
     assert expected >= 64
     assert work.label_shard() == work.label_shard() == expected
-    assert work.bare_engine() == 8 * len(work._ready) * work.labeler.engine.lanes
+    assert work.bare_engine() == 8 * len(work._ready) * work.teacher.engine.concurrency
 
 
 def test_everybody_works_in_each_turn():

@@ -19,7 +19,7 @@ from efficientnet_ns import noisy_student
 from efficientnet_ns.config import Config, ConfigError, LoopConfig
 from efficientnet_ns.data import prepare, records
 from efficientnet_ns.data.settings import MakeConfig
-from efficientnet_ns.labeling import predict
+from efficientnet_ns.pseudo_labels import predict
 from efficientnet_ns.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -200,7 +200,7 @@ import json, os, signal, sys
 import tensorflow as tf
 from efficientnet_ns import noisy_student
 from efficientnet_ns.config import Config, LoopConfig
-from efficientnet_ns.labeling import predict, select, write
+from efficientnet_ns.pseudo_labels import predict, selection, write
 from efficientnet_ns.models import weights
 from efficientnet_ns.training import train
 

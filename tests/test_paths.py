@@ -13,8 +13,8 @@ from efficientnet_ns import export_model, predict_image
 from efficientnet_ns.config import Config, SelectConfig
 from efficientnet_ns.data import manifests, paths, prepare, records
 from efficientnet_ns.data.settings import MakeConfig
-from efficientnet_ns.labeling import predict, run_report, scan, select, write
 from efficientnet_ns.models import weights
+from efficientnet_ns.pseudo_labels import outcome, predict, run_report, selection, write
 from efficientnet_ns.serving import export
 from efficientnet_ns.training import train
 
@@ -162,8 +162,8 @@ def test_database_reads_the_file_that_is_named(tmp_path):
         pyarrow.parquet.write_table(table, tmp_path / name / "index.parquet")
     for name in (ODD, MATCHED):
         (tmp_path / MATCHED / "index.parquet").touch()
-        query = f"SELECT * FROM {scan.parquet([str(tmp_path / name / 'index.parquet')])}"
-        assert scan.database().execute(query).fetchall() == [(name,)]
+        database = outcome.connect(rows=[str(tmp_path / name / "index.parquet")])
+        assert database.execute("SELECT * FROM rows").fetchall() == [(name,)]
 
 
 # --- The whole way in such a folder ---------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_filter(home, predicted):
         num_image=4,
         num_label_classes=CLASSES,
     )
-    assert select.select(chosen)["available"] == 8
+    assert selection.select(chosen)["available"] == 8
     assert write.write(chosen)["records"] > 0
     assert Path(run_report.write_report(chosen)).stat().st_size
 

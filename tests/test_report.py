@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientnet_ns.labeling import report
-from efficientnet_ns.labeling.report import truth as truth_lib
+from efficientnet_ns import report
+from efficientnet_ns.report import truth as truth_lib
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 HOSTILE = "<script>alert('$x_{$')</script>"  # As HTML a script, to Matplotlib a broken formula.
@@ -387,34 +387,6 @@ def test_confusion_of_thousands_of_classes():
     }  # fmt: skip
 
 
-def test_accuracy_of_pseudo_labels():
-    truth = np.array([0, 1, 2, 3, 4, -1, -1, -1])
-    predicted = np.array([0, 1, 0, 3, 0, 0, 1, 2])
-    probs = np.array([0.9, 0.8, 0.7, 0.4, 0.3, 0.95, 0.2, 0.1])
-    kept = probs >= 0.5
-    document = Document(report.accuracy_of_pseudo_labels(truth, predicted, probs, kept))
-    every, accepted, refused = document.rows(0)
-    shared = ["images", "of known class", "correct", "accuracy", "out of distribution"]
-    assert [every[key] for key in shared] == ["8", "5", "3", "0.6000", "3"]
-    assert [accepted[key] for key in shared] == ["4", "3", "2", "0.6667", "1"]
-    assert [refused[key] for key in shared] == ["4", "2", "1", "0.5000", "2"]
-    # Images of no class have no right label, so they are no part of the calibration.
-    error = plain_calibration_error((truth == predicted)[:5].tolist(), probs[:5].tolist(), 15)
-    assert f"error {error:.4f} (15 bins, 5 images)" in document.text("figcaption")
-    bins = document.rows(1)
-    assert [row["confidence"] for row in bins][0] == "0.27–0.33"
-    assert sum(int(row["images"]) for row in bins) == 5
-    assert plot_sizes(document) == [(420, 360)]
-
-
-def test_accuracy_of_pseudo_labels_without_known_truth():
-    text = report.accuracy_of_pseudo_labels([-1, -1], [0, 1], [0.5, 0.9], [False, True])
-    document = Document(text)
-    assert [row["accuracy"] for row in document.rows()] == ["–", "–", "–"]
-    assert [row["out of distribution"] for row in document.rows()] == ["2", "1", "1"]
-    assert report.NOTHING in text
-
-
 # Empty and wrong input.
 
 
@@ -432,7 +404,6 @@ def test_accuracy_of_pseudo_labels_without_known_truth():
         pytest.param(lambda: report.class_balance([], [], [], []), id="balance"),
         pytest.param(lambda: report.image_grid([]), id="grid"),
         pytest.param(lambda: report.confusion([], [], ["cat"]), id="confusion"),
-        pytest.param(lambda: report.accuracy_of_pseudo_labels([], [], [], []), id="accuracy"),
     ],
 )
 def test_empty_input_says_so(text):
@@ -459,10 +430,6 @@ def test_empty_input_says_so(text):
         ("predicted", lambda: report.confusion([0], [-1], ["a", "b"])),
         ("truth", lambda: report.confusion([2], [0], ["a", "b"])),
         ("truth", lambda: report.confusion([-2], [0], ["a", "b"])),
-        ("predicted", lambda: report.accuracy_of_pseudo_labels([0, 1], [0], [0.5, 1], [1, 1])),
-        ("probs", lambda: report.accuracy_of_pseudo_labels([0, 1], [0, 1], [0.5], [1, 1])),
-        ("kept", lambda: report.accuracy_of_pseudo_labels([0, 1], [0, 1], [0.5, 1], [1])),
-        ("truth", lambda: report.accuracy_of_pseudo_labels([[0]], [0], [0.5], [1])),
     ],
 )
 def test_wrong_input_is_named(name, call):
@@ -559,7 +526,7 @@ def test_write_to_the_working_directory(tmp_path, monkeypatch):
 def test_import_is_cheap_and_plots_leave_pyplot_alone():
     code = (
         "import sys\n"
-        "from efficientnet_ns.labeling import report\n"
+        "from efficientnet_ns import report\n"
         "assert not {'matplotlib', 'tensorflow', 'PIL'} & set(sys.modules)\n"
         "report.confidence_histogram([0.5], [True], threshold=0.5)\n"
         "assert not {'matplotlib.pyplot', 'tensorflow'} & set(sys.modules)\n"

@@ -276,12 +276,12 @@ def test_crops_go_to_the_model_for_whole_pictures(tmp_path):
 
 def test_ten_views_are_crops():
     from efficientnet_ns.config import ConfigError
-    from efficientnet_ns.labeling.labeler import Labeler
+    from efficientnet_ns.inference.teacher import TeacherPredictor
 
-    labeler = Labeler.__new__(Labeler)
-    labeler._views = 10
+    predictor = TeacherPredictor.__new__(TeacherPredictor)
+    predictor._views = 10
     with pytest.raises(ConfigError, match="--test_time_views=10: these pictures are crops already"):
-        labeler.of_whole_images()
+        predictor.of_whole_images()
 
 
 def test_top5_of_a_subset_as_counted(tmp_path):
@@ -525,7 +525,7 @@ def test_the_program(tmp_path, monkeypatch):
     assert "### imagenet-a\n" in text and "| efficientnet-test, measured | 32 | 0.5 | 2.5 |" in text
     assert "83.7" in (out / "robustness.html").read_text()
     # Other weights at the same place do not take over the finished parts.
-    monkeypatch.setattr("efficientnet_ns.labeling.labeler.Labeler", mock.Mock())
+    monkeypatch.setattr("efficientnet_ns.inference.teacher.TeacherPredictor", mock.Mock())
     again = evaluate_robustness.evaluate(config, path, folders, str(out), allow_missing=True)
     assert again == results
     Path(path).write_bytes(Path(path).read_bytes()[:-1])

@@ -20,7 +20,7 @@ from efficientnet_ns import study
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, SelectConfig
 from efficientnet_ns.data import records
 from efficientnet_ns.experiment import Experiment
-from efficientnet_ns.labeling import predict
+from efficientnet_ns.pseudo_labels import predict
 from efficientnet_ns.studies import questions, results
 from efficientnet_ns.studies.questions import STUDIES, Arm, Study
 from efficientnet_ns.training import train

@@ -26,8 +26,8 @@ from efficientnet_ns.config import BenchmarkConfig, Config, ConfigError
 from efficientnet_ns.cpus import available_cpus
 from efficientnet_ns.data import records
 from efficientnet_ns.experiment import Experiment
-from efficientnet_ns.labeling import predict
 from efficientnet_ns.models import engines, weights
+from efficientnet_ns.pseudo_labels import predict
 
 _FIRST_IMAGES = 64  # Of the shard that warms up.
 _TURNS = 5
@@ -98,9 +98,11 @@ class _Work:
         self._experiment = Experiment.from_config(settings)
         self.model = self._experiment.build_model()
         weights.save_weights(self.model, settings.predict.predict_ckpt_path)
-        self.labeler = predict.Labeler(self._experiment, settings.predict.predict_ckpt_path)
+        self.teacher = predict.TeacherPredictor(
+            self._experiment, settings.predict.predict_ckpt_path
+        )
         self._ready = np.random.default_rng(0).uniform(
-            0, 255, [self.labeler.group, *self.model.input_shape[1:]]
+            0, 255, [self.teacher.group, *self.model.input_shape[1:]]
         )
         self._ready = self._ready.astype(np.float32)
         self._write(_FIRST_IMAGES)
@@ -115,7 +117,7 @@ class _Work:
         folder = os.path.join(self._folder, str(self._runs))
         settings = self._settings.override(output_dir=folder, info_dir=folder)
         start = time.perf_counter()
-        images = predict.predict(settings, labeler=self.labeler)["records"]
+        images = predict.predict(settings, teacher=self.teacher)["records"]
         if self._runs == 1:
             rate = images / (time.perf_counter() - start)
             self._write(max(_FIRST_IMAGES, int(rate * self._seconds)))
@@ -123,9 +125,9 @@ class _Work:
 
     def bare_engine(self) -> int:
         """Every lane of the engine on a group of its own."""
-        engine = self.labeler.engine
-        lanes = engine.lanes if isinstance(engine, engines.XnnpackEngine) else 1
-        return _in_threads(lanes, 8, lambda: engine(self._ready))
+        engine = self.teacher.engine
+        concurrency = engine.concurrency if isinstance(engine, engines.XnnpackEngine) else 1
+        return _in_threads(concurrency, 8, lambda: engine(self._ready))
 
 
 def _in_threads(lanes: int, rounds: int, work: Callable[[], np.ndarray]) -> int:

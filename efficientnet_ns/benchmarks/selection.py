@@ -22,7 +22,8 @@ from efficientnet_ns.benchmarks.tables import Row
 from efficientnet_ns.config import BenchmarkConfig, ConfigError, SelectConfig
 from efficientnet_ns.cpus import available_cpus
 from efficientnet_ns.data import records
-from efficientnet_ns.labeling import index, run_report, select
+from efficientnet_ns.pseudo_labels import index, run_report
+from efficientnet_ns.pseudo_labels.selection import SELECTION, select
 
 _SHARDS = 128
 _BYTES_PER_ROW = 30  # Index, selection and what is spilled; measured below 20.
@@ -77,9 +78,9 @@ def run(config: BenchmarkConfig) -> list[Row]:
 
 
 def _measured(settings: SelectConfig) -> list[Row]:
-    result, seconds, before, peak = _in_own_process(select.select, settings)
+    result, seconds, before, peak = _in_own_process(select, settings)
     name = f"statistics + selection, {settings.selection}"
-    size = os.path.getsize(os.path.join(settings.output_dir, select.SELECTION))
+    size = os.path.getsize(os.path.join(settings.output_dir, SELECTION))
     return [
         Row(f"{name}: rate", result["available"] / seconds, "rows/s"),
         Row(f"{name}: time", seconds, "s"),
@@ -129,7 +130,7 @@ def _make_images(settings: SelectConfig, rows: int) -> None:
     example = records.unlabeled_example(tf.io.encode_png(tf.zeros([8, 8, 3], tf.uint8)).numpy())
     for shard in range(run_report.Options().picture_shards):
         images = itertools.repeat(example, _shard_rows(rows, shard))
-        records.write(select.input_path(settings, shard), images)
+        records.write(index.input_path(settings, shard), images)
 
 
 def make_index(settings: SelectConfig, rows: int) -> None:
@@ -151,8 +152,9 @@ def make_index(settings: SelectConfig, rows: int) -> None:
         probs = 1 - 0.97 * rng.random(size, np.float32) ** ease[labels]
         name = records.index_name(shard, _SHARDS, 0)
         path = os.path.join(settings.prediction_dir, name)
-        index.write_index(path, shard, 0, labels, probs.astype(np.float32))
-        open(select.prediction_path(settings, shard, 0), "wb").close()
+        with index.IndexWriter(path, shard, 0) as writer:
+            writer.add(labels, probs)
+        open(index.prediction_path(settings, shard, 0), "wb").close()
 
     with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:
         for _ in pool.map(make, range(_SHARDS)):

@@ -9,7 +9,7 @@ from typing import NamedTuple, Union
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.labeling import report
+from efficientnet_ns import report
 
 Batches = Union[
     tf.data.Dataset, Callable[[tf.distribute.InputContext], tf.data.Dataset]

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from efficientnet_ns import report
 from efficientnet_ns.data import manifests
 from efficientnet_ns.evaluation import robustness
 from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.evaluation.own_set import BASELINE, MODEL, Found
-from efficientnet_ns.labeling import report
 
 _RELATIVE = "CE, relative to the baseline"
 

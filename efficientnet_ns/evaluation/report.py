@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from efficientnet_ns import report as page
 from efficientnet_ns.config import Config
 from efficientnet_ns.data import manifests
 from efficientnet_ns.evaluation.accuracy import Measured
-from efficientnet_ns.labeling import report as page
 from efficientnet_ns.recipes import RECIPES
 
 # Images of ImageNet's validation set, on which the published values were measured.

@@ -5,7 +5,7 @@ probabilities, float32 [N, C]. Inside, it works on batches of one static shape, 
 A row's answer may depend in its last bits on the engine and on `batch_size`, never on the other
 rows' values.
 
-Calls from several threads are safe; `lanes` of them make progress at the same time.
+Calls from several threads are safe; `concurrency` of them make progress at the same time.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TensorFlowEngine:
         self.name = "tf"
         self.batch_size = self._per_replica * self._strategy.num_replicas_in_sync
         # Callers that prepare the next batches while the device computes.
-        self.lanes = max(2, available_cpus())
+        self.concurrency = max(2, available_cpus())
         self._lock = threading.Lock()
 
         def forward(pixels):
@@ -103,10 +103,10 @@ class XnnpackEngine:
         self.batch_size = _cache_sized_batch(model.input_shape[1])
         content = convert(model, self.batch_size)
         threads = threads or available_cpus()
-        self.lanes = min(threads, max(1, _MAX_INTERPRETER_BYTES // len(content)))
+        self.concurrency = min(threads, max(1, _MAX_INTERPRETER_BYTES // len(content)))
         self._free: queue.LifoQueue = queue.LifoQueue()
-        for _ in range(self.lanes):
-            self._free.put(interpreter(content, max(1, threads // self.lanes)))
+        for _ in range(self.concurrency):
+            self._free.put(interpreter(content, max(1, threads // self.concurrency)))
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         interpreter = self._free.get()

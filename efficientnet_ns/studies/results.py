@@ -167,9 +167,9 @@ def write(folder: str, answer: Mapping[str, Any]) -> None:
     """Writes `study.json`, `.md`, `.png` and `.html`."""
     import tensorflow as tf
 
+    from efficientnet_ns import report
     from efficientnet_ns.data import manifests
-    from efficientnet_ns.labeling import report
-    from efficientnet_ns.labeling.report import style
+    from efficientnet_ns.report import style
 
     path = {kind: os.path.join(folder, f"study.{kind}") for kind in ("json", "md", "png", "html")}
     manifests.write_json(path["json"], answer, indent=1)
@@ -199,7 +199,7 @@ def plot(answer: Mapping[str, Any]):
     """A matplotlib figure: a panel per study, an arm per line, a point per seed, mean ± sd."""
     from matplotlib.figure import Figure
 
-    from efficientnet_ns.labeling.report import style
+    from efficientnet_ns.report import style
 
     studies = answer["studies"]
     heights = [len(study["arms"]) + 1 for study in studies.values()]

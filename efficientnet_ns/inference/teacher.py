@@ -1,0 +1,169 @@
+"""A teacher as a predictor: encoded images in, probabilities out, from many threads at once.
+
+With `--noised_teacher` it is noised while it labels, which the paper's ablation of noise warns of
+(section 4.1). All draws are functions of the seed and of the images of a batch, so that labels
+repeat as long as the batch size does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.config import ConfigError
+from efficientnet_ns.data import images as images_lib
+from efficientnet_ns.data import pipeline, views
+from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.models import engines, layers, weights
+from efficientnet_ns.training import distribution
+
+_IMAGES, _MODEL = 1, 2  # Salts of the draws.
+
+
+class TeacherPredictor:
+    """The teacher's model, compiled once for any number of shards.
+
+    Args:
+      experiment: sizes and preprocessing.
+      checkpoint: the teacher's weights, of any kind that `weights.load_weights` takes.
+
+    Attributes:
+      engine: computes the probabilities.
+      group: images per call of `label`. Predictions are the same to the last bit when groups are
+        cut at the same places.
+    """
+
+    def __init__(self, experiment: Experiment, checkpoint: str):
+        config = experiment.config
+        strategy = distribution.get_strategy(config.hardware)
+        distribution.set_precision(config.hardware, strategy)
+        with strategy.scope():
+            model = experiment.build_model()
+        weights.load_weights(model, checkpoint)
+        kind, prepare = config.predict.inference_engine, experiment.preprocessing().evaluate
+        if config.predict.noised_teacher:
+            model, kind = _NoisedTeacher(model, config.train.seed), "tf"
+            prepare = _augmented(experiment.unlabeled_preprocessing, config.train.seed)
+        self.engine = engines.make(kind, model, config.train.eval_batch_size, strategy)
+        self.num_classes, self._size = experiment.num_classes, experiment.image_size
+        self._views = config.predict.test_time_views
+        batch = self.engine.batch_size
+        # Small images come in larger groups, which hide the cost of a call. A core that decodes
+        # several images and then computes several keeps the code and data of each step in cache.
+        images = max(batch, min(64, 16 * 224**2 // self._size**2))
+        self.group = -(-images // batch) * batch
+        self._decode = views.decoder(prepare, self._size, self._views)
+        logging.info("labeling on %s, %d at a time", self.engine.name, self.engine.concurrency)
+
+    def of_whole_images(self) -> TeacherPredictor:
+        """The same teacher for pictures that are crops already: they are resized, not cropped.
+
+        Raises:
+          ConfigError: ten views, which are crops.
+        """
+        if self._views > 2:
+            raise ConfigError(f"--test_time_views={self._views}: these pictures are crops already")
+        whole = copy.copy(self)
+        whole._decode = views.decoder(
+            lambda image: images_lib.whole_image(image, self._size), self._size, self._views
+        )
+        return whole
+
+    def label(self, images: Sequence[bytes | None]) -> tuple[np.ndarray, dict[int, str]]:
+        """Probabilities of up to `group` images.
+
+        Args:
+          images: encoded; None for an unreadable record, which keeps its place.
+
+        Returns:
+          float32 [N, C], zeros where there is no prediction; {place: reason} for images that cannot
+          be decoded, and for predictions that are not finite.
+        """
+        probs = np.zeros([len(images), self.num_classes], np.float32)
+        if not images:
+            return probs, {}
+        pixels, problems = self._pixels(images)
+        for view in range(self._views):
+            probs += self.engine(pixels[:, view])
+        if self._views > 1:
+            probs /= self._views
+        for place in np.flatnonzero(~np.isfinite(probs).all(1)):
+            problems[int(place)] = "the predicted probabilities are NaN or infinite"
+        empty = [i for i, image in enumerate(images) if image is None or i in problems]
+        probs[empty] = 0
+        return probs, problems
+
+    def _pixels(self, images: Sequence[bytes | None]) -> tuple[np.ndarray, dict[int, str]]:
+        """float32 [N, V, S, S, 3], zeros for what cannot be decoded; and {place: reason}."""
+        if all(image is not None for image in images):
+            try:
+                # `.numpy()` would copy 10 MB.
+                return np.asarray(self._decode(tf.constant(images))), {}
+            except tf.errors.OpError:
+                pass  # One by one, to see which.
+        pixels = np.zeros([len(images), self._views, self._size, self._size, 3], np.float32)
+        problems = {}
+        for place, image in enumerate(images):
+            if image is None:
+                continue
+            try:
+                pixels[place] = self._decode(tf.constant([image]))[0].numpy()
+            except tf.errors.OpError:
+                problems[place] = "the image cannot be decoded"
+        return pixels, problems
+
+
+def check_views(experiment: Experiment) -> None:
+    """Raises ConfigError unless the task supports `--test_time_views`."""
+    number = experiment.config.predict.test_time_views
+    # Small images are not cropped, so there is no crop to move.
+    known = [n for n in views.VIEWS if n <= 2 or not experiment.small_image]
+    if number not in known:
+        raise ConfigError(f"--test_time_views={number}: one of {known} is needed")
+    options = experiment.config.predict
+    if options.noised_teacher and (number > 1 or options.inference_engine == "xnnpack"):
+        raise ConfigError(
+            "--noised_teacher: one view (--test_time_views=1), computed by TensorFlow"
+        )
+
+
+def _augmented(
+    preprocessing: pipeline.Preprocessing, seed: int
+) -> Callable[[tf.Tensor], tf.Tensor]:
+    """A function: encoded image → float32 [S, S, 3], augmented by a draw of its own."""
+
+    def prepare(image: tf.Tensor) -> tf.Tensor:
+        number = tf.strings.to_hash_bucket_fast(image, 2**31 - 1)
+        own = tf.stack([tf.constant(seed, tf.int64), number])
+        own = tf.random.experimental.stateless_fold_in(own, _IMAGES)
+        return tf.cast(preprocessing.train(image, own), tf.float32)
+
+    return prepare
+
+
+class _NoisedTeacher:
+    """`model` with dropout and stochastic depth on; batch norm keeps to its moving statistics.
+
+    Args:
+      model: pixels → logits; its batch norm is frozen.
+      seed: of the noise, with the pixels of the batch.
+    """
+
+    def __init__(self, model: tf.keras.Model, seed: int):
+        self._model, self._seed = model, seed
+        for layer in model.layers:
+            if isinstance(layer, layers.BatchNorm):
+                layer.trainable = False
+
+    def __call__(self, pixels: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Pixels float32 [N, S, S, 3] → logits [N, C]; noised whatever `training` is."""
+        del training
+        # Whole numbers, whose sum does not depend on their order.
+        batch = tf.reduce_sum(tf.cast(pixels, tf.int32))
+        seed = layers.fold_in(tf.stack([self._seed, batch]), _MODEL)
+        with layers.noise_seed(seed):
+            return self._model(pixels, training=True)

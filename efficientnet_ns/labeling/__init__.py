@@ -1,1 +1,0 @@
-"""The pseudo-label stages: predict, select, write, report."""

@@ -1,0 +1,1 @@
+"""From a teacher and unlabeled images to balanced, pseudo-labeled records."""

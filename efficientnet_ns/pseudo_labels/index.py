@@ -1,0 +1,354 @@
+"""The predictions of a run as files, and their columnar index: all that selection needs.
+
+One Parquet file per prediction file, with a row per prediction in the same order: `shard` int32,
+`worker` int32, `position` int64 (in the prediction file), `label` int32 (-1: unreadable), `prob`
+float32 (top-1 probability). So a selection never reads the probabilities themselves. Reading goes
+over row groups on every core, in bounded memory.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.config import ConfigError, SelectConfig
+from efficientnet_ns.cpus import available_cpus
+from efficientnet_ns.data import local_files, manifests, records
+from efficientnet_ns.data.processes import run_each
+from efficientnet_ns.progress import Progress
+
+Result = TypeVar("Result")
+
+UNREADABLE_LABEL = -1
+# Rows per group of a file, whatever the pieces they come in: equal rows make equal files.
+_GROUP = 1 << 16
+# A process needs seconds to start; it is not worth it for less than this to read.
+_BYTES_PER_PROCESS = 64 << 20
+_PREDICTIONS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 1 << 19  # Rows of a RowChunk; bounds memory.
+_ROWS_PER_RANGE = 1 << 21  # Rows whose result waits for its turn; bounds memory.
+
+
+# --- The files of a run ---------------------------------------------------------------------------
+
+
+def task_number(config: SelectConfig) -> int:
+    """The number of the task in file names."""
+    return max(config.task, 0)
+
+
+def input_path(config: SelectConfig, shard: int) -> str:
+    """The unlabeled records of a shard."""
+    name = records.shard_name(config.file_prefix, shard, config.num_shards)
+    return os.path.join(config.input_dir, name)
+
+
+def prediction_path(config: SelectConfig, shard: int, worker: int) -> str:
+    """The predictions of one worker for a shard."""
+    name = records.prediction_name(shard, config.num_shards, worker)
+    return os.path.join(config.prediction_dir, name)
+
+
+def shards(config: SelectConfig) -> list[int]:
+    """The shards in use: all, the first `only_use_num_shards`, or with `debug` one.
+
+    Raises:
+      ConfigError: a shard that is not below num_shards.
+    """
+    used = config.num_shards if config.only_use_num_shards == -1 else config.only_use_num_shards
+    if not 1 <= used <= config.num_shards:
+        raise ConfigError(
+            f"--only_use_num_shards={used} must be between 1 and --num_shards={config.num_shards}"
+        )
+    if config.shard_id >= used:
+        raise ConfigError(f"--shard_id={config.shard_id} is not below the {used} shards in use")
+    return [config.shard_id] if config.debug == 1 else list(range(used))
+
+
+def count_workers(config: SelectConfig) -> int:
+    """How many workers predicted each shard.
+
+    Raises:
+      records.DataError: a prediction file is missing; the first is named.
+    """
+    workers = config.total_label_replicas
+    manifest = prediction_path(config, 0, 0) + ".manifest.json"
+    found = _predicted(config)
+    if os.path.basename(manifest) in found:
+        predicted_by = manifests.read_json(manifest)["config"]["total_replicas"]
+        if workers not in (-1, predicted_by):
+            raise records.DataError(
+                f"--total_label_replicas={workers}, but according to {manifest} {predicted_by} "
+                "workers shared a shard"
+            )
+        workers = predicted_by
+    if workers < 1:
+        name = re.compile(rf"train-info-\d{{5}}-of-{config.num_shards:05d}-(\d{{5}})")
+        numbers = [int(match[1]) for match in map(name.fullmatch, found) if match]
+        workers = 1 + max(numbers, default=0)
+    for shard in shards(config):
+        for worker in range(workers):
+            path = prediction_path(config, shard, worker)
+            if os.path.basename(path) not in found:
+                raise records.DataError(f"prediction {path} is missing: predict that shard first")
+    return workers
+
+
+def _predicted(config: SelectConfig) -> set[str]:
+    """Names in prediction_dir, listed once: a look per file takes long on gs://."""
+    if not tf.io.gfile.isdir(config.prediction_dir):
+        raise records.DataError(f"--prediction_dir={config.prediction_dir} is not a folder")
+    return {name.rstrip("/") for name in tf.io.gfile.listdir(config.prediction_dir)}
+
+
+def index_files(config: SelectConfig) -> dict[int, list[str]]:
+    """The index of every prediction file by shard, built from the records where it is missing."""
+    workers, found = count_workers(config), _predicted(config)
+    files: dict[int, list[str]] = {}
+    missing = []
+    for shard in shards(config):
+        for worker in range(1 if config.debug == 1 else workers):
+            name = records.index_name(shard, config.num_shards, worker)
+            path = os.path.join(config.prediction_dir, name)
+            files.setdefault(shard, []).append(path)
+            if name not in found:
+                missing.append((prediction_path(config, shard, worker), path, shard, worker))
+    _build_indexes(missing)
+    return files
+
+
+def _build_indexes(missing: Sequence[tuple[str, str, int, int]]) -> None:
+    size = sum(tf.io.gfile.stat(prediction).length for prediction, *_ in missing)
+    processes = min(len(missing), available_cpus(), size // _BYTES_PER_PROCESS)
+    with Progress(len(missing), "building indexes of predictions", "files") as progress:
+        for _ in run_each(index_from_predictions, missing, processes):
+            progress.update(1)
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def top_one(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels int32 [N] and top-1 probabilities float32 [N] of probabilities [N, C].
+
+    A row without a positive probability stands for an unreadable image: label -1.
+    """
+    top = probabilities.max(1, initial=0)
+    labels = np.where(top > 0, probabilities.argmax(1), UNREADABLE_LABEL)
+    return labels.astype(np.int32), top.astype(np.float32)
+
+
+class IndexWriter:
+    """Writes the index of one prediction file, piece by piece, in bounded memory.
+
+    Args:
+      path: of the index.
+      shard, worker: of the prediction file.
+    """
+
+    def __init__(self, path: str, shard: int, worker: int):
+        import pyarrow
+        import pyarrow.parquet
+
+        self._pyarrow = pyarrow
+        self._shard, self._worker, self._rows = shard, worker, 0
+        self._labels, self._probs = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        kinds = {"shard": "int32", "worker": "int32", "position": "int64", "label": "int32"}
+        fields = [(name, getattr(pyarrow, kind)()) for name, kind in kinds.items()]
+        schema = pyarrow.schema([*fields, ("prob", pyarrow.float32())])
+        self._file = local_files.FileSink(path)
+        self._writer = pyarrow.parquet.ParquetWriter(self._file, schema)
+
+    def add(self, labels: np.ndarray, top_probs: np.ndarray) -> None:
+        """Appends rows: labels int32 [N], top-1 probabilities float32 [N]."""
+        self._labels = np.concatenate([self._labels, np.asarray(labels, np.int32)])
+        self._probs = np.concatenate([self._probs, np.asarray(top_probs, np.float32)])
+        while len(self._labels) >= _GROUP:
+            self._write(_GROUP)
+
+    def _write(self, n: int) -> None:
+        columns = {
+            "shard": np.full(n, self._shard, np.int32),
+            "worker": np.full(n, self._worker, np.int32),
+            "position": np.arange(self._rows, self._rows + n, dtype=np.int64),
+            "label": self._labels[:n],
+            "prob": self._probs[:n],
+        }
+        self._writer.write_table(self._pyarrow.table(columns))
+        self._labels, self._probs = self._labels[n:], self._probs[n:]
+        self._rows += n
+
+    def close(self) -> None:
+        """Writes what is left; the file is whole only then."""
+        if len(self._labels):
+            self._write(len(self._labels))
+        self._writer.close()
+        self._file.close()
+
+    def __enter__(self) -> IndexWriter:
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self.close()
+
+
+def index_from_predictions(prediction_path: str, index_path: str, shard: int, worker: int) -> None:
+    """Builds the index of a prediction file without one, such as the original code's.
+
+    Raises:
+      records.DataError: a prediction cannot be read.
+    """
+    with (
+        manifests.atomic_path(index_path) as temporary,
+        IndexWriter(temporary, shard, worker) as writer,
+    ):
+        rows: list[np.ndarray] = []
+        for record in records.read(prediction_path):
+            rows.append(_prediction(record, prediction_path, len(rows[0]) if rows else None))
+            if len(rows) == _PREDICTIONS_AT_ONCE:
+                writer.add(*top_one(np.stack(rows)))
+                rows = []
+        if rows:
+            writer.add(*top_one(np.stack(rows)))
+
+
+def _prediction(record: records.Record, path: str, num_classes: int | None) -> np.ndarray:
+    """Probabilities float32 [C] of a record."""
+    problem = record.problem
+    if record.payload is not None:
+        probs = records.probabilities(record.payload)
+        if len(probs) and num_classes in (None, len(probs)):
+            return probs
+        problem = f"it has {len(probs)} probabilities, not {num_classes or 'one per class'}"
+    raise records.DataError(f"{path}, record {record.position}: {problem}; predict it again")
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+class RowGroupRange(NamedTuple):
+    """Consecutive row groups of an index file.
+
+    Attributes:
+      worker: whose predictions the file indexes.
+      path: of the file.
+      groups: numbers of the row groups.
+      start: position of the first row.
+      rows: how many rows.
+    """
+
+    worker: int
+    path: str
+    groups: list[int]
+    start: int
+    rows: int
+
+
+class RowChunk(NamedTuple):
+    """Consecutive rows of an index file.
+
+    Attributes:
+      shard, worker: of the file.
+      start: position of the first row.
+      size: rows, including unreadable images.
+      labels, probs: int32 and float32 [N], without unreadable images.
+      positions: int64 [N], in the prediction file.
+    """
+
+    shard: int
+    worker: int
+    start: int
+    size: int
+    labels: np.ndarray
+    probs: np.ndarray
+    positions: np.ndarray
+
+
+def row_group_ranges(paths: Sequence[str]) -> Iterator[list[RowGroupRange]]:
+    """Cuts the index files of a shard, one per worker, into parts of about `_ROWS_PER_RANGE` rows."""
+    import pyarrow.parquet
+
+    part: list[RowGroupRange] = []
+    rows = 0
+    for worker, path in enumerate(paths):
+        metadata = pyarrow.parquet.read_metadata(path)
+        start = 0
+        for group in range(metadata.num_row_groups):
+            size = metadata.row_group(group).num_rows
+            if part and rows + size > _ROWS_PER_RANGE:
+                yield part
+                part, rows = [], 0
+            if part and part[-1].worker == worker:
+                last = part.pop()
+                part.append(last._replace(groups=[*last.groups, group], rows=last.rows + size))
+            else:
+                part.append(RowGroupRange(worker, path, [group], start, size))
+            start, rows = start + size, rows + size
+    # An empty shard has one part, too.
+    yield part
+
+
+def _chunks(shard: int, part: Sequence[RowGroupRange]) -> Iterator[RowChunk]:
+    import pyarrow.parquet
+
+    for rows in part:
+        start = rows.start
+        with pyarrow.parquet.ParquetFile(rows.path) as file:
+            for batch in file.iter_batches(
+                _ROWS_AT_ONCE,
+                row_groups=rows.groups,
+                columns=["label", "prob"],
+                use_threads=False,
+            ):
+                labels, probs = (batch.column(k).to_numpy() for k in range(2))
+                size = len(labels)
+                positions = np.arange(start, start + size)
+                if size and labels.min() < 0:
+                    known = labels >= 0
+                    labels, probs, positions = labels[known], probs[known], positions[known]
+                yield RowChunk(shard, rows.worker, start, size, labels, probs, positions)
+                start += size
+
+
+class IndexScan:
+    """Passes over the index, a part of a shard at a time and a core for each.
+
+    Args:
+      files: local index files by shard, in the order of the workers.
+    """
+
+    def __init__(self, files: Mapping[int, Sequence[str]]):
+        self.files = dict(files)
+        self._parts = [
+            (shard, part) for shard, paths in self.files.items() for part in row_group_ranges(paths)
+        ]
+
+    def each(
+        self, what: str, work: Callable[[Iterator[RowChunk]], Result]
+    ) -> Iterator[tuple[int, Result]]:
+        """Yields (shard, work(chunks of a part)) in the order of shards, workers and rows.
+
+        A large shard has several results. Only as many results as there are cores wait for the
+        reader.
+        """
+        waiting: collections.deque = collections.deque()
+        with (
+            concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool,
+            Progress(len(self._parts), what, "parts") as progress,
+        ):
+            for shard, part in self._parts:
+                waiting.append((shard, pool.submit(lambda s, p: work(_chunks(s, p)), shard, part)))
+                if len(waiting) > available_cpus():
+                    shard, future = waiting.popleft()
+                    yield shard, future.result()
+                    progress.update(1)
+            for shard, future in waiting:
+                yield shard, future.result()
+                progress.update(1)

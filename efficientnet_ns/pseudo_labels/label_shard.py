@@ -1,0 +1,315 @@
+"""One shard, from its records to the finished prediction file, in parts that survive a kill.
+
+Reading, decoding with inference, and writing overlap: the caller's thread reads records and
+collects predictions in order, a pool computes batches of images, and one thread writes parts. A
+batch begins at a multiple of its size, so that a shard resumed anywhere gives the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.config import PredictConfig
+from efficientnet_ns.data import headers, manifests, records
+from efficientnet_ns.data.leases import Lease
+from efficientnet_ns.inference.teacher import TeacherPredictor
+from efficientnet_ns.progress import Progress
+from efficientnet_ns.pseudo_labels.index import IndexWriter, top_one
+from efficientnet_ns.pseudo_labels.parts import Broken, PartFile, Parts
+
+# Bytes of records in memory before they are written as a part; a record counts for at least what its
+# Python object takes.
+_MAX_PART_BYTES = 16 * 2**20
+_OBJECT_BYTES = 128
+
+
+class TooManyBadRecords(records.DataError):
+    """More of a shard is unreadable than max_bad_fraction allows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardTask:
+    """A worker's share of a shard.
+
+    Attributes:
+      name: unique among the tasks of an output folder.
+      source: the input file.
+      shard, worker: their numbers; record i of the file is the worker's when i mod `replicas` is
+        `worker`.
+      stage: outputs and settings. Outputs are the prediction file, its index and its info file;
+        only the relabeled file when `reassign`.
+      reassign: the records are pseudo-labeled ones that get new labels.
+    """
+
+    name: str
+    source: str
+    shard: int
+    worker: int
+    replicas: int
+    stage: manifests.Stage
+    reassign: bool
+
+    @property
+    def quarantine_path(self) -> str:
+        """`quarantine-00003-of-00128-00000.jsonl`, next to the output; only written when needed."""
+        folder, base = os.path.split(self.stage.outputs[0])
+        base = base[len("train-info-") :] if base.startswith("train-info-") else base
+        return os.path.join(folder, f"quarantine-{base}.jsonl")
+
+
+@dataclasses.dataclass
+class EncodedBatch:
+    """Images that are computed together, and where the input goes on after them.
+
+    Attributes:
+      images: encoded; None for what is no image.
+      positions: of the records in the file.
+      problems: index into `images` → why it is no image.
+      place: (position, byte) of the record after the last.
+      lost: see `PartFile`.
+      last: whether the input ends here.
+    """
+
+    images: list[bytes | None] = dataclasses.field(default_factory=list)
+    positions: list[int] = dataclasses.field(default_factory=list)
+    problems: dict[int, str] = dataclasses.field(default_factory=dict)
+    place: tuple[int, int] = (0, 0)
+    lost: int = 0
+    last: bool = False
+
+
+def _read_batches(task: ShardTask, size: int, place: tuple[int, int]) -> Iterator[EncodedBatch]:
+    """The worker's records from `place` on, `size` at a time; the last batch may be empty."""
+    batch = EncodedBatch()
+    for record, end in records.read_from(task.source, *place):
+        batch.lost = max(batch.lost, record.lost)
+        if record.position % task.replicas == task.worker:
+            image, problem = _image(record)
+            if problem:
+                batch.problems[len(batch.images)] = problem
+            batch.images.append(image)
+            batch.positions.append(record.position)
+        batch.place = (record.position + 1, end)
+        if len(batch.images) == size and not batch.lost:
+            yield batch
+            batch = EncodedBatch(place=batch.place)
+    batch.last = True
+    yield batch
+
+
+def _image(record: records.Record) -> tuple[bytes | None, str]:
+    """(encoded image, "") or (None, why there is none)."""
+    if record.payload is None:
+        return None, record.problem
+    try:
+        image = records.image_bytes(record.payload)
+    except records.DataError as e:
+        return None, str(e)
+    problem = headers.problem(image)
+    return (None, problem) if problem else (image, "")
+
+
+class ShardLabeling:
+    """Labels the records of one task.
+
+    Args:
+      teacher: computes the probabilities.
+      task: what to label.
+      options: limits.
+      lease: on the task; checked before anything is published.
+    """
+
+    def __init__(
+        self, teacher: TeacherPredictor, task: ShardTask, options: PredictConfig, lease: Lease
+    ):
+        self._teacher, self._task, self._options, self._lease = teacher, task, options, lease
+        engine = teacher.engine
+        settings = {**task.stage.config, "engine": engine.name, "batch": engine.batch_size}
+        folder = os.path.dirname(task.stage.outputs[0])
+        self._parts = Parts(folder, task.name, {**settings, "group": teacher.group})
+
+    def run(self) -> None:
+        """Labels what no part covers, then puts the parts together.
+
+        Raises:
+          TooManyBadRecords: the parts are kept, for a run with another limit.
+          LeaseLost: another process goes on with the task.
+        """
+        while True:
+            done, place, bad, last = 0, (0, 0), [], False
+            for part, _ in self._parts.chain():
+                done, place, last = done + part.records, part.place, part.last
+                bad += part.quarantine
+            if done:
+                logging.info("%s: continuing after %d labeled images", self._task.name, done)
+            if not last:
+                self._label(done, place, bad)
+            try:
+                self._assemble()
+                return
+            except Broken as e:
+                logging.warning("%s: labeling the missing part again", e)
+
+    def _label(self, done: int, place: tuple[int, int], bad: list[list]) -> None:
+        concurrency, total = self._teacher.engine.concurrency, self._expected_total()
+        waiting: deque[tuple[EncodedBatch, Future]] = deque()
+        with (
+            ThreadPoolExecutor(concurrency) as pool,
+            ThreadPoolExecutor(1) as disk,
+            Progress(total or 0, self._task.name, "images", done) as progress,
+        ):
+            ready: list[PartFile] = []
+            began, writing = time.monotonic(), None
+
+            def collect() -> None:
+                nonlocal done, ready, began, writing
+                batch, prediction = waiting.popleft()
+                reassign = self._task.reassign
+                ready.append(_part(batch, *prediction.result(), first=done, reassign=reassign))
+                done += len(batch.images)
+                progress.update(len(batch.images))
+                age = time.monotonic() - began
+                if batch.last or age > self._options.part_seconds or _size(ready) > _MAX_PART_BYTES:
+                    part = PartFile.join(ready)
+                    bad.extend(part.quarantine)
+                    self._check_bad(part, bad, total)
+                    # One part at most waits for the disk.
+                    if writing is not None:
+                        writing.result()
+                    writing = disk.submit(self._publish, part)
+                    ready, began = [], time.monotonic()
+
+            for batch in _read_batches(self._task, self._teacher.group, place):
+                waiting.append((batch, pool.submit(self._teacher.label, batch.images)))
+                if len(waiting) > 2 * concurrency:
+                    collect()
+            while waiting:
+                collect()
+            writing.result()
+
+    def _publish(self, part: PartFile) -> None:
+        self._lease.check()
+        self._parts.write(part)
+
+    def _expected_total(self) -> int | None:
+        """Whole records of this worker; None where looking at every header is slow."""
+        if "://" in self._task.source:
+            return None
+        count = records.count(self._task.source)
+        return len(range(self._task.worker, count, self._task.replicas))
+
+    def _check_bad(self, part: PartFile, bad: list[list], expected: int | None) -> None:
+        """Stops as soon as the limit is sure to be exceeded."""
+        total = part.first + part.records
+        if not part.last:
+            if expected is None:
+                return
+            # A tail that cannot be read is one more record.
+            total = expected + 1
+        limit, source = self._options.max_bad_fraction, self._task.source
+        lost = part.lost / max(1, tf.io.gfile.stat(source).length)
+        if len(bad) <= limit * total and lost <= limit:
+            return
+        tail = f" and {lost:.1%} of the file cannot be read" if lost else ""
+        first = f"record {bad[0][1]}: {bad[0][2]}" if bad else "the tail"
+        raise TooManyBadRecords(
+            f"{source}: {len(bad)} of {total} records are unreadable{tail}, more than "
+            f"--max_bad_fraction={limit}; the first is {first}"
+        )
+
+    def _assemble(self) -> None:
+        """Publishes the outputs from the parts; Broken when they do not reach to the end."""
+        task, stage = self._task, self._task.stage
+        quarantine: list[list] = []
+        with stage.write() as (temporary, counts), contextlib.ExitStack() as opened:
+            index = None
+            if not task.reassign:
+                index = IndexWriter(temporary[stage.outputs[1]], task.shard, task.worker)
+                opened.enter_context(index)
+            total, whole = 0, False
+            with tf.io.gfile.GFile(temporary[stage.outputs[0]], "wb") as f:
+                for part, body in self._parts.chain():
+                    f.write(body)
+                    if index:
+                        index.add(part.labels, part.top_probs)
+                    quarantine += part.quarantine
+                    total, whole = total + part.records, part.last
+            if not whole:
+                raise Broken(f"{task.name}: a part was damaged or replaced")
+            opened.close()
+            if not task.reassign:
+                with tf.io.gfile.GFile(temporary[stage.outputs[2]], "w") as f:
+                    f.write(json.dumps({"image_num": total}))
+            self._lease.check()
+            _write_quarantine(task, quarantine, total)
+            counts.update(records=total, quarantine={str(n): why for n, _, why in quarantine})
+        self._parts.remove()
+
+
+def _size(parts: list[PartFile]) -> int:
+    return sum(len(payload) + _OBJECT_BYTES for part in parts for payload in part.payloads)
+
+
+def _part(
+    batch: EncodedBatch, probs: np.ndarray, problems: dict[int, str], *, first: int, reassign: bool
+) -> PartFile:
+    """A batch with its predictions, which are zero where there is a problem.
+
+    Args:
+      first: number of its first record among those of this worker.
+    """
+    problems = {**problems, **batch.problems}
+    labels, top_probs = top_one(probs)
+    if reassign:
+        # A student cannot use an image without a label, and it has no place to keep.
+        good = [i for i in range(len(labels)) if i not in problems]
+        payloads = [
+            records.pseudo_labeled_example(batch.images[i], probs[i], int(labels[i])) for i in good
+        ]
+    else:
+        # Differs (9): an unreadable record keeps its place with probabilities of zero.
+        payloads = records.prediction_examples(probs)
+    return PartFile(
+        first=first,
+        records=len(labels),
+        place=batch.place,
+        last=batch.last,
+        lost=batch.lost,
+        quarantine=[[first + i, batch.positions[i], problems[i]] for i in sorted(problems)],
+        labels=labels,
+        top_probs=top_probs,
+        payloads=payloads,
+    )
+
+
+def _write_quarantine(task: ShardTask, quarantine: list[list], total: int) -> None:
+    """Lists the unreadable records of a task, one JSON object per line; no file without any.
+
+    `file` and `position` tell where the record is, `prediction` which prediction stands for it.
+    """
+    if not quarantine:
+        if tf.io.gfile.exists(task.quarantine_path):
+            tf.io.gfile.remove(task.quarantine_path)
+        return
+    with (
+        manifests.atomic_path(task.quarantine_path) as temporary,
+        tf.io.gfile.GFile(temporary, "w") as f,
+    ):
+        for number, position, reason in quarantine:
+            entry = {"file": task.source, "position": position, "prediction": number}
+            f.write(json.dumps({**entry, "reason": reason}) + "\n")
+    logging.warning(
+        "%s: %d of %d records are unreadable, see %s",
+        *(task.source, len(quarantine), total, task.quarantine_path),
+    )

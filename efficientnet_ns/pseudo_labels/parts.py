@@ -1,0 +1,158 @@
+"""Finished parts of an unfinished shard, so that a killed process loses a minute and not a day.
+
+A part is one file, `.part-<task>-<settings>-<first>`: a TFRecord whose first record is a JSON header
+and whose second holds the labels and top-1 probabilities; the records of the output follow. A part
+tells where in the input the next one begins, so that the parts of a shard form a chain. It counts
+only if its checksum is right and it was made with the same settings. Parts made by two processes at
+once may overlap or replace each other; any chain of them gives the same output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+import google_crc32c
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.data import manifests, wire
+
+
+@dataclasses.dataclass
+class PartFile:
+    """Some predictions for a shard.
+
+    Attributes:
+      first: number of its first record among those of this worker.
+      records: how many of the worker's records it covers.
+      place: (position, byte) in the input of the first record after it.
+      last: whether the input ends with it.
+      lost: bytes of the input behind damage, in which records cannot be told apart.
+      quarantine: [[number of the record among the worker's, position in the file, reason]].
+      labels, top_probs: int32 and float32 [records].
+      payloads: records of the output; empty after reading.
+    """
+
+    first: int
+    records: int
+    place: tuple[int, int]
+    last: bool
+    lost: int
+    quarantine: list[list]
+    labels: np.ndarray
+    top_probs: np.ndarray
+    payloads: list[bytes] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def join(cls, parts: Sequence[PartFile]) -> PartFile:
+        """One part of consecutive ones."""
+        return dataclasses.replace(
+            parts[-1],
+            first=parts[0].first,
+            records=sum(part.records for part in parts),
+            quarantine=[entry for part in parts for entry in part.quarantine],
+            labels=np.concatenate([part.labels for part in parts]),
+            top_probs=np.concatenate([part.top_probs for part in parts]),
+            payloads=[payload for part in parts for payload in part.payloads],
+        )
+
+    _STORED = ("first", "records", "place", "last", "lost", "quarantine")
+
+
+class Broken(RuntimeError):
+    """A part is damaged, or was replaced while it was read."""
+
+
+class Parts:
+    """The parts of one shard and worker.
+
+    Args:
+      folder: where they lie.
+      task: name of the `ShardTask`.
+      settings: everything that determines the bits of the output.
+    """
+
+    def __init__(self, folder: str, task: str, settings: dict):
+        self._settings = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        self._prefix = os.path.join(folder, f".part-{task}-")
+
+    def _path(self, first: int) -> str:
+        return f"{self._prefix}{self._settings}-{first:010d}"
+
+    def write(self, part: PartFile) -> None:
+        """Writes a part; it appears whole."""
+        stored = {name: getattr(part, name) for name in PartFile._STORED}
+        numbers = part.labels.astype("<i4").tobytes() + part.top_probs.astype("<f4").tobytes()
+        body = b"".join(wire.frame(p) for p in [numbers, *part.payloads])
+        stored.update(settings=self._settings, bytes=len(body), crc=google_crc32c.value(body))
+        with (
+            manifests.atomic_path(self._path(part.first)) as temporary,
+            tf.io.gfile.GFile(temporary, "wb") as f,
+        ):
+            f.write(wire.frame(json.dumps(stored).encode()))
+            f.write(body)
+
+    def chain(self) -> Iterator[tuple[PartFile, bytes]]:
+        """Yields the finished parts from the beginning on, with the bytes of their records."""
+        first = 0
+        while True:
+            found = self._read(first)
+            if found is None:
+                return
+            yield found
+            if found[0].last:
+                return
+            first += found[0].records
+
+    def _read(self, first: int) -> tuple[PartFile, bytes] | None:
+        path = self._path(first)
+        if not tf.io.gfile.exists(path):
+            return None
+        try:
+            with tf.io.gfile.GFile(path, "rb") as f:
+                content = f.read()
+        except tf.errors.NotFoundError:
+            return None
+        return _parse(content, first, self._settings)
+
+    def remove(self) -> None:
+        """Removes all parts, including those of other settings: the output is finished."""
+        folder, prefix = os.path.split(self._prefix)
+        for path in manifests.listed(folder, re.escape(prefix) + ".*"):
+            try:
+                tf.io.gfile.remove(path)
+            except tf.errors.NotFoundError:
+                pass  # Another process finished it as well.
+
+
+def _framed(content: bytes, at: int) -> tuple[bytes, int]:
+    """(payload, end) of the record that begins at byte `at`."""
+    begin = at + 12
+    end = begin + int.from_bytes(content[at : at + 8], "little")
+    return content[begin:end], end + 4
+
+
+def _parse(content: bytes, first: int, settings: str) -> tuple[PartFile, bytes] | None:
+    header, body = _framed(content, 0)
+    try:
+        stored = json.loads(header)
+        good = stored.pop("settings") == settings and stored["first"] == first
+        good = good and stored.pop("bytes") == len(content) - body
+        if not good or stored.pop("crc") != google_crc32c.value(content[body:]):
+            return None
+    except (ValueError, KeyError):
+        return None
+    numbers, end = _framed(content, body)
+    half = len(numbers) // 2
+    stored["place"] = tuple(stored["place"])
+    part = PartFile(
+        **stored,
+        labels=np.frombuffer(numbers[:half], "<i4"),
+        top_probs=np.frombuffer(numbers[half:], "<f4"),
+    )
+    return part, content[end:]

@@ -1,0 +1,191 @@
+"""A teacher's predictions for shards of unlabeled records (arXiv 1911.04252, algorithm 1, step 2).
+
+Each (shard, worker) gives one prediction file in the original's format, a Parquet index of it
+without the probabilities, an info file with its count, and a manifest. Records that cannot be
+read, and images that cannot be decoded, keep their place: all-zero probabilities, label -1 in the
+index, and an entry with the reason in the manifest and in `quarantine-*.jsonl`.
+
+Any number of processes may work on the same shards: see `data.leases`. A killed one continues where it
+was: see `parts`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.config import Config, ConfigError, shard_list
+from efficientnet_ns.data import manifests, records
+from efficientnet_ns.data.leases import LeaseLost, Leases
+from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.inference.teacher import TeacherPredictor, check_views
+from efficientnet_ns.models import weights
+from efficientnet_ns.pseudo_labels.label_shard import ShardLabeling, ShardTask, TooManyBadRecords
+
+
+def predict(config: Config, teacher: TeacherPredictor | None = None) -> dict[str, int]:
+    """Labels the configured shards; finished ones are verified and skipped.
+
+    Shards that another process is working on are waited for, and taken over when it dies.
+
+    Args:
+      teacher: made before for the same settings; None: it is made when there is work.
+
+    Returns:
+      `records`, `unreadable` and `skipped_shards` (not labeled by this call), over the shards.
+
+    Raises:
+      ConfigError: a flag is missing or does not fit.
+      TooManyBadRecords: of the first such shard, after all others are done.
+      manifests.OutputConflict: see there; shards finished before are kept.
+    """
+    experiment = Experiment.from_config(config)
+    _check(experiment)
+    tasks = _tasks(experiment)
+    labeled = 0
+    # A list, so that a conflict in any of them is found before work begins.
+    if not all([task.stage.done() for task in tasks.values()]):
+        labeled = _work(experiment, tasks, teacher)
+    counts = [task.stage.counts() for task in tasks.values()]
+    return {
+        "records": sum(c["records"] for c in counts),
+        "unreadable": sum(len(c["quarantine"]) for c in counts),
+        "skipped_shards": len(tasks) - labeled,
+    }
+
+
+def unfinished(config: Config) -> list[int]:
+    """The configured shards that have no finished predictions yet; raises what `predict` does."""
+    experiment = Experiment.from_config(config)
+    _check(experiment)
+    return [task.shard for task in _tasks(experiment).values() if not task.stage.done()]
+
+
+def _check(experiment: Experiment) -> None:
+    config = experiment.config
+    options = config.predict
+    for name in ("predict_ckpt_path", "output_dir", "info_dir"):
+        if not getattr(options, name) and (name != "info_dir" or not options.reassign_label):
+            raise ConfigError(f"--{name} is needed for --mode=predict")
+    if not _input_dir(config):
+        raise ConfigError("--unlabel_data_dir is needed: the folder with the records to label")
+    if not options.reassign_label and options.worker_id >= options.total_replicas:
+        raise ConfigError(
+            f"--worker_id={options.worker_id} is not below "
+            f"--total_replicas={options.total_replicas}"
+        )
+    check_views(experiment)
+
+
+def _input_dir(config: Config) -> str:
+    # The original's scripts give the folder to label as label_data_dir.
+    folder = config.data.unlabel_data_dir or config.data.label_data_dir or ""
+    if config.predict.reassign_label and os.path.abspath(folder) == os.path.abspath(
+        config.predict.output_dir
+    ):
+        raise ConfigError("--output_dir is the folder of the records to label again: name another")
+    return folder
+
+
+def _tasks(experiment: Experiment) -> dict[str, ShardTask]:
+    options = experiment.config.predict
+    shards = shard_list(options.shard_id, options.num_shards)
+    if options.shard_id == "auto":
+        # Processes that start together begin at different places.
+        start = (os.getpid() * 7919) % len(shards)
+        shards = shards[start:] + shards[:start]
+    sources = {shard: _input_path(experiment.config, shard) for shard in shards}
+    checkpoint = weights.fingerprint(options.predict_ckpt_path)
+    tasks = [_task(experiment, checkpoint, sources[shard], shard) for shard in shards]
+    return {task.name: task for task in tasks}
+
+
+def _input_path(config: Config, shard: int) -> str:
+    options = config.predict
+    prefix = options.file_prefix
+    if options.reassign_label:
+        prefix = f"{prefix}-{options.worker_id}"
+    name = records.shard_name(prefix, shard, options.num_shards)
+    path = os.path.join(_input_dir(config), name)
+    if not tf.io.gfile.exists(path):
+        raise records.DataError(f"shard {path} is missing (check --file_prefix and --num_shards)")
+    if tf.io.gfile.stat(path).length == 0:
+        records.count_all(
+            [path]
+        )  # DataError unless the folder's counts say that it has no records.
+    return path
+
+
+def _task(experiment: Experiment, checkpoint: str, path: str, shard: int) -> ShardTask:
+    options = experiment.config.predict
+    key = (shard, options.num_shards, options.worker_id)
+    replicas = options.total_replicas
+    outputs = [
+        os.path.join(options.output_dir, records.prediction_name(*key)),
+        os.path.join(options.output_dir, records.index_name(*key)),
+        os.path.join(options.info_dir, records.info_name(*key)),
+    ]
+    if options.reassign_label:
+        outputs, replicas = [os.path.join(options.output_dir, os.path.basename(path))], 1
+    settings = {
+        "checkpoint": checkpoint,
+        "input": manifests.fingerprint([path]),
+        "model": experiment.config.model.model_name,
+        "image_size": experiment.image_size,
+        "num_classes": experiment.num_classes,
+        "small_image": experiment.small_image,
+        "mean": experiment.task.mean,
+        "std": experiment.task.std,
+        "total_replicas": replicas,
+    }
+    if options.test_time_views > 1:
+        settings["test_time_views"] = options.test_time_views
+    if options.noised_teacher:
+        model = experiment.config.model
+        settings["noised_teacher"] = {
+            "seed": experiment.config.train.seed,
+            # The noise of an image is drawn with that of the others in its batch.
+            "batch_size": experiment.config.train.eval_batch_size,
+            "images": experiment.unlabeled_preprocessing.describe(),
+            "dropout_rate": model.dropout_rate,
+            "stochastic_depth_rate": model.stochastic_depth_rate,
+        }
+    return ShardTask(
+        name=os.path.basename(outputs[0]),
+        source=path,
+        shard=shard,
+        worker=0 if options.reassign_label else options.worker_id,
+        replicas=replicas,
+        stage=manifests.Stage(f"{outputs[0]}.manifest.json", outputs, settings),
+        reassign=options.reassign_label,
+    )
+
+
+def _work(
+    experiment: Experiment, tasks: dict[str, ShardTask], teacher: TeacherPredictor | None
+) -> int:
+    """Labels tasks until all are done, by this process or by others; returns how many it did."""
+    options = experiment.config.predict
+    teacher = teacher or TeacherPredictor(experiment, options.predict_ckpt_path)
+    labeled, failed = 0, {}
+    leases = Leases(options.output_dir, options.lease_seconds)
+
+    def done(name: str) -> bool:
+        return name in failed or tasks[name].stage.done()
+
+    with contextlib.closing(leases.claims(list(tasks), done)) as claims:
+        for name, lease in claims:
+            try:
+                ShardLabeling(teacher, tasks[name], options, lease).run()
+                labeled += 1
+            except LeaseLost as e:
+                logging.warning("%s", e)
+            except TooManyBadRecords as e:
+                logging.error("%s", e)
+                failed[name] = e
+    if failed:
+        raise next(iter(failed.values()))
+    return labeled

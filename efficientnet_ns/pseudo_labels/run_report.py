@@ -1,0 +1,353 @@
+"""`report.html` of a labeling run: what the teacher predicted, what was kept, and how it looks.
+
+The statistics cover every image, by SQL; pictures are taken only from the first shards, because
+reading them means reading the shards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from efficientnet_ns import report
+from efficientnet_ns.config import ConfigError, SelectConfig
+from efficientnet_ns.pseudo_labels import outcome
+from efficientnet_ns.pseudo_labels.outcome import Outcome, Picture
+
+_PICTURES = 36  # Of a grid over all classes.
+_PICTURES_PER_CLASS = 8
+_PIXELS = 112  # Of the larger side: twice what is shown, for dense screens.
+_AGREEMENT_BINS = 20
+
+
+class Options(NamedTuple):
+    """What a report shows in addition to the run itself.
+
+    Attributes:
+      truth: true labels, see `outcome.Truth`.
+      previous_dir: predictions of an earlier round for the same images.
+      class_names: default: the numbers.
+      classes: how many of the best covered, of the worst covered and of the other classes have
+        their pictures shown.
+      picture_shards: how many of the first shards pictures are taken from.
+    """
+
+    truth: outcome.Truth | None = None
+    previous_dir: str = ""
+    class_names: Sequence[str] | None = None
+    classes: int = 10
+    picture_shards: int = 4
+
+
+def write_report(config: SelectConfig, options: Options = Options(), path: str = "") -> str:
+    """Writes the report of a finished selection.
+
+    Args:
+      path: default: `report.html` in the selection's output_dir.
+
+    Returns:
+      The path.
+
+    Raises:
+      records.DataError: predictions, selection or truth are missing or do not fit.
+      ConfigError: the number of class names is not that of the classes.
+    """
+    path = path or os.path.join(config.output_dir, "report.html")
+    report.write_page(
+        path,
+        title="Pseudo labels",
+        intro=(
+            f"Predictions in {config.prediction_dir} for the images in {config.input_dir}, and the "
+            f"selection from them in {config.output_dir}."
+        ),
+        sections=[
+            report.Section(title[0].upper() + title[1:], body)
+            for title, body in sections(config, options)
+        ],
+    )
+    return path
+
+
+def sections(config: SelectConfig, options: Options = Options()) -> list[report.Section]:
+    """The sections of the report."""
+    names = list(options.class_names or map(str, range(config.num_label_classes)))
+    if len(names) != config.num_label_classes:
+        raise ConfigError(f"{len(names)} class names for {config.num_label_classes} classes")
+    truth = None if options.truth is None else outcome.read_truth(config, options.truth)
+    result = Outcome(config, truth=truth, previous_dir=options.previous_dir)
+    run = _Run(config, options, names, result, result.classes())
+    parts = {
+        "summary": _summary(run),
+        "confidence of the pseudo labels": _confidence(run),
+        "confidence by class": _confidence_by_class(run),
+        "class balance before and after": _balance(run),
+        "worst and best covered classes": _coverage(run),
+        **({"pseudo labels against the hidden truth": _truth(run)} if truth is not None else {}),
+        **({"agreement with the round before": _agreement(run)} if options.previous_dir else {}),
+        **_pictures(run),
+        "records in quarantine": _quarantine(run),
+    }
+    return [report.Section(title, body) for title, body in parts.items()]
+
+
+class _Run(NamedTuple):
+    config: SelectConfig
+    options: Options
+    names: list[str]
+    outcome: Outcome
+    classes: dict[str, np.ndarray]
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+
+def _summary(run: _Run) -> str:
+    totals = run.outcome.totals()
+    empty = [name for name, kept in zip(run.names, run.classes["kept"]) if not kept]
+    rows = {
+        "images with a prediction": "images",
+        "unreadable, without a label": "unreadable",
+        f"confidence at or above --min_threshold={run.config.min_threshold:g}": "confident",
+        "kept": "kept",
+        "records written for them, copies included": "records",
+    }
+    text = ""
+    if empty:
+        shown = ", ".join(empty[:20] + (["…"] if len(empty) > 20 else []))
+        text = report.paragraph(
+            f"{len(empty)} of {len(run.names)} classes have no image kept: {shown}"
+        )
+    return report.table([{"": what, "images": totals[k]} for what, k in rows.items()]) + text
+
+
+def _confidence(run: _Run) -> str:
+    counts = run.outcome.confidence(report.HISTOGRAM_BINS)
+    return report.paragraph(
+        "How sure the teacher is of its label. Rejected images above the threshold belong to "
+        "classes that have enough images of higher confidence."
+    ) + report.confidence_histogram(
+        counts["prob"],
+        counts["kept"],
+        threshold=run.config.min_threshold,
+        images=counts["images"],
+    )
+
+
+def _confidence_by_class(run: _Run) -> str:
+    return report.paragraph(
+        "Classes that the teacher is never sure of lose most of their images to the threshold."
+    ) + report.confidence_by_class(run.classes["quantiles"], run.names)
+
+
+def _balance(run: _Run) -> str:
+    classes = run.classes
+    return report.paragraph(
+        f"Every class should end with --num_image={run.config.num_image} records. Classes with "
+        "fewer images are filled up by copies: many copies of few images are a warning."
+    ) + report.class_balance(
+        classes["predicted"], classes["kept"], classes["records"] - classes["kept"], run.names
+    )
+
+
+def _by_coverage(run: _Run) -> np.ndarray:
+    """Classes that were predicted at all, the one with the fewest confident images first."""
+    predicted = np.flatnonzero(run.classes["predicted"])
+    keys = (predicted, run.classes["predicted"][predicted], run.classes["confident"][predicted])
+    return predicted[np.lexsort(keys)]
+
+
+def _coverage(run: _Run) -> str:
+    classes, order = run.classes, _by_coverage(run)
+    rows = [
+        {
+            "class": run.names[i],
+            "predicted": classes["predicted"][i],
+            "at or above the threshold": classes["confident"][i],
+            "kept": classes["kept"][i],
+            "records": classes["records"][i],
+            "records per image": (
+                classes["records"][i] / classes["kept"][i] if classes["kept"][i] else None
+            ),
+            "lowest kept confidence": (classes["lowest"][i] if classes["kept"][i] else None),
+        }
+        for i in order
+    ]
+    shown = max(run.options.classes, 1)
+    text = report.paragraph(
+        "The classes that were predicted at all, by the number of images whose confidence is at or "
+        "above the threshold. In the best "
+        "covered classes the lowest kept confidence shows how picky the selection could be."
+    )
+    return (
+        f"{text}<h3>Worst covered</h3>\n{report.table(rows[:shown])}"
+        f"<h3>Best covered</h3>\n{report.table(rows[::-1][:shown])}"
+    )
+
+
+def _truth(run: _Run) -> str:
+    bins, pairs = run.outcome.accuracy(report.CALIBRATION_BINS), run.outcome.confusion()
+    known, correct, images = bins["known"], bins["known"] & bins["correct"], bins["images"]
+    rows = []
+    groups = {"all": np.ones_like(known), "kept": bins["kept"], "rejected": ~bins["kept"]}
+    for name, group in groups.items():
+        inside, right = images[group & known].sum(), images[group & correct].sum()
+        rows.append(
+            {
+                "pseudo labels": name,
+                "images": images[group].sum(),
+                "of known class": inside,
+                "correct": right,
+                "accuracy": right / inside if inside else None,
+                "out of distribution": images[group & ~known].sum(),
+            }
+        )
+    # Bins are (lower, upper], from 1.
+    sums = (
+        np.bincount(bins["bin"] - 1, known * images * values, report.CALIBRATION_BINS)
+        for values in (1, bins["prob"], correct)
+    )
+    return (
+        report.paragraph(
+            "How many labels are right, and how far the confidence can be trusted: on the dashed "
+            "line, 70 % of the labels given with 70 % confidence are right."
+        )
+        + report.table(rows)
+        + report.reliability(report.Calibration(*sums))
+        + report.paragraph("The images kept, by true class and pseudo label:")
+        + report.confusion(pairs["truth"], pairs["label"], run.names, images=pairs["images"])
+    )
+
+
+def _agreement(run: _Run) -> str:
+    bins = run.outcome.agreement(_AGREEMENT_BINS)
+    same, images = (
+        np.bincount(bins["bin"], bins[name], _AGREEMENT_BINS).astype(np.int64)
+        for name in ("same", "images")
+    )
+    rows = []
+    for name, group in (("kept", bins["kept"]), ("rejected", ~bins["kept"])):
+        total, equal = bins["images"][group].sum(), bins["same"][group].sum()
+        rows.append(
+            {
+                "images": name,
+                "labeled in both rounds": total,
+                "equal labels": equal,
+                "agreement": equal / total if total else None,
+            }
+        )
+    changes = [
+        {"before": run.names[before], "now": run.names[now], "images": count}
+        for before, now, count in run.outcome.changes(10)
+    ]
+    return (
+        report.paragraph(
+            f"Labels of this round against those in {run.options.previous_dir}, by the confidence "
+            "of this round. Rounds that agree almost everywhere have little left to learn."
+        )
+        + report.agreement_by_confidence(
+            np.arange(1, _AGREEMENT_BINS + 1) / _AGREEMENT_BINS, same, images
+        )
+        + report.table(rows)
+        + "<h3>Most frequent changes</h3>\n"
+        + report.table(changes)
+    )
+
+
+def _quarantine(run: _Run) -> str:
+    found = outcome.read_quarantine(run.config)
+    total = sum(found.reasons.values())
+    text = report.paragraph(
+        f"{total} records could not be labeled, in {len(found.files)} of "
+        f"{run.config.num_shards} files. They keep their place and are never selected."
+    )
+    if found.unknown:
+        text += report.paragraph(
+            f"{len(found.unknown)} prediction files have no manifest, and so no list of such records."
+        )
+    if not total:
+        return text
+    reasons = [{"reason": why, "records": n} for why, n in found.reasons.most_common(20)]
+    files = [{"file": name, "records": n} for name, n in found.files.most_common(10)]
+    examples = [{"file": name, "record": n, "reason": why} for name, n, why in found.examples]
+    return (
+        f"{text}{report.table(reasons)}<h3>Files with most of them</h3>\n{report.table(files)}"
+        f"<h3>The first records</h3>\n{report.table(examples)}"
+    )
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+_GRIDS = {
+    "most confident images kept": (
+        {"kept": True, "order": "most"},
+        "The most certain predictions, with their labels and confidence.",
+    ),
+    "least confident images kept": (
+        {"kept": True, "order": "least"},
+        "What the threshold just lets in: wrong labels would be here.",
+    ),
+    "images rejected": (
+        {"kept": False, "order": "most"},
+        "What is left out, most confident first: right labels here are a loss.",
+    ),
+}
+
+
+def _pictures(run: _Run) -> dict[str, str]:
+    """Grids over all classes, and of some classes."""
+    shards = min(run.options.picture_shards, run.config.num_shards)
+    chosen = _classes_to_show(run)
+    overall, by_class = (
+        {
+            title: run.outcome.pictures(**which, limit=limit, shards=shards, labels=labels)
+            for title, (which, _) in _GRIDS.items()
+        }
+        for limit, labels in ((_PICTURES, None), (_PICTURES_PER_CLASS, chosen))
+    )
+    shown = [
+        picture for grids in (overall, by_class) for grid in grids.values() for picture in grid
+    ]
+    found = outcome.read_images(run.config, {(p.shard, p.record) for p in shown})
+    data = {place: report.thumbnail(image, _PIXELS) for place, image in found.items()}
+    source = ""
+    if shards < run.config.num_shards:
+        source = report.paragraph(
+            f"Pictures are taken from {shards} of {run.config.num_shards} shards."
+        )
+
+    def grid(pictures: Sequence[Picture], *, named: bool) -> str:
+        captions = [(f"{run.names[p.label]} " if named else "") + f"{p.prob:.2f}" for p in pictures]
+        images = [data[p.shard, p.record] for p in pictures]
+        return report.image_grid(list(zip(images, captions)))
+
+    parts = {
+        title: report.paragraph(_GRIDS[title][1]) + source + grid(pictures, named=True)
+        for title, pictures in overall.items()
+    }
+    classes = []
+    for label in chosen:
+        body = "".join(
+            f"<h3>{title.capitalize()}</h3>\n"
+            + grid([p for p in pictures if p.label == label], named=False)
+            for title, pictures in by_class.items()
+        )
+        kept = run.classes["kept"][label]
+        classes.append(report.details(f"{run.names[label]}: {kept} images kept", body))
+    text = report.paragraph(
+        "The least confident images kept show what the threshold lets in; the most confident ones "
+        "rejected, what it costs."
+        + (" The worst covered classes come first." if len(chosen) > 1 else "")
+    )
+    return {**parts, "pictures by class": source + text + "".join(classes)}
+
+
+def _classes_to_show(run: _Run) -> list[int]:
+    """The worst and best covered classes and some between, in order of their coverage."""
+    order, count = _by_coverage(run), run.options.classes
+    if len(order) > 3 * count:
+        between = np.linspace(count, len(order) - count - 1, count).astype(int)
+        order = np.concatenate([order[:count], order[between], order[len(order) - count :]])
+    return order.tolist()

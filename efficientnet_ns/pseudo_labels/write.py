@@ -1,0 +1,148 @@
+"""Balanced, pseudo-labeled records from a selection (arXiv 1911.04252, algorithm 1, step 3).
+
+One output file per shard of the unlabeled set, in the original's format and with its side files:
+statistics and sample pictures per class. The bytes depend only on the selection, the images and the
+seed, not on how many processes write.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import tensorflow as tf
+
+from efficientnet_ns.config import SelectConfig
+from efficientnet_ns.cpus import available_cpus
+from efficientnet_ns.data import local_files, manifests, records
+from efficientnet_ns.data.processes import run_each
+from efficientnet_ns.progress import Progress
+from efficientnet_ns.pseudo_labels import index
+from efficientnet_ns.pseudo_labels.selection import SELECTION
+from efficientnet_ns.pseudo_labels.write_shard import Lost, stage, write_shard
+
+__all__ = ["Lost", "write", "write_shards"]
+
+# A process needs seconds to start; it is not worth it for less than this to read.
+_BYTES_PER_PROCESS = 256 << 20
+
+
+def write(config: SelectConfig, shards: Sequence[int] | None = None) -> dict[str, int]:
+    """Writes the selected records of shards; finished shards are verified and skipped.
+
+    The statistics of all and `counts.json` are written by the run that finds every shard finished.
+
+    Args:
+      shards: numbers of the shards to write, default all; other runs may write the rest.
+
+    Returns:
+      `records` written, over the shards asked for.
+
+    Raises:
+      records.DataError: a selected record cannot be read.
+      Lost: the records read back from a file are not those selected.
+      processes.ProcessDied: one of --num_workers was ended from outside.
+    """
+    everything = index.shards(config)
+    stages = _write_stages(config, everything if shards is None else shards)
+    written = _records(stages)
+    if not set(everything) <= set(stages):
+        selection_hash = _selection_hash(config)
+        stages = {shard: stage(config, selection_hash, shard) for shard in everything}
+    if all(stages[shard].done() for shard in everything):
+        _write_final_stats(config, [stages[shard] for shard in everything])
+    return {"records": written}
+
+
+def write_shards(config: SelectConfig, shards: Sequence[int]) -> int:
+    """As `write`, but looks at no other shard, so that the statistics of all are left to `write`.
+
+    Returns:
+      Records written, over the shards asked for.
+    """
+    return _records(_write_stages(config, shards))
+
+
+def _write_stages(config: SelectConfig, shards: Sequence[int]) -> dict[int, manifests.Stage]:
+    """Writes what is not written; returns the shards asked for, each of them finished."""
+    workers, selection_hash = index.count_workers(config), _selection_hash(config)
+    stages = {shard: stage(config, selection_hash, shard) for shard in shards}
+    todo = {shard: stages[shard] for shard in stages if not stages[shard].done()}
+    path = _selection_path(config)
+    with local_files.local_copies([path]) as local:
+        _write_all(config, local[path], todo, workers)
+    # Of a shard that another process finished while a killed one had begun it.
+    manifests.remove_abandoned([p for s in stages.values() for p in (s.manifest, *s.outputs)])
+    return stages
+
+
+def _records(stages: Mapping[int, manifests.Stage]) -> int:
+    return sum(shard_stage.counts()["records"] for shard_stage in stages.values())
+
+
+def _selection_path(config: SelectConfig) -> str:
+    return os.path.join(config.output_dir, SELECTION)
+
+
+def _selection_hash(config: SelectConfig) -> str:
+    path = _selection_path(config)
+    if not tf.io.gfile.exists(path):
+        raise records.DataError(f"{path} is missing: run the selection first")
+    return manifests.content_hash(path)
+
+
+def _images(selection: str) -> Counter[int]:
+    """How many images of each shard are selected."""
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.read_metadata(selection)
+    found: Counter[int] = Counter()
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        # A row group holds rows of one shard.
+        found[group.column(0).statistics.min] += group.num_rows
+    return found
+
+
+def _processes(config: SelectConfig, shards: Sequence[int]) -> int:
+    wanted = config.num_workers
+    if wanted < 1:
+        size = sum(tf.io.gfile.stat(index.input_path(config, shard)).length for shard in shards)
+        wanted = min(available_cpus(), 1 + size // _BYTES_PER_PROCESS)
+    return max(1, min(wanted, len(shards)))
+
+
+def _write_all(
+    config: SelectConfig, selection: str, stages: Mapping[int, manifests.Stage], workers: int
+) -> None:
+    images = _images(selection)
+    processes = _processes(config, list(stages))
+    jobs = [
+        (config, selection, shard_stage, shard, workers) for shard, shard_stage in stages.items()
+    ]
+    total = sum(images[shard] for shard in stages)
+    with Progress(total, "writing balanced records", "images") as progress:
+        for job, _ in run_each(write_shard, jobs, processes):
+            progress.update(images[job[3]])
+
+
+def _write_final_stats(config: SelectConfig, stages: Sequence[manifests.Stage]) -> None:
+    total: Counter[str] = Counter()
+    for shard_stage in stages:
+        total.update(manifests.read_json(shard_stage.outputs[1]))
+    pairs = sorted(total.items(), key=lambda pair: -pair[1])
+    path = os.path.join(config.output_dir, "stats", "final_stats.json")
+    counts_path = os.path.join(config.output_dir, "data", records.COUNTS)
+    manifests.remove_abandoned([path, counts_path])
+    manifests.write_json(
+        path,
+        {
+            "cat_count": dict(total),
+            "cat_sorted_pairs": [list(pair) for pair in pairs],
+            "total_cnt": sum(total.values()),
+        },
+    )
+    records.note_counts(
+        [shard_stage.outputs[0] for shard_stage in stages],
+        [shard_stage.counts()["records"] for shard_stage in stages],
+    )

@@ -1,0 +1,233 @@
+"""One file of balanced, pseudo-labeled records: images and predictions of a shard, as selected.
+
+The images and the predictions are read side by side in the order of the images, so that neither is
+held in memory. What is kept waits in a temporary file, once for each image, and is written in a
+random order with the copies of an image far apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.config import SelectConfig
+from efficientnet_ns.data import framing, manifests, records, shuffled_copies
+from efficientnet_ns.pseudo_labels import index
+
+
+class Lost(RuntimeError):
+    """Records written are not the records selected."""
+
+
+def stage(config: SelectConfig, selection_hash: str, shard: int) -> manifests.Stage:
+    """Outputs (records, statistics) and manifest of a shard.
+
+    Raises:
+      records.DataError: the unlabeled shard is missing.
+    """
+    task = index.task_number(config)
+    data = os.path.join(
+        config.output_dir, "data", records.pseudo_label_name(task, shard, config.num_shards)
+    )
+    stats = os.path.join(config.output_dir, "stats", f"stats_{shard:05d}_{task}.json")
+    source = index.input_path(config, shard)
+    if not tf.io.gfile.exists(source):
+        raise records.DataError(f"shard {source} is missing (check --file_prefix and --num_shards)")
+    settings = {
+        "selection": selection_hash,
+        "input": manifests.fingerprint([source]),
+        "seed": config.seed,
+        "order": shuffled_copies.ORDER,
+    }
+    manifest = os.path.join(config.output_dir, "stats", f"manifest_{shard:05d}_{task}.json")
+    return manifests.Stage(manifest, [data, stats], settings)
+
+
+def write_shard(
+    config: SelectConfig,
+    selection: str,
+    stage: manifests.Stage,
+    shard: int,
+    workers: int,
+) -> None:
+    """Writes the records of a shard, reads them back, and commits them with their statistics.
+
+    Args:
+      selection: the file of `selection.select`, on this machine.
+      workers: how many predicted the shard.
+
+    Raises:
+      records.DataError: a selected record cannot be read, or is not the one that was selected.
+      Lost: the records read back are not those selected.
+    """
+    chosen = Chosen.read(selection, shard, workers)
+    data_path, stats_path = stage.outputs
+    images, total = len(chosen.image), chosen.copies.sum()
+    logging.info("%s: writing %d records of %d images", data_path, total, images)
+    with stage.write() as (temporary, counts):
+        with shuffled_copies.Spool() as spool:
+            for example in _examples(config, chosen, shard, workers):
+                spool.append(example)
+            copies = spool.shuffled(config.seed, shard, chosen.image, chosen.copies)
+            records.write(temporary[data_path], copies)
+        # Records are counted once, here, in the file itself.
+        found = _labels(temporary[data_path])
+        _check_conservation(data_path, chosen.labels(), found)
+        per_class = {str(label): copies for label, copies in found.items()}
+        manifests.write_json(temporary[stats_path], dict(sorted(per_class.items())))
+        counts.update(records=sum(found.values()))
+
+
+def _labels(path: str) -> Counter[int]:
+    """How many records of each label a file holds; damaged ones do not count."""
+    found: Counter[int] = Counter()
+    with framing.Scanner(path) as scanner:
+        while (record := scanner.take()) is not None:
+            if record.payload is not None:
+                found[records.label(record.payload)] += 1
+    return found
+
+
+def _check_conservation(path: str, selected: Counter[int], found: Counter[int]) -> None:
+    if selected == found:
+        return
+    total, back = sum(selected.values()), sum(found.values())
+    label = min(k for k in selected | found if selected[k] != found[k])
+    raise Lost(
+        f"{path}: {total} records selected, {back} read back; of class {label}, {selected[label]} "
+        f"selected, {found[label]} read back"
+    )
+
+
+# --- The selection --------------------------------------------------------------------------------
+
+
+class Chosen(NamedTuple):
+    """The selected images of a shard, each [N], in the order of the shard.
+
+    Attributes:
+      image: int64, number in the shard.
+      label: int32, pseudo label.
+      prob: float32, probability of the label.
+      copies: int64, at least 1.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+    prob: np.ndarray
+    copies: np.ndarray
+
+    @classmethod
+    def read(cls, selection: str, shard: int, workers: int) -> Chosen:
+        """Reads the rows of a shard; image i was predicted by worker i mod workers."""
+        import pyarrow.parquet
+
+        columns = ["worker", "position", "label", "prob", "copies"]
+        table = pyarrow.parquet.read_table(
+            selection, columns=columns, filters=[("shard", "=", shard)]
+        )
+        worker, position, label, prob, copies = (table[name].to_numpy() for name in columns)
+        image = position * workers + worker
+        order = np.argsort(image)
+        return cls(image[order], label[order], prob[order], copies[order].astype(np.int64))
+
+    def labels(self) -> Counter[int]:
+        """How many copies of each label are to be written."""
+        copies = np.bincount(self.label, self.copies).astype(np.int64)
+        return Counter({label: n for label, n in enumerate(copies.tolist()) if n})
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+def _examples(config: SelectConfig, chosen: Chosen, shard: int, workers: int) -> Iterator[bytes]:
+    """The selected images of a shard as pseudo-labeled records, in the order of the shard."""
+    paths = [index.prediction_path(config, shard, worker) for worker in range(workers)]
+    source = index.input_path(config, shard)
+    samples = _Samples(config, shard)
+    with contextlib.ExitStack() as opened:
+        images = opened.enter_context(framing.Scanner(source))
+        predictions = [opened.enter_context(framing.Scanner(path)) for path in paths]
+        rows = zip(chosen.image.tolist(), chosen.label.tolist(), chosen.prob.tolist())
+        for number, label, prob in rows:
+            position, worker = divmod(number, workers)
+            image = _feature(images, source, number, records.IMAGE)
+            probs = _feature(predictions[worker], paths[worker], position, records.PROBABILITIES)
+            if image is None or probs is None:
+                break  # Their numbers differ, which is told below.
+            values = framing.Floats(probs)
+            if len(values) != config.num_label_classes or values[label] != prob:
+                raise records.DataError(
+                    f"{paths[worker]}, record {position} is not what was selected from: "
+                    "delete its index and the selection, and select again"
+                )
+            if samples.wanted(label):
+                samples.keep(framing.bytes_value(image), label, prob)
+            yield framing.pseudo_labeled_example(image, probs, label, prob)
+        images.skip()
+        for worker, scanner in enumerate(predictions):
+            scanner.skip()
+            _check_number(images.position, scanner.position, source, paths, worker)
+
+
+def _feature(scanner: framing.Scanner, path: str, position: int, key: str) -> bytes | None:
+    """A Feature of the record at a position of a file; None if the file ends before it."""
+    scanner.skip(position - scanner.position)
+    record = scanner.take()
+    if record is None:
+        return None
+    try:
+        if record.payload is None:
+            raise records.DataError(record.problem)
+        feature = framing.feature(record.payload, key)
+        if not feature:
+            raise records.DataError(f"the record has no {key!r}")
+    except records.DataError as e:
+        raise records.DataError(f"{path}, record {position}: {e}") from e
+    return feature
+
+
+def _check_number(images: int, predictions: int, source: str, paths: list[str], worker: int):
+    """Raises DataError unless every image of a worker has its prediction, and nothing else has."""
+    path, workers = paths[worker], len(paths)
+    expected = len(range(worker, images, workers))
+    if predictions < expected:
+        raise records.DataError(
+            f"{path} ends before image {predictions * workers + worker} of the shard: predict it "
+            "again, or give the total_replicas of the prediction as --total_label_replicas "
+            f"(now {workers})"
+        )
+    if predictions > expected:
+        raise records.DataError(
+            f"{path} has more predictions than {source} has images for {workers} workers"
+        )
+
+
+class _Samples:
+    """Keeps a few pictures per class as files that people can open."""
+
+    def __init__(self, config: SelectConfig, shard: int):
+        self._folder = os.path.join(config.output_dir, "samples")
+        self._task, self._shard = index.task_number(config), shard
+        self._limit = config.num_samples
+        self._kept: Counter[int] = Counter()
+
+    def wanted(self, label: int) -> bool:
+        """Whether a class has too few yet."""
+        return self._kept[label] < self._limit
+
+    def keep(self, image: bytes, label: int, prob: float) -> None:
+        """Writes the picture."""
+        folder = os.path.join(self._folder, str(label))
+        tf.io.gfile.makedirs(folder)
+        name = f"image_{self._shard}_{self._task}_{self._kept[label]}_{prob:.4f}.jpeg"
+        self._kept[label] += 1
+        with tf.io.gfile.GFile(os.path.join(folder, name), "wb") as f:
+            f.write(image)

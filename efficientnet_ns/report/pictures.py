@@ -1,0 +1,82 @@
+"""Grids of images, inlined."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from efficientnet_ns.report import style, tables
+
+_SMALL_BYTES = 4096  # About the size of a thumbnail.
+
+
+def thumbnail(data: bytes, size: int) -> bytes:
+    """An encoded image as a JPEG of at most `size` pixels each way.
+
+    Files of up to 4 KiB stay as they are; an image that cannot be decoded gives no bytes.
+    """
+    from PIL import Image
+
+    if len(data) <= _SMALL_BYTES:
+        return data
+    buffer = io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.draft("RGB", (size, size))
+            image.thumbnail((size, size))
+            image.convert("RGB").save(buffer, "JPEG", quality=80)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return b""
+    return buffer.getvalue()
+
+
+def _mime(data: bytes) -> str | None:
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    return "image/jpeg" if data.startswith(b"\xff\xd8\xff") else None
+
+
+def _is_smaller(data: bytes, size: int) -> bool:
+    """Whether the image has fewer than `size` pixels each way; False if its header is damaged."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:  # Reads no more than the header.
+            return max(image.size) < size
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def _grid_item(data: bytes, caption: str, size: int) -> str:
+    mime = _mime(data)
+    if mime is None:
+        image = '<div class="placeholder" title="unknown image format">?</div>'
+    else:
+        # Enlarged pixels should look like pixels, but a photograph made smaller must stay smooth.
+        pixelated = ' class="pixelated"' if _is_smaller(data, size) else ""
+        uri = style.data_uri(data, mime)
+        image = f'<img{pixelated} src="{uri}" alt="" width="{size}" height="{size}">'
+    return f"<figure>{image}<figcaption>{tables.escape(caption)}</figcaption></figure>\n"
+
+
+def image_grid(
+    items: Sequence[tuple[bytes, str]], *, columns: int = 12, pixel_size: int = 56
+) -> str:
+    """Images in rows, each above its caption.
+
+    Args:
+      items: encoded image (JPEG or PNG; anything else shows a placeholder) and caption, plain text.
+      columns: images per row.
+      pixel_size: side of the square each image is fitted into, CSS pixels.
+    """
+    if columns < 1:
+        raise ValueError("columns must be at least 1")
+    if pixel_size < 1:
+        raise ValueError("pixel_size must be at least 1")
+    if not len(items):
+        return tables.NOTHING
+    figures = "".join(_grid_item(bytes(data), text, pixel_size) for data, text in items)
+    # Columns give captions half as much room again where the page has it.
+    tracks = f"repeat({columns}, minmax({pixel_size}px, {pixel_size * 3 // 2}px))"
+    style = f"grid-template-columns: {tracks}; --size: {pixel_size}px"
+    return f'<div class="scroll"><div class="grid" style="{style}">\n{figures}</div></div>\n'

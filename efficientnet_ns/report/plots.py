@@ -1,0 +1,250 @@
+"""Plots of trainings and of selections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from efficientnet_ns.report import checks, style, tables
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
+
+HISTOGRAM_BINS = 40
+
+
+def _curve(rows: Sequence[Mapping[str, float]], metric: str) -> tuple[list[float], list[float]]:
+    """Steps and values of the rows that have the metric."""
+    found = [row for row in rows if row.get(metric) is not None]
+    if any("step" not in row for row in found):
+        raise ValueError('runs has a row without "step"')
+    return [row["step"] for row in found], [row[metric] for row in found]
+
+
+def _metric_plot(
+    curves: Sequence[tuple[style.Key, list[float], list[float]]], metric: str, width: int
+) -> str:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    figure, axes = style.axes_of(width, 250)
+    for key, steps, values in curves:
+        # A line needs two points; a run evaluated only once would be invisible.
+        marker = "o" if len(steps) == 1 else None
+        axes.plot(steps, values, color=key.color, linestyle=key.style, linewidth=1.6, marker=marker)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    last = (
+        f"{key.label} {tables.format_value(values[-1])} at step {tables.format_value(steps[-1])}"
+        for key, steps, values in curves
+    )
+    return style.figure(style.image(figure, f"{metric}: {'; '.join(last)}"), metric)
+
+
+def learning_curves(
+    runs: Mapping[str, Sequence[Mapping[str, float]]], *, metrics: Sequence[str]
+) -> str:
+    """A row of plots, one per metric, with a line per run.
+
+    Args:
+      runs: name of the run → rows in order of time, each with "step" and any of the metrics. A
+        line passes over rows that lack its metric; a value that is not finite breaks it.
+      metrics: keys of the rows; one that no row has is left out.
+    """
+    keys = []
+    for index, name in enumerate(runs):
+        line = style.LINE_STYLES[index // len(style.PALETTE) % len(style.LINE_STYLES)]
+        keys.append(style.Key(name, style.PALETTE[index % len(style.PALETTE)], line))
+    curves = {}
+    for metric in metrics:
+        found = [(key, *_curve(rows, metric)) for key, rows in zip(keys, runs.values())]
+        curves[metric] = [curve for curve in found if curve[1]]
+    curves = {metric: lines for metric, lines in curves.items() if lines}
+    if not curves:
+        return tables.NOTHING
+    width = style.PAGE_WIDTH // min(max(len(curves), 2), 3) - 12
+    plots = "".join(_metric_plot(lines, metric, width) for metric, lines in curves.items())
+    return f'{style.legend(keys)}<div class="row">\n{plots}</div>\n'
+
+
+def confidence_histogram(
+    probs: ArrayLike, kept: ArrayLike, *, threshold: float, images: ArrayLike | None = None
+) -> str:
+    """Histogram of the top-1 probability with kept and rejected images stacked.
+
+    Args:
+      probs: top-1 probabilities, float [N].
+      kept: mask of the images that were kept, [N].
+      threshold: smallest probability to keep, in [0, 1]; marked by a line.
+      images: how many each entry stands for, int [N].
+    """
+    probs = checks.probabilities(probs, "probs")
+    kept = checks.mask(kept, "kept", len(probs))
+    images = checks.weights(images, len(probs))
+    if not 0 <= threshold <= 1:
+        raise ValueError("threshold must lie in [0, 1]")
+    if not len(probs):
+        return tables.NOTHING
+    figure, axes = style.axes_of(640, 280)
+    axes.hist(
+        [probs[kept], probs[~kept]],
+        bins=np.linspace(0, 1, HISTOGRAM_BINS + 1),
+        weights=[images[kept], images[~kept]],
+        stacked=True,
+        color=[style.KEPT, style.REJECTED],
+    )
+    axes.axvline(threshold, color=style.MARK, linestyle="dashed", linewidth=1.5)
+    axes.set(xlim=(0, 1), xlabel="top-1 probability", ylabel="images")
+    # Compared in the type of the probabilities, as the selection did.
+    confident = probs >= probs.dtype.type(threshold)
+    caption = (
+        f"{images.sum()} images: {images[kept].sum()} kept, {images[~kept].sum()} rejected "
+        f"({images[confident & ~kept].sum()} of them at or above the threshold)."
+    )
+    legend = style.legend(
+        [
+            style.Key("kept", style.KEPT),
+            style.Key("rejected", style.REJECTED),
+            style.Key(f"threshold {float(threshold):g}", style.MARK, "dashed"),
+        ]
+    )
+    return legend + style.figure(style.image(figure, f"Top-1 probability. {caption}"), caption)
+
+
+def _balance_bars(
+    axes: Axes, before: np.ndarray, unique: np.ndarray, copies: np.ndarray, names: Sequence[str]
+) -> None:
+    places = np.arange(len(names))
+    axes.bar(places - 0.2, before, 0.38, color=style.BEFORE)
+    axes.bar(places + 0.2, unique, 0.38, color=style.KEPT)
+    axes.bar(places + 0.2, copies, 0.38, bottom=unique, color=style.COPIES)
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    # About 7 pixels per letter: upright labels where they fit, vertical ones elsewhere.
+    labels = style.tick_labels(names)
+    fits = len(names) * (max(map(len, labels)) + 2) * 7 < style.PAGE_WIDTH
+    axes.set_xticks(places, labels, rotation=0 if fits else 90, **style.PLAIN_TEXT)
+
+
+def _balance_curves(axes: Axes, before: np.ndarray, unique: np.ndarray, copies: np.ndarray) -> None:
+    ranks = np.arange(1, len(before) + 1)
+    for counts, color in (
+        (before, style.BEFORE),
+        (unique, style.KEPT),
+        (unique + copies, style.COPIES),
+    ):
+        axes.plot(ranks, np.sort(counts)[::-1], color=color, linewidth=1.8)
+    axes.set_xlabel("classes, largest first (each curve in its own order)")
+
+
+def class_balance(
+    before: ArrayLike, unique: ArrayLike, copies: ArrayLike, class_names: Sequence[str]
+) -> str:
+    """Images per class before and after selection: bars, or sorted curves above 60 classes.
+
+    The numbers follow in a table that opens on demand.
+
+    Args:
+      before: images predicted to be of the class, int [C].
+      unique: different images kept, int [C].
+      copies: repetitions added on top of `unique` to fill the class up, int [C].
+      class_names: C names.
+    """
+    names = [str(name) for name in class_names]
+    before = checks.integers(before, "before", low=0, length=len(names))
+    unique = checks.integers(unique, "unique", low=0, length=len(names))
+    copies = checks.integers(copies, "copies", low=0, length=len(names))
+    if not names:
+        return tables.NOTHING
+    as_bars = len(names) <= style.MAX_CLASSES_AS_BARS
+    figure, axes = style.axes_of(style.PAGE_WIDTH if as_bars else 640, 300)
+    if as_bars:
+        _balance_bars(axes, before, unique, copies, names)
+    else:
+        _balance_curves(axes, before, unique, copies)
+    axes.set_ylabel("images")
+    axes.set_ylim(bottom=0)
+    caption = (
+        f"{before.sum()} images predicted over {len(names)} classes, "
+        f"{unique.sum()} kept, {copies.sum()} copies added."
+    )
+    last = "extra copies" if as_bars else "kept with copies"
+    legend = style.legend(
+        [
+            style.Key("predicted", style.BEFORE),
+            style.Key("kept", style.KEPT),
+            style.Key(last, style.COPIES),
+        ]
+    )
+    rows = [
+        {"class": name, "predicted": b, "kept": u, "copies": c, "total": u + c}
+        for name, b, u, c in zip(names, before, unique, copies)
+    ]
+    plot = style.figure(style.image(figure, f"Class balance. {caption}"), caption)
+    return legend + plot + tables.details("Numbers by class", tables.table(rows))
+
+
+def confidence_by_class(quantiles: ArrayLike, class_names: Sequence[str]) -> str:
+    """Spread of the top-1 probability per predicted class, by the median, lowest first.
+
+    Args:
+      quantiles: 10th, 50th and 90th percentile of each class, float [C, 3]; NaN for a class that
+        was never predicted, which is left out.
+      class_names: C names.
+    """
+    quantiles = np.asarray(quantiles, np.float64).reshape(-1, 3)
+    names = [str(name) for name in class_names]
+    if len(quantiles) != len(names):
+        raise ValueError(f"quantiles has {len(quantiles)} rows where {len(names)} are needed")
+    predicted = np.flatnonzero(np.isfinite(quantiles).all(axis=1))
+    if not len(predicted):
+        return tables.NOTHING
+    order = predicted[np.argsort(quantiles[predicted, 1], kind="stable")]
+    low, median, high = quantiles[order].T
+    ranks = np.arange(1, len(order) + 1)
+    as_bars = len(order) <= style.MAX_CLASSES_AS_BARS
+    figure, axes = style.axes_of(style.PAGE_WIDTH if as_bars else 640, 300)
+    if as_bars:
+        axes.vlines(ranks, low, high, color=style.COPIES, linewidth=6)
+        axes.plot(ranks, median, "o", color=style.KEPT, markersize=5)
+        labels = style.tick_labels([names[i] for i in order])
+        fits = len(labels) * (max(map(len, labels)) + 2) * 7 < style.PAGE_WIDTH
+        axes.set_xticks(ranks, labels, rotation=0 if fits else 90, **style.PLAIN_TEXT)
+    else:
+        axes.fill_between(ranks, low, high, color=style.COPIES, alpha=0.6, linewidth=0)
+        axes.plot(ranks, median, color=style.KEPT, linewidth=1.8)
+        axes.set_xlabel("classes, least confident first")
+    axes.set(ylim=(0, 1.03), ylabel="top-1 probability")
+    caption = (
+        f"{len(order)} of {len(names)} classes were predicted; the median confidence is lowest in "
+        f"{names[order[0]]} ({median[0]:.2f}) and highest in {names[order[-1]]} ({median[-1]:.2f})."
+    )
+    legend = style.legend(
+        [style.Key("median", style.KEPT), style.Key("10th to 90th percentile", style.COPIES)]
+    )
+    return legend + style.figure(style.image(figure, f"Confidence by class. {caption}"), caption)
+
+
+def agreement_by_confidence(confidence: ArrayLike, same: ArrayLike, images: ArrayLike) -> str:
+    """Share of images that two rounds give the same label, by the confidence of the later one.
+
+    Args:
+      confidence: upper ends of the bins, float [B] in (0, 1].
+      same, images: images of equal label and all images in each bin, int [B].
+    """
+    confidence = checks.probabilities(confidence, "confidence")
+    same = checks.integers(same, "same", low=0, length=len(confidence))
+    images = checks.integers(images, "images", low=0, length=len(confidence))
+    used = images > 0
+    if not used.any():
+        return tables.NOTHING
+    width = 1 / len(confidence)
+    figure, axes = style.axes_of(640, 280)
+    axes.bar(confidence[used] - width / 2, same[used] / images[used], 0.9 * width, color=style.KEPT)
+    axes.set(
+        xlim=(0, 1), ylim=(0, 1.03), xlabel="top-1 probability", ylabel="share of equal labels"
+    )
+    caption = f"{same.sum()} of {images.sum()} labels are equal ({same.sum() / images.sum():.1%})."
+    return style.figure(style.image(figure, f"Agreement. {caption}"), caption)

@@ -1,0 +1,94 @@
+"""The look of the plots of a report: a transparent background and mid-tone ink.
+
+So the same picture reads on a light and on a dark page. Legends and captions are HTML.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from efficientnet_ns.report import tables
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_CLASSES_AS_BARS = 60
+
+PAGE_WIDTH = 1040  # CSS pixels within the margins of the page.
+INK = "#7b8490"
+PALETTE = (
+    "#3b82c4",
+    "#e0812b",
+    "#3f9e5a",
+    "#d1495b",
+    "#8d6cc4",
+    "#2a9d9d",
+    "#a0724a",
+    "#d36ba6",
+)
+LINE_STYLES = ("solid", "dashed", "dotted")  # Told apart in turn once the palette is used up.
+BEFORE, KEPT, REJECTED, COPIES, MARK = INK, "#3b82c4", "#b3bac3", "#8fc1ea", "#d1495b"
+
+
+class Key(NamedTuple):
+    """An entry of a legend; legends are HTML, so that names of any kind stay readable."""
+
+    label: str
+    color: str
+    style: str = "solid"
+
+
+def legend(keys: Iterable[Key]) -> str:
+    entries = "".join(
+        f'<span><i style="border-top: 3px {key.style} {key.color}"></i>{tables.escape(key.label)}</span>'
+        for key in keys
+    )
+    return f'<p class="legend">{entries}</p>\n'
+
+
+def axes_of(width: int, height: int) -> tuple[Figure, Axes]:
+    """An empty plot of `width` x `height` CSS pixels in the style of the page."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.xaxis.label.set(color=INK, fontsize=9)
+    axes.yaxis.label.set(color=INK, fontsize=9)
+    axes.grid(axis="y", color=INK, alpha=0.2, linewidth=0.7)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def image(figure: Figure, alt: str) -> str:
+    """The figure as an inline PNG, at twice the resolution for dense screens."""
+    buffer = io.BytesIO()
+    # Without pyplot a PNG is always drawn by Agg, whatever backend the process has chosen.
+    figure.savefig(buffer, format="png", dpi=200, transparent=True)
+    width, height = (round(inches * 100) for inches in figure.get_size_inches())
+    return (
+        f'<img class="plot" src="{data_uri(buffer.getvalue(), "image/png")}" alt="{tables.escape(alt)}"'
+        f' width="{width}" height="{height}">'
+    )
+
+
+def figure(image: str, caption: str) -> str:
+    return f"<figure>{image}<figcaption>{tables.escape(caption)}</figcaption></figure>\n"
+
+
+def tick_labels(names: Sequence[str]) -> list[str]:
+    return [name if len(name) <= 24 else name[:23] + "…" for name in names]
+
+
+# Names are arbitrary text: a dollar sign in one must not start a formula.
+PLAIN_TEXT = {"parse_math": False}
+
+
+def data_uri(data: bytes, mime: str) -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"

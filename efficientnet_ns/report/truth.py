@@ -1,0 +1,140 @@
+"""How right predictions are, where the truth is known: confusion and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from efficientnet_ns.report import checks, style, tables
+from efficientnet_ns.report.measures import CALIBRATION_BINS, Calibration, Confusion
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+OUT_OF_DISTRIBUTION = -1
+MAX_CLASSES_WITH_COUNTS = 20
+# Rows and columns of a heat map, which has not more pixels to show them.
+MAX_CELLS = 1000
+
+
+def confusion(
+    truth: ArrayLike,
+    predicted: ArrayLike,
+    class_names: Sequence[str],
+    *,
+    images: ArrayLike | None = None,
+) -> str:
+    """Heat map of truth against prediction, with counts up to 20 classes, and the worst confusions.
+
+    Args:
+      truth: int [N] in 0..C-1, or -1 for images of no class (they get a row of their own).
+      predicted: int [N] in 0..C-1.
+      class_names: C names.
+      images: how many each entry stands for, int [N].
+    """
+    names = [str(name) for name in class_names]
+    truth = checks.integers(truth, "truth", low=OUT_OF_DISTRIBUTION, high=len(names) - 1)
+    predicted = checks.integers(
+        predicted, "predicted", low=0, high=len(names) - 1, length=len(truth)
+    )
+    images = checks.weights(images, len(truth))
+    if not len(truth):
+        return tables.NOTHING
+    pairs = Confusion.count(truth, predicted, images)
+    correct = pairs.images[pairs.truth == pairs.predicted].sum()
+    known = pairs.images[pairs.truth != OUT_OF_DISTRIBUTION].sum()
+    caption = f"{correct} of {known} images of known class are predicted right."
+    image, together = _heat_map(pairs, names, alt=f"Confusion matrix. {caption}")
+    cells = f" A cell stands for {together} x {together} classes." if together > 1 else ""
+    worst = [
+        {"truth": names[t], "predicted": names[p], "images": n} for t, p, n in pairs.worst(limit=10)
+    ]
+    return (
+        style.figure(image, f"{caption} Colour: share of the row.{cells}")
+        + "<h3>Most frequent confusions</h3>\n"
+        + tables.table(worst)
+    )
+
+
+def _cells(pairs: Confusion, num_classes: int) -> tuple[np.ndarray, int]:
+    """Counts int64 [R, C] of at most MAX_CELLS columns, and how many classes share one.
+
+    Images of no class, if any, are an additional last row.
+    """
+    together = -(-num_classes // MAX_CELLS)
+    columns = -(-num_classes // together)
+    unknown = pairs.truth == OUT_OF_DISTRIBUTION
+    counts = np.zeros((columns + bool(unknown.any()), columns), np.int64)
+    rows = np.where(unknown, columns, pairs.truth // together)
+    np.add.at(counts, (rows, pairs.predicted // together), pairs.images)
+    return counts, together
+
+
+def _heat_map(pairs: Confusion, names: Sequence[str], *, alt: str) -> tuple[str, int]:
+    """An image of the counts, coloured by the share of their row; see also `_cells`."""
+    counts, together = _cells(pairs, len(names))
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    size = int(np.clip(140 + 44 * len(names), 360, 760))
+    figure, axes = style.axes_of(size, size)
+    axes.grid(False)
+    shown = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xlabel="predicted", ylabel="truth")
+    if len(names) <= style.MAX_CLASSES_AS_BARS:
+        row_names = [*names, "(no class)"][: len(counts)]
+        size = 8 if len(row_names) <= 30 else 6
+        labels = style.tick_labels(names)
+        axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=size, **style.PLAIN_TEXT)
+        labels = style.tick_labels(row_names)
+        axes.set_yticks(range(len(labels)), labels, fontsize=size, **style.PLAIN_TEXT)
+    if len(names) > MAX_CLASSES_WITH_COUNTS:
+        bar = figure.colorbar(shown, ax=axes, shrink=0.6)
+        bar.ax.tick_params(colors=style.INK, labelsize=8)
+        bar.outline.set_visible(False)
+        return style.image(figure, alt), together
+    for row, column in np.argwhere(counts):
+        color = "white" if share[row, column] > 0.5 else "#24303c"
+        text = str(counts[row, column])
+        axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    return style.image(figure, alt), together
+
+
+# Calibration.
+
+
+def reliability(sums: Calibration) -> str:
+    """Accuracy by confidence, in CALIBRATION_BINS intervals, as a plot and as a table."""
+    used = np.flatnonzero(sums.images)
+    if not len(used):
+        return tables.NOTHING
+    confidence = sums.confidence[used] / sums.images[used]
+    accuracy = sums.correct[used] / sums.images[used]
+    figure, axes = style.axes_of(420, 360)
+    width = 1 / CALIBRATION_BINS
+    axes.bar((used + 0.5) * width, accuracy, 0.9 * width, color=style.KEPT, alpha=0.75)
+    axes.plot(confidence, accuracy, "o", color=style.PALETTE[1], markersize=4)
+    axes.plot([0, 1], [0, 1], color=style.INK, linestyle="dashed", linewidth=1)
+    axes.set(xlim=(0, 1), ylim=(0, 1.03), xlabel="top-1 probability", ylabel="accuracy")
+    caption = (
+        f"Expected calibration error {tables.format_value(sums.error)} "
+        f"({CALIBRATION_BINS} bins, {sums.images.sum():.0f} images)."
+    )
+    rows = [
+        {
+            "confidence": f"{index * width:.2f}–{(index + 1) * width:.2f}",
+            "images": int(sums.images[index]),
+            "mean confidence": mean,
+            "accuracy": share,
+        }
+        for index, mean, share in zip(used, confidence, accuracy)
+    ]
+    legend = style.legend(
+        [
+            style.Key("accuracy in the bin", style.KEPT),
+            style.Key("at its mean confidence", style.PALETTE[1], "dotted"),
+            style.Key("perfect calibration", style.INK, "dashed"),
+        ]
+    )
+    plot = style.figure(style.image(figure, f"Reliability. {caption}"), caption)
+    return legend + plot + tables.details("Numbers by confidence", tables.table(rows))

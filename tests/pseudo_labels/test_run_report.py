@@ -1,0 +1,347 @@
+"""The report of a labeling run against a plain reading of the same files."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_report import Document, plain_calibration_error
+from test_selection import load_outcome
+
+from efficientnet_ns import report
+from efficientnet_ns.config import ConfigError, SelectConfig
+from efficientnet_ns.data import records
+from efficientnet_ns.pseudo_labels import index, outcome, run_report
+from efficientnet_ns.pseudo_labels.outcome import Outcome
+from efficientnet_ns.pseudo_labels.selection import select
+
+ROOT = Path(__file__).parents[2]
+SHARDS, WORKERS, CLASSES, IMAGES = 3, 2, 5, 41
+THRESHOLD, NUM_IMAGE = 0.5, 9
+
+
+def picture(number: int) -> bytes:
+    """A PNG whose pixel says which image it is."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (2, 2), (number % 256, number // 256, 7)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Run(NamedTuple):
+    """A labeled and selected set; every array is over all images in the order of shard and record."""
+
+    config: SelectConfig
+    label: np.ndarray
+    prob: np.ndarray
+    kept: np.ndarray
+    copies: np.ndarray
+    truth: np.ndarray
+
+
+def predict(config: SelectConfig, probs: np.ndarray, workers: int) -> None:
+    for shard in range(SHARDS):
+        for worker in range(workers):
+            rows = probs[shard, worker::workers]
+            path = index.prediction_path(config, shard, worker)
+            records.write(path, [records.prediction_example(row) for row in rows])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """Class 4 is never predicted; image 3 of shard 1 could not be labeled."""
+    folder = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(5)
+    probs = rng.dirichlet([0.6] * CLASSES, (SHARDS, IMAGES)).astype(np.float32)
+    probs[..., 4] = 0
+    probs[1, 3] = 0
+    config = SelectConfig(
+        input_dir=str(folder),
+        prediction_dir=str(folder / "predictions"),
+        prelim_stats_dir=str(folder / "stats"),
+        output_dir=str(folder / "out"),
+        num_shards=SHARDS,
+        num_label_classes=CLASSES,
+        min_threshold=THRESHOLD,
+        num_image=NUM_IMAGE,
+    )
+    (folder / "predictions").mkdir()
+    predict(config, probs, WORKERS)
+    truth = rng.integers(-1, CLASSES, (SHARDS, IMAGES))
+    for shard in range(SHARDS):
+        images = [picture(100 * shard + i) for i in range(IMAGES)]
+        records.write(
+            index.input_path(config, shard),
+            [records.labeled_example(image, int(t)) for image, t in zip(images, truth[shard])],
+        )
+    select(config)
+    outcome = load_outcome(config)
+    columns = {name: np.asarray(outcome[name]) for name in ("label", "prob", "copies")}
+    return Run(config, columns["label"], columns["prob"], columns["copies"] > 0,
+               columns["copies"], truth.ravel())  # fmt: skip
+
+
+def section(run: Run, title: str, **options) -> Document:
+    sections = run_report.sections(run.config, run_report.Options(**options))
+    return Document(dict(sections)[title])
+
+
+def test_sections_with_and_without_what_is_not_always_there(run):
+    titles = [title for title, _ in run_report.sections(run.config)]
+    assert titles == [
+        "summary",
+        "confidence of the pseudo labels",
+        "confidence by class",
+        "class balance before and after",
+        "worst and best covered classes",
+        "most confident images kept",
+        "least confident images kept",
+        "images rejected",
+        "pictures by class",
+        "records in quarantine",
+    ]
+    options = run_report.Options(truth=outcome.RECORDS, previous_dir=run.config.prediction_dir)
+    more = {title for title, _ in run_report.sections(run.config, options)} - set(titles)
+    assert more == {"pseudo labels against the hidden truth", "agreement with the round before"}
+
+
+def test_summary(run):
+    shown = section(run, "summary")
+    confident = (run.prob >= THRESHOLD) & (run.label >= 0)
+    assert [int(row["images"]) for row in shown.rows()] == [
+        SHARDS * IMAGES,
+        1,
+        confident.sum(),
+        run.kept.sum(),
+        run.copies.sum(),
+    ]
+    assert "1 of 5 classes have no image kept: 4" in shown.text("p")
+
+
+def test_confidence_counts_every_labeled_image_once(run):
+    columns = Outcome(run.config).confidence(40)
+    for kept in (True, False):
+        probs = run.prob[(run.kept == kept) & (run.label >= 0)]
+        inside = columns["kept"] == kept
+        found, _ = np.histogram(columns["prob"], 40, (0, 1), weights=columns["images"] * inside)
+        assert found.tolist() == np.histogram(probs, 40, (0, 1))[0].tolist()
+        above = inside & (columns["prob"] >= THRESHOLD)
+        assert columns["images"][above].sum() == (probs >= THRESHOLD).sum()
+
+
+def test_classes(run):
+    columns = Outcome(run.config).classes()
+    for label in range(CLASSES):
+        own = run.label == label
+        assert columns["predicted"][label] == own.sum()
+        assert columns["confident"][label] == (own & (run.prob >= THRESHOLD)).sum()
+        assert columns["kept"][label] == (own & run.kept).sum()
+        assert columns["records"][label] == run.copies[own].sum()
+        if own.any():
+            low, median, high = columns["quantiles"][label]
+            expected = np.quantile(run.prob[own], [0.1, 0.5, 0.9])
+            assert [low, median, high] == pytest.approx(expected.tolist(), abs=0.05)
+            assert columns["lowest"][label] == run.prob[own & run.kept].min()
+        else:
+            assert np.isnan(columns["quantiles"][label]).all()
+
+
+def test_coverage_is_in_order(run):
+    shown = section(run, "worst and best covered classes", classes=2)
+    confident = [((run.label == c) & (run.prob >= THRESHOLD)).sum() for c in range(CLASSES - 1)]
+    worst, best = ([row["class"] for row in shown.rows(i)] for i in (0, 1))
+    assert worst == [str(c) for c in np.argsort(confident, kind="stable")[:2]]
+    assert confident[int(best[0])] == max(confident)
+
+
+@pytest.mark.parametrize("source", ["lists", "records", "csv"])
+def test_truth(run, source, tmp_path):
+    by_shard = run.truth.reshape(SHARDS, IMAGES)
+    truth = {
+        "lists": by_shard.tolist(),
+        "records": outcome.RECORDS,
+        "csv": str(tmp_path / "t.csv"),
+    }
+    lines = [f"{s},{r},{by_shard[s, r]}" for s in range(SHARDS) for r in range(IMAGES)]
+    (tmp_path / "t.csv").write_text("\n".join(["shard,record,label", *reversed(lines)]))
+    shown = section(run, "pseudo labels against the hidden truth", truth=truth[source])
+    labeled = run.label >= 0
+    for row, group in zip(shown.rows(0), (labeled, run.kept, labeled & ~run.kept)):
+        known = group & (run.truth >= 0)
+        assert int(row["images"]) == group.sum()
+        assert int(row["of known class"]) == known.sum()
+        assert int(row["correct"]) == (run.truth == run.label)[known].sum()
+        assert int(row["out of distribution"]) == (group & ~known & labeled).sum()
+    known = labeled & (run.truth >= 0)
+    error = plain_calibration_error(
+        (run.truth == run.label)[known].tolist(), run.prob[known].tolist(), 15
+    )
+    assert f"error {error:.4f} (15 bins, {known.sum()} images)" in shown.text("figcaption")
+    right = (run.kept & (run.truth == run.label)).sum()
+    assert f"{right} of {(run.kept & (run.truth >= 0)).sum()} images" in shown.text("figcaption")
+
+
+def test_agreement_of_rounds_with_other_numbers_of_workers(run, tmp_path):
+    rng = np.random.default_rng(9)
+    probs = rng.dirichlet([0.6] * CLASSES, (SHARDS, IMAGES)).astype(np.float32)
+    before = probs.argmax(-1).ravel()
+    predict(dataclasses.replace(run.config, prediction_dir=str(tmp_path)), probs, 3)
+    shown = section(run, "agreement with the round before", previous_dir=str(tmp_path))
+    labeled = run.label >= 0
+    same = before == run.label
+    assert f"{(same & labeled).sum()} of {labeled.sum()} labels are equal" in shown.text(
+        "figcaption"
+    )
+    kept, rejected = shown.rows(0)
+    for row, group in ((kept, run.kept), (rejected, labeled & ~run.kept)):
+        assert int(row["labeled in both rounds"]) == group.sum()
+        assert int(row["equal labels"]) == (same & group).sum()
+    pairs = Counter(zip(before[labeled & ~same].tolist(), run.label[labeled & ~same].tolist()))
+    top = [(int(r["before"]), int(r["now"]), int(r["images"])) for r in shown.rows(1)]
+    assert [n for *_, n in top] == [n for _, n in pairs.most_common(10)]
+    assert all(pairs[a, b] == n for a, b, n in top)
+
+
+def numbers(shown: Document) -> list[int]:
+    """Which images are shown, over all shards."""
+    result = []
+    for _, data in shown.images():
+        red, green, _ = Image.open(io.BytesIO(data)).getpixel((0, 0))
+        shard, record = divmod(red + 256 * green, 100)
+        result.append(shard * IMAGES + record)
+    return result
+
+
+def by_prob(run: Run, mask: np.ndarray, sign: int) -> list[int]:
+    return sorted(np.flatnonzero(mask).tolist(), key=lambda i: (sign * run.prob[i], i))
+
+
+def test_pictures_are_the_extreme_ones(run):
+    labeled = run.label >= 0
+    for title, mask, sign in (
+        ("most confident images kept", run.kept, -1),
+        ("least confident images kept", run.kept, 1),
+        ("images rejected", labeled & ~run.kept, -1),
+    ):
+        shown = section(run, title)
+        expected = by_prob(run, mask, sign)[:36]
+        assert numbers(shown) == expected
+        captions = [f"{run.label[i]} {run.prob[i]:.2f}" for i in expected]
+        assert shown.text("figcaption") == " ".join(captions)
+
+
+def test_pictures_by_class(run):
+    shown = section(run, "pictures by class")
+    confident = [((run.label == c) & (run.prob >= THRESHOLD)).sum() for c in range(CLASSES - 1)]
+    order = np.argsort(confident, kind="stable")
+    expected = []
+    for label in order:
+        own = run.label == label
+        expected += by_prob(run, own & run.kept, -1)[:8]
+        expected += by_prob(run, own & run.kept, 1)[:8]
+        expected += by_prob(run, own & ~run.kept, -1)[:8]
+    assert numbers(shown) == expected
+    assert re.findall(r"(\d+): \d+ images kept", shown.text("summary")) == [str(c) for c in order]
+
+
+def test_pictures_of_some_shards_and_classes(run):
+    shown = section(run, "pictures by class", picture_shards=1, classes=1)
+    assert "Pictures are taken from 1 of 3 shards." in shown.text("p")
+    assert max(numbers(shown)) < IMAGES
+    assert len(shown.attributes("details")) == 3
+    everything = section(run, "images rejected", picture_shards=1)
+    assert max(numbers(everything)) < IMAGES
+
+
+def test_large_pictures_are_made_small_and_damaged_ones_show_a_placeholder(run, tmp_path, rng):
+    config = dataclasses.replace(run.config, input_dir=str(tmp_path), num_shards=1)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (300, 600, 3), np.uint8)).save(buffer, "JPEG")
+    images = [buffer.getvalue(), b"\xff\xd8\xff" + rng.bytes(9000), picture(3)]
+    records.write(index.input_path(config, 0), map(records.unlabeled_example, images))
+    found = outcome.read_images(config, [(0, 2), (0, 0), (0, 1), (0, 7)])
+    found = {place: report.thumbnail(image, 112) for place, image in found.items()}
+    assert found[0, 2] == picture(3) and found[0, 1] == found[0, 7] == b""
+    assert Image.open(io.BytesIO(found[0, 0])).size == (112, 56)
+
+
+def test_quarantine(run, tmp_path):
+    config = dataclasses.replace(
+        run.config, prediction_dir=str(tmp_path), total_label_replicas=WORKERS
+    )
+    listed = {(0, 1): {"4": "damaged payload at byte 80"}, (2, 0): {"0": "x", "10": "x"}}
+    for shard in range(SHARDS):
+        for worker in range(WORKERS):
+            path = index.prediction_path(config, shard, worker)
+            Path(path).touch()
+            counts = {"counts": {"quarantine": listed.get((shard, worker), {})},
+                      "config": {"total_replicas": WORKERS}}  # fmt: skip
+            Path(f"{path}.manifest.json").write_text(json.dumps(counts))
+    Path(index.prediction_path(config, 1, 1) + ".manifest.json").unlink()
+    found = outcome.read_quarantine(config, limit=2)
+    assert found.reasons == {"damaged payload": 1, "x": 2}
+    assert found.files == {"train-00000-of-00003": 1, "train-00002-of-00003": 2}
+    assert found.unknown == [index.prediction_path(config, 1, 1) + ".manifest.json"]
+    # Record 9 of the shard is the second worker's fifth.
+    assert found.examples == [
+        ("train-00000-of-00003", 9, "damaged payload at byte 80"),
+        ("train-00002-of-00003", 0, "x"),
+    ]
+
+
+def test_command(run, tmp_path):
+    """One file that loads nothing, with everything in it."""
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbee\ncat\n<dog>\nelk\n")
+    flags = {
+        **{
+            name: getattr(run.config, name)
+            for name in ("input_dir", "prediction_dir", "output_dir")
+        },
+        "num_shards": SHARDS,
+        "num_label_classes": CLASSES,
+        "min_threshold": THRESHOLD,
+        "class_names": names,
+        "truth": "records",
+        "previous_prediction_dir": run.config.prediction_dir,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "efficientnet_ns.labeling_report"]
+        + [f"--{name}={value}" for name, value in flags.items()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    path = Path(run.config.output_dir) / "report.html"
+    assert done.stdout.strip() == str(path)
+    text = path.read_text(encoding="utf-8")
+    shown = Document(text)
+    assert len(shown.attributes("section")) == 12
+    assert "<dog>" in shown.text("summary") and "<dog>" not in text
+    for _, attributes in shown.elements:
+        assert attributes.get("src", "data:").startswith("data:")
+
+
+def test_what_does_not_fit_is_named(run, tmp_path):
+    with pytest.raises(ConfigError, match="2 class names for 5 classes"):
+        run_report.sections(run.config, run_report.Options(class_names=["a", "b"]))
+    (tmp_path / "t.csv").write_text("shard,record\n0,0\n")
+    with pytest.raises(records.DataError, match="no column 'label'"):
+        outcome.read_truth(run.config, str(tmp_path / "t.csv"))
+    nowhere = dataclasses.replace(run.config, output_dir=str(tmp_path))
+    with pytest.raises(records.DataError, match=r"selection\.parquet is missing"):
+        run_report.sections(nowhere)
+    unlabeled = dataclasses.replace(run.config, input_dir=str(tmp_path), num_shards=1)
+    records.write(index.input_path(unlabeled, 0), [records.unlabeled_example(b"x")])
+    with pytest.raises(records.DataError, match="there is no truth to compare with"):
+        outcome.read_truth(unlabeled, outcome.RECORDS)
