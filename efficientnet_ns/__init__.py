@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 
-from efficientnet_ns import stack
+from efficientnet_ns.devices import stack
 
 stack.prepare()
 
@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Config": "config",
-    "RECIPES": "recipes",
+    "RECIPES": "models.recipes",
     "VARIANTS": "models.efficientnet",
     "build_model": "models.efficientnet",
     "endpoints": "models.efficientnet",

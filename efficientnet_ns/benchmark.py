@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     rows = module.run(settings)
     print(tables.format_rows(rows))
     if settings.json_file:
-        from efficientnet_ns.data import manifests
+        from efficientnet_ns.files import manifests
 
         manifests.write_json(settings.json_file, tables.as_json(rows), indent=1)
 

@@ -46,7 +46,7 @@ def prepare_data(folder: str, config: DemoConfig) -> dict[str, Any]:
     """
     from sklearn.datasets import load_digits
 
-    from efficientnet_ns.data import records
+    from efficientnet_ns.files import records
 
     digits = load_digits()
     pictures = [encode(image * (255 / 16)) for image in digits.images]
@@ -262,7 +262,7 @@ print(f"exported model says {digit} (probability {float(answer['probabilities'][
 
 def answer_in_fresh_process(folder: str, saved_model: str) -> None:
     """Classifies a test image with the SavedModel, by TensorFlow alone."""
-    from efficientnet_ns.data import records
+    from efficientnet_ns.files import records
 
     test_set = records.list_shards(os.path.join(folder, "data", "labeled"), "test")
     first = next(records.read(test_set[0])).payload

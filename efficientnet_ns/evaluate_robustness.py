@@ -62,21 +62,21 @@ def evaluate(
     folders = {name: os.fspath(folder) for name, folder in folders.items()}
     folders = _given(weights_path, folders, report_dir)
     from efficientnet_ns.evaluation import robustness
-    from efficientnet_ns.experiment import Experiment
     from efficientnet_ns.inference.teacher import TeacherPredictor, check_views
     from efficientnet_ns.models import weights
+    from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
-    experiment = Experiment.from_config(config)
-    if experiment.num_classes != 1000:
+    resolved = ResolvedConfig.from_config(config)
+    if resolved.num_classes != 1000:
         raise ConfigError(f"--task_name={config.data.task_name}: the sets need ImageNet's classes")
-    check_views(experiment)
+    check_views(resolved)
     # All sets are looked through before a model is built and anything is measured.
     measurements = _open(folders, allow_missing, config.data.tfds_data_dir)
-    predictor = TeacherPredictor(experiment, weights_path)
+    predictor = TeacherPredictor(resolved, weights_path)
     identity = {
         "weights": weights_path,
         "model": config.model.model_name,
-        "image_size": experiment.image_size,
+        "image_size": resolved.image_size,
         "views": config.predict.test_time_views,
     }
     whole = {"imagenet_c", "imagenet_p"} & set(folders)
@@ -110,7 +110,7 @@ def _check_there(folders: dict[str, str]) -> None:
     """DataError naming every set whose folder or file does not exist."""
     import tensorflow as tf
 
-    from efficientnet_ns.data import records
+    from efficientnet_ns.files import records
 
     absent = [
         f"--{flag}={path}"
@@ -155,8 +155,8 @@ def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
     import tensorflow as tf
 
     from efficientnet_ns import report
-    from efficientnet_ns.data import manifests
     from efficientnet_ns.evaluation import robustness
+    from efficientnet_ns.files import manifests
 
     manifests.write_json(
         os.path.join(folder, "robustness.json"), {**identity, "sets": results}, indent=1
@@ -210,15 +210,15 @@ def evaluate_own_set(
     weights_path, report_dir = os.fspath(weights_path), os.fspath(report_dir)
     if os.environ.get("TF_CONFIG"):
         raise ConfigError("--corrupt and --epsilons work on one machine: unset TF_CONFIG")
-    from efficientnet_ns.evaluation import own_set, own_set_report
-    from efficientnet_ns.experiment import Experiment
-    from efficientnet_ns.training import distribution
+    from efficientnet_ns.devices import distribution
+    from efficientnet_ns.evaluation import custom_robustness, custom_robustness_report
+    from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
-    experiment = Experiment.from_config(config)
+    resolved = ResolvedConfig.from_config(config)
     strategy = distribution.get_strategy(config.hardware)
     distribution.set_precision(config.hardware, strategy)
-    found = own_set.measure(
-        experiment,
+    found = custom_robustness.measure(
+        resolved,
         own,
         weights_path,
         report_dir,
@@ -226,8 +226,8 @@ def evaluate_own_set(
         distribution.share,
         distribution.compiles(config.hardware, strategy),
     )
-    own_set_report.write(report_dir, found)
-    print(own_set_report.markdown(found.results), end="")
+    custom_robustness_report.write(report_dir, found)
+    print(custom_robustness_report.markdown(found.results), end="")
     return found.results
 
 
@@ -251,9 +251,9 @@ def main(argv: list[str]) -> None:
         raise ConfigError("--baseline is measured with --corrupt or --epsilons, which is not given")
     results = evaluate(settings, values.weights, folders, values.report_dir, values.allow_missing)
     from efficientnet_ns.evaluation import robustness
-    from efficientnet_ns.experiment import Experiment
+    from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
-    size = Experiment.from_config(settings).image_size
+    size = ResolvedConfig.from_config(settings).image_size
     print(robustness.markdown(robustness.rows(results, size, settings.model.model_name)), end="")
 
 

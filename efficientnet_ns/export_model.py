@@ -76,15 +76,15 @@ def export_model(
         raise ConfigError("--serving_dtype is of SavedModels; a TFLite file has --tflite_type")
     if chosen.format == "savedmodel" and chosen.tflite_type != "float32":
         raise ConfigError(f"--tflite_type={chosen.tflite_type} needs --format=tflite")
-    from efficientnet_ns.experiment import Experiment
+    from efficientnet_ns.resolve.resolved_config import ResolvedConfig
     from efficientnet_ns.serving import export
 
-    experiment = Experiment.from_config(config)
-    model = _model(experiment, path, chosen)
+    resolved = ResolvedConfig.from_config(config)
+    model = _model(resolved, path, chosen)
     pattern = re.escape(_file_name(model, "NUMBER", chosen)).replace("NUMBER", r"(\d+)")
     number = export.next_version(export_dir, pattern) if version is None else version
     write = _saved_model if chosen.format == "savedmodel" else _tflite
-    return write(experiment, model, path, number, chosen)
+    return write(resolved, model, path, number, chosen)
 
 
 def _file_name(model, version: int | str, chosen: ExportConfig) -> str:
@@ -93,7 +93,7 @@ def _file_name(model, version: int | str, chosen: ExportConfig) -> str:
     return f"{model.name}-{version}-{chosen.tflite_type}.tflite"
 
 
-def _model(experiment, path: str, chosen: ExportConfig):
+def _model(resolved, path: str, chosen: ExportConfig):
     import tensorflow as tf
 
     from efficientnet_ns.models import weights
@@ -102,37 +102,37 @@ def _model(experiment, path: str, chosen: ExportConfig):
     if chosen.serving_dtype == "bfloat16" and chosen.format == "savedmodel":
         tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
     try:
-        model = experiment.build_model()
+        model = resolved.build_model()
     finally:
         tf.keras.mixed_precision.set_global_policy(before)
     weights.load_weights(model, path, ema=chosen.ema)
     return model
 
 
-def _options(experiment, path: str, chosen: ExportConfig):
+def _options(resolved, path: str, chosen: ExportConfig):
     from efficientnet_ns.data import tasks
     from efficientnet_ns.serving import export
     from efficientnet_ns.serving.classifier import Answers
 
-    names = tasks.class_names(experiment.task) or map(str, range(experiment.num_classes))
+    names = tasks.class_names(resolved.task) or map(str, range(resolved.num_classes))
     facts = {
-        "Task": experiment.config.data.task_name,
+        "Task": resolved.config.data.task_name,
         "Weights": os.path.basename(path.rstrip("/")) + (" (moving averages)" * chosen.ema),
         "Arithmetic": chosen.serving_dtype,
         "Method": "Noisy Student Training (arXiv 1911.04252)",
-        **_provenance(experiment, path),
+        **_provenance(resolved, path),
     }
     return export.Options(Answers(tuple(names), top_k=chosen.top_k), chosen.optimize_for, facts)
 
 
-def _provenance(experiment, path: str) -> dict[str, object]:
+def _provenance(resolved, path: str) -> dict[str, object]:
     """Recipe, data and accuracy of published weights or of a training's folder, if these are such."""
     import tensorflow as tf
 
-    from efficientnet_ns.recipes import RECIPES
+    from efficientnet_ns.models.recipes import RECIPES
     from efficientnet_ns.serving import provenance
 
-    recipe = RECIPES.get(experiment.config.model.model_name)
+    recipe = RECIPES.get(resolved.config.model.model_name)
     if recipe is not None and provenance.is_published(path, recipe):
         return provenance.of_publication(recipe)
     if tf.io.gfile.isdir(path):
@@ -140,54 +140,54 @@ def _provenance(experiment, path: str) -> dict[str, object]:
     return provenance.of_training(*os.path.split(path))
 
 
-def _check_images(experiment, chosen: ExportConfig):
+def _check_images(resolved, chosen: ExportConfig):
     """Encoded images, and the same prepared; nothing when none are given."""
     from efficientnet_ns.serving import check
 
     if not chosen.check_data:
         return [], []
     encoded = check.encoded_images(chosen.check_data, chosen.check_images)
-    return encoded, check.prepared(encoded, experiment.preprocessing().evaluate)
+    return encoded, check.prepared(encoded, resolved.preprocessing().evaluate)
 
 
-def _float_answers(experiment, path: str, chosen: ExportConfig, images):
+def _float_answers(resolved, path: str, chosen: ExportConfig, images):
     """Probabilities of the model as it was trained, in float32."""
     import numpy as np
     import tensorflow as tf
 
-    model = _model(experiment, path, dataclasses.replace(chosen, serving_dtype="float32"))
+    model = _model(resolved, path, dataclasses.replace(chosen, serving_dtype="float32"))
     parts = [images[i : i + 8] for i in range(0, len(images), 8)]
     return np.concatenate([tf.nn.softmax(model(part, training=False)) for part in parts])
 
 
-def _saved_model(experiment, model, path: str, version: int, chosen: ExportConfig) -> str:
+def _saved_model(resolved, model, path: str, version: int, chosen: ExportConfig) -> str:
     from efficientnet_ns.serving import check, export
 
-    encoded, images = _check_images(experiment, chosen)
-    options = _options(experiment, path, chosen)
-    folder = export.export(model, experiment.preprocessing(), chosen.export_dir, version, options)
+    encoded, images = _check_images(resolved, chosen)
+    options = _options(resolved, path, chosen)
+    folder = export.export(model, resolved.preprocessing(), chosen.export_dir, version, options)
     if encoded:
         answers = export.saved_model_runner(folder)(encoded)
-        expected = _float_answers(experiment, path, chosen, images)
+        expected = _float_answers(resolved, path, chosen, images)
         print(f"against the float32 model: {check.difference(expected, answers)}")
     return folder
 
 
-def _tflite(experiment, model, path: str, version: int, chosen: ExportConfig) -> str:
+def _tflite(resolved, model, path: str, version: int, chosen: ExportConfig) -> str:
     from efficientnet_ns.serving import check, export, tflite
 
-    encoded, images = _check_images(experiment, chosen)
+    encoded, images = _check_images(resolved, chosen)
     target = os.path.join(chosen.export_dir, _file_name(model, version, chosen))
     content = export.export_tflite(
         model,
-        experiment.preprocessing(),
+        resolved.preprocessing(),
         target,
         chosen.tflite_type,
-        _options(experiment, path, chosen),
+        _options(resolved, path, chosen),
         images,
     )
     if encoded:
-        expected = _float_answers(experiment, path, chosen, images)
+        expected = _float_answers(resolved, path, chosen, images)
         answers = tflite.runner(content)(images)
         print(f"against the float32 model: {check.difference(expected, answers)}")
     return target

@@ -45,7 +45,7 @@ class BeamConfig(Settings):
 
 def stages(settings: Config, job: BeamConfig) -> tuple[Config, SelectConfig]:
     """The settings of the prediction and of the selection."""
-    from efficientnet_ns.experiment import Experiment
+    from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
     folder = {
         name: os.path.join(job.work_dir, name)
@@ -60,7 +60,7 @@ def stages(settings: Config, job: BeamConfig) -> tuple[Config, SelectConfig]:
         output_dir=folder["selected"],
         num_shards=settings.predict.num_shards,
         file_prefix=settings.predict.file_prefix,
-        num_label_classes=Experiment.from_config(settings).num_classes,
+        num_label_classes=ResolvedConfig.from_config(settings).num_classes,
         seed=settings.train.seed,
         **{k: v for k, v in dataclasses.asdict(job).items() if k != "work_dir"},
     )

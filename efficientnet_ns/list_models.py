@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from absl import flags
 
 from efficientnet_ns import config
-from efficientnet_ns.recipes import RECIPES, Recipe
+from efficientnet_ns.models.recipes import RECIPES, Recipe
 
 # Title of each column and what stands in it; "-" for what a model does not have.
 _COLUMNS: dict[str, Callable[[Recipe], str]] = {

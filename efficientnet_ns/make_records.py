@@ -7,16 +7,16 @@ import json
 from absl import flags
 
 from efficientnet_ns import config
-from efficientnet_ns.data.settings import MakeConfig
+from efficientnet_ns.config.ingest import MakeConfig
 
 
 def main(argv: list[str]) -> None:
     config.no_arguments(argv)
     settings = config.from_flags(MakeConfig, flags.FLAGS)
     # TensorFlow is loaded here, after --help and wrong flags have been answered.
-    from efficientnet_ns.data import prepare
+    from efficientnet_ns.ingest import data_source
 
-    print(json.dumps(prepare.make_records(settings)))
+    print(json.dumps(data_source.make_records(settings)))
 
 
 def run() -> None:

@@ -22,7 +22,7 @@ from absl import flags, logging
 
 from efficientnet_ns import config as config_lib
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, PredictConfig, SelectConfig
-from efficientnet_ns.recipes import EPOCHS_OF_TRAIN_STEPS, RECIPES
+from efficientnet_ns.models.recipes import EPOCHS_OF_TRAIN_STEPS, RECIPES
 
 # Settings of the loop that may change between two runs of it.
 _MAY_GROW = (
@@ -50,7 +50,7 @@ class State:
     ):
         import tensorflow as tf
 
-        from efficientnet_ns.data import manifests
+        from efficientnet_ns.files import manifests
 
         self._manifests = manifests
         self.path = os.path.join(folder, "state.json")
@@ -112,13 +112,13 @@ def run_loop(config: Config, loop: LoopConfig) -> list[dict[str, Any]]:
 
 def check(config: Config, loop: LoopConfig) -> list[Config]:
     """`model_configs`; finds now what would otherwise fail after the teacher's training."""
-    from efficientnet_ns.experiment import Experiment
+    from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
     trainings = model_configs(config, loop)
     if not (loop.work_dir and config.data.unlabel_data_dir):
         raise ConfigError("--work_dir and --unlabel_data_dir are needed")
     for training in trainings:
-        Experiment.from_config(training)
+        ResolvedConfig.from_config(training)
     if any(training.train.unlabel_ratio <= 0 for training in trainings[1:]):
         raise ConfigError("a positive --unlabel_ratio is needed for every student")
     unlabeled_shards(config.data.unlabel_data_dir, config.predict.file_prefix)
@@ -190,7 +190,7 @@ def unlabeled_shards(folder: str, prefix: str) -> tuple[str, int]:
     Args:
       prefix: file_prefix; with its default, the folder's only set counts.
     """
-    from efficientnet_ns.data import records
+    from efficientnet_ns.files import records
 
     if ";" in folder:
         raise ConfigError(f"--unlabel_data_dir={folder}: the loop labels one folder")
@@ -257,7 +257,7 @@ def prediction_config(teacher: Config, unlabeled: str, folder: str) -> Config:
 
 def selection_config(prediction: Config, loop: LoopConfig, folder: str) -> SelectConfig:
     """Settings of the selection among predictions; records are written to `folder/selected/data`."""
-    from efficientnet_ns.experiment import Experiment
+    from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
     options = prediction.predict
     return SelectConfig(
@@ -268,7 +268,7 @@ def selection_config(prediction: Config, loop: LoopConfig, folder: str) -> Selec
         num_shards=options.num_shards,
         num_image=loop.num_image,
         min_threshold=loop.min_threshold,
-        num_label_classes=Experiment.from_config(prediction).num_classes,
+        num_label_classes=ResolvedConfig.from_config(prediction).num_classes,
         file_prefix=options.file_prefix,
         seed=prediction.train.seed,
     )
@@ -288,11 +288,11 @@ def finetune_config(config: Config, loop: LoopConfig, number: int) -> Config:
     The train-test resolution fix of arXiv 1911.04252 §3.1: `finetune_epochs` more at a higher
     resolution, on labeled images without augmentation, at the end of the learning rate schedule.
     """
-    from efficientnet_ns.experiment import Experiment
+    from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
     student = model_configs(config, loop)[number]
     folder = os.path.join(loop.work_dir, f"round-{number}", f"finetuned-{loop.finetune_resolution}")
-    images = Experiment.from_config(config).epoch_images()
+    images = ResolvedConfig.from_config(config).epoch_images()
     steps = max(1, round(loop.finetune_epochs * images / config.train.train_batch_size))
     return student.override(
         model_dir=folder,

@@ -51,15 +51,15 @@ def predict_images(
     import tensorflow as tf  # After --help and wrong flags have been answered.
 
     from efficientnet_ns import inference
-    from efficientnet_ns.data import encoded, tasks
-    from efficientnet_ns.experiment import Experiment
+    from efficientnet_ns.data import image_conversion, tasks
     from efficientnet_ns.models import weights
+    from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
-    experiment = Experiment.from_config(config)
-    model = experiment.build_model()
+    resolved = ResolvedConfig.from_config(config)
+    model = resolved.build_model()
     weights.load_weights(model, weights_path, ema=ema)
-    names = tasks.class_names(experiment.task)
-    prepare = experiment.preprocessing().evaluate
+    names = tasks.class_names(resolved.task)
+    prepare = resolved.preprocessing().evaluate
 
     def classify(image: tf.Tensor) -> tf.Tensor:
         return tf.nn.softmax(model(image[tf.newaxis], training=False))[0]
@@ -70,7 +70,7 @@ def predict_images(
         try:
             raw = tf.io.read_file(os.fsencode(photo))  # Names that are not UTF-8 too.
             image = _prepared(raw, prepare)
-        except (tf.errors.OpError, encoded.Unusable) as error:
+        except (tf.errors.OpError, image_conversion.Unusable) as error:
             yield {"photo": photo, "error": _reason(getattr(error, "message", str(error)))}
         except UnicodeDecodeError as error:  # TensorFlow's message, with such a name in it.
             yield {"photo": photo, "error": error.object.decode(errors="backslashreplace")}
@@ -83,12 +83,12 @@ def _prepared(raw: tf.Tensor, prepare: Callable[[tf.Tensor], tf.Tensor]) -> tf.T
     """`prepare` of the bytes, converted as records are made when TensorFlow cannot decode them."""
     import tensorflow as tf
 
-    from efficientnet_ns.data import encoded
+    from efficientnet_ns.data import image_conversion
 
     try:
         return prepare(raw)
     except tf.errors.InvalidArgumentError:
-        converted, _ = encoded.prepare(raw.numpy(), encoded.Rules())
+        converted, _ = image_conversion.prepare(raw.numpy(), image_conversion.Rules())
         return prepare(tf.constant(converted))
 
 

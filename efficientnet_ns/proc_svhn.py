@@ -7,7 +7,7 @@ import json
 from absl import flags
 
 from efficientnet_ns import config
-from efficientnet_ns.data.settings import SvhnConfig
+from efficientnet_ns.config.ingest import SvhnConfig
 
 
 def main(argv: list[str]) -> None:
@@ -16,7 +16,7 @@ def main(argv: list[str]) -> None:
     for name in ("raw_data_dir", "output_dir"):
         if not getattr(settings, name):
             raise config.ConfigError(f"--{name} is needed")
-    from efficientnet_ns.data import svhn
+    from efficientnet_ns.ingest import svhn
 
     print(json.dumps(svhn.make_records(settings)))
 

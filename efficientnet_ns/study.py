@@ -22,8 +22,8 @@ from absl import flags, logging
 from efficientnet_ns import config as config_lib
 from efficientnet_ns import demo, noisy_student
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, SelectConfig, Settings, setting
-from efficientnet_ns.progress import Progress
-from efficientnet_ns.studies.questions import STUDIES, Method, Study
+from efficientnet_ns.files.progress import Progress
+from efficientnet_ns.loop.questions import STUDIES, Method, Study
 
 # Update steps in a quick study, at most. With fewer, the teacher of the digits has learnt too little.
 _QUICK_TEACHER_STEPS, _QUICK_STUDENT_STEPS = 400, 300
@@ -208,7 +208,7 @@ def _train(config: Config) -> dict[str, Any]:
     """Trains and measures a model; its result, or the recorded one."""
     import tensorflow as tf
 
-    from efficientnet_ns.data import manifests
+    from efficientnet_ns.files import manifests
     from efficientnet_ns.training import train
 
     path = _result_path(config)
@@ -251,10 +251,10 @@ _DO = {"train": _train, "label": _label, "select": _select}
 
 def _images(config: Config) -> int:
     """Images that a training computes, by which its time is estimated."""
-    from efficientnet_ns.experiment import Experiment
+    from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
-    experiment = Experiment.from_config(config)
-    return experiment.steps_to_run * experiment.images_per_step
+    resolved = ResolvedConfig.from_config(config)
+    return resolved.steps_to_run * resolved.images_per_step
 
 
 class Runner:
@@ -284,7 +284,7 @@ class Runner:
         """
         import tensorflow as tf
 
-        from efficientnet_ns.data import records
+        from efficientnet_ns.files import records
         from efficientnet_ns.training.session import TrainingDiverged
 
         result = None
@@ -322,7 +322,7 @@ def run_study(config: Config, loop: LoopConfig, options: StudyConfig) -> dict[st
     Raises:
       ConfigError, records.DataError: settings or data that cannot work, before anything is trained.
     """
-    from efficientnet_ns.studies import results
+    from efficientnet_ns.loop import study_results
 
     studies = chosen_studies(options.studies, options.quick)
     seeds = chosen_seeds(options.seeds)
@@ -342,8 +342,8 @@ def run_study(config: Config, loop: LoopConfig, options: StudyConfig) -> dict[st
         found[seed, name, arm] = runner.result(f"{name}: {arm}, seed {seed}", work)
         if (seed, name, arm) == [key for key in arms if key[0] == seed][-1]:
             done = seeds[: seeds.index(seed) + 1]
-            answer = results.summary(studies, done, found)
-            results.write(loop.work_dir, answer)
+            answer = study_results.summary(studies, done, found)
+            study_results.write(loop.work_dir, answer)
     return answer
 
 
@@ -379,13 +379,13 @@ def _with_data(config: Config, loop: LoopConfig) -> Config:
 
 
 def _check_trainings(arms: Mapping[Any, list[Work]]) -> None:
-    from efficientnet_ns.experiment import Experiment
+    from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
     for work in arms.values():
         for piece in work:
             config_lib.check(piece.config)
             if piece.kind != "select":
-                Experiment.from_config(piece.config)
+                ResolvedConfig.from_config(piece.config)
 
 
 def main(argv: list[str]) -> None:
@@ -394,9 +394,9 @@ def main(argv: list[str]) -> None:
     answer = run_study(
         *(config_lib.from_flags(cls, values) for cls in (Config, LoopConfig, StudyConfig))
     )
-    from efficientnet_ns.studies import results
+    from efficientnet_ns.loop import study_results
 
-    print(results.markdown(answer), end="")
+    print(study_results.markdown(answer), end="")
 
 
 def run() -> None:

@@ -89,7 +89,7 @@ def entry_flags(monkeypatch) -> Callable[[str, list[str]], flags.FlagValues]:
                     patch.setattr(flags, name, _with_values(define, values))
             kinds = {str: "string", int: "integer", float: "float", bool: "bool"}
             definitions = {kind: getattr(flags, f"DEFINE_{name}") for kind, name in kinds.items()}
-            patch.setattr("efficientnet_ns.config._DEFINE", definitions)
+            patch.setattr("efficientnet_ns.config.settings._DEFINE", definitions)
             patch.setattr("efficientnet_ns.config.run", lambda main: None)
             patch.setattr(flags, "FLAGS", values)
             importlib.import_module(f"efficientnet_ns.{module}").run()

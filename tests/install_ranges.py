@@ -46,15 +46,15 @@ for name in get_corruption_names("all"):
     "dev": "import pytest, hypothesis, nbclient",
 }
 TESTS = [
-    "select",
-    "write",
-    "augment",
-    "svhn",
-    "records",
-    "weights",
-    "videos",
-    "corruptions",
-    "data_source",
+    "pseudo_labels/test_selection.py",
+    "pseudo_labels/test_write.py",
+    "data/test_augment.py",
+    "ingest/test_svhn.py",
+    "ingest/test_videos.py",
+    "ingest/test_data_source.py",
+    "files/test_records.py",
+    "models/test_weights.py",
+    "evaluation/test_corruptions.py",
 ]
 
 
@@ -107,7 +107,7 @@ def check(end: str, folder: Path) -> list[bool]:
             step("  pip check", [python, "-m", "pip", "check"]),
             step("  runs", [python, "-c", program]),
         ]
-    tests = [ROOT / "tests" / f"test_{name}.py" for name in TESTS]
+    tests = [ROOT / "tests" / name for name in TESTS]
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT]
     return [*results, step("tests", [*pytest, *tests])]
 

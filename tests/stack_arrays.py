@@ -1,4 +1,4 @@
-"""Numbers that both stacks compute, for test_stacks.py; as a program, into a file:
+"""Numbers that both stacks compute, for test_stack.py; as a program, into a file:
 
 python tests/stack_arrays.py FILE.npz
 """
@@ -17,7 +17,8 @@ import tensorflow as tf
 import test_train
 
 from efficientnet_ns.data import augment, pipeline
-from efficientnet_ns.models import efficientnet, engines, weights
+from efficientnet_ns.inference import engines
+from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.training import summaries, train
 
 # What is equal to the bit, by prefix: what is computed with integers, and what the same kernels compute.

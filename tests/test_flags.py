@@ -14,9 +14,9 @@ import tensorflow as tf
 from efficientnet_ns import config, demo, noisy_student, study
 from efficientnet_ns.config import Config, LoopConfig, SelectConfig
 from efficientnet_ns.data import tasks
-from efficientnet_ns.experiment import Experiment
 from efficientnet_ns.models import efficientnet
-from efficientnet_ns.recipes import RECIPES
+from efficientnet_ns.models.recipes import RECIPES
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("flags/**/*.flags"))
@@ -60,8 +60,8 @@ def test_preset_parses(preset, parse):
         assert "#" not in line[1:] and line == line.strip()
     values = parse(preset)
     if entry_of(preset) in ("main", "noisy_student", "study"):
-        experiment = Experiment.from_config(config.from_flags(Config, values))
-        assert experiment.train_steps > 0
+        resolved = ResolvedConfig.from_config(config.from_flags(Config, values))
+        assert resolved.train_steps > 0
 
 
 @pytest.mark.parametrize("preset", RUNS)
@@ -96,9 +96,9 @@ def with_a_model():
 
 
 @functools.lru_cache(maxsize=None)
-def output_shape(experiment: Experiment) -> tuple:
+def output_shape(resolved: ResolvedConfig) -> tuple:
     with tf.Graph().as_default():
-        return experiment.build_model().output_shape
+        return resolved.build_model().output_shape
 
 
 @pytest.mark.parametrize("preset", with_a_model())
@@ -106,9 +106,9 @@ def test_model_of_preset_is_built(preset, settings):
     chosen = settings(preset)
     # What does not shape the model is left out, so that presets of one model share it.
     shaping = Config(model=chosen.model).override(task_name=chosen.data.task_name)
-    experiment = Experiment.from_config(shaping)
-    assert output_shape(experiment) == (None, experiment.num_classes)
-    assert experiment.image_size == Experiment.from_config(chosen).image_size
+    resolved = ResolvedConfig.from_config(shaping)
+    assert output_shape(resolved) == (None, resolved.num_classes)
+    assert resolved.image_size == ResolvedConfig.from_config(chosen).image_size
 
 
 # --- ImageNet -------------------------------------------------------------------------------------
@@ -123,9 +123,9 @@ def test_there_are_presets_for_every_published_model():
 
 
 def epochs(chosen: Config, steps: int | None = None) -> float:
-    experiment = Experiment.from_config(chosen)
+    resolved = ResolvedConfig.from_config(chosen)
     images = tasks.TASKS["imagenet"].num_train_images
-    return (steps or experiment.train_steps) * chosen.train.train_batch_size / images
+    return (steps or resolved.train_steps) * chosen.train.train_batch_size / images
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -136,7 +136,7 @@ def test_imagenet_student_is_the_recipe(size, role, settings):
         RECIPES[f"efficientnet-{size}"],
     )
     assert epochs(chosen) == pytest.approx(recipe.epochs, rel=1e-3)
-    assert Experiment.from_config(chosen).image_size == recipe.train_resolution
+    assert ResolvedConfig.from_config(chosen).image_size == recipe.train_resolution
     assert chosen.train.unlabel_ratio == recipe.unlabel_ratio
     magnitude = chosen.data.randaug_mag if chosen.data.augment_name else None
     assert magnitude == recipe.randaugment_magnitude
@@ -203,7 +203,7 @@ def test_chain_is_the_published_one(parse):
     for chosen in chain:
         assert epochs(chosen) == pytest.approx(350, rel=1e-3)
         assert chosen.data.augment_name == "randaugment"
-        Experiment.from_config(chosen)
+        ResolvedConfig.from_config(chosen)
     tuning = noisy_student.finetune_config(base, loop, 3)
     alone = config.from_flags(Config, parse("flags/run/imagenet/l2_finetune.flags"))
     changed = {"model_dir", "init_model_path", "label_data_dir"}

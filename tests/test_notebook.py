@@ -13,8 +13,8 @@ from test_scripts import ROOT, commands, write_mat
 
 from efficientnet_ns import config
 from efficientnet_ns.config import Config
-from efficientnet_ns.data import records
-from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.files import records
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 NOTEBOOK = ROOT / "tpu_scripts" / "noisy_student_svhn.ipynb"
 
@@ -114,9 +114,9 @@ def test_flags_exist_and_fit(notebook, hardware, entry_flags):
     for module, flags in started:
         values = entry_flags(module, flags)
         if module in ("main", "export_model"):
-            experiment = Experiment.from_config(config.from_flags(Config, values))
-            assert experiment.config.data.task_name == "svhn" and experiment.image_size == 32
-            assert experiment.config.hardware.use_tpu == (hardware == "tpu")
+            resolved = ResolvedConfig.from_config(config.from_flags(Config, values))
+            assert resolved.config.data.task_name == "svhn" and resolved.image_size == 32
+            assert resolved.config.hardware.use_tpu == (hardware == "tpu")
 
 
 def test_programs_are_those_of_the_scripts(notebook):

@@ -17,8 +17,8 @@ import pytest
 
 from efficientnet_ns import config
 from efficientnet_ns.config import Config
-from efficientnet_ns.data import records
-from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.files import records
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tpu_scripts"
@@ -79,8 +79,8 @@ def test_commands_have_flags_that_exist(script, entry_flags):
     for module, arguments in found:
         values = entry_flags(module, arguments)
         if module == "main":
-            experiment = Experiment.from_config(config.from_flags(Config, values))
-            assert experiment.config.data.task_name == script.split("/")[0]
+            resolved = ResolvedConfig.from_config(config.from_flags(Config, values))
+            assert resolved.config.data.task_name == script.split("/")[0]
 
 
 @pytest.mark.parametrize("model", ["b3", "l2"])

@@ -10,10 +10,10 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.config import Config
-from efficientnet_ns.data import records
-from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.files import records
 from efficientnet_ns.models import weights
 from efficientnet_ns.pseudo_labels.index import IndexWriter
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 CLASSES, SIZE = 3, 8
 
@@ -38,7 +38,7 @@ def save_teacher(prefix: Path, num_classes: int, seed: int) -> None:
     task.write_text(
         json.dumps({"num_classes": num_classes, "image_size": SIZE, "small_image": True})
     )
-    model = Experiment.from_config(config(task)).build_model()
+    model = ResolvedConfig.from_config(config(task)).build_model()
     rng = np.random.default_rng(seed)
     weights.write_checkpoint(
         str(prefix),

@@ -19,17 +19,9 @@ import tensorflow as tf
 
 from efficientnet_ns.benchmarks.tables import Measured, Row, measure
 from efficientnet_ns.config import BenchmarkConfig, ConfigError
-from efficientnet_ns.cpus import available_cpus
-from efficientnet_ns.data import (
-    augment,
-    autoaugment,
-    images,
-    levels,
-    manifests,
-    pipeline,
-    randaugment,
-    records,
-)
+from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.data import augment, autoaugment, images, levels, pipeline, randaugment
+from efficientnet_ns.files import manifests, records
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}$")

@@ -23,11 +23,12 @@ from absl import logging
 
 from efficientnet_ns.benchmarks import tables
 from efficientnet_ns.config import BenchmarkConfig, Config, ConfigError
-from efficientnet_ns.cpus import available_cpus
-from efficientnet_ns.data import records
-from efficientnet_ns.experiment import Experiment
-from efficientnet_ns.models import engines, weights
+from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.files import records
+from efficientnet_ns.inference import engines
+from efficientnet_ns.models import weights
 from efficientnet_ns.pseudo_labels import predict
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 _FIRST_IMAGES = 64  # Of the shard that warms up.
 _TURNS = 5
@@ -95,7 +96,7 @@ class _Work:
         self._examples = [records.unlabeled_example(image) for image in images]
         self._folder, self._settings, self._runs = folder, settings, 0
         self._seconds = config.seconds
-        self._experiment = Experiment.from_config(settings)
+        self._experiment = ResolvedConfig.from_config(settings)
         self.model = self._experiment.build_model()
         weights.save_weights(self.model, settings.predict.predict_ckpt_path)
         self.teacher = predict.TeacherPredictor(

@@ -20,8 +20,8 @@ import tensorflow as tf
 
 from efficientnet_ns.benchmarks.tables import Row
 from efficientnet_ns.config import BenchmarkConfig, ConfigError, SelectConfig
-from efficientnet_ns.cpus import available_cpus
-from efficientnet_ns.data import records
+from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.files import records
 from efficientnet_ns.pseudo_labels import index, run_report
 from efficientnet_ns.pseudo_labels.selection import SELECTION, select
 

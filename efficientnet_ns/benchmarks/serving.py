@@ -20,8 +20,8 @@ import tensorflow as tf
 
 from efficientnet_ns.benchmarks import tables
 from efficientnet_ns.config import BenchmarkConfig, Config
-from efficientnet_ns.cpus import available_cpus
-from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.serving import export, tflite
 from efficientnet_ns.serving.classifier import Answers
 
@@ -66,10 +66,10 @@ def _situations(config: BenchmarkConfig) -> list[Situation]:
 def _export(config: BenchmarkConfig, folder: str) -> None:
     """A folder per contender, with random weights."""
     settings = Config().override(model_name=config.model_name, input_image_size=config.image_size)
-    experiment = Experiment.from_config(settings)
-    model = experiment.build_model()
+    resolved = ResolvedConfig.from_config(settings)
+    model = resolved.build_model()
     tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
-    reduced = experiment.build_model()
+    reduced = resolved.build_model()
     tf.keras.mixed_precision.set_global_policy("float32")
     _shift(model)
     _shift(reduced)
@@ -78,11 +78,11 @@ def _export(config: BenchmarkConfig, folder: str) -> None:
         (_CPU, "cpu", model),
         (_BFLOAT16, "cpu", reduced),
     ):
-        options = export.Options(Answers(("",) * experiment.num_classes), target)
-        export.export(served, experiment.preprocessing(), os.path.join(folder, name), 1, options)
-    options = export.Options(Answers(("",) * experiment.num_classes))
+        options = export.Options(Answers(("",) * resolved.num_classes), target)
+        export.export(served, resolved.preprocessing(), os.path.join(folder, name), 1, options)
+    options = export.Options(Answers(("",) * resolved.num_classes))
     path = os.path.join(folder, _LITE)
-    export.export_tflite(model, experiment.preprocessing(), path, "float32", options)
+    export.export_tflite(model, resolved.preprocessing(), path, "float32", options)
     _export_keras(config, os.path.join(folder, _KERAS, "1"))
 
 

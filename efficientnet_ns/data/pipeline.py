@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from efficientnet_ns.data import augment, autoaugment, images, randaugment, record_cache, records
+from efficientnet_ns.data import augment, autoaugment, images, randaugment, record_cache
+from efficientnet_ns.files import records
 
 _LABELED, _UNLABELED = 1, 2  # Salts: the two streams draw independently from one seed.
 

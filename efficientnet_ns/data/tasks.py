@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from efficientnet_ns.data import manifests
+from efficientnet_ns.files import manifests
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from efficientnet_ns import preemption
-from efficientnet_ns.config import ConfigError
-from efficientnet_ns.cpus import available_cpus
+from efficientnet_ns.config import ConfigError, preemption
+from efficientnet_ns.config.cpus import available_cpus
 
 # These two have random states of their own.
 _WITH_A_SEED = ("impulse_noise", "glass_blur")

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from efficientnet_ns.data import manifests, records
 from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.evaluation import robustness_published as published
 from efficientnet_ns.evaluation import robustness_sets as sets
 from efficientnet_ns.evaluation.robustness_clips import Clips
+from efficientnet_ns.files import manifests, records
 
 # Encoded images → (probabilities [N, C], {place: problem}).
 Classify = Callable[[Sequence[bytes]], tuple[np.ndarray, dict[int, str]]]

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from efficientnet_ns.data import encoded, records, videos
+from efficientnet_ns.data import image_conversion
 from efficientnet_ns.evaluation import robustness_sets as sets
-from efficientnet_ns.progress import Progress
+from efficientnet_ns.files import records
+from efficientnet_ns.files.progress import Progress
+from efficientnet_ns.ingest import videos
 
 
 class Clips(NamedTuple):
@@ -97,7 +99,7 @@ def _check_folders(path: str, names: Sequence[str]) -> None:
 
 def _frames(path: str) -> Iterator[bytes]:
     if videos.is_clip(path):
-        yield from (encoded.png(frame, compression=0) for frame in videos.frames(path))
+        yield from (image_conversion.png(frame, compression=0) for frame in videos.frames(path))
         return
     for name in sorted(sets.image_files(path), key=_numeric):
         with tf.io.gfile.GFile(os.path.join(path, name), "rb") as f:

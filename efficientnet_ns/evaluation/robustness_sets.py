@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from efficientnet_ns.data import encoded, manifests, records, sources
-from efficientnet_ns.progress import Progress
+from efficientnet_ns.data import image_conversion
+from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files.progress import Progress
+from efficientnet_ns.ingest import image_sources
 
 
 class Images(NamedTuple):
@@ -24,7 +26,7 @@ class Images(NamedTuple):
     """
 
     source: object
-    entries: list[sources.Entry]
+    entries: list[image_sources.Entry]
     classes: list[int]
 
     def read(self, what: str) -> Iterator[tuple[str, bytes]]:
@@ -35,7 +37,7 @@ class Images(NamedTuple):
                     path = os.path.join(self.source.path, entry.name)
                     try:
                         image = read(entry).image
-                    except encoded.Unusable as e:
+                    except image_conversion.Unusable as e:
                         raise records.DataError(f"{path} {e}") from e
                     yield path, image
                     progress.update(1)
@@ -54,7 +56,7 @@ def wnids(name: str = "imagenet") -> list[str]:
     Sources: of the latter, `eval.py` in github.com/hendrycks/natural-adv-examples and
     github.com/hendrycks/imagenet-r; they have 200 each.
     """
-    file = Path(sources.__file__).with_name(f"{name}_wnids.txt")
+    file = Path(image_sources.__file__).with_name(f"{name}_wnids.txt")
     return file.read_text(encoding="utf-8").split()
 
 
@@ -112,14 +114,14 @@ def folders(path: str) -> list[str]:
     if not tf.io.gfile.isdir(path):
         raise records.DataError(f"{path!r} is not a folder")
     names = (name.rstrip("/") for name in tf.io.gfile.listdir(path))
-    names = (name for name in names if not sources.is_hidden(name))
+    names = (name for name in names if not image_sources.is_hidden(name))
     return sorted(n for n in names if tf.io.gfile.isdir(os.path.join(path, n)))
 
 
 def image_files(path: str) -> list[str]:
     """Names of the images directly inside a folder, sorted."""
     names = sorted(n for n in tf.io.gfile.listdir(path) if not n.startswith("."))
-    return [n for n in names if n.rpartition(".")[2].lower() in sources.EXTENSIONS]
+    return [n for n in names if n.rpartition(".")[2].lower() in image_sources.EXTENSIONS]
 
 
 def class_folders(path: str, classes: Mapping[str, int]) -> Images:
@@ -139,9 +141,9 @@ def class_folders(path: str, classes: Mapping[str, int]) -> Images:
     files = {name: image_files(os.path.join(path, name)) for name in names}
     refuse(path, "class folders without images", [n for n, found in files.items() if not found])
     return Images(
-        sources.Folder(path),
+        image_sources.Folder(path),
         [
-            sources.Entry(f"{name}/{file}", classes[name])
+            image_sources.Entry(f"{name}/{file}", classes[name])
             for name, found in files.items()
             for file in found
         ],
@@ -211,11 +213,11 @@ def real_labels(labels_path: str, images_path: str) -> tuple[Images, list[list[i
         if not match:
             path = os.path.join(images_path, file)
             raise records.DataError(f"{path} is not called ILSVRC2012_val_<8 digits>")
-        by_place[int(match[1])] = sources.Entry(file)
+        by_place[int(match[1])] = image_sources.Entry(file)
     if sorted(by_place) != list(range(1, len(right) + 1)):
         raise records.DataError(
             f"{images_path!r} has {len(by_place)} different images, {labels_path} labels for "
             f"{len(right)}: numbers 1 to {len(right)} are needed"
         )
     entries = [by_place[i] for i in sorted(by_place)]
-    return Images(sources.Folder(images_path), entries, []), right
+    return Images(image_sources.Folder(images_path), entries, []), right

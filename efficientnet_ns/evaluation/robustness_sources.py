@@ -10,10 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import tensorflow as tf
 
-from efficientnet_ns.data import manifests, records, sources, tasks, tfds_source
+from efficientnet_ns.data import tasks
 from efficientnet_ns.evaluation import robustness_clips
 from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.evaluation import robustness_sets as sets
+from efficientnet_ns.files import manifests, records
+from efficientnet_ns.ingest import image_sources, tfds_source
 
 # Prefixes of record files, the first one found is read.
 _PREFIXES = ("validation", "val", "test", "train")
@@ -25,7 +27,7 @@ class Records:
     def __init__(self, folder: str, prefix: str):
         self.path, self._prefix = folder, prefix
 
-    def labeled_entries(self) -> list[sources.Entry]:
+    def labeled_entries(self) -> list[image_sources.Entry]:
         """All records with their labels, for which all are read.
 
         Raises:
@@ -40,20 +42,22 @@ class Records:
                 label = -1 if problem else records.label(record.payload)
                 if label < 0:
                     raise records.DataError(f"{self.path}/{name}: {problem or 'has no label'}")
-                found.append(sources.Entry(name, label, place=(path, *next(spans))))
+                found.append(image_sources.Entry(name, label, place=(path, *next(spans))))
         return found
 
     @contextlib.contextmanager
-    def reader(self, entries: Sequence[sources.Entry]) -> Iterator[sources.Reader]:
+    def reader(self, entries: Sequence[image_sources.Entry]) -> Iterator[image_sources.Reader]:
         with contextlib.ExitStack() as opened:
             files = {}
 
-            def read(entry: sources.Entry) -> sources.Loaded:
+            def read(entry: image_sources.Entry) -> image_sources.Loaded:
                 path, start, length = entry.place
                 if path not in files:
                     files[path] = opened.enter_context(tf.io.gfile.GFile(path, "rb"))
                 files[path].seek(start)
-                return sources.Loaded(records.image_bytes(files[path].read(length)), entry.label)
+                return image_sources.Loaded(
+                    records.image_bytes(files[path].read(length)), entry.label
+                )
 
             yield read
 

@@ -16,10 +16,11 @@ from absl import logging
 
 from efficientnet_ns.config import ConfigError
 from efficientnet_ns.data import images as images_lib
-from efficientnet_ns.data import pipeline, views
-from efficientnet_ns.experiment import Experiment
-from efficientnet_ns.models import engines, layers, weights
-from efficientnet_ns.training import distribution
+from efficientnet_ns.data import pipeline
+from efficientnet_ns.devices import distribution
+from efficientnet_ns.inference import engines, views
+from efficientnet_ns.models import layers, weights
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 _IMAGES, _MODEL = 1, 2  # Salts of the draws.
 
@@ -28,7 +29,7 @@ class TeacherPredictor:
     """The teacher's model, compiled once for any number of shards.
 
     Args:
-      experiment: sizes and preprocessing.
+      resolved: sizes and preprocessing.
       checkpoint: the teacher's weights, of any kind that `weights.load_weights` takes.
 
     Attributes:
@@ -37,19 +38,19 @@ class TeacherPredictor:
         cut at the same places.
     """
 
-    def __init__(self, experiment: Experiment, checkpoint: str):
-        config = experiment.config
+    def __init__(self, resolved: ResolvedConfig, checkpoint: str):
+        config = resolved.config
         strategy = distribution.get_strategy(config.hardware)
         distribution.set_precision(config.hardware, strategy)
         with strategy.scope():
-            model = experiment.build_model()
+            model = resolved.build_model()
         weights.load_weights(model, checkpoint)
-        kind, prepare = config.predict.inference_engine, experiment.preprocessing().evaluate
+        kind, prepare = config.predict.inference_engine, resolved.preprocessing().evaluate
         if config.predict.noised_teacher:
             model, kind = _NoisedTeacher(model, config.train.seed), "tf"
-            prepare = _augmented(experiment.unlabeled_preprocessing, config.train.seed)
+            prepare = _augmented(resolved.unlabeled_preprocessing, config.train.seed)
         self.engine = engines.make(kind, model, config.train.eval_batch_size, strategy)
-        self.num_classes, self._size = experiment.num_classes, experiment.image_size
+        self.num_classes, self._size = resolved.num_classes, resolved.image_size
         self._views = config.predict.test_time_views
         batch = self.engine.batch_size
         # Small images come in larger groups, which hide the cost of a call. A core that decodes
@@ -117,14 +118,14 @@ class TeacherPredictor:
         return pixels, problems
 
 
-def check_views(experiment: Experiment) -> None:
+def check_views(resolved: ResolvedConfig) -> None:
     """Raises ConfigError unless the task supports `--test_time_views`."""
-    number = experiment.config.predict.test_time_views
+    number = resolved.config.predict.test_time_views
     # Small images are not cropped, so there is no crop to move.
-    known = [n for n in views.VIEWS if n <= 2 or not experiment.small_image]
+    known = [n for n in views.VIEWS if n <= 2 or not resolved.small_image]
     if number not in known:
         raise ConfigError(f"--test_time_views={number}: one of {known} is needed")
-    options = experiment.config.predict
+    options = resolved.config.predict
     if options.noised_teacher and (number > 1 or options.inference_engine == "xnnpack"):
         raise ConfigError(
             "--noised_teacher: one view (--test_time_views=1), computed by TensorFlow"

@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.data import manifests, paths
+from efficientnet_ns.files import manifests, paths
 from efficientnet_ns.models import foreign_weights, heads, weight_files
 
 # What is taken for a path: local, or of any file system of TensorFlow's.

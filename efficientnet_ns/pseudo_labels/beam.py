@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError, SelectConfig
-from efficientnet_ns.experiment import Experiment
 from efficientnet_ns.inference.teacher import TeacherPredictor
 from efficientnet_ns.pseudo_labels import index, predict, write
 from efficientnet_ns.pseudo_labels.label_shard import TooManyBadRecords
 from efficientnet_ns.pseudo_labels.selection import select
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 try:
     import apache_beam
@@ -132,8 +132,8 @@ class _Predict(apache_beam.DoFn):
             yield str(e)
 
     def _load(self) -> TeacherPredictor:
-        experiment = Experiment.from_config(self._prediction)
-        return TeacherPredictor(experiment, self._prediction.predict.predict_ckpt_path)
+        resolved = ResolvedConfig.from_config(self._prediction)
+        return TeacherPredictor(resolved, self._prediction.predict.predict_ckpt_path)
 
 
 class _Select(apache_beam.DoFn):

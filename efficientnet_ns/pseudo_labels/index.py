@@ -19,10 +19,10 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.config import ConfigError, SelectConfig
-from efficientnet_ns.cpus import available_cpus
-from efficientnet_ns.data import local_files, manifests, records
-from efficientnet_ns.data.processes import run_each
-from efficientnet_ns.progress import Progress
+from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.config.processes import run_each
+from efficientnet_ns.files import local_files, manifests, records
+from efficientnet_ns.files.progress import Progress
 
 Result = TypeVar("Result")
 

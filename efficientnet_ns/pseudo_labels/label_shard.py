@@ -21,10 +21,11 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import PredictConfig
-from efficientnet_ns.data import headers, manifests, records
-from efficientnet_ns.data.leases import Lease
+from efficientnet_ns.data import image_headers
+from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files.leases import Lease
+from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.inference.teacher import TeacherPredictor
-from efficientnet_ns.progress import Progress
 from efficientnet_ns.pseudo_labels.index import IndexWriter, top_one
 from efficientnet_ns.pseudo_labels.parts import Broken, PartFile, Parts
 
@@ -116,7 +117,7 @@ def _image(record: records.Record) -> tuple[bytes | None, str]:
         image = records.image_bytes(record.payload)
     except records.DataError as e:
         return None, str(e)
-    problem = headers.problem(image)
+    problem = image_headers.problem(image)
     return (None, problem) if problem else (image, "")
 
 

@@ -21,8 +21,8 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.config import SelectConfig
-from efficientnet_ns.cpus import available_cpus
-from efficientnet_ns.data import framing, local_files, manifests, records
+from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.files import framing, local_files, manifests, records
 from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import SELECTION
 

@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.data import manifests, wire
+from efficientnet_ns.files import manifests, wire
 
 
 @dataclasses.dataclass

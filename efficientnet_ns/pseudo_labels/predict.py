@@ -18,12 +18,12 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError, shard_list
-from efficientnet_ns.data import manifests, records
-from efficientnet_ns.data.leases import LeaseLost, Leases
-from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files.leases import LeaseLost, Leases
 from efficientnet_ns.inference.teacher import TeacherPredictor, check_views
 from efficientnet_ns.models import weights
 from efficientnet_ns.pseudo_labels.label_shard import ShardLabeling, ShardTask, TooManyBadRecords
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 
 def predict(config: Config, teacher: TeacherPredictor | None = None) -> dict[str, int]:
@@ -42,13 +42,13 @@ def predict(config: Config, teacher: TeacherPredictor | None = None) -> dict[str
       TooManyBadRecords: of the first such shard, after all others are done.
       manifests.OutputConflict: see there; shards finished before are kept.
     """
-    experiment = Experiment.from_config(config)
-    _check(experiment)
-    tasks = _tasks(experiment)
+    resolved = ResolvedConfig.from_config(config)
+    _check(resolved)
+    tasks = _tasks(resolved)
     labeled = 0
     # A list, so that a conflict in any of them is found before work begins.
     if not all([task.stage.done() for task in tasks.values()]):
-        labeled = _work(experiment, tasks, teacher)
+        labeled = _work(resolved, tasks, teacher)
     counts = [task.stage.counts() for task in tasks.values()]
     return {
         "records": sum(c["records"] for c in counts),
@@ -59,13 +59,13 @@ def predict(config: Config, teacher: TeacherPredictor | None = None) -> dict[str
 
 def unfinished(config: Config) -> list[int]:
     """The configured shards that have no finished predictions yet; raises what `predict` does."""
-    experiment = Experiment.from_config(config)
-    _check(experiment)
-    return [task.shard for task in _tasks(experiment).values() if not task.stage.done()]
+    resolved = ResolvedConfig.from_config(config)
+    _check(resolved)
+    return [task.shard for task in _tasks(resolved).values() if not task.stage.done()]
 
 
-def _check(experiment: Experiment) -> None:
-    config = experiment.config
+def _check(resolved: ResolvedConfig) -> None:
+    config = resolved.config
     options = config.predict
     for name in ("predict_ckpt_path", "output_dir", "info_dir"):
         if not getattr(options, name) and (name != "info_dir" or not options.reassign_label):
@@ -77,7 +77,7 @@ def _check(experiment: Experiment) -> None:
             f"--worker_id={options.worker_id} is not below "
             f"--total_replicas={options.total_replicas}"
         )
-    check_views(experiment)
+    check_views(resolved)
 
 
 def _input_dir(config: Config) -> str:
@@ -90,16 +90,16 @@ def _input_dir(config: Config) -> str:
     return folder
 
 
-def _tasks(experiment: Experiment) -> dict[str, ShardTask]:
-    options = experiment.config.predict
+def _tasks(resolved: ResolvedConfig) -> dict[str, ShardTask]:
+    options = resolved.config.predict
     shards = shard_list(options.shard_id, options.num_shards)
     if options.shard_id == "auto":
         # Processes that start together begin at different places.
         start = (os.getpid() * 7919) % len(shards)
         shards = shards[start:] + shards[:start]
-    sources = {shard: _input_path(experiment.config, shard) for shard in shards}
+    sources = {shard: _input_path(resolved.config, shard) for shard in shards}
     checkpoint = weights.fingerprint(options.predict_ckpt_path)
-    tasks = [_task(experiment, checkpoint, sources[shard], shard) for shard in shards]
+    tasks = [_task(resolved, checkpoint, sources[shard], shard) for shard in shards]
     return {task.name: task for task in tasks}
 
 
@@ -119,8 +119,8 @@ def _input_path(config: Config, shard: int) -> str:
     return path
 
 
-def _task(experiment: Experiment, checkpoint: str, path: str, shard: int) -> ShardTask:
-    options = experiment.config.predict
+def _task(resolved: ResolvedConfig, checkpoint: str, path: str, shard: int) -> ShardTask:
+    options = resolved.config.predict
     key = (shard, options.num_shards, options.worker_id)
     replicas = options.total_replicas
     outputs = [
@@ -133,23 +133,23 @@ def _task(experiment: Experiment, checkpoint: str, path: str, shard: int) -> Sha
     settings = {
         "checkpoint": checkpoint,
         "input": manifests.fingerprint([path]),
-        "model": experiment.config.model.model_name,
-        "image_size": experiment.image_size,
-        "num_classes": experiment.num_classes,
-        "small_image": experiment.small_image,
-        "mean": experiment.task.mean,
-        "std": experiment.task.std,
+        "model": resolved.config.model.model_name,
+        "image_size": resolved.image_size,
+        "num_classes": resolved.num_classes,
+        "small_image": resolved.small_image,
+        "mean": resolved.task.mean,
+        "std": resolved.task.std,
         "total_replicas": replicas,
     }
     if options.test_time_views > 1:
         settings["test_time_views"] = options.test_time_views
     if options.noised_teacher:
-        model = experiment.config.model
+        model = resolved.config.model
         settings["noised_teacher"] = {
-            "seed": experiment.config.train.seed,
+            "seed": resolved.config.train.seed,
             # The noise of an image is drawn with that of the others in its batch.
-            "batch_size": experiment.config.train.eval_batch_size,
-            "images": experiment.unlabeled_preprocessing.describe(),
+            "batch_size": resolved.config.train.eval_batch_size,
+            "images": resolved.unlabeled_preprocessing.describe(),
             "dropout_rate": model.dropout_rate,
             "stochastic_depth_rate": model.stochastic_depth_rate,
         }
@@ -165,11 +165,11 @@ def _task(experiment: Experiment, checkpoint: str, path: str, shard: int) -> Sha
 
 
 def _work(
-    experiment: Experiment, tasks: dict[str, ShardTask], teacher: TeacherPredictor | None
+    resolved: ResolvedConfig, tasks: dict[str, ShardTask], teacher: TeacherPredictor | None
 ) -> int:
     """Labels tasks until all are done, by this process or by others; returns how many it did."""
-    options = experiment.config.predict
-    teacher = teacher or TeacherPredictor(experiment, options.predict_ckpt_path)
+    options = resolved.config.predict
+    teacher = teacher or TeacherPredictor(resolved, options.predict_ckpt_path)
     labeled, failed = 0, {}
     leases = Leases(options.output_dir, options.lease_seconds)
 

@@ -32,8 +32,8 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import ConfigError, SelectConfig
-from efficientnet_ns.data import local_files, manifests, records
 from efficientnet_ns.data.splitmix import splitmix64
+from efficientnet_ns.files import local_files, manifests, records
 from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.index import IndexScan, RowChunk
 

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 import tensorflow as tf
 
 from efficientnet_ns.config import SelectConfig
-from efficientnet_ns.cpus import available_cpus
-from efficientnet_ns.data import local_files, manifests, records
-from efficientnet_ns.data.processes import run_each
-from efficientnet_ns.progress import Progress
+from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.config.processes import run_each
+from efficientnet_ns.files import local_files, manifests, records
+from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import SELECTION
 from efficientnet_ns.pseudo_labels.write_shard import Lost, stage, write_shard

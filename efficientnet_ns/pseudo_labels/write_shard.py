@@ -18,8 +18,8 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import SelectConfig
-from efficientnet_ns.data import framing, manifests, records, shuffled_copies
-from efficientnet_ns.pseudo_labels import index
+from efficientnet_ns.files import framing, manifests, records
+from efficientnet_ns.pseudo_labels import index, shuffled_copies
 
 
 class Lost(RuntimeError):

@@ -115,7 +115,7 @@ def write_page(
     """
     import tensorflow as tf
 
-    from efficientnet_ns.data import manifests
+    from efficientnet_ns.files import manifests
 
     path = os.fspath(path)
     page = _page(title, intro, sections)

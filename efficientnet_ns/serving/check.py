@@ -14,7 +14,9 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.data import encoded, listing, records, sources
+from efficientnet_ns.data import image_conversion
+from efficientnet_ns.files import records
+from efficientnet_ns.ingest import image_sources, listing
 
 _SHARD = re.compile(r".+-\d+-of-\d+")
 
@@ -53,7 +55,7 @@ def encoded_images(path: str, limit: int) -> list[bytes]:
     names = sorted(tf.io.gfile.listdir(path)) if tf.io.gfile.isdir(path) else []
     shards = [name for name in names if _SHARD.fullmatch(name)]
     # Pictures that lie beside records are meant; those in folders below them are of something else.
-    pictures = any(name.rpartition(".")[2].lower() in sources.EXTENSIONS for name in names)
+    pictures = any(name.rpartition(".")[2].lower() in image_sources.EXTENSIONS for name in names)
     found = _recorded(path, shards) if shards and not pictures else _listed(path, limit)
     images = list(itertools.islice(_decodable(found), limit))
     if not images:
@@ -77,7 +79,7 @@ def _recorded(path: str, shards: Sequence[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def _listed(path: str, limit: int) -> Iterator[tuple[str, bytes]]:
-    source = sources.open_source(path)
+    source = image_sources.open_source(path)
     entries = _in_turn(listing.list_images(source, labeled=False).entries)
     # A compressed archive is read as far as the images it is asked for, which it holds in memory.
     for start in range(0, len(entries), limit):
@@ -86,11 +88,11 @@ def _listed(path: str, limit: int) -> Iterator[tuple[str, bytes]]:
             for entry in some:
                 try:
                     yield os.path.join(path, entry.name), read(entry).image
-                except (encoded.Unusable, OSError, tf.errors.OpError) as e:
+                except (image_conversion.Unusable, OSError, tf.errors.OpError) as e:
                     logging.warning("%s/%s is left out of the comparison: %s", path, entry.name, e)
 
 
-def _in_turn(entries: Sequence[sources.Entry]) -> list[sources.Entry]:
+def _in_turn(entries: Sequence[image_sources.Entry]) -> list[image_sources.Entry]:
     """The first of every folder, then the second of every folder …"""
     seen: Counter[str] = Counter()
     places = []
@@ -105,8 +107,8 @@ def _decodable(images: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
     """Images as they would be in a record."""
     for name, image in images:
         try:
-            yield encoded.prepare(image, encoded.Rules())[0]
-        except encoded.Unusable as e:
+            yield image_conversion.prepare(image, image_conversion.Rules())[0]
+        except image_conversion.Unusable as e:
             logging.warning("%s is left out of the comparison: %s", name, e)
 
 

@@ -14,9 +14,11 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from efficientnet_ns.data import headers, records
+from efficientnet_ns.data import image_headers
 from efficientnet_ns.data.pipeline import Preprocessing
-from efficientnet_ns.models import cpu_graph, efficientnet
+from efficientnet_ns.files import records
+from efficientnet_ns.inference import cpu_graph
+from efficientnet_ns.models import efficientnet
 from efficientnet_ns.serving import image_sizes
 
 
@@ -32,7 +34,7 @@ class Answers:
 
     class_names: tuple[str, ...]
     top_k: int = 5
-    max_pixels: int = headers.MAX_PIXELS
+    max_pixels: int = image_headers.MAX_PIXELS
 
 
 class Classifier(tf.Module):

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from efficientnet_ns.config import quiet_when_unread
+from efficientnet_ns.files.standard_output import quiet_when_unread
 
 _VALID = "valid"
 _TOP = ("top_classes", "top_class_names", "top_probabilities")

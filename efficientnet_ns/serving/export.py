@@ -13,9 +13,11 @@ import tensorflow as tf
 from absl import logging
 from tensorflow.core.protobuf import saved_model_pb2
 
-from efficientnet_ns.data import manifests, paths, tasks
+from efficientnet_ns.data import tasks
 from efficientnet_ns.data.pipeline import Preprocessing
-from efficientnet_ns.models import folding, heads
+from efficientnet_ns.files import manifests, paths
+from efficientnet_ns.inference import folding
+from efficientnet_ns.models import heads
 from efficientnet_ns.serving import card, deploy, tflite, tflite_metadata, warmup
 from efficientnet_ns.serving.classifier import Answers, Classifier
 

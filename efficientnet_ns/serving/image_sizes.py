@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from efficientnet_ns.data.headers import MAX_PIXELS
+from efficientnet_ns.data.image_headers import MAX_PIXELS
 
 _HEADER = 32  # Bytes; PNG and BMP have their sides within the first 26.
 _PNG, _GIF, _BMP = b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM"

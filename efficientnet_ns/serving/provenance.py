@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from efficientnet_ns.data import manifests
+from efficientnet_ns.files import manifests
 
 # Setting in config.json → its name in the card.
 _RECIPE = {

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.data import tasks
-from efficientnet_ns.models import engines
+from efficientnet_ns.inference import engines
 from efficientnet_ns.serving import tflite_metadata
 
 TYPES = ("float32", "float16", "dynamic", "int8")

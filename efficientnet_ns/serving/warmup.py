@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.data import records
+from efficientnet_ns.files import records
 
 FILE = os.path.join("assets.extra", "tf_serving_warmup_requests")
 

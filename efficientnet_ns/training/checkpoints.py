@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.data import manifests
+from efficientnet_ns.files import manifests
 from efficientnet_ns.models import weights
 from efficientnet_ns.training.optimizers import RMSPropTF1
 

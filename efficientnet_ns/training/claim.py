@@ -12,7 +12,8 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError, comparable
-from efficientnet_ns.data import manifests, pipeline
+from efficientnet_ns.data import pipeline
+from efficientnet_ns.files import manifests
 from efficientnet_ns.training import checkpoints, preview, summaries
 
 SETTINGS, RECORDS = "config.json", "records.json"

@@ -11,8 +11,9 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import DataConfig
-from efficientnet_ns.data import manifests, pipeline, tasks
-from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.data import pipeline, tasks
+from efficientnet_ns.files import manifests
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 FILE = "augmented.png"
 _COLUMNS = 8
@@ -22,7 +23,10 @@ _SHUFFLE_BUFFER = 256
 
 
 def draw(
-    experiment: Experiment, labeled: pipeline.Source, unlabeled: pipeline.Source | None, number: int
+    resolved: ResolvedConfig,
+    labeled: pipeline.Source,
+    unlabeled: pipeline.Source | None,
+    number: int,
 ) -> np.ndarray:
     """Draws `number` labeled and as many unlabeled images, and writes the picture to model_dir.
 
@@ -32,12 +36,12 @@ def draw(
       uint8 [H, W, 3].
     """
     ratio = 1.0 if unlabeled is not None else 0.0
-    small = experiment.config.override(
+    small = resolved.config.override(
         train_batch_size=number, unlabel_ratio=ratio, shuffle_buffer=_SHUFFLE_BUFFER
     )
-    sample = Experiment.from_config(small).training_batches(labeled, unlabeled, 0)
+    sample = ResolvedConfig.from_config(small).training_batches(labeled, unlabeled, 0)
     batch = next(iter(sample))
-    names, data = tasks.class_names(experiment.task), experiment.config.data
+    names, data = tasks.class_names(resolved.task), resolved.config.data
     titles = [_name(int(label), names) for label in batch["label"]]
     heading = f"Labeled images, {_augmentation(data, data.augment_name)}"
     sections = [(heading, batch["image"].numpy(), titles)]
@@ -47,7 +51,7 @@ def draw(
         heading = f"Unlabeled images, {_augmentation(data, name)}; {_label_source(batch)}"
         sections.append((heading, images, titles))
     png = _png(sections)
-    path = os.path.join(experiment.config.train.model_dir, FILE)
+    path = os.path.join(resolved.config.train.model_dir, FILE)
     with manifests.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
         f.write(png)
     return tf.io.decode_png(png, channels=3).numpy()

@@ -11,9 +11,9 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import Config, TrainConfig
+from efficientnet_ns.config.preemption import Preempted, StopRequest
 from efficientnet_ns.evaluation import accuracy
-from efficientnet_ns.preemption import Preempted, StopRequest
-from efficientnet_ns.progress import Progress
+from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.training.checkpoints import Checkpoints
 from efficientnet_ns.training.input_wait import InputWait
 from efficientnet_ns.training.summaries import MetricsLog

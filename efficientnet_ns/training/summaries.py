@@ -17,7 +17,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from efficientnet_ns.data import manifests
+from efficientnet_ns.files import manifests
 
 METRICS, RUNS = "metrics.jsonl", "runs.jsonl"
 

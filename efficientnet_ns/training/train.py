@@ -16,13 +16,15 @@ from collections.abc import Callable
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns import preemption
-from efficientnet_ns.config import Config, ConfigError, TrainConfig
-from efficientnet_ns.data import pipeline, records, tasks
-from efficientnet_ns.evaluation import accuracy, report
-from efficientnet_ns.experiment import Experiment, limited
-from efficientnet_ns.models import efficientnet, engines, weights
-from efficientnet_ns.training import checkpoints, distribution, preview, schedules, summaries
+from efficientnet_ns.config import Config, ConfigError, TrainConfig, preemption
+from efficientnet_ns.data import pipeline, tasks
+from efficientnet_ns.devices import distribution
+from efficientnet_ns.evaluation import accuracy, accuracy_report
+from efficientnet_ns.files import records
+from efficientnet_ns.inference import engines
+from efficientnet_ns.models import efficientnet, weights
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig, limited
+from efficientnet_ns.training import checkpoints, preview, schedules, summaries
 from efficientnet_ns.training.claim import claim, expect_other_records
 from efficientnet_ns.training.input_wait import InputWait
 from efficientnet_ns.training.optimizers import RMSPropTF1
@@ -45,28 +47,28 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
       session.TrainingDiverged: NaN or infinite loss; the last good checkpoint is kept.
       preemption.Preempted: SIGTERM or SIGINT came; the state of the running host loop is saved.
     """
-    experiment = Experiment.from_config(config)
-    config = experiment.config
-    _check(experiment)
+    resolved = ResolvedConfig.from_config(config)
+    config = resolved.config
+    _check(resolved)
     with preemption.StopRequest() as stop:
         with stop.immediate():
             # First of all: once TensorFlow has computed anything, its devices cannot be divided
             # any more, nor other workers be joined.
             strategy = distribution.get_strategy(config.hardware)
             stop.take_signals()  # TensorFlow takes SIGTERM when it joins other workers.
-            distribution.check(experiment, strategy)
+            distribution.check(resolved, strategy)
             distribution.set_precision(config.hardware, strategy)
             distribution.start_xla()
-            labeled, unlabeled, evaluation = _sources(experiment, evaluate)
+            labeled, unlabeled, evaluation = _sources(resolved, evaluate)
             sets = {"labeled": labeled, "unlabeled": unlabeled}
             claim(config, sets, writes=distribution.is_chief(strategy))
         try:
             with (
                 distribution.noticing_lost_workers(strategy),
-                experiment.naming_bad_records(labeled, evaluation, unlabeled=unlabeled),
+                resolved.naming_bad_records(labeled, evaluation, unlabeled=unlabeled),
             ):
                 with stop.immediate():
-                    run = _start(experiment, strategy, labeled, unlabeled, evaluation, stop)
+                    run = _start(resolved, strategy, labeled, unlabeled, evaluation, stop)
                 return run()
         except records.DataError:
             expect_other_records(config.train.model_dir)  # The bad one is to be repaired.
@@ -74,14 +76,14 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
 
 
 def _start(
-    experiment: Experiment, strategy, labeled, unlabeled, evaluation, stop
+    resolved: ResolvedConfig, strategy, labeled, unlabeled, evaluation, stop
 ) -> Callable[[], dict]:
     """Builds or restores everything; returns the function that trains to the end."""
-    config, model_dir = experiment.config, experiment.config.train.model_dir
+    config, model_dir = resolved.config, resolved.config.train.model_dir
     writes = distribution.is_chief(strategy)
     tf.keras.utils.set_random_seed(config.train.seed)
     with strategy.scope():
-        model = _build(experiment, experiment.epoch_images(labeled), strategy)
+        model = _build(resolved, resolved.epoch_images(labeled), strategy)
     saver = checkpoints.Checkpoints(
         model_dir,
         model.student,
@@ -90,25 +92,25 @@ def _start(
         config.train.keep_checkpoint_max,
         writes=writes,
     )
-    start, total = saver.restore_latest(), experiment.steps_to_run
+    start, total = saver.restore_latest(), resolved.steps_to_run
     distribution.check_agreement(strategy, start)
     if start == 0:
         _initialise(model, config)
     logging.info("%s: steps %d to %d in %s", config.model.model_name, start, total, model_dir)
-    _log_preprocessing(experiment, unlabeled is not None)
+    _log_preprocessing(resolved, unlabeled is not None)
     log = summaries.MetricsLog(model_dir, start, writes)
     if writes:
         summaries.note_start(model_dir, start, config.values())
     evaluator = accuracy.Evaluator(model.ema_student, strategy)
 
     def measure() -> dict[str, float]:
-        return evaluator(_eval_shares(experiment, evaluation), evaluation.total)
+        return evaluator(_eval_shares(resolved, evaluation), evaluation.total)
 
     def make_batches(step: int):
         return distribution.distribute(
             strategy,
             lambda share: session.watched(
-                experiment.training_batches(labeled, unlabeled, step, share)
+                resolved.training_batches(labeled, unlabeled, step, share)
             ),
         )
 
@@ -120,13 +122,13 @@ def _start(
         config,
         start=start,
         total=total,
-        steps_per_epoch=experiment.epoch_images(labeled) / config.train.train_batch_size,
-        images_per_step=experiment.images_per_step,
+        steps_per_epoch=resolved.epoch_images(labeled) / config.train.train_batch_size,
+        images_per_step=resolved.images_per_step,
         wait=InputWait(),
         agree=distribution.agreement(strategy),
     )
     if start < total and writes:
-        _show(experiment, model, log, labeled, unlabeled, start)
+        _show(resolved, model, log, labeled, unlabeled, start)
 
     def run() -> dict[str, float]:
         session.catch_up()
@@ -136,25 +138,25 @@ def _start(
     return run
 
 
-def _log_preprocessing(experiment: Experiment, has_unlabeled: bool) -> None:
-    logging.info("labeled images: %s", experiment.labeled_preprocessing.describe())
+def _log_preprocessing(resolved: ResolvedConfig, has_unlabeled: bool) -> None:
+    logging.info("labeled images: %s", resolved.labeled_preprocessing.describe())
     if has_unlabeled:
-        logging.info("unlabeled images: %s", experiment.unlabeled_preprocessing.describe())
+        logging.info("unlabeled images: %s", resolved.unlabeled_preprocessing.describe())
 
 
-def _show(experiment: Experiment, model, log, labeled, unlabeled, start: int) -> None:
+def _show(resolved: ResolvedConfig, model, log, labeled, unlabeled, start: int) -> None:
     """Pictures of the augmented images and, with --debug, a log of everything that matters."""
-    config = experiment.config
+    config = resolved.config
     drawn = start and tf.io.gfile.exists(os.path.join(config.train.model_dir, preview.FILE))
     if config.train.preview_images and not drawn:
-        picture = preview.draw(experiment, labeled, unlabeled, config.train.preview_images)
+        picture = preview.draw(resolved, labeled, unlabeled, config.train.preview_images)
         with log.writer.as_default(start):
             tf.summary.image("augmented", picture[None])
     if config.train.debug:
         for name, value in config.values().items():
             logging.info("--%s=%s", name, value)
         model.student.summary(print_fn=logging.info)
-        preview.log_batch(next(iter(experiment.training_batches(labeled, unlabeled, start))))
+        preview.log_batch(next(iter(resolved.training_batches(labeled, unlabeled, start))))
 
 
 def evaluate(config: Config) -> dict[str, dict[str, float]]:
@@ -169,8 +171,8 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     """
     if config.train.eval_image_size:
         config = config.override(input_image_size=config.train.eval_image_size)
-    experiment = Experiment.from_config(config)
-    config = experiment.config
+    resolved = ResolvedConfig.from_config(config)
+    config = resolved.config
     if not config.data.label_data_dir:
         raise ConfigError("--label_data_dir is needed: the folder with the evaluation records")
     if config.train.eval_views not in (1, 2):
@@ -189,21 +191,21 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     strategy = distribution.get_strategy(config.hardware)
     distribution.set_precision(config.hardware, strategy)
     with strategy.scope():
-        model = experiment.build_model()
+        model = resolved.build_model()
     views = config.train.eval_views
     if continuously:
         evaluator = accuracy.Evaluator(model, strategy, views=views)
-        return _evaluate_each(experiment, model, evaluator)
+        return _evaluate_each(resolved, model, evaluator)
     weights.load_weights(model, path, ema=config.train.eval_ema)
     engine = _engine(config, model, strategy)
     evaluator = accuracy.Evaluator(model, strategy, views=views, engine=engine)
-    results = _evaluate_one(experiment, evaluator, path)
+    results = _evaluate_one(resolved, evaluator, path)
     folder = config.train.eval_dir
     if not folder and config.train.model_dir:
         folder = os.path.join(config.train.model_dir, "eval")
     if folder and distribution.is_chief(strategy):
-        report.write(folder, config, path, results, tasks.class_names(experiment.task))
-    for line in report.beside_published(config, results):
+        accuracy_report.write(folder, config, path, results, tasks.class_names(resolved.task))
+    for line in accuracy_report.beside_published(config, results):
         logging.info(line)
     return {name: measured.metrics for name, measured in results.items()}
 
@@ -219,23 +221,23 @@ def _engine(config: Config, model, strategy):
     return None if isinstance(engine, engines.TensorFlowEngine) else engine
 
 
-def _evaluate_one(experiment: Experiment, evaluator, path: str) -> dict[str, accuracy.Measured]:
-    data, results = experiment.config.data, {}
-    sets = {experiment.task.eval_set: {"num_eval_images": data.num_eval_images}}
-    if experiment.task.test_set is not None:
-        sets[experiment.task.test_set] = {"num_test_images": data.num_test_images}
+def _evaluate_one(resolved: ResolvedConfig, evaluator, path: str) -> dict[str, accuracy.Measured]:
+    data, results = resolved.config.data, {}
+    sets = {resolved.task.eval_set: {"num_eval_images": data.num_eval_images}}
+    if resolved.task.test_set is not None:
+        sets[resolved.task.test_set] = {"num_test_images": data.num_test_images}
     for prefix, limit in sets.items():
         source = pipeline.Source.find(data.label_data_dir, prefix, max_bad_fraction=0)
         source = limited(source, source.examples, **limit)
-        with experiment.naming_bad_records(source):
-            results[prefix] = evaluator.measure(_eval_shares(experiment, source), source.total)
+        with resolved.naming_bad_records(source):
+            results[prefix] = evaluator.measure(_eval_shares(resolved, source), source.total)
         logging.info("%s, %s: %s", path, prefix, accuracy.describe(results[prefix].metrics))
     return results
 
 
-def _evaluate_each(experiment: Experiment, model, evaluator) -> dict[str, dict]:
+def _evaluate_each(resolved: ResolvedConfig, model, evaluator) -> dict[str, dict]:
     """Waits for checkpoints and measures each, until that of the last step."""
-    folder, total = experiment.config.train.model_dir, experiment.steps_to_run
+    folder, total = resolved.config.train.model_dir, resolved.steps_to_run
     log = summaries.MetricsLog(os.path.join(folder, "eval"), start=total)
     measured = {row["step"] for row in log.rows}
     results: dict[str, dict] = {}
@@ -243,8 +245,8 @@ def _evaluate_each(experiment: Experiment, model, evaluator) -> dict[str, dict]:
         step = int(path.rsplit("-", 1)[1])
         try:
             if step not in measured or step == total:
-                weights.load_weights(model, path, ema=experiment.config.train.eval_ema)
-                measured_now = _evaluate_one(experiment, evaluator, path)
+                weights.load_weights(model, path, ema=resolved.config.train.eval_ema)
+                measured_now = _evaluate_one(resolved, evaluator, path)
                 results = {k: m.metrics for k, m in measured_now.items()}
         except (FileNotFoundError, tf.errors.NotFoundError):
             logging.warning("%s was removed before it could be measured", path)
@@ -259,12 +261,12 @@ def _evaluate_each(experiment: Experiment, model, evaluator) -> dict[str, dict]:
     return results
 
 
-def _eval_shares(experiment: Experiment, source: pipeline.Source):
-    return lambda context: experiment.eval_batches(source, distribution.share(context))
+def _eval_shares(resolved: ResolvedConfig, source: pipeline.Source):
+    return lambda context: resolved.eval_batches(source, distribution.share(context))
 
 
-def _check(experiment: Experiment) -> None:
-    train, data = experiment.config.train, experiment.config.data
+def _check(resolved: ResolvedConfig) -> None:
+    train, data = resolved.config.train, resolved.config.data
     if not train.model_dir:
         raise ConfigError("--model_dir is needed: the folder for checkpoints and logs")
     if not data.label_data_dir:
@@ -301,9 +303,9 @@ def _check(experiment: Experiment) -> None:
         )
 
 
-def _sources(experiment: Experiment, evaluate: bool):
-    data, train, task = experiment.config.data, experiment.config.train, experiment.task
-    labeled, unlabeled, evaluation = experiment.labeled_source(), None, None
+def _sources(resolved: ResolvedConfig, evaluate: bool):
+    data, train, task = resolved.config.data, resolved.config.train, resolved.task
+    labeled, unlabeled, evaluation = resolved.labeled_source(), None, None
     if train.unlabel_ratio:
         # Taken whole, as the original does.
         unlabeled = pipeline.Source.find(data.unlabel_data_dir, ("train", "extra"))
@@ -313,13 +315,13 @@ def _sources(experiment: Experiment, evaluate: bool):
     return labeled, unlabeled, evaluation
 
 
-def _build(experiment: Experiment, num_train_images: int, strategy=None) -> NoisyStudent:
-    train = experiment.config.train
-    student, ema_student = experiment.build_model(), experiment.build_model()
+def _build(resolved: ResolvedConfig, num_train_images: int, strategy=None) -> NoisyStudent:
+    train = resolved.config.train
+    student, ema_student = resolved.build_model(), resolved.build_model()
     _freeze(student, train)
     teacher = None
     if train.teacher_model_name and train.unlabel_ratio:
-        teacher = experiment.build_teacher()
+        teacher = resolved.build_teacher()
         weights.load_weights(teacher, train.teacher_model_path)
     settings = LossSettings(
         label_smoothing=train.label_smoothing,
@@ -336,17 +338,17 @@ def _build(experiment: Experiment, num_train_images: int, strategy=None) -> Nois
         labeled_batch_size=train.train_batch_size,
         label_data_sample_prob=train.label_data_sample_prob,
         num_train_images=num_train_images,
-        train_steps=experiment.train_steps,
+        train_steps=resolved.train_steps,
         train_ratio=train.train_ratio,
         final_base_lr=train.final_base_lr,
-        last_steps=experiment.steps_to_run,
+        last_steps=resolved.steps_to_run,
         warmup_epochs=train.warmup_epochs,
     )
     model = NoisyStudent(student, ema_student, settings, train.seed, teacher)
     model.compile(
         RMSPropTF1(schedule),
-        steps_per_execution=loop_steps(train, experiment.steps_to_run),
-        jit_compile=distribution.compiles(experiment.config.hardware, strategy),
+        steps_per_execution=loop_steps(train, resolved.steps_to_run),
+        jit_compile=distribution.compiles(resolved.config.hardware, strategy),
     )
     model.optimizer.build(student.trainable_variables)
     return model

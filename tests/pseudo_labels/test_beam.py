@@ -16,7 +16,7 @@ from unlabeled_sets import CLASSES, config, corrupt, png, save_teacher, write_sh
 
 from efficientnet_ns import label_beam
 from efficientnet_ns.config import Config, ConfigError, SelectConfig
-from efficientnet_ns.data import manifests, records
+from efficientnet_ns.files import manifests, records
 from efficientnet_ns.inference.teacher import TeacherPredictor
 from efficientnet_ns.pseudo_labels import label_shard, predict, write
 from efficientnet_ns.pseudo_labels.selection import select
@@ -186,7 +186,7 @@ def test_conflicts_are_found_before_the_pipeline_starts(beam, folder, tmp_path, 
 def test_errors_of_other_processes_are_one_line(beam):
     text = (
         'Error in worker\n  File "x.py", line 3, in process\n    raise DataError(…)\n'
-        "efficientnet_ns.data.records.DataError: a/b: record 3\nis bad [while running 'write']\n"
+        "efficientnet_ns.files.records.DataError: a/b: record 3\nis bad [while running 'write']\n"
     )
     with pytest.raises(beam.StepFailed, match=r"^a/b: record 3\nis bad$"):
         with beam._errors_of_workers():

@@ -20,7 +20,7 @@ import pyarrow.parquet
 import pytest
 
 from efficientnet_ns.config import Config, SelectConfig
-from efficientnet_ns.data import records
+from efficientnet_ns.files import records
 from efficientnet_ns.pseudo_labels import predict, selection, write
 
 CLASSES, SHARDS, WORKERS, ROWS = 5, 2, 2, 230

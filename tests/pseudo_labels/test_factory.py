@@ -11,7 +11,7 @@ import pytest
 import torture
 from unlabeled_sets import CLASSES, corrupt, png, save_teacher, write_shards
 
-from efficientnet_ns.data import records
+from efficientnet_ns.files import records
 
 SHARDS, RECORDS, PICTURES, PER_CLASS = 6, 24_000, 500, 150_000
 KILLS = {"predict": 60, "select": 40}  # The second selects and writes.

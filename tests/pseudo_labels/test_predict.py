@@ -20,13 +20,15 @@ from PIL import Image
 from unlabeled_sets import CLASSES, SIZE, config, corrupt, png, save_teacher, write_shards
 
 from efficientnet_ns.config import Config, ConfigError, SelectConfig
-from efficientnet_ns.data import images, manifests, records, views
-from efficientnet_ns.experiment import Experiment
+from efficientnet_ns.data import images
+from efficientnet_ns.files import manifests, records
+from efficientnet_ns.inference import views
 from efficientnet_ns.inference.teacher import TeacherPredictor
 from efficientnet_ns.models import weights
 from efficientnet_ns.pseudo_labels import index as index_lib
 from efficientnet_ns.pseudo_labels import label_shard, parts, predict, write
 from efficientnet_ns.pseudo_labels.selection import select
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 
 def encoded(pixels: np.ndarray, mode: str, kind: str) -> bytes:
@@ -95,9 +97,9 @@ def one_predictor_per_teacher() -> Iterator[None]:
     """Building and tracing a model takes seconds; every run here has the same settings of it."""
     original, made = predict.TeacherPredictor, {}
 
-    def predictor(experiment: Experiment, checkpoint: str):
+    def predictor(resolved: ResolvedConfig, checkpoint: str):
         if checkpoint not in made:
-            made[checkpoint] = original(experiment, checkpoint)
+            made[checkpoint] = original(resolved, checkpoint)
         return made[checkpoint]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -115,12 +117,12 @@ def finished(folder) -> Config:
 @pytest.fixture(scope="module")
 def answer(folder) -> Callable[[bytes], np.ndarray]:
     """Encoded image → probabilities, from one image at a time through the teacher's weights."""
-    experiment = Experiment.from_config(config(folder / f"task_{CLASSES}.json"))
-    model = experiment.build_model()
+    resolved = ResolvedConfig.from_config(config(folder / f"task_{CLASSES}.json"))
+    model = resolved.build_model()
     weights.load_weights(model, str(folder / "teacher"))
 
     def ask(image: bytes) -> np.ndarray:
-        pixels = experiment.preprocessing().evaluate(image)
+        pixels = resolved.preprocessing().evaluate(image)
         return tf.nn.softmax(model(pixels[None], training=False))[0].numpy()
 
     return ask
@@ -220,7 +222,7 @@ def noisy_answers(folder) -> Callable[..., np.ndarray]:
     def ask(**values) -> np.ndarray:
         noised = settings(folder, "noised", noised_teacher=True, **values)
         predictor = TeacherPredictor(
-            Experiment.from_config(noised), noised.predict.predict_ckpt_path
+            ResolvedConfig.from_config(noised), noised.predict.predict_ckpt_path
         )
         probs, problems = predictor.label(encoded_images)
         assert not problems
@@ -273,8 +275,8 @@ def test_another_noise_makes_other_labels(folder, change):
     """Those of one are not taken for those of the other; without noise none of it matters."""
 
     def identities(**values) -> list[dict]:
-        experiment = Experiment.from_config(settings(folder, "unused", **values))
-        return [task.stage.config for task in predict._tasks(experiment).values()]
+        resolved = ResolvedConfig.from_config(settings(folder, "unused", **values))
+        return [task.stage.config for task in predict._tasks(resolved).values()]
 
     noised = identities(noised_teacher=True)
     assert noised == identities(noised_teacher=True) != identities(noised_teacher=True, **change)
@@ -671,7 +673,7 @@ def test_engines_agree(folder, finished, monkeypatch):
 def test_file_of_weights(folder, finished, monkeypatch):
     """The same teacher from a .safetensors file; the fingerprint is of the file."""
     monkeypatch.setattr(predict, "TeacherPredictor", TeacherPredictor)
-    model = Experiment.from_config(config(folder / f"task_{CLASSES}.json")).build_model()
+    model = ResolvedConfig.from_config(config(folder / f"task_{CLASSES}.json")).build_model()
     weights.load_weights(model, str(folder / "teacher"))
     path = str(folder / "teacher.safetensors")
     weights.save_weights(model, path)

@@ -20,7 +20,7 @@ from test_selection import load_outcome
 
 from efficientnet_ns import report
 from efficientnet_ns.config import ConfigError, SelectConfig
-from efficientnet_ns.data import records
+from efficientnet_ns.files import records
 from efficientnet_ns.pseudo_labels import index, outcome, run_report
 from efficientnet_ns.pseudo_labels.outcome import Outcome
 from efficientnet_ns.pseudo_labels.selection import select

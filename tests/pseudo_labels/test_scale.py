@@ -20,7 +20,7 @@ import tensorflow as tf
 from unlabeled_sets import save_teacher, write_index
 
 from efficientnet_ns.config import SelectConfig
-from efficientnet_ns.data import records
+from efficientnet_ns.files import records
 from efficientnet_ns.pseudo_labels import index, write
 from efficientnet_ns.pseudo_labels.selection import select
 

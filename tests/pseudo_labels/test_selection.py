@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from unlabeled_sets import write_index
 
 from efficientnet_ns.config import ConfigError, SelectConfig
-from efficientnet_ns.data import manifests, records
+from efficientnet_ns.files import manifests, records
 from efficientnet_ns.pseudo_labels import index, outcome, selection
 from efficientnet_ns.pseudo_labels.outcome import Outcome
 

@@ -25,7 +25,7 @@ from test_report import Document
 
 from efficientnet_ns import filter_unlabel
 from efficientnet_ns.config import SelectConfig
-from efficientnet_ns.data import records
+from efficientnet_ns.files import records
 from efficientnet_ns.pseudo_labels import index, write
 from efficientnet_ns.pseudo_labels.selection import SELECTION, select
 

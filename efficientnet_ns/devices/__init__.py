@@ -1,0 +1,1 @@
+"""Devices: strategies, precision, and which worker is the chief."""

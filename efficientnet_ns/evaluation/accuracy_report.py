@@ -1,0 +1,105 @@
+"""What an evaluation found, as `eval.json` and as a page for people."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns import report as page
+from efficientnet_ns.config import Config
+from efficientnet_ns.evaluation.accuracy import Measured
+from efficientnet_ns.files import manifests
+from efficientnet_ns.models.recipes import RECIPES
+
+# Images of ImageNet's validation set, on which the published values were measured.
+_IMAGENET_VALIDATION = 50_000
+
+
+def beside_published(config: Config, results: Mapping[str, Measured]) -> list[str]:
+    """Lines with the measured and the published top-1, where model and set are known."""
+    recipe = RECIPES.get(config.model.model_name)
+    lines = []
+    for name, measured in results.items():
+        known = config.data.task_name == "imagenet" and recipe is not None
+        if known and measured.metrics["examples"] == _IMAGENET_VALIDATION:
+            lines.append(
+                f"{config.model.model_name}, {name}: top-1 {measured.metrics['top1']:.2%} measured; "
+                f"published: Noisy Student {recipe.top1:.1f}% (timm's copy of it "
+                f"{recipe.timm_top1:.2f}%), supervised {recipe.top1_supervised:.1f}%"
+            )
+    return lines
+
+
+def write(
+    folder: str,
+    config: Config,
+    weights_path: str,
+    results: Mapping[str, Measured],
+    class_names: Sequence[str] | None,
+) -> None:
+    """Writes `eval.json` and `eval_report.html`.
+
+    Args:
+      results: set prefix → what was measured.
+      class_names: of all classes; None: they are called by their numbers.
+    """
+    tf.io.gfile.makedirs(folder)
+    first = next(iter(results.values()))
+    names = class_names or [str(i) for i in range(first.num_classes)]
+    contents = {
+        "weights": weights_path,
+        "ema": config.train.eval_ema,
+        "views": config.train.eval_views,
+        "sets": {name: _plain(measured, names) for name, measured in results.items()},
+    }
+    manifests.write_json(os.path.join(folder, "eval.json"), contents, indent=1)
+    sections = [s for name, measured in results.items() for s in _sections(name, measured, names)]
+    page.write_page(
+        os.path.join(folder, "eval_report.html"),
+        title=f"Evaluation of {config.model.model_name}",
+        intro="\n\n".join([f"Weights: {weights_path}", *beside_published(config, results)]),
+        sections=sections,
+    )
+
+
+def _plain(measured: Measured, names: Sequence[str]) -> dict[str, Any]:
+    accuracies = [None if np.isnan(a) else float(a) for a in measured.per_class]
+    return {
+        **_metrics(measured),
+        "per_class": accuracies,
+        "confused": [
+            {"truth": names[t], "predicted": names[a], "images": n}
+            for t, a, n in measured.confusion.worst(limit=20)
+        ],
+        "calibration": {
+            key: values.tolist() for key, values in measured.calibration._asdict().items()
+        },
+    }
+
+
+def _metrics(measured: Measured) -> dict[str, float]:
+    return {**measured.metrics, "ece": measured.calibration.error}
+
+
+def _sections(name: str, measured: Measured, names: Sequence[str]) -> list[page.Section]:
+    images, accuracies, pairs = measured.images, measured.per_class, measured.confusion
+    by_class = [
+        {"class": names[i], "images": int(images[i]), "accuracy": float(accuracies[i])}
+        for i in np.argsort(accuracies, kind="stable")
+        if images[i]
+    ]
+    return [
+        page.Section(f"{name}: accuracy", page.table([_metrics(measured)])),
+        page.Section(f"{name}: calibration", page.reliability(measured.calibration)),
+        page.Section(
+            f"{name}: classes, worst first", page.details("Accuracy by class", page.table(by_class))
+        ),
+        page.Section(
+            f"{name}: confusion",
+            page.confusion(pairs.truth, pairs.predicted, names, images=pairs.images),
+        ),
+    ]

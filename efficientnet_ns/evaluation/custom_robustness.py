@@ -1,0 +1,375 @@
+"""What noise bought: attacks on, and corruptions of, any labeled set, with one model or beside
+another one.
+
+Every measurement (a model at one ε, or at one corruption and severity) is a file of its own, named
+by a hash of all that determines it: it is made once, whatever else is asked for later.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.config import Config, ConfigError, OwnSetConfig
+from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.data import image_conversion, pipeline
+from efficientnet_ns.evaluation import accuracy, adversarial, corruptions
+from efficientnet_ns.evaluation import robustness_metrics as metrics
+from efficientnet_ns.files import manifests
+from efficientnet_ns.files.progress import Progress
+from efficientnet_ns.inference import engines
+from efficientnet_ns.models import weights
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+
+MODEL, BASELINE = "model", "baseline"
+# As a severity: the images as they are.
+CLEAN = 0
+_GROUP = 32  # Images per task of a process.
+
+# (pixels uint8 [N, S, S, 3], corruption, severity, place of the first in the set) → what has a
+# `result()`, the corrupted pixels.
+Submit = Callable[[np.ndarray, str, int, int], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to measure, checked.
+
+    Attributes:
+      corruptions: names.
+      severities: of each.
+      epsilons: of the attacks, in pixel values.
+      pgd: settings of PGD.
+    """
+
+    corruptions: tuple[str, ...]
+    severities: tuple[int, ...]
+    epsilons: tuple[float, ...]
+    pgd: adversarial.Pgd
+
+    @classmethod
+    def from_config(cls, own: OwnSetConfig, seed: int) -> Settings:
+        """ConfigError for an unknown corruption or a severity or ε out of range."""
+        known = {**metrics.ALEXNET_ERROR, **metrics.ALEXNET_ERROR_EXTRA}
+        names = list(metrics.ALEXNET_ERROR) if own.corrupt == "all" else _words(own.corrupt)
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ConfigError(
+                f"--corrupt: unknown {', '.join(unknown)}; known: all, {', '.join(known)}"
+            )
+        severities = _numbers("severities", own.severities, 1, 5)
+        if not severities or any(s != int(s) for s in severities):
+            raise ConfigError(f"--severities={own.severities}: whole numbers 1 to 5 are needed")
+        return cls(
+            tuple(dict.fromkeys(names)),
+            tuple(int(s) for s in severities),
+            _numbers("epsilons", own.epsilons, 0, 255),
+            adversarial.Pgd(own.pgd_steps, own.pgd_step_size, seed),
+        )
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(flag: str, text: str, low: float, high: float) -> tuple[float, ...]:
+    try:
+        values = sorted({float(word) for word in _words(text)})
+    except ValueError as e:
+        raise ConfigError(f"--{flag}={text}: {e}") from e
+    if any(not low <= value <= high for value in values):
+        raise ConfigError(f"--{flag}={text}: each must be in {low}..{high}")
+    return tuple(values)
+
+
+class Subject(NamedTuple):
+    """A model to measure.
+
+    Attributes:
+      name: `MODEL` or `BASELINE`.
+      model: pixels → logits.
+      classify: pixels float32 [N, S, S, 3] → probabilities; None when nothing is corrupted.
+      identity: what determines its answers, JSON-able.
+    """
+
+    name: str
+    model: Any
+    classify: Callable[[np.ndarray], np.ndarray] | None
+    identity: dict[str, Any]
+
+
+class Found(NamedTuple):
+    """What was measured.
+
+    Attributes:
+      results: `set`, `examples`, `image_size`, `models` (name → weights); with ε, `attacks`: ε →
+        model → `clean`, `fgsm`, `pgd`, top-1; with corruptions, `severities`, `clean`: model →
+        error, and `corruptions`: corruption → model → error by severity. Fractions; JSON-able.
+      pictures: (PNG, caption) of the set's first image, a row per corruption, a column per severity.
+    """
+
+    results: dict[str, Any]
+    pictures: list[tuple[bytes, str]]
+
+
+class LabeledSet(NamedTuple):
+    """The images to measure on.
+
+    Attributes:
+      source: the records.
+      batches: for `accuracy.add_up`.
+      groups: for corruptions: batches of one host.
+      identity: what determines the images, JSON-able.
+    """
+
+    source: pipeline.Source
+    batches: accuracy.Batches
+    groups: tf.data.Dataset
+    identity: dict[str, Any]
+
+
+def measure(
+    resolved: ResolvedConfig,
+    own: OwnSetConfig,
+    weights_path: str,
+    folder: str,
+    strategy: tf.distribute.Strategy,
+    share: Callable[[tf.distribute.InputContext], pipeline.Share],
+    jit_compile: bool = False,
+) -> Found:
+    """Measures what `own` asks for; finished parts are kept in `folder`/own_set.
+
+    Args:
+      resolved: the model and the task.
+      weights_path: of the model; what `weights.load_weights` takes.
+      strategy: where it computes, on this one machine.
+      share: what a host prepares; see `distribution.share`.
+      jit_compile: compile the attacks with XLA.
+
+    Raises:
+      ConfigError, records.DataError: settings or data that cannot work, before anything is measured.
+    """
+    settings = Settings.from_config(own, resolved.config.train.seed)
+    if resolved.config.predict.inference_engine == "xnnpack" and not settings.corruptions:
+        raise ConfigError(
+            "--epsilons: attacks need TensorFlow's gradients: leave out --inference_engine=xnnpack"
+        )
+    library = corruptions.check_installed() if settings.corruptions else None
+    labeled = _labeled_set(resolved, own.image_set, share)
+    chosen = {MODEL: (resolved.config, weights_path)}
+    if own.baseline:
+        chosen[BASELINE] = _baseline_config(resolved, own.baseline_model_name), own.baseline
+    subjects = [
+        _subject(name, config, path, resolved.image_size, strategy, bool(settings.corruptions))
+        for name, (config, path) in chosen.items()
+    ]
+    results = {
+        "set": labeled.identity["set"],
+        "examples": labeled.source.total,
+        "image_size": resolved.image_size,
+        "models": {name: path for name, (_, path) in chosen.items()},
+    }
+    parts, pictures = os.path.join(folder, "own_set"), []
+    with resolved.naming_bad_records(labeled.source):
+        if settings.epsilons:
+            results["attacks"] = _attacks(parts, subjects, labeled, settings, strategy, jit_compile)
+        if settings.corruptions:
+            seed = resolved.config.train.seed
+            details = {"library": library, "seed": seed}
+            with corruptions.Corruptor(seed) as corruptor:
+                submit, ahead = corruptor.submit, 2 * corruptor.workers
+                results.update(
+                    corrupted(parts, subjects, labeled, settings, submit, details, ahead)
+                )
+                pictures = draw(labeled, settings, submit)
+    return Found(results, pictures)
+
+
+def _labeled_set(resolved: ResolvedConfig, prefix: str, share) -> LabeledSet:
+    data = resolved.config.data
+    if not data.label_data_dir:
+        raise ConfigError("--label_data_dir is needed: the folder with the labeled records")
+    prefix = prefix or resolved.task.eval_set
+    source = pipeline.Source.find(data.label_data_dir, prefix, max_bad_fraction=0)
+    if data.num_eval_images is not None:
+        source = source.examples(data.num_eval_images)
+    groups = pipeline.eval_batches(
+        source, resolved.preprocessing(), num_classes=resolved.num_classes, batch_size=_GROUP
+    )
+    identity = {
+        "set": f"{data.label_data_dir} {prefix}",
+        "input": manifests.fingerprint(source.paths),
+        "examples": source.total,
+    }
+    return LabeledSet(
+        source, lambda context: resolved.eval_batches(source, share(context)), groups, identity
+    )
+
+
+def _baseline_config(resolved: ResolvedConfig, name: str) -> Config:
+    config = resolved.config
+    if not name or name == config.model.model_name:
+        return config
+    # The coefficients given are the other model's.
+    return config.override(model_name=name, width_coefficient=None, depth_coefficient=None)
+
+
+def _subject(
+    name: str, config: Config, path: str, image_size: int, strategy, classifies: bool
+) -> Subject:
+    resolved = ResolvedConfig.from_config(config.override(input_image_size=image_size))
+    with strategy.scope():
+        model = resolved.build_model()
+    weights.load_weights(model, path)
+    kind, batch = config.predict.inference_engine, config.train.eval_batch_size
+    engine = engines.make(kind, model, batch, strategy) if classifies else None
+    identity = {
+        "weights": weights.fingerprint(path),
+        **dataclasses.asdict(resolved.config.model),
+        "precision": tf.keras.mixed_precision.global_policy().name,
+    }
+    return Subject(name, model, engine, identity)
+
+
+def _stage(folder: str, name: str, **identity: Any) -> manifests.Stage:
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return manifests.Stage(os.path.join(folder, f"{name}-{digest}.json"), [], identity)
+
+
+def _attacks(
+    folder: str, subjects, labeled: LabeledSet, settings: Settings, strategy, jit_compile: bool
+) -> dict[str, dict[str, dict[str, float]]]:
+    results: dict[str, dict[str, dict[str, float]]] = {f"{e:g}": {} for e in settings.epsilons}
+    for subject in subjects:
+        attacker = adversarial.Attacker(subject.model, strategy, settings.pgd, jit_compile)
+        for epsilon in settings.epsilons:
+            identity = {**subject.identity, **labeled.identity}
+            how = {"epsilon": epsilon, **dataclasses.asdict(settings.pgd)}
+            stage = _stage(folder, f"attack-{epsilon:g}", **identity, **how)
+            if not stage.done():
+                measured = attacker(labeled.batches, labeled.source.total, epsilon)
+                with stage.write() as (_, counts):
+                    counts.update(measured)
+            results[f"{epsilon:g}"][subject.name] = stage.counts()
+    return results
+
+
+def corrupted(
+    folder: str,
+    subjects: Sequence[Subject],
+    labeled: LabeledSet,
+    settings: Settings,
+    submit: Submit,
+    details: Mapping[str, Any],
+    ahead: int,
+) -> dict[str, Any]:
+    """`clean` and `corruptions` of `measure`.
+
+    Images are corrupted once for all models that lack the part.
+
+    Args:
+      folder: of the parts.
+      submit: corrupts a group of images, at best in another process.
+      details: what else determines its results, JSON-able.
+      ahead: groups that may wait.
+    """
+    errors: dict[str, dict[str, list[float]]] = {}
+    todo = [("clean", CLEAN)] + [(n, s) for n in settings.corruptions for s in settings.severities]
+    for name, severity in todo:
+        stages = {
+            subject.name: _stage(
+                folder,
+                f"{name}-{severity}",
+                **subject.identity,
+                **labeled.identity,
+                corruption=name,
+                severity=severity,
+                **(details if severity else {}),
+            )
+            for subject in subjects
+        }
+        lacking = [subject for subject in subjects if not stages[subject.name].done()]
+        if lacking:
+            hits = _count_hits(lacking, labeled, submit, name, severity, ahead)
+            for subject, number in zip(lacking, hits):
+                with stages[subject.name].write() as (_, counts):
+                    counts["error"] = 1 - int(number) / labeled.source.total
+        for subject, stage in stages.items():
+            of_model = errors.setdefault(name, {}).setdefault(subject, [])
+            of_model.append(stage.counts()["error"])
+    clean = {subject: values[0] for subject, values in errors.pop("clean").items()}
+    return {"severities": list(settings.severities), "clean": clean, "corruptions": errors}
+
+
+def _count_hits(
+    subjects: Sequence[Subject],
+    labeled: LabeledSet,
+    submit: Submit,
+    name: str,
+    severity: int,
+    ahead: int,
+) -> np.ndarray:
+    """Right answers of each model, int [models]."""
+
+    def hits(corrupting, labels: np.ndarray) -> np.ndarray:
+        pixels = corrupting.result().astype(np.float32)
+        return np.array([_right(s.classify(pixels), labels) for s in subjects])
+
+    total, seen = np.zeros(len(subjects), int), 0
+    waiting: collections.deque = collections.deque()
+    what = f"{name} {severity}" if severity else name
+    with concurrent.futures.ThreadPoolExecutor(available_cpus()) as threads:
+        with Progress(labeled.source.total, what, "images") as progress:
+            for pixels, labels, first in _groups(labeled.groups):
+                job = submit if severity else _unchanged
+                corrupting = job(pixels, name, severity, first)
+                waiting.append(threads.submit(hits, corrupting, labels))
+                if len(waiting) > ahead:
+                    total += waiting.popleft().result()
+                seen += len(labels)
+                progress.update(len(labels))
+            total += sum(future.result() for future in waiting)
+    if seen != labeled.source.total:
+        raise accuracy.IncompleteEvaluation(
+            f"saw {seen} examples, but the set has {labeled.source.total}"
+        )
+    return total
+
+
+def _right(probs: np.ndarray, labels: np.ndarray) -> int:
+    """Right answers; ties go to the first class, and a row with NaN is wrong."""
+    return int(((probs.argmax(1) == labels) & np.isfinite(probs).all(1)).sum())
+
+
+def _unchanged(pixels: np.ndarray, *unused) -> concurrent.futures.Future:
+    done: concurrent.futures.Future = concurrent.futures.Future()
+    done.set_result(pixels)
+    return done
+
+
+def _groups(batches: tf.data.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """(pixels uint8 [N, S, S, 3], labels [N], place of the first in the set)."""
+    for batch in batches.as_numpy_iterator():
+        real = batch["mask"] > 0
+        pixels = np.rint(np.clip(batch["image"][real], 0, 255)).astype(np.uint8)
+        yield pixels, batch["label"][real], int(batch["index"][0])
+
+
+def draw(labeled: LabeledSet, settings: Settings, submit: Submit) -> list[tuple[bytes, str]]:
+    """`Found.pictures`."""
+    image = next(_groups(labeled.groups))[0][:1]
+    jobs = [
+        (submit(image, name, severity, 0), f"{name} {severity}")
+        for name in settings.corruptions
+        for severity in settings.severities
+    ]
+    return [(image_conversion.png(job.result()[0]), caption) for job, caption in jobs]

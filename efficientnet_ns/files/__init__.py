@@ -1,0 +1,1 @@
+"""Files: atomic writes, finished work, record formats, progress."""

@@ -1,0 +1,199 @@
+"""Who works on which unit, agreed through one shared folder, without a coordinator.
+
+A process that works on a unit, such as a shard, keeps a lease in the folder: the file
+`.lease-<unit>` with its owner and a counter, the heartbeat, which a thread counts up. A lease is dead
+if it does not change for `lease_seconds` of the observer's own monotonic clock (so no two clocks are
+compared), or if its process is gone from this machine.
+
+To claim a unit without a living lease, a process writes its own, waits until others that looked at
+the same moment have written theirs, and reads it again: the last writer has the unit. So a store
+needs neither atomic renames nor exclusive creation: local folders, NFS and `gs://` all do.
+
+If a process stalls for too long, two may work on one unit. That only costs time: every output is
+written under a private name, appears whole, and has the same content whoever made it. The process
+that finds another's lease in place of its own gives the unit up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.files import manifests
+
+
+class LeaseLost(RuntimeError):
+    """Another process has taken the unit over."""
+
+
+class Lease:
+    """The right to work on one unit, kept alive by a thread until it is released.
+
+    Args:
+      path: of the lease file.
+      seconds: between two heartbeats.
+
+    Attributes:
+      heartbeat: a thread; to be started when the claim has succeeded.
+    """
+
+    def __init__(self, path: str, seconds: float):
+        self.path, self._seconds, self._beat = path, seconds, 0
+        self._owner = {**_this_process(), "token": secrets.token_hex(8)}
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        self.heartbeat = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._write()
+
+    def is_mine(self) -> bool:
+        """Whether the file is still the one that this lease wrote."""
+        with self._lock:  # The heartbeat may be writing it.
+            return _parse(_read(self.path)).get("token") == self._owner["token"]
+
+    def check(self) -> None:
+        """Raises LeaseLost if the unit was taken over; to be called before results are published."""
+        if not self.is_mine():
+            raise LeaseLost(f"{self.path}: another process took this work over")
+
+    def release(self) -> None:
+        """Gives the unit back."""
+        self._stop.set()
+        if self.heartbeat.ident is not None:
+            self.heartbeat.join()
+        if self.is_mine():
+            with contextlib.suppress(tf.errors.NotFoundError):
+                tf.io.gfile.remove(self.path)
+
+    def _write(self) -> None:
+        self._beat += 1
+        with self._lock, tf.io.gfile.GFile(self.path, "w") as f:
+            f.write(json.dumps({**self._owner, "beat": self._beat}) + "\n")
+
+    def _keep(self) -> None:
+        while not self._stop.wait(self._seconds):
+            try:
+                self.check()
+                self._write()
+            except LeaseLost:
+                return
+            except (OSError, tf.errors.OpError) as e:
+                # A hiccup of the store: there is time for several more attempts.
+                logging.warning("%s could not be renewed: %s", self.path, e)
+
+
+class Leases:
+    """Units of work that processes with the same `folder` divide among themselves.
+
+    Args:
+      folder: where the leases lie.
+      lease_seconds: after which a lease without a heartbeat is dead.
+      settle_seconds: longest time until a write is seen by everybody; None: by the kind of path.
+    """
+
+    def __init__(self, folder: str, lease_seconds: float, settle_seconds: float | None = None):
+        self._folder, self._lease_seconds = folder, lease_seconds
+        if settle_seconds is None:
+            settle_seconds = 2.0 if "://" in folder else 0.02
+        self._settle = settle_seconds
+        self._seen: dict[str, tuple[str, float]] = {}
+        tf.io.gfile.makedirs(folder)
+
+    def claims(
+        self, units: Sequence[str], done: Callable[[str], bool]
+    ) -> Iterator[tuple[str, Lease]]:
+        """Yields units that are not done with a lease on each; returns when all are done.
+
+        The consumer works on the unit before it asks for the next; one that is not done then
+        comes again. Units that others hold are waited for, and taken over when their owners die.
+
+        Args:
+          units: names, usable in file names, in order of preference.
+          done: whether a unit needs no more work.
+        """
+        waiting, told = list(units), False
+        while waiting:
+            claimed = False
+            for unit in list(waiting):
+                if done(unit):
+                    waiting.remove(unit)
+                    continue
+                lease = self.claim(unit)
+                if lease is None:
+                    continue
+                claimed, told = True, False
+                try:
+                    # It may have been finished between the two looks.
+                    if not done(unit):
+                        yield unit, lease
+                finally:
+                    lease.release()
+            if waiting and not claimed:
+                if not told:
+                    logging.info("waiting for %s, which other processes hold", ", ".join(waiting))
+                told = True
+                time.sleep(min(5.0, self._lease_seconds / 5) * random.uniform(0.5, 1))
+
+    def claim(self, unit: str) -> Lease | None:
+        """A lease on the unit, or None when another process has it."""
+        path = os.path.join(self._folder, f".lease-{unit}")
+        if self._is_alive(path):
+            return None
+        lease = Lease(path, self._lease_seconds / 5)
+        time.sleep(self._settle)
+        if not lease.is_mine():
+            return None
+        lease.heartbeat.start()
+        return lease
+
+    def _is_alive(self, path: str) -> bool:
+        """Whether there is a lease, with a heartbeat and, on this machine, a running process."""
+        content, now = _read(path), time.monotonic()
+        if content is None:
+            self._seen.pop(path, None)
+            return False
+        known, since = self._seen.get(path, (None, now))
+        if content != known:
+            self._seen[path] = (content, now)
+        elif now - since > self._lease_seconds:
+            return False
+        # A lease that is being written is not readable yet, and alive.
+        owner = _parse(content)
+        here = owner.get("machine") == _this_process()["machine"]
+        return not here or manifests.is_running(owner["pid"])
+
+
+def _read(path: str) -> str | None:
+    try:
+        with tf.io.gfile.GFile(path) as f:
+            return f.read()
+    except tf.errors.NotFoundError:
+        return None
+
+
+def _parse(content: str | None) -> dict[str, Any]:
+    # The last line: some stores (`ram://`) append when an existing file is written.
+    try:
+        return json.loads(content.splitlines()[-1])
+    except (AttributeError, IndexError, json.JSONDecodeError):
+        return {}
+
+
+def _this_process() -> dict[str, Any]:
+    """This process; `machine` differs between machines, containers and reboots."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as f:
+            boot = f.read().strip()
+    except OSError:
+        boot = "?"
+    host = socket.gethostname()
+    return {"host": host, "machine": f"{host}/{boot}", "pid": os.getpid()}

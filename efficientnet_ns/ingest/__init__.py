@@ -1,0 +1,1 @@
+"""Making records from folders, archives, sets of TensorFlow Datasets and videos."""

@@ -1,0 +1,273 @@
+"""From a folder, an archive or a TFDS set to records and the task file that describes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.config.ingest import MakeConfig
+from efficientnet_ns.data import image_conversion, tasks
+from efficientnet_ns.files import manifests, records
+from efficientnet_ns.ingest import image_records, image_sources, listing, tfds_source
+from efficientnet_ns.ingest.listing import Listing
+
+TASK = "task.json"
+# Square images up to this side get the small-image model, as SVHN's 32 pixels do.
+_SMALL_SIDE, _FIXED_SIDE = 40, 64
+
+
+def make_records(config: MakeConfig) -> dict[str, int]:
+    """Makes the records and `task.json`; started again, continues.
+
+    Returns:
+      Prefix → number of records.
+
+    Raises:
+      ConfigError: settings that cannot work, or sets in the output folder that do not go together.
+      records.DataError, manifests.OutputConflict, make.WorkerLost: see `make.make_sets`.
+    """
+    _check(config)
+    _check_other_sets(config)
+    if config.source.startswith(tfds_source.PREFIX):
+        return _from_tfds(config)
+    if not tf.io.gfile.exists(config.source):
+        raise ConfigError(
+            f"--source={config.source} does not exist: a folder of images, an archive "
+            f"({', '.join(image_sources.ARCHIVES)}) or {tfds_source.PREFIX}<name> is needed"
+        )
+    source = image_sources.open_source(config.source, config.subfolder, config.output_dir)
+    found = listing.list_images(
+        source,
+        config.labeled,
+        _class_names_of_other_sets(config),
+        subfolder=config.subfolder,
+        accept_classes=config.accept_classes,
+    )
+    made = _make(config, source, found)
+    if config.labeled:
+        _write_task(config, made, {"class_names": found.class_names})
+    return {prefix: one.records for prefix, one in made.items()}
+
+
+def _check(config: MakeConfig) -> None:
+    """ConfigError for settings that cannot work."""
+    if not config.source or not config.output_dir:
+        raise ConfigError("--source and --output_dir are needed")
+    for flag in ("source", "subfolder", "output_dir"):
+        value = getattr(config, flag)
+        if value != image_sources.printable(value):
+            raise ConfigError(
+                f"--{flag}={image_sources.printable(value)} is not UTF-8, as TensorFlow needs paths to be: "
+                "give the folder another name"
+            )
+    if tf.io.gfile.exists(config.output_dir) and not tf.io.gfile.isdir(config.output_dir):
+        raise ConfigError(f"--output_dir={config.output_dir} is a file: a folder is needed")
+    fraction = config.validation_fraction
+    if fraction and not (config.labeled and fraction < 1):
+        raise ConfigError(f"--validation_fraction={fraction} must be below 1, of labeled images")
+    if fraction and _prefix(config) == config.validation_set:
+        raise ConfigError(
+            f"--validation_fraction={fraction} would cut the set {config.validation_set!r} from "
+            "itself: leave it out, or give another --image_set or --validation_set"
+        )
+
+
+# How the programs that train and evaluate know labeled sets and unlabeled ones apart.
+_UNLABELED = "extra"
+_MANIFEST = re.compile(r"([^.].*)-\d{5}-of-\d{5}\.json")
+
+
+def _check_other_sets(config: MakeConfig) -> None:
+    """Labeled and unlabeled sets may share a folder if they can be told apart by their names.
+
+    Raises:
+      ConfigError: they could not.
+    """
+    folder = os.path.join(config.output_dir, "manifests")
+    names = sorted(tf.io.gfile.listdir(folder)) if tf.io.gfile.isdir(folder) else []
+    one_of = {match[1]: name for name in names if (match := _MANIFEST.fullmatch(name))}
+    others = {
+        prefix: manifests.read_json(os.path.join(folder, name))["config"].get("labeled")
+        for prefix, name in one_of.items()
+    }
+    labeled = [prefix for prefix, value in others.items() if value]
+    unlabeled = [p for p, value in others.items() if value is False and p != _UNLABELED]
+    prefix = _prefix(config)
+    if config.labeled and unlabeled and unlabeled != [prefix]:
+        raise ConfigError(
+            f"--output_dir={config.output_dir} holds unlabeled images as {unlabeled[0]}-…, which "
+            "would be taken for a labeled set: choose another folder"
+        )
+    if config.labeled or not labeled:
+        return
+    if prefix not in (_UNLABELED, *labeled):
+        raise ConfigError(
+            f"--output_dir={config.output_dir} holds labeled sets ({', '.join(labeled)}): unlabeled "
+            f"images as {prefix}-… would be taken for one. Choose another folder, or "
+            f"--image_set={_UNLABELED}"
+        )
+    logging.info(
+        "%s holds labeled sets too: to label these images, add --file_prefix=%s",
+        *(config.output_dir, prefix),
+    )
+
+
+def _class_names_of_other_sets(config: MakeConfig) -> tuple[str, ...] | None:
+    path = os.path.join(config.output_dir, TASK)
+    return tasks.get_task(path).class_names if tf.io.gfile.exists(path) else None
+
+
+def _prefix(config: MakeConfig) -> str:
+    return config.image_set or ("train" if config.labeled else _UNLABELED)
+
+
+def _make(config: MakeConfig, source, found: Listing) -> dict[str, image_records.Made]:
+    """One set of the entries, or two with a validation fraction."""
+    entries = image_records.shuffled(found.entries, config.seed, config.limit)
+    parts = {_prefix(config): entries}
+    if config.validation_fraction:
+        rest, chosen = image_records.split(entries, config.validation_fraction)
+        parts = {_prefix(config): rest, config.validation_set: chosen}
+    sets = [
+        _image_set(config, source, prefix, found._replace(entries=part))
+        for prefix, part in parts.items()
+    ]
+    # What no set has is listed with the first.
+    drawn = len(entries) / max(1, len(found.entries))
+    sets[0] = dataclasses.replace(sets[0], lost=found.lost, drawn=drawn)
+    made = image_records.make_sets(
+        source,
+        sets,
+        image_conversion.Rules(config.check, config.max_side),
+        num_workers=config.num_workers,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+    _report(source.path, found, made, len(found.entries) - len(entries))
+    return dict(zip(parts, made))
+
+
+def _report(path: str, found: Listing, made: Sequence[image_records.Made], undrawn: int) -> None:
+    """Logs what became of all that the source holds."""
+    ignored = sum(found.ignored.values())
+    parts = [
+        f"{sum(one.records for one in made)} records",
+        f"{sum(len(one.bad) for one in made)} in quarantine",
+        f"{ignored} ignored" + (f" ({listing.described(found.ignored)})" if ignored else ""),
+        *([f"{undrawn} beyond --limit"] if undrawn else []),
+    ]
+    total = len(found.entries) + len(found.lost) + ignored
+    logging.info("%s: %d entries = %s", path, total, " + ".join(parts))
+
+
+def _image_set(config: MakeConfig, source, prefix: str, found: Listing) -> image_records.ImageSet:
+    entries, class_names = found.entries, found.class_names
+    if not entries:
+        raise records.DataError(f"the set {prefix!r} of {source.path} would have no images")
+    if config.num_shards and config.num_shards > len(entries):
+        raise ConfigError(f"--num_shards={config.num_shards} is more than {len(entries)} images")
+    return image_records.ImageSet(
+        folder=config.output_dir,
+        prefix=prefix,
+        entries=entries,
+        num_shards=config.num_shards or image_records.default_num_shards(len(entries)),
+        record=records.labeled_example if config.labeled else image_records.unlabeled_record,
+        identity={
+            "source": os.path.basename(source.path.rstrip("/")),
+            "labeled": config.labeled,
+            "classes": image_records.digest(class_names) if config.labeled else None,
+            "seed": config.seed,
+            "check": config.check,
+            "max_side": config.max_side,
+        },
+        num_classes=len(class_names) if config.labeled else None,
+    )
+
+
+def _write_task(config: MakeConfig, made: dict[str, image_records.Made], fields: dict) -> None:
+    path = os.path.join(config.output_dir, TASK)
+    fields = {"num_classes": len(fields["class_names"]), **fields}
+    if "train" in made:
+        fields["num_train_images"] = made["train"].records
+        shape = made["train"].shape
+        if shape and shape[0] == shape[1] <= _FIXED_SIDE and "image_size" not in fields:
+            fields.update(image_size=shape[0], small_image=shape[0] <= _SMALL_SIDE)
+    evaluation = [prefix for prefix in ("validation", "dev") if prefix in made]
+    # A set that comes with a training and a test set only is evaluated on the latter.
+    only_test = "test" in made and "train" in made and not evaluation
+    if evaluation or only_test:
+        fields["eval_set"] = evaluation[0] if evaluation else "test"
+    if "test" in made and not only_test:
+        fields["test_set"] = "test"
+    tasks.write_task(path, **fields)
+    logging.info("to train: --label_data_dir=%s --task_name=%s", config.output_dir, path)
+
+
+# --- TensorFlow Datasets --------------------------------------------------------------------------
+
+
+def _from_tfds(config: MakeConfig) -> dict[str, int]:
+    name, split = tfds_source.parse(config.source)
+    builder = tfds_source.load_builder(name, config.tfds_data_dir)
+    if split is None and (config.image_set or not config.labeled):
+        split = _prefix(config)
+    chosen = {_prefix(config): split} if split else tfds_source.sets_of(builder)
+    made: dict[str, image_records.Made] = {}
+    for prefix, part in chosen.items():
+        source = tfds_source.Tfds(builder, part)
+        if config.labeled and source.class_names is None:
+            raise records.DataError(f"{source.path} has no label; --nolabeled writes its images")
+        if split is None and source.is_unlabeled():
+            logging.warning("%s has no true labels and is left out", source.path)
+            continue
+        one = dataclasses.replace(config, image_set=prefix)
+        if prefix != next(iter(chosen)) or config.validation_set in chosen:
+            one = dataclasses.replace(one, validation_fraction=0.0)  # It is cut from train alone.
+        entries = source.labeled_entries() if one.validation_fraction else source.entries()
+        made.update(_make(one, source, Listing(entries, source.class_names)))
+    if config.labeled:
+        fields = {"class_names": source.class_names, **tfds_source.task_fields(builder)}
+        _write_task(config, made, fields)
+    return {prefix: one.records for prefix, one in made.items()}
+
+
+def with_records(config: Config) -> Config:
+    """The configuration with `data_source` made into records, unless they are there.
+
+    Returns:
+      `config` itself without a data_source; else a copy that names the records and their task.
+
+    Raises:
+      ConfigError: no TFDS set, or other data beside it.
+      records.DataError: see `tfds_source.load_builder`.
+    """
+    data = config.data
+    if not data.data_source:
+        return config
+    if data.label_data_dir or data.task_name != type(data)().task_name:
+        raise ConfigError(
+            f"--data_source={data.data_source} brings its own records and task: leave out "
+            "--label_data_dir and --task_name"
+        )
+    if not data.data_source.startswith(tfds_source.PREFIX):
+        raise ConfigError(
+            f"--data_source={data.data_source} must be tfds:<name>; records of anything else are "
+            "made with make_records.py and given as --label_data_dir"
+        )
+    name, split = tfds_source.parse(data.data_source)
+    if split:
+        raise ConfigError(f"--data_source={data.data_source}: all splits are taken, name none")
+    builder = tfds_source.load_builder(name, data.tfds_data_dir)
+    cache = data.data_cache_dir or os.path.join(tfds_source.root(builder), "efficientnet_ns")
+    folder = os.path.join(cache, builder.info.full_name)
+    task = os.path.join(folder, TASK)
+    # The task is written last. Sizes of the records are checked when they are read.
+    if not tf.io.gfile.exists(task):
+        source, root = data.data_source, data.tfds_data_dir
+        make_records(MakeConfig(source=source, output_dir=folder, tfds_data_dir=root))
+    return config.override(data_source="", label_data_dir=folder, task_name=task)

@@ -1,0 +1,552 @@
+"""Where images come from before they are records: folders and archives, read where they are.
+
+A source lists everything it holds and reads any of its files in any process. Nothing is unpacked to
+disk, so names in an archive such as `../x` can do no harm.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import errno
+import gzip
+import lzma
+import os
+import posixpath
+import re
+import stat
+import tarfile
+import unicodedata
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.data.image_conversion import Unusable
+from efficientnet_ns.files import records
+
+EXTENSIONS = frozenset(
+    "avif bmp dib gif heic heif j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp".split()
+)
+# Folders of operating systems, desktops and network disks; those that begin with a dot go anyway.
+_SYSTEM_FOLDERS = frozenset(
+    "@eadir @recently-snapshot @recycle @tmp #recycle #snapshot $recycle.bin __macosx __pycache__ "
+    "found.000 lost+found recycler".split()
+) | {"network trash folder", "system volume information", "temporary items"}
+# Kinds of what is ignored.
+HIDDEN, AGAIN, RECORDS = (
+    "hidden or of the system",
+    "folders read by another name",
+    "folders of records",
+)
+_SHARD = re.compile(r".+-\d{5}-of-\d{5}(\.json)?")
+
+
+class Entry(NamedTuple):
+    """One file of a source.
+
+    Attributes:
+      name: path within the source.
+      label: class, from 0; -1 for none, or when the source learns it only when it reads.
+      size: bytes as stored; 0 when unknown.
+      place: what the source finds it by.
+    """
+
+    name: str
+    label: int = -1
+    size: int = 0
+    place: object = None
+
+
+class LeftOut(NamedTuple):
+    """Something in a source that does not become a record; a folder's name ends with `/`."""
+
+    name: str
+    reason: str
+
+
+class Contents(NamedTuple):
+    """All that is in a source.
+
+    Attributes:
+      entries: the files.
+      folders: names of all folders, those without files included.
+      lost: what cannot be read: links to nothing, folders that cannot be listed, pipes …
+      ignored: what is not looked into, by its kind.
+    """
+
+    entries: list[Entry]
+    folders: list[str]
+    lost: list[LeftOut]
+    ignored: list[LeftOut]
+
+
+class Loaded(NamedTuple):
+    """What was read for an entry: encoded image bytes and its class, -1 for none."""
+
+    image: bytes
+    label: int
+
+
+Reader = Callable[[Entry], Loaded]
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+
+def printable(name: str) -> str:
+    """`name` as Unicode that can be stored anywhere; bytes that are no UTF-8 become `\\xe9`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def tidy(name: str) -> str:
+    """`name` without odd parts (`/x`, `./x`, `a/../x`), printable, in one Unicode form."""
+    plain = posixpath.normpath("/" + name.replace("\\", "/")).lstrip("/")
+    return unicodedata.normalize("NFC", printable(plain))
+
+
+def is_image(name: str) -> bool:
+    """Whether a name is an image's by its extension."""
+    return name.rpartition(".")[2].lower() in EXTENSIONS
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or in a folder that a system keeps for itself."""
+    return any(part[:1] == "." or part.lower() in _SYSTEM_FOLDERS for part in name.split("/"))
+
+
+def _maybe_folder(name: str) -> str:
+    """The name for a link to nothing, which may have been a link to a folder of images."""
+    return name if is_image(name) else f"{name}/"
+
+
+# --- Folders --------------------------------------------------------------------------------------
+
+
+class Folder:
+    """A tree of image files. Links are followed, but no folder is read twice.
+
+    Args:
+      path: of the folder.
+      subfolder: where the tree begins; names are relative to `path` all the same.
+      output: a folder that is not looked into, should it be in the tree.
+    """
+
+    def __init__(self, path: str, subfolder: str = "", output: str = ""):
+        self.path, self._output = path, output
+        self._start = posixpath.normpath(f"/{subfolder}").lstrip("/")
+
+    def entries(self) -> Contents:
+        if not tf.io.gfile.isdir(self.path):
+            raise records.DataError(f"{self.path!r} is neither a folder nor an archive")
+        start = self._start
+        if not tf.io.gfile.isdir(os.path.join(self.path, start)):
+            start = ""  # Its name on disk may be another form of the same letters.
+        walk = _walk_remote if "://" in self.path else _walk
+        return walk(self.path, start, self._output)
+
+    @contextlib.contextmanager
+    def reader(self, entries: Sequence[Entry]) -> Iterator[Reader]:
+        # TensorFlow refuses names that are not UTF-8.
+        open_file = tf.io.gfile.GFile if "://" in self.path else open
+
+        def read(entry: Entry) -> Loaded:
+            try:
+                with open_file(os.path.join(self.path, entry.name), "rb") as f:
+                    return Loaded(f.read(), entry.label)
+            except OSError as e:
+                if e.errno not in _OF_THE_FILE:
+                    raise
+                raise Unusable(f"cannot be read: {e.strerror}") from e
+
+        yield read
+
+
+# Errors that concern one file; others (too many open files, a server that is away) end the work.
+_OF_THE_FILE = frozenset(
+    getattr(errno, name)
+    for name in "EACCES EIO EISDIR ELOOP ENAMETOOLONG ENOENT ENOTDIR ENXIO EPERM".split()
+)
+
+
+def _walk(path: str, start: str, output: str) -> Contents:
+    """Folders first, then those that only links lead to: which name is read must not vary."""
+    contents = Contents([], [], [], [])
+    ours = {_identity(output), _identity(os.path.join(output, "manifests"))} if output else set()
+    ours -= {None, _identity(os.path.join(path, start))}
+    seen, folders, links = set(ours), [start], deque()
+    while folders or links:
+        folder = folders.pop() if folders else links.popleft()
+        identity = _identity(os.path.join(path, folder))
+        if identity in seen:
+            contents.ignored.append(LeftOut(f"{folder}/", RECORDS if identity in ours else AGAIN))
+            continue
+        seen |= {identity} - {None}
+        try:
+            with os.scandir(os.path.join(path, folder)) as found:
+                below = sorted(found, key=lambda item: item.name)
+        except OSError as e:
+            contents.folders.append(folder)
+            reason = f"the folder cannot be listed: {e.strerror}"
+            contents.lost.append(LeftOut(f"{folder}/", reason))
+            continue
+        if folder != start and _holds_records(item.name for item in below):
+            contents.ignored.append(LeftOut(f"{folder}/", RECORDS))
+            continue
+        contents.folders.append(folder)
+        for item in below:
+            name = posixpath.join(folder, item.name)
+            if _sort_in(item, name, contents):
+                (links if item.is_symlink() else folders).append(name)
+    return contents
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _holds_records(names: Iterable[str]) -> bool:
+    """Whether a folder is one that records were written to, which is no class."""
+    names = list(names)
+    return any(map(_SHARD.fullmatch, names)) and not any(map(is_image, names))
+
+
+def _sort_in(item: os.DirEntry, name: str, contents: Contents) -> bool:
+    """Adds what is in a folder to the contents; whether it is a folder to be read."""
+    try:
+        status = item.stat()
+    except OSError as e:
+        lost = LeftOut(_maybe_folder(name), f"cannot be read: {e.strerror}")
+        if item.is_symlink():
+            target = printable(os.readlink(item.path))
+            lost = lost._replace(reason=f"a link to {target}: {e.strerror}")
+        contents.lost.append(lost)
+        return False
+    if stat.S_ISDIR(status.st_mode):
+        if not is_hidden(item.name):
+            return True
+        contents.ignored.append(LeftOut(f"{name}/", HIDDEN))
+    elif stat.S_ISREG(status.st_mode):
+        contents.entries.append(Entry(name, size=status.st_size))
+    else:
+        contents.lost.append(LeftOut(name, "not a file but a pipe, socket or device"))
+    return False
+
+
+def _walk_remote(path: str, start: str, output: str) -> Contents:
+    contents = Contents([], [], [], [])
+    top = os.path.join(path, start)
+    ours = {os.path.join(output, "manifests"), output} - {top.rstrip("/")} if output else set()
+    lost: list[str] = []
+    for folder, below, names in tf.io.gfile.walk(top, onerror=lambda e: lost.append(str(e))):
+        inside = os.path.relpath(folder, path).replace(os.sep, "/")
+        inside = "" if inside == "." else inside
+        if folder.rstrip("/") in ours:
+            below.clear()
+            contents.ignored.append(LeftOut(f"{inside}/", RECORDS))
+            continue
+        contents.folders.append(inside)
+        contents.entries.extend(Entry(posixpath.join(inside, name)) for name in names)
+    contents.lost.extend(LeftOut("/", f"a folder cannot be listed: {reason}") for reason in lost)
+    return contents
+
+
+# --- Archives ---------------------------------------------------------------------------------------
+
+
+class Zip:
+    """A .zip archive; entries are read at their places, links within it are followed."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def entries(self) -> Contents:
+        contents, links = Contents([], [], [], []), {}
+        with self._open() as archive:
+            for i, info in enumerate(archive.infolist()):
+                mode = info.external_attr >> 16
+                if info.is_dir():
+                    contents.folders.append(info.filename)
+                elif stat.S_ISLNK(mode):
+                    links[info.filename] = _zip_target(archive, info)
+                else:
+                    contents.entries.append(Entry(info.filename, size=info.file_size, place=i))
+        _follow(contents, links)
+        return contents
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[zipfile.ZipFile]:
+        with tf.io.gfile.GFile(self.path, "rb") as f:
+            try:
+                archive = zipfile.ZipFile(f)
+            except (zipfile.BadZipFile, tf.errors.InvalidArgumentError) as e:
+                # The latter when a short file is searched before its start.
+                raise records.DataError(f"{self.path}: no zip file: is it whole? ({e})") from e
+            except (UnicodeDecodeError, NotImplementedError) as e:
+                raise records.DataError(
+                    f"{self.path}: its list of names cannot be read ({e}): pack the images anew"
+                ) from e
+            with archive:
+                yield archive
+
+    @contextlib.contextmanager
+    def reader(self, entries: Sequence[Entry]) -> Iterator[Reader]:
+        with self._open() as archive:
+            infos = archive.infolist()
+
+            def read(entry: Entry) -> Loaded:
+                try:
+                    return Loaded(archive.read(infos[entry.place]), entry.label)
+                # zlib's own error, NotImplementedError for other methods, RuntimeError if encrypted.
+                except Exception as e:
+                    raise Unusable(f"cannot be unpacked: {e}") from e
+
+            yield read
+
+
+def _zip_target(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str | None:
+    """Where a link leads, whose content is the path; None out of the archive, or if unreadable."""
+    try:
+        return _from_link(info.filename, archive.read(info).decode("utf-8", "surrogateescape"))
+    except Exception as e:  # As for images.
+        logging.warning("the link %s cannot be unpacked: %s", printable(info.filename), e)
+        return None
+
+
+class Tar:
+    """An uncompressed .tar archive, also one of .tar archives (as ImageNet's training images are).
+
+    An archive inside the archive counts as a folder of its name. Links within it are followed.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def entries(self) -> Contents:
+        with tf.io.gfile.GFile(self.path, "rb") as f:
+            return _tar_contents(
+                (folder, member, start + member.offset_data)
+                for folder, member, start in _members(_Window(f, 0), self.path)
+            )
+
+    @contextlib.contextmanager
+    def reader(self, entries: Sequence[Entry]) -> Iterator[Reader]:
+        with tf.io.gfile.GFile(self.path, "rb") as f:
+
+            def read(entry: Entry) -> Loaded:
+                f.seek(entry.place)
+                return Loaded(f.read(entry.size), entry.label)
+
+            yield read
+
+
+class _Window:
+    """A part of a file, from the byte `start` on, as a file for `tarfile` to look through."""
+
+    def __init__(self, file, start: int, size: int | None = None):
+        self.file, self.start, self._size = file, start, size
+        self.seek(0)
+
+    def seek(self, offset: int) -> int:
+        try:
+            self.file.seek(self.start + offset)
+        except tf.errors.OutOfRangeError as e:
+            raise tarfile.ReadError("unexpected end of data") from e
+        return offset
+
+    def tell(self) -> int:
+        return self.file.tell() - self.start
+
+    def read(self, size: int) -> bytes:
+        if self._size is not None:
+            size = max(0, min(size, self._size - self.tell()))
+        return self.file.read(size)
+
+
+def _members(window: _Window, path: str, folder: str = "") -> Iterator[tuple]:
+    """(folder, member, byte at which the archive that has it begins), of inner archives too."""
+    for _, member in _each(path, fileobj=window, mode="r:"):
+        name = _in_folder(folder, member)
+        stem, extension = posixpath.splitext(name)
+        if member.isreg() and extension.lower() == ".tar":
+            inner = _Window(window.file, window.start + member.offset_data, member.size)
+            yield from _members(inner, f"{path}, {printable(name)} in it", stem)
+        else:
+            yield folder, member, window.start
+
+
+def _in_folder(folder: str, member: tarfile.TarInfo) -> str:
+    return posixpath.join(folder, member.name.lstrip("/")) if folder else member.name
+
+
+class _Member(tarfile.TarInfo):
+    """The header of a member. `tarfile` takes a damaged one for the end of the archive, and does not
+    go on behind the end of the first of several archives that were joined."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        ended, archive.ended = getattr(archive, "ended", False), False
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            archive.ended = True
+            raise
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as e:
+            if not ended:
+                raise tarfile.ReadError(f"{e} at byte {archive.offset}") from e
+            archive.ended = True
+            raise tarfile.EmptyHeaderError("what follows the end is no archive") from e
+        except tarfile.EmptyHeaderError:
+            archive.ended = ended
+            raise
+
+
+def _each(path: str, **source) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """The opened archive with each of its members; `source` is what `tarfile.open` takes.
+
+    Raises:
+      records.DataError: it is damaged.
+    """
+    try:
+        with tarfile.open(tarinfo=_Member, ignore_zeros=True, **source) as archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # It would keep them all.
+                yield archive, member
+            if not archive.ended:
+                logging.warning("%s has no end mark: is the file whole?", path)
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
+        raise records.DataError(f"{path}: {e}: is the file whole?") from e
+
+
+def _tar_contents(members: Iterable[tuple[str, tarfile.TarInfo, int]]) -> Contents:
+    """From (folder, member, place of its content) of each."""
+    contents, links = Contents([], [], [], []), {}
+    for folder, member, place in members:
+        name = _in_folder(folder, member)
+        if member.isdir():
+            contents.folders.append(name)
+        elif member.issparse():
+            contents.lost.append(LeftOut(name, "stored as a sparse file"))
+        elif member.isreg():
+            contents.entries.append(Entry(name, size=member.size, place=place))
+        elif member.issym():
+            links[name] = _from_link(name, member.linkname)
+        elif member.islnk():  # A path from the root of the archive.
+            links[name] = tidy(posixpath.join(folder, member.linkname.lstrip("/")))
+        else:
+            contents.lost.append(LeftOut(name, "not a file but a pipe, device or the like"))
+    _follow(contents, links)
+    return contents
+
+
+def _from_link(name: str, target: str) -> str | None:
+    """The tidy path that a symbolic link leads to; None when it leads out of the archive."""
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(name.lstrip("/")), target))
+    return None if path.startswith(("/", "..")) else tidy(path)
+
+
+def _follow(contents: Contents, links: Mapping[str, str | None]) -> None:
+    """Adds the links of an archive (name → tidy path it leads to) to its contents."""
+    files, folders = {}, {""}
+    for entry in contents.entries if links else ():
+        name = tidy(entry.name)
+        files[name] = entry
+        while (name := posixpath.dirname(name)) not in folders:
+            folders.add(name)
+    folders.update(map(tidy, contents.folders))
+    targets = {tidy(name): target for name, target in links.items()}
+    for name, target in links.items():
+        found = _resolved(target, targets)
+        if found in files:
+            contents.entries.append(files[found]._replace(name=name))
+        elif found in folders:
+            contents.ignored.append(LeftOut(f"{name}/", AGAIN))
+        else:
+            where = f"to {target}, which is not there" if target else "out of the archive"
+            contents.lost.append(LeftOut(_maybe_folder(name), f"a link {where}"))
+
+
+def _resolved(path: str | None, targets: Mapping[str, str | None]) -> str | None:
+    """The path with all links on its way followed; None for a circle, or out of the archive."""
+    for _ in range(40):  # As many as Linux follows.
+        if path is None:
+            return None
+        parts = path.split("/")
+        heads = ("/".join(parts[:n]) for n in range(1, len(parts) + 1))
+        link = next((head for head in heads if head in targets), None)
+        if link is None:
+            return path
+        rest = path[len(link) :]
+        path = None if targets[link] is None else tidy(targets[link] + rest)
+    return None
+
+
+class TarStream:
+    """A compressed .tar archive. It can only be read from its start, once for every batch of
+    shards; a .zip or an uncompressed .tar of the same images is faster."""
+
+    # Bytes of images that one process holds from one pass over the archive.
+    batch_bytes = 512 << 20
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def entries(self) -> Contents:
+        return _tar_contents(("", member, i) for i, member, _ in self._members())
+
+    def _members(self) -> Iterator[tuple]:
+        unpack = _unpacker(self.path)
+        with tf.io.gfile.GFile(self.path, "rb") as f:
+            with unpack(f) if unpack else contextlib.nullcontext(f) as plain:
+                for i, (archive, member) in enumerate(_each(self.path, fileobj=plain, mode="r|")):
+                    yield i, member, archive
+
+    @contextlib.contextmanager
+    def reader(self, entries: Sequence[Entry]) -> Iterator[Reader]:
+        wanted = {entry.place for entry in entries}
+        held = {}
+        for i, member, archive in self._members():
+            if i in wanted:
+                held[i] = archive.extractfile(member).read()
+                if len(held) == len(wanted):
+                    break
+        yield lambda entry: Loaded(held[entry.place], entry.label)
+
+
+def _unpacker(path: str) -> Callable | None:
+    """What opens a compressed file by its content; None when it is not compressed."""
+    with tf.io.gfile.GFile(path, "rb") as f:
+        start = f.read(6)
+    return next((unpack for magic, unpack in _UNPACK.items() if start.startswith(magic)), None)
+
+
+# Unlike tarfile's own, these also read files that were compressed in parts.
+_UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+
+ARCHIVES = {
+    ".zip": Zip,
+    ".tar": Tar,
+    ".tar.gz": TarStream,
+    ".tgz": TarStream,
+    ".tar.bz2": TarStream,
+    ".tar.xz": TarStream,
+}
+
+
+def open_source(path: str, subfolder: str = "", output: str = "") -> Folder | Zip | Tar | TarStream:
+    """The source for a folder or archive that exists, by its name; see `Folder` for the rest.
+
+    A .tar may be compressed in spite of its name.
+    """
+    for extension, archive in ARCHIVES.items():
+        if path.lower().endswith(extension) and not tf.io.gfile.isdir(path):
+            return TarStream(path) if archive is Tar and _unpacker(path) else archive(path)
+    return Folder(path, subfolder, output)

@@ -1,0 +1,273 @@
+"""Images and classes among the files of a source, and what becomes of everything else in it."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from absl import logging
+
+from efficientnet_ns.files import records
+from efficientnet_ns.ingest import image_sources
+from efficientnet_ns.ingest.image_sources import Entry, LeftOut
+
+# Words in the names of folders that hold a set, and the --image_set for it.
+_SETS = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "eval"), "validation"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
+    **dict.fromkeys(("dev", "extra"), None),
+}
+_OWN_WORD = re.compile(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z]+")
+_OF_A_SET = re.compile(r"(\w+?)(?:sets?|data|images|imgs)?")
+
+
+class Listing(NamedTuple):
+    """What a source holds; all of it is in one of `entries`, `lost` and `ignored`.
+
+    Attributes:
+      entries: images that can be read as far as the source knows, sorted by name.
+      class_names: names of their classes; None without labels.
+      lost: images that cannot be read or are in no class.
+      ignored: number of other things, by kind.
+    """
+
+    entries: Sequence[Entry]
+    class_names: tuple[str, ...] | None
+    lost: Sequence[LeftOut] = ()
+    ignored: Counter = Counter()
+
+
+def list_images(
+    source,
+    labeled: bool,
+    class_names: Sequence[str] | None = None,
+    *,
+    subfolder: str = "",
+    accept_classes: bool = False,
+) -> Listing:
+    """The images of a folder or archive; with `labeled`, their classes are the topmost folders.
+
+    One folder around everything in an archive is not a class. Folders without images are classes
+    too, so that numbers stay when images are added.
+
+    Args:
+      class_names: the classes an earlier set has, in order; None: those found, sorted by name.
+      subfolder: only what is in this folder of the source.
+      accept_classes: take the topmost folders even when they do not look like classes.
+
+    Raises:
+      records.DataError: no images, or folders that cannot be, or do not look like, the classes.
+    """
+    where = posixpath.join(source.path, subfolder) if subfolder else source.path
+    prefix = image_sources.tidy(subfolder)
+    contents = source.entries()
+    found = _sorted_out(contents, prefix)
+    if not found.images:
+        raise records.DataError(_no_images(where, found))
+    entries = [entry for _, entry in found.images]
+    if not labeled:
+        return Listing(entries, None, found.lost, found.ignored)
+    names = [name for name, _ in found.images]
+    folders = filter(None, (_relative(prefix, folder) for folder in contents.folders))
+    folders = [folder for folder in folders if not image_sources.is_hidden(folder)]
+    depth = _wrapper_depth(source, names)
+    classes = {_class_of(f"{f}/", depth) for f in folders} | {_class_of(n, depth) for n in names}
+    classes = sorted(classes - {""})
+    if not (accept_classes or set(classes) <= set(class_names or ())):
+        _check_classes(where, prefix, names, depth, alone=class_names is not None)
+    agreed = _agreed_names(where, classes, class_names)
+    numbers = {name: i for i, name in enumerate(agreed)}
+    labels = [numbers.get(_class_of(name, depth)) for name in names]
+    loose = [
+        LeftOut(image_sources.printable(entry.name), "in no class folder")
+        for entry, label in zip(entries, labels)
+        if label is None
+    ]
+    entries = [e._replace(label=n) for e, n in zip(entries, labels) if n is not None]
+    _report_classes(where, agreed, entries)
+    return Listing(entries, agreed, [*found.lost, *loose], found.ignored)
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    images: list[tuple[str, Entry]]
+    lost: list[LeftOut]
+    ignored: Counter
+
+
+def _sorted_out(contents: image_sources.Contents, prefix: str) -> _Found:
+    """All that is in a subfolder, by what becomes of it; images with their names relative to it."""
+    images, lost, ignored = [], [], Counter()
+    for name, entry in _pairs(contents.entries, prefix):
+        if kind := _kind(name):
+            ignored[kind] += 1
+        else:
+            images.append((name, entry))
+    for name, item in _pairs(contents.lost, prefix):
+        kind = _kind(name)
+        if kind == image_sources.HIDDEN or kind and not item.name.endswith("/"):
+            ignored[kind] += 1
+        else:
+            lost.append(LeftOut(image_sources.printable(item.name), item.reason))
+    for name, item in _pairs(contents.ignored, prefix):
+        ignored[image_sources.HIDDEN if image_sources.is_hidden(name) else item.reason] += 1
+    images.sort(key=lambda pair: (pair[0], pair[1].name))
+    if lost:
+        logging.warning("%d entries cannot be read, one is %s: %s", len(lost), *min(lost))
+    return _Found(images, sorted(lost), ignored)
+
+
+def _pairs(items: Iterable, prefix: str) -> Iterable[tuple]:
+    """(tidy name relative to the folder `prefix`, item) of those that are in it."""
+    for item in items:
+        if (name := _relative(prefix, item.name)) is not None:
+            yield name, item
+
+
+def _relative(prefix: str, name: str) -> str | None:
+    """The tidy `name`, relative to the folder `prefix`; None outside it."""
+    name = image_sources.tidy(name)
+    if not prefix or name == prefix:
+        return name[len(prefix) :]
+    return name[len(prefix) + 1 :] if name.startswith(f"{prefix}/") else None
+
+
+def _kind(name: str) -> str | None:
+    """Why a file is ignored; None for an image."""
+    if image_sources.is_hidden(name):
+        return image_sources.HIDDEN
+    if image_sources.is_image(name):
+        return None
+    return posixpath.splitext(name)[1].lower() or "without extension"
+
+
+def _no_images(where: str, found: _Found) -> str:
+    if not (found.lost or found.ignored):
+        return f"there is nothing in {where!r}"
+    message = f"no images in {where!r}: looked for {', '.join(sorted(image_sources.EXTENSIONS))}"
+    if found.lost:
+        name, reason = found.lost[0]
+        message += f"; {len(found.lost)} entries cannot be read, one is {name}: {reason}"
+    return message + (f"; found {described(found.ignored)}" if found.ignored else "")
+
+
+def described(ignored: Counter, most: int = 8) -> str:
+    """`3 .txt, 1 hidden …` for numbers by kind."""
+    parts = [f"{number} {kind}" for kind, number in ignored.most_common(most)]
+    rest = sum(ignored.values()) - sum(number for _, number in ignored.most_common(most))
+    return ", ".join(parts + ([f"{rest} others"] if rest else []))
+
+
+# --- Classes --------------------------------------------------------------------------------------
+
+
+def _wrapper_depth(source, names: list[str]) -> int:
+    """1 when an archive has all its images deep in one folder, which then is not a class."""
+    if isinstance(source, image_sources.Folder):
+        return 0
+    tops = {name.split("/")[0] for name in names}
+    return int(len(tops) == 1 and all(name.count("/") >= 2 for name in names))
+
+
+def _class_of(name: str, depth: int) -> str:
+    parts = name.split("/")
+    return parts[depth] if len(parts) > depth + 1 else ""
+
+
+def _check_classes(where: str, prefix: str, names: list[str], depth: int, *, alone: bool) -> None:
+    """DataError when the folders with images look like something else than classes.
+
+    Args:
+      prefix: the subfolder that `names` are relative to.
+      alone: whether a single class is right.
+    """
+    heights: dict[str, int] = {}
+    for name in names:
+        if top := _class_of(name, depth):
+            below = name.count("/") - depth
+            heights[top] = min(below, heights.get(top, below))
+    of_sets = sorted(top for top in heights if _set_in(top) is not None)
+    deep = sorted(top for top, height in heights.items() if height > 1)
+    if 2 * len(of_sets) >= len(heights) and len(of_sets) > (len(heights) > 1):
+        what = f"are sets, not classes: {', '.join(of_sets)}"
+    elif deep:
+        what = f"do not look like classes: all images of {deep[0]!r} are in folders below it"
+    elif len(heights) == 1 and not alone:
+        what = f"are one class only, {min(heights)!r}: images without classes need --nolabeled"
+    else:
+        return
+    better = _better_folders(names) or of_sets
+    options = [_option(posixpath.join(prefix, folder)) for folder in better[:4]]
+    give = f". Give one of them: {', or '.join(options)}" if options else ""
+    raise records.DataError(
+        f"the folders in {where!r} {what}{give}. If they are the classes, add --accept_classes"
+    )
+
+
+def _set_in(name: str) -> str | None:
+    """The word in a folder's name that names a set: `train` of seg_train, `Test` or testset."""
+    for word in _OWN_WORD.split(name):
+        word = _OF_A_SET.fullmatch(word.lower() or "-")
+        if word and word[1] in _SETS:
+            return word[1]
+    return None
+
+
+def _better_folders(names: list[str]) -> list[str]:
+    """Folders whose folders have the images: that of the training set, which names the classes, then
+    those with most images."""
+    below: dict[str, Counter] = {}
+    for name in names:
+        folder = posixpath.dirname(name)
+        below.setdefault(posixpath.dirname(folder), Counter())[folder] += 1
+    below.pop("", None)
+    several = {folder: found for folder, found in below.items() if len(found) > 1} or below
+    images = {folder: sum(found.values()) for folder, found in several.items()}
+    return sorted(
+        images, key=lambda folder: (_image_set(folder) != "train", -images[folder], folder)
+    )
+
+
+def _image_set(folder: str) -> str | None:
+    words = (_set_in(part) for part in reversed(folder.split("/")))
+    word = next(filter(None, words), None)
+    return _SETS.get(word) or word
+
+
+def _option(folder: str) -> str:
+    image_set = _image_set(folder)
+    return f"--subfolder={folder}" + (f" --image_set={image_set}" if image_set else "")
+
+
+def _agreed_names(where: str, found: list[str], known: Sequence[str] | None) -> tuple[str, ...]:
+    if not found:
+        raise records.DataError(
+            f"the images in {where!r} are in no folders that could be their classes; "
+            "--nolabeled writes them as unlabeled"
+        )
+    if known is None:
+        return tuple(found)
+    new = [name for name in found if name not in known]
+    if new:
+        raise records.DataError(
+            f"class {new[0]!r} in {where!r} is none of the {len(known)} classes that the other sets "
+            "in the output folder have"
+        )
+    return tuple(known)
+
+
+def _report_classes(where: str, names: Sequence[str], entries: Sequence[Entry]) -> None:
+    seen = Counter(entry.label for entry in entries)
+    empty = [name for i, name in enumerate(names) if i not in seen]
+    if empty:
+        logging.warning("%s: %d classes have no images: %s …", where, len(empty), empty[0])
+    by_case = Counter(name.lower() for name in names)
+    alike = [name for name in names if by_case[name.lower()] > 1]
+    if alike:
+        logging.warning("%s: classes that differ only in case: %s", where, ", ".join(alike))

@@ -1,0 +1,215 @@
+"""Street View House Numbers (http://ufldl.stanford.edu/housenumbers), cropped digits, as records.
+
+Sets, order, encoding and names are those of the 2019 program: of the shuffled training images the
+first 4000 become the dev set; `extra` is unlabeled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import urllib.request
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.config import ConfigError
+from efficientnet_ns.config.ingest import SvhnConfig
+from efficientnet_ns.data import image_conversion, tasks
+from efficientnet_ns.files import manifests, records
+from efficientnet_ns.ingest import data_source, image_records
+from efficientnet_ns.ingest.image_sources import Entry, Loaded, Reader
+
+URL = "http://ufldl.stanford.edu/housenumbers/{}_32x32.mat"
+_DOWNLOADS = "downloaded_data"
+_PUBLISHED = {"train": 73257, "test": 26032, "extra": 531131}
+_NUM_SHARDS = {"train": 128, "extra": 128, "dev": 64, "test": 64}
+_SIDE, _CLASSES = 32, 10
+
+
+class MatFile:
+    """Digits of one .mat file: `X` uint8 [32, 32, 3, N] and `y` [N, 1], 1..10 with 10 for 0.
+
+    Pixels are loaded when the first are needed and stay in the process that hands out the work
+    (1.6 GB for `extra`, twice that while it loads); each shard's go to the process that
+    encodes them.
+
+    Raises:
+      records.DataError: not such a file, or a label out of range.
+    """
+
+    def __init__(self, path: str, image_format: str):
+        self.path, self._format = path, image_format
+        self._pixels = None
+        labels = self._variable("y").reshape(-1)
+        wrong = np.flatnonzero((labels < 1) | (labels > _CLASSES) | (labels != labels.astype(int)))
+        if len(wrong):
+            raise records.DataError(
+                f"{path}: label {wrong[0]} of `y` is {labels[wrong[0]]}; 1..10 are expected"
+            )
+        self.labels = labels.astype(np.int64) % _CLASSES
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_pixels": None, "labels": None}
+
+    def _variable(self, name: str) -> np.ndarray:
+        import scipy.io
+
+        try:
+            with tf.io.gfile.GFile(self.path, "rb") as f:
+                return scipy.io.loadmat(f, variable_names=[name])[name]
+        except Exception as e:  # scipy raises whatever it stumbles over.
+            raise records.DataError(
+                f"{self.path}: variable {name!r} cannot be read ({type(e).__name__}: {e}). Delete "
+                "the file, and it is downloaded again."
+            ) from e
+
+    def entries(self, prefix: str, order: np.ndarray) -> list[Entry]:
+        """The images `order`, named by their places in the file."""
+        return [Entry(f"{prefix}#{i}", int(self.labels[i]), place=int(i)) for i in order]
+
+    def attach(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The entries with their pixels, uint8 [32, 32, 3]."""
+        if self._pixels is None:
+            logging.info("loading %s", self.path)
+            self._pixels = self._variable("X")
+            expected = (_SIDE, _SIDE, 3, len(self.labels))
+            if self._pixels.shape != expected or self._pixels.dtype != np.uint8:
+                raise records.DataError(
+                    f"{self.path}: `X` is {self._pixels.dtype} {self._pixels.shape}, not uint8 "
+                    f"{expected}"
+                )
+        pixels = self._pixels[..., [entry.place for entry in entries]].transpose(3, 0, 1, 2)
+        return [e._replace(place=one) for e, one in zip(entries, np.ascontiguousarray(pixels))]
+
+    @contextlib.contextmanager
+    def reader(self, entries: Sequence[Entry]) -> Iterator[Reader]:
+        encode = _ENCODE[self._format]
+        yield lambda entry: Loaded(encode(entry.place), entry.label)
+
+
+_ENCODE = {
+    "jpeg": lambda pixels: tf.io.encode_jpeg(pixels, format="rgb", quality=100).numpy(),
+    "png": image_conversion.png,
+}
+
+
+# What unlabeled digits are stored as.
+_EXTRA = functools.partial(records.placeholder_example, num_classes=_CLASSES)
+
+
+def make_records(config: SvhnConfig) -> dict[str, int]:
+    """Makes the records of all sets and `task.json`; started again, continues.
+
+    Returns:
+      Prefix → number of records.
+
+    Raises:
+      ConfigError: another task, or dev_size leaves nothing to train on.
+      records.DataError: a file is missing and cannot be downloaded, or is not SVHN's.
+    """
+    if config.task_name != "svhn":
+        raise ConfigError(f"--task_name={config.task_name}: this program knows svhn alone")
+    files = {
+        name: MatFile(_path(config.raw_data_dir, name), config.image_format) for name in _PUBLISHED
+    }
+    for name, file in files.items():
+        if len(file.labels) != _PUBLISHED[name]:
+            message = "%s has %d images, the published one %d"
+            logging.warning(message, file.path, len(file.labels), _PUBLISHED[name])
+    made = {}
+    for name, (file, order) in _sets(config, files).items():
+        one = _image_set(config, name, file, file.entries(name, order))
+        # What was just encoded need not be decoded to know that it can be.
+        rules = image_conversion.Rules(check=False)
+        (result,) = image_records.make_sets(file, [one], rules, num_workers=config.num_workers)
+        made[one.prefix] = result.records
+    _write_task(config, made)
+    return made
+
+
+def _sets(config: SvhnConfig, files: dict[str, MatFile]) -> dict[str, tuple[MatFile, np.ndarray]]:
+    """Name of each set → its file and the images in order."""
+    sizes = {name: len(file.labels) for name, file in files.items()}
+    # The original's generator and its order of use: with the default seed, the same split.
+    rng = np.random.RandomState(config.seed)
+    train, extra, test = (
+        np.arange(sizes["train"]),
+        np.arange(sizes["extra"]),
+        np.arange(sizes["test"]),
+    )
+    rng.shuffle(train)
+    rng.shuffle(extra)
+    sets = {"test": (files["test"], test), "extra": (files["extra"], extra)}
+    if config.full_train_data:
+        return {"train": (files["train"], train), "dev": sets["test"], **sets}
+    if config.dev_size >= sizes["train"]:
+        raise ConfigError(
+            f"--dev_size={config.dev_size} leaves none of {sizes['train']} images to train on"
+        )
+    dev, train = train[: config.dev_size], train[config.dev_size :]
+    return {"train": (files["train"], train), "dev": (files["train"], dev), **sets}
+
+
+def _image_set(
+    config: SvhnConfig, name: str, file: MatFile, entries: list[Entry]
+) -> image_records.ImageSet:
+    extra = name == "extra"
+    return image_records.ImageSet(
+        folder=os.path.join(config.output_dir, "unlabeled") if extra else config.output_dir,
+        prefix=f"{name}_full" if config.full_train_data else name,
+        entries=entries,
+        num_shards=config.num_shards or _NUM_SHARDS[name],
+        record=_EXTRA if extra else records.labeled_example,
+        identity={
+            "source": manifests.fingerprint([file.path]),
+            "seed": config.seed,
+            "image_format": config.image_format,
+        },
+        num_classes=_CLASSES,
+    )
+
+
+def _write_task(config: SvhnConfig, made: dict[str, int]) -> None:
+    suffix = "_full" if config.full_train_data else ""
+    fields = dataclasses.asdict(tasks.TASKS["svhn"])
+    fields.update(
+        {f"{key}_set": prefix + suffix for key, prefix in _ROLES.items()},
+        num_train_images=made[f"train{suffix}"],
+    )
+    tasks.write_task(os.path.join(config.output_dir, data_source.TASK), **fields)
+
+
+_ROLES = {"train": "train", "eval": "dev", "test": "test"}
+
+
+def _path(folder: str, name: str) -> str:
+    """Where the .mat file of a set is; it is downloaded when it is nowhere.
+
+    Raises:
+      records.DataError: that failed.
+    """
+    url = URL.format(name)
+    base = url.rpartition("/")[2]
+    places = [os.path.join(folder, base), os.path.join(folder, _DOWNLOADS, base)]
+    for path in places:
+        if tf.io.gfile.exists(path):
+            return path
+    logging.info("downloading %s to %s", url, places[1])
+    tf.io.gfile.makedirs(os.path.dirname(places[1]))
+    try:
+        with manifests.atomic_path(places[1]) as temporary:
+            with urllib.request.urlopen(url, timeout=60) as response:
+                with tf.io.gfile.GFile(temporary, "wb") as f:
+                    while block := response.read(1 << 20):
+                        f.write(block)
+    except OSError as e:  # URLError, timeouts and broken connections.
+        raise records.DataError(
+            f"{base} is neither {places[0]} nor {places[1]}, and cannot be downloaded ({e}). "
+            f"Download {url} to {places[0]} and start the same command again."
+        ) from e
+    return places[1]

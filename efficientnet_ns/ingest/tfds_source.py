@@ -1,0 +1,256 @@
+"""Image classification sets of TensorFlow Datasets as a source of encoded images.
+
+Images are taken as the set stores them, without decoding. `tensorflow_datasets` is imported here
+alone, and only when it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.data import image_conversion, tasks
+from efficientnet_ns.files import manifests, records
+from efficientnet_ns.ingest.image_sources import Entry, Loaded, Reader
+
+PREFIX = "tfds:"
+_SPEC = re.compile(r"tfds:(?P<name>[\w/-]+(:[\d*][\w.*]*)?)(:(?P<split>[A-Za-z_].*))?")
+
+# Sets whose statistics and other constants are those of a task.
+KNOWN_TASKS = {"imagenet2012": "imagenet", "svhn_cropped": "svhn"}
+# Names that sets give to their splits → prefix of the records.
+SPLITS = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+
+
+def parse(spec: str) -> tuple[str, str | None]:
+    """`tfds:name[/config][:version][:split]` → (what TFDS takes as a name, split or None).
+
+    Raises:
+      records.DataError: not of this form.
+    """
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise records.DataError(
+            f"{spec!r} is not of the form tfds:<name>[:split], e.g. tfds:tf_flowers:train[:90%]"
+        )
+    return match["name"], match["split"]
+
+
+def load_builder(name: str, data_dir: str | None):
+    """The TFDS builder of a set on this machine; it is downloaded when it is not there.
+
+    Raises:
+      records.DataError: unknown, or cannot be downloaded; the message says what to do.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.registered.DatasetNotFoundError as e:
+        folder = data_dir or tfds.core.constants.DATA_DIR
+        raise records.DataError(
+            f"tfds:{name}: TensorFlow Datasets {tfds.__version__} has no such set, and none was "
+            f"prepared in {folder}. Names: https://www.tensorflow.org/datasets/catalog; a set of "
+            "your own is found when --tfds_data_dir is the folder it was built in."
+        ) from e
+    if _is_prepared(builder):
+        return builder
+    logging.info("downloading and preparing tfds:%s in %s", name, builder.data_dir)
+    try:
+        builder.download_and_prepare()
+    except Exception as e:  # Of urllib, requests, apache_beam, the set's own code …
+        raise records.DataError(_how_to_get(builder, name, e)) from e
+    return builder
+
+
+def _is_prepared(builder) -> bool:
+    # The info of a set that is not there comes with the package, without files.
+    return tf.io.gfile.exists(os.path.join(str(builder.data_dir), "dataset_info.json"))
+
+
+def root(builder) -> str:
+    """The TFDS folder a builder is in: that of `<name>/[<config>/]<version>`."""
+    return str(builder.data_dir)[: -len(builder.info.full_name) - 1]
+
+
+def prepared(name: str, data_dir: str | None) -> list[str]:
+    """Names of a set's configurations that are on this machine, sorted."""
+    import tensorflow_datasets as tfds
+
+    folder = os.path.expanduser(os.path.join(data_dir or tfds.core.constants.DATA_DIR, name))
+    return [
+        os.path.basename(config)
+        for config in manifests.listed(folder, ".*")
+        if any(manifests.listed(v, r"dataset_info\.json") for v in manifests.listed(config, ".*"))
+    ]
+
+
+def _how_to_get(builder, name: str, error: Exception) -> str:
+    folder = root(builder)
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    manual = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+    if manual:
+        get = (
+            f"It must be downloaded by hand into {os.path.join(folder, 'downloads', 'manual')}: "
+            f"{' '.join(str(manual).split())} Then start the same command again."
+        )
+    else:
+        get = (
+            f"On a machine with a network run `tfds build {name} --data_dir=DIR`, copy "
+            f"DIR/{builder.name} to {os.path.join(folder, builder.name)} and start the same command "
+            "again, with --tfds_data_dir if it is elsewhere."
+        )
+    return f"tfds:{name} is not in {builder.data_dir} and could not be prepared ({reason}). {get}"
+
+
+class Tfds:
+    """One split of a prepared set; examples are read at their places in its files.
+
+    Args:
+      builder: a TFDS builder.
+      split: of it, also a part such as `train[:90%]`.
+
+    Raises:
+      records.DataError: no such split, no single image, or files of another format.
+    """
+
+    def __init__(self, builder, split: str):
+        self.path = f"{PREFIX}{builder.info.full_name}:{split}"
+        self._folder = str(builder.data_dir)
+        if builder.info.file_format is not None and builder.info.file_format.value != "tfrecord":
+            raise records.DataError(
+                f"{self.path} is stored as {builder.info.file_format.value}: prepare it again with "
+                "--file_format=tfrecord"
+            )
+        try:
+            self._files = [
+                (str(f.filename), int(f.skip), None if f.take < 0 else int(f.take))
+                for f in builder.info.splits[split].file_instructions
+            ]
+        except (KeyError, ValueError) as e:
+            raise records.DataError(
+                f"{self.path}: no such split; it has {', '.join(sorted(builder.info.splits))}"
+            ) from e
+        self._image, self._label = _keys(builder, self.path)
+        self.class_names = None
+        if self._label:
+            self.class_names = tuple(builder.info.features[self._label].names)
+
+    def entries(self) -> list[Entry]:
+        """All examples in the order of the files; labels are learnt when they are read."""
+        found = []
+        for path, skip, take in self._files:
+            spans = list(records.spans(path))[skip : None if take is None else skip + take]
+            name = os.path.basename(path)
+            found += [
+                Entry(f"{name}#{skip + i}", size=length, place=(path, start, length))
+                for i, (start, length) in enumerate(spans)
+            ]
+        return found
+
+    def is_unlabeled(self) -> bool:
+        """Whether the first example has no true label, as the test sets of competitions."""
+        first = self.entries()[:1]
+        with self.reader(first) as read:
+            return bool(self._label and first) and read(first[0]).label < 0
+
+    def labeled_entries(self) -> list[Entry]:
+        """The same with their labels, for which all examples are read."""
+        entries = self.entries()
+        with self.reader(entries) as read:
+            return [entry._replace(label=read(entry).label) for entry in entries]
+
+    @contextlib.contextmanager
+    def reader(self, entries: Sequence[Entry]) -> Iterator[Reader]:
+        import tensorflow_datasets as tfds
+
+        features = tfds.builder_from_directory(self._folder).info.features
+        skip_decoding = {}
+        if isinstance(features[self._image], tfds.features.Image):
+            skip_decoding = {self._image: tfds.decode.SkipDecoding()}
+        with contextlib.ExitStack() as opened:
+            files = {}
+
+            def read(entry: Entry) -> Loaded:
+                path, start, length = entry.place
+                if path not in files:
+                    files[path] = opened.enter_context(tf.io.gfile.GFile(path, "rb"))
+                files[path].seek(start)
+                example = features.deserialize_example_np(
+                    files[path].read(length), decoders=skip_decoding
+                )
+                image = example[self._image]
+                if isinstance(image, np.ndarray):
+                    image = image_conversion.png(image)
+                return Loaded(image, int(example[self._label]) if self._label else -1)
+
+            yield read
+
+
+def _keys(builder, path: str) -> tuple[str, str | None]:
+    """Names of the image and of the label among the features."""
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    top = dict(features.items()) if hasattr(features, "items") else {}
+    pictures = [key for key, feature in top.items() if _is_picture(feature)]
+    labels = [key for key, f in top.items() if isinstance(f, tfds.features.ClassLabel)]
+    supervised = builder.info.supervised_keys or ()
+    image = next((key for key in supervised if key in pictures), None)
+    label = next((key for key in supervised if key in labels), None)
+    image = image or (pictures[0] if len(pictures) == 1 else None)
+    label = label or (labels[0] if len(labels) == 1 else None)
+    if image is None:
+        raise records.DataError(
+            f"{path} is no image classification set: one uint8 image is needed, it has {list(top)}"
+        )
+    return image, label
+
+
+def _is_picture(feature) -> bool:
+    import tensorflow_datasets as tfds
+
+    if isinstance(feature, tfds.features.Image):
+        return np.dtype(feature.np_dtype) in (np.uint8, np.uint16)
+    shape = feature.shape if isinstance(feature, tfds.features.Tensor) else ()
+    plain = len(shape) == 3 and shape[-1] in (1, 3)
+    return plain and np.dtype(feature.np_dtype) == np.uint8
+
+
+def sets_of(builder) -> dict[str, str]:
+    """Prefix of the records → split, of the splits that make a task; `train` is among them.
+
+    Raises:
+      records.DataError: no split called train.
+    """
+    splits = builder.info.splits
+    found = {prefix: name for name, prefix in reversed(SPLITS.items()) if name in splits}
+    if "train" not in found:
+        raise records.DataError(
+            f"tfds:{builder.info.full_name} has no split called train but {', '.join(splits)}; "
+            "make_records takes one of them as tfds:<name>:<split> with --image_set"
+        )
+    return {prefix: found[prefix] for prefix in ("train", "validation", "test") if prefix in found}
+
+
+def task_fields(builder) -> dict[str, object]:
+    """Fields of the task that a set is known for; none for others."""
+    known = KNOWN_TASKS.get(builder.name)
+    if known is None:
+        return {}
+    task = tasks.TASKS[known]
+    fields = ("mean", "std", "flip", "image_size", "small_image")
+    return {name: getattr(task, name) for name in fields}

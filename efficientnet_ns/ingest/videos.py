@@ -1,0 +1,73 @@
+"""Frames of short clips: .mp4 videos and animated .gif pictures.
+
+`av` (FFmpeg) is imported here alone, and only when a video is read.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.files import records
+
+
+def is_clip(name: str) -> bool:
+    """Whether a file is a clip by its name."""
+    return _extension(name) in _READERS
+
+
+def check_readable(names: Sequence[str]) -> None:
+    """DataError naming the extra to install unless there is what the files of these names need."""
+    if any(_extension(name) == "mp4" for name in names):
+        _av()
+
+
+def frames(path: str) -> Iterator[np.ndarray]:
+    """Frames of one clip in order, uint8 [H, W, 3]; of a video one is in memory at a time.
+
+    Raises:
+      records.DataError: it cannot be decoded, or what decodes it is not installed.
+    """
+    with tf.io.gfile.GFile(path, "rb") as f:
+        content = f.read()
+    yield from _READERS[_extension(path)](content, path)
+
+
+def _extension(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _av():
+    try:
+        import av
+    except ImportError as e:
+        raise records.DataError(
+            "videos need av (pip install 'efficientnet-ns[robustness]', or in a clone "
+            f"pip install -e '.[robustness]'): {e}"
+        ) from e
+    return av
+
+
+def _of_mp4(content: bytes, path: str) -> Iterator[np.ndarray]:
+    av = _av()
+    try:
+        with av.open(io.BytesIO(content)) as video:
+            for frame in video.decode(video=0):
+                yield frame.to_ndarray(format="rgb24")
+    # FFmpegError for what is no video, IndexError without a track of pictures.
+    except (av.error.FFmpegError, IndexError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise records.DataError(f"{path}: the video cannot be decoded: {reason}") from e
+
+
+def _of_gif(content: bytes, path: str) -> Iterator[np.ndarray]:
+    try:
+        yield from tf.io.decode_gif(content).numpy()
+    except tf.errors.InvalidArgumentError as e:
+        raise records.DataError(f"{path}: the GIF cannot be decoded: {e.message}") from e
+
+
+_READERS = {"mp4": _of_mp4, "gif": _of_gif}

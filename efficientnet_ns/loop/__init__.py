@@ -1,0 +1,1 @@
+"""Rounds of teacher and student, studies, and the demo."""

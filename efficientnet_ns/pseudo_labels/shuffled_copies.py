@@ -1,0 +1,134 @@
+"""Copies of byte strings in random order, those of one far apart, in little memory.
+
+The byte strings wait in a temporary file, once each. Every copy has a place on a circle, from a hash
+of (seed, shard, number): the copies of one at even distances with some jitter. Sorted by place, copies
+are in random order and spread.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from array import array
+from collections.abc import Iterator
+
+import numpy as np
+
+from efficientnet_ns.data.splitmix import splitmix64
+from efficientnet_ns.files import wire
+
+# Which function of seed, shard and number gives the order; raise it when the function changes.
+ORDER = 2
+_BUCKET_BYTES = 64 << 20  # Held in memory at a time.
+_COPY_BYTES = 128  # What a copy takes in addition to its bytes.
+# The items at the beginning that stand for all in an estimate of the mean size.
+_FIRST_BYTES = 32 << 20
+_ITEM_BYTES = 256
+
+
+class Spool:
+    """Byte strings on disk; memory holds 8 bytes for each, and 40 for each copy of them.
+
+    The file has no name, so that nothing is left of it however the process ends. It is in Python's
+    folder for temporary files (TMPDIR). It is a context manager, which closes the file.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()
+        self._ends = array("q", [0])
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self._file.close()
+
+    def append(self, item: bytes) -> None:
+        """Adds an item at the end."""
+        self._file.write(item)
+        self._ends.append(self._ends[-1] + len(item))
+
+    def shuffled(
+        self, seed: int, shard: int, number: np.ndarray, copies: np.ndarray
+    ) -> Iterator[bytes]:
+        """Yields every item as often as it has copies.
+
+        Neighbours differ unless there is nothing else near. The order depends on the arguments, and
+        on the sizes of the items where they take more memory than a bucket.
+
+        Args:
+          number: of each item in its shard, ascending, int64 [N].
+          copies: of each item, int64 [N], at least 1.
+        """
+        self._file.flush()
+        items = np.repeat(np.arange(len(number)), copies)
+        place = places(seed, shard, number, copies)
+        items = items[np.lexsort((items, place))]
+        place.sort()
+        buckets = self._count_buckets(copies)
+        bucket = ((place >> np.uint64(32)) * np.uint64(buckets)) >> np.uint64(32)
+        last = -1
+        for part in np.split(items, np.searchsorted(bucket, np.arange(1, buckets))):
+            part = _apart(part, last)
+            last = part[-1] if len(part) else last
+            # Read in the order of the file, for disks that seek.
+            held = {item: self._read(item) for item in np.unique(part).tolist()}
+            yield from map(held.__getitem__, part.tolist())
+
+    def _count_buckets(self, copies: np.ndarray) -> int:
+        sizes = np.diff(np.asarray(self._ends)) + wire.OVERHEAD
+        first = np.searchsorted(np.cumsum(sizes + _ITEM_BYTES), _FIRST_BYTES) + 1
+        total = (sizes * copies)[:first].sum() / max(copies[:first].sum(), 1) + _COPY_BYTES
+        return max(1, int(np.ceil(total * copies.sum() / _BUCKET_BYTES)))
+
+    def _read(self, item: int) -> bytes:
+        start, end = self._ends[item : item + 2]
+        return os.pread(self._file.fileno(), end - start, start)
+
+
+def places(seed: int, shard: int, number: np.ndarray, copies: np.ndarray) -> np.ndarray:
+    """A place for every copy of every item.
+
+    Args:
+      number: of each item in its shard, int64 [N].
+      copies: of each item, int64 [N], at least 1.
+
+    Returns:
+      uint64 [sum(copies)], the copies of an item in a row. Two copies of an item that has c are at
+      least about half of 2^64 / c apart.
+    """
+    start = splitmix64(splitmix64(np.array([seed], np.uint64)) ^ np.uint64(shard))
+    start = splitmix64(start ^ number.astype(np.uint64))
+    step = np.repeat(np.uint64(2**64 - 1) // copies.astype(np.uint64), copies)
+    first = np.cumsum(copies) - copies
+    copy = (np.arange(copies.sum()) - np.repeat(first, copies)).astype(np.uint64)
+    start = np.repeat(start, copies)
+    jitter = splitmix64(start + copy) % (step // np.uint64(2) + np.uint64(1))
+    return start + copy * step + jitter  # Modulo 2^64: the circle.
+
+
+def _apart(items: np.ndarray, last: int) -> np.ndarray:
+    """`items`, changed where one would follow itself; `last` is the one before the first."""
+    items = _swap_repeats(items, last)
+    # What is left stands at the end, with nothing behind it to swap with: the same from the back.
+    return _swap_repeats(items[::-1], -1)[::-1]
+
+
+def _swap_repeats(items: np.ndarray, last: int) -> np.ndarray:
+    """Swaps each repeat with the next other item."""
+    repeats = np.flatnonzero(items == np.concatenate([[last], items[:-1]]))
+    if not len(repeats):
+        return items
+    items, other = items.tolist(), 0
+    # Only from the first repeat on, because a swap may make new ones behind it.
+    for at in range(int(repeats[0]), len(items)):
+        before = items[at - 1] if at else last
+        if items[at] != before:
+            continue
+        other = max(other, at + 1)
+        while other < len(items) and items[other] == before:
+            other += 1
+        if other == len(items):
+            break
+        items[at], items[other] = items[other], items[at]
+    return np.array(items)

@@ -1,0 +1,1 @@
+"""Settings resolved against task and model."""

@@ -1,0 +1,308 @@
+"""A `Config` resolved against its task and model: sizes, preprocessing, models, datasets."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.data import pipeline, tasks
+from efficientnet_ns.files import records
+from efficientnet_ns.ingest import data_source
+from efficientnet_ns.models import efficientnet
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedConfig:
+    """What a run works on.
+
+    Attributes:
+      config: the settings.
+      task: the classification task.
+      image_size: side of the model's input in pixels.
+      small_image: whether model and preprocessing are the small-image variants.
+      num_classes: width of the logits.
+    """
+
+    config: Config
+    task: tasks.Task
+    image_size: int
+    small_image: bool
+    num_classes: int
+
+    @classmethod
+    def from_config(cls, config: Config) -> ResolvedConfig:
+        """Resolves and cross-checks; ConfigError names the flag that does not fit.
+
+        Records of a `data_source` are made here when they are not there yet.
+        """
+        config = data_source.with_records(config)
+        try:
+            task = tasks.get_task(config.data.task_name)
+        except ValueError as e:
+            raise ConfigError(f"--task_name: {e}") from e
+        try:
+            variant = efficientnet.get_variant(config.model.model_name)
+        except ValueError as e:
+            raise ConfigError(f"--model_name: {e}") from e
+        default_classes = type(config.model)().num_label_classes
+        if config.model.num_label_classes not in (default_classes, task.num_classes):
+            raise ConfigError(
+                f"--num_label_classes={config.model.num_label_classes}, but task "
+                f"{config.data.task_name!r} has {task.num_classes} classes"
+            )
+        for name in ("dropout_rate", "stochastic_depth_rate"):
+            rate = getattr(config.model, name)
+            if rate is not None and rate >= 1:
+                raise ConfigError(f"--{name}={rate} must be below 1")
+        return cls(
+            config=config,
+            task=task,
+            image_size=config.model.input_image_size or task.image_size or variant.resolution,
+            small_image=config.model.small_image_model or task.small_image,
+            num_classes=task.num_classes,
+        )
+
+    @property
+    def train_steps(self) -> int:
+        """Update steps of the whole schedule, stretched by train_ratio."""
+        return int(self.config.train.train_steps * self.config.train.train_ratio)
+
+    @property
+    def steps_to_run(self) -> int:
+        """Update steps that are taken: all of the schedule, or its last `train_last_step_num`."""
+        last = self.config.train.train_last_step_num
+        return self.train_steps if last < 0 else int(last * self.config.train.train_ratio)
+
+    @property
+    def images_per_step(self) -> int:
+        """Images the student computes per update, over all replicas."""
+        return self.config.train.train_batch_size + self.unlabeled_batch_size
+
+    @property
+    def unlabeled_batch_size(self) -> int:
+        """Unlabeled images per update, over all replicas."""
+        return math.ceil(self.counted_batch_size * self.config.train.unlabel_ratio)
+
+    @property
+    def counted_batch_size(self) -> float:
+        """Labeled images per update that enter the loss, on average."""
+        return self.config.train.train_batch_size * self.config.train.label_data_sample_prob
+
+    def labeled_source(self) -> pipeline.Source:
+        """The labeled records to train on: the first `num_train_shards`, or all.
+
+        Raises:
+          records.DataError: there are none, or they cannot be counted.
+          ConfigError: fewer shards than asked for.
+        """
+        data = self.config.data
+        source = pipeline.Source.find(data.label_data_dir, self.task.train_set)
+        return limited(source, source.shards, num_train_shards=data.num_train_shards)
+
+    def epoch_images(self, labeled: pipeline.Source | None = None) -> int:
+        """Labeled images that make an epoch: as configured, the task's, or as many as there are.
+
+        Args:
+          labeled: `labeled_source`, where it is at hand; else it is found when needed.
+        """
+        known = self.config.data.num_train_images or self.task.num_train_images
+        return known or (labeled or self.labeled_source()).total
+
+    def build_model(self) -> tf.keras.Model:
+        """A new student, of which nothing is frozen yet."""
+        model, train = self.config.model, self.config.train
+        drop_rate = 0.2 if model.stochastic_depth_rate is None else model.stochastic_depth_rate
+        return efficientnet.build_model(
+            model.model_name,
+            self.num_classes,
+            self.image_size,
+            small_image=self.small_image,
+            width_coefficient=model.width_coefficient,
+            depth_coefficient=model.depth_coefficient,
+            dropout_rate=model.dropout_rate,
+            survival_prob=1.0 - drop_rate,
+            mean=self.task.mean,
+            std=self.task.std,
+            bn_momentum=train.bn_momentum,
+            num_shards_per_group=train.num_shards_per_group,
+        )
+
+    @property
+    def teacher_image_size(self) -> int:
+        """Resolution of the on-the-fly teacher."""
+        # Differs (6): it can be chosen.
+        if self.config.train.teacher_image_size:
+            return self.config.train.teacher_image_size
+        if self.small_image:
+            return self.image_size
+        return efficientnet.get_variant(self.config.train.teacher_model_name).resolution
+
+    def build_teacher(self) -> tf.keras.Model:
+        """A new on-the-fly teacher, at its variant's own width and depth."""
+        return efficientnet.build_model(
+            self.config.train.teacher_model_name,
+            self.num_classes,
+            self.teacher_image_size,
+            small_image=self.small_image,
+            mean=self.task.mean,
+            std=self.task.std,
+        )
+
+    def preprocessing(self, augment_name: str | None = None) -> pipeline.Preprocessing:
+        """Preprocessing at the student's resolution, augmented when `augment_name` is given."""
+        data = self.config.data
+        randaugment = autoaugment = None
+        if augment_name == "autoaugment":
+            default = "svhn" if data.task_name == "svhn" else "imagenet"
+            autoaugment = pipeline.AutoAugment(
+                policy=data.autoaugment_policy or default, mode=data.randaug_mode
+            )
+        elif augment_name not in (None, "none", "clean"):
+            randaugment = pipeline.RandAugment(
+                num_layers=data.randaug_layer,
+                magnitude=data.randaug_mag,
+                mode=data.randaug_mode,
+                use_cutout=data.cutout_op,
+            )
+        return pipeline.Preprocessing(
+            image_size=self.image_size,
+            small_image=self.small_image,
+            flip=self.task.flip,
+            randaugment=randaugment,
+            autoaugment=autoaugment,
+            clean=data.remove_aug or augment_name == "clean",
+        )
+
+    @property
+    def labeled_preprocessing(self) -> pipeline.Preprocessing:
+        """What training does to labeled images."""
+        return self.preprocessing(self.config.data.augment_name)
+
+    @property
+    def unlabeled_preprocessing(self) -> pipeline.Preprocessing:
+        """What training does to unlabeled images."""
+        data = self.config.data
+        return self.preprocessing(data.augment_name if data.unl_aug == "default" else data.unl_aug)
+
+    def training_batches(
+        self,
+        labeled: pipeline.Source,
+        unlabeled: pipeline.Source | None,
+        start_step: int,
+        share: pipeline.Share = pipeline.WHOLE,
+    ) -> tf.data.Dataset:
+        """Endless joint batches beginning at update `start_step`; see `student.NoisyStudent`.
+
+        Args:
+          share: which rows of each batch, and how many at a time.
+        """
+        data, train = self.config.data, self.config.train
+        shared = {
+            "num_classes": self.num_classes,
+            "seed": train.seed,
+            "start_step": start_step,
+            "shuffle_buffer": data.shuffle_buffer,
+            "cache": data.use_cache,
+            "share": share,
+        }
+        parts = [
+            pipeline.labeled_batches(
+                labeled,
+                self.labeled_preprocessing,
+                batch_size=train.train_batch_size,
+                **shared,
+            )
+        ]
+        if unlabeled is not None:
+            teacher = None
+            if train.teacher_model_name:
+                teacher = dataclasses.replace(
+                    self.preprocessing(), image_size=self.teacher_image_size
+                )
+            parts.append(
+                pipeline.unlabeled_batches(
+                    unlabeled,
+                    self.unlabeled_preprocessing,
+                    batch_size=self.unlabeled_batch_size,
+                    teacher_preprocessing=teacher,
+                    **shared,
+                )
+            )
+        return pipeline.join(*parts)
+
+    def eval_batches(
+        self, source: pipeline.Source, share: pipeline.Share = pipeline.WHOLE
+    ) -> tf.data.Dataset:
+        """Every record of `source` once; see `pipeline.eval_batches`."""
+        per_replica = math.ceil(self.config.train.eval_batch_size / share.replicas)
+        return pipeline.eval_batches(
+            source,
+            self.preprocessing(),
+            num_classes=self.num_classes,
+            batch_size=per_replica * share.replicas,
+            share=share,
+        )
+
+    @contextlib.contextmanager
+    def naming_bad_records(
+        self,
+        *labeled: pipeline.Source | None,
+        unlabeled: pipeline.Source | None = None,
+    ) -> Iterator[None]:
+        """Turns an input error inside the block into DataError that names the record behind it.
+
+        TensorFlow's own message does not. The records are read again to find it; an error that no
+        record explains stays as it is.
+
+        Args:
+          labeled: sources that the block reads; None stands for no source.
+          unlabeled: the same, of records that are used without `image/class/label`.
+        """
+        try:
+            yield
+        except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
+            logging.error("%s\nLooking for the record behind this.", str(e).splitlines()[0])
+            checks = [
+                *((s, self._check_labeled) for s in labeled),
+                (unlabeled, self._check_unlabeled),
+            ]
+            for source, check in checks:
+                place = source and pipeline.name_bad_record(source, check)
+                if place:
+                    raise records.DataError(
+                        f"a record cannot be used: {place}. Repair or remove it, and start the same "
+                        "command again; what is finished is kept."
+                    ) from e
+            raise
+
+    def _check_labeled(self, payload: bytes) -> None:
+        pipeline.check_trainable(payload, self.num_classes)
+
+    def _check_unlabeled(self, payload: bytes) -> None:
+        pipeline.check_image(payload)
+        if not self.config.train.teacher_model_name:
+            records.parse_pseudo_labeled(tf.constant(payload), self.num_classes)
+            self._check_labeled(payload)
+
+
+def limited(
+    source: pipeline.Source, take: Callable[[int], pipeline.Source], **limit: int | None
+) -> pipeline.Source:
+    """`take(number)` for the one `flag=number` given, or all of `source` when it is None.
+
+    Raises:
+      ConfigError: there is less to take; names the flag.
+    """
+    ((flag, number),) = limit.items()
+    try:
+        return source if number is None else take(number)
+    except records.DataError as e:
+        folder = os.path.dirname(source.paths[0])
+        raise ConfigError(f"--{flag}={number}: {e} in {folder}") from e

@@ -1,1 +1,0 @@
-"""The paper's questions, and how the answers to them are shown."""

@@ -1,0 +1,53 @@
+"""What the benchmark of labeling measures: shards that last, and Keras without oneDNN."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import tensorflow as tf
+
+from efficientnet_ns.benchmarks import labeling, tables
+from efficientnet_ns.config import BenchmarkConfig
+from efficientnet_ns.files import records
+
+
+def test_after_a_short_shard_comes_one_that_lasts(tmp_path, rng):
+    images = [tf.io.encode_png(rng.integers(0, 256, (8, 8, 3), "uint8")).numpy() for _ in range(3)]
+    config = BenchmarkConfig(model_name="efficientnet-test", image_size=8, seconds=1.0)
+    work = labeling._Work(config, images, str(tmp_path))
+    assert work.label_shard() == 64
+    shard = str(tmp_path / "unlabeled" / records.shard_name("train", 0, 1))
+    expected = records.count(shard)
+    assert expected >= 64
+    assert work.label_shard() == work.label_shard() == expected
+    assert work.bare_engine() == 8 * len(work._ready) * work.teacher.engine.concurrency
+
+
+def test_everybody_works_in_each_turn():
+    calls = []
+    contenders = {name: lambda name=name: calls.append(name) or 5 for name in "ab"}
+    measured = tables.measure(contenders, seconds=0.0, turns=3)
+    assert "".join(calls) == "ab" * 4  # Once to warm up.
+    assert set(measured.turns) == {"a", "b"} and min(measured.rate("a"), measured.rate("b")) > 0
+
+
+def test_a_ratio_compares_within_the_turns():
+    # The machine is twice as fast in the last turn, and somebody disturbs the second.
+    measured = tables.Measured({"a": [12.0, 3.0, 24.0], "b": [10.0, 10.0, 20.0]})
+    assert measured.rate("a") == 12.0 and measured.rate("b") == 10.0
+    assert measured.ratio("a", "b") == pytest.approx(1.2)
+
+
+@pytest.mark.slow
+def test_a_process_without_onednn(monkeypatch):
+    monkeypatch.setenv(tables.ONEDNN, "1")
+    monkeypatch.setattr(labeling, "_peer_works", _onednn_setting)
+    pixels = tf.zeros([1, 224, 224, 3]).numpy()
+    with labeling._without_onednn("efficientnet-b0", pixels) as work:
+        assert os.environ[tables.ONEDNN] == "1"
+        assert work() == "0"
+
+
+def _onednn_setting() -> str:
+    return os.environ.get(tables.ONEDNN, "")

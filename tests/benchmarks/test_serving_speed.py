@@ -1,0 +1,46 @@
+"""What the benchmark of exported models measures, and that it leaves the environment as it was."""
+
+from __future__ import annotations
+
+import os
+
+from efficientnet_ns.benchmarks import serving, tables
+from efficientnet_ns.config import BenchmarkConfig
+from efficientnet_ns.inference import folding
+from efficientnet_ns.models import efficientnet
+
+
+def test_every_situation_is_measured(monkeypatch):
+    monkeypatch.setattr(serving, "available_cpus", lambda: 4)
+    named = [str(s) for s in serving._situations(BenchmarkConfig())]
+    assert named == ["4 threads, oneDNN on", "1 thread, oneDNN on", "4 threads, oneDNN off"]
+    named = [str(s) for s in serving._situations(BenchmarkConfig(threads=1))]
+    assert named == ["1 thread, oneDNN on", "1 thread, oneDNN off"]
+
+
+def test_environment_is_put_back(monkeypatch):
+    monkeypatch.setenv("ONE", "before")
+    monkeypatch.delenv("TWO", raising=False)
+    with tables.environment(ONE="1", TWO="2"):
+        assert (os.environ["ONE"], os.environ["TWO"]) == ("1", "2")
+    assert os.environ["ONE"] == "before" and "TWO" not in os.environ
+
+
+def test_ratios_are_against_the_peer_of_the_same_turns():
+    def images(number):
+        return lambda: number
+
+    work = {serving._NONE: images(1), serving._CPU: images(1000), serving._KERAS: images(1)}
+    rows = serving._throughput(work, ", batch 1", 0.05)
+    ratios = {row.name: (row.ratio, row.peer) for row in rows}
+    assert ratios[f"{serving._NONE}, batch 1"] == (None, "")
+    ratio, peer = ratios[f"{serving._CPU}, batch 1"]
+    assert peer == serving._NONE and ratio > 100
+
+
+def test_the_measured_model_has_no_bias_that_could_be_left_out():
+    model = efficientnet.build_model("efficientnet-test", 3, 32)
+    serving._shift(model)
+    folded = folding.fold_batch_norm(model)
+    biases = [v.numpy() for v in folded.variables if v.name.endswith("/bias:0")]
+    assert len(biases) > 10 and all((bias != 0).all() for bias in biases)

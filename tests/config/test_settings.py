@@ -1,0 +1,635 @@
+"""Flags: one per field, the original's names and defaults, wrong values answered at once."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from efficientnet_ns import config, demo, evaluate_robustness
+from efficientnet_ns.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    HardwareConfig,
+    LegacyConfig,
+    LoopConfig,
+    ModelConfig,
+    OwnSetConfig,
+    PredictConfig,
+    SelectConfig,
+    TrainConfig,
+)
+from efficientnet_ns.config.ingest import MakeConfig, SvhnConfig
+from efficientnet_ns.export_model import ExportConfig
+from efficientnet_ns.label_beam import BeamConfig
+from efficientnet_ns.labeling_report import ReportConfig
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+from efficientnet_ns.study import StudyConfig
+
+ROOT = Path(__file__).parents[2]
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "predict": PredictConfig,
+    "hardware": HardwareConfig,
+    "legacy": LegacyConfig,
+}
+PROGRAMS = sorted(
+    ".".join(path.relative_to(ROOT / "efficientnet_ns").with_suffix("").parts)
+    for path in (ROOT / "efficientnet_ns").rglob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
+)
+# Entry → the dataclasses whose fields are its flags, and the flags it defines by itself.
+ENTRIES = {
+    "main": ([Config], {"mode"}),
+    "noisy_student": ([Config, LoopConfig], set()),
+    "study": ([Config, LoopConfig, StudyConfig], set()),
+    "filter_unlabel": ([SelectConfig], {"report"}),
+    "demo": ([demo.DemoConfig], set()),
+    "export_model": ([Config, ExportConfig], set()),
+    "labeling_report": ([SelectConfig, ReportConfig], set()),
+    "label_beam": ([Config, BeamConfig], set()),
+    "evaluate_robustness": (
+        [Config, OwnSetConfig],
+        {"weights", "report_dir", "allow_missing", *evaluate_robustness._HELP},
+    ),
+    "make_records": ([MakeConfig], set()),
+    "proc_svhn": ([SvhnConfig], set()),
+}
+ALL = [
+    *SECTIONS.values(),
+    SelectConfig,
+    LoopConfig,
+    demo.DemoConfig,
+    ExportConfig,
+    MakeConfig,
+    OwnSetConfig,
+    ReportConfig,
+    StudyConfig,
+    BeamConfig,
+    SvhnConfig,
+]
+
+# Program here → the programs of google-research/noisystudent (commit aac52bf) whose flags it takes,
+# with their names, types and defaults; its predict_label.py is `main --mode=predict` here.
+ORIGINAL = {
+    "main": ["main.py", "predict_label.py"],
+    "filter_unlabel": ["filter_unlabel.py"],
+    "proc_svhn": ["proc_svhn.py"],
+}
+KINDS = {"string": "str", "integer": "int", "float": "float", "bool": "bool"}
+
+
+def flatten(cls: type) -> list[tuple[type, dataclasses.Field]]:
+    """(dataclass, field) of every setting."""
+    classes = SECTIONS.values() if cls is Config else [cls]
+    return [(owner, field) for owner in classes for field in dataclasses.fields(owner)]
+
+
+def kind_of(cls: type, name: str) -> type:
+    hint = typing.get_type_hints(cls)[name]
+    (kind,) = [a for a in typing.get_args(hint) or [hint] if a is not type(None)]
+    return kind
+
+
+def run(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+_LIST_FLAGS = """
+import importlib, json, sys
+from absl import flags
+from efficientnet_ns import config
+before = set(flags.FLAGS)
+config.run = lambda main: None
+importlib.import_module("efficientnet_ns." + sys.argv[1]).run()
+types = {"string": "str", "string enum": "str", "int": "int", "float": "float", "bool": "bool"}
+own = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - before}
+print(json.dumps({
+    name: [types[f.flag_type()], f.default, getattr(f.parser, "enum_values", None), f.help]
+    for name, f in own.items()
+}))
+"""
+
+
+@functools.lru_cache(maxsize=None)
+def flags_of(entry: str) -> dict[str, tuple]:
+    """Name → (type, default, choices, help) of the flags that the entry itself defines."""
+    answer = run("-c", _LIST_FLAGS, entry)
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout)
+
+
+# One flag per field.
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_field_is_a_flag(entry):
+    classes, own = ENTRIES[entry]
+    found = flags_of(entry)
+    fields = [pair for cls in classes for pair in flatten(cls)]
+    assert set(found) == {field.name for _, field in fields} | own
+    for cls, field in fields:
+        kind, default, choices, help_text = found[field.name]
+        assert (type(default), default) == (type(field.default), field.default), field.name
+        assert kind == kind_of(cls, field.name).__name__, field.name
+        values = [value for value in choices or [] if value]
+        assert values == list(field.metadata["choices"] or []), field.name
+        assert not choices or ("" in choices) == (field.default is None), field.name
+        assert help_text.endswith(field.metadata["help"]), field.name
+    for name in own:
+        assert found[name][3], f"--{name} has no help"
+
+
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+def test_fields_are_consistent(cls):
+    for _, field in flatten(cls):
+        kind, default = kind_of(cls, field.name), field.default
+        assert kind in (str, int, float, bool), field.name
+        optional = type(None) in typing.get_args(typing.get_type_hints(cls)[field.name])
+        assert optional if default is None else type(default) is kind, field.name
+        choices, low = field.metadata["choices"], field.metadata["low"]
+        assert not choices or default is None or default in choices, field.name
+        assert low is None or default is None or default >= low, field.name
+        assert field.metadata["help"].endswith("."), field.name
+
+
+def test_sections_share_no_names():
+    names = [field.name for cls in (Config, LoopConfig) for _, field in flatten(cls)]
+    assert len(names) == len(set(names))
+    assert {f.name: type(f.default) for f in dataclasses.fields(Config)} == SECTIONS
+
+
+@pytest.mark.parametrize("entry", ORIGINAL)
+def test_the_originals_names_types_and_defaults(entry, goldens):
+    table = json.loads((goldens / "flags" / "original_flags.json").read_text())
+    found = flags_of(entry)
+    originals = [flag for program in ORIGINAL[entry] for flag in table[program]]
+    assert len(originals) > 3
+    for flag in originals:
+        kind, default = KINDS[flag["type"]], flag["default"]
+        assert found[flag["name"]][:2] == [kind, default], flag["name"]
+
+
+def test_values_of_the_original_are_accepted():
+    """Its texts have no list of choices; these are those that its code accepts."""
+    for argument in (
+        "--augment_name=v1",
+        "--unl_aug=default",
+        "--unl_aug=v1",
+        "--data_format=channels_first",
+        "--data_format=channels_last",
+        "--master=grpc://10.0.0.2:8470",
+        "--notranspose_input",
+        "--fix_layer_num=-1",
+        "--num_tpu_cores=8",
+    ):
+        parse(Config, argument)
+
+
+def test_flags_without_effect_are_named():
+    settings = parse(Config, "--master=x", "--skip_host_call", "--num_tpu_cores=8", "--seed=3")
+    assert settings.legacy.without_effect() == [
+        "--master=x",
+        "--skip_host_call=True",
+        "--num_tpu_cores=8",
+    ]
+    assert not Config().legacy.without_effect()
+    for _, field in flatten(LegacyConfig):
+        assert field.metadata["help"].startswith("Accepted for old command lines; "), field.name
+        assert field.metadata["free"], field.name
+
+
+# From the command line.
+
+
+def parse(cls: type, *arguments: str):
+    values = flags.FlagValues()
+    config.define_flags(cls, flag_values=values)
+    values(["program", *arguments])
+    return config.from_flags(cls, values)
+
+
+def test_defaults():
+    assert parse(Config) == Config()
+    assert parse(SelectConfig) == SelectConfig()
+    assert parse(LoopConfig) == LoopConfig()
+
+
+def test_values_reach_their_fields():
+    settings = parse(
+        Config,
+        "--model_name=efficientnet-b7",
+        "--input_image_size=300",
+        "--dropout_rate=0.4",
+        "--nocutout_op",
+        "--randaug_mode=clipped",
+        "--train_ratio=2",
+        "--shard_id=3,5-7",
+        "--use_tpu=false",
+    )
+    expected = {
+        "model_name": "efficientnet-b7",
+        "input_image_size": 300,
+        "dropout_rate": 0.4,
+        "cutout_op": False,
+        "randaug_mode": "clipped",
+        "train_ratio": 2.0,
+        "shard_id": "3,5-7",
+        "use_tpu": False,
+    }
+    assert settings == Config().override(**expected)
+    assert settings != Config()
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--train_steps=many",
+        "--train_steps=1.5",
+        "--base_learning_rate=high",
+        "--cutout_op=perhaps",
+        "--augment_name=autoaugment2",
+        "--unl_aug=randaugmnt",
+        "--randaug_mode=clip",
+        "--trian_steps=1",
+    ],
+)
+def test_wrong_values_and_names_are_refused(argument):
+    with pytest.raises(flags.Error) as e:
+        parse(Config, argument)
+    assert argument.split("=")[0].lstrip("-") in str(e.value)
+
+
+BOUNDED = [
+    (cls, field.name, field.metadata["low"])
+    for cls in ALL
+    for _, field in flatten(cls)
+    if field.metadata["low"] is not None
+]
+
+
+@pytest.mark.parametrize("cls, name, low", BOUNDED, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_values_below_the_bound_name_the_flag(cls, name, low):
+    entry = Config if cls in SECTIONS.values() else cls
+    below = low - 1
+    with pytest.raises(ConfigError, match=rf"--{name}={below}.*at least {low}"):
+        parse(entry, f"--{name}={below}")
+    assert parse(entry, f"--{name}={low}") is not None
+
+
+def test_there_are_bounds():
+    names = {name for _, name, _ in BOUNDED}
+    assert {"train_steps", "train_batch_size", "num_shards", "seed", "unlabel_ratio"} <= names
+
+
+@pytest.mark.parametrize("below", ["", "/", "/model", "/runs/model"])
+def test_folder_to_write_that_is_a_file(tmp_path, below):
+    path = tmp_path / "notes.txt"
+    path.touch()
+    with pytest.raises(ConfigError, match=f"--model_dir={path}{below}: {path} is not a folder"):
+        parse(Config, f"--model_dir={path}{below}")
+
+
+def test_folders_to_write_that_can_be_made(tmp_path):
+    for path in (tmp_path, tmp_path / "new/model", "new/model", "gs://bucket/model", ""):
+        assert parse(Config, f"--model_dir={path}").train.model_dir == str(path)
+
+
+def test_paths_compare_without_the_slash_at_their_end():
+    ours = {"label_data_dir": "a/;b", "task_name": "t/", "init_skip": "head/", "seed": 1}
+    assert config.comparable({**ours, "init_model_path": None}) == {
+        **ours,
+        "label_data_dir": "a;b",
+        "task_name": "t",
+        "init_model_path": None,
+    }
+
+
+def test_words_that_are_no_flags_are_refused():
+    config.no_arguments(["program"])
+    with pytest.raises(ConfigError, match="'train_steps=5'"):
+        config.no_arguments(["program", "train_steps=5"])
+
+
+@pytest.mark.parametrize("nothing", ["none", ""])
+def test_a_preset_can_be_taken_back(nothing):
+    """And the training is the same as one that never had it."""
+    preset = f"--flagfile={ROOT}/flags/model/b2.flags"
+    assert parse(Config, preset).data.augment_name == "randaugment"
+    plain = parse(Config, preset, f"--augment_name={nothing}")
+    assert plain.data.augment_name is None
+    assert plain.override(augment_name="randaugment") == parse(Config, preset)
+    assert ResolvedConfig.from_config(plain).labeled_preprocessing.randaugment is None
+
+
+def test_none_means_something_where_it_is_not_the_default():
+    assert parse(Config, "--unl_aug=none").data.unl_aug == "none"
+    with pytest.raises(flags.Error, match="unl_aug"):
+        parse(Config, "--unl_aug=")
+
+
+# The programs.
+
+
+def start(program: str, *arguments: str, **streams) -> subprocess.Popen:
+    command = [sys.executable, "-m", f"efficientnet_ns.{program}", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+
+
+def test_unknown_flags_are_wrong_usage():
+    """In every program; those that take other words too."""
+    running = {program: start(program, "--no_such_flag=1") for program in PROGRAMS}
+    for program, process in running.items():
+        errors = process.communicate()[1]
+        assert process.returncode == 2, program
+        assert "no_such_flag" in errors or "the following arguments" in errors, program
+        assert "Traceback" not in errors, program
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_nobody_reads_the_output(arguments):
+    """As of `| head`, which has gone by then."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start("list_models", *arguments, stdout=writer)
+    os.close(writer)
+    assert process.communicate()[1] == ""
+    assert process.returncode == 141
+
+
+def test_nobody_reads_help():
+    reader, writer = os.pipe()
+    os.close(reader)
+    running = {program: start(program, "--help", stdout=writer) for program in PROGRAMS}
+    os.close(writer)
+    for program, process in running.items():
+        assert process.communicate()[1] == "", program
+
+
+def test_other_broken_pipes_are_errors():
+    code = "raise BrokenPipeError(32, 'of a server')"
+    done = run(
+        "-c", f"from efficientnet_ns import config\nwith config.quiet_when_unread():\n    {code}"
+    )
+    assert done.returncode == 1 and "of a server" in done.stderr
+
+
+def test_output_was_closed_before():
+    done = run("-c", "import os, sys\nos.close(1)\nsys.stdout = None\n" + _LIST_MODELS)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+_LIST_MODELS = """
+from efficientnet_ns import list_models
+list_models.run()
+"""
+
+
+def test_help_has_a_heading_for_each_section():
+    shown = run("-m", "efficientnet_ns.main", "--help")
+    assert shown.returncode == 0
+    lines = shown.stdout.splitlines()
+    headings = [cls.__doc__.splitlines()[0] for cls in SECTIONS.values()]
+    places = [lines.index(heading) for heading in headings]
+    assert places == sorted(places)
+    for cls, first, last in zip(SECTIONS.values(), places, [*places[1:], len(lines)]):
+        section = "\n".join(lines[first:last])
+        for _, field in flatten(cls):
+            assert f"--{field.name}=<" in section or f"--[no]{field.name} " in section, field.name
+    assert "--mode=<train|eval|train_and_eval|predict>  (default: 'train_and_eval')" in shown.stdout
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("entry", [*ENTRIES, "convert_checkpoint", "list_models", "predict_image"])
+def test_help_does_not_load_tensorflow(entry):
+    answer = run("-X", "importtime", "-m", f"efficientnet_ns.{entry}", "--helpshort")
+    modules = {line.split("|")[-1].strip() for line in answer.stderr.splitlines()}
+    assert {"absl", "efficientnet_ns.config"} <= modules
+    assert "tensorflow" not in modules
+    for name in flags_of(entry):
+        assert f"--{name}" in answer.stdout or f"--[no]{name}" in answer.stdout
+    # The program's own flags, not those of the libraries.
+    assert "--logtostderr" not in answer.stdout
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_leftover_words_end_the_program(entry):
+    answer = run("-m", f"efficientnet_ns.{entry}", "oops")
+    assert answer.returncode == 2
+    assert "'oops'" in answer.stderr and "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize(
+    "entry, arguments, message",
+    [
+        ("main", ["--train_steps=0"], "--train_steps=0 is too small"),
+        ("noisy_student", ["--teacher_steps=0"], "--teacher_steps=0 is too small"),
+        ("filter_unlabel", [], "--input_dir is needed"),
+        (
+            "filter_unlabel",
+            [f"--{k}_dir=x" for k in ("input", "prediction", "prelim_stats", "output")]
+            + ["--report", "--only_get_stats=1"],
+            "--report shows a selection",
+        ),
+    ],
+)
+def test_wrong_settings_are_one_line(entry, arguments, message):
+    answer = run("-m", f"efficientnet_ns.{entry}", *arguments)
+    assert answer.returncode == 2
+    assert message in answer.stderr and "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize(
+    "error, one_line",
+    [
+        ("config.ConfigError('the message')", True),
+        ("FileNotFoundError('the message')", True),
+        ("type('FailedPreconditionError', (Exception,), {})('the message: a directory')", True),
+        ("ValueError('the message')", False),
+        ("TypeError('the message')", False),
+    ],
+)
+def test_run_hides_the_stack_only_of_what_users_can_mend(error, one_line):
+    code = f"""
+from efficientnet_ns import config
+def main(argv):
+    raise {error}
+config.run(main)
+"""
+    answer = run("-c", code)
+    assert "the message" in answer.stderr
+    assert ("Traceback" not in answer.stderr) == one_line
+    assert (answer.returncode == 2) == one_line
+
+
+# Config.
+
+
+def test_override():
+    base = Config()
+    changed = base.override(model_name="efficientnet-b1", seed=7, num_shards=3, tpu="local")
+    assert (changed.model.model_name, changed.train.seed) == ("efficientnet-b1", 7)
+    assert (changed.predict.num_shards, changed.hardware.tpu) == (3, "local")
+    assert base == Config()
+    assert changed.override(model_name="efficientnet-b0", seed=0, num_shards=128, tpu=None) == base
+
+
+def test_override_of_an_unknown_name():
+    with pytest.raises(ConfigError, match="'trian_steps'"):
+        Config().override(train_steps=3, trian_steps=3)
+    with pytest.raises(ConfigError, match="'model'"):
+        Config().override(model=ModelConfig())
+
+
+def test_identity():
+    """Of the sections that make the weights, all but what may change between runs; JSON-able."""
+    identity = Config().identity()
+    free = {
+        "data_source",
+        "data_cache_dir",
+        "tfds_data_dir",
+        "model_dir",
+        "num_eval_images",
+        "num_test_images",
+        "use_cache",
+        "log_step_count_steps",
+        "preview_images",
+        "debug",
+        "eval_continuously",
+        "eval_ema",
+        "eval_image_size",
+        "eval_views",
+        "eval_dir",
+        "steps_per_eval",
+        "eval_batch_size",
+        "save_checkpoints_steps",
+        "keep_checkpoint_max",
+        "iterations_per_loop",
+    }
+    fields = [f.name for s in ("model", "data", "train") for _, f in flatten(SECTIONS[s])]
+    assert set(identity) == set(fields) - free and free < set(fields)
+    assert json.loads(json.dumps(identity)) == identity
+    assert {"seed", "train_steps", "model_name", "label_data_dir", "randaug_mag"} <= set(identity)
+
+
+def test_identity_changes_with_what_matters_only():
+    base = Config().identity()
+    assert Config().override(seed=1).identity() == {**base, "seed": 1}
+    for name in ("eval_batch_size", "keep_checkpoint_max", "worker_id"):
+        assert Config().override(**{name: 3}).identity() == base
+    assert Config().override(model_dir="a", tpu="b", use_bfloat16=False).identity() == base
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("0", [0]),
+        ("127", [127]),
+        ("0,3,8-11", [0, 3, 8, 9, 10, 11]),
+        ("5-5", [5]),
+        (" 1, 2-3 ", [1, 2, 3]),
+        ("7,2", [7, 2]),
+    ],
+)
+def test_shard_list(text, expected):
+    assert config.shard_list(text, 128) == expected
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("128", "128"),
+        ("0-128", "128"),
+        ("a", "'a'"),
+        ("", "''"),
+        ("1,", "''"),
+        ("-3", "'-3'"),
+        ("1-2-3", "'1-2-3'"),
+        ("1.5", "'1.5'"),
+        ("8-3", "'8-3'"),
+    ],
+)
+def test_wrong_shard_list(text, named):
+    with pytest.raises(ConfigError) as e:
+        config.shard_list(text, 128)
+    assert f"--shard_id={text}" in str(e.value)
+    assert named in str(e.value).split(f"--shard_id={text}", 1)[1]
+
+
+# No setting without effect.
+
+
+def names_read(source: str) -> set[str]:
+    """Attributes that are read, and texts in functions that read attributes by name."""
+    found = set()
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            found.add(node.attr)
+        if isinstance(node, ast.FunctionDef):
+            calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)]
+            if any(isinstance(c.func, ast.Name) and c.func.id == "getattr" for c in calls):
+                texts = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant))
+                found.update(text for text in texts if isinstance(text, str))
+    return found
+
+
+def test_names_read():
+    source = """
+def f(x):
+    "a docstring"
+    x.written = x.read(keyword=1)
+    return "text"
+def g(x):
+    return [getattr(x, name) for name in ("by_name",)]
+"""
+    found = names_read(source)
+    assert {"read", "by_name"} <= found
+    assert not {"written", "keyword", "text", "a docstring"} & found
+
+
+def test_every_setting_is_read_somewhere():
+    package = ROOT / "efficientnet_ns"
+    sources = [p for p in package.rglob("*.py") if p != package / "config.py"]
+    read = set().union(*(names_read(path.read_text()) for path in sources))
+    # Those for old command lines have no effect, and say so.
+    settings = {f.name for cls in ALL if cls is not LegacyConfig for _, f in flatten(cls)}
+    assert len(settings) > 60
+    # Only one value, or no effect: accepted for old scripts, as their help says.
+    assert settings - read == {"data_type", "eval_imagenet_p"}
+
+
+def test_shards_named_twice_count_once():
+    assert config.shard_list("0-2,1,2", 4) == [0, 1, 2]
+
+
+def test_paths_become_strings(tmp_path):
+    """Every dataclass of settings takes `pathlib.Path` for a path."""
+    classes = [ModelConfig, DataConfig, TrainConfig, PredictConfig, SelectConfig, LoopConfig]
+    classes += [MakeConfig, SvhnConfig, ExportConfig]
+    for cls in classes:
+        names = [f.name for f in dataclasses.fields(cls) if f.name.endswith(("_dir", "_path"))]
+        made = cls(**{name: tmp_path for name in names})
+        assert all(getattr(made, name) == str(tmp_path) for name in names)
+    config = Config().override(model_dir=tmp_path, label_data_dir=tmp_path)
+    assert config.train.model_dir == config.data.label_data_dir == str(tmp_path)

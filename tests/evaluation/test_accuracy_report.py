@@ -1,0 +1,333 @@
+"""`--mode=eval`: what it measures and writes, against NumPy and the model called by hand."""
+
+from __future__ import annotations
+
+import functools
+import html
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_distribution import free_ports, worker_environment
+from test_train import ROOT, pictures, write_task
+
+from efficientnet_ns import report as labeling_report
+from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.evaluation import accuracy, accuracy_report
+from efficientnet_ns.files import records
+from efficientnet_ns.inference.engines import EngineError
+from efficientnet_ns.models import weights
+from efficientnet_ns.models.recipes import RECIPES
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+from efficientnet_ns.training import train
+
+CLASSES, COUNT = 3, 23
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """23 labeled images and a checkpoint whose moving averages differ from the raw weights."""
+    path = tmp_path_factory.mktemp("evaluation")
+    write_task(path / "task.json", CLASSES)
+    examples = [
+        # The last class is in minority.
+        records.labeled_example(image, i % 7 % CLASSES)
+        for i, image in enumerate(pictures(COUNT, 5))
+    ]
+    records.write_sharded(str(path / "labeled"), "validation", examples, 3)
+    rng = np.random.default_rng(1)
+    tensors = {}
+    for name, variable in weights.variable_names(resolved(path).build_model()).items():
+        for suffix in ("", weights.EMA_SUFFIX):
+            value = variable + rng.uniform(-0.05, 0.05, variable.shape)
+            # Not equally sure of all images.
+            tensors[name + suffix] = value * 20 if name.endswith("dense/kernel") else value
+    (path / "model").mkdir()
+    weights.write_checkpoint(str(path / "model" / "model.ckpt-7"), tensors)
+    return path
+
+
+def settings(folder: Path, **values) -> Config:
+    defaults = {
+        "model_name": "efficientnet-test",
+        "task_name": str(folder / "task.json"),
+        "label_data_dir": str(folder / "labeled"),
+        "model_dir": str(folder / "model"),
+        "inference_engine": "tf",
+        "eval_batch_size": 8,
+    }
+    return Config().override(**{**defaults, **values})
+
+
+def resolved(folder: Path, **values) -> ResolvedConfig:
+    return ResolvedConfig.from_config(settings(folder, **values))
+
+
+@functools.lru_cache(maxsize=None)
+def answers(folder: Path, *, ema=True, size=None, mirrored=False) -> tuple[np.ndarray, np.ndarray]:
+    """(probabilities float64 [N, C], labels [N]) by calling the model, without batches and masks."""
+    chosen = resolved(folder, input_image_size=size)
+    model = chosen.build_model()
+    weights.load_weights(model, str(folder / "model"), ema=ema)
+    found = [
+        raw
+        for path in sorted((folder / "labeled").glob("validation-*"))
+        for raw in tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+    ]
+    images = [tf.constant(records.image_bytes(raw)) for raw in found]
+    pixels = tf.stack([chosen.preprocessing().evaluate(image) for image in images])
+    views = [pixels, pixels[:, :, ::-1]] if mirrored else [pixels]
+    probs = [softmax(model(view, training=False).numpy().astype(np.float64)) for view in views]
+    return np.mean(probs, axis=0), np.array([records.label(raw) for raw in found])
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponents = np.exp(logits - logits.max(1, keepdims=True))
+    return exponents / exponents.sum(1, keepdims=True)
+
+
+def expected_metrics(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    own = probs[np.arange(len(labels)), labels]
+    return {
+        "top1": np.mean(probs.argmax(1) == labels),
+        "top5": 1.0,
+        "loss": -np.mean(np.log(own)),
+        "examples": len(labels),
+    }
+
+
+def calibration_error(probs: np.ndarray, labels: np.ndarray) -> float:
+    """Guo et al. 2017, equation 3, with 15 bins."""
+    inside: dict[int, list] = {}
+    for row, label in zip(probs, labels):
+        inside.setdefault(math.ceil(row.max() * 15), []).append((row.max(), row.argmax() == label))
+    gaps = [
+        len(v) * abs(np.mean([c for c, _ in v]) - np.mean([r for _, r in v]))
+        for v in inside.values()
+    ]
+    return sum(gaps) / len(labels)
+
+
+def approx(metrics: dict[str, float]):
+    return pytest.approx(metrics, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder) -> Path:
+    out = folder / "written"
+    metrics = train.evaluate(settings(folder, eval_dir=str(out)))["validation"]
+    assert metrics == approx(expected_metrics(*answers(folder)))
+    return out
+
+
+def test_json(evaluated, folder):
+    probs, labels = answers(folder)
+    found = json.loads((evaluated / "eval.json").read_text())
+    assert (found["weights"], found["ema"], found["views"]) == (str(folder / "model"), True, 1)
+    assert list(found["sets"]) == ["validation"]
+    result = found["sets"]["validation"]
+    expected = {**expected_metrics(probs, labels), "ece": calibration_error(probs, labels)}
+    assert {key: result[key] for key in expected} == approx(expected)
+    guesses = probs.argmax(1)
+    per_class = [np.mean(guesses[labels == c] == c) for c in range(CLASSES)]
+    assert result["per_class"] == pytest.approx(per_class)
+    pairs = {}
+    for label, guess in zip(labels, guesses):
+        if label != guess:
+            pairs[str(label), str(guess)] = pairs.get((str(label), str(guess)), 0) + 1
+    stated = [(p["truth"], p["predicted"], p["images"]) for p in result["confused"]]
+    assert {(t, g): n for t, g, n in stated} == pairs and pairs
+    assert [n for *_, n in stated] == sorted(pairs.values(), reverse=True)
+    bins = result["calibration"]
+    assert sum(bins["images"]) == COUNT and len(bins["images"]) == 15
+    assert sum(bins["correct"]) == np.sum(guesses == labels)
+    assert sum(bins["confidence"]) == pytest.approx(probs.max(1).sum(), rel=1e-4)
+
+
+def test_page(evaluated, folder):
+    probs, labels = answers(folder)
+    page = (evaluated / "eval_report.html").read_text()
+    titles = re.findall(r"<h2>(.*?)</h2>", page)
+    sections = ["accuracy", "calibration", "classes, worst first", "confusion"]
+    assert titles == [f"validation: {name}" for name in sections]
+    assert re.search(r'<img class="plot" src="data:image/png;base64,[^"]{1000,}" alt="Reliab', page)
+    stated = re.search(r"Expected calibration error ([0-9.]+) \(15 bins, (\d+) images", page)
+    assert float(stated[1]) == pytest.approx(calibration_error(probs, labels), rel=2e-3)
+    assert int(stated[2]) == COUNT
+    # The classes, worst first, with their images.
+    text = html.unescape(re.sub(r"<[^>]+>", " ", page.split("worst first</h2>")[1]))
+    rows = re.findall(r"(?m)^\s*(\d)\s+(\d+)\s+(\d\.?\d*)\s*$", text)[:CLASSES]
+    right = probs.argmax(1) == labels
+    expected = sorted((right[labels == c].mean(), c) for c in range(CLASSES))
+    assert [int(row[0]) for row in rows] == [c for _, c in expected]
+    for (_, images, share), (accuracy_of, c) in zip(rows, expected):
+        assert int(images) == np.sum(labels == c)
+        assert float(share) == pytest.approx(accuracy_of, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_raw_weights(folder):
+    raw = train.evaluate(settings(folder, eval_ema=False))["validation"]
+    assert raw == approx(expected_metrics(*answers(folder, ema=False)))
+    assert raw["loss"] != pytest.approx(expected_metrics(*answers(folder))["loss"], rel=1e-3)
+
+
+def test_another_resolution(folder):
+    found = train.evaluate(settings(folder, eval_image_size=16))["validation"]
+    assert found == approx(expected_metrics(*answers(folder, size=16)))
+    assert found["loss"] != pytest.approx(expected_metrics(*answers(folder))["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("engine", [pytest.param("tf", marks=pytest.mark.slow), "xnnpack"])
+def test_mirrored_views_with_each_engine(folder, engine):
+    config = settings(folder, eval_views=2, inference_engine=engine)
+    found = train.evaluate(config)["validation"]
+    assert found == pytest.approx(expected_metrics(*answers(folder, mirrored=True)), rel=1e-3)
+
+
+def test_number_of_views(folder):
+    with pytest.raises(ConfigError, match="--eval_views=10 must be 1 or 2"):
+        train.evaluate(settings(folder, eval_views=10))
+
+
+def test_an_engine_that_cannot_compute_is_refused(folder, monkeypatch):
+    xnnpack = {"inference_engine": "xnnpack"}
+    with pytest.raises(ConfigError, match="one device"):
+        train.evaluate(settings(folder, num_replicas=4, **xnnpack))
+    with pytest.raises(ConfigError, match="--eval_continuously computes with TensorFlow"):
+        train.evaluate(settings(folder, eval_continuously=True, **xnnpack))
+    monkeypatch.setattr("efficientnet_ns.inference.engines._MAX_PARAMETERS", 1)
+    with pytest.raises(EngineError, match="does not fit into a flatbuffer"):
+        train.evaluate(settings(folder, **xnnpack))
+
+
+@pytest.mark.parametrize("kind", ["xnnpack", "auto"])
+def test_the_engine_computes(folder, monkeypatch, kind):
+    """It is asked for every image, and TensorFlow for none; it is what predictions would have."""
+    seen, asked = [], []
+
+    def make(kind, model, batch_size, strategy):
+        def engine(pixels):
+            seen.append(len(pixels))
+            return np.full([len(pixels), CLASSES], [0.2, 0.5, 0.3], np.float32)
+
+        asked.append(kind)
+        return engine
+
+    monkeypatch.setattr("efficientnet_ns.inference.engines.make", make)
+    found = train.evaluate(settings(folder, inference_engine=kind))["validation"]
+    labels = answers(folder)[1]
+    assert (asked, seen) == ([kind], [8, 8, 8])
+    assert found["top1"] == pytest.approx(np.mean(labels == 1))
+    assert found["loss"] == pytest.approx(-np.mean(np.log([0.2, 0.5, 0.3])[labels]), rel=1e-5)
+
+
+# --- Every example exactly once -------------------------------------------------------------------
+
+
+_QUICK = [(1, 7), (4, 6)]
+_MORE = [(1, 4), (1, 23), (1, 64), (4, 4), (4, 7), (4, 23), (4, 64)]
+
+
+@pytest.mark.parametrize(
+    "replicas, batch", [*_QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in _MORE)]
+)
+def test_count_is_exact(folder, replicas, batch):
+    """Batches that do not divide the set, nor by the replicas, and one larger than the set."""
+    config = settings(folder, eval_batch_size=batch, num_replicas=replicas)
+    found = train.evaluate(config)["validation"]
+    assert found["examples"] == COUNT
+    assert found == approx(expected_metrics(*answers(folder)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images, batch", [(23, 8), (22, 5), (1, 4)])
+def test_count_is_exact_with_two_processes(folder, tmp_path, images, batch):
+    """MultiWorkerMirroredStrategy; each process prints what all of them measured."""
+    config = {"model_dir": folder / "model", "label_data_dir": folder / "labeled"}
+    config.update(task_name=folder / "task.json", model_name="efficientnet-test")
+    config.update(num_eval_images=images, eval_batch_size=batch, eval_dir=tmp_path / "out")
+    flags = [f"--{key}={value}" for key, value in config.items()]
+    command = [sys.executable, "-m", "efficientnet_ns.main", "--mode=eval", *flags]
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=worker_environment(addresses, index),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    probs, labels = answers(folder)
+    expected = expected_metrics(probs[:images], labels[:images])
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == 0, err[-3000:]
+            assert json.loads(out)["validation"] == approx(expected)
+    finally:
+        for process in processes:
+            process.kill()
+    written = json.loads((tmp_path / "out" / "eval.json").read_text())["sets"]["validation"]
+    assert written["examples"] == images == sum(written["calibration"]["images"])
+    right = np.argmax(probs, 1)[:images] == labels[:images]
+    assert written["per_class"] == [
+        pytest.approx(right[labels[:images] == c].mean()) if c in labels[:images] else None
+        for c in range(CLASSES)
+    ]
+
+
+# --- Beside the published value -------------------------------------------------------------------
+
+
+def measured(top1: float, examples: int) -> dict[str, accuracy.Measured]:
+    metrics = {"top1": top1, "examples": examples}
+    nothing = labeling_report.Confusion.count([], []), labeling_report.Calibration.count([], [])
+    return {"validation": accuracy.Measured(metrics, *nothing, 2)}
+
+
+@pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-l2"])
+def test_published_value_of_a_known_model_and_set(name):
+    config = Config().override(model_name=name)
+    (line,) = accuracy_report.beside_published(config, measured(0.78123, 50_000))
+    recipe = RECIPES[name]
+    assert line.startswith(f"{name}, validation: top-1 78.12% measured; published: ")
+    for value in (f"{recipe.top1:.1f}%", f"{recipe.timm_top1:.2f}%"):
+        assert value in line
+
+
+@pytest.mark.parametrize(
+    "values, examples",
+    [({"model_name": "efficientnet-test"}, 50_000), ({"task_name": "svhn"}, 50_000), ({}, 49_999)],
+)
+def test_nothing_is_published_of_other_models_and_sets(values, examples):
+    config = Config().override(**values)
+    assert accuracy_report.beside_published(config, measured(0.5, examples)) == []
+
+
+def test_eval_prints_measured_beside_published(folder, tmp_path, monkeypatch, capsys, caplog):
+    """`main --mode=eval`: a published model on a set as large as it says ImageNet's is."""
+    from efficientnet_ns import main
+    from efficientnet_ns.data import tasks
+
+    monkeypatch.setitem(tasks.TASKS, "imagenet", tasks.get_task(str(folder / "task.json")))
+    monkeypatch.setitem(RECIPES, "efficientnet-test", RECIPES["efficientnet-b0"])
+    monkeypatch.setattr(accuracy_report, "_IMAGENET_VALIDATION", COUNT)
+    config = settings(folder, task_name="imagenet", eval_dir=str(tmp_path))
+    monkeypatch.setattr(main.config, "from_flags", lambda *_: config)
+    monkeypatch.setattr(main.flags, "FLAGS", type("Values", (), {"mode": "eval"}))
+    with caplog.at_level("INFO", logger="absl"):
+        main.main(["main"])
+    top1 = json.loads(capsys.readouterr().out)["validation"]["top1"]
+    published = f"top-1 {top1:.2%} measured; published: Noisy Student 78.8%"
+    assert published in caplog.text
+    assert published in html.unescape((tmp_path / "eval_report.html").read_text())

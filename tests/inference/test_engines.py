@@ -1,0 +1,154 @@
+"""Engines: the same probabilities whatever computes them, however many images there are."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from efficientnet_ns.inference import engines
+from efficientnet_ns.models import efficientnet
+
+CLASSES, SIZE = 7, 32
+
+
+def unsure(model: tf.keras.Model, rng: np.random.Generator) -> tf.keras.Model:
+    """Random weights and statistics, with logits far from uniform and from one-hot."""
+    for variable in model.weights:
+        if "head_dense/kernel" in variable.name:
+            variable.assign(rng.normal(0, 1, variable.shape))
+        elif "variance" in variable.name:
+            variable.assign(rng.uniform(0.5, 2, variable.shape))
+        elif "gamma" in variable.name:
+            variable.assign(rng.uniform(0.5, 1.5, variable.shape))
+        elif variable.shape.rank == 1:
+            variable.assign(rng.normal(0, 0.3, variable.shape))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> tf.keras.Model:
+    tf.keras.utils.set_random_seed(0)
+    model = efficientnet.build_model("efficientnet-test", CLASSES, SIZE)
+    return unsure(model, np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    rng = np.random.default_rng(1)
+    return rng.uniform(-15, 282, [11, SIZE, SIZE, 3]).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def expected(model, pixels) -> np.ndarray:
+    return tf.nn.softmax(model(pixels, training=False)).numpy()
+
+
+@pytest.fixture(scope="module", params=["tf", "xnnpack"])
+def engine(request, model):
+    return engines.make(request.param, model, batch_size=4)
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 11])
+def test_probabilities(engine, pixels, expected, n):
+    answer = engine(pixels[:n])
+    assert answer.dtype == np.float32 and answer.shape == (n, CLASSES)
+    np.testing.assert_allclose(answer, expected[:n], atol=1e-5)
+    assert expected.std(0).max() > 1e-2  # The images differ for this model.
+
+
+def test_many_threads(engine, pixels, expected):
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: engine(pixels[i : i + 3]), [i % 8 for i in range(64)]))
+    for i, answer in enumerate(answers):
+        np.testing.assert_allclose(answer, expected[i % 8 : i % 8 + 3], atol=1e-5)
+
+
+def test_answers_repeat_bit_by_bit(engine, pixels):
+    """Whatever stands in the other rows, and whichever thread computes it."""
+    first = engine(pixels[:8])
+    others = pixels[:8].copy()
+    others[4:] = 0
+    for _ in range(3):
+        np.testing.assert_array_equal(engine(pixels[:8]), first)
+        np.testing.assert_array_equal(engine(others)[:4], first[:4])
+
+
+def test_batch_is_divided_among_replicas(two_replicas, pixels):
+    with two_replicas.scope():
+        model = unsure(
+            efficientnet.build_model("efficientnet-test", CLASSES, SIZE), np.random.default_rng(0)
+        )
+    engine = engines.make("auto", model, 3, two_replicas)
+    assert (engine.name, engine.batch_size) == ("tf", 4)
+    expected = tf.nn.softmax(model(pixels, training=False)).numpy()
+    np.testing.assert_allclose(engine(pixels), expected, atol=1e-5)
+
+
+def test_auto_is_xnnpack_on_cpu(model):
+    assert engines.make("auto", model, 4).name == "xnnpack"
+
+
+def test_model_that_fits_no_flatbuffer(model, monkeypatch, caplog, pixels, expected):
+    """What is chosen for the user is said; what the user chose is not replaced."""
+    monkeypatch.setattr(engines, "_MAX_PARAMETERS", 1000)
+    with pytest.raises(engines.EngineError, match="=xnnpack: .* does not fit into a flatbuffer"):
+        engines.make("xnnpack", model, 4)
+    engine = engines.make("auto", model, 4)
+    assert engine.name == "tf"
+    assert "does not fit into a flatbuffer" in caplog.text
+    np.testing.assert_allclose(engine(pixels), expected, atol=1e-6)
+
+
+def test_bfloat16_is_computed_by_tensorflow(caplog):
+    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    model = efficientnet.build_model("efficientnet-test", CLASSES, SIZE)
+    with pytest.raises(engines.EngineError, match="bfloat16"):
+        engines.make("xnnpack", model, 4)
+    assert engines.make("auto", model, 4).name == "tf"
+    assert "bfloat16" in caplog.text
+
+
+def test_l2_fits_into_a_flatbuffer():
+    """L2 has 480 million parameters, 1.9 GB."""
+    assert 481_400_003 < engines._MAX_PARAMETERS < 2**31 // 4
+
+
+def test_large_models_share_interpreters(model, monkeypatch, pixels, expected):
+    monkeypatch.setattr(engines, "_MAX_INTERPRETER_BYTES", 1)
+    engine = engines.XnnpackEngine(model, threads=4)
+    assert engine.concurrency == 1
+    np.testing.assert_allclose(engine(pixels), expected, atol=1e-5)
+
+
+def test_native_code_prints_nothing(model, capfd):
+    engines.XnnpackEngine(model, threads=1)
+    assert capfd.readouterr().err == ""
+
+
+def test_normalisation_and_batch_norm_are_folded(model):
+    interpreter = engines.interpreter(engines.convert(model, 2))
+    assert interpreter.get_input_details()[0]["shape"].tolist() == [2, SIZE, SIZE, 3]
+    names = [op["op_name"] for op in interpreter._get_ops_details()]
+    assert "CONV_2D" in names
+    kinds = (tf.keras.layers.Conv2D, tf.keras.layers.DepthwiseConv2D)
+    convolutions = sum(isinstance(layer, kinds) for layer in model.layers)
+    # One swish per convolution that has one is a LOGISTIC and a MUL; batch norms add none.
+    assert names.count("MUL") <= names.count("LOGISTIC") + 1
+    assert names.count("CONV_2D") + names.count("DEPTHWISE_CONV_2D") == convolutions
+
+
+@pytest.mark.slow
+def test_b0_and_the_numbers_of_the_original(large_goldens):
+    """Checkpoint and probabilities made by the original code."""
+    from efficientnet_ns.models import weights
+
+    folder = large_goldens / "6_model" / "b0_224_1000"
+    model = efficientnet.build_model("efficientnet-b0", 1000, 224)
+    weights.load_weights(model, str(folder / "model.ckpt"))
+    arrays = np.load(folder / "eval_logits.npz")
+    answer = engines.XnnpackEngine(model)(arrays["images"])
+    np.testing.assert_allclose(answer, arrays["probabilities_ema"], atol=1e-4)
+    assert answer.argmax(1).tolist() == arrays["classes_ema"].tolist()

@@ -1,0 +1,261 @@
+"""The demo: its data, its table, and the whole of it with few steps, killed once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn.datasets import load_digits
+
+from efficientnet_ns import demo, noisy_student
+from efficientnet_ns.config import ConfigError
+from efficientnet_ns.files import records
+
+ROOT = Path(__file__).parents[2]
+DIGITS, TEST, DEV, TRAIN, OUTLIERS, SHARDS = 1797, 500, 300, 100, 200, 4
+UNLABELED = DIGITS - TEST - DEV - TRAIN
+
+
+@pytest.fixture(scope="module", autouse=True)
+def encoded_once():
+    """The sets are made several times here; encoding takes most of the time of it."""
+    encode, known = demo.encode, {}
+
+    def remembering(gray: np.ndarray) -> bytes:
+        key = gray.tobytes()
+        if key not in known:
+            known[key] = encode(gray)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "encode", remembering)
+        yield
+
+
+def read(folder: Path, prefix: str) -> list[list[bytes]]:
+    """Payloads by shard."""
+    return [
+        [record.payload for record in records.read(path)]
+        for path in records.list_shards(str(folder), prefix)
+    ]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, demo.prepare_data(str(folder), demo.DemoConfig())
+
+
+@pytest.fixture(scope="module")
+def sets(prepared) -> dict[str, list[bytes]]:
+    """All payloads of each set."""
+    folder, _ = prepared
+    places = {"train": "labeled", "dev": "labeled", "test": "labeled", "extra": "unlabeled"}
+    return {
+        prefix: [payload for shard in read(folder / place, prefix) for payload in shard]
+        for prefix, place in places.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def classes() -> dict[bytes, int]:
+    """Class of each picture of the collection, by its bytes."""
+    digits = load_digits()
+    pictures = [demo.encode(image * (255 / 16)) for image in digits.images]
+    return dict(zip(pictures, digits.target.tolist()))
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+def test_sizes(prepared, sets):
+    assert {prefix: len(payloads) for prefix, payloads in sets.items()} == {
+        "train": TRAIN,
+        "dev": DEV,
+        "test": TEST,
+        "extra": UNLABELED + OUTLIERS,
+    }
+    _, data = prepared
+    assert (data["train"], data["unlabeled"]) == (TRAIN, UNLABELED + OUTLIERS)
+
+
+def test_labels_are_those_of_the_collection(sets, classes):
+    for prefix in ("train", "dev", "test"):
+        for payload in sets[prefix]:
+            assert records.label(payload) == classes[records.image_bytes(payload)]
+    counts = Counter(records.label(payload) for payload in sets["train"])
+    assert counts == {label: TRAIN // 10 for label in range(10)}
+
+
+def test_no_picture_is_in_two_sets(sets, classes):
+    assert len(classes) == DIGITS
+    pictures = {name: [records.image_bytes(p) for p in sets[name]] for name in sets}
+    digits = Counter(image for images in pictures.values() for image in images if image in classes)
+    assert len(digits) == DIGITS
+    assert set(digits.values()) == {1}
+
+
+def test_labeled_pictures_stand_close_together():
+    """In a circle of classes 0, 1 … 9, 0, 1 …, three of each are thirty neighbours."""
+    labels = np.tile(np.arange(10), 40)
+    starts = set()
+    for seed in range(5):
+        chosen = demo.labeled_indices(labels, 3, np.random.default_rng(seed))
+        assert Counter(labels[chosen]) == {label: 3 for label in range(10)}
+        (start,) = [i for i in chosen if (i - 1) % len(labels) not in chosen]
+        assert set(chosen) == {(start + i) % len(labels) for i in range(30)}
+        starts.add(int(start))
+    assert len(starts) == 5
+
+
+def test_unlabeled_records_hold_nothing_but_the_picture(sets):
+    for payload in sets["extra"]:
+        assert list(tf.train.Example.FromString(payload).features.feature) == ["image/encoded"]
+
+
+def test_truth_is_in_the_order_of_the_records(prepared, classes):
+    folder, data = prepared
+    shards = read(folder / "unlabeled", "extra")
+    assert len(shards) == SHARDS
+    for payloads, truth in zip(shards, data["truth"]):
+        assert truth == [classes.get(records.image_bytes(payload), -1) for payload in payloads]
+        assert Counter(label >= 0 for label in truth)[False] > 0
+    assert sum(label < 0 for truth in data["truth"] for label in truth) == OUTLIERS
+
+
+def test_pictures(sets):
+    for payload in (*sets["train"][:5], *sets["extra"][:20]):
+        image = tf.io.decode_image(records.image_bytes(payload))
+        assert image.shape == (16, 16, 1) and image.dtype == tf.uint8
+        assert np.ptp(image.numpy()) > 0
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_same_seed_same_data(prepared, tmp_path):
+    folder, data = prepared
+    assert demo.prepare_data(str(tmp_path), demo.DemoConfig()) == data
+    assert files(tmp_path) == files(folder)
+
+
+def test_settings_of_the_data(prepared, tmp_path):
+    folder, _ = prepared
+    other = demo.prepare_data(str(tmp_path), demo.DemoConfig(seed=1, labels_per_class=3))
+    assert (other["train"], other["unlabeled"]) == (30, UNLABELED + OUTLIERS + 70)
+    test = "labeled/test-00000-of-00002"
+    assert files(tmp_path)[test] != files(folder)[test]
+
+
+def test_configuration_finds_the_data(prepared):
+    folder, _ = prepared
+    base, loop = demo.settings(demo.DemoConfig(output_dir=str(folder), seed=7, teacher_steps=5))
+    assert base.data.label_data_dir == str(folder / "data" / "labeled")
+    assert base.data.unlabel_data_dir == str(folder / "data" / "unlabeled")
+    assert (base.train.seed, loop.teacher_steps) == (7, 5)
+
+
+# --- Table ----------------------------------------------------------------------------------------
+
+
+def test_table():
+    rows = [{"round": "teacher", "top-1": "88.6%"}, {"round": "student 1", "top-1": "9.0%"}]
+    assert demo.format_table(rows).split("\n") == [
+        "round      top-1",
+        "---------  -----",
+        "teacher    88.6%",
+        "student 1  9.0%",
+    ]
+
+
+def test_table_rows():
+    measured = {"dev": {"top1": 0.9}, "test": {"top1": 0.8764}}
+    result = {"round": 0, "model": "efficientnet-b0", "steps": 4, "measured": measured}
+    teacher = demo.table_row(result, 100, 150)
+    assert teacher["round"] == "teacher"
+    assert teacher["labels used"] == "100"
+    assert (teacher["dev top-1"], teacher["test top-1"]) == ("90.0%", "87.6%")
+    kept = {"0": [0.5, 120], "4": [0.31, 150], "7": [0.3, 9]}
+    student = demo.table_row({**result, "round": 2, "kept": kept}, 100, 150)
+    assert student["round"] == "student 2"
+    assert student["labels used"] == "100 + 450 pseudo"
+    assert student["images kept per class"] == "9 to 150"
+    assert demo.table_row({**result, "round": "control"}, 100, 150)["round"] == "control"
+
+
+def test_folder_of_another_demo(tmp_path):
+    config = demo.DemoConfig(output_dir=str(tmp_path))
+    noisy_student.State(str(tmp_path), dataclasses.asdict(config)).once("data", dict)
+    with pytest.raises(ConfigError, match="labels_per_class: 10 → 5"):
+        demo.run_demo(dataclasses.replace(config, labels_per_class=5))
+
+
+# --- All of it ------------------------------------------------------------------------------------
+
+# Models of four steps are sure of nothing, so every label counts; small ones, since compiling takes
+# most of the time.
+KILLED_ONCE = """
+import dataclasses, os, signal, sys
+from efficientnet_ns import demo
+from efficientnet_ns.models import weights
+
+moment = sys.argv.pop(1)
+settings, save = demo.settings, weights.write_checkpoint
+
+def small(config):
+    base, loop = settings(config)
+    base = base.override(model_name="efficientnet-test")
+    models = ",".join(["efficientnet-test"] * 3)
+    return base, dataclasses.replace(loop, models=models, min_threshold=0.0)
+
+def killing(prefix, tensors):
+    if prefix.endswith(moment):
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(prefix, tensors)
+
+demo.settings = small
+child = os.fork()
+if not child:
+    weights.write_checkpoint = killing
+    demo.run()
+_, status = os.waitpid(child, 0)
+print("killed by signal", os.WTERMSIG(status), flush=True)
+demo.run()
+"""
+
+
+def test_whole_demo_killed_once(tmp_path):
+    moment = "round-1/model/model.ckpt-4"
+    flags = [f"--output_dir={tmp_path}", "--teacher_steps=4", "--student_steps=4"]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_ONCE, moment, *flags],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    killed, printed = done.stdout.split("\n", 1)
+    assert killed == f"killed by signal {int(signal.SIGKILL)}"
+    for word in ("teacher", "student 1", "student 2", "control", "exported model says"):
+        assert word in printed
+    assert f"report: {tmp_path / 'report.html'}" in printed
+    report = (tmp_path / "report.html").read_text()
+    assert "Learning curves" in report and "Round 2: images rejected" in report
+    assert (tmp_path / "export" / "1" / "saved_model.pb").stat().st_size > 0
+    loop_state = json.loads((tmp_path / "loop" / "state.json").read_text())
+    assert len(loop_state["stages"]) == 12
+    assert not list((tmp_path / "export").glob(".tmp-*"))

@@ -1,0 +1,495 @@
+"""The loop on tiny data: layout, killed at several moments and continued, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from efficientnet_ns import noisy_student
+from efficientnet_ns.config import Config, ConfigError, LoopConfig
+from efficientnet_ns.config.ingest import MakeConfig
+from efficientnet_ns.files import records
+from efficientnet_ns.ingest import data_source
+from efficientnet_ns.pseudo_labels import predict
+from efficientnet_ns.training import train
+
+ROOT = Path(__file__).parents[2]
+CLASSES, SIZE, NUM_IMAGE = 3, 8, 5
+
+
+def write_data(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def pictures(count: int) -> list[bytes]:
+        pixels = rng.integers(0, 256, [count, SIZE, SIZE, 3], np.uint8)
+        return [tf.io.encode_png(image).numpy() for image in pixels]
+
+    task = {"num_classes": CLASSES, "image_size": SIZE, "small_image": True, "test_set": "test"}
+    (folder / "task.json").write_text(json.dumps(task))
+    for prefix, count in (("train", 9), ("validation", 6), ("test", 5)):
+        examples = [
+            records.labeled_example(image, i % CLASSES) for i, image in enumerate(pictures(count))
+        ]
+        records.write_sharded(str(folder / "labeled"), prefix, examples, 1)
+    unlabeled = [records.unlabeled_example(image) for image in pictures(24)]
+    records.write_sharded(str(folder / "unlabeled"), "extra", unlabeled, 2)
+
+
+def settings(folder: Path) -> dict:
+    return {
+        "task_name": str(folder / "task.json"),
+        "label_data_dir": str(folder / "labeled"),
+        "unlabel_data_dir": str(folder / "unlabeled"),
+        "unlabel_ratio": 1.0,
+        "train_batch_size": 4,
+        "train_steps": 2,
+        "base_learning_rate": 0.5,
+        "warmup_epochs": 0.0,
+        "eval_batch_size": 8,
+        "iterations_per_loop": 1,
+        "save_checkpoints_steps": 1,
+        "seed": 3,
+    }
+
+
+def rounds(folder: Path, work_dir: str, number: int = 2) -> LoopConfig:
+    return LoopConfig(
+        work_dir=str(folder / work_dir),
+        models=", ".join(["efficientnet-test"] * (1 + number)),
+        teacher_steps=3,
+        num_image=NUM_IMAGE,
+        min_threshold=0.2,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("loop")
+    write_data(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(folder) -> Config:
+    return Config().override(**settings(folder))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, config) -> tuple[LoopConfig, list[dict]]:
+    loop = rounds(folder, "undisturbed")
+    return loop, noisy_student.run_loop(config, loop)
+
+
+def stages(loop: LoopConfig) -> dict[str, dict]:
+    """Recorded results, without what depends on speed or on how often the loop was started."""
+    recorded = json.loads((Path(loop.work_dir) / "state.json").read_text())["stages"]
+    for result in recorded.values():
+        for pace in ("images_per_second", "input_wait"):
+            result.pop(pace, None)
+        result.pop("skipped_shards", None)
+    return recorded
+
+
+def balanced(loop: LoopConfig, number: int) -> dict[str, bytes]:
+    """The balanced records of a round."""
+    data = Path(loop.work_dir) / f"round-{number}" / "selected" / "data"
+    return {path.name: path.read_bytes() for path in sorted(data.glob("train-0-*"))}
+
+
+def test_rows(undisturbed):
+    _, rows = undisturbed
+    assert [row["round"] for row in rows] == [0, 1, 2]
+    assert [row["steps"] for row in rows] == [3, 2, 2]
+    for row in rows:
+        assert row["model"] == "efficientnet-test"
+        sizes = {name: metrics["examples"] for name, metrics in row["measured"].items()}
+        assert sizes == {"validation": 6, "test": 5}
+    for row in rows[1:]:
+        assert row["kept"]
+        assert row["unique"] == sum(images for _, images in row["kept"].values())
+
+
+def test_layout(undisturbed):
+    loop, _ = undisturbed
+    work = Path(loop.work_dir)
+    assert sorted(path.name for path in work.iterdir()) == [
+        "round-0",
+        "round-1",
+        "round-2",
+        "state.json",
+    ]
+    assert [path.name for path in (work / "round-0").iterdir()] == ["model"]
+    for number in (1, 2):
+        assert sorted(path.name for path in (work / f"round-{number}").iterdir()) == [
+            "info",
+            "model",
+            "predictions",
+            "selected",
+            "statistics",
+        ]
+    assert not list(work.rglob(".tmp-*"))
+
+
+def test_state(undisturbed):
+    loop, rows = undisturbed
+    recorded = stages(loop)
+    assert list(recorded) == [
+        "round 0: teacher efficientnet-test",
+        "round 0: teacher efficientnet-test: measure",
+        "round 1: predict",
+        "round 1: select",
+        "round 1: write",
+        "round 1: student efficientnet-test",
+        "round 1: student efficientnet-test: measure",
+        "round 2: predict",
+        "round 2: select",
+        "round 2: write",
+        "round 2: student efficientnet-test",
+        "round 2: student efficientnet-test: measure",
+    ]
+    assert recorded["round 2: student efficientnet-test: measure"] == rows[2]["measured"]
+    assert recorded["round 1: predict"] == {"records": 24, "unreadable": 0}
+
+
+def test_balanced_records(undisturbed):
+    loop, rows = undisturbed
+    for number in (1, 2):
+        assert list(balanced(loop, number)) == ["train-0-00000-of-00002", "train-0-00001-of-00002"]
+        data = Path(loop.work_dir) / f"round-{number}" / "selected" / "data"
+        labels = [
+            records.label(record.payload)
+            for path in sorted(data.glob("train-0-*"))
+            for record in records.read(str(path))
+        ]
+        counts = {str(label): labels.count(label) for label in set(labels)}
+        assert counts == {label: NUM_IMAGE for label in rows[number]["kept"]}
+
+
+def test_each_student_is_taught_by_the_model_before(undisturbed, config):
+    """Labels of a round come from the newest checkpoint of the round before."""
+    loop, _ = undisturbed
+    for number in (1, 2):
+        prediction, selection = noisy_student.stage_configs(config, loop, number)
+        assert prediction.predict.predict_ckpt_path == noisy_student.model_dir(loop, number - 1)
+        # Its settings are those the predictions there were made with: all are skipped.
+        assert predict.predict(prediction)["skipped_shards"] == 2
+        assert selection.input_dir == config.data.unlabel_data_dir
+        student = json.loads(
+            (Path(noisy_student.model_dir(loop, number)) / "config.json").read_text()
+        )
+        assert student["unlabel_data_dir"] == os.path.join(selection.output_dir, "data")
+    teacher = json.loads((Path(noisy_student.model_dir(loop, 0)) / "config.json").read_text())
+    assert (teacher["unlabel_data_dir"], teacher["unlabel_ratio"]) == ("", 0.0)
+
+
+# --- Killed and continued -------------------------------------------------------------------------
+
+# TensorFlow is loaded once, and each run forks before it is used. A moment is the end of the name of
+# a file that is about to appear, and a text in it.
+KILLED_AT = """
+import json, os, signal, sys
+import tensorflow as tf
+from efficientnet_ns import noisy_student
+from efficientnet_ns.config import Config, LoopConfig
+from efficientnet_ns.pseudo_labels import predict, selection, write
+from efficientnet_ns.models import weights
+from efficientnet_ns.training import train
+
+settings, loop, moments = map(json.loads, sys.argv[1:])
+save, rename = weights.write_checkpoint, tf.io.gfile.rename
+
+def run(suffix, text):
+    def saving(prefix, tensors):
+        if prefix.endswith(suffix):
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(prefix, tensors)
+
+    def renaming(source, target, overwrite=False):
+        if target.endswith(suffix) and text.encode() in open(source, "rb").read():
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target, overwrite)
+
+    weights.write_checkpoint, tf.io.gfile.rename = saving, renaming
+    noisy_student.run_loop(Config().override(**settings), LoopConfig(**loop))
+
+for moment in moments:
+    child = os.fork()
+    if not child:
+        run(*moment)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else "not killed", flush=True)
+"""
+
+MOMENTS = [
+    # The teacher: one step saved, another taken.
+    ("round-0/model/model.ckpt-2", ""),
+    # Predictions: the first shard finished, of the second only the manifest.
+    ("round-1/predictions/train-info-00001-of-00002-00000", ""),
+    # The selection: finished, but not recorded as such.
+    ("state.json", "round 1: select"),
+    # Balanced records: the same in the middle.
+    ("round-1/selected/data/train-0-00001-of-00002", ""),
+    # The student: trained, its metrics not recorded.
+    ("state.json", "round 1: student efficientnet-test"),
+]
+
+
+@pytest.mark.slow
+def test_killed_at_many_moments(folder, config, undisturbed):
+    """One round less, whose results are those of the first round of two."""
+    loop = rounds(folder, "killed", 1)
+    arguments = [settings(folder), dataclasses.asdict(loop), MOMENTS]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT, *map(json.dumps, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == [str(int(signal.SIGKILL))] * len(MOMENTS), done.stderr
+    assert list(stages(loop))[-1] == "round 1: write"
+
+    reference, expected = undisturbed
+    assert noisy_student.run_loop(config, loop) == expected[:2]
+    recorded = stages(reference)
+    assert stages(loop) == {name: recorded[name] for name in recorded if "round 2" not in name}
+    assert balanced(loop, 1) == balanced(reference, 1)
+
+
+def test_finished_loop_does_nothing(undisturbed, config, monkeypatch):
+    loop, rows = undisturbed
+    for name in ("train_and_evaluate", "evaluate"):
+        monkeypatch.setattr(train, name, lambda *_: pytest.fail("worked again"))
+    monkeypatch.setattr(predict, "predict", lambda *_: pytest.fail("predicted again"))
+    before = (Path(loop.work_dir) / "state.json").stat().st_mtime_ns
+    assert noisy_student.run_loop(config, loop) == rows
+    assert (Path(loop.work_dir) / "state.json").stat().st_mtime_ns == before
+
+
+# --- A recipe for each model ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def varied(folder, config) -> tuple[LoopConfig, list[dict]]:
+    """A student larger than its teacher, taught with another ratio, then fine-tuned larger still."""
+    loop = dataclasses.replace(
+        rounds(folder, "varied", 1),
+        image_sizes="8,12",
+        unlabel_ratios="0.5",
+        finetune_resolution=16,
+        finetune_epochs=1.4,
+    )
+    return loop, noisy_student.run_loop(config, loop)
+
+
+def trained_with(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_each_model_has_its_image_size_and_ratio(varied):
+    loop, rows = varied
+    work = Path(loop.work_dir)
+    teacher, student, tuned = (
+        trained_with(work / name)
+        for name in ("round-0/model", "round-1/model", "round-1/finetuned-16")
+    )
+    assert [c["input_image_size"] for c in (teacher, student, tuned)] == [8, 12, 16]
+    assert [c["unlabel_ratio"] for c in (teacher, student, tuned)] == [0, 0.5, 0]
+    manifests = list((work / "round-1/predictions").glob("*.manifest.json"))
+    sizes = {json.loads(path.read_text())["config"]["image_size"] for path in manifests}
+    assert len(manifests) == 2 and sizes == {8}
+    assert [row.get("finetuned") for row in rows] == [None, None, 16]
+
+
+def test_fine_tuning_is_the_end_of_a_schedule_on_clean_labeled_images(varied):
+    loop, rows = varied
+    tuned = trained_with(Path(loop.work_dir) / "round-1/finetuned-16")
+    assert (tuned["remove_aug"], tuned["unlabel_data_dir"]) == (True, "")
+    assert tuned["init_model"] and tuned["init_model_path"] == noisy_student.model_dir(loop, 1)
+    # 1.4 passes over 9 images in batches of 4.
+    assert rows[2]["steps"] == tuned["train_last_step_num"] == 3
+    assert rows[2]["measured"] != rows[1]["measured"]
+
+
+def test_fine_tuning_counts_the_shards_that_are_trained_on(tmp_path, config):
+    example = records.labeled_example(b"not decoded here", 0)
+    records.write_sharded(str(tmp_path), "train", [example] * 15, 2)
+    few = config.override(label_data_dir=str(tmp_path), num_train_shards=1)
+    loop = dataclasses.replace(
+        rounds(tmp_path, "w", 1), finetune_resolution=16, finetune_epochs=2.0
+    )
+    tuned = noisy_student.finetune_config(few, loop, 1)
+    assert tuned.train.train_last_step_num == 4  # 2 passes over 8 images in batches of 4.
+
+
+def test_slash_at_the_end_of_a_path_is_no_other_setting(tmp_path):
+    state = noisy_student.State(str(tmp_path), {"label_data_dir": "data/", "seed": 1})
+    state.once("stage", lambda: {})
+    noisy_student.State(str(tmp_path), {"label_data_dir": "data", "seed": 1})
+    with pytest.raises(ConfigError, match="seed: 1 → 2"):
+        noisy_student.State(str(tmp_path), {"label_data_dir": "data", "seed": 2})
+
+
+def test_fine_tuned_loop_is_continued_and_can_grow(varied, config, monkeypatch):
+    loop, rows = varied
+    for name in ("train_and_evaluate", "evaluate"):
+        monkeypatch.setattr(train, name, lambda *_: pytest.fail("worked again"))
+    assert noisy_student.run_loop(config, loop) == rows
+    without = dataclasses.replace(loop, finetune_resolution=None)
+    assert noisy_student.run_loop(config, without) == rows[:2]
+
+
+def test_published_recipes(config):
+    loop = LoopConfig(
+        work_dir="w",
+        models="efficientnet-b1,efficientnet-b4,efficientnet-l2",
+        published_recipes=True,
+        unlabel_ratios="2,28",
+    )
+    plain = config.override(task_name="imagenet", randaug_mag=9)
+    settings = [
+        (
+            c.model.input_image_size,
+            c.data.augment_name,
+            c.data.randaug_mag,
+            c.train.train_ratio,
+            c.train.unlabel_ratio,
+        )
+        for c in noisy_student.model_configs(plain, loop)
+    ]
+    assert settings == [
+        (240, None, 9, 2.0, 0.0),
+        (380, "randaugment", 15, 2.0, 2.0),
+        (475, "randaugment", 27, 1.0, 28.0),
+    ]
+    own = dataclasses.replace(loop, unlabel_ratios="", image_sizes="100,200,300")
+    configs = noisy_student.model_configs(plain, own)
+    assert [c.model.input_image_size for c in configs] == [100, 200, 300]
+    assert [c.train.unlabel_ratio for c in configs] == [0, 3, 14]
+
+
+def test_unlabeled_set_beside_the_labeled_ones(folder, tmp_path):
+    """As `make_records --nolabeled` leaves it when it writes into the folder of those."""
+    both = tmp_path / "both"
+    shutil.copytree(folder / "labeled", both)
+    source = tmp_path / "photos"
+    source.mkdir()
+    for number in range(3):
+        pixels = np.full([SIZE, SIZE, 3], 70 * number, np.uint8)
+        (source / f"{number}.png").write_bytes(tf.io.encode_png(pixels).numpy())
+    made = MakeConfig(source=str(source), output_dir=str(both), labeled=False, num_shards=2)
+    data_source.make_records(made)
+    config = Config().override(**{**settings(folder), "unlabel_data_dir": str(both)})
+    loop = rounds(tmp_path, "work", 1)
+    with pytest.raises(ConfigError, match="holds extra-.* … train-.*--file_prefix=extra"):
+        noisy_student.check(config, loop)
+    named = config.override(file_prefix="extra", label_data_dir=str(both))
+    noisy_student.check(named, loop)
+    prediction, selection = noisy_student.stage_configs(named, loop, 1)
+    options = prediction.predict
+    assert (options.file_prefix, options.num_shards, options.shard_id) == ("extra", 2, "0-1")
+    assert (selection.file_prefix, selection.num_shards) == ("extra", 2)
+    with pytest.raises(records.DataError, match="no record files"):
+        noisy_student.check(config.override(file_prefix="other"), loop)
+    alone = config.override(unlabel_data_dir=str(folder / "unlabeled"))
+    prediction, _ = noisy_student.stage_configs(alone, loop, 1)
+    assert prediction.predict.file_prefix == "extra"
+
+
+def test_folder_of_an_earlier_version_is_continued(tmp_path):
+    noisy_student.State(str(tmp_path), {"seed": 1}).once("stage", dict)
+    noisy_student.State(str(tmp_path), {"seed": 1, "new": 0}, {"new": 0, "other": 5})
+    with pytest.raises(ConfigError, match="new: 0 → 1"):
+        noisy_student.State(str(tmp_path), {"seed": 1, "new": 1}, {"new": 0})
+
+
+# --- Refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "training, looping, difference",
+    [
+        ({"seed": 4}, {}, "seed: 3 → 4"),
+        ({}, {"num_image": 6}, "num_image: 5 → 6"),
+    ],
+)
+def test_other_settings_are_refused(undisturbed, config, training, looping, difference):
+    loop, _ = undisturbed
+    before = (Path(loop.work_dir) / "state.json").read_bytes()
+    with pytest.raises(ConfigError, match=f"undisturbed was begun with .*{difference}"):
+        noisy_student.run_loop(config.override(**training), dataclasses.replace(loop, **looping))
+    assert (Path(loop.work_dir) / "state.json").read_bytes() == before
+
+
+def test_another_model_in_a_round_that_is_finished_is_refused(undisturbed, config):
+    loop, _ = undisturbed
+    other = dataclasses.replace(loop, models="efficientnet-test,efficientnet-b0")
+    with pytest.raises(ConfigError, match="model_name: 'efficientnet-test' → 'efficientnet-b0'"):
+        noisy_student.run_loop(config, other)
+
+
+@pytest.mark.parametrize(
+    "models, message",
+    [
+        ("efficientnet-test,efficientnet-b9", "unknown model 'efficientnet-b9'"),
+        ("efficientnet-test,", "unknown model ''"),
+    ],
+)
+def test_unknown_models_are_refused_before_any_work(config, tmp_path, models, message):
+    loop = LoopConfig(work_dir=str(tmp_path / "loop"), models=models)
+    with pytest.raises(ConfigError, match=message):
+        noisy_student.run_loop(config, loop)
+    assert not (tmp_path / "loop").exists()
+
+
+@pytest.mark.parametrize(
+    "training, looping, message",
+    [
+        ({}, {"models": "efficientnet-test"}, "--models=efficientnet-test: "),
+        ({}, {"work_dir": ""}, "--work_dir"),
+        ({}, {"unlabel_ratios": "1"}, "--unlabel_ratios=1 should be 2 "),
+        ({}, {"unlabel_ratios": "1,0"}, "--unlabel_ratios=1,0 should be 2 positive"),
+        ({}, {"image_sizes": "8,8,large"}, "--image_sizes=8,8,large should be 3 "),
+        ({}, {"published_recipes": True}, "none for 'efficientnet-test'"),
+        ({"unlabel_data_dir": ""}, {}, "--unlabel_data_dir"),
+        ({"unlabel_ratio": 0.0}, {}, "--unlabel_ratio"),
+    ],
+)
+def test_settings_that_do_not_fit(folder, config, training, looping, message):
+    loop = dataclasses.replace(rounds(folder, "never"), **looping)
+    with pytest.raises(ConfigError, match=message):
+        noisy_student.run_loop(config.override(**training), loop)
+    assert not (folder / "never").exists()
+
+
+def test_state_records_a_result_once(tmp_path):
+    calls = []
+
+    def work() -> dict:
+        calls.append(len(calls))
+        return {"number": len(calls)}
+
+    state = noisy_student.State(str(tmp_path), {"of": "this loop"})
+    assert state.once("stage", work) == state.once("stage", work) == {"number": 1}
+    again = noisy_student.State(str(tmp_path), {"of": "this loop"})
+    assert again.once("stage", work) == {"number": 1}
+    assert calls == [0]
+
+
+def test_failed_stage_is_not_recorded(tmp_path):
+    state = noisy_student.State(str(tmp_path), {})
+    with pytest.raises(ZeroDivisionError):
+        state.once("stage", lambda: {"number": 1 // 0})
+    assert noisy_student.State(str(tmp_path), {}).once("stage", lambda: {"number": 2}) == {
+        "number": 2
+    }

@@ -1,0 +1,933 @@
+"""Weights of other programs: names, layouts, logits, what is refused, and what is written."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gzip
+import json
+import re
+import subprocess
+import sys
+import types
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import tensorflow as tf
+
+from efficientnet_ns import convert_checkpoint
+from efficientnet_ns.config import ConfigError, ModelConfig
+from efficientnet_ns.models import efficientnet, foreign_weights, heads, weight_files, weights
+
+PUBLISHED = [f"efficientnet-b{i}" for i in range(8)] + ["efficientnet-l2"]
+SCALED = [pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED[1:]]
+IMAGENET = {"mean": efficientnet.IMAGENET_MEAN, "std": efficientnet.IMAGENET_STD}
+# A Keras model without weights has nothing in its Normalization layer; it only divides by 255.
+UNNORMALISED = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+SIZE = 72  # Halved: 36, 18, 9, 5, 3. Both kinds of padding occur.
+
+
+def tiny(num_classes: int = 10, **kwargs) -> tf.keras.Model:
+    return efficientnet.build_model("efficientnet-test", num_classes, 16, **kwargs)
+
+
+def snapshot(model: tf.keras.Model) -> dict[str, np.ndarray]:
+    return {name: variable.numpy() for name, variable in weights.variable_names(model).items()}
+
+
+def assert_same(values: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+    assert set(values) == set(expected)
+    for name, value in values.items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def randomise(model: tf.keras.Model, rng: np.random.Generator) -> None:
+    """Other values for every vector, so that no two can be mistaken."""
+    for variable in model.weights:
+        shape = variable.shape
+        if "gamma" in variable.name:
+            variable.assign(rng.uniform(0.5, 1.5, shape))
+        elif "variance" in variable.name:
+            variable.assign(rng.uniform(0.5, 1.5, shape))
+        elif any(leaf in variable.name for leaf in ("mean", "beta", "bias")):
+            variable.assign(rng.normal(0.0, 0.1, shape))
+
+
+def coarse_images(rng: np.random.Generator) -> np.ndarray:
+    """Four uint8 images of large squares; of fine noise a network sees little but its mean."""
+    squares = rng.integers(0, 256, (4, SIZE // 8, SIZE // 8, 3), dtype=np.uint8)
+    return squares.repeat(8, axis=1).repeat(8, axis=2)
+
+
+def calibrate_keras(model: tf.keras.Model, images: np.ndarray) -> None:
+    """Takes the batch-norm statistics from the images.
+
+    With arbitrary ones the signal of a deep network fades or explodes, and rounding with it.
+    """
+    for layer in model.layers:
+        if isinstance(layer, tf.keras.layers.BatchNormalization):
+            layer.momentum = 0.0
+        if isinstance(layer, tf.keras.layers.Dropout):
+            layer.rate = 0.0
+    model(images.astype(np.float32), training=True)
+
+
+def calibrated_timm(name: str, torch, timm, inputs: np.ndarray):
+    """A timm model with random weights; its batch-norm statistics are those of the inputs."""
+    torch.manual_seed(0)
+    model = timm.create_model(name.replace("efficientnet-", "tf_efficientnet_"))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(0.0, 0.1)
+            module.momentum = 1.0
+    model.train()(torch.tensor(inputs))
+    return model.eval()
+
+
+def relative_difference(values: np.ndarray, expected: np.ndarray) -> float:
+    # Logits that are alike for all images would show nothing.
+    assert np.std(expected, axis=0).mean() > 1e-2 * np.abs(expected).max()
+    return float(np.abs(values - expected).max() / np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def timm_shapes(goldens) -> dict[str, dict[str, list[int]]]:
+    """Model → name → shape, as timm has them."""
+    return json.loads(gzip.decompress((goldens / "weights" / "timm.json.gz").read_bytes()))
+
+
+@pytest.fixture(scope="module")
+def b0() -> tf.keras.Model:
+    return efficientnet.build_model("efficientnet-b0", image_size=SIZE, **UNNORMALISED)
+
+
+@pytest.fixture(scope="module")
+def model() -> tf.keras.Model:
+    """What refuses; none of the tests changes it."""
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def source() -> tf.keras.Model:
+    """What is in the files."""
+    model = tiny()
+    randomise(model, np.random.default_rng(1))
+    return model
+
+
+@pytest.fixture(scope="module")
+def _target() -> tf.keras.Model:
+    return tiny()
+
+
+@pytest.fixture
+def target(_target) -> tf.keras.Model:
+    """What is loaded into; every value must come from the file."""
+    _target.set_weights([np.full_like(value, np.nan) for value in _target.get_weights()])
+    return _target
+
+
+# --------------------------------------------------------------------------------------------------
+# Files of the tiny model, written without the code under test
+
+# Our variable → Keras' layer and variable, timm's name. Two blocks stand for the others.
+BLOCKS = {
+    "stem/conv2d/kernel": ("stem_conv/kernel", "conv_stem.weight"),
+    "stem/tpu_batch_normalization/gamma": ("stem_bn/gamma", "bn1.weight"),
+    "blocks_0/depthwise_conv2d/depthwise_kernel": (
+        "block1a_dwconv/depthwise_kernel",
+        "blocks.0.0.conv_dw.weight",
+    ),
+    "blocks_0/tpu_batch_normalization/beta": ("block1a_bn/beta", "blocks.0.0.bn1.bias"),
+    "blocks_0/conv2d/kernel": ("block1a_project_conv/kernel", "blocks.0.0.conv_pw.weight"),
+    "blocks_0/tpu_batch_normalization_1/moving_mean": (
+        "block1a_project_bn/moving_mean",
+        "blocks.0.0.bn2.running_mean",
+    ),
+    "blocks_1/conv2d/kernel": ("block2a_expand_conv/kernel", "blocks.1.0.conv_pw.weight"),
+    "blocks_2/conv2d/kernel": ("block2b_expand_conv/kernel", "blocks.1.1.conv_pw.weight"),
+    "blocks_2/tpu_batch_normalization/gamma": ("block2b_expand_bn/gamma", "blocks.1.1.bn1.weight"),
+    "blocks_2/tpu_batch_normalization_1/gamma": ("block2b_bn/gamma", "blocks.1.1.bn2.weight"),
+    "blocks_2/se/conv2d/bias": ("block2b_se_reduce/bias", "blocks.1.1.se.conv_reduce.bias"),
+    "blocks_2/se/conv2d_1/kernel": (
+        "block2b_se_expand/kernel",
+        "blocks.1.1.se.conv_expand.weight",
+    ),
+    "blocks_2/conv2d_1/kernel": ("block2b_project_conv/kernel", "blocks.1.1.conv_pwl.weight"),
+    "blocks_2/tpu_batch_normalization_2/moving_variance": (
+        "block2b_project_bn/moving_variance",
+        "blocks.1.1.bn3.running_var",
+    ),
+    "head/conv2d/kernel": ("top_conv/kernel", "conv_head.weight"),
+    "head/tpu_batch_normalization/beta": ("top_bn/beta", "bn2.bias"),
+    "head/dense/kernel": ("predictions/kernel", "classifier.weight"),
+    "head/dense/bias": ("predictions/bias", "classifier.bias"),
+}
+
+
+def test_names_of_the_tiny_model(model):
+    ours, keras, timm = (
+        foreign_weights.stored_names(model, naming)
+        for naming in (foreign_weights.TF1, foreign_weights.KERAS, foreign_weights.TIMM)
+    )
+    found = {ours[key]: (keras[key], timm[key]) for key in ours}
+    assert {name: found[name] for name in BLOCKS} == BLOCKS
+    for names in (ours, keras, timm):
+        assert len(set(names.values())) == len(model.weights)
+
+
+def arrays(model: tf.keras.Model, naming: foreign_weights.Naming) -> dict[str, np.ndarray]:
+    """The model's values under a file's names; those of timm with its axes."""
+    names, result = foreign_weights.stored_names(model, naming), {}
+    for key, variable in foreign_weights.layer_variables(model).items():
+        value = variable.numpy()
+        if naming is foreign_weights.TIMM and value.ndim == 4:
+            subscripts = "hwcm->cmhw" if key[1] == "depthwise_kernel" else "hwio->oihw"
+            value = np.einsum(subscripts, value)
+        elif naming is foreign_weights.TIMM and value.ndim == 2:
+            value = value.T
+        result[names[key]] = value
+    return result
+
+
+def write_h5(
+    path: Path, values: Mapping[str, np.ndarray], root: str = "", suffix: str = ""
+) -> None:
+    """As Keras: a group per layer, inside it TensorFlow's name of the variable."""
+    with h5py.File(path, "w") as f:
+        for name, value in values.items():
+            layer, leaf = name.split("/")
+            f[f"{root}{layer}/{layer}{suffix}/{leaf}:0"] = value
+
+
+def write_safetensors(path: Path, values: Mapping[str, np.ndarray]) -> None:
+    content = {name: np.ascontiguousarray(value) for name, value in values.items()}
+    safetensors.numpy.save_file(content, path)
+
+
+WRITERS: dict[str, tuple[foreign_weights.Naming, Callable]] = {
+    "h5": (foreign_weights.KERAS, write_h5),
+    "safetensors": (foreign_weights.TIMM, write_safetensors),
+}
+
+
+@pytest.fixture(params=sorted(WRITERS))
+def foreign(request, tmp_path, source) -> tuple[Path, dict[str, np.ndarray], Callable]:
+    """A path, the values of `source`, and how to write them there."""
+    naming, write = WRITERS[request.param]
+    path = tmp_path / f"source.{request.param}"
+    return path, arrays(source, naming), functools.partial(write, path)
+
+
+def test_values_arrive(foreign, target):
+    path, values, write = foreign
+    write(values)
+    weights.load_weights(target, str(path))
+    naming = WRITERS[path.suffix[1:]][0]
+    assert_same(arrays(target, naming), values)
+
+
+def test_counters_and_input_statistics_are_passed_over(tmp_path, source, target):
+    counters = {"blocks.1.0.bn2.num_batches_tracked": np.array(7, np.int64)}
+    write_safetensors(
+        tmp_path / "a.safetensors", {**arrays(source, foreign_weights.TIMM), **counters}
+    )
+    statistics = {
+        "normalization_3/mean": np.ones(3),
+        "normalization_3/variance": np.ones(3),
+        "normalization_3/count": np.array(5),
+    }
+    write_h5(tmp_path / "a.h5", {**arrays(source, foreign_weights.KERAS), **statistics})
+    for path in tmp_path.iterdir():
+        weights.load_weights(target, str(path))
+        assert_same(snapshot(target), snapshot(source))
+        target.set_weights([np.zeros_like(value) for value in target.get_weights()])
+
+
+@pytest.mark.parametrize("root, suffix", [("", "_1"), ("model_weights/", ""), ("", "/nested")])
+def test_other_ways_to_write_h5(tmp_path, source, target, root, suffix):
+    """The `efficientnet` package's head and numbered names; a whole model."""
+    values = arrays(source, foreign_weights.KERAS)
+    values = {name.replace("predictions/", "probs/"): value for name, value in values.items()}
+    write_h5(tmp_path / "a.h5", values, root, suffix)
+    if root:
+        with h5py.File(tmp_path / "a.h5", "a") as f:
+            f["optimizer_weights/iteration:0"] = 3
+    weights.load_weights(target, str(tmp_path / "a.h5"))
+    assert_same(snapshot(target), snapshot(source))
+
+
+class FakeTensor:
+    """As much of a tensor as reading needs."""
+
+    def __init__(self, value: np.ndarray):
+        self.value = value
+
+    def float(self) -> FakeTensor:
+        return FakeTensor(self.value.astype(np.float32))
+
+    def numpy(self) -> np.ndarray:
+        return self.value
+
+
+@pytest.mark.parametrize(
+    "keys, ema, chosen",
+    [((), True, ""), (("state_dict",), True, "state_dict")]
+    + [(("state_dict", "state_dict_ema"), True, "state_dict_ema")]
+    + [(("state_dict", "state_dict_ema"), False, "state_dict")],
+)
+def test_pth(tmp_path, monkeypatch, source, target, keys, ema, chosen):
+    states, content = {}, {}
+    for number, key in enumerate(keys or ("",)):
+        values = arrays(source, foreign_weights.TIMM)
+        states[key] = {name: value + np.float32(number) for name, value in values.items()}
+        content[key] = {f"module.{n}": FakeTensor(value) for n, value in states[key].items()}
+    content = content if keys else content[""]
+    torch = types.SimpleNamespace(
+        load=lambda file, map_location, weights_only: content,
+        serialization=types.SimpleNamespace(),
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    with zipfile.ZipFile(tmp_path / "a.pth.tar", "w") as archive:
+        archive.writestr("archive/data.pkl", b"unused")
+    weights.load_weights(target, tmp_path / "a.pth.tar", ema=ema)
+    assert_same(arrays(target, foreign_weights.TIMM), states[chosen])
+
+
+@pytest.mark.parametrize("name", ["a.PT", "pytorch_model.bin", "model_best.pth.tar"])
+def test_checkpoint_of_timms_script(tmp_path, source, target, name):
+    torch = pytest.importorskip("torch")
+    state = {n: torch.tensor(v) for n, v in arrays(source, foreign_weights.TIMM).items()}
+    script = {"epoch": 3, "arch": "efficientnet", "args": argparse.Namespace(lr=0.1)}
+    torch.save({**script, "state_dict": state}, tmp_path / name)
+    weights.load_weights(target, tmp_path / name)
+    assert_same(snapshot(target), snapshot(source))
+
+
+@pytest.mark.parametrize("name", ["a.SAFETENSORS", "weights", "model.bin"])
+def test_content_decides_not_the_name(tmp_path, source, target, name):
+    write_safetensors(tmp_path / name, arrays(source, foreign_weights.TIMM))
+    weights.load_weights(target, tmp_path / name)
+    assert_same(snapshot(target), snapshot(source))
+    assert weights.fingerprint(tmp_path / name)
+
+
+def test_bfloat16_safetensors(tmp_path, source, target):
+    bfloat16 = tf.bfloat16.as_numpy_dtype
+    values = {n: v.astype(bfloat16) for n, v in arrays(source, foreign_weights.TIMM).items()}
+    content = {
+        name: {"dtype": "bfloat16", "shape": value.shape, "data": value.tobytes()}
+        for name, value in values.items()
+    }
+    (tmp_path / "a.safetensors").write_bytes(safetensors.serialize(content))
+    weights.load_weights(target, tmp_path / "a.safetensors")
+    expected = {name: value.astype(np.float32) for name, value in values.items()}
+    assert_same(arrays(target, foreign_weights.TIMM), expected)
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (gzip.compress(b"tar", mtime=0), "a gzip archive: unpack it"),
+        (b"PK\x05\x06" + bytes(18), "of no known kind"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (b"\x1c\0\0\0TFL3", "a TFLite file"),
+        (bytes(257) + b"ustar" + bytes(250), "it is"),
+        (b"a.txt" + bytes(252) + b"ustar\x0000" + bytes(247), "a tar archive"),
+        (b"\x80\x04\x95", "a Python pickle"),
+        (b"some text", "of no known kind"),
+    ],
+)
+@pytest.mark.parametrize("name", ["weights.h5", "weights"])
+def test_other_content_is_named(tmp_path, model, untouched, content, told, name):
+    (tmp_path / name).write_bytes(content)
+    assert told in str(refusal(model, tmp_path / name))
+
+
+def test_empty_file(tmp_path, model, untouched):
+    (tmp_path / "a.pth").touch()
+    with pytest.raises(weights.DamagedFile, match="it is empty"):
+        weights.load_weights(model, tmp_path / "a.pth")
+
+
+def test_zip_archive_without_weights(tmp_path, model, untouched):
+    with zipfile.ZipFile(tmp_path / "a.keras", "w") as archive:
+        archive.writestr("readme.txt", "")
+    assert "a zip archive without weights" in str(refusal(model, tmp_path / "a.keras"))
+
+
+# --------------------------------------------------------------------------------------------------
+# What Keras saves of our own models
+
+
+def flat(source: tf.keras.Model) -> tf.keras.Model:
+    """A classifier on the features, as the README makes one."""
+    pooled = efficientnet.endpoints(source)["pooled"]
+    outputs = tf.keras.layers.Dense(5)(tf.keras.layers.Dropout(0.2)(pooled))
+    return tf.keras.Model(source.input, outputs)
+
+
+def nested(source: tf.keras.Model) -> tf.keras.Model:
+    features = tiny(include_top=False)
+    features.set_weights(source.get_weights()[:-2])
+    return tf.keras.Sequential(
+        [tf.keras.layers.RandomFlip(), features, tf.keras.layers.Dense(5, name="flowers")]
+    )
+
+
+def cleared(model: tf.keras.Model) -> tf.keras.Model:
+    copy = tf.keras.models.clone_model(model)
+    copy.build(model.input_shape)
+    copy.set_weights([np.full_like(value, np.nan) for value in model.get_weights()])
+    return copy
+
+
+@pytest.mark.parametrize("name", ["a.h5", "a.weights.h5", "a.HDF5", "folder/a", "a.keras", "b.h5"])
+@pytest.mark.parametrize(
+    "make", [lambda source: source, flat, nested], ids=["own", "flat", "nested"]
+)
+def test_what_keras_saved(tmp_path, source, make, name):
+    model = make(source)
+    model.build((None, 16, 16, 3))
+    path = tmp_path / name
+    if name in ("a.keras", "b.h5"):
+        model.save(path)
+    elif name == "a.HDF5":
+        model.save_weights(tmp_path / "a.h5")
+        path = (tmp_path / "a.h5").rename(path)
+    else:
+        model.save_weights(path)
+    loaded = cleared(model)
+    weights.load_weights(loaded, path)
+    for value, expected in zip(loaded.get_weights(), model.get_weights()):
+        np.testing.assert_array_equal(value, expected)
+
+
+def test_saved_model_of_keras(tmp_path, source, target):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "saved_model.pb").touch()
+    source.save_weights(tmp_path / "a" / "variables" / "variables")
+    weights.load_weights(target, tmp_path / "a")
+    assert_same(snapshot(target), snapshot(source))
+
+
+def test_export_without_variables(tmp_path, model, untouched):
+    tf.saved_model.save(tf.Module(), tmp_path / "a")
+    for path in (tmp_path / "a" / "variables").iterdir():
+        path.unlink()
+    assert "an exported model" in str(refusal(model, tmp_path / "a"))
+
+
+def test_object_checkpoint_of_another_model(tmp_path, model, untouched):
+    tiny(depth_coefficient=1.5).save_weights(tmp_path / "a")
+    error = refusal(model, tmp_path / "a")
+    assert error.shapes or error.unexpected
+
+
+@pytest.mark.parametrize("make", [flat, nested])
+@pytest.mark.parametrize("name", ["a.safetensors", "model.ckpt-0"])
+def test_classifier_of_ones_own_is_saved(tmp_path, rng, source, make, name):
+    """Under the names of the standard model, which then computes the same."""
+    model = make(source)
+    images = rng.integers(0, 256, (3, 16, 16, 3)).astype(np.float32)
+    expected = model(images, training=False).numpy()
+    weights.save_weights(model, tmp_path / name)
+    np.testing.assert_allclose(tiny(5, weights=tmp_path / name)(images), expected, rtol=1e-5)
+    loaded = cleared(model)
+    weights.load_weights(loaded, tmp_path / name)
+    np.testing.assert_array_equal(loaded(images, training=False), expected)
+
+
+@pytest.mark.parametrize(
+    "layers, told",
+    [
+        ([tf.keras.layers.Dense(8, name="hidden"), tf.keras.layers.Dense(5)], "hidden"),
+        ([tf.keras.layers.BatchNormalization(name="norm"), tf.keras.layers.Dense(5)], "norm"),
+        ([tf.keras.layers.Dense(5, activation="softmax", name="d")], "has to give logits"),
+        ([tf.keras.layers.Dense(5, use_bias=False, name="d")], "with a bias"),
+    ],
+)
+def test_heads_that_no_file_has_names_for(tmp_path, layers, told):
+    model = tf.keras.Sequential([tiny(include_top=False), *layers])
+    with pytest.raises(ValueError, match=told):
+        weights.save_weights(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "model.ckpt-0", "a.keras", "a.h5"])
+def test_settings_travel_with_the_weights(tmp_path, caplog, name):
+    settings = {"small_image": True, "mean": (0.5, 0.25, 0.0), "std": (0.5, 0.25, 1.0)}
+    model = tiny(**settings)
+    if name in ("a.keras", "a.h5"):
+        model.save(tmp_path / name)
+    else:
+        weights.save_weights(model, tmp_path / name)
+    built = tiny(weights=tmp_path / name)
+    assert heads.settings(built) == heads.settings(model)
+    assert built.get_layer("blocks_1_dw_conv").strides == (1, 1)
+    assert "these weights" not in caplog.text
+    weights.load_weights(tiny(), tmp_path / name)
+    assert "small_image=True, mean=[0.5, 0.25, 0.0]" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------------
+# Refusals, none of which may change the model
+
+
+@pytest.fixture
+def untouched(model):
+    before = snapshot(model)
+    yield
+    assert_same(snapshot(model), before)
+
+
+def refusal(model: tf.keras.Model, path: Path, **kwargs) -> weights.WeightsError:
+    with pytest.raises(weights.WeightsError, match=re.escape(str(path))) as error:
+        weights.load_weights(model, str(path), **kwargs)
+    return error.value
+
+
+def test_missing_variable(foreign, model, untouched):
+    path, values, write = foreign
+    for removed in [name for name in values if "se_reduce" in name or "conv_reduce" in name]:
+        write({name: value for name, value in values.items() if name != removed})
+        error = refusal(model, path)
+        assert (error.missing, error.unexpected, error.shapes) == ([removed], [], [])
+        assert f"missing from the file (1):\n    {removed}\n" in str(error)
+        assert "the flags of their training" in str(error)
+
+
+def test_unexpected_variable(foreign, model, untouched):
+    path, values, write = foreign
+    extra = "block9a_bn/gamma" if path.suffix == ".h5" else "blocks.9.0.bn1.weight"
+    write({**values, extra: np.zeros(3, np.float32)})
+    error = refusal(model, path)
+    assert (error.missing, error.unexpected, error.shapes) == ([], [extra], [])
+    assert f"in the file only (1):\n    {extra}\n" in str(error)
+
+
+def test_another_shape(foreign, model, untouched):
+    path, values, write = foreign
+    (name,) = (n for n in values if n in ("block1a_dwconv/depthwise_kernel",) or "0.0.conv_dw" in n)
+    shape = [5 if side == 3 else side for side in values[name].shape]
+    write({**values, name: np.zeros(shape, np.float32)})
+    error = refusal(model, path)
+    expected = f"{name}: file {shape}, model {list(values[name].shape)}"
+    assert (error.missing, error.unexpected, error.shapes) == ([], [], [expected])
+    assert expected in str(error) and "skip" not in str(error)
+
+
+def test_other_number_of_classes(foreign, model):
+    path, values, write = foreign
+    write(values)
+    other = tiny(num_classes=7)
+    before = snapshot(other)
+    error = refusal(other, path)
+    assert (error.missing, error.unexpected, len(error.shapes)) == ([], [], 2)
+    assert 'skip=["head/dense/"]' in str(error) and "--init_skip=head/dense/" in str(error)
+    assert ("classifier.bias" if path.suffix != ".h5" else "predictions/bias") in str(error)
+    assert_same(snapshot(other), before)
+
+
+def test_another_variant(foreign, b0):
+    path, values, write = foreign
+    write(values)
+    before = b0.get_layer("stem_conv").kernel.numpy()
+    error = refusal(b0, path)
+    assert error.missing and error.shapes and not error.unexpected
+    np.testing.assert_array_equal(b0.get_layer("stem_conv").kernel, before)
+
+
+def test_deeper_model_in_the_file(foreign, model, untouched):
+    """Whatever fits the model is there, with the same shapes; the rest must be noticed."""
+    path, _, write = foreign
+    naming = WRITERS[path.suffix[1:]][0]
+    write(arrays(tiny(depth_coefficient=1.5), naming))
+    error = refusal(model, path)
+    assert not error.missing and not error.shapes
+    assert any(name.startswith(("block2c_", "blocks.1.2.")) for name in error.unexpected)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])
+def test_truncated_file(foreign, model, untouched, kept):
+    path, values, write = foreign
+    write(values)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(weights.DamagedFile, match=re.escape(f"{path} cannot be read")):
+        weights.load_weights(model, str(path))
+
+
+@pytest.mark.parametrize("suffix", weight_files.SUFFIXES)
+def test_file_is_not_there(tmp_path, model, untouched, suffix):
+    path = tmp_path / f"none{suffix}"
+    with pytest.raises(FileNotFoundError, match=re.escape(f"no file at '{path}'")):
+        weights.load_weights(model, str(path))
+
+
+def test_pth_without_pytorch(tmp_path, model, untouched, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", b"unused")
+    assert "pip install torch" in str(refusal(model, tmp_path / "a.pth"))
+
+
+def test_h5_without_layer_names(tmp_path, model, untouched):
+    keras = tf.keras.Sequential([tf.keras.layers.BatchNormalization(input_shape=(3,))])
+    keras.save_weights(tmp_path / "a.weights.h5")
+    assert "it does not name its layers" in str(refusal(model, tmp_path / "a.weights.h5"))
+
+
+def test_h5_of_a_model_around(tmp_path, source, target):
+    """tf.keras.applications inside another model."""
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        for name, value in arrays(source, foreign_weights.KERAS).items():
+            f[f"efficientnetb0/{name.replace('/', '_1/')}:0"] = value
+    weights.load_weights(target, tmp_path / "a.h5")
+    assert_same(snapshot(target), snapshot(source))
+
+
+def test_h5_of_two_models(tmp_path, model, untouched):
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        for name in ("one/stem_bn/beta:0", "one/top_bn/beta:0", "two/stem_bn/beta:0", "two/a/b:0"):
+            f[name] = np.zeros(8)
+    assert "two layers stem_bn" in str(refusal(model, tmp_path / "a.h5"))
+
+
+def test_scope_is_for_checkpoints(foreign, model, untouched):
+    path, values, write = foreign
+    write(values)
+    assert "scope='teacher_model'" in str(refusal(model, path, scope="teacher_model"))
+
+
+# --------------------------------------------------------------------------------------------------
+# New heads and no heads
+
+
+def test_skip(foreign):
+    path, values, write = foreign
+    write(values)
+    target = tiny(num_classes=7)
+    head = target.get_layer("head_dense").get_weights()
+    weights.load_weights(target, str(path), skip=["head/dense/"])
+    for value, expected in zip(target.get_layer("head_dense").get_weights(), head):
+        np.testing.assert_array_equal(value, expected)
+    stem = "stem_conv/kernel" if path.suffix == ".h5" else "conv_stem.weight"
+    naming = WRITERS[path.suffix[1:]][0]
+    np.testing.assert_array_equal(arrays(target, naming)[stem], values[stem])
+
+
+def test_headless_file(foreign, model, target):
+    path, values, write = foreign
+    values = {n: v for n, v in values.items() if not n.startswith(("predictions", "classifier"))}
+    write(values)
+    error = refusal(model, path)
+    assert len(error.missing) == 2 and 'skip=["head/dense/"]' in str(error)
+    weights.load_weights(target, str(path), skip=["head/dense/"])
+    assert np.isnan(target.get_layer("head_dense").kernel).all()
+    assert_same(
+        arrays(tiny(include_top=False, weights=str(path)), WRITERS[path.suffix[1:]][0]), values
+    )
+
+
+def test_skip_that_matches_nothing(foreign, model, untouched):
+    path, values, write = foreign
+    write(values)
+    with pytest.raises(weights.WeightsError, match="'head/dens/' matches no variable"):
+        weights.load_weights(model, str(path), skip=["head/dense/", "head/dens/"])
+
+
+def test_only_what_is_skipped_may_be_missing(foreign, model, untouched):
+    path, values, write = foreign
+    write({n: v for n, v in values.items() if not n.startswith(("predictions", "top", "class"))})
+    if path.suffix == ".h5":
+        error = refusal(model, path, skip=["head/dense/"])
+        assert set(error.missing) >= {"top_conv/kernel", "top_bn/beta"}
+        assert "predictions/kernel" not in str(error)
+        assert 'skip=["' not in str(error)
+
+
+@pytest.mark.parametrize("kind", ["h5", "safetensors", "checkpoint"])
+def test_model_without_top(tmp_path, rng, source, kind):
+    """Files with a head are accepted; the output is what the head would have got."""
+    path = tmp_path / f"a.{kind}"
+    if kind == "checkpoint":
+        weights.save_weights(source, str(path))
+    else:
+        naming, write = WRITERS[kind]
+        write(path, arrays(source, naming))
+    features = tiny(include_top=False, weights=str(path))
+    images = rng.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    output = features(images)
+    assert output.dtype == tf.float32 and output.shape == (3, 32)
+    np.testing.assert_allclose(source.get_layer("head_dense")(output), source(images), rtol=1e-5)
+    names = {layer.name for layer in features.layers}
+    assert not names & {"head_dropout", "head_dense", "logits"}
+    assert set(weights.variable_names(source)) - set(weights.variable_names(features)) == {
+        "efficientnet-test/head/dense/kernel",
+        "efficientnet-test/head/dense/bias",
+    }
+    assert "logits" not in efficientnet.endpoints(features)
+
+
+def test_model_without_top_in_bfloat16():
+    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    assert tiny(include_top=False).output.dtype == tf.float32
+
+
+def test_build_model_with_weights(tmp_path, model):
+    weights.save_weights(model, str(tmp_path / "a.safetensors"))
+    built = tiny(weights=str(tmp_path / "a.safetensors"))
+    assert_same(snapshot(built), snapshot(model))
+    with pytest.raises(FileNotFoundError):
+        tiny(weights=str(tmp_path / "b.safetensors"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "folder/model.ckpt-5"])
+def test_round_trip(tmp_path, source, target, name):
+    weights.save_weights(source, str(tmp_path / name))
+    for ema in (False, True):
+        target.set_weights([np.full_like(value, np.nan) for value in target.get_weights()])
+        weights.load_weights(target, str(tmp_path / name), ema=ema)
+        assert_same(snapshot(target), snapshot(source))
+
+
+def test_both_sets_of_weights(tmp_path, model, source, target):
+    raw, averages = model, source
+    prefix = str(tmp_path / "model.ckpt-5")
+    weights.save_weights(raw, prefix, ema_model=averages, step=5)
+    stored = tf.train.load_checkpoint(prefix)
+    assert stored.get_tensor("global_step") == 5
+    assert stored.get_variable_to_dtype_map()["global_step"] == tf.int64
+    assert len(stored.get_variable_to_shape_map()) == 2 * len(raw.weights) + 1
+    for ema, source in ((False, raw), (True, averages)):
+        weights.load_weights(target, prefix, ema=ema)
+        assert_same(snapshot(target), snapshot(source))
+    weights.save_weights(raw, str(tmp_path / "a.safetensors"), ema_model=averages)
+    weights.load_weights(target, str(tmp_path / "a.safetensors"))
+    assert_same(snapshot(target), snapshot(averages))
+
+
+def test_interrupted_writing_leaves_what_was_there(tmp_path, model, target, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"earlier")
+
+    def fail(*unused):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.io.gfile.GFile, "write", fail)
+        with pytest.raises(OSError, match="disk full"):
+            weights.save_weights(model, str(path))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    assert path.read_bytes() == b"earlier"
+    weights.save_weights(model, str(path))
+    weights.load_weights(target, str(path))
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".pth", ".keras", ".PT", ".pth.tar"])
+def test_kinds_that_are_not_written(tmp_path, model, suffix):
+    with pytest.raises(weights.WeightsError, match=f"a{suffix}: .* files are read"):
+        weights.save_weights(model, str(tmp_path / f"a{suffix}"))
+
+
+# --------------------------------------------------------------------------------------------------
+# timm
+
+
+def test_timm_names_of_b0(tmp_path, timm_shapes, b0, rng):
+    shapes = timm_shapes["efficientnet-b0"]
+    values = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    write_safetensors(tmp_path / "a.safetensors", values)
+    before = b0.get_weights()
+    weights.load_weights(b0, str(tmp_path / "a.safetensors"))
+    weights.save_weights(b0, str(tmp_path / "b.safetensors"))
+    b0.set_weights(before)
+    written = safetensors.numpy.load_file(tmp_path / "b.safetensors")
+    assert {name: list(value.shape) for name, value in written.items()} == shapes
+    counters = {name for name in shapes if name.endswith("num_batches_tracked")}
+    assert all(written[name].dtype == np.int64 for name in counters)
+    assert_same(
+        {name: value for name, value in written.items() if name not in counters},
+        {name: value for name, value in values.items() if name not in counters},
+    )
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_timm_names(name, timm_shapes):
+    with tf.Graph().as_default():
+        model = efficientnet.build_model(name, image_size=SIZE)
+        names = foreign_weights.stored_names(model, foreign_weights.TIMM)
+        variables = foreign_weights.layer_variables(model)
+    found = {}
+    for key, variable in variables.items():
+        order = foreign_weights.axes(foreign_weights.TIMM, key[1], len(variable.shape))
+        found[names[key]] = [variable.shape[axis] for axis in foreign_weights.inverse(order)]
+    expected = {n: s for n, s in timm_shapes[name].items() if "num_batches_tracked" not in n}
+    assert found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_timm_logits(name, tmp_path, rng, record_property):
+    """The same logits as timm's model; see requirements-parity.txt."""
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    images = coarse_images(rng)
+    inputs = (images / 255.0 - IMAGENET["mean"]) / IMAGENET["std"]
+    inputs = inputs.transpose(0, 3, 1, 2).astype(np.float32)
+    with torch.no_grad():
+        theirs = calibrated_timm(name, torch, timm, inputs)
+        expected = theirs(torch.tensor(inputs)).numpy()
+    paths = [tmp_path / "a.safetensors"]
+    write_safetensors(paths[0], {key: t.numpy() for key, t in theirs.state_dict().items()})
+    if name == "efficientnet-b0":
+        paths.append(tmp_path / "a.pth")
+        torch.save(theirs.state_dict(), paths[1])
+    del theirs
+    ours = efficientnet.build_model(name, image_size=SIZE, **IMAGENET)
+    for path in paths:
+        ours.set_weights([np.zeros_like(value) for value in ours.get_weights()])
+        weights.load_weights(ours, str(path))
+        difference = relative_difference(ours(images).numpy(), expected)
+        record_property("relative_difference", difference)
+        assert difference < 1e-3
+
+
+@pytest.mark.slow
+def test_timm_reads_what_is_written(tmp_path, b0):
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    weights.save_weights(b0, str(tmp_path / "a.safetensors"))
+    state = safetensors.numpy.load_file(tmp_path / "a.safetensors")
+    theirs = timm.create_model("tf_efficientnet_b0")
+    theirs.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
+
+
+# --------------------------------------------------------------------------------------------------
+# Keras
+
+
+def keras_logits(model: tf.keras.Model, path: Path, images: np.ndarray) -> np.ndarray:
+    """Saves the model's weights; its output before the softmax."""
+    model.save_weights(path)
+    logits = model.layers[-1]
+    logits.activation = None
+    return model(images.astype(np.float32), training=False).numpy()
+
+
+def keras_model(name: str, rng: np.random.Generator, images: np.ndarray) -> tf.keras.Model:
+    make = getattr(tf.keras.applications, "EfficientNet" + name[-2:].upper())
+    model = make(weights=None, input_shape=(SIZE, SIZE, 3))
+    randomise(model, rng)
+    # Its Normalization layer belongs to the input, not to what is imported.
+    (layer,) = (la for la in model.layers if isinstance(la, tf.keras.layers.Normalization))
+    layer.set_weights([np.zeros(3), np.ones(3), 0])
+    calibrate_keras(model, images)
+    return model
+
+
+def test_keras_b0(tmp_path, rng, b0):
+    images = coarse_images(rng)
+    theirs = keras_model("efficientnet-b0", rng, images)
+    expected = keras_logits(theirs, tmp_path / "a.h5", images)
+    weights.load_weights(b0, str(tmp_path / "a.h5"))
+    assert relative_difference(b0(images).numpy(), expected) < 1e-4
+    # Without its top.
+    headless = tf.keras.Model(theirs.input, theirs.get_layer("top_activation").output)
+    headless.save_weights(tmp_path / "notop.h5")
+    with pytest.raises(weights.WeightsError, match="predictions/kernel"):
+        weights.load_weights(b0, str(tmp_path / "notop.h5"))
+    body = [v for name, v in weights.variable_names(b0).items() if "head/dense" not in name]
+    before = [variable.numpy() for variable in body]
+    for variable in body:
+        variable.assign(tf.zeros_like(variable))
+    weights.load_weights(b0, str(tmp_path / "notop.h5"), skip=["head/dense/"])
+    for variable, value in zip(body, before):
+        np.testing.assert_array_equal(variable, value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED[1:8])
+def test_keras(name, tmp_path, rng, record_property):
+    images = coarse_images(rng)
+    theirs = keras_model(name, rng, images)
+    expected = keras_logits(theirs, tmp_path / "a.h5", images)
+    ours = efficientnet.build_model(
+        name, image_size=SIZE, weights=str(tmp_path / "a.h5"), **UNNORMALISED
+    )
+    difference = relative_difference(ours(images).numpy(), expected)
+    record_property("relative_difference", difference)
+    assert difference < 1e-4
+
+
+# --------------------------------------------------------------------------------------------------
+# The converter
+
+TINY = ModelConfig(model_name="efficientnet-test", num_label_classes=10)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_convert(tmp_path, model, source, target, ema):
+    raw, averages = model, source
+    original = str(tmp_path / "model.ckpt-5")
+    weights.save_weights(raw, original, ema_model=averages)
+    there, back = str(tmp_path / "a.safetensors"), str(tmp_path / "new" / "model.ckpt-0")
+    assert convert_checkpoint.convert_checkpoint(TINY, original, there, ema=ema) == there
+    convert_checkpoint.convert_checkpoint(TINY, there, back)
+    for path in (there, back):
+        weights.load_weights(target, path)
+        assert_same(snapshot(target), snapshot(averages if ema else raw))
+
+
+def test_converter_overwrites_nothing(tmp_path, model):
+    source = str(tmp_path / "source.safetensors")
+    weights.save_weights(model, source)
+    for target in ("a.safetensors", "model.ckpt-0"):
+        target = str(tmp_path / target)
+        convert_checkpoint.convert_checkpoint(TINY, source, target)
+        with pytest.raises(ConfigError, match=re.escape(f"--target: {target}")):
+            convert_checkpoint.convert_checkpoint(TINY, source, target)
+
+
+@pytest.mark.parametrize("source, target", [("", "b.safetensors"), ("a.safetensors", "")])
+def test_converter_needs_both_paths(source, target):
+    with pytest.raises(ConfigError, match="--source and --target"):
+        convert_checkpoint.convert_checkpoint(TINY, source, target)
+
+
+def test_converter_with_an_unknown_model(tmp_path, model):
+    source = tmp_path / "a.safetensors"
+    weights.save_weights(model, source)
+    config = ModelConfig(model_name="efficientnet-b9")
+    with pytest.raises(ConfigError, match="efficientnet-b9"):
+        convert_checkpoint.convert_checkpoint(config, source, tmp_path / "b.safetensors")
+
+
+def test_command_line(tmp_path, model):
+    """A damaged source is one line that names it, not a stack trace."""
+    source, target = tmp_path / "source.safetensors", tmp_path / "target.safetensors"
+    weights.save_weights(model, str(source))
+    source.write_bytes(source.read_bytes()[:-1])
+    command = [sys.executable, "-m", "efficientnet_ns.convert_checkpoint"]
+    flags = ["--model_name=efficientnet-test", "--num_label_classes=10"]
+    done = subprocess.run(
+        [*command, *flags, f"--source={source}", f"--target={target}"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"{source} cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not target.exists()

@@ -1,0 +1,296 @@
+"""Exported models answer to encoded images without this package."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from efficientnet_ns import export_model, inference
+from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.data.pipeline import Preprocessing
+from efficientnet_ns.files import manifests
+from efficientnet_ns.models import efficientnet, weights
+from efficientnet_ns.models.recipes import RECIPES
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+from efficientnet_ns.serving import export, provenance
+from efficientnet_ns.serving.classifier import Answers
+
+CLASSES, SIZE = 5, 32
+
+
+def pictures() -> dict[str, bytes]:
+    """JPEG and PNG files of several sizes; nothing is drawn in them twice."""
+    rng = np.random.default_rng(0)
+
+    def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+        return rng.integers(0, 256, [height, width, channels], np.uint8)
+
+    return {
+        "wide.jpg": tf.io.encode_jpeg(noise(40, 71)).numpy(),
+        "tall.png": tf.io.encode_png(noise(90, 33)).numpy(),
+        "gray.jpg": tf.io.encode_jpeg(noise(50, 50, 1)).numpy(),
+        "alpha.png": tf.io.encode_png(noise(20, 25, 4)).numpy(),
+        "pixel.png": tf.io.encode_png(noise(1, 1)).numpy(),
+    }
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Config:
+    """A checkpoint whose moving averages differ from its raw weights."""
+    folder = tmp_path_factory.mktemp("export")
+    task = folder / "task.json"
+    task.write_text(json.dumps({"num_classes": CLASSES, "image_size": SIZE}))
+    config = Config().override(
+        model_name="efficientnet-test", task_name=str(task), model_dir=str(folder / "model")
+    )
+    variables = weights.variable_names(ResolvedConfig.from_config(config).build_model())
+    rng = np.random.default_rng(1)
+    (folder / "model").mkdir()
+    tensors = {}
+    for name, variable in variables.items():
+        tensors[name] = variable + rng.uniform(0, 0.05, variable.shape)
+        tensors[name + weights.EMA_SUFFIX] = variable + rng.uniform(0, 0.05, variable.shape)
+    weights.write_checkpoint(str(folder / "model" / "model.ckpt-7"), tensors)
+    return config
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def exported(config, base) -> str:
+    folder = export_model.export_model(config, str(base / "models"), 3)
+    assert folder == str(base / "models" / "3")
+    return folder
+
+
+def by_eval_path(config: Config) -> np.ndarray:
+    """Probabilities from the evaluation preprocessing and the model, one image at a time."""
+    resolved = ResolvedConfig.from_config(config)
+    model = resolved.build_model()
+    weights.load_weights(model, config.train.model_dir)
+    prepare = resolved.preprocessing().evaluate
+    rows = [
+        tf.nn.softmax(model(prepare(image)[None], training=False))[0]
+        for image in pictures().values()
+    ]
+    return np.array(rows)
+
+
+ELSEWHERE = """
+import json, pathlib, sys
+import tensorflow as tf
+
+folder, *images = sys.argv[1:]
+model = tf.saved_model.load(folder)
+files = [pathlib.Path(image).read_bytes() for image in images]
+answer = model.signatures["serving_default"](tf.constant(files))
+print(json.dumps({
+    "classes": answer["classes"].numpy().tolist(),
+    "probabilities": answer["probabilities"].numpy().tolist(),
+    "inputs": [spec.name for spec in model.signatures["serving_default"].inputs][:1],
+    "ours": [name for name in sys.modules if name.startswith("efficientnet_ns")],
+}))
+"""
+
+
+def test_plain_tensorflow_gives_the_same_answers(config, exported, tmp_path):
+    """Images of different kinds and sizes in one batch, in a process that has TensorFlow alone."""
+    paths = []
+    for name, content in pictures().items():
+        paths.append(tmp_path / name)
+        paths[-1].write_bytes(content)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, exported, *map(str, paths)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["ours"] == []
+    expected = by_eval_path(config)
+    np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-5)
+    assert answer["classes"] == expected.argmax(1).tolist()
+    assert expected.std(0).max() > 1e-3
+
+
+def test_signature(exported):
+    signature = tf.saved_model.load(exported).signatures["serving_default"]
+    _, inputs = signature.structured_input_signature
+    assert inputs == {"image_bytes": tf.TensorSpec([None], tf.string, name="image_bytes")}
+    outputs = {
+        name: (t.dtype, t.shape.as_list()) for name, t in signature.structured_outputs.items()
+    }
+    assert outputs == {
+        "classes": (tf.int64, [None]),
+        "class_names": (tf.string, [None]),
+        "probabilities": (tf.float32, [None, CLASSES]),
+        "top_classes": (tf.int64, [None, CLASSES]),
+        "top_class_names": (tf.string, [None, CLASSES]),
+        "top_probabilities": (tf.float32, [None, CLASSES]),
+        "valid": (tf.bool, [None]),
+    }
+
+
+def test_only_the_version_is_left(exported, base):
+    assert {path.name for path in (base / "models").iterdir()} == {"3", "deploy"}
+
+
+@pytest.mark.parametrize("ema, suffix", [(True, weights.EMA_SUFFIX), (False, "")])
+def test_which_weights(config, monkeypatch, ema, suffix):
+    monkeypatch.setattr(export, "export", lambda model, *_: model)
+    model = export_model.export_model(config, "unused", 1, ema=ema)
+    stored = tf.train.load_checkpoint(config.train.model_dir + "/model.ckpt-7")
+    for name, variable in weights.variable_names(model).items():
+        np.testing.assert_array_equal(variable, stored.get_tensor(name + suffix), err_msg=name)
+
+
+def test_existing_version_is_refused(config, exported):
+    before = {path: path.stat().st_mtime_ns for path in Path(exported).rglob("*")}
+    with pytest.raises(manifests.OutputConflict, match=f"{exported} exists"):
+        export_model.export_model(config, str(Path(exported).parent), 3)
+    assert {path: path.stat().st_mtime_ns for path in Path(exported).rglob("*")} == before
+
+
+def test_failure_leaves_nothing(config, tmp_path, monkeypatch):
+    def half_a_model(_, folder, **unused):
+        os.makedirs(folder)
+        (Path(folder) / "saved_model.pb").write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tf.saved_model, "save", half_a_model)
+    resolved = ResolvedConfig.from_config(config)
+    with pytest.raises(OSError, match="disk full"):
+        export.export(resolved.build_model(), resolved.preprocessing(), str(tmp_path), 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", ["model_dir", "export_dir"])
+def test_missing_folders_are_named(config, tmp_path, missing):
+    if missing == "model_dir":
+        config = config.override(model_dir=None)
+    export_dir = "" if missing == "export_dir" else str(tmp_path)
+    with pytest.raises(ConfigError, match=f"--{missing}"):
+        export_model.export_model(config, export_dir, 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"tflite_type": "int8"}, {"format": "tflite", "serving_dtype": "bfloat16"}],
+)
+def test_settings_of_the_other_format_are_refused(config, tmp_path, settings):
+    with pytest.raises(ConfigError, match="tflite"):
+        export_model.export_model(config, str(tmp_path), **settings)
+
+
+def test_a_file_of_the_same_type_gets_the_next_number(config, tmp_path):
+    (tmp_path / "7").mkdir()
+    paths = [
+        export_model.export_model(config, str(tmp_path), format="tflite", tflite_type=kind)
+        for kind in ("float32", "float32", "float16")
+    ]
+    numbers = [Path(path).name.split("-")[-2] for path in paths]
+    assert numbers == ["1", "2", "1"]
+
+
+def test_card_tells_recipe_and_accuracy(config, base, tmp_path):
+    folder = Path(config.train.model_dir)
+    settings = {
+        "train_steps": 700,
+        "label_data_dir": "/a/b/photos",
+        "unlabel_ratio": 3.0,
+        "seed": 0,
+    }
+    settings.update(augment_name="randaugment", randaug_layer=2, randaug_mag=9)
+    (folder / "config.json").write_text(json.dumps({**settings, "init_model_path": None}))
+    during = {"eval/top1": 0.9, "eval/top5": 1.0, "eval/examples": 40}
+    rows = [json.dumps({"step": step, **more}) for step in (1, 2) for more in ({"lr": 0.1}, during)]
+    (folder / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 3, "eval/top1": 0.1')
+    (folder / "eval").mkdir()
+    dev = {"top1": 0.875, "top5": 0.99, "examples": 300, "loss": 1.0}
+    (folder / "eval" / "eval.json").write_text(
+        json.dumps({"weights": str(folder), "ema": True, "views": 1, "sets": {"dev": dev}})
+    )
+    facts = provenance.of_training(str(folder))
+    assert facts == {
+        "Update steps of the whole training": "700",
+        "Unlabeled images per labeled one": "3.0",
+        "Augmentation": "RandAugment, 2 operations of magnitude 9",
+        "Labeled data": "photos",
+        "Seed": "0",
+        "Evaluation during the training, after 2 steps": "top-1 90.00%, top-5 100.00% of 40 images (moving averages)",
+        "Last evaluation in the folder, on dev": "top-1 87.50%, top-5 99.00% of 300 images (moving averages)",
+    }
+    chosen = export_model.ExportConfig(export_dir="unused")
+    options = export_model._options(ResolvedConfig.from_config(config), str(folder), chosen)
+    text = export._card(
+        ResolvedConfig.from_config(config).build_model(), Preprocessing(SIZE), 3, options
+    )
+    for name, value in facts.items():
+        assert f"- {name}: {value}\n" in text
+    assert provenance.of_training(str(tmp_path)) == {}
+
+
+def test_card_tells_no_accuracy_of_other_weights(tmp_path):
+    rows = [{"step": s, "eval/top1": s / 10, "eval/top5": 1.0, "eval/examples": 9} for s in (5, 7)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "eval").mkdir()
+    dev = {"top1": 0.25, "top5": 0.5, "examples": 9}
+    measured = {"weights": "runs/teacher", "ema": True, "views": 2, "sets": {"dev": dev}}
+    (tmp_path / "eval" / "eval.json").write_text(json.dumps(measured))
+    during = "Evaluation during the training, after {} steps"
+    assert list(provenance.of_training(str(tmp_path))) == [during.format(7)]
+    assert list(provenance.of_training(str(tmp_path), "model.ckpt-6")) == [during.format(5)]
+    measured["weights"] = f"{tmp_path}/model.ckpt-6"
+    (tmp_path / "eval" / "eval.json").write_text(json.dumps(measured))
+    assert list(provenance.of_training(str(tmp_path))) == [during.format(7)]
+    facts = provenance.of_training(str(tmp_path), "model.ckpt-6")
+    assert "top-1 25.00%" in facts["Last evaluation in the folder, on dev"]
+    assert "2 views" in facts["Last evaluation in the folder, on dev"]
+
+
+def test_card_of_published_weights():
+    recipe = RECIPES["efficientnet-b5"]
+    for path in (
+        "w/noisy_student_efficientnet-b5/model.ckpt",
+        "tf_efficientnet_b5.ns_jft_in1k.pth",
+    ):
+        assert provenance.is_published(path, recipe)
+    for path in ("runs/efficientnet-b5", "runs/noisy_student_efficientnet-b5-on-flowers"):
+        assert not provenance.is_published(path, recipe)
+    large = RECIPES["efficientnet-l2"]
+    for path in ("noisy_student_efficientnet-l2_475", "tf_efficientnet_l2.ns_jft_in1k_475.pth"):
+        assert not provenance.is_published(path, large)
+    facts = provenance.of_publication(recipe)
+    assert "top-1 86.1%" in facts["Published accuracy"]
+
+
+@pytest.mark.parametrize(
+    "optimize_for",
+    ["cpu", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("accelerator", "none"))],
+)
+def test_classifier_of_ones_own(tmp_path, optimize_for):
+    """A model with the user's Dense layer answers as it does here."""
+    model = efficientnet.build_model("efficientnet-test", image_size=SIZE, small_image=True)
+    pooled = efficientnet.endpoints(model)["pooled"]
+    classifier = tf.keras.Model(model.input, tf.keras.layers.Dense(3)(pooled))
+    preprocessing = Preprocessing(SIZE, small_image=True)
+    options = export.Options(Answers(("a", "b", "c")), optimize_for)
+    folder = export.export(classifier, preprocessing, tmp_path, 1, options)
+    encoded = list(pictures().values())
+    answers = export.saved_model_runner(folder)(encoded)
+    expected = tf.nn.softmax(classifier(inference.preprocess(encoded, classifier)))
+    np.testing.assert_allclose(answers, expected, atol=1e-5)
+    assert "efficientnet-test" in Path(folder, "README.md").read_text()

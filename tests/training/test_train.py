@@ -1,0 +1,1019 @@
+"""Training end to end on tiny records: what it leaves, resuming bit for bit, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from efficientnet_ns.config import Config, ConfigError, check
+from efficientnet_ns.config.preemption import StopRequest
+from efficientnet_ns.data import pipeline
+from efficientnet_ns.files import manifests, records
+from efficientnet_ns.models import efficientnet, weights
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+from efficientnet_ns.training import checkpoints, claim, preview, summaries, train
+from efficientnet_ns.training.input_wait import InputWait
+from efficientnet_ns.training.session import Session, TrainingDiverged
+from efficientnet_ns.training.student import NoisyStudent
+
+ROOT = Path(__file__).parents[2]
+CLASSES, SIZE = 3, 8
+LABELED, UNLABELED, VALIDATION = 13, 11, 7
+LABELED_METRICS = {"lab/acc", "lab/pred_prob", "lab/loss"}
+PACE = ("images_per_second", "input_wait")
+TRAIN_METRICS = {"train/data_loss", "train/loss", "train/lr", "train/epoch", *PACE}
+UNLABELED_METRICS = {"unl/acc_to_dump", "unl/pred_prob", "unl/target_prob", "ext/loss"}
+EVAL_METRICS = {"eval/top1", "eval/top5", "eval/loss", "eval/examples"}
+
+
+def pictures(count: int, seed: int) -> list[bytes]:
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, [count, SIZE, SIZE, 3], np.uint8)
+    return [tf.io.encode_png(image).numpy() for image in pixels]
+
+
+def pseudo_labels(count: int) -> np.ndarray:
+    return np.random.default_rng(9).dirichlet(np.ones(CLASSES), count).astype(np.float32)
+
+
+def write_task(path: Path, num_classes: int = CLASSES) -> str:
+    task = {"num_classes": num_classes, "image_size": SIZE, "small_image": True}
+    path.write_text(json.dumps(task))
+    return str(path)
+
+
+def write_data(folder: Path) -> None:
+    """A task, labeled records in two sets, unlabeled records with and without pseudo labels."""
+    write_task(folder / "task.json")
+    for prefix, count, seed in (("train", LABELED, 1), ("validation", VALIDATION, 2)):
+        examples = [
+            records.labeled_example(image, i % CLASSES)
+            for i, image in enumerate(pictures(count, seed))
+        ]
+        records.write_sharded(str(folder / "labeled"), prefix, examples, 2)
+    images, probs = pictures(UNLABELED, 3), pseudo_labels(UNLABELED)
+    pseudo = [
+        records.pseudo_labeled_example(image, row, int(row.argmax()))
+        for image, row in zip(images, probs)
+    ]
+    records.write_sharded(str(folder / "pseudo"), "train-0", pseudo, 2)
+    plain = [records.unlabeled_example(image) for image in images]
+    records.write_sharded(str(folder / "unlabeled"), "extra", plain, 1)
+
+
+def settings(folder: Path, model_dir: str | Path, **values) -> Config:
+    """Supervised training of the smallest model on the data of `folder`."""
+    defaults = {
+        "model_name": "efficientnet-test",
+        "task_name": str(folder / "task.json"),
+        "label_data_dir": str(folder / "labeled"),
+        "model_dir": str(folder / model_dir),
+        "train_batch_size": 4,
+        "train_steps": 2,
+        "base_learning_rate": 0.5,
+        "warmup_epochs": 0.0,
+        "eval_batch_size": 4,
+        "iterations_per_loop": 1,
+        "save_checkpoints_steps": 1,
+        "preview_images": 0,
+    }
+    return Config().override(**{**defaults, **values})
+
+
+def noised(folder: Path, model_dir: str | Path, **values) -> Config:
+    """A student of stored soft labels with every kind of noise; 7 steps in loops of 2."""
+    noise = {
+        "unlabel_data_dir": str(folder / "pseudo"),
+        "unlabel_ratio": 1.5,
+        "teacher_softmax_temp": 1.0,
+        "augment_name": "randaugment",
+        "randaug_mag": 9,
+        "randaug_layer": 1,
+        "unl_aug": "none",
+        "dropout_rate": 0.3,
+        "stochastic_depth_rate": 0.5,
+        "train_steps": 7,
+        "iterations_per_loop": 2,
+        "save_checkpoints_steps": 2,
+        "steps_per_eval": 4,
+        "seed": 5,
+    }
+    return settings(folder, model_dir, **{**noise, **values})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("train")
+    write_data(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def straight(folder) -> tuple[Config, dict[str, float]]:
+    """The noised student, trained without interruption."""
+    config = noised(folder, "straight")
+    return config, train.train_and_evaluate(config)
+
+
+def tensors(model_dir: str, step: int) -> dict[str, np.ndarray]:
+    reader = tf.train.load_checkpoint(f"{model_dir}/model.ckpt-{step}")
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+
+
+def assert_same_training(one: str, other: str, step: int) -> None:
+    """Checkpoints equal in every bit, and the same rows of metrics, but for the speed."""
+    ours, theirs = tensors(one, step), tensors(other, step)
+    assert set(ours) == set(theirs)
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+    rows = [summaries.read_metrics(folder) for folder in (one, other)]
+    for row in rows[0] + rows[1]:
+        for name in PACE:
+            row.pop(name, None)
+    assert rows[0] == rows[1]
+
+
+def saved_steps(model_dir: str) -> list[int]:
+    return sorted(int(path.stem.split("-")[1]) for path in Path(model_dir).glob("*.index"))
+
+
+# --- What a training leaves -----------------------------------------------------------------------
+
+
+def test_metrics_of_a_student(straight):
+    _, metrics = straight
+    assert set(metrics) == {"step"} | (
+        LABELED_METRICS | UNLABELED_METRICS | TRAIN_METRICS | EVAL_METRICS
+    )
+    assert metrics["step"] == 7
+    assert metrics["eval/examples"] == VALIDATION
+    assert metrics["train/data_loss"] == pytest.approx(
+        metrics["lab/loss"] + 1.5 * metrics["ext/loss"], rel=1e-5
+    )
+    assert metrics["train/loss"] > metrics["train/data_loss"]
+
+
+def test_rows_of_metrics(straight):
+    config, metrics = straight
+    rows = summaries.read_metrics(config.train.model_dir)
+    kinds = [(row["step"], "train/loss" in row, "eval/top1" in row) for row in rows]
+    assert kinds == [
+        (2, True, False),
+        (4, True, False),
+        (4, False, True),
+        (6, True, False),
+        (7, True, False),
+        (7, False, True),
+    ]
+    assert {**rows[-2], **rows[-1]} == metrics
+
+
+def test_tensorboard_events(straight):
+    config, metrics = straight
+    (path,) = Path(config.train.model_dir).glob("events.out.tfevents.*")
+    seen = {}
+    for event in tf.compat.v1.train.summary_iterator(str(path)):
+        for value in event.summary.value:
+            seen[event.step, value.tag] = float(tf.make_ndarray(value.tensor))
+    assert {step for step, _ in seen} == {2, 4, 6, 7}
+    last = {tag: value for (step, tag), value in seen.items() if step == 7}
+    expected = {name: value for name, value in metrics.items() if name != "step"}
+    assert last == pytest.approx(expected, rel=1e-6)
+
+
+def test_checkpoint_has_the_names_of_the_original(straight):
+    config, _ = straight
+    assert tf.train.latest_checkpoint(config.train.model_dir).endswith("/model.ckpt-7")
+    stored = tensors(config.train.model_dir, 7)
+    model = ResolvedConfig.from_config(config).build_model()
+    expected = {"global_step"}
+    for name, variable in weights.variable_names(model).items():
+        expected |= {name, f"{name}/ExponentialMovingAverage"}
+        if variable.trainable:
+            expected |= {f"{name}/RMSProp", f"{name}/RMSProp_1"}
+    assert set(stored) == expected
+    assert {
+        "efficientnet-test/stem/conv2d/kernel/RMSProp",
+        "efficientnet-test/blocks_1/tpu_batch_normalization_2/moving_mean/ExponentialMovingAverage",
+        "efficientnet-test/head/dense/bias/RMSProp_1",
+    } <= expected
+    assert stored["global_step"] == 7 and stored["global_step"].dtype == np.int64
+    kernel = "efficientnet-test/head/dense/kernel"
+    for suffix in ("/ExponentialMovingAverage", "/RMSProp", "/RMSProp_1"):
+        assert stored[kernel + suffix].shape == stored[kernel].shape
+        assert np.abs(stored[kernel + suffix] - stored[kernel]).max() > 1e-4
+
+
+def test_evaluation_alone_gives_the_last_evaluation(straight):
+    config, metrics = straight
+    expected = {key: metrics[f"eval/{key}"] for key in ("top1", "top5", "loss", "examples")}
+    assert train.evaluate(config) == {"validation": pytest.approx(expected, rel=1e-6)}
+
+
+def test_finished_training_is_left_alone(straight):
+    """Settings that do not change what is learned may be others."""
+    config, metrics = straight
+    model_dir = Path(config.train.model_dir)
+    before = {path: path.stat().st_mtime_ns for path in model_dir.glob("model.ckpt-*")}
+    rows = (model_dir / "metrics.jsonl").read_text()
+    again = config.override(steps_per_eval=3, keep_checkpoint_max=1, iterations_per_loop=5)
+    assert train.train_and_evaluate(again) == metrics
+    assert {path: path.stat().st_mtime_ns for path in model_dir.glob("model.ckpt-*")} == before
+    assert (model_dir / "metrics.jsonl").read_text() == rows
+
+
+def test_supervised(folder):
+    metrics = train.train_and_evaluate(settings(folder, "supervised"))
+    assert set(metrics) == {"step"} | LABELED_METRICS | TRAIN_METRICS | EVAL_METRICS
+    assert metrics["train/data_loss"] == metrics["lab/loss"]
+
+
+def test_teacher_on_the_fly(straight, folder):
+    """Labels come from a model; the student starts from given weights, and at rate 0 keeps them."""
+    source = f"{straight[0].train.model_dir}/model.ckpt-6"
+    config = settings(
+        folder,
+        "on_the_fly",
+        unlabel_data_dir=str(folder / "unlabeled"),
+        unlabel_ratio=2.0,
+        teacher_softmax_temp=0.5,
+        teacher_model_name="efficientnet-test",
+        teacher_model_path=source,
+        init_model=True,
+        init_model_path=source,
+        base_learning_rate=0.0,
+        train_steps=3,
+        keep_checkpoint_max=2,
+    )
+    metrics = train.train_and_evaluate(config, evaluate=False)
+    assert set(metrics) == {"step"} | LABELED_METRICS | UNLABELED_METRICS | TRAIN_METRICS
+    # At temperature 0.5 the teacher is surer than it is by itself, and not as sure as a hard label.
+    assert 1 / CLASSES < metrics["unl/target_prob"] < 1
+    assert saved_steps(config.train.model_dir) == [2, 3]
+    state = tf.train.get_checkpoint_state(config.train.model_dir)
+    assert [Path(p).name for p in state.all_model_checkpoint_paths] == [
+        "model.ckpt-2",
+        "model.ckpt-3",
+    ]
+
+    given, kept = tensors(straight[0].train.model_dir, 6), tensors(config.train.model_dir, 3)
+    assert set(kept) == set(given)  # The teacher is not saved.
+    for name in (name for name in kept if name.endswith("/RMSProp")):
+        variable = name[: -len("/RMSProp")]
+        average = given[variable + weights.EMA_SUFFIX]
+        assert np.any(average != given[variable]), variable
+        np.testing.assert_array_equal(kept[variable], average, err_msg=name)
+        np.testing.assert_array_equal(kept[variable + weights.EMA_SUFFIX], average, err_msg=name)
+
+
+# --- Resuming -------------------------------------------------------------------------------------
+
+KILLED_BEFORE_STEP_6_IS_SAVED = """
+import json, os, signal, sys
+from efficientnet_ns.config import Config
+from efficientnet_ns.models import weights
+from efficientnet_ns.training import train
+
+write = weights.write_checkpoint
+
+def killing(prefix, tensors):
+    if prefix.endswith("-6"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(prefix, tensors)
+
+weights.write_checkpoint = killing
+train.train_and_evaluate(Config().override(**json.loads(sys.argv[1])))
+"""
+
+
+def changed_settings(config: Config) -> str:
+    """JSON of every setting that is not at its default."""
+    pairs = zip(
+        (getattr(config, section) for section in ("model", "data", "train")),
+        (getattr(Config(), section) for section in ("model", "data", "train")),
+    )
+    return json.dumps(
+        {
+            name: value
+            for ours, defaults in pairs
+            for name, value in vars(ours).items()
+            if value != getattr(defaults, name)
+        }
+    )
+
+
+def test_killed_training_ends_in_the_same_bits(straight, folder):
+    """Steps 5 and 6 were taken but not saved; they are taken again in another process."""
+    config = noised(folder, "killed")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_BEFORE_STEP_6_IS_SAVED, changed_settings(config)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert saved_steps(config.train.model_dir) == [2, 4]
+    rows = summaries.read_metrics(config.train.model_dir)
+    assert rows[-1]["step"] == 6
+    train.train_and_evaluate(config)
+    assert saved_steps(config.train.model_dir) == [2, 4, 6, 7]
+    assert_same_training(config.train.model_dir, straight[0].train.model_dir, 7)
+
+
+def test_damaged_checkpoint_is_passed_over(straight, folder, caplog):
+    config = noised(folder, "damaged")
+    shutil.copytree(straight[0].train.model_dir, config.train.model_dir)
+    newest = Path(config.train.model_dir) / "model.ckpt-7.data-00000-of-00001"
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    with caplog.at_level("WARNING"):
+        train.train_and_evaluate(config)
+    assert "model.ckpt-7 does not load" in caplog.text
+    assert_same_training(config.train.model_dir, straight[0].train.model_dir, 7)
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> NoisyStudent:
+    """The supervised student, built once for tests that train no step of it."""
+    return train._build(ResolvedConfig.from_config(settings(folder, "unused")), LABELED)
+
+
+def test_saving_below_a_damaged_checkpoint(model, tmp_path):
+    """What cannot be loaded does not push out what can."""
+    saver = checkpoints.Checkpoints(
+        str(tmp_path), model.student, model.ema_student, model.optimizer, keep=1
+    )
+    for step in (8, 2, 4):
+        model.optimizer.iterations.assign(step)
+        saver.save()
+        if step == 8:
+            (tmp_path / "model.ckpt-8.data-00000-of-00001").write_bytes(b"cut")
+            with pytest.raises(checkpoints.NothingLoads, match="none of the 1 checkpoints"):
+                saver.restore_latest()
+    assert saved_steps(str(tmp_path)) == [4, 8]
+    assert tf.train.latest_checkpoint(str(tmp_path)).endswith("-4")
+    assert saver.restore_latest() == 4
+    model.optimizer.iterations.assign(0)
+
+
+def test_kill_between_a_checkpoint_and_its_mention(model, tmp_path):
+    """Who asks TensorFlow for the newest checkpoint must get the one that training goes on from."""
+    saver = checkpoints.Checkpoints(
+        str(tmp_path), model.student, model.ema_student, model.optimizer, keep=3
+    )
+    for step in (2, 4):
+        model.optimizer.iterations.assign(step)
+        saver.save()
+        if step == 2:
+            mention = (tmp_path / "checkpoint").read_bytes()
+    (tmp_path / "checkpoint").write_bytes(mention)
+    assert tf.train.latest_checkpoint(str(tmp_path)).endswith("-2")
+    assert saver.restore_latest() == 4
+    assert tf.train.latest_checkpoint(str(tmp_path)).endswith("-4")
+    model.optimizer.iterations.assign(0)
+
+
+# --- Refusals -------------------------------------------------------------------------------------
+
+
+def test_loss_that_explodes(folder):
+    """The first update is enormous but finite; the loss of the second step is not."""
+    config = settings(folder, "exploding", base_learning_rate=1e30, train_steps=4)
+    with pytest.raises(TrainingDiverged) as error:
+        train.train_and_evaluate(config, evaluate=False)
+    last = f"{config.train.model_dir}/model.ckpt-1"
+    assert re.match("the loss became (nan|inf) between steps 1 and 2", str(error.value))
+    assert f"Last good checkpoint: {last}." in str(error.value)
+    assert saved_steps(config.train.model_dir) == [1]
+    assert all(np.isfinite(value).all() for value in tensors(config.train.model_dir, 1).values())
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_weights_that_break_after_the_last_loss(folder, model, tmp_path, broken):
+    """The loss is a number, the weights after its update are none: they are not saved."""
+    config = settings(folder, tmp_path)
+    saver = checkpoints.Checkpoints(
+        str(tmp_path), model.student, model.ema_student, model.optimizer, keep=5
+    )
+    session = Session(
+        saver,
+        summaries.MetricsLog(str(tmp_path), 0),
+        None,
+        StopRequest(),
+        config,
+        start=0,
+        total=2,
+        steps_per_epoch=1.0,
+        images_per_step=4,
+    )
+    model.optimizer.iterations.assign(1)
+    session.on_epoch_end(0, {"train/loss": 1.0})
+    model.optimizer.iterations.assign(2)
+    bias = model.student.get_layer("head_dense").bias
+    bias.assign(tf.fill(bias.shape, broken))
+    with pytest.raises(TrainingDiverged, match="between steps 1 and 2.*model.ckpt-1"):
+        session.on_epoch_end(1, {"train/loss": 1.0})
+    assert saved_steps(str(tmp_path)) == [1]
+    bias.assign(tf.zeros(bias.shape))
+    model.optimizer.iterations.assign(0)
+
+
+def test_folder_of_another_training(straight):
+    config, _ = straight
+    other = config.override(seed=6, label_smoothing=0.2)
+    with pytest.raises(claim.DirectoryConflict) as error:
+        train.train_and_evaluate(other)
+    assert "(label_smoothing: 0.1 → 0.2, seed: 5 → 6)" in str(error.value)
+    assert str(config.train.model_dir) in str(error.value)
+
+
+def claimed(config: Config) -> None:
+    """Claims model_dir for a training of `config`."""
+    labeled = ResolvedConfig.from_config(config).labeled_source()
+    claim.claim(config, {"labeled": labeled, "unlabeled": None})
+
+
+def pretend_checkpoint(config: Config) -> None:
+    (Path(config.train.model_dir) / "model.ckpt-1.index").touch()
+
+
+def test_training_that_never_began_gives_way(folder, tmp_path, only_reads):
+    """A wrong path was given; the right settings must find no other training there."""
+    typo = settings(folder, tmp_path, init_model=True, init_model_path=str(tmp_path / "typo"))
+    with pytest.raises(FileNotFoundError, match="typo"):
+        train.train_and_evaluate(typo, evaluate=False)
+    mended = settings(folder, tmp_path)
+    train.train_and_evaluate(mended, evaluate=False)
+    assert json.loads((tmp_path / claim.SETTINGS).read_text()) == mended.identity()
+
+
+@pytest.mark.parametrize(
+    "pid, refused", [(os.getppid(), True), (os.getpid(), False)], ids=["another", "this"]
+)
+def test_training_that_runs_does_not_give_way(folder, tmp_path, monkeypatch, pid, refused):
+    """Another process has not reached its first checkpoint."""
+    config = settings(folder, tmp_path)
+    claimed(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: pid)
+        summaries.note_start(str(tmp_path), 0, config.values())
+    other = config.override(seed=1)
+    if refused:
+        with pytest.raises(claim.DirectoryConflict, match=f"process {pid} has been training in"):
+            claimed(other)
+    else:
+        claimed(other)
+    noted = json.loads((tmp_path / claim.SETTINGS).read_text())
+    assert noted["seed"] == (0 if refused else 1)
+
+
+def test_slash_at_the_end_of_a_path_makes_no_other_training(folder, tmp_path):
+    config = settings(folder, tmp_path)
+    claimed(config)
+    pretend_checkpoint(config)
+    claimed(config.override(label_data_dir=f"{folder}/labeled/"))
+    with pytest.raises(claim.DirectoryConflict, match="label_data_dir"):
+        claimed(config.override(label_data_dir=f"{folder}/labeled;{folder}/labeled"))
+
+
+def test_records_that_were_replaced(tmp_path):
+    write_data(tmp_path)
+    config = settings(tmp_path, "model")
+    claimed(config)
+    pretend_checkpoint(config)
+    claimed(config)
+    path = replace_record(
+        tmp_path, "train-00001-of-00002", 2, records.labeled_example(pictures(1, 8)[0] + b"more", 1)
+    )
+    with pytest.raises(claim.DirectoryConflict, match=f"{path}: 6 records in .* → 6 records in"):
+        claimed(config)
+    (tmp_path / "model" / claim.RECORDS).unlink()
+    claimed(config)  # As a training that was begun before records were noted.
+    claimed(config)
+    for old in (tmp_path / "labeled").glob("train-*"):
+        old.unlink()
+    examples = [records.labeled_example(image, 0) for image in pictures(3, 1)]
+    records.write_sharded(str(tmp_path / "labeled"), "train", examples, 1)
+    with pytest.raises(claim.DirectoryConflict, match="no file → 3 records .* and 2 more files"):
+        claimed(config)
+
+
+def test_what_killed_trainings_left_is_removed(folder, tmp_path):
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    leftover = tmp_path / f".tmp-{socket.gethostname()}-{killed.pid}-{summaries.METRICS}"
+    leftover.write_text("")
+    claimed(settings(folder, tmp_path))
+    assert not leftover.exists()
+
+
+def test_checkpoint_of_another_number_of_classes(straight, tmp_path):
+    """The task's file was edited since."""
+    config, _ = straight
+    shutil.copytree(config.train.model_dir, tmp_path / "model")
+    other = config.override(
+        model_dir=str(tmp_path / "model"), task_name=write_task(tmp_path / "task.json", CLASSES + 1)
+    )
+    (tmp_path / "model" / "config.json").write_text(json.dumps(other.identity()))
+    with pytest.raises(weights.WeightsError) as error:
+        train.train_and_evaluate(other)
+    for name in ("kernel", "bias"):
+        assert f"efficientnet-test/head/dense/{name}: file [" in str(error.value)
+    assert "efficientnet-test/head/dense/bias: file [3], model [4]" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"model_dir": None}, "--model_dir is needed"),
+        ({"label_data_dir": None}, "--label_data_dir is needed"),
+        ({"unlabel_ratio": 1.0}, "--unlabel_ratio=1.0 needs --unlabel_data_dir"),
+        ({"label_weight": 0.0}, "--label_weight=0 without --unlabel_ratio"),
+        ({"teacher_model_name": "efficientnet-b0"}, "--teacher_model_path"),
+        ({"teacher_model_path": "somewhere"}, "--teacher_model_name"),
+        ({"init_model": True}, "--init_model needs --init_model_path"),
+        ({"teacher_softmax_temp": 0.0}, "--teacher_softmax_temp=0.0"),
+        ({"teacher_softmax_temp": -0.5}, "--teacher_softmax_temp=-0.5"),
+        ({"model_name": "efficientnet-b9"}, "--model_name: unknown model 'efficientnet-b9'"),
+        ({"task_name": "cifar"}, "--task_name: unknown task 'cifar'"),
+        ({"num_label_classes": 10}, "--num_label_classes=10"),
+    ],
+)
+def test_settings_that_do_not_fit(folder, values, message):
+    config = settings(folder, "never").override(**values)
+    with pytest.raises(ConfigError, match=message):
+        train.train_and_evaluate(config)
+    assert not (folder / "never").exists()
+
+
+@pytest.mark.parametrize("missing", ["model_dir", "label_data_dir"])
+def test_evaluation_names_what_is_missing(folder, missing):
+    with pytest.raises(ConfigError, match=f"--{missing}"):
+        train.evaluate(settings(folder, "never").override(**{missing: None}))
+
+
+def test_missing_sets(folder, tmp_path):
+    shutil.copytree(folder / "labeled", tmp_path / "labeled")
+    config = settings(tmp_path, "never", task_name=str(folder / "task.json"))
+    (tmp_path / "labeled" / "validation-00001-of-00002").unlink()
+    with pytest.raises(records.DataError, match="validation-00001-of-00002"):
+        train.train_and_evaluate(config)
+    with pytest.raises(records.DataError, match="no record files in .*pseudo"):
+        train.train_and_evaluate(
+            config.override(unlabel_ratio=1.0, unlabel_data_dir=str(tmp_path / "pseudo")),
+            evaluate=False,
+        )
+
+
+# --- Records that cannot be used ------------------------------------------------------------------
+
+
+@pytest.fixture
+def only_reads(model, monkeypatch) -> None:
+    """Training that draws its batches but takes no step."""
+
+    def draw(_, batches, *, epochs: int, steps_per_epoch: int, **unused) -> None:
+        for _ in batches.take(epochs * steps_per_epoch):
+            pass
+
+    monkeypatch.setattr(train, "_build", lambda *_: model)
+    monkeypatch.setattr(NoisyStudent, "fit", draw)
+
+
+def replace_record(folder: Path, name: str, position: int, payload: bytes) -> Path:
+    (path,) = folder.glob(f"*/{name}")
+    payloads = [record.payload for record in records.read(str(path))]
+    payloads[position] = payload
+    records.write(str(path), payloads)
+    (path.parent / records.COUNTS).unlink()
+    return path
+
+
+IMAGE = pictures(1, 8)[0]
+BROKEN_RECORDS = {
+    "label above the classes": (
+        "train-00001-of-00002",
+        records.labeled_example(IMAGE, CLASSES),
+        r"label 3 \(0-based\) is outside 0..2",
+    ),
+    "label 0, which is none": (
+        "train-00000-of-00002",
+        records.labeled_example(IMAGE, -1),
+        r"label -1 \(0-based\) is outside 0..2",
+    ),
+    "image cut off": (
+        "train-00001-of-00002",
+        records.labeled_example(IMAGE[:40], 1),
+        "PNG",
+    ),
+    "no image": (
+        "train-00000-of-00002",
+        records.prediction_example([1.0]),
+        "the record has no 'image/encoded'",
+    ),
+    "pseudo label above the classes": (
+        "train-0-00001-of-00002",
+        records.pseudo_labeled_example(IMAGE, [0.1, 0.2, 0.3, 0.4], 3),
+        "probabilities",
+    ),
+    "too few probabilities": (
+        "train-0-00000-of-00002",
+        records.pseudo_labeled_example(IMAGE, [0.5, 0.5], 1),
+        "probabilities",
+    ),
+    "unlabeled image cut off": (
+        "train-0-00001-of-00002",
+        records.pseudo_labeled_example(IMAGE[:40], [0.5, 0.5, 0.0], 1),
+        "PNG",
+    ),
+    "evaluation label above the classes": (
+        "validation-00000-of-00002",
+        records.labeled_example(IMAGE, CLASSES),
+        r"label 3 \(0-based\) is outside 0..2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_RECORDS)
+def test_bad_record_is_named(case, tmp_path, only_reads):
+    name, payload, problem = BROKEN_RECORDS[case]
+    write_data(tmp_path)
+    path = replace_record(tmp_path, name, 2, payload)
+    config = settings(
+        tmp_path, "model", unlabel_data_dir=str(tmp_path / "pseudo"), unlabel_ratio=1.0
+    ).override(train_steps=8)
+    with pytest.raises(records.DataError, match=f"{path}, record 2: .*{problem}"):
+        train.train_and_evaluate(config)
+
+
+def flip_last_byte_of_payload(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+
+
+@pytest.mark.parametrize("values", [{"preview_images": 4}, {"debug": 1}])
+@pytest.mark.parametrize("damaged", [True, False])
+def test_bad_record_is_named_before_the_first_step(values, damaged, tmp_path, only_reads):
+    """What the preview and --debug read is explained as what training reads."""
+    write_data(tmp_path)
+    name, payload, problem = BROKEN_RECORDS["label 0, which is none"]
+    path, position = tmp_path / "labeled" / name, 2
+    if damaged:
+        flip_last_byte_of_payload(path)
+        position, problem = records.count(str(path)) - 1, "damaged payload"
+    else:
+        replace_record(tmp_path, name, position, payload)
+    config = settings(tmp_path, "model", train_batch_size=LABELED, **values)
+    expected = f"{path}, record {position}: {problem}.*start the same command again"
+    with pytest.raises(records.DataError, match=expected):
+        train.train_and_evaluate(config, evaluate=False)
+
+
+def test_bad_record_stops_an_evaluation(straight, tmp_path):
+    name, payload, problem = BROKEN_RECORDS["evaluation label above the classes"]
+    write_data(tmp_path)
+    path = replace_record(tmp_path, name, 2, payload)
+    config = straight[0].override(label_data_dir=str(tmp_path / "labeled"))
+    with pytest.raises(records.DataError, match=f"{path}, record 2: {problem}"):
+        train.evaluate(config)
+
+
+def test_bad_record_stops_a_training_that_continues_when_it_is_repaired(tmp_path):
+    """The same through Keras, whose errors come from inside the compiled loop."""
+    write_data(tmp_path)
+    good = records.labeled_example(IMAGE, 0)
+    name, bad = "train-00001-of-00002", records.labeled_example(IMAGE, CLASSES)
+    path = replace_record(tmp_path, name, 1, bad)
+    config = settings(tmp_path, "model", train_steps=8)
+    with pytest.raises(records.DataError, match=f"{path}, record 1: label 3"):
+        train.train_and_evaluate(config, evaluate=False)
+    records.write(str(path), [good])
+    pretend_checkpoint(config)
+    claimed(config)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"train_last_step_num": 3}, "--train_last_step_num=3"),
+        ({"train_last_step_num": 0}, "--train_last_step_num=0"),
+        ({"train_ratio": 0.1}, "--train_ratio=0.1"),
+        ({"final_base_lr": 0.5}, "--final_base_lr=0.5"),
+        ({"dropout_rate": 1.5}, "--dropout_rate=1.5"),
+        ({"stochastic_depth_rate": 1.0}, "--stochastic_depth_rate=1.0"),
+    ],
+)
+def test_numbers_out_of_range(folder, values, message):
+    with pytest.raises(ConfigError, match=message):
+        train.train_and_evaluate(settings(folder, "never", **values))
+    assert not (folder / "never").exists()
+
+
+def test_settings_that_came_later_had_their_defaults(straight, tmp_path):
+    config, metrics = straight
+    path = Path(config.train.model_dir) / "config.json"
+    whole = path.read_text()
+    older = json.loads(whole)
+    del older["shuffle_buffer"]
+    try:
+        path.write_text(json.dumps(older))
+        assert train.train_and_evaluate(config)["step"] == metrics["step"]
+    finally:
+        path.write_text(whole)
+
+
+def test_truncated_set_is_not_measured(straight, tmp_path):
+    config, _ = straight
+    write_data(tmp_path)
+    folder = tmp_path / "labeled"
+    (folder / records.COUNTS).unlink()
+    shard = sorted(folder.glob("validation-*"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(records.DataError, match=f"{shard} is damaged after record"):
+        train.evaluate(config.override(label_data_dir=str(folder)))
+
+
+def test_new_head_on_old_weights(straight, tmp_path):
+    """Weights of another number of classes: everything but the head is taken over."""
+    write_data(tmp_path)
+    write_task(tmp_path / "task.json", CLASSES + 2)
+    start = {
+        "init_model": True,
+        "init_model_path": straight[0].train.model_dir,
+        "base_learning_rate": 1e-30,
+        "moving_average_decay": 0.0,
+        "weight_decay": 0.0,
+        "train_steps": 1,
+    }
+    with pytest.raises(weights.WeightsError, match="head/dense/kernel"):
+        train.train_and_evaluate(settings(tmp_path, "refused", **start))
+    config = settings(tmp_path, "model", **start, init_skip="head/dense/")
+    train.train_and_evaluate(config, evaluate=False)
+    old = tensors(straight[0].train.model_dir, 7)
+    new = tensors(config.train.model_dir, 1)
+    name = "efficientnet-test/stem/conv2d/kernel"
+    np.testing.assert_array_equal(new[name], old[name + weights.EMA_SUFFIX])
+    assert new["efficientnet-test/head/dense/bias"].shape == (CLASSES + 2,)
+
+
+# --- Stopping on request, and other ways to go on -------------------------------------------------
+
+ASKED_TO_STOP = """
+import json, os, signal, sys
+from efficientnet_ns.config import Config
+from efficientnet_ns import config, preemption
+from efficientnet_ns.training import session, train
+
+log = session.Session._pace
+
+def asking(self, step):
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return log(self, step)
+
+session.Session._pace = asking
+config.run(lambda argv: train.train_and_evaluate(Config().override(**json.loads(argv[1]))))
+"""
+
+
+def test_request_to_stop_saves_and_continues_in_the_same_bits(straight, folder):
+    """Everything at once: teacher on the fly, frozen layers, the end of a schedule, no cache.
+
+    The signal comes while step 5 is being logged, which no interval would have saved.
+    """
+    values = {
+        "unlabel_data_dir": str(folder / "unlabeled"),
+        "teacher_model_name": "efficientnet-test",
+        "teacher_model_path": f"{straight[0].train.model_dir}/model.ckpt-6",
+        "fix_layer_num": 1,
+        "train_steps": 20,
+        "train_last_step_num": 7,
+        "iterations_per_loop": 1,
+        "save_checkpoints_steps": 4,
+        "steps_per_eval": 5,
+    }
+    whole = noised(folder, "unstopped", **values)
+    train.train_and_evaluate(whole)
+    config = noised(folder, "stopped", **values, use_cache=False, preview_images=3)
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED_TO_STOP, changed_settings(config)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 75, done.stderr
+    rows = summaries.read_metrics(config.train.model_dir)
+    assert rows[-1]["step"] in (5, 6)
+    assert rows[-1]["step"] == saved_steps(config.train.model_dir)[-1]
+    train.train_and_evaluate(config)
+    assert_same_training(config.train.model_dir, whole.train.model_dir, 7)
+    assert (Path(config.train.model_dir) / preview.FILE).exists()
+    assert_frozen(whole)
+
+
+def assert_frozen(config: Config) -> None:
+    """Stem and block 0 are as they began, their averages and statistics too; the rest is not."""
+    tf.keras.utils.set_random_seed(config.train.seed)
+    fresh = train._build(ResolvedConfig.from_config(config), LABELED)
+    initial = {name: v.numpy() for name, v in weights.variable_names(fresh.student).items()}
+    stored = tensors(config.train.model_dir, 7)
+    frozen = re.compile("efficientnet-test/(stem|blocks_0)/")
+    assert any("moving_mean" in name for name in initial if frozen.match(name))
+    for name, value in initial.items():
+        same = np.array_equal(stored[name], value)
+        assert same == bool(frozen.match(name)), name
+        if frozen.match(name):
+            np.testing.assert_array_equal(stored[name + weights.EMA_SUFFIX], value, err_msg=name)
+        if "moving_" not in name:
+            assert stored[name + "/RMSProp"].shape == value.shape
+
+
+@pytest.mark.parametrize("number", [-2, 4])
+def test_blocks_that_cannot_be_frozen(folder, number):
+    values = settings(folder, "never", fix_layer_num=number)
+    with pytest.raises(ConfigError, match="fix_layer_num"):
+        check(values)
+        train._build(ResolvedConfig.from_config(values), LABELED)
+
+
+def test_frozen_layers_drop_nothing_and_keep_their_statistics():
+    model = efficientnet.build_model("efficientnet-test", 3, 8, small_image=True, survival_prob=0.1)
+    efficientnet.freeze(model, efficientnet.num_blocks(model))
+    inner = tf.keras.Model(model.input, efficientnet.endpoints(model)["reduction_1"])
+    images = tf.random.uniform([4, 8, 8, 3], maxval=255.0)
+    np.testing.assert_array_equal(inner(images, training=True), inner(images, training=False))
+    assert {v.name.split("/")[0] for v in model.trainable_variables} == {
+        "head_conv",
+        "head_bn",
+        "head_dense",
+    }
+
+
+def test_evaluation_that_was_cut_off_is_made_up_for(straight, folder):
+    """The checkpoint of step 4 was written, its evaluation was not."""
+    config = noised(folder, "unevaluated")
+    shutil.copytree(straight[0].train.model_dir, config.train.model_dir)
+    model_dir = Path(config.train.model_dir)
+    for path in [*model_dir.glob("model.ckpt-6.*"), *model_dir.glob("model.ckpt-7.*")]:
+        path.unlink()
+    log = model_dir / summaries.METRICS
+    rows = log.read_text().splitlines(keepends=True)
+    # A killed writer's last line is not whole.
+    log.write_text("".join(rows[:2]) + rows[2][:9])
+    train.train_and_evaluate(config)
+    assert_same_training(config.train.model_dir, straight[0].train.model_dir, 7)
+
+
+def test_loss_that_explodes_inside_a_host_loop(folder):
+    config = settings(
+        folder,
+        "exploding_loop",
+        base_learning_rate=1e30,
+        train_steps=8,
+        iterations_per_loop=4,
+        save_checkpoints_steps=4,
+    )
+    with pytest.raises(TrainingDiverged, match="between steps 0 and 4.*none was saved yet"):
+        train.train_and_evaluate(config, evaluate=False)
+    assert not saved_steps(config.train.model_dir)
+
+
+# --- Parts of the sets ----------------------------------------------------------------------------
+
+
+def test_images_and_steps_that_are_counted(folder):
+    """Labeled images left out of the loss are computed all the same."""
+    values = {"train_batch_size": 8, "label_data_sample_prob": 0.5, "unlabel_ratio": 3.0}
+    stretched = {"train_steps": 10, "train_ratio": 2.0, "train_last_step_num": 4}
+    resolved = ResolvedConfig.from_config(settings(folder, "never", **values, **stretched))
+    assert (resolved.train_steps, resolved.steps_to_run) == (20, 8)
+    assert (resolved.unlabeled_batch_size, resolved.images_per_step) == (12, 20)
+    assert resolved.epoch_images() == LABELED
+    one_shard = resolved.config.override(num_train_shards=1)
+    assert ResolvedConfig.from_config(one_shard).epoch_images() == 7
+    assert ResolvedConfig.from_config(one_shard.override(num_train_images=5)).epoch_images() == 5
+
+
+def test_parts_of_the_sets(straight, folder):
+    config, _ = straight
+    measured = train.evaluate(config.override(num_eval_images=5))["validation"]
+    assert measured["examples"] == 5
+    with pytest.raises(ConfigError, match="--num_eval_images=8: 8 records are asked for, 7 are"):
+        train.evaluate(config.override(num_eval_images=8))
+    resolved = ResolvedConfig.from_config(config.override(num_train_shards=1))
+    labeled, unlabeled, _ = train._sources(resolved, True)
+    assert [Path(p).name for p in labeled.paths] == ["train-00000-of-00002"]
+    assert len(unlabeled.paths) == 2
+    with pytest.raises(ConfigError, match="--num_train_shards=3: 3 shards are asked for, 2 are"):
+        train.train_and_evaluate(config.override(num_train_shards=3, model_dir=str(folder / "no")))
+
+
+def test_continuous_evaluation_ends_with_the_last_step(straight, tmp_path):
+    config, metrics = straight
+    shutil.copytree(config.train.model_dir, tmp_path / "model")
+    config = config.override(model_dir=str(tmp_path / "model"), eval_continuously=True)
+    for _ in range(2):
+        results = train.evaluate(config)
+        assert results["validation"]["loss"] == pytest.approx(metrics["eval/loss"], rel=1e-6)
+        (row,) = summaries.read_metrics(str(tmp_path / "model" / "eval"))
+        assert row["step"] == 7 and row["validation/loss"] == results["validation"]["loss"]
+
+
+# --- What is to be looked at ----------------------------------------------------------------------
+
+
+def test_every_start_is_noted_with_all_flags(straight):
+    config, _ = straight
+    first, *_ = manifests.read_json_lines(f"{config.train.model_dir}/{summaries.RUNS}")
+    assert first["step"] == 0 and first["flags"]["iterations_per_loop"] == 2
+    assert set(first["flags"]) == set(Config().values())
+
+
+def test_metrics_in_a_store_without_appending(tmp_path, monkeypatch):
+    """Rows are in the file when `flush` says so, and a continued log drops what came after."""
+    written = []
+    write = summaries._write_lines
+    monkeypatch.setattr(summaries, "_write_lines", lambda *a: written.append(1) or write(*a))
+    folder = "file://" + str(tmp_path)  # A scheme, so treated as a store; TensorFlow knows it.
+    log = summaries.MetricsLog(folder, 0)
+    for step in range(1, 6):
+        log.add(step, {"train/loss": 1.0 / step})
+        if step % 2 == 0:
+            log.flush()
+    assert len(written) == 3
+    assert [row["step"] for row in summaries.read_metrics(folder)] == [1, 2, 3, 4]
+    log.close()
+    assert [r["step"] for r in summaries.MetricsLog(folder, 3).rows] == [1, 2, 3]
+
+
+def test_damaged_metrics_are_named(tmp_path):
+    (tmp_path / summaries.METRICS).write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(manifests.BrokenFile, match="metrics.jsonl, line 2"):
+        summaries.read_metrics(str(tmp_path))
+
+
+def test_input_wait_is_the_time_the_batches_took():
+    """An input of which every batch takes 20 ms, and one that is ready."""
+    wait = InputWait()
+    slow = tf.data.Dataset.range(5).map(lambda i: tf.py_function(pause, [i], tf.int64))
+    assert [int(i) for i in wait.measure(slow)] == [0, 1, 2, 3, 4]
+    waited = wait.take()
+    assert waited >= 0.1
+    assert wait.take() == 0
+    assert [int(i) for i in wait.measure(tf.data.Dataset.range(5))] == [0, 1, 2, 3, 4]
+    assert 0 < wait.take() < waited
+
+
+def pause(value):
+    time.sleep(0.02)
+    return value
+
+
+def test_input_wait_under_replicas(two_replicas):
+    wait = InputWait()
+    data = wait.measure(tf.data.Dataset.range(8).batch(4, drop_remainder=True))
+    seen = []
+    for batch in two_replicas.experimental_distribute_dataset(data):
+        seen += [int(v) for part in two_replicas.experimental_local_results(batch) for v in part]
+    assert seen == list(range(8))
+    assert wait.take() > 0
+
+
+def test_preview_of_classes_that_look_like_formulas(folder, tmp_path):
+    """Matplotlib takes text between two dollar signs for mathematics."""
+    task = {"num_classes": CLASSES, "image_size": SIZE, "small_image": True}
+    names = ["$1 to $2", "$x_{$", "\\frac"]
+    (tmp_path / "task.json").write_text(json.dumps({**task, "class_names": names}))
+    config = settings(folder, tmp_path, task_name=str(tmp_path / "task.json"))
+    source = pipeline.Source.find(config.data.label_data_dir, "train")
+    picture = preview.draw(ResolvedConfig.from_config(config), source, None, 6)
+    assert (picture.reshape(-1, 3).min(0) == 0).all()  # Letters are black.
+
+
+def test_preview_shows_the_images_and_their_labels(tmp_path):
+    """One plain color per class, and none of them changed: each is found in the picture."""
+    colors = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]
+    images = [tf.io.encode_png(np.full([SIZE, SIZE, 3], c, np.uint8)).numpy() for c in colors]
+    examples = [records.labeled_example(image, i) for i, image in enumerate(images)]
+    records.write_sharded(str(tmp_path / "labeled"), "train", examples, 1)
+    write_task(tmp_path / "task.json")
+    (tmp_path / "model").mkdir()
+    config = settings(tmp_path, "model", remove_aug=True)
+    resolved = ResolvedConfig.from_config(config)
+    source = pipeline.Source.find(config.data.label_data_dir, "train")
+    picture = preview.draw(resolved, source, None, 3)
+    stored = tf.io.decode_png((tmp_path / "model" / preview.FILE).read_bytes(), 3)
+    np.testing.assert_array_equal(picture, stored)
+    for color in colors:
+        assert (picture == color).all(-1).sum() > 5000, color
