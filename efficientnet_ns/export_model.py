@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from typing import Any, Optional
+from typing import Any
 
 from absl import flags
 
@@ -23,7 +23,7 @@ class ExportConfig(Settings):
     """What is exported."""
 
     export_dir: str = setting("", "Folder in which the version's folder or file is made.")
-    version: Optional[int] = setting(
+    version: int | None = setting(
         None, "Number of the version; servers take the highest. Default: the next one.", low=1
     )
     ema: bool = setting(True, "Export the moving-average weights, not the raw ones.")

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 from absl import flags, logging
 
@@ -46,7 +46,7 @@ class State:
     """
 
     def __init__(
-        self, folder: str, settings: dict[str, Any], defaults: Optional[dict[str, Any]] = None
+        self, folder: str, settings: dict[str, Any], defaults: dict[str, Any] | None = None
     ):
         import tensorflow as tf
 

@@ -107,7 +107,7 @@ def _text(answer: dict[str, Any]) -> str:
 
 
 def _printable(text: str) -> str:
-    """What the output's encoding lacks, and bytes of names that are not UTF-8, as \\x and \\u."""
+    r"""What the output's encoding lacks, and bytes of names that are not UTF-8, as \\x and \\u."""
     coding = sys.stdout.encoding or "utf-8"
     return text.encode(coding, "backslashreplace").decode(coding)
 

@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any
 
 from absl import flags, logging
 
@@ -277,7 +277,7 @@ class Runner:
         logging.info("study: %d trainings, %d of them done", len(trainings), len(done))
         self._progress = Progress(total, "study", "images", done=finished, line_every=1)
 
-    def result(self, name: str, arm: list[Work]) -> Optional[dict[str, Any]]:
+    def result(self, name: str, arm: list[Work]) -> dict[str, Any] | None:
         """What the arm's last model reaches; None when it cannot be trained, which is logged.
 
         A teacher that cannot be trained is an error: no arm could be.

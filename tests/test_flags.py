@@ -95,7 +95,7 @@ def with_a_model():
             yield pytest.param(preset, marks=marks)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def output_shape(resolved: ResolvedConfig) -> tuple:
     with tf.Graph().as_default():
         return resolved.build_model().output_shape

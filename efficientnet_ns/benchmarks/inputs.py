@@ -256,7 +256,7 @@ def _all_cores(encoded: list[bytes], settings: BenchmarkConfig) -> list[Row]:
 
 
 def _timm(encoded: list[bytes], size: int) -> dict[str, Callable[[], int]]:
-    """timm's transforms on the same bytes; empty when timm is not installed."""
+    """Timm's transforms on the same bytes; empty when timm is not installed."""
     try:
         import torch
         from PIL import Image

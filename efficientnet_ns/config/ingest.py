@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Optional
 
 from efficientnet_ns.config import Settings, setting
 
@@ -19,7 +18,7 @@ class MakeConfig(Settings):
     labeled: bool = setting(
         True, "Folders (or a TFDS label) are classes; --nolabeled writes only the images."
     )
-    image_set: Optional[str] = setting(
+    image_set: str | None = setting(
         None,
         "Prefix of the files: train, validation, dev, test or extra; default: train, or extra with "
         "--nolabeled; tfds:<name> without a split makes all sets.",
@@ -31,7 +30,7 @@ class MakeConfig(Settings):
         "Take the topmost folders as classes though they look otherwise: named like sets, all images "
         "of one in folders below it, or one class only.",
     )
-    num_shards: Optional[int] = setting(
+    num_shards: int | None = setting(
         None, "Files of the set; default: one per 1024 images, 1024 at most.", low=1
     )
     validation_fraction: float = setting(
@@ -40,19 +39,19 @@ class MakeConfig(Settings):
     validation_set: str = setting(
         "validation", "Prefix of the other set: validation or dev.", choices=("validation", "dev")
     )
-    max_side: Optional[int] = setting(
+    max_side: int | None = setting(
         None,
         "Shrink images with a longer side to it, as JPEG of quality 95; default: never.",
         low=1,
     )
-    limit: Optional[int] = setting(None, "At most so many images, drawn by the seed.", low=1)
+    limit: int | None = setting(None, "At most so many images, drawn by the seed.", low=1)
     check: bool = setting(True, "Decode every image; those that cannot be are left out and listed.")
     max_bad_fraction: float = setting(
         0.01, "Stop when more than this fraction of the images cannot be used.", low=0
     )
-    num_workers: Optional[int] = setting(None, "Processes; default: one per CPU core.", low=1)
+    num_workers: int | None = setting(None, "Processes; default: one per CPU core.", low=1)
     seed: int = setting(0, "Of the order of the images and of the split.", low=0)
-    tfds_data_dir: Optional[str] = setting(
+    tfds_data_dir: str | None = setting(
         None, "TFDS folder; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."
     )
 
@@ -62,7 +61,7 @@ class SvhnConfig(Settings):
     """The flags of `proc_svhn.py`."""
 
     task_name: str = setting("svhn", "The task: svhn, the only one.")
-    raw_data_dir: Optional[str] = setting(
+    raw_data_dir: str | None = setting(
         None, "Folder of train_32x32.mat, test_32x32.mat and extra_32x32.mat."
     )
     output_dir: str = setting(
@@ -77,8 +76,8 @@ class SvhnConfig(Settings):
         "jpeg (quality 100, as the original) or png (lossless).",
         choices=("jpeg", "png"),
     )
-    num_shards: Optional[int] = setting(
+    num_shards: int | None = setting(
         None, "Files per set; default: 128 of train and extra, 64 of dev and test.", low=1
     )
-    num_workers: Optional[int] = setting(None, "Processes; default: one per CPU core.", low=1)
+    num_workers: int | None = setting(None, "Processes; default: one per CPU core.", low=1)
     seed: int = setting(0, "Of the order and of the dev set.", low=0)

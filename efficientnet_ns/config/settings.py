@@ -14,7 +14,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Optional
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -61,21 +61,21 @@ class ModelConfig(Settings):
     """Which network."""
 
     model_name: str = setting("efficientnet-b0", "Variant: efficientnet-b0 … -b7, -l2, -test.")
-    input_image_size: Optional[int] = setting(
+    input_image_size: int | None = setting(
         None, "Image side in pixels; default: the task's, else the model's own.", low=8
     )
     num_label_classes: int = setting(1000, "Number of classes; tasks other than imagenet set it.")
     small_image_model: bool = setting(
         False, "Strides of stages 2 and 3 are 1, for images of 32 pixels and less."
     )
-    width_coefficient: Optional[float] = setting(
+    width_coefficient: float | None = setting(
         None, "Overrides the variant's width multiplier.", low=0.01
     )
-    depth_coefficient: Optional[float] = setting(
+    depth_coefficient: float | None = setting(
         None, "Overrides the variant's depth multiplier.", low=0.01
     )
-    dropout_rate: Optional[float] = setting(None, "Overrides the variant's head dropout.", low=0)
-    stochastic_depth_rate: Optional[float] = setting(
+    dropout_rate: float | None = setting(None, "Overrides the variant's head dropout.", low=0)
+    stochastic_depth_rate: float | None = setting(
         None, "Drop probability of the last block, linear from 0; default 0.2.", low=0
     )
 
@@ -98,28 +98,28 @@ class DataConfig(Settings):
         "Where the records of data_source are made; default: efficientnet_ns in the TFDS folder.",
         free=True,
     )
-    tfds_data_dir: Optional[str] = setting(
+    tfds_data_dir: str | None = setting(
         None, "TFDS folder; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.", free=True
     )
-    label_data_dir: Optional[str] = setting(
+    label_data_dir: str | None = setting(
         None, "Folder of labeled records; several joined with ';'."
     )
     unlabel_data_dir: str = setting(
         "", "Folder of (pseudo-labeled) unlabeled records; several joined with ';'."
     )
-    num_train_images: Optional[int] = setting(
+    num_train_images: int | None = setting(
         None, "Labeled images per epoch; default: the task's, else counted.", low=1
     )
-    num_eval_images: Optional[int] = setting(
+    num_eval_images: int | None = setting(
         None,
         "Measure the first so many images of the evaluation set; default: all.",
         low=1,
         free=True,
     )
-    num_test_images: Optional[int] = setting(
+    num_test_images: int | None = setting(
         None, "The same of the test set, for tasks that have one.", low=1, free=True
     )
-    num_train_shards: Optional[int] = setting(
+    num_train_shards: int | None = setting(
         None, "Train on the first so many shards of the labeled set; default: all.", low=1
     )
     use_cache: bool = setting(
@@ -128,7 +128,7 @@ class DataConfig(Settings):
         "quarter of what is free; changes no bit of the training.",
         free=True,
     )
-    augment_name: Optional[str] = setting(
+    augment_name: str | None = setting(
         None,
         "Augmentation of training images: randaugment (the original calls it v1), autoaugment, or "
         "none, also after a preset that names one.",
@@ -140,7 +140,7 @@ class DataConfig(Settings):
         "none (crop or shift, and flip), clean (the evaluation crop).",
         choices=("default", "randaugment", "v1", "autoaugment", "none", "clean"),
     )
-    autoaugment_policy: Optional[str] = setting(
+    autoaugment_policy: str | None = setting(
         None,
         "Policy of autoaugment, by the images it was found on; default: svhn for that task, else "
         "imagenet (v0, which EfficientNet was trained with).",
@@ -165,7 +165,7 @@ class DataConfig(Settings):
 class TrainConfig(Settings):
     """How the student learns."""
 
-    model_dir: Optional[str] = setting(None, "Folder of checkpoints and logs.", free=True)
+    model_dir: str | None = setting(None, "Folder of checkpoints and logs.", free=True)
     train_steps: int = setting(109474, "Update steps of the whole schedule.", low=1)
     train_ratio: float = setting(
         1.0, "Stretches train_steps and the decay period (2 for the 700-epoch recipes)."
@@ -187,7 +187,7 @@ class TrainConfig(Settings):
         low=-2,
     )
     base_learning_rate: float = setting(0.016, "Learning rate per 256 labeled images.")
-    final_base_lr: Optional[float] = setting(
+    final_base_lr: float | None = setting(
         None, "When given, the decay period is chosen to end at this rate per 256."
     )
     warmup_epochs: float = setting(5.0, "Length of the linear warm-up.", low=0)
@@ -212,16 +212,16 @@ class TrainConfig(Settings):
     teacher_softmax_temp: float = setting(
         -1.0, "Temperature of soft pseudo labels; -1: hard labels."
     )
-    teacher_model_name: Optional[str] = setting(
+    teacher_model_name: str | None = setting(
         None, "Variant of a teacher that labels on the fly; default: stored labels."
     )
-    teacher_model_path: Optional[str] = setting(None, "Checkpoint of the on-the-fly teacher.")
-    teacher_image_size: Optional[int] = setting(
+    teacher_model_path: str | None = setting(None, "Checkpoint of the on-the-fly teacher.")
+    teacher_image_size: int | None = setting(
         None,
         "Resolution of the on-the-fly teacher; default: its variant's (the task's when small).",
     )
     init_model: bool = setting(False, "Start from the weights at init_model_path.")
-    init_model_path: Optional[str] = setting(None, "Checkpoint to start from.")
+    init_model_path: str | None = setting(None, "Checkpoint to start from.")
     fix_layer_num: int = setting(
         -1,
         "Freeze the stem and the first so many blocks: no updates, batch norm with its moving "
@@ -239,7 +239,7 @@ class TrainConfig(Settings):
     eval_ema: bool = setting(
         True, "With --mode=eval: measure the moving-average weights, not the raw ones.", free=True
     )
-    eval_image_size: Optional[int] = setting(
+    eval_image_size: int | None = setting(
         None,
         "With --mode=eval: image side in pixels; default: that of the training.",
         low=8,
@@ -251,7 +251,7 @@ class TrainConfig(Settings):
         low=1,
         free=True,
     )
-    eval_dir: Optional[str] = setting(
+    eval_dir: str | None = setting(
         None,
         "With --mode=eval: folder of eval.json and eval_report.html; default: eval in model_dir.",
         free=True,
@@ -349,11 +349,9 @@ class HardwareConfig(Settings):
     use_tpu: bool = setting(
         True, "Use the TPU given by --tpu; without --tpu, the local devices.", free=True
     )
-    tpu: Optional[str] = setting(
-        None, "TPU name, 'local' on a TPU VM, or grpc:// address.", free=True
-    )
-    tpu_zone: Optional[str] = setting(None, "Zone of the TPU.", free=True)
-    gcp_project: Optional[str] = setting(None, "Project of the TPU.", free=True)
+    tpu: str | None = setting(None, "TPU name, 'local' on a TPU VM, or grpc:// address.", free=True)
+    tpu_zone: str | None = setting(None, "Zone of the TPU.", free=True)
+    gcp_project: str | None = setting(None, "Project of the TPU.", free=True)
     use_bfloat16: bool = setting(
         True, "Compute in bfloat16 on TPU; weights stay float32.", free=True
     )
@@ -382,7 +380,7 @@ class HardwareConfig(Settings):
 class LegacyConfig(Settings):
     """Accepted for old command lines, without effect."""
 
-    master: Optional[str] = setting(
+    master: str | None = setting(
         None, "Accepted for old command lines; --tpu names the TPU.", free=True
     )
     skip_host_call: bool = setting(
@@ -402,7 +400,7 @@ class LegacyConfig(Settings):
         "Accepted for old command lines; the compiler lays out the input for the TPU.",
         free=True,
     )
-    num_tpu_cores: Optional[int] = setting(
+    num_tpu_cores: int | None = setting(
         None, "Accepted for old command lines; all cores of the TPU are used.", free=True
     )
 
@@ -499,7 +497,7 @@ class LoopConfig(Settings):
         "efficientnet-b0,efficientnet-b0",
         "Variants in order: the first teacher, then each round's student, which teaches the next.",
     )
-    teacher_steps: Optional[int] = setting(
+    teacher_steps: int | None = setting(
         None, "Update steps of the first teacher; default: train_steps.", low=1
     )
     published_recipes: bool = setting(
@@ -513,7 +511,7 @@ class LoopConfig(Settings):
     unlabel_ratios: str = setting(
         "", "unlabel_ratio of each student, joined with ','; default: the same for all."
     )
-    finetune_resolution: Optional[int] = setting(
+    finetune_resolution: int | None = setting(
         None,
         "Image side in pixels at which the last student is fine-tuned on labeled images without "
         "augmentation (FixRes); default: it is not.",
@@ -535,7 +533,7 @@ class OwnSetConfig(Settings):
         "e.g. 2,4,8,16.",
     )
     pgd_steps: int = setting(10, "Gradient steps of PGD.", low=1)
-    pgd_step_size: Optional[float] = setting(
+    pgd_step_size: float | None = setting(
         None, "Size of each, in pixel values; default: 2.5 epsilon / pgd_steps.", low=0
     )
     corrupt: str = setting(
@@ -565,7 +563,7 @@ class BenchmarkConfig(Settings):
     image_size: int = setting(224, "Image side in pixels.", low=8)
     batch_size: int = setting(16, "Images per step.", low=1)
     seconds: float = setting(10.0, "Duration of each measurement.", low=0.1)
-    threads: Optional[int] = setting(None, "CPU threads; default: all.", low=1)
+    threads: int | None = setting(None, "CPU threads; default: all.", low=1)
     rows: int = setting(30_000_000, "Predictions to select from (select).", low=1)
     classes: int = setting(1000, "Classes of the predictions (select).", low=1)
     json_file: str = setting("", "Also write the results to this file.")

@@ -16,7 +16,6 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Union
 
 import numpy as np
 import tensorflow as tf
@@ -256,9 +255,7 @@ _BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 
 # (row numbers [H, 1], column numbers [1, W], argument of the op) -> source rows and columns, float32,
 # each [H, W], or 1 where it does not depend on the output's row (column).
-_Coordinates = Callable[
-    [tf.Tensor, tf.Tensor, Union[tf.Tensor, float]], tuple[tf.Tensor, tf.Tensor]
-]
+_Coordinates = Callable[[tf.Tensor, tf.Tensor, tf.Tensor | float], tuple[tf.Tensor, tf.Tensor]]
 
 
 def _sample(image: tf.Tensor, coordinates: _Coordinates, argument: tf.Tensor | float) -> tf.Tensor:

@@ -1,5 +1,6 @@
 """Encoded image bytes on their way into a record: checked, converted where TensorFlow cannot
-decode the format, shrunk when asked."""
+decode the format, shrunk when asked.
+"""
 
 from __future__ import annotations
 

@@ -239,6 +239,6 @@ def class_names(task: str | os.PathLike | Task) -> tuple[str, ...] | None:
     return task.class_names
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _names_from(file_name: str) -> tuple[str, ...]:
     return tuple(Path(__file__).with_name(file_name).read_text(encoding="utf-8").splitlines())

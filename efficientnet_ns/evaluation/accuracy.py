@@ -193,7 +193,8 @@ def _logits(forward, pixels: tf.Tensor, views: int) -> tf.Tensor:
 
 def _measures(logits: tf.Tensor, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     """Sums over the batch, and of each image (truth, prediction), int64 [B, 2], with -1 for the truth
-    of padding, and the confidence, float32 [B]."""
+    of padding, and the confidence, float32 [B].
+    """
     labels, mask = batch["label"], batch["mask"]
     k = min(5, logits.shape[-1])
     # NaN logits count as misses, ties go to the first class, as wherever one class is predicted.

@@ -33,7 +33,7 @@ def relative_errors(errors: Mapping[str, Mapping[str, list[float]]]) -> dict[str
 
 
 def mean_relative_error(errors: Mapping[str, Mapping[str, list[float]]]) -> float | None:
-    """mCE relative to the baseline: the mean CE of the corruptions there are, without the extra four.
+    """MCE relative to the baseline: the mean CE of the corruptions there are, without the extra four.
 
     None when there are none of the 15, or when a CE is not defined.
     """

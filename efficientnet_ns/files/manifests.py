@@ -86,7 +86,8 @@ def _abandoned(name: str) -> str | None:
 
 def scratch_name(purpose: str) -> str:
     """A new name below TMPDIR for files needed while this process runs, with those of killed
-    processes removed."""
+    processes removed.
+    """
     parent = tempfile.gettempdir()
     remove_abandoned_folders(parent)
     name = f"efficientnet_ns-{purpose}-{secrets.token_hex(4)}"

@@ -34,8 +34,20 @@ EXTENSIONS = frozenset(
 )
 # Folders of operating systems, desktops and network disks; those that begin with a dot go anyway.
 _SYSTEM_FOLDERS = frozenset(
-    "@eadir @recently-snapshot @recycle @tmp #recycle #snapshot $recycle.bin __macosx __pycache__ "
-    "found.000 lost+found recycler".split()
+    [
+        "@eadir",
+        "@recently-snapshot",
+        "@recycle",
+        "@tmp",
+        "#recycle",
+        "#snapshot",
+        "$recycle.bin",
+        "__macosx",
+        "__pycache__",
+        "found.000",
+        "lost+found",
+        "recycler",
+    ]
 ) | {"network trash folder", "system volume information", "temporary items"}
 # Kinds of what is ignored.
 HIDDEN, AGAIN, RECORDS = (
@@ -99,7 +111,7 @@ Reader = Callable[[Entry], Loaded]
 
 
 def printable(name: str) -> str:
-    """`name` as Unicode that can be stored anywhere; bytes that are no UTF-8 become `\\xe9`."""
+    r"""`name` as Unicode that can be stored anywhere; bytes that are no UTF-8 become `\\xe9`."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -169,7 +181,17 @@ class Folder:
 # Errors that concern one file; others (too many open files, a server that is away) end the work.
 _OF_THE_FILE = frozenset(
     getattr(errno, name)
-    for name in "EACCES EIO EISDIR ELOOP ENAMETOOLONG ENOENT ENOTDIR ENXIO EPERM".split()
+    for name in [
+        "EACCES",
+        "EIO",
+        "EISDIR",
+        "ELOOP",
+        "ENAMETOOLONG",
+        "ENOENT",
+        "ENOTDIR",
+        "ENXIO",
+        "EPERM",
+    ]
 )
 
 
@@ -389,7 +411,8 @@ def _in_folder(folder: str, member: tarfile.TarInfo) -> str:
 
 class _Member(tarfile.TarInfo):
     """The header of a member. `tarfile` takes a damaged one for the end of the archive, and does not
-    go on behind the end of the first of several archives that were joined."""
+    go on behind the end of the first of several archives that were joined.
+    """
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
@@ -491,7 +514,8 @@ def _resolved(path: str | None, targets: Mapping[str, str | None]) -> str | None
 
 class TarStream:
     """A compressed .tar archive. It can only be read from its start, once for every batch of
-    shards; a .zip or an uncompressed .tar of the same images is faster."""
+    shards; a .zip or an uncompressed .tar of the same images is faster.
+    """
 
     # Bytes of images that one process holds from one pass over the archive.
     batch_bytes = 512 << 20

@@ -221,7 +221,8 @@ def _set_in(name: str) -> str | None:
 
 def _better_folders(names: list[str]) -> list[str]:
     """Folders whose folders have the images: that of the training set, which names the classes, then
-    those with most images."""
+    those with most images.
+    """
     below: dict[str, Counter] = {}
     for name in names:
         folder = posixpath.dirname(name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Arm:
 
     changes: Mapping[str, Any]
     paper: str = ""
-    expected: Optional[int] = None
+    expected: int | None = None
     against: str = ""
     quick: bool = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
@@ -15,13 +15,13 @@ _CHANCE = 0.05
 _READINGS = {True: "as in the paper", False: "not as in the paper", None: "the paper does not say"}
 
 
-def mean_sd(values: Sequence[float]) -> tuple[Optional[float], Optional[float]]:
+def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Mean and standard deviation (of a sample: n - 1); None where there are too few values."""
     mean = float(np.mean(values)) if len(values) else None
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def noise(differences: Sequence[float]) -> Optional[float]:
+def noise(differences: Sequence[float]) -> float | None:
     """How far from 0 the mean of differences must be to count: half their 95 % interval (Student's t).
 
     None for less than two differences.
@@ -35,7 +35,7 @@ def noise(differences: Sequence[float]) -> Optional[float]:
     return float(quantile * np.std(differences, ddof=1) / np.sqrt(number))
 
 
-def reading(differences: Sequence[float], expected: Optional[int]) -> str:
+def reading(differences: Sequence[float], expected: int | None) -> str:
     """A difference to another arm in words.
 
     Args:
@@ -55,7 +55,7 @@ def reading(differences: Sequence[float], expected: Optional[int]) -> str:
 def summary(
     studies: Mapping[str, Study],
     seeds: Sequence[int],
-    found: Mapping[tuple[int, str, str], Optional[Mapping[str, Any]]],
+    found: Mapping[tuple[int, str, str], Mapping[str, Any] | None],
 ) -> dict[str, Any]:
     """What `study.json` holds.
 
@@ -93,14 +93,14 @@ def summary(
     return answer
 
 
-def _top1(result: Optional[Mapping[str, Any]]) -> Optional[float]:
+def _top1(result: Mapping[str, Any] | None) -> float | None:
     return None if result is None else list(result["measured"].values())[-1]["top1"]
 
 
 def _row(
     arm: Arm,
-    values: Sequence[Optional[float]],
-    others: Sequence[Optional[float]],
+    values: Sequence[float | None],
+    others: Sequence[float | None],
     is_first: bool,
 ) -> dict[str, Any]:
     """Mean, sd and the differences by seed of an arm, in percent; the paper's figure; the reading."""
@@ -139,7 +139,7 @@ def table(answer: Mapping[str, Any], name: str) -> list[dict[str, str]]:
     return rows
 
 
-def _with_spread(mean: Optional[float], sd: Optional[float], sign: str = "") -> str:
+def _with_spread(mean: float | None, sd: float | None, sign: str = "") -> str:
     if mean is None:
         return "–"
     return f"{mean:{sign}.1f}" + ("" if sd is None else f" ± {sd:.1f}")

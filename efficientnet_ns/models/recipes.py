@@ -13,7 +13,6 @@ Sources:
 from __future__ import annotations
 
 import dataclasses
-from typing import Optional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +45,14 @@ class Recipe:
     dropout_rate: float
     epochs: int
     unlabel_ratio: int
-    randaugment_magnitude: Optional[int]
+    randaugment_magnitude: int | None
     top1: float
     top1_supervised: float
     top5: float
     timm_top1: float
     tf1_checkpoint: str
     timm_name: str
-    keras_file: Optional[str]
+    keras_file: str | None
 
 
 # The published schedules are multiples (--train_ratio) of one of 350 epochs: 109474 updates of 4096.

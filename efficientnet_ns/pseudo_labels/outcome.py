@@ -107,7 +107,8 @@ class Outcome:
 
     def totals(self) -> dict[str, int]:
         """Numbers of `images`, `unreadable`, `confident` (at or above the threshold), `kept`,
-        `records` (kept with copies)."""
+        `records` (kept with copies).
+        """
         found = self._db.execute(
             "SELECT * FROM (SELECT count(*) AS images, count_if(label < 0) AS unreadable, "
             "count_if(label >= 0 AND prob::DOUBLE >= $1) AS confident FROM predictions), "
@@ -118,7 +119,8 @@ class Outcome:
 
     def confidence(self, bins: int) -> dict[str, np.ndarray]:
         """Columns `prob` float64, `kept` bool, `images` int: a row per bin, side of the threshold
-        and kept or not; `prob` is one of that bin and side."""
+        and kept or not; `prob` is one of that bin and side.
+        """
         counted = (
             f"(SELECT least(floor(prob::DOUBLE * {int(bins)}), {int(bins) - 1}) AS bin, "
             f"prob::DOUBLE >= {float(self.config.min_threshold)!r}::DOUBLE AS confident, "
@@ -135,7 +137,8 @@ class Outcome:
     def classes(self) -> dict[str, np.ndarray]:
         """Columns of one entry per class: `predicted`, `confident`, `kept`, `records` int [C],
         `lowest` kept probability float [C] and `quantiles` (10, 50, 90 %) float [C, 3], NaN if
-        there is none."""
+        there is none.
+        """
         count = self.config.num_label_classes
         columns = {
             name: np.zeros(count, np.int64)
@@ -202,7 +205,8 @@ class Outcome:
 
     def accuracy(self, bins: int) -> dict[str, np.ndarray]:
         """Columns `known`, `correct`, `kept`, `prob` (their mean) and `images`: a row per kind and
-        bin (lower, upper] of confidence."""
+        bin (lower, upper] of confidence.
+        """
         return self._columns(
             "SELECT truth >= 0 AS known, truth = label AS correct, kept, "
             f"greatest(ceil(prob::DOUBLE * {int(bins)}), 1)::INTEGER AS bin, "
@@ -211,7 +215,8 @@ class Outcome:
 
     def agreement(self, bins: int) -> dict[str, np.ndarray]:
         """Columns `bin` (0 … bins-1, of the later confidence), `kept`, `same`, `images`: how many
-        labels are those of the earlier round."""
+        labels are those of the earlier round.
+        """
         return self._columns(
             f"SELECT least(floor(prob::DOUBLE * {int(bins)}), {int(bins) - 1})::INTEGER AS bin, "
             "kept, count_if(label = before)::BIGINT AS same, count(*) AS images FROM compared GROUP BY ALL"

@@ -47,7 +47,7 @@ def predict(config: Config, teacher: TeacherPredictor | None = None) -> dict[str
     tasks = _tasks(resolved)
     labeled = 0
     # A list, so that a conflict in any of them is found before work begins.
-    if not all([task.stage.done() for task in tasks.values()]):
+    if not all(task.stage.done() for task in tasks.values()):
         labeled = _work(resolved, tasks, teacher)
     counts = [task.stage.counts() for task in tasks.values()]
     return {

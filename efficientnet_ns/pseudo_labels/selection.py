@@ -41,10 +41,20 @@ SELECTION = "selection.parquet"
 TOTAL, RUNNING_SUM = "total_counts.json", "total_counts_sum.json"
 # Which function `draws` is; raise it when the function changes.
 DRAWS = 2
-_DECISIVE = (
-    "selection num_image min_threshold max_prob upsample use_top use_all seed num_shards "
-    "num_label_classes only_use_num_shards debug"
-).split()
+_DECISIVE = [
+    "selection",
+    "num_image",
+    "min_threshold",
+    "max_prob",
+    "upsample",
+    "use_top",
+    "use_all",
+    "seed",
+    "num_shards",
+    "num_label_classes",
+    "only_use_num_shards",
+    "debug",
+]
 _ROW_GROUP = 1 << 20
 
 

@@ -93,7 +93,7 @@ def _listed(path: str, limit: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _in_turn(entries: Sequence[image_sources.Entry]) -> list[image_sources.Entry]:
-    """The first of every folder, then the second of every folder …"""
+    """The first of every folder, then the second of every folder …."""
     seen: Counter[str] = Counter()
     places = []
     for entry in entries:

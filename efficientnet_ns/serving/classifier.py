@@ -150,7 +150,7 @@ class Classifier(tf.Module):
         return tf.ensure_shape(images, [None, *self._image_spec.shape]), valid
 
     def _described(self, logits: tf.Tensor, valid: tf.Tensor) -> dict[str, tf.Tensor]:
-        """`classes` int64 [N], `class_names` string [N], `probabilities` float32 [N, C],
+        """`classes` int64 [N], `class_names` string [N], `probabilities` float32 [N, C],.
 
         `top_classes` int64, `top_class_names` string and `top_probabilities` float32 [N, top_k],
         best first, and `valid` bool [N].

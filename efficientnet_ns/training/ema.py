@@ -18,7 +18,7 @@ def ramped_decay(decay: float, num_updates: tf.Tensor) -> tf.Tensor:
 
 
 def update(copies: Sequence[tf.Variable], sources: Sequence[tf.Variable], decay: tf.Tensor) -> None:
-    """copy ← copy - (1 - decay)·(copy - source), pairwise. Call in replica context.
+    """Copy ← copy - (1 - decay)·(copy - source), pairwise. Call in replica context.
 
     Batch-norm statistics live per replica and are averaged when read; averaging is linear, so each
     replica updates its own copy. Mirrored variables are updated once, across replicas.

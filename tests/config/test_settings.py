@@ -130,7 +130,7 @@ print(json.dumps({
 """
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def flags_of(entry: str) -> dict[str, tuple]:
     """Name → (type, default, choices, help) of the flags that the entry itself defines."""
     answer = run("-c", _LIST_FLAGS, entry)
@@ -629,7 +629,7 @@ def test_paths_become_strings(tmp_path):
     classes += [MakeConfig, SvhnConfig, ExportConfig]
     for cls in classes:
         names = [f.name for f in dataclasses.fields(cls) if f.name.endswith(("_dir", "_path"))]
-        made = cls(**{name: tmp_path for name in names})
+        made = cls(**dict.fromkeys(names, tmp_path))
         assert all(getattr(made, name) == str(tmp_path) for name in names)
     config = Config().override(model_dir=tmp_path, label_data_dir=tmp_path)
     assert config.train.model_dir == config.data.label_data_dir == str(tmp_path)

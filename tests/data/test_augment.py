@@ -74,10 +74,24 @@ def example_args(name):
 
 
 def test_names():
-    names = (
-        "AutoContrast Equalize Invert Rotate Posterize Solarize Color Contrast Brightness "
-        "Sharpness ShearX ShearY TranslateX TranslateY SolarizeAdd Cutout"
-    ).split()
+    names = [
+        "AutoContrast",
+        "Equalize",
+        "Invert",
+        "Rotate",
+        "Posterize",
+        "Solarize",
+        "Color",
+        "Contrast",
+        "Brightness",
+        "Sharpness",
+        "ShearX",
+        "ShearY",
+        "TranslateX",
+        "TranslateY",
+        "SolarizeAdd",
+        "Cutout",
+    ]
     assert list(randaugment.RANDAUGMENT_OPS) == names
     assert set(names) == set(augment.OPS) == set(levels.LEVEL_TO_ARGS)
 

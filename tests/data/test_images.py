@@ -289,7 +289,7 @@ def test_static_shapes():
 
 
 def formats():
-    """name -> (bytes, expected pixels)."""
+    """Name -> (bytes, expected pixels)."""
     rgb = noise(14, 18)
     gray = rgb[..., 0]
     gray_as_rgb = np.repeat(gray[..., None], 3, axis=-1)

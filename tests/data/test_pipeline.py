@@ -36,7 +36,7 @@ SMALL_NOISED = pipeline.Preprocessing(
 CLEAN = pipeline.Preprocessing(SIZE, randaugment=pipeline.RandAugment(2, 27), clean=True)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def pictures() -> tuple[bytes, ...]:
     """PNGs and JPEGs of several sizes; those with an even number are SIZE pixels wide and high."""
     rng = np.random.default_rng(5)

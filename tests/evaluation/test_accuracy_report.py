@@ -69,7 +69,7 @@ def resolved(folder: Path, **values) -> ResolvedConfig:
     return ResolvedConfig.from_config(settings(folder, **values))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def answers(folder: Path, *, ema=True, size=None, mirrored=False) -> tuple[np.ndarray, np.ndarray]:
     """(probabilities float64 [N, C], labels [N]) by calling the model, without batches and masks."""
     chosen = resolved(folder, input_image_size=size)

@@ -21,10 +21,23 @@ from efficientnet_ns.evaluation import robustness_sources as sources
 from efficientnet_ns.files import manifests, records
 
 WNIDS = ["n01440764", "n01443537", "n01484850"]
-CORRUPTIONS = (
-    "gaussian_noise shot_noise impulse_noise defocus_blur glass_blur motion_blur zoom_blur snow "
-    "frost fog brightness contrast elastic_transform pixelate jpeg_compression"
-).split()
+CORRUPTIONS = [
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+]
 
 
 def classify(images):
@@ -337,18 +350,18 @@ def test_flips_as_defined(rng):
 
 def test_mfr_as_defined(evaluation, tmp_path, three_classes):
     root = tmp_path / "p"
-    alexnet = dict(
-        gaussian_noise=0.23653,
-        shot_noise=0.30062,
-        motion_blur=0.09297,
-        zoom_blur=0.05942,
-        snow=0.11928,
-        brightness=0.04889,
-        translate=0.11007,
-        rotate=0.13104,
-        tilt=0.07050,
-        scale=0.23531,
-    )
+    alexnet = {
+        "gaussian_noise": 0.23653,
+        "shot_noise": 0.30062,
+        "motion_blur": 0.09297,
+        "zoom_blur": 0.05942,
+        "snow": 0.11928,
+        "brightness": 0.04889,
+        "translate": 0.11007,
+        "rotate": 0.13104,
+        "tilt": 0.07050,
+        "scale": 0.23531,
+    }
     for name in [*alexnet, "gaussian_noise_2"]:
         for clip in range(3):
             write(root / name / WNIDS[clip] / f"clip{clip}", 5)

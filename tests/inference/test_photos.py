@@ -99,7 +99,7 @@ def by_eval_path(config: Config, weights_path: str, paths: list[str], tmp_path: 
     model = resolved.build_model()
     weights.load_weights(model, weights_path)
     source = pipeline.Source.find(str(tmp_path), "validation")
-    (batch,) = [b for b in resolved.eval_batches(source).take(1)]
+    (batch,) = list(resolved.eval_batches(source).take(1))
     probabilities = tf.nn.softmax(model(batch["image"], training=False)).numpy()
     return probabilities[: len(paths)]
 
@@ -276,9 +276,18 @@ def test_imagenet_names():
     assert len({name.lower() for name in names}) == 1000, "each can be told from the others"
     assert all(name.isascii() and name == name.strip() != "" for name in names)
     known = {
-        **{0: "tench", 1: "goldfish", 134: "crane (bird)", 207: "golden retriever"},
-        **{264: "Cardigan Welsh corgi", 281: "tabby", 388: "giant panda", 474: "cardigan"},
-        **{517: "crane (machine)", 817: "sports car", 954: "banana", 999: "toilet tissue"},
+        0: "tench",
+        1: "goldfish",
+        134: "crane (bird)",
+        207: "golden retriever",
+        264: "Cardigan Welsh corgi",
+        281: "tabby",
+        388: "giant panda",
+        474: "cardigan",
+        517: "crane (machine)",
+        817: "sports car",
+        954: "banana",
+        999: "toilet tissue",
     }
     assert {index: names[index] for index in known} == known
 

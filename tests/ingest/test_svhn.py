@@ -24,7 +24,7 @@ from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 SIZES = {"train": 23, "test": 9, "extra": 14}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def digits(name: str) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 [N, 32, 32, 3], labels as in the files, 1..10)."""
     rng = np.random.default_rng(sorted(SIZES).index(name))

@@ -93,7 +93,7 @@ def test_labels_are_those_of_the_collection(sets, classes):
         for payload in sets[prefix]:
             assert records.label(payload) == classes[records.image_bytes(payload)]
     counts = Counter(records.label(payload) for payload in sets["train"])
-    assert counts == {label: TRAIN // 10 for label in range(10)}
+    assert counts == dict.fromkeys(range(10), TRAIN // 10)
 
 
 def test_no_picture_is_in_two_sets(sets, classes):
@@ -110,7 +110,7 @@ def test_labeled_pictures_stand_close_together():
     starts = set()
     for seed in range(5):
         chosen = demo.labeled_indices(labels, 3, np.random.default_rng(seed))
-        assert Counter(labels[chosen]) == {label: 3 for label in range(10)}
+        assert Counter(labels[chosen]) == dict.fromkeys(range(10), 3)
         (start,) = [i for i in chosen if (i - 1) % len(labels) not in chosen]
         assert set(chosen) == {(start + i) % len(labels) for i in range(30)}
         starts.add(int(start))

@@ -172,7 +172,7 @@ def test_balanced_records(undisturbed):
             for record in records.read(str(path))
         ]
         counts = {str(label): labels.count(label) for label in set(labels)}
-        assert counts == {label: NUM_IMAGE for label in rows[number]["kept"]}
+        assert counts == dict.fromkeys(rows[number]["kept"], NUM_IMAGE)
 
 
 def test_each_student_is_taught_by_the_model_before(undisturbed, config):
@@ -334,7 +334,7 @@ def test_fine_tuning_counts_the_shards_that_are_trained_on(tmp_path, config):
 
 def test_slash_at_the_end_of_a_path_is_no_other_setting(tmp_path):
     state = noisy_student.State(str(tmp_path), {"label_data_dir": "data/", "seed": 1})
-    state.once("stage", lambda: {})
+    state.once("stage", dict)
     noisy_student.State(str(tmp_path), {"label_data_dir": "data", "seed": 1})
     with pytest.raises(ConfigError, match="seed: 1 → 2"):
         noisy_student.State(str(tmp_path), {"label_data_dir": "data", "seed": 2})

@@ -61,7 +61,7 @@ class Summary:
         return sum(math.prod(shape) for shape, flag in self.variables.values() if flag == trainable)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def summary(name: str, **kwargs) -> Summary:
     """Builds a model in a graph, where variables are not initialised, and forgets it."""
 

@@ -51,9 +51,7 @@ def randomise(model: tf.keras.Model, rng: np.random.Generator) -> None:
     """Other values for every vector, so that no two can be mistaken."""
     for variable in model.weights:
         shape = variable.shape
-        if "gamma" in variable.name:
-            variable.assign(rng.uniform(0.5, 1.5, shape))
-        elif "variance" in variable.name:
+        if "gamma" in variable.name or "variance" in variable.name:
             variable.assign(rng.uniform(0.5, 1.5, shape))
         elif any(leaf in variable.name for leaf in ("mean", "beta", "bias")):
             variable.assign(rng.normal(0.0, 0.1, shape))

@@ -174,9 +174,9 @@ def test_every_record_is_its_image_with_its_prediction(inputs, written):
 
 
 def test_classes_are_balanced_exactly(written):
-    assert Counter(record.label for shard in written for record in shard) == {
-        label: NUM_IMAGE for label in range(CLASSES)
-    }
+    assert Counter(record.label for shard in written for record in shard) == dict.fromkeys(
+        range(CLASSES), NUM_IMAGE
+    )
 
 
 def test_copies_are_those_of_the_selection(by_command, written):

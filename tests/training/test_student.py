@@ -48,7 +48,7 @@ def build(**kwargs) -> tf.keras.Model:
     return efficientnet.build_model("efficientnet-test", NUM_CLASSES, 16, **kwargs)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def initial_weights(seed: int) -> list[np.ndarray]:
     tf.keras.utils.set_random_seed(seed)
     return build().get_weights()
