@@ -14,7 +14,7 @@ import efficientnet_ns  # noqa: F401 - decides which Keras TensorFlow has
 import numpy as np
 import pytest
 import tensorflow as tf
-from absl import flags
+from absl import flags, logging
 
 GOLDENS_VARIABLE = "EFFICIENTNET_NS_GOLDENS"
 
@@ -42,6 +42,7 @@ def pytest_collection_finish() -> None:
 def seeded() -> Iterator[None]:
     """Every test starts from the same seeds and leaves Keras' global state as it was."""
     tf.keras.utils.set_random_seed(0)
+    logging.set_verbosity(logging.INFO)  # The converter of TensorFlow Lite changes it.
     yield
     tf.keras.mixed_precision.set_global_policy("float32")
 
