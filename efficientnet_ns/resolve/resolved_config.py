@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.config import Config, ConfigError, as_dict
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.files import records
-from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import efficientnet
 
 
@@ -38,24 +37,33 @@ class ResolvedConfig:
 
     @classmethod
     def from_config(cls, config: Config) -> ResolvedConfig:
-        """Resolves and cross-checks; ConfigError names the flag that does not fit.
+        """Resolves and cross-checks; reads the task's file, and writes nothing.
 
-        Records of a `data_source` are made here when they are not there yet.
+        Args:
+          config: without a `data_source`; see `ingest.data_source.with_records`.
+
+        Raises:
+          ConfigError: names the flag that does not fit.
         """
-        config = data_source.with_records(config)
+        if config.data.data_source:
+            raise ConfigError(
+                f"--data_source={config.data.data_source} has no records yet; data_source.with_records "
+                "makes them"
+            )
+        task_name = as_dict(config.data)["task_name"]
+        config = config.override(task_name=task_name)
         try:
-            task = tasks.get_task(config.data.task_name)
+            task = tasks.get_task(task_name)
         except ValueError as e:
             raise ConfigError(f"--task_name: {e}") from e
         try:
             variant = efficientnet.get_variant(config.model.model_name)
         except ValueError as e:
             raise ConfigError(f"--model_name: {e}") from e
-        default_classes = type(config.model)().num_label_classes
-        if config.model.num_label_classes not in (default_classes, task.num_classes):
+        if config.model.num_label_classes not in (None, task.num_classes):
             raise ConfigError(
                 f"--num_label_classes={config.model.num_label_classes}, but task "
-                f"{config.data.task_name!r} has {task.num_classes} classes"
+                f"{task_name!r} has {task.num_classes} classes"
             )
         for name in ("dropout_rate", "stochastic_depth_rate"):
             rate = getattr(config.model, name)
@@ -118,7 +126,9 @@ class ResolvedConfig:
     def build_model(self) -> tf.keras.Model:
         """A new student, of which nothing is frozen yet."""
         model, train = self.config.model, self.config.train
-        drop_rate = 0.2 if model.stochastic_depth_rate is None else model.stochastic_depth_rate
+        # Below, the quantity is the survival probability; only the flag states its complement.
+        drop_rate = model.stochastic_depth_rate
+        depth = {} if drop_rate is None else {"survival_prob": 1.0 - drop_rate}
         return efficientnet.build_model(
             model.model_name,
             self.num_classes,
@@ -127,11 +137,11 @@ class ResolvedConfig:
             width_coefficient=model.width_coefficient,
             depth_coefficient=model.depth_coefficient,
             dropout_rate=model.dropout_rate,
-            survival_prob=1.0 - drop_rate,
             mean=self.task.mean,
             std=self.task.std,
             bn_momentum=train.bn_momentum,
             num_shards_per_group=train.num_shards_per_group,
+            **depth,
         )
 
     @property
