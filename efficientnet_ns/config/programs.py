@@ -105,8 +105,8 @@ class RobustnessConfig(Settings):
 
     def places(self) -> dict[str, str]:
         """Flag → folder or other place of each set; "" for those not given."""
-        names = ("imagenet_a", "imagenet_r", "imagenet_v2", "imagenet_sketch")
-        names += ("imagenet_c", "imagenet_p", "imagenet_val", "real_labels")
+        names = ["imagenet_a", "imagenet_r", "imagenet_v2", "imagenet_sketch"]
+        names += ["imagenet_c", "imagenet_p", "imagenet_val", "real_labels"]
         return {name: getattr(self, name) for name in names}
 
 

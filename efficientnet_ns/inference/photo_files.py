@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import tensorflow as tf
 
@@ -69,7 +69,7 @@ def predict_images(
         except UnicodeDecodeError as error:  # TensorFlow's message, with such a name in it.
             yield {"photo": photo, "error": error.object.decode(errors="backslashreplace")}
         else:
-            best = photos_lib.top_k(classify(image), names, top)
+            best = cast(list[photos_lib.Guess], photos_lib.top_k(classify(image), names, top))
             yield {"photo": photo, "predictions": [guess._asdict() for guess in best]}
 
 

@@ -153,7 +153,7 @@ def _round_sections(config: Config, loop: LoopConfig, number: int, truth: list[l
     options = run_report.Options(
         truth=truth,
         previous_dir=previous_dir,
-        class_names=tasks.get_task(config.data.task_name).class_names,
+        class_names=tasks.get_task("digits").class_names,
     )
     return [
         report.Section(f"Round {number}: {title}", body)
@@ -175,7 +175,7 @@ print(f"exported model says {digit} (probability {float(answer['probabilities'][
 def answer_in_fresh_process(folder: str, saved_model: str) -> None:
     """Classifies a test image with the SavedModel, by TensorFlow alone."""
     test_set = records.list_shards(os.path.join(folder, "data", "labeled"), "test")
-    first = next(records.read(test_set[0])).payload
+    first = next(records.read(test_set[0])).payload or b""
     picture = os.path.join(folder, "test_image.png")
     with open(picture, "wb") as f:
         f.write(records.image_bytes(first))

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -226,7 +226,7 @@ def _train(config: Config) -> dict[str, Any]:
 
 
 def _result_path(config: Config) -> str:
-    return os.path.join(config.train.model_dir, "result.json")
+    return os.path.join(config.train.model_dir or "", "result.json")
 
 
 def _label(config: Config) -> None:
@@ -240,7 +240,7 @@ def _select(config: SelectConfig) -> None:
     write.write(config)
 
 
-_DO = {"train": _train, "label": _label, "select": _select}
+_DO: dict[str, Callable[[Any], Any]] = {"train": _train, "label": _label, "select": _select}
 
 
 def _images(config: Config) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import tensorflow as tf
 from absl import logging
@@ -108,9 +109,11 @@ class ResolvedConfig:
 
         Raises:
           records.DataError: there are none, or they cannot be counted.
-          ConfigError: fewer shards than asked for.
+          ConfigError: no `label_data_dir`, or fewer shards than `num_train_shards`.
         """
         data = self.config.data
+        if not data.label_data_dir:
+            raise ConfigError("--label_data_dir is needed: the folder of the labeled records")
         source = pipeline.Source.find(data.label_data_dir, self.task.train_set)
         return limited(source, source.shards, num_train_shards=data.num_train_shards)
 
@@ -127,8 +130,7 @@ class ResolvedConfig:
         """A new student, of which nothing is frozen yet."""
         model, train = self.config.model, self.config.train
         # Below, the quantity is the survival probability; only the flag states its complement.
-        drop_rate = model.stochastic_depth_rate
-        depth = {} if drop_rate is None else {"survival_prob": 1.0 - drop_rate}
+        drop_rate = 0.2 if model.stochastic_depth_rate is None else model.stochastic_depth_rate
         return efficientnet.build_model(
             model.model_name,
             self.num_classes,
@@ -137,11 +139,11 @@ class ResolvedConfig:
             width_coefficient=model.width_coefficient,
             depth_coefficient=model.depth_coefficient,
             dropout_rate=model.dropout_rate,
+            survival_prob=1.0 - drop_rate,
             mean=self.task.mean,
             std=self.task.std,
             bn_momentum=train.bn_momentum,
             num_shards_per_group=train.num_shards_per_group,
-            **depth,
         )
 
     @property
@@ -152,12 +154,12 @@ class ResolvedConfig:
             return self.config.train.teacher_image_size
         if self.small_image:
             return self.image_size
-        return efficientnet.get_variant(self.config.train.teacher_model_name).resolution
+        return efficientnet.get_variant(self.config.train.teacher_model_name or "").resolution
 
     def build_teacher(self) -> tf.keras.Model:
         """A new on-the-fly teacher, at its variant's own width and depth."""
         return efficientnet.build_model(
-            self.config.train.teacher_model_name,
+            self.config.train.teacher_model_name or "",
             self.num_classes,
             self.teacher_image_size,
             small_image=self.small_image,
@@ -214,7 +216,7 @@ class ResolvedConfig:
           share: which rows of each batch, and how many at a time.
         """
         data, train = self.config.data, self.config.train
-        shared = {
+        shared: dict[str, Any] = {
             "num_classes": self.num_classes,
             "seed": train.seed,
             "start_step": start_step,

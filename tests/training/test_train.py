@@ -771,8 +771,8 @@ def test_new_head_on_old_weights(straight, tmp_path):
 
 ASKED_TO_STOP = """
 import json, os, signal, sys
+from efficientnet_ns import config
 from efficientnet_ns.config import Config
-from efficientnet_ns import config, preemption
 from efficientnet_ns.training import session, train
 
 log = session.Session._pace
@@ -783,7 +783,11 @@ def asking(self, step):
     return log(self, step)
 
 session.Session._pace = asking
-config.run(lambda argv: train.train_and_evaluate(Config().override(**json.loads(argv[1]))))
+
+def main(words):
+    train.train_and_evaluate(Config().override(**json.loads(words[0])))
+
+config.run(main, words=True)
 """
 
 
