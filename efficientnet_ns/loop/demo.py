@@ -11,7 +11,7 @@ from typing import Any
 from efficientnet_ns import report
 from efficientnet_ns.config import Config, DemoConfig, ExportConfig, LoopConfig
 from efficientnet_ns.data import tasks
-from efficientnet_ns.files import records
+from efficientnet_ns.files import records, text_table
 from efficientnet_ns.loop import digits, rounds
 from efficientnet_ns.loop.state import State
 from efficientnet_ns.pseudo_labels import run_report
@@ -106,11 +106,8 @@ def table_row(result: dict[str, Any], labeled: int, num_image: int) -> dict[str,
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Plain text, columns aligned."""
-    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines]
-    return "\n".join([text[0], "  ".join("-" * w for w in widths), *text[1:]])
+    """The rows of `table_row` as plain text."""
+    return text_table.text_table(list(rows[0]), [list(row.values()) for row in rows], rule=True)
 
 
 def write_report(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
+from efficientnet_ns.files.text_table import text_table
 from efficientnet_ns.models.recipes import RECIPES, Recipe
 
 # Title of each column and what stands in it; "-" for what a model does not have.
@@ -25,7 +26,7 @@ _COLUMNS: dict[str, Callable[[Recipe], str]] = {
     "timm": lambda r: r.timm_name,
     "Keras file": lambda r: r.keras_file or "-",
 }
-_LEFT_ALIGNED = {"model", "TF1 checkpoint", "timm", "Keras file"}
+_LEFT_ALIGNED = {"TF1 checkpoint", "timm", "Keras file"}
 
 _LEGEND = """
 params: trainable; mult-adds: of one image at test px; crop: part of the shorter side; ratio:
@@ -51,20 +52,8 @@ def counted(recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
 
 def table(recipes: Mapping[str, Recipe]) -> str:
     """One line per model under a line of titles, in aligned columns."""
-    lines = [["model", *_COLUMNS]]
-    lines += [
-        [name, *(show(recipe) for show in _COLUMNS.values())] for name, recipe in recipes.items()
-    ]
-    return "\n".join(_aligned(lines))
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    aligns = ["<" if title in _LEFT_ALIGNED else ">" for title in lines[0]]
-    return [
-        "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(line, aligns, widths)).rstrip()
-        for line in lines
-    ]
+    rows = [[name, *(show(row) for show in _COLUMNS.values())] for name, row in recipes.items()]
+    return text_table(["model", *_COLUMNS], rows, right=set(_COLUMNS) - _LEFT_ALIGNED)
 
 
 def listing(*, count: bool = False, as_json: bool = False) -> str:

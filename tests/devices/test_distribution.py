@@ -529,10 +529,9 @@ def test_one_worker_asked_to_stop_stops_all_at_one_step(launcher, folder, uninte
 @pytest.mark.slow
 def test_digits_on_four_replicas_and_two_workers(launcher, tmp_path, folder):
     """100 steps of the demo's student network on the handwritten digits."""
-    from efficientnet_ns import demo
+    from efficientnet_ns.loop import digits
 
-    config = demo.DemoConfig(output_dir=str(tmp_path))
-    demo.prepare_data(str(tmp_path / "data"), config)
+    digits.make_records(str(tmp_path / "data"), seed=0, labels_per_class=10)
     settings = (
         "--task_name=digits",
         f"--label_data_dir={tmp_path}/data/labeled",
