@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,8 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_student import make_batch, make_trainer, values
-from test_train import PACE, ROOT, noised, tensors, write_data
+from fakes import (
+    PACE,
+    ROOT,
+    free_ports,
+    make_batch,
+    make_trainer,
+    noised,
+    tensors,
+    worker_environment,
+    write_data,
+)
+from fakes import variable_values as values
 
 from efficientnet_ns.config import Config, ConfigError, HardwareConfig, preemption
 from efficientnet_ns.data import pipeline
@@ -385,23 +392,6 @@ COMMON = (
     "--num_shards_per_group=-2",
     "--stochastic_depth_rate=0.5",
 )
-
-
-def worker_environment(addresses: list[str], index: int) -> dict[str, str]:
-    """Of one process of several, or of the only one."""
-    environment = {key: v for key, v in os.environ.items() if key != "TF_CONFIG"}
-    if len(addresses) > 1:
-        task = {"type": "worker", "index": index}
-        environment["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
-    return environment
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 @pytest.mark.parametrize(

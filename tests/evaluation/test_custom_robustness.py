@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_train import CLASSES, VALIDATION, settings, write_data
+from fakes import CLASSES, VALIDATION, settings, write_data
 
 from efficientnet_ns import evaluate_robustness
 from efficientnet_ns.config import ConfigError, OwnSetConfig

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from fakes import loop_settings as settings
+from fakes import write_loop_data as write_data
 
 from efficientnet_ns import noisy_student
 from efficientnet_ns.config import Config, ConfigError, LoopConfig
@@ -25,41 +27,6 @@ from efficientnet_ns.training import train
 
 ROOT = Path(__file__).parents[2]
 CLASSES, SIZE, NUM_IMAGE = 3, 8, 5
-
-
-def write_data(folder: Path) -> None:
-    rng = np.random.default_rng(0)
-
-    def pictures(count: int) -> list[bytes]:
-        pixels = rng.integers(0, 256, [count, SIZE, SIZE, 3], np.uint8)
-        return [tf.io.encode_png(image).numpy() for image in pixels]
-
-    task = {"num_classes": CLASSES, "image_size": SIZE, "small_image": True, "test_set": "test"}
-    (folder / "task.json").write_text(json.dumps(task))
-    for prefix, count in (("train", 9), ("validation", 6), ("test", 5)):
-        examples = [
-            records.labeled_example(image, i % CLASSES) for i, image in enumerate(pictures(count))
-        ]
-        records.write_sharded(str(folder / "labeled"), prefix, examples, 1)
-    unlabeled = [records.unlabeled_example(image) for image in pictures(24)]
-    records.write_sharded(str(folder / "unlabeled"), "extra", unlabeled, 2)
-
-
-def settings(folder: Path) -> dict:
-    return {
-        "task_name": str(folder / "task.json"),
-        "label_data_dir": str(folder / "labeled"),
-        "unlabel_data_dir": str(folder / "unlabeled"),
-        "unlabel_ratio": 1.0,
-        "train_batch_size": 4,
-        "train_steps": 2,
-        "base_learning_rate": 0.5,
-        "warmup_epochs": 0.0,
-        "eval_batch_size": 8,
-        "iterations_per_loop": 1,
-        "save_checkpoints_steps": 1,
-        "seed": 3,
-    }
 
 
 def rounds(folder: Path, work_dir: str, number: int = 2) -> LoopConfig:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fakes import loop_settings as settings
+from fakes import write_loop_data as write_data
 from scipy import stats
-from test_rounds import settings, write_data
 
 from efficientnet_ns import config as config_lib
 from efficientnet_ns import study
@@ -444,7 +445,11 @@ def test_killed_study_continues(finished, folder, config, monkeypatch):
     arguments = [f"{student}/model.ckpt-1", settings(folder), str(folder / "killed")]
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_ONCE, json.dumps(arguments)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/loop'}",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        },
         capture_output=True,
         text=True,
     )

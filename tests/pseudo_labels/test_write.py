@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import tensorflow as tf
-from test_report import Document
+from fakes import Document
 
 from efficientnet_ns import filter_unlabel
 from efficientnet_ns.config import SelectConfig
