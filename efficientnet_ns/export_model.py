@@ -112,7 +112,7 @@ def _model(resolved, path: str, chosen: ExportConfig):
 def _options(resolved, path: str, chosen: ExportConfig):
     from efficientnet_ns.data import tasks
     from efficientnet_ns.serving import export
-    from efficientnet_ns.serving.classifier import Answers
+    from efficientnet_ns.serving.classifier import OutputSpec
 
     names = tasks.class_names(resolved.task) or map(str, range(resolved.num_classes))
     facts = {
@@ -122,7 +122,7 @@ def _options(resolved, path: str, chosen: ExportConfig):
         "Method": "Noisy Student Training (arXiv 1911.04252)",
         **_provenance(resolved, path),
     }
-    return export.Options(Answers(tuple(names), top_k=chosen.top_k), chosen.optimize_for, facts)
+    return export.Options(OutputSpec(tuple(names), top_k=chosen.top_k), chosen.optimize_for, facts)
 
 
 def _provenance(resolved, path: str) -> dict[str, object]:
@@ -142,12 +142,13 @@ def _provenance(resolved, path: str) -> dict[str, object]:
 
 def _check_images(resolved, chosen: ExportConfig):
     """Encoded images, and the same prepared; nothing when none are given."""
+    from efficientnet_ns import inference
     from efficientnet_ns.serving import check
 
     if not chosen.check_data:
         return [], []
     encoded = check.encoded_images(chosen.check_data, chosen.check_images)
-    return encoded, check.prepared(encoded, resolved.preprocessing().evaluate)
+    return encoded, inference.preprocess(encoded, resolved.preprocessing()).numpy()
 
 
 def _float_answers(resolved, path: str, chosen: ExportConfig, images):

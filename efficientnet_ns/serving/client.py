@@ -223,7 +223,7 @@ def classify(
     top: int = 5,
     latencies: list[float] | None = None,
 ) -> Iterator[Answer]:
-    """Answers in the order of the photos.
+    """OutputSpec in the order of the photos.
 
     Args:
       batch_size: photos per request.
