@@ -883,13 +883,13 @@ _OTHER_SERVERS = {
         {"outputs": {"valid": [True] * 2, **dict.fromkeys(client._TOP, [[], []])}},
         "a photo without classes",
     ),
-    "rows": (200, {"predictions": [1, 2]}, "does not answer as TensorFlow Serving"),
+    "rows": (200, {"predictions": [1, 2]}, "does not respond like TensorFlow Serving"),
     "error in a good answer": (200, {"error": "no such thing"}, "no such thing"),
-    "a list": (200, ["x"], "does not answer as TensorFlow Serving"),
+    "a list": (200, ["x"], "does not respond like TensorFlow Serving"),
     "a page": (200, _HTML, "a web page, 502 Bad Gateway <nginx>"),
     "nothing": (200, b"", "an empty body"),
-    "no text": (200, b"\xff\xfe\x00", "does not answer as TensorFlow Serving"),
-    "deep": (200, b"[" * 100_000, "does not answer as TensorFlow Serving"),
+    "no text": (200, b"\xff\xfe\x00", "does not respond like TensorFlow Serving"),
+    "deep": (200, b"[" * 100_000, "does not respond like TensorFlow Serving"),
     "wrong input": (400, {"error": "missing inputs: x\nof the signature"}, "HTTP 400: missing inp"),
     "unknown model": (
         404,
@@ -954,7 +954,7 @@ def test_client_of_servers_without_http(reply, tmp_path, capsys):
         assert client.main([*arguments, f"--timeout={seconds}", photo]) == 1
         asked.set()
         thread.join()
-    assert re.search(r"no answer from 127\.0\.0\.1:\d+: \S", capsys.readouterr().out)
+    assert re.search(r"no response from 127\.0\.0\.1:\d+: \S", capsys.readouterr().out)
 
 
 def test_names_of_models_are_quoted(rest, tmp_path):
