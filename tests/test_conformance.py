@@ -162,15 +162,17 @@ def case(request, two_replicas, values) -> Case:
 
 
 def test_batches(case, expected, pixels):
-    """Batches of four, divided among the replicas; the last one is padded."""
-    found = engines.TensorFlowEngine(case.model, 4, case.strategy)(pixels)
+    """A batch is divided among the replicas; the last one is padded."""
+    engine = engines.TensorFlowEngine(case.model, 3, case.strategy)
+    assert engine.batch_size == {1: 3, 2: 4}[case.strategy.num_replicas_in_sync]
+    found = engine(pixels)
     np.testing.assert_allclose(found, expected[case.name], atol=PRECISIONS[case.policy])
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_format(case, expected, images, pixels, tmp_path, kind):
     if case.policy == "mixed_bfloat16" and kind == "tflite":
-        with pytest.raises(ValueError, match="bfloat16, which TensorFlow Lite does not"):
+        with pytest.raises(ValueError, match="bfloat16"):
             FORMATS[kind](case.model, tmp_path, images, pixels)
         return
     found = FORMATS[kind](case.model, tmp_path, images, pixels)
