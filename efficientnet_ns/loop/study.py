@@ -20,6 +20,7 @@ from efficientnet_ns.config import (
     LoopConfig,
     SelectConfig,
     StudyConfig,
+    as_dict,
     check,
     comparable,
 )
@@ -100,7 +101,7 @@ def pieces(config: Config, loop: LoopConfig, changes: Mapping[str, Any]) -> list
     """What an arm is made of, in order; the last piece trains the model that is its result.
 
     Two arms share the pieces that are equal: a folder's name is a hash of all that determines what
-    is in it, the names of the folders it is made from among them.
+    is in it, including the names of the folders it is made from.
 
     Args:
       config: settings of every training, with the seed; see `rounds.run_loop`.
@@ -132,7 +133,6 @@ def pieces(config: Config, loop: LoopConfig, changes: Mapping[str, Any]) -> list
 def _widened(config: Config, factor: float) -> Config:
     if factor == 1:
         return config
-
     width = config.model.width_coefficient
     width = width or efficientnet.get_variant(config.model.model_name).width
     return config.override(width_coefficient=width * factor)
@@ -180,7 +180,7 @@ def _selection(
     images = max(1, round(loop.num_image * method.images))
     plain = rounds.selection_config(labeling, dataclasses.replace(loop, num_image=images), "")
     chosen = dataclasses.replace(plain, **selecting)
-    folder = _folder("selected", dataclasses.asdict(chosen), loop)
+    folder = _folder("selected", as_dict(chosen), loop)
     placed = rounds.selection_config(labeling, loop, folder)
     where = ("prelim_stats_dir", "output_dir")
     return dataclasses.replace(chosen, **{name: getattr(placed, name) for name in where})
