@@ -250,7 +250,7 @@ def _images(config: Config) -> int:
 
 
 class Runner:
-    """Does the pieces of arms that are not done yet, and says how long the rest will take.
+    """Does the pieces of arms that are not done yet, and logs how long the rest will take.
 
     Args:
       arms: all that will be run, each a list of pieces.
@@ -301,12 +301,12 @@ def run_study(config: Config, loop: LoopConfig, options: StudyConfig) -> dict[st
 
     Args:
       config: settings of every training. For the task digits without a `label_data_dir`, the demo's
-        data are made, anew for each seed.
+        data are made for each seed.
       loop: `models` names the teacher and the student.
       options: which questions and seeds.
 
     Returns:
-      What `study.json` holds; see `studies.results.summary`.
+      What `study.json` holds; see `study_results.summary`.
 
     Raises:
       ConfigError, records.DataError: settings or data that cannot work, before anything is trained.
