@@ -1,6 +1,6 @@
 """Noisy Student Training with EfficientNet in TensorFlow 2 (arXiv 1911.04252).
 
-Names are imported on first use, so that command lines answer `--help` without loading TensorFlow.
+Names are imported on first use, so that `--help` does not load TensorFlow.
 Import this package before `tf.keras` is used; see `stack`.
 """
 

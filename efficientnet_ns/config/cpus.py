@@ -46,7 +46,7 @@ def _quotas(groups: str, mounted: Path) -> Iterator[float]:
 def _quota(level: Path) -> list[float]:
     with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
         quota, period = (level / "cpu.max").read_text().split()
-        return [float(quota) / float(period)]  # "max" is no number: without a limit.
+        return [float(quota) / float(period)]  # "max" is not a number: no limit.
     with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
         quota, period = ((level / f"cpu.cfs_{k}_us").read_text() for k in ("quota", "period"))
         return [float(quota) / float(period)] if float(quota) > 0 else []

@@ -21,7 +21,7 @@ def text(values: flags.FlagValues, program: str, description: str) -> str:
         for flag in defined:
             words = flag.help.split(">: ", 1)[-1] if _choices(flag) else flag.help
             lines += [_usage(flag), flags.text_wrap(words, indent="      "), ""]
-    return "\n".join([*lines, "All flags, those of the libraries too: --helpfull"])
+    return "\n".join([*lines, "All flags, including those of the libraries: --helpfull"])
 
 
 def _choices(flag: flags.Flag) -> list[str]:

@@ -24,11 +24,11 @@ class MakeConfig(Settings):
         "--nolabeled; tfds:<name> without a split makes all sets.",
         choices=("train", "validation", "dev", "test", "extra"),
     )
-    subfolder: str = setting("", "Only what is in this folder of the source, e.g. train.")
+    subfolder: str = setting("", "Only images in this folder of the source, e.g. train.")
     accept_classes: bool = setting(
         False,
-        "Take the topmost folders as classes though they look otherwise: named like sets, all images "
-        "of one in folders below it, or one class only.",
+        "Take the topmost folders as classes even if they do not look like classes: named like "
+        "sets, all images of one in folders below it, or only one class.",
     )
     num_shards: int | None = setting(
         None, "Files of the set; default: one per 1024 images, 1024 at most.", low=1
@@ -44,13 +44,17 @@ class MakeConfig(Settings):
         "Shrink images with a longer side to it, as JPEG of quality 95; default: never.",
         low=1,
     )
-    limit: int | None = setting(None, "At most so many images, drawn by the seed.", low=1)
-    check: bool = setting(True, "Decode every image; those that cannot be are left out and listed.")
+    limit: int | None = setting(
+        None, "Maximum number of images, drawn at random with the seed.", low=1
+    )
+    check: bool = setting(
+        True, "Decode every image; images that cannot be decoded are left out and listed."
+    )
     max_bad_fraction: float = setting(
         0.01, "Stop when more than this fraction of the images cannot be used.", low=0
     )
     num_workers: int | None = setting(None, "Processes; default: one per CPU core.", low=1)
-    seed: int = setting(0, "Of the order of the images and of the split.", low=0)
+    seed: int = setting(0, "Seed of the order of the images and of the split.", low=0)
     tfds_data_dir: str | None = setting(
         None, "TFDS folder; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."
     )
@@ -60,7 +64,7 @@ class MakeConfig(Settings):
 class SvhnConfig(Settings):
     """The flags of `proc_svhn.py`."""
 
-    task_name: str = setting("svhn", "The task: svhn, the only one.")
+    task_name: str = setting("svhn", "The task; only svhn is supported.")
     raw_data_dir: str | None = setting(
         None, "Folder of train_32x32.mat, test_32x32.mat and extra_32x32.mat."
     )
@@ -80,4 +84,4 @@ class SvhnConfig(Settings):
         None, "Files per set; default: 128 of train and extra, 64 of dev and test.", low=1
     )
     num_workers: int | None = setting(None, "Processes; default: one per CPU core.", low=1)
-    seed: int = setting(0, "Of the order and of the dev set.", low=0)
+    seed: int = setting(0, "Seed of the order and of the dev set.", low=0)

@@ -16,19 +16,19 @@ class SelectConfig(Settings):
     prediction_dir: str = setting("", "Folder of the predictions.")
     info_dir: str = setting(
         "",
-        "Folder of the counts that the prediction wrote; given, they are compared with the "
-        "predictions, which are read in any case.",
+        "Folder of the counts that the prediction wrote; if given, they are compared with "
+        "the predictions.",
     )
     prelim_stats_dir: str = setting("", "Folder of the statistics.")
     output_dir: str = setting("", "Folder of the selection and of the balanced records.")
     num_shards: int = setting(128, "Number of shards of the unlabeled set.", low=1)
     only_use_num_shards: int = setting(
-        -1, "Use the first so many shards alone, for statistics, selection and records; -1: all."
+        -1, "Use only the first N shards, for statistics, selection and records; -1: all."
     )
     shard_id: int | None = setting(
         None,
-        "Write the records of this shard alone; not given: those of all. Statistics and selection "
-        "are of all shards in either case, made by the first call and found by the later ones.",
+        "Write only the records of this shard; if omitted, those of all shards. Statistics and "
+        "selection always cover all shards; the first call makes them and later calls reuse them.",
         low=0,
         documented=0,
     )
@@ -43,12 +43,13 @@ class SelectConfig(Settings):
     )
     task: int = setting(-1, "Number in the names of the output files; -1: 0.")
     debug: int = setting(
-        0, "1: statistics and selection of the first worker's part of --shard_id alone."
+        0, "1: statistics and selection of only the first worker's part of --shard_id."
     )
     num_image: int = setting(1300, "Images per class.", low=0)
     min_threshold: float = setting(0.0, "Lowest confidence that is kept.", low=0)
     max_prob: float = setting(
-        2.0, "Highest confidence that is kept; above 1, since rounding may exceed it."
+        2.0,
+        "Highest confidence that is kept; the default is above 1 because rounding may exceed 1.",
     )
     num_label_classes: int = setting(1000, "Number of classes.", low=1)
     upsample: int = setting(1, "Fill classes below num_image with copies: 1 or 0.", low=0)
@@ -59,7 +60,7 @@ class SelectConfig(Settings):
         low=0,
     )
     use_all: bool = setting(
-        False, "Every image from min_threshold on, once; num_image is not heeded."
+        False, "Every image with at least min_threshold, once; num_image is ignored."
     )
     selection: str = setting(
         "exact",
@@ -70,12 +71,14 @@ class SelectConfig(Settings):
     only_get_stats: int = setting(0, "Stop after the statistics: 1 or 0.", low=0)
     file_prefix: str = setting("train", "Prefix of the unlabeled files: train or extra.")
     data_type: str = setting(
-        "tfrecord", "Of the unlabeled files; there is no other.", choices=("tfrecord",)
+        "tfrecord",
+        "Format of the unlabeled files; only tfrecord is supported.",
+        choices=("tfrecord",),
     )
     eval_imagenet_p: bool = setting(
         False, "Accepted for old scripts, without effect; the 2019 code did not use it either."
     )
-    seed: int = setting(0, "Of the choice of copies and of the order of records.", low=0)
+    seed: int = setting(0, "Seed of the choice of copies and of the order of records.", low=0)
     num_samples: int = setting(5, "Sample pictures kept per class and shard.", low=0)
     num_workers: int = setting(
         -1,
@@ -93,7 +96,7 @@ class FilterConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig(Settings):
-    """What the labeling report shows; `SelectConfig` says where the run is."""
+    """What the labeling report shows; `SelectConfig` locates the run."""
 
     report_path: str = setting("", "File to write; default: report.html in output_dir.")
     previous_prediction_dir: str = setting(

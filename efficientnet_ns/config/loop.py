@@ -9,7 +9,7 @@ from efficientnet_ns.config.fields import Settings, setting
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig(Settings):
-    """The rounds of `noisy_student.py`, beside the settings of its trainings."""
+    """The rounds of `noisy_student.py`; `Config` has the settings of its trainings."""
 
     work_dir: str = setting("", "Folder of everything the loop makes.")
     models: str = setting(
@@ -36,7 +36,9 @@ class LoopConfig(Settings):
         "augmentation (FixRes); default: it is not.",
         low=8,
     )
-    finetune_epochs: float = setting(1.5, "Passes over the labeled images of that.", low=0)
+    finetune_epochs: float = setting(
+        1.5, "Passes over the labeled images in the fine-tuning.", low=0
+    )
     finetune_fix_layers: int = setting(-1, "fix_layer_num of the fine-tuning; -1: none.", low=-1)
     num_image: int = setting(1300, "Pseudo-labeled images per class.", low=1)
     min_threshold: float = setting(0.3, "Lowest confidence of a pseudo label that is kept.", low=0)
@@ -68,7 +70,7 @@ class DemoConfig(Settings):
     """Settings of the demo."""
 
     output_dir: str = setting("runs/demo", "Folder of everything the demo makes.")
-    seed: int = setting(0, "Of the split, the initial weights and all noise.")
+    seed: int = setting(0, "Seed of the split, the initial weights and all noise.")
     labels_per_class: int = setting(10, "Labeled images per class.", low=1)
     teacher_steps: int = setting(400, "Update steps of the teacher.", low=1)
     student_steps: int = setting(700, "Update steps of each student.", low=1)

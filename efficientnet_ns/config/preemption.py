@@ -1,9 +1,10 @@
 """Requests to stop: SIGTERM (a preempted machine) and SIGINT (Ctrl-C).
 
-The first one asks: work that can be cut anywhere ends at once, work that has something to save
-ends when it has saved it; the program then exits with code 75 (EX_TEMPFAIL of sysexits.h: try
-again), which tells it from a failure. A later one ends the process without saving. Signals that
-follow within a second are the same request: GNU timeout, for one, signals the process and its group.
+The first signal is a request: work that can be interrupted anywhere ends at once, and work that has
+something to save ends after saving it. The program then exits with code 75 (EX_TEMPFAIL of
+sysexits.h: try again), which distinguishes it from a failure. A later signal ends the process
+without saving. Signals that follow within a second count as the same request: GNU timeout, for one,
+signals both the process and its group.
 
 Python runs handlers between two bytecodes of the main thread, so inside a host loop of the device a
 signal waits until the loop returns.
@@ -28,16 +29,16 @@ SAME_REQUEST_SECONDS = 1.0
 
 
 class Preempted(BaseException):
-    """The process was asked to stop, and what is to be saved is saved.
+    """The process was asked to stop, and has saved its state.
 
-    Like KeyboardInterrupt no `Exception`: what handles errors on the way must not handle this.
+    Like KeyboardInterrupt, not an `Exception`, so that error handlers do not swallow it.
     """
 
     exit_code = EXIT_CODE
 
 
 class StopRequest:
-    """Takes the signals while the block runs; blocks may be nested, the innermost answers.
+    """Takes the signals while the block runs; blocks may be nested; the innermost one handles them.
 
     Outside the main thread, where signals cannot be taken, the block changes nothing.
 
@@ -70,7 +71,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
-        """For work that can be cut anywhere: a request raises `Preempted` inside the block."""
+        """For work that can be interrupted anywhere: a request raises `Preempted` inside the block."""
         outer, self._cut = self._cut, True
         try:
             if self.requested:
@@ -93,7 +94,7 @@ class StopRequest:
         self.requested, self._requested_at = True, time.monotonic()
         logging.warning("%s: stopping when everything is saved; once more: at once", name)
         if self._cut:
-            self._cut = False  # Clean-up on the way out is not cut.
+            self._cut = False  # Clean-up on the way out is not interrupted.
             raise Preempted(f"stopped by {name}")
 
 

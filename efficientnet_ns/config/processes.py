@@ -17,7 +17,7 @@ class ProcessDied(RuntimeError):
 def run_each(
     function: Callable[..., Any], jobs: Sequence[tuple], processes: int
 ) -> Iterator[tuple[tuple, Any]]:
-    """Yields (job, function(*job)) as jobs finish; with one process in this one, in order.
+    """Yields (job, function(*job)) as jobs finish; with `processes` below 2, in this process and in order.
 
     After an error, jobs that have not begun are dropped. The processes end when this one does, even
     by SIGKILL.

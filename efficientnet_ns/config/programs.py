@@ -18,7 +18,7 @@ class OwnSetConfig(Settings):
     )
     pgd_steps: int = setting(10, "Gradient steps of PGD.", low=1)
     pgd_step_size: float | None = setting(
-        None, "Size of each, in pixel values; default: 2.5 epsilon / pgd_steps.", low=0
+        None, "Size of each step, in pixel values; default: 2.5 epsilon / pgd_steps.", low=0
     )
     corrupt: str = setting(
         "",
@@ -28,13 +28,13 @@ class OwnSetConfig(Settings):
     severities: str = setting("1,2,3,4,5", "Their severities, joined with ','.")
     baseline: str = setting(
         "",
-        "Weights of another model, which is measured beside it and by which its errors are divided.",
+        "Weights of a baseline model, which is measured too and by whose errors the results are divided.",
     )
     baseline_model_name: str = setting("", "Variant of the baseline; default: the same model.")
     image_set: str = setting(
         "",
         "Prefix of the records to measure on; default: the task's evaluation set. num_eval_images "
-        "takes its first so many.",
+        "limits it to the first N.",
     )
 
 

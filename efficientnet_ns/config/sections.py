@@ -10,7 +10,7 @@ from efficientnet_ns.config.fields import ConfigError, Settings, as_dict, settin
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Settings):
-    """Which network."""
+    """Which network to build."""
 
     model_name: str = setting("efficientnet-b0", "Variant: efficientnet-b0 … -b7, -l2, -test.")
     input_image_size: int | None = setting(
@@ -45,7 +45,7 @@ class DataConfig(Settings):
     )
     data_source: str = setting(
         "",
-        "tfds:<name>: a set of TensorFlow Datasets as labeled images and task, in place of "
+        "tfds:<name>: a set of TensorFlow Datasets as labeled images and task, instead of "
         "label_data_dir and task_name. Made into records when first used.",
         free=True,  # The records made from it, in label_data_dir, are not.
     )
@@ -68,15 +68,15 @@ class DataConfig(Settings):
     )
     num_eval_images: int | None = setting(
         None,
-        "Measure the first so many images of the evaluation set; default: all.",
+        "Evaluate only the first N images of the evaluation set; default: all.",
         low=1,
         free=True,
     )
     num_test_images: int | None = setting(
-        None, "The same of the test set, for tasks that have one.", low=1, free=True
+        None, "The same for the test set, if the task has one.", low=1, free=True
     )
     num_train_shards: int | None = setting(
-        None, "Train on the first so many shards of the labeled set; default: all.", low=1
+        None, "Train on only the first N shards of the labeled set; default: all.", low=1
     )
     use_cache: bool = setting(
         True,
@@ -119,7 +119,7 @@ class DataConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Settings):
-    """How the student learns."""
+    """How the student is trained."""
 
     model_dir: str | None = setting(None, "Folder of checkpoints and logs.", free=True)
     train_steps: int = setting(109474, "Update steps of the whole schedule.", low=1)
@@ -127,7 +127,7 @@ class TrainConfig(Settings):
         1.0, "Stretches train_steps and the decay period (2 for the 700-epoch recipes)."
     )
     train_last_step_num: int = setting(
-        -1, "Train only the last so many steps of the schedule, without warm-up; -1: all."
+        -1, "Train only the last N steps of the schedule, without warm-up; -1: all."
     )
     train_batch_size: int = setting(4096, "Labeled images per update, over all replicas.", low=1)
     label_data_sample_prob: float = setting(
@@ -156,8 +156,8 @@ class TrainConfig(Settings):
     )
     unl_model_noise: bool = setting(
         True,
-        "Dropout and stochastic depth for unlabeled images too; --nounl_model_noise: for labeled ones "
-        "alone, an ablation of the paper.",
+        "Dropout and stochastic depth for unlabeled images too; --nounl_model_noise: only for labeled "
+        "images, an ablation of the paper.",
     )
     label_weight: float = setting(
         1.0,
@@ -180,7 +180,7 @@ class TrainConfig(Settings):
     init_model_path: str | None = setting(None, "Checkpoint to start from.")
     fix_layer_num: int = setting(
         -1,
-        "Freeze the stem and the first so many blocks: no updates, batch norm with its moving "
+        "Freeze the stem and the first N blocks: no updates, batch norm with its moving "
         "statistics, no stochastic depth; -1: nothing is frozen.",
         low=-1,
     )
@@ -189,11 +189,11 @@ class TrainConfig(Settings):
         "Regular expressions, joined with ',', of variables that keep their initial values with "
         "--init_model: head/dense/ for other classes.",
     )
-    seed: int = setting(0, "Of initial weights, data order, augmentation and noise.", low=0)
-    steps_per_eval: int = setting(3000, "Evaluate every so many steps.", low=1, free=True)
+    seed: int = setting(0, "Seed of initial weights, data order, augmentation and noise.", low=0)
+    steps_per_eval: int = setting(3000, "Evaluate every N steps.", low=1, free=True)
     eval_batch_size: int = setting(8, "Images per evaluation step.", low=1, free=True)
     eval_ema: bool = setting(
-        True, "With --mode=eval: measure the moving-average weights, not the raw ones.", free=True
+        True, "With --mode=eval: evaluate the moving-average weights, not the raw ones.", free=True
     )
     eval_image_size: int | None = setting(
         None,
@@ -212,17 +212,17 @@ class TrainConfig(Settings):
         "With --mode=eval: folder of eval.json and eval_report.html; default: eval in model_dir.",
         free=True,
     )
-    save_checkpoints_steps: int = setting(1000, "Save every so many steps.", low=1, free=True)
+    save_checkpoints_steps: int = setting(1000, "Save every N steps.", low=1, free=True)
     keep_checkpoint_max: int = setting(5, "Checkpoints kept.", low=1, free=True)
     iterations_per_loop: int = setting(
         1000,
-        "Steps the device runs between two looks from the host: how soon logs and a request to "
-        "stop (SIGTERM) are answered.",
+        "Steps the device runs between returns to the host, which logs and reacts to a request to "
+        "stop (SIGTERM) only then.",
         low=1,
         free=True,
     )
     log_step_count_steps: int = setting(
-        64, "A log line every so many steps, at ends of host loops.", low=1, free=True
+        64, "Log every N steps, at the ends of host loops.", low=1, free=True
     )
     preview_images: int = setting(
         16,
@@ -235,7 +235,7 @@ class TrainConfig(Settings):
     )
     eval_continuously: bool = setting(
         False,
-        "With --mode=eval: measure every new checkpoint in model_dir until the last step.",
+        "With --mode=eval: evaluate every new checkpoint in model_dir until the last step.",
         free=True,
     )
 
@@ -262,8 +262,8 @@ class PredictConfig(Settings):
     worker_id: int = setting(0, "This worker among total_replicas.", low=0)
     file_prefix: str = setting(
         "train",
-        "Prefix of the unlabeled files: train or extra. noisy_student needs it only where other sets "
-        "lie beside them.",
+        "Prefix of the unlabeled files: train or extra. noisy_student needs it only if the "
+        "folder has other sets too.",
     )
     data_type: str = setting("tfrecord", "Kind of the input files.", choices=("tfrecord",))
     reassign_label: bool = setting(
@@ -272,8 +272,8 @@ class PredictConfig(Settings):
     )
     inference_engine: str = setting(
         "auto",
-        "What computes with --mode=predict and --mode=eval: tf (TensorFlow), xnnpack (CPU only), or "
-        "auto: xnnpack with one device that is no accelerator, for models that it can compute, else "
+        "What runs the model with --mode=predict and --mode=eval: tf (TensorFlow), xnnpack (CPU only), or "
+        "auto: xnnpack with one device that is not an accelerator, for models that it supports, else "
         "tf. --eval_continuously, --noised_teacher, attacks and evaluation during training: tf.",
         choices=("auto", "tf", "xnnpack"),
     )
@@ -292,16 +292,16 @@ class PredictConfig(Settings):
         0.01, "Stop when more than this fraction of a shard's records is unreadable.", low=0
     )
     part_seconds: float = setting(
-        60.0, "Work of a shard that a killed process may lose, in seconds.", low=0
+        60.0, "Seconds of work on a shard that a killed process may lose.", low=0
     )
     lease_seconds: float = setting(
-        300.0, "A process without a sign of life for so long has lost its shard to others.", low=1
+        300.0, "Seconds without a heartbeat before another worker takes over the shard.", low=1
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class HardwareConfig(Settings):
-    """What it runs on."""
+    """Which hardware the program runs on."""
 
     use_tpu: bool = setting(
         True, "Use the TPU given by --tpu; without --tpu, the local devices.", free=True
@@ -362,7 +362,7 @@ class LegacyConfig(Settings):
     )
 
     def without_effect(self) -> list[str]:
-        """`--name=value` of each that is not at its default."""
+        """`--name=value` of each setting that is not at its default."""
         return [
             f"--{field.name}={getattr(self, field.name)}"
             for field in dataclasses.fields(self)

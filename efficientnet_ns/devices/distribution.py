@@ -1,6 +1,6 @@
 """Where the computation runs: one device, local replicas, several machines, or a TPU.
 
-Several workers run the same program on one `model_dir`. All of them read it; the chief alone writes.
+Several workers run the same program on one `model_dir`. All of them read it; only the chief writes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 
 class WorkerLost(RuntimeError):
-    """Another worker of the cluster went away, so that this one cannot go on."""
+    """Another worker of the cluster went away, so this one cannot continue."""
 
 
 def get_strategy(hardware: HardwareConfig) -> tf.distribute.Strategy:
     """The distribution strategy for the given hardware. Call it before TensorFlow computes anything.
 
     A TPU when one is named; several workers when TF_CONFIG describes a cluster; several local
-    devices when asked for or when there are several GPUs; else the one local device.
+    devices when `num_replicas` requires it or there are several GPUs; else the one local device.
 
     Raises:
       ConfigError: fewer devices than num_replicas, or TF_CONFIG does not describe a cluster.
@@ -53,7 +53,7 @@ def _in_cluster(tf_config: str) -> bool:
     """Whether TF_CONFIG describes a cluster; ConfigError when the description cannot be used."""
     try:
         described = json.loads(tf_config)
-        problem = None if isinstance(described, dict) else "it is no JSON object"
+        problem = None if isinstance(described, dict) else "it is not a JSON object"
     except ValueError as e:
         problem = f"it is not JSON: {e}"
     if problem is None:
@@ -72,13 +72,13 @@ def _in_cluster(tf_config: str) -> bool:
 
 def _cluster_problem(cluster: Any, task: Any) -> str | None:
     if not isinstance(cluster, dict):
-        return f"the cluster is no JSON object: {cluster!r}"
+        return f"the cluster is not a JSON object: {cluster!r}"
     for job, addresses in cluster.items():
         is_list = isinstance(addresses, list)
         if not is_list or not all(re.fullmatch(r".+:\d+", str(a)) for a in addresses):
             return f"{job} should be a list of host:port, but is {addresses!r}"
     if not isinstance(task, dict):
-        return "there is no task, which tells this worker from the others"
+        return "there is no task, which identifies this worker"
     kind, index = str(task.get("type")), str(task.get("index"))
     if kind not in cluster:
         return f"the task's type is {kind!r}, but the cluster has {', '.join(cluster)}"
@@ -119,19 +119,19 @@ def _split_cpu(count: int) -> None:
         )
     except RuntimeError as e:
         raise ConfigError(
-            f"--num_replicas={count}: TensorFlow runs already in this process, so that its CPU "
-            "cannot be divided any more. Ask for the replicas before the first computation."
+            f"--num_replicas={count}: TensorFlow already runs in this process, so its CPU "
+            "can no longer be divided. Request the replicas before the first computation."
         ) from e
 
 
 def start_xla() -> None:
-    """Compiles a trifle: TensorFlow 2.15 announces its first use of XLA at every log level."""
+    """Compiles a tiny function: TensorFlow 2.15 logs its first use of XLA at every log level."""
     with stack.without_native_log(), tf.device("CPU:0"):
         tf.function(lambda: tf.constant(0.0) + 1.0, jit_compile=True)()
 
 
 def set_precision(hardware: HardwareConfig, strategy: tf.distribute.Strategy) -> None:
-    """mixed_bfloat16 or float32, as `precision` and, on a TPU, `use_bfloat16` ask for."""
+    """mixed_bfloat16 or float32, as `precision` and, on a TPU, `use_bfloat16` require."""
     policy = hardware.precision
     if policy == "auto":
         on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
@@ -162,7 +162,7 @@ def check(resolved: ResolvedConfig, strategy: tf.distribute.Strategy) -> None:
 
 
 def compiles(hardware: HardwareConfig, strategy: tf.distribute.Strategy) -> bool:
-    """Whether Keras has to compile the step with XLA; on a TPU that is so in any case."""
+    """Whether Keras must compile the step with XLA; on a TPU it is always compiled."""
     return hardware.jit_compile and not isinstance(strategy, tf.distribute.TPUStrategy)
 
 
@@ -179,7 +179,7 @@ def distribute(
 
 
 def share(context: tf.distribute.InputContext) -> pipeline.Share:
-    """What a host prepares."""
+    """The share of each batch that a host prepares."""
     return pipeline.Share(
         context.input_pipeline_id, context.num_input_pipelines, context.num_replicas_in_sync
     )
@@ -206,7 +206,7 @@ def check_agreement(strategy: tf.distribute.Strategy, step: int) -> None:
 def agreement(strategy: tf.distribute.Strategy) -> Callable[[bool], bool] | None:
     """A function that all workers call at one point, and that is true for all if for any of them.
 
-    None when there is one worker, which need not ask.
+    None when there is one worker.
     """
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return None
@@ -228,7 +228,7 @@ _LOST = (
 
 @contextlib.contextmanager
 def noticing_lost_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
-    """Turns what TensorFlow says when another worker goes away into `WorkerLost`."""
+    """Turns TensorFlow's error when another worker goes away into `WorkerLost`."""
     try:
         yield
     except _LOST as e:

@@ -28,18 +28,18 @@ _STDERR = threading.RLock()
 
 
 def prepare() -> None:
-    """Makes `tf.keras` Keras 2, and the import of TensorFlow heed TF_CPP_MIN_LOG_LEVEL=3.
+    """Makes `tf.keras` Keras 2, and the import of TensorFlow respect TF_CPP_MIN_LOG_LEVEL=3.
 
-    TensorFlow 2.15 contains Keras 2 and knows no other. Later releases take it from the package
-    tf_keras if TF_USE_LEGACY_KERAS says so.
+    TensorFlow 2.15 contains only Keras 2. Later releases take it from the package
+    tf_keras if TF_USE_LEGACY_KERAS is set.
 
     Raises:
-      ImportError: Keras 3 is asked for, or `tf.keras` has been used and is Keras 3.
+      ImportError: Keras 3 is selected, or `tf.keras` has been used and is Keras 3.
     """
     if importlib.util.find_spec("tf_keras") is not None:
         if os.environ.setdefault(_LEGACY, "1") not in ("1", "true", "True"):
             raise ImportError(
-                f"efficientnet_ns needs Keras 2, but {_LEGACY}={os.environ[_LEGACY]} asks for Keras 3:"
+                f"efficientnet_ns needs Keras 2, but {_LEGACY}={os.environ[_LEGACY]} selects Keras 3:"
                 " set it to 1 or unset it"
             )
         if _keras_3_is_used():

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.config import Config, ConfigError, OwnSetConfig
+from efficientnet_ns.config import Config, ConfigError, OwnSetConfig, as_dict
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.data import image_conversion, pipeline
 from efficientnet_ns.evaluation import accuracy, adversarial, corruptions, kept
@@ -239,7 +239,7 @@ def _subject(
     engine = engines.make(kind, model, batch, strategy) if classifies else None
     identity = {
         "weights": weights.fingerprint(path),
-        **dataclasses.asdict(resolved.config.model),
+        **as_dict(resolved.config.model),
         "precision": tf.keras.mixed_precision.global_policy().name,
     }
     return Subject(name, model, engine, identity)

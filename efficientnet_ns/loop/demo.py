@@ -170,7 +170,7 @@ print(f"exported model says {digit} (probability {float(answer['probabilities'][
 
 
 def answer_in_fresh_process(folder: str, saved_model: str) -> None:
-    """Classifies a test image with the SavedModel, by TensorFlow alone."""
+    """Classifies a test image with the SavedModel, with only TensorFlow."""
     test_set = records.list_shards(os.path.join(folder, "data", "labeled"), "test")
     first = next(records.read(test_set[0])).payload or b""
     picture = os.path.join(folder, "test_image.png")

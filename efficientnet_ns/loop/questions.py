@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What an arm can change beside settings of trainings, labeling and selection.
+    """What an arm can change besides settings of trainings, labeling and selection.
 
     Attributes:
       rounds: students trained one after the other, each of which labels for the next; 0: the teacher.
@@ -24,9 +24,9 @@ class Method:
       steps: factor of the students' update steps.
       images: factor of the pseudo-labeled images per class.
       warm_start: the student begins with its teacher's weights.
-      pretrain: the student learns from pseudo labels alone, and then from labels alone in the last
+      pretrain: the student learns from only pseudo labels, and then from only labels in the last
         quarter of the schedule once more.
-      labels_only: one model learns from labels alone, with the steps of teacher and student together.
+      labels_only: one model learns from only labels, with the steps of teacher and student together.
     """
 
     rounds: int = 1
@@ -46,7 +46,7 @@ class Arm:
     Attributes:
       changes: setting → value.
       paper: the paper's figure, where it is known.
-      expected: sign of the paper's difference to `against`; 0: it found none; None: it does not say.
+      expected: sign of the paper's difference to `against`; 0: it found none; None: it reports none.
       against: name of the arm it is compared with; "": the first one.
       quick: part of a quick study.
     """
@@ -76,7 +76,7 @@ class Study:
 
 
 _UNSURE, _SURE = {"min_threshold": 0.0, "max_prob": 0.7}, {"min_threshold": 0.7}
-# Both are said, since the loop's own labels may be either.
+# Both are explicit, since the loop's own labels may be either.
 _SOFT, _HARD = {"teacher_softmax_temp": 1.0}, {"teacher_softmax_temp": -1.0}
 _CLEAN = {"unl_aug": "clean"}
 
@@ -116,7 +116,7 @@ STUDIES: dict[str, Study] = {
         },
     ),
     "ratio": Study(
-        "How many unlabeled images beside each labeled one?",
+        "How many unlabeled images for each labeled one?",
         "§4.3, finding 7",
         "A large ratio helps large models, by letting them train longer on unlabeled images.",
         {

@@ -20,6 +20,7 @@ from efficientnet_ns.config import (
     LoopConfig,
     SelectConfig,
     StudyConfig,
+    as_dict,
     check,
     comparable,
 )
@@ -100,7 +101,7 @@ def pieces(config: Config, loop: LoopConfig, changes: Mapping[str, Any]) -> list
     """What an arm is made of, in order; the last piece trains the model that is its result.
 
     Two arms share the pieces that are equal: a folder's name is a hash of all that determines what
-    is in it, the names of the folders it is made from among them.
+    is in it, including the names of the folders it is made from.
 
     Args:
       config: settings of every training, with the seed; see `rounds.run_loop`.
@@ -132,7 +133,6 @@ def pieces(config: Config, loop: LoopConfig, changes: Mapping[str, Any]) -> list
 def _widened(config: Config, factor: float) -> Config:
     if factor == 1:
         return config
-
     width = config.model.width_coefficient
     width = width or efficientnet.get_variant(config.model.model_name).width
     return config.override(width_coefficient=width * factor)
@@ -180,7 +180,7 @@ def _selection(
     images = max(1, round(loop.num_image * method.images))
     plain = rounds.selection_config(labeling, dataclasses.replace(loop, num_image=images), "")
     chosen = dataclasses.replace(plain, **selecting)
-    folder = _folder("selected", dataclasses.asdict(chosen), loop)
+    folder = _folder("selected", as_dict(chosen), loop)
     placed = rounds.selection_config(labeling, loop, folder)
     where = ("prelim_stats_dir", "output_dir")
     return dataclasses.replace(chosen, **{name: getattr(placed, name) for name in where})
@@ -250,7 +250,7 @@ def _images(config: Config) -> int:
 
 
 class Runner:
-    """Does the pieces of arms that are not done yet, and says how long the rest will take.
+    """Does the pieces of arms that are not done yet, and logs how long the rest will take.
 
     Args:
       arms: all that will be run, each a list of pieces.
@@ -301,12 +301,12 @@ def run_study(config: Config, loop: LoopConfig, options: StudyConfig) -> dict[st
 
     Args:
       config: settings of every training. For the task digits without a `label_data_dir`, the demo's
-        data are made, anew for each seed.
+        data are made for each seed.
       loop: `models` names the teacher and the student.
       options: which questions and seeds.
 
     Returns:
-      What `study.json` holds; see `studies.results.summary`.
+      What `study.json` holds; see `study_results.summary`.
 
     Raises:
       ConfigError, records.DataError: settings or data that cannot work, before anything is trained.

@@ -1,4 +1,4 @@
-"""What the runs of a study say: mean and spread over seeds, differences, and the paper beside them."""
+"""Results of a study: mean and spread over seeds, differences, and the paper's figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from efficientnet_ns.loop.questions import Arm, Study
 
-# Probability that chance alone makes a difference count.
+# Probability that a difference counts only by chance.
 _CHANCE = 0.05
 _READINGS = {True: "as in the paper", False: "not as in the paper", None: "the paper does not say"}
 

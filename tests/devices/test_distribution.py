@@ -398,8 +398,8 @@ COMMON = (
     "text, problem",
     [
         ("{'cluster': 1}", "it is not JSON"),
-        ("[]", "it is no JSON object"),
-        ('{"cluster": ["a:1"]}', "the cluster is no JSON object"),
+        ("[]", "it is not a JSON object"),
+        ('{"cluster": ["a:1"]}', "the cluster is not a JSON object"),
         ('{"cluster": {"worker": "a:1"}}', "worker should be a list of host:port, but is 'a:1'"),
         ('{"cluster": {"worker": ["a"]}}', "worker should be a list of host:port"),
         ('{"cluster": {"worker": ["a:1"]}}', "there is no task"),
