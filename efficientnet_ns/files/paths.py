@@ -19,9 +19,9 @@ from efficientnet_ns.files import manifests
 _WILDCARDS = re.compile(r"[*?\[\\]")
 
 
-def is_pattern(path: str) -> bool:
+def is_pattern(path: str | os.PathLike) -> bool:
     """Whether TensorFlow takes a path for a pattern where it reads variables."""
-    return bool(_WILDCARDS.search(path))
+    return bool(_WILDCARDS.search(os.fspath(path)))
 
 
 @contextlib.contextmanager

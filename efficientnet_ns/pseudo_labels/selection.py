@@ -97,7 +97,7 @@ def _selection_stage(config: SelectConfig, predictions: str) -> manifests.Stage:
     # Never mix results of two definitions of the draws.
     settings["draws"] = DRAWS
     if config.debug == 1:
-        settings["shard_id"] = config.shard_id
+        settings["shard_id"] = config.shard_id or 0
     names = (SELECTION, "threshold.json", "num_image_across_cat.json")
     outputs = [os.path.join(config.output_dir, name) for name in names]
     return manifests.Stage(f"{outputs[0]}.manifest.json", outputs, settings)

@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from fakes import flat_frames as flat
+from fakes import write_gif, write_mp4
 from PIL import Image
-from test_videos import flat, write_gif, write_mp4
 
 from efficientnet_ns.data import tasks
 from efficientnet_ns.evaluation import robustness, robustness_clips
