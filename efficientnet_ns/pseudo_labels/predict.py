@@ -176,7 +176,8 @@ def _work(
     def done(name: str) -> bool:
         return name in failed or tasks[name].stage.done()
 
-    with contextlib.closing(leases.claims(list(tasks), done)) as claims:
+    claimed = leases.claims(list(tasks), done)
+    with contextlib.closing(claimed) as claims:  # type: ignore[type-var]  # A generator.
         for name, lease in claims:
             try:
                 ShardLabeling(teacher, tasks[name], options, lease).run()
