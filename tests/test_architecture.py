@@ -279,8 +279,8 @@ EXPANDS: dict[str, set[str]] = {
     **dict.fromkeys(["MatchFiles", "ReadFromTFRecord", "ReadFromParquet", "ReadFromText"], set()),
     "load_checkpoint": {"models.weights"},
     "read_parquet": {"files.parquet_sql"},
-    # The benchmark's of what it saved below TMPDIR; the card's and the demo's are for the reader.
-    "saved_model.load": {"serving.export", "serving.card", "loop.demo"},
+    # The benchmark's of what it saved below TMPDIR; the demo's is for the reader.
+    "saved_model.load": {"serving.export", "loop.demo"},
     "saved_model.loader": {"benchmarks.serving"},
 }
 

@@ -9,6 +9,7 @@ import re
 import numpy as np
 import tensorflow as tf
 
+from efficientnet_ns import inference
 from efficientnet_ns.config import Config, ConfigError, ExportConfig
 from efficientnet_ns.data import tasks
 from efficientnet_ns.ingest import data_source
@@ -16,7 +17,7 @@ from efficientnet_ns.models import weights
 from efficientnet_ns.models.recipes import RECIPES
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.serving import check, export, provenance, tflite
-from efficientnet_ns.serving.classifier import Answers
+from efficientnet_ns.serving.classifier import OutputSpec
 
 
 def export_model(config: Config, options: ExportConfig) -> str:
@@ -86,7 +87,9 @@ def _export_options(resolved: ResolvedConfig, path: str, options: ExportConfig):
         "Method": "Noisy Student Training (arXiv 1911.04252)",
         **_provenance(resolved, path),
     }
-    return export.Options(Answers(tuple(names), top_k=options.top_k), options.optimize_for, facts)
+    return export.Options(
+        OutputSpec(tuple(names), top_k=options.top_k), options.optimize_for, facts
+    )
 
 
 def _provenance(resolved: ResolvedConfig, path: str) -> dict[str, object]:
@@ -104,7 +107,7 @@ def _check_images(resolved: ResolvedConfig, options: ExportConfig):
     if not options.check_data:
         return [], []
     encoded = check.encoded_images(options.check_data, options.check_images)
-    return encoded, check.prepared(encoded, resolved.preprocessing().evaluate)
+    return encoded, inference.preprocess(encoded, resolved.preprocessing()).numpy()
 
 
 def _float_answers(resolved: ResolvedConfig, path: str, options: ExportConfig, images):

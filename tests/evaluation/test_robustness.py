@@ -344,7 +344,7 @@ def test_flips_as_defined(rng):
     for name in metrics.ALEXNET_FLIPS:
         expected = first if name.endswith("_noise") else previous
         assert metrics.flips(answers, name) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="two frames"):
+    with pytest.raises(ValueError, match="T at least 2"):
         metrics.flips(answers[:, :1], "snow")
 
 
@@ -425,7 +425,10 @@ def test_top5_distance_as_defined(rng):
         (lambda p: shutil.rmtree(p / "tilt" / WNIDS[2]), f"tilt: 1 of 3 classes .*{WNIDS[2]}"),
         (lambda p: shutil.rmtree(p / "tilt" / WNIDS[2] / "clip"), f"without clips: {WNIDS[2]}"),
         (lambda p: [shutil.rmtree(d) for d in (p / "tilt").iterdir()], "tilt' has no clips"),
-        (lambda p: (p / "tilt" / WNIDS[0] / "clip.gif").touch(), f"twice: {WNIDS[0]}/clip"),
+        (
+            lambda p: (p / "tilt" / WNIDS[0] / "clip.gif").touch(),
+            f"duplicate clips: {WNIDS[0]}/clip",
+        ),
         (lambda p: (p / "tilt" / WNIDS[0] / "clip/000.JPEG").unlink(), "fewer than two frames"),
     ],
 )

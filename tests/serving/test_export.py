@@ -20,7 +20,7 @@ from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.models.recipes import RECIPES
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.serving import export, model_export, provenance
-from efficientnet_ns.serving.classifier import Answers
+from efficientnet_ns.serving.classifier import OutputSpec
 
 CLASSES, SIZE = 5, 32
 
@@ -293,7 +293,7 @@ def test_classifier_of_ones_own(tmp_path, optimize_for):
     pooled = efficientnet.endpoints(model)["pooled"]
     classifier = tf.keras.Model(model.input, tf.keras.layers.Dense(3)(pooled))
     preprocessing = Preprocessing(SIZE, small_image=True)
-    options = export.Options(Answers(("a", "b", "c")), optimize_for)
+    options = export.Options(OutputSpec(("a", "b", "c")), optimize_for)
     folder = export.export(classifier, preprocessing, tmp_path, 1, options)
     encoded = list(pictures().values())
     answers = export.saved_model_runner(folder)(encoded)
