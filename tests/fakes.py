@@ -31,10 +31,10 @@ from PIL import Image
 
 from efficientnet_ns.config import Config, SelectConfig
 from efficientnet_ns.config.ingest import MakeConfig
-from efficientnet_ns.files import records
+from efficientnet_ns.files import parquet_sql, records
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import efficientnet, weights
-from efficientnet_ns.pseudo_labels import index, outcome, selection
+from efficientnet_ns.pseudo_labels import index, selection
 from efficientnet_ns.training import optimizers, student, summaries
 
 ROOT = Path(__file__).parents[1]
@@ -348,7 +348,7 @@ def load_outcome(config: SelectConfig) -> dict[str, np.ndarray]:
     workers = index.count_workers(config)
     chosen = os.path.join(config.output_dir, selection.SELECTION)
     indexes = [path for paths in index.index_files(config).values() for path in paths]
-    db = outcome._connect(predictions=indexes, selection=[chosen])
+    db = parquet_sql.connect(2, predictions=indexes, selection=[chosen])
     return db.execute(
         f"""
         SELECT shard, position * {workers} + worker AS record, label, prob,

@@ -278,7 +278,7 @@ EXPANDS: dict[str, set[str]] = {
     **dict.fromkeys(["list_variables", "load_variable", "RestoreV2", "Restore", "restore"], set()),
     **dict.fromkeys(["MatchFiles", "ReadFromTFRecord", "ReadFromParquet", "ReadFromText"], set()),
     "load_checkpoint": {"models.weights"},
-    "read_parquet": {"pseudo_labels.outcome"},
+    "read_parquet": {"files.parquet_sql"},
     # The benchmark's of what it saved below TMPDIR; the demo's is for the reader.
     "saved_model.load": {"serving.export", "loop.demo"},
     "saved_model.loader": {"benchmarks.serving"},

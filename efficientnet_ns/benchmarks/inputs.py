@@ -1,9 +1,8 @@
-"""Images per second of the input pipeline, stage by stage, beside timm's PIL transforms.
+"""Images per second of the input pipeline, stage by stage, against timm's PIL transforms.
 
-"One core" is one thread, for us and for timm, that takes encoded bytes in memory to pixels. Ours
-yield uint8 when augmented and float32 otherwise, not normalized: the model does that; and they are
-put together into batches, as training takes them. timm's are single images, measured both as uint8
-and as its default, normalized float32.
+"One core" is one thread, for us and for timm, that turns encoded bytes in memory into pixels. Ours
+are batches of uint8 if augmented, else of float32, not normalized, which is the model's first layer.
+timm's are single images, measured both as uint8 and as normalized float32, its default.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from efficientnet_ns.files import manifests, records
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}$")
 _MOST_IMAGES = 512  # Kept in memory.
-_CHUNK = 16  # Images of a batch, and between two looks at the clock.
-# Part of the duration of a measurement that each of the fifty single stages gets: they show where
-# the time goes; what is compared takes all of it.
+_CHUNK = 16  # Images per batch, and between two readings of the clock.
+# Each of the fifty single stages, which show where the time goes, gets this share of the duration of
+# the measurements that are compared.
 _STAGE_SHARE = 0.1
-# What timm calls the two layers that its recipes train with.
+# timm's name of the policy with two layers.
 _TIMM_POLICY = "rand-m10-n2"
 _LAYERS, _MAGNITUDE = 2, 27
 
@@ -41,7 +40,7 @@ def run(settings: BenchmarkConfig) -> list[Row]:
     Raises:
       ConfigError: the folder has neither.
     """
-    files, encoded = _encoded_images(settings.data)
+    files, encoded = encoded_images(settings.data)
     stages = {
         **_read_stage(files),
         **_stages(encoded, settings.image_size),
@@ -50,7 +49,7 @@ def run(settings: BenchmarkConfig) -> list[Row]:
     wholes = _wholes(encoded, settings.image_size)
     peers = _timm(encoded, settings.image_size)
     parts = measure(stages, settings.seconds * _STAGE_SHARE)
-    # Short turns: what disturbs the machine for a second touches few of them.
+    # Short turns: a disturbance of a second affects few of them.
     measured = measure({**wholes, **peers}, settings.seconds, turns=9)
     rows = _one_core(parts, stages) + _one_core(measured, wholes)
     rows += _against_peers(measured, peers)
@@ -75,8 +74,14 @@ def _against_peers(measured: Measured, peers: dict) -> list[Row]:
 # Images.
 
 
-def _encoded_images(folder: str) -> tuple[list[str], list[bytes]]:
-    """Paths of files to read, and encoded images out of them."""
+def encoded_images(folder: str) -> tuple[list[str], list[bytes]]:
+    """Paths of the image or record files in a folder, and encoded images from them.
+
+    Without a folder, no paths and generated images.
+
+    Raises:
+      ConfigError: the folder has neither images nor records.
+    """
     if not folder:
         return [], _made_images()
     above = manifests.listed(folder, r"[^.].*")
@@ -125,8 +130,8 @@ def _one_thread() -> tf.data.Options:
 def _worker(data: tf.data.Dataset, function: Callable[..., tf.Tensor]) -> Callable[[], int]:
     """Maps `function(element, seed)` over the endlessly repeated `data`, on one thread.
 
-    The results, all of one shape, come in batches: to hand every single one to Python would take
-    long as a third of all that is done to an image.
+    The results have one shape and come in batches: passing single ones to Python would take a third of
+    the time of the whole pipeline.
     """
     mapped = data.repeat().enumerate().map(lambda index, x: function(x, tf.stack([index, 0])))
     batches = mapped.batch(_CHUNK, drop_remainder=True).with_options(_one_thread())
@@ -163,7 +168,7 @@ def _stages(encoded: list[bytes], size: int) -> dict[str, Callable[[], int]]:
 
     crops = source.enumerate().map(lambda i, image: random_crop(image, tf.stack([i, 0]))).cache()
     floats = crops.map(lambda image: images.resize(image, size)).take(64).cache()
-    # Of pixels of any shape only their number goes into the batch.
+    # Images of different shapes do not fit into a batch, but their sizes do.
     return {
         "decode": _worker(source, lambda image, _: tf.size(images.decode(image))),
         "decode a random crop": _worker(source, lambda *args: tf.size(random_crop(*args))),
@@ -244,7 +249,7 @@ def _all_cores(encoded: list[bytes], settings: BenchmarkConfig) -> list[Row]:
         )
         return lambda: len(next(batches))
 
-    # One after the other: each fills its buffers on all cores while another is measured.
+    # One after the other, since each fills its buffers on all cores even while another is measured.
     rows = []
     for name, preprocessing in _preprocessings(settings.image_size).items():
         rate = measure({name: worker(preprocessing)}, settings.seconds).rate(name)

@@ -1,4 +1,4 @@
-"""Statistics, selection and report on an index of any size, made for the measurement."""
+"""Statistics, selection and report on a generated index of any size."""
 
 from __future__ import annotations
 
@@ -32,9 +32,12 @@ _SHARE_WANTED = 130_000 * 1000 / 300e6
 
 
 def run(config: BenchmarkConfig) -> list[Row]:
-    """Makes `rows` predictions for `classes` classes, below `data`, and selects from them.
+    """Generates `rows` predictions of `classes` classes below `data`, and selects from them.
 
-    Selection and report run in processes of their own, so that their peaks of memory are known.
+    Selection and report have their own processes, so that their peak memory is known.
+
+    Raises:
+      ConfigError: the disk is too small.
     """
     with tempfile.TemporaryDirectory(dir=config.data or None) as folder:
         free = shutil.disk_usage(folder).free
@@ -61,7 +64,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
             Row("index on disk", size / 1e6, "MB"),
         ]
         for mode in ("exact", "threshold"):
-            # Each makes the statistics anew.
+            # Each mode includes the statistics.
             output = os.path.join(folder, mode)
             chosen = dataclasses.replace(
                 settings,
@@ -134,16 +137,16 @@ def _make_images(settings: SelectConfig, rows: int) -> None:
 
 
 def make_index(settings: SelectConfig, rows: int) -> None:
-    """Writes the index of `rows` predictions; the prediction files beside it are empty.
+    """Writes the index of `rows` predictions; the prediction files are empty.
 
-    Classes differ in size by a factor of about 50, and in how confident the teacher is; above half
-    of the predictions are above 0.3.
+    Classes differ in size by a factor of about 50, and in confidence; more than half of the
+    predictions are above 0.3.
     """
     classes = settings.num_label_classes
     weights = 1 / (np.arange(classes) + 0.02 * classes)
     bounds = np.cumsum(weights / weights.sum())[:-1]
-    # Many are near 1 for the easy classes, few for the hard ones.
-    ease = np.float32(0.7 + 3.3 * np.random.default_rng(0).random(classes))
+    # Easy classes have many probabilities near 1, hard ones few.
+    ease = (0.7 + 3.3 * np.random.default_rng(0).random(classes)).astype(np.float32)
 
     def make(shard: int) -> None:
         rng = np.random.default_rng([1, shard])

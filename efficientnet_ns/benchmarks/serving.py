@@ -1,12 +1,13 @@
 """Exported models on decoded images: throughput and latency by batch size, threads and oneDNN.
 
-Peers: the export as it was trained, TensorFlow Lite, and the same network in `tf.keras.applications`.
-All SavedModels run in TensorFlow's session loader, as a server runs them. A process has one pool of
-threads and one kind of kernels, so each situation is measured in a process of its own.
+Peers: the export without optimization, TensorFlow Lite, and the same network in
+`tf.keras.applications`. All SavedModels run in TensorFlow's session loader, as in a server. A process
+has one thread pool and one kind of kernels, so each situation has its own process.
 """
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import tempfile
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.benchmarks import tables
+from efficientnet_ns.benchmarks import keras_peer, tables
 from efficientnet_ns.config import BenchmarkConfig, Config
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
@@ -28,13 +29,13 @@ from efficientnet_ns.serving.classifier import OutputSpec
 _BATCHES = (1, 8)
 _LATENCIES = 40
 _TURNS = 15
-_KERAS, _LITE = "tf.keras.applications", "TFLite float32"
+_KERAS, _LITE = keras_peer.NAME, "TFLite float32"
 _CPU, _NONE, _BFLOAT16 = "SavedModel cpu", "SavedModel none", "SavedModel cpu bfloat16"
 _PEERS = {_CPU: _NONE, _LITE: _KERAS, _BFLOAT16: _CPU}
 
 
 class Situation(NamedTuple):
-    """How many threads compute, and whether with TensorFlow's oneDNN kernels."""
+    """The number of threads, and whether TensorFlow uses oneDNN kernels."""
 
     threads: int
     onednn: bool
@@ -59,8 +60,8 @@ def run(config: BenchmarkConfig) -> list[tables.Row]:
 
 def _situations(config: BenchmarkConfig) -> list[Situation]:
     threads = config.threads or available_cpus()
-    alone = [Situation(1, True)] if config.threads is None and threads > 1 else []
-    return [Situation(threads, True), *alone, Situation(threads, False)]
+    single = [Situation(1, True)] if config.threads is None and threads > 1 else []
+    return [Situation(threads, True), *single, Situation(threads, False)]
 
 
 def _export(config: BenchmarkConfig, folder: str) -> None:
@@ -87,7 +88,7 @@ def _export(config: BenchmarkConfig, folder: str) -> None:
 
 
 def _shift(model: tf.keras.Model) -> None:
-    """Gives biases and batch norms what training gives them: TensorFlow leaves out adding zeros."""
+    """Makes biases nonzero, as after training: TensorFlow optimizes the addition of zeros away."""
     rng = np.random.default_rng(0)
     for variable in model.variables:
         if variable.name.endswith(("/beta:0", "/bias:0")):
@@ -95,10 +96,9 @@ def _shift(model: tf.keras.Model) -> None:
 
 
 def _export_keras(config: BenchmarkConfig, folder: str) -> None:
-    """The variant in tf.keras.applications, which has B0 to B7."""
-    name = config.model_name.replace("efficientnet-b", "EfficientNetB")
+    """The same network of Keras, as a SavedModel."""
     shape = (config.image_size, config.image_size, 3)
-    model = getattr(tf.keras.applications, name)(weights=None, input_shape=shape)
+    model = keras_peer.build(config.model_name, input_shape=shape)
     holder = tf.Module()
     holder.held = model.variables
 
@@ -110,7 +110,7 @@ def _export_keras(config: BenchmarkConfig, folder: str) -> None:
 
 
 def _measure(config: BenchmarkConfig, folder: str, situation: Situation) -> list[tables.Row]:
-    """Throughput of everybody in turns, then latencies of the optimised export."""
+    """Throughput of all contenders in turns, then latencies of the optimized export."""
     # Without oneDNN, TensorFlow has no fast kernels for bfloat16.
     names = [_NONE, _CPU, _KERAS] + [_BFLOAT16] * situation.onednn
     calls = {
@@ -123,13 +123,19 @@ def _measure(config: BenchmarkConfig, folder: str, situation: Situation) -> list
     batches = sorted({*_BATCHES, config.batch_size})
     for batch in batches:
         pixels = _pixels(config, batch)
-        work = {name: lambda call=call: len(call(pixels)) for name, call in calls.items()}
-        work[_LITE] = lambda: lite(pixels[0])
+        work: dict[str, Callable[[], int]] = {
+            name: functools.partial(_count, call, pixels) for name, call in calls.items()
+        }
+        work[_LITE] = functools.partial(lite, pixels[0])
         rows += _throughput(work, f", batch {batch}, {situation}", config.seconds / len(batches))
     for batch in _BATCHES:
         name = f"{_CPU}, batch {batch}, {situation}"
         rows += _latency(name, calls[_CPU], _pixels(config, batch))
     return rows
+
+
+def _count(call: Callable[[np.ndarray], np.ndarray], pixels: np.ndarray) -> int:
+    return len(call(pixels))
 
 
 def session(
@@ -148,12 +154,11 @@ def session(
         meta = tf.compat.v1.saved_model.loader.load(loaded, ["serve"], folder)
     chosen = meta.signature_def[signature]
     (source,) = (info.name for info in chosen.inputs.values())
-    call = loaded.make_callable(chosen.outputs["probabilities"].name, [source])
-    return call
+    return loaded.make_callable(chosen.outputs["probabilities"].name, [source])
 
 
 def _lite(content: bytes, threads: int) -> Callable[[np.ndarray], int]:
-    """An interpreter per thread, each on images of its own; returns how many images were answered."""
+    """Runs an interpreter per thread, each on its own images; returns the number of images."""
     runners = [tflite.runner(content, 1) for _ in range(threads)]
     pool = ThreadPoolExecutor(threads)
 

@@ -1,4 +1,4 @@
-"""How measurements are taken and shown: rows of one run, side by side with their peers."""
+"""How measurements are taken and shown: rows of one run, next to their peers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from efficientnet_ns.files.text_table import text_table
 
-# Whether TensorFlow uses its oneDNN kernels; a process looks at it once.
+# Whether TensorFlow uses its oneDNN kernels; a process reads it once.
 ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 
 
@@ -23,7 +23,7 @@ class Row(NamedTuple):
       name: what was measured.
       value: in `unit`.
       unit: images/s, ms, MB, rows/s …
-      ratio: against the peer of the same run, above 1 is better than it; None without a peer.
+      ratio: to the peer of the same run; above 1 is better; None without a peer.
       peer: name of that peer.
     """
 
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 @contextlib.contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """Environment variables of the processes that are started inside the block."""
+    """Sets environment variables for processes that are started inside the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -51,7 +51,7 @@ def environment(**values: str) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Units per second of each contender, turn by turn: {name: [rate, …]}."""
+    """Units per second of each contender, turn by turn: `turns` is {name: [rate, …]}."""
 
     turns: dict[str, list[float]]
 
@@ -62,8 +62,8 @@ class Measured:
     def ratio(self, name: str, peer: str) -> float:
         """How much faster than `peer`: the median over turns of the ratio within the turn.
 
-        What changes the machine's speed for longer than a turn does not touch it, while it would
-        shift the ratio of two medians.
+        Unlike the ratio of two medians, it is robust to changes of the machine's speed that last
+        longer than a turn.
         """
         pairs = zip(self.turns[name], self.turns[peer])
         return statistics.median(own / other for own, other in pairs)
@@ -73,9 +73,9 @@ def measure(contenders: dict[str, Callable[[], int]], seconds: float, turns: int
     """Measures contenders in turns, so that all see the same machine.
 
     Args:
-      contenders: name → function that does some work and returns how many units it did.
-      seconds: how long each contender runs, after one call that warms it up.
-      turns: in how many parts; a part is one call at least.
+      contenders: name → function that does some work and returns the number of units done.
+      seconds: how long each contender runs in all, after one call to warm up.
+      turns: number of turns; each has at least one call.
     """
     for work in contenders.values():
         work()
@@ -99,5 +99,5 @@ def format_rows(rows: list[Row]) -> str:
 
 
 def as_json(rows: list[Row]) -> list[dict[str, Any]]:
-    """The rows for programs."""
+    """The rows as JSON-able objects."""
     return [row._asdict() for row in rows]

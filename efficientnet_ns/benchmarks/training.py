@@ -1,7 +1,6 @@
-"""The training step beside that of `tf.keras.applications` on the same device.
+"""The training step against that of `tf.keras.applications` on the same device.
 
-Each contender runs in a process of its own, so that peak memory is its own and nothing that one
-leaves behind slows another.
+Each contender has its own process, so that its peak memory is known and no contender slows another.
 """
 
 from __future__ import annotations
@@ -15,23 +14,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from efficientnet_ns.benchmarks import keras_peer
 from efficientnet_ns.benchmarks.tables import Measured, Row
-from efficientnet_ns.config import BenchmarkConfig, ConfigError
+from efficientnet_ns.config import BenchmarkConfig
 
-_KERAS = "tf.keras.applications"
+_KERAS = keras_peer.NAME
 _SAME_WORK = "forward, backward, RMSProp"
 _WHOLE = "whole step (weight decay, moving average, metrics)"
 _TURNS = 8
 
 
 def run(config: BenchmarkConfig) -> list[Row]:
-    """Images per second and peak memory of one update, ours and Keras' model.
+    """Images per second and peak memory of one update of our model and of Keras'.
 
-    The same work: forward and backward pass in training mode, cross entropy with label smoothing,
-    the same RMSProp. Ours is measured a second time with all that a student's update adds. Ratios
-    are medians over turns that follow each other closely, since a machine's speed drifts.
+    Both do the same work: forward and backward pass in training mode, cross entropy with label
+    smoothing, RMSProp. Our model is also measured with everything that a student's update adds.
+    Ratios are medians over closely spaced turns, since a machine's speed drifts.
+
+    Raises:
+      ConfigError: Keras does not have the model.
     """
-    _peer_name(config.model_name)
+    keras_peer.class_name(config.model_name)  # The processes would report an unknown one late.
     contenders = {"keras": _KERAS, "ours": _SAME_WORK, "whole": _WHOLE}
     turns = _take_turns(list(contenders), config)
     memory = {key: measured[-1]["megabytes"] for key, measured in turns.items()}
@@ -49,20 +52,20 @@ def run(config: BenchmarkConfig) -> list[Row]:
 
 
 def _take_turns(keys: list[str], config: BenchmarkConfig) -> dict[str, list[dict[str, float]]]:
-    """What each contender measures in each turn; only one of the processes works at a time."""
+    """The measurements of each contender, turn by turn; one process works at a time."""
     share = dataclasses.replace(config, seconds=config.seconds / _TURNS, json_file="")
     settings = json.dumps(dataclasses.asdict(share))
     with contextlib.ExitStack() as stack:
         running = {}
         for key in keys:
-            code = f"from {__name__} import answer; answer(*__import__('sys').argv[1:])"
+            code = f"from {__name__} import contend; contend(*__import__('sys').argv[1:])"
             command = [sys.executable, "-c", code, key, settings]
             pipe = subprocess.PIPE
             process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
             running[key] = stack.enter_context(process)
             stack.callback(process.kill)
             _ask(process)  # Builds, compiles and warms up.
-        results = {key: [] for key in keys}
+        results: dict[str, list[dict[str, float]]] = {key: [] for key in keys}
         for _ in range(_TURNS):
             for key in keys:
                 results[key].append(_ask(running[key]))
@@ -71,6 +74,7 @@ def _take_turns(keys: list[str], config: BenchmarkConfig) -> dict[str, list[dict
 
 def _ask(process: subprocess.Popen) -> dict[str, float]:
     """One turn of a contender."""
+    assert process.stdout is not None
     print(file=process.stdin, flush=True)
     line = process.stdout.readline()
     if not line:
@@ -78,21 +82,11 @@ def _ask(process: subprocess.Popen) -> dict[str, float]:
     return json.loads(line)
 
 
-def _peer_name(model_name: str) -> str:
-    """`EfficientNetB0` for `efficientnet-b0`."""
-    variant = model_name.rpartition("-")[2]
-    if variant not in [f"b{i}" for i in range(8)]:
-        raise ConfigError(f"--model_name={model_name}: {_KERAS} has efficientnet-b0 to -b7 only")
-    return f"EfficientNet{variant.upper()}"
-
-
 def _keras_update(config: BenchmarkConfig) -> Callable:
     """Keras' own model, with its classifier's softmax left out."""
-    import tensorflow as tf
-
-    make = getattr(tf.keras.applications, _peer_name(config.model_name))
     shape = (config.image_size, config.image_size, 3)
-    return _plain_update(make(weights=None, input_shape=shape, classifier_activation=None))
+    model = keras_peer.build(config.model_name, input_shape=shape, classifier_activation=None)
+    return _plain_update(model)
 
 
 def _our_update(config: BenchmarkConfig) -> Callable:
@@ -164,8 +158,8 @@ def _work(key: str, config: BenchmarkConfig) -> Iterator[dict[str, float]]:
         yield {"rate": steps * config.batch_size / elapsed, "megabytes": peak}
 
 
-def answer(key: str, settings: str) -> None:
-    """What a contender's process runs: one turn, and one line of output, per line of input."""
+def contend(key: str, settings: str) -> None:
+    """The main function of a contender's process: one turn and one line of output per input line."""
     turns = _work(key, BenchmarkConfig(**json.loads(settings)))
     for _ in sys.stdin:
         print(json.dumps(next(turns)), flush=True)

@@ -129,8 +129,8 @@ class Evaluator:
         truth, predicted = truth[real], predicted[real]
         return Measured(
             metrics,
-            report.Confusion.count(truth, predicted),
-            report.Calibration.count(np.concatenate(confidence)[real], truth == predicted),
+            report.Confusion.tally(truth, predicted),
+            report.Calibration.tally(np.concatenate(confidence)[real], truth == predicted),
             self._num_classes,
         )
 

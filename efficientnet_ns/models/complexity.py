@@ -9,8 +9,8 @@ import tensorflow as tf
 
 from efficientnet_ns.models import efficientnet
 
-# The layers that multiply an image by a kernel. Each value of the kernel is used once per position
-# of the output, whatever the kernel's layout.
+# The layers that multiply an image by a kernel. Each value of the kernel is used once per position of
+# the output, in every layout of the kernel.
 _KERNELS = {
     tf.keras.layers.Conv2D: "kernel",
     tf.keras.layers.DepthwiseConv2D: "depthwise_kernel",
@@ -25,7 +25,7 @@ class Complexity:
     Attributes:
       multiply_adds: in convolutions and dense layers, for one image. Normalisation, activations,
         pooling and the excitation's product are left out, as in the paper.
-      params: values that training can change, frozen layers' among them.
+      params: values that training can change, including those of frozen layers.
       statistics: moving means and variances of the batch norms.
     """
 

@@ -1,7 +1,7 @@
-"""What files of other programs call the variables of an EfficientNet.
+"""The names of an EfficientNet's variables in files of other programs.
 
-Four ways to name them: the original's TF1 checkpoints, Keras files of `tf.keras.applications` and the
-`efficientnet` package, Keras files of `build_model`'s own models, and timm's `tf_efficientnet_*`.
+There are four naming schemes: the original's TF1 checkpoints, Keras files of `tf.keras.applications`
+and the `efficientnet` package, Keras files of `build_model`'s models, and timm's `tf_efficientnet_*`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from efficientnet_ns.models import heads
 
-# A variable of our model: the name of its layer, and its own inside the layer.
+# A variable of our model: the name of its layer, and its name inside the layer.
 Key = tuple[str, str]
 
 HEAD: tuple[Key, ...] = (("head_dense", "kernel"), ("head_dense", "bias"))
@@ -23,27 +23,27 @@ HEAD: tuple[Key, ...] = (("head_dense", "kernel"), ("head_dense", "bias"))
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """The names in one kind of file.
+    """The naming scheme of one kind of file.
 
     Attributes:
       ends: our layer outside the blocks → theirs.
       block: our layer inside a block, without `blocks_<i>_` → theirs.
-      block_without_expansion: what differs in a block that has no expansion.
-      scope: what stands before a layer of a block; a format of `index` (of the block in the
-        network), `stage` and `repeat` (of the block in its stage), all from 0, and of `number`,
-        the stage from 1, and `letter`, the repeat from a.
+      scope: prefix of the layers of a block; a format of `index` (of the block in the network),
+        `stage` and `repeat` (of the block in its stage), all from 0, and of `number`, the stage
+        from 1, and `letter`, the repeat from a.
+      ignored: pattern of whole names in such files that are not the model's.
       separator: between layer and variable.
+      block_without_expansion: the entries of `block` that differ in blocks without expansion.
       leaves: our variable inside a layer → theirs, where they differ.
-      ignored: pattern of whole names that such files hold beside the model's.
       axes: (our variable, its rank) → the axes of theirs in our order, where they differ.
     """
 
     ends: Mapping[str, str]
     block: Mapping[str, str]
-    block_without_expansion: Mapping[str, str]
     scope: str
-    separator: str
     ignored: str
+    separator: str = "/"
+    block_without_expansion: Mapping[str, str] = dataclasses.field(default_factory=dict)
     leaves: Mapping[str, str] = dataclasses.field(default_factory=dict)
     axes: Mapping[tuple[str, int], tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
@@ -73,7 +73,6 @@ TF1 = Naming(
         "project_bn": "tpu_batch_normalization_1",
     },
     scope="blocks_{index}/",
-    separator="/",
     ignored=r"global_step|.*/(RMSProp|Momentum)(_\d+)?",
 )
 
@@ -95,10 +94,8 @@ KERAS = Naming(
         "project_conv": "project_conv",
         "project_bn": "project_bn",
     },
-    block_without_expansion={},
     scope="block{number}{letter}_",
-    separator="/",
-    # Statistics of the input, which our model has as constants.
+    # Statistics of the input, which are constants in our model.
     ignored=r"normalization(_\d+)?/(mean|variance|count)",
 )
 
@@ -139,13 +136,11 @@ TIMM = Naming(
     },
 )
 
-# What Keras saves of a model made by `build_model`.
+# Keras files of a model made by `build_model`.
 OWN = Naming(
     ends={name: name for name in TF1.ends},
     block={name: name for name in TF1.block},
-    block_without_expansion={},
     scope="blocks_{index}_",
-    separator="/",
     ignored=r"normalization/.*",
 )
 
@@ -162,10 +157,10 @@ def layer_variables(model: tf.keras.Model) -> dict[Key, tf.Variable]:
 def stored_names(model: tf.keras.Model, naming: Naming) -> dict[Key, str]:
     """The name in a file for every weight of a model made by `build_model`.
 
-    The classifier's (`HEAD`) are among them even when the model has none.
+    The classifier's (`HEAD`) are included even if the model has none.
 
     Raises:
-      ValueError: the model has a layer that EfficientNets do not have.
+      ValueError: the model has a layer that no EfficientNet has.
     """
     scopes = _block_scopes(model, naming)
     names = {}
@@ -192,22 +187,20 @@ def _block_scopes(model: tf.keras.Model, naming: Naming) -> dict[str, str]:
 def _block_positions(model: tf.keras.Model) -> list[tuple[int, int, bool]]:
     """(stage, repeat in it, whether it expands) of each block.
 
-    Inside a stage nothing but the first block's stride and input width differs, while any two
-    neighbouring stages differ in kernel, expansion or a stride.
+    Within a stage only the first block's stride and input width differ, while consecutive stages
+    differ in kernel, expansion or stride.
     """
     layers = {layer.name: layer for layer in heads.flat_layers(model)}
     positions: list[tuple[int, int, bool]] = []
-    last_kind, stage, repeat = None, -1, 0
-    for index in itertools.count():
-        depthwise = layers.get(f"blocks_{index}_dw_conv")
-        if depthwise is None:
-            return positions
+    last_kind, stage, repeat, index = None, -1, 0, 0
+    while (depthwise := layers.get(f"blocks_{index}_dw_conv")) is not None:
         expanded = f"blocks_{index}_expand_conv" in layers
         kind = (depthwise.kernel_size, expanded)
         if kind != last_kind or depthwise.strides != (1, 1):
             stage, repeat = stage + 1, 0
         positions.append((stage, repeat, expanded))
-        last_kind, repeat = kind, repeat + 1
+        last_kind, repeat, index = kind, repeat + 1, index + 1
+    return positions
 
 
 def axes(naming: Naming, leaf: str, rank: int) -> tuple[int, ...]:
@@ -221,7 +214,7 @@ def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def timm_tensors(model: tf.keras.Model) -> dict[str, np.ndarray]:
-    """The model's weights under timm's names and in its layout, float32; with its counters of batches."""
+    """The model's weights with timm's names, layout and batch counters; float32."""
     names, tensors = stored_names(model, TIMM), {}
     for (layer, leaf), variable in layer_variables(model).items():
         order = inverse(axes(TIMM, leaf, variable.shape.rank))

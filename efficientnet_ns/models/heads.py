@@ -15,12 +15,12 @@ _STANDARD = re.compile(r"image|normalization|stem_.*|blocks_\d+_.*|head_.*|poole
 
 
 def is_standard(layer_name: str) -> bool:
-    """Whether layers of `build_model` are called so."""
+    """Whether a layer of `build_model` may have this name."""
     return _STANDARD.fullmatch(layer_name) is not None
 
 
 def flat_layers(model: tf.keras.Model) -> Iterator[tf.keras.layers.Layer]:
-    """The layers of a model, with those of the models inside it in their place."""
+    """The layers of a model, with nested models replaced by their layers."""
     for layer in model.layers:
         if isinstance(layer, tf.keras.Model):
             yield from flat_layers(layer)
@@ -41,7 +41,7 @@ def normalization(model: tf.keras.Model) -> layers.PixelNormalization:
 
 
 def settings(model: tf.keras.Model) -> dict[str, Any]:
-    """What images a model expects, JSON-able: `variant`, `image_size`, `small_image`, `mean`, `std`.
+    """The images a model expects, JSON-able: `variant`, `image_size`, `small_image`, `mean`, `std`.
 
     Raises:
       ValueError: the model is not made of the layers of `build_model`.
@@ -57,10 +57,10 @@ def settings(model: tf.keras.Model) -> dict[str, Any]:
 
 
 def own_head(model: tf.keras.Model) -> tf.keras.layers.Dense | None:
-    """The classifier that was put onto an EfficientNet; None: the model has its own, or none.
+    """The user's classifier on top of an EfficientNet; None: the model has its own, or none.
 
     Raises:
-      ValueError: there are layers that change more than a dense layer does.
+      ValueError: the model has other layers on top that change their input.
     """
     added = [layer for layer in flat_layers(model) if not is_standard(layer.name)]
     dense = [layer for layer in added if isinstance(layer, tf.keras.layers.Dense)]
@@ -82,7 +82,7 @@ def own_head(model: tf.keras.Model) -> tf.keras.layers.Dense | None:
 
 
 def _passes(layer: tf.keras.layers.Layer) -> bool:
-    """Whether a layer leaves its input as it is when nothing is trained."""
+    """Whether a layer passes its input on unchanged at inference."""
     if isinstance(layer, tf.keras.layers.Activation):
         return layer.activation is tf.keras.activations.linear
     # Flatten: features are flat.
@@ -98,16 +98,17 @@ def _passes(layer: tf.keras.layers.Layer) -> bool:
 
 
 def standard(model: tf.keras.Model) -> tf.keras.Model:
-    """The model as `build_model` lays it out; itself, when it is laid out so.
+    """The model in the layout of `build_model`; the model itself if it has that layout.
 
-    Of a model with its own classifier the convolutions are shared, the classifier is copied.
+    For a model with a classifier of the user, the convolutions are shared and the classifier is
+    copied.
 
     Raises:
-      ValueError: the model has layers that EfficientNets do not have.
+      ValueError: the model has layers that no EfficientNet has.
     """
     head, network = own_head(model), _network(model)
     if network is None:
-        return model  # Of other layers, which whoever looks for names will miss.
+        return model  # Not an EfficientNet; looking up names will fail.
     if head is None:
         return network
     pooled = network.get_layer("head_pool").output
@@ -119,7 +120,7 @@ def standard(model: tf.keras.Model) -> tf.keras.Model:
 
 
 def _network(model: tf.keras.Model) -> tf.keras.Model | None:
-    """The innermost model that has the first layer of an EfficientNet among its own."""
+    """The model, nested or not, whose own layers include an EfficientNet's first one."""
     if any(isinstance(layer, layers.PixelNormalization) for layer in model.layers):
         return model
     inner = (_network(layer) for layer in model.layers if isinstance(layer, tf.keras.Model))

@@ -77,12 +77,12 @@ _TABLE: dict[str, tuple] = {
 
 
 def _recipe(short: str, values: tuple) -> Recipe:
-    return Recipe(
-        *values,
-        tf1_checkpoint=f"noisy_student_efficientnet-{short}",
-        timm_name=f"tf_efficientnet_{short}.ns_jft_in1k",
-        keras_file=None if short == "l2" else f"efficientnet-{short}_noisy-student.h5",
+    names = (
+        f"noisy_student_efficientnet-{short}",
+        f"tf_efficientnet_{short}.ns_jft_in1k",
+        None if short == "l2" else f"efficientnet-{short}_noisy-student.h5",
     )
+    return Recipe(*(*values, *names))
 
 
 RECIPES = {f"efficientnet-{short}": _recipe(short, values) for short, values in _TABLE.items()}

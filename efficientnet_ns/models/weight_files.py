@@ -1,7 +1,7 @@
-"""Files of weights that other programs wrote: of what kind they are, by content, and their arrays.
+"""Weight files of other programs: their kind, detected by content, and their arrays.
 
-Names of files decide nothing: `.pth.tar`, `.pt` and `.bin` are PyTorch's, `.h5`, `.hdf5` and `.keras`
-those of Keras, and any of them may be something else, which is then named.
+File names do not matter: `.pth.tar`, `.pt` and `.bin` are usually PyTorch's, `.h5`, `.hdf5` and `.keras`
+Keras', but any of them may be something else, which the error message then names.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Arrays = dict[str, np.ndarray]
 
 
 class UnusableFile(ValueError):
-    """A file that is whole, as far as is known, but holds no weights that can be read."""
+    """A file without readable weights that is not known to be damaged."""
 
 
 class Content(NamedTuple):
-    """What a file holds.
+    """The content of a weight file.
 
     Attributes:
-      naming: how its variables are called.
+      naming: the naming scheme of its variables.
       arrays: by these names.
-      settings: what images its model expects, see `heads.settings`; empty: the file does not tell.
+      settings: the images that its model expects, see `heads.settings`; empty if not stored.
     """
 
     naming: foreign_weights.Naming
@@ -42,13 +42,13 @@ class Content(NamedTuple):
     settings: Mapping[str, Any]
 
 
-# Endings of names that such files usually have; what is saved by us is never called so by mistake.
+# Usual endings of such files; checkpoints saved here never get one by mistake.
 SUFFIXES = (".h5", ".hdf5", ".keras", ".safetensors", ".pth", ".pt", ".bin", ".tar")
 
 _HDF5, _ZIP = b"\x89HDF\r\n\x1a\n", b"PK\x03\x04"
 # How files of PyTorch before 1.6 begin: a pickled number.
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-# First bytes → what it is and what to do.
+# First bytes → what the file is, and what to do.
 _OTHERS = (
     (b"\x1f\x8b", "a gzip archive: unpack it (tar -xzf, or gunzip), and give what is in it"),
     (b"BZh", "a bzip2 archive: unpack it (tar -xjf), and give what is in it"),
@@ -66,13 +66,13 @@ def read(content: bytes, model: tf.keras.Model, *, ema: bool = True) -> Content:
 
     Args:
       content: of the file.
-      model: what they are for; files of Keras that do not name layers are read in its order.
-      ema: take the moving averages, of files that have both.
+      model: the target; Keras files that do not name layers are read in its order.
+      ema: whether to take the moving averages of files that hold both sets.
 
     Raises:
-      UnusableFile: it is of no kind that can be read; the message tells of which, and what to do.
+      UnusableFile: the file is of another kind; the message says which, and what to do.
       ImportError: PyTorch is not installed.
-      Exception: of the library that reads the file, if it is damaged.
+      Exception: from the library that reads the file, if it is damaged.
     """
     if not content.strip(b"\0"):
         raise EOFError("it is empty: copy or download it again")
@@ -93,7 +93,7 @@ def read(content: bytes, model: tf.keras.Model, *, ema: bool = True) -> Content:
 
 
 def settings(content: bytes) -> Mapping[str, Any]:
-    """`heads.settings` of the model of a file, as far as it tells."""
+    """The stored `heads.settings` of the model of a file; empty if there are none."""
     if content.startswith(_HDF5):
         with h5py.File(io.BytesIO(content), "r") as f:
             return _hdf5_settings(f)
@@ -118,8 +118,7 @@ def _described(content: bytes) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# Keras
+# Keras.
 
 # Variables of a layer in the order in which Keras 3's format numbers them.
 _LEAVES = {
@@ -182,13 +181,13 @@ def _by_layer(root: h5py.Group) -> Arrays:
     def take(path: str, item: Any) -> None:
         if not isinstance(item, h5py.Dataset) or path.split("/")[0] == "optimizer_weights":
             return
-        # `stem_conv/stem_conv_1/kernel:0`: the layer comes first, the middle is what TensorFlow made
-        # of it. Of a model inside the model: `efficientnet-b0/stem_conv_1/kernel:0`.
+        # `stem_conv/stem_conv_1/kernel:0`: first the layer, then TensorFlow's unique name for it. In a
+        # nested model: `efficientnet-b0/stem_conv_1/kernel:0`.
         parts = path.split("/")
         leaf = parts[-1].split(":")[0]
         layer = re.sub(r"_\d+$", "", parts[-2]) if parts[0] in inner else parts[0]
         if f"{layer}/{leaf}" in arrays:
-            raise UnusableFile(f"{path}: there are two layers {layer}; save one model alone")
+            raise UnusableFile(f"{path}: there are two layers {layer}; save a single model")
         arrays[f"{layer}/{leaf}"] = item[()]
 
     inner = {
@@ -231,14 +230,10 @@ def _numbered(root: h5py.Group, layers: list[_Layer]) -> Arrays:
 
 
 def _layers_of(model: tf.keras.Model) -> list[_Layer]:
-    return [
-        (
-            type(layer).__name__,
-            layer.name,
-            _layers_of(layer) if isinstance(layer, tf.keras.Model) else [],
-        )
-        for layer in model.layers
-    ]
+    def inner(layer: tf.keras.layers.Layer) -> list[_Layer]:
+        return _layers_of(layer) if isinstance(layer, tf.keras.Model) else []
+
+    return [(type(layer).__name__, layer.name, inner(layer)) for layer in model.layers]
 
 
 def _described_layers(description: Mapping[str, Any]) -> list[_Layer]:
@@ -249,7 +244,7 @@ def _described_layers(description: Mapping[str, Any]) -> list[_Layer]:
 
 
 def _settings(description: Mapping[str, Any]) -> dict[str, Any]:
-    """`heads.settings` of a model that Keras describes; nothing of a model of another package."""
+    """`heads.settings` from Keras' description of a model; empty for models of other packages."""
     for layer in description["config"].get("layers", ()):
         config = layer["config"]
         if layer["class_name"].endswith("PixelNormalization"):
@@ -260,10 +255,9 @@ def _settings(description: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-# --------------------------------------------------------------------------------------------------
-# timm
+# timm and PyTorch.
 
-# numpy has no bfloat16; TensorFlow brings it.
+# NumPy has no bfloat16; TensorFlow provides it.
 _DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -296,7 +290,7 @@ def _safetensors_settings(content: bytes) -> dict[str, Any]:
     return json.loads(header.get("__metadata__", {}).get(SETTINGS_KEY, "{}"))
 
 
-# Where checkpoints of training scripts keep the weights: averages, and as trained.
+# Keys of the weights in checkpoints of training scripts, by `ema`.
 _STATES = {True: ("state_dict_ema", "model_ema"), False: ("state_dict", "model")}
 
 
@@ -314,14 +308,14 @@ def _read_torch(content: bytes, ema: bool) -> Content:
         if isinstance(state.get(key), Mapping):
             state = state[key]
             break
-    # What DistributedDataParallel and torch.compile put before every name.
+    # Prefixes that DistributedDataParallel and torch.compile add to every name.
     prefix = re.compile(r"^(module\.|_orig_mod\.)+")
     arrays = {prefix.sub("", name): value.float().numpy() for name, value in state.items()}
     return Content(foreign_weights.TIMM, arrays, {})
 
 
 def _load_tensors(torch: Any, content: bytes) -> Mapping[str, Any]:
-    # Tensors only: nothing in the file is executed. timm's script adds its command line.
+    # Tensors only, so that nothing in the file is executed. timm's script stores its command line.
     safe: Callable = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)
     with safe([argparse.Namespace]):
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

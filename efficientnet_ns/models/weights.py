@@ -18,7 +18,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -27,8 +27,8 @@ from absl import logging
 from efficientnet_ns.files import manifests, paths
 from efficientnet_ns.models import foreign_weights, heads, weight_files
 
-# What is taken for a path: local, or of any file system of TensorFlow's.
-PathLike = Union[str, os.PathLike]
+# A local path, or one of any file system of TensorFlow.
+PathLike = str | os.PathLike
 
 EMA_SUFFIX = "/ExponentialMovingAverage"
 # What the original calls the teacher inside a student's checkpoint.
@@ -54,8 +54,8 @@ class WeightsError(ValueError):
     """The variables in a file are not those of the model.
 
     Attributes:
-      missing, unexpected, shapes: names that the file lacks; that the model lacks; and
-        `name: file […], model […]`. All empty when the error is of another kind.
+      missing, unexpected, shapes: names that the file lacks; names that the model lacks; and
+        `name: file […], model […]`. All empty for errors of another kind.
     """
 
     def __init__(
@@ -190,16 +190,16 @@ def file_path(path: PathLike) -> str | None:
         prefix, matches = _CHECKPOINT_FILE.subn("", path)
         is_part = matches and tf.io.gfile.exists(prefix + ".index")
         return None if is_part else path
-    if path.lower().endswith(weight_files.SUFFIXES) and not tf.io.gfile.exists(path):
-        if not tf.io.gfile.exists(path + ".index"):
-            raise FileNotFoundError(f"no file at {path!r}")
+    named_as_file = path.lower().endswith(weight_files.SUFFIXES)
+    if named_as_file and not any(map(tf.io.gfile.exists, (path, path + ".index"))):
+        raise FileNotFoundError(f"no file at {path!r}")
     return None
 
 
 @contextlib.contextmanager
 def _damage_named(path: str, *where: str) -> Iterator[None]:
-    # Readers raise types of their own for damaged files, IndexError and OSError among them, mostly
-    # without the file.
+    # Readers raise various types for damaged files, including IndexError and OSError, and rarely name
+    # the file.
     try:
         yield
     except (ImportError, MemoryError, weight_files.UnusableFile) as error:
@@ -236,7 +236,7 @@ def _assign(
 
     Args:
       known: whether a name that is not in `targets` may be in the file.
-      head: names whose misfit alone means another number of classes.
+      head: names of the classifier; if only these misfit, the number of classes differs.
 
     Raises:
       WeightsError: with each missing or unexpected name and each other shape.
@@ -283,7 +283,7 @@ def read_checkpoint(prefix: str, names: Mapping[str, tf.Variable]) -> None:
 
     Raises:
       WeightsError: names missing from the file, in the file only, or of another shape, each listed.
-        The optimizer's slots and what belongs to an on-the-fly teacher may be in the file.
+        The file may also hold the optimizer's slots and an on-the-fly teacher.
       DamagedFile: the file is damaged.
     """
     targets = {
@@ -295,7 +295,7 @@ def read_checkpoint(prefix: str, names: Mapping[str, tf.Variable]) -> None:
 
 
 def _beside(naming: foreign_weights.Naming, name: str, scope: str | None = None) -> bool:
-    """Whether a file may hold `name` beside the variables of the model under `scope`."""
+    """Whether a file may hold `name` in addition to the variables of the model under `scope`."""
     if re.fullmatch(naming.ignored, name):
         return True
     if scope is None:
@@ -352,6 +352,8 @@ def load_weights(
       DamagedFile: the file cannot be read to its end.
     """
     standard = heads.standard(model)
+    names: Names
+    known: Callable[[str], bool]
     file = file_path(path)
     if file is not None:
         if scope is not None:
@@ -390,8 +392,8 @@ def _checkpoint_names(
     file = _open_checkpoint(checkpoint_prefix(path))
     above = "" if scope is None else f"{scope}/"
     if _OBJECT_GRAPH in file.shapes:
-        names = {key: above + name for key, name in _object_names(model).items()}
-        return file, names, lambda name: not name.startswith(f"{above}layer_with_weights")
+        paths_of_layers = {key: above + name for key, name in _object_names(model).items()}
+        return file, paths_of_layers, lambda n: not n.startswith(f"{above}layer_with_weights")
     above += f"{standard.name}/"
     plain = foreign_weights.stored_names(standard, foreign_weights.TF1)
     # The other copy of a variable, what is skipped, and a classifier that the model lacks.
@@ -463,7 +465,7 @@ def _warn_of_other_settings(model: tf.keras.Model, stored: Mapping[str, Any], pa
     if other:
         told = ", ".join(f"{name}={stored[name]}" for name in other)
         logging.warning(
-            "%s: these weights are of a model with %s; unless it is to learn anew, build the model so",
+            "%s: these weights are of a model with %s: build the model so, unless you retrain it",
             path,
             told,
         )

@@ -2,10 +2,10 @@
 
   shards not yet predicted ─► predict ─► (all are there) ─► select ─► shards ─► write
 
-The steps call what the ordinary commands call: `predict.predict` and `write.write_shards` for one
-shard, `selection.select` once, since one machine selects from 300 million images in a minute. So the
-files are the same to the last byte, finished shards are skipped, and a bundle that a runner starts
-again, or twice, does no harm. The steps share only files: all workers must see the folders.
+The steps call the functions of the ordinary commands: `predict.predict` and `write.write_shards` for
+one shard, `selection.select` once, since one machine selects from 300 million images in a minute. So
+the files are the same to the last byte, finished shards are skipped, and a runner may retry or
+duplicate a bundle. The steps share nothing but files: all workers must see the folders.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ except ImportError as e:
 
 
 class StepFailed(RuntimeError):
-    """A worker met an error that the user can mend, such as unusable data, or was cancelled."""
+    """A worker failed for a reason that the user can fix, such as unusable data, or was cancelled."""
 
 
 def label(
     prediction: Config, selection: SelectConfig, beam_arguments: Sequence[str] = ()
 ) -> dict[str, object]:
-    """Labels all shards, selects, and writes the balanced records; what is finished is skipped.
+    """Labels all shards, selects, and writes the balanced records; finished work is skipped.
 
     Args:
-      prediction: of all `num_shards` shards by all `total_replicas` workers, whatever its shard_id
-        and worker_id.
+      prediction: of all `num_shards` shards by all `total_replicas` workers; its shard_id and
+        worker_id are ignored.
       selection: from these predictions.
-      beam_arguments: of Beam's PipelineOptions, such as `--runner=DataflowRunner`.
+      beam_arguments: for Beam's PipelineOptions, such as `--runner=DataflowRunner`.
 
     Returns:
       What `selection.select` and `write.write` return, and `unreadable` images.
 
     Raises:
-      ConfigError, records.DataError, manifests.OutputConflict: see `predict.predict`; what is
-        there already is looked at before the pipeline starts.
+      ConfigError, records.DataError, manifests.OutputConflict: see `predict.predict`; existing
+        outputs are checked before the pipeline starts.
       StepFailed: the same errors and those of `selection.select` and `write.write`, in a worker of
         another process.
     """
@@ -69,7 +69,7 @@ def label(
         raise StepFailed(
             f"the pipeline ended as {pipeline.result.state}: start the same command again"
         )
-    # All is finished: these verify it and sum it up.
+    # Everything is finished; these calls verify it and return the totals.
     unreadable = sum(predict.predict(part)["unreadable"] for part in parts)
     return {"unreadable": unreadable, **select(selection), **write.write(selection)}
 
@@ -78,7 +78,7 @@ def _parts(prediction: Config) -> list[Config]:
     """All shards, by each worker."""
     options = prediction.predict
     if options.reassign_label:
-        raise ConfigError("--reassign_label: there is nothing to select; use main --mode=predict")
+        raise ConfigError("--reassign_label selects nothing: use main --mode=predict")
     return [
         prediction.override(worker_id=worker, shard_id=f"0-{options.num_shards - 1}")
         for worker in range(options.total_replicas)
@@ -92,8 +92,8 @@ def _build(
     selection: SelectConfig,
 ) -> None:
     """Adds the steps; `units` are (worker, shard)."""
-    # A reshuffle spreads what came from one place over the workers. A combination has one element,
-    # and that only when all before it is finished.
+    # A reshuffle spreads elements made in one place over the workers. The combined list is one
+    # element, which appears only after every unit is finished: a barrier.
     refused = (
         pipeline
         | "units" >> apache_beam.Create(list(units))
@@ -103,16 +103,16 @@ def _build(
     )
     (
         refused
-        | "select" >> apache_beam.ParDo(_Select(selection))
+        | "select" >> apache_beam.FlatMap(_select, selection)
         | "spread shards" >> apache_beam.Reshuffle()
-        | "write" >> apache_beam.ParDo(_Write(selection))
+        | "write" >> apache_beam.Map(lambda shard: write.write_shards(selection, [shard]))
     )
 
 
 class _Predict(apache_beam.DoFn):
-    """Labels (worker, shard); yields why, when its records are too bad, and else nothing.
+    """Labels (worker, shard); yields the message if too many of its records are unreadable.
 
-    The model is loaded when there is work for it, once for all threads of a process.
+    The model is loaded for the first unit, once for all threads of a process.
     """
 
     def __init__(self, prediction: Config):
@@ -127,7 +127,7 @@ class _Predict(apache_beam.DoFn):
         try:
             predict.predict(part, self._teacher)
         except TooManyBadRecords as e:
-            # The others go on; a runner would start this one again and again.
+            # Not raised here: a runner would retry this unit, and stop the others.
             logging.error("%s", e)
             yield str(e)
 
@@ -136,43 +136,28 @@ class _Predict(apache_beam.DoFn):
         return TeacherPredictor(resolved, self._prediction.predict.predict_ckpt_path)
 
 
-class _Select(apache_beam.DoFn):
-    """Selects from all predictions; yields the shards to write.
+def _select(refused: list[str], selection: SelectConfig) -> list[int]:
+    """Selects from all predictions; returns the shards to write.
 
     Raises:
-      TooManyBadRecords: of the first shard that was refused.
+      TooManyBadRecords: of the first shard with too many.
     """
-
-    def __init__(self, selection: SelectConfig):
-        self._selection = selection
-
-    def process(self, refused: list[str]) -> Iterator[int]:
-        if refused:
-            raise TooManyBadRecords(min(refused))
-        select(self._selection)
-        yield from index.shards(self._selection)
+    if refused:
+        raise TooManyBadRecords(min(refused))
+    select(selection)
+    return index.shards(selection)
 
 
-class _Write(apache_beam.DoFn):
-    """Writes the balanced records of a shard."""
-
-    def __init__(self, selection: SelectConfig):
-        self._selection = selection
-
-    def process(self, shard: int) -> None:
-        write.write_shards(self._selection, [shard])
-
-
-# An error of this package as the last lines of another process's traceback.
+# An error of this package in the last lines of another process's traceback.
 _OURS = re.compile(r"^efficientnet_ns[\w.]*: (.*?)(?: \[while running '|\Z)", re.M | re.S)
 
 
 @contextlib.contextmanager
 def _errors_of_workers() -> Iterator[None]:
-    """Of an error that came as text from another process, raises what our code said."""
+    """Raises the message of our code from an error that another process sent as text."""
     try:
         yield
-    except Exception as e:  # Every runner has its own.
+    except Exception as e:  # Every runner has its own type.
         found = _OURS.search(str(e))
         if type(e).__module__.startswith("efficientnet_ns") or found is None:
             raise

@@ -2,14 +2,15 @@
 
 One Parquet file per prediction file, with a row per prediction in the same order: `shard` int32,
 `worker` int32, `position` int64 (in the prediction file), `label` int32 (-1: unreadable), `prob`
-float32 (top-1 probability). So a selection never reads the probabilities themselves. Reading goes
-over row groups on every core, in bounded memory.
+float32 (top-1 probability). A selection therefore never reads the probabilities of all classes.
+Readers scan row groups on every core, in bounded memory.
 """
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,16 +28,13 @@ from efficientnet_ns.files.progress import Progress
 Result = TypeVar("Result")
 
 UNREADABLE_LABEL = -1
-# Rows per group of a file, whatever the pieces they come in: equal rows make equal files.
+# Rows per group of a file, independent of the calls of `add`: equal rows make equal files.
 _GROUP = 1 << 16
-# A process needs seconds to start; it is not worth it for less than this to read.
+# A process takes seconds to start, which pays off only with this much to read.
 _BYTES_PER_PROCESS = 64 << 20
 _PREDICTIONS_AT_ONCE = 1024
 _ROWS_AT_ONCE = 1 << 19  # Rows of a RowChunk; bounds memory.
 _ROWS_PER_RANGE = 1 << 21  # Rows whose result waits for its turn; bounds memory.
-
-
-# --- The files of a run ---------------------------------------------------------------------------
 
 
 def task_number(config: SelectConfig) -> int:
@@ -57,10 +55,10 @@ def prediction_path(config: SelectConfig, shard: int, worker: int) -> str:
 
 
 def shards(config: SelectConfig) -> list[int]:
-    """The shards in use: all, the first `only_use_num_shards`, or with `debug` one.
+    """The shards in use: all, the first `only_use_num_shards`, or one with `debug`.
 
     Raises:
-      ConfigError: a shard that is not below num_shards.
+      ConfigError: a number that is out of range.
     """
     used = config.num_shards if config.only_use_num_shards == -1 else config.only_use_num_shards
     if not 1 <= used <= config.num_shards:
@@ -77,7 +75,7 @@ def count_workers(config: SelectConfig) -> int:
     """How many workers predicted each shard.
 
     Raises:
-      records.DataError: a prediction file is missing; the first is named.
+      records.DataError: a prediction file is missing; the message names the first.
     """
     workers = config.total_label_replicas
     manifest = prediction_path(config, 0, 0) + ".manifest.json"
@@ -103,7 +101,7 @@ def count_workers(config: SelectConfig) -> int:
 
 
 def _predicted(config: SelectConfig) -> set[str]:
-    """Names in prediction_dir, listed once: a look per file takes long on gs://."""
+    """Names in prediction_dir, listed once: a request per file takes long on gs://."""
     if not tf.io.gfile.isdir(config.prediction_dir):
         raise records.DataError(f"--prediction_dir={config.prediction_dir} is not a folder")
     return {name.rstrip("/") for name in tf.io.gfile.listdir(config.prediction_dir)}
@@ -133,7 +131,8 @@ def _build_indexes(missing: Sequence[tuple[str, str, int, int]]) -> None:
             progress.update(1)
 
 
-# --- Writing --------------------------------------------------------------------------------------
+_NAMES = ("shard", "worker", "position", "label", "prob")
+COLUMNS = dict(zip(_NAMES, (np.int32, np.int32, np.int64, np.int32, np.float32)))
 
 
 def top_one(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +145,7 @@ def top_one(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return labels.astype(np.int32), top.astype(np.float32)
 
 
-class IndexWriter:
+class IndexWriter(contextlib.AbstractContextManager):
     """Writes the index of one prediction file, piece by piece, in bounded memory.
 
     Args:
@@ -161,9 +160,8 @@ class IndexWriter:
         self._pyarrow = pyarrow
         self._shard, self._worker, self._rows = shard, worker, 0
         self._labels, self._probs = np.zeros(0, np.int32), np.zeros(0, np.float32)
-        kinds = {"shard": "int32", "worker": "int32", "position": "int64", "label": "int32"}
-        fields = [(name, getattr(pyarrow, kind)()) for name, kind in kinds.items()]
-        schema = pyarrow.schema([*fields, ("prob", pyarrow.float32())])
+        fields = [(name, pyarrow.from_numpy_dtype(kind)) for name, kind in COLUMNS.items()]
+        schema = pyarrow.schema(fields)
         self._file = local_files.FileSink(path)
         self._writer = pyarrow.parquet.ParquetWriter(self._file, schema)
 
@@ -175,33 +173,26 @@ class IndexWriter:
             self._write(_GROUP)
 
     def _write(self, n: int) -> None:
-        columns = {
-            "shard": np.full(n, self._shard, np.int32),
-            "worker": np.full(n, self._worker, np.int32),
-            "position": np.arange(self._rows, self._rows + n, dtype=np.int64),
-            "label": self._labels[:n],
-            "prob": self._probs[:n],
-        }
-        self._writer.write_table(self._pyarrow.table(columns))
+        position = np.arange(self._rows, self._rows + n, dtype=np.int64)
+        places = (np.full(n, self._shard, np.int32), np.full(n, self._worker, np.int32), position)
+        columns = (*places, self._labels[:n], self._probs[:n])
+        self._writer.write_table(self._pyarrow.table(dict(zip(COLUMNS, columns))))
         self._labels, self._probs = self._labels[n:], self._probs[n:]
         self._rows += n
 
     def close(self) -> None:
-        """Writes what is left; the file is whole only then."""
+        """Writes the remaining rows; the file is incomplete before."""
         if len(self._labels):
             self._write(len(self._labels))
         self._writer.close()
         self._file.close()
-
-    def __enter__(self) -> IndexWriter:
-        return self
 
     def __exit__(self, *unused) -> None:
         self.close()
 
 
 def index_from_predictions(prediction_path: str, index_path: str, shard: int, worker: int) -> None:
-    """Builds the index of a prediction file without one, such as the original code's.
+    """Builds the index of a prediction file that has none, such as one of the original code.
 
     Raises:
       records.DataError: a prediction cannot be read.
@@ -229,9 +220,6 @@ def _prediction(record: records.Record, path: str, num_classes: int | None) -> n
             return probs
         problem = f"it has {len(probs)} probabilities, not {num_classes or 'one per class'}"
     raise records.DataError(f"{path}, record {record.position}: {problem}; predict it again")
-
-
-# --- Reading --------------------------------------------------------------------------------------
 
 
 class RowGroupRange(NamedTuple):
@@ -292,7 +280,7 @@ def row_group_ranges(paths: Sequence[str]) -> Iterator[list[RowGroupRange]]:
             else:
                 part.append(RowGroupRange(worker, path, [group], start, size))
             start, rows = start + size, rows + size
-    # An empty shard has one part, too.
+    # An empty shard has one part, too, so that every shard has a result.
     yield part
 
 
@@ -303,10 +291,7 @@ def _chunks(shard: int, part: Sequence[RowGroupRange]) -> Iterator[RowChunk]:
         start = rows.start
         with pyarrow.parquet.ParquetFile(rows.path) as file:
             for batch in file.iter_batches(
-                _ROWS_AT_ONCE,
-                row_groups=rows.groups,
-                columns=["label", "prob"],
-                use_threads=False,
+                _ROWS_AT_ONCE, rows.groups, columns=["label", "prob"], use_threads=False
             ):
                 labels, probs = (batch.column(k).to_numpy() for k in range(2))
                 size = len(labels)
@@ -319,7 +304,7 @@ def _chunks(shard: int, part: Sequence[RowGroupRange]) -> Iterator[RowChunk]:
 
 
 class IndexScan:
-    """Passes over the index, a part of a shard at a time and a core for each.
+    """Passes over the index, with the parts of shards spread over all cores.
 
     Args:
       files: local index files by shard, in the order of the workers.
@@ -336,8 +321,11 @@ class IndexScan:
     ) -> Iterator[tuple[int, Result]]:
         """Yields (shard, work(chunks of a part)) in the order of shards, workers and rows.
 
-        A large shard has several results. Only as many results as there are cores wait for the
-        reader.
+        A large shard has several results. At most one result per core waits for the caller.
+
+        Args:
+          what: title of the progress bar.
+          work: runs in several threads at once.
         """
         waiting: collections.deque = collections.deque()
         with (

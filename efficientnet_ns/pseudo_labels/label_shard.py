@@ -1,8 +1,8 @@
 """One shard, from its records to the finished prediction file, in parts that survive a kill.
 
 Reading, decoding with inference, and writing overlap: the caller's thread reads records and
-collects predictions in order, a pool computes batches of images, and one thread writes parts. A
-batch begins at a multiple of its size, so that a shard resumed anywhere gives the same bits.
+collects predictions in order, a pool computes batches of images, and one thread writes parts. Batches
+begin at multiples of their size, so that a shard resumed anywhere gives the same bits.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from efficientnet_ns.inference.teacher import TeacherPredictor
 from efficientnet_ns.pseudo_labels.index import IndexWriter, top_one
 from efficientnet_ns.pseudo_labels.parts import Broken, PartFile, Parts
 
-# Bytes of records in memory before they are written as a part; a record counts for at least what its
-# Python object takes.
+# Bytes of records in memory before they are written as a part, and what a record's Python object adds.
 _MAX_PART_BYTES = 16 * 2**20
 _OBJECT_BYTES = 128
 
@@ -46,11 +45,11 @@ class ShardTask:
     Attributes:
       name: unique among the tasks of an output folder.
       source: the input file.
-      shard, worker: their numbers; record i of the file is the worker's when i mod `replicas` is
-        `worker`.
-      stage: outputs and settings. Outputs are the prediction file, its index and its info file;
-        only the relabeled file when `reassign`.
-      reassign: the records are pseudo-labeled ones that get new labels.
+      shard, worker: numbers; record i of the file is the worker's if i mod `replicas` = `worker`.
+      replicas: number of workers that share the shard.
+      stage: outputs and settings. Outputs are the prediction file, its index and its info file; with
+        `reassign`, the relabeled file only.
+      reassign: whether the records are pseudo-labeled ones that get new labels.
     """
 
     name: str
@@ -63,20 +62,19 @@ class ShardTask:
 
     @property
     def quarantine_path(self) -> str:
-        """`quarantine-00003-of-00128-00000.jsonl`, next to the output; only written when needed."""
+        """`quarantine-00003-of-00128-00000.jsonl`, next to the output; exists only if needed."""
         folder, base = os.path.split(self.stage.outputs[0])
-        base = base[len("train-info-") :] if base.startswith("train-info-") else base
-        return os.path.join(folder, f"quarantine-{base}.jsonl")
+        return os.path.join(folder, f"quarantine-{base.removeprefix('train-info-')}.jsonl")
 
 
 @dataclasses.dataclass
 class EncodedBatch:
-    """Images that are computed together, and where the input goes on after them.
+    """Images that are computed together, and where the input continues after them.
 
     Attributes:
-      images: encoded; None for what is no image.
+      images: encoded; None for unusable records.
       positions: of the records in the file.
-      problems: index into `images` → why it is no image.
+      problems: index into `images` → why the record is unusable.
       place: (position, byte) of the record after the last.
       lost: see `PartFile`.
       last: whether the input ends here.
@@ -91,13 +89,13 @@ class EncodedBatch:
 
 
 def _read_batches(task: ShardTask, size: int, place: tuple[int, int]) -> Iterator[EncodedBatch]:
-    """The worker's records from `place` on, `size` at a time; the last batch may be empty."""
+    """The worker's records from `place` on, in batches of `size`; the last one may be empty."""
     batch = EncodedBatch()
     for record, end in records.read_from(task.source, *place):
         batch.lost = max(batch.lost, record.lost)
         if record.position % task.replicas == task.worker:
             image, problem = _image(record)
-            if problem:
+            if image is None:
                 batch.problems[len(batch.images)] = problem
             batch.images.append(image)
             batch.positions.append(record.position)
@@ -110,7 +108,7 @@ def _read_batches(task: ShardTask, size: int, place: tuple[int, int]) -> Iterato
 
 
 def _image(record: records.Record) -> tuple[bytes | None, str]:
-    """(encoded image, "") or (None, why there is none)."""
+    """(encoded image, "") or (None, the reason)."""
     if record.payload is None:
         return None, record.problem
     try:
@@ -141,11 +139,11 @@ class ShardLabeling:
         self._parts = Parts(folder, task.name, {**settings, "group": teacher.group})
 
     def run(self) -> None:
-        """Labels what no part covers, then puts the parts together.
+        """Labels the records that no part covers, then assembles the outputs from the parts.
 
         Raises:
           TooManyBadRecords: the parts are kept, for a run with another limit.
-          LeaseLost: another process goes on with the task.
+          LeaseLost: another process continues with the task.
         """
         while True:
             done, place, bad, last = 0, (0, 0), [], False
@@ -171,7 +169,7 @@ class ShardLabeling:
             Progress(total or 0, self._task.name, "images", done) as progress,
         ):
             ready: list[PartFile] = []
-            began, writing = time.monotonic(), None
+            began, writing = time.monotonic(), disk.submit(lambda: None)
 
             def collect() -> None:
                 nonlocal done, ready, began, writing
@@ -185,9 +183,8 @@ class ShardLabeling:
                     part = PartFile.join(ready)
                     bad.extend(part.quarantine)
                     self._check_bad(part, bad, total)
-                    # One part at most waits for the disk.
-                    if writing is not None:
-                        writing.result()
+                    # At most one part waits for the disk; an error of the last one surfaces here.
+                    writing.result()
                     writing = disk.submit(self._publish, part)
                     ready, began = [], time.monotonic()
 
@@ -204,19 +201,19 @@ class ShardLabeling:
         self._parts.write(part)
 
     def _expected_total(self) -> int | None:
-        """Whole records of this worker; None where looking at every header is slow."""
+        """Number of this worker's records; None where reading every header is slow."""
         if "://" in self._task.source:
             return None
         count = records.count(self._task.source)
         return len(range(self._task.worker, count, self._task.replicas))
 
     def _check_bad(self, part: PartFile, bad: list[list], expected: int | None) -> None:
-        """Stops as soon as the limit is sure to be exceeded."""
+        """Raises TooManyBadRecords as soon as the limit is certain to be exceeded."""
         total = part.first + part.records
         if not part.last:
             if expected is None:
                 return
-            # A tail that cannot be read is one more record.
+            # An unreadable tail counts as one more record.
             total = expected + 1
         limit, source = self._options.max_bad_fraction, self._task.source
         lost = part.lost / max(1, tf.io.gfile.stat(source).length)
@@ -230,7 +227,7 @@ class ShardLabeling:
         )
 
     def _assemble(self) -> None:
-        """Publishes the outputs from the parts; Broken when they do not reach to the end."""
+        """Publishes the outputs; raises Broken if the parts do not reach the end of the input."""
         task, stage = self._task, self._task.stage
         quarantine: list[list] = []
         with stage.write() as (temporary, counts), contextlib.ExitStack() as opened:
@@ -265,18 +262,23 @@ def _size(parts: list[PartFile]) -> int:
 def _part(
     batch: EncodedBatch, probs: np.ndarray, problems: dict[int, str], *, first: int, reassign: bool
 ) -> PartFile:
-    """A batch with its predictions, which are zero where there is a problem.
+    """A batch with its predictions, which are zero for unusable records.
 
     Args:
+      batch: of N images.
+      probs: float32 [N, C].
+      problems: index into the batch → why the image could not be decoded.
       first: number of its first record among those of this worker.
+      reassign: see `ShardTask`.
     """
     problems = {**problems, **batch.problems}
     labels, top_probs = top_one(probs)
     if reassign:
-        # A student cannot use an image without a label, and it has no place to keep.
-        good = [i for i in range(len(labels)) if i not in problems]
+        # Records with new labels need no fixed place, so that unusable ones are left out.
         payloads = [
-            records.pseudo_labeled_example(batch.images[i], probs[i], int(labels[i])) for i in good
+            records.pseudo_labeled_example(image, probs[i], int(labels[i]))
+            for i, image in enumerate(batch.images)
+            if image is not None and i not in problems
         ]
     else:
         # Differs (9): an unreadable record keeps its place with probabilities of zero.
@@ -295,9 +297,9 @@ def _part(
 
 
 def _write_quarantine(task: ShardTask, quarantine: list[list], total: int) -> None:
-    """Lists the unreadable records of a task, one JSON object per line; no file without any.
+    """Lists the unreadable records of a task, one JSON object per line; without any, no file.
 
-    `file` and `position` tell where the record is, `prediction` which prediction stands for it.
+    `file` and `position` locate the record, `prediction` is the number of its prediction.
     """
     if not quarantine:
         if tf.io.gfile.exists(task.quarantine_path):

@@ -1,57 +1,50 @@
-"""What a labeling run did: SQL over the indexes and the selection, and its quarantine lists.
+"""Queries of a labeling run: SQL over the indexes and the selection, and its quarantine lists.
 
-No result grows with the number of images, and rejected images are counted as all but the kept ones,
-so that sets of any size are summed up without joining them. Comparisons with true labels and with
-an earlier round do join, out of core.
+No result grows with the number of images. Rejected images are counted as all images minus the kept
+ones, which needs no join over the whole set; comparisons with true labels and with an earlier round
+do join, out of core.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import os
-import re
-import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Union
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
-from efficientnet_ns.files import framing, local_files, manifests, records
+from efficientnet_ns.files import framing, manifests, parquet_sql, records
 from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import SELECTION
 
 if TYPE_CHECKING:
     import pyarrow
+    from numpy.typing import ArrayLike
+
+    # Labels per shard and record; the path of a CSV or Parquet file; or RECORDS.
+    Truth = Sequence[ArrayLike] | str
 
 RECORDS = "records"
-# Labels per shard and record; a CSV or Parquet file; or RECORDS.
-Truth = Union[Sequence[Sequence[int]], str]
-_NO_LABEL = -2  # Below -1, which means that the image is of no class.
-_DATABASE_MEMORY = "2GB"
+_NO_LABEL = -2  # Below -1, which marks an image of no class.
 
 _ORDERS = {"most": "prob DESC, shard, record", "least": "prob, shard, record"}
 
-# Images are told apart by shard and record, which two rounds and the truth have in common, whatever
-# the number of workers.
+# Shard and record identify an image in every round and in the truth; worker and position depend on the
+# number of workers.
 _IMAGES = """
 CREATE VIEW {} AS SELECT *, position * {} + worker AS record FROM {} WHERE label >= 0
 """
-_JUDGED = """
-CREATE VIEW judged AS
-SELECT truth.label AS truth, images.label, images.prob, copies IS NOT NULL AS kept
-FROM images JOIN truth USING (shard, record)
-LEFT JOIN (SELECT shard, record, copies FROM chosen) USING (shard, record)
-"""
+# Labels beside those of `other`: the truth, or an earlier round.
 _COMPARED = """
-CREATE VIEW compared AS
-SELECT images.label, earlier.label AS before, images.prob, copies IS NOT NULL AS kept
-FROM images JOIN earlier USING (shard, record)
+CREATE VIEW {view} AS
+SELECT {other}.label AS {column}, images.label, images.prob, copies IS NOT NULL AS kept
+FROM images JOIN {other} USING (shard, record)
 LEFT JOIN (SELECT shard, record, copies FROM chosen) USING (shard, record)
 """
 
@@ -93,21 +86,22 @@ class Outcome:
             )
             tables["previous"] = _indexes(earlier)
             views["earlier"] = ("previous", earlier)
-        self._db = connect(**tables)
+        self._db = parquet_sql.connect(available_cpus(), **tables)
         for view, (table, predicted) in views.items():
             self._db.execute(_IMAGES.format(view, index.count_workers(predicted), table))
         if truth is not None:
             self._db.register("truth", truth)
-            self._db.execute(_JUDGED)
+            self._db.execute(_COMPARED.format(view="judged", other="truth", column="truth"))
         if previous_dir:
-            self._db.execute(_COMPARED)
+            self._db.execute(_COMPARED.format(view="compared", other="earlier", column="before"))
 
     def _query(self, query: str, *values: object) -> list[tuple]:
         return self._db.execute(query, list(values)).fetchall()
 
     def totals(self) -> dict[str, int]:
-        """Numbers of `images`, `unreadable`, `confident` (at or above the threshold), `kept`,
-        `records` (kept with copies).
+        """Counts: `images`, `unreadable`, `confident`, `kept` and `records`.
+
+        Confident images are at or above the threshold; records are the kept images with copies.
         """
         found = self._db.execute(
             "SELECT * FROM (SELECT count(*) AS images, count_if(label < 0) AS unreadable, "
@@ -118,8 +112,14 @@ class Outcome:
         return {name: int(value[0]) for name, value in found.items()}
 
     def confidence(self, bins: int) -> dict[str, np.ndarray]:
-        """Columns `prob` float64, `kept` bool, `images` int: a row per bin, side of the threshold
-        and kept or not; `prob` is one of that bin and side.
+        """Histogram of the top-1 probability, split by threshold and by kept or rejected.
+
+        Args:
+          bins: number of equal intervals of [0, 1].
+
+        Returns:
+          Columns `prob` float64 (one of the bin and side of the threshold), `kept` bool and `images`
+          int, with a row per bin, side and kept or not.
         """
         counted = (
             f"(SELECT least(floor(prob::DOUBLE * {int(bins)}), {int(bins) - 1}) AS bin, "
@@ -135,29 +135,32 @@ class Outcome:
         )
 
     def classes(self) -> dict[str, np.ndarray]:
-        """Columns of one entry per class: `predicted`, `confident`, `kept`, `records` int [C],
-        `lowest` kept probability float [C] and `quantiles` (10, 50, 90 %) float [C, 3], NaN if
-        there is none.
+        """Columns with one entry per class.
+
+        Returns:
+          `predicted`, `confident`, `kept` and `records` int64 [C]; `lowest` kept probability float64
+          [C] and `quantiles` (10, 50, 90 %) float64 [C, 3], NaN for classes without images.
         """
         count = self.config.num_label_classes
-        columns = {
-            name: np.zeros(count, np.int64)
-            for name in ("predicted", "confident", "kept", "records")
-        }
+        counted = ("predicted", "confident", "kept", "records")
+        columns = {name: np.zeros(count, np.int64) for name in counted}
         columns["lowest"] = np.full(count, np.nan)
         columns["quantiles"] = np.full((count, 3), np.nan)
-        for label, *values in self._query(
+        predicted = self._query(
             "SELECT label, count(*), count_if(prob::DOUBLE >= $1), "
             "approx_quantile(prob, [0.1, 0.5, 0.9]) FROM images GROUP BY ALL",
             self.config.min_threshold,
-        ):
-            for name, value in zip(("predicted", "confident", "quantiles"), values):
-                columns[name][label] = value
-        for label, *values in self._query(
+        )
+        chosen = self._query(
             "SELECT label, count(*), sum(copies)::BIGINT, min(prob) FROM chosen GROUP BY ALL"
+        )
+        for names, rows in (
+            (("predicted", "confident", "quantiles"), predicted),
+            (("kept", "records", "lowest"), chosen),
         ):
-            for name, value in zip(("kept", "records", "lowest"), values):
-                columns[name][label] = value
+            for label, *values in rows:
+                for name, value in zip(names, values):
+                    columns[name][label] = value
         return columns
 
     def pictures(
@@ -169,21 +172,23 @@ class Outcome:
         shards: int,
         labels: Sequence[int] | None = None,
     ) -> list[Picture]:
-        """Images by their confidence, kept or rejected ones.
+        """Kept or rejected images in order of confidence.
 
         Args:
+          kept: whether to return kept or rejected images.
           order: "most" or "least" confident first.
-          limit: how many: in all, or of each class where `labels` are given.
-          shards: how many of the first shards to take them from.
-          labels: classes to take them from.
+          limit: how many images; with `labels`, how many per class.
+          shards: use only the first `shards` shards.
+          labels: classes to choose from; None: all.
         """
-        # The limit inside as well: DuckDB does not pass it on to the other side of an anti join.
+        # The limit on shards stands inside as well: DuckDB does not push it through an anti join.
         rejected = """
             images ANTI JOIN (SELECT shard, record FROM chosen WHERE shard < $1)
             USING (shard, record)
             """
         source = "chosen" if kept else rejected
-        among, partition, values = "", "", [shards, limit]
+        among, partition = "", ""
+        values: list[object] = [shards, limit]
         if labels is not None:
             among, partition = "AND list_contains($3::INTEGER[], label)", "PARTITION BY label"
             values.append(list(labels))
@@ -198,14 +203,17 @@ class Outcome:
         return [Picture(*row) for row in rows]
 
     def confusion(self) -> dict[str, np.ndarray]:
-        """Columns `truth`, `label`, `images` of the kept images, a row per pair that occurs."""
+        """Columns `truth`, `label`, `images` int of the kept images, a row per pair that occurs."""
         return self._columns(
             "SELECT truth, label, count(*) AS images FROM judged WHERE kept GROUP BY ALL"
         )
 
     def accuracy(self, bins: int) -> dict[str, np.ndarray]:
-        """Columns `known`, `correct`, `kept`, `prob` (their mean) and `images`: a row per kind and
-        bin (lower, upper] of confidence.
+        """Labels against the truth, by confidence in `bins` intervals (lower, upper].
+
+        Returns:
+          Columns `known`, `correct`, `kept` bool, `bin` int from 1, mean `prob` and `images`, with a
+          row per combination that occurs.
         """
         return self._columns(
             "SELECT truth >= 0 AS known, truth = label AS correct, kept, "
@@ -214,8 +222,10 @@ class Outcome:
         )
 
     def agreement(self, bins: int) -> dict[str, np.ndarray]:
-        """Columns `bin` (0 … bins-1, of the later confidence), `kept`, `same`, `images`: how many
-        labels are those of the earlier round.
+        """Labels against those of the earlier round, by the confidence of this round.
+
+        Returns:
+          Columns `bin` (0 … bins - 1), `kept`, `same` (images with equal labels) and `images`.
         """
         return self._columns(
             f"SELECT least(floor(prob::DOUBLE * {int(bins)}), {int(bins) - 1})::INTEGER AS bin, "
@@ -237,50 +247,6 @@ def _indexes(config: SelectConfig) -> list[str]:
     return [path for paths in index.index_files(config).values() for path in paths]
 
 
-# --- The database ---------------------------------------------------------------------------------
-
-
-def database():
-    """An empty DuckDB database: up to 2 GB in memory, the rest on disk below TMPDIR.
-
-    Files of killed processes are removed.
-    """
-    import duckdb
-
-    db = duckdb.connect()
-    db.execute("SET enable_progress_bar = false")
-    db.execute(f"SET threads = {available_cpus()}")
-    db.execute(f"SET memory_limit = '{_DATABASE_MEMORY}'")
-    # DuckDB makes the folder when it is needed, and removes it.
-    db.execute(f"SET temp_directory = {_quoted(manifests.scratch_name('duckdb'))}")
-    return db
-
-
-def _quoted(text: str) -> str:
-    """A string literal of SQL."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def connect(**tables: Sequence[str]):
-    """A DuckDB connection with a view per keyword, over the Parquet files given for it.
-
-    Those of other file systems are copied below TMPDIR, where they stay as long as the connection.
-    """
-    db = database()
-    copies = contextlib.ExitStack()
-    weakref.finalize(db, copies.close)
-    for name, paths in tables.items():
-        local = copies.enter_context(local_files.local_copies(paths))
-        # DuckDB takes a path for a pattern, and of two folders may read the other one's file.
-        literal = (re.sub(r"[*?\[]", r"[\g<0>]", path) for path in local.values())
-        files = ", ".join(map(_quoted, literal))
-        db.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet([{files}])")
-    return db
-
-
-# --- True labels ----------------------------------------------------------------------------------
-
-
 def read_truth(config: SelectConfig, truth: Truth) -> pyarrow.Table:
     """Columns `shard`, `record`, `label` of the images whose class is known.
 
@@ -296,12 +262,13 @@ def read_truth(config: SelectConfig, truth: Truth) -> pyarrow.Table:
     import pyarrow.parquet
 
     if truth == RECORDS:
-        truth = [_labels(index.input_path(config, s)) for s in index.shards(config)]
-        if not any((labels > _NO_LABEL).any() for labels in truth):
+        carried = [_labels(index.input_path(config, s)) for s in index.shards(config)]
+        if not any((labels > _NO_LABEL).any() for labels in carried):
             raise records.DataError(
                 f"no record of {config.input_dir} has {records.LABEL_ONE_BASED!r}: "
                 "there is no truth to compare with"
             )
+        truth = carried
     if isinstance(truth, str):
         with tf.io.gfile.GFile(truth, "rb") as f:
             source = pyarrow.BufferReader(f.read())
@@ -310,16 +277,17 @@ def read_truth(config: SelectConfig, truth: Truth) -> pyarrow.Table:
         if missing := {"shard", "record", "label"} - set(table.column_names):
             raise records.DataError(f"{truth} has no column {min(missing)!r}")
         return table
+    labels = [np.asarray(part, np.int32) for part in truth]
     columns = {
-        "shard": np.repeat(np.arange(len(truth), dtype=np.int32), [len(part) for part in truth]),
-        "record": np.concatenate([np.arange(len(part)) for part in truth]),
-        "label": np.concatenate([np.asarray(part, np.int32) for part in truth]),
+        "shard": np.repeat(np.arange(len(labels), dtype=np.int32), [len(part) for part in labels]),
+        "record": np.concatenate([np.arange(len(part)) for part in labels]),
+        "label": np.concatenate(labels),
     }
     return pyarrow.table(columns).filter(columns["label"] > _NO_LABEL)
 
 
 def _labels(path: str) -> np.ndarray:
-    """The labels a shard's records carry, int32 [N]."""
+    """The labels stored in a shard's records, int32 [N]; _NO_LABEL where there is none."""
     labels = []
     with framing.Scanner(path) as scanner:
         while (record := scanner.take()) is not None:
@@ -329,15 +297,12 @@ def _labels(path: str) -> np.ndarray:
     return np.array(labels, np.int32)
 
 
-# --- Pictures -------------------------------------------------------------------------------------
-
-
 def read_images(
     config: SelectConfig, places: Iterable[tuple[int, int]]
 ) -> dict[tuple[int, int], bytes]:
-    """Encoded images by (shard, record); empty for images that cannot be read.
+    """Encoded images by (shard, record); b"" for images that cannot be read.
 
-    A shard is read no further than the last image needed from it.
+    Each shard is read up to the last of its places only.
     """
     by_shard = defaultdict(set)
     for shard, record in places:
@@ -347,24 +312,21 @@ def read_images(
         with framing.Scanner(index.input_path(config, shard)) as scanner:
             for number in sorted(wanted):
                 scanner.skip(number - scanner.position)
-                record = scanner.take()
-                payload = record.payload if record is not None else None
+                found_record = scanner.take()
+                payload = found_record.payload if found_record is not None else None
                 feature = payload and framing.feature(payload, records.IMAGE)
                 found[shard, number] = framing.bytes_value(feature) if feature else b""
     return found
-
-
-# --- Quarantine -----------------------------------------------------------------------------------
 
 
 class Quarantine(NamedTuple):
     """Records that cannot be labeled.
 
     Attributes:
-      reasons: how many for each reason, without the place it was found at.
-      files: how many in each shard's input file that has some.
-      examples: (file, record, reason) of the first.
-      unknown: prediction files without a manifest, which have no list.
+      reasons: number of records per reason, without the byte offset in it.
+      files: number of records per input file.
+      examples: (file, record, reason) of the first records.
+      unknown: missing manifests, whose prediction files have no list.
     """
 
     reasons: Counter[str]

@@ -1,14 +1,15 @@
-"""Finished parts of an unfinished shard, so that a killed process loses a minute and not a day.
+"""Finished parts of an unfinished shard, so that a killed process loses a minute, not a day.
 
 A part is one file, `.part-<task>-<settings>-<first>`: a TFRecord whose first record is a JSON header
 and whose second holds the labels and top-1 probabilities; the records of the output follow. A part
-tells where in the input the next one begins, so that the parts of a shard form a chain. It counts
-only if its checksum is right and it was made with the same settings. Parts made by two processes at
-once may overlap or replace each other; any chain of them gives the same output.
+stores where in the input the next one begins, so that the parts of a shard form a chain. It is valid
+only if its checksum is right and it was made with the same settings. Parts of two processes that work
+on one shard may overlap or replace each other; any chain of them gives the same output.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -29,10 +30,10 @@ class PartFile:
 
     Attributes:
       first: number of its first record among those of this worker.
-      records: how many of the worker's records it covers.
+      records: number of the worker's records it covers.
       place: (position, byte) in the input of the first record after it.
       last: whether the input ends with it.
-      lost: bytes of the input behind damage, in which records cannot be told apart.
+      lost: bytes of the input after damage, where the reader cannot find records.
       quarantine: [[number of the record among the worker's, position in the file, reason]].
       labels, top_probs: int32 and float32 [records].
       payloads: records of the output; empty after reading.
@@ -50,7 +51,7 @@ class PartFile:
 
     @classmethod
     def join(cls, parts: Sequence[PartFile]) -> PartFile:
-        """One part of consecutive ones."""
+        """Joins consecutive parts into one."""
         return dataclasses.replace(
             parts[-1],
             first=parts[0].first,
@@ -72,7 +73,7 @@ class Parts:
     """The parts of one shard and worker.
 
     Args:
-      folder: where they lie.
+      folder: of the part files.
       task: name of the `ShardTask`.
       settings: everything that determines the bits of the output.
     """
@@ -98,7 +99,7 @@ class Parts:
             f.write(body)
 
     def chain(self) -> Iterator[tuple[PartFile, bytes]]:
-        """Yields the finished parts from the beginning on, with the bytes of their records."""
+        """Yields the finished parts from the first record on, with the bytes of their records."""
         first = 0
         while True:
             found = self._read(first)
@@ -110,24 +111,37 @@ class Parts:
             first += found[0].records
 
     def _read(self, first: int) -> tuple[PartFile, bytes] | None:
-        path = self._path(first)
-        if not tf.io.gfile.exists(path):
-            return None
         try:
-            with tf.io.gfile.GFile(path, "rb") as f:
+            with tf.io.gfile.GFile(self._path(first), "rb") as f:
                 content = f.read()
         except tf.errors.NotFoundError:
             return None
-        return _parse(content, first, self._settings)
+        header, body = _framed(content, 0)
+        try:
+            stored = json.loads(header)
+            good = stored.pop("settings") == self._settings and stored["first"] == first
+            good = good and stored.pop("bytes") == len(content) - body
+            if not good or stored.pop("crc") != google_crc32c.value(content[body:]):
+                return None
+        except (ValueError, KeyError):
+            return None
+        numbers, end = _framed(content, body)
+        half = len(numbers) // 2
+        stored["place"] = tuple(stored["place"])
+        part = PartFile(
+            **stored,
+            labels=np.frombuffer(numbers[:half], "<i4"),
+            top_probs=np.frombuffer(numbers[half:], "<f4"),
+        )
+        return part, content[end:]
 
     def remove(self) -> None:
         """Removes all parts, including those of other settings: the output is finished."""
         folder, prefix = os.path.split(self._prefix)
         for path in manifests.listed(folder, re.escape(prefix) + ".*"):
-            try:
+            # Another process may have finished the shard as well.
+            with contextlib.suppress(tf.errors.NotFoundError):
                 tf.io.gfile.remove(path)
-            except tf.errors.NotFoundError:
-                pass  # Another process finished it as well.
 
 
 def _framed(content: bytes, at: int) -> tuple[bytes, int]:
@@ -135,24 +149,3 @@ def _framed(content: bytes, at: int) -> tuple[bytes, int]:
     begin = at + 12
     end = begin + int.from_bytes(content[at : at + 8], "little")
     return content[begin:end], end + 4
-
-
-def _parse(content: bytes, first: int, settings: str) -> tuple[PartFile, bytes] | None:
-    header, body = _framed(content, 0)
-    try:
-        stored = json.loads(header)
-        good = stored.pop("settings") == settings and stored["first"] == first
-        good = good and stored.pop("bytes") == len(content) - body
-        if not good or stored.pop("crc") != google_crc32c.value(content[body:]):
-            return None
-    except (ValueError, KeyError):
-        return None
-    numbers, end = _framed(content, body)
-    half = len(numbers) // 2
-    stored["place"] = tuple(stored["place"])
-    part = PartFile(
-        **stored,
-        labels=np.frombuffer(numbers[:half], "<i4"),
-        top_probs=np.frombuffer(numbers[half:], "<f4"),
-    )
-    return part, content[end:]

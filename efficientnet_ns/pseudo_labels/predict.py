@@ -5,8 +5,8 @@ without the probabilities, an info file with its count, and a manifest. Records 
 read, and images that cannot be decoded, keep their place: all-zero probabilities, label -1 in the
 index, and an entry with the reason in the manifest and in `quarantine-*.jsonl`.
 
-Any number of processes may work on the same shards: see `data.leases`. A killed one continues where it
-was: see `parts`.
+Any number of processes may work on the same shards, see `files.leases`. A killed process continues
+where it was, see `parts`.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 def predict(config: Config, teacher: TeacherPredictor | None = None) -> dict[str, int]:
     """Labels the configured shards; finished ones are verified and skipped.
 
-    Shards that another process is working on are waited for, and taken over when it dies.
+    Waits for shards that another process is working on, and takes them over if it dies.
 
     Args:
-      teacher: made before for the same settings; None: it is made when there is work.
+      config: names teacher, input and outputs.
+      teacher: of the same settings; None: loads it if there is work.
 
     Returns:
-      `records`, `unreadable` and `skipped_shards` (not labeled by this call), over the shards.
+      Totals over the shards: `records`, `unreadable` and `skipped_shards` (not labeled by this call).
 
     Raises:
       ConfigError: a flag is missing or does not fit.
       TooManyBadRecords: of the first such shard, after all others are done.
-      manifests.OutputConflict: see there; shards finished before are kept.
+      manifests.OutputConflict: an output is of other settings; finished shards are kept.
     """
     resolved = ResolvedConfig.from_config(config)
     _check(resolved)
     tasks = _tasks(resolved)
     labeled = 0
-    # A list, so that a conflict in any of them is found before work begins.
     if not all(task.stage.done() for task in tasks.values()):
         labeled = _work(resolved, tasks, teacher)
     counts = [task.stage.counts() for task in tasks.values()]
@@ -58,7 +58,7 @@ def predict(config: Config, teacher: TeacherPredictor | None = None) -> dict[str
 
 
 def unfinished(config: Config) -> list[int]:
-    """The configured shards that have no finished predictions yet; raises what `predict` does."""
+    """The configured shards without finished predictions; raises as `predict`."""
     resolved = ResolvedConfig.from_config(config)
     _check(resolved)
     return [task.shard for task in _tasks(resolved).values() if not task.stage.done()]
@@ -81,7 +81,7 @@ def _check(resolved: ResolvedConfig) -> None:
 
 
 def _input_dir(config: Config) -> str:
-    # The original's scripts give the folder to label as label_data_dir.
+    # The original's scripts pass the folder to label as label_data_dir.
     folder = config.data.unlabel_data_dir or config.data.label_data_dir or ""
     if config.predict.reassign_label and os.path.abspath(folder) == os.path.abspath(
         config.predict.output_dir
@@ -94,7 +94,7 @@ def _tasks(resolved: ResolvedConfig) -> dict[str, ShardTask]:
     options = resolved.config.predict
     shards = shard_list(options.shard_id, options.num_shards)
     if options.shard_id == "auto":
-        # Processes that start together begin at different places.
+        # Processes that start together should begin with different shards.
         start = (os.getpid() * 7919) % len(shards)
         shards = shards[start:] + shards[:start]
     sources = {shard: _input_path(resolved.config, shard) for shard in shards}
@@ -113,9 +113,8 @@ def _input_path(config: Config, shard: int) -> str:
     if not tf.io.gfile.exists(path):
         raise records.DataError(f"shard {path} is missing (check --file_prefix and --num_shards)")
     if tf.io.gfile.stat(path).length == 0:
-        records.count_all(
-            [path]
-        )  # DataError unless the folder's counts say that it has no records.
+        # DataError unless the folder's counts list the shard as empty.
+        records.count_all([path])
     return path
 
 
@@ -167,16 +166,18 @@ def _task(resolved: ResolvedConfig, checkpoint: str, path: str, shard: int) -> S
 def _work(
     resolved: ResolvedConfig, tasks: dict[str, ShardTask], teacher: TeacherPredictor | None
 ) -> int:
-    """Labels tasks until all are done, by this process or by others; returns how many it did."""
+    """Labels tasks until all are done, by this process or others; returns how many it labeled."""
     options = resolved.config.predict
     teacher = teacher or TeacherPredictor(resolved, options.predict_ckpt_path)
-    labeled, failed = 0, {}
+    labeled = 0
+    failed: dict[str, TooManyBadRecords] = {}
     leases = Leases(options.output_dir, options.lease_seconds)
 
     def done(name: str) -> bool:
         return name in failed or tasks[name].stage.done()
 
-    with contextlib.closing(leases.claims(list(tasks), done)) as claims:
+    claimed = leases.claims(list(tasks), done)
+    with contextlib.closing(claimed) as claims:  # type: ignore[type-var]  # A generator.
         for name, lease in claims:
             try:
                 ShardLabeling(teacher, tasks[name], options, lease).run()

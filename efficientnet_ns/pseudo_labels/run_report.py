@@ -1,7 +1,7 @@
-"""`report.html` of a labeling run: what the teacher predicted, what was kept, and how it looks.
+"""`report.html` of a labeling run: what the teacher predicted, and what the selection kept.
 
-The statistics cover every image, by SQL; pictures are taken only from the first shards, because
-reading them means reading the shards.
+Statistics cover every image, by SQL. Pictures come from the first shards only, because finding an
+image in a shard means reading the shard up to it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Options(NamedTuple):
     """What a report shows in addition to the run itself.
 
     Attributes:
-      truth: true labels, see `outcome.Truth`.
-      previous_dir: predictions of an earlier round for the same images.
-      class_names: default: the numbers.
-      classes: how many of the best covered, of the worst covered and of the other classes have
-        their pictures shown.
-      picture_shards: how many of the first shards pictures are taken from.
+      truth: true labels, see `outcome.read_truth`; None: no comparison.
+      previous_dir: predictions of an earlier round for the same images; "": no comparison.
+      class_names: one per class; None: the numbers.
+      classes: how many of the best covered, the worst covered and the other classes to show
+        pictures of.
+      picture_shards: take pictures from the first `picture_shards` shards.
     """
 
     truth: outcome.Truth | None = None
@@ -42,18 +42,23 @@ class Options(NamedTuple):
     picture_shards: int = 4
 
 
-def write_report(config: SelectConfig, options: Options = Options(), path: str = "") -> str:
+_DEFAULTS = Options()
+
+
+def write_report(config: SelectConfig, options: Options = _DEFAULTS, path: str = "") -> str:
     """Writes the report of a finished selection.
 
     Args:
-      path: default: `report.html` in the selection's output_dir.
+      config: of the selection.
+      options: what else to show.
+      path: of the HTML file; "": `report.html` in the selection's output_dir.
 
     Returns:
       The path.
 
     Raises:
       records.DataError: predictions, selection or truth are missing or do not fit.
-      ConfigError: the number of class names is not that of the classes.
+      ConfigError: the number of class names is not the number of classes.
     """
     path = path or os.path.join(config.output_dir, "report.html")
     report.write_page(
@@ -71,8 +76,8 @@ def write_report(config: SelectConfig, options: Options = Options(), path: str =
     return path
 
 
-def sections(config: SelectConfig, options: Options = Options()) -> list[report.Section]:
-    """The sections of the report."""
+def sections(config: SelectConfig, options: Options = _DEFAULTS) -> list[report.Section]:
+    """The sections of the report, titles in lower case; see `write_report`."""
     names = list(options.class_names or map(str, range(config.num_label_classes)))
     if len(names) != config.num_label_classes:
         raise ConfigError(f"{len(names)} class names for {config.num_label_classes} classes")
@@ -101,9 +106,6 @@ class _Run(NamedTuple):
     classes: dict[str, np.ndarray]
 
 
-# --- Numbers --------------------------------------------------------------------------------------
-
-
 def _summary(run: _Run) -> str:
     totals = run.outcome.totals()
     empty = [name for name, kept in zip(run.names, run.classes["kept"]) if not kept]
@@ -112,22 +114,21 @@ def _summary(run: _Run) -> str:
         "unreadable, without a label": "unreadable",
         f"confidence at or above --min_threshold={run.config.min_threshold:g}": "confident",
         "kept": "kept",
-        "records written for them, copies included": "records",
+        "records written for them, including copies": "records",
     }
-    text = ""
+    body = report.table([{"": what, "images": totals[k]} for what, k in rows.items()])
     if empty:
         shown = ", ".join(empty[:20] + (["…"] if len(empty) > 20 else []))
-        text = report.paragraph(
-            f"{len(empty)} of {len(run.names)} classes have no image kept: {shown}"
-        )
-    return report.table([{"": what, "images": totals[k]} for what, k in rows.items()]) + text
+        text = f"{len(empty)} of {len(run.names)} classes have no image kept: {shown}"
+        body += report.paragraph(text)
+    return body
 
 
 def _confidence(run: _Run) -> str:
     counts = run.outcome.confidence(report.HISTOGRAM_BINS)
     return report.paragraph(
-        "How sure the teacher is of its label. Rejected images above the threshold belong to "
-        "classes that have enough images of higher confidence."
+        "The teacher's confidence in its labels. Rejected images above the threshold belong to "
+        "classes with enough images of higher confidence."
     ) + report.confidence_histogram(
         counts["prob"],
         counts["kept"],
@@ -137,23 +138,23 @@ def _confidence(run: _Run) -> str:
 
 
 def _confidence_by_class(run: _Run) -> str:
-    return report.paragraph(
-        "Classes that the teacher is never sure of lose most of their images to the threshold."
-    ) + report.confidence_by_class(run.classes["quantiles"], run.names)
+    text = "Classes with low confidence lose most of their images to the threshold."
+    plot = report.confidence_by_class(run.classes["quantiles"], run.names)
+    return report.paragraph(text) + plot
 
 
 def _balance(run: _Run) -> str:
     classes = run.classes
     return report.paragraph(
-        f"Every class should end with --num_image={run.config.num_image} records. Classes with "
-        "fewer images are filled up by copies: many copies of few images are a warning."
+        f"Every class should have --num_image={run.config.num_image} records. Copies fill up classes "
+        "with fewer images; many copies of few images are a warning sign."
     ) + report.class_balance(
         classes["predicted"], classes["kept"], classes["records"] - classes["kept"], run.names
     )
 
 
 def _by_coverage(run: _Run) -> np.ndarray:
-    """Classes that were predicted at all, the one with the fewest confident images first."""
+    """Classes with predictions, int [P], those with the fewest confident images first."""
     predicted = np.flatnonzero(run.classes["predicted"])
     keys = (predicted, run.classes["predicted"][predicted], run.classes["confident"][predicted])
     return predicted[np.lexsort(keys)]
@@ -168,23 +169,24 @@ def _coverage(run: _Run) -> str:
             "at or above the threshold": classes["confident"][i],
             "kept": classes["kept"][i],
             "records": classes["records"][i],
-            "records per image": (
-                classes["records"][i] / classes["kept"][i] if classes["kept"][i] else None
-            ),
-            "lowest kept confidence": (classes["lowest"][i] if classes["kept"][i] else None),
+            "records per image": _ratio(classes["records"][i], classes["kept"][i]),
+            "lowest kept confidence": classes["lowest"][i] if classes["kept"][i] else None,
         }
         for i in order
     ]
     shown = max(run.options.classes, 1)
     text = report.paragraph(
-        "The classes that were predicted at all, by the number of images whose confidence is at or "
-        "above the threshold. In the best "
-        "covered classes the lowest kept confidence shows how picky the selection could be."
+        "Classes with predictions, ordered by the number of images at or above the threshold. In the "
+        "best covered classes, the lowest kept confidence shows how selective the selection was."
     )
     return (
         f"{text}<h3>Worst covered</h3>\n{report.table(rows[:shown])}"
         f"<h3>Best covered</h3>\n{report.table(rows[::-1][:shown])}"
     )
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 def _truth(run: _Run) -> str:
@@ -200,7 +202,7 @@ def _truth(run: _Run) -> str:
                 "images": images[group].sum(),
                 "of known class": inside,
                 "correct": right,
-                "accuracy": right / inside if inside else None,
+                "accuracy": _ratio(right, inside),
                 "out of distribution": images[group & ~known].sum(),
             }
         )
@@ -211,12 +213,12 @@ def _truth(run: _Run) -> str:
     )
     return (
         report.paragraph(
-            "How many labels are right, and how far the confidence can be trusted: on the dashed "
-            "line, 70 % of the labels given with 70 % confidence are right."
+            "Accuracy of the labels, and calibration of the confidence: on the dashed line, 70 % of "
+            "the labels with 70 % confidence are correct."
         )
         + report.table(rows)
         + report.reliability(report.Calibration(*sums))
-        + report.paragraph("The images kept, by true class and pseudo label:")
+        + report.paragraph("Kept images by true class and pseudo label:")
         + report.confusion(pairs["truth"], pairs["label"], run.names, images=pairs["images"])
     )
 
@@ -235,7 +237,7 @@ def _agreement(run: _Run) -> str:
                 "images": name,
                 "labeled in both rounds": total,
                 "equal labels": equal,
-                "agreement": equal / total if total else None,
+                "agreement": _ratio(equal, total),
             }
         )
     changes = [
@@ -244,8 +246,8 @@ def _agreement(run: _Run) -> str:
     ]
     return (
         report.paragraph(
-            f"Labels of this round against those in {run.options.previous_dir}, by the confidence "
-            "of this round. Rounds that agree almost everywhere have little left to learn."
+            f"Labels of this round against those in {run.options.previous_dir}, by the confidence of "
+            "this round. Where the rounds agree almost everywhere, another round brings little."
         )
         + report.agreement_by_confidence(
             np.arange(1, _AGREEMENT_BINS + 1) / _AGREEMENT_BINS, same, images
@@ -265,7 +267,7 @@ def _quarantine(run: _Run) -> str:
     )
     if found.unknown:
         text += report.paragraph(
-            f"{len(found.unknown)} prediction files have no manifest, and so no list of such records."
+            f"{len(found.unknown)} prediction files have no manifest and thus no list of such records."
         )
     if not total:
         return text
@@ -278,45 +280,40 @@ def _quarantine(run: _Run) -> str:
     )
 
 
-# --- Pictures -------------------------------------------------------------------------------------
-
+# Title → (kept or rejected, order of confidence, text).
 _GRIDS = {
     "most confident images kept": (
-        {"kept": True, "order": "most"},
-        "The most certain predictions, with their labels and confidence.",
+        True,
+        "most",
+        "Labels and confidence of the surest predictions.",
     ),
     "least confident images kept": (
-        {"kept": True, "order": "least"},
-        "What the threshold just lets in: wrong labels would be here.",
+        True,
+        "least",
+        "Just above the cut: look for wrong labels here.",
     ),
-    "images rejected": (
-        {"kept": False, "order": "most"},
-        "What is left out, most confident first: right labels here are a loss.",
-    ),
+    "images rejected": (False, "most", "Most confident first: correct labels here are a loss."),
 }
 
 
 def _pictures(run: _Run) -> dict[str, str]:
-    """Grids over all classes, and of some classes."""
+    """Title → grids over all classes, and of some classes."""
     shards = min(run.options.picture_shards, run.config.num_shards)
     chosen = _classes_to_show(run)
     overall, by_class = (
         {
-            title: run.outcome.pictures(**which, limit=limit, shards=shards, labels=labels)
-            for title, (which, _) in _GRIDS.items()
+            title: run.outcome.pictures(
+                kept=kept, order=order, limit=limit, shards=shards, labels=labels
+            )
+            for title, (kept, order, _) in _GRIDS.items()
         }
         for limit, labels in ((_PICTURES, None), (_PICTURES_PER_CLASS, chosen))
     )
-    shown = [
-        picture for grids in (overall, by_class) for grid in grids.values() for picture in grid
-    ]
+    shown = [picture for grid in (*overall.values(), *by_class.values()) for picture in grid]
     found = outcome.read_images(run.config, {(p.shard, p.record) for p in shown})
     data = {place: report.thumbnail(image, _PIXELS) for place, image in found.items()}
-    source = ""
-    if shards < run.config.num_shards:
-        source = report.paragraph(
-            f"Pictures are taken from {shards} of {run.config.num_shards} shards."
-        )
+    note = f"Pictures are taken from {shards} of {run.config.num_shards} shards."
+    source = report.paragraph(note) if shards < run.config.num_shards else ""
 
     def grid(pictures: Sequence[Picture], *, named: bool) -> str:
         captions = [(f"{run.names[p.label]} " if named else "") + f"{p.prob:.2f}" for p in pictures]
@@ -324,7 +321,7 @@ def _pictures(run: _Run) -> dict[str, str]:
         return report.image_grid(list(zip(images, captions)))
 
     parts = {
-        title: report.paragraph(_GRIDS[title][1]) + source + grid(pictures, named=True)
+        title: report.paragraph(_GRIDS[title][2]) + source + grid(pictures, named=True)
         for title, pictures in overall.items()
     }
     classes = []
@@ -337,15 +334,15 @@ def _pictures(run: _Run) -> dict[str, str]:
         kept = run.classes["kept"][label]
         classes.append(report.details(f"{run.names[label]}: {kept} images kept", body))
     text = report.paragraph(
-        "The least confident images kept show what the threshold lets in; the most confident ones "
-        "rejected, what it costs."
+        "The least confident images kept show what the threshold lets in; the most confident images "
+        "rejected show what it costs."
         + (" The worst covered classes come first." if len(chosen) > 1 else "")
     )
     return {**parts, "pictures by class": source + text + "".join(classes)}
 
 
 def _classes_to_show(run: _Run) -> list[int]:
-    """The worst and best covered classes and some between, in order of their coverage."""
+    """The worst and best covered classes and some in between, in order of their coverage."""
     order, count = _by_coverage(run), run.options.classes
     if len(order) > 3 * count:
         between = np.linspace(count, len(order) - count - 1, count).astype(int)

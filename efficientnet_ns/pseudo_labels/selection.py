@@ -1,20 +1,20 @@
 """Which unlabeled images a student learns from: filtering and balancing (paper section 3.1).
 
-Confidence above a threshold, at most `num_image` images per class, the most confident first;
-classes with fewer are filled up with copies. The index of the predictions is read in passes, each on
-every core and in memory that does not grow with the number of images:
+The selection keeps images above a confidence threshold, at most `num_image` per class, the most
+confident first; copies fill up classes with fewer. It reads the index of the predictions in passes,
+each on every core and in memory that does not grow with the number of images:
 
-  1. Count the images of each class by confidence, in 101 bins of width 0.01. These counts are the
-     statistics that the original writes. They tell for every class whether its images are all
-     treated alike, and if not, in which bin the last image is that makes the cut.
-  2. Where images differ, each has a key: the bits of its confidence, or a draw. Count the keys of
-     the range in question (the bin; all draws) in 128 parts, which leaves one part of it.
-  3. Gather the few images of that part and sort them: the cut is a key, and among equal keys the
-     place of an image.
-  4. Compare every image with the cut of its class, and write what is kept.
+  1. Count the images of each class by confidence, in 101 bins of width 0.01: the statistics that the
+     original writes. For every class they decide whether all its images get the same number of
+     copies, and if not, which bin contains the cut: the last image that makes it.
+  2. Where images differ, each has a key: the bits of its confidence, or a random draw. Count the keys
+     of the range in question (the bin; all draws) in 128 parts, which leaves one part of it.
+  3. Gather the few images of that part and sort them: the cut is a key, with ties broken by the place
+     of the image.
+  4. Compare every image with the cut of its class, and write the images kept.
 
-Why not SQL: DuckDB takes 1.7 times the processor time for the same passes, before the draws, for
-which it has no arithmetic modulo 2**64.
+Why not SQL: DuckDB takes 1.7 times the processor time for the same passes, even without the draws,
+for which it lacks arithmetic modulo 2**64.
 """
 
 from __future__ import annotations
@@ -38,27 +38,18 @@ from efficientnet_ns.pseudo_labels.index import IndexScan, RowChunk
 
 SELECTION = "selection.parquet"
 TOTAL, RUNNING_SUM = "total_counts.json", "total_counts_sum.json"
-# Which function `draws` is; raise it when the function changes.
+# Version of the function `draws`; raise it when the function changes.
 DRAWS = 2
-_DECISIVE = [
-    "selection",
-    "num_image",
-    "min_threshold",
-    "max_prob",
-    "upsample",
-    "use_top",
-    "use_all",
-    "seed",
-    "num_shards",
-    "num_label_classes",
-    "only_use_num_shards",
-    "debug",
-]
+# The settings that determine the selection.
+_DECISIVE = (
+    *("selection", "num_image", "min_threshold", "max_prob", "upsample", "use_top", "use_all"),
+    *("seed", "num_shards", "num_label_classes", "only_use_num_shards", "debug"),
+)
 _ROW_GROUP = 1 << 20
 
 
 def select(config: SelectConfig) -> dict[str, object]:
-    """Writes statistics and the selection; skips what is already there and whole.
+    """Writes statistics and the selection; verified outputs are skipped.
 
     The statistics are the original's JSON files: `prelim_stats_<shard>_<task>.json` per shard,
     `total_counts.json`, and its running sum from the top, `total_counts_sum.json`; each {class:
@@ -67,15 +58,16 @@ def select(config: SelectConfig) -> dict[str, object]:
     The selection is a Parquet table (shard, worker, position, label, prob, copies) in the order of
     the first three. Ties in confidence go to the lower (shard, position, worker). A class with n <
     num_image images gets num_image // n copies of each and one more of num_image % n of them,
-    drawn by `seed`. With `selection="threshold"` it is what the original takes, with draws by
-    `seed`.
+    drawn by `seed`. With `selection="threshold"` the rule is the original's, with draws by `seed`.
 
     Returns:
       `unique` (images selected), `records` (with copies), `available` (predictions read), and
       `classes`: {class: [lowest kept confidence, images]}.
 
     Raises:
-      ConfigError, records.DataError, manifests.OutputConflict: see there.
+      ConfigError: settings that do not fit each other or the predictions.
+      records.DataError: predictions are missing or do not fit the settings.
+      manifests.OutputConflict: the outputs are of other settings.
     """
     workers = index.count_workers(config)
     names = _statistics_names(config, workers)
@@ -85,31 +77,24 @@ def select(config: SelectConfig) -> dict[str, object]:
     statistics = _statistics_stage(config, predictions, names)
     stage = _selection_stage(config, predictions)
     counted = _are_counted(statistics)
-    if config.only_get_stats and counted:
-        return statistics.counts()
-    if not config.only_get_stats and stage.done() and counted:
-        return stage.counts()
+    wanted = statistics if config.only_get_stats else stage
+    if (config.only_get_stats or stage.done()) and counted:
+        return wanted.counts()
     _check_number_of_classes(config)
     with local_files.local_copies(paths) as local:
         scan = IndexScan({s: [local[path] for path in files] for s, files in indexes.items()})
-        count = functools.partial(
-            _count,
-            scan,
-            config,
-            workers_per_task=workers // config.total_replicas,
-        )
+        share = workers // config.total_replicas
+        count = functools.partial(_count, scan, config, workers_per_task=share)
         counts = count(save={}) if counted else _write_statistics(statistics, names, count)
-        if config.only_get_stats:
-            return statistics.counts()
-        if not stage.done():
+        if not config.only_get_stats and not stage.done():
             _write_outputs(scan, counts, config, stage)
-    return stage.counts()
+    return wanted.counts()
 
 
 def _selection_stage(config: SelectConfig, predictions: str) -> manifests.Stage:
     settings = {name: getattr(config, name) for name in _DECISIVE}
     settings["predictions"] = predictions
-    # Results of two definitions of the draws are never mixed.
+    # Never mix results of two definitions of the draws.
     settings["draws"] = DRAWS
     if config.debug == 1:
         settings["shard_id"] = config.shard_id or 0
@@ -131,8 +116,6 @@ def _check_number_of_classes(config: SelectConfig) -> None:
         )
 
 
-# --- 1. Statistics --------------------------------------------------------------------------------
-
 EDGES = [k / 100 for k in range(101)]
 _LINE = "[" + ", ".join(f"[{edge}, %d]" for edge in EDGES) + "]"
 
@@ -143,7 +126,7 @@ class Counts(NamedTuple):
     Attributes:
       total: int64 [classes, 101], images of each class with EDGES[k] <= prob < EDGES[k + 1].
       eligible: the same, of the images between --min_threshold and --max_prob.
-      available: predictions read, including unreadable images.
+      available: number of predictions, including unreadable images.
     """
 
     total: np.ndarray
@@ -152,7 +135,7 @@ class Counts(NamedTuple):
 
 
 def _statistics_names(config: SelectConfig, workers: int) -> dict[tuple[int, int], str]:
-    """(shard, task) → name of its file; the workers of a shard are divided among the tasks."""
+    """(shard, task) → name of its statistics; tasks share the workers of a shard evenly."""
     tasks = config.total_replicas
     if workers % tasks:
         raise ConfigError(
@@ -188,11 +171,13 @@ def _statistics_stage(
 
 
 def _are_counted(stage: manifests.Stage) -> bool:
-    """Whether the statistics are there; if the predictions changed since, they are made anew."""
-    if tf.io.gfile.exists(stage.manifest):
-        if manifests.read_json(stage.manifest)["config"] != stage.config:
-            logging.info("%s: the predictions changed, counting again", stage.manifest)
-            return False
+    """Whether the statistics are finished; False also if the predictions changed since."""
+    if (
+        tf.io.gfile.exists(stage.manifest)
+        and manifests.read_json(stage.manifest)["config"] != stage.config
+    ):
+        logging.info("%s: the predictions changed, counting again", stage.manifest)
+        return False
     return stage.done()
 
 
@@ -221,14 +206,14 @@ def _count(
     workers_per_task: int,
     save: Mapping[tuple[int, int], str],
 ) -> Counts:
-    """The first pass: counts all predictions, and writes the statistics of (shard, task) in `save`.
+    """Step 1: counts all predictions, and writes the statistics of each shard.
 
     Args:
       workers_per_task: how many workers of a shard share a file of statistics.
-      save: paths; a table that is not in it is not written.
+      save: (shard, task) → path; other tables are not written.
 
     Raises:
-      records.DataError: a label that is no class, or a wrong number of predictions.
+      records.DataError: a label out of range, or a wrong number of predictions.
     """
     shape = (config.num_label_classes, len(EDGES))
     low, high = _at_least(config.min_threshold), _at_most(config.max_prob)
@@ -238,7 +223,9 @@ def _count(
 
     def count_part(chunks: Iterator[RowChunk]):
         """(eligible, task → table, worker → rows) of a part of a shard."""
-        fit, tasks, rows = np.zeros(shape, np.int64), {}, Counter()
+        fit = np.zeros(shape, np.int64)
+        tasks: dict[int, np.ndarray] = {}
+        rows: Counter[int] = Counter()
         for chunk in chunks:
             _check_labels(chunk, shape[0])
             cells = chunk.labels * np.int64(shape[1]) + _bins(chunk.probs)
@@ -251,7 +238,8 @@ def _count(
     total, eligible, available = np.zeros(shape, np.int64), np.zeros(shape, np.int64), 0
     parts = scan.each("counting predictions", count_part)
     for shard, results in itertools.groupby(parts, key=operator.itemgetter(0)):
-        tasks, rows = {t: np.zeros(shape, np.int64) for s, t in save if s == shard}, Counter()
+        tasks = {t: np.zeros(shape, np.int64) for s, t in save if s == shard}
+        rows: Counter[int] = Counter()
         for _, (fit, part_tasks, part_rows) in results:
             eligible += fit
             rows += part_rows
@@ -267,9 +255,9 @@ def _count(
 
 
 def _at_least(values) -> np.ndarray:
-    """The least float32 that is not below a float64.
+    """The least float32 not below each float64.
 
-    Comparing a float32 with it is as exact as comparing in float64, and cheaper.
+    Comparing float32 values with it is as exact as comparing in float64, and cheaper.
     """
     values = np.asarray(values, np.float64)
     near = values.astype(np.float32)
@@ -277,7 +265,7 @@ def _at_least(values) -> np.ndarray:
 
 
 def _at_most(values) -> np.ndarray:
-    """The greatest float32 that is not above a float64."""
+    """The greatest float32 not above each float64."""
     return -_at_least(-np.asarray(values, np.float64))
 
 
@@ -285,7 +273,8 @@ _LEAST_OF_BIN = _at_least([*EDGES, np.inf])
 
 
 def _bins(probs: np.ndarray) -> np.ndarray:
-    """The last edge k/100 that is not above prob, as if compared in float64: int32 [N]."""
+    """The last edge k/100 not above each probability, as if compared in float64: int32 [N]."""
+    # The product in float32 may land one bin off; the bounds decide.
     bins = (probs * np.float32(100)).astype(np.int32).clip(0, 100)
     bins += probs >= _LEAST_OF_BIN[bins + 1]
     bins -= probs < _LEAST_OF_BIN[bins]
@@ -302,7 +291,7 @@ def _check_labels(chunk: RowChunk, num_classes: int) -> None:
 
 
 def _check_numbers(config: SelectConfig, shard: int, rows: Sequence[int]) -> None:
-    """Compares the predictions of each worker with its file in --info_dir, if that is given."""
+    """Compares the number of predictions of each worker with its file in --info_dir, if given."""
     for worker, found in enumerate(rows if config.info_dir else ()):
         name = records.info_name(shard, config.num_shards, worker)
         path = os.path.join(config.info_dir, name)
@@ -316,8 +305,6 @@ def _check_numbers(config: SelectConfig, shard: int, rows: Sequence[int]) -> Non
             )
 
 
-# --- 2., 3. The cut -------------------------------------------------------------------------------
-
 _ALIKE, _BY_PROB, _BY_DRAW = 0, 1, 2
 _PART_BITS = 7  # 128 parts of a range of keys; a table of more would not fit in the cache.
 _ROWS_SORTED_AT_ONCE = 8_000_000  # Bounds memory when very many keys are equal.
@@ -330,22 +317,22 @@ _ORDER = ("key", "shard", "position", "worker")
 
 _RULE = np.dtype(
     [
-        ("least", "f8"),  # The least probability that is kept.
-        ("kind", "i4"),  # Which key orders the images, or that they are all alike.
-        ("cut", _IMAGE),  # The last image that gets `first` copies, unless all are alike.
+        ("least", "f8"),  # The least probability kept.
+        ("kind", "i4"),  # Which key orders the images; _ALIKE: all get the same copies.
+        ("cut", _IMAGE),  # The last image that gets `first` copies.
         ("first", "i4"),  # Copies of the images up to the cut.
-        ("others", "i4"),  # Copies of the rest.
-        ("fraction", "f8"),  # The probability of one more copy.
+        ("others", "i4"),  # Copies of the other images.
+        ("fraction", "f8"),  # Probability of one more copy.
     ]
 )
 
 
 class Rules:
-    """How many copies of each image are kept: at first none.
+    """How many copies of each image are kept; initially none.
 
     Attributes:
       seed: of the draws.
-      highest: the greatest probability that is kept, float32.
+      highest: the greatest probability kept, float32.
       of_class: `_RULE` [classes].
     """
 
@@ -359,15 +346,13 @@ class Rules:
         return self.of_class[name]
 
     def keys(self, chunk: RowChunk, rows: np.ndarray) -> np.ndarray:
-        """int64 [rows], for images of classes whose images are not alike."""
-        # The bits of positive floats are in their order.
+        """Keys int64 [rows] of images whose class is not _ALIKE; lower keys come first."""
+        # The bits of positive floats, read as integers, are in the order of the floats.
         keys = -chunk.probs[rows].view(np.int32).astype(np.int64)
         drawn = np.flatnonzero(self["kind"][chunk.labels[rows]] == _BY_DRAW)
-        keys[drawn] = self.draws(chunk, chunk.positions[rows[drawn]])
+        positions = chunk.positions[rows[drawn]]
+        keys[drawn] = draws(self.seed, chunk.shard, chunk.worker, positions)
         return keys
-
-    def draws(self, chunk: RowChunk, positions: np.ndarray) -> np.ndarray:
-        return draws(self.seed, chunk.shard, chunk.worker, positions)
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
@@ -395,11 +380,11 @@ def draws(seed: int, shard: int, worker: int, positions: np.ndarray) -> np.ndarr
 
 
 class _KeyRange(NamedTuple):
-    """Among which keys of a class the cut is; arrays [classes].
+    """The range of keys that contains the cut of each class; int64 arrays [classes].
 
     Attributes:
-      low, high: int64, the least and the greatest key, inclusive; low > high: no cut.
-      places: int64, the place of the cut in the range, from 1.
+      low, high: the least and the greatest key, inclusive; low > high: no cut.
+      places: rank of the cut within the range, from 1.
     """
 
     low: np.ndarray
@@ -408,7 +393,7 @@ class _KeyRange(NamedTuple):
 
 
 def exact_rules(scan: IndexScan, counts: Counts, config: SelectConfig) -> Rules:
-    """The num_image best of each class; classes with fewer are filled up by seeded copies."""
+    """The num_image most confident images of each class; seeded copies fill up smaller classes."""
     # Differs (1): exactly the top images, and copies by a seed.
     rules, wanted = Rules(config), config.num_image
     n = len(rules["least"])
@@ -421,7 +406,7 @@ def exact_rules(scan: IndexScan, counts: Counts, config: SelectConfig) -> Rules:
         if config.use_all or size == wanted or (size < wanted and not config.upsample):
             rules["others"][label] = 1
         elif size > wanted and config.use_top:
-            # The last bin from which on there are enough.
+            # The highest bin such that it and those above hold enough images.
             k = int(np.flatnonzero(from_top[label] >= wanted)[-1])
             rules["kind"][label], rules["first"][label] = _BY_PROB, 1
             keys.low[label], keys.high[label] = _keys_of_bin(k)
@@ -438,13 +423,14 @@ def exact_rules(scan: IndexScan, counts: Counts, config: SelectConfig) -> Rules:
 
 
 def _keys_of_bin(k: int) -> tuple[int, int]:
-    """The least and the greatest key of the probabilities in a bin."""
+    """The least and the greatest key of the probabilities in a bin; keys are negated bits."""
     low, high = (_LEAST_OF_BIN[k : k + 2]).view(np.int32).tolist()
     return 1 - high, -low
 
 
 def _between(rules: Rules, keys: _KeyRange, chunk: RowChunk) -> tuple[np.ndarray, np.ndarray]:
     """(rows, keys) of the images of a chunk whose keys are in the range of their class."""
+    # First by probability, which is cheap, so that keys are made for few images only.
     floor, ceiling = _at_least(rules["least"]), np.full(len(rules["least"]), rules.highest)
     by_prob = rules["kind"] == _BY_PROB
     for bound, key, narrower in ((floor, keys.high, np.maximum), (ceiling, keys.low, np.minimum)):
@@ -459,7 +445,7 @@ def _between(rules: Rules, keys: _KeyRange, chunk: RowChunk) -> tuple[np.ndarray
 
 
 def _narrowed(scan: IndexScan, rules: Rules, keys: _KeyRange) -> _KeyRange:
-    """The part of each range, of up to 128, that the cut is in."""
+    """Step 2: the part, of up to 128, of each range that contains the cut."""
     width = (keys.high - keys.low).clip(0).tolist()
     shift = np.array([max(w.bit_length() - _PART_BITS, 0) for w in width], np.int64)
     shape = (len(shift), 1 << _PART_BITS)
@@ -475,7 +461,9 @@ def _narrowed(scan: IndexScan, rules: Rules, keys: _KeyRange) -> _KeyRange:
             table += np.bincount(cell, minlength=table.size).reshape(shape)
         return table
 
-    table = sum(found for _, found in scan.each("narrowing the cut", count))
+    table = np.zeros(shape, np.int64)
+    for _, found in scan.each("narrowing the cut", count):
+        table += found
     upto = table.cumsum(1)
     part = (upto < keys.places[:, None]).sum(1).clip(0, shape[1] - 1)
     before = (upto - table)[np.arange(shape[0]), part]
@@ -485,7 +473,7 @@ def _narrowed(scan: IndexScan, rules: Rules, keys: _KeyRange) -> _KeyRange:
 
 
 def _find_cuts(scan: IndexScan, rules: Rules, keys: _KeyRange) -> None:
-    """Sorts the images of the ranges, and sets the cuts."""
+    """Step 3: sorts the images of the ranges, and sets the cuts."""
 
     def gather(chunks: Iterator[RowChunk]) -> np.ndarray:
         found = [np.zeros(0, _IMAGE)]
@@ -505,12 +493,12 @@ def _find_cuts(scan: IndexScan, rules: Rules, keys: _KeyRange) -> None:
         if size > _ROWS_SORTED_AT_ONCE:
             waiting, size = [_first(waiting, keys.places)], 0
     first = _first(waiting, keys.places)
-    # Of images of one label, the last assignment stays: that of the last image.
+    # Where a label repeats, NumPy keeps the last assignment: the last image is the cut.
     rules["cut"][first["label"]] = first
 
 
 def _first(tables: Sequence[np.ndarray], places: np.ndarray) -> np.ndarray:
-    """The first `places` images of each class, in order."""
+    """The first `places` images of each class, in order of `_ORDER`."""
     table = np.concatenate(tables)
     table = table[np.lexsort([table[name] for name in (*reversed(_ORDER), "label")])]
     starts = np.searchsorted(table["label"], np.arange(len(places)))
@@ -518,17 +506,14 @@ def _first(tables: Sequence[np.ndarray], places: np.ndarray) -> np.ndarray:
     return table[place < places[table["label"]]]
 
 
-# --- The original's thresholds --------------------------------------------------------------------
-
-
 def thresholds(total: np.ndarray, config: SelectConfig) -> dict[int, tuple[float, int]]:
-    """Class → (least confidence, images counted from there), by the original's rule.
+    """Class → (least confidence, images from there on), by the original's rule.
 
-    From the highest bin down, those below --max_prob: the first edge at which --num_image images
-    are reached, else --min_threshold.
+    Of the bins below --max_prob, from the highest down: the first edge at which there are
+    --num_image images, else --min_threshold.
 
     Raises:
-      ConfigError: no bin begins at --min_threshold and it is needed.
+      ConfigError: the rule requires a bin that begins at --min_threshold, and there is none.
     """
     chosen = {}
     for label, counts in enumerate(total.tolist()):
@@ -551,7 +536,7 @@ def thresholds(total: np.ndarray, config: SelectConfig) -> dict[int, tuple[float
 
 
 def threshold_rules(chosen: dict[int, tuple[float, int]], config: SelectConfig) -> Rules:
-    """Copies = num_image / images: the whole part, and one more with the rest as probability."""
+    """num_image / images copies: the integer part, and one more with the fraction as probability."""
     rules = Rules(config)
     for label, (edge, images) in chosen.items():
         copies = 1.0 if config.use_all else config.num_image / images if images else 0.0
@@ -562,24 +547,11 @@ def threshold_rules(chosen: dict[int, tuple[float, int]], config: SelectConfig) 
     return rules
 
 
-# --- 4. What is kept ------------------------------------------------------------------------------
-
-COLUMNS = {
-    "shard": np.int32,
-    "worker": np.int32,
-    "position": np.int64,
-    "label": np.int32,
-    "prob": np.float32,
-    "copies": np.int32,
-}
-
-
-def kept(chunks: Iterator[RowChunk], rules: Rules) -> list[dict[str, np.ndarray]]:
-    """The chosen rows of a part of a shard: `COLUMNS`, by worker and position, for each chunk."""
-    return [_kept(rules, chunk) for chunk in chunks]
+COLUMNS = {**index.COLUMNS, "copies": np.int32}
 
 
 def _kept(rules: Rules, chunk: RowChunk) -> dict[str, np.ndarray]:
+    """The rows of a chunk that are kept: `COLUMNS`, in the order of the chunk."""
     labels, probs = chunk.labels, chunk.probs
     rows = np.flatnonzero((probs >= _at_least(rules["least"])[labels]) & (probs <= rules.highest))
     labels, positions = labels[rows], chunk.positions[rows]
@@ -589,25 +561,20 @@ def _kept(rules: Rules, chunk: RowChunk) -> dict[str, np.ndarray]:
     copies[before] = rules["first"][labels[before]]
     split = np.flatnonzero(rules["fraction"][labels] > 0)
     if len(split):
-        draw = rules.draws(chunk, positions[split]) / 2.0**63
+        draw = draws(rules.seed, chunk.shard, chunk.worker, positions[split]) / 2.0**63
         copies[split] += draw < rules["fraction"][labels[split]]
     some = np.flatnonzero(copies)
-    return {
-        "shard": np.full(len(some), chunk.shard, np.int32),
-        "worker": np.full(len(some), chunk.worker, np.int32),
-        "position": positions[some],
-        "label": labels[some],
-        "prob": probs[rows[some]],
-        "copies": copies[some],
-    }
+    shard, worker = (np.full(len(some), n, np.int32) for n in (chunk.shard, chunk.worker))
+    columns = (shard, worker, positions[some], labels[some], probs[rows[some]], copies[some])
+    return dict(zip(COLUMNS, columns))
 
 
 def _before_cut(rules: Rules, chunk: RowChunk, rows: np.ndarray) -> np.ndarray:
-    """Whether images are not behind the cut of their class, bool [rows]."""
+    """Whether images are at or before the cut of their class, bool [rows]."""
     labels, keys = chunk.labels[rows], rules.keys(chunk, rows)
     limit = rules["cut"]["key"][labels]
     before = keys < limit
-    # Few images are at the cut itself.
+    # Few images have the key of the cut itself.
     for row in np.flatnonzero(keys == limit).tolist():
         place = (chunk.shard, int(chunk.positions[rows[row]]), chunk.worker)
         before[row] = place <= rules["cut"][labels[row]].item()[1:4]
@@ -629,7 +596,12 @@ def _write_outputs(
             records=sum(copies for *_, copies in rows),
             classes={str(label): [lowest, n] for label, lowest, n, _ in rows},
         )
-        _warn_of_empty_classes(config, {label for label, *_ in rows})
+        empty = sorted(set(range(config.num_label_classes)) - {label for label, *_ in rows})
+        if empty:
+            logging.warning(
+                "%d of %d classes have no image at or above --min_threshold=%s, the first are %s",
+                *(len(empty), config.num_label_classes, config.min_threshold, empty[:10]),
+            )
         # Differs (2): the least kept confidence and the images kept.
         content = {str(c): entry for c, entry in chosen.items()} or summary["classes"]
         manifests.write_json(threshold_path, content)
@@ -639,17 +611,8 @@ def _write_outputs(
         manifests.write_json(total, across_classes)
 
 
-def _warn_of_empty_classes(config: SelectConfig, found: set[int]) -> None:
-    empty = [c for c in range(config.num_label_classes) if c not in found]
-    if empty:
-        logging.warning(
-            "%d of %d classes have no image at or above --min_threshold=%s, the first are %s",
-            *(len(empty), config.num_label_classes, config.min_threshold, empty[:10]),
-        )
-
-
 def _write_selection(scan: IndexScan, rules: Rules, path: str) -> list[tuple[int, float, int, int]]:
-    """One Parquet file; a row group holds rows of one shard, so that a reader skips the others.
+    """Step 4: writes one Parquet file, with rows of one shard per row group, so that readers skip the others.
 
     Returns:
       (label, least probability, images, copies) of the classes with images.
@@ -673,10 +636,10 @@ def _write_selection(scan: IndexScan, rules: Rules, path: str) -> list[tuple[int
             column_encoding={"position": "DELTA_BINARY_PACKED", "prob": "BYTE_STREAM_SPLIT"},
         ) as writer,
     ):
-        work = functools.partial(kept, rules=rules)
-        for table in itertools.chain.from_iterable(
-            tables for _, tables in scan.each("writing the selection", work)
-        ):
+        parts = scan.each(
+            "writing the selection", lambda chunks: [_kept(rules, chunk) for chunk in chunks]
+        )
+        for table in itertools.chain.from_iterable(tables for _, tables in parts):
             labels = table["label"]
             if not len(labels):
                 continue

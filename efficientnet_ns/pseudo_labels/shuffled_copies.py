@@ -1,12 +1,13 @@
-"""Copies of byte strings in random order, those of one far apart, in little memory.
+"""Copies of byte strings in random order, with the copies of one far apart, in little memory.
 
-The byte strings wait in a temporary file, once each. Every copy has a place on a circle, from a hash
-of (seed, shard, number): the copies of one at even distances with some jitter. Sorted by place, copies
-are in random order and spread.
+A temporary file holds each byte string once. Every copy has a place on a circle, from a hash of (seed,
+shard, number), with the copies of one string at even distances plus jitter. Sorting by place gives a
+random order in which copies are spread out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from array import array
@@ -17,28 +18,25 @@ import numpy as np
 from efficientnet_ns.files import wire
 from efficientnet_ns.pseudo_labels.selection import splitmix64
 
-# Which function of seed, shard and number gives the order; raise it when the function changes.
+# Version of the order as a function of seed, shard and number; raise it when the function changes.
 ORDER = 2
 _BUCKET_BYTES = 64 << 20  # Held in memory at a time.
 _COPY_BYTES = 128  # What a copy takes in addition to its bytes.
-# The items at the beginning that stand for all in an estimate of the mean size.
+# The mean size of items is estimated from the first ones, up to this size.
 _FIRST_BYTES = 32 << 20
 _ITEM_BYTES = 256
 
 
-class Spool:
+class Spool(contextlib.AbstractContextManager):
     """Byte strings on disk; memory holds 8 bytes for each, and 40 for each copy of them.
 
-    The file has no name, so that nothing is left of it however the process ends. It is in Python's
-    folder for temporary files (TMPDIR). It is a context manager, which closes the file.
+    A context manager: the file, in TMPDIR, has no name, so that nothing of it remains however the
+    process ends.
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115, closed by __exit__
         self._ends = array("q", [0])
-
-    def __enter__(self) -> Spool:
-        return self
 
     def __exit__(self, *unused) -> None:
         self._file.close()
@@ -51,12 +49,12 @@ class Spool:
     def shuffled(
         self, seed: int, shard: int, number: np.ndarray, copies: np.ndarray
     ) -> Iterator[bytes]:
-        """Yields every item as often as it has copies.
+        """Yields all copies of all items; neighbours differ unless a bucket has nothing else.
 
-        Neighbours differ unless there is nothing else near. The order depends on the arguments, and
-        on the sizes of the items where they take more memory than a bucket.
+        The order depends on the arguments, and on the sizes of the items if they exceed a bucket.
 
         Args:
+          seed, shard: determine the order together with the numbers.
           number: of each item in its shard, ascending, int64 [N].
           copies: of each item, int64 [N], at least 1.
         """
@@ -108,9 +106,9 @@ def places(seed: int, shard: int, number: np.ndarray, copies: np.ndarray) -> np.
 
 
 def _apart(items: np.ndarray, last: int) -> np.ndarray:
-    """`items`, changed where one would follow itself; `last` is the one before the first."""
+    """`items`, reordered where one follows itself; `last` is the item before the first."""
     items = _swap_repeats(items, last)
-    # What is left stands at the end, with nothing behind it to swap with: the same from the back.
+    # Repeats that remain are at the end, with nothing after them to swap with: go backwards.
     return _swap_repeats(items[::-1], -1)[::-1]
 
 
@@ -120,7 +118,7 @@ def _swap_repeats(items: np.ndarray, last: int) -> np.ndarray:
     if not len(repeats):
         return items
     items, other = items.tolist(), 0
-    # Only from the first repeat on, because a swap may make new ones behind it.
+    # From the first repeat to the end, because a swap may create repeats after it.
     for at in range(int(repeats[0]), len(items)):
         before = items[at - 1] if at else last
         if items[at] != before:

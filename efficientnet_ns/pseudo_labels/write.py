@@ -1,15 +1,15 @@
 """Balanced, pseudo-labeled records from a selection (arXiv 1911.04252, algorithm 1, step 3).
 
-One output file per shard of the unlabeled set, in the original's format and with its side files:
-statistics and sample pictures per class. The bytes depend only on the selection, the images and the
-seed, not on how many processes write.
+One output file per shard of the unlabeled set, in the original's format, with its side files:
+statistics and sample images per class. The bytes depend on the selection, the images and the seed
+only, not on the number of processes.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import tensorflow as tf
 
@@ -24,69 +24,64 @@ from efficientnet_ns.pseudo_labels.write_shard import Lost, stage, write_shard
 
 __all__ = ["Lost", "write", "write_shards"]
 
-# A process needs seconds to start; it is not worth it for less than this to read.
+# A process takes seconds to start, which pays off only with this much to read.
 _BYTES_PER_PROCESS = 256 << 20
 
 
 def write(config: SelectConfig, shards: Sequence[int] | None = None) -> dict[str, int]:
     """Writes the selected records of shards; finished shards are verified and skipped.
 
-    The statistics of all and `counts.json` are written by the run that finds every shard finished.
+    The call that finds every shard finished also writes the statistics of all and `counts.json`.
 
     Args:
-      shards: numbers of the shards to write, default all; other runs may write the rest.
+      config: of the selection.
+      shards: numbers of the shards to write; other processes may write the others. None: all.
 
     Returns:
-      `records` written, over the shards asked for.
+      `records` written, over the requested shards.
 
     Raises:
       records.DataError: a selected record cannot be read.
       Lost: the records read back from a file are not those selected.
-      processes.ProcessDied: one of --num_workers was ended from outside.
+      processes.ProcessDied: one of --num_workers was killed.
     """
     everything = index.shards(config)
-    stages = _write_stages(config, everything if shards is None else shards)
-    written = _records(stages)
-    if not set(everything) <= set(stages):
-        selection_hash = _selection_hash(config)
-        stages = {shard: stage(config, selection_hash, shard) for shard in everything}
-    if all(stages[shard].done() for shard in everything):
-        _write_final_stats(config, [stages[shard] for shard in everything])
+    selection_hash = _selection_hash(config)
+    written = _write_shards(config, selection_hash, everything if shards is None else shards)
+    stages = [stage(config, selection_hash, shard) for shard in everything]
+    if all(shard_stage.done() for shard_stage in stages):
+        _write_final_stats(config, stages)
     return {"records": written}
 
 
 def write_shards(config: SelectConfig, shards: Sequence[int]) -> int:
-    """As `write`, but looks at no other shard, so that the statistics of all are left to `write`.
+    """As `write`, but leaves all other shards and the statistics of all to `write`.
 
     Returns:
-      Records written, over the shards asked for.
+      Records written, over the requested shards.
     """
-    return _records(_write_stages(config, shards))
+    return _write_shards(config, _selection_hash(config), shards)
 
 
-def _write_stages(config: SelectConfig, shards: Sequence[int]) -> dict[int, manifests.Stage]:
-    """Writes what is not written; returns the shards asked for, each of them finished."""
-    workers, selection_hash = index.count_workers(config), _selection_hash(config)
+def _write_shards(config: SelectConfig, selection_hash: str, shards: Sequence[int]) -> int:
+    workers = index.count_workers(config)
     stages = {shard: stage(config, selection_hash, shard) for shard in shards}
     todo = {shard: stages[shard] for shard in stages if not stages[shard].done()}
-    path = _selection_path(config)
+    path = os.path.join(config.output_dir, SELECTION)
     with local_files.local_copies([path]) as local:
-        _write_all(config, local[path], todo, workers)
-    # Of a shard that another process finished while a killed one had begun it.
+        images = _images(local[path])
+        jobs = [(config, local[path], todo[shard], shard, workers) for shard in todo]
+        total = sum(images[shard] for shard in todo)
+        with Progress(total, "writing balanced records", "images") as progress:
+            for job, _ in run_each(write_shard, jobs, _processes(config, list(todo))):
+                progress.update(images[job[3]])
+    # A killed process may have begun a shard that another one finished.
     manifests.remove_abandoned([p for s in stages.values() for p in (s.manifest, *s.outputs)])
-    return stages
-
-
-def _records(stages: Mapping[int, manifests.Stage]) -> int:
     return sum(shard_stage.counts()["records"] for shard_stage in stages.values())
 
 
-def _selection_path(config: SelectConfig) -> str:
-    return os.path.join(config.output_dir, SELECTION)
-
-
 def _selection_hash(config: SelectConfig) -> str:
-    path = _selection_path(config)
+    path = os.path.join(config.output_dir, SELECTION)
     if not tf.io.gfile.exists(path):
         raise records.DataError(f"{path} is missing: run the selection first")
     return manifests.content_hash(path)
@@ -110,20 +105,6 @@ def _processes(config: SelectConfig, shards: Sequence[int]) -> int:
         size = sum(tf.io.gfile.stat(index.input_path(config, shard)).length for shard in shards)
         wanted = min(available_cpus(), 1 + size // _BYTES_PER_PROCESS)
     return max(1, min(wanted, len(shards)))
-
-
-def _write_all(
-    config: SelectConfig, selection: str, stages: Mapping[int, manifests.Stage], workers: int
-) -> None:
-    images = _images(selection)
-    processes = _processes(config, list(stages))
-    jobs = [
-        (config, selection, shard_stage, shard, workers) for shard, shard_stage in stages.items()
-    ]
-    total = sum(images[shard] for shard in stages)
-    with Progress(total, "writing balanced records", "images") as progress:
-        for job, _ in run_each(write_shard, jobs, processes):
-            progress.update(images[job[3]])
 
 
 def _write_final_stats(config: SelectConfig, stages: Sequence[manifests.Stage]) -> None:

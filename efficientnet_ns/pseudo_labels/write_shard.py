@@ -1,8 +1,8 @@
 """One file of balanced, pseudo-labeled records: images and predictions of a shard, as selected.
 
-The images and the predictions are read side by side in the order of the images, so that neither is
-held in memory. What is kept waits in a temporary file, once for each image, and is written in a
-random order with the copies of an image far apart.
+Images and predictions are read together in the order of the images, so that neither is held in
+memory. A temporary file holds each selected record once; they are then written in random order, with
+the copies of an image far apart.
 """
 
 from __future__ import annotations
@@ -106,9 +106,6 @@ def _check_conservation(path: str, selected: Counter[int], found: Counter[int]) 
     )
 
 
-# --- The selection --------------------------------------------------------------------------------
-
-
 class Chosen(NamedTuple):
     """The selected images of a shard, each [N], in the order of the shard.
 
@@ -144,14 +141,11 @@ class Chosen(NamedTuple):
         return Counter({label: n for label, n in enumerate(copies.tolist()) if n})
 
 
-# --- Reading --------------------------------------------------------------------------------------
-
-
 def _examples(config: SelectConfig, chosen: Chosen, shard: int, workers: int) -> Iterator[bytes]:
     """The selected images of a shard as pseudo-labeled records, in the order of the shard."""
     paths = [index.prediction_path(config, shard, worker) for worker in range(workers)]
     source = index.input_path(config, shard)
-    samples = _Samples(config, shard)
+    samples: Counter[int] = Counter()
     with contextlib.ExitStack() as opened:
         images = opened.enter_context(framing.Scanner(source))
         predictions = [opened.enter_context(framing.Scanner(path)) for path in paths]
@@ -161,15 +155,17 @@ def _examples(config: SelectConfig, chosen: Chosen, shard: int, workers: int) ->
             image = _feature(images, source, number, records.IMAGE)
             probs = _feature(predictions[worker], paths[worker], position, records.PROBABILITIES)
             if image is None or probs is None:
-                break  # Their numbers differ, which is told below.
+                break  # A file ended early; `_check_number` names it.
             values = framing.Floats(probs)
             if len(values) != config.num_label_classes or values[label] != prob:
                 raise records.DataError(
                     f"{paths[worker]}, record {position} is not what was selected from: "
                     "delete its index and the selection, and select again"
                 )
-            if samples.wanted(label):
-                samples.keep(framing.bytes_value(image), label, prob)
+            if samples[label] < config.num_samples:
+                name = f"image_{shard}_{index.task_number(config)}_{samples[label]}_{prob:.4f}.jpeg"
+                _write_sample(config, name, label, framing.bytes_value(image))
+                samples[label] += 1
             yield framing.pseudo_labeled_example(image, probs, label, prob)
         images.skip()
         for worker, scanner in enumerate(predictions):
@@ -194,8 +190,10 @@ def _feature(scanner: framing.Scanner, path: str, position: int, key: str) -> by
     return feature
 
 
-def _check_number(images: int, predictions: int, source: str, paths: list[str], worker: int):
-    """Raises DataError unless every image of a worker has its prediction, and nothing else has."""
+def _check_number(
+    images: int, predictions: int, source: str, paths: list[str], worker: int
+) -> None:
+    """Raises DataError unless a worker has one prediction for each of its images."""
     path, workers = paths[worker], len(paths)
     expected = len(range(worker, images, workers))
     if predictions < expected:
@@ -210,24 +208,9 @@ def _check_number(images: int, predictions: int, source: str, paths: list[str], 
         )
 
 
-class _Samples:
-    """Keeps a few pictures per class as files that people can open."""
-
-    def __init__(self, config: SelectConfig, shard: int):
-        self._folder = os.path.join(config.output_dir, "samples")
-        self._task, self._shard = index.task_number(config), shard
-        self._limit = config.num_samples
-        self._kept: Counter[int] = Counter()
-
-    def wanted(self, label: int) -> bool:
-        """Whether a class has too few yet."""
-        return self._kept[label] < self._limit
-
-    def keep(self, image: bytes, label: int, prob: float) -> None:
-        """Writes the picture."""
-        folder = os.path.join(self._folder, str(label))
-        tf.io.gfile.makedirs(folder)
-        name = f"image_{self._shard}_{self._task}_{self._kept[label]}_{prob:.4f}.jpeg"
-        self._kept[label] += 1
-        with tf.io.gfile.GFile(os.path.join(folder, name), "wb") as f:
-            f.write(image)
+def _write_sample(config: SelectConfig, name: str, label: int, image: bytes) -> None:
+    """Writes an image as a file that people can open."""
+    folder = os.path.join(config.output_dir, "samples", str(label))
+    tf.io.gfile.makedirs(folder)
+    with tf.io.gfile.GFile(os.path.join(folder, name), "wb") as f:
+        f.write(image)

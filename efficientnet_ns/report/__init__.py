@@ -1,12 +1,12 @@
-"""Building blocks of an HTML report that is a single file: no scripts, no server, no other files.
+"""Building blocks of an HTML report in a single file: no scripts, no server, no other files.
 
-Every function but `write_page` turns data into a fragment of HTML and has no other effect; all text
-is escaped, images are inlined as data URIs.
+Every function except `write_page` turns data into a fragment of HTML and has no side effects; all
+text is escaped, images are inlined as data URIs.
 
 "Top-1 probabilities" are float [N] in [0, 1], masks bool [N] (or 0/1), class indices int [N] in
-0..C-1; all may be anything `numpy.asarray` takes. Where `images` can be given, each of the N entries
-stands for so many images, so that counts made elsewhere are enough. Empty data gives a short
-paragraph saying so; a wrong shape or range raises a ValueError that names the argument.
+0..C-1; all may be anything that `numpy.asarray` takes. `images` gives the number of images that each
+of the N entries represents, so that counts are enough. Empty data gives a short paragraph instead
+(`NOTHING`); a wrong shape or range raises a ValueError that names the argument.
 """
 
 from efficientnet_ns.report.measures import CALIBRATION_BINS, Calibration, Confusion
@@ -21,10 +21,7 @@ from efficientnet_ns.report.plots import (
     learning_curves,
 )
 from efficientnet_ns.report.tables import NOTHING, details, paragraph, table
-from efficientnet_ns.report.truth import (
-    confusion,
-    reliability,
-)
+from efficientnet_ns.report.truth import confusion, reliability
 
 __all__ = [
     "CALIBRATION_BINS",

@@ -1,4 +1,4 @@
-"""Checks of the arrays that fragments of a report are made of; a ValueError names the argument."""
+"""Checks of the arrays in a report; a ValueError names the argument."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 def vector(values: ArrayLike, name: str, length: int | None = None) -> np.ndarray:
+    """The values as an array [N], of that length if given."""
     array = np.asarray(values)
     if array.ndim != 1:
         raise ValueError(f"{name} must have one dimension, not shape {list(array.shape)}")
@@ -20,18 +21,20 @@ def vector(values: ArrayLike, name: str, length: int | None = None) -> np.ndarra
 
 
 def probabilities(values: ArrayLike, name: str, length: int | None = None) -> np.ndarray:
+    """Float [N] of values in [0, 1]."""
     array = vector(values, name, length)
     if array.dtype.kind != "f":
         array = array.astype(np.float64)
-    # Rounding may carry a softmax past 1 by a hair; NaN must fail, hence the form of the test.
+    # Rounding may carry a softmax slightly past 1. Written so that NaN fails.
     if not ((array >= 0) & (array <= 1.001)).all():
         raise ValueError(f"{name} must lie in [0, 1]")
     return np.minimum(array, 1)
 
 
 def mask(values: ArrayLike, name: str, length: int) -> np.ndarray:
+    """Bool [length]."""
     array = vector(values, name, length)
-    # A list of indices would otherwise pass for a mask when it happens to have the right length.
+    # A list of indices may happen to have the right length.
     if not np.isin(array, (0, 1)).all():
         raise ValueError(f"{name} must be a mask of booleans")
     return array.astype(bool)
@@ -57,7 +60,7 @@ def integers(
 
 
 def weights(values: ArrayLike | None, length: int) -> np.ndarray:
-    """How many images each entry stands for, int64 [length]; one each if not given."""
+    """int64 [length] of weights; 1 if not given."""
     if values is None:
         return np.ones(length, np.int64)
     return integers(values, "images", low=0, length=length)

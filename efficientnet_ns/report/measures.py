@@ -1,4 +1,4 @@
-"""Predictions against the truth: which classes are confused, and how far confidence can be trusted."""
+"""Predictions against the truth: counts of confusions, and sums for calibration."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ CALIBRATION_BINS = 15
 
 
 class Confusion(NamedTuple):
-    """Images by true class and prediction: the pairs that occur, each once, in order.
+    """Images by true class and prediction: each pair that occurs once, in order.
 
-    A matrix of thousands of classes would be all zeros.
+    A matrix of thousands of classes would be mostly zeros.
 
     Attributes:
       truth: int64 [P]; -1: of no class.
@@ -28,26 +28,26 @@ class Confusion(NamedTuple):
     images: np.ndarray
 
     @classmethod
-    def count(
+    def tally(
         cls, truth: ArrayLike, predicted: ArrayLike, images: ArrayLike | None = None
     ) -> Confusion:
-        """Counts.
+        """Counts images by true class and prediction.
 
         Args:
           truth: int [N], at least -1.
           predicted: int [N], at least 0.
-          images: how many each entry stands for, int [N]; None: one.
+          images: weight of each entry, int [N]; None: 1.
         """
         truth, predicted = np.asarray(truth, np.int64), np.asarray(predicted, np.int64)
         classes = predicted.max(initial=0) + 1
         keys, place = np.unique(truth * classes + predicted, return_inverse=True)
         total = np.bincount(place, images, len(keys)).astype(np.int64)
-        return cls(*np.divmod(keys, classes), total)
+        return cls(keys // classes, keys % classes, total)
 
     def worst(self, limit: int) -> list[tuple[int, int, int]]:
         """(truth, prediction, images) of the most frequent mistakes, at most `limit`.
 
-        Images of no class are not confused with another.
+        Images of no class do not count as mistakes.
         """
         wrong = (self.truth != self.predicted) & (self.truth >= 0) & (self.images > 0)
         order = np.argsort(-self.images[wrong], kind="stable")[:limit]
@@ -60,7 +60,7 @@ class Calibration(NamedTuple):
     Attributes:
       images: float64 [bins].
       confidence: summed top-1 probability, float64 [bins].
-      correct: right predictions, float64 [bins].
+      correct: correct predictions, float64 [bins].
     """
 
     images: np.ndarray
@@ -68,20 +68,20 @@ class Calibration(NamedTuple):
     correct: np.ndarray
 
     @classmethod
-    def count(
+    def tally(
         cls,
         probs: ArrayLike,
         correct: ArrayLike,
         images: ArrayLike = 1,
         bins: int = CALIBRATION_BINS,
     ) -> Calibration:
-        """Counts.
+        """Sums over intervals.
 
         Args:
           probs: top-1 probabilities, float [N].
-          correct: mask of right predictions, [N].
-          images: how many each entry stands for, int [N], or the same number for all.
-          bins: how many intervals, at least 1.
+          correct: mask of correct predictions, [N].
+          images: weight of each entry, int [N], or one weight for all.
+          bins: number of intervals, at least 1.
         """
         probs = np.asarray(probs, np.float64)
         index = np.searchsorted(np.arange(1, bins) / bins, probs, side="left")

@@ -13,7 +13,7 @@ _SMALL_BYTES = 4096  # About the size of a thumbnail.
 def thumbnail(data: bytes, size: int) -> bytes:
     """An encoded image as a JPEG of at most `size` pixels each way.
 
-    Files of up to 4 KiB stay as they are; an image that cannot be decoded gives no bytes.
+    Files of up to 4 KiB are returned unchanged; for images that cannot be decoded, b"".
     """
     from PIL import Image
 
@@ -52,7 +52,7 @@ def _grid_item(data: bytes, caption: str, size: int) -> str:
     if mime is None:
         image = '<div class="placeholder" title="unknown image format">?</div>'
     else:
-        # Enlarged pixels should look like pixels, but a photograph made smaller must stay smooth.
+        # Enlarged images should show their pixels; photographs made smaller should be smooth.
         pixelated = ' class="pixelated"' if _is_smaller(data, size) else ""
         uri = style.data_uri(data, mime)
         image = f'<img{pixelated} src="{uri}" alt="" width="{size}" height="{size}">'
@@ -76,7 +76,7 @@ def image_grid(
     if not len(items):
         return tables.NOTHING
     figures = "".join(_grid_item(bytes(data), text, pixel_size) for data, text in items)
-    # Columns give captions half as much room again where the page has it.
+    # Columns are up to half as wide again, for captions, where the page has room.
     tracks = f"repeat({columns}, minmax({pixel_size}px, {pixel_size * 3 // 2}px))"
     style = f"grid-template-columns: {tracks}; --size: {pixel_size}px"
     return f'<div class="scroll"><div class="grid" style="{style}">\n{figures}</div></div>\n'

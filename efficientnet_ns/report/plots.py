@@ -1,4 +1,4 @@
-"""Plots of trainings and of selections."""
+"""Plots of metrics over time and of a classifier's predictions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _metric_plot(
 
     figure, axes = style.axes_of(width, 250)
     for key, steps, values in curves:
-        # A line needs two points; a run evaluated only once would be invisible.
+        # A line needs two points; a single one would be invisible.
         marker = "o" if len(steps) == 1 else None
         axes.plot(steps, values, color=key.color, linestyle=key.style, linewidth=1.6, marker=marker)
     axes.set_xlabel("step")
@@ -50,9 +50,9 @@ def learning_curves(
     """A row of plots, one per metric, with a line per run.
 
     Args:
-      runs: name of the run → rows in order of time, each with "step" and any of the metrics. A
-        line passes over rows that lack its metric; a value that is not finite breaks it.
-      metrics: keys of the rows; one that no row has is left out.
+      runs: name of the run → rows in order of time, each with "step" and any of the metrics. A line
+        skips rows without its metric; a value that is not finite interrupts it.
+      metrics: keys of the rows; metrics that no row has are left out.
     """
     keys = []
     for index, name in enumerate(runs):
@@ -79,7 +79,7 @@ def confidence_histogram(
       probs: top-1 probabilities, float [N].
       kept: mask of the images that were kept, [N].
       threshold: smallest probability to keep, in [0, 1]; marked by a line.
-      images: how many each entry stands for, int [N].
+      images: weight of each entry, int [N]; None: 1.
     """
     probs = checks.probabilities(probs, "probs")
     kept = checks.mask(kept, "kept", len(probs))
@@ -91,27 +91,25 @@ def confidence_histogram(
     figure, axes = style.axes_of(640, 280)
     axes.hist(
         [probs[kept], probs[~kept]],
-        bins=np.linspace(0, 1, HISTOGRAM_BINS + 1),
+        bins=np.linspace(0, 1, HISTOGRAM_BINS + 1).tolist(),
         weights=[images[kept], images[~kept]],
         stacked=True,
         color=[style.KEPT, style.REJECTED],
     )
     axes.axvline(threshold, color=style.MARK, linestyle="dashed", linewidth=1.5)
     axes.set(xlim=(0, 1), xlabel="top-1 probability", ylabel="images")
-    # Compared in the type of the probabilities, as the selection did.
+    # Compare in the type of the probabilities: float32(0.7) is below the float64 0.7.
     confident = probs >= probs.dtype.type(threshold)
     caption = (
         f"{images.sum()} images: {images[kept].sum()} kept, {images[~kept].sum()} rejected "
         f"({images[confident & ~kept].sum()} of them at or above the threshold)."
     )
-    legend = style.legend(
-        [
-            style.Key("kept", style.KEPT),
-            style.Key("rejected", style.REJECTED),
-            style.Key(f"threshold {float(threshold):g}", style.MARK, "dashed"),
-        ]
+    keys = (
+        style.Key("kept", style.KEPT),
+        style.Key("rejected", style.REJECTED),
+        style.Key(f"threshold {float(threshold):g}", style.MARK, "dashed"),
     )
-    return legend + style.figure(style.image(figure, f"Top-1 probability. {caption}"), caption)
+    return style.plot(figure, "Top-1 probability", caption, keys)
 
 
 def _balance_bars(
@@ -122,19 +120,13 @@ def _balance_bars(
     axes.bar(places + 0.2, unique, 0.38, color=style.KEPT)
     axes.bar(places + 0.2, copies, 0.38, bottom=unique, color=style.COPIES)
     axes.set_xlim(-0.6, len(names) - 0.4)
-    # About 7 pixels per letter: upright labels where they fit, vertical ones elsewhere.
-    labels = style.tick_labels(names)
-    fits = len(names) * (max(map(len, labels)) + 2) * 7 < style.PAGE_WIDTH
-    axes.set_xticks(places, labels, rotation=0 if fits else 90, **style.PLAIN_TEXT)
+    style.name_ticks(axes.xaxis, places, names, rotation=style.rotation(names))
 
 
 def _balance_curves(axes: Axes, before: np.ndarray, unique: np.ndarray, copies: np.ndarray) -> None:
     ranks = np.arange(1, len(before) + 1)
-    for counts, color in (
-        (before, style.BEFORE),
-        (unique, style.KEPT),
-        (unique + copies, style.COPIES),
-    ):
+    curves = {style.BEFORE: before, style.KEPT: unique, style.COPIES: unique + copies}
+    for color, counts in curves.items():
         axes.plot(ranks, np.sort(counts)[::-1], color=color, linewidth=1.8)
     axes.set_xlabel("classes, largest first (each curve in its own order)")
 
@@ -144,7 +136,7 @@ def class_balance(
 ) -> str:
     """Images per class before and after selection: bars, or sorted curves above 60 classes.
 
-    The numbers follow in a table that opens on demand.
+    A table with the numbers opens on demand.
 
     Args:
       before: images predicted to be of the class, int [C].
@@ -170,28 +162,25 @@ def class_balance(
         f"{before.sum()} images predicted over {len(names)} classes, "
         f"{unique.sum()} kept, {copies.sum()} copies added."
     )
-    last = "extra copies" if as_bars else "kept with copies"
-    legend = style.legend(
-        [
-            style.Key("predicted", style.BEFORE),
-            style.Key("kept", style.KEPT),
-            style.Key(last, style.COPIES),
-        ]
+    keys = (
+        style.Key("predicted", style.BEFORE),
+        style.Key("kept", style.KEPT),
+        style.Key("extra copies" if as_bars else "kept with copies", style.COPIES),
     )
     rows = [
         {"class": name, "predicted": b, "kept": u, "copies": c, "total": u + c}
         for name, b, u, c in zip(names, before, unique, copies)
     ]
-    plot = style.figure(style.image(figure, f"Class balance. {caption}"), caption)
-    return legend + plot + tables.details("Numbers by class", tables.table(rows))
+    plot = style.plot(figure, "Class balance", caption, keys)
+    return plot + tables.details("Numbers by class", tables.table(rows))
 
 
 def confidence_by_class(quantiles: ArrayLike, class_names: Sequence[str]) -> str:
-    """Spread of the top-1 probability per predicted class, by the median, lowest first.
+    """Spread of the top-1 probability per predicted class, lowest median first.
 
     Args:
-      quantiles: 10th, 50th and 90th percentile of each class, float [C, 3]; NaN for a class that
-        was never predicted, which is left out.
+      quantiles: 10th, 50th and 90th percentile of each class, float [C, 3]; classes with NaN, which
+        were never predicted, are left out.
       class_names: C names.
     """
     quantiles = np.asarray(quantiles, np.float64).reshape(-1, 3)
@@ -209,9 +198,8 @@ def confidence_by_class(quantiles: ArrayLike, class_names: Sequence[str]) -> str
     if as_bars:
         axes.vlines(ranks, low, high, color=style.COPIES, linewidth=6)
         axes.plot(ranks, median, "o", color=style.KEPT, markersize=5)
-        labels = style.tick_labels([names[i] for i in order])
-        fits = len(labels) * (max(map(len, labels)) + 2) * 7 < style.PAGE_WIDTH
-        axes.set_xticks(ranks, labels, rotation=0 if fits else 90, **style.PLAIN_TEXT)
+        shown = [names[i] for i in order]
+        style.name_ticks(axes.xaxis, ranks, shown, rotation=style.rotation(shown))
     else:
         axes.fill_between(ranks, low, high, color=style.COPIES, alpha=0.6, linewidth=0)
         axes.plot(ranks, median, color=style.KEPT, linewidth=1.8)
@@ -221,18 +209,16 @@ def confidence_by_class(quantiles: ArrayLike, class_names: Sequence[str]) -> str
         f"{len(order)} of {len(names)} classes were predicted; the median confidence is lowest in "
         f"{names[order[0]]} ({median[0]:.2f}) and highest in {names[order[-1]]} ({median[-1]:.2f})."
     )
-    legend = style.legend(
-        [style.Key("median", style.KEPT), style.Key("10th to 90th percentile", style.COPIES)]
-    )
-    return legend + style.figure(style.image(figure, f"Confidence by class. {caption}"), caption)
+    keys = (style.Key("median", style.KEPT), style.Key("10th to 90th percentile", style.COPIES))
+    return style.plot(figure, "Confidence by class", caption, keys)
 
 
 def agreement_by_confidence(confidence: ArrayLike, same: ArrayLike, images: ArrayLike) -> str:
-    """Share of images that two rounds give the same label, by the confidence of the later one.
+    """Share of images to which two models give the same label, by the confidence of one of them.
 
     Args:
       confidence: upper ends of the bins, float [B] in (0, 1].
-      same, images: images of equal label and all images in each bin, int [B].
+      same, images: images with equal labels and all images in each bin, int [B].
     """
     confidence = checks.probabilities(confidence, "confidence")
     same = checks.integers(same, "same", low=0, length=len(confidence))
@@ -247,4 +233,4 @@ def agreement_by_confidence(confidence: ArrayLike, same: ArrayLike, images: Arra
         xlim=(0, 1), ylim=(0, 1.03), xlabel="top-1 probability", ylabel="share of equal labels"
     )
     caption = f"{same.sum()} of {images.sum()} labels are equal ({same.sum() / images.sum():.1%})."
-    return style.figure(style.image(figure, f"Agreement. {caption}"), caption)
+    return style.plot(figure, "Agreement", caption)

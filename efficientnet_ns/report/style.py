@@ -1,6 +1,6 @@
-"""The look of the plots of a report: a transparent background and mid-tone ink.
+"""The style of the plots: a transparent background and mid-tone ink.
 
-So the same picture reads on a light and on a dark page. Legends and captions are HTML.
+The same picture is readable on a light and on a dark page. Legends and captions are HTML.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from efficientnet_ns.report import tables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 MAX_CLASSES_AS_BARS = 60
@@ -35,7 +36,7 @@ BEFORE, KEPT, REJECTED, COPIES, MARK = INK, "#3b82c4", "#b3bac3", "#8fc1ea", "#d
 
 
 class Key(NamedTuple):
-    """An entry of a legend; legends are HTML, so that names of any kind stay readable."""
+    """An entry of a legend, which is HTML, so that names of any kind stay readable."""
 
     label: str
     color: str
@@ -43,6 +44,7 @@ class Key(NamedTuple):
 
 
 def legend(keys: Iterable[Key]) -> str:
+    """HTML of a legend."""
     entries = "".join(
         f'<span><i style="border-top: 3px {key.style} {key.color}"></i>{tables.escape(key.label)}</span>'
         for key in keys
@@ -79,16 +81,37 @@ def image(figure: Figure, alt: str) -> str:
 
 
 def figure(image: str, caption: str) -> str:
+    """HTML of an image with its caption, plain text."""
     return f"<figure>{image}<figcaption>{tables.escape(caption)}</figcaption></figure>\n"
 
 
-def tick_labels(names: Sequence[str]) -> list[str]:
-    return [name if len(name) <= 24 else name[:23] + "…" for name in names]
+def plot(drawn: Figure, title: str, caption: str, keys: Iterable[Key] = ()) -> str:
+    """HTML of a plot with its legend and caption; the alternative text is title and caption."""
+    keys = tuple(keys)
+    shown = figure(image(drawn, f"{title}. {caption}"), caption)
+    return (legend(keys) if keys else "") + shown
 
 
 # Names are arbitrary text: a dollar sign in one must not start a formula.
-PLAIN_TEXT = {"parse_math": False}
+PLAIN_TEXT: dict[str, Any] = {"parse_math": False}
+
+
+def _shortened(names: Sequence[str]) -> list[str]:
+    return [name if len(name) <= 24 else name[:23] + "…" for name in names]
+
+
+def name_ticks(axis: Axis, places: Iterable[int], names: Sequence[str], **text: Any) -> None:
+    """Labels an axis with names of any kind; long ones are shortened."""
+    axis.set_ticks(list(places), _shortened(names), **PLAIN_TEXT, **text)
+
+
+def rotation(names: Sequence[str]) -> int:
+    """Degrees for labels along the page: 0 where they fit side by side, else 90."""
+    # About 7 pixels per letter.
+    fits = len(names) * (max(map(len, _shortened(names))) + 2) * 7 < PAGE_WIDTH
+    return 0 if fits else 90
 
 
 def data_uri(data: bytes, mime: str) -> str:
+    """A data URI with the bytes of a file."""
     return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"

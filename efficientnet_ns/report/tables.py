@@ -11,6 +11,7 @@ NOTHING = '<p class="nothing">Nothing to show.</p>'
 
 
 def escape(value: object) -> str:
+    """HTML of plain text."""
     return html.escape(str(value), quote=True)
 
 
@@ -34,7 +35,7 @@ def format_value(value: object) -> str:
 
 
 def _cell(value: object, *, numeric: bool) -> str:
-    """A cell of a column that has numbers or not; the dash of a missing number stays with them."""
+    """A cell; numbers, and missing values of numeric columns, align to the right."""
     right = _is_number(value) or (numeric and value is None)
     kind = ' class="number"' if right else ""
     return f"<td{kind}>{escape(format_value(value))}</td>"

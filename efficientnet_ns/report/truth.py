@@ -1,4 +1,4 @@
-"""How right predictions are, where the truth is known: confusion and calibration."""
+"""Predictions against the truth: confusion matrix and calibration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 OUT_OF_DISTRIBUTION = -1
 MAX_CLASSES_WITH_COUNTS = 20
-# Rows and columns of a heat map, which has not more pixels to show them.
+# Rows and columns of a heat map; it has no pixels for more.
 MAX_CELLS = 1000
 
 
@@ -32,7 +32,7 @@ def confusion(
       truth: int [N] in 0..C-1, or -1 for images of no class (they get a row of their own).
       predicted: int [N] in 0..C-1.
       class_names: C names.
-      images: how many each entry stands for, int [N].
+      images: weight of each entry, int [N]; None: 1.
     """
     names = [str(name) for name in class_names]
     truth = checks.integers(truth, "truth", low=OUT_OF_DISTRIBUTION, high=len(names) - 1)
@@ -42,10 +42,10 @@ def confusion(
     images = checks.weights(images, len(truth))
     if not len(truth):
         return tables.NOTHING
-    pairs = Confusion.count(truth, predicted, images)
+    pairs = Confusion.tally(truth, predicted, images)
     correct = pairs.images[pairs.truth == pairs.predicted].sum()
     known = pairs.images[pairs.truth != OUT_OF_DISTRIBUTION].sum()
-    caption = f"{correct} of {known} images of known class are predicted right."
+    caption = f"{correct} of {known} images of known class are predicted correctly."
     image, together = _heat_map(pairs, names, alt=f"Confusion matrix. {caption}")
     cells = f" A cell stands for {together} x {together} classes." if together > 1 else ""
     worst = [
@@ -59,9 +59,9 @@ def confusion(
 
 
 def _cells(pairs: Confusion, num_classes: int) -> tuple[np.ndarray, int]:
-    """Counts int64 [R, C] of at most MAX_CELLS columns, and how many classes share one.
+    """Counts int64 [R, C] with at most MAX_CELLS columns, and the number of classes per column.
 
-    Images of no class, if any, are an additional last row.
+    Images of no class, if any, have an additional last row.
     """
     together = -(-num_classes // MAX_CELLS)
     columns = -(-num_classes // together)
@@ -73,7 +73,7 @@ def _cells(pairs: Confusion, num_classes: int) -> tuple[np.ndarray, int]:
 
 
 def _heat_map(pairs: Confusion, names: Sequence[str], *, alt: str) -> tuple[str, int]:
-    """An image of the counts, coloured by the share of their row; see also `_cells`."""
+    """An image of the counts, coloured by their share of the row, and the classes per column."""
     counts, together = _cells(pairs, len(names))
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = int(np.clip(140 + 44 * len(names), 360, 760))
@@ -82,16 +82,14 @@ def _heat_map(pairs: Confusion, names: Sequence[str], *, alt: str) -> tuple[str,
     shown = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="predicted", ylabel="truth")
     if len(names) <= style.MAX_CLASSES_AS_BARS:
-        row_names = [*names, "(no class)"][: len(counts)]
-        size = 8 if len(row_names) <= 30 else 6
-        labels = style.tick_labels(names)
-        axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=size, **style.PLAIN_TEXT)
-        labels = style.tick_labels(row_names)
-        axes.set_yticks(range(len(labels)), labels, fontsize=size, **style.PLAIN_TEXT)
+        rows = [*names, "(no class)"][: len(counts)]
+        letters = 8 if len(rows) <= 30 else 6
+        style.name_ticks(axes.xaxis, range(len(names)), names, rotation=90, fontsize=letters)
+        style.name_ticks(axes.yaxis, range(len(rows)), rows, fontsize=letters)
     if len(names) > MAX_CLASSES_WITH_COUNTS:
         bar = figure.colorbar(shown, ax=axes, shrink=0.6)
         bar.ax.tick_params(colors=style.INK, labelsize=8)
-        bar.outline.set_visible(False)
+        bar.ax.spines["outline"].set_visible(False)
         return style.image(figure, alt), together
     for row, column in np.argwhere(counts):
         color = "white" if share[row, column] > 0.5 else "#24303c"
@@ -100,11 +98,8 @@ def _heat_map(pairs: Confusion, names: Sequence[str], *, alt: str) -> tuple[str,
     return style.image(figure, alt), together
 
 
-# Calibration.
-
-
 def reliability(sums: Calibration) -> str:
-    """Accuracy by confidence, in CALIBRATION_BINS intervals, as a plot and as a table."""
+    """Accuracy by confidence, in CALIBRATION_BINS intervals, as a plot and a table."""
     used = np.flatnonzero(sums.images)
     if not len(used):
         return tables.NOTHING
@@ -129,12 +124,10 @@ def reliability(sums: Calibration) -> str:
         }
         for index, mean, share in zip(used, confidence, accuracy)
     ]
-    legend = style.legend(
-        [
-            style.Key("accuracy in the bin", style.KEPT),
-            style.Key("at its mean confidence", style.PALETTE[1], "dotted"),
-            style.Key("perfect calibration", style.INK, "dashed"),
-        ]
+    keys = (
+        style.Key("accuracy in the bin", style.KEPT),
+        style.Key("at its mean confidence", style.PALETTE[1], "dotted"),
+        style.Key("perfect calibration", style.INK, "dashed"),
     )
-    plot = style.figure(style.image(figure, f"Reliability. {caption}"), caption)
-    return legend + plot + tables.details("Numbers by confidence", tables.table(rows))
+    plot = style.plot(figure, "Reliability", caption, keys)
+    return plot + tables.details("Numbers by confidence", tables.table(rows))

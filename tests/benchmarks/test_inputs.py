@@ -21,7 +21,7 @@ def test_images_come_out_of_records_and_are_read_in_batches(tmp_path, rng):
     ]
     shard = str(tmp_path / "train-00000-of-00001")
     records.write(shard, [records.unlabeled_example(image) for image in encoded])
-    assert inputs._encoded_images(str(tmp_path)) == ([shard], encoded)
+    assert inputs.encoded_images(str(tmp_path)) == ([shard], encoded)
     (work,) = inputs._read_stage([shard]).values()
     assert work() == inputs._CHUNK
     stages = inputs._stages(encoded, 16)
@@ -37,7 +37,7 @@ def test_without_data_images_are_made():
 def test_a_folder_with_neither_images_nor_records_is_named(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing to see")
     with pytest.raises(ConfigError, match=str(tmp_path)):
-        inputs._encoded_images(str(tmp_path))
+        inputs.encoded_images(str(tmp_path))
 
 
 def test_without_timm_the_table_says_so(monkeypatch):

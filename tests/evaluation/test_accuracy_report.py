@@ -290,7 +290,7 @@ def test_count_is_exact_with_two_processes(folder, tmp_path, images, batch):
 
 def measured(top1: float, examples: int) -> dict[str, accuracy.Measured]:
     metrics = {"top1": top1, "examples": examples}
-    nothing = labeling_report.Confusion.count([], []), labeling_report.Calibration.count([], [])
+    nothing = labeling_report.Confusion.tally([], []), labeling_report.Calibration.tally([], [])
     return {"validation": accuracy.Measured(metrics, *nothing, 2)}
 
 

@@ -11,11 +11,11 @@ import tensorflow as tf
 
 from efficientnet_ns.config import Config, ExportConfig, SelectConfig
 from efficientnet_ns.config.ingest import MakeConfig
-from efficientnet_ns.files import manifests, paths, records
+from efficientnet_ns.files import manifests, parquet_sql, paths, records
 from efficientnet_ns.inference import photo_files
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import weights
-from efficientnet_ns.pseudo_labels import outcome, predict, run_report, selection, write
+from efficientnet_ns.pseudo_labels import predict, run_report, selection, write
 from efficientnet_ns.serving import export, model_export
 from efficientnet_ns.training import train
 
@@ -163,7 +163,7 @@ def test_database_reads_the_file_that_is_named(tmp_path):
         pyarrow.parquet.write_table(table, tmp_path / name / "index.parquet")
     for name in (ODD, MATCHED):
         (tmp_path / MATCHED / "index.parquet").touch()
-        database = outcome.connect(rows=[str(tmp_path / name / "index.parquet")])
+        database = parquet_sql.connect(1, rows=[str(tmp_path / name / "index.parquet")])
         assert database.execute("SELECT * FROM rows").fetchall() == [(name,)]
 
 

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from unlabeled_sets import write_index
 
 from efficientnet_ns.config import ConfigError, SelectConfig
-from efficientnet_ns.files import manifests, records
-from efficientnet_ns.pseudo_labels import index, outcome, selection
+from efficientnet_ns.files import manifests, parquet_sql, records
+from efficientnet_ns.pseudo_labels import index, selection
 from efficientnet_ns.pseudo_labels.outcome import Outcome
 
 CLASSES = 10
@@ -616,7 +616,7 @@ def test_database_is_bounded_and_spills(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     abandoned = tmp_path / f".tmp-{socket.gethostname()}-{2**22 + 1}-efficientnet_ns-duckdb-1"
     abandoned.mkdir()
-    with outcome.database() as db:
+    with parquet_sql.database(2) as db:
         assert not abandoned.exists()
         ((limit, folder),) = db.execute(
             "SELECT current_setting('memory_limit'), current_setting('temp_directory')"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -271,14 +272,14 @@ def test_calibration_error_equals_the_definition(bins):
     probs = np.concatenate([rng.random(300), np.arange(bins + 1) / bins])
     correct = rng.random(len(probs)) < probs**2
     expected = plain_calibration_error(correct.tolist(), probs.tolist(), bins)
-    assert report.Calibration.count(probs, correct, bins=bins).error == pytest.approx(
+    assert report.Calibration.tally(probs, correct, bins=bins).error == pytest.approx(
         expected, abs=1e-12
     )
 
 
 def test_calibration_error_by_hand():
     def error(correct, probs, **options) -> float:
-        return report.Calibration.count(probs, correct, bins=2, **options).error
+        return report.Calibration.tally(probs, correct, bins=2, **options).error
 
     # Bins of 0.5: (0.2, 0.4) with accuracy 0.5 and (0.8, 0.9) with accuracy 1.
     assert error([1, 0, 1, 1], [0.2, 0.4, 0.8, 0.9]) == pytest.approx(0.5 * 0.2 + 0.5 * 0.15)
@@ -291,13 +292,13 @@ def test_calibration_error_by_hand():
 
 def test_worst_confusions():
     truth, predicted = [0, 0, 1, 1, 2, 2, -1, 1], [0, 1, 1, 0, 2, 1, 0, 0]
-    pairs = report.Confusion.count(truth, predicted, [5, 2, 1, 6, 9, 1, 8, 1])
+    pairs = report.Confusion.tally(truth, predicted, [5, 2, 1, 6, 9, 1, 8, 1])
     assert list(zip(*pairs)) == [
         (-1, 0, 8), (0, 0, 5), (0, 1, 2), (1, 0, 7), (1, 1, 1), (2, 1, 1), (2, 2, 9)
     ]  # fmt: skip
     assert pairs.worst(20) == [(1, 0, 7), (0, 1, 2), (2, 1, 1)]
     assert pairs.worst(1) == [(1, 0, 7)]
-    assert report.Confusion.count([], []).worst(5) == []
+    assert report.Confusion.tally([], []).worst(5) == []
 
 
 def test_confusion_of_thousands_of_classes():
@@ -311,7 +312,7 @@ def test_confusion_of_thousands_of_classes():
     assert peak < 400e6, "The matrix alone would take 29 GB."
     assert "stands for 60 x 60 classes" in document.text("figcaption")
     assert [row["predicted"] for row in document.rows()] == ["3", "59998"]
-    counts, together = truth_lib._cells(report.Confusion.count(truth, predicted), 60_000)
+    counts, together = truth_lib._cells(report.Confusion.tally(truth, predicted), 60_000)
     assert counts.shape == (1001, 1000) and together == 60
     assert {(r, c): counts[r, c] for r, c in np.argwhere(counts).tolist()} == {
         (0, 0): 1, (999, 0): 1, (999, 999): 1, (1000, 999): 1
@@ -428,7 +429,7 @@ def test_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
 
     def fail(source, target, overwrite=False):
         renamed.append((source, target, overwrite))
-        assert "</html>" in open(source, encoding="utf-8").read()
+        assert "</html>" in Path(source).read_text(encoding="utf-8")
         raise OSError("disk gone")
 
     monkeypatch.setattr(tf.io.gfile, "rename", fail)
