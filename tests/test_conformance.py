@@ -23,7 +23,7 @@ CLASSES, SIZE = 4, 32
 # Model name → changes of its coefficients.
 VARIANTS = {
     "efficientnet-test": {},
-    "efficientnet-b0": {"width_coefficient": 0.25, "depth_coefficient": 0.5},
+    "efficientnet-b0": {"width_coefficient": 0.25, "depth_coefficient": 0.3},
 }
 # bfloat16 keeps 8 bits of every intermediate value; the formats themselves must add nothing.
 PRECISIONS = {"float32": 1e-5, "mixed_bfloat16": 0.1}
@@ -142,6 +142,7 @@ FORMATS = {
 }
 
 
+EXPORTS = ("saved_model", "tflite")
 CASES = [
     pytest.param((name, policy, replicas), id=f"{name}-{policy}-{replicas}")
     for name in VARIANTS
@@ -171,6 +172,8 @@ def test_batches(case, expected, pixels):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_format(case, expected, images, pixels, tmp_path, kind):
+    if case.strategy.num_replicas_in_sync > 1 and kind in EXPORTS:
+        pytest.skip("exports are made from a model on one device")
     if case.policy == "mixed_bfloat16" and kind == "tflite":
         with pytest.raises(ValueError, match="bfloat16"):
             FORMATS[kind](case.model, tmp_path, images, pixels)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from efficientnet_ns.data import image_conversion
+from efficientnet_ns.data import image_conversion, tasks
 from efficientnet_ns.files import manifests, records
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.ingest import image_sources
@@ -56,7 +56,7 @@ def wnids(name: str = "imagenet") -> list[str]:
     Sources of the last two, which have 200 classes each: `eval.py` in
     github.com/hendrycks/natural-adv-examples and github.com/hendrycks/imagenet-r.
     """
-    file = Path(image_sources.__file__).with_name(f"{name}_wnids.txt")
+    file = Path(tasks.__file__).with_name(f"{name}_wnids.txt")
     return file.read_text(encoding="utf-8").split()
 
 

@@ -396,7 +396,10 @@ def _printable(text: str) -> str:
 
 
 FORMATS = {"table": as_table, "json": as_json, "csv": as_csv}
-_SERVERS = {"rest": (RestServer, "http://localhost:8501"), "grpc": (GrpcServer, "localhost:8500")}
+_SERVERS: dict[str, tuple[type[RestServer | GrpcServer], str]] = {
+    "rest": (RestServer, "http://localhost:8501"),
+    "grpc": (GrpcServer, "localhost:8500"),
+}
 
 
 def _at_least(low: int) -> Callable[[str], int]:
