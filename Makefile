@@ -42,9 +42,14 @@ test-install:  ## install the package and each extra, lowest and highest version
 	"$$python" tests/install_ranges.py $(ARGS)
 
 .PHONY: lint
-lint: venv-dev  ## check style, import order and format
+lint: venv-dev  ## check style, import order, format and types
 	@$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+.PHONY: measure
+measure: venv-run  ## lines per room, lengths of functions, docstrings, comments
+	@$(VENV)/bin/python tests/code_measures.py $(ARGS)
 
 .PHONY: install
 install: venv-run  ## put the package into .venv, for use from any folder
@@ -53,7 +58,7 @@ install: venv-run  ## put the package into .venv, for use from any folder
 
 .PHONY: clean
 clean:  ## remove .venv, caches and build products; runs/ stays
-	@rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	@rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ----------------------------------------------------------------------------------------------

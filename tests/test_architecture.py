@@ -242,6 +242,18 @@ def test_programs_are_doors(module):
     assert ast.unparse(guard.body[0]).startswith("config.run(main, ") and len(guard.body) == 1
 
 
+def test_settings_are_resolved_without_a_command_line(monkeypatch):
+    from absl import flags
+
+    from efficientnet_ns import config
+    from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+
+    monkeypatch.setattr(flags, "FLAGS", None)
+    chosen = config.Config().override(task_name="digits", model_name="efficientnet-test")
+    config.check(chosen)
+    assert ResolvedConfig.from_config(chosen).num_classes == 10
+
+
 def test_tensorflow_addons_stays_in_one_module():
     users = {
         module
@@ -343,15 +355,15 @@ def test_public_names_are_found():
         assert value is getattr(importlib.import_module(f"{PACKAGE}.{package._HOME[name]}"), name)
         assert name in dir(package)
     with pytest.raises(AttributeError, match="build_modell"):
-        package.build_modell
+        _ = package.build_modell
 
 
-def test_public_face_alone_loads_nothing():
+def test_import_of_the_package_loads_no_tensorflow():
     code = f"import sys, {PACKAGE} as ns; ns.Config; print(ns.__version__, 'tensorflow' in sys.modules)"
-    answer = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert re.fullmatch(r"[\d.]+ False", answer.stdout.strip())
+    assert re.fullmatch(r"[\d.]+ False", done.stdout.strip())
 
 
 # What nothing may mention or be called.
