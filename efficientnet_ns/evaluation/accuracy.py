@@ -9,7 +9,7 @@ from typing import NamedTuple, Union
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns import report
+from efficientnet_ns.report.measures import Calibration, Confusion
 
 Batches = Union[
     tf.data.Dataset, Callable[[tf.distribute.InputContext], tf.data.Dataset]
@@ -35,8 +35,8 @@ class Measured(NamedTuple):
     """
 
     metrics: dict[str, float]
-    confusion: report.Confusion
-    calibration: report.Calibration
+    confusion: Confusion
+    calibration: Calibration
     num_classes: int
 
     @property
@@ -128,8 +128,8 @@ class Evaluator:
         truth, predicted = truth[real], predicted[real]
         return Measured(
             metrics,
-            report.Confusion.count(truth, predicted),
-            report.Calibration.count(np.concatenate(confidence)[real], truth == predicted),
+            Confusion.count(truth, predicted),
+            Calibration.count(np.concatenate(confidence)[real], truth == predicted),
             self._num_classes,
         )
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config import Config, ConfigError, as_dict
+from efficientnet_ns.config.fields import ConfigError, as_dict
+from efficientnet_ns.config.sections import Config
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.files import records
 from efficientnet_ns.models import efficientnet
@@ -112,7 +113,7 @@ class ResolvedConfig:
         """
         data = self.config.data
         source = pipeline.Source.find(data.label_data_dir, self.task.train_set)
-        return limited(source, source.shards, num_train_shards=data.num_train_shards)
+        return limited(source, source.shards, "num_train_shards", data.num_train_shards)
 
     def epoch_images(self, labeled: pipeline.Source | None = None) -> int:
         """Labeled images that make an epoch: as configured, the task's, or as many as there are.
@@ -303,14 +304,19 @@ class ResolvedConfig:
 
 
 def limited(
-    source: pipeline.Source, take: Callable[[int], pipeline.Source], **limit: int | None
+    source: pipeline.Source,
+    take: Callable[[int], pipeline.Source],
+    flag: str,
+    number: int | None,
 ) -> pipeline.Source:
-    """`take(number)` for the one `flag=number` given, or all of `source` when it is None.
+    """`take(number)`, or all of `source` if `number` is None.
+
+    Args:
+      flag: name of the flag whose value `number` is.
 
     Raises:
       ConfigError: there is less to take; names the flag.
     """
-    ((flag, number),) = limit.items()
     try:
         return source if number is None else take(number)
     except records.DataError as e:

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config import DataConfig
+from efficientnet_ns.config.sections import DataConfig
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.files import manifests
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig

@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.config.ingest import MakeConfig
 from efficientnet_ns.data import image_conversion, tasks
+from efficientnet_ns.evaluation import evaluate
 from efficientnet_ns.files import records
 from efficientnet_ns.ingest import data_source, tfds_source
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
@@ -192,7 +193,7 @@ def test_training_straight_from_a_set(tmp_path, data_dir):
     folder = tmp_path / "cache/tiny_arrows/1.2.0"
     assert contents(folder, "train") == stored(data_dir, "tiny_arrows", "train")
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    assert train.evaluate(config)["test"]["top1"] == metrics["eval/top1"]
+    assert evaluate.evaluate(config)["test"]["top1"] == metrics["eval/top1"]
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
     # The training is that of the records, however they were named.
     named = config.override(
