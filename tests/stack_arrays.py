@@ -41,7 +41,7 @@ def pictures() -> tf.Tensor:
 
 
 def _pixels() -> dict[str, np.ndarray]:
-    noised = pipeline.Preprocessing(SIZE, randaugment=pipeline.RandAugment(2, 15))
+    noised = pipeline.Preprocessing(SIZE, augmentation=pipeline.RandAugment(2, 15))
     encoded = [tf.io.encode_png(image) for image in pictures()]
     seeds = [tf.constant([number, 7]) for number in range(len(encoded))]
     evaluate, student = tf.function(noised.evaluate), tf.function(noised.train)

@@ -14,6 +14,8 @@ from absl import logging
 from efficientnet_ns.config.fields import ConfigError, as_dict
 from efficientnet_ns.config.sections import Config
 from efficientnet_ns.data import pipeline, tasks
+from efficientnet_ns.data.autoaugment import AutoAugment
+from efficientnet_ns.data.randaugment import RandAugment
 from efficientnet_ns.files import records
 from efficientnet_ns.models import efficientnet
 
@@ -168,28 +170,32 @@ class ResolvedConfig:
 
     def preprocessing(self, augment_name: str | None = None) -> pipeline.Preprocessing:
         """Preprocessing at the student's resolution, augmented when `augment_name` is given."""
+        return pipeline.Preprocessing(
+            image_size=self.image_size,
+            small_image=self.small_image,
+            flip=self.task.flip,
+            augmentation=self._augmentation(augment_name),
+            clean=self.config.data.remove_aug or augment_name == "clean",
+        )
+
+    def _augmentation(self, name: str | None) -> pipeline.Augmentation | None:
         data = self.config.data
-        randaugment = autoaugment = None
-        if augment_name == "autoaugment":
-            default = "svhn" if data.task_name == "svhn" else "imagenet"
-            autoaugment = pipeline.AutoAugment(
-                policy=data.autoaugment_policy or default, mode=data.randaug_mode
-            )
-        elif augment_name not in (None, "none", "clean"):
-            randaugment = pipeline.RandAugment(
+        if name in (None, "none", "clean"):
+            return None
+        if name in ("randaugment", "v1"):
+            return RandAugment(
                 num_layers=data.randaug_layer,
                 magnitude=data.randaug_mag,
                 mode=data.randaug_mode,
                 use_cutout=data.cutout_op,
             )
-        return pipeline.Preprocessing(
-            image_size=self.image_size,
-            small_image=self.small_image,
-            flip=self.task.flip,
-            randaugment=randaugment,
-            autoaugment=autoaugment,
-            clean=data.remove_aug or augment_name == "clean",
-        )
+        if name == "autoaugment":
+            default = "svhn" if data.task_name == "svhn" else "imagenet"
+            return AutoAugment(data.autoaugment_policy or default, data.randaug_mode)
+        try:
+            return pipeline.parse_augmentation(name, self.image_size, self.small_image)
+        except ValueError as e:
+            raise ConfigError(f"--augment_name, --unl_aug: {e}") from e
 
     @property
     def labeled_preprocessing(self) -> pipeline.Preprocessing:
