@@ -29,13 +29,13 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from efficientnet_ns.config import Config, SelectConfig
+from efficientnet_ns.config import Config, SelectConfig, TrainConfig
 from efficientnet_ns.config.ingest import MakeConfig
-from efficientnet_ns.files import parquet_sql, records
+from efficientnet_ns.files import metrics_log, parquet_sql, records
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.pseudo_labels import index, selection
-from efficientnet_ns.training import optimizers, student, summaries
+from efficientnet_ns.training import optimizers, student
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,7 +133,7 @@ def assert_same_training(one: str, other: str, step: int) -> None:
     assert set(ours) == set(theirs)
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
-    rows = [summaries.read_metrics(folder) for folder in (one, other)]
+    rows = [metrics_log.read_metrics(folder) for folder in (one, other)]
     for row in rows[0] + rows[1]:
         for name in PACE:
             row.pop(name, None)
@@ -236,7 +236,8 @@ def make_trainer(
     trainer = student.NoisyStudent(
         tiny(1, **model_kwargs),
         tiny(2, **model_kwargs),
-        student.LossSettings(
+        TrainConfig(
+            seed=seed,
             weight_decay=weight_decay,
             unlabel_ratio=unlabel_ratio,
             teacher_softmax_temp=temperature,
@@ -244,7 +245,6 @@ def make_trainer(
             label_weight=label_weight,
             unl_model_noise=unl_model_noise,
         ),
-        seed=seed,
         teacher=teacher,
     )
     trainer.compile(optimizers.RMSPropTF1(learning_rate), jit_compile=jit_compile)

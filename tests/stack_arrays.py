@@ -17,9 +17,10 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.data import augment, pipeline
+from efficientnet_ns.files import metrics_log
 from efficientnet_ns.inference import engines
 from efficientnet_ns.models import efficientnet, weights
-from efficientnet_ns.training import summaries, train
+from efficientnet_ns.training import train
 
 # What is equal to the bit, by prefix: what is computed with integers, and what the same kernels compute.
 EXACT = ("pixels/", "draws/", "initial/")
@@ -40,7 +41,7 @@ def pictures() -> tf.Tensor:
 
 
 def _pixels() -> dict[str, np.ndarray]:
-    noised = pipeline.Preprocessing(SIZE, randaugment=pipeline.RandAugment(2, 15))
+    noised = pipeline.Preprocessing(SIZE, augmentation=pipeline.RandAugment(2, 15))
     encoded = [tf.io.encode_png(image) for image in pictures()]
     seeds = [tf.constant([number, 7]) for number in range(len(encoded))]
     evaluate, student = tf.function(noised.evaluate), tf.function(noised.train)
@@ -81,7 +82,7 @@ def _training() -> dict[str, np.ndarray]:
         fakes.write_data(folder)
         config = fakes.noised(folder, "student")
         train.train_and_evaluate(config)
-        rows = summaries.read_metrics(config.train.model_dir)
+        rows = metrics_log.read_metrics(config.train.model_dir)
         values = fakes.tensors(config.train.model_dir, 7)
     return {
         "trained/loss": np.array([row["train/loss"] for row in rows if "train/loss" in row]),

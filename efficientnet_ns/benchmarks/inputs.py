@@ -213,8 +213,8 @@ def _preprocessings(size: int) -> dict[str, pipeline.Preprocessing]:
     noise = pipeline.RandAugment(_LAYERS, _MAGNITUDE)
     return {
         "train, no augmentation": pipeline.Preprocessing(size),
-        _TRAIN: pipeline.Preprocessing(size, randaugment=noise),
-        "train, AutoAugment": pipeline.Preprocessing(size, autoaugment=pipeline.AutoAugment()),
+        _TRAIN: pipeline.Preprocessing(size, augmentation=noise),
+        "train, AutoAugment": pipeline.Preprocessing(size, augmentation=pipeline.AutoAugment()),
     }
 
 

@@ -119,14 +119,15 @@ def _plain_update(model) -> Callable:
 def _whole_update(config: BenchmarkConfig) -> Callable:
     import tensorflow as tf
 
+    from efficientnet_ns.config import TrainConfig
     from efficientnet_ns.models import efficientnet
     from efficientnet_ns.training.optimizers import RMSPropTF1
-    from efficientnet_ns.training.student import LossSettings, NoisyStudent
+    from efficientnet_ns.training.student import NoisyStudent
 
     models = [
         efficientnet.build_model(config.model_name, 1000, config.image_size) for _ in range(2)
     ]
-    trainer = NoisyStudent(*models, LossSettings())
+    trainer = NoisyStudent(*models, TrainConfig())
     trainer.compile(RMSPropTF1(1e-3))
     trainer.optimizer.build(models[0].trainable_variables)
     return tf.function(trainer.train_step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,7 @@ def setting(
     low: float | None = None,
     free: bool = False,
     documented: Any = None,
+    pattern: str | None = None,
 ) -> Any:
     """A dataclass field that is also a flag.
 
@@ -41,12 +43,14 @@ def setting(
       free: may change between the runs that continue one model_dir.
       documented: default that the flag shows. The field is None unless the flag is given, so code
         can tell "not given" from "given, and equal to the default".
+      pattern: regular expression of values allowed in addition to `choices`.
     """
     if documented is not None and default is not None:
         raise TypeError("a setting with a documented default is None unless given")
     metadata = {
         "help": help,
         "choices": choices,
+        "pattern": pattern,
         "low": low,
         "free": free,
         "documented": default if documented is None else documented,
@@ -112,6 +116,19 @@ _DEFINE: dict[type, Callable[..., Any]] = {
 }
 
 
+class _ChoiceOrPattern(flags.EnumParser):
+    """Parses one of the choices, or a text that matches a pattern."""
+
+    def __init__(self, choices: list[str], pattern: str):
+        super().__init__(choices)
+        self._pattern = pattern
+
+    def parse(self, argument: str) -> str:
+        if re.fullmatch(self._pattern, argument):
+            return argument
+        return super().parse(argument)
+
+
 def define_flags(cls: type, flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines one absl flag per field of a settings dataclass, or of its sections."""
     for section in _flat(cls):
@@ -127,6 +144,9 @@ def define_flags(cls: type, flag_values: flags.FlagValues = flags.FLAGS) -> None
                 # Without a default, an empty value takes back that of a preset.
                 values = [*choices, ""] if default is None else [*choices]
                 define = functools.partial(flags.DEFINE_enum, enum_values=values)
+                if pattern := field.metadata["pattern"]:
+                    parser = _ChoiceOrPattern(values, pattern)
+                    define = functools.partial(flags.DEFINE, parser)
             define(
                 name=field.name,
                 default=default,

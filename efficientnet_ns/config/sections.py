@@ -7,6 +7,9 @@ from typing import Any
 
 from efficientnet_ns.config.fields import ConfigError, Settings, as_dict, setting, subsections
 
+# An augmentation policy as text; data.pipeline parses it.
+_POLICY = r"(randaugment|autoaugment)\(.*"
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Settings):
@@ -87,14 +90,17 @@ class DataConfig(Settings):
     augment_name: str | None = setting(
         None,
         "Augmentation of training images: randaugment (the original calls it v1), autoaugment, or "
-        "none, also after a preset that names one.",
+        "none, also after a preset that names one; or a policy as the log prints it, which overrides "
+        "the flags below: 'randaugment(N=2, M=27, mode=clipped)', 'autoaugment(svhn)'.",
         choices=("randaugment", "v1", "autoaugment", "none"),
+        pattern=_POLICY,
     )
     unl_aug: str = setting(
         "default",
         "Augmentation of unlabeled images: default (as labeled), randaugment, v1, autoaugment, "
-        "none (crop or shift, and flip), clean (the evaluation crop).",
+        "none (crop or shift, and flip), clean (the evaluation crop), or a policy as for augment_name.",
         choices=("default", "randaugment", "v1", "autoaugment", "none", "clean"),
+        pattern=_POLICY,
     )
     autoaugment_policy: str | None = setting(
         None,

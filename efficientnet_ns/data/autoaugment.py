@@ -7,6 +7,9 @@ lower levels.
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import tensorflow as tf
 
 from efficientnet_ns.data import augment, images, levels
@@ -156,17 +159,54 @@ def auto_augment(
     return image
 
 
-def describe_auto_augment(
-    *, policy: str = "imagenet", translate_const: float = 250.0, mode: str = "original"
-) -> str:
-    """The policy in one line for logs: `0.8 Equalize + 0.8 ShearY(±0.12); …`."""
+_FORM = re.compile(r"autoaugment\((\w+)(?:, mode=(\w+))?\)")
 
-    def describe(name: str, probability: float, level: float) -> str:
-        args = levels.op_args(name, level, 0.0, translate_const, mode)
-        return f"{probability} {levels.describe_op(name, args, mode)}"
 
-    sub_policies = " | ".join(
-        " + ".join(describe(*op) for op in sub) for sub in _sub_policies(policy)
-    )
-    suffix = "" if mode == "original" else f", mode={mode}"
-    return f"autoaugment({policy}{suffix}): {sub_policies}"
+@dataclasses.dataclass(frozen=True)
+class AutoAugment:
+    """A policy; see `auto_augment`."""
+
+    policy: str = "imagenet"
+    mode: str = "original"
+
+    @classmethod
+    def parse(cls, text: str) -> AutoAugment:
+        """The policy of which `text` is `str(policy)`, such as `autoaugment(svhn)`.
+
+        Raises:
+          ValueError: another form, or an unknown policy or mode.
+        """
+        found = _FORM.fullmatch(text)
+        if not found or found[1] not in POLICIES or (found[2] or "original") not in levels.MODES:
+            raise ValueError(f"{text!r} is not of the form {cls.forms()}")
+        return cls(found[1], found[2] or "original")
+
+    @staticmethod
+    def forms() -> str:
+        """What `parse` accepts, for help and error messages."""
+        return f"autoaugment({'|'.join(POLICIES)}[, mode=clipped])"
+
+    def __str__(self) -> str:
+        mode = "" if self.mode == "original" else f", mode={self.mode}"
+        return f"autoaugment({self.policy}{mode})"
+
+    def constants(self, size: int, small: bool) -> dict[str, float]:
+        """Reach of Translate at level 10, in pixels, for images of `size`."""
+        # Published: 10 pixels at 32, in the search on CIFAR-10 and SVHN.
+        return {"translate_const": size * 10 / 32 if small else 250.0}
+
+    def apply(self, image: tf.Tensor, seed: tf.Tensor, **constants: float) -> tf.Tensor:
+        """Augments one image, uint8 [H, W, 3] → uint8 [H, W, 3]."""
+        return auto_augment(image, seed, **constants, **dataclasses.asdict(self))
+
+    def describe(self, translate_const: float = 250.0) -> str:
+        """The policy in one line: `0.8 Equalize + 0.8 ShearY(±0.12) | …`."""
+
+        def describe(name: str, probability: float, level: float) -> str:
+            args = levels.op_args(name, level, 0.0, translate_const, self.mode)
+            return f"{probability} {levels.describe_op(name, args, self.mode)}"
+
+        sub_policies = (
+            " + ".join(describe(*op) for op in sub) for sub in _sub_policies(self.policy)
+        )
+        return f"{self}: {' | '.join(sub_policies)}"

@@ -13,56 +13,41 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from efficientnet_ns.data import augment, autoaugment, images, randaugment, record_cache
+from efficientnet_ns.data import augment, images, record_cache
+from efficientnet_ns.data.autoaugment import AutoAugment
+from efficientnet_ns.data.randaugment import RandAugment
 from efficientnet_ns.files import records
 
 _LABELED, _UNLABELED = 1, 2  # Salts: the two streams draw independently from one seed.
 
 
-@dataclasses.dataclass(frozen=True)
-class RandAugment:
-    """Settings of RandAugment; see `randaugment.rand_augment`."""
-
-    num_layers: int = 2
-    magnitude: int = 27
-    mode: str = "original"
-    use_cutout: bool = True
-
-    def constants(self, size: int, small: bool) -> dict[str, float]:
-        """Reach of Cutout and Translate in pixels, for images of `size`."""
-        # At 32 pixels the original's constants, in proportion.
-        reach = size // 8
-        cutout_const, translate_const = (reach, reach) if small else (40.0, 100.0)
-        return {"cutout_const": cutout_const, "translate_const": translate_const}
-
-    def apply(self, image: tf.Tensor, seed: tf.Tensor, **constants: float) -> tf.Tensor:
-        """uint8 [H, W, 3] → uint8 [H, W, 3]."""
-        return randaugment.rand_augment(image, seed, **constants, **dataclasses.asdict(self))
-
-    def describe(self, **constants: float) -> str:
-        """The policy in one line."""
-        return randaugment.describe_rand_augment(**constants, **dataclasses.asdict(self))
+Augmentation = RandAugment | AutoAugment
 
 
-@dataclasses.dataclass(frozen=True)
-class AutoAugment:
-    """Settings of AutoAugment; see `autoaugment.auto_augment`."""
+def parse_augmentation(text: str, size: int, small: bool) -> Augmentation:
+    """The policy that the log prints as `text`, with or without its list of ops.
 
-    policy: str = "imagenet"
-    mode: str = "original"
+    Args:
+      size, small: of the images, which the arguments of some ops depend on.
 
-    def constants(self, size: int, small: bool) -> dict[str, float]:
-        """Reach of Translate in pixels, for images of `size`."""
-        # Published: 10 pixels at 32, in the search on CIFAR-10 and SVHN.
-        return {"translate_const": size * 10 / 32 if small else 250.0}
-
-    def apply(self, image: tf.Tensor, seed: tf.Tensor, **constants: float) -> tf.Tensor:
-        """uint8 [H, W, 3] → uint8 [H, W, 3]."""
-        return autoaugment.auto_augment(image, seed, **constants, **dataclasses.asdict(self))
-
-    def describe(self, **constants: float) -> str:
-        """The policy in one line."""
-        return autoaugment.describe_auto_augment(**constants, **dataclasses.asdict(self))
+    Raises:
+      ValueError: not a known form, or the ops are not those of the policy at this size.
+    """
+    head, _, ops = text.partition(": ")
+    kind = AutoAugment if head.startswith("autoaugment") else RandAugment
+    try:
+        policy = kind.parse(head)
+    except ValueError as e:
+        raise ValueError(
+            f"{text!r} is not an augmentation; known forms: randaugment, v1, autoaugment, none, "
+            f"{RandAugment.forms()}, {AutoAugment.forms()}"
+        ) from e
+    if ops and policy.describe(**policy.constants(size, small)) != text:
+        raise ValueError(
+            f"the operations listed in {text!r} are not those of {policy} at {size} pixels; give "
+            f"{str(policy)!r} only"
+        )
+    return policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,16 +58,14 @@ class Preprocessing:
       image_size: side of the result in pixels.
       small_image: no resizing crop; shift by reflection instead (SVHN, CIFAR, digits).
       flip: mirror half of the training images.
-      randaugment: None for no RandAugment.
-      autoaugment: None for no AutoAugment; takes the place of `randaugment`.
+      augmentation: policy applied to training images; None for crop (or shift) and flip only.
       clean: train on evaluation crops (FixRes fine-tuning).
     """
 
     image_size: int
     small_image: bool = False
     flip: bool = True
-    randaugment: RandAugment | None = None
-    autoaugment: AutoAugment | None = None
+    augmentation: Augmentation | None = None
     clean: bool = False
 
     def evaluate(self, image: tf.Tensor) -> tf.Tensor:
@@ -98,33 +81,29 @@ class Preprocessing:
         """
         if self.clean:
             return self.evaluate(image)
-        crop_seed, flip_seed, noise_seed, cutout_seed = images.split_seed(seed, 4)
+        crop_seed, flip_seed, augment_seed, cutout_seed = images.split_seed(seed, 4)
         if not self.small_image:
             image = images.train_image(image, self.image_size, crop_seed, flip=False)
-            if self._noise is not None:
+            if self.augmentation is not None:
                 image = images.to_uint8(image)
-            # The noise comes last, in the order of the original.
-            return self._add_noise(self._flip(image, flip_seed), noise_seed)
+            # The augmentation comes last, in the order of the original.
+            return self._augment(self._flip(image, flip_seed), augment_seed)
         image = images.to_uint8(images.small_eval_image(image, self.image_size))
-        image = self._add_noise(image, noise_seed)
-        if self._noise is not None:
+        image = self._augment(image, augment_seed)
+        if self.augmentation is not None:
             image = augment.cutout(image, cutout_seed, self.image_size // 4)
         # The original's shift of 4 at 32 pixels, in proportion.
         image = images.reflect_pad_crop(image, crop_seed, pad=self.image_size // 8)
         return self._flip(image, flip_seed)
 
-    @property
-    def _noise(self) -> RandAugment | AutoAugment | None:
-        return self.autoaugment or self.randaugment
-
     def _flip(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         return images.random_flip(image, seed) if self.flip else image
 
-    def _add_noise(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        if self._noise is None:
+    def _augment(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        if self.augmentation is None:
             return image
-        constants = self._noise.constants(self.image_size, self.small_image)
-        return self._noise.apply(image, seed, **constants)
+        constants = self.augmentation.constants(self.image_size, self.small_image)
+        return self.augmentation.apply(image, seed, **constants)
 
     def describe(self) -> str:
         """What is done to training images, in one line for logs."""
@@ -132,16 +111,18 @@ class Preprocessing:
         if self.clean:
             return f"evaluation crop at {size} px, no augmentation"
         steps = [] if self.small_image else [f"random crop to {size} px"]
-        noise = []
-        if self._noise is not None:
-            noise = [self._noise.describe(**self._noise.constants(size, self.small_image))]
+        augmented = []
+        if self.augmentation is not None:
+            augmented = [
+                self.augmentation.describe(**self.augmentation.constants(size, self.small_image))
+            ]
         if self.small_image:
-            steps += noise
-            if noise:
+            steps += augmented
+            if augmented:
                 steps.append(f"cutout({size // 4})")
             steps.append(f"shift(±{size // 8})")
         flip = ["flip"] if self.flip else []
-        return "; ".join(steps + flip if self.small_image else steps + flip + noise)
+        return "; ".join(steps + flip if self.small_image else steps + flip + augmented)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import tensorflow as tf
 
 from efficientnet_ns.data import augment, images, levels
@@ -67,17 +70,60 @@ def rand_augment(
     return image
 
 
-def describe_rand_augment(
-    *,
-    num_layers: int,
-    magnitude: float,
-    cutout_const: float = 40.0,
-    translate_const: float = 100.0,
-    use_cutout: bool = True,
-    mode: str = "original",
-) -> str:
-    """The policy in one line for logs; `Solarize(691→179)` means 691 was asked for and 179 acts."""
-    policy = _policy(magnitude, cutout_const, translate_const, use_cutout, mode)
-    ops = ", ".join(levels.describe_op(name, args, mode) for name, args in policy.items())
-    suffix = "" if mode == "original" else f", mode={mode}"
-    return f"randaugment(N={num_layers}, M={magnitude}{suffix}): {ops}"
+_FORM = re.compile(r"randaugment\(N=(\d+), M=(\d+)(?:, mode=(\w+))?(, cutout=no)?\)")
+
+
+@dataclasses.dataclass(frozen=True)
+class RandAugment:
+    """A policy; see `rand_augment`. The defaults of training are those of the flags.
+
+    Attributes:
+      num_layers: ops applied one after the other (N).
+      magnitude: level of all ops (M).
+      mode: "original" or "clipped".
+      use_cutout: whether Cutout is one of the ops.
+    """
+
+    num_layers: int
+    magnitude: int
+    mode: str = "original"
+    use_cutout: bool = True
+
+    @classmethod
+    def parse(cls, text: str) -> RandAugment:
+        """The policy of which `text` is `str(policy)`, such as `randaugment(N=2, M=27)`.
+
+        Raises:
+          ValueError: another form, or an unknown mode.
+        """
+        found = _FORM.fullmatch(text)
+        if not found or (found[3] or "original") not in levels.MODES:
+            raise ValueError(f"{text!r} is not of the form {cls.forms()}")
+        return cls(int(found[1]), int(found[2]), found[3] or "original", found[4] is None)
+
+    @staticmethod
+    def forms() -> str:
+        """What `parse` accepts, for help and error messages."""
+        return "randaugment(N=2, M=27[, mode=clipped][, cutout=no])"
+
+    def __str__(self) -> str:
+        mode = "" if self.mode == "original" else f", mode={self.mode}"
+        cutout = "" if self.use_cutout else ", cutout=no"
+        return f"randaugment(N={self.num_layers}, M={self.magnitude}{mode}{cutout})"
+
+    def constants(self, size: int, small: bool) -> dict[str, float]:
+        """Reach of Cutout and Translate at magnitude 10, in pixels, for images of `size`."""
+        # At 32 pixels the original's constants, in proportion.
+        reach = size // 8
+        cutout_const, translate_const = (reach, reach) if small else (40.0, 100.0)
+        return {"cutout_const": cutout_const, "translate_const": translate_const}
+
+    def apply(self, image: tf.Tensor, seed: tf.Tensor, **constants: float) -> tf.Tensor:
+        """Augments one image, uint8 [H, W, 3] → uint8 [H, W, 3]."""
+        return rand_augment(image, seed, **constants, **dataclasses.asdict(self))
+
+    def describe(self, cutout_const: float = 40.0, translate_const: float = 100.0) -> str:
+        """The policy and its ops in one line; in `Solarize(691→179)`, 691 is nominal, 179 acts."""
+        policy = _policy(self.magnitude, cutout_const, translate_const, self.use_cutout, self.mode)
+        ops = (levels.describe_op(name, args, self.mode) for name, args in policy.items())
+        return f"{self}: {', '.join(ops)}"

@@ -14,7 +14,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from efficientnet_ns.config import ConfigError, HardwareConfig
+from efficientnet_ns.config.fields import ConfigError
+from efficientnet_ns.config.sections import HardwareConfig
 from efficientnet_ns.data import pipeline
 from efficientnet_ns.devices import stack
 from efficientnet_ns.models import layers
@@ -183,6 +184,13 @@ def share(context: tf.distribute.InputContext) -> pipeline.Share:
     return pipeline.Share(
         context.input_pipeline_id, context.num_input_pipelines, context.num_replicas_in_sync
     )
+
+
+def eval_share(
+    resolved: ResolvedConfig, source: pipeline.Source, context: tf.distribute.InputContext
+) -> tf.data.Dataset:
+    """A host's share of the batches that evaluate on `source`; see `pipeline.eval_batches`."""
+    return resolved.eval_batches(source, share(context))
 
 
 def check_agreement(strategy: tf.distribute.Strategy, step: int) -> None:

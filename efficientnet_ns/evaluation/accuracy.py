@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns import report
 from efficientnet_ns.inference import views as views_lib
+from efficientnet_ns.report.measures import Calibration, Confusion
 
 # Of `pipeline.eval_batches`.
 Batches = tf.data.Dataset | Callable[[tf.distribute.InputContext], tf.data.Dataset]
@@ -35,8 +35,8 @@ class Measured(NamedTuple):
     """
 
     metrics: dict[str, float]
-    confusion: report.Confusion
-    calibration: report.Calibration
+    confusion: Confusion
+    calibration: Calibration
     num_classes: int
 
     @property
@@ -129,8 +129,8 @@ class Evaluator:
         truth, predicted = truth[real], predicted[real]
         return Measured(
             metrics,
-            report.Confusion.tally(truth, predicted),
-            report.Calibration.tally(np.concatenate(confidence)[real], truth == predicted),
+            Confusion.tally(truth, predicted),
+            Calibration.tally(np.concatenate(confidence)[real], truth == predicted),
             self._num_classes,
         )
 

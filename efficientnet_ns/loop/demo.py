@@ -11,12 +11,11 @@ from typing import Any
 from efficientnet_ns import report
 from efficientnet_ns.config import Config, DemoConfig, ExportConfig, LoopConfig
 from efficientnet_ns.data import tasks
-from efficientnet_ns.files import records, text_table
+from efficientnet_ns.files import metrics_log, records, text_table
 from efficientnet_ns.loop import digits, rounds
 from efficientnet_ns.loop.state import State
 from efficientnet_ns.pseudo_labels import run_report
 from efficientnet_ns.serving.model_export import export_model
-from efficientnet_ns.training import summaries
 
 
 def settings(config: DemoConfig) -> tuple[Config, LoopConfig]:
@@ -122,7 +121,7 @@ def write_report(
     folders = [rounds.model_dir(loop, i) for i in range(len(rows) - 1)]
     folders.append(os.path.join(os.path.dirname(path), "control", "model"))
     for row, folder in zip(rows, folders):
-        runs[row["round"]] = summaries.read_metrics(folder)
+        runs[row["round"]] = metrics_log.read_metrics(folder)
     sections = [
         report.Section("Results", report.table(rows)),
         report.Section(

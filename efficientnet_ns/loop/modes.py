@@ -8,13 +8,14 @@ from typing import Any
 from absl import logging
 
 from efficientnet_ns.config import Config
+from efficientnet_ns.evaluation import evaluate
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.pseudo_labels import predict
 from efficientnet_ns.training import train
 
 _MODES: dict[str, Callable[[Config], dict[str, Any]]] = {
     "train": lambda config: train.train_and_evaluate(config, evaluate=False),
-    "eval": train.evaluate,
+    "eval": evaluate.evaluate,
     "train_and_eval": train.train_and_evaluate,
     "predict": predict.predict,
 }

@@ -16,6 +16,7 @@ import os
 from typing import Any
 
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, PredictConfig, SelectConfig
+from efficientnet_ns.evaluation import evaluate
 from efficientnet_ns.files import records
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.loop.state import State
@@ -261,5 +262,5 @@ def finetune_config(config: Config, loop: LoopConfig, number: int) -> Config:
 def train_and_measure(state: State, name: str, config: Config) -> dict[str, Any]:
     """Trains one model and measures it on the task's evaluation and test sets."""
     metrics = state.once(name, lambda: train.train_and_evaluate(config))
-    measured = state.once(f"{name}: measure", lambda: train.evaluate(config))
+    measured = state.once(f"{name}: measure", lambda: evaluate.evaluate(config))
     return {"model": config.model.model_name, "steps": metrics["step"], "measured": measured}

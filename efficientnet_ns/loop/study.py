@@ -25,6 +25,7 @@ from efficientnet_ns.config import (
     comparable,
 )
 from efficientnet_ns.config.loop import QUICK_STUDENT_STEPS, QUICK_TEACHER_STEPS
+from efficientnet_ns.evaluation import evaluate
 from efficientnet_ns.files import manifests, records
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.ingest import data_source
@@ -215,7 +216,7 @@ def _train(config: Config) -> dict[str, Any]:
     metrics = train.train_and_evaluate(config, evaluate=False)
     trained = time.monotonic()
     result = {
-        "measured": train.evaluate(config),
+        "measured": evaluate.evaluate(config),
         "steps": metrics["step"],
         "train_seconds": trained - started,
         "seconds": time.monotonic() - started,

@@ -12,8 +12,11 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config import Config, ConfigError, as_dict
+from efficientnet_ns.config.fields import ConfigError, as_dict
+from efficientnet_ns.config.sections import Config
 from efficientnet_ns.data import pipeline, tasks
+from efficientnet_ns.data.autoaugment import AutoAugment
+from efficientnet_ns.data.randaugment import RandAugment
 from efficientnet_ns.files import records
 from efficientnet_ns.models import efficientnet
 
@@ -115,7 +118,7 @@ class ResolvedConfig:
         if not data.label_data_dir:
             raise ConfigError("--label_data_dir is needed: the folder of the labeled records")
         source = pipeline.Source.find(data.label_data_dir, self.task.train_set)
-        return limited(source, source.shards, num_train_shards=data.num_train_shards)
+        return limited(source, source.shards, "num_train_shards", data.num_train_shards)
 
     def epoch_images(self, labeled: pipeline.Source | None = None) -> int:
         """Labeled images that make an epoch: as configured, the task's, or as many as there are.
@@ -169,28 +172,32 @@ class ResolvedConfig:
 
     def preprocessing(self, augment_name: str | None = None) -> pipeline.Preprocessing:
         """Preprocessing at the student's resolution, augmented when `augment_name` is given."""
+        return pipeline.Preprocessing(
+            image_size=self.image_size,
+            small_image=self.small_image,
+            flip=self.task.flip,
+            augmentation=self._augmentation(augment_name),
+            clean=self.config.data.remove_aug or augment_name == "clean",
+        )
+
+    def _augmentation(self, name: str | None) -> pipeline.Augmentation | None:
         data = self.config.data
-        randaugment = autoaugment = None
-        if augment_name == "autoaugment":
-            default = "svhn" if data.task_name == "svhn" else "imagenet"
-            autoaugment = pipeline.AutoAugment(
-                policy=data.autoaugment_policy or default, mode=data.randaug_mode
-            )
-        elif augment_name not in (None, "none", "clean"):
-            randaugment = pipeline.RandAugment(
+        if name in (None, "none", "clean"):
+            return None
+        if name in ("randaugment", "v1"):
+            return RandAugment(
                 num_layers=data.randaug_layer,
                 magnitude=data.randaug_mag,
                 mode=data.randaug_mode,
                 use_cutout=data.cutout_op,
             )
-        return pipeline.Preprocessing(
-            image_size=self.image_size,
-            small_image=self.small_image,
-            flip=self.task.flip,
-            randaugment=randaugment,
-            autoaugment=autoaugment,
-            clean=data.remove_aug or augment_name == "clean",
-        )
+        if name == "autoaugment":
+            default = "svhn" if data.task_name == "svhn" else "imagenet"
+            return AutoAugment(data.autoaugment_policy or default, data.randaug_mode)
+        try:
+            return pipeline.parse_augmentation(name, self.image_size, self.small_image)
+        except ValueError as e:
+            raise ConfigError(f"--augment_name, --unl_aug: {e}") from e
 
     @property
     def labeled_preprocessing(self) -> pipeline.Preprocessing:
@@ -305,14 +312,19 @@ class ResolvedConfig:
 
 
 def limited(
-    source: pipeline.Source, take: Callable[[int], pipeline.Source], **limit: int | None
+    source: pipeline.Source,
+    take: Callable[[int], pipeline.Source],
+    flag: str,
+    number: int | None,
 ) -> pipeline.Source:
-    """`take(number)` for the one `flag=number` given, or all of `source` when it is None.
+    """`take(number)`, or all of `source` if `number` is None.
+
+    Args:
+      flag: name of the flag whose value `number` is.
 
     Raises:
       ConfigError: there is less to take; names the flag.
     """
-    ((flag, number),) = limit.items()
     try:
         return source if number is None else take(number)
     except records.DataError as e:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
-from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -14,6 +12,7 @@ from absl import logging
 from efficientnet_ns.files import manifests
 from efficientnet_ns.models import weights
 from efficientnet_ns.training.optimizers import RMSPropTF1
+from efficientnet_ns.training.student import NoisyStudent
 
 _PREFIX = "model.ckpt-"
 
@@ -35,25 +34,14 @@ def saved_steps(folder: str) -> list[int]:
     return sorted((int(m[1]) for m in matches if m), reverse=True)
 
 
-def each_new(folder: str, seconds: float = 1.0) -> Iterator[str]:
-    """Prefixes of the newest checkpoint in a folder, each once, without end; looks every `seconds`."""
-    last = None
-    while True:
-        newest = weights.newest_checkpoint(folder)
-        if newest not in (None, last):
-            yield newest
-            last = newest
-        time.sleep(seconds)
-
-
 class Checkpoints:
     """Saves and restores one training.
 
     Args:
       folder: model_dir.
-      student, ema_student: models of one architecture.
-      optimizer: built for the student's trainable variables. Frozen ones have no slots; those of a
-        fresh optimizer are written for them, so that every checkpoint has the same names.
+      trainer: student, averages, and an optimizer built for the student's trainable variables. For
+        frozen ones, which have no slots, those of a new optimizer are written, so that every
+        checkpoint has the same names.
       keep: number of checkpoints kept.
       writes: False on all workers but the chief. They read, and take part in gathering values that
         differ between replicas, but leave the folder alone.
@@ -62,13 +50,14 @@ class Checkpoints:
     def __init__(
         self,
         folder: str,
-        student: tf.keras.Model,
-        ema_student: tf.keras.Model,
-        optimizer: RMSPropTF1,
+        trainer: NoisyStudent,
+        *,
         keep: int = 5,
         writes: bool = True,
     ):
         self.folder, self.keep, self._writes = folder, keep, writes
+        student, ema_student = trainer.student, trainer.ema_student
+        optimizer: RMSPropTF1 = trainer.optimizer
         self.optimizer, self._model = optimizer, ema_student
         names = weights.variable_names(student)
         averages = weights.variable_names(ema_student)

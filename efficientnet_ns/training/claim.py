@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
+import platform
 import socket
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config import Config, ConfigError, comparable
+from efficientnet_ns.config.fields import ConfigError, comparable
+from efficientnet_ns.config.sections import Config
 from efficientnet_ns.data import pipeline
-from efficientnet_ns.files import manifests
-from efficientnet_ns.training import checkpoints, preview, summaries
+from efficientnet_ns.files import manifests, metrics_log, records
+from efficientnet_ns.training import checkpoints, preview
 
-SETTINGS, RECORDS = "config.json", "records.json"
+SETTINGS, RECORDS, RUNS = "config.json", "records.json", "runs.jsonl"
 
 
 class DirectoryConflict(ConfigError):
@@ -54,7 +58,7 @@ def claim(
         _check_nobody_trains(folder)
         logging.warning("%s has no checkpoint: it is taken over (%s)", folder, difference)
     tf.io.gfile.makedirs(folder)
-    written = (SETTINGS, RECORDS, preview.FILE, summaries.METRICS, summaries.RUNS, "checkpoint")
+    written = (SETTINGS, RECORDS, preview.FILE, metrics_log.METRICS, RUNS, "checkpoint")
     manifests.remove_abandoned([os.path.join(folder, name) for name in written])
     # The settings a training was begun with stay as they were written.
     if difference or not tf.io.gfile.exists(os.path.join(folder, SETTINGS)):
@@ -63,10 +67,40 @@ def claim(
         manifests.write_json(os.path.join(folder, RECORDS), listing, indent=1)
 
 
-def expect_other_records(folder: str) -> None:
-    """Lets the training go on with records that are changed from now on."""
-    with contextlib.suppress(tf.errors.NotFoundError):
-        tf.io.gfile.remove(os.path.join(folder, RECORDS))
+@contextlib.contextmanager
+def expecting_other_records(folder: str) -> Iterator[None]:
+    """Forgets the records noted in `folder` if one of them turns out to be unusable inside the block.
+
+    The user repairs or removes it and starts again, and must not be refused for that.
+    """
+    try:
+        yield
+    except records.DataError:
+        with contextlib.suppress(tf.errors.NotFoundError):
+            tf.io.gfile.remove(os.path.join(folder, RECORDS))
+        raise
+
+
+def note_start(folder: str, start: int, flags: Mapping[str, Any]) -> None:
+    """Adds this start, with every flag, to `runs.jsonl`: who changed what, and when.
+
+    Args:
+      folder: model_dir.
+      start: step from which training continues.
+      flags: values by flag name.
+    """
+    row = {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "step": start,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "tensorflow": tf.__version__,
+        "flags": flags,
+    }
+    path = os.path.join(folder, RUNS)
+    metrics_log.write_lines(path, [*manifests.read_json_lines(path), row])
 
 
 def _changed_settings(folder: str, config: Config) -> str:
@@ -112,7 +146,7 @@ def _size(entry: Mapping[str, int] | None) -> str:
 
 
 def _check_nobody_trains(folder: str) -> None:
-    starts = manifests.read_json_lines(os.path.join(folder, summaries.RUNS))
+    starts = manifests.read_json_lines(os.path.join(folder, RUNS))
     last = starts[-1] if starts else {}
     pid = last.get("pid", os.getpid())
     here = last.get("host") == socket.gethostname()

@@ -1,8 +1,8 @@
 """The losses of Noisy Student as pure functions on tensors (arXiv 1911.04252, algorithm 1).
 
 Three forms of the joint loss are published: algorithm 1 adds the two means, the text averages over
-the joint batch, the code adds `unlabel_ratio` times the unlabeled mean. `combine` is the code's
-form, with which the published numbers were made.
+the joint batch, the code adds `unlabel_ratio` times the unlabeled mean. `student.NoisyStudent` uses
+the code's form, which produced the published numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def soft_cross_entropy(logits: tf.Tensor, probs: tf.Tensor) -> tf.Tensor:
 
 
 def sharpen(probs: tf.Tensor, temperature: float) -> tf.Tensor:
-    """Probabilities [N, C] as a softmax at `temperature` would give them: p^(1/T), normalised."""
+    """Probabilities [N, C] as a softmax at temperature T would return them: p^(1/T), normalized."""
     if temperature == 1.0:
         return probs
     powered = tf.pow(probs, 1.0 / temperature)
@@ -42,37 +42,26 @@ def sharpen(probs: tf.Tensor, temperature: float) -> tf.Tensor:
 
 
 def pseudo_label_loss(
-    logits: tf.Tensor,
-    *,
-    labels: tf.Tensor,
-    probs: tf.Tensor,
-    temperature: float,
-    smoothing: float,
+    logits: tf.Tensor, labels: tf.Tensor, probs: tf.Tensor | None, *, smoothing: float
 ) -> tf.Tensor:
     """Loss per unlabeled example.
 
     Args:
       logits: of the student, float32 [N, C].
-      labels: hard pseudo labels, int [N].
-      probs: soft pseudo labels, float32 [N, C], already at `temperature`.
-      temperature: negative means hard labels (smoothed like true ones); else soft ones (never
-        smoothed).
+      labels: hard pseudo labels, int [N]; used if `probs` is None.
+      probs: soft pseudo labels, float32 [N, C], already at their temperature; None for hard ones.
+      smoothing: of hard pseudo labels, as of true labels; soft ones are never smoothed.
 
     Returns:
       float32 [N].
     """
-    if temperature < 0:
+    if probs is None:
         return smoothed_cross_entropy(logits, labels, smoothing)
     return soft_cross_entropy(logits, probs)
 
 
-def combine(labeled: tf.Tensor, unlabeled: tf.Tensor | None, unlabel_ratio: float) -> tf.Tensor:
-    """L_labeled + unlabel_ratio · L_unlabeled of two scalar means."""
-    return labeled if unlabeled is None else labeled + unlabel_ratio * unlabeled
-
-
 def decayed_variables(variables: Iterable[tf.Variable]) -> list[tf.Variable]:
-    """The variables that weight decay counts: all trainable ones, biases too, but batch norm's."""
+    """The variables that weight decay applies to: kernels and biases, but not those of batch norm."""
     return [v for v in variables if v.name.split("/")[-1].split(":")[0] not in ("gamma", "beta")]
 
 

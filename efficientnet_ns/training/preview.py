@@ -10,7 +10,6 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config import DataConfig
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.files import manifests
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
@@ -41,14 +40,13 @@ def draw(
     )
     sample = ResolvedConfig.from_config(small).training_batches(labeled, unlabeled, 0)
     batch = next(iter(sample))
-    names, data = tasks.class_names(resolved.task), resolved.config.data
+    names = tasks.class_names(resolved.task)
     titles = [_name(int(label), names) for label in batch["label"]]
-    heading = f"Labeled images, {_augmentation(data, data.augment_name)}"
+    heading = f"Labeled images, {_augmentation(resolved.labeled_preprocessing)}"
     sections = [(heading, batch["image"].numpy(), titles)]
     if unlabeled is not None:
         images, titles = batch["unl_image"].numpy(), _pseudo_titles(batch, names)
-        name = data.augment_name if data.unl_aug == "default" else data.unl_aug
-        heading = f"Unlabeled images, {_augmentation(data, name)}; {_label_source(batch)}"
+        heading = f"Unlabeled images, {_augmentation(resolved.unlabeled_preprocessing)}; {_label_source(batch)}"
         sections.append((heading, images, titles))
     png = _png(sections)
     path = os.path.join(resolved.config.train.model_dir, FILE)
@@ -62,12 +60,12 @@ def _name(label: int, names: Sequence[str] | None) -> str:
     return text if len(text) <= _TITLE_WIDTH else text[: _TITLE_WIDTH - 1] + "…"
 
 
-def _augmentation(data: DataConfig, name: str | None) -> str:
-    if data.remove_aug or name == "clean":
+def _augmentation(preprocessing: pipeline.Preprocessing) -> str:
+    if preprocessing.clean:
         return "evaluation crops"
-    if name in (None, "none"):
+    if preprocessing.augmentation is None:
         return "cropped and flipped only"
-    return f"augmentation {name} ({data.randaug_layer} layers, magnitude {data.randaug_mag})"
+    return f"augmentation {preprocessing.augmentation}"
 
 
 def _label_source(batch: dict[str, tf.Tensor]) -> str:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config import Config, TrainConfig
 from efficientnet_ns.config.preemption import Preempted, StopRequest
+from efficientnet_ns.config.sections import Config, TrainConfig
 from efficientnet_ns.evaluation import accuracy
+from efficientnet_ns.files.metrics_log import MetricsLog
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.training.checkpoints import Checkpoints
 from efficientnet_ns.training.input_wait import InputWait
-from efficientnet_ns.training.summaries import MetricsLog
 
 
 class TrainingDiverged(RuntimeError):
@@ -76,10 +76,6 @@ class Session(tf.keras.callbacks.Callback):
             line_every=train.log_step_count_steps,
         )
         self._mark = time.monotonic()
-
-    def watched(self, batches: tf.data.Dataset) -> tf.data.Dataset:
-        """The batches to train on, with their waiting time measured."""
-        return batches if self._wait is None else self._wait.measure(batches)
 
     def catch_up(self) -> None:
         """Evaluates the checkpoint of `start` when the run that saved it was ended before."""

@@ -2,156 +2,121 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import NamedTuple
+import contextlib
 
 import tensorflow as tf
 
+from efficientnet_ns.config.sections import TrainConfig
 from efficientnet_ns.models import layers
 from efficientnet_ns.training import ema, losses
 
 
-@dataclasses.dataclass(frozen=True)
-class LossSettings:
-    """What the student is asked to minimise.
-
-    Attributes:
-      label_smoothing: of true labels and of hard pseudo labels.
-      weight_decay: factor of Σ½‖v‖².
-      unlabel_ratio: weight, and batch share, of unlabeled images.
-      teacher_softmax_temp: negative for hard pseudo labels, else the temperature of soft ones.
-      ema_decay: ceiling of the moving average's decay.
-      label_data_sample_prob: probability that a labeled image enters the loss. The mean stays over
-        all of them, so that the labeled loss shrinks by this factor, as in the original.
-      label_weight: of the labeled loss.
-      unl_model_noise: dropout and stochastic depth for the unlabeled images too.
-    """
-
-    label_smoothing: float = 0.1
-    weight_decay: float = 1e-5
-    unlabel_ratio: float = 0.0
-    teacher_softmax_temp: float = -1.0
-    ema_decay: float = 0.9999
-    label_data_sample_prob: float = 1.0
-    label_weight: float = 1.0
-    unl_model_noise: bool = True
-
-
-class _PseudoLabels(NamedTuple):
-    """Hard labels int32 [U] and, at a positive temperature, soft ones float32 [U, C]."""
-
-    labels: tf.Tensor
-    probs: tf.Tensor | None
-
-
 class NoisyStudent(tf.keras.Model):
-    """Trains `student` on labeled and pseudo-labeled images, and averages it in `ema_student`.
+    """Trains `student` on labeled and pseudo-labeled images, and averages its weights.
 
     A batch is a dict: `image` [B, S, S, 3] and `label` int32 [B]; with unlabeled data also
-    `unl_image` [U, S, S, 3], and either stored pseudo labels `unl_label` int32 [U], `unl_probs`
-    float32 [U, C], or `teacher_image` [U, T, T, 3] for a teacher that answers on the fly.
+    `unl_image` [U, S, S, 3], and either stored pseudo labels `unl_label` int32 [U] and `unl_probs`
+    float32 [U, C], or `teacher_image` [U, T, T, 3] for a teacher that labels on the fly.
 
     Args:
-      student: the model that learns.
+      student: the model that learns; images in 0..255 → logits [N, C].
       ema_student: a model of the same architecture that holds the averages.
-      settings: see `LossSettings`.
-      seed: of all noise; together with the step number it fixes every draw.
-      teacher: frozen model that labels `teacher_image`; None takes the stored labels.
+      settings: factors of the loss, decay of the average, and the seed, which together with the step
+        number determines all noise.
+      teacher: frozen model that labels `teacher_image`; None uses the stored labels.
     """
 
     def __init__(
         self,
         student: tf.keras.Model,
         ema_student: tf.keras.Model,
-        settings: LossSettings,
-        seed: int = 0,
+        settings: TrainConfig,
         teacher: tf.keras.Model | None = None,
     ):
         super().__init__(name="noisy_student")
         self.student, self.ema_student, self.teacher = student, ema_student, teacher
-        self.settings, self.seed = settings, seed
+        self.settings = settings
         self._means: dict[str, tf.keras.metrics.Mean] = {}
         ema_student.trainable = False
         if teacher is not None:
             teacher.trainable = False
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Logits of the student; images [N, S, S, 3] → [N, C]."""
         return self.student(images, training=training)
 
     def train_step(self, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        images, labels = batch["image"], batch["label"]
-        pseudo = None
-        if self.settings.unlabel_ratio:
-            # One forward pass over both, so that they share batch-norm statistics. Augmented images
-            # are uint8, others are not, and may lie outside of its range.
-            both = [tf.cast(x, tf.float32) for x in (images, batch["unl_image"])]
-            images = tf.concat(both, 0)
-            pseudo = self._pseudo_labels(batch)
+        """Updates student and averages; returns the means of what is logged since the last reset."""
+        settings, images, labels = self.settings, batch["image"], batch["label"]
+
+        if settings.unlabel_ratio:
+            pseudo_labels, pseudo_probs = self._pseudo_labels(batch)
+            # One batch, so that both kinds of images share batch-norm statistics. In float, because
+            # interpolated pixels may exceed 0..255 slightly.
+            images = tf.concat([tf.cast(x, tf.float32) for x in (images, batch["unl_image"])], 0)
         variables = self.student.trainable_variables
         with tf.GradientTape() as tape, self._noise(labels.shape[0], images.shape[0]):
+            # --- Forward pass, with dropout and stochastic depth
             logits = self.student(images, training=True)
             labeled_logits, unlabeled_logits = tf.split(logits, [labels.shape[0], -1])
-            parts = self._loss_parts(labeled_logits, labels, unlabeled_logits, pseudo)
+            # --- L = label_weight · L_labeled + unlabel_ratio · L_unlabeled + weight_decay · Σ½‖v‖²
+            smoothing, keep = settings.label_smoothing, settings.label_data_sample_prob
+            labeled = losses.smoothed_cross_entropy(labeled_logits, labels, smoothing)
+            if keep < 1:
+                # The mean stays over all labeled images, so the loss shrinks, as in the original.
+                labeled *= layers.bernoulli(labeled, keep, "labeled_sample")
+            logs = {"lab/loss": tf.reduce_mean(labeled)}
+            data_loss = logs["lab/loss"] * settings.label_weight
+            if settings.unlabel_ratio:
+                unlabeled = losses.pseudo_label_loss(
+                    unlabeled_logits, pseudo_labels, pseudo_probs, smoothing=smoothing
+                )
+                logs["ext/loss"] = tf.reduce_mean(unlabeled)
+                data_loss += settings.unlabel_ratio * logs["ext/loss"]
+            # Differs (3): decays the student's weights only, without a teacher's.
+            decay = losses.half_squared_norm(losses.decayed_variables(variables))
+            loss = data_loss + settings.weight_decay * decay
             # Gradients are summed over replicas; each replica's loss is a mean over its own share.
-            scaled_loss = parts["train/loss"] / self.distribute_strategy.num_replicas_in_sync
+            scaled_loss = loss / self.distribute_strategy.num_replicas_in_sync
+        # --- Update of the student, then of the averages
         gradients = tape.gradient(scaled_loss, variables)
         self.optimizer.apply_gradients(zip(gradients, variables))
-        ema.update(
-            self.ema_student.weights,
-            self.student.weights,
-            ema.ramped_decay(self.settings.ema_decay, self.optimizer.iterations),
-        )
-        logs = _confidence(labeled_logits, labels, "lab", "lab/acc") | parts
-        if pseudo is not None:
-            # The original compares with the stored label even when a teacher answers on the fly.
-            reference = batch.get("unl_label", pseudo.labels)
+        ema_decay = ema.ramped_decay(settings.moving_average_decay, self.optimizer.iterations)
+        ema.update(self.ema_student.weights, self.student.weights, ema_decay)
+        # --- Logs
+        logs |= {"train/data_loss": data_loss, "train/loss": loss}
+        logs |= _confidence(labeled_logits, labels, "lab", "lab/acc")
+        if settings.unlabel_ratio:
+            # The original compares with the stored label even when a teacher labels on the fly.
+            reference = batch.get("unl_label", pseudo_labels)
             logs |= _confidence(unlabeled_logits, reference, "unl", "unl/acc_to_dump")
-            if pseudo.probs is not None:
-                logs["unl/target_prob"] = tf.reduce_mean(tf.reduce_max(pseudo.probs, -1))
-        # Keras computes a schedule's value while it applies it; before, the last step's is read.
+            if pseudo_probs is not None:
+                logs["unl/target_prob"] = tf.reduce_mean(tf.reduce_max(pseudo_probs, -1))
+        # Keras evaluates the schedule in apply_gradients; earlier, this reads the previous step's rate.
         logs["train/lr"] = tf.identity(self.optimizer.learning_rate)
         return self._averaged(logs)
 
-    def _loss_parts(self, labeled_logits, labels, unlabeled_logits, pseudo) -> dict[str, tf.Tensor]:
-        """The named parts of the loss and their sum `train/loss`, float32 scalars."""
-        settings, unlabeled_loss, parts = self.settings, None, {}
-        labeled = losses.smoothed_cross_entropy(labeled_logits, labels, settings.label_smoothing)
-        if settings.label_data_sample_prob < 1:
-            labeled *= layers.bernoulli(labeled, settings.label_data_sample_prob, "labeled_sample")
-        parts["lab/loss"] = tf.reduce_mean(labeled)
-        if pseudo is not None:
-            parts["ext/loss"] = unlabeled_loss = tf.reduce_mean(
-                losses.pseudo_label_loss(
-                    unlabeled_logits,
-                    labels=pseudo.labels,
-                    probs=pseudo.probs,
-                    temperature=settings.teacher_softmax_temp,
-                    smoothing=settings.label_smoothing,
-                )
-            )
-        weighted = parts["lab/loss"] * settings.label_weight
-        data_loss = losses.combine(weighted, unlabeled_loss, settings.unlabel_ratio)
-        # Differs (3): the student's weights only, without a teacher's.
-        decayed = losses.decayed_variables(self.student.trainable_variables)
-        decay = settings.weight_decay * losses.half_squared_norm(decayed)
-        return {**parts, "train/data_loss": data_loss, "train/loss": data_loss + decay}
-
-    def _pseudo_labels(self, batch: dict[str, tf.Tensor]) -> _PseudoLabels:
+    def _pseudo_labels(self, batch: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Hard labels int32 [U]; at a positive temperature also soft ones float32 [U, C]."""
         temperature = self.settings.teacher_softmax_temp
         if self.teacher is None:
             probs = batch["unl_probs"]
             soft = losses.sharpen(probs, temperature) if temperature > 0 else None
-            return _PseudoLabels(batch["unl_label"], soft)
+            return batch["unl_label"], soft
         logits = tf.stop_gradient(self.teacher(batch["teacher_image"], training=False))
         soft = tf.nn.softmax(logits / temperature) if temperature > 0 else None
-        return _PseudoLabels(tf.argmax(logits, -1, output_type=tf.int32), soft)
+        return tf.argmax(logits, -1, output_type=tf.int32), soft
 
-    def _noise(self, num_labeled: int, num_images: int):
-        """Noise by seed, step and row of the batch of all replicas: the labeled rows come first."""
+    def _noise(self, num_labeled: int, num_images: int) -> contextlib.AbstractContextManager[None]:
+        """Noise determined by seed, step and row in the global batch, where labeled rows come first.
+
+        The layers of the student read it from the context, because Keras passes nothing but `training`
+        through a functional model.
+        """
         context = tf.distribute.get_replica_context()
         replica, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
         seed = tf.stack(
-            [tf.cast(self.seed, tf.int32), tf.cast(self.optimizer.iterations, tf.int32)]
+            [tf.cast(self.settings.seed, tf.int32), tf.cast(self.optimizer.iterations, tf.int32)]
         )
         seed = layers.fold_in(seed, 0)
         quiet_from = None if self.settings.unl_model_noise else num_labeled
@@ -170,7 +135,7 @@ class NoisyStudent(tf.keras.Model):
         return {name: self._means[name].result() for name in logs}
 
     def compile(self, *args, **kwargs) -> None:
-        """Keras' `compile`; creates the running means that one chunk of steps reports."""
+        """Keras' `compile`; creates the running means that a host loop reports."""
         super().compile(*args, **kwargs)
         names = ["lab/acc", "lab/pred_prob", "lab/loss"]
         if self.settings.unlabel_ratio:
@@ -182,10 +147,14 @@ class NoisyStudent(tf.keras.Model):
 
     @property
     def metrics(self) -> list[tf.keras.metrics.Metric]:
+        """The running means, which Keras resets at the beginning of every host loop."""
         return list(self._means.values())
 
 
-def _confidence(logits, labels, prefix: str, accuracy_name: str) -> dict[str, tf.Tensor]:
+def _confidence(
+    logits: tf.Tensor, labels: tf.Tensor, prefix: str, accuracy_name: str
+) -> dict[str, tf.Tensor]:
+    """Accuracy against `labels`, and the mean probability of the predicted class."""
     hits = tf.argmax(logits, -1, output_type=tf.int32) == tf.cast(labels, tf.int32)
     return {
         accuracy_name: tf.reduce_mean(tf.cast(hits, tf.float32)),

@@ -324,7 +324,7 @@ def test_a_preset_can_be_taken_back(nothing):
     plain = parse(Config, preset, f"--augment_name={nothing}")
     assert plain.data.augment_name is None
     assert plain.override(augment_name="randaugment") == parse(Config, preset)
-    assert ResolvedConfig.from_config(plain).labeled_preprocessing.randaugment is None
+    assert ResolvedConfig.from_config(plain).labeled_preprocessing.augmentation is None
 
 
 def test_none_means_something_where_it_is_not_the_default():

@@ -472,7 +472,7 @@ def test_clipped_mode_does_not_wrap(name, magnitude, keeps_image, monkeypatch):
 
 
 def test_clipped_mode_limits_the_arguments():
-    text = randaugment.describe_rand_augment(num_layers=2, magnitude=27, mode="clipped")
+    text = randaugment.RandAugment(num_layers=2, magnitude=27, mode="clipped").describe()
     assert text.startswith("randaugment(N=2, M=27, mode=clipped): ")
     for op in (
         "Posterize(8)",
@@ -485,7 +485,7 @@ def test_clipped_mode_limits_the_arguments():
         "Color(4.96)",
     ):
         assert op in text
-    low = randaugment.describe_rand_augment(num_layers=1, magnitude=1, mode="clipped")
+    low = randaugment.RandAugment(num_layers=1, magnitude=1, mode="clipped").describe()
     assert "Posterize(1)" in low
 
 
@@ -500,13 +500,13 @@ def test_modes_agree_in_range():
 
 
 def test_description_names_the_effective_arguments():
-    text = randaugment.describe_rand_augment(num_layers=2, magnitude=27)
+    text = randaugment.RandAugment(num_layers=2, magnitude=27).describe()
     assert text.startswith(
         "randaugment(N=2, M=27): AutoContrast, Equalize, Invert, Rotate(±81.0), "
     )
     for op in ("Posterize(10→1)", "Solarize(691→179)", "Color(4.96)", "Cutout(108)"):
         assert op in text
-    without = randaugment.describe_rand_augment(num_layers=2, magnitude=27, use_cutout=False)
+    without = randaugment.RandAugment(num_layers=2, magnitude=27, use_cutout=False).describe()
     assert "Cutout" not in without
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns.config import Config
+from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import augment, autoaugment, levels, pipeline
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
@@ -147,13 +147,13 @@ def test_depends_on_the_seed_alone(image, policy):
 
 
 def test_description():
-    text = autoaugment.describe_auto_augment(policy="imagenet")
+    text = autoaugment.AutoAugment(policy="imagenet").describe()
     assert text.startswith(
         "autoaugment(imagenet): 0.8 Equalize + 0.8 ShearY(±0.12) | 0.4 Color(1.72) + 0.6 Equalize |"
     )
     assert "0.8 Posterize(0→1) + 0.6 Solarize(256→0)" in text and "TranslateY(±225.0)" in text
     assert text.count("|") == 24
-    clipped = autoaugment.describe_auto_augment(policy="imagenet", mode="clipped")
+    clipped = autoaugment.AutoAugment(policy="imagenet", mode="clipped").describe()
     assert "(imagenet, mode=clipped)" in clipped and "Solarize(256)" in clipped
 
 
@@ -180,23 +180,55 @@ def test_policy_by_task_or_flag(task, policy, expected):
         task_name=task, augment_name="autoaugment", autoaugment_policy=policy
     )
     preprocessing = ResolvedConfig.from_config(config).preprocessing("autoaugment")
-    assert preprocessing.autoaugment == pipeline.AutoAugment(expected)
-    assert preprocessing.randaugment is None
+    assert preprocessing.augmentation == pipeline.AutoAugment(expected)
 
 
 def test_preprocessing_applies_and_describes_it(monkeypatch):
     encoded = tf.io.encode_png(np.random.default_rng(1).integers(0, 256, (40, 40, 3), np.uint8))
     noise = pipeline.AutoAugment("svhn")
     for small, size, reach in ((False, 24, 250.0), (True, 32, 10.0)):
-        preprocessing = pipeline.Preprocessing(size, small, autoaugment=noise)
+        preprocessing = pipeline.Preprocessing(size, small, augmentation=noise)
         assert noise.constants(size, small) == {"translate_const": reach}
         result = preprocessing.train(encoded, tf.constant([3, 4]))
         assert result.dtype == tf.uint8 and result.shape == [size, size, 3]
         text = preprocessing.describe()
-        assert autoaugment.describe_auto_augment(policy="svhn", translate_const=reach) in text
+        assert autoaugment.AutoAugment("svhn").describe(reach) in text
         assert "\n" not in text
     assert pipeline.Preprocessing(24).describe() == "random crop to 24 px; flip"
     assert "no augmentation" in pipeline.Preprocessing(24, clean=True).describe()
-    small = pipeline.Preprocessing(32, True, flip=False, randaugment=pipeline.RandAugment(1, 5))
+    small = pipeline.Preprocessing(32, True, flip=False, augmentation=pipeline.RandAugment(1, 5))
     assert small.describe().startswith("randaugment(N=1, M=5): ")
     assert small.describe().endswith("; cutout(8); shift(±4)")
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pipeline.RandAugment(3, 9, "clipped", use_cutout=False),
+        pipeline.RandAugment(2, 27),
+        pipeline.AutoAugment("svhn", "clipped"),
+        pipeline.AutoAugment(),
+    ],
+)
+def test_policy_is_given_as_the_log_prints_it(policy):
+    """With or without its list of operations, for labeled and unlabeled images."""
+    for text in (str(policy), policy.describe(**policy.constants(224, False))):
+        config = Config().override(augment_name=text, unl_aug=text, randaug_mag=1)
+        resolved = ResolvedConfig.from_config(config)
+        assert resolved.labeled_preprocessing.augmentation == policy
+        assert text in resolved.unlabeled_preprocessing.describe()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("randaugment(N=2)", "known forms: randaugment, v1"),
+        ("randaugment(N=2, M=27, mode=sane)", "known forms"),
+        ("autoaugment(v9)", "known forms"),
+        ("randaugment(N=2, M=27): Invert", "operations listed"),
+    ],
+)
+def test_policies_that_are_none_are_refused(text, message):
+    resolved = ResolvedConfig.from_config(Config().override(augment_name=text))
+    with pytest.raises(ConfigError, match=message):
+        assert resolved.labeled_preprocessing

@@ -19,7 +19,7 @@ import pytest
 import tensorflow as tf
 
 from efficientnet_ns.config import Config
-from efficientnet_ns.data import images, pipeline, record_cache
+from efficientnet_ns.data import images, pipeline, randaugment, record_cache
 from efficientnet_ns.files import records
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
@@ -28,12 +28,12 @@ COUNT, SHARDS = 23, 3  # The label of a record is its number, so that streams ca
 BATCH = 5
 SIZE = 16
 PLAIN = pipeline.Preprocessing(SIZE)
-NOISED = pipeline.Preprocessing(SIZE, randaugment=pipeline.RandAugment(1, 9))
+NOISED = pipeline.Preprocessing(SIZE, augmentation=pipeline.RandAugment(1, 9))
 SMALL = pipeline.Preprocessing(SIZE, small_image=True, flip=False)
 SMALL_NOISED = pipeline.Preprocessing(
-    SIZE, small_image=True, flip=False, randaugment=pipeline.RandAugment(1, 9)
+    SIZE, small_image=True, flip=False, augmentation=pipeline.RandAugment(1, 9)
 )
-CLEAN = pipeline.Preprocessing(SIZE, randaugment=pipeline.RandAugment(2, 27), clean=True)
+CLEAN = pipeline.Preprocessing(SIZE, augmentation=pipeline.RandAugment(2, 27), clean=True)
 
 
 @functools.cache
@@ -182,7 +182,7 @@ def test_images_belong_to_their_labels(labeled, pseudo):
 
 
 def test_images_for_a_teacher_are_the_clean_crop(pseudo):
-    teacher = pipeline.Preprocessing(24, randaugment=pipeline.RandAugment())
+    teacher = pipeline.Preprocessing(24, augmentation=pipeline.RandAugment(2, 27))
     data = unlabeled_batches(pseudo, SMALL, teacher_preprocessing=teacher)
     assert data.element_spec == {
         "unl_image": tf.TensorSpec([BATCH, SIZE, SIZE, 3], tf.uint8),
@@ -261,12 +261,12 @@ def test_settings_of_joint_batches(folder, monkeypatch):
         run = resolved(folder, augment_name=augment_name, unl_aug=unl_aug, **settings)
         calls.clear()
         run.training_batches("labeled", "unlabeled", 0)
-        assert calls == [pipeline.Preprocessing(SIZE, randaugment=e) for e in expected]
+        assert calls == [pipeline.Preprocessing(SIZE, augmentation=e) for e in expected]
     run = resolved(folder, augment_name="v1", unl_aug="clean", **settings)
     calls.clear()
     run.training_batches("labeled", "unlabeled", 0)
     labeled, unlabeled = pipeline.Preprocessing(SIZE), pipeline.Preprocessing(SIZE, clean=True)
-    assert calls == [dataclasses.replace(labeled, randaugment=noise), unlabeled]
+    assert calls == [dataclasses.replace(labeled, augmentation=noise), unlabeled]
     run = resolved(folder, augment_name="v1", remove_aug=True, small_image_model=True)
     assert run.preprocessing().clean and run.preprocessing().small_image
 
@@ -436,12 +436,12 @@ def test_constants_of_the_noise(monkeypatch, small, size, expected):
         calls.append(("crop", size))
         return tf.zeros([size, size, 3])
 
-    monkeypatch.setattr(pipeline.randaugment, "rand_augment", rand_augment)
+    monkeypatch.setattr(randaugment, "rand_augment", rand_augment)
     monkeypatch.setattr(pipeline.augment, "cutout", cutout)
     monkeypatch.setattr(pipeline.images, "reflect_pad_crop", shift)
     monkeypatch.setattr(pipeline.images, "train_image", crop)
     settings = pipeline.RandAugment(3, 11, "clipped", use_cutout=False)
-    preprocessing = pipeline.Preprocessing(size, small, flip=False, randaugment=settings)
+    preprocessing = pipeline.Preprocessing(size, small, flip=False, augmentation=settings)
     preprocessing.train(tf.constant(pictures()[0]), tf.constant([0, 1]))
     assert calls == expected
 
@@ -449,7 +449,7 @@ def test_constants_of_the_noise(monkeypatch, small, size, expected):
 @pytest.mark.parametrize("small", [False, True])
 def test_clean_training_sees_evaluation_crops(small):
     noise = pipeline.RandAugment(2, 27)
-    clean = pipeline.Preprocessing(SIZE, small, randaugment=noise, clean=True)
+    clean = pipeline.Preprocessing(SIZE, small, augmentation=noise, clean=True)
     for picture in pictures()[:4]:
         expected = clean.evaluate(picture)
         for seed in range(3):

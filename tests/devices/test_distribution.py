@@ -29,9 +29,10 @@ from fakes import variable_values as values
 from efficientnet_ns.config import Config, ConfigError, HardwareConfig, preemption
 from efficientnet_ns.data import pipeline
 from efficientnet_ns.devices import distribution
+from efficientnet_ns.files import metrics_log
 from efficientnet_ns.models import layers
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
-from efficientnet_ns.training import summaries, train
+from efficientnet_ns.training import train
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +366,7 @@ class Launcher:
         for index, process in enumerate(processes):
             code = process.wait(timeout=300)
             assert code == 0, (self.folder / f"{model_dir}.{index}.log").read_text()[-3000:]
-        return summaries.read_metrics(str(self.folder / model_dir))
+        return metrics_log.read_metrics(str(self.folder / model_dir))
 
     def kill(self) -> None:
         for process in self.running:
@@ -512,7 +513,7 @@ def test_one_worker_asked_to_stop_stops_all_at_one_step(launcher, folder, uninte
     name = f"asked_{asked}"
     flags = (f"--train_steps={STEPS}", "--save_checkpoints_steps=1000")
     workers = launcher.start(name, *flags, workers=2)
-    wait_for(lambda: len(summaries.read_metrics(str(folder / name))) >= 3, workers)
+    wait_for(lambda: len(metrics_log.read_metrics(str(folder / name))) >= 3, workers)
     workers[asked].send_signal(signal.SIGTERM)
     assert [worker.wait(timeout=180) for worker in workers] == [preemption.EXIT_CODE] * 2
     (saved,) = (folder / name).glob("model.ckpt-*.index")

@@ -13,8 +13,6 @@ import pytest
 import stack_arrays
 import tensorflow as tf
 
-from efficientnet_ns.training import summaries
-
 ROOT = Path(__file__).parents[2]
 OTHER_VARIABLE = "EFFICIENTNET_NS_OTHER_PYTHON"
 REFERENCE = ROOT / "tests" / "goldens" / "stacks" / "reference.npz"
@@ -169,6 +167,7 @@ def test_both_stacks_agree_on_one_machine(ours, other, tmp_path):
 
 CONTINUE = """
 import json, sys
+from efficientnet_ns.files import metrics_log
 from efficientnet_ns.config import Config
 from efficientnet_ns.training import train
 train.train_and_evaluate(Config().override(**json.loads(sys.argv[1])))
@@ -188,7 +187,7 @@ def test_training_continues_on_the_other_stack(ours, other, tmp_path, begins_her
     assert continued.returncode == 0, continued.stderr
     assert "InitializeLog" not in continued.stderr, "TensorFlow's own log"
     assert set_ups.saved_steps(config.train.model_dir) == [2, 4, 6, 7]
-    rows = summaries.read_metrics(config.train.model_dir)
+    rows = metrics_log.read_metrics(config.train.model_dir)
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     np.testing.assert_allclose(losses, ours["trained/loss"], atol=TOLERANCE["trained/"])
 

@@ -18,13 +18,12 @@ from fakes import ROOT, free_ports, pictures, worker_environment, write_task
 
 from efficientnet_ns import report as labeling_report
 from efficientnet_ns.config import Config, ConfigError
-from efficientnet_ns.evaluation import accuracy, accuracy_report
+from efficientnet_ns.evaluation import accuracy, accuracy_report, evaluate
 from efficientnet_ns.files import records
 from efficientnet_ns.inference.engines import EngineError
 from efficientnet_ns.models import weights
 from efficientnet_ns.models.recipes import RECIPES
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
-from efficientnet_ns.training import train
 
 CLASSES, COUNT = 3, 23
 
@@ -120,7 +119,7 @@ def approx(metrics: dict[str, float]):
 @pytest.fixture(scope="module")
 def evaluated(folder) -> Path:
     out = folder / "written"
-    metrics = train.evaluate(settings(folder, eval_dir=str(out)))["validation"]
+    metrics = evaluate.evaluate(settings(folder, eval_dir=str(out)))["validation"]
     assert metrics == approx(expected_metrics(*answers(folder)))
     return out
 
@@ -172,13 +171,13 @@ def test_page(evaluated, folder):
 
 @pytest.mark.slow
 def test_raw_weights(folder):
-    raw = train.evaluate(settings(folder, eval_ema=False))["validation"]
+    raw = evaluate.evaluate(settings(folder, eval_ema=False))["validation"]
     assert raw == approx(expected_metrics(*answers(folder, ema=False)))
     assert raw["loss"] != pytest.approx(expected_metrics(*answers(folder))["loss"], rel=1e-3)
 
 
 def test_another_resolution(folder):
-    found = train.evaluate(settings(folder, eval_image_size=16))["validation"]
+    found = evaluate.evaluate(settings(folder, eval_image_size=16))["validation"]
     assert found == approx(expected_metrics(*answers(folder, size=16)))
     assert found["loss"] != pytest.approx(expected_metrics(*answers(folder))["loss"], rel=1e-3)
 
@@ -186,24 +185,24 @@ def test_another_resolution(folder):
 @pytest.mark.parametrize("engine", [pytest.param("tf", marks=pytest.mark.slow), "xnnpack"])
 def test_mirrored_views_with_each_engine(folder, engine):
     config = settings(folder, eval_views=2, inference_engine=engine)
-    found = train.evaluate(config)["validation"]
+    found = evaluate.evaluate(config)["validation"]
     assert found == pytest.approx(expected_metrics(*answers(folder, mirrored=True)), rel=1e-3)
 
 
 def test_number_of_views(folder):
     with pytest.raises(ConfigError, match="--eval_views=10 must be 1 or 2"):
-        train.evaluate(settings(folder, eval_views=10))
+        evaluate.evaluate(settings(folder, eval_views=10))
 
 
 def test_an_engine_that_cannot_compute_is_refused(folder, monkeypatch):
     xnnpack = {"inference_engine": "xnnpack"}
     with pytest.raises(ConfigError, match="one device"):
-        train.evaluate(settings(folder, num_replicas=4, **xnnpack))
+        evaluate.evaluate(settings(folder, num_replicas=4, **xnnpack))
     with pytest.raises(ConfigError, match="--eval_continuously computes with TensorFlow"):
-        train.evaluate(settings(folder, eval_continuously=True, **xnnpack))
+        evaluate.evaluate(settings(folder, eval_continuously=True, **xnnpack))
     monkeypatch.setattr("efficientnet_ns.inference.engines._MAX_PARAMETERS", 1)
     with pytest.raises(EngineError, match="does not fit into a flatbuffer"):
-        train.evaluate(settings(folder, **xnnpack))
+        evaluate.evaluate(settings(folder, **xnnpack))
 
 
 @pytest.mark.parametrize("kind", ["xnnpack", "auto"])
@@ -220,7 +219,7 @@ def test_the_engine_computes(folder, monkeypatch, kind):
         return engine
 
     monkeypatch.setattr("efficientnet_ns.inference.engines.make", make)
-    found = train.evaluate(settings(folder, inference_engine=kind))["validation"]
+    found = evaluate.evaluate(settings(folder, inference_engine=kind))["validation"]
     labels = answers(folder)[1]
     assert (asked, seen) == ([kind], [8, 8, 8])
     assert found["top1"] == pytest.approx(np.mean(labels == 1))
@@ -240,7 +239,7 @@ _MORE = [(1, 4), (1, 23), (1, 64), (4, 4), (4, 7), (4, 23), (4, 64)]
 def test_count_is_exact(folder, replicas, batch):
     """Batches that do not divide the set, nor by the replicas, and one larger than the set."""
     config = settings(folder, eval_batch_size=batch, num_replicas=replicas)
-    found = train.evaluate(config)["validation"]
+    found = evaluate.evaluate(config)["validation"]
     assert found["examples"] == COUNT
     assert found == approx(expected_metrics(*answers(folder)))
 

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from efficientnet_ns.config import Config, ExportConfig, SelectConfig
 from efficientnet_ns.config.ingest import MakeConfig
+from efficientnet_ns.evaluation import evaluate
 from efficientnet_ns.files import manifests, parquet_sql, paths, records
 from efficientnet_ns.inference import photo_files
 from efficientnet_ns.ingest import data_source
@@ -195,12 +196,12 @@ def test_a_training_continues(settings, trained):
 
 
 def test_evaluation(settings, trained):
-    found = train.evaluate(settings)["validation"]
+    found = evaluate.evaluate(settings)["validation"]
     assert found["loss"] == pytest.approx(trained["eval/loss"], rel=1e-4)
 
 
 def test_continuous_evaluation_sees_the_last_checkpoint(settings, trained):
-    found = train.evaluate(settings.override(eval_continuously=True))["validation"]
+    found = evaluate.evaluate(settings.override(eval_continuously=True))["validation"]
     assert found["loss"] == pytest.approx(trained["eval/loss"], rel=1e-4)
 
 

@@ -14,8 +14,8 @@ import pytest
 from fakes import ROOT, assert_same_training, noised, write_data
 
 from efficientnet_ns.config import Config
-from efficientnet_ns.files import manifests
-from efficientnet_ns.training import summaries
+from efficientnet_ns.files import manifests, metrics_log
+from efficientnet_ns.training import claim
 
 LOOP = 5  # Steps between two looks of the host.
 
@@ -57,7 +57,7 @@ def start(config: Config) -> subprocess.Popen:
 
 
 def last_step(model_dir: str) -> int:
-    rows = summaries.read_metrics(model_dir)
+    rows = metrics_log.read_metrics(model_dir)
     return rows[-1]["step"] if rows else 0
 
 
@@ -96,4 +96,4 @@ def test_thirty_kills(folder):
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert_same_training(config.train.model_dir, whole.train.model_dir, steps)
-    assert len(manifests.read_json_lines(f"{config.train.model_dir}/{summaries.RUNS}")) > kills // 2
+    assert len(manifests.read_json_lines(f"{config.train.model_dir}/{claim.RUNS}")) > kills // 2

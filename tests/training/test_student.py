@@ -19,6 +19,7 @@ from fakes import NUM_CLASSES, initial_weights, make_batch, make_trainer, return
 from fakes import build_test_model as build
 from fakes import variable_values as values
 
+from efficientnet_ns.config import TrainConfig
 from efficientnet_ns.models import efficientnet, layers, weights
 from efficientnet_ns.training import losses, optimizers, schedules, student
 
@@ -64,7 +65,7 @@ def assert_same(actual: dict, expected: dict) -> None:
 class ByHand:
     """Two optimizer slots, the averages and the loss, in NumPy but for the derivative."""
 
-    def __init__(self, trainer: student.NoisyStudent, settings: student.LossSettings):
+    def __init__(self, trainer: student.NoisyStudent, settings: TrainConfig):
         self.model = tiny(3, **NO_NOISE)
         self.model.set_weights(trainer.student.get_weights())
         self.average = values(trainer.ema_student)
@@ -439,7 +440,7 @@ def test_three_updates_equal_original(large_goldens, recorded):
     trainer = student.NoisyStudent(
         restored(large_goldens, ema=False),
         restored(large_goldens, ema=True),
-        student.LossSettings(
+        TrainConfig(
             label_smoothing=numbers["label_smoothing"], weight_decay=numbers["weight_decay"]
         ),
     )

@@ -38,10 +38,11 @@ from fakes import (
 from efficientnet_ns.config import Config, ConfigError, check
 from efficientnet_ns.config.preemption import StopRequest
 from efficientnet_ns.data import pipeline
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.evaluation import evaluate
+from efficientnet_ns.files import manifests, metrics_log, records
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
-from efficientnet_ns.training import checkpoints, claim, preview, summaries, train
+from efficientnet_ns.training import checkpoints, claim, inputs, preview, train
 from efficientnet_ns.training.input_wait import InputWait
 from efficientnet_ns.training.session import Session, TrainingDiverged
 from efficientnet_ns.training.student import NoisyStudent
@@ -84,7 +85,7 @@ def test_metrics_of_a_student(straight):
 
 def test_rows_of_metrics(straight):
     config, metrics = straight
-    rows = summaries.read_metrics(config.train.model_dir)
+    rows = metrics_log.read_metrics(config.train.model_dir)
     kinds = [(row["step"], "train/loss" in row, "eval/top1" in row) for row in rows]
     assert kinds == [
         (2, True, False),
@@ -136,7 +137,7 @@ def test_checkpoint_has_the_names_of_the_original(straight):
 def test_evaluation_alone_gives_the_last_evaluation(straight):
     config, metrics = straight
     expected = {key: metrics[f"eval/{key}"] for key in ("top1", "top5", "loss", "examples")}
-    assert train.evaluate(config) == {"validation": pytest.approx(expected, rel=1e-6)}
+    assert evaluate.evaluate(config) == {"validation": pytest.approx(expected, rel=1e-6)}
 
 
 def test_finished_training_is_left_alone(straight):
@@ -209,7 +210,7 @@ def test_killed_training_ends_in_the_same_bits(straight, folder):
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert saved_steps(config.train.model_dir) == [2, 4]
-    rows = summaries.read_metrics(config.train.model_dir)
+    rows = metrics_log.read_metrics(config.train.model_dir)
     assert rows[-1]["step"] == 6
     train.train_and_evaluate(config)
     assert saved_steps(config.train.model_dir) == [2, 4, 6, 7]
@@ -235,9 +236,7 @@ def model(folder) -> NoisyStudent:
 
 def test_saving_below_a_damaged_checkpoint(model, tmp_path):
     """What cannot be loaded does not push out what can."""
-    saver = checkpoints.Checkpoints(
-        str(tmp_path), model.student, model.ema_student, model.optimizer, keep=1
-    )
+    saver = checkpoints.Checkpoints(str(tmp_path), model, keep=1)
     for step in (8, 2, 4):
         model.optimizer.iterations.assign(step)
         saver.save()
@@ -253,9 +252,7 @@ def test_saving_below_a_damaged_checkpoint(model, tmp_path):
 
 def test_kill_between_a_checkpoint_and_its_mention(model, tmp_path):
     """Who asks TensorFlow for the newest checkpoint must get the one that training goes on from."""
-    saver = checkpoints.Checkpoints(
-        str(tmp_path), model.student, model.ema_student, model.optimizer, keep=3
-    )
+    saver = checkpoints.Checkpoints(str(tmp_path), model, keep=3)
     for step in (2, 4):
         model.optimizer.iterations.assign(step)
         saver.save()
@@ -287,12 +284,10 @@ def test_loss_that_explodes(folder):
 def test_weights_that_break_after_the_last_loss(folder, model, tmp_path, broken):
     """The loss is a number, the weights after its update are none: they are not saved."""
     config = settings(folder, tmp_path)
-    saver = checkpoints.Checkpoints(
-        str(tmp_path), model.student, model.ema_student, model.optimizer, keep=5
-    )
+    saver = checkpoints.Checkpoints(str(tmp_path), model, keep=5)
     session = Session(
         saver,
-        summaries.MetricsLog(str(tmp_path), 0),
+        metrics_log.MetricsLog(str(tmp_path), 0),
         None,
         StopRequest(),
         config,
@@ -351,7 +346,7 @@ def test_training_that_runs_does_not_give_way(folder, tmp_path, monkeypatch, pid
     claimed(config)
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: pid)
-        summaries.note_start(str(tmp_path), 0, config.values())
+        metrics_log.note_start(str(tmp_path), 0, config.values())
     other = config.override(seed=1)
     if refused:
         with pytest.raises(claim.DirectoryConflict, match=f"process {pid} has been training in"):
@@ -396,7 +391,7 @@ def test_records_that_were_replaced(tmp_path):
 def test_what_killed_trainings_left_is_removed(folder, tmp_path):
     killed = subprocess.Popen(["true"])
     killed.wait()
-    leftover = tmp_path / f".tmp-{socket.gethostname()}-{killed.pid}-{summaries.METRICS}"
+    leftover = tmp_path / f".tmp-{socket.gethostname()}-{killed.pid}-{metrics_log.METRICS}"
     leftover.write_text("")
     claimed(settings(folder, tmp_path))
     assert not leftover.exists()
@@ -444,7 +439,7 @@ def test_settings_that_do_not_fit(folder, values, message):
 @pytest.mark.parametrize("missing", ["model_dir", "label_data_dir"])
 def test_evaluation_names_what_is_missing(folder, missing):
     with pytest.raises(ConfigError, match=f"--{missing}"):
-        train.evaluate(settings(folder, "never").override(**{missing: None}))
+        evaluate.evaluate(settings(folder, "never").override(**{missing: None}))
 
 
 def test_missing_sets(folder, tmp_path):
@@ -570,7 +565,7 @@ def test_bad_record_stops_an_evaluation(straight, tmp_path):
     path = replace_record(tmp_path, name, 2, payload)
     config = straight[0].override(label_data_dir=str(tmp_path / "labeled"))
     with pytest.raises(records.DataError, match=f"{path}, record 2: {problem}"):
-        train.evaluate(config)
+        evaluate.evaluate(config)
 
 
 def test_bad_record_stops_a_training_that_continues_when_it_is_repaired(tmp_path):
@@ -625,7 +620,7 @@ def test_truncated_set_is_not_measured(straight, tmp_path):
     shard = sorted(folder.glob("validation-*"))[0]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(records.DataError, match=f"{shard} is damaged after record"):
-        train.evaluate(config.override(label_data_dir=str(folder)))
+        evaluate.evaluate(config.override(label_data_dir=str(folder)))
 
 
 def test_new_head_on_old_weights(straight, tmp_path):
@@ -701,7 +696,7 @@ def test_request_to_stop_saves_and_continues_in_the_same_bits(straight, folder):
         text=True,
     )
     assert done.returncode == 75, done.stderr
-    rows = summaries.read_metrics(config.train.model_dir)
+    rows = metrics_log.read_metrics(config.train.model_dir)
     assert rows[-1]["step"] in (5, 6)
     assert rows[-1]["step"] == saved_steps(config.train.model_dir)[-1]
     train.train_and_evaluate(config)
@@ -755,7 +750,7 @@ def test_evaluation_that_was_cut_off_is_made_up_for(straight, folder):
     model_dir = Path(config.train.model_dir)
     for path in [*model_dir.glob("model.ckpt-6.*"), *model_dir.glob("model.ckpt-7.*")]:
         path.unlink()
-    log = model_dir / summaries.METRICS
+    log = model_dir / metrics_log.METRICS
     rows = log.read_text().splitlines(keepends=True)
     # A killed writer's last line is not whole.
     log.write_text("".join(rows[:2]) + rows[2][:9])
@@ -795,12 +790,13 @@ def test_images_and_steps_that_are_counted(folder):
 
 def test_parts_of_the_sets(straight, folder):
     config, _ = straight
-    measured = train.evaluate(config.override(num_eval_images=5))["validation"]
+    measured = evaluate.evaluate(config.override(num_eval_images=5))["validation"]
     assert measured["examples"] == 5
     with pytest.raises(ConfigError, match="--num_eval_images=8: 8 records are asked for, 7 are"):
-        train.evaluate(config.override(num_eval_images=8))
+        evaluate.evaluate(config.override(num_eval_images=8))
     resolved = ResolvedConfig.from_config(config.override(num_train_shards=1))
-    labeled, unlabeled, _ = train._sources(resolved, True)
+    found = inputs.Inputs.find(resolved, evaluate=True)
+    labeled, unlabeled = found.labeled, found.unlabeled
     assert [Path(p).name for p in labeled.paths] == ["train-00000-of-00002"]
     assert len(unlabeled.paths) == 2
     with pytest.raises(ConfigError, match="--num_train_shards=3: 3 shards are asked for, 2 are"):
@@ -812,9 +808,9 @@ def test_continuous_evaluation_ends_with_the_last_step(straight, tmp_path):
     shutil.copytree(config.train.model_dir, tmp_path / "model")
     config = config.override(model_dir=str(tmp_path / "model"), eval_continuously=True)
     for _ in range(2):
-        results = train.evaluate(config)
+        results = evaluate.evaluate(config)
         assert results["validation"]["loss"] == pytest.approx(metrics["eval/loss"], rel=1e-6)
-        (row,) = summaries.read_metrics(str(tmp_path / "model" / "eval"))
+        (row,) = metrics_log.read_metrics(str(tmp_path / "model" / "eval"))
         assert row["step"] == 7 and row["validation/loss"] == results["validation"]["loss"]
 
 
@@ -823,7 +819,7 @@ def test_continuous_evaluation_ends_with_the_last_step(straight, tmp_path):
 
 def test_every_start_is_noted_with_all_flags(straight):
     config, _ = straight
-    first, *_ = manifests.read_json_lines(f"{config.train.model_dir}/{summaries.RUNS}")
+    first, *_ = manifests.read_json_lines(f"{config.train.model_dir}/{claim.RUNS}")
     assert first["step"] == 0 and first["flags"]["iterations_per_loop"] == 2
     assert set(first["flags"]) == set(Config().values())
 
@@ -831,24 +827,24 @@ def test_every_start_is_noted_with_all_flags(straight):
 def test_metrics_in_a_store_without_appending(tmp_path, monkeypatch):
     """Rows are in the file when `flush` says so, and a continued log drops what came after."""
     written = []
-    write = summaries._write_lines
-    monkeypatch.setattr(summaries, "_write_lines", lambda *a: written.append(1) or write(*a))
+    write = metrics_log.write_lines
+    monkeypatch.setattr(metrics_log, "write_lines", lambda *a: written.append(1) or write(*a))
     folder = "file://" + str(tmp_path)  # A scheme, so treated as a store; TensorFlow knows it.
-    log = summaries.MetricsLog(folder, 0)
+    log = metrics_log.MetricsLog(folder, 0)
     for step in range(1, 6):
         log.add(step, {"train/loss": 1.0 / step})
         if step % 2 == 0:
             log.flush()
     assert len(written) == 3
-    assert [row["step"] for row in summaries.read_metrics(folder)] == [1, 2, 3, 4]
+    assert [row["step"] for row in metrics_log.read_metrics(folder)] == [1, 2, 3, 4]
     log.close()
-    assert [r["step"] for r in summaries.MetricsLog(folder, 3).rows] == [1, 2, 3]
+    assert [r["step"] for r in metrics_log.MetricsLog(folder, 3).rows] == [1, 2, 3]
 
 
 def test_damaged_metrics_are_named(tmp_path):
-    (tmp_path / summaries.METRICS).write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    (tmp_path / metrics_log.METRICS).write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
     with pytest.raises(manifests.BrokenFile, match="metrics.jsonl, line 2"):
-        summaries.read_metrics(str(tmp_path))
+        metrics_log.read_metrics(str(tmp_path))
 
 
 def test_input_wait_is_the_time_the_batches_took():

@@ -1,60 +1,47 @@
-"""What a training leaves to look at: `metrics.jsonl`, TensorBoard scalars, and `runs.jsonl`.
+"""`metrics.jsonl` and TensorBoard scalars: the metrics of a training or of its evaluation.
 
-Lines are appended on a local disk. An object store knows no appending (TensorFlow's `a` mode reads
-and writes the whole object for each line), so there the file is written whole when a checkpoint is
-due: what was logged since is logged again by the run that continues from the checkpoint before.
+On a local disk each row is appended as it is logged. Object stores cannot append (TensorFlow's `a`
+mode reads and writes the whole object for each line), so there the file is written whole before each
+checkpoint; a run that continues from the checkpoint before logs the missing rows again.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
-import platform
-import socket
-import sys
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from efficientnet_ns.files import manifests
 
-METRICS, RUNS = "metrics.jsonl", "runs.jsonl"
+METRICS = "metrics.jsonl"
 
 
-def _write_lines(path: str, rows: list[dict[str, Any]]) -> None:
+def write_lines(path: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes one JSON object per line; the file is either whole or absent."""
     with manifests.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
         f.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(folder: str) -> list[dict[str, float]]:
-    """Rows of the `metrics.jsonl` of a model_dir, in the order of training."""
+    """Rows of the `metrics.jsonl` in `folder`, by increasing step; empty if there is no file."""
     return manifests.read_json_lines(os.path.join(folder, METRICS))
 
 
-def note_start(folder: str, start: int, flags: dict[str, Any]) -> None:
-    """Adds this start, with every flag, to `runs.jsonl`: who changed what, and when."""
-    row = {
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "step": start,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "tensorflow": tf.__version__,
-        "flags": flags,
-    }
-    path = os.path.join(folder, RUNS)
-    _write_lines(path, [*manifests.read_json_lines(path), row])
-
-
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard scalars in model_dir.
+    """Writes `metrics.jsonl` and TensorBoard scalars.
 
     Args:
-      folder: model_dir.
-      start: step the run continues from; later rows of an interrupted run are dropped.
-      writes: False on all workers but the chief: they keep the rows in memory.
+      folder: where both are written.
+      start: step from which the run continues. Rows of later steps, which an interrupted run left
+        behind, are dropped.
+      writes: False on all workers but the chief, which keep the rows in memory only.
+
+    Attributes:
+      rows: all rows so far, `step` and metrics by name.
+      writer: TensorBoard's.
     """
 
     def __init__(self, folder: str, start: int, writes: bool = True):
@@ -65,13 +52,13 @@ class MetricsLog:
             self.writer = tf.summary.create_noop_writer()
             return
         tf.io.gfile.makedirs(folder)
-        _write_lines(self.path, self.rows)
+        write_lines(self.path, self.rows)
         if "://" not in folder:
             self._lines = open(self.path, "a", encoding="utf-8")
         self.writer = tf.summary.create_file_writer(folder)
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """Appends one row and the same scalars for TensorBoard."""
+        """Appends one row, and writes the same scalars for TensorBoard."""
         self.rows.append({"step": step, **values})
         if self._lines is not None:
             self._lines.write(json.dumps(self.rows[-1]) + "\n")
@@ -82,19 +69,20 @@ class MetricsLog:
         self.writer.flush()
 
     def flush(self) -> None:
-        """Makes sure that every row is in the file; to be called before a checkpoint is written."""
+        """Ensures that every row is in the file; call it before writing a checkpoint."""
         if self._writes and self._lines is None and self._written < len(self.rows):
-            _write_lines(self.path, self.rows)
+            write_lines(self.path, self.rows)
             self._written = len(self.rows)
 
     def last(self, prefix: str) -> dict[str, float]:
-        """The newest row with a metric that starts with `prefix`; empty when there is none."""
+        """The newest row with a metric whose name starts with `prefix`; empty if there is none."""
         for row in reversed(self.rows):
             if any(key.startswith(prefix) for key in row):
                 return row
         return {}
 
     def close(self) -> None:
+        """Flushes and closes the files."""
         self.flush()
         self.writer.close()
         if self._lines is not None:

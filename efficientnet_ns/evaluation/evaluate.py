@@ -1,0 +1,153 @@
+"""`--mode=eval`: measures saved weights, once or for every new checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Iterator
+
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.data import pipeline, tasks
+from efficientnet_ns.devices import distribution
+from efficientnet_ns.evaluation import accuracy, accuracy_report
+from efficientnet_ns.files.metrics_log import MetricsLog
+from efficientnet_ns.inference import engines
+from efficientnet_ns.models import weights
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig, limited
+
+
+def evaluate(config: Config) -> dict[str, dict[str, float]]:
+    """Measures saved weights on the task's evaluation set and, if there is one, its test set.
+
+    The weights are those at `init_model_path` if given, else the newest in `model_dir`. With
+    `eval_continuously`, every new checkpoint in `model_dir` is measured until the last step, and the
+    metrics are also logged to `model_dir/eval`.
+
+    Returns:
+      Prefix of the set → metrics of the last weights measured; see `accuracy.Evaluator`.
+
+    Raises:
+      ConfigError, records.DataError: settings or data that cannot work.
+    """
+    if config.train.eval_image_size:
+        config = config.override(input_image_size=config.train.eval_image_size)
+    resolved = ResolvedConfig.from_config(config)
+    config = resolved.config
+    path = _check(config)
+    strategy = distribution.get_strategy(config.hardware)
+    distribution.set_precision(config.hardware, strategy)
+    with strategy.scope():
+        model = resolved.build_model()
+    if config.train.eval_continuously:
+        evaluator = accuracy.Evaluator(model, strategy, views=config.train.eval_views)
+        return _evaluate_each(resolved, model, evaluator)
+    weights.load_weights(model, path, ema=config.train.eval_ema)
+    evaluator = accuracy.Evaluator(
+        model, strategy, views=config.train.eval_views, engine=_engine(config, model, strategy)
+    )
+    results = _measure_sets(resolved, evaluator, path)
+    folder = config.train.eval_dir
+    if not folder and config.train.model_dir:
+        folder = os.path.join(config.train.model_dir, "eval")
+    if folder and distribution.is_chief(strategy):
+        accuracy_report.write(folder, config, path, results, tasks.class_names(resolved.task))
+    for line in accuracy_report.beside_published(config, results):
+        logging.info(line)
+    return {name: measured.metrics for name, measured in results.items()}
+
+
+def _check(config: Config) -> str:
+    """The path of the weights; ConfigError for settings that cannot work."""
+    train = config.train
+    if not config.data.label_data_dir:
+        raise ConfigError("--label_data_dir is needed: the folder with the evaluation records")
+    if train.eval_views not in (1, 2):
+        raise ConfigError(f"--eval_views={train.eval_views} must be 1 or 2 (mirrored)")
+    if train.eval_continuously and config.predict.inference_engine == "xnnpack":
+        raise ConfigError(
+            "--eval_continuously computes with TensorFlow: leave out --inference_engine=xnnpack"
+        )
+    path = None if train.eval_continuously else train.init_model_path
+    path = path or train.model_dir
+    if not path:
+        raise ConfigError(
+            "--model_dir (or --init_model_path) is needed: the checkpoint to evaluate"
+        )
+    return path
+
+
+def _engine(config: Config, model: tf.keras.Model, strategy: tf.distribute.Strategy):
+    """The CPU engine, which uses one device; None to compute with TensorFlow under the strategy."""
+    kind = config.predict.inference_engine
+    if kind == "xnnpack" and strategy.num_replicas_in_sync > 1:
+        raise ConfigError(
+            "--inference_engine=xnnpack evaluates on one device: leave --num_replicas at 0"
+        )
+    engine = engines.make(kind, model, config.train.eval_batch_size, strategy)
+    return None if isinstance(engine, engines.TensorFlowEngine) else engine
+
+
+def _measure_sets(
+    resolved: ResolvedConfig, evaluator: accuracy.Evaluator, path: str
+) -> dict[str, accuracy.Measured]:
+    """Prefix of the set → measurements of the model's current weights, which came from `path`."""
+    data, results = resolved.config.data, {}
+    limits = {resolved.task.eval_set: ("num_eval_images", data.num_eval_images)}
+    if resolved.task.test_set is not None:
+        limits[resolved.task.test_set] = ("num_test_images", data.num_test_images)
+    for prefix, (flag, number) in limits.items():
+        # Accuracy on a part of a damaged set would not be comparable: no record may be missing.
+        source = pipeline.Source.find(data.label_data_dir, prefix, max_bad_fraction=0)
+        source = limited(source, source.examples, flag, number)
+        batches = functools.partial(distribution.eval_share, resolved, source)
+        with resolved.naming_bad_records(source):
+            results[prefix] = evaluator.measure(batches, source.total)
+        logging.info("%s, %s: %s", path, prefix, accuracy.describe(results[prefix].metrics))
+    return results
+
+
+def _evaluate_each(
+    resolved: ResolvedConfig, model: tf.keras.Model, evaluator: accuracy.Evaluator
+) -> dict[str, dict[str, float]]:
+    """Measures every new checkpoint in model_dir until that of the last step."""
+    folder, total = resolved.config.train.model_dir, resolved.steps_to_run
+    log = MetricsLog(os.path.join(folder, "eval"), start=total)
+    logged = {row["step"] for row in log.rows}
+    results: dict[str, dict[str, float]] = {}
+    for path in _each_new_checkpoint(folder):
+        step = int(path.rsplit("-", 1)[1])
+        try:
+            # The last one is measured even if an earlier run logged it: its metrics are returned.
+            if step not in logged or step == total:
+                weights.load_weights(model, path, ema=resolved.config.train.eval_ema)
+                measured = _measure_sets(resolved, evaluator, path)
+                results = {name: one.metrics for name, one in measured.items()}
+        except (FileNotFoundError, tf.errors.NotFoundError):
+            # Training keeps only the newest checkpoints.
+            logging.warning("%s was removed before it could be measured", path)
+            continue
+        if step not in logged:
+            log.add(
+                step,
+                {f"{s}/{k}": value for s, of_set in results.items() for k, value in of_set.items()},
+            )
+            log.flush()
+        if step >= total:
+            break
+    log.close()
+    return results
+
+
+def _each_new_checkpoint(folder: str, seconds: float = 1.0) -> Iterator[str]:
+    """Prefixes of the newest checkpoint, each once, without end; polls every `seconds`."""
+    last = None
+    while True:
+        newest = weights.newest_checkpoint(folder)
+        if newest not in (None, last):
+            yield newest
+            last = newest
+        time.sleep(seconds)
