@@ -320,7 +320,7 @@ def load_weights(
     *,
     ema: bool = True,
     scope: str | None = None,
-    skip: Sequence[str] = (),
+    skip: str | Sequence[str] = (),
 ) -> None:
     """Loads weights from a file into a model made by `build_model`.
 
@@ -342,13 +342,13 @@ def load_weights(
         have a single set of weights give that.
       scope: above the model's variables in a checkpoint, e.g. `teacher_model`; None: they are at
         the top.
-      skip: regular expressions, searched for in the names of `variable_names`; what they match
+      skip: a regular expression or several, searched for in the names of `variable_names`; what they match
         keeps its values, e.g. `["head/dense/"]` for a new classifier. Nothing else may be missing.
 
     Raises:
       FileNotFoundError: nothing there.
-      WeightsError: the file does not fit, an expression in `skip` matches nothing, or a library
-        that reads the file is not installed.
+      WeightsError: the file does not fit, an expression in `skip` is none or matches nothing,
+        nothing is left to load, or a library that reads the file is not installed.
       DamagedFile: the file cannot be read to its end.
     """
     standard = heads.standard(model)
@@ -469,14 +469,21 @@ def _warn_of_other_settings(model: tf.keras.Model, stored: Mapping[str, Any], pa
         )
 
 
-def _skipped(names: Mapping[str, tf.Variable], skip: Sequence[str]) -> set[int]:
+def _skipped(names: Mapping[str, tf.Variable], skip: str | Sequence[str]) -> set[int]:
     """Ids of the variables whose name one of the expressions matches."""
     kept = set()
-    for pattern in skip:
-        matched = {id(v) for name, v in names.items() if re.search(pattern, name)}
+    for pattern in [skip] if isinstance(skip, str) else skip:
+        try:
+            matched = {id(v) for name, v in names.items() if re.search(pattern, name)}
+        except re.error as e:
+            raise WeightsError(
+                f"skip (--init_skip): {pattern!r} is no regular expression: {e}"
+            ) from e
         if not matched:
             raise WeightsError(f"skip (--init_skip): {pattern!r} matches no variable of the model")
         kept |= matched
+    if len(kept) == len(names):
+        raise WeightsError(f"skip (--init_skip): {skip!r} leaves no variable to load")
     return kept
 
 

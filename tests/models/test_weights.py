@@ -332,6 +332,25 @@ def test_skip_that_matches_nothing(checkpoint, model, untouched):
         weights.load_weights(model, str(checkpoint), skip=["stem", "head/fc"])
 
 
+def test_skip_may_be_one_expression(checkpoint):
+    target = tiny()
+    before = snapshot(target)
+    weights.load_weights(target, checkpoint, skip="head/dense/")
+    kept = [name for name, value in snapshot(target).items() if np.array_equal(value, before[name])]
+    assert sorted(name.rsplit("/", 2)[-2:] for name in kept) == [
+        ["dense", "bias"],
+        ["dense", "kernel"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("skip", "message"), [(".", "leaves no variable"), ("head/[", "no regular expression")]
+)
+def test_skip_that_cannot_work(checkpoint, model, untouched, skip, message):
+    with pytest.raises(weights.WeightsError, match=message):
+        weights.load_weights(model, checkpoint, skip=skip)
+
+
 def test_folder_with_several_checkpoints(checkpoint, model, untouched):
     weights.write_checkpoint(str(checkpoint.parent / "model.ckpt-2000"), counting(model))
     with pytest.raises(weights.WeightsError, match="holds 2 checkpoints") as error:
