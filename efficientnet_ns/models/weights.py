@@ -487,6 +487,18 @@ def _skipped(names: Mapping[str, tf.Variable], skip: str | Sequence[str]) -> set
     return kept
 
 
+def _check_neighbours(folder: str, base: str, model: tf.keras.Model) -> None:
+    """Refuses a model that the one `SETTINGS_FILE` of a folder cannot describe with its neighbours."""
+    others = set(manifests.listed(folder, r"[^.].*\.index")) - {os.path.join(folder, f"{base}.index")}
+    stored = _folder_settings(folder) if others else {}
+    difference = manifests.describe_difference(stored, heads.settings(model)) if stored else ""
+    if difference:
+        raise WeightsError(
+            f"{folder} holds a checkpoint of a model that expects other images ({difference}), "
+            f"which its {SETTINGS_FILE} describes: save to another folder, or to a .safetensors file"
+        )
+
+
 def save_weights(
     model: tf.keras.Model,
     path: PathLike,
@@ -507,7 +519,8 @@ def save_weights(
       step: what the checkpoint says under `global_step`.
 
     Raises:
-      WeightsError: the path ends as a file of another kind.
+      WeightsError: the path ends as a file of another kind, is a folder, or the other checkpoints
+        in its folder are of a model that expects other images.
       ValueError: the model has layers that EfficientNets do not have.
     """
     path = os.fspath(path)
@@ -520,7 +533,15 @@ def save_weights(
             "model.save_weights); "
             "end the name in .safetensors, or give the prefix of a checkpoint like model.ckpt-0"
         )
-    folder = os.path.dirname(path) or "."
+    folder, base = os.path.split(path)
+    folder = folder or "."
+    if not base or tf.io.gfile.isdir(path):
+        raise WeightsError(
+            f"{path} is a folder: give the name of a file or the prefix of a checkpoint in it, e.g. "
+            f"{os.path.join(path, 'model.ckpt-0')}"
+        )
+    if not suffix:
+        _check_neighbours(folder, base, averages)
     tf.io.gfile.makedirs(folder)
     if suffix == ".safetensors":
         from safetensors import numpy as safetensors

@@ -487,3 +487,25 @@ def test_second_implementation_equals_original(large_goldens):
     }
     logits = numpy_logits(values, "efficientnet-b0", recorded["images"], True, **SVHN)
     np.testing.assert_allclose(logits, recorded["logits_raw"], atol=1e-4)
+
+
+def test_weights_are_not_saved_under_a_folders_name(tmp_path, model):
+    folder = tmp_path / "m0"
+    folder.mkdir()
+    for path in (folder, f"{folder}/", f"{tmp_path}/new/", f"{folder}.safetensors/"):
+        with pytest.raises(weights.WeightsError, match=r"is a folder: .* e\.g\. .*model.ckpt-0"):
+            weights.save_weights(model, path)
+    assert [p.name for p in tmp_path.rglob("*")] == ["m0"]
+
+
+def test_one_folder_describes_one_kind_of_model(tmp_path, model):
+    weights.save_weights(model, tmp_path / "one")
+    weights.save_weights(model, tmp_path / "again")
+    other = tiny(mean=(0.1, 0.2, 0.3))
+    with pytest.raises(weights.WeightsError, match=r"other images \(mean: .* → \[0.1, 0.2, 0.3\]"):
+        weights.save_weights(other, tmp_path / "two")
+    assert weights.stored_settings(tmp_path / "one") == weights.stored_settings(tmp_path / "again")
+    weights.save_weights(other, tmp_path / "two.safetensors")
+    weights.save_weights(other, tmp_path / "elsewhere" / "two")
+    weights.save_weights(model, tmp_path / "elsewhere" / "two.safetensors")
+    weights.save_weights(model, tmp_path / "elsewhere" / "two")  # It replaces the only one.
