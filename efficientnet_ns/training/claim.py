@@ -12,11 +12,16 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError, comparable
-from efficientnet_ns.data import pipeline
+from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.files import manifests
 from efficientnet_ns.training import checkpoints, preview, summaries
 
 SETTINGS, RECORDS = "config.json", "records.json"
+# Of the task, whose file can be edited: what a training depends on.
+_TASK_FIELDS = (
+    *("num_classes", "mean", "std", "image_size", "small_image", "flip"),
+    *("train_set", "num_train_images"),
+)
 
 
 class DirectoryConflict(ConfigError):
@@ -58,7 +63,8 @@ def claim(
     manifests.remove_abandoned([os.path.join(folder, name) for name in written])
     # The settings a training was begun with stay as they were written.
     if difference or not tf.io.gfile.exists(os.path.join(folder, SETTINGS)):
-        manifests.write_json(os.path.join(folder, SETTINGS), config.identity(), indent=1)
+        noted = {**config.identity(), **_task_fields(config)}
+        manifests.write_json(os.path.join(folder, SETTINGS), noted, indent=1)
     if not begun or not tf.io.gfile.exists(os.path.join(folder, RECORDS)):
         manifests.write_json(os.path.join(folder, RECORDS), listing, indent=1)
 
@@ -74,9 +80,17 @@ def _changed_settings(folder: str, config: Config) -> str:
     path = os.path.join(folder, SETTINGS)
     if not tf.io.gfile.exists(path):
         return ""
-    # Settings that came later had their defaults.
-    noted = comparable({**Config().identity(), **manifests.read_json(path)})
-    return manifests.describe_difference(noted, comparable(config.identity()))
+    # Settings that came later had their defaults; the task was not noted at first.
+    task = _task_fields(config)
+    noted = comparable({**Config().identity(), **task, **manifests.read_json(path)})
+    return manifests.describe_difference(noted, comparable({**config.identity(), **task}))
+
+
+def _task_fields(config: Config) -> dict[str, Any]:
+    """`task.<field>` → its value as JSON gives it back."""
+    task = tasks.get_task(config.data.task_name)
+    values = {name: getattr(task, name) for name in _TASK_FIELDS}
+    return {f"task.{k}": list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def _listing(source: pipeline.Source) -> dict[str, dict[str, int]]:

@@ -455,7 +455,8 @@ def test_training_that_never_began_gives_way(folder, tmp_path, only_reads):
         train.train_and_evaluate(typo, evaluate=False)
     mended = settings(folder, tmp_path)
     train.train_and_evaluate(mended, evaluate=False)
-    assert json.loads((tmp_path / claim.SETTINGS).read_text()) == mended.identity()
+    noted = json.loads((tmp_path / claim.SETTINGS).read_text())
+    assert noted == {**noted, **mended.identity()}
 
 
 @pytest.mark.parametrize(
@@ -485,6 +486,22 @@ def test_slash_at_the_end_of_a_path_makes_no_other_training(folder, tmp_path):
     claimed(config.override(label_data_dir=f"{folder}/labeled/"))
     with pytest.raises(claim.DirectoryConflict, match="label_data_dir"):
         claimed(config.override(label_data_dir=f"{folder}/labeled;{folder}/labeled"))
+
+
+def test_task_file_that_was_edited(folder, tmp_path):
+    task = Path(write_task(tmp_path / "task.json"))
+    config = settings(folder, tmp_path, task_name=str(task))
+    claimed(config)
+    pretend_checkpoint(config)
+    claimed(config)
+    before = json.loads(task.read_text())
+    task.write_text(json.dumps({**before, "mean": [0.1, 0.2, 0.3], "flip": False}))
+    with pytest.raises(
+        claim.DirectoryConflict, match=r"task.flip: True → False, task.mean: .* → \[0.1, 0.2, 0.3\]"
+    ):
+        claimed(config)
+    task.write_text(json.dumps({**before, "class_names": ["a", "b", "c"]}))
+    claimed(config)
 
 
 def test_records_that_were_replaced(tmp_path):
