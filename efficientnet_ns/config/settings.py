@@ -767,7 +767,7 @@ _STORAGE_ERRORS = (
 def run(main: Callable[[list[str]], None]) -> None:
     """`absl.app.run` for an entry point: what the user can mend is one line, not a stack trace.
 
-    Exit code 2 for a wrong flag or unusable data, 75 after SIGTERM or SIGINT (see `preemption`),
+    Exit code 2 for a wrong flag or unusable data, 75 after a request to stop (see `preemption`),
     141 as of other programs when nobody reads the output any more.
     """
     values = flags.FLAGS

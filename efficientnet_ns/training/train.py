@@ -45,7 +45,7 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
     Raises:
       ConfigError, records.DataError: settings or data that cannot work, before training starts.
       session.TrainingDiverged: NaN or infinite loss; the last good checkpoint is kept.
-      preemption.Preempted: SIGTERM or SIGINT came; the state of the running host loop is saved.
+      preemption.Preempted: a request to stop came; the state of the running host loop is saved.
     """
     resolved = ResolvedConfig.from_config(config)
     config = resolved.config
