@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging as std_logging
+import math
 import os
 import sys
 import typing
@@ -32,6 +33,7 @@ def setting(
     *,
     choices: tuple[str, ...] | None = None,
     low: float | None = None,
+    high: float | None = None,
     free: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag.
@@ -41,9 +43,10 @@ def setting(
       help: of the flag.
       choices: allowed values.
       low: smallest allowed value.
+      high: largest allowed value.
       free: may change between the runs that continue one model_dir.
     """
-    metadata = {"help": help, "choices": choices, "low": low, "free": free}
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "free": free}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -74,9 +77,11 @@ class ModelConfig(Settings):
     depth_coefficient: float | None = setting(
         None, "Overrides the variant's depth multiplier.", low=0.01
     )
-    dropout_rate: float | None = setting(None, "Overrides the variant's head dropout.", low=0)
+    dropout_rate: float | None = setting(
+        None, "Overrides the variant's head dropout.", low=0, high=1
+    )
     stochastic_depth_rate: float | None = setting(
-        None, "Drop probability of the last block, linear from 0; default 0.2.", low=0
+        None, "Drop probability of the last block, linear from 0; default 0.2.", low=0, high=1
     )
 
 
@@ -168,7 +173,7 @@ class TrainConfig(Settings):
     model_dir: str | None = setting(None, "Folder of checkpoints and logs.", free=True)
     train_steps: int = setting(109474, "Update steps of the whole schedule.", low=1)
     train_ratio: float = setting(
-        1.0, "Stretches train_steps and the decay period (2 for the 700-epoch recipes)."
+        1.0, "Stretches train_steps and the decay period (2 for the 700-epoch recipes).", low=0
     )
     train_last_step_num: int = setting(
         -1, "Train only the last so many steps of the schedule, without warm-up; -1: all."
@@ -179,6 +184,7 @@ class TrainConfig(Settings):
         "Probability that a labeled image enters the loss, for labeled batches that must be smaller "
         "than the number of replicas: train_batch_size times this counts as the batch.",
         low=0,
+        high=1,
     )
     num_shards_per_group: int = setting(
         -1,
@@ -186,15 +192,17 @@ class TrainConfig(Settings):
         "max(8, replicas/8); 1: one; k: groups of k; -2: all.",
         low=-2,
     )
-    base_learning_rate: float = setting(0.016, "Learning rate per 256 labeled images.")
+    base_learning_rate: float = setting(0.016, "Learning rate per 256 labeled images.", low=0)
     final_base_lr: float | None = setting(
         None, "When given, the decay period is chosen to end at this rate per 256."
     )
     warmup_epochs: float = setting(5.0, "Length of the linear warm-up.", low=0)
-    moving_average_decay: float = setting(0.9999, "Ceiling of the weight average's decay.")
-    bn_momentum: float = setting(0.99, "Decay of the batch-norm moving statistics.")
+    moving_average_decay: float = setting(
+        0.9999, "Ceiling of the weight average's decay.", low=0, high=1
+    )
+    bn_momentum: float = setting(0.99, "Decay of the batch-norm moving statistics.", low=0, high=1)
     weight_decay: float = setting(1e-5, "Factor of half the squared norm.", low=0)
-    label_smoothing: float = setting(0.1, "Weight of the uniform distribution.", low=0)
+    label_smoothing: float = setting(0.1, "Weight of the uniform distribution.", low=0, high=1)
     unlabel_ratio: float = setting(
         0.0, "Unlabeled images per labeled one, and their weight.", low=0
     )
@@ -332,7 +340,7 @@ class PredictConfig(Settings):
         "on, which makes worse labels: an ablation of the paper.",
     )
     max_bad_fraction: float = setting(
-        0.01, "Stop when more than this fraction of a shard's records is unreadable.", low=0
+        0.01, "Stop when more than this fraction of a shard's records is unreadable.", low=0, high=1
     )
     part_seconds: float = setting(
         60.0, "Work of a shard that a killed process may lose, in seconds.", low=0
@@ -450,9 +458,9 @@ class SelectConfig(Settings):
         0, "1: statistics and selection of the first worker's part of --shard_id alone."
     )
     num_image: int = setting(1300, "Images per class.", low=0)
-    min_threshold: float = setting(0.0, "Lowest confidence that is kept.", low=0)
+    min_threshold: float = setting(0.0, "Lowest confidence that is kept.", low=0, high=1)
     max_prob: float = setting(
-        2.0, "Highest confidence that is kept; above 1, since rounding may exceed it."
+        2.0, "Highest confidence that is kept; above 1, since rounding may exceed it.", low=0
     )
     num_label_classes: int = setting(1000, "Number of classes.", low=1)
     upsample: int = setting(1, "Fill classes below num_image with copies: 1 or 0.", low=0)
@@ -520,7 +528,9 @@ class LoopConfig(Settings):
     finetune_epochs: float = setting(1.5, "Passes over the labeled images of that.", low=0)
     finetune_fix_layers: int = setting(-1, "fix_layer_num of the fine-tuning; -1: none.", low=-1)
     num_image: int = setting(1300, "Pseudo-labeled images per class.", low=1)
-    min_threshold: float = setting(0.3, "Lowest confidence of a pseudo label that is kept.", low=0)
+    min_threshold: float = setting(
+        0.3, "Lowest confidence of a pseudo label that is kept.", low=0, high=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -714,16 +724,23 @@ def _value(field: dataclasses.Field, value: Any) -> Any:
 
 
 def check(config: Any) -> None:
-    """Raises ConfigError for the first value below its field's lower bound."""
+    """Raises ConfigError for the first number that is not finite or outside its field's bounds."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             check(value)
-        elif value is not None and field.metadata["low"] is not None:
-            if value < field.metadata["low"]:
-                raise ConfigError(
-                    f"--{field.name}={value} is too small: at least {field.metadata['low']} is needed"
-                )
+        elif isinstance(value, (int, float)):
+            _check_bounds(field, value)
+
+
+def _check_bounds(field: dataclasses.Field, value: float) -> None:
+    low, high = field.metadata["low"], field.metadata["high"]
+    if not math.isfinite(value):
+        raise ConfigError(f"--{field.name}={value}: a finite number is needed")
+    if low is not None and value < low:
+        raise ConfigError(f"--{field.name}={value} is too small: at least {low} is needed")
+    if high is not None and value > high:
+        raise ConfigError(f"--{field.name}={value} is too large: at most {high} is possible")
 
 
 def no_arguments(argv: list[str]) -> None:

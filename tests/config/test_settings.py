@@ -296,6 +296,32 @@ def test_values_below_the_bound_name_the_flag(cls, name, low):
     assert parse(entry, f"--{name}={low}") is not None
 
 
+CEILINGS = [
+    (cls, field.name, field.metadata["high"])
+    for cls in ALL
+    for _, field in flatten(cls)
+    if field.metadata["high"] is not None
+]
+
+
+@pytest.mark.parametrize("cls, name, high", CEILINGS, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_values_above_the_bound_name_the_flag(cls, name, high):
+    entry = Config if cls in SECTIONS.values() else cls
+    with pytest.raises(ConfigError, match=rf"--{name}={high + 0.5}.*at most {high}"):
+        parse(entry, f"--{name}={high + 0.5}")
+    assert parse(entry, f"--{name}={high}") is not None
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_that_are_not_finite_are_refused(value):
+    for name in ("base_learning_rate", "teacher_softmax_temp", "max_bad_fraction", "final_base_lr"):
+        with pytest.raises(ConfigError, match=f"--{name}={value}: a finite number"):
+            parse(Config, f"--{name}={value}")
+    for cls, name in ((SelectConfig, "max_prob"), (LoopConfig, "min_threshold")):
+        with pytest.raises(ConfigError, match=f"--{name}={value}: a finite number"):
+            parse(cls, f"--{name}={value}")
+
+
 def test_there_are_bounds():
     names = {name for _, name, _ in BOUNDED}
     assert {"train_steps", "train_batch_size", "num_shards", "seed", "unlabel_ratio"} <= names
