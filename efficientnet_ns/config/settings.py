@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import logging as std_logging
 import math
+import numbers
 import os
 import sys
 import typing
@@ -51,12 +52,20 @@ def setting(
 
 
 class Settings:
-    """What the dataclasses of settings share: paths may be given as `pathlib.Path`."""
+    """What the dataclasses of settings share: paths may be `pathlib.Path`, and begin with `~`."""
 
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
-            if isinstance(value, os.PathLike):
-                object.__setattr__(self, name, os.fspath(value))
+            plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+            if isinstance(plain, str) and _is_path(name):
+                plain = ";".join(map(os.path.expanduser, plain.split(";")))
+            if plain is not value:
+                object.__setattr__(self, name, plain)
+
+
+def _is_path(name: str) -> bool:
+    """Whether the setting of this name is a path, or several joined with ';'."""
+    return name.endswith(("_dir", "_path")) or name in ("task_name", "baseline", "json_file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -634,8 +643,7 @@ def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings without the `/` at the end of paths, which tells no training from another."""
 
     def plain(name: str, value: Any) -> Any:
-        is_path = name.endswith(("_dir", "_path")) or name == "task_name"
-        if not is_path or value is None:
+        if not _is_path(name) or value is None:
             return value
         return ";".join(part.rstrip("/") for part in value.split(";"))
 
@@ -724,13 +732,47 @@ def _value(field: dataclasses.Field, value: Any) -> Any:
 
 
 def check(config: Any) -> None:
-    """Raises ConfigError for the first number that is not finite or outside its field's bounds."""
+    """Raises ConfigError for the first value of another type, or that is none of its field's.
+
+    Numbers are to be finite and within bounds, texts one of the choices, where there are any.
+    """
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise ConfigError(
+            f"settings are needed, such as Config().override(train_steps=10), not {config!r}"
+        )
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             check(value)
-        elif isinstance(value, (int, float)):
-            _check_bounds(field, value)
+        elif value is not None or field.default is not None:
+            _check_type(field, value, _field_type(type(config), field.name))
+            if isinstance(value, str):
+                _check_text(field, value)
+            else:
+                _check_bounds(field, value)
+
+
+_KINDS = {
+    str: ("a text", str),
+    int: ("a whole number", numbers.Integral),
+    float: ("a number", numbers.Real),
+    bool: ("True or False", (bool, numbers.Integral)),
+}
+
+
+def _check_type(field: dataclasses.Field, value: Any, kind: type) -> None:
+    needed, types = _KINDS[kind]
+    if not isinstance(value, types):
+        raise ConfigError(f"--{field.name}={value!r}: {needed} is needed")
+
+
+def _check_text(field: dataclasses.Field, value: str) -> None:
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        raise ConfigError(f"--{field.name}={value!r}: one of {', '.join(choices)} is needed")
+    # What the command line had for bytes that are not UTF-8; neither TensorFlow nor JSON takes it.
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise ConfigError(f"--{field.name}={value!r} is not UTF-8: rename it, or choose another")
 
 
 def _check_bounds(field: dataclasses.Field, value: float) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.config import Config, ConfigError, check
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.files import records
 from efficientnet_ns.ingest import data_source
@@ -42,6 +42,7 @@ class ResolvedConfig:
 
         Records of a `data_source` are made here when they are not there yet.
         """
+        check(config)
         config = data_source.with_records(config)
         try:
             task = tasks.get_task(config.data.task_name)
