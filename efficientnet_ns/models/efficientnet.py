@@ -330,7 +330,7 @@ def load_model(path: str | os.PathLike) -> tf.keras.Model:
     deep as L2.
     """
     _allow_depth(_DEEPEST)
-    return tf.keras.models.load_model(os.fspath(path))
+    return tf.keras.models.load_model(os.path.expanduser(path))
 
 
 def num_blocks(model: tf.keras.Model) -> int:

@@ -131,7 +131,7 @@ def checkpoint_prefix(path: PathLike) -> str:
       FileNotFoundError: nothing there is a checkpoint.
       WeightsError: a folder with several checkpoints and no `checkpoint` file to choose one.
     """
-    path = _CHECKPOINT_FILE.sub("", os.fspath(path).rstrip("/"))
+    path = _CHECKPOINT_FILE.sub("", os.path.expanduser(path).rstrip("/"))
     if tf.io.gfile.exists(path + ".index"):
         return path
     if tf.io.gfile.exists(path + "/saved_model.pb"):
@@ -185,7 +185,7 @@ def file_path(path: PathLike) -> str | None:
     Raises:
       FileNotFoundError: it is not there, and is called as a file of Keras or timm.
     """
-    path = os.fspath(path)
+    path = os.path.expanduser(path)
     if tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path):
         prefix, matches = _CHECKPOINT_FILE.subn("", path)
         is_part = matches and tf.io.gfile.exists(prefix + ".index")
@@ -489,7 +489,9 @@ def _skipped(names: Mapping[str, tf.Variable], skip: str | Sequence[str]) -> set
 
 def _check_neighbours(folder: str, base: str, model: tf.keras.Model) -> None:
     """Refuses a model that the one `SETTINGS_FILE` of a folder cannot describe with its neighbours."""
-    others = set(manifests.listed(folder, r"[^.].*\.index")) - {os.path.join(folder, f"{base}.index")}
+    others = set(manifests.listed(folder, r"[^.].*\.index")) - {
+        os.path.join(folder, f"{base}.index")
+    }
     stored = _folder_settings(folder) if others else {}
     difference = manifests.describe_difference(stored, heads.settings(model)) if stored else ""
     if difference:
@@ -523,7 +525,7 @@ def save_weights(
         in its folder are of a model that expects other images.
       ValueError: the model has layers that EfficientNets do not have.
     """
-    path = os.fspath(path)
+    path = os.path.expanduser(path)
     model = heads.standard(model)
     averages = heads.standard(ema_model) if ema_model is not None else model
     suffix = next((end for end in weight_files.SUFFIXES if path.lower().endswith(end)), "")

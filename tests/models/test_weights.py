@@ -509,3 +509,12 @@ def test_one_folder_describes_one_kind_of_model(tmp_path, model):
     weights.save_weights(other, tmp_path / "elsewhere" / "two")
     weights.save_weights(model, tmp_path / "elsewhere" / "two.safetensors")
     weights.save_weights(model, tmp_path / "elsewhere" / "two")  # It replaces the only one.
+
+
+def test_home_folder(tmp_path, model, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    weights.save_weights(model, "~/a/b")
+    assert (tmp_path / "a" / "b.index").exists()
+    weights.load_weights(model, "~/a")
+    weights.save_weights(model, "~/c.safetensors")
+    weights.load_weights(model, "~/c.safetensors")
