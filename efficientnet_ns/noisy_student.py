@@ -24,6 +24,8 @@ from efficientnet_ns import config as config_lib
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, PredictConfig, SelectConfig
 from efficientnet_ns.models.recipes import EPOCHS_OF_TRAIN_STEPS, RECIPES
 
+# Settings that may change until the first selection is made.
+_UNTIL_SELECTED = ("num_image", "min_threshold")
 # Settings of the loop that may change between two runs of it.
 _MAY_GROW = (
     "work_dir",
@@ -60,6 +62,9 @@ class State:
             self._state = manifests.read_json(self.path)
             earlier = {k: v for k, v in (defaults or {}).items() if k in settings}
             self._state["settings"] = {**earlier, **self._state["settings"]}
+            if not any(stage.endswith(": select") for stage in self._state["stages"]):
+                chosen = {k: settings[k] for k in _UNTIL_SELECTED if k in settings}
+                self._state["settings"].update(chosen)
             stored = config_lib.comparable(self._state["settings"])
             difference = manifests.describe_difference(stored, config_lib.comparable(settings))
             if difference:
@@ -117,6 +122,7 @@ def check(config: Config, loop: LoopConfig) -> list[Config]:
     trainings = model_configs(config, loop)
     if not (loop.work_dir and config.data.unlabel_data_dir):
         raise ConfigError("--work_dir and --unlabel_data_dir are needed")
+    config_lib.check(loop)
     for training in trainings:
         ResolvedConfig.from_config(training)
     if any(training.train.unlabel_ratio <= 0 for training in trainings[1:]):
@@ -162,7 +168,7 @@ def _per_model(flag: str, text: str, kind: type, count: int) -> list[Any]:
         values = [kind(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if len(values) != count or min(values) <= 0:
+    if len(values) != count or not all(0 < value < float("inf") for value in values):
         raise ConfigError(f"--{flag}={text} should be {count} positive numbers joined with ','")
     return values
 

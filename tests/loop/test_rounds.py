@@ -413,6 +413,17 @@ def test_folder_of_an_earlier_version_is_continued(tmp_path):
         noisy_student.State(str(tmp_path), {"seed": 1, "new": 1}, {"new": 0})
 
 
+def test_threshold_may_change_until_a_selection_is_made(tmp_path):
+    folder = str(tmp_path)
+    state = noisy_student.State(folder, {"min_threshold": 0.9, "seed": 1})
+    state.once("round 1: predict", dict)
+    state = noisy_student.State(folder, {"min_threshold": 0.3, "seed": 1})
+    state.once("round 1: select", dict)
+    noisy_student.State(folder, {"min_threshold": 0.3, "seed": 1})
+    with pytest.raises(ConfigError, match="min_threshold: 0.3 → 0.5"):
+        noisy_student.State(folder, {"min_threshold": 0.5, "seed": 1})
+
+
 # --- Refusals -------------------------------------------------------------------------------------
 
 
@@ -459,6 +470,9 @@ def test_unknown_models_are_refused_before_any_work(config, tmp_path, models, me
         ({}, {"work_dir": ""}, "--work_dir"),
         ({}, {"unlabel_ratios": "1"}, "--unlabel_ratios=1 should be 2 "),
         ({}, {"unlabel_ratios": "1,0"}, "--unlabel_ratios=1,0 should be 2 positive"),
+        ({}, {"unlabel_ratios": "1,nan"}, "--unlabel_ratios=1,nan should be 2 positive"),
+        ({}, {"image_sizes": "8,8,4"}, "--input_image_size=4 is too small"),
+        ({}, {"min_threshold": 2.0}, "--min_threshold=2.0 is too large"),
         ({}, {"image_sizes": "8,8,large"}, "--image_sizes=8,8,large should be 3 "),
         ({}, {"published_recipes": True}, "none for 'efficientnet-test'"),
         ({"unlabel_data_dir": ""}, {}, "--unlabel_data_dir"),
