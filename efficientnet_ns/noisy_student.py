@@ -59,7 +59,7 @@ class State:
         settings = json.loads(json.dumps(settings))
         self._state = {"settings": settings, "stages": {}}
         if tf.io.gfile.exists(self.path):
-            self._state = manifests.read_json(self.path)
+            self._state = manifests.read_object(self.path, "settings", "stages")
             earlier = {k: v for k, v in (defaults or {}).items() if k in settings}
             self._state["settings"] = {**earlier, **self._state["settings"]}
             if not any(stage.endswith(": select") for stage in self._state["stages"]):

@@ -18,7 +18,7 @@ import tensorflow as tf
 from efficientnet_ns import noisy_student
 from efficientnet_ns.config import Config, ConfigError, LoopConfig
 from efficientnet_ns.config.ingest import MakeConfig
-from efficientnet_ns.files import records
+from efficientnet_ns.files import manifests, records
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.pseudo_labels import predict
 from efficientnet_ns.training import train
@@ -498,6 +498,13 @@ def test_state_records_a_result_once(tmp_path):
     again = noisy_student.State(str(tmp_path), {"of": "this loop"})
     assert again.once("stage", work) == {"number": 1}
     assert calls == [0]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]"])
+def test_state_of_another_kind_is_named(tmp_path, text):
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(manifests.BrokenFile, match="state.json (should hold|lacks settings)"):
+        noisy_student.State(str(tmp_path), {})
 
 
 def test_failed_stage_is_not_recorded(tmp_path):
