@@ -351,6 +351,7 @@ def load_weights(
         nothing is left to load, or a library that reads the file is not installed.
       DamagedFile: the file cannot be read to its end.
     """
+    _check_arguments("load_weights", model, path)
     standard = heads.standard(model)
     file = file_path(path)
     if file is not None:
@@ -374,6 +375,14 @@ def load_weights(
     if standard is not model:
         heads.take_head(model, standard)
     _warn_of_other_settings(model, stored, opened.path)
+
+
+def _check_arguments(function: str, model: object, path: object) -> None:
+    if not isinstance(model, tf.keras.Model) or not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"{function}(model, path) needs a model and a path, not {type(model).__name__} and "
+            f"{type(path).__name__}"
+        )
 
 
 Names = Mapping[foreign_weights.Key, str]
@@ -429,7 +438,7 @@ def _object_names(model: tf.keras.Model, above: str = "") -> dict[foreign_weight
 
 def _folder_settings(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, SETTINGS_FILE)
-    return manifests.read_json(path) if tf.io.gfile.exists(path) else {}
+    return manifests.read_object(path) if tf.io.gfile.exists(path) else {}
 
 
 def stored_settings(path: PathLike) -> dict[str, Any]:
@@ -525,6 +534,7 @@ def save_weights(
         in its folder are of a model that expects other images.
       ValueError: the model has layers that EfficientNets do not have.
     """
+    _check_arguments("save_weights", model, path)
     path = os.path.expanduser(path)
     model = heads.standard(model)
     averages = heads.standard(ema_model) if ema_model is not None else model

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from efficientnet_ns.files import manifests
 from efficientnet_ns.models import efficientnet, weights
 
 SVHN = {
@@ -518,3 +519,17 @@ def test_home_folder(tmp_path, model, monkeypatch):
     weights.load_weights(model, "~/a")
     weights.save_weights(model, "~/c.safetensors")
     weights.load_weights(model, "~/c.safetensors")
+
+
+def test_arguments_in_the_wrong_order(checkpoint, model):
+    for call in (weights.load_weights, weights.save_weights):
+        with pytest.raises(
+            TypeError, match="needs a model and a path, not PosixPath and Functional"
+        ):
+            call(checkpoint, model)
+
+
+def test_settings_of_another_kind_are_named(checkpoint, model):
+    (checkpoint.parent / weights.SETTINGS_FILE).write_text("[]")
+    with pytest.raises(manifests.BrokenFile, match="model.json should hold a JSON object"):
+        weights.load_weights(model, checkpoint)
