@@ -54,7 +54,7 @@ def load_outcome(config: SelectConfig) -> dict[str, np.ndarray]:
     workers = index.count_workers(config)
     chosen = os.path.join(config.output_dir, selection.SELECTION)
     indexes = [path for paths in index.index_files(config).values() for path in paths]
-    db = outcome._connect(predictions=indexes, selection=[chosen])
+    db = outcome.connect(predictions=indexes, selection=[chosen])
     return db.execute(
         f"""
         SELECT shard, position * {workers} + worker AS record, label, prob,
