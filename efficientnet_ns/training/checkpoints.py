@@ -38,6 +38,8 @@ def saved_steps(folder: str) -> list[int]:
 def each_new(folder: str, seconds: float = 1.0) -> Iterator[str]:
     """Prefixes of the newest checkpoint in a folder, each once, without end; looks every `seconds`."""
     last = None
+    if weights.newest_checkpoint(folder) is None:
+        logging.info("waiting for the first checkpoint in %s", folder)
     while True:
         newest = weights.newest_checkpoint(folder)
         if newest not in (None, last):

@@ -82,8 +82,29 @@ def _changed_settings(folder: str, config: Config) -> str:
         return ""
     # Settings that came later had their defaults; the task was not noted at first.
     task = _task_fields(config)
-    noted = comparable({**Config().identity(), **task, **manifests.read_json(path)})
+    noted = comparable({**Config().identity(), **task, **manifests.read_object(path)})
     return manifests.describe_difference(noted, comparable({**config.identity(), **task}))
+
+
+def check_length(folder: str, config: Config) -> None:
+    """Refuses settings under which the training in a folder ends at another step than it does.
+
+    Raises:
+      DirectoryConflict: see there.
+    """
+    path = os.path.join(folder, SETTINGS)
+    if not tf.io.gfile.exists(path):
+        return
+    noted = manifests.read_object(path)
+    own = {
+        n: getattr(config.train, n) for n in ("train_steps", "train_ratio", "train_last_step_num")
+    }
+    difference = manifests.describe_difference({n: noted.get(n, own[n]) for n in own}, own)
+    if difference:
+        raise DirectoryConflict(
+            f"the training in {folder} ends at another step ({difference}): give the settings it was "
+            "started with"
+        )
 
 
 def _task_fields(config: Config) -> dict[str, Any]:
@@ -105,7 +126,7 @@ def _check_records(folder: str, listing: Mapping[str, Mapping[str, Any]]) -> Non
     noted_in = os.path.join(folder, RECORDS)
     if not tf.io.gfile.exists(noted_in):  # Begun before the records were noted.
         return
-    noted = manifests.read_json(noted_in)
+    noted = manifests.read_object(noted_in)
     changes = [
         f"{path}: {_size(before.get(path))} → {_size(now.get(path))}"
         for before, now in ((noted.get(name, {}), listing.get(name, {})) for name in listing)

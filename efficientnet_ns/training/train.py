@@ -25,7 +25,7 @@ from efficientnet_ns.inference import engines
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig, limited
 from efficientnet_ns.training import checkpoints, preview, schedules, summaries
-from efficientnet_ns.training.claim import claim, expect_other_records
+from efficientnet_ns.training.claim import check_length, claim, expect_other_records
 from efficientnet_ns.training.input_wait import InputWait
 from efficientnet_ns.training.optimizers import RMSPropTF1
 from efficientnet_ns.training.session import Session, loop_steps
@@ -242,7 +242,8 @@ def _evaluate_each(resolved: ResolvedConfig, model, evaluator) -> dict[str, dict
     measured = {row["step"] for row in log.rows}
     results: dict[str, dict] = {}
     for path in checkpoints.each_new(folder):
-        step = int(path.rsplit("-", 1)[1])
+        check_length(folder, resolved.config)
+        step = _step_of(path)
         try:
             if step not in measured or step == total:
                 weights.load_weights(model, path, ema=resolved.config.train.eval_ema)
@@ -259,6 +260,17 @@ def _evaluate_each(resolved: ResolvedConfig, model, evaluator) -> dict[str, dict
             break
     log.close()
     return results
+
+
+def _step_of(path: str) -> int:
+    """The step that the name of a training's checkpoint ends in."""
+    number = os.path.basename(path).rpartition("-")[2]
+    if not number.isdecimal():
+        raise ConfigError(
+            f"--eval_continuously: the newest checkpoint is {path}, but a training's is called "
+            "model.ckpt-<step>: give the folder of a training as --model_dir"
+        )
+    return int(number)
 
 
 def _eval_shares(resolved: ResolvedConfig, source: pipeline.Source):
