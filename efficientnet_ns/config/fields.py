@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import numbers
 import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from absl import flags
@@ -29,6 +31,7 @@ def setting(
     *,
     choices: tuple[str, ...] | None = None,
     low: float | None = None,
+    high: float | None = None,
     free: bool = False,
     documented: Any = None,
     pattern: str | None = None,
@@ -40,6 +43,7 @@ def setting(
       help: of the flag.
       choices: allowed values.
       low: smallest allowed value.
+      high: largest allowed value.
       free: may change between the runs that continue one model_dir.
       documented: default that the flag shows. The field is None unless the flag is given, so code
         can tell "not given" from "given, and equal to the default".
@@ -52,6 +56,7 @@ def setting(
         "choices": choices,
         "pattern": pattern,
         "low": low,
+        "high": high,
         "free": free,
         "documented": default if documented is None else documented,
     }
@@ -59,12 +64,20 @@ def setting(
 
 
 class Settings:
-    """Base of the settings dataclasses: paths may be given as `pathlib.Path`."""
+    """Base of the settings dataclasses: paths may be `pathlib.Path`, and may begin with `~`."""
 
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
-            if isinstance(value, os.PathLike):
-                object.__setattr__(self, name, os.fspath(value))
+            plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+            if isinstance(plain, str) and _is_path(name):
+                plain = ";".join(map(os.path.expanduser, plain.split(";")))
+            if plain is not value:
+                object.__setattr__(self, name, plain)
+
+
+def _is_path(name: str) -> bool:
+    """Whether the setting of this name is a path, or several joined with ';'."""
+    return name.endswith(("_dir", "_path")) or name in ("task_name", "baseline", "json_file")
 
 
 def subsections(cls: type) -> dict[str, type]:
@@ -98,8 +111,7 @@ def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with trailing slashes stripped from paths, which do not make another training."""
 
     def plain(name: str, value: Any) -> Any:
-        is_path = name.endswith(("_dir", "_path")) or name == "task_name"
-        if not is_path or value is None:
+        if not _is_path(name) or value is None:
             return value
         return ";".join(part.rstrip("/") for part in value.split(";"))
 
@@ -200,20 +212,58 @@ def check_no_file(name: str, path: str) -> None:
 
 
 def check(settings: Any) -> None:
-    """Raises ConfigError for the first value below its field's lower bound."""
-    for field, value in _values(settings):
-        low = field.metadata["low"]
-        if value is not None and low is not None and value < low:
-            raise ConfigError(f"--{field.name}={value} is too small: at least {low} is needed")
+    """Checks type, bounds and choices of every value; numbers must be finite.
 
-
-def _values(settings: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
+    Raises:
+      ConfigError: the first value that cannot be used, by the name of its flag.
+    """
+    if not dataclasses.is_dataclass(settings) or isinstance(settings, type):
+        raise ConfigError(
+            f"settings are needed, such as Config().override(train_steps=10), not {settings!r}"
+        )
+    hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
-            yield from _values(value)
-        else:
-            yield field, value
+            check(value)
+        elif value is not None or field.default is not None:
+            _check_type(field, value, hints[field.name])
+            _check_text(field, value) if isinstance(value, str) else _check_bounds(field, value)
+
+
+_KINDS: dict[type, tuple[str, Any]] = {
+    str: ("a text", str),
+    int: ("a whole number", numbers.Integral),
+    float: ("a number", numbers.Real),
+    bool: ("True or False", (bool, numbers.Integral)),
+}
+
+
+def _check_type(field: dataclasses.Field, value: Any, hint: Any) -> None:
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    needed, types = _KINDS[kinds[0] if kinds else hint]
+    if not isinstance(value, types):
+        raise ConfigError(f"--{field.name}={value!r}: {needed} is needed")
+
+
+def _check_text(field: dataclasses.Field, value: str) -> None:
+    choices, pattern = field.metadata["choices"], field.metadata["pattern"]
+    known = not choices or value in choices or (pattern and re.fullmatch(pattern, value))
+    if not known:
+        raise ConfigError(f"--{field.name}={value!r}: one of {', '.join(choices)} is needed")
+    # How Python represents bytes of the command line that are not UTF-8; TensorFlow rejects them.
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise ConfigError(f"--{field.name}={value!r} is not UTF-8: rename it, or choose another")
+
+
+def _check_bounds(field: dataclasses.Field, value: float) -> None:
+    low, high = field.metadata["low"], field.metadata["high"]
+    if not math.isfinite(value):
+        raise ConfigError(f"--{field.name}={value}: a finite number is needed")
+    if low is not None and value < low:
+        raise ConfigError(f"--{field.name}={value} is too small: at least {low} is needed")
+    if high is not None and value > high:
+        raise ConfigError(f"--{field.name}={value} is too large: at most {high} is possible")
 
 
 def require(settings: Any, *names: str) -> None:

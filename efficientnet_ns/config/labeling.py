@@ -46,10 +46,11 @@ class SelectConfig(Settings):
         0, "1: statistics and selection of only the first worker's part of --shard_id."
     )
     num_image: int = setting(1300, "Images per class.", low=0)
-    min_threshold: float = setting(0.0, "Lowest confidence that is kept.", low=0)
+    min_threshold: float = setting(0.0, "Lowest confidence that is kept.", low=0, high=1)
     max_prob: float = setting(
         2.0,
         "Highest confidence that is kept; the default is above 1 because rounding may exceed 1.",
+        low=0,
     )
     num_label_classes: int = setting(1000, "Number of classes.", low=1)
     upsample: int = setting(1, "Fill classes below num_image with copies: 1 or 0.", low=0)

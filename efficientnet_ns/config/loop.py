@@ -41,7 +41,9 @@ class LoopConfig(Settings):
     )
     finetune_fix_layers: int = setting(-1, "fix_layer_num of the fine-tuning; -1: none.", low=-1)
     num_image: int = setting(1300, "Pseudo-labeled images per class.", low=1)
-    min_threshold: float = setting(0.3, "Lowest confidence of a pseudo label that is kept.", low=0)
+    min_threshold: float = setting(
+        0.3, "Lowest confidence of a pseudo label that is kept.", low=0, high=1
+    )
 
 
 # Update steps in a quick study, at most. With fewer, the teacher of the digits has learned too little.

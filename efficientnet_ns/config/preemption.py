@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM (a preempted machine) and SIGINT (Ctrl-C).
+"""Requests to stop: SIGTERM (a preempted machine), SIGINT (Ctrl-C), SIGHUP (a lost terminal).
 
 The first signal is a request: work that can be interrupted anywhere ends at once, and work that has
 something to save ends after saving it. The program then exits with code 75 (EX_TEMPFAIL of
@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from absl import logging
 
 EXIT_CODE = 75
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAME_REQUEST_SECONDS = 1.0
 
 
@@ -67,7 +67,9 @@ class StopRequest:
         """Takes them back from native code that took them for itself inside the block."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                signal.signal(number, self._answer)
+                # Under nohup a lost terminal is to be survived.
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, self._answer)
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:

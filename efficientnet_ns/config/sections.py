@@ -31,9 +31,11 @@ class ModelConfig(Settings):
     depth_coefficient: float | None = setting(
         None, "Overrides the variant's depth multiplier.", low=0.01
     )
-    dropout_rate: float | None = setting(None, "Overrides the variant's head dropout.", low=0)
+    dropout_rate: float | None = setting(
+        None, "Overrides the variant's head dropout.", low=0, high=1
+    )
     stochastic_depth_rate: float | None = setting(
-        None, "Drop probability of the last block, linear from 0; default 0.2.", low=0
+        None, "Drop probability of the last block, linear from 0; default 0.2.", low=0, high=1
     )
 
 
@@ -130,7 +132,7 @@ class TrainConfig(Settings):
     model_dir: str | None = setting(None, "Folder of checkpoints and logs.", free=True)
     train_steps: int = setting(109474, "Update steps of the whole schedule.", low=1)
     train_ratio: float = setting(
-        1.0, "Stretches train_steps and the decay period (2 for the 700-epoch recipes)."
+        1.0, "Stretches train_steps and the decay period (2 for the 700-epoch recipes).", low=0
     )
     train_last_step_num: int = setting(
         -1, "Train only the last N steps of the schedule, without warm-up; -1: all."
@@ -141,6 +143,7 @@ class TrainConfig(Settings):
         "Probability that a labeled image enters the loss, for labeled batches that must be smaller "
         "than the number of replicas: train_batch_size times this counts as the batch.",
         low=0,
+        high=1,
     )
     num_shards_per_group: int = setting(
         -1,
@@ -148,15 +151,17 @@ class TrainConfig(Settings):
         "max(8, replicas/8); 1: one; k: groups of k; -2: all.",
         low=-2,
     )
-    base_learning_rate: float = setting(0.016, "Learning rate per 256 labeled images.")
+    base_learning_rate: float = setting(0.016, "Learning rate per 256 labeled images.", low=0)
     final_base_lr: float | None = setting(
         None, "When given, the decay period is chosen to end at this rate per 256."
     )
     warmup_epochs: float = setting(5.0, "Length of the linear warm-up.", low=0)
-    moving_average_decay: float = setting(0.9999, "Ceiling of the weight average's decay.")
-    bn_momentum: float = setting(0.99, "Decay of the batch-norm moving statistics.")
+    moving_average_decay: float = setting(
+        0.9999, "Ceiling of the weight average's decay.", low=0, high=1
+    )
+    bn_momentum: float = setting(0.99, "Decay of the batch-norm moving statistics.", low=0, high=1)
     weight_decay: float = setting(1e-5, "Factor of half the squared norm.", low=0)
-    label_smoothing: float = setting(0.1, "Weight of the uniform distribution.", low=0)
+    label_smoothing: float = setting(0.1, "Weight of the uniform distribution.", low=0, high=1)
     unlabel_ratio: float = setting(
         0.0, "Unlabeled images per labeled one, and their weight.", low=0
     )
@@ -295,7 +300,7 @@ class PredictConfig(Settings):
         "on, which makes worse labels: an ablation of the paper.",
     )
     max_bad_fraction: float = setting(
-        0.01, "Stop when more than this fraction of a shard's records is unreadable.", low=0
+        0.01, "Stop when more than this fraction of a shard's records is unreadable.", low=0, high=1
     )
     part_seconds: float = setting(
         60.0, "Seconds of work on a shard that a killed process may lose.", low=0

@@ -145,10 +145,10 @@ def get_task(name: str | os.PathLike) -> Task:
     Raises:
       TaskError: neither, or a file with unknown, missing or wrong fields.
     """
-    name = os.fspath(name)
+    name = os.path.expanduser(name)
     if name in TASKS:
         return TASKS[name]
-    if not name.endswith(".json") or not tf.io.gfile.exists(name) or tf.io.gfile.isdir(name):
+    if not tf.io.gfile.exists(name) or tf.io.gfile.isdir(name):
         raise TaskError(
             f"unknown task {name!r}; known tasks: {', '.join(TASKS)}, or the path of a .json file "
             'with the fields of a task, e.g. {"num_classes": 5}'
@@ -208,6 +208,7 @@ def write_task(path: str | os.PathLike, **fields) -> None:
     Raises:
       TaskError: see `get_task`; nothing is written.
     """
+    path = os.path.expanduser(path)
     existing = dataclasses.asdict(get_task(path)) if tf.io.gfile.exists(path) else {}
     task = dataclasses.asdict(_checked(path, {**existing, **fields}))
     manifests.write_json(path, {k: v for k, v in task.items() if v is not None}, indent=1)

@@ -89,9 +89,15 @@ def _cluster_problem(cluster: Any, task: Any) -> str | None:
 
 
 def _tpu_strategy(hardware: HardwareConfig) -> tf.distribute.Strategy:
-    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
-        hardware.tpu, zone=hardware.tpu_zone, project=hardware.gcp_project
-    )
+    try:
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
+            hardware.tpu, zone=hardware.tpu_zone, project=hardware.gcp_project
+        )
+    except Exception as e:  # Of the network, of the TPU's service, or of credentials.
+        raise ConfigError(
+            f"--tpu={hardware.tpu} cannot be found ({e}): check --tpu, --tpu_zone={hardware.tpu_zone} "
+            f"and --gcp_project={hardware.gcp_project}"
+        ) from e
     if hardware.tpu != "local":
         tf.config.experimental_connect_to_cluster(resolver)
     tf.tpu.experimental.initialize_tpu_system(resolver)

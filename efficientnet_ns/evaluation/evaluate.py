@@ -14,6 +14,7 @@ from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.devices import distribution
 from efficientnet_ns.evaluation import accuracy, accuracy_report
+from efficientnet_ns.files import manifests
 from efficientnet_ns.files.metrics_log import MetricsLog
 from efficientnet_ns.inference import engines
 from efficientnet_ns.models import weights
@@ -119,7 +120,8 @@ def _evaluate_each(
     logged = {row["step"] for row in log.rows}
     results: dict[str, dict[str, float]] = {}
     for path in _each_new_checkpoint(folder):
-        step = int(path.rsplit("-", 1)[1])
+        _check_length(folder, resolved.config)
+        step = _step_of(path)
         try:
             # The last one is measured even if an earlier run logged it: its metrics are returned.
             if step not in logged or step == total:
@@ -142,9 +144,38 @@ def _evaluate_each(
     return results
 
 
+def _check_length(folder: str, config: Config) -> None:
+    """ConfigError for settings under which the training in a folder ends at another step."""
+    path = os.path.join(folder, "config.json")
+    if not tf.io.gfile.exists(path):
+        return
+    noted, train = manifests.read_object(path), config.train
+    names = ("train_steps", "train_ratio", "train_last_step_num")
+    own = {name: getattr(train, name) for name in names}
+    difference = manifests.describe_difference({n: noted.get(n, own[n]) for n in own}, own)
+    if difference:
+        raise ConfigError(
+            f"the training in {folder} ends at another step ({difference}): give the settings it was "
+            "started with"
+        )
+
+
+def _step_of(path: str) -> int:
+    """The step that the name of a training's checkpoint ends with."""
+    number = os.path.basename(path).rpartition("-")[2]
+    if not number.isdecimal():
+        raise ConfigError(
+            f"--eval_continuously: the newest checkpoint is {path}, but a training's is called "
+            "model.ckpt-<step>: give the folder of a training as --model_dir"
+        )
+    return int(number)
+
+
 def _each_new_checkpoint(folder: str, seconds: float = 1.0) -> Iterator[str]:
     """Prefixes of the newest checkpoint, each once, without end; polls every `seconds`."""
     last = None
+    if weights.newest_checkpoint(folder) is None:
+        logging.info("waiting for the first checkpoint in %s", folder)
     while True:
         newest = weights.newest_checkpoint(folder)
         if newest not in (None, last):

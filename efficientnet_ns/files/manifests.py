@@ -144,6 +144,17 @@ def read_json(path: str):
         raise BrokenFile(f"{path} is not valid JSON: {e}") from e
 
 
+def read_object(path: str, *keys: str) -> dict:
+    """The object of a JSON file; BrokenFile naming it when it is none, or lacks one of the keys."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise BrokenFile(f"{path} should hold a JSON object, but holds a {type(value).__name__}")
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise BrokenFile(f"{path} lacks {', '.join(missing)}: it was not written by this program")
+    return value
+
+
 def read_json_lines(path: str) -> list[dict]:
     """Objects of a file with one JSON object per line; none when it does not exist.
 
@@ -183,7 +194,7 @@ def content_hash(path: str) -> str:
 
 
 class BrokenFile(ValueError):
-    """A JSON file that cannot be parsed."""
+    """A JSON file that cannot be parsed, or holds something else than it should."""
 
 
 class Stage:
@@ -213,7 +224,7 @@ class Stage:
                     "It is left alone: move it away, or choose another output folder."
                 )
             return False
-        made_with = read_json(self.manifest)["config"]
+        made_with = read_object(self.manifest, "config", "sizes")["config"]
         if made_with != self.config:
             raise OutputConflict(
                 f"the outputs of {self.manifest} were made with other settings "

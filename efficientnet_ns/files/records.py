@@ -67,11 +67,17 @@ def list_shards(folders: str, prefixes: str | Sequence[str]) -> list[str]:
       Sorted paths.
 
     Raises:
-      DataError: nothing matches, or a shard of a set is missing.
+      DataError: nothing matches, a folder is given twice, or a shard of a set is missing.
     """
     prefixes = (prefixes,) if isinstance(prefixes, str) else tuple(prefixes)
-    paths = []
+    paths, places = [], set()
     for folder in filter(None, folders.split(";")):
+        place = folder.rstrip("/") if "://" in folder else os.path.realpath(folder)
+        if place in places:
+            raise DataError(
+                f"{folder!r} is given twice in {folders!r}: its images would count twice"
+            )
+        places.add(place)
         found = _shards_in(folder, prefixes)
         if not found:
             names = " or ".join(f"{p}-00000-of-…" for p in prefixes)
@@ -385,7 +391,7 @@ def count_all(paths: Sequence[str], max_bad_fraction: float = 0.01) -> list[int]
         folder, name = os.path.split(path)
         if folder not in known:
             sidecar = os.path.join(folder, COUNTS)
-            known[folder] = manifests.read_json(sidecar) if tf.io.gfile.exists(sidecar) else {}
+            known[folder] = manifests.read_object(sidecar) if tf.io.gfile.exists(sidecar) else {}
         size = tf.io.gfile.stat(path).length
         total_bytes += size
         entry = known[folder].get(name)
@@ -446,7 +452,7 @@ def note_counts(paths: Sequence[str], counts: Sequence[int] | None = None) -> No
     """
     folder = os.path.dirname(paths[0])
     sidecar = os.path.join(folder, COUNTS)
-    entries = manifests.read_json(sidecar) if tf.io.gfile.exists(sidecar) else {}
+    entries = manifests.read_object(sidecar) if tf.io.gfile.exists(sidecar) else {}
     for path, total in zip(paths, counts or map(count, paths)):
         entries[os.path.basename(path)] = {
             "records": total,

@@ -13,6 +13,9 @@ from absl import logging
 from efficientnet_ns.config import ConfigError, comparable
 from efficientnet_ns.files import manifests
 
+# Settings that may change until the first selection is made.
+_UNTIL_SELECTED = ("num_image", "min_threshold")
+
 
 class State:
     """Results of finished stages, in `<folder>/state.json`.
@@ -35,9 +38,11 @@ class State:
             tf.io.gfile.makedirs(folder)
             self._state = {"settings": settings, "stages": {}}
             return
-        self._state = manifests.read_json(self._path)
+        self._state = manifests.read_object(self._path, "settings", "stages")
         known = {name: value for name, value in (defaults or {}).items() if name in settings}
         stored = {**known, **self._state["settings"]}
+        if not any(stage.endswith(": select") for stage in self._state["stages"]):
+            stored.update({name: settings[name] for name in _UNTIL_SELECTED if name in settings})
         difference = manifests.describe_difference(comparable(stored), comparable(settings))
         if difference:
             raise ConfigError(

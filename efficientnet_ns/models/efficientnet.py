@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -298,6 +299,11 @@ def build_model(
       WeightsError, FileNotFoundError: the weights do not fit, or are not there.
     """
     spec = get_variant(variant)
+    for name, value in (("num_classes", num_classes), ("image_size", image_size)):
+        if value is not None and not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name} is {value!r}; a whole number is needed")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size is {image_size}; it must be at least 1")
     dropout_rate = spec.dropout_rate if dropout_rate is None else dropout_rate
     _check(num_classes, survival_prob, dropout_rate)
     width, size = width_coefficient or spec.width, image_size or spec.resolution
@@ -330,7 +336,7 @@ def load_model(path: str | os.PathLike) -> tf.keras.Model:
     deep as L2.
     """
     _allow_depth(_DEEPEST)
-    return tf.keras.models.load_model(os.fspath(path))
+    return tf.keras.models.load_model(os.path.expanduser(path))
 
 
 def num_blocks(model: tf.keras.Model) -> int:

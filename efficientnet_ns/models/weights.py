@@ -131,7 +131,7 @@ def checkpoint_prefix(path: PathLike) -> str:
       FileNotFoundError: nothing there is a checkpoint.
       WeightsError: a folder with several checkpoints and no `checkpoint` file to choose one.
     """
-    path = _CHECKPOINT_FILE.sub("", os.fspath(path).rstrip("/"))
+    path = _CHECKPOINT_FILE.sub("", os.path.expanduser(path).rstrip("/"))
     if tf.io.gfile.exists(path + ".index"):
         return path
     if tf.io.gfile.exists(path + "/saved_model.pb"):
@@ -185,7 +185,7 @@ def file_path(path: PathLike) -> str | None:
     Raises:
       FileNotFoundError: it is not there, and is called as a file of Keras or timm.
     """
-    path = os.fspath(path)
+    path = os.path.expanduser(path)
     if tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path):
         prefix, matches = _CHECKPOINT_FILE.subn("", path)
         is_part = matches and tf.io.gfile.exists(prefix + ".index")
@@ -320,7 +320,7 @@ def load_weights(
     *,
     ema: bool = True,
     scope: str | None = None,
-    skip: Sequence[str] = (),
+    skip: str | Sequence[str] = (),
 ) -> None:
     """Loads weights from a file into a model made by `build_model`.
 
@@ -342,15 +342,16 @@ def load_weights(
         have a single set of weights give that.
       scope: above the model's variables in a checkpoint, e.g. `teacher_model`; None: they are at
         the top.
-      skip: regular expressions, searched for in the names of `variable_names`; what they match
+      skip: a regular expression or several, searched for in the names of `variable_names`; what they match
         keeps its values, e.g. `["head/dense/"]` for a new classifier. Nothing else may be missing.
 
     Raises:
       FileNotFoundError: nothing there.
-      WeightsError: the file does not fit, an expression in `skip` matches nothing, or a library
-        that reads the file is not installed.
+      WeightsError: the file does not fit, an expression in `skip` is none or matches nothing,
+        nothing is left to load, or a library that reads the file is not installed.
       DamagedFile: the file cannot be read to its end.
     """
+    _check_arguments("load_weights", model, path)
     standard = heads.standard(model)
     names: Names
     known: Callable[[str], bool]
@@ -376,6 +377,14 @@ def load_weights(
     if standard is not model:
         heads.take_head(model, standard)
     _warn_of_other_settings(model, stored, opened.path)
+
+
+def _check_arguments(function: str, model: object, path: object) -> None:
+    if not isinstance(model, tf.keras.Model) or not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"{function}(model, path) needs a model and a path, not {type(model).__name__} and "
+            f"{type(path).__name__}"
+        )
 
 
 Names = Mapping[foreign_weights.Key, str]
@@ -431,7 +440,7 @@ def _object_names(model: tf.keras.Model, above: str = "") -> dict[foreign_weight
 
 def _folder_settings(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, SETTINGS_FILE)
-    return manifests.read_json(path) if tf.io.gfile.exists(path) else {}
+    return manifests.read_object(path) if tf.io.gfile.exists(path) else {}
 
 
 def stored_settings(path: PathLike) -> dict[str, Any]:
@@ -471,15 +480,36 @@ def _warn_of_other_settings(model: tf.keras.Model, stored: Mapping[str, Any], pa
         )
 
 
-def _skipped(names: Mapping[str, tf.Variable], skip: Sequence[str]) -> set[int]:
+def _skipped(names: Mapping[str, tf.Variable], skip: str | Sequence[str]) -> set[int]:
     """Ids of the variables whose name one of the expressions matches."""
     kept = set()
-    for pattern in skip:
-        matched = {id(v) for name, v in names.items() if re.search(pattern, name)}
+    for pattern in [skip] if isinstance(skip, str) else skip:
+        try:
+            matched = {id(v) for name, v in names.items() if re.search(pattern, name)}
+        except re.error as e:
+            raise WeightsError(
+                f"skip (--init_skip): {pattern!r} is no regular expression: {e}"
+            ) from e
         if not matched:
             raise WeightsError(f"skip (--init_skip): {pattern!r} matches no variable of the model")
         kept |= matched
+    if len(kept) == len(names):
+        raise WeightsError(f"skip (--init_skip): {skip!r} leaves no variable to load")
     return kept
+
+
+def _check_neighbours(folder: str, base: str, model: tf.keras.Model) -> None:
+    """Refuses a model that the one `SETTINGS_FILE` of a folder cannot describe with its neighbours."""
+    others = set(manifests.listed(folder, r"[^.].*\.index")) - {
+        os.path.join(folder, f"{base}.index")
+    }
+    stored = _folder_settings(folder) if others else {}
+    difference = manifests.describe_difference(stored, heads.settings(model)) if stored else ""
+    if difference:
+        raise WeightsError(
+            f"{folder} holds a checkpoint of a model that expects other images ({difference}), "
+            f"which its {SETTINGS_FILE} describes: save to another folder, or to a .safetensors file"
+        )
 
 
 def save_weights(
@@ -502,10 +532,12 @@ def save_weights(
       step: what the checkpoint says under `global_step`.
 
     Raises:
-      WeightsError: the path ends as a file of another kind.
+      WeightsError: the path ends as a file of another kind, is a folder, or the other checkpoints
+        in its folder are of a model that expects other images.
       ValueError: the model has layers that EfficientNets do not have.
     """
-    path = os.fspath(path)
+    _check_arguments("save_weights", model, path)
+    path = os.path.expanduser(path)
     model = heads.standard(model)
     averages = heads.standard(ema_model) if ema_model is not None else model
     suffix = next((end for end in weight_files.SUFFIXES if path.lower().endswith(end)), "")
@@ -515,7 +547,15 @@ def save_weights(
             "model.save_weights); "
             "end the name in .safetensors, or give the prefix of a checkpoint like model.ckpt-0"
         )
-    folder = os.path.dirname(path) or "."
+    folder, base = os.path.split(path)
+    folder = folder or "."
+    if not base or tf.io.gfile.isdir(path):
+        raise WeightsError(
+            f"{path} is a folder: give the name of a file or the prefix of a checkpoint in it, e.g. "
+            f"{os.path.join(path, 'model.ckpt-0')}"
+        )
+    if not suffix:
+        _check_neighbours(folder, base, averages)
     tf.io.gfile.makedirs(folder)
     if suffix == ".safetensors":
         from safetensors import numpy as safetensors

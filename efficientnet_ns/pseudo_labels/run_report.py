@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 from efficientnet_ns import report
 from efficientnet_ns.config import ConfigError, SelectConfig
+from efficientnet_ns.files import manifests
 from efficientnet_ns.pseudo_labels import outcome
 from efficientnet_ns.pseudo_labels.outcome import Outcome, Picture
+from efficientnet_ns.pseudo_labels.selection import SELECTION
 
 _PICTURES = 36  # Of a grid over all classes.
 _PICTURES_PER_CLASS = 8
@@ -81,6 +84,7 @@ def sections(config: SelectConfig, options: Options = _DEFAULTS) -> list[report.
     names = list(options.class_names or map(str, range(config.num_label_classes)))
     if len(names) != config.num_label_classes:
         raise ConfigError(f"{len(names)} class names for {config.num_label_classes} classes")
+    _check_settings(config)
     truth = None if options.truth is None else outcome.read_truth(config, options.truth)
     result = Outcome(config, truth=truth, previous_dir=options.previous_dir)
     run = _Run(config, options, names, result, result.classes())
@@ -96,6 +100,28 @@ def sections(config: SelectConfig, options: Options = _DEFAULTS) -> list[report.
         "records in quarantine": _quarantine(run),
     }
     return [report.Section(title, body) for title, body in parts.items()]
+
+
+_SETTINGS = (
+    *("num_image", "min_threshold", "max_prob", "upsample", "use_top", "use_all", "selection"),
+    "seed",
+)
+
+
+def _check_settings(config: SelectConfig) -> None:
+    """Refuses settings that the selection was not made with: the report would show them."""
+    manifest = os.path.join(config.output_dir, f"{SELECTION}.manifest.json")
+    if not tf.io.gfile.exists(manifest):
+        return
+    made_with = manifests.read_object(manifest, "config")["config"]
+    own = {name: getattr(config, name) for name in _SETTINGS}
+    noted = {name: made_with.get(name, value) for name, value in own.items()}
+    difference = manifests.describe_difference(noted, own)
+    if difference:
+        raise ConfigError(
+            f"the selection in {config.output_dir} was made with other settings ({difference}): give "
+            "those it was made with"
+        )
 
 
 class _Run(NamedTuple):

@@ -31,7 +31,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config import ConfigError, SelectConfig
+from efficientnet_ns.config import ConfigError, SelectConfig, check
 from efficientnet_ns.files import local_files, manifests, records
 from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.index import IndexScan, RowChunk
@@ -66,9 +66,14 @@ def select(config: SelectConfig) -> dict[str, object]:
 
     Raises:
       ConfigError: settings that do not fit each other or the predictions.
-      records.DataError: predictions are missing or do not fit the settings.
+      records.DataError: predictions are missing or do not fit the settings, or none is kept.
       manifests.OutputConflict: the outputs are of other settings.
     """
+    check(config)
+    if config.min_threshold > config.max_prob:
+        raise ConfigError(
+            f"--min_threshold={config.min_threshold} is above --max_prob={config.max_prob}"
+        )
     workers = index.count_workers(config)
     names = _statistics_names(config, workers)
     indexes = index.index_files(config)
@@ -590,6 +595,12 @@ def _write_outputs(
         selection, threshold_path, total = (temporary[path] for path in stage.outputs)
         rules = threshold_rules(chosen, config) if original else exact_rules(scan, counts, config)
         rows = _write_selection(scan, rules, selection)
+        if not rows:
+            raise records.DataError(
+                f"none of {counts.available} predictions is kept with --min_threshold="
+                f"{config.min_threshold}, --max_prob={config.max_prob} and "
+                f"--num_image={config.num_image}: give a lower --min_threshold"
+            )
         summary.update(
             available=counts.available,
             unique=sum(n for _, _, n, _ in rows),

@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config.fields import ConfigError, as_dict
+from efficientnet_ns.config.fields import ConfigError, as_dict, check
 from efficientnet_ns.config.sections import Config
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.data.autoaugment import AutoAugment
@@ -49,6 +49,7 @@ class ResolvedConfig:
         Raises:
           ConfigError: names the flag that does not fit.
         """
+        check(config)
         if config.data.data_source:
             raise ConfigError(
                 f"--data_source={config.data.data_source} has no records yet; data_source.with_records "

@@ -16,11 +16,16 @@ from absl import logging
 
 from efficientnet_ns.config.fields import ConfigError, comparable
 from efficientnet_ns.config.sections import Config
-from efficientnet_ns.data import pipeline
+from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.files import manifests, metrics_log, records
 from efficientnet_ns.training import checkpoints, preview
 
 SETTINGS, RECORDS, RUNS = "config.json", "records.json", "runs.jsonl"
+# Fields of the task that a training depends on: the task's file can be edited.
+_TASK_FIELDS = (
+    *("num_classes", "mean", "std", "image_size", "small_image", "flip"),
+    *("train_set", "num_train_images"),
+)
 
 
 class DirectoryConflict(ConfigError):
@@ -62,7 +67,8 @@ def claim(
     manifests.remove_abandoned([os.path.join(folder, name) for name in written])
     # The settings a training was begun with stay as they were written.
     if difference or not tf.io.gfile.exists(os.path.join(folder, SETTINGS)):
-        manifests.write_json(os.path.join(folder, SETTINGS), config.identity(), indent=1)
+        noted = {**config.identity(), **_task_fields(config)}
+        manifests.write_json(os.path.join(folder, SETTINGS), noted, indent=1)
     if not begun or not tf.io.gfile.exists(os.path.join(folder, RECORDS)):
         manifests.write_json(os.path.join(folder, RECORDS), listing, indent=1)
 
@@ -108,9 +114,17 @@ def _changed_settings(folder: str, config: Config) -> str:
     path = os.path.join(folder, SETTINGS)
     if not tf.io.gfile.exists(path):
         return ""
-    # Settings that came later had their defaults.
-    noted = comparable({**Config().identity(), **manifests.read_json(path)})
-    return manifests.describe_difference(noted, comparable(config.identity()))
+    # Settings that came later had their defaults; the task was not noted at first.
+    task = _task_fields(config)
+    noted = comparable({**Config().identity(), **task, **manifests.read_object(path)})
+    return manifests.describe_difference(noted, comparable({**config.identity(), **task}))
+
+
+def _task_fields(config: Config) -> dict[str, Any]:
+    """`task.<field>` → its value as JSON gives it back."""
+    task = tasks.get_task(config.data.task_name)
+    values = {name: getattr(task, name) for name in _TASK_FIELDS}
+    return {f"task.{k}": list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def _listing(source: pipeline.Source) -> dict[str, dict[str, int]]:
@@ -125,7 +139,7 @@ def _check_records(folder: str, listing: Mapping[str, Mapping[str, Any]]) -> Non
     noted_in = os.path.join(folder, RECORDS)
     if not tf.io.gfile.exists(noted_in):  # Begun before the records were noted.
         return
-    noted = manifests.read_json(noted_in)
+    noted = manifests.read_object(noted_in)
     changes = [
         f"{path}: {_size(before.get(path))} → {_size(now.get(path))}"
         for before, now in ((noted.get(name, {}), listing.get(name, {})) for name in listing)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 
 import tensorflow as tf
 from absl import logging
@@ -106,10 +107,26 @@ def _check(config: Config) -> None:
         raise ConfigError(f"--unlabel_ratio={train.unlabel_ratio} needs --unlabel_data_dir")
     if not (train.unlabel_ratio or train.label_weight):
         raise ConfigError("--label_weight=0 without --unlabel_ratio leaves nothing to learn from")
+    if data.unlabel_data_dir and not train.unlabel_ratio:
+        # No error: presets name both sets of a task, of which a teacher needs one.
+        logging.warning(
+            "--unlabel_data_dir=%s is not used in a training without --unlabel_ratio",
+            data.unlabel_data_dir,
+        )
     if bool(train.teacher_model_name) != bool(train.teacher_model_path):
         raise ConfigError("--teacher_model_name and --teacher_model_path go together")
+    if train.teacher_model_name and not train.unlabel_ratio:
+        raise ConfigError(
+            f"--teacher_model_name={train.teacher_model_name} has no part in a training without "
+            "--unlabel_ratio: give that, too, or leave it out"
+        )
     if train.init_model and not train.init_model_path:
         raise ConfigError("--init_model needs --init_model_path")
+    for pattern in train.init_skip.split(","):
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise ConfigError(f"--init_skip: {pattern!r} is no regular expression: {e}") from e
     steps = int(train.train_steps * train.train_ratio)
     last = int(train.train_last_step_num * train.train_ratio)
     if steps < 1 or last == 0 or last > steps:
@@ -182,6 +199,11 @@ def _initialize(model: NoisyStudent, config: Config) -> None:
     if config.train.init_model:
         skip = [pattern for pattern in config.train.init_skip.split(",") if pattern]
         weights.load_weights(model.student, config.train.init_model_path, skip=skip)
+    elif config.train.init_model_path:
+        logging.warning(
+            "--init_model_path=%s is not read without --init_model: training starts from new weights",
+            config.train.init_model_path,
+        )
     for average, variable in zip(model.ema_student.weights, model.student.weights):
         average.assign(variable)
 

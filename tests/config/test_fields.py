@@ -8,6 +8,7 @@ import json
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from absl import flags
 
@@ -286,6 +287,70 @@ def test_values_below_the_bound_name_the_flag(cls, name, low):
     with pytest.raises(ConfigError, match=rf"--{name}={below}.*at least {low}"):
         parse(entry, f"--{name}={below}")
     assert parse(entry, f"--{name}={low}") is not None
+
+
+CEILINGS = [
+    (cls, field.name, field.metadata["high"])
+    for cls in ALL
+    for _, field in flatten(cls)
+    if field.metadata["high"] is not None
+]
+
+
+@pytest.mark.parametrize("cls, name, high", CEILINGS, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_values_above_the_bound_name_the_flag(cls, name, high):
+    entry = Config if cls in SECTIONS.values() else cls
+    with pytest.raises(ConfigError, match=rf"--{name}={high + 0.5}.*at most {high}"):
+        parse(entry, f"--{name}={high + 0.5}")
+    assert parse(entry, f"--{name}={high}") is not None
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_that_are_not_finite_are_refused(value):
+    for name in ("base_learning_rate", "teacher_softmax_temp", "max_bad_fraction", "final_base_lr"):
+        with pytest.raises(ConfigError, match=f"--{name}={value}: a finite number"):
+            parse(Config, f"--{name}={value}")
+    for cls, name in ((SelectConfig, "max_prob"), (LoopConfig, "min_threshold")):
+        with pytest.raises(ConfigError, match=f"--{name}={value}: a finite number"):
+            parse(cls, f"--{name}={value}")
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"augment_name": "randaugmnet"}, "--augment_name='randaugmnet': one of randaugment, v1"),
+        ({"train_batch_size": "8"}, "--train_batch_size='8': a whole number"),
+        ({"train_batch_size": 0}, "--train_batch_size=0 is too small"),
+        ({"label_data_dir": ["a", "b"]}, r"--label_data_dir=\['a', 'b'\]: a text"),
+        ({"base_learning_rate": "0.1"}, "--base_learning_rate='0.1': a number"),
+        ({"use_cache": "no"}, "--use_cache='no': True or False"),
+        ({"train_steps": None}, "--train_steps=None: a whole number"),
+        ({"model_dir": "m\udce4"}, r"--model_dir='m\\udce4' is not UTF-8"),
+    ],
+)
+def test_values_set_in_python_are_checked(values, message):
+    with pytest.raises(ConfigError, match=message):
+        config.check(Config().override(**values))
+
+
+def test_numbers_of_numpy_are_numbers():
+    config.check(Config().override(train_steps=np.int64(3), warmup_epochs=np.float32(1)))
+    config.check(Config().override(warmup_epochs=1))
+
+
+@pytest.mark.parametrize("settings", [{"train_steps": 3}, Config, None])
+def test_settings_of_another_kind_are_refused(settings):
+    with pytest.raises(ConfigError, match="settings are needed, such as Config"):
+        config.check(settings)
+
+
+def test_home_folders_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parsed = parse(Config, "--model_dir=~/m", "--label_data_dir=~/a;b;~", "--init_skip=~")
+    assert parsed.train.model_dir == "/home/me/m"
+    assert parsed.data.label_data_dir == "/home/me/a;b;/home/me"
+    assert parsed.train.init_skip == "~"
+    assert Config().override(unlabel_data_dir="~/u").data.unlabel_data_dir == "/home/me/u"
 
 
 def test_there_are_bounds():

@@ -46,6 +46,17 @@ def test_work_that_can_be_cut_is_cut(number):
         assert stop.requested
 
 
+def test_an_ignored_lost_terminal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            send(signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_the_innermost_block_answers():
     with StopRequest() as outer, outer.immediate():
         with StopRequest() as inner:

@@ -85,6 +85,12 @@ def test_unknown_task_lists_the_known(tmp_path):
             assert part in str(e.value)
 
 
+def test_a_task_file_may_have_any_name(tmp_path):
+    for name in ("T.JSON", "task"):
+        (tmp_path / name).write_text('{"num_classes": 5}')
+        assert tasks.get_task(tmp_path / name).num_classes == 5
+
+
 def test_unknown_field_is_named(tmp_path):
     path = write(tmp_path, {"num_classes": 5, "meen": [0, 0, 0]})
     with pytest.raises(ValueError, match="meen") as e:

@@ -314,6 +314,15 @@ def test_probability_of_labels_out_of_range(folder, probability):
         train.train_and_evaluate(config)
 
 
+def test_tpu_that_is_not_there_is_named(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("<urlopen error [Errno -2]>")
+
+    monkeypatch.setattr(tf.distribute.cluster_resolver, "TPUClusterResolver", unreachable)
+    with pytest.raises(ConfigError, match="--tpu=mine .*urlopen.*--tpu_zone=None and --gcp_proj"):
+        distribution.get_strategy(HardwareConfig(tpu="mine"))
+
+
 def test_sampled_labels_make_the_unlabeled_batch_smaller():
     config = Config().override(
         train_batch_size=512, unlabel_ratio=14.0, label_data_sample_prob=0.25

@@ -13,6 +13,8 @@ import pytest
 import stack_arrays
 import tensorflow as tf
 
+from efficientnet_ns.files import metrics_log
+
 ROOT = Path(__file__).parents[2]
 OTHER_VARIABLE = "EFFICIENTNET_NS_OTHER_PYTHON"
 REFERENCE = ROOT / "tests" / "goldens" / "stacks" / "reference.npz"

@@ -254,6 +254,19 @@ def test_json_round_trip(tmp_path):
         assert Path(path).read_text() == json.dumps(value, indent=indent)
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [("[]", "should hold a JSON object, but holds a list"), ('{"a": 1}', "x.json lacks b, c:")],
+)
+def test_json_of_another_kind_is_named(tmp_path, text, message):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(manifests.BrokenFile, match=message):
+        manifests.read_object(str(path), "b", "c")
+    path.write_text('{"b": 1, "c": 2}')
+    assert manifests.read_object(str(path), "b", "c") == {"b": 1, "c": 2}
+
+
 def test_json_that_cannot_be_written_changes_nothing(tmp_path):
     path = tmp_path / "a.json"
     manifests.write_json(str(path), [1])

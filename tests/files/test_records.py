@@ -108,6 +108,14 @@ def test_list_shards_finds_pseudo_labeled_records_and_nothing_else(tmp_path):
     assert found == [f"{folder}/{name}" for name in wanted]
 
 
+@pytest.mark.parametrize("again", ["{}", "{}/", "{}/../{name}"])
+def test_a_folder_counts_once(tmp_path, again):
+    records.write_sharded(str(tmp_path / "a"), "train", [b"1"], 1)
+    twice = f"{tmp_path}/a;{again.format(tmp_path / 'a', name='a')}"
+    with pytest.raises(records.DataError, match="is given twice"):
+        records.list_shards(twice, "train")
+
+
 def test_list_shards_of_several_prefixes(tmp_path):
     folder = touch(tmp_path, "train-00000-of-00001", "extra-00000-of-00001", "dev-00000-of-00001")
     found = records.list_shards(folder, ("train", "extra"))

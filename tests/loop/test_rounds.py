@@ -19,7 +19,7 @@ from fakes import write_loop_data as write_data
 
 from efficientnet_ns.config import Config, ConfigError, LoopConfig
 from efficientnet_ns.config.ingest import MakeConfig
-from efficientnet_ns.files import records
+from efficientnet_ns.files import manifests, records
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.loop import rounds
 from efficientnet_ns.loop.state import State
@@ -379,6 +379,17 @@ def test_folder_of_an_earlier_version_is_continued(tmp_path):
         State(str(tmp_path), {"seed": 1, "new": 1}, {"new": 0})
 
 
+def test_threshold_may_change_until_a_selection_is_made(tmp_path):
+    folder = str(tmp_path)
+    state = State(folder, {"min_threshold": 0.9, "seed": 1})
+    state.once("round 1: predict", dict)
+    state = State(folder, {"min_threshold": 0.3, "seed": 1})
+    state.once("round 1: select", dict)
+    State(folder, {"min_threshold": 0.3, "seed": 1})
+    with pytest.raises(ConfigError, match="min_threshold: 0.3 → 0.5"):
+        State(folder, {"min_threshold": 0.5, "seed": 1})
+
+
 # --- Refusals -------------------------------------------------------------------------------------
 
 
@@ -425,6 +436,9 @@ def test_unknown_models_are_refused_before_any_work(config, tmp_path, models, me
         ({}, {"work_dir": ""}, "--work_dir"),
         ({}, {"unlabel_ratios": "1"}, "--unlabel_ratios=1 should be 2 "),
         ({}, {"unlabel_ratios": "1,0"}, "--unlabel_ratios=1,0 should be 2 positive"),
+        ({}, {"unlabel_ratios": "1,nan"}, "--unlabel_ratios=1,nan should be 2 positive"),
+        ({}, {"image_sizes": "8,8,4"}, "--input_image_size=4 is too small"),
+        ({}, {"min_threshold": 2.0}, "--min_threshold=2.0 is too large"),
         ({}, {"image_sizes": "8,8,large"}, "--image_sizes=8,8,large should be 3 "),
         ({}, {"published_recipes": True}, "none for 'efficientnet-test'"),
         ({"unlabel_data_dir": ""}, {}, "--unlabel_data_dir"),
@@ -450,6 +464,13 @@ def test_state_records_a_result_once(tmp_path):
     again = State(str(tmp_path), {"of": "this loop"})
     assert again.once("stage", work) == {"number": 1}
     assert calls == [0]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]"])
+def test_state_of_another_kind_is_named(tmp_path, text):
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(manifests.BrokenFile, match="state.json (should hold|lacks settings)"):
+        State(str(tmp_path), {})
 
 
 def test_failed_stage_is_not_recorded(tmp_path):

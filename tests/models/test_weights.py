@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from efficientnet_ns.files import manifests
 from efficientnet_ns.models import efficientnet, weights
 
 SVHN = {
@@ -332,6 +333,25 @@ def test_skip_that_matches_nothing(checkpoint, model, untouched):
         weights.load_weights(model, str(checkpoint), skip=["stem", "head/fc"])
 
 
+def test_skip_may_be_one_expression(checkpoint):
+    target = tiny()
+    before = snapshot(target)
+    weights.load_weights(target, checkpoint, skip="head/dense/")
+    kept = [name for name, value in snapshot(target).items() if np.array_equal(value, before[name])]
+    assert sorted(name.rsplit("/", 2)[-2:] for name in kept) == [
+        ["dense", "bias"],
+        ["dense", "kernel"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("skip", "message"), [(".", "leaves no variable"), ("head/[", "no regular expression")]
+)
+def test_skip_that_cannot_work(checkpoint, model, untouched, skip, message):
+    with pytest.raises(weights.WeightsError, match=message):
+        weights.load_weights(model, checkpoint, skip=skip)
+
+
 def test_folder_with_several_checkpoints(checkpoint, model, untouched):
     weights.write_checkpoint(str(checkpoint.parent / "model.ckpt-2000"), counting(model))
     with pytest.raises(weights.WeightsError, match="holds 2 checkpoints") as error:
@@ -468,3 +488,48 @@ def test_second_implementation_equals_original(large_goldens):
     }
     logits = numpy_logits(values, "efficientnet-b0", recorded["images"], True, **SVHN)
     np.testing.assert_allclose(logits, recorded["logits_raw"], atol=1e-4)
+
+
+def test_weights_are_not_saved_under_a_folders_name(tmp_path, model):
+    folder = tmp_path / "m0"
+    folder.mkdir()
+    for path in (folder, f"{folder}/", f"{tmp_path}/new/", f"{folder}.safetensors/"):
+        with pytest.raises(weights.WeightsError, match=r"is a folder: .* e\.g\. .*model.ckpt-0"):
+            weights.save_weights(model, path)
+    assert [p.name for p in tmp_path.rglob("*")] == ["m0"]
+
+
+def test_one_folder_describes_one_kind_of_model(tmp_path, model):
+    weights.save_weights(model, tmp_path / "one")
+    weights.save_weights(model, tmp_path / "again")
+    other = tiny(mean=(0.1, 0.2, 0.3))
+    with pytest.raises(weights.WeightsError, match=r"other images \(mean: .* → \[0.1, 0.2, 0.3\]"):
+        weights.save_weights(other, tmp_path / "two")
+    assert weights.stored_settings(tmp_path / "one") == weights.stored_settings(tmp_path / "again")
+    weights.save_weights(other, tmp_path / "two.safetensors")
+    weights.save_weights(other, tmp_path / "elsewhere" / "two")
+    weights.save_weights(model, tmp_path / "elsewhere" / "two.safetensors")
+    weights.save_weights(model, tmp_path / "elsewhere" / "two")  # It replaces the only one.
+
+
+def test_home_folder(tmp_path, model, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    weights.save_weights(model, "~/a/b")
+    assert (tmp_path / "a" / "b.index").exists()
+    weights.load_weights(model, "~/a")
+    weights.save_weights(model, "~/c.safetensors")
+    weights.load_weights(model, "~/c.safetensors")
+
+
+def test_arguments_in_the_wrong_order(checkpoint, model):
+    for call in (weights.load_weights, weights.save_weights):
+        with pytest.raises(
+            TypeError, match="needs a model and a path, not PosixPath and Functional"
+        ):
+            call(checkpoint, model)
+
+
+def test_settings_of_another_kind_are_named(checkpoint, model):
+    (checkpoint.parent / weights.SETTINGS_FILE).write_text("[]")
+    with pytest.raises(manifests.BrokenFile, match="model.json should hold a JSON object"):
+        weights.load_weights(model, checkpoint)

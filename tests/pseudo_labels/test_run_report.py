@@ -331,6 +331,12 @@ def test_command(run, tmp_path):
         assert attributes.get("src", "data:").startswith("data:")
 
 
+def test_settings_of_another_selection_are_refused(run):
+    other = dataclasses.replace(run.config, num_image=NUM_IMAGE + 1, min_threshold=0.9)
+    with pytest.raises(ConfigError, match=r"min_threshold: .* → 0.9, num_image: "):
+        run_report.sections(other)
+
+
 def test_what_does_not_fit_is_named(run, tmp_path):
     with pytest.raises(ConfigError, match="2 class names for 5 classes"):
         run_report.sections(run.config, run_report.Options(class_names=["a", "b"]))

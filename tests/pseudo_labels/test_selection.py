@@ -258,6 +258,13 @@ def write_indexes(folder: Path, rows) -> None:
             (folder / "predictions" / records.prediction_name(shard, 2, worker)).touch()
 
 
+def refused(settings_: SelectConfig) -> None:
+    """Nothing is kept, or the bounds exclude each other."""
+    crossed = settings_.min_threshold > settings_.max_prob
+    with pytest.raises(ConfigError if crossed else records.DataError, match="--min_threshold"):
+        selection.select(settings_)
+
+
 TIE = [(0, 0, 0, 1, PROBS[4]), (0, 0, 1, 1, PROBS[4]), (0, 1, 0, 1, PROBS[4])]
 SWITCHES = {
     "rows": indexes(),
@@ -276,13 +283,16 @@ def test_selection_is_exactly_the_top(rows, threshold, tmp_path_factory, **value
     folder = tmp_path_factory.mktemp("property")
     write_indexes(folder, rows)
     settings_ = config(folder, num_shards=2, min_threshold=threshold, **values)
+    kept, copies = reference_exact(rows, settings_)
+    if not kept:
+        refused(settings_)
+        return
     result = selection.select(settings_)
     chosen = read_selection(settings_)
     assert list(chosen) == sorted(chosen)
     by_class: dict[int, dict] = defaultdict(dict)
     for key, (label, n) in chosen.items():
         by_class[label][key] = n
-    kept, copies = reference_exact(rows, settings_)
     assert {label: set(keys) for label, keys in by_class.items()} == kept
     assert {label: sorted(keys.values()) for label, keys in by_class.items()} == copies
     assert result["available"] == len(rows)
@@ -304,12 +314,7 @@ def test_thresholds_are_those_of_the_rule(rows, threshold, tmp_path_factory, **v
     settings_ = config(
         folder, num_shards=2, min_threshold=threshold, selection="threshold", **values
     )
-    selection.select(settings_)
-    thresholds = json.loads((Path(settings_.output_dir) / "threshold.json").read_text())
-    assert thresholds == reference_thresholds(rows, settings_)
-    side = json.loads((Path(settings_.output_dir) / "num_image_across_cat.json").read_text())
-    across = sum(min(n, settings_.num_image) for _, n in thresholds.values())
-    assert side == {"num_image_acorss_cat": across}
+    thresholds = reference_thresholds(rows, settings_)
     expected = {}
     for shard, worker, position, label, prob in rows:
         least, images = thresholds.get(str(label), (3, 0))
@@ -320,6 +325,14 @@ def test_thresholds_are_those_of_the_rule(rows, threshold, tmp_path_factory, **v
         draw = draw_of(settings_.seed, shard, worker, position) / 2**63
         if copies := int(wanted) + (draw < wanted - int(wanted)):
             expected[shard, worker, position] = (label, copies)
+    if not expected:
+        refused(settings_)
+        return
+    selection.select(settings_)
+    assert json.loads((Path(settings_.output_dir) / "threshold.json").read_text()) == thresholds
+    side = json.loads((Path(settings_.output_dir) / "num_image_across_cat.json").read_text())
+    across = sum(min(n, settings_.num_image) for _, n in thresholds.values())
+    assert side == {"num_image_acorss_cat": across}
     assert read_selection(settings_) == expected
 
 
@@ -537,8 +550,26 @@ def test_unreadable_images_are_never_selected(tmp_path):
 
 def test_nothing_above_the_threshold(tmp_path):
     make_predictions(tmp_path, [[[one_hot(1, 0.4)]]])
-    result = selection.select(config(tmp_path, num_shards=1, min_threshold=0.5))
-    assert (result["unique"], result["records"], result["classes"]) == (0, 0, {})
+    with pytest.raises(records.DataError, match="none of 1 predictions .*--min_threshold=0.5"):
+        selection.select(config(tmp_path, num_shards=1, min_threshold=0.5))
+    # Nothing is recorded as done: the corrected command goes on.
+    result = selection.select(config(tmp_path, num_shards=1, min_threshold=0.3))
+    assert result["unique"] == 1
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"min_threshold": 1.5}, "--min_threshold=1.5 is too large"),
+        ({"min_threshold": float("nan")}, "--min_threshold=nan"),
+        ({"min_threshold": 0.9, "max_prob": 0.8}, "--min_threshold=0.9 is above --max_prob=0.8"),
+        ({"max_prob": -1.0}, "--max_prob=-1.0 is too small"),
+    ],
+)
+def test_thresholds_that_keep_nothing_are_refused(tmp_path, values, message):
+    with pytest.raises(ConfigError, match=message):
+        selection.select(config(tmp_path, **values))
+    assert not list(tmp_path.iterdir())
 
 
 def test_finished_selection_is_not_made_again(small, monkeypatch):

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -334,7 +335,8 @@ def test_training_that_never_began_gives_way(folder, tmp_path, only_reads):
         train.train_and_evaluate(typo, evaluate=False)
     mended = settings(folder, tmp_path)
     train.train_and_evaluate(mended, evaluate=False)
-    assert json.loads((tmp_path / claim.SETTINGS).read_text()) == mended.identity()
+    noted = json.loads((tmp_path / claim.SETTINGS).read_text())
+    assert noted == {**noted, **mended.identity()}
 
 
 @pytest.mark.parametrize(
@@ -363,7 +365,23 @@ def test_slash_at_the_end_of_a_path_makes_no_other_training(folder, tmp_path):
     pretend_checkpoint(config)
     claimed(config.override(label_data_dir=f"{folder}/labeled/"))
     with pytest.raises(claim.DirectoryConflict, match="label_data_dir"):
-        claimed(config.override(label_data_dir=f"{folder}/labeled;{folder}/labeled"))
+        claimed(config.override(label_data_dir=f"{folder}/./labeled"))
+
+
+def test_task_file_that_was_edited(folder, tmp_path):
+    task = Path(write_task(tmp_path / "task.json"))
+    config = settings(folder, tmp_path, task_name=str(task))
+    claimed(config)
+    pretend_checkpoint(config)
+    claimed(config)
+    before = json.loads(task.read_text())
+    task.write_text(json.dumps({**before, "mean": [0.1, 0.2, 0.3], "flip": False}))
+    with pytest.raises(
+        claim.DirectoryConflict, match=r"task.flip: True → False, task.mean: .* → \[0.1, 0.2, 0.3\]"
+    ):
+        claimed(config)
+    task.write_text(json.dumps({**before, "class_names": ["a", "b", "c"]}))
+    claimed(config)
 
 
 def test_records_that_were_replaced(tmp_path):
@@ -418,6 +436,12 @@ def test_checkpoint_of_another_number_of_classes(straight, tmp_path):
         ({"model_dir": None}, "--model_dir is needed"),
         ({"label_data_dir": None}, "--label_data_dir is needed"),
         ({"unlabel_ratio": 1.0}, "--unlabel_ratio=1.0 needs --unlabel_data_dir"),
+        (
+            {"teacher_model_name": "efficientnet-b0", "teacher_model_path": "m"},
+            "--teacher_model_name=efficientnet-b0 has no part",
+        ),
+        ({"init_skip": "stem,head/["}, r"--init_skip: 'head/\[' is no regular expression"),
+        ({"augment_name": "randaugmnet"}, "--augment_name='randaugmnet'"),
         ({"label_weight": 0.0}, "--label_weight=0 without --unlabel_ratio"),
         ({"teacher_model_name": "efficientnet-b0"}, "--teacher_model_path"),
         ({"teacher_model_path": "somewhere"}, "--teacher_model_name"),
@@ -812,6 +836,58 @@ def test_continuous_evaluation_ends_with_the_last_step(straight, tmp_path):
         assert results["validation"]["loss"] == pytest.approx(metrics["eval/loss"], rel=1e-6)
         (row,) = metrics_log.read_metrics(str(tmp_path / "model" / "eval"))
         assert row["step"] == 7 and row["validation/loss"] == results["validation"]["loss"]
+
+
+def test_continuous_evaluation_of_another_length_is_refused(straight, tmp_path):
+    """It would wait for a step that the training does not reach."""
+    config, _ = straight
+    longer = config.override(train_steps=9, eval_continuously=True)
+    with pytest.raises(claim.DirectoryConflict, match="another step .train_steps: 7 → 9"):
+        evaluate.evaluate(longer)
+
+
+def test_continuous_evaluation_of_a_checkpoint_without_a_step(folder, model, tmp_path):
+    weights.save_weights(model.student, tmp_path / "test")
+    (tmp_path / "checkpoint").write_text('model_checkpoint_path: "test"\n')
+    config = settings(folder, tmp_path, eval_continuously=True)
+    with pytest.raises(ConfigError, match=r"newest checkpoint is .*/test, .*model.ckpt-<step>"):
+        evaluate.evaluate(config)
+
+
+def test_waiting_for_the_first_checkpoint_is_logged(tmp_path, caplog):
+    caplog.set_level("INFO")
+    found = evaluate._each_new_checkpoint(str(tmp_path), seconds=0.01)
+
+    def appear() -> None:
+        (tmp_path / "model.ckpt-1.index").touch()
+        (tmp_path / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-1"\n')
+
+    thread = threading.Timer(0.05, appear)
+    thread.start()
+    assert next(found) == str(tmp_path / "model.ckpt-1")
+    thread.join()
+    assert f"waiting for the first checkpoint in {tmp_path}" in caplog.text
+
+
+def test_unlabeled_images_that_have_no_part_are_named(folder, caplog):
+    config = settings(folder, "never", unlabel_data_dir="/no/such")
+    train._check(ResolvedConfig.from_config(config))
+    assert "--unlabel_data_dir=/no/such has no part" in caplog.text
+
+
+def test_weights_that_are_not_read_are_named(folder, model, tmp_path, caplog):
+    train._initialise(model, settings(folder, tmp_path, init_model_path="somewhere"))
+    assert "--init_model_path=somewhere is not read without --init_model" in caplog.text
+
+
+@pytest.mark.parametrize("name", [claim.SETTINGS, claim.RECORDS])
+def test_notes_of_another_kind_are_named(folder, tmp_path, name):
+    config = settings(folder, tmp_path)
+    claimed(config)
+    pretend_checkpoint(config)
+    (tmp_path / name).write_text("[]")
+    with pytest.raises(manifests.BrokenFile, match=f"{name} should hold a JSON object"):
+        claimed(config)
 
 
 # --- What is to be looked at ----------------------------------------------------------------------
