@@ -224,19 +224,9 @@ def test_entries_are_the_programs():
 def test_flags_are_read_in_entries_only():
     readers = {module for module, source in SOURCES.items() if reads_flags(source)}
     # The configuration names FLAGS where it defines them and where it prints their help.
-    assert {module for module in readers if module.split(".")[0] != "config"} <= ENTRIES
-
-
-def test_settings_are_resolved_without_a_command_line(monkeypatch):
-    from absl import flags
-
-    from efficientnet_ns import config
-    from efficientnet_ns.resolve.resolved_config import ResolvedConfig
-
-    monkeypatch.setattr(flags, "FLAGS", None)
-    chosen = config.Config().override(task_name="digits", model_name="efficientnet-test")
-    config.check(chosen)
-    assert ResolvedConfig.from_config(chosen).num_classes == 10
+    assert readers - {"config.settings"} <= ENTRIES
+    assert "main" in readers
+    assert len(re.findall(r"\bflags\.FLAGS\b", SOURCES["config.settings"])) == 2
 
 
 def test_tensorflow_addons_stays_in_one_module():
@@ -320,6 +310,18 @@ def test_cores_are_counted_in_one_place():
     assert {module for module, source in SOURCES.items() if counted.search(source)} == {
         "config.cpus"
     }
+
+
+def test_settings_are_resolved_without_a_command_line(monkeypatch):
+    from absl import flags
+
+    from efficientnet_ns import config
+    from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+
+    monkeypatch.setattr(flags, "FLAGS", None)
+    chosen = config.Config().override(task_name="digits", model_name="efficientnet-test")
+    config.check(chosen)
+    assert ResolvedConfig.from_config(chosen).num_classes == 10
 
 
 def test_tests_import_no_other_tests():
