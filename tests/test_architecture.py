@@ -337,6 +337,18 @@ def test_cores_are_counted_in_one_place():
     }
 
 
+def test_settings_are_resolved_without_a_command_line(monkeypatch):
+    from absl import flags
+
+    from efficientnet_ns import config
+    from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+
+    monkeypatch.setattr(flags, "FLAGS", None)
+    chosen = config.Config().override(task_name="digits", model_name="efficientnet-test")
+    config.check(chosen)
+    assert ResolvedConfig.from_config(chosen).num_classes == 10
+
+
 def test_tests_import_no_other_tests():
     """What several files of tests need is in fakes.py and its neighbours."""
     for path in (ROOT / "tests").rglob("*.py"):

@@ -159,14 +159,14 @@ def test_sizes_are_declared_as_pillow_reads_them(name):
         assert found == Image.open(io.BytesIO(content)).size
 
 
-@pytest.mark.parametrize("cut", [10, 13, 14, 20, 40, 60, 200])
 @pytest.mark.parametrize(
     "name", ["BMP palette 8 bit", "BMP 32 bit, masks", "GIF transparent", "GIF"]
 )
-def test_files_cut_off_are_refused_and_nothing_else(name, cut):
-    content = image_files.FILES[name]()[:cut]
-    with pytest.raises(tf.errors.InvalidArgumentError):
-        decode(tf.constant(content))
+def test_files_cut_off_are_refused_and_nothing_else(name):
+    content = image_files.FILES[name]()
+    for cut in (10, 13, 14, 20, 40, 60, 200):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            decode(tf.constant(content[:cut]))
 
 
 def test_random_bytes_behind_a_signature_are_refused(rng):

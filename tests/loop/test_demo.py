@@ -239,6 +239,7 @@ runpy.run_module("efficientnet_ns.demo", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_whole_demo_killed_once(tmp_path):
     moment = "round-1/model/model.ckpt-4"
     flags = [f"--output_dir={tmp_path}", "--teacher_steps=4", "--student_steps=4"]

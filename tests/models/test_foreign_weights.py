@@ -394,9 +394,14 @@ def cleared(model: tf.keras.Model) -> tf.keras.Model:
     return copy
 
 
-@pytest.mark.parametrize("name", ["a.h5", "a.weights.h5", "a.HDF5", "folder/a", "a.keras", "b.h5"])
+# Every name with the package's model; with others, one of each kind of file.
+SAVED_AS = ["a.h5", "a.weights.h5", "a.HDF5", "folder/a", "a.keras", "b.h5"]
+
+
 @pytest.mark.parametrize(
-    "make", [lambda source: source, flat, nested], ids=["own", "flat", "nested"]
+    "make, name",
+    [pytest.param(lambda source: source, name, id=f"own-{name}") for name in SAVED_AS]
+    + [(make, name) for make in (flat, nested) for name in ("a.h5", "folder/a", "a.keras")],
 )
 def test_what_keras_saved(tmp_path, source, make, name):
     model = make(source)
