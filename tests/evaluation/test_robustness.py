@@ -425,7 +425,10 @@ def test_top5_distance_as_defined(rng):
         (lambda p: shutil.rmtree(p / "tilt" / WNIDS[2]), f"tilt: 1 of 3 classes .*{WNIDS[2]}"),
         (lambda p: shutil.rmtree(p / "tilt" / WNIDS[2] / "clip"), f"without clips: {WNIDS[2]}"),
         (lambda p: [shutil.rmtree(d) for d in (p / "tilt").iterdir()], "tilt' has no clips"),
-        (lambda p: (p / "tilt" / WNIDS[0] / "clip.gif").touch(), f"duplicate clips: {WNIDS[0]}/clip"),
+        (
+            lambda p: (p / "tilt" / WNIDS[0] / "clip.gif").touch(),
+            f"duplicate clips: {WNIDS[0]}/clip",
+        ),
         (lambda p: (p / "tilt" / WNIDS[0] / "clip/000.JPEG").unlink(), "fewer than two frames"),
     ],
 )

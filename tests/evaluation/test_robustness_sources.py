@@ -218,7 +218,9 @@ def test_records_that_cannot_be_used(tmp_path):
         return sources.open_images(str(tmp_path / "v2"), sets.by_wnid(), allow_missing=True)
 
     write_records(tmp_path / "v2", "validation", [3, 4, 1000])
-    with pytest.raises(records.DataError, match=r"-00000-of-00002#1 has label 1000; expected 0 to 999"):
+    with pytest.raises(
+        records.DataError, match=r"-00000-of-00002#1 has label 1000; expected 0 to 999"
+    ):
         opened()
     write_records(tmp_path / "v2", "validation", [3, 4, 5])
     path = tmp_path / "v2" / "validation-00001-of-00002"
