@@ -24,7 +24,7 @@ def test_difference():
 
 
 def test_check_data(tmp_path, caplog):
-    with pytest.raises(records.DataError, match="no images in"):
+    with pytest.raises(records.DataError, match="there is nothing in"):
         check.encoded_images(str(tmp_path), 3)
     examples = [records.unlabeled_example(jpeg(i)) for i in range(4)]
     records.write_sharded(str(tmp_path), "train", examples, 2)
