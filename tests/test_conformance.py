@@ -25,8 +25,9 @@ VARIANTS = {
     "efficientnet-test": {},
     "efficientnet-b0": {"width_coefficient": 0.25, "depth_coefficient": 0.3},
 }
-# bfloat16 keeps 8 bits of every intermediate value; the formats themselves must add nothing.
-PRECISIONS = {"float32": 1e-5, "mixed_bfloat16": 0.1}
+# Largest difference of a probability from the float32 model. bfloat16 keeps 8 bits of every value,
+# and folded batch norm is rounded once more; predictions of different images are 0.3 apart.
+PRECISIONS = {"float32": 1e-5, "mixed_bfloat16": 0.2}
 EXACT = 1e-5
 
 
