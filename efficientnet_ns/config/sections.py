@@ -83,12 +83,6 @@ class DataConfig(Settings):
     num_train_shards: int | None = setting(
         None, "Train on only the first N shards of the labeled set; default: all.", low=1
     )
-    use_cache: bool = setting(
-        True,
-        "Keep the encoded records of a set in memory after their first reading, when they fit into a "
-        "quarter of what is free; changes no bit of the training.",
-        free=True,
-    )
     augment_name: str | None = setting(
         None,
         "Augmentation of training images: randaugment (the original calls it v1), autoaugment, or "
@@ -366,6 +360,11 @@ class LegacyConfig(Settings):
     transpose_input: bool = setting(
         True,
         "Accepted for old command lines; the compiler lays out the input for the TPU.",
+        free=True,
+    )
+    use_cache: bool = setting(
+        True,
+        "Accepted for old command lines; the operating system's page cache keeps local records.",
         free=True,
     )
     num_tpu_cores: int | None = setting(

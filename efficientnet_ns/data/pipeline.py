@@ -7,13 +7,12 @@ dataset started at step n continues exactly where an uninterrupted one would be.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from efficientnet_ns.data import augment, images, record_cache
+from efficientnet_ns.data import augment, images
 from efficientnet_ns.data.autoaugment import AutoAugment
 from efficientnet_ns.data.randaugment import RandAugment
 from efficientnet_ns.files import records
@@ -211,21 +210,19 @@ class Share:
 WHOLE = Share()
 
 
-def _stream(
-    source: Source, seed: int, start: int, shuffle_buffer: int, cache: bool
-) -> tf.data.Dataset:
+def _stream(source: Source, seed: int, start: int, shuffle_buffer: int) -> tf.data.Dataset:
     """Endless (global index, record) from index `start` on, shuffled anew each epoch."""
     paths, counts = tf.constant(source.paths), tf.constant(source.counts, tf.int64)
-    before = tf.cumsum(counts, exclusive=True)
 
-    def epoch(read, number: tf.Tensor) -> tf.data.Dataset:
+    def epoch(number: tf.Tensor) -> tf.data.Dataset:
         epoch_seed = tf.stack([tf.constant(seed, tf.int64), number])
         order = tf.random.experimental.stateless_shuffle(tf.range(len(source.paths)), epoch_seed)
         files = tf.data.Dataset.from_tensor_slices(
-            tuple(tf.gather(values, order) for values in (paths, counts, before))
+            (tf.gather(paths, order), tf.gather(counts, order))
         )
         data = files.interleave(
-            read,
+            # Only whole records: a truncated tail was not counted.
+            lambda path, count: tf.data.TFRecordDataset(path).take(count),
             cycle_length=min(16, len(source.paths)),
             num_parallel_calls=tf.data.AUTOTUNE,
             deterministic=True,
@@ -233,20 +230,8 @@ def _stream(
         return _shuffle(data, min(shuffle_buffer, source.total), epoch_seed)
 
     first_epoch, offset = divmod(start, source.total)
-    numbers = tf.data.Dataset.range(first_epoch, tf.int64.max)
-    if cache and record_cache.fits(source.paths):
-        memory = record_cache.RecordCache()
-        data = numbers.take(1).flat_map(functools.partial(epoch, memory.read))
-        data = data.concatenate(numbers.skip(1).flat_map(functools.partial(epoch, memory.recall)))
-    else:
-        data = numbers.flat_map(functools.partial(epoch, _read))
+    data = tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch)
     return data.skip(offset).enumerate(start)
-
-
-def _read(path: tf.Tensor, count: tf.Tensor, first: tf.Tensor) -> tf.data.Dataset:
-    del first
-    # Only whole records: a truncated tail was not counted.
-    return tf.data.TFRecordDataset(path).take(count)
 
 
 def _shuffle(data: tf.data.Dataset, buffer_size: int, seed: tf.Tensor) -> tf.data.Dataset:
@@ -288,13 +273,11 @@ def labeled_batches(
     seed: int,
     start_step: int = 0,
     shuffle_buffer: int = 10000,
-    cache: bool = False,
     share: Share = WHOLE,
 ) -> tf.data.Dataset:
     """Endless training batches.
 
     Args:
-      cache: keep the records in memory when they fit; see `record_cache`.
       batch_size: over all replicas.
       share: the rows of each batch to prepare. Every host reads all records, and decodes its own.
 
@@ -307,7 +290,7 @@ def labeled_batches(
         image = preprocessing.train(example["image"], _sample_seed(seed, _LABELED, index))
         return {"image": image, "label": _checked_label(example["label"], num_classes)}
 
-    data = _stream(source, seed, start_step * batch_size, shuffle_buffer, cache)
+    data = _stream(source, seed, start_step * batch_size, shuffle_buffer)
     return _batches(data, prepare, batch_size, share)
 
 
@@ -320,7 +303,6 @@ def unlabeled_batches(
     seed: int,
     start_step: int = 0,
     shuffle_buffer: int = 10000,
-    cache: bool = False,
     teacher_preprocessing: Preprocessing | None = None,
     share: Share = WHOLE,
 ) -> tf.data.Dataset:
@@ -352,7 +334,7 @@ def unlabeled_batches(
             "unl_probs": example["probs"],
         }
 
-    data = _stream(source, seed + 1, start_step * batch_size, shuffle_buffer, cache)
+    data = _stream(source, seed + 1, start_step * batch_size, shuffle_buffer)
     return _batches(data, prepare, batch_size, share)
 
 

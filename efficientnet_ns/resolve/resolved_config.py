@@ -229,7 +229,6 @@ class ResolvedConfig:
             "seed": train.seed,
             "start_step": start_step,
             "shuffle_buffer": data.shuffle_buffer,
-            "cache": data.use_cache,
             "share": share,
         }
         parts = [

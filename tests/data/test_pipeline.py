@@ -19,7 +19,7 @@ import pytest
 import tensorflow as tf
 
 from efficientnet_ns.config import Config
-from efficientnet_ns.data import images, pipeline, randaugment, record_cache
+from efficientnet_ns.data import images, pipeline, randaugment
 from efficientnet_ns.files import records
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
@@ -642,45 +642,6 @@ def test_good_records_are_not_named(labeled, pseudo):
 if __name__ == "__main__":
     found = pipeline.Source.find(os.path.join(sys.argv[1], "labeled"), "train")
     print("\n".join(digests(take(noised_stream(found), 3))))
-
-
-# Records kept in memory.
-
-
-def test_cached_records_are_the_same_batches(labeled, monkeypatch):
-    """Over several epochs, from the middle of one, and with nothing read twice."""
-    monkeypatch.setattr(record_cache, "fits", lambda paths: True)
-    opened = []
-    read = record_cache.RecordCache.read
-    monkeypatch.setattr(record_cache.RecordCache, "read", lambda *a: opened.append(1) or read(*a))
-    batches = 3 * COUNT // BATCH + 2
-    for start in (0, COUNT // BATCH + 1):
-        arguments = {"shuffle_buffer": 5, "start_step": start}
-        expected = take(labeled_batches(labeled, **arguments), batches)
-        assert_same(take(labeled_batches(labeled, cache=True, **arguments), batches), expected)
-    assert opened
-
-
-def test_cached_records_are_not_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(record_cache, "fits", lambda paths: True)
-    examples = [records.labeled_example(picture, i) for i, picture in enumerate(pictures())]
-    records.write_sharded(str(tmp_path), "train", examples, SHARDS)
-    source = pipeline.Source.find(str(tmp_path), "train")
-    batches = iter(labeled_batches(source, cache=True, shuffle_buffer=1))
-    first = [next(batches) for _ in range(COUNT // BATCH + 1)]
-    for path in source.paths:
-        os.remove(path)
-    rest = [next(batches) for _ in range(2 * COUNT // BATCH)]
-    assert len(first) + len(rest) > 2 * COUNT // BATCH
-
-
-def test_only_what_fits_is_cached(labeled, monkeypatch):
-    size = sum(os.path.getsize(path) for path in labeled.paths)
-    for free, fits in ((4 * size + 4, True), (4 * size - 4, False), (None, False)):
-        monkeypatch.setattr(record_cache, "_free_bytes", lambda free=free: free)
-        assert record_cache.fits(labeled.paths) == fits
-    monkeypatch.undo()
-    assert record_cache._free_bytes() > 0
 
 
 def test_first_shards_and_first_records(labeled):

@@ -695,7 +695,7 @@ config.run(main, words=True)
 
 
 def test_request_to_stop_saves_and_continues_in_the_same_bits(straight, folder):
-    """Everything at once: teacher on the fly, frozen layers, the end of a schedule, no cache.
+    """Everything at once: teacher on the fly, frozen layers, the end of a schedule.
 
     The signal comes while step 5 is being logged, which no interval would have saved.
     """
@@ -712,7 +712,7 @@ def test_request_to_stop_saves_and_continues_in_the_same_bits(straight, folder):
     }
     whole = noised(folder, "unstopped", **values)
     train.train_and_evaluate(whole)
-    config = noised(folder, "stopped", **values, use_cache=False, preview_images=3)
+    config = noised(folder, "stopped", **values, preview_images=3)
     done = subprocess.run(
         [sys.executable, "-c", ASKED_TO_STOP, changed_settings(config)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
