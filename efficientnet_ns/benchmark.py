@@ -31,9 +31,9 @@ def main(argv: list[str]) -> None:
     rows = module.run(settings)
     print(tables.format_rows(rows))
     if settings.json_file:
-        from efficientnet_ns.files import manifests
+        from efficientnet_ns.files import json_files
 
-        manifests.write_json(settings.json_file, tables.as_json(rows), indent=1)
+        json_files.write_json(settings.json_file, tables.as_json(rows), indent=1)
 
 
 def run() -> None:

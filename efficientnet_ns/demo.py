@@ -46,7 +46,7 @@ def prepare_data(folder: str, config: DemoConfig) -> dict[str, Any]:
     """
     from sklearn.datasets import load_digits
 
-    from efficientnet_ns.files import records
+    from efficientnet_ns.files import tfexamples, tfrecords
 
     digits = load_digits()
     pictures = [encode(image * (255 / 16)) for image in digits.images]
@@ -56,16 +56,16 @@ def prepare_data(folder: str, config: DemoConfig) -> dict[str, Any]:
     rest = rng.permutation(np.setdiff1d(np.arange(len(labels)), train))
     test, dev, unlabeled = np.split(rest, [_TEST, _TEST + _DEV])
     for prefix, indices in (("train", rng.permutation(train)), ("dev", dev), ("test", test)):
-        examples = [records.labeled_example(pictures[i], int(labels[i])) for i in indices]
-        records.write_sharded(os.path.join(folder, "labeled"), prefix, examples, 2)
+        examples = [tfexamples.labeled_example(pictures[i], int(labels[i])) for i in indices]
+        tfrecords.write_sharded(os.path.join(folder, "labeled"), prefix, examples, 2)
 
     mixed = [(pictures[i], int(labels[i])) for i in unlabeled]
     mixed += [(encode(patch), -1) for patch in outliers(_OUTLIERS, rng)]
     mixed = [mixed[i] for i in rng.permutation(len(mixed))]
-    records.write_sharded(
+    tfrecords.write_sharded(
         os.path.join(folder, "unlabeled"),
         _UNLABELED_PREFIX,
-        [records.unlabeled_example(picture) for picture, _ in mixed],
+        [tfexamples.unlabeled_example(picture) for picture, _ in mixed],
         _SHARDS,
     )
     truth = [[label for _, label in mixed[shard::_SHARDS]] for shard in range(_SHARDS)]
@@ -262,14 +262,14 @@ print(f"exported model says {digit} (probability {float(answer['probabilities'][
 
 def answer_in_fresh_process(folder: str, saved_model: str) -> None:
     """Classifies a test image with the SavedModel, by TensorFlow alone."""
-    from efficientnet_ns.files import records
+    from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 
-    test_set = records.list_shards(os.path.join(folder, "data", "labeled"), "test")
-    first = next(records.read(test_set[0])).payload
+    test_set = shard_names.list_shards(os.path.join(folder, "data", "labeled"), "test")
+    first = next(tfrecords.read(test_set[0])).payload
     picture = os.path.join(folder, "test_image.png")
     with open(picture, "wb") as f:
-        f.write(records.image_bytes(first))
-    print(f"{picture} shows a {records.label(first)}; ", end="", flush=True)
+        f.write(tfexamples.image_bytes(first))
+    print(f"{picture} shows a {tfexamples.label(first)}; ", end="", flush=True)
     command = [sys.executable, "-c", _FRESH_PROCESS, saved_model, picture]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:  # Else it is TensorFlow's log.

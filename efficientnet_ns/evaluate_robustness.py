@@ -54,7 +54,7 @@ def evaluate(
 
     Raises:
       ConfigError: settings that do not fit.
-      records.DataError: folders that are not laid out as they must be, before anything is measured
+      DataError: folders that are not laid out as they must be, before anything is measured
         on them.
       manifests.OutputConflict: report_dir has parts of other weights, settings or sets.
     """
@@ -110,7 +110,7 @@ def _check_there(folders: dict[str, str]) -> None:
     """DataError naming every set whose folder or file does not exist."""
     import tensorflow as tf
 
-    from efficientnet_ns.files import records
+    from efficientnet_ns.files.errors import DataError
 
     absent = [
         f"--{flag}={path}"
@@ -118,7 +118,7 @@ def _check_there(folders: dict[str, str]) -> None:
         if not path.startswith("tfds:") and not tf.io.gfile.exists(path)
     ]
     if absent:
-        raise records.DataError(f"no such folder or file: {', '.join(absent)}")
+        raise DataError(f"no such folder or file: {', '.join(absent)}")
 
 
 def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | None) -> dict:
@@ -156,15 +156,15 @@ def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
 
     from efficientnet_ns import report
     from efficientnet_ns.evaluation import robustness
-    from efficientnet_ns.files import manifests
+    from efficientnet_ns.files import atomic, json_files
 
-    manifests.write_json(
+    json_files.write_json(
         os.path.join(folder, "robustness.json"), {**identity, "sets": results}, indent=1
     )
     size, model = identity["image_size"], identity["model"]
     rows = robustness.rows(results, size, model)
     tables = robustness.tables(results, size, model)
-    with manifests.atomic_path(os.path.join(folder, "robustness.md")) as temporary:
+    with atomic.atomic_path(os.path.join(folder, "robustness.md")) as temporary:
         with tf.io.gfile.GFile(temporary, "w") as f:
             f.write(robustness.markdown(rows))
             for title, table in tables.items():
@@ -203,7 +203,7 @@ def evaluate_own_set(
       `own_set.Found.results`.
 
     Raises:
-      ConfigError, records.DataError: settings or data that cannot work.
+      ConfigError, DataError: settings or data that cannot work.
     """
     if not weights_path or not report_dir:
         raise ConfigError("--weights and --report_dir are needed")

@@ -50,14 +50,14 @@ class State:
     ):
         import tensorflow as tf
 
-        from efficientnet_ns.files import manifests
+        from efficientnet_ns.files import json_files, manifests
 
         self._manifests = manifests
         self.path = os.path.join(folder, "state.json")
         settings = json.loads(json.dumps(settings))
         self._state = {"settings": settings, "stages": {}}
         if tf.io.gfile.exists(self.path):
-            self._state = manifests.read_json(self.path)
+            self._state = json_files.read_json(self.path)
             earlier = {k: v for k, v in (defaults or {}).items() if k in settings}
             self._state["settings"] = {**earlier, **self._state["settings"]}
             stored = config_lib.comparable(self._state["settings"])
@@ -93,7 +93,7 @@ def run_loop(config: Config, loop: LoopConfig) -> list[dict[str, Any]]:
       images]}). The fine-tuned last student is one more row, with `finetuned` (its image size).
 
     Raises:
-      ConfigError, records.DataError: settings or data that cannot work, before anything is done.
+      ConfigError, DataError: settings or data that cannot work, before anything is done.
     """
     trainings = check(config, loop)
     # Models may be added later; every training guards its own folder.
@@ -190,12 +190,12 @@ def unlabeled_shards(folder: str, prefix: str) -> tuple[str, int]:
     Args:
       prefix: file_prefix; with its default, the folder's only set counts.
     """
-    from efficientnet_ns.files import records
+    from efficientnet_ns.files import shard_names
 
     if ";" in folder:
         raise ConfigError(f"--unlabel_data_dir={folder}: the loop labels one folder")
     known = ("train", "extra") if prefix == PredictConfig().file_prefix else prefix
-    names = [os.path.basename(path) for path in records.list_shards(folder, known)]
+    names = [os.path.basename(path) for path in shard_names.list_shards(folder, known)]
     found = {name.rsplit("-", 3)[0] for name in names}
     if len(found) > 1 or not found <= {"train", "extra", prefix}:
         raise ConfigError(

@@ -208,12 +208,12 @@ def _train(config: Config) -> dict[str, Any]:
     """Trains and measures a model; its result, or the recorded one."""
     import tensorflow as tf
 
-    from efficientnet_ns.files import manifests
+    from efficientnet_ns.files import json_files
     from efficientnet_ns.training import train
 
     path = _result_path(config)
     if tf.io.gfile.exists(path):
-        return manifests.read_json(path)
+        return json_files.read_json(path)
     started = time.monotonic()
     metrics = train.train_and_evaluate(config, evaluate=False)
     trained = time.monotonic()
@@ -224,7 +224,7 @@ def _train(config: Config) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
     }
     tf.keras.backend.clear_session()
-    manifests.write_json(path, result, indent=1)
+    json_files.write_json(path, result, indent=1)
     return result
 
 
@@ -284,7 +284,7 @@ class Runner:
         """
         import tensorflow as tf
 
-        from efficientnet_ns.files import records
+        from efficientnet_ns.files.errors import DataError
         from efficientnet_ns.training.session import TrainingDiverged
 
         result = None
@@ -293,7 +293,7 @@ class Runner:
         for work in arm:
             try:
                 result = _DO[work.kind](work.config)
-            except (records.DataError, TrainingDiverged) as e:
+            except (DataError, TrainingDiverged) as e:
                 if work is arm[0]:
                     raise
                 logging.error("%s has no result: %s", name, e)
@@ -320,7 +320,7 @@ def run_study(config: Config, loop: LoopConfig, options: StudyConfig) -> dict[st
       What `study.json` holds; see `studies.results.summary`.
 
     Raises:
-      ConfigError, records.DataError: settings or data that cannot work, before anything is trained.
+      ConfigError, DataError: settings or data that cannot work, before anything is trained.
     """
     from efficientnet_ns.loop import study_results
 

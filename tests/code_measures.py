@@ -145,9 +145,7 @@ def table(root: Path) -> str:
         "docstrings, all / public": "{:.0f} / {:.0f} %".format(*documented(modules)),
         "type hints, any / all": "{:.0f} / {:.0f} %".format(*typed(modules)),
         "comments per 100 lines of code": f"{comments_per_100_lines(modules):.1f}",
-        "training.train needs": "{:,} lines in {} modules".format(
-            sum(len(modules[name].splitlines()) for name in needed), len(needed)
-        ),
+        "training.train needs": f"{sum(len(modules[name].splitlines()) for name in needed):,} lines in {len(needed)} modules",
     }
     width = max(map(len, rows))
     text = [f"{label:{width}}  {value}" for label, value in rows.items()]

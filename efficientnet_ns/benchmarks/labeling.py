@@ -24,7 +24,7 @@ from absl import logging
 from efficientnet_ns.benchmarks import tables
 from efficientnet_ns.config import BenchmarkConfig, Config, ConfigError
 from efficientnet_ns.config.cpus import available_cpus
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.inference import engines
 from efficientnet_ns.models import weights
 from efficientnet_ns.pseudo_labels import predict
@@ -93,7 +93,7 @@ class _Work:
             unlabel_data_dir=os.path.join(folder, "unlabeled"),
             num_shards=1,
         )
-        self._examples = [records.unlabeled_example(image) for image in images]
+        self._examples = [tfexamples.unlabeled_example(image) for image in images]
         self._folder, self._settings, self._runs = folder, settings, 0
         self._seconds = config.seconds
         self._experiment = ResolvedConfig.from_config(settings)
@@ -110,7 +110,7 @@ class _Work:
 
     def _write(self, count: int) -> None:
         chosen = [self._examples[i % len(self._examples)] for i in range(count)]
-        records.write_sharded(self._settings.data.unlabel_data_dir, "train", chosen, 1)
+        tfrecords.write_sharded(self._settings.data.unlabel_data_dir, "train", chosen, 1)
 
     def label_shard(self) -> int:
         """Labels the shard, into a new folder; after the first, a short one, comes the long one."""

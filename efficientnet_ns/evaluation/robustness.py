@@ -14,7 +14,8 @@ from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.evaluation import robustness_published as published
 from efficientnet_ns.evaluation import robustness_sets as sets
 from efficientnet_ns.evaluation.robustness_clips import Clips
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import manifests
+from efficientnet_ns.files.errors import DataError
 
 # Encoded images → (probabilities [N, C], {place: problem}).
 Classify = Callable[[Sequence[bytes]], tuple[np.ndarray, dict[int, str]]]
@@ -73,13 +74,13 @@ class Evaluation:
           cropped: they are evaluation crops already.
 
         Raises:
-          records.DataError: names an image of no use.
+          DataError: names an image of no use.
         """
         classify, images, answers = self._whole if cropped else self._classify, iter(images), []
         while group := list(itertools.islice(images, self._group)):
             probs, problems = classify([image for _, image in group])
             for place, problem in problems.items():
-                raise records.DataError(f"{group[place][0]}: {problem}")
+                raise DataError(f"{group[place][0]}: {problem}")
             answers.append(reduce(probs))
         return np.concatenate(answers)
 

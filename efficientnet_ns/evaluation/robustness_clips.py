@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from efficientnet_ns.data import image_conversion
 from efficientnet_ns.evaluation import robustness_sets as sets
-from efficientnet_ns.files import records
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.ingest import videos
 
@@ -34,7 +34,7 @@ class Clips(NamedTuple):
         """(name for messages, encoded image) of all frames, clip after clip; `what`: see `Images`.
 
         Raises:
-          records.DataError: a clip of fewer than two frames or of another number than the first.
+          DataError: a clip of fewer than two frames or of another number than the first.
         """
         length = None
         with Progress(len(self.names), what, "clips") as progress:
@@ -45,7 +45,7 @@ class Clips(NamedTuple):
                     count += 1
                 length = length or count
                 if count < 2 or count != length:
-                    raise records.DataError(
+                    raise DataError(
                         f"{path} has {count} frames, {self.names[0]} {length}: clips of one "
                         "perturbation have equally many, two or more. Is the file whole?"
                     )
@@ -59,14 +59,14 @@ def clips(path: str, classes: Mapping[str, int]) -> Clips:
       classes: folder name → class.
 
     Raises:
-      records.DataError: unknown or empty folders, the same clip twice, clips that are folders of
+      DataError: unknown or empty folders, the same clip twice, clips that are folders of
         fewer than two or of unequally many frames, or videos that cannot be read here.
     """
     names = sets.folders(path)
     sets.refuse(path, "unknown class folders", [n for n in names if n not in classes])
     found = {name: _clips_in(os.path.join(path, name)) for name in names}
     if not any(found.values()):
-        raise records.DataError(
+        raise DataError(
             f"{path!r} has no clips: <wnid>/<clip>.mp4 or .gif, or folders <wnid>/<clip>/ with a "
             "picture per frame are needed"
         )

@@ -52,7 +52,7 @@ def write_report(config: SelectConfig, options: Options = Options(), path: str =
       The path.
 
     Raises:
-      records.DataError: predictions, selection or truth are missing or do not fit.
+      DataError: predictions, selection or truth are missing or do not fit.
       ConfigError: the number of class names is not that of the classes.
     """
     path = path or os.path.join(config.output_dir, "report.html")

@@ -16,7 +16,8 @@ import tensorflow as tf
 from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.config.processes import run_each
-from efficientnet_ns.files import local_files, manifests, records
+from efficientnet_ns.files import atomic, json_files, local_files, manifests, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import SELECTION
@@ -40,7 +41,7 @@ def write(config: SelectConfig, shards: Sequence[int] | None = None) -> dict[str
       `records` written, over the shards asked for.
 
     Raises:
-      records.DataError: a selected record cannot be read.
+      DataError: a selected record cannot be read.
       Lost: the records read back from a file are not those selected.
       processes.ProcessDied: one of --num_workers was ended from outside.
     """
@@ -73,7 +74,7 @@ def _write_stages(config: SelectConfig, shards: Sequence[int]) -> dict[int, mani
     with local_files.local_copies([path]) as local:
         _write_all(config, local[path], todo, workers)
     # Of a shard that another process finished while a killed one had begun it.
-    manifests.remove_abandoned([p for s in stages.values() for p in (s.manifest, *s.outputs)])
+    atomic.remove_abandoned([p for s in stages.values() for p in (s.manifest, *s.outputs)])
     return stages
 
 
@@ -88,7 +89,7 @@ def _selection_path(config: SelectConfig) -> str:
 def _selection_hash(config: SelectConfig) -> str:
     path = _selection_path(config)
     if not tf.io.gfile.exists(path):
-        raise records.DataError(f"{path} is missing: run the selection first")
+        raise DataError(f"{path} is missing: run the selection first")
     return manifests.content_hash(path)
 
 
@@ -129,12 +130,12 @@ def _write_all(
 def _write_final_stats(config: SelectConfig, stages: Sequence[manifests.Stage]) -> None:
     total: Counter[str] = Counter()
     for shard_stage in stages:
-        total.update(manifests.read_json(shard_stage.outputs[1]))
+        total.update(json_files.read_json(shard_stage.outputs[1]))
     pairs = sorted(total.items(), key=lambda pair: -pair[1])
     path = os.path.join(config.output_dir, "stats", "final_stats.json")
-    counts_path = os.path.join(config.output_dir, "data", records.COUNTS)
-    manifests.remove_abandoned([path, counts_path])
-    manifests.write_json(
+    counts_path = os.path.join(config.output_dir, "data", tfrecords.COUNTS)
+    atomic.remove_abandoned([path, counts_path])
+    json_files.write_json(
         path,
         {
             "cat_count": dict(total),
@@ -142,7 +143,7 @@ def _write_final_stats(config: SelectConfig, stages: Sequence[manifests.Stage]) 
             "total_cnt": sum(total.values()),
         },
     )
-    records.note_counts(
+    tfrecords.note_counts(
         [shard_stage.outputs[0] for shard_stage in stages],
         [shard_stage.counts()["records"] for shard_stage in stages],
     )

@@ -13,7 +13,8 @@ from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import pipeline, tasks
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import efficientnet
 
@@ -99,7 +100,7 @@ class ResolvedConfig:
         """The labeled records to train on: the first `num_train_shards`, or all.
 
         Raises:
-          records.DataError: there are none, or they cannot be counted.
+          DataError: there are none, or they cannot be counted.
           ConfigError: fewer shards than asked for.
         """
         data = self.config.data
@@ -276,7 +277,7 @@ class ResolvedConfig:
             for source, check in checks:
                 place = source and pipeline.name_bad_record(source, check)
                 if place:
-                    raise records.DataError(
+                    raise DataError(
                         f"a record cannot be used: {place}. Repair or remove it, and start the same "
                         "command again; what is finished is kept."
                     ) from e
@@ -288,7 +289,7 @@ class ResolvedConfig:
     def _check_unlabeled(self, payload: bytes) -> None:
         pipeline.check_image(payload)
         if not self.config.train.teacher_model_name:
-            records.parse_pseudo_labeled(tf.constant(payload), self.num_classes)
+            tfexamples.parse_pseudo_labeled(tf.constant(payload), self.num_classes)
             self._check_labeled(payload)
 
 
@@ -303,6 +304,6 @@ def limited(
     ((flag, number),) = limit.items()
     try:
         return source if number is None else take(number)
-    except records.DataError as e:
+    except DataError as e:
         folder = os.path.dirname(source.paths[0])
         raise ConfigError(f"--{flag}={number}: {e} in {folder}") from e

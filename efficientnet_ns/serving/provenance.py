@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import json_files
 
 # Setting in config.json → its name in the card.
 _RECIPE = {
@@ -82,7 +82,7 @@ def _same(path: str, other: str) -> bool:
 
 def _last_evaluation(path: str, end: float) -> Mapping[str, Any] | None:
     """The last row of a training's log that holds an evaluation, up to the step `end`."""
-    rows = manifests.read_json_lines(path)
+    rows = json_files.read_json_lines(path)
     found = [row for row in rows if "eval/top1" in row and row["step"] <= end]
     return found[-1] if found else None
 

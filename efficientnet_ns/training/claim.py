@@ -13,7 +13,7 @@ from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError, comparable
 from efficientnet_ns.data import pipeline
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import atomic, json_files, manifests
 from efficientnet_ns.training import checkpoints, preview, summaries
 
 SETTINGS, RECORDS = "config.json", "records.json"
@@ -55,12 +55,12 @@ def claim(
         logging.warning("%s has no checkpoint: it is taken over (%s)", folder, difference)
     tf.io.gfile.makedirs(folder)
     written = (SETTINGS, RECORDS, preview.FILE, summaries.METRICS, summaries.RUNS, "checkpoint")
-    manifests.remove_abandoned([os.path.join(folder, name) for name in written])
+    atomic.remove_abandoned([os.path.join(folder, name) for name in written])
     # The settings a training was begun with stay as they were written.
     if difference or not tf.io.gfile.exists(os.path.join(folder, SETTINGS)):
-        manifests.write_json(os.path.join(folder, SETTINGS), config.identity(), indent=1)
+        json_files.write_json(os.path.join(folder, SETTINGS), config.identity(), indent=1)
     if not begun or not tf.io.gfile.exists(os.path.join(folder, RECORDS)):
-        manifests.write_json(os.path.join(folder, RECORDS), listing, indent=1)
+        json_files.write_json(os.path.join(folder, RECORDS), listing, indent=1)
 
 
 def expect_other_records(folder: str) -> None:
@@ -75,7 +75,7 @@ def _changed_settings(folder: str, config: Config) -> str:
     if not tf.io.gfile.exists(path):
         return ""
     # Settings that came later had their defaults.
-    noted = comparable({**Config().identity(), **manifests.read_json(path)})
+    noted = comparable({**Config().identity(), **json_files.read_json(path)})
     return manifests.describe_difference(noted, comparable(config.identity()))
 
 
@@ -91,7 +91,7 @@ def _check_records(folder: str, listing: Mapping[str, Mapping[str, Any]]) -> Non
     noted_in = os.path.join(folder, RECORDS)
     if not tf.io.gfile.exists(noted_in):  # Begun before the records were noted.
         return
-    noted = manifests.read_json(noted_in)
+    noted = json_files.read_json(noted_in)
     changes = [
         f"{path}: {_size(before.get(path))} → {_size(now.get(path))}"
         for before, now in ((noted.get(name, {}), listing.get(name, {})) for name in listing)
@@ -112,11 +112,11 @@ def _size(entry: Mapping[str, int] | None) -> str:
 
 
 def _check_nobody_trains(folder: str) -> None:
-    starts = manifests.read_json_lines(os.path.join(folder, summaries.RUNS))
+    starts = json_files.read_json_lines(os.path.join(folder, summaries.RUNS))
     last = starts[-1] if starts else {}
     pid = last.get("pid", os.getpid())
     here = last.get("host") == socket.gethostname()
-    if here and pid != os.getpid() and manifests.is_running(pid):
+    if here and pid != os.getpid() and atomic.is_running(pid):
         raise DirectoryConflict(
             f"process {pid} has been training in {folder} with other settings since {last['time']}. "
             "End it, or choose another --model_dir."

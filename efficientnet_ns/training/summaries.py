@@ -17,19 +17,19 @@ from typing import Any
 
 import tensorflow as tf
 
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import atomic, json_files
 
 METRICS, RUNS = "metrics.jsonl", "runs.jsonl"
 
 
 def _write_lines(path: str, rows: list[dict[str, Any]]) -> None:
-    with manifests.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
+    with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
         f.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(folder: str) -> list[dict[str, float]]:
     """Rows of the `metrics.jsonl` of a model_dir, in the order of training."""
-    return manifests.read_json_lines(os.path.join(folder, METRICS))
+    return json_files.read_json_lines(os.path.join(folder, METRICS))
 
 
 def note_start(folder: str, start: int, flags: dict[str, Any]) -> None:
@@ -45,7 +45,7 @@ def note_start(folder: str, start: int, flags: dict[str, Any]) -> None:
         "flags": flags,
     }
     path = os.path.join(folder, RUNS)
-    _write_lines(path, [*manifests.read_json_lines(path), row])
+    _write_lines(path, [*json_files.read_json_lines(path), row])
 
 
 class MetricsLog:

@@ -20,7 +20,7 @@ from efficientnet_ns.config import Config, ConfigError, TrainConfig, preemption
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.devices import distribution
 from efficientnet_ns.evaluation import accuracy, accuracy_report
-from efficientnet_ns.files import records
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.inference import engines
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig, limited
@@ -43,7 +43,7 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
       `step`, the last training metrics, and with `evaluate` `eval/top1`, `eval/top5`, `eval/loss`.
 
     Raises:
-      ConfigError, records.DataError: settings or data that cannot work, before training starts.
+      ConfigError, DataError: settings or data that cannot work, before training starts.
       session.TrainingDiverged: NaN or infinite loss; the last good checkpoint is kept.
       preemption.Preempted: SIGTERM or SIGINT came; the state of the running host loop is saved.
     """
@@ -70,7 +70,7 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
                 with stop.immediate():
                     run = _start(resolved, strategy, labeled, unlabeled, evaluation, stop)
                 return run()
-        except records.DataError:
+        except DataError:
             expect_other_records(config.train.model_dir)  # The bad one is to be repaired.
             raise
 

@@ -18,7 +18,8 @@ import tensorflow as tf
 from efficientnet_ns import noisy_student
 from efficientnet_ns.config import Config, ConfigError, LoopConfig
 from efficientnet_ns.config.ingest import MakeConfig
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.pseudo_labels import predict
 from efficientnet_ns.training import train
@@ -38,11 +39,12 @@ def write_data(folder: Path) -> None:
     (folder / "task.json").write_text(json.dumps(task))
     for prefix, count in (("train", 9), ("validation", 6), ("test", 5)):
         examples = [
-            records.labeled_example(image, i % CLASSES) for i, image in enumerate(pictures(count))
+            tfexamples.labeled_example(image, i % CLASSES)
+            for i, image in enumerate(pictures(count))
         ]
-        records.write_sharded(str(folder / "labeled"), prefix, examples, 1)
-    unlabeled = [records.unlabeled_example(image) for image in pictures(24)]
-    records.write_sharded(str(folder / "unlabeled"), "extra", unlabeled, 2)
+        tfrecords.write_sharded(str(folder / "labeled"), prefix, examples, 1)
+    unlabeled = [tfexamples.unlabeled_example(image) for image in pictures(24)]
+    tfrecords.write_sharded(str(folder / "unlabeled"), "extra", unlabeled, 2)
 
 
 def settings(folder: Path) -> dict:
@@ -167,9 +169,9 @@ def test_balanced_records(undisturbed):
         assert list(balanced(loop, number)) == ["train-0-00000-of-00002", "train-0-00001-of-00002"]
         data = Path(loop.work_dir) / f"round-{number}" / "selected" / "data"
         labels = [
-            records.label(record.payload)
+            tfexamples.label(record.payload)
             for path in sorted(data.glob("train-0-*"))
-            for record in records.read(str(path))
+            for record in tfrecords.read(str(path))
         ]
         counts = {str(label): labels.count(label) for label in set(labels)}
         assert counts == dict.fromkeys(rows[number]["kept"], NUM_IMAGE)
@@ -322,8 +324,8 @@ def test_fine_tuning_is_the_end_of_a_schedule_on_clean_labeled_images(varied):
 
 
 def test_fine_tuning_counts_the_shards_that_are_trained_on(tmp_path, config):
-    example = records.labeled_example(b"not decoded here", 0)
-    records.write_sharded(str(tmp_path), "train", [example] * 15, 2)
+    example = tfexamples.labeled_example(b"not decoded here", 0)
+    tfrecords.write_sharded(str(tmp_path), "train", [example] * 15, 2)
     few = config.override(label_data_dir=str(tmp_path), num_train_shards=1)
     loop = dataclasses.replace(
         rounds(tmp_path, "w", 1), finetune_resolution=16, finetune_epochs=2.0
@@ -399,7 +401,7 @@ def test_unlabeled_set_beside_the_labeled_ones(folder, tmp_path):
     options = prediction.predict
     assert (options.file_prefix, options.num_shards, options.shard_id) == ("extra", 2, "0-1")
     assert (selection.file_prefix, selection.num_shards) == ("extra", 2)
-    with pytest.raises(records.DataError, match="no record files"):
+    with pytest.raises(DataError, match="no record files"):
         noisy_student.check(config.override(file_prefix="other"), loop)
     alone = config.override(unlabel_data_dir=str(folder / "unlabeled"))
     prediction, _ = noisy_student.stage_configs(alone, loop, 1)

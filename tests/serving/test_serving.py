@@ -41,7 +41,8 @@ from PIL import Image
 from efficientnet_ns.benchmarks import tables
 from efficientnet_ns.data import tasks
 from efficientnet_ns.data.pipeline import Preprocessing
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.inference import cpu_graph, engines, folding
 from efficientnet_ns.models import efficientnet
 from efficientnet_ns.serving import check, client, deploy, export, image_sizes, tflite, warmup
@@ -170,7 +171,7 @@ def test_every_signature_by_name(model, served):
     np.testing.assert_allclose(
         answer["features"], pooled(PREPROCESSING.evaluate(images[0])[None]), atol=1e-4
     )
-    examples = [records.unlabeled_example(image) for image in images]
+    examples = [tfexamples.unlabeled_example(image) for image in images]
     answer = served("classify", inputs=[*examples, b"no example"])
     np.testing.assert_allclose(answer["scores"][:2], -np.sort(-probabilities, 1)[:, :3], atol=1e-5)
     assert answer["classes"][2].tolist() == [b""] * 3 and set(answer) == {"classes", "scores"}
@@ -363,7 +364,7 @@ def test_warm_up_requests_run(base, served):
     from tensorflow_serving.apis import prediction_log_pb2
 
     seen = set()
-    for record in records.read(str(base / "1" / warmup.FILE)):
+    for record in tfrecords.read(str(base / "1" / warmup.FILE)):
         log = prediction_log_pb2.PredictionLog.FromString(record.payload)
         if log.WhichOneof("log_type") == "classify_log":
             request = log.classify_log.request
@@ -669,10 +670,10 @@ def test_difference():
 
 
 def test_check_data(tmp_path, caplog):
-    with pytest.raises(records.DataError, match="there is nothing in"):
+    with pytest.raises(DataError, match="there is nothing in"):
         check.encoded_images(str(tmp_path), 3)
-    examples = [records.unlabeled_example(jpeg(i)) for i in range(4)]
-    records.write_sharded(str(tmp_path), "train", examples, 2)
+    examples = [tfexamples.unlabeled_example(jpeg(i)) for i in range(4)]
+    tfrecords.write_sharded(str(tmp_path), "train", examples, 2)
     (tmp_path / "train-00000-of-00002.manifest.json").write_text("{}")
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "x.png").write_bytes(b"of something else")
@@ -683,9 +684,9 @@ def test_check_data(tmp_path, caplog):
     assert check.encoded_images(str(tmp_path), 1) == [jpeg()]
     assert f"{tmp_path / '0.png'} is left out" in caplog.text
     (tmp_path / "a.jpg").unlink()
-    with pytest.raises(records.DataError, match="neither images that can be decoded nor"):
+    with pytest.raises(DataError, match="neither images that can be decoded nor"):
         check.encoded_images(str(tmp_path), 3)
-    with pytest.raises(records.DataError, match="does not exist"):
+    with pytest.raises(DataError, match="does not exist"):
         check.encoded_images(str(tmp_path / "nowhere"), 3)
 
 
@@ -712,8 +713,10 @@ def test_check_data_takes_what_records_take(tmp_path):
 
 
 def test_records_without_images_are_named(tmp_path):
-    records.write(str(tmp_path / "train-00000-of-00001"), [records.prediction_example([0.5, 0.5])])
-    with pytest.raises(records.DataError, match="train-00000-of-00001, record 0: .*image/encoded"):
+    tfrecords.write(
+        str(tmp_path / "train-00000-of-00001"), [tfexamples.prediction_example([0.5, 0.5])]
+    )
+    with pytest.raises(DataError, match="train-00000-of-00001, record 0: .*image/encoded"):
         check.encoded_images(str(tmp_path), 3)
 
 

@@ -14,7 +14,7 @@ import pytest
 from test_train import ROOT, assert_same_training, noised, write_data
 
 from efficientnet_ns.config import Config
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import json_files
 from efficientnet_ns.training import summaries
 
 LOOP = 5  # Steps between two looks of the host.
@@ -96,4 +96,6 @@ def test_thirty_kills(folder):
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert_same_training(config.train.model_dir, whole.train.model_dir, steps)
-    assert len(manifests.read_json_lines(f"{config.train.model_dir}/{summaries.RUNS}")) > kills // 2
+    assert (
+        len(json_files.read_json_lines(f"{config.train.model_dir}/{summaries.RUNS}")) > kills // 2
+    )

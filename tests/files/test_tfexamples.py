@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns.files import framing, records, wire
+from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 
 
-def scanned(path: str) -> list[records.Record]:
-    with framing.Scanner(path) as scanner:
+def scanned(path: str) -> list[tfrecords.Record]:
+    with tfrecords.Scanner(path) as scanner:
         return list(iter(scanner.take, None))
 
 
-@pytest.fixture(params=[framing._BLOCK, 50, 1])
+@pytest.fixture(params=[tfrecords._BLOCK, 50, 1])
 def block(request, monkeypatch) -> int:
     """Blocks that hold everything, a few records, and less than a header."""
-    monkeypatch.setattr(framing, "_BLOCK", request.param)
+    monkeypatch.setattr(tfrecords, "_BLOCK", request.param)
     return request.param
 
 
@@ -27,18 +28,18 @@ def block(request, monkeypatch) -> int:
 def file(tmp_path, rng) -> str:
     """Records of 0 to 60 bytes."""
     path = str(tmp_path / "records")
-    records.write(path, [rng.bytes(size) for size in (0, 5, 60, 1, 30, 30, 0, 12)])
+    tfrecords.write(path, [rng.bytes(size) for size in (0, 5, 60, 1, 30, 30, 0, 12)])
     return path
 
 
 def test_takes_what_is_read(file, block):
-    assert scanned(file) == list(records.read(file))
+    assert scanned(file) == list(tfrecords.read(file))
 
 
 def test_skips_to_every_record(file, block):
-    every = list(records.read(file))
+    every = list(tfrecords.read(file))
     for first in range(len(every) + 3):
-        with framing.Scanner(file) as scanner:
+        with tfrecords.Scanner(file) as scanner:
             assert scanner.skip(first) == min(first, len(every))
             assert list(iter(scanner.take, None)) == every[first:]
             assert scanner.position == len(every)
@@ -46,8 +47,8 @@ def test_skips_to_every_record(file, block):
 
 
 def test_alternates(file, block):
-    every = list(records.read(file))
-    with framing.Scanner(file) as scanner:
+    every = list(tfrecords.read(file))
+    with tfrecords.Scanner(file) as scanner:
         taken = []
         while (record := scanner.take()) is not None:
             taken.append(record)
@@ -66,16 +67,16 @@ def test_mutated_files_are_read_alike(file, block, tmp_path, rng):
         if number % 2:
             del mutated[rng.integers(len(mutated)) :]
         Path(path).write_bytes(mutated)
-        expected = list(records.read(path))
+        expected = list(tfrecords.read(path))
         assert scanned(path) == expected
-        with framing.Scanner(path) as scanner:
+        with tfrecords.Scanner(path) as scanner:
             assert scanner.skip() == scanner.position == len(expected)
 
 
 def test_frames_are_what_tensorflow_writes(tmp_path, rng):
     payloads = [rng.bytes(size) for size in (0, 1, 100, 70000)]
-    records.write(str(tmp_path / "a"), payloads)
-    assert b"".join(map(wire.frame, payloads)) == (tmp_path / "a").read_bytes()
+    tfrecords.write(str(tmp_path / "a"), payloads)
+    assert b"".join(map(tfrecords.frame, payloads)) == (tmp_path / "a").read_bytes()
 
 
 def unpacked(probabilities: list[float]) -> bytes:
@@ -91,28 +92,30 @@ def unpacked(probabilities: list[float]) -> bytes:
 @pytest.mark.parametrize(("size", "classes"), [(0, 1), (3, 2), (127, 10), (128, 40), (70000, 1000)])
 def test_pseudo_labeled_examples_are_the_same_bytes(size, classes, rng):
     image, probs = rng.bytes(size), rng.random(classes).astype(np.float32)
-    feature = framing.feature(records.unlabeled_example(image), records.IMAGE)
-    floats = framing.Floats(
-        framing.feature(records.prediction_example(probs), records.PROBABILITIES)
+    feature = tfexamples.feature(tfexamples.unlabeled_example(image), tfexamples.IMAGE)
+    floats = tfexamples.Floats(
+        tfexamples.feature(tfexamples.prediction_example(probs), tfexamples.PROBABILITIES)
     )
-    assert framing.bytes_value(feature) == image
+    assert tfexamples.bytes_value(feature) == image
     assert [floats[i] for i in range(len(floats))] == probs.tolist()
     for label in {0, 1, 127, 128, 300, classes - 1} & set(range(classes)):
-        made = framing.pseudo_labeled_example(feature, floats.feature, label, floats[label])
-        plain = records.pseudo_labeled_example(image, probs, label)
+        made = tfexamples.pseudo_labeled_from_features(
+            feature, floats.feature, label, floats[label]
+        )
+        plain = tfexamples.pseudo_labeled_example(image, probs, label)
         assert tf.train.Example.FromString(made) == tf.train.Example.FromString(plain)
         assert len(made) == len(plain)
 
 
 def test_floats_that_were_written_one_by_one():
     prediction = unpacked([0.25, 0.75])
-    assert records.probabilities(prediction).tolist() == [0.25, 0.75]
-    floats = framing.Floats(framing.feature(prediction, records.PROBABILITIES))
+    assert tfexamples.probabilities(prediction).tolist() == [0.25, 0.75]
+    floats = tfexamples.Floats(tfexamples.feature(prediction, tfexamples.PROBABILITIES))
     assert [floats[0], floats[1], len(floats)] == [0.25, 0.75, 2]
 
 
 def test_absent_feature_and_no_example():
-    assert framing.feature(records.unlabeled_example(b"x"), records.PROBABILITIES) == b""
-    assert len(framing.Floats(b"")) == 0
-    with pytest.raises(records.DataError, match=r"not a tf\.train\.Example"):
-        framing.feature(b"\xff\xff\xff", records.IMAGE)
+    assert tfexamples.feature(tfexamples.unlabeled_example(b"x"), tfexamples.PROBABILITIES) == b""
+    assert len(tfexamples.Floats(b"")) == 0
+    with pytest.raises(DataError, match=r"not a tf\.train\.Example"):
+        tfexamples.feature(b"\xff\xff\xff", tfexamples.IMAGE)
