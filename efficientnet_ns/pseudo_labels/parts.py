@@ -131,15 +131,8 @@ class Parts:
                 pass  # Another process finished it as well.
 
 
-def _framed(content: bytes, at: int) -> tuple[bytes, int]:
-    """(payload, end) of the record that begins at byte `at`."""
-    begin = at + 12
-    end = begin + int.from_bytes(content[at : at + 8], "little")
-    return content[begin:end], end + 4
-
-
 def _parse(content: bytes, first: int, settings: str) -> tuple[PartFile, bytes] | None:
-    header, body = _framed(content, 0)
+    header, body = tfrecords.payload_at(content, 0)
     try:
         stored = json.loads(header)
         good = stored.pop("settings") == settings and stored["first"] == first
@@ -148,7 +141,7 @@ def _parse(content: bytes, first: int, settings: str) -> tuple[PartFile, bytes] 
             return None
     except (ValueError, KeyError):
         return None
-    numbers, end = _framed(content, body)
+    numbers, end = tfrecords.payload_at(content, body)
     half = len(numbers) // 2
     stored["place"] = tuple(stored["place"])
     part = PartFile(
