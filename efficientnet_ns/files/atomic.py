@@ -65,8 +65,9 @@ def _abandoned(name: str) -> str | None:
 
 
 def scratch_name(purpose: str) -> str:
-    """A new name below TMPDIR for files needed while this process runs, with those of killed
-    processes removed.
+    """A new name below TMPDIR for files that are needed while this process runs.
+
+    Removes those that killed processes left there.
     """
     parent = tempfile.gettempdir()
     remove_abandoned_folders(parent)

@@ -189,7 +189,7 @@ def _parse(content: str | None) -> dict[str, Any]:
 
 
 def _this_process() -> dict[str, Any]:
-    """This process; `machine` differs between machines, containers and reboots."""
+    """What identifies this process; `machine` differs between machines, containers and reboots."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as f:
             boot = f.read().strip()

@@ -186,7 +186,7 @@ def make_sets(
                 results[number].add(count)
                 progress.update(len(shard.entries))
     made = [result.finish() for result in results]
-    for number, one in enumerate(sets):
+    for number in range(len(sets)):
         own = [shard.stage for n, shard in shards if n == number]
         counts = [stage.counts()["records"] for stage in own]
         tfrecords.note_counts([stage.outputs[0] for stage in own], counts)

@@ -410,8 +410,10 @@ def _in_folder(folder: str, member: tarfile.TarInfo) -> str:
 
 
 class _Member(tarfile.TarInfo):
-    """The header of a member. `tarfile` takes a damaged one for the end of the archive, and does not
-    go on behind the end of the first of several archives that were joined.
+    """The header of a member, with damage reported and joined archives read on.
+
+    `tarfile` takes a damaged header for the end of the archive, and stops at the end of the first of
+    several archives that were joined.
     """
 
     @classmethod
@@ -513,8 +515,10 @@ def _resolved(path: str | None, targets: Mapping[str, str | None]) -> str | None
 
 
 class TarStream:
-    """A compressed .tar archive. It can only be read from its start, once for every batch of
-    shards; a .zip or an uncompressed .tar of the same images is faster.
+    """A compressed .tar archive.
+
+    It can be read only from its start, once for every batch of shards; a .zip or an uncompressed
+    .tar of the same images is faster.
     """
 
     # Bytes of images that one process holds from one pass over the archive.

@@ -220,8 +220,9 @@ def _set_in(name: str) -> str | None:
 
 
 def _better_folders(names: list[str]) -> list[str]:
-    """Folders whose folders have the images: that of the training set, which names the classes, then
-    those with most images.
+    """Folders whose subfolders have the images, the best suggestion first.
+
+    The training set's comes first, because it names the classes; then those with most images.
     """
     below: dict[str, Counter] = {}
     for name in names:

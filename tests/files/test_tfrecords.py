@@ -628,3 +628,96 @@ def test_image_of_a_record_with_nothing_else(size, rng):
         if found is not None:
             feature = tf.train.Example.FromString(changed).features.feature
             assert feature[tfexamples.IMAGE].bytes_list.value == [found]
+
+
+# Blocks and skipping.
+
+
+def plainly_read(content: bytes) -> list[tfrecords.Record]:
+    """The records of a file, without blocks or skipping."""
+    found, at = [], 0
+    while at < len(content):
+        header, lost = content[at : at + 12], len(content) - at
+        problem = f"truncated at byte {at}"
+        if len(header) == 12:
+            length = int.from_bytes(header[:8], "little")
+            if header[8:] != tfrecords.FOOTER.pack(tfrecords.masked_crc(header[:8])):
+                problem = f"damaged length at byte {at}: the rest is lost"
+            elif length + 16 <= lost:
+                payload, end = tfrecords.payload_at(content, at)
+                good = content[end - 4 : end] == tfrecords.FOOTER.pack(
+                    tfrecords.masked_crc(payload)
+                )
+                damage = "" if good else f"damaged payload at byte {at}"
+                found.append(tfrecords.Record(len(found), payload if good else None, damage))
+                at = end
+                continue
+        return [*found, tfrecords.Record(len(found), None, problem, lost)]
+    return found
+
+
+def scanned(path: str) -> list[tfrecords.Record]:
+    with tfrecords.Scanner(path) as scanner:
+        return list(iter(scanner.take, None))
+
+
+@pytest.fixture(params=[tfrecords._BLOCK, 50, 1])
+def block(request, monkeypatch) -> int:
+    """Blocks that hold everything, a few records, and less than a header."""
+    monkeypatch.setattr(tfrecords, "_BLOCK", request.param)
+    return request.param
+
+
+@pytest.fixture
+def file(tmp_path, rng) -> str:
+    """Records of 0 to 60 bytes."""
+    path = str(tmp_path / "records")
+    tfrecords.write(path, [rng.bytes(size) for size in (0, 5, 60, 1, 30, 30, 0, 12)])
+    return path
+
+
+def test_takes_what_is_read(file, block):
+    assert scanned(file) == plainly_read(Path(file).read_bytes())
+
+
+def test_skips_to_every_record(file, block):
+    every = list(tfrecords.read(file))
+    for first in range(len(every) + 3):
+        with tfrecords.Scanner(file) as scanner:
+            assert scanner.skip(first) == min(first, len(every))
+            assert list(iter(scanner.take, None)) == every[first:]
+            assert scanner.position == len(every)
+            assert scanner.skip() == 0 and scanner.take() is None
+
+
+def test_alternates(file, block):
+    every = list(tfrecords.read(file))
+    with tfrecords.Scanner(file) as scanner:
+        taken = []
+        while (record := scanner.take()) is not None:
+            taken.append(record)
+            scanner.skip(1)
+    assert taken == every[::2]
+
+
+def test_mutated_files_are_read_alike(file, block, tmp_path, rng):
+    """Flipped bytes and cuts anywhere: the same records, problems and positions."""
+    content = Path(file).read_bytes()
+    path = str(tmp_path / "mutated")
+    for number in range(300):
+        mutated = bytearray(content)
+        if number % 3:
+            mutated[rng.integers(len(mutated))] ^= int(rng.integers(1, 256))
+        if number % 2:
+            del mutated[rng.integers(len(mutated)) :]
+        Path(path).write_bytes(mutated)
+        expected = plainly_read(bytes(mutated))
+        assert scanned(path) == list(tfrecords.read(path)) == expected
+        with tfrecords.Scanner(path) as scanner:
+            assert scanner.skip() == scanner.position == len(expected)
+
+
+def test_frames_are_what_tensorflow_writes(tmp_path, rng):
+    payloads = [rng.bytes(size) for size in (0, 1, 100, 70000)]
+    tfrecords.write(str(tmp_path / "a"), payloads)
+    assert b"".join(map(tfrecords.frame, payloads)) == (tmp_path / "a").read_bytes()
