@@ -2,90 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Callable, Mapping, Sequence
-
-from absl import flags
-
 from efficientnet_ns import config
-from efficientnet_ns.models.recipes import RECIPES, Recipe
-
-# Title of each column and what stands in it; "-" for what a model does not have.
-_COLUMNS: dict[str, Callable[[Recipe], str]] = {
-    "params": lambda r: f"{r.params / 1e6:.2f}M",
-    "mult-adds": lambda r: f"{r.multiply_adds / 1e9:.3g}B",
-    "train px": lambda r: str(r.train_resolution),
-    "test px": lambda r: str(r.test_resolution),
-    "crop": lambda r: f"{r.crop_fraction:.3f}",
-    "dropout": lambda r: str(r.dropout_rate),
-    "epochs": lambda r: str(r.epochs),
-    "ratio": lambda r: str(r.unlabel_ratio),
-    "magnitude": lambda r: str(r.randaugment_magnitude or "-"),
-    "top-1": lambda r: str(r.top1),
-    "supervised": lambda r: str(r.top1_supervised),
-    "TF1 checkpoint": lambda r: r.tf1_checkpoint,
-    "timm": lambda r: r.timm_name,
-    "Keras file": lambda r: r.keras_file or "-",
-}
-_LEFT_ALIGNED = {"model", "TF1 checkpoint", "timm", "Keras file"}
-
-_LEGEND = """
-params: trainable; mult-adds: of one image at test px; crop: part of the shorter side; ratio:
-unlabeled images per labeled one; magnitude: of RandAugment; top-1: ImageNet, percent, with Noisy
-Student and with ImageNet's labels alone.
-"""
+from efficientnet_ns.config import ListConfig
 
 
-def counted(recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
-    """The recipes with parameters and multiply-adds counted from the models' graphs."""
-    from efficientnet_ns.models import complexity
+def main(options: ListConfig) -> None:
+    from efficientnet_ns.models import recipe_table
 
-    rows = {}
-    for name, recipe in recipes.items():
-        counts = complexity.count_variant(name)
-        rows[name] = dataclasses.replace(
-            recipe, params=counts.params, multiply_adds=counts.multiply_adds
-        )
-    return rows
-
-
-def table(recipes: Mapping[str, Recipe]) -> str:
-    """One line per model under a line of titles, in aligned columns."""
-    lines = [["model", *_COLUMNS]]
-    lines += [
-        [name, *(show(recipe) for show in _COLUMNS.values())] for name, recipe in recipes.items()
-    ]
-    return "\n".join(_aligned(lines))
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    aligns = ["<" if title in _LEFT_ALIGNED else ">" for title in lines[0]]
-    return [
-        "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(line, aligns, widths)).rstrip()
-        for line in lines
-    ]
-
-
-def main(argv: list[str]) -> None:
-    config.no_arguments(argv)
-    recipes = counted(RECIPES) if flags.FLAGS.count else RECIPES
-    if flags.FLAGS.json:
-        rows = [{"model": name, **dataclasses.asdict(row)} for name, row in recipes.items()]
-        print(json.dumps(rows, indent=1))
-    else:
-        print(table(recipes) + "\n" + _LEGEND.rstrip())
-
-
-def run() -> None:
-    """The command line."""
-    flags.DEFINE_bool(
-        "count", False, "Count parameters and multiply-adds from the graphs instead (a minute)."
-    )
-    flags.DEFINE_bool("json", False, "Print a JSON list of objects instead of the table.")
-    config.run(main)
+    print(recipe_table.listing(count=options.count, as_json=options.json))
 
 
 if __name__ == "__main__":
-    run()
+    config.run(main, ListConfig)

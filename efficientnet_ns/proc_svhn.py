@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import json
 
-from absl import flags
-
 from efficientnet_ns import config
-from efficientnet_ns.config.ingest import SvhnConfig
+from efficientnet_ns.config import SvhnConfig
 
 
-def main(argv: list[str]) -> None:
-    config.no_arguments(argv)
-    settings = config.from_flags(SvhnConfig, flags.FLAGS)
-    for name in ("raw_data_dir", "output_dir"):
-        if not getattr(settings, name):
-            raise config.ConfigError(f"--{name} is needed")
+def main(options: SvhnConfig) -> None:
     from efficientnet_ns.ingest import svhn
 
-    print(json.dumps(svhn.make_records(settings)))
-
-
-def run() -> None:
-    """The command line."""
-    config.define_flags(SvhnConfig)
-    config.run(main)
+    print(json.dumps(svhn.make_records(options)))
 
 
 if __name__ == "__main__":
-    run()
+    config.run(main, SvhnConfig)

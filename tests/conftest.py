@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import os
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from absl import flags, logging
+
+from efficientnet_ns import config
 
 GOLDENS_VARIABLE = "EFFICIENTNET_NS_GOLDENS"
 
@@ -76,33 +78,25 @@ def two_replicas() -> tf.distribute.MirroredStrategy:
 
 @pytest.fixture
 def entry_flags(monkeypatch) -> Callable[[str, list[str]], flags.FlagValues]:
-    """Parses a command line with the flags that an entry point, and no other, defines.
+    """Parses a command line with the flags of a program.
 
-    Paths of flag files are relative to the repository. Words that are no flags are refused.
+    Paths of flag files are relative to the repository. Words that are not flags are refused where
+    the program refuses them.
     """
     monkeypatch.chdir(Path(__file__).parents[1])
 
-    def parse(module: str, arguments: list[str]) -> flags.FlagValues:
+    def parse(program: str, arguments: list[str]) -> flags.FlagValues:
         values = flags.FlagValues()
+
+        def run(main: Callable, *settings: type, words: bool = False) -> None:
+            for cls in settings:
+                config.define_flags(cls, values)
+            rest = values(["program", *arguments])
+            assert words or rest == ["program"], rest
+
         with monkeypatch.context() as patch:
-            for name, define in vars(flags).items():
-                if name.startswith("DEFINE_"):
-                    patch.setattr(flags, name, _with_values(define, values))
-            kinds = {str: "string", int: "integer", float: "float", bool: "bool"}
-            definitions = {kind: getattr(flags, f"DEFINE_{name}") for kind, name in kinds.items()}
-            patch.setattr("efficientnet_ns.config.settings._DEFINE", definitions)
-            patch.setattr("efficientnet_ns.config.run", lambda main: None)
-            patch.setattr(flags, "FLAGS", values)
-            importlib.import_module(f"efficientnet_ns.{module}").run()
-        rest = values(["program", *arguments])
-        assert rest == ["program"] or module in ("predict_image", "label_beam"), rest
+            patch.setattr(config, "run", run)
+            runpy.run_module(f"efficientnet_ns.{program}", run_name="__main__")
         return values
 
     return parse
-
-
-def _with_values(define: Callable, values: flags.FlagValues) -> Callable:
-    def defined(*args, **kwargs):
-        return define(*args, **{**kwargs, "flag_values": values})
-
-    return defined

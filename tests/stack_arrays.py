@@ -12,9 +12,9 @@ from pathlib import Path
 import efficientnet_ns  # noqa: F401 - decides which Keras TensorFlow has
 
 # isort: split
+import fakes
 import numpy as np
 import tensorflow as tf
-import test_train
 
 from efficientnet_ns.data import augment, pipeline
 from efficientnet_ns.inference import engines
@@ -75,14 +75,14 @@ def _model() -> dict[str, np.ndarray]:
 
 
 def _training() -> dict[str, np.ndarray]:
-    """The noised student of test_train.py, 7 steps: its metrics and final weights."""
+    """The noised student, 7 steps: its metrics and final weights."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        test_train.write_data(folder)
-        config = test_train.noised(folder, "student")
+        fakes.write_data(folder)
+        config = fakes.noised(folder, "student")
         train.train_and_evaluate(config)
         rows = summaries.read_metrics(config.train.model_dir)
-        values = test_train.tensors(config.train.model_dir, 7)
+        values = fakes.tensors(config.train.model_dir, 7)
     return {
         "trained/loss": np.array([row["train/loss"] for row in rows if "train/loss" in row]),
         "trained/weights": _first_of_each(

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns import config, demo, noisy_student, study
+from efficientnet_ns import config
 from efficientnet_ns.config import Config, LoopConfig, SelectConfig
 from efficientnet_ns.data import tasks
+from efficientnet_ns.loop import demo, rounds, study
 from efficientnet_ns.models import efficientnet
 from efficientnet_ns.models.recipes import RECIPES
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
@@ -190,7 +191,7 @@ def test_fine_tuning_of_l2_freezes_three_stages_at_800(settings):
 def test_chain_is_the_published_one(parse):
     values = parse("flags/run/imagenet/l2_chain.flags", "--label_data_dir=l", "--work_dir=w")
     base, loop = config.from_flags(Config, values), config.from_flags(LoopConfig, values)
-    chain = noisy_student.model_configs(base, loop)
+    chain = rounds.model_configs(base, loop)
     assert [
         (c.model.model_name, c.model.input_image_size, c.data.randaug_mag, c.train.unlabel_ratio)
         for c in chain
@@ -204,7 +205,7 @@ def test_chain_is_the_published_one(parse):
         assert epochs(chosen) == pytest.approx(350, rel=1e-3)
         assert chosen.data.augment_name == "randaugment"
         ResolvedConfig.from_config(chosen)
-    tuning = noisy_student.finetune_config(base, loop, 3)
+    tuning = rounds.finetune_config(base, loop, 3)
     alone = config.from_flags(Config, parse("flags/run/imagenet/l2_finetune.flags"))
     changed = {"model_dir", "init_model_path", "label_data_dir"}
     assert {k: v for k, v in tuning.identity().items() if k not in changed} == {

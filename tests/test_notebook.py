@@ -9,7 +9,8 @@ from collections import Counter
 
 import nbformat
 import pytest
-from test_scripts import ROOT, commands, write_mat
+from fakes import ROOT, write_mat
+from fakes import script_commands as commands
 
 from efficientnet_ns import config
 from efficientnet_ns.config import Config

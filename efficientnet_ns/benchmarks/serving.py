@@ -23,7 +23,7 @@ from efficientnet_ns.config import BenchmarkConfig, Config
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.serving import export, tflite
-from efficientnet_ns.serving.classifier import Answers
+from efficientnet_ns.serving.classifier import OutputSpec
 
 _BATCHES = (1, 8)
 _LATENCIES = 40
@@ -78,9 +78,9 @@ def _export(config: BenchmarkConfig, folder: str) -> None:
         (_CPU, "cpu", model),
         (_BFLOAT16, "cpu", reduced),
     ):
-        options = export.Options(Answers(("",) * resolved.num_classes), target)
+        options = export.Options(OutputSpec(("",) * resolved.num_classes), target)
         export.export(served, resolved.preprocessing(), os.path.join(folder, name), 1, options)
-    options = export.Options(Answers(("",) * resolved.num_classes))
+    options = export.Options(OutputSpec(("",) * resolved.num_classes))
     path = os.path.join(folder, _LITE)
     export.export_tflite(model, resolved.preprocessing(), path, "float32", options)
     _export_keras(config, os.path.join(folder, _KERAS, "1"))

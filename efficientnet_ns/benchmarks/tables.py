@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from efficientnet_ns.files.text_table import text_table
+
 # Whether TensorFlow uses its oneDNN kernels; a process looks at it once.
 ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 
@@ -88,15 +90,12 @@ def measure(contenders: dict[str, Callable[[], int]], seconds: float, turns: int
 
 
 def format_rows(rows: list[Row]) -> str:
-    """Plain text, columns aligned."""
-    lines = [("what", "measured", "ratio")]
+    """The rows as a table for the terminal."""
+    lines = []
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f} x {row.peer}"
-        lines.append((row.name, f"{row.value:,.1f} {row.unit}", ratio))
-    widths = [max(len(line[i]) for line in lines) for i in range(3)]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines
-    )
+        lines.append([row.name, f"{row.value:,.1f} {row.unit}", ratio])
+    return text_table(["what", "measured", "ratio"], lines)
 
 
 def as_json(rows: list[Row]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from efficientnet_ns.config import Settings, setting
+from efficientnet_ns.config.fields import Settings, setting
 
 
 @dataclasses.dataclass(frozen=True)

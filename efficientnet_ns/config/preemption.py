@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import threading
@@ -97,11 +98,14 @@ class StopRequest:
 
 
 def end_with_parent() -> None:
-    """In a worker process: no life after the parent's, which cannot tell its workers when killed."""
+    """In a worker process: ends it when its parent ends, even by SIGKILL."""
     parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("end_with_parent is for worker processes")
 
     def leave() -> None:
-        parent.join()
+        # Not `parent.join()`: in a process that was not forked, only the sentinel can be waited for.
+        multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=leave, daemon=True).start()

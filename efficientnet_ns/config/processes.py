@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
-import multiprocessing.connection
-import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from efficientnet_ns.config import preemption
 
 
 class ProcessDied(RuntimeError):
@@ -34,7 +33,9 @@ def run_each(
         return
     # Spawned, since TensorFlow's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, context, _end_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        processes, context, preemption.end_with_parent
+    ) as pool:
         waiting = {pool.submit(function, *job): job for job in jobs}
         try:
             for future in concurrent.futures.as_completed(waiting):
@@ -46,13 +47,3 @@ def run_each(
             ) from e
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process().sentinel
-
-    def follow() -> None:
-        multiprocessing.connection.wait([parent])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()

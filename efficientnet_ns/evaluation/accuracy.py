@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns import report
+from efficientnet_ns.inference import views as views_lib
 
-Batches = Union[
-    tf.data.Dataset, Callable[[tf.distribute.InputContext], tf.data.Dataset]
-]  # Of `pipeline.eval_batches`.
+# Of `pipeline.eval_batches`.
+Batches = tf.data.Dataset | Callable[[tf.distribute.InputContext], tf.data.Dataset]
 
 _TINY = 1e-30
-# What a step gives for each image of a batch, where it gives sums of everything else.
+# Outputs of a step that have one row per image; all other outputs are sums over the batch.
 _PREDICTIONS, _CONFIDENCE = "predictions", "confidence"
 
 
 class IncompleteEvaluation(RuntimeError):
-    """The number of examples seen is not the number of examples there are."""
+    """The number of examples seen differs from the size of the set."""
 
 
 class Measured(NamedTuple):
-    """One set, looked at closely.
+    """Measurements on one set.
 
     Attributes:
       metrics: see `Evaluator.__call__`.
       confusion: images by true class and prediction.
-      calibration: images, confidence and right predictions by top-1 probability.
-      num_classes: of the model.
+      calibration: images, confidence and correct predictions by top-1 probability.
+      num_classes: C, number of the model's classes.
     """
 
     metrics: dict[str, float]
@@ -41,7 +41,7 @@ class Measured(NamedTuple):
 
     @property
     def images(self) -> np.ndarray:
-        """Images of each class, int64 [C]."""
+        """Number of images of each class, int64 [C]."""
         return self._by_class(self.confusion.images)
 
     @property
@@ -56,13 +56,14 @@ class Measured(NamedTuple):
 
 
 class Evaluator:
-    """Top-1, top-5 and loss of a model; may be called again and again while the model learns.
+    """Top-1, top-5 and loss of a model; may be called repeatedly while the model trains.
 
     Args:
       model: pixels → logits.
-      strategy: the one the model was built under.
-      views: 1, or 2: probabilities are averaged with those of the mirrored image.
-      engine: computes the probabilities in place of the model, on one device; see `models.engines`.
+      strategy: the strategy under which the model was built.
+      views: 1, or 2 to average the probabilities with those of the mirrored image.
+      engine: computes the probabilities instead of the model, on one device; see
+        `inference.engines`.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Evaluator:
         engine: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
         self._strategy = strategy or tf.distribute.get_strategy()
-        if views not in (1, 2):
+        if views not in views_lib.CROP_VIEWS:
             raise ValueError(f"views is {views}; it must be 1 or 2 (mirrored)")
         forward = functools.partial(model, training=False)
 
@@ -83,7 +84,7 @@ class Evaluator:
 
         def by_engine(batch):
             def logits(pixels):
-                # Logarithms of probabilities are logits of them.
+                # Logits are defined up to a constant, so log-probabilities are logits.
                 return tf.math.log(tf.maximum(engine(pixels.numpy()), _TINY))
 
             return _measures(_logits(logits, batch["image"], views), batch)
@@ -96,13 +97,13 @@ class Evaluator:
         """Measures one set.
 
         Args:
-          batches: padded batches with a mask; see `pipeline.eval_batches`. Either whole batches, on
-            one host, or what makes one host's share of them.
+          batches: padded batches with a mask; see `pipeline.eval_batches`. Either a dataset of whole
+            batches, on one host, or a function that makes one host's share of them.
           num_examples: size of the set.
 
         Returns:
-          `top1`, `top5` (fractions; top-5 is over min(5, classes)), `loss` (mean cross entropy
-          without smoothing), `examples`.
+          `top1` and `top5` (fractions; top-5 counts min(5, C) classes), `loss` (mean cross-entropy
+          without label smoothing), `examples`.
 
         Raises:
           IncompleteEvaluation: the batches held more or fewer examples.
@@ -110,9 +111,9 @@ class Evaluator:
         return self.measure(batches, num_examples).metrics
 
     def measure(self, batches: Batches, num_examples: int) -> Measured:
-        """As a call, with predictions by class and the calibration.
+        """Measures one set in detail; arguments and errors are those of `__call__`.
 
-        Of each image it keeps 20 bytes, however many classes there are.
+        Memory: 20 bytes per image, whatever the number of classes.
         """
         predictions, confidence = [], []
 
@@ -137,10 +138,12 @@ class Evaluator:
 def replicated(
     strategy: tf.distribute.Strategy, measures: Callable, gathered: Collection[str] = ()
 ) -> Callable:
-    """A compiled step: `measures(batch, *more)` on every replica, each of its values added up.
+    """A compiled step: runs `measures(batch, *more)` on every replica and sums each of its values.
 
     Args:
-      gathered: names of the values whose rows are put one after the other instead.
+      strategy: the replicas.
+      measures: returns values by name.
+      gathered: names of the values whose rows are concatenated instead.
     """
 
     @tf.function
@@ -160,7 +163,7 @@ def replicated(
 def add_up(
     strategy: tf.distribute.Strategy, step: Callable, batches: Batches
 ) -> dict[str, np.ndarray]:
-    """The sums of `step(batch)` over all batches, float64."""
+    """Sums the values of `step(batch)` over all batches, in float64."""
     sums: dict[str, np.ndarray] = {}
     if callable(batches):
         distributed = strategy.distribute_datasets_from_function(batches)
@@ -173,10 +176,10 @@ def add_up(
 
 
 def means(sums: dict[str, np.ndarray], num_examples: int) -> dict[str, float]:
-    """Every sum over the `examples` counted beside it.
+    """Divides every sum by the sum `examples`.
 
     Raises:
-      IncompleteEvaluation: there were more or fewer than `num_examples`.
+      IncompleteEvaluation: `examples` differs from `num_examples`.
     """
     seen = round(float(sums.pop("examples")))
     if seen != num_examples:
@@ -187,17 +190,21 @@ def means(sums: dict[str, np.ndarray], num_examples: int) -> dict[str, float]:
 def _logits(forward, pixels: tf.Tensor, views: int) -> tf.Tensor:
     if views == 1:
         return forward(pixels)
-    both = tf.nn.softmax(forward(pixels)) + tf.nn.softmax(forward(tf.reverse(pixels, [2])))
-    return tf.math.log(tf.maximum(both / 2, _TINY))
+    probabilities = views_lib.average(
+        lambda view: tf.nn.softmax(forward(view)), views_lib.of_crops(pixels, views)
+    )
+    return tf.math.log(tf.maximum(probabilities, _TINY))
 
 
 def _measures(logits: tf.Tensor, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """Sums over the batch, and of each image (truth, prediction), int64 [B, 2], with -1 for the truth
-    of padding, and the confidence, float32 [B].
+    """Sums over the batch and two values per image.
+
+    Per image: (truth, prediction), int64 [B, 2], where the truth of padding is -1; and the
+    confidence, float32 [B].
     """
     labels, mask = batch["label"], batch["mask"]
     k = min(5, logits.shape[-1])
-    # NaN logits count as misses, ties go to the first class, as wherever one class is predicted.
+    # NaN logits count as misses; ties go to the lower class, as everywhere in this package.
     finite = tf.reduce_all(tf.math.is_finite(logits), -1)
     top_classes = tf.math.top_k(logits, k).indices
     hits = (top_classes == labels[:, None]) & finite[:, None]

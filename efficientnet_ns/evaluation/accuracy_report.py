@@ -1,4 +1,4 @@
-"""What an evaluation found, as `eval.json` and as a page for people."""
+"""Results of an evaluation as `eval.json` and as an HTML page."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from efficientnet_ns.evaluation.accuracy import Measured
 from efficientnet_ns.files import json_files
 from efficientnet_ns.models.recipes import RECIPES
 
-# Images of ImageNet's validation set, on which the published values were measured.
+# Size of ImageNet's validation set; published values are comparable only on all of it.
 _IMAGENET_VALIDATION = 50_000
 
 
 def beside_published(config: Config, results: Mapping[str, Measured]) -> list[str]:
-    """Lines with the measured and the published top-1, where model and set are known."""
+    """Lines that compare the measured top-1 with the published one, if model and set are known."""
     recipe = RECIPES.get(config.model.model_name)
     lines = []
     for name, measured in results.items():
@@ -44,8 +44,11 @@ def write(
     """Writes `eval.json` and `eval_report.html`.
 
     Args:
-      results: set prefix → what was measured.
-      class_names: of all classes; None: they are called by their numbers.
+      folder: created if it does not exist.
+      config: settings of the evaluation.
+      weights_path: path of the evaluated weights.
+      results: prefix of the set → measurements.
+      class_names: names of all classes; None: classes are named by their indices.
     """
     tf.io.gfile.makedirs(folder)
     first = next(iter(results.values()))

@@ -6,7 +6,7 @@ Sources:
     back onto the ball.
   Xie et al. 2020 (arXiv 1911.04252), "Adversarial Robustness Results": both, at several ε.
 
-ε is in pixel values: 16 lets every channel of every pixel move by up to 16 of 255.
+ε is in pixel values: with ε = 16, every channel of every pixel may change by up to 16 of 255.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Pgd:
 
     Attributes:
       steps: gradient steps.
-      step_size: of one step, in pixel values; None: 2.5 ε / steps, which can reach the border of
+      step_size: size of one step in pixel values; None: 2.5 ε / steps, which reaches the border of
         the ball from any start.
-      seed: of the random starts.
+      seed: seed of the random starts.
     """
 
     steps: int = 10
@@ -40,17 +40,17 @@ class Pgd:
     seed: int = 0
 
     def size(self, epsilon: float) -> float:
-        """Size of a step at this ε."""
+        """Size of one step at this ε, in pixel values."""
         return 2.5 * epsilon / self.steps if self.step_size is None else self.step_size
 
 
 class Attacker:
-    """Top-1 of a model on images as they are and as FGSM and PGD change them.
+    """Top-1 accuracy of a model on clean images and under FGSM and PGD.
 
     Args:
       model: pixels → logits.
-      strategy: the one the model was built under.
-      pgd: settings.
+      strategy: the strategy under which the model was built.
+      pgd: settings of PGD.
       jit_compile: compile the attack with XLA.
     """
 
@@ -77,9 +77,9 @@ class Attacker:
         """Measures one set at one ε.
 
         Args:
-          batches: of `pipeline.eval_batches`, as for `accuracy.Evaluator`.
+          batches: batches of `pipeline.eval_batches`, as for `accuracy.Evaluator`.
           num_examples: size of the set.
-          epsilon: in pixel values.
+          epsilon: ε in pixel values.
 
         Returns:
           `clean`, `fgsm`, `pgd` (top-1, fractions), `examples`.
@@ -87,7 +87,7 @@ class Attacker:
         Raises:
           accuracy.IncompleteEvaluation: the batches held more or fewer examples.
         """
-        # Tensors, so that another ε is not compiled again.
+        # Tensors, so that a new ε does not retrace the step.
         size = tf.constant(self._pgd.size(epsilon), tf.float32)
         radius = tf.constant(epsilon, tf.float32)
         sums = accuracy.add_up(
@@ -111,7 +111,7 @@ def _batch_sums(model, batch, epsilon, step_size, pgd: Pgd) -> dict[str, tf.Tens
 
     def right(pixels: tf.Tensor) -> tf.Tensor:
         logits = model(pixels, training=False)
-        # A model that answers NaN is wrong, as in `accuracy`.
+        # A NaN logit is a miss, as in `accuracy`.
         finite = tf.reduce_all(tf.math.is_finite(logits), -1)
         hit = (tf.argmax(logits, -1, tf.int32) == labels) & finite
         return tf.reduce_sum(mask * tf.cast(hit, tf.float32))
@@ -125,9 +125,14 @@ def _batch_sums(model, batch, epsilon, step_size, pgd: Pgd) -> dict[str, tf.Tens
 def loss_gradient(model: Callable[..., tf.Tensor], pixels: tf.Tensor, labels: tf.Tensor):
     """A positive multiple of the gradient of each image's cross-entropy, float32 [B, S, S, 3].
 
-    The attacks take its sign alone. Cross-entropy is log(1 + exp(margin)), so its gradient is
-    sigmoid(margin) times that of the margin; the factor, which in float32 becomes 0 where the model
-    is very sure, and would end the attack there, is left out.
+    The attacks use only its sign. Cross-entropy is log(1 + exp(margin)), so its gradient is
+    sigmoid(margin) times the gradient of the margin. That factor is omitted: in float32 it underflows
+    to 0 where the model is very confident, which would stop the attack there.
+
+    Args:
+      model: pixels → logits.
+      pixels: float32 [B, S, S, 3].
+      labels: true classes, int32 [B].
     """
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(pixels)
@@ -135,7 +140,7 @@ def loss_gradient(model: Callable[..., tf.Tensor], pixels: tf.Tensor, labels: tf
         own = tf.one_hot(labels, logits.shape[-1], on_value=True, off_value=False)
         others = tf.reduce_logsumexp(tf.where(own, logits.dtype.min, logits), -1)
         margin = others - tf.gather(logits, labels, axis=-1, batch_dims=1)
-        # Without batch statistics the images are independent: the sum's gradient is each one's own.
+        # Without batch statistics images are independent, so the gradient of the sum is per image.
         loss = tf.reduce_sum(margin)
     return tape.gradient(loss, pixels)
 
@@ -143,8 +148,8 @@ def loss_gradient(model: Callable[..., tf.Tensor], pixels: tf.Tensor, labels: tf
 def project(pixels: tf.Tensor, clean: tf.Tensor, epsilon: tf.Tensor | float) -> tf.Tensor:
     """The nearest pixels within ε of the clean ones and within 0..255.
 
-    Where bicubic resizing has left 0..255, the clean value takes the place of the bound, so that
-    ε = 0 is the image itself.
+    Bicubic resizing overshoots 0..255 in places. There, the clean value replaces the bound, so that
+    ε = 0 returns the clean image.
     """
     lowest = tf.maximum(clean - epsilon, tf.minimum(clean, 0.0))
     highest = tf.minimum(clean + epsilon, tf.maximum(clean, 255.0))
@@ -170,12 +175,13 @@ def projected_descent(
     """PGD's last iterate.
 
     Args:
-      gradient: of the loss, which is climbed.
+      gradient: gradient of the loss, which the attack maximizes.
       clean: pixels, float32 [B, S, S, 3].
       labels: true classes, int32 [B].
-      epsilon, step_size: in pixel values.
-      steps: how many.
-      start: pixels to start from; projected first.
+      epsilon: radius of the ball, in pixel values.
+      step_size: size of a step, in pixel values.
+      steps: number of steps.
+      start: pixels to start from, float32 [B, S, S, 3]; projected first.
     """
 
     def step(done, pixels):
@@ -189,16 +195,19 @@ def projected_descent(
 def random_start(
     clean: tf.Tensor, index: tf.Tensor, epsilon: tf.Tensor | float, seed: int
 ) -> tf.Tensor:
-    """Pixels drawn from the ball around the clean ones.
+    """Pixels drawn uniformly from the ball around the clean ones, float32 [B, S, S, 3].
 
     Args:
-      index: place of each image in the set, int32 [B]: the draw depends on it and on the seed, not
-        on batches or devices.
+      clean: pixels, float32 [B, S, S, 3].
+      index: index of each image in the set, int32 [B]. The draw depends only on it and on the seed,
+        not on batches or devices.
+      epsilon: radius of the ball, in pixel values.
+      seed: seed of all draws.
     """
 
     def draw(place: tf.Tensor) -> tf.Tensor:
         own = tf.random.experimental.stateless_fold_in([seed, _START], place)
-        # The algorithm is named so that every kind of device draws the same numbers.
+        # A fixed algorithm, because the default differs between device types.
         return tf.random.stateless_uniform(clean.shape[1:], own, alg="philox")
 
     noise = tf.map_fn(draw, index, fn_output_signature=tf.float32)

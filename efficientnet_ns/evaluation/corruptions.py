@@ -1,10 +1,10 @@
-"""The corruptions of ImageNet-C on any images, by the package imagecorruptions-imaug, in processes
-of their own: it draws from NumPy's global random state.
+"""The corruptions of ImageNet-C applied to any images, in separate processes.
 
-Nothing here loads TensorFlow, so that those processes are small.
+The package imagecorruptions-imaug draws from NumPy's global random state, hence the processes. This
+module does not import TensorFlow, which keeps them small.
 
 Source: Hendrycks and Dietterich 2019 (arXiv 1903.12261). ImageNet-C's images are 224 pixels wide and
-were stored as JPEG; here the pixels that a model would see are corrupted and not compressed again.
+stored as JPEG. This module corrupts the pixels that a model would see and does not compress them.
 """
 
 from __future__ import annotations
@@ -19,30 +19,34 @@ import numpy as np
 from efficientnet_ns.config import ConfigError, preemption
 from efficientnet_ns.config.cpus import available_cpus
 
-# These two have random states of their own.
+# These two corruptions do not draw from NumPy's global random state and need the seed itself.
 _WITH_A_SEED = ("impulse_noise", "glass_blur")
 _LEAST_SIDE = 32
 
 
 def check_installed() -> str:
-    """Version of the corruption library; ConfigError when it cannot be imported."""
+    """Version of the corruption library.
+
+    Raises:
+      ConfigError: the library cannot be imported, or is another package of that name.
+    """
     from importlib import metadata
 
     try:
         import imagecorruptions  # noqa: F401
     except ImportError as e:
         raise ConfigError(
-            "--corrupt needs the package imagecorruptions-imaug, which is not there or cannot be "
+            "--corrupt needs the package imagecorruptions-imaug, which is missing or cannot be "
             f"loaded ({e}): pip install 'efficientnet-ns[robustness]', or in a clone "
-            "pip install -e '.[robustness]'. Where libGL is missing: apt-get install "
-            "libgl1, or opencv-python-headless in place of opencv-python."
+            "pip install -e '.[robustness]'. If libGL is missing: apt-get install "
+            "libgl1, or replace opencv-python by opencv-python-headless."
         ) from e
     try:
         return metadata.version("imagecorruptions-imaug")
     except metadata.PackageNotFoundError:
         raise ConfigError(
-            "--corrupt: the installed imagecorruptions is another package than "
-            "imagecorruptions-imaug; install that in its place: "
+            "--corrupt: the installed package imagecorruptions is not "
+            "imagecorruptions-imaug; replace it: "
             "pip uninstall imagecorruptions; pip install imagecorruptions-imaug"
         ) from None
 
@@ -50,7 +54,7 @@ def check_installed() -> str:
 def image_seeds(name: str, severity: int, first: int, count: int, seed: int) -> list[int]:
     """The seeds of images `first` … `first + count - 1` of a set, each below 2**32.
 
-    They depend on seed, corruption, severity and place in the set, on nothing else.
+    They depend only on the seed, the corruption, the severity and the index of the image.
     """
     salt = zlib.crc32(name.encode())
     return [
@@ -63,8 +67,8 @@ def corrupt(pixels: np.ndarray, name: str, severity: int, seeds: Sequence[int]) 
     """Corrupts images one after the other; changes NumPy's global random state.
 
     Args:
-      pixels: uint8 [N, S, S, 3]. The library takes no image below 32 pixels: the smaller ones are
-        mirrored at their borders to that size, and their own part is cut out again.
+      pixels: uint8 [N, S, S, 3]. The library rejects images below 32 pixels, so smaller ones are
+        padded to that size by reflection and cropped again afterwards.
       name: one of `robustness_metrics.ALEXNET_ERROR` or `ALEXNET_ERROR_EXTRA`.
       severity: 1 to 5.
       seeds: one per image.
@@ -89,11 +93,11 @@ def corrupt(pixels: np.ndarray, name: str, severity: int, seeds: Sequence[int]) 
 
 
 class Corruptor:
-    """Processes that corrupt images; use it in a `with` block.
+    """Processes that corrupt images; a context manager.
 
     Args:
-      seed: of all images.
-      workers: processes; None: one per available core.
+      seed: seed of all draws.
+      workers: number of processes; None: one per available core.
     """
 
     def __init__(self, seed: int, workers: int | None = None):
@@ -112,13 +116,13 @@ class Corruptor:
     def submit(
         self, pixels: np.ndarray, name: str, severity: int, first: int
     ) -> concurrent.futures.Future:
-        """`corrupt` of images from place `first` of their set on, in another process."""
+        """Runs `corrupt` in another process, on images from index `first` of their set on."""
         seeds = image_seeds(name, severity, first, len(pixels), self._seed)
         return self._pool.submit(corrupt, pixels, name, severity, seeds)
 
 
 def _start_worker() -> None:
-    """One thread, and no life after the parent's."""
+    """Limits OpenCV to one thread, and ends the process when its parent ends."""
     import cv2
 
     cv2.setNumThreads(1)

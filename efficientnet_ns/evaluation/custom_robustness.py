@@ -1,8 +1,7 @@
-"""What noise bought: attacks on, and corruptions of, any labeled set, with one model or beside
-another one.
+"""Robustness on your own labeled set: attacks and corruptions, of one model or of two to compare.
 
-Every measurement (a model at one ε, or at one corruption and severity) is a file of its own, named
-by a hash of all that determines it: it is made once, whatever else is asked for later.
+Every measurement (one model at one ε, or at one corruption and severity) is stored in a separate
+file, named by a hash of everything that determines it. It is made once and used by all later runs.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -22,7 +22,7 @@ import tensorflow as tf
 from efficientnet_ns.config import Config, ConfigError, OwnSetConfig
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.data import image_conversion, pipeline
-from efficientnet_ns.evaluation import accuracy, adversarial, corruptions
+from efficientnet_ns.evaluation import accuracy, adversarial, corruptions, kept
 from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.files import manifests
 from efficientnet_ns.files.progress import Progress
@@ -31,23 +31,22 @@ from efficientnet_ns.models import weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 MODEL, BASELINE = "model", "baseline"
-# As a severity: the images as they are.
-CLEAN = 0
-_GROUP = 32  # Images per task of a process.
+CLEAN = 0  # Severity of the unchanged images.
+_GROUP = 32  # Images that a process corrupts per task.
 
-# (pixels uint8 [N, S, S, 3], corruption, severity, place of the first in the set) → what has a
-# `result()`, the corrupted pixels.
+# (pixels uint8 [N, S, S, 3], corruption, severity, index of the first image in the set) → an object
+# whose `result()` is the corrupted pixels, uint8 [N, S, S, 3].
 Submit = Callable[[np.ndarray, str, int, int], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to measure, checked.
+    """What to measure; validated.
 
     Attributes:
-      corruptions: names.
-      severities: of each.
-      epsilons: of the attacks, in pixel values.
+      corruptions: names of the corruptions.
+      severities: severities of each, 1 to 5.
+      epsilons: radii of the attacks, in pixel values.
       pgd: settings of PGD.
     """
 
@@ -58,7 +57,11 @@ class Settings:
 
     @classmethod
     def from_config(cls, own: OwnSetConfig, seed: int) -> Settings:
-        """ConfigError for an unknown corruption or a severity or ε out of range."""
+        """Parses the flags.
+
+        Raises:
+          ConfigError: an unknown corruption, or a severity or ε out of range.
+        """
         known = {**metrics.ALEXNET_ERROR, **metrics.ALEXNET_ERROR_EXTRA}
         names = list(metrics.ALEXNET_ERROR) if own.corrupt == "all" else _words(own.corrupt)
         unknown = [name for name in names if name not in known]
@@ -68,7 +71,7 @@ class Settings:
             )
         severities = _numbers("severities", own.severities, 1, 5)
         if not severities or any(s != int(s) for s in severities):
-            raise ConfigError(f"--severities={own.severities}: whole numbers 1 to 5 are needed")
+            raise ConfigError(f"--severities={own.severities}: use whole numbers 1 to 5")
         return cls(
             tuple(dict.fromkeys(names)),
             tuple(int(s) for s in severities),
@@ -97,8 +100,8 @@ class Subject(NamedTuple):
     Attributes:
       name: `MODEL` or `BASELINE`.
       model: pixels → logits.
-      classify: pixels float32 [N, S, S, 3] → probabilities; None when nothing is corrupted.
-      identity: what determines its answers, JSON-able.
+      classify: pixels float32 [N, S, S, 3] → probabilities; None if nothing is corrupted.
+      identity: what determines its predictions, JSON-able.
     """
 
     name: str
@@ -108,13 +111,13 @@ class Subject(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What was measured.
+    """Measurements of all models.
 
     Attributes:
       results: `set`, `examples`, `image_size`, `models` (name → weights); with ε, `attacks`: ε →
         model → `clean`, `fgsm`, `pgd`, top-1; with corruptions, `severities`, `clean`: model →
         error, and `corruptions`: corruption → model → error by severity. Fractions; JSON-able.
-      pictures: (PNG, caption) of the set's first image, a row per corruption, a column per severity.
+      pictures: (PNG, caption) of the set's first image: a row per corruption, a column per severity.
     """
 
     results: dict[str, Any]
@@ -126,8 +129,8 @@ class LabeledSet(NamedTuple):
 
     Attributes:
       source: the records.
-      batches: for `accuracy.add_up`.
-      groups: for corruptions: batches of one host.
+      batches: batches for the attacks; see `accuracy.add_up`.
+      groups: batches for the corruptions, on one host.
       identity: what determines the images, JSON-able.
     """
 
@@ -146,22 +149,24 @@ def measure(
     share: Callable[[tf.distribute.InputContext], pipeline.Share],
     jit_compile: bool = False,
 ) -> Found:
-    """Measures what `own` asks for; finished parts are kept in `folder`/own_set.
+    """Measures what `own` requests; finished parts are kept in `<folder>/own_set`.
 
     Args:
       resolved: the model and the task.
-      weights_path: of the model; what `weights.load_weights` takes.
-      strategy: where it computes, on this one machine.
+      own: what to measure.
+      weights_path: path of the model's weights, as for `weights.load_weights`.
+      folder: folder of the results.
+      strategy: the devices, all on this machine.
       share: what a host prepares; see `distribution.share`.
       jit_compile: compile the attacks with XLA.
 
     Raises:
-      ConfigError, DataError: settings or data that cannot work, before anything is measured.
+      ConfigError, DataError: invalid settings or data, before anything is measured.
     """
     settings = Settings.from_config(own, resolved.config.train.seed)
     if resolved.config.predict.inference_engine == "xnnpack" and not settings.corruptions:
         raise ConfigError(
-            "--epsilons: attacks need TensorFlow's gradients: leave out --inference_engine=xnnpack"
+            "--epsilons: attacks need TensorFlow's gradients: drop --inference_engine=xnnpack"
         )
     library = corruptions.check_installed() if settings.corruptions else None
     labeled = _labeled_set(resolved, own.image_set, share)
@@ -219,7 +224,7 @@ def _baseline_config(resolved: ResolvedConfig, name: str) -> Config:
     config = resolved.config
     if not name or name == config.model.model_name:
         return config
-    # The coefficients given are the other model's.
+    # Coefficients that flags set belong to the other model.
     return config.override(model_name=name, width_coefficient=None, depth_coefficient=None)
 
 
@@ -255,11 +260,10 @@ def _attacks(
             identity = {**subject.identity, **labeled.identity}
             how = {"epsilon": epsilon, **dataclasses.asdict(settings.pgd)}
             stage = _stage(folder, f"attack-{epsilon:g}", **identity, **how)
-            if not stage.done():
-                measured = attacker(labeled.batches, labeled.source.total, epsilon)
-                with stage.write() as (_, counts):
-                    counts.update(measured)
-            results[f"{epsilon:g}"][subject.name] = stage.counts()
+            results[f"{epsilon:g}"][subject.name] = kept.measured(
+                stage,
+                functools.partial(attacker, labeled.batches, labeled.source.total, epsilon),
+            )
     return results
 
 
@@ -272,15 +276,18 @@ def corrupted(
     details: Mapping[str, Any],
     ahead: int,
 ) -> dict[str, Any]:
-    """`clean` and `corruptions` of `measure`.
+    """`severities`, `clean` and `corruptions` of `Found.results`.
 
-    Images are corrupted once for all models that lack the part.
+    An image is corrupted once for all models that lack the part.
 
     Args:
-      folder: of the parts.
-      submit: corrupts a group of images, at best in another process.
-      details: what else determines its results, JSON-able.
-      ahead: groups that may wait.
+      folder: folder of the parts.
+      subjects: the models.
+      labeled: the images.
+      settings: corruptions and severities.
+      submit: corrupts a group of images, usually in another process.
+      details: what determines its results besides the settings, JSON-able.
+      ahead: number of groups that may wait for classification; bounds memory.
     """
     errors: dict[str, dict[str, list[float]]] = {}
     todo = [("clean", CLEAN)] + [(n, s) for n in settings.corruptions for s in settings.severities]
@@ -304,8 +311,8 @@ def corrupted(
                 with stages[subject.name].write() as (_, counts):
                     counts["error"] = 1 - int(number) / labeled.source.total
         for subject, stage in stages.items():
-            of_model = errors.setdefault(name, {}).setdefault(subject, [])
-            of_model.append(stage.counts()["error"])
+            by_severity = errors.setdefault(name, {}).setdefault(subject, [])
+            by_severity.append(stage.counts()["error"])
     clean = {subject: values[0] for subject, values in errors.pop("clean").items()}
     return {"severities": list(settings.severities), "clean": clean, "corruptions": errors}
 
@@ -318,7 +325,7 @@ def _count_hits(
     severity: int,
     ahead: int,
 ) -> np.ndarray:
-    """Right answers of each model, int [models]."""
+    """Number of correct predictions of each model, int [models]."""
 
     def hits(corrupting, labels: np.ndarray) -> np.ndarray:
         pixels = corrupting.result().astype(np.float32)
@@ -346,7 +353,7 @@ def _count_hits(
 
 
 def _right(probs: np.ndarray, labels: np.ndarray) -> int:
-    """Right answers; ties go to the first class, and a row with NaN is wrong."""
+    """Number of correct predictions; ties go to the lower class, and a row with NaN is a miss."""
     return int(((probs.argmax(1) == labels) & np.isfinite(probs).all(1)).sum())
 
 
@@ -357,7 +364,7 @@ def _unchanged(pixels: np.ndarray, *unused) -> concurrent.futures.Future:
 
 
 def _groups(batches: tf.data.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """(pixels uint8 [N, S, S, 3], labels [N], place of the first in the set)."""
+    """(pixels uint8 [N, S, S, 3], labels [N], index of the first image in the set)."""
     for batch in batches.as_numpy_iterator():
         real = batch["mask"] > 0
         pixels = np.rint(np.clip(batch["image"][real], 0, 255)).astype(np.uint8)
@@ -365,7 +372,7 @@ def _groups(batches: tf.data.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, 
 
 
 def draw(labeled: LabeledSet, settings: Settings, submit: Submit) -> list[tuple[bytes, str]]:
-    """`Found.pictures`."""
+    """`Found.pictures`: the first image under every corruption and severity."""
     image = next(_groups(labeled.groups))[0][:1]
     jobs = [
         (submit(image, name, severity, 0), f"{name} {severity}")

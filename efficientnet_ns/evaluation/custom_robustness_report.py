@@ -1,4 +1,4 @@
-"""What `own_set` measured, as JSON, Markdown and a page."""
+"""Results of `custom_robustness` as JSON, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RELATIVE = "CE, relative to the baseline"
 def relative_errors(errors: Mapping[str, Mapping[str, list[float]]]) -> dict[str, float | None]:
     """CE of each corruption: the model's error over the baseline's, both summed over the severities.
 
-    As mCE's definition, with the baseline in AlexNet's place; None where the baseline makes no error.
+    The definition of mCE, with the baseline instead of AlexNet. None if the baseline makes no error.
 
     Args:
       errors: corruption → model → error by severity.
@@ -33,9 +33,9 @@ def relative_errors(errors: Mapping[str, Mapping[str, list[float]]]) -> dict[str
 
 
 def mean_relative_error(errors: Mapping[str, Mapping[str, list[float]]]) -> float | None:
-    """MCE relative to the baseline: the mean CE of the corruptions there are, without the extra four.
+    """The mean CE of the measured corruptions, relative to the baseline, without the extra four.
 
-    None when there are none of the 15, or when a CE is not defined.
+    None if none of the 15 was measured or if a CE is undefined.
     """
     relative = relative_errors(errors)
     values = [relative[name] for name in metrics.ALEXNET_ERROR if name in relative]
@@ -43,7 +43,7 @@ def mean_relative_error(errors: Mapping[str, Mapping[str, list[float]]]) -> floa
 
 
 def corruption_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Errors in percent, a row per corruption, between the clean images and the mean."""
+    """Errors in percent: one row for clean images, one per corruption, one for the mean."""
     errors, models = results["corruptions"], list(results["models"])
     row = {"corruption": "none (clean)"}
     rows = [{**row, **{f"{m} error": _percent(results["clean"][m]) for m in models}}]
@@ -64,7 +64,7 @@ def corruption_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def severity_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Errors in percent of each model at each severity."""
+    """Errors in percent: one row per corruption and model, one column per severity."""
     return [
         {"corruption": name, "model": model, **dict(zip(severities, map(_percent, values)))}
         for name, of in results["corruptions"].items()
@@ -74,7 +74,7 @@ def severity_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def attack_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Top-1 in percent, a row per ε."""
+    """Top-1 accuracy in percent: one row per ε."""
     return [
         {
             "epsilon": epsilon,
@@ -93,7 +93,7 @@ def _percent(fraction: float | None) -> float | None:
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Title → rows, of what was measured."""
+    """Title → rows of what was measured."""
     found = {}
     if "attacks" in results:
         found["Top-1 under attack, percent (epsilon in pixel values of 255)"] = attack_rows(results)

@@ -1,4 +1,4 @@
-"""Accuracy and stability on the robustness sets, one resumable part after the other."""
+"""Accuracy and stability on the robustness sets, measured in resumable parts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from efficientnet_ns.evaluation import kept
 from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.evaluation import robustness_published as published
 from efficientnet_ns.evaluation import robustness_sets as sets
@@ -17,20 +18,20 @@ from efficientnet_ns.evaluation.robustness_clips import Clips
 from efficientnet_ns.files import manifests
 from efficientnet_ns.files.errors import DataError
 
-# Encoded images → (probabilities [N, C], {place: problem}).
+# N encoded images → (probabilities float32 [N, C], {index: problem}).
 Classify = Callable[[Sequence[bytes]], tuple[np.ndarray, dict[int, str]]]
 
 
 class Evaluation:
-    """Measures sets with one model.
+    """Measures the sets with one model.
 
     Args:
       classify: the model.
-      group: images per call.
-      folder: results of finished parts; a part that is there is not measured again.
-      identity: what determines the answers (weights, size, …), JSON-able.
-      classify_whole: the model for pictures that are evaluation crops already, as those of
-        ImageNet-C and -P; None: `classify`.
+      group: images per call of `classify`.
+      folder: folder of the finished parts, which are not measured again.
+      identity: what determines the predictions (weights, size, …), JSON-able.
+      classify_whole: the model for images that are already evaluation crops, as in ImageNet-C and
+        -P; None: `classify`.
     """
 
     def __init__(
@@ -45,44 +46,43 @@ class Evaluation:
         self._group, self._folder, self._identity = group, folder, identity
 
     def part(self, name: str, settings: dict[str, Any], measure: Callable[[], dict]) -> dict:
-        """The stored result of `name`, or that of `measure`, which is then stored.
+        """The stored result of a part, or that of `measure`, which is then stored.
 
         Args:
-          settings: what else determines the result, JSON-able.
+          name: name of the part.
+          settings: what determines the result besides `identity`, JSON-able.
+          measure: returns the result, JSON-able.
 
         Raises:
-          manifests.OutputConflict: the stored one is of another model or set.
+          manifests.OutputConflict: the stored result belongs to another model or set.
         """
         stored = os.path.join(self._folder, name.replace("/", "-") + ".json")
-        stage = manifests.Stage(stored, [], {**self._identity, **settings})
-        if not stage.done():
-            result = measure()
-            with stage.write() as (_, counts):
-                counts.update(result)
-        return stage.counts()
+        return kept.measured(manifests.Stage(stored, [], {**self._identity, **settings}), measure)
 
-    def answers(
+    def predictions(
         self,
         images: Iterable[tuple[str, bytes]],
         reduce: Callable[[np.ndarray], np.ndarray],
         cropped: bool = False,
     ) -> np.ndarray:
-        """`reduce(probabilities [n, C])` of images, joined.
+        """`reduce(probabilities)` of each group of images, concatenated.
 
         Args:
-          images: (name for messages, encoded image) of each; read group by group.
-          cropped: they are evaluation crops already.
+          images: (name for messages, encoded image) pairs; read group by group.
+          reduce: maps probabilities float32 [n, C] to an array of n rows.
+          cropped: whether the images are already evaluation crops.
 
         Raises:
-          DataError: names an image of no use.
+          DataError: names the first image that cannot be classified.
         """
-        classify, images, answers = self._whole if cropped else self._classify, iter(images), []
+        classify = self._whole if cropped else self._classify
+        images, reduced = iter(images), []
         while group := list(itertools.islice(images, self._group)):
             probs, problems = classify([image for _, image in group])
             for place, problem in problems.items():
                 raise DataError(f"{group[place][0]}: {problem}")
-            answers.append(reduce(probs))
-        return np.concatenate(answers)
+            reduced.append(reduce(probs))
+        return np.concatenate(reduced)
 
     def accuracy(
         self,
@@ -91,17 +91,19 @@ class Evaluation:
         among: Sequence[int] | None = None,
         cropped: bool = False,
     ) -> dict:
-        """`top1` and `top5` of all images, and the numbers of `examples` and of `classes`.
+        """`top1` and `top5` (fractions) of a set, and its numbers of `examples` and `classes`.
 
         Args:
-          among: the only classes that may be answered; None: all.
-          cropped: the images are evaluation crops already.
+          name: name of the set.
+          images: the set.
+          among: the classes that may be predicted; None: all.
+          cropped: whether the images are already evaluation crops.
         """
 
         def measure() -> dict:
             best = functools.partial(metrics.best, classes=among)
-            answers = self.answers(images.read(name), best, cropped)
-            right = answers == np.array([[entry.label] for entry in images.entries])
+            predicted = self.predictions(images.read(name), best, cropped)
+            right = predicted == np.array([[entry.label] for entry in images.entries])
             return {
                 "top1": float(np.mean(right[:, 0])),
                 "top5": float(np.mean(right.any(1))),
@@ -113,18 +115,18 @@ class Evaluation:
         return self.part(name, settings, measure)
 
     def real(self, path: str, images: sets.Images, right: Sequence[Sequence[int]]) -> dict:
-        """Accuracy by ReaL labels.
+        """`top1` by ReaL labels, and the number of `examples`.
 
         Args:
-          path: of the labels.
-          images: the validation images, in the order of their names, ILSVRC2012_val_00000001 first.
-          right: the right classes of each; see `robustness_sets.real_labels`.
+          path: path of the labels.
+          images: the validation images in order of their names, from ILSVRC2012_val_00000001.
+          right: the correct classes of each image; see `robustness_sets.real_labels`.
         """
 
         def measure() -> dict:
             best = functools.partial(metrics.best, k=1)
-            answers = self.answers(images.read("imagenet-real"), best)[:, 0]
-            top1, examples = metrics.real_accuracy(answers, right)
+            predicted = self.predictions(images.read("imagenet-real"), best)[:, 0]
+            top1, examples = metrics.real_accuracy(predicted, right)
             return {"top1": top1, "examples": examples}
 
         return self.part("imagenet-real", {"set": path}, measure)
@@ -136,8 +138,8 @@ class Evaluation:
           images: by (corruption, severity); see `robustness_sources.open_corruptions`.
 
         Returns:
-          `errors` and `ce` by corruption, `classes`, `top1`, and `mce` (fractions) unless one of
-          the 15 is missing. The four extra corruptions are in `errors` and `ce` alone.
+          `errors` and `ce` by corruption, and `classes`; `top1` and `mce` (fractions) unless one of
+          the 15 corruptions is missing. The four extra ones appear only in `errors` and `ce`.
         """
         errors: dict[str, list[float]] = {}
         for (name, severity), found in images.items():
@@ -158,8 +160,8 @@ class Evaluation:
           clips: by perturbation; see `robustness_sources.open_perturbations`.
 
         Returns:
-          by perturbation `flips` (FP) and `distances` (uT5D), `classes`, and when all are there
-          `mfr`, and means of the ten of `top1`, over all frames, and of `ut5d`.
+          `flips` (FP) and `distances` (uT5D) by perturbation, and `classes`; `mfr` and the means of
+          `top1` (over all frames) and `ut5d` unless one of the ten perturbations is missing.
         """
         parts = {}
         for name, found in clips.items():
@@ -179,15 +181,15 @@ class Evaluation:
 
     def _stability(self, perturbation: str, clips: Clips) -> dict:
         frames = clips.frames(f"imagenet-p/{perturbation}")
-        answers = self.answers(frames, metrics.best, cropped=True)
-        answers = answers.reshape(len(clips.names), -1, answers.shape[1])
-        right = answers[..., 0] == np.array(clips.labels)[:, np.newaxis]
+        predicted = self.predictions(frames, metrics.best, cropped=True)
+        predicted = predicted.reshape(len(clips.names), -1, predicted.shape[1])
+        right = predicted[..., 0] == np.array(clips.labels)[:, np.newaxis]
         return {
-            "fp": metrics.flips(answers[..., 0], perturbation),
-            "ut5d": metrics.top5_distance(answers, perturbation),
+            "fp": metrics.flips(predicted[..., 0], perturbation),
+            "ut5d": metrics.top5_distance(predicted, perturbation),
             "top1": float(np.mean(right)),
             "clips": len(clips.names),
-            "frames": answers.shape[1],
+            "frames": predicted.shape[1],
             "classes": len(set(clips.labels)),
         }
 
@@ -196,7 +198,7 @@ _KEYS = {"imagenet-c": ("mce", "mCE"), "imagenet-p": ("mfr", "mFR")}
 
 
 def rows(results: dict[str, dict], image_size: int, model: str = "") -> list[dict[str, Any]]:
-    """A row per set, measured beside published, in percent; None where a mean cannot be formed."""
+    """One row per set: measured and published values in percent; None for an incomplete mean."""
     summary = []
     for name, result in results.items():
         key, label = _KEYS.get(name, ("top1", "top-1"))
@@ -212,7 +214,7 @@ def rows(results: dict[str, dict], image_size: int, model: str = "") -> list[dic
 
 
 def tables(results: dict[str, dict], image_size: int, model: str) -> dict[str, list[dict]]:
-    """Title → table in the paper's layout, of each set."""
+    """Title → rows in the layout of the paper's table, for each set."""
     return {
         _titled(name, result): published.table(name, result, model, image_size)
         for name, result in results.items()
@@ -227,7 +229,7 @@ def _titled(name: str, result: dict) -> str:
 
 
 def markdown(table: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table in Markdown."""
+    """The rows, which share their columns, as a Markdown table."""
     columns = list(table[0])
     lines = [columns, ["---"] * len(columns)]
     lines += [["–" if row[c] is None else str(row[c]) for c in columns] for row in table]

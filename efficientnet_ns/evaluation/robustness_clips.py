@@ -1,4 +1,4 @@
-"""ImageNet-P: clips of frames, as the videos that are distributed or unpacked."""
+"""ImageNet-P: clips of frames, as distributed (videos) or unpacked (one image per frame)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from efficientnet_ns.ingest import videos
 
 
 class Clips(NamedTuple):
-    """Clips of one perturbation.
+    """The clips of one perturbation.
 
     Attributes:
-      path: of the perturbation.
-      names: within it, of videos or of folders with a picture per frame.
-      labels: ImageNet's class of each.
+      path: folder of the perturbation.
+      names: videos, or folders with one image per frame, relative to `path`.
+      labels: ImageNet class of each clip.
     """
 
     path: str
@@ -31,10 +31,13 @@ class Clips(NamedTuple):
     labels: list[int]
 
     def frames(self, what: str) -> Iterator[tuple[str, bytes]]:
-        """(name for messages, encoded image) of all frames, clip after clip; `what`: see `Images`.
+        """(name for messages, encoded image) of all frames, clip after clip.
+
+        Args:
+          what: title of the progress bar.
 
         Raises:
-          DataError: a clip of fewer than two frames or of another number than the first.
+          DataError: a clip has fewer than two frames or another number than the first clip.
         """
         length = None
         with Progress(len(self.names), what, "clips") as progress:
@@ -46,8 +49,8 @@ class Clips(NamedTuple):
                 length = length or count
                 if count < 2 or count != length:
                     raise DataError(
-                        f"{path} has {count} frames, {self.names[0]} {length}: clips of one "
-                        "perturbation have equally many, two or more. Is the file whole?"
+                        f"{path} has {count} frames, {self.names[0]} {length}: all clips of a "
+                        "perturbation need the same number, two or more. Is the file truncated?"
                     )
                 progress.update(1)
 
@@ -56,26 +59,27 @@ def clips(path: str, classes: Mapping[str, int]) -> Clips:
     """The clips of `path/<wnid>/`: `<clip>.mp4`, `<clip>.gif` or `<clip>/<a picture per frame>`.
 
     Args:
+      path: folder of the perturbation.
       classes: folder name → class.
 
     Raises:
-      DataError: unknown or empty folders, the same clip twice, clips that are folders of
-        fewer than two or of unequally many frames, or videos that cannot be read here.
+      DataError: unknown or empty folders, duplicate clips, folders with fewer than two frames
+        or with different numbers of frames, or videos that cannot be read here.
     """
     names = sets.folders(path)
     sets.refuse(path, "unknown class folders", [n for n in names if n not in classes])
     found = {name: _clips_in(os.path.join(path, name)) for name in names}
     if not any(found.values()):
         raise DataError(
-            f"{path!r} has no clips: <wnid>/<clip>.mp4 or .gif, or folders <wnid>/<clip>/ with a "
-            "picture per frame are needed"
+            f"{path!r} has no clips: expected <wnid>/<clip>.mp4 or .gif, or folders <wnid>/<clip>/ "
+            "with one image per frame"
         )
     sets.refuse(
         path, "class folders without clips", [n for n, inside in found.items() if not inside]
     )
     listed = [f"{name}/{clip}" for name, inside in found.items() for clip in inside]
     stems = Counter(os.path.splitext(c)[0] if videos.is_clip(c) else c for c in listed)
-    sets.refuse(path, "clips that are there twice", sorted(s for s, n in stems.items() if n > 1))
+    sets.refuse(path, "duplicate clips", sorted(s for s, n in stems.items() if n > 1))
     videos.check_readable(listed)
     _check_folders(path, [clip for clip in listed if not videos.is_clip(clip)])
     labels = [classes[name] for name, inside in found.items() for _ in inside]
@@ -107,5 +111,5 @@ def _frames(path: str) -> Iterator[bytes]:
 
 
 def _numeric(name: str) -> list:
-    """Sorts `img2.png` before `img10.png`, which the makers of the set call them."""
+    """A key that sorts `img2.png` before `img10.png`, as the set names its frames."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,10 +1,10 @@
 """mCE, mFR and accuracy on subsets of the classes, as their authors define them.
 
 Sources:
-  Hendrycks and Dietterich 2019 (arXiv 1903.12261): CE, mCE, FP, FR, mFR, uT5D. Values of AlexNet
-    go by the name of the corruption, never by its place in a list.
-  Hendrycks et al. 2021 (arXiv 1907.07174): ImageNet-A, answers among its 200 classes.
-  Beyer et al. 2020 (arXiv 2006.07159): ReaL labels, a set of right classes per image.
+  Hendrycks and Dietterich 2019 (arXiv 1903.12261): CE, mCE, FP, FR, mFR, uT5D. AlexNet's values are
+    keyed by name, because the order of the corruptions differs between publications.
+  Hendrycks et al. 2021 (arXiv 1907.07174): ImageNet-A, predictions restricted to its 200 classes.
+  Beyer et al. 2020 (arXiv 2006.07159): ReaL labels, a set of correct classes per image.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ ALEXNET_ERROR = {
     "pixelate": 0.717840,
     "jpeg_compression": 0.606500,
 }
-# Not in the mean: made to choose settings with.
+# Not in the mean: meant for tuning.
 ALEXNET_ERROR_EXTRA = {
     "speckle_noise": 0.8454,
     "gaussian_blur": 0.7871,
     "spatter": 0.7175,
     "saturate": 0.6583,
 }
-# Probability that AlexNet's answer flips between frames.
+# Probability that AlexNet's prediction flips between frames.
 ALEXNET_FLIPS = {
     "gaussian_noise": 0.23653,
     "shot_noise": 0.30062,
@@ -59,20 +59,20 @@ ALEXNET_FLIPS_EXTRA = {
     "gaussian_blur": 0.02775,
     "shear": 0.10658,
 }
-# Frames are independent draws of noise, so each is compared with the first, clean one.
+# Their frames are independent draws of noise, so each is compared with the clean first frame.
 NOISE_SEQUENCES = frozenset({"gaussian_noise", "shot_noise", "speckle_noise"})
-# Stronger noise that comes with ImageNet-P and is in no mean: `gaussian_noise_2`.
+# Stronger noise that ImageNet-P also contains and no mean includes, e.g. `gaussian_noise_2`.
 HARDER_SEQUENCES = frozenset(f"{name}_{level}" for name in NOISE_SEQUENCES for level in (2, 3))
 
 
 def corruption_errors(errors: Mapping[str, float]) -> dict[str, float]:
-    """CE of each corruption: its error over AlexNet's, 1 for a model that is no better.
+    """CE of each corruption: its error divided by AlexNet's.
 
     Args:
       errors: corruption → top-1 error, 0..1, mean over the five severities.
 
     Raises:
-      ValueError: a corruption for which AlexNet's error is not known.
+      ValueError: AlexNet's error on a corruption is unknown.
     """
     known = {**ALEXNET_ERROR, **ALEXNET_ERROR_EXTRA}
     _refuse_unknown(errors, known, "corruption")
@@ -80,7 +80,7 @@ def corruption_errors(errors: Mapping[str, float]) -> dict[str, float]:
 
 
 def mean_corruption_error(errors: Mapping[str, float]) -> float:
-    """mCE: mean CE of the 15 corruptions; the extra four may be there and do not count.
+    """mCE: the mean CE of the 15 corruptions; the extra four are ignored.
 
     Raises:
       ValueError: one of the 15 is missing.
@@ -90,42 +90,51 @@ def mean_corruption_error(errors: Mapping[str, float]) -> float:
     return float(np.mean([relative[name] for name in ALEXNET_ERROR]))
 
 
-def flips(answers: np.ndarray, perturbation: str) -> float:
-    """FP: share of frames whose answer differs from that of the frame they are compared with.
+def flips(predicted: np.ndarray, perturbation: str) -> float:
+    """FP: fraction of frames whose prediction differs from that of their reference frame.
 
     Args:
-      answers: top-1 classes of the frames of sequences, int [N, T], T ≥ 2.
-      perturbation: name; of noise sequences all frames are compared with the first one, of others
-        each with the one before it.
+      predicted: top-1 classes of the frames of sequences, int [N, T], T ≥ 2.
+      perturbation: its name decides the reference: the first frame for noise sequences, else the
+        previous frame.
+
+    Raises:
+      ValueError: `predicted` has another shape.
     """
-    answers = np.asarray(answers)
-    if answers.ndim != 2 or answers.shape[1] < 2:
-        raise ValueError(f"answers are {answers.shape}; they must be [N, T] of at least two frames")
-    before = answers[:, :1] if perturbation in NOISE_SEQUENCES else answers[:, :-1]
-    return float(np.mean(answers[:, 1:] != before))
+    predicted = np.asarray(predicted)
+    if predicted.ndim != 2 or predicted.shape[1] < 2:
+        raise ValueError(f"predicted has shape {predicted.shape}; expected [N, T], T at least 2")
+    before = predicted[:, :1] if perturbation in NOISE_SEQUENCES else predicted[:, :-1]
+    return float(np.mean(predicted[:, 1:] != before))
 
 
-def top5_distance(answers: np.ndarray, perturbation: str) -> float:
-    """uT5D: how far the five best classes of a frame move, mean over frames; 0 when they stay.
+def top5_distance(predicted: np.ndarray, perturbation: str) -> float:
+    """uT5D: how far the five best classes of a frame move, mean over frames; 0 if they stay.
 
-    Each of the five counts the places it moves by, places below the fifth being one. AlexNet's
-    distances, by which mT5D divides as mFR divides by its flips, are not among those known here.
+    Each of the five counts the ranks it moves by; all ranks below the fifth count as one. mT5D, which
+    divides by AlexNet's distances, is not computed: those distances are not included here.
 
     Args:
-      answers: the five best classes of each frame, best first, int [N, T, 5], T ≥ 2.
-      perturbation: says what a frame is compared with, see `flips`.
+      predicted: the five best classes of each frame, best first, int [N, T, 5], T ≥ 2.
+      perturbation: decides the reference frame; see `flips`.
+
+    Raises:
+      ValueError: `predicted` has another shape.
     """
-    answers = np.asarray(answers)
-    if answers.ndim != 3 or answers.shape[1] < 2 or answers.shape[2] != 5:
-        raise ValueError(f"answers are {answers.shape}; they must be [N, T, 5], T at least 2")
-    before = answers[:, :1] if perturbation in NOISE_SEQUENCES else answers[:, :-1]
-    same = before[..., :, np.newaxis] == answers[:, 1:, np.newaxis, :]
+    predicted = np.asarray(predicted)
+    if predicted.ndim != 3 or predicted.shape[1] < 2 or predicted.shape[2] != 5:
+        raise ValueError(f"predicted has shape {predicted.shape}; expected [N, T, 5], T at least 2")
+    before = predicted[:, :1] if perturbation in NOISE_SEQUENCES else predicted[:, :-1]
+    same = before[..., :, np.newaxis] == predicted[:, 1:, np.newaxis, :]
     place = np.where(same.any(-1), same.argmax(-1), 5)
     return float(np.mean(np.abs(place - np.arange(5)).sum(-1)))
 
 
 def mean_flip_rate(probabilities: Mapping[str, float]) -> float:
-    """mFR: mean over the ten perturbations of FP over AlexNet's.
+    """mFR: the mean over the ten perturbations of FP divided by AlexNet's.
+
+    Args:
+      probabilities: perturbation → FP, 0..1.
 
     Raises:
       ValueError: a perturbation is unknown, or one of the ten is missing.
@@ -139,8 +148,9 @@ def best(probs: np.ndarray, k: int = 5, classes: Sequence[int] | None = None) ->
     """The k best classes of each row, best first, int32 [N, k]; -1 in rows with NaN.
 
     Args:
-      probs: float [N, C].
-      classes: the only ones that may be answered; None: all. Ties go to the lower class.
+      probs: probabilities, float [N, C]. Ties go to the lower class.
+      k: number of classes.
+      classes: the classes that may be predicted; None: all.
     """
     probs = np.asarray(probs)
     if classes is not None:
@@ -153,16 +163,19 @@ def best(probs: np.ndarray, k: int = 5, classes: Sequence[int] | None = None) ->
     return found
 
 
-def real_accuracy(answers: np.ndarray, right: Sequence[Sequence[int]]) -> tuple[float, int]:
-    """(share of images whose answer is one of the right classes, images that count).
+def real_accuracy(predicted: np.ndarray, right: Sequence[Sequence[int]]) -> tuple[float, int]:
+    """(fraction of images whose prediction is one of the correct classes, number of images).
 
     Args:
-      answers: top-1 classes, int [N].
-      right: the right classes of each image; images without any do not count.
+      predicted: top-1 classes, int [N].
+      right: the correct classes of each image; images without any are ignored.
+
+    Raises:
+      ValueError: the lengths differ, or no image has a label.
     """
-    if len(answers) != len(right):
-        raise ValueError(f"{len(answers)} answers for {len(right)} lists of labels")
-    counted = [int(a) in r for a, r in zip(answers, right) if r]
+    if len(predicted) != len(right):
+        raise ValueError(f"{len(predicted)} predictions for {len(right)} lists of labels")
+    counted = [int(p) in classes for p, classes in zip(predicted, right) if classes]
     if not counted:
         raise ValueError("no image has a label")
     return float(np.mean(counted)), len(counted)
@@ -177,6 +190,4 @@ def _refuse_unknown(values, known, kind: str) -> None:
 def _refuse_missing(values, needed, what: str) -> None:
     missing = [name for name in needed if name not in values]
     if missing:
-        raise ValueError(
-            f"{what} needs all of its {len(needed)} parts; missing: {', '.join(missing)}"
-        )
+        raise ValueError(f"{what} needs all {len(needed)} parts; missing: {', '.join(missing)}")

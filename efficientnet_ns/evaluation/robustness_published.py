@@ -1,9 +1,9 @@
-"""Published results on the robustness sets, in percent, to stand beside the measured ones.
+"""Published results on the robustness sets, in percent, to compare with the measured ones.
 
 Sources:
-  Xie et al. 2020 (arXiv 1911.04252), tables 3 to 5: EfficientNet-L2 and Noisy Student L2, and what
-    was best before. Their resolution is given for ImageNet-C and -P only, where the network before
-    the fine-tuning at 800 pixels sees the pictures resized.
+  Xie et al. 2020 (arXiv 1911.04252), tables 3 to 5: EfficientNet-L2, Noisy Student L2 and the best
+    earlier methods. The paper states a resolution only for ImageNet-C and -P, where the network
+    before fine-tuning at 800 pixels gets resized images.
   timm (github.com/huggingface/pytorch-image-models), results/*.csv: the published weights
     `tf_efficientnet_*.ns_jft_in1k*` of each size, evaluated there.
 """
@@ -26,7 +26,7 @@ COLUMNS = {
 }
 
 BASELINE, STUDENT = "EfficientNet-L2", "Noisy Student L2"
-# (method, resolution, results in the order of `COLUMNS`); what is not published is None.
+# (method, resolution, results in the order of `COLUMNS`); None: not published.
 PAPER: dict[str, tuple] = {
     "imagenet-a": (
         ("ResNeXt-101 WSL", None, 61.0, None),
@@ -70,7 +70,7 @@ _TIMM = {
 
 
 def timm(name: str, model: str, image_size: int) -> dict[str, float]:
-    """Result of timm's evaluation of the published noisy student of this size, by key; or none."""
+    """Results by timm for the published Noisy Student weights of this size, by key; {} if none."""
     found = _TIMM.get((model, image_size))
     if found is None or name not in _TIMM_SETS:
         return {}
@@ -79,7 +79,7 @@ def timm(name: str, model: str, image_size: int) -> dict[str, float]:
 
 
 def paper(name: str, method: str, image_size: int) -> dict[str, float]:
-    """Result of a method in the paper, by key; of ImageNet-C and -P that at this resolution."""
+    """The paper's results for a method, by key; on ImageNet-C and -P only at this resolution."""
     keys = [key for key, _ in COLUMNS.get(name, ())]
     for published, resolution, *values in PAPER.get(name, ()):
         if published == method and resolution in (None, image_size):
@@ -88,7 +88,7 @@ def paper(name: str, method: str, image_size: int) -> dict[str, float]:
 
 
 def table(name: str, result: Mapping[str, Any], model: str, image_size: int) -> list[dict]:
-    """The set's table as in the paper: a row per method, the measured one last; percent or None."""
+    """The set's table as in the paper: one row per method, the measured one last; percent or None."""
     columns = COLUMNS.get(name, COLUMNS["imagenet-real"])
     keys = [key for key, _ in columns]
     rows = [(m, size, dict(zip(keys, values))) for m, size, *values in PAPER.get(name, ())]
@@ -96,7 +96,7 @@ def table(name: str, result: Mapping[str, Any], model: str, image_size: int) -> 
         student = f"Noisy Student {model.rpartition('-')[2].upper()} (timm)"
         rows.append((student, image_size, known))
     measured = {
-        # The distance is one of ranks, no share.
+        # uT5D is a distance between ranks, not a fraction.
         key: (1 if key == "ut5d" else 100) * result[key]
         for key in keys
         if result.get(key) is not None

@@ -1,4 +1,4 @@
-"""The robustness sets as folders, in the layouts in which they are distributed."""
+"""The robustness sets as folders, in the layouts of their distributions."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Images(NamedTuple):
     """Images of a set with their classes.
 
     Attributes:
-      source: reads the entries; see `data.sources`.
+      source: reads the entries; see `ingest.image_sources`.
       entries: the images, with ImageNet's labels.
-      classes: all that have images, ascending.
+      classes: classes that have images, ascending.
     """
 
     source: object
@@ -31,7 +31,7 @@ class Images(NamedTuple):
     classes: list[int]
 
     def read(self, what: str) -> Iterator[tuple[str, bytes]]:
-        """(name for messages, encoded image) of each; `what` is the title of the progress."""
+        """(name for messages, encoded image) of each image; `what` is the progress bar's title."""
         with self.source.reader(self.entries) as read:
             with Progress(len(self.entries), what, "images") as progress:
                 for entry in self.entries:
@@ -52,23 +52,23 @@ _ONLY = {"imagenet-a": "imagenet_a", "imagenet-r": "imagenet_r"}
 
 
 def wnids(name: str = "imagenet") -> list[str]:
-    """WordNet ids of the classes of `imagenet`, `imagenet_a` or `imagenet_r`, in order of the labels.
+    """WordNet ids of the classes of `imagenet`, `imagenet_a` or `imagenet_r`, in label order.
 
-    Sources: of the latter, `eval.py` in github.com/hendrycks/natural-adv-examples and
-    github.com/hendrycks/imagenet-r; they have 200 each.
+    Sources of the last two, which have 200 classes each: `eval.py` in
+    github.com/hendrycks/natural-adv-examples and github.com/hendrycks/imagenet-r.
     """
     file = Path(image_sources.__file__).with_name(f"{name}_wnids.txt")
     return file.read_text(encoding="utf-8").split()
 
 
 def by_wnid(only: str = "imagenet") -> dict[str, int]:
-    """Folder name → class of ImageNet, of the classes that the set `only` has."""
+    """Folder name → ImageNet class, for the classes of the set `only`."""
     numbers = {wnid: i for i, wnid in enumerate(wnids())}
     return {wnid: numbers[wnid] for wnid in wnids(only)}
 
 
 def by_number(num_classes: int = 1000) -> dict[str, int]:
-    """Folder name → class, for -V2, whose folders are numbers: `10` is 10, though it sorts as 2."""
+    """Folder name → class for ImageNet-V2, whose folders are numbers; `10` is class 10, not 2."""
     return {str(i): i for i in range(num_classes)}
 
 
@@ -78,25 +78,29 @@ def num_classes(name: str) -> int:
 
 
 def classes_of(name: str) -> dict[str, int]:
-    """Folder name → class, of all classes that a set, e.g. `imagenet-a`, has."""
+    """Folder name → class for all classes of a set, e.g. `imagenet-a`."""
     return by_number() if name == "imagenet-v2" else by_wnid(_ONLY.get(name, "imagenet"))
 
 
 def numbered(names: Sequence[str], where: str) -> list[int]:
-    """ImageNet's class of each name of a set's classes: WordNet ids, or numbers as -V2 has them.
+    """The ImageNet class of each class name of a set.
+
+    Args:
+      names: WordNet ids, or numbers as in ImageNet-V2.
+      where: the set, for messages.
 
     Raises:
-      DataError: neither.
+      DataError: the names are neither.
     """
     for known in (by_wnid(), by_number()):
         if all(name in known for name in names):
             return [known[name] for name in names]
     wrong = next(name for name in names if name not in by_wnid())
-    raise DataError(f"{where}: class {wrong!r} is no WordNet id of an ImageNet class")
+    raise DataError(f"{where}: class {wrong!r} is not the WordNet id of an ImageNet class")
 
 
 def check_whole(path: str, found: Collection[int], classes: Mapping[str, int]) -> None:
-    """DataError naming the `classes` (name → class) that are not among those `found`."""
+    """Raises DataError that names the `classes` (name → class) missing from `found`."""
     have = set(found)
     missing = [name for name, number in classes.items() if number not in have]
     what = f"of {len(classes)} classes are missing (--allow_missing measures the others)"
@@ -107,10 +111,10 @@ def check_whole(path: str, found: Collection[int], classes: Mapping[str, int]) -
 
 
 def folders(path: str) -> list[str]:
-    """Names of the folders inside `path`, hidden ones and those of systems left out.
+    """Names of the folders inside `path`, without hidden and system folders, sorted.
 
     Raises:
-      DataError: there is no such folder.
+      DataError: `path` is not a folder.
     """
     if not tf.io.gfile.isdir(path):
         raise DataError(f"{path!r} is not a folder")
@@ -129,10 +133,11 @@ def class_folders(path: str, classes: Mapping[str, int]) -> Images:
     """The images of `path/<class>/*`.
 
     Args:
+      path: folder of the class folders.
       classes: folder name → class.
 
     Raises:
-      DataError: no folders, unknown or empty ones; all are listed.
+      DataError: there are no class folders, or unknown or empty ones, which are listed.
     """
     names = folders(path)
     if not names:
@@ -159,10 +164,17 @@ def parts(
     optional: Sequence[str],
     allow_missing: bool,
 ) -> list[str]:
-    """Names of the corruptions, perturbations or severities `found` in `path`, in a fixed order.
+    """Sorts the names of corruptions, perturbations or severities into a fixed order.
+
+    Args:
+      path: where they were found.
+      found: their names.
+      expected: names in the order of the result.
+      optional: further names, which follow.
+      allow_missing: whether some of `expected` may be missing.
 
     Raises:
-      DataError: unknown ones, none at all, or missing ones unless `allow_missing`.
+      DataError: unknown names, none at all, or missing ones unless `allow_missing`.
     """
     refuse(path, "unknown parts", [n for n in found if n not in (*expected, *optional)])
     if not allow_missing:
@@ -177,7 +189,7 @@ def parts(
 
 
 def check_equal_classes(images: Mapping[str, Images]) -> None:
-    """DataError naming the classes that one of the sets (by path) has and another lacks."""
+    """Raises DataError that names classes which one set (by path) has and another lacks."""
     union = sorted({c for found in images.values() for c in found.classes})
     names = wnids()
     for path, found in images.items():
@@ -186,7 +198,7 @@ def check_equal_classes(images: Mapping[str, Images]) -> None:
 
 
 def refuse(path: str, what: str, names: Sequence[str]) -> None:
-    """DataError that lists `names`, the first twenty, unless there are none."""
+    """Raises DataError that lists the first twenty `names`, if there are any."""
     if names:
         shown = ", ".join(list(names)[:20]) + (" …" if len(names) > 20 else "")
         raise DataError(f"{path}: {len(names)} {what}: {shown}")
@@ -196,13 +208,16 @@ def refuse(path: str, what: str, names: Sequence[str]) -> None:
 
 
 def real_labels(labels_path: str, images_path: str) -> tuple[Images, list[list[int]]]:
-    """(validation images, right classes of each) of `real.json` and a folder of the images.
+    """The validation images of ImageNet, and the correct classes of each by ReaL labels.
 
-    The images may lie in class folders or all in one; entry i of the file, from 0, is that of
-    ILSVRC2012_val_%08d with number i + 1.
+    Entry i of the labels, from 0, belongs to the image ILSVRC2012_val_%08d with number i + 1.
+
+    Args:
+      labels_path: path of `real.json`.
+      images_path: folder of the images, or of class folders with them.
 
     Raises:
-      DataError: an image has another name, or their number is not that of the labels.
+      DataError: an image has another name, or there are more or fewer images than labels.
     """
     right = json_files.read_json(labels_path)
     files = image_files(images_path)
@@ -213,7 +228,7 @@ def real_labels(labels_path: str, images_path: str) -> tuple[Images, list[list[i
         match = re.fullmatch(r"ILSVRC2012_val_(\d{8})", os.path.basename(file).split(".")[0])
         if not match:
             path = os.path.join(images_path, file)
-            raise DataError(f"{path} is not called ILSVRC2012_val_<8 digits>")
+            raise DataError(f"{path}: the name must be ILSVRC2012_val_<8 digits>")
         by_place[int(match[1])] = image_sources.Entry(file)
     if sorted(by_place) != list(range(1, len(right) + 1)):
         raise DataError(

@@ -1,4 +1,4 @@
-"""Labeled images of a robustness set from class folders, records or TensorFlow Datasets."""
+"""Labeled images of a robustness set: class folders, records or TensorFlow Datasets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.paths import listed
 from efficientnet_ns.ingest import image_sources, tfds_source
 
-# Prefixes of record files, the first one found is read.
+# Prefixes of record files; the first one found is read.
 _PREFIXES = ("validation", "val", "test", "train")
 
 
@@ -30,10 +30,10 @@ class Records:
         self.path, self._prefix = folder, prefix
 
     def labeled_entries(self) -> list[image_sources.Entry]:
-        """All records with their labels, for which all are read.
+        """All records with their labels; reads every record.
 
         Raises:
-          DataError: damaged records, or ones without a label.
+          DataError: a record is damaged or has no label.
         """
         found = []
         for path in shard_names.list_shards(self.path, self._prefix):
@@ -49,6 +49,7 @@ class Records:
 
     @contextlib.contextmanager
     def reader(self, entries: Sequence[image_sources.Entry]) -> Iterator[image_sources.Reader]:
+        """Yields a function that reads an entry; files stay open until the block ends."""
         with contextlib.ExitStack() as opened:
             files = {}
 
@@ -74,12 +75,12 @@ def open_images(
 
     Args:
       place: a folder of class folders, a folder of labeled records, or `tfds:<name>[:split]`.
-      classes: folder name → class of ImageNet, of all classes that the set has.
-      tfds_data_dir: where TensorFlow Datasets keeps its sets; None: its default.
-      allow_missing: some of the classes may be missing.
+      classes: folder name → ImageNet class, for all classes of the set.
+      tfds_data_dir: data folder of TensorFlow Datasets; None: its default.
+      allow_missing: whether some of the classes may be missing.
 
     Raises:
-      DataError: classes that the set does not have, or missing ones; damaged files.
+      DataError: unknown or missing classes, or damaged files.
     """
     if place.startswith(tfds_source.PREFIX):
         images = _of_tfds(place, tfds_data_dir)
@@ -96,7 +97,7 @@ def open_images(
 
 
 def _naming(place: str, classes: Mapping[str, int]) -> Mapping[str, int]:
-    """Folder name → class: WordNet ids also where a set itself has numbers, as -V2."""
+    """Folder name → class; accepts WordNet ids even for sets that use numbers, such as -V2."""
     if any(name in classes for name in sets.folders(place)):
         return classes
     own = set(classes.values())
@@ -104,7 +105,7 @@ def _naming(place: str, classes: Mapping[str, int]) -> Mapping[str, int]:
 
 
 def single_corruption(place: str) -> str | None:
-    """`fog/3` of `tfds:imagenet2012_corrupted/fog_3`, one part of ImageNet-C; None of other places."""
+    """`fog/3` for `tfds:imagenet2012_corrupted/fog_3`, one part of ImageNet-C; else None."""
     match = re.fullmatch(rf"{tfds_source.PREFIX}\w+/(\w+)_(\d)(:.*)?", place)
     return match and f"{match[1]}/{match[2]}"
 
@@ -115,11 +116,11 @@ def open_corruptions(
     """(corruption, severity) → its images, of ImageNet-C.
 
     Args:
-      place: a folder `<corruption>/<severity>/`, with in it what `open_images` takes, or
-        `tfds:<name>` of a set whose configurations are called `<corruption>_<severity>`; those
-        that are prepared are taken.
-      tfds_data_dir, allow_missing: see `open_images`; also whole corruptions may be missing. Never a
-        severity: a corruption's error is a mean over all.
+      place: a folder `<corruption>/<severity>/` of what `open_images` takes, or `tfds:<name>` of a
+        set with configurations `<corruption>_<severity>`, of which the prepared ones are used.
+      tfds_data_dir: see `open_images`.
+      allow_missing: whether classes or whole corruptions may be missing. A severity never may,
+        because a corruption's error is the mean over all severities.
 
     Raises:
       DataError: unknown or missing parts, or parts of different classes.
@@ -145,7 +146,7 @@ def open_corruptions(
 
 
 def _of_configurations(place: str, tfds_data_dir: str | None):
-    """(corruption → severities that are prepared, function of both that gives a part's place)."""
+    """Corruption → prepared severities; and a function of both that returns a part's place."""
     name, split = tfds_source.parse(place)
     severities: dict[str, list[str]] = {}
     for configuration in tfds_source.prepared(name, tfds_data_dir):
@@ -161,6 +162,10 @@ def _of_configurations(place: str, tfds_data_dir: str | None):
 
 def open_perturbations(path: str, allow_missing: bool = False) -> dict[str, robustness_clips.Clips]:
     """Perturbation → its clips, of ImageNet-P: `path/<perturbation>/<wnid>/<clip>`.
+
+    Args:
+      path: folder of the perturbations.
+      allow_missing: whether classes or perturbations may be missing.
 
     Raises:
       DataError: unknown or missing parts, or what `robustness_clips.clips` raises.
@@ -181,14 +186,15 @@ def _of_tfds(place: str, tfds_data_dir: str | None) -> sets.Images:
     builder = tfds_source.load_builder(name, tfds_data_dir)
     splits = sorted(builder.info.splits)
     if split is None and len(splits) != 1:
-        raise DataError(f"{place}: name one of its splits, {place}:<{'|'.join(splits)}>")
+        raise DataError(f"{place}: choose one of its splits, {place}:<{'|'.join(splits)}>")
     source = tfds_source.Tfds(builder, split or splits[0])
     return _with_classes(source, source.class_names)
 
 
 def _of_records(folder: str, prefix: str) -> sets.Images:
     task = os.path.join(folder, "task.json")
-    # Of class folders, the n-th folder is class n; without names, labels are ImageNet's.
+    # In records made from class folders, class n is the n-th folder. Without names, labels are
+    # those of ImageNet.
     names = tasks.get_task(task).class_names if tf.io.gfile.exists(task) else None
     return _with_classes(Records(folder, prefix), names)
 
@@ -199,8 +205,8 @@ def _with_classes(source, names: Sequence[str] | None) -> sets.Images:
     for entry in source.labeled_entries():
         if not 0 <= entry.label < len(numbers):
             raise DataError(
-                f"{source.path}/{entry.name} has label {entry.label}: 0 to {len(numbers) - 1} are "
-                "possible"
+                f"{source.path}/{entry.name} has label {entry.label}; expected 0 to "
+                f"{len(numbers) - 1}"
             )
         entries.append(entry._replace(label=numbers[entry.label]))
     if not entries:
@@ -209,5 +215,5 @@ def _with_classes(source, names: Sequence[str] | None) -> sets.Images:
 
 
 def _prefix(folder: str) -> str | None:
-    """Prefix of the record files in a folder; None when there are none."""
+    """Prefix of the record files in a folder; None if there are none."""
     return next((p for p in _PREFIXES if listed(folder, f"{p}-.*-of-.*")), None)

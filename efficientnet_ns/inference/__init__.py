@@ -1,5 +1,5 @@
-"""Predictions of trained models: photos in and classes out, and a teacher that labels."""
+"""Predictions of trained models: classes of photos, and pseudo labels of a teacher."""
 
-from efficientnet_ns.inference.photos import Guess, Image, preprocess, top_k
+from efficientnet_ns.inference.photos import Image, Prediction, preprocess, top_k
 
-__all__ = ["Guess", "Image", "preprocess", "top_k"]
+__all__ = ["Image", "Prediction", "preprocess", "top_k"]

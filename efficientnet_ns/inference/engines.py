@@ -1,11 +1,10 @@
-"""What computes a model's probabilities: TensorFlow on any device, or XNNPACK on CPU.
+"""Engines compute a model's probabilities: TensorFlow on any device, or XNNPACK on CPUs.
 
-An engine is called with pixels, float32 [N, S, S, 3] in about 0..255 with any N, and answers
-probabilities, float32 [N, C]. Inside, it works on batches of one static shape, the last one padded.
-A row's answer may depend in its last bits on the engine and on `batch_size`, never on the other
-rows' values.
+An engine maps pixels, float32 [N, S, S, 3] in about 0..255 with any N, to probabilities, float32
+[N, C]. Internally it processes batches of one static shape and pads the last one. The last bits of a
+row may depend on the engine and on `batch_size`, but never on the other rows.
 
-Calls from several threads are safe; `concurrency` of them make progress at the same time.
+Calls from several threads are safe; up to `concurrency` calls run in parallel.
 """
 
 from __future__ import annotations
@@ -23,25 +22,26 @@ from efficientnet_ns.devices import stack
 
 try:
     from ai_edge_litert.interpreter import Interpreter
-except ImportError:  # With TensorFlow 2.15, whose own is not deprecated.
+except ImportError:  # With TensorFlow 2.15, whose built-in interpreter is not deprecated.
     Interpreter = tf.lite.Interpreter
 
-# Of packed weights over all interpreters, above which cores share interpreters.
+# Limit for the packed weights of all interpreters; above it, cores share interpreters.
 _MAX_INTERPRETER_BYTES = 4 * 2**30
-# A flatbuffer ends at 2 GB.
+# A flatbuffer is limited to 2 GB; the rest is for the graph.
 _MAX_PARAMETERS = 2**31 // 4 - 2**22
 
 
 class EngineError(ValueError):
-    """The engine that was asked for cannot compute this model."""
+    """The requested engine cannot compute this model."""
 
 
 class TensorFlowEngine:
-    """The model under its distribution strategy; a batch is divided among the replicas.
+    """Runs the model under its distribution strategy; a batch is divided among the replicas.
 
     Args:
       model: pixels → logits, built under `strategy`.
-      batch_size: over all replicas; rounded up to a multiple of their number.
+      batch_size: images over all replicas; rounded up to a multiple of their number.
+      strategy: the replicas; None: the current strategy.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class TensorFlowEngine:
         self._per_replica = -(-batch_size // self._strategy.num_replicas_in_sync)
         self.name = "tf"
         self.batch_size = self._per_replica * self._strategy.num_replicas_in_sync
-        # Callers that prepare the next batches while the device computes.
+        # Other callers prepare the next batches while the device computes.
         self.concurrency = max(2, available_cpus())
         self._lock = threading.Lock()
 
@@ -80,19 +80,19 @@ class TensorFlowEngine:
                 return tf.constant(pixels[start : start + self._per_replica])
 
             values = self._strategy.experimental_distribute_values_from_function(part)
-            answers = self._strategy.experimental_local_results(self._step(values))
-            return np.concatenate([answer.numpy() for answer in answers])
+            results = self._strategy.experimental_local_results(self._step(values))
+            return np.concatenate([result.numpy() for result in results])
 
 
 class XnnpackEngine:
-    """The model as TensorFlow Lite runs it on CPU: batch norm folded into the convolutions.
+    """Runs the model in TensorFlow Lite on CPUs, with batch norm folded into the convolutions.
 
-    One single-threaded interpreter per core: on EfficientNet that is a third faster than one
-    interpreter on all cores, whose threads wait for each other after every layer.
+    Each core has a single-threaded interpreter. On EfficientNet this is a third faster than one
+    interpreter on all cores, whose threads synchronize after every layer.
 
     Args:
       model: pixels → logits.
-      threads: CPU threads in all; None: as many as cores are available.
+      threads: total number of CPU threads; None: one per available core.
 
     Raises:
       ValueError: see `convert`.
@@ -125,7 +125,12 @@ class XnnpackEngine:
 
 
 def interpreter(content: bytes, threads: int | None = None) -> Interpreter:
-    """What runs a .tflite file, its tensors allocated."""
+    """An interpreter of a .tflite file, with its tensors allocated.
+
+    Args:
+      content: the file.
+      threads: number of CPU threads; None: TensorFlow Lite's default.
+    """
     with stack.without_native_log():
         made = Interpreter(model_content=content, num_threads=threads)
         made.allocate_tensors()
@@ -133,18 +138,18 @@ def interpreter(content: bytes, threads: int | None = None) -> Interpreter:
 
 
 def _by_batches(compute, pixels: np.ndarray, size: int) -> np.ndarray:
-    answers = []
+    results = []
     for start in range(0, len(pixels), size):
         rows = pixels[start : start + size]
         missing = size - len(rows)
         if missing:
             rows = np.concatenate([rows, np.zeros([missing, *rows.shape[1:]], rows.dtype)])
-        answers.append(compute(rows)[: size - missing])
-    return np.concatenate(answers)
+        results.append(compute(rows)[: size - missing])
+    return np.concatenate(results)
 
 
 def _cache_sized_batch(image_size: int) -> int:
-    """Images per invocation. Activations that stay in a core's cache beat larger batches."""
+    """Images per invocation, few enough that the activations stay in a core's cache."""
     return max(1, min(16, 64 * 64 // image_size**2))
 
 
@@ -153,26 +158,30 @@ def convert(
     batch_size: int,
     configure: Callable[[tf.lite.TFLiteConverter], None] | None = None,
 ) -> bytes:
-    """A flatbuffer of pixels float32 [batch_size, S, S, 3] → probabilities float32.
+    """Converts to a flatbuffer: pixels float32 [batch_size, S, S, 3] → probabilities float32.
 
     Args:
+      model: pixels → logits.
+      batch_size: static batch size of the result.
       configure: sets options of the converter, e.g. quantization.
 
     Raises:
-      ValueError: the model is too large for one, or computes in bfloat16.
+      ValueError: the model is too large for a flatbuffer or computes in bfloat16.
     """
     if model.count_params() > _MAX_PARAMETERS:
-        raise ValueError(f"{model.name} does not fit into a flatbuffer, which ends at 2 GB")
+        raise ValueError(f"{model.name} does not fit into a flatbuffer, which is limited to 2 GB")
     if any(layer.compute_dtype == "bfloat16" for layer in model.layers):
-        raise ValueError(f"{model.name} computes in bfloat16, which TensorFlow Lite does not have")
+        raise ValueError(
+            f"{model.name} computes in bfloat16, which TensorFlow Lite does not support"
+        )
     shape = [batch_size, *model.input_shape[1:]]
 
     @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32)])
     def forward(pixels):
         return tf.nn.softmax(model(pixels, training=False))
 
-    # Given the Keras model, the converter would first save it with a trace of every layer: a
-    # minute. Of this holder it saves the one function.
+    # Given the Keras model, the converter would first save it with a trace of every layer, which
+    # takes a minute. Of this holder it saves only the one function.
     holder = tf.Module()
     holder.variables_in_use = list(model.variables)
     converter = tf.lite.TFLiteConverter.from_concrete_functions(
@@ -190,7 +199,7 @@ def convert(
 
 
 def has_accelerator(strategy: tf.distribute.Strategy | None = None) -> bool:
-    """Whether a TPU, a GPU, or several devices are to compute."""
+    """Whether a TPU, a GPU or several replicas compute."""
     if strategy is not None and strategy.num_replicas_in_sync > 1:
         return True
     return bool(tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))
@@ -202,13 +211,14 @@ def make(
     batch_size: int,
     strategy: tf.distribute.Strategy | None = None,
 ) -> TensorFlowEngine | XnnpackEngine:
-    """The engine of that kind.
+    """Makes an engine.
 
     Args:
-      kind: `tf`, `xnnpack`, or `auto`: xnnpack without an accelerator, for models that it can
-        compute, else tf.
+      kind: `tf`, `xnnpack`, or `auto`: xnnpack if there is no accelerator and it can compute the
+        model, else tf.
       model: pixels → logits, with its weights loaded.
-      batch_size: of the tf engine; xnnpack chooses its own.
+      batch_size: batch size of the tf engine; xnnpack chooses its own.
+      strategy: the strategy under which the model was built; None: the current one.
 
     Raises:
       EngineError: `xnnpack` cannot compute the model.
@@ -218,6 +228,6 @@ def make(
             return XnnpackEngine(model)
         except ValueError as e:
             if kind == "xnnpack":
-                raise EngineError(f"--inference_engine=xnnpack: {e}; choose tf or auto") from e
-            logging.warning("%s: computing with TensorFlow instead", e)
+                raise EngineError(f"--inference_engine=xnnpack: {e}; use tf or auto") from e
+            logging.warning("%s; TensorFlow computes it instead", e)
     return TensorFlowEngine(model, batch_size, strategy)

@@ -1,6 +1,8 @@
-"""Batch norm and pixel scaling folded into convolutions, for inference on CPUs."""
+"""A model rearranged for inference: batch norm and pixel scaling folded into convolutions."""
 
 from __future__ import annotations
+
+import functools
 
 import tensorflow as tf
 
@@ -8,23 +10,27 @@ from efficientnet_ns.models import layers
 
 _CONV, _BN = "_conv", "_bn"
 _STEM = "stem_conv"
+# Width of the smallest map whose 1 x 1 convolutions remain convolutions on CPUs.
+_CONVOLVED_WIDTH = 56
 
 
-def fold_batch_norm(model: tf.keras.Model) -> tf.keras.Model:
-    """A model for inference that computes the same with convolutions alone.
+def fold_batch_norm(model: tf.keras.Model, *, for_cpu: bool = False) -> tf.keras.Model:
+    """A model for inference that computes the same function without batch norm.
 
-    Every `<name>_conv` takes over the scale γ/√(σ² + ε) and the shift β - μ·γ/√(σ² + ε) of its
-    `<name>_bn`, which becomes the identity. The stem takes over the division of the pixels by their
-    standard deviation; the mean is still subtracted, since padding is zero after it. Layer names
-    stay, so that `endpoints` works on the result.
+    Every `<name>_conv` absorbs the scale γ/√(σ² + ε) and the shift β - μ·γ/√(σ² + ε) of its
+    `<name>_bn`, which becomes the identity. The stem also absorbs the division of the pixels by
+    their standard deviation. The mean is still subtracted, because the padding that follows must be
+    zero. Layer names are kept, so `endpoints` works on the result.
 
     Args:
       model: made by `efficientnet.build_model`.
+      for_cpu: compute 1 x 1 convolutions of small maps as matrix products; see `Pointwise`.
 
     Returns:
       A model with the same input and outputs and no batch norm; its weights are copies.
     """
-    folded = tf.keras.models.clone_model(model, clone_function=_clone)
+    clone = functools.partial(_clone, for_cpu=for_cpu)
+    folded = tf.keras.models.clone_model(model, clone_function=clone)
     for layer in model.layers:
         if isinstance(layer, layers.BatchNorm) or not layer.weights:
             continue
@@ -44,7 +50,7 @@ class Centering(layers.PixelNormalization):
 
 def swish(x: tf.Tensor) -> tf.Tensor:
     """x·σ(x) for inference."""
-    # tf.nn.silu carries a gradient of its own, whose ops keep kernels from being fused.
+    # tf.nn.silu has a custom gradient, whose ops prevent kernels from being fused.
     return x * tf.sigmoid(x)
 
 
@@ -56,7 +62,25 @@ class PlainSwish(tf.keras.layers.Layer):
         return swish(inputs)
 
 
-def _clone(layer: tf.keras.layers.Layer) -> tf.keras.layers.Layer:
+@tf.keras.utils.register_keras_serializable("efficientnet_ns")
+class Pointwise(tf.keras.layers.Conv2D):
+    """A 1 x 1 convolution, computed as a product of matrices on small maps.
+
+    TensorFlow's CPU kernels start a product faster than a convolution. On large maps, where the
+    start does not matter, the convolution wins because oneDNN fuses the activation into it.
+    """
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        height, width, channels = inputs.shape[1:]
+        if width >= _CONVOLVED_WIDTH:
+            return super().call(inputs)
+        rows = tf.matmul(tf.reshape(inputs, [-1, channels]), tf.squeeze(self.kernel, [0, 1]))
+        if self.use_bias:
+            rows = tf.nn.bias_add(rows, self.bias)
+        return tf.reshape(rows, [-1, height, width, self.filters])
+
+
+def _clone(layer: tf.keras.layers.Layer, *, for_cpu: bool) -> tf.keras.layers.Layer:
     if isinstance(layer, layers.BatchNorm):
         return tf.keras.layers.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
     if layer.name.endswith("_swish"):
@@ -66,6 +90,8 @@ def _clone(layer: tf.keras.layers.Layer) -> tf.keras.layers.Layer:
         return Centering.from_config(config)
     if layer.name.endswith(_CONV):
         config["use_bias"] = True
+    if for_cpu and type(layer) is tf.keras.layers.Conv2D and layer.kernel_size == (1, 1):
+        return Pointwise.from_config(config)
     return type(layer).from_config(config)
 
 

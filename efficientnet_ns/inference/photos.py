@@ -1,23 +1,23 @@
-"""Images in, named classes out, for whoever has a few pictures and a model."""
+"""Images in, named classes out: the short way from a few pictures to predictions."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.data import images as images_lib
+from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.models import efficientnet, heads
 
 # A path, the bytes of an image file, or pixels uint8 [H, W, 3].
-Image = Union[str, os.PathLike, bytes, np.ndarray, tf.Tensor]
+Image = str | os.PathLike | bytes | np.ndarray | tf.Tensor
 
 
-class Guess(NamedTuple):
-    """One class of an answer.
+class Prediction(NamedTuple):
+    """One class and its probability.
 
     Attributes:
       index: of the class, from 0.
@@ -31,7 +31,7 @@ class Guess(NamedTuple):
 
 
 def _file_or_pixels(image: Image) -> tf.Tensor:
-    """What `images.eval_image` takes: scalar string of encoded bytes, or uint8 [H, W, 3]."""
+    """What `Preprocessing.evaluate` takes: encoded bytes, scalar string, or uint8 [H, W, 3]."""
     if isinstance(image, (str, os.PathLike)):
         return tf.io.read_file(os.fspath(image))
     if isinstance(image, bytes):
@@ -54,49 +54,56 @@ def _as_list(images: Image | Sequence[Image]) -> list[Image]:
 
 
 def preprocess(
-    images: Image | Sequence[Image], model: str | tf.keras.Model = "efficientnet-b0"
+    images: Image | Sequence[Image],
+    model: str | tf.keras.Model | Preprocessing = "efficientnet-b0",
 ) -> tf.Tensor:
-    """The evaluation preprocessing of a model: its crop, and bicubic resize to its size.
+    """Crops and resizes images as evaluation does; see `Preprocessing.evaluate`.
 
-    The centre is cropped out, except for models of small images (SVHN, digits), which get the whole
-    image. Normalisation is inside the model.
+    The result shows the centre of each image, or all of it for models of small images (SVHN,
+    digits). Normalization happens inside the model.
 
     Args:
       images: one or several, of any sizes: paths, bytes of image files, or pixels, uint8 [H, W, 3]
-        in 0..255; several arrays of one size may be one array [N, H, W, 3].
-      model: made by `build_model`, or of its layers; or the name of a variant of ImageNet.
+        in 0..255; arrays of one size may come as one array [N, H, W, 3].
+      model: a model made by `build_model` or of its layers; the name of an ImageNet variant; or
+        the preprocessing itself.
 
     Returns:
       float32 [N, S, S, 3] in about 0..255.
 
     Raises:
-      ValueError: no images, pixels of another type or shape, an unknown variant, or a model of other
-        layers.
-      tf.errors.OpError: a file that is not there or cannot be decoded.
+      ValueError: there are no images, pixels have another type or shape, the variant is unknown, or
+        the model has other layers.
+      tf.errors.OpError: a file does not exist or cannot be decoded.
     """
-    if isinstance(model, str):
-        settings = {"image_size": efficientnet.get_variant(model).resolution, "small_image": False}
-    else:
-        settings = heads.settings(model)
-    prepare = images_lib.small_eval_image if settings["small_image"] else images_lib.eval_image
+    preprocessing = _preprocessing_of(model)
     several = _as_list(images)
     if not several:
         raise ValueError("there are no images")
-    return tf.stack([prepare(_file_or_pixels(i), settings["image_size"]) for i in several])
+    return tf.stack([preprocessing.evaluate(_file_or_pixels(image)) for image in several])
+
+
+def _preprocessing_of(model: str | tf.keras.Model | Preprocessing) -> Preprocessing:
+    if isinstance(model, Preprocessing):
+        return model
+    if isinstance(model, str):
+        return Preprocessing(efficientnet.get_variant(model).resolution)
+    settings = heads.settings(model)
+    return Preprocessing(settings["image_size"], settings["small_image"])
 
 
 def top_k(
     probabilities: np.ndarray | tf.Tensor, names: Sequence[str] | None = None, k: int = 5
-) -> list[Guess] | list[list[Guess]]:
-    """The most probable classes, best first; of equal ones the lower index first.
+) -> list[Prediction] | list[list[Prediction]]:
+    """The most probable classes, best first; ties go to the lower index.
 
     Args:
-      probabilities: float [C], or [N, C] for a list per image.
-      names: of the classes, C of them; None names each class by its index.
-      k: how many; all of them when there are fewer.
+      probabilities: float [C], or [N, C] for one list per image.
+      names: C class names; None: each class is named by its index.
+      k: length of a list; if there are fewer classes, all of them.
 
     Raises:
-      ValueError: another number of names than of classes, or k below 1.
+      ValueError: the number of names differs from C, or k is below 1.
     """
     probabilities = np.asarray(probabilities)
     if probabilities.ndim == 2:
@@ -107,5 +114,6 @@ def top_k(
         raise ValueError(f"k is {k}; it must be at least 1")
     best = np.argsort(-probabilities, kind="stable")[:k]
     return [
-        Guess(int(i), str(i) if names is None else names[i], float(probabilities[i])) for i in best
+        Prediction(int(i), str(i) if names is None else names[i], float(probabilities[i]))
+        for i in best
     ]

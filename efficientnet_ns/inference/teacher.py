@@ -1,8 +1,8 @@
-"""A teacher as a predictor: encoded images in, probabilities out, from many threads at once.
+"""A teacher as a predictor: encoded images in, probabilities out, safe to call from many threads.
 
-With `--noised_teacher` it is noised while it labels, which the paper's ablation of noise warns of
-(section 4.1). All draws are functions of the seed and of the images of a batch, so that labels
-repeat as long as the batch size does.
+`--noised_teacher` adds noise while labeling, which the paper's ablation advises against (section
+4.1). Every draw depends only on the seed and on the images of a batch, so the labels repeat if the
+batch size does.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ _IMAGES, _MODEL = 1, 2  # Salts of the draws.
 
 
 class TeacherPredictor:
-    """The teacher's model, compiled once for any number of shards.
+    """The teacher's model, compiled once for all shards.
 
     Args:
       resolved: sizes and preprocessing.
-      checkpoint: the teacher's weights, of any kind that `weights.load_weights` takes.
+      checkpoint: the teacher's weights, in any format that `weights.load_weights` accepts.
 
     Attributes:
       engine: computes the probabilities.
-      group: images per call of `label`. Predictions are the same to the last bit when groups are
-        cut at the same places.
+      num_classes: C, length of a prediction.
+      group: the largest number of images per call of `label`. Predictions are bit-identical if
+        groups start at the same images.
     """
 
     def __init__(self, resolved: ResolvedConfig, checkpoint: str):
@@ -53,18 +54,18 @@ class TeacherPredictor:
         self.num_classes, self._size = resolved.num_classes, resolved.image_size
         self._views = config.predict.test_time_views
         batch = self.engine.batch_size
-        # Small images come in larger groups, which hide the cost of a call. A core that decodes
-        # several images and then computes several keeps the code and data of each step in cache.
+        # Small images form larger groups, which amortize the cost of a call. A core that decodes
+        # several images before it computes keeps the code and data of each step in its cache.
         images = max(batch, min(64, 16 * 224**2 // self._size**2))
         self.group = -(-images // batch) * batch
         self._decode = views.decoder(prepare, self._size, self._views)
         logging.info("labeling on %s, %d at a time", self.engine.name, self.engine.concurrency)
 
     def of_whole_images(self) -> TeacherPredictor:
-        """The same teacher for pictures that are crops already: they are resized, not cropped.
+        """The same teacher for images that are already cropped: it resizes without cropping.
 
         Raises:
-          ConfigError: ten views, which are crops.
+          ConfigError: `--test_time_views` is 10; those views are crops.
         """
         if self._views > 2:
             raise ConfigError(f"--test_time_views={self._views}: these pictures are crops already")
@@ -75,23 +76,19 @@ class TeacherPredictor:
         return whole
 
     def label(self, images: Sequence[bytes | None]) -> tuple[np.ndarray, dict[int, str]]:
-        """Probabilities of up to `group` images.
+        """Predicts up to `group` images.
 
         Args:
-          images: encoded; None for an unreadable record, which keeps its place.
+          images: N encoded images; None stands for an unreadable record.
 
         Returns:
-          float32 [N, C], zeros where there is no prediction; {place: reason} for images that cannot
-          be decoded, and for predictions that are not finite.
+          Probabilities float32 [N, C], zeros where there is no prediction; {index: reason} for
+          images that cannot be decoded and for predictions that are not finite.
         """
-        probs = np.zeros([len(images), self.num_classes], np.float32)
         if not images:
-            return probs, {}
+            return np.zeros([0, self.num_classes], np.float32), {}
         pixels, problems = self._pixels(images)
-        for view in range(self._views):
-            probs += self.engine(pixels[:, view])
-        if self._views > 1:
-            probs /= self._views
+        probs = views.average(self.engine, pixels)
         for place in np.flatnonzero(~np.isfinite(probs).all(1)):
             problems[int(place)] = "the predicted probabilities are NaN or infinite"
         empty = [i for i, image in enumerate(images) if image is None or i in problems]
@@ -99,13 +96,13 @@ class TeacherPredictor:
         return probs, problems
 
     def _pixels(self, images: Sequence[bytes | None]) -> tuple[np.ndarray, dict[int, str]]:
-        """float32 [N, V, S, S, 3], zeros for what cannot be decoded; and {place: reason}."""
+        """float32 [N, V, S, S, 3], zeros where decoding fails; {index: reason}."""
         if all(image is not None for image in images):
             try:
-                # `.numpy()` would copy 10 MB.
+                # Not `.numpy()`, which copies: 10 MB per group.
                 return np.asarray(self._decode(tf.constant(images))), {}
             except tf.errors.OpError:
-                pass  # One by one, to see which.
+                pass  # Decoded one by one below, to find out which.
         pixels = np.zeros([len(images), self._views, self._size, self._size, 3], np.float32)
         problems = {}
         for place, image in enumerate(images):
@@ -135,7 +132,7 @@ def check_views(resolved: ResolvedConfig) -> None:
 def _augmented(
     preprocessing: pipeline.Preprocessing, seed: int
 ) -> Callable[[tf.Tensor], tf.Tensor]:
-    """A function: encoded image → float32 [S, S, 3], augmented by a draw of its own."""
+    """A function: encoded image → float32 [S, S, 3], augmented by a draw that its bytes decide."""
 
     def prepare(image: tf.Tensor) -> tf.Tensor:
         number = tf.strings.to_hash_bucket_fast(image, 2**31 - 1)
@@ -147,7 +144,7 @@ def _augmented(
 
 
 class _NoisedTeacher:
-    """`model` with dropout and stochastic depth on; batch norm keeps to its moving statistics.
+    """`model` with dropout and stochastic depth; batch norm uses its moving statistics.
 
     Args:
       model: pixels → logits; its batch norm is frozen.
@@ -161,9 +158,9 @@ class _NoisedTeacher:
                 layer.trainable = False
 
     def __call__(self, pixels: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Pixels float32 [N, S, S, 3] → logits [N, C]; noised whatever `training` is."""
+        """Pixels float32 [N, S, S, 3] → logits [N, C]; noised regardless of `training`."""
         del training
-        # Whole numbers, whose sum does not depend on their order.
+        # Integers, because their sum does not depend on the order of addition.
         batch = tf.reduce_sum(tf.cast(pixels, tf.int32))
         seed = layers.fold_in(tf.stack([self._seed, batch]), _MODEL)
         with layers.noise_seed(seed):

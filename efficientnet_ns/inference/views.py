@@ -1,59 +1,83 @@
-"""Several views of one image, for test-time augmentation: probabilities are averaged over them."""
+"""Several views of one image for test-time augmentation; their probabilities are averaged.
+
+The only implementation: evaluation (`--eval_views`) starts from evaluation crops, labeling
+(`--test_time_views`) from encoded images, which ten views need.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
+import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.data import images
 
+VIEWS = (1, 2, 10)
+# Views that a crop is enough for: itself, and mirrored. Ten views need the whole image.
+CROP_VIEWS = (1, 2)
 
-def _one(prepare: Callable, image: tf.Tensor, size: int) -> tf.Tensor:
-    return prepare(image)[tf.newaxis]
-
-
-def _mirrored(prepare: Callable, image: tf.Tensor, size: int) -> tf.Tensor:
-    pixels = prepare(image)
-    return tf.stack([pixels, pixels[:, ::-1]])
+Array = TypeVar("Array", np.ndarray, tf.Tensor)
 
 
-def _ten(prepare: Callable, image: tf.Tensor, size: int) -> tf.Tensor:
-    """Squares of the evaluation crop's size in the four corners and the centre, and mirrored."""
+def of_crops(crops: tf.Tensor, views: int) -> tf.Tensor:
+    """Evaluation crops [..., S, S, 3] → their views [..., V, S, S, 3]; V is one of `CROP_VIEWS`."""
+    if views == 1:
+        return tf.expand_dims(crops, -4)
+    return tf.stack([crops, crops[..., ::-1, :]], -4)
+
+
+def average(classify: Callable[[Array], Array], pixels: Array) -> Array:
+    """Mean of the probabilities over the views of each image.
+
+    Args:
+      classify: pixels float32 [N, S, S, 3] → probabilities float32 [N, C].
+      pixels: float32 [N, V, S, S, 3].
+
+    Returns:
+      float32 [N, C].
+    """
+    number = pixels.shape[1]
+    total = classify(pixels[:, 0])
+    for view in range(1, number):
+        total = total + classify(pixels[:, view])
+    return total / number
+
+
+def decoder(prepare: Callable[[tf.Tensor], tf.Tensor], size: int, views: int = 1) -> Callable:
+    """Compiles a function: encoded images, string [N] → pixels float32 [N, V, size, size, 3].
+
+    The function processes its images one after the other on the calling thread: callers with
+    several cores call it from several threads. It raises tf.errors.InvalidArgumentError for an
+    image that cannot be decoded.
+
+    Args:
+      prepare: the evaluation preprocessing of one image, `Preprocessing.evaluate`; ten views crop
+        the decoded image themselves.
+      size: side of the result in pixels.
+      views: V, one of `VIEWS`.
+    """
+    signature = tf.TensorSpec([views, size, size, 3], tf.float32)
+
+    def one(image: tf.Tensor) -> tf.Tensor:
+        found = _ten(image, size) if views == 10 else of_crops(prepare(image), views)
+        return tf.ensure_shape(found, signature.shape)
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
+    def decode(encoded):
+        return tf.map_fn(one, encoded, fn_output_signature=signature, parallel_iterations=1)
+
+    return decode.get_concrete_function()
+
+
+def _ten(image: tf.Tensor, size: int) -> tf.Tensor:
+    """Squares of the evaluation crop's size in the centre and the four corners, then mirrored."""
     pixels = images.decode(image)
     height, width = tf.unstack(tf.shape(pixels)[:2])
     centre = images.center_crop_box(height, width, size)
     bottom, right = height - centre[2], width - centre[2]
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)]
     boxes = [centre] + [tf.stack([y, x, centre[2], centre[3]]) for y, x in corners]
-    views = tf.stack([images.crop_and_resize(pixels, box, size) for box in boxes])
-    return tf.concat([views, views[:, :, ::-1]], 0)
-
-
-# Number of views → function of (the evaluation preprocessing, encoded image, side in pixels).
-VIEWS = {1: _one, 2: _mirrored, 10: _ten}
-
-
-def decoder(prepare: Callable[[tf.Tensor], tf.Tensor], size: int, views: int = 1) -> Callable:
-    """A compiled function: encoded images, string [N] → pixels float32 [N, V, size, size, 3].
-
-    It works through its images one after the other: whoever has several cores calls it from as
-    many threads. An image that cannot be decoded raises tf.errors.InvalidArgumentError.
-
-    Args:
-      prepare: the evaluation preprocessing of one image; ten views crop by themselves.
-      size: side of the result in pixels.
-      views: V, one of `VIEWS`.
-    """
-    signature = tf.TensorSpec([views, size, size, 3], tf.float32)
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
-    def decode(encoded):
-        return tf.map_fn(
-            lambda image: tf.ensure_shape(VIEWS[views](prepare, image, size), signature.shape),
-            encoded,
-            fn_output_signature=signature,
-            parallel_iterations=1,
-        )
-
-    return decode.get_concrete_function()
+    plain = tf.stack([images.crop_and_resize(pixels, box, size) for box in boxes])
+    return tf.concat([plain, plain[:, :, ::-1]], 0)

@@ -250,7 +250,7 @@ def with_records(config: Config) -> Config:
     data = config.data
     if not data.data_source:
         return config
-    if data.label_data_dir or data.task_name != type(data)().task_name:
+    if data.label_data_dir or data.task_name is not None:
         raise ConfigError(
             f"--data_source={data.data_source} brings its own records and task: leave out "
             "--label_data_dir and --task_name"

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config import ConfigError
+from efficientnet_ns.config import ConfigError, require
 from efficientnet_ns.config.ingest import SvhnConfig
 from efficientnet_ns.data import image_conversion, tasks
 from efficientnet_ns.files import atomic, manifests, tfexamples
@@ -113,8 +113,9 @@ def make_records(config: SvhnConfig) -> dict[str, int]:
       ConfigError: another task, or dev_size leaves nothing to train on.
       DataError: a file is missing and cannot be downloaded, or is not SVHN's.
     """
+    require(config, "raw_data_dir", "output_dir")
     if config.task_name != "svhn":
-        raise ConfigError(f"--task_name={config.task_name}: this program knows svhn alone")
+        raise ConfigError(f"--task_name={config.task_name}: this program knows only svhn")
     files = {
         name: MatFile(_path(config.raw_data_dir, name), config.image_format) for name in _PUBLISHED
     }

@@ -1,15 +1,16 @@
 """Layers that Keras does not have in the form EfficientNet was trained with.
 
-All noise is stateless. A training step opens `noise_seed(seed, …)` around the forward pass; every noisy
-layer folds its own name into that seed, so the same (seed, step) always draws the same noise,
-whatever ran before. The noise of an example depends on its row in the batch of all replicas, so it
-is the same on one device and on many. Outside such a scope (plain `model.fit`) the seed comes from
-TensorFlow's global generator.
+All noise is stateless. A training step opens `noise_seed(seed, …)` around the forward pass; every
+layer that adds noise reads it with `current_noise` and folds its own name into the seed, so the same
+(seed, step) always draws the same noise, whatever ran before. The noise of an example depends on its
+row in the global batch, so it is the same on one device and on many. Outside such a scope (plain
+`model.fit`) the seed comes from TensorFlow's global generator.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,18 +18,66 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-_scope = threading.local()  # Replica functions of one step run in threads of their own.
+_PHILOX, _PHILOX_GROUP = 1, 4  # TensorFlow's number of the algorithm; numbers per counter value.
 
 
 class Rows(NamedTuple):
-    """Neighbouring rows of the batch of all replicas: `count` of them from row `first` on.
+    """Consecutive rows of the global batch (that of all replicas): `size` rows from `first` on.
 
-    `first` is an int or an int32 scalar tensor (on a TPU the replica's number is one); `count` is
-    an int, so that shapes are static.
+    `first` is an int or an int32 scalar tensor (on a TPU the replica's number is one); `size` is an
+    int, so that shapes are static.
     """
 
     first: int | tf.Tensor
-    count: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """What the noise of a forward pass is drawn from; see `noise_seed` for the attributes."""
+
+    seed: tf.Tensor
+    rows: tuple[Rows, ...] = ()
+    total: int | None = None
+    quiet_from: int | None = None
+
+    def uniform(
+        self, inputs: tf.Tensor, width: int, layer: str, *, blocks: int | None = None
+    ) -> tf.Tensor:
+        """Numbers in [0, 1), float32 [rows of inputs, width].
+
+        Row r of the global batch gets the numbers r·width … (r+1)·width - 1 of one stream, whichever
+        replica draws them.
+
+        Args:
+          inputs: the batch of this replica, [N, …].
+          width: numbers per row.
+          layer: name that is folded into the seed, so that layers draw independently.
+          blocks: `inputs` holds only the first `blocks` entries of `rows`; None: all.
+        """
+        stream = _stream(fold_in(self.seed, zlib.crc32(layer.encode()) & 0x7FFFFFFF))
+        rows = self.rows[:blocks]
+        if not rows:
+            return _draw(stream, 0, [tf.shape(inputs)[0], width])
+        if width % _PHILOX_GROUP:
+            # A row may begin inside a counter value: draw the rows of all replicas, take ours.
+            whole = _draw(stream, 0, [self.total, width])
+            parts = [tf.slice(whole, [first, 0], [size, width]) for first, size in rows]
+        else:
+            groups = width // _PHILOX_GROUP
+            parts = [_draw(stream, first * groups, [size, width]) for first, size in rows]
+        return tf.concat(parts, 0)
+
+    def keep_quiet_rows(self, noised: tf.Tensor, inputs: tf.Tensor) -> tf.Tensor:
+        """`noised`, but with the rows from `quiet_from` on as they are in `inputs`; [N, …]."""
+        if self.quiet_from is None:
+            return noised
+        return tf.concat([noised[: self.quiet_from], inputs[self.quiet_from :]], 0)
+
+
+# Keras calls layers without a place for the noise's arguments, so that a layer finds them here.
+# Local to the thread, since the replica functions of a step run in threads of their own.
+_scope = threading.local()
 
 
 @contextlib.contextmanager
@@ -42,74 +91,41 @@ def noise_seed(
 
     Args:
       seed: int32 [2].
-      rows: which rows of the batch of all replicas this replica's batch is made of, in order; none:
-        this batch is the whole.
-      total: number of rows of the batch of all replicas; needed with `rows`.
-      quiet_from: rows of this batch from that one on pass without noise; None: none do.
+      rows: which rows of the global batch this replica's batch consists of, in order; empty: this
+        batch is the global batch.
+      total: number of rows of the global batch; required with `rows`.
+      quiet_from: rows of this replica's batch from this one on get no noise; None: all rows do.
     """
-    outer = getattr(_scope, "noise", None), getattr(_scope, "quiet_from", None)
-    _scope.noise, _scope.quiet_from = (seed, tuple(rows), total), quiet_from
+    outer = getattr(_scope, "noise", None)
+    _scope.noise = Noise(seed, tuple(rows), total, quiet_from)
     try:
         yield
     finally:
-        _scope.noise, _scope.quiet_from = outer
+        _scope.noise = outer
 
 
-_PHILOX, _PHILOX_GROUP = 1, 4  # TensorFlow's number of the algorithm; numbers per counter value.
+def current_noise() -> Noise:
+    """The noise of the innermost `noise_seed` block; outside of one, with a seed of its own."""
+    noise = getattr(_scope, "noise", None)
+    return noise or Noise(tf.random.uniform([2], maxval=tf.int32.max, dtype=tf.int32))
 
 
 def fold_in(seed: tf.Tensor, salt: int) -> tf.Tensor:
     """A new seed int32 [2] from an integer one [2]; the same on all devices and under XLA."""
-    # The algorithm that is chosen without a name differs from device to device.
+    # Without a name, TensorFlow chooses an algorithm that differs from device to device.
     return tf.random.experimental.stateless_fold_in(seed, salt, alg="philox")
 
 
 def bernoulli(inputs: tf.Tensor, probability: float, name: str) -> tf.Tensor:
     """1 with `probability`, else 0, per row of the first block of rows; the dtype of `inputs` [N]."""
-    draw = _uniform(inputs, 1, name, blocks=1)
+    draw = current_noise().uniform(inputs, 1, name, blocks=1)
     return tf.cast(draw[:, 0] < probability, inputs.dtype)
 
 
-def _but_quiet_rows(noised: tf.Tensor, inputs: tf.Tensor) -> tf.Tensor:
-    """`noised`, with the rows that are to pass without noise as they are in `inputs`."""
-    quiet_from = getattr(_scope, "quiet_from", None)
-    if quiet_from is None:
-        return noised
-    return tf.concat([noised[:quiet_from], inputs[quiet_from:]], 0)
-
-
-def _uniform(inputs: tf.Tensor, width: int, layer: str, blocks: int | None = None) -> tf.Tensor:
-    """Numbers in [0, 1), float32 [rows of inputs, width].
-
-    Row r of the batch of all replicas gets the numbers r·width … of one stream, whichever replica
-    draws them.
-
-    Args:
-      blocks: `inputs` holds only the rows of so many of the first blocks.
-    """
-    seed, rows, total = getattr(_scope, "noise", None) or (
-        tf.random.uniform([2], maxval=tf.int32.max, dtype=tf.int32),
-        (),
-        None,
-    )
-    seed = fold_in(seed, zlib.crc32(layer.encode()) & 0x7FFFFFFF)
-    stream = _stream(seed)
-    if not rows:
-        return _draw(stream, 0, [tf.shape(inputs)[0], width])
-    if width % _PHILOX_GROUP:
-        # A row need not begin at a whole counter value: draw them all, and take ours.
-        whole = _draw(stream, 0, [total, width])
-        parts = [tf.slice(whole, [first, 0], [n, width]) for first, n in rows[:blocks]]
-    else:
-        groups = width // _PHILOX_GROUP
-        parts = [_draw(stream, first * groups, [n, width]) for first, n in rows[:blocks]]
-    return tf.concat(parts, 0)
-
-
 def _stream(seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Key uint64 [1] and first counter uint64 [2] of the numbers of a seed, as TensorFlow has them.
+    """Key uint64 [1] and first counter uint64 [2] of a seed, as in TensorFlow's stateless functions.
 
-    Its own `StatelessRandomGetKeyCounter` is not used because XLA takes negative seeds for others.
+    Its own `StatelessRandomGetKeyCounter` is not used because XLA reads negative seeds differently.
     """
     mixed = tf.raw_ops.StatelessRandomUniformFullIntV2(
         shape=[4],
@@ -122,19 +138,22 @@ def _stream(seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return key[None], tf.stack([tf.zeros_like(counter), counter])
 
 
-def _draw(stream, skip: int | tf.Tensor, shape: Sequence[int | tf.Tensor]) -> tf.Tensor:
+def _draw(
+    stream: tuple[tf.Tensor, tf.Tensor], skip: int | tf.Tensor, shape: Sequence[int | tf.Tensor]
+) -> tf.Tensor:
+    """Numbers of a stream in [0, 1), float32, after `skip` counter values."""
     key, counter = stream
     skipped = tf.stack([tf.cast(skip, tf.uint64), tf.zeros([], tf.uint64)])
     bits = tf.raw_ops.StatelessRandomUniformFullIntV2(
         shape=shape, key=key, counter=counter + skipped, alg=_PHILOX, dtype=tf.uint32
     )
-    # XLA makes other floats of the same bits than TensorFlow's kernels, which these equal.
+    # XLA converts bits to floats differently; these equal the floats of TensorFlow's own kernels.
     low = tf.cast(tf.bitwise.bitwise_and(bits, tf.constant(0x7FFFFF, tf.uint32)), tf.int32)
     return tf.cast(low, tf.float32) * 2.0**-23
 
 
-# Compiled in one piece, since each operation of its own is one more pass over maps that no cache
-# holds: a sixth of a training step on a CPU.
+# Compiled as one kernel: separate operations would each pass over feature maps larger than the cache,
+# which takes a sixth of a training step on a CPU.
 @tf.function(jit_compile=True)
 def _swish_gradient(dy: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     gate = 0.5 * tf.tanh(0.5 * x) + 0.5  # sigmoid(x); XLA's tanh is faster than its exp.
@@ -151,11 +170,12 @@ def swish(x: tf.Tensor) -> tf.Tensor:
 class Swish(tf.keras.layers.Layer):
     """The activation `swish`.
 
-    A layer of its own, since Keras saves an activation function called swish as its own one, whose
-    gradient is slower.
+    A layer, because Keras restores a saved activation function named swish as its own, whose gradient
+    is slower.
     """
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Any float shape → the same shape."""
         return swish(inputs)
 
 
@@ -163,8 +183,8 @@ class Swish(tf.keras.layers.Layer):
 class PixelNormalization(tf.keras.layers.Layer):
     """(x - 255·mean) / (255·std) per channel: pixels 0..255 to about zero mean, unit variance.
 
-    As the first layer of every model that is made of an EfficientNet's layers, it also knows how
-    images become these pixels, and which variant the network is.
+    As the first layer of every EfficientNet it also stores how images become these pixels and the
+    variant of the network, for programs that load a saved model.
 
     Args:
       mean, std: per channel, in units of the full pixel range (0..1).
@@ -186,12 +206,14 @@ class PixelNormalization(tf.keras.layers.Layer):
         self.small_image, self.variant = small_image, variant
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Pixels 0..255 [N, H, W, 3] of any dtype → the layer's compute dtype."""
         dtype = self.compute_dtype
         offset = tf.constant([255.0 * m for m in self.mean], dtype)
         scale = tf.constant([255.0 * s for s in self.std], dtype)
         return (tf.cast(inputs, dtype) - offset) / scale
 
     def get_config(self) -> dict:
+        """The constructor's arguments, for Keras."""
         return {
             **super().get_config(),
             "mean": self.mean,
@@ -202,10 +224,10 @@ class PixelNormalization(tf.keras.layers.Layer):
 
 
 def replicas_per_group(num_shards_per_group: int, num_replicas: int) -> int:
-    """How many neighbouring replicas share batch statistics.
+    """How many consecutive replicas share batch statistics.
 
     Args:
-      num_shards_per_group: a number of replicas; -1: one up to 8 replicas, beyond that groups of
+      num_shards_per_group: number of replicas; -1: one up to 8 replicas, else
         max(8, num_replicas / 8), as the original; -2: all replicas.
       num_replicas: of the strategy.
 
@@ -222,7 +244,7 @@ def replicas_per_group(num_shards_per_group: int, num_replicas: int) -> int:
     if group < 1 or num_replicas % group:
         raise ValueError(
             f"num_shards_per_group={num_shards_per_group} does not divide {num_replicas} replicas: "
-            "-1 (by the number of replicas), -2 (all of them) or a divisor is needed"
+            "use a divisor, -1 (chosen by the number of replicas) or -2 (all replicas)"
         )
     return group
 
@@ -235,7 +257,7 @@ def _group_mean(values: tf.Tensor, context, group: int) -> tf.Tensor:
     if isinstance(context.strategy, tf.distribute.TPUStrategy):
         groups = [list(range(first, first + group)) for first in range(0, replicas, group)]
         return tf.raw_ops.CrossReplicaSum(input=values, group_assignment=groups) / group
-    # Other strategies only add over all replicas: each group has a place of its own in the sum.
+    # Other strategies can only add over all replicas: give each group its own slot of the sum.
     own = context.replica_id_in_sync_group // group
     place = tf.reshape(tf.one_hot(own, replicas // group), [-1] + [1] * values.shape.rank)
     sums = context.all_reduce(tf.distribute.ReduceOp.SUM, place * values)
@@ -249,8 +271,8 @@ class BatchNorm(tf.keras.layers.Layer):
     The fused kernel reports the unbiased batch variance (N/(N-1) larger); it is scaled back before
     it enters the moving average. Statistics and parameters are float32 whatever the compute dtype.
 
-    Several replicas may share their batch statistics. They are then mean and E[x²] - mean², from
-    averages over the group, and the fused kernel is not used.
+    Where a group of replicas shares batch statistics, these are mean and E[x²] - mean² of averages
+    over the group, and the fused kernel is not used.
 
     Args:
       momentum: decay of the moving averages.
@@ -269,7 +291,9 @@ class BatchNorm(tf.keras.layers.Layer):
         self.momentum, self.epsilon = momentum, epsilon
         self.num_shards_per_group = num_shards_per_group
 
-    def build(self, input_shape) -> None:
+    def build(self, input_shape: tf.TensorShape) -> None:
+        """Creates scale, offset and moving statistics, float32 [C]."""
+
         def weight(name, init, trainable):
             return self.add_weight(
                 name,
@@ -278,7 +302,7 @@ class BatchNorm(tf.keras.layers.Layer):
                 initializer=init,
                 trainable=trainable,
                 experimental_autocast=False,
-                # Each replica keeps its own statistics; reading them averages over replicas.
+                # Each replica updates its own statistics; reading them averages over replicas.
                 synchronization=(
                     tf.VariableSynchronization.AUTO
                     if trainable
@@ -294,6 +318,7 @@ class BatchNorm(tf.keras.layers.Layer):
         super().build(input_shape)
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        """[N, H, W, C] → the same; a frozen layer uses its moving statistics even in training."""
         if not (training and self.trainable):
             outputs, *_ = tf.compat.v1.nn.fused_batch_norm(
                 inputs,
@@ -305,7 +330,7 @@ class BatchNorm(tf.keras.layers.Layer):
                 is_training=False,
             )
             return outputs
-        # Outside of a replica (a model's graph is built there) there is nobody to share with.
+        # Keras builds a model's graph outside of any replica.
         context = tf.distribute.get_replica_context()
         replicas = 1 if context is None else context.num_replicas_in_sync
         group = replicas_per_group(self.num_shards_per_group, replicas)
@@ -334,6 +359,7 @@ class BatchNorm(tf.keras.layers.Layer):
         moving.assign_sub((moving - value) * (1.0 - self.momentum))
 
     def get_config(self) -> dict:
+        """The constructor's arguments, for Keras."""
         return {
             **super().get_config(),
             "momentum": self.momentum,
@@ -346,8 +372,9 @@ class BatchNorm(tf.keras.layers.Layer):
 class StochasticDepth(tf.keras.layers.Layer):
     """Drops the whole residual branch of an example, scaling survivors by 1/survival_prob.
 
-    One draw per example; a frozen layer drops nothing. Reference: Huang et al., "Deep Networks with Stochastic Depth" (2016);
-    paper section 3.1 uses survival probability 0.8 at the last block, falling linearly from 1.
+    One draw per example, from `current_noise`; a frozen layer drops nothing. Reference: Huang et al.,
+    "Deep Networks with Stochastic Depth" (2016). Noisy Student (section 3.1) uses survival probability
+    0.8 at the last block, falling linearly from 1.
 
     Args:
       survival_prob: probability in (0, 1] that the branch is kept.
@@ -358,20 +385,23 @@ class StochasticDepth(tf.keras.layers.Layer):
         self.survival_prob = survival_prob
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        """[N, …] → the same shape; without `training` the inputs."""
         if not (training and self.trainable) or self.survival_prob >= 1.0:
             return inputs
+        noise = current_noise()
         shape = [-1] + [1] * (inputs.shape.rank - 1)
-        draw = tf.reshape(_uniform(inputs, 1, self.name), shape)
+        draw = tf.reshape(noise.uniform(inputs, 1, self.name), shape)
         factors = tf.cast(draw < self.survival_prob, tf.float32) / self.survival_prob
-        return _but_quiet_rows(inputs * tf.cast(factors, inputs.dtype), inputs)
+        return noise.keep_quiet_rows(inputs * tf.cast(factors, inputs.dtype), inputs)
 
     def get_config(self) -> dict:
+        """The constructor's arguments, for Keras."""
         return {**super().get_config(), "survival_prob": self.survival_prob}
 
 
 @tf.keras.utils.register_keras_serializable("efficientnet_ns")
 class Dropout(tf.keras.layers.Layer):
-    """Dropout with stateless noise; [N, C] → [N, C].
+    """Dropout with stateless noise from `current_noise`.
 
     Args:
       rate: fraction of units set to zero, in [0, 1).
@@ -382,12 +412,15 @@ class Dropout(tf.keras.layers.Layer):
         self.rate = rate
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        """[N, C] → [N, C]; without `training` the inputs."""
         if not training or self.rate == 0.0:
             return inputs
-        kept = _uniform(inputs, inputs.shape[-1], self.name) >= self.rate
+        noise = current_noise()
+        kept = noise.uniform(inputs, inputs.shape[-1], self.name) >= self.rate
         scale = tf.constant(1.0 / (1.0 - self.rate), inputs.dtype)
         noised = tf.where(kept, inputs * scale, tf.zeros([], inputs.dtype))
-        return _but_quiet_rows(noised, inputs)
+        return noise.keep_quiet_rows(noised, inputs)
 
     def get_config(self) -> dict:
+        """The constructor's arguments, for Keras."""
         return {**super().get_config(), "rate": self.rate}

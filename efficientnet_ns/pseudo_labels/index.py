@@ -75,9 +75,10 @@ def shards(config: SelectConfig) -> list[int]:
         raise ConfigError(
             f"--only_use_num_shards={used} must be between 1 and --num_shards={config.num_shards}"
         )
-    if config.shard_id >= used:
-        raise ConfigError(f"--shard_id={config.shard_id} is not below the {used} shards in use")
-    return [config.shard_id] if config.debug == 1 else list(range(used))
+    first = config.shard_id or 0
+    if first >= used:
+        raise ConfigError(f"--shard_id={first} is not below the {used} shards in use")
+    return [first] if config.debug == 1 else list(range(used))
 
 
 def count_workers(config: SelectConfig) -> int:

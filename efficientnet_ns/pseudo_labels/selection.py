@@ -32,7 +32,6 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import ConfigError, SelectConfig
-from efficientnet_ns.data.splitmix import splitmix64
 from efficientnet_ns.files import (
     json_files,
     local_files,
@@ -121,7 +120,7 @@ def _selection_stage(config: SelectConfig, predictions: str) -> manifests.Stage:
     # Results of two definitions of the draws are never mixed.
     settings["draws"] = DRAWS
     if config.debug == 1:
-        settings["shard_id"] = config.shard_id
+        settings["shard_id"] = config.shard_id or 0
     names = (SELECTION, "threshold.json", "num_image_across_cat.json")
     outputs = [os.path.join(config.output_dir, name) for name in names]
     return manifests.Stage(f"{outputs[0]}.manifest.json", outputs, settings)
@@ -377,6 +376,19 @@ class Rules:
 
     def draws(self, chunk: RowChunk, positions: np.ndarray) -> np.ndarray:
         return draws(self.seed, chunk.shard, chunk.worker, positions)
+
+
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64 (Steele et al. 2014), a bijection of uint64 [N].
+
+    Hashing what a draw is for makes it independent of the order of the work.
+    """
+    # Sums and products are modulo 2**64; NumPy warns about that for scalars only.
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def draws(seed: int, shard: int, worker: int, positions: np.ndarray) -> np.ndarray:

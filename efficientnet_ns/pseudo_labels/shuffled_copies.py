@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from efficientnet_ns.data.splitmix import splitmix64
 from efficientnet_ns.files import tfrecords
+from efficientnet_ns.pseudo_labels.selection import splitmix64
 
 # Which function of seed, shard and number gives the order; raise it when the function changes.
 ORDER = 2

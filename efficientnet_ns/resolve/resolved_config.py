@@ -7,15 +7,15 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.config import Config, ConfigError, as_dict
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.files import tfexamples
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import efficientnet
 
 
@@ -39,24 +39,33 @@ class ResolvedConfig:
 
     @classmethod
     def from_config(cls, config: Config) -> ResolvedConfig:
-        """Resolves and cross-checks; ConfigError names the flag that does not fit.
+        """Resolves and cross-checks; reads the task's file, and writes nothing.
 
-        Records of a `data_source` are made here when they are not there yet.
+        Args:
+          config: without a `data_source`; see `ingest.data_source.with_records`.
+
+        Raises:
+          ConfigError: names the flag that does not fit.
         """
-        config = data_source.with_records(config)
+        if config.data.data_source:
+            raise ConfigError(
+                f"--data_source={config.data.data_source} has no records yet; data_source.with_records "
+                "makes them"
+            )
+        task_name = as_dict(config.data)["task_name"]
+        config = config.override(task_name=task_name)
         try:
-            task = tasks.get_task(config.data.task_name)
+            task = tasks.get_task(task_name)
         except ValueError as e:
             raise ConfigError(f"--task_name: {e}") from e
         try:
             variant = efficientnet.get_variant(config.model.model_name)
         except ValueError as e:
             raise ConfigError(f"--model_name: {e}") from e
-        default_classes = type(config.model)().num_label_classes
-        if config.model.num_label_classes not in (default_classes, task.num_classes):
+        if config.model.num_label_classes not in (None, task.num_classes):
             raise ConfigError(
                 f"--num_label_classes={config.model.num_label_classes}, but task "
-                f"{config.data.task_name!r} has {task.num_classes} classes"
+                f"{task_name!r} has {task.num_classes} classes"
             )
         for name in ("dropout_rate", "stochastic_depth_rate"):
             rate = getattr(config.model, name)
@@ -101,9 +110,11 @@ class ResolvedConfig:
 
         Raises:
           DataError: there are none, or they cannot be counted.
-          ConfigError: fewer shards than asked for.
+          ConfigError: no `label_data_dir`, or fewer shards than `num_train_shards`.
         """
         data = self.config.data
+        if not data.label_data_dir:
+            raise ConfigError("--label_data_dir is needed: the folder of the labeled records")
         source = pipeline.Source.find(data.label_data_dir, self.task.train_set)
         return limited(source, source.shards, num_train_shards=data.num_train_shards)
 
@@ -119,6 +130,7 @@ class ResolvedConfig:
     def build_model(self) -> tf.keras.Model:
         """A new student, of which nothing is frozen yet."""
         model, train = self.config.model, self.config.train
+        # Below, the quantity is the survival probability; only the flag states its complement.
         drop_rate = 0.2 if model.stochastic_depth_rate is None else model.stochastic_depth_rate
         return efficientnet.build_model(
             model.model_name,
@@ -143,12 +155,12 @@ class ResolvedConfig:
             return self.config.train.teacher_image_size
         if self.small_image:
             return self.image_size
-        return efficientnet.get_variant(self.config.train.teacher_model_name).resolution
+        return efficientnet.get_variant(self.config.train.teacher_model_name or "").resolution
 
     def build_teacher(self) -> tf.keras.Model:
         """A new on-the-fly teacher, at its variant's own width and depth."""
         return efficientnet.build_model(
-            self.config.train.teacher_model_name,
+            self.config.train.teacher_model_name or "",
             self.num_classes,
             self.teacher_image_size,
             small_image=self.small_image,
@@ -205,7 +217,7 @@ class ResolvedConfig:
           share: which rows of each batch, and how many at a time.
         """
         data, train = self.config.data, self.config.train
-        shared = {
+        shared: dict[str, Any] = {
             "num_classes": self.num_classes,
             "seed": train.seed,
             "start_step": start_step,

@@ -1,4 +1,4 @@
-"""How far an exported model's answers are from the model it was made from."""
+"""How far an exported model's predictions are from those of the model it was made from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,12 +23,12 @@ _SHARD = re.compile(r".+-\d+-of-\d+")
 
 
 class Difference(NamedTuple):
-    """Of two models on the same images.
+    """Difference between the predictions of two models on the same images.
 
     Attributes:
-      images: how many were compared.
-      agreement: part of them with the same most probable class.
-      largest: absolute difference between two probabilities of one class.
+      images: number of images.
+      agreement: fraction of images with the same most probable class, in [0, 1].
+      largest: largest absolute difference between the probabilities of one class.
     """
 
     images: int
@@ -43,19 +43,19 @@ class Difference(NamedTuple):
 
 
 def encoded_images(path: str, limit: int) -> list[bytes]:
-    """`limit` encoded images of a folder of images or of class folders, an archive, or record files.
+    """Up to `limit` encoded images of a folder, class folders, an archive, or record files.
 
-    Every folder gives as many as the others, as long as it has more. What cannot be decoded is named
-    in the log and left out.
+    The folders contribute equally while they have images left. An image that cannot be decoded is
+    skipped with a warning that names it.
 
     Raises:
-      DataError: there are none.
+      DataError: the path does not exist or has no usable image.
     """
     if not tf.io.gfile.exists(path):
         raise DataError(f"{path} does not exist")
     names = sorted(tf.io.gfile.listdir(path)) if tf.io.gfile.isdir(path) else []
     shards = [name for name in names if _SHARD.fullmatch(name)]
-    # Pictures that lie beside records are meant; those in folders below them are of something else.
+    # Images next to records take precedence over the records; images in subfolders do not.
     pictures = any(name.rpartition(".")[2].lower() in image_sources.EXTENSIONS for name in names)
     found = _recorded(path, shards) if shards and not pictures else _listed(path, limit)
     images = list(itertools.islice(_decodable(found), limit))
@@ -71,7 +71,7 @@ def _recorded(path: str, shards: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         for record in tfrecords.read(os.path.join(path, name)):
             where = f"{os.path.join(path, name)}, record {record.position}"
             if record.payload is None:
-                logging.warning("%s is left out of the comparison: %s", where, record.problem)
+                logging.warning("%s is skipped in the comparison: %s", where, record.problem)
                 continue
             try:
                 yield where, tfexamples.image_bytes(record.payload)
@@ -82,7 +82,7 @@ def _recorded(path: str, shards: Sequence[str]) -> Iterator[tuple[str, bytes]]:
 def _listed(path: str, limit: int) -> Iterator[tuple[str, bytes]]:
     source = image_sources.open_source(path)
     entries = _in_turn(listing.list_images(source, labeled=False).entries)
-    # A compressed archive is read as far as the images it is asked for, which it holds in memory.
+    # In steps of `limit`: a compressed archive holds the requested images in memory.
     for start in range(0, len(entries), limit):
         some = entries[start : start + limit]
         with source.reader(some) as read:
@@ -90,11 +90,11 @@ def _listed(path: str, limit: int) -> Iterator[tuple[str, bytes]]:
                 try:
                     yield os.path.join(path, entry.name), read(entry).image
                 except (image_conversion.Unusable, OSError, tf.errors.OpError) as e:
-                    logging.warning("%s/%s is left out of the comparison: %s", path, entry.name, e)
+                    logging.warning("%s/%s is skipped in the comparison: %s", path, entry.name, e)
 
 
 def _in_turn(entries: Sequence[image_sources.Entry]) -> list[image_sources.Entry]:
-    """The first of every folder, then the second of every folder …."""
+    """The first entry of every folder, then the second of every folder, and so on."""
     seen: Counter[str] = Counter()
     places = []
     for entry in entries:
@@ -105,20 +105,15 @@ def _in_turn(entries: Sequence[image_sources.Entry]) -> list[image_sources.Entry
 
 
 def _decodable(images: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
-    """Images as they would be in a record."""
+    """The images that can be decoded, converted as records are written."""
     for name, image in images:
         try:
             yield image_conversion.prepare(image, image_conversion.Rules())[0]
         except image_conversion.Unusable as e:
-            logging.warning("%s is left out of the comparison: %s", name, e)
+            logging.warning("%s is skipped in the comparison: %s", name, e)
 
 
-def prepared(images: Sequence[bytes], prepare: Callable[[tf.Tensor], tf.Tensor]) -> np.ndarray:
-    """Preprocesses encoded images: float32 [N, S, S, 3]."""
-    return np.stack([prepare(tf.constant(image)).numpy() for image in images])
-
-
-def difference(expected: np.ndarray, answers: np.ndarray) -> Difference:
-    """Compares probabilities [N, C] of two models."""
-    same = expected.argmax(1) == answers.argmax(1)
-    return Difference(len(expected), float(same.mean()), float(np.abs(expected - answers).max()))
+def difference(expected: np.ndarray, found: np.ndarray) -> Difference:
+    """Compares the probabilities float [N, C] of two models on the same images."""
+    same = expected.argmax(1) == found.argmax(1)
+    return Difference(len(expected), float(same.mean()), float(np.abs(expected - found).max()))

@@ -1,9 +1,9 @@
-"""What a served model answers: encoded images, pixels or tf.Examples in, named classes out.
+"""Signatures of a served model: encoded images, pixels or tf.Examples in, named classes out.
 
 TF Serving merges the requests of many clients into one batch, so an image that cannot be decoded
-must not fail the others: images are prepared one by one in a `tf.data` pipeline inside the graph,
-which leaves out the bad ones, and their rows are answered as invalid (`valid` false, class -1, name
-"", probabilities 0). Every op is a standard one: TensorFlow alone loads the result.
+must not fail the others. A `tf.data` pipeline inside the graph prepares the images one by one and
+drops the bad ones; their rows are marked as invalid (`valid` false, class -1, name "",
+probabilities 0). All ops are standard, so the result loads with TensorFlow only.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import functools
 from collections.abc import Callable
 
 import tensorflow as tf
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from efficientnet_ns.data import image_headers
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.files import tfexamples
-from efficientnet_ns.inference import cpu_graph
 from efficientnet_ns.models import efficientnet
 from efficientnet_ns.serving import image_sizes
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """What is answered beside the probabilities.
+class OutputSpec:
+    """Settings of a served model's outputs.
 
     Attributes:
-      class_names: one per class.
+      class_names: one per class, in order of the logits.
       top_k: length of the `top_*` outputs and of `classify`.
-      max_pixels: images whose header claims more are invalid; they are never decoded.
+      max_pixels: an image whose header states more pixels is invalid and never decoded.
     """
 
     class_names: tuple[str, ...]
@@ -38,36 +38,38 @@ class Answers:
 
 
 class Classifier(tf.Module):
-    """A model with the evaluation preprocessing and the names of its classes inside its graph.
+    """A model whose graph includes the evaluation preprocessing and the class names.
 
     Args:
       model: pixels → logits, with the weights to serve.
       preprocessing: the evaluation preprocessing of that model.
-      answers: see `Answers`.
-      for_cpu: the model is folded; compute it as `cpu_graph` does, with the weights as constants.
+      outputs: see `OutputSpec`.
+      freeze: make the weights constants of the graph, which TensorFlow can then rearrange at load
+        time for the kernels that it has.
     """
 
     def __init__(
         self,
         model: tf.keras.Model,
         preprocessing: Preprocessing,
-        answers: Answers,
+        outputs: OutputSpec,
         *,
-        for_cpu: bool = False,
+        freeze: bool = False,
     ):
         super().__init__()
-        self._preprocessing, self._answers = preprocessing, answers
-        if for_cpu:
-            self._run = cpu_graph.forward(model)
-            return
+        self._preprocessing, self._outputs = preprocessing, outputs
         ends = efficientnet.endpoints(model)
-        self._ends = tf.keras.Model(model.input, [ends[name] for name in ("logits", "pooled")])
-        self._run = functools.partial(self._ends, training=False)
+        both = tf.keras.Model(model.input, [ends["logits"], ends["pooled"]])
+        self._run = functools.partial(both, training=False)
+        if freeze:
+            self._run = _frozen(self._run, tf.TensorSpec(model.input_shape, tf.float32))
+        else:
+            self._model = both  # tf.Module saves the variables of its attributes.
 
     def _forward(self, images: tf.Tensor) -> list[tf.Tensor]:
-        """Logits [N, C] and pooled features [N, D] of prepared images [N, S, S, 3], N from 0."""
+        """Logits [N, C] and pooled features [N, D] of prepared images [N, S, S, 3], N ≥ 0."""
         count = tf.shape(images)[0]
-        # Some kernels for CPUs refuse an empty batch.
+        # Some CPU kernels reject an empty batch, so it gets one image, whose row is cut off again.
         missing = tf.cast(count == 0, tf.int32)
         images = tf.pad(images, [[0, missing], [0, 0], [0, 0], [0, 0]])
         logits, pooled = self._run(tf.ensure_shape(images, [None, *self._image_spec.shape]))
@@ -125,19 +127,19 @@ class Classifier(tf.Module):
         return tf.TensorSpec([size, size, 3], tf.float32)
 
     def _decode(self, image_bytes: tf.Tensor) -> tf.Tensor:
-        checked = image_sizes.refuse_large(image_bytes, self._answers.max_pixels)
+        checked = image_sizes.refuse_large(image_bytes, self._outputs.max_pixels)
         return self._preprocessing.evaluate(checked)
 
     def _prepared(
         self, inputs: tf.Tensor, prepare: Callable[[tf.Tensor], tf.Tensor]
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Applies `prepare` to each string [N]: images [N, S, S, 3], zero where it fails, and valid [N]."""
+        """Applies `prepare` to each string [N]: images [N, S, S, 3], 0 where it fails; valid [N]."""
         count = tf.size(inputs)
         good = tf.data.Dataset.from_tensor_slices((tf.range(count), inputs))
         good = good.map(
             lambda row, text: (row, prepare(text)), num_parallel_calls=tf.data.AUTOTUNE
         ).ignore_errors()
-        # One element more, so that there is a batch even when no image is good.
+        # One extra element in front, so that there is a batch even if every image fails.
         first = tf.data.Dataset.from_tensors((-1, tf.zeros(self._image_spec.shape)))
         batch = first.concatenate(good).batch(tf.cast(count, tf.int64) + 1)
         rows, images = batch.get_single_element()
@@ -150,14 +152,15 @@ class Classifier(tf.Module):
         return tf.ensure_shape(images, [None, *self._image_spec.shape]), valid
 
     def _described(self, logits: tf.Tensor, valid: tf.Tensor) -> dict[str, tf.Tensor]:
-        """`classes` int64 [N], `class_names` string [N], `probabilities` float32 [N, C],.
+        """Outputs by name for logits [N, C] and a mask of decoded images [N].
 
-        `top_classes` int64, `top_class_names` string and `top_probabilities` float32 [N, top_k],
-        best first, and `valid` bool [N].
+        `classes` int64 [N], `class_names` string [N], `probabilities` float32 [N, C]; best first,
+        `top_classes` int64, `top_class_names` string, `top_probabilities` float32 [N, top_k]; and
+        `valid` bool [N].
         """
-        names = tf.constant(self._answers.class_names)
+        names = tf.constant(self._outputs.class_names)
         probabilities = _only(valid, tf.nn.softmax(logits))
-        k = min(self._answers.top_k, len(self._answers.class_names))
+        k = min(self._outputs.top_k, len(self._outputs.class_names))
         top_probabilities, top = tf.math.top_k(probabilities, k)
         top_names = tf.where(valid[:, None], tf.gather(names, top), "")
         top_classes = tf.where(valid[:, None], tf.cast(top, tf.int64), -1)
@@ -170,6 +173,12 @@ class Classifier(tf.Module):
             "top_probabilities": top_probabilities,
             "valid": valid,
         }
+
+
+def _frozen(run: Callable, spec: tf.TensorSpec) -> Callable:
+    """`run` as one graph whose variables are constants."""
+    function = tf.function(run, autograph=False).get_concrete_function(spec)
+    return convert_variables_to_constants_v2(function)
 
 
 def _only(valid: tf.Tensor, values: tf.Tensor) -> tf.Tensor:

@@ -1,9 +1,9 @@
-"""Ask a server to classify photos: `python -m efficientnet_ns.serving.client --model=NAME photo.jpg …`.
+"""Classify photos on a server: `python -m efficientnet_ns.serving.client --model=NAME photo.jpg …`.
 
-REST needs the standard library alone; `--protocol=grpc` needs tensorflow-serving-api. A photo that
-the server cannot decode, a request that failed after all its retries, and an answer that is not that
-of a model exported by this package are named in the answers and make the exit code 1; wrong usage
-gives 2.
+REST needs only the standard library; `--protocol=grpc` needs tensorflow-serving-api. The output names
+every photo that the server cannot decode, every request that fails after all retries and every
+response that does not come from a model exported by this package; the exit code is then 1. Wrong
+usage exits with 2.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from efficientnet_ns.files.standard_output import quiet_when_unread
 
 _VALID = "valid"
 _TOP = ("top_classes", "top_class_names", "top_probabilities")
-# Overloaded or not ready yet; everything else will fail again.
+# Overloaded or not ready yet; a retry does not help with any other status.
 _RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
-_MAX_TIMEOUT = 86_400  # A day, in seconds; sockets take no more than some weeks.
+_MAX_TIMEOUT = 86_400  # A day, in seconds; sockets accept a few weeks at most.
 _RETRIED_GRPC = {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ABORTED"}
 
 
 class RequestFailed(RuntimeError):
-    """The server refused, could not be reached, or is not one for models of this package.
+    """The server refused, could not be reached, or does not serve a model of this package.
 
     Attributes:
       retry: whether the same request may succeed later.
@@ -51,13 +51,13 @@ class RequestFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One photo's answer.
+class Result:
+    """Predictions for one photo.
 
     Attributes:
-      photo: its path.
-      predictions: of {`index`, `name`, `probability`}, best first; empty with an error.
-      error: why there is none, or an empty string.
+      photo: path of the photo.
+      predictions: {`index`, `name`, `probability`} of each class, best first; empty on error.
+      error: why there are no predictions, or an empty string.
     """
 
     photo: str
@@ -71,8 +71,11 @@ class RestServer:
     Args:
       url: e.g. `http://localhost:8501`.
       model: name of the model.
-      version: of the model; None: the server's choice.
-      timeout: of a request, seconds.
+      version: version of the model; None: the server chooses.
+      timeout: seconds per request.
+
+    Raises:
+      ValueError: `url` is not an address.
     """
 
     def __init__(self, url: str, model: str, version: int | None = None, timeout: float = 30.0):
@@ -93,10 +96,10 @@ class RestServer:
         self._path = f"{base}/v1/models/{quote(model, safe='')}{chosen}:predict"
 
     def predict(self, images: Sequence[bytes]) -> Any:
-        """What the server gives as outputs of `serving_default`; see `_answers`.
+        """The outputs of `serving_default` for encoded images; see `_results`.
 
         Raises:
-          RequestFailed.
+          RequestFailed: no connection, an HTTP error, or a response of another kind.
         """
         encoded = [{"b64": base64.b64encode(image).decode()} for image in images]
         body = json.dumps({"inputs": {"image_bytes": encoded}})
@@ -107,7 +110,7 @@ class RestServer:
             content = response.read()
         except (OSError, http.client.HTTPException) as e:
             raise RequestFailed(
-                f"no answer from {self._address}: {str(e) or type(e).__name__}", retry=True
+                f"no response from {self._address}: {str(e) or type(e).__name__}", retry=True
             ) from e
         finally:
             connection.close()
@@ -122,13 +125,13 @@ class RestServer:
             return json.loads(content)["outputs"]
         except (ValueError, LookupError, TypeError, RecursionError) as e:
             raise RequestFailed(
-                f"{self._address} does not answer as TensorFlow Serving: {_explanation(content)}",
+                f"{self._address} does not respond like TensorFlow Serving: {_explanation(content)}",
                 retry=False,
             ) from e
 
 
 def _explanation(content: bytes) -> str:
-    """What the body of a response says, in one line: its `error`, its HTML title, or its beginning."""
+    """The body of a response in one line: its `error`, its HTML title, or its beginning."""
     text = content.decode("utf-8", "replace")
     try:
         text = str(json.loads(text)["error"])
@@ -140,7 +143,15 @@ def _explanation(content: bytes) -> str:
 
 
 class GrpcServer:
-    """The gRPC interface; arguments as `RestServer`, the address is `host:port`."""
+    """The gRPC interface of TensorFlow Serving.
+
+    Args:
+      address: `host:port`.
+      model, version, timeout: see `RestServer`.
+
+    Raises:
+      ValueError: tensorflow-serving-api is not installed.
+    """
 
     def __init__(self, address: str, model: str, version: int | None = None, timeout: float = 30.0):
         try:
@@ -159,7 +170,7 @@ class GrpcServer:
         self._stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
 
     def predict(self, images: Sequence[bytes]) -> Any:
-        """As `RestServer.predict`."""
+        """The outputs of `serving_default` for encoded images; see `RestServer.predict`."""
         request = self._messages.PredictRequest()
         request.model_spec.name = self._model
         request.model_spec.signature_name = "serving_default"
@@ -178,11 +189,11 @@ class GrpcServer:
                 for name, tensor in outputs.items()
             }
         except (TypeError, ValueError) as e:
-            raise RequestFailed(f"outputs that cannot be read: {e}", retry=False) from e
+            raise RequestFailed(f"cannot read the outputs: {e}", retry=False) from e
 
 
 def _texts(value: Any) -> Any:
-    """`value` with the bytes in its lists as text."""
+    """`value` with all bytes in its nested lists decoded to text."""
     if isinstance(value, list):
         return [_texts(item) for item in value]
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
@@ -194,15 +205,17 @@ def with_retries(
     backoff: float = 0.2,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Any:
-    """Calls `request` again after failures that may pass.
+    """Calls `request`, and calls it again after failures that may be temporary.
 
     Args:
+      request: raises `RequestFailed` on failure.
       retries: further attempts after the first.
-      backoff: seconds before the second attempt; doubled each time, with up to half of it at
-        random on top, so that many clients do not come back together.
+      backoff: seconds before the second attempt, doubled for each further one. A random addition of
+        up to half of it keeps many clients from retrying at the same time.
+      sleep: waits for a number of seconds.
 
     Raises:
-      RequestFailed: the last one.
+      RequestFailed: of the last attempt.
     """
     for attempt in range(retries + 1):
         try:
@@ -222,72 +235,78 @@ def classify(
     retries: int = 5,
     top: int = 5,
     latencies: list[float] | None = None,
-) -> Iterator[Answer]:
-    """Answers in the order of the photos.
+) -> Iterator[Result]:
+    """Yields results in the order of the photos.
 
     Args:
+      server: where the model runs.
+      photos: paths of image files.
       batch_size: photos per request.
-      concurrency: requests at the same time.
-      latencies: gets the seconds of every request that succeeded, retries included.
+      concurrency: number of simultaneous requests.
+      retries: see `with_retries`.
+      top: classes per photo.
+      latencies: receives the seconds of every successful request, including retries.
     """
 
-    def ask(paths: Sequence[str]) -> list[Answer]:
-        images, answers = {}, {}
+    def request(paths: Sequence[str]) -> list[Result]:
+        images, results = {}, {}
         for path in paths:
             try:
                 images[path] = Path(path).read_bytes()
             except OSError as e:
-                answers[path] = Answer(path, error=e.strerror or str(e))
+                results[path] = Result(path, error=e.strerror or str(e))
         if images:
             start = time.perf_counter()
             try:
                 outputs = with_retries(lambda: server.predict(list(images.values())), retries)
                 seconds = time.perf_counter() - start
-                answers.update(zip(images, _answers(list(images), outputs, top)))
+                results.update(zip(images, _results(list(images), outputs, top)))
             except RequestFailed as e:
-                answers.update({path: Answer(path, error=str(e)) for path in images})
+                results.update({path: Result(path, error=str(e)) for path in images})
             else:
                 if latencies is not None:
                     latencies.append(seconds)
-        return [answers[path] for path in paths]
+        return [results[path] for path in paths]
 
     batches = [photos[i : i + batch_size] for i in range(0, len(photos), batch_size)]
     with ThreadPoolExecutor(concurrency) as pool:
-        for answered in pool.map(ask, batches):
-            yield from answered
+        for results in pool.map(request, batches):
+            yield from results
 
 
-def _answers(photos: Sequence[str], outputs: Any, top: int) -> list[Answer]:
-    """One answer per photo.
+def _results(photos: Sequence[str], outputs: Any, top: int) -> list[Result]:
+    """One result per photo.
 
     Args:
-      outputs: by name, each with one entry per photo: `valid`, and of the best classes `top_classes`,
-        `top_class_names` and `top_probabilities`. Anything else may come from other models.
+      photos: paths.
+      outputs: name → one entry per photo: `valid`, and of the best classes `top_classes`,
+        `top_class_names` and `top_probabilities`. Other models may return anything.
+      top: classes per photo.
 
     Raises:
-      RequestFailed: they are of another model.
+      RequestFailed: the outputs come from another model.
     """
     _check_names(outputs)
     try:
         valid, *columns = (_of_length(outputs[name], len(photos)) for name in (_VALID, *_TOP))
         return [
-            _answer(photo, valid[row], [column[row] for column in columns], top)
+            _result(photo, valid[row], [column[row] for column in columns], top)
             for row, photo in enumerate(photos)
         ]
     except (TypeError, ValueError, OverflowError) as e:
         raise RequestFailed(f"not the outputs of an exported model: {e}", retry=False) from e
 
 
-def _answer(photo: str, valid: Any, columns: Sequence[Any], top: int) -> Answer:
+def _result(photo: str, valid: Any, columns: Sequence[Any], top: int) -> Result:
     if not isinstance(valid, bool):
         raise TypeError(f"{valid!r} as {_VALID!r}")
     if not valid:
-        return Answer(photo, error="the server cannot decode it")
+        return Result(photo, error="the server cannot decode it")
     classes = len(columns[0])
     if not classes:
         raise ValueError("a photo without classes")
     columns = [_of_length(column, classes)[:top] for column in columns]
-    return Answer(photo, tuple(_guess(*values) for values in zip(*columns)))
+    return Result(photo, tuple(_prediction(*values) for values in zip(*columns)))
 
 
 def _of_length(values: Any, length: int) -> list:
@@ -308,14 +327,14 @@ def _check_names(outputs: Any) -> None:
         )
 
 
-def _guess(index: Any, name: Any, probability: Any) -> dict[str, Any]:
+def _prediction(index: Any, name: Any, probability: Any) -> dict[str, Any]:
     if not isinstance(name, str):
         raise TypeError(f"{name!r} as the name of a class")
     return {"index": int(index), "name": name, "probability": float(probability)}
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that is not below `percent` of all (nearest rank)."""
+    """The percentile of the values, `percent` in 0..100, by the nearest-rank method."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
 
@@ -324,7 +343,9 @@ def summary(latencies: Sequence[float], photos: int, seconds: float) -> str:
     """`12 photos in 0.8 s (15.0 photos/s); request p50 61 ms, p90 70 ms, p99 82 ms`.
 
     Args:
-      photos: how many were answered.
+      latencies: seconds of every successful request.
+      photos: number of classified photos.
+      seconds: duration of the whole run.
     """
     text = f"{photos} photos in {seconds:.1f} s ({photos / max(seconds, 1e-9):.1f} photos/s)"
     if latencies:
@@ -333,43 +354,43 @@ def summary(latencies: Sequence[float], photos: int, seconds: float) -> str:
     return text
 
 
-def as_json(answers: Sequence[Answer]) -> str:
-    """One object per line: `photo` with `predictions` or `error`."""
+def as_json(results: Sequence[Result]) -> str:
+    """One JSON object per line: `photo` with `predictions` or `error`."""
     lines = []
-    for answer in answers:
-        known = {"error": answer.error} if answer.error else {"predictions": answer.predictions}
-        lines.append(json.dumps({"photo": answer.photo, **known}))
+    for result in results:
+        known = {"error": result.error} if result.error else {"predictions": result.predictions}
+        lines.append(json.dumps({"photo": result.photo, **known}))
     return "\n".join(lines)
 
 
-def as_csv(answers: Sequence[Answer]) -> str:
-    """One line per photo and class."""
+def as_csv(results: Sequence[Result]) -> str:
+    """CSV with one line per photo and class."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["photo", "rank", "index", "name", "probability", "error"])
-    for answer in answers:
-        if answer.error:
-            writer.writerow([answer.photo, "", "", "", "", answer.error])
-        for rank, guess in enumerate(answer.predictions, 1):
-            writer.writerow([answer.photo, rank, *guess.values(), ""])
+    for result in results:
+        if result.error:
+            writer.writerow([result.photo, "", "", "", "", result.error])
+        for rank, prediction in enumerate(result.predictions, 1):
+            writer.writerow([result.photo, rank, *prediction.values(), ""])
     return text.getvalue().rstrip("\n")
 
 
-def as_table(answers: Sequence[Answer]) -> str:
-    """Photos with their classes below, columns aligned."""
+def as_table(results: Sequence[Result]) -> str:
+    """A text block per photo with its classes in aligned columns."""
     blocks = []
-    for answer in answers:
-        if answer.error:
-            blocks.append(f"{answer.photo}\n  {answer.error}")
+    for result in results:
+        if result.error:
+            blocks.append(f"{result.photo}\n  {result.error}")
             continue
-        width = max(len(guess["name"]) for guess in answer.predictions)
-        lines = [f"  {g['name']:<{width}}  {g['probability']:.4f}" for g in answer.predictions]
-        blocks.append("\n".join([answer.photo, *lines]))
+        width = max(len(prediction["name"]) for prediction in result.predictions)
+        lines = [f"  {p['name']:<{width}}  {p['probability']:.4f}" for p in result.predictions]
+        blocks.append("\n".join([result.photo, *lines]))
     return "\n".join(blocks)
 
 
 def _printable(text: str) -> str:
-    """`text` with escapes for what the output cannot take, such as file names that are no text."""
+    """`text` with escapes for what the output cannot encode, e.g. file names that are not UTF-8."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -401,20 +422,25 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("photos", nargs="+", help="JPEG, PNG, GIF or BMP files")
     add("--model", required=True, help="name of the model")
-    add("--version", type=_at_least(0), help="of the model; default: the server's choice")
+    add("--version", type=_at_least(0), help="version of the model; default: the server's choice")
     add("--protocol", choices=sorted(_SERVERS), default="rest")
-    add("--server", help="default: http://localhost:8501, with grpc localhost:8500")
+    add("--server", help="address; default: http://localhost:8501, or localhost:8500 with grpc")
     add("--format", choices=sorted(FORMATS), default="table")
     add("--top", type=_at_least(1), default=5, help="classes per photo")
     add(
         "--batch_size",
         type=_at_least(1),
         default=8,
-        help="photos per request; exported server settings allow 32",
+        help="photos per request; the exported server settings allow up to 32",
     )
-    add("--concurrency", type=_at_least(1), default=4, help="requests at the same time")
-    add("--retries", type=_at_least(0), default=5, help="further attempts, with back-off")
-    add("--timeout", type=_seconds, default=30.0, help="of a request, seconds")
+    add("--concurrency", type=_at_least(1), default=4, help="number of simultaneous requests")
+    add(
+        "--retries",
+        type=_at_least(0),
+        default=5,
+        help="further attempts, with exponential back-off",
+    )
+    add("--timeout", type=_seconds, default=30.0, help="seconds per request")
     return parser
 
 
@@ -429,7 +455,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(e))
     latencies: list[float] = []
     start = time.perf_counter()
-    answers = list(
+    results = list(
         classify(
             server,
             chosen.photos,
@@ -440,10 +466,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             latencies=latencies,
         )
     )
-    print(_printable(FORMATS[chosen.format](answers)))
-    answered = sum(not answer.error for answer in answers)
-    print(summary(latencies, answered, time.perf_counter() - start), file=sys.stderr)
-    return int(any(answer.error for answer in answers))
+    print(_printable(FORMATS[chosen.format](results)))
+    classified = sum(not result.error for result in results)
+    print(summary(latencies, classified, time.perf_counter() - start), file=sys.stderr)
+    return int(any(result.error for result in results))
 
 
 if __name__ == "__main__":

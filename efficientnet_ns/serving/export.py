@@ -1,4 +1,4 @@
-"""Versions of SavedModels for TensorFlow Serving, and TFLite files; each appears whole or not at all."""
+"""Versions of SavedModels for TensorFlow Serving, and TFLite files; each appears only when complete."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.files import atomic, local_files, manifests, paths
 from efficientnet_ns.inference import folding
 from efficientnet_ns.models import heads
-from efficientnet_ns.serving import card, deploy, tflite, tflite_metadata, warmup
-from efficientnet_ns.serving.classifier import Answers, Classifier
+from efficientnet_ns.serving import deployment, templates, tflite, tflite_metadata, warmup
+from efficientnet_ns.serving.classifier import Classifier, OutputSpec
 
 # A graph with its constants is one protocol buffer, which ends at 2 GB.
 _MAX_FROZEN_PARAMETERS = 450_000_000
@@ -30,14 +30,14 @@ class Options:
     """How a model is exported.
 
     Attributes:
-      answers: names of the classes and length of the top list.
-      optimize_for: `cpu` folds batch norm into the convolutions, arranges them for CPUs (see
-        `cpu_graph`) and freezes the weights; `accelerator` folds and keeps variables; `none` leaves
-        the graph as it was trained.
+      outputs: class names and length of the top list.
+      optimize_for: `cpu` folds batch norm into the convolutions, computes 1 x 1 convolutions of small
+        maps as matrix products and freezes the weights; `accelerator` folds and keeps variables;
+        `none` leaves the graph as it was trained.
       facts: lines of the model card, name → value.
     """
 
-    answers: Answers
+    outputs: OutputSpec
     optimize_for: str = "cpu"
     facts: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
@@ -63,7 +63,7 @@ def _version(base: str, version: int) -> Iterator[str]:
     atomic.remove_abandoned_folders(base)
     temporary = atomic.temporary_name(folder)
     verbosity = logging.get_verbosity()
-    # TensorFlow warns of functions that only Keras would miss, and names the temporary folder.
+    # TensorFlow warns about functions that only Keras needs, and logs the temporary folder's name.
     logging.set_verbosity(logging.ERROR)
     try:
         yield temporary
@@ -75,35 +75,37 @@ def _version(base: str, version: int) -> Iterator[str]:
 
 
 def optimized(model: tf.keras.Model, optimize_for: str) -> tuple[tf.keras.Model, bool]:
-    """The model to serve, and whether as a graph for CPUs with its weights in it."""
+    """The model to serve, and whether to freeze its weights."""
     if optimize_for == "none":
         return model, False
-    for_cpu = optimize_for == "cpu" and model.count_params() <= _MAX_FROZEN_PARAMETERS
-    if optimize_for == "cpu" and not for_cpu:
+    for_cpu = optimize_for == "cpu"
+    freeze = for_cpu and model.count_params() <= _MAX_FROZEN_PARAMETERS
+    if for_cpu and not freeze:
         logging.warning(
             "%s has %d parameters, too many for constants of one graph (2 GB): they stay variables",
             model.name,
             model.count_params(),
         )
-    return folding.fold_batch_norm(model), for_cpu
+    return folding.fold_batch_norm(model, for_cpu=for_cpu), freeze
 
 
 def export(
     model: tf.keras.Model,
     preprocessing: Preprocessing,
-    base: str,
+    base: str | os.PathLike,
     version: int,
     options: Options | None = None,
 ) -> str:
-    """Writes `<base>/<version>/`; it appears by rename, so a server never loads half a model.
+    """Writes `<base>/<version>/`; it appears by rename, so a server never loads a partial model.
 
-    Beside the SavedModel: labels, warm-up requests and a model card; in `<base>/deploy/` what
-    starts a server.
+    The version contains the SavedModel, labels, warm-up requests and a model card; `<base>/deploy/`
+    contains the files that start a server.
 
     Args:
       model: pixels → logits, with the weights to serve.
       preprocessing: the evaluation preprocessing of that model.
-      options: default: classes are named by their index.
+      version: number of the version.
+      options: None: classes are named by their index.
 
     Returns:
       The folder.
@@ -111,32 +113,32 @@ def export(
     Raises:
       manifests.OutputConflict: that version exists.
     """
-    model = heads.standard(model)
+    base, model = os.fspath(base), heads.standard(model)
     if options is None:
         names = tuple(str(index) for index in range(model.output_shape[-1]))
-        options = Options(Answers(names))
+        options = Options(OutputSpec(names))
     with _version(base, version) as folder:
-        served, for_cpu = optimized(model, options.optimize_for)
-        classifier = Classifier(served, preprocessing, options.answers, for_cpu=for_cpu)
+        served, freeze = optimized(model, options.optimize_for)
+        classifier = Classifier(served, preprocessing, options.outputs, freeze=freeze)
         tf.saved_model.save(
             classifier,
             folder,
             signatures=classifier.signatures(),
-            # The gradients of swish cannot be saved from a frozen graph, and nobody trains this.
+            # The gradients of swish cannot be saved from a frozen graph; nobody trains this graph.
             options=tf.saved_model.SaveOptions(experimental_custom_gradients=False),
         )
         _set_classify_method(folder)
         _write(
             os.path.join(folder, "assets", "labels.txt"),
-            tasks.label_lines(options.answers.class_names),
+            tasks.label_lines(options.outputs.class_names),
         )
         warmup.write(folder, model.name, preprocessing.image_size)
         _write(os.path.join(folder, "README.md"), _card(model, preprocessing, version, options))
-    deploy.write(base, model.name)
-    if paths.is_pattern(base) and not for_cpu:
+    deployment.write(base, model.name)
+    if paths.is_pattern(base) and not freeze:
         logging.warning(
-            "%s: TensorFlow and its server take a path with * ? [ or \\ for a pattern and find no "
-            "variables there: move the model before it is served",
+            "%s: TensorFlow and its server treat a path with * ? [ or \\ as a pattern and do not find "
+            "the variables there: move the model before you serve it",
             base,
         )
     return os.path.join(base, str(version))
@@ -176,28 +178,28 @@ def export_tflite(
         **_normalisation(model),
         "normalisation": "inside the graph",
     }
-    content = tflite.with_metadata(content, options.answers.class_names, facts, described)
+    content = tflite.with_metadata(content, options.outputs.class_names, facts, described)
     with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
         f.write(content)
     return content
 
 
 def saved_model_runner(folder: str) -> Callable[[Sequence[bytes]], np.ndarray]:
-    """Asks an exported version: encoded images → probabilities [N, C]."""
+    """Loads an exported version as a function: N encoded images → probabilities float32 [N, C]."""
     with local_files.without_wildcards(folder) as literal:
         loaded = tf.saved_model.load(literal)
 
     def run(encoded: Sequence[bytes]) -> np.ndarray:
         parts = [encoded[i : i + 8] for i in range(0, len(encoded), 8)]
-        answer = loaded.signatures["serving_default"]
-        rows = [answer(image_bytes=tf.constant(part))["probabilities"] for part in parts]
+        signature = loaded.signatures["serving_default"]
+        rows = [signature(image_bytes=tf.constant(part))["probabilities"] for part in parts]
         return np.concatenate([row.numpy() for row in rows])
 
     return run
 
 
 def _set_classify_method(folder: str) -> None:
-    """Names the method of `classify`, which `tf.saved_model.save` calls Predict."""
+    """Sets the method name of `classify`: `tf.saved_model.save` always writes Predict."""
     path = os.path.join(folder, "saved_model.pb")
     with tf.io.gfile.GFile(path, "rb") as f:
         saved = saved_model_pb2.SavedModel.FromString(f.read())
@@ -232,7 +234,8 @@ def _card(
         else "Centre crop of size / (size + 32) of the shorter side, then bicubic resize: the "
         "function that evaluation uses."
     )
-    names = options.answers.class_names
+    names = options.outputs.class_names
+    facts = {"Parameters": f"{model.count_params():,}", **options.facts}
     values = {
         "model": model.name,
         "version": version,
@@ -240,8 +243,9 @@ def _card(
         "size": preprocessing.image_size,
         "target": targets[options.optimize_for],
         "preprocessing": crop,
-        "max_pixels": options.answers.max_pixels,
-        "top_k": min(options.answers.top_k, len(names)),
+        "max_pixels": f"{options.outputs.max_pixels:,}",
+        "top_k": min(options.outputs.top_k, len(names)),
+        "facts": "\n".join(f"- {name}: {value}" for name, value in facts.items()),
         **_normalisation(model),
     }
-    return card.text(values, {"Parameters": f"{model.count_params():,}", **options.facts})
+    return templates.fill("model_card.md", values)

@@ -1,7 +1,7 @@
-"""The size of an image from the first bytes of its file, in the graph, before anything is decoded.
+"""The size of an image from the first bytes of its file, in the graph, before it is decoded.
 
-A file of some kilobytes can claim billions of pixels; whoever takes images from strangers asks here
-first what decoding would allocate. `data.headers` is the same outside of graphs.
+A file of a few kilobytes can claim billions of pixels. A server that accepts images from strangers
+therefore checks what decoding would allocate. `data.image_headers` does the same outside of graphs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _PNG, _GIF, _BMP = b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM"
 def num_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
     """Height times width of an encoded image, scalar string → int64 scalar.
 
-    Kinds that are not recognised give 0: no decoder takes them. A JPEG without a readable header
-    raises tf.errors.InvalidArgumentError when the op runs.
+    Returns 0 for an unknown format, which no decoder accepts. For a JPEG without a readable header,
+    the op raises tf.errors.InvalidArgumentError when it runs.
     """
     start = tf.strings.substr(image_bytes, 0, _HEADER)
     header = tf.cast(tf.io.decode_raw(start, tf.uint8), tf.int64)
@@ -32,7 +32,7 @@ def num_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
     def jpeg() -> tf.Tensor:
         return tf.reduce_prod(tf.cast(tf.image.extract_jpeg_shape(image_bytes)[:2], tf.int64))
 
-    # The height of a BMP is negative when its rows are stored from the top.
+    # The height of a BMP is negative (two's complement) if its rows are stored from top to bottom.
     bmp_height = number(22, 4, True)
     bmp_height = tf.where(bmp_height < 2**31, bmp_height, 2**32 - bmp_height)
     cases = [
@@ -49,9 +49,9 @@ def _starts_with(text: tf.Tensor, prefix: bytes) -> tf.Tensor:
 
 
 def refuse_large(image_bytes: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
-    """The same bytes, unless their header claims more than `max_pixels` pixels.
+    """Passes encoded bytes, scalar string, through unless their header claims too many pixels.
 
-    Raises tf.errors.InvalidArgumentError when the op runs on such an image.
+    If it claims more than `max_pixels`, the op raises tf.errors.InvalidArgumentError when it runs.
     """
     pixels = num_pixels(image_bytes)
     check = tf.debugging.Assert(

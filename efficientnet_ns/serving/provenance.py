@@ -1,8 +1,7 @@
-"""Where exported weights come from, as lines of the model card: recipe, data and what was measured."""
+"""Origin of exported weights, for the model card: recipe, data and measured accuracy."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -30,13 +29,14 @@ _DATA = {"label_data_dir": "Labeled data", "unlabel_data_dir": "Pseudo-labeled d
 
 
 def of_training(model_dir: str, checkpoint: str = "") -> dict[str, object]:
-    """Settings, data and measured accuracy of a training, name → value; without the files: nothing.
+    """Settings, data and measured accuracy of a training, name → value; {} without its files.
 
-    Reads `config.json` and `metrics.jsonl`, which the training wrote, and `eval/eval.json` of the last
-    `--mode=eval`, if it measured these weights; of a folder, it may have been an earlier checkpoint.
+    Reads `config.json` and `metrics.jsonl` of the training, and `eval/eval.json` of the last
+    `--mode=eval` if it measured these weights. For a folder, that may be an earlier checkpoint.
 
     Args:
-      checkpoint: name of the one in question, `model.ckpt-<step>`; empty: the newest.
+      model_dir: folder of the training.
+      checkpoint: name of the exported checkpoint, `model.ckpt-<step>`; empty: the newest.
     """
     settings = _read(os.path.join(model_dir, "config.json"))
     facts: dict[str, object] = {
@@ -59,11 +59,11 @@ def of_training(model_dir: str, checkpoint: str = "") -> dict[str, object]:
     measured = _read(os.path.join(model_dir, "eval", "eval.json"))
     if not _same(measured.get("weights", ""), os.path.join(model_dir, checkpoint)):
         return facts
-    views = f", {measured['views']} views" * (measured["views"] > 1)
+    how = "moving averages" if measured["ema"] else "raw weights"
+    if measured["views"] > 1:
+        how += f", {measured['views']} views"
     for name, metrics in measured["sets"].items():
-        facts[f"Last evaluation in the folder, on {name}"] = (
-            f"{_accuracy(metrics)} ({'moving averages' if measured['ema'] else 'raw weights'}{views})"
-        )
+        facts[f"Last evaluation in the folder, on {name}"] = f"{_accuracy(metrics)} ({how})"
     return facts
 
 
@@ -73,7 +73,7 @@ def _accuracy(metrics: Mapping[str, float], prefix: str = "") -> str:
 
 
 def _same(path: str, other: str) -> bool:
-    """Whether two names are of one file or folder."""
+    """Whether two paths name the same file or folder."""
     first, second = (
         name.rstrip("/") if "://" in name else os.path.abspath(name) for name in (path, other)
     )
@@ -81,14 +81,14 @@ def _same(path: str, other: str) -> bool:
 
 
 def _last_evaluation(path: str, end: float) -> Mapping[str, Any] | None:
-    """The last row of a training's log that holds an evaluation, up to the step `end`."""
+    """The last row of a training's log with an evaluation, up to step `end`."""
     rows = json_files.read_json_lines(path)
     found = [row for row in rows if "eval/top1" in row and row["step"] <= end]
     return found[-1] if found else None
 
 
 def of_publication(recipe: Any) -> dict[str, object]:
-    """What a published model (a `recipes.Recipe`) was trained on and reached."""
+    """Training data, settings and accuracy of a published model (a `recipes.Recipe`)."""
     magnitude = recipe.randaugment_magnitude
     return {
         "Labeled data": "ImageNet, 1.28 million images",
@@ -107,17 +107,14 @@ def of_publication(recipe: Any) -> dict[str, object]:
 
 
 def is_published(path: str, recipe: Any) -> bool:
-    """Whether a file or folder is called as the published weights of that recipe are.
+    """Whether a path has the name of the published weights of a recipe, with any file extension.
 
-    Endings such as `.pth` do not matter. Names that only begin so are other weights: of L2 before its
-    fine-tuning (`…-l2_475`), or of a training that started from the published ones.
+    A longer name means other weights: L2 before its fine-tuning (`…-l2_475`), or a training that
+    started from the published ones.
     """
     names = {recipe.tf1_checkpoint, recipe.timm_name, recipe.keras_file or recipe.timm_name}
     return any(part == n or part.startswith(f"{n}.") for part in path.split("/") for n in names)
 
 
 def _read(path: str) -> Mapping[str, Any]:
-    if not tf.io.gfile.exists(path):
-        return {}
-    with tf.io.gfile.GFile(path) as f:
-        return json.load(f)
+    return json_files.read_json(path) if tf.io.gfile.exists(path) else {}

@@ -22,8 +22,9 @@ def convert(model: tf.keras.Model, kind: str, representative: Sequence[np.ndarra
 
     Args:
       model: pixels → logits.
-      kind: one of `TYPES`. Both ends are float32, of `int8` (every op on integers) uint8.
-      representative: prepared images [S, S, 3], some hundred, from which `int8` learns ranges.
+      kind: one of `TYPES`. Input and output are float32, or uint8 for `int8` (all ops on integers).
+      representative: a few hundred prepared images float32 [S, S, 3], from which `int8` calibrates
+        its ranges.
 
     Raises:
       ValueError: an unknown kind, `int8` without images, or a model above 2 GB.
@@ -54,21 +55,27 @@ def with_metadata(
     facts: dict,
     described: tflite_metadata.Description,
 ) -> bytes:
-    """Stores TensorFlow Lite's own metadata, and appends `labels.txt` and `metadata.json` as a ZIP archive.
+    """Adds TensorFlow Lite's own metadata, and `labels.txt` and `metadata.json` as a ZIP archive.
 
-    Interpreters pass over both. `zipfile.ZipFile(path)` or `unzip` read the attached files.
+    Interpreters ignore both. `zipfile.ZipFile(path)` and `unzip` read the attached files.
+
+    Args:
+      content: the file without metadata.
+      labels: class names, in order of the probabilities.
+      facts: content of `metadata.json`.
+      described: content of TensorFlow Lite's metadata.
     """
     content = tflite_metadata.attach(content, tflite_metadata.encode(described))
     archive = io.BytesIO(content)
     with zipfile.ZipFile(archive, "a") as files:
-        # A fixed date: equal models give equal files.
+        # ZipInfo has a fixed date, so equal models give equal files.
         files.writestr(zipfile.ZipInfo(described.labels_file), tasks.label_lines(labels))
         files.writestr(zipfile.ZipInfo("metadata.json"), json.dumps(facts, indent=1))
     return archive.getvalue()
 
 
 def runner(content: bytes, threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """Runs a file: pixels float32 [N, S, S, 3] → probabilities float32 [N, C]."""
+    """A function that runs a file: pixels float32 [N, S, S, 3] → probabilities float32 [N, C]."""
     interpreter = engines.interpreter(content, threads)
     source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
 
@@ -78,10 +85,10 @@ def runner(content: bytes, threads: int | None = None) -> Callable[[np.ndarray],
             image = np.clip(np.round(image / scale + zero), 0, 255).astype(source["dtype"])
         interpreter.set_tensor(source["index"], image[None])
         interpreter.invoke()
-        answer = interpreter.get_tensor(target["index"])[0].astype(np.float32)
+        probabilities = interpreter.get_tensor(target["index"])[0].astype(np.float32)
         if target["dtype"] != np.float32:
             scale, zero = target["quantization"]
-            answer = (answer - zero) * scale
-        return answer
+            probabilities = (probabilities - zero) * scale
+        return probabilities
 
     return lambda images: np.stack([one(image) for image in images])

@@ -1,8 +1,8 @@
-"""What TensorFlow Lite's own tools read from a file: image properties, normalisation, labels.
+"""Metadata that TensorFlow Lite's own tools read: image properties, normalization, labels.
 
-A flatbuffer of the public schema `metadata_schema.fbs` (file identifier M001, version 1.1.0), stored as
-the model's buffer `TFLITE_METADATA`. Its few tables are written here by the positions of their
-fields, so that exporting needs no further package.
+A flatbuffer of the public schema `metadata_schema.fbs` (file identifier M001, version 1.1.0), stored
+as the model's buffer `TFLITE_METADATA`. This module writes its few tables by the positions of their
+fields, so that exporting needs no extra package.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _IMAGE_PROPERTIES, _NORMALIZATION, _AXIS_LABELS, _RGB = 2, 1, 2, 1  # Values of 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """Of a classifier of images.
+    """Facts about an image classifier.
 
     Attributes:
-      model: its name.
-      kind: of its numbers, e.g. float16.
+      model: name of the model.
+      kind: number type, e.g. float16.
       image_size: side of the input in pixels.
-      pixels: what the input is, for people.
-      labels_file: name of the attached file with a class name per line.
+      pixels: description of the input for people.
+      labels_file: name of the attached file with one class name per line.
     """
 
     model: str
@@ -38,13 +38,13 @@ class Description:
 
 
 class _Builder(flatbuffers.Builder):
-    """Vectors begin at multiples of 16 bytes, as the interpreter expects weights in a file."""
+    """Aligns vectors to 16 bytes, as the interpreter expects of the weights in a file."""
 
-    def StartVector(self, size, count, alignment):  # noqa: N802 - name of the package
+    def StartVector(self, size, count, alignment):  # noqa: N802 - overrides a method of the package
         return super().StartVector(size, count, max(alignment, 16))
 
     def table(self, fields: Mapping[int, int], scalars: Mapping[int, tuple] = {}) -> int:  # noqa: B006
-        """Offset of a table: position → offset of what is written, and position → (type, value)."""
+        """Writes a table of field position → offset and field position → (type, value)."""
         self.StartObject(max([*fields, *scalars]) + 1)
         for slot, offset in fields.items():
             self.PrependUOffsetTRelativeSlot(slot, offset, 0)
@@ -69,10 +69,10 @@ _byte, _uint = flatbuffers.Builder.PrependUint8Slot, flatbuffers.Builder.Prepend
 
 
 def encode(described: Description) -> bytes:
-    """The flatbuffer.
+    """The flatbuffer of a description.
 
-    Pixels are normalised inside the graph, so that readers must not do it again: their mean is 0 and
-    their standard deviation 1.
+    It states mean 0 and standard deviation 1, because the graph normalizes pixels itself and readers
+    must not do so again.
     """
     b = _Builder(1024)
     graph = b.table({2: b.tables(_input(b, described)), 3: b.tables(_output(b, described))})
@@ -121,7 +121,7 @@ def _output(b: _Builder, described: Description) -> int:
 
 
 def attach(content: bytes, metadata: bytes) -> bytes:
-    """The TFLite file with the metadata in it, in place of any it had."""
+    """The TFLite file `content` with this metadata, which replaces any that it had."""
     from tensorflow.lite.python import schema_py_generated as schema
 
     model = schema.ModelT.InitFromPackedBuf(content)

@@ -1,7 +1,7 @@
-"""Requests that TensorFlow Serving sends to a new version before it takes traffic.
+"""Requests that TensorFlow Serving runs on a new version before the version takes traffic.
 
 The file `assets.extra/tf_serving_warmup_requests` is a TFRecord of `tensorflow.serving.PredictionLog`.
-Its few fields are encoded here by number, so that exporting needs no package of TensorFlow Serving.
+This module encodes its few fields by number, so that exporting does not need TensorFlow Serving.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files.protobuf_wire import field
 
 FILE = os.path.join("assets.extra", "tf_serving_warmup_requests")
 
@@ -24,36 +25,24 @@ _NAME, _SIGNATURE = 1, 3
 _EXAMPLE_LIST, _EXAMPLES = 1, 1
 
 
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
-
-
-def _field(number: int, content: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
-
-
 def _model_spec(model: str, signature: str) -> bytes:
-    return _field(_NAME, model.encode()) + _field(_SIGNATURE, signature.encode())
+    return field(_NAME, model.encode()) + field(_SIGNATURE, signature.encode())
 
 
 def predict_log(model: str, signature: str, argument: str, value: np.ndarray) -> bytes:
     """A serialized PredictionLog of one Predict request."""
     proto = tf.make_tensor_proto(value).SerializeToString()
-    entry = _field(1, argument.encode()) + _field(2, proto)
-    request = _field(_MODEL_SPEC, _model_spec(model, signature)) + _field(_INPUTS, entry)
-    return _field(_PREDICT_LOG, _field(_REQUEST, request))
+    entry = field(1, argument.encode()) + field(2, proto)
+    request = field(_MODEL_SPEC, _model_spec(model, signature)) + field(_INPUTS, entry)
+    return field(_PREDICT_LOG, field(_REQUEST, request))
 
 
 def classify_log(model: str, examples: Sequence[bytes]) -> bytes:
     """A serialized PredictionLog of one Classify request with serialized tf.Examples."""
-    listed = b"".join(_field(_EXAMPLES, example) for example in examples)
-    request = _field(_MODEL_SPEC, _model_spec(model, "classify"))
-    request += _field(_INPUTS, _field(_EXAMPLE_LIST, listed))
-    return _field(_CLASSIFY_LOG, _field(_REQUEST, request))
+    listed = b"".join(field(_EXAMPLES, example) for example in examples)
+    request = field(_MODEL_SPEC, _model_spec(model, "classify"))
+    request += field(_INPUTS, field(_EXAMPLE_LIST, listed))
+    return field(_CLASSIFY_LOG, field(_REQUEST, request))
 
 
 def requests(model: str, size: int, batch_sizes: Sequence[int]) -> list[bytes]:

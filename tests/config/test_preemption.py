@@ -74,8 +74,9 @@ def program(body: str) -> subprocess.Popen:
     """A program whose `main` is `body` (indented by 4), which prints `ready` at first."""
     code = f"""
 import os, signal, sys, time
-from efficientnet_ns import config, preemption
-def main(argv):
+from efficientnet_ns import config
+from efficientnet_ns.config import preemption
+def main():
 {body}
 config.run(main)
 """

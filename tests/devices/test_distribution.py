@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,8 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_student import make_batch, make_trainer, values
-from test_train import PACE, ROOT, noised, tensors, write_data
+from fakes import (
+    PACE,
+    ROOT,
+    free_ports,
+    make_batch,
+    make_trainer,
+    noised,
+    tensors,
+    worker_environment,
+    write_data,
+)
+from fakes import variable_values as values
 
 from efficientnet_ns.config import Config, ConfigError, HardwareConfig, preemption
 from efficientnet_ns.data import pipeline
@@ -387,23 +394,6 @@ COMMON = (
 )
 
 
-def worker_environment(addresses: list[str], index: int) -> dict[str, str]:
-    """Of one process of several, or of the only one."""
-    environment = {key: v for key, v in os.environ.items() if key != "TF_CONFIG"}
-    if len(addresses) > 1:
-        task = {"type": "worker", "index": index}
-        environment["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
-    return environment
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 @pytest.mark.parametrize(
     "text, problem",
     [
@@ -539,10 +529,9 @@ def test_one_worker_asked_to_stop_stops_all_at_one_step(launcher, folder, uninte
 @pytest.mark.slow
 def test_digits_on_four_replicas_and_two_workers(launcher, tmp_path, folder):
     """100 steps of the demo's student network on the handwritten digits."""
-    from efficientnet_ns import demo
+    from efficientnet_ns.loop import digits
 
-    config = demo.DemoConfig(output_dir=str(tmp_path))
-    demo.prepare_data(str(tmp_path / "data"), config)
+    digits.make_records(str(tmp_path / "data"), seed=0, labels_per_class=10)
     settings = (
         "--task_name=digits",
         f"--label_data_dir={tmp_path}/data/labeled",

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fakes as set_ups
 import numpy as np
 import pytest
 import stack_arrays
 import tensorflow as tf
-import test_train
 
 from efficientnet_ns.training import summaries
 
@@ -178,16 +178,16 @@ train.train_and_evaluate(Config().override(**json.loads(sys.argv[1])))
 @pytest.mark.parametrize("begins_here", [True, False])
 def test_training_continues_on_the_other_stack(ours, other, tmp_path, begins_here):
     """Killed after step 6, it goes on from the checkpoint of step 4."""
-    test_train.write_data(tmp_path)
-    config = test_train.noised(tmp_path, "student")
-    settings = test_train.changed_settings(config)
+    set_ups.write_data(tmp_path)
+    config = set_ups.noised(tmp_path, "student")
+    settings = set_ups.changed_settings(config)
     first, second = (sys.executable, other) if begins_here else (other, sys.executable)
-    killed = python("-c", test_train.KILLED_BEFORE_STEP_6_IS_SAVED, settings, interpreter=first)
-    assert test_train.saved_steps(config.train.model_dir) == [2, 4], killed.stderr
+    killed = python("-c", set_ups.KILLED_BEFORE_STEP_6_IS_SAVED, settings, interpreter=first)
+    assert set_ups.saved_steps(config.train.model_dir) == [2, 4], killed.stderr
     continued = python("-c", CONTINUE, settings, interpreter=second)
     assert continued.returncode == 0, continued.stderr
     assert "InitializeLog" not in continued.stderr, "TensorFlow's own log"
-    assert test_train.saved_steps(config.train.model_dir) == [2, 4, 6, 7]
+    assert set_ups.saved_steps(config.train.model_dir) == [2, 4, 6, 7]
     rows = summaries.read_metrics(config.train.model_dir)
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     np.testing.assert_allclose(losses, ours["trained/loss"], atol=TOLERANCE["trained/"])

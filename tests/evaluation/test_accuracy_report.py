@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_distribution import free_ports, worker_environment
-from test_train import ROOT, pictures, write_task
+from fakes import ROOT, free_ports, pictures, worker_environment, write_task
 
 from efficientnet_ns import report as labeling_report
 from efficientnet_ns.config import Config, ConfigError

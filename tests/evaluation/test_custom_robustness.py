@@ -8,10 +8,9 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_train import CLASSES, VALIDATION, settings, write_data
+from fakes import CLASSES, VALIDATION, settings, write_data
 
-from efficientnet_ns import evaluate_robustness
-from efficientnet_ns.config import ConfigError, OwnSetConfig
+from efficientnet_ns.config import Config, ConfigError, OwnSetConfig, RobustnessConfig
 from efficientnet_ns.data import pipeline
 from efficientnet_ns.devices import distribution
 from efficientnet_ns.evaluation import (
@@ -19,6 +18,7 @@ from efficientnet_ns.evaluation import (
     corruptions,
     custom_robustness,
     custom_robustness_report,
+    robustness_program,
 )
 from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.files import tfexamples
@@ -232,9 +232,7 @@ def test_what_is_missing(folder, tmp_path, change, message):
     path = change.pop("weights", str(folder / "model.safetensors"))
     config = settings(folder, "unused", **change)
     with pytest.raises(ConfigError, match=message):
-        evaluate_robustness.evaluate_own_set(
-            config, OwnSetConfig(epsilons="1"), path, str(tmp_path)
-        )
+        robustness_program.evaluate_own_set(config, OwnSetConfig(epsilons="1"), path, str(tmp_path))
 
 
 def test_a_baseline_of_another_size_has_its_own_coefficients(folder):
@@ -249,16 +247,15 @@ def test_a_baseline_of_another_size_has_its_own_coefficients(folder):
 def test_several_machines_are_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", '{"cluster": {}}')
     with pytest.raises(ConfigError, match="one machine: unset TF_CONFIG"):
-        evaluate_robustness.evaluate_own_set(
+        robustness_program.evaluate_own_set(
             settings(folder, "unused"), OwnSetConfig(epsilons="1"), "weights", str(tmp_path)
         )
 
 
-def test_baseline_alone(entry_flags, monkeypatch):
-    values = entry_flags("evaluate_robustness", ["--baseline=b", "--weights=w", "--report_dir=r"])
-    monkeypatch.setattr(evaluate_robustness.flags, "FLAGS", values)
+def test_baseline_alone():
+    sets = RobustnessConfig(weights="w", report_dir="r")
     with pytest.raises(ConfigError, match="--baseline is measured with --corrupt or --epsilons"):
-        evaluate_robustness.main(["program"])
+        robustness_program.evaluate_and_report(Config(), OwnSetConfig(baseline="b"), sets)
 
 
 # The whole.
@@ -277,7 +274,7 @@ def test_the_program(folder, tmp_path, monkeypatch, capsys):
         epsilons="0,4", pgd_steps=2, corrupt="fog,spatter", severities="2,5", baseline=paths[1]
     )
     out = tmp_path / "out"
-    results = evaluate_robustness.evaluate_own_set(config, own, paths[0], str(out))
+    results = robustness_program.evaluate_own_set(config, own, paths[0], str(out))
     assert results["examples"] == 5 and list(results["attacks"]) == ["0", "4"]
     # The clean accuracy is that of the model called by hand.
     chosen = ResolvedConfig.from_config(config)
@@ -301,5 +298,5 @@ def test_the_program(folder, tmp_path, monkeypatch, capsys):
     assert printed == (out / "own_set.md").read_text()
     assert "| fog | " in printed and "| epsilon | model clean | baseline clean |" in printed
     calls = len(made[0].calls)
-    assert evaluate_robustness.evaluate_own_set(config, own, paths[0], str(out)) == results
+    assert robustness_program.evaluate_own_set(config, own, paths[0], str(out)) == results
     assert (calls, len(made[1].calls)) == (8, 4), "again only the pictures are made"

@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from fakes import flat_frames as flat
+from fakes import write_gif, write_mp4
 from PIL import Image
-from test_videos import flat, write_gif, write_mp4
 
 from efficientnet_ns.data import tasks
 from efficientnet_ns.evaluation import robustness, robustness_clips
@@ -63,7 +64,7 @@ class TinyNatural(tfds.core.GeneratorBasedBuilder):
 
 
 class TinyTwoSplits(TinyNatural):
-    """Which one?"""
+    """A set of two splits."""
 
     SPLITS = ("test", "other")
 
@@ -128,8 +129,8 @@ def test_tfds_by_the_names_of_its_classes(data_dir):
 @pytest.mark.parametrize(
     "place, message",
     [
-        ("tfds:tiny_two_splits", r"name one of its splits, tfds:tiny_two_splits:<other\|test>"),
-        ("tfds:tiny_birds", "class 'crow' is no WordNet id"),
+        ("tfds:tiny_two_splits", r"choose one of its splits, tfds:tiny_two_splits:<other\|test>"),
+        ("tfds:tiny_birds", "class 'crow' is not the WordNet id"),
         ("tfds:tiny_natural:train", "no such split; it has test"),
     ],
 )
@@ -219,7 +220,7 @@ def test_records_that_cannot_be_used(tmp_path):
         return sources.open_images(str(tmp_path / "v2"), sets.by_wnid(), allow_missing=True)
 
     write_records(tmp_path / "v2", "validation", [3, 4, 1000])
-    with pytest.raises(DataError, match=r"-00000-of-00002#1 has label 1000: 0 to 999"):
+    with pytest.raises(DataError, match=r"-00000-of-00002#1 has label 1000; expected 0 to 999"):
         opened()
     write_records(tmp_path / "v2", "validation", [3, 4, 5])
     path = tmp_path / "v2" / "validation-00001-of-00002"

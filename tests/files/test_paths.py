@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns import export_model, predict_image
-from efficientnet_ns.config import Config, SelectConfig
+from efficientnet_ns.config import Config, ExportConfig, SelectConfig
 from efficientnet_ns.config.ingest import MakeConfig
 from efficientnet_ns.files import atomic, local_files
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.paths import listed
+from efficientnet_ns.inference import photo_files
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import weights
 from efficientnet_ns.pseudo_labels import outcome, predict, run_report, selection, write
-from efficientnet_ns.serving import export
+from efficientnet_ns.serving import export, model_export
 from efficientnet_ns.training import train
 
 ODD = "a[b]?*c"
@@ -264,7 +264,9 @@ def test_exported_variables(tmp_path):
 def test_export(home, settings, trained, capsys, caplog):
     """Weights in variables, which TensorFlow reads from files when the model is loaded."""
     options = {"optimize_for": "none", "check_data": settings.data.label_data_dir}
-    folder = export_model.export_model(settings, str(home / "export"), 1, **options)
+    folder = model_export.export_model(
+        settings, ExportConfig(export_dir=str(home / "export"), version=1, **options)
+    )
     assert folder == str(home / "export" / "1")
     assert "against the float32 model" in capsys.readouterr().out
     assert "move the model before it is served" in caplog.text
@@ -272,5 +274,5 @@ def test_export(home, settings, trained, capsys, caplog):
 
 def test_photos(home, settings, trained):
     photo = str(home / "photos" / "cat" / "0.png")
-    (answer,) = predict_image.predict_images(settings, settings.train.model_dir, [photo])
+    (answer,) = photo_files.predict_images(settings, settings.train.model_dir, [photo])
     assert sum(p["probability"] for p in answer["predictions"]) == pytest.approx(1, abs=1e-4)

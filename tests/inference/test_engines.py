@@ -76,19 +76,9 @@ def test_answers_repeat_bit_by_bit(engine, pixels):
         np.testing.assert_array_equal(engine(others)[:4], first[:4])
 
 
-def test_batch_is_divided_among_replicas(two_replicas, pixels):
-    with two_replicas.scope():
-        model = unsure(
-            efficientnet.build_model("efficientnet-test", CLASSES, SIZE), np.random.default_rng(0)
-        )
-    engine = engines.make("auto", model, 3, two_replicas)
-    assert (engine.name, engine.batch_size) == ("tf", 4)
-    expected = tf.nn.softmax(model(pixels, training=False)).numpy()
-    np.testing.assert_allclose(engine(pixels), expected, atol=1e-5)
-
-
-def test_auto_is_xnnpack_on_cpu(model):
+def test_auto_is_xnnpack_on_one_cpu(model, two_replicas):
     assert engines.make("auto", model, 4).name == "xnnpack"
+    assert engines.make("auto", model, 4, two_replicas).name == "tf"
 
 
 def test_model_that_fits_no_flatbuffer(model, monkeypatch, caplog, pixels, expected):

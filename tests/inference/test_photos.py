@@ -16,10 +16,11 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from efficientnet_ns import inference, predict_image
+from efficientnet_ns import inference
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import images, pipeline, tasks
 from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.inference import photo_files
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
@@ -105,7 +106,7 @@ def by_eval_path(config: Config, weights_path: str, paths: list[str], tmp_path: 
 
 
 def test_answers_are_those_of_the_evaluation(config, folder, photos, tmp_path):
-    answers = list(predict_image.predict_images(config, str(folder), photos, top=5))
+    answers = list(photo_files.predict_images(config, str(folder), photos, top=5))
     expected = by_eval_path(config, str(folder), photos, tmp_path)
     assert expected.std(0).max() > 1e-3, "the photos must differ"
     assert [answer["photo"] for answer in answers] == photos
@@ -118,7 +119,7 @@ def test_answers_are_those_of_the_evaluation(config, folder, photos, tmp_path):
 
 def test_tasks_like_imagenet_are_cropped(tmp_path, photos):
     config = make_config(tmp_path)
-    (answer,) = predict_image.predict_images(config, str(tmp_path), photos[:1], top=1)
+    (answer,) = photo_files.predict_images(config, str(tmp_path), photos[:1], top=1)
     (tmp_path / "records").mkdir()
     row = by_eval_path(config, str(tmp_path), photos[:1], tmp_path / "records")[0]
     (best,) = answer["predictions"]
@@ -128,7 +129,7 @@ def test_tasks_like_imagenet_are_cropped(tmp_path, photos):
 
 def test_raw_weights(config, folder, photos):
     averaged, raw = (
-        list(predict_image.predict_images(config, str(folder), photos[:1], ema=ema))
+        list(photo_files.predict_images(config, str(folder), photos[:1], ema=ema))
         for ema in (True, False)
     )
     assert averaged != raw
@@ -153,11 +154,10 @@ def test_many_photos_trace_the_model_once(config, folder, photos, monkeypatch, r
         return model
 
     expected = [
-        answer["predictions"]
-        for answer in predict_image.predict_images(config, str(folder), photos)
+        answer["predictions"] for answer in photo_files.predict_images(config, str(folder), photos)
     ]
     monkeypatch.setattr(ResolvedConfig, "build_model", counting)
-    answers = list(predict_image.predict_images(config, str(folder), photos * repeats))
+    answers = list(photo_files.predict_images(config, str(folder), photos * repeats))
     assert count == calls
     for answer, guesses in zip(answers, expected * repeats):
         assert [g["index"] for g in answer["predictions"]] == [g["index"] for g in guesses]
@@ -170,7 +170,7 @@ def test_many_photos_trace_the_model_once(config, folder, photos, monkeypatch, r
 
 def test_bad_photos_are_named_and_others_answered(config, folder, photos, bad_photos):
     paths = [*bad_photos, photos[0]]
-    answers = {a["photo"]: a for a in predict_image.predict_images(config, str(folder), paths)}
+    answers = {a["photo"]: a for a in photo_files.predict_images(config, str(folder), paths)}
     assert list(answers) == paths
     for path, part in bad_photos.items():
         error = answers[path]["error"]
@@ -187,31 +187,31 @@ def test_formats_tensorflow_cannot_decode(config, folder, tmp_path, name):
     Image.open(io.BytesIO(content)).convert("RGB").save(tmp_path / "same.png")
     (tmp_path / "photo").write_bytes(content)
     paths = [str(tmp_path / "photo"), str(tmp_path / "same.png")]
-    photo, same = predict_image.predict_images(config, str(folder), paths)
+    photo, same = photo_files.predict_images(config, str(folder), paths)
     assert photo["predictions"] == same["predictions"]
 
 
 def test_pixels_without_a_known_range_are_named(config, folder, tmp_path):
     (tmp_path / "depth.tif").write_bytes(image_files.FILES["TIFF gray 32 bit"]())
-    (answer,) = predict_image.predict_images(config, str(folder), [tmp_path / "depth.tif"])
+    (answer,) = photo_files.predict_images(config, str(folder), [tmp_path / "depth.tif"])
     assert answer["photo"] == str(tmp_path / "depth.tif")
     assert answer["error"].startswith("32-bit integer pixels have no known range")
 
 
-@pytest.mark.parametrize("show", [json.dumps, predict_image._text])
+@pytest.mark.parametrize("show", [json.dumps, photo_files._text])
 def test_names_that_are_not_utf8(config, folder, photos, tmp_path, show, monkeypatch):
     name = os.fsencode(tmp_path) + b"/caf\xe9 \xff.png"
     with open(name, "wb") as file:
         file.write(Path(photos[1]).read_bytes())
     paths = [os.fsdecode(name), os.fsdecode(name + b"absent"), photos[1]]
-    answers = list(predict_image.predict_images(config, str(folder), paths))
+    answers = list(photo_files.predict_images(config, str(folder), paths))
     assert answers[0]["predictions"] == answers[2]["predictions"]
     assert "No such file" in answers[1]["error"]
     for coding in ("utf-8", "ascii"):
         target = io.TextIOWrapper(io.BytesIO(), encoding=coding)
         monkeypatch.setattr(sys, "stdout", target)
         for answer in answers:
-            print(predict_image._printable(show(answer)))
+            print(photo_files._printable(show(answer)))
         target.flush()
         text = target.buffer.getvalue().decode(coding)
         assert r"caf\udce9 \udcff.png" in text and str(photos[1]) in text
@@ -220,7 +220,7 @@ def test_names_that_are_not_utf8(config, folder, photos, tmp_path, show, monkeyp
 @pytest.mark.parametrize("weights_path, photos", [("", ["a.jpg"]), ("model", [])])
 def test_what_is_needed(weights_path, photos):
     with pytest.raises(ConfigError, match="--weights=PATH and at least one photo"):
-        next(predict_image.predict_images(Config(), weights_path, photos))
+        next(photo_files.predict_images(Config(), weights_path, photos))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -241,7 +241,7 @@ def test_command_line(config, folder, photos, bad_photos):
         *(bad, f"--weights={folder}", "--top=2", photos[1], "--json"),
     )
     assert done.returncode == 1, done.stderr
-    expected = predict_image.predict_images(config, str(folder), [photos[0], bad, photos[1]], top=2)
+    expected = photo_files.predict_images(config, str(folder), [photos[0], bad, photos[1]], top=2)
     for line, answer in zip(done.stdout.splitlines(), expected):
         told = json.loads(line)
         assert told["photo"] == answer["photo"] and told.get("error") == answer.get("error")
@@ -261,9 +261,9 @@ def test_text():
         {"index": 1, "name": "cat", "probability": 0.75},
         {"index": 0, "name": "dragonfly", "probability": 0.25},
     ]
-    text = predict_image._text({"photo": "a.jpg", "predictions": guesses})
+    text = photo_files._text({"photo": "a.jpg", "predictions": guesses})
     assert text == "a.jpg\n  cat        0.7500\n  dragonfly  0.2500"
-    text = predict_image._text({"photo": "b.jpg", "error": "Input is empty."})
+    text = photo_files._text({"photo": "b.jpg", "error": "Input is empty."})
     assert text == "b.jpg\n  cannot be read: Input is empty."
 
 

@@ -15,6 +15,7 @@ from efficientnet_ns.data import image_conversion, tasks
 from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import data_source, tfds_source
+from efficientnet_ns.loop import modes
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training import train
 
@@ -188,12 +189,12 @@ def settings(tmp_path: Path, data_dir: str, **values) -> Config:
 
 def test_training_straight_from_a_set(tmp_path, data_dir):
     config = settings(tmp_path, data_dir)
-    metrics = train.train_and_evaluate(config)
+    metrics = modes.run("train_and_eval", config)
     assert metrics["step"] == 2 and metrics["eval/examples"] == 5
     folder = tmp_path / "cache/tiny_arrows/1.2.0"
     assert contents(folder, "train") == stored(data_dir, "tiny_arrows", "train")
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    assert train.evaluate(config)["test"]["top1"] == metrics["eval/top1"]
+    assert modes.run("eval", config)["test"]["top1"] == metrics["eval/top1"]
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
     # The training is that of the records, however they were named.
     named = config.override(

@@ -8,14 +8,16 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import unicodedata
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from fakes import labeled_contents as contents
+from fakes import make_records as run
+from fakes import picture, write_folder, write_tar, write_zip
+from fakes import picture_files as files
 from PIL import Image
 
 from efficientnet_ns.config import ConfigError
@@ -26,67 +28,6 @@ from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import data_source, image_records, image_sources
 
 ROOT = Path(__file__).parents[2]
-
-
-def picture(seed: int, side: int = 12, image_format: str = "PNG", mode: str = "RGB", **kwargs):
-    pixels = np.random.default_rng(seed).integers(0, 256, [side, side + 2, 3], np.uint8)
-    target = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(target, image_format, **kwargs)
-    return target.getvalue()
-
-
-def files(per_class: int = 5, classes: tuple[str, ...] = ("ant", "bee", "cat")) -> dict[str, bytes]:
-    return {
-        f"{name}/{i:02d}.png": picture(100 * c + i)
-        for c, name in enumerate(classes)
-        for i in range(per_class)
-    }
-
-
-def write_folder(folder: Path, contents: dict[str, bytes]) -> Path:
-    for name, content in contents.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
-
-
-def write_zip(path: Path, contents: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in contents.items():
-            archive.writestr(name, content)
-    return path
-
-
-def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    archive.addfile(info, io.BytesIO(content))
-
-
-def write_tar(path: Path, contents: dict[str, bytes]) -> Path:
-    compression = {".gz": "gz", ".tgz": "gz", ".xz": "xz"}.get(path.suffix, "")
-    with tarfile.open(path, f"w:{compression}") as archive:
-        for name, content in contents.items():
-            add(archive, name, content)
-    return path
-
-
-def run(source: Path, output: Path, **values) -> dict[str, int]:
-    settings = {"num_shards": 2, "num_workers": 1, **values}
-    return data_source.make_records(
-        MakeConfig(source=str(source), output_dir=str(output), **settings)
-    )
-
-
-def contents(folder: Path, prefix: str = "train") -> list[tuple[int, bytes]]:
-    """(label, image) of all records, in order; read by TensorFlow."""
-    found = []
-    for path in shard_names.list_shards(str(folder), prefix):
-        for item in tf.data.TFRecordDataset(path):
-            example = tf.train.Example.FromString(item.numpy()).features.feature
-            label = example["image/class/label"].int64_list.value
-            found.append((label[0] if label else 0, example["image/encoded"].bytes_list.value[0]))
-    return found
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -17,16 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_image_records import (
-    add,
-    contents,
-    files,
-    picture,
-    run,
-    write_folder,
-    write_tar,
-    write_zip,
-)
+from fakes import add_member as add
+from fakes import labeled_contents as contents
+from fakes import make_records as run
+from fakes import picture, write_folder, write_tar, write_zip
+from fakes import picture_files as files
 
 from efficientnet_ns.config import ConfigError
 from efficientnet_ns.data import image_conversion, tasks

@@ -6,32 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from fakes import flat_frames as flat
+from fakes import write_gif, write_mp4
 
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import videos
-
-
-def flat(colors, size=(48, 64)) -> list[np.ndarray]:
-    return [np.broadcast_to(np.uint8(color), [*size, 3]).copy() for color in colors]
-
-
-def write_mp4(path, frames) -> None:
-    """H.264, as the clips of ImageNet-P."""
-    av = pytest.importorskip("av")
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=1)
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        file.mux(stream.encode())
-
-
-def write_gif(path, frames) -> None:
-    first, *rest = (Image.fromarray(frame) for frame in frames)
-    first.save(path, save_all=True, append_images=rest, duration=100, disposal=1)
-
 
 COLORS = [(8 * i, 248 - 8 * i, 100) for i in range(31)]
 

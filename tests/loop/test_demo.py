@@ -16,9 +16,10 @@ import pytest
 import tensorflow as tf
 from sklearn.datasets import load_digits
 
-from efficientnet_ns import demo, noisy_student
-from efficientnet_ns.config import ConfigError
+from efficientnet_ns.config import ConfigError, DemoConfig
 from efficientnet_ns.files import shard_names, tfexamples, tfrecords
+from efficientnet_ns.loop import demo, digits
+from efficientnet_ns.loop.state import State
 
 ROOT = Path(__file__).parents[2]
 DIGITS, TEST, DEV, TRAIN, OUTLIERS, SHARDS = 1797, 500, 300, 100, 200, 4
@@ -28,7 +29,7 @@ UNLABELED = DIGITS - TEST - DEV - TRAIN
 @pytest.fixture(scope="module", autouse=True)
 def encoded_once():
     """The sets are made several times here; encoding takes most of the time of it."""
-    encode, known = demo.encode, {}
+    encode, known = digits.encode, {}
 
     def remembering(gray: np.ndarray) -> bytes:
         key = gray.tobytes()
@@ -37,7 +38,7 @@ def encoded_once():
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "encode", remembering)
+        patch.setattr(digits, "encode", remembering)
         yield
 
 
@@ -52,7 +53,7 @@ def read(folder: Path, prefix: str) -> list[list[bytes]]:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("demo")
-    return folder, demo.prepare_data(str(folder), demo.DemoConfig())
+    return folder, digits.make_records(str(folder), seed=0, labels_per_class=10)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +70,9 @@ def sets(prepared) -> dict[str, list[bytes]]:
 @pytest.fixture(scope="module")
 def classes() -> dict[bytes, int]:
     """Class of each picture of the collection, by its bytes."""
-    digits = load_digits()
-    pictures = [demo.encode(image * (255 / 16)) for image in digits.images]
-    return dict(zip(pictures, digits.target.tolist()))
+    scans = load_digits()
+    pictures = [digits.encode(image * (255 / 16)) for image in scans.images]
+    return dict(zip(pictures, scans.target.tolist()))
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def test_labeled_pictures_stand_close_together():
     labels = np.tile(np.arange(10), 40)
     starts = set()
     for seed in range(5):
-        chosen = demo.labeled_indices(labels, 3, np.random.default_rng(seed))
+        chosen = digits.labeled_indices(labels, 3, np.random.default_rng(seed))
         assert Counter(labels[chosen]) == dict.fromkeys(range(10), 3)
         (start,) = [i for i in chosen if (i - 1) % len(labels) not in chosen]
         assert set(chosen) == {(start + i) % len(labels) for i in range(30)}
@@ -149,13 +150,13 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_same_seed_same_data(prepared, tmp_path):
     folder, data = prepared
-    assert demo.prepare_data(str(tmp_path), demo.DemoConfig()) == data
+    assert digits.make_records(str(tmp_path), seed=0, labels_per_class=10) == data
     assert files(tmp_path) == files(folder)
 
 
 def test_settings_of_the_data(prepared, tmp_path):
     folder, _ = prepared
-    other = demo.prepare_data(str(tmp_path), demo.DemoConfig(seed=1, labels_per_class=3))
+    other = digits.make_records(str(tmp_path), seed=1, labels_per_class=3)
     assert (other["train"], other["unlabeled"]) == (30, UNLABELED + OUTLIERS + 70)
     test = "labeled/test-00000-of-00002"
     assert files(tmp_path)[test] != files(folder)[test]
@@ -163,7 +164,7 @@ def test_settings_of_the_data(prepared, tmp_path):
 
 def test_configuration_finds_the_data(prepared):
     folder, _ = prepared
-    base, loop = demo.settings(demo.DemoConfig(output_dir=str(folder), seed=7, teacher_steps=5))
+    base, loop = demo.settings(DemoConfig(output_dir=str(folder), seed=7, teacher_steps=5))
     assert base.data.label_data_dir == str(folder / "data" / "labeled")
     assert base.data.unlabel_data_dir == str(folder / "data" / "unlabeled")
     assert (base.train.seed, loop.teacher_steps) == (7, 5)
@@ -198,8 +199,8 @@ def test_table_rows():
 
 
 def test_folder_of_another_demo(tmp_path):
-    config = demo.DemoConfig(output_dir=str(tmp_path))
-    noisy_student.State(str(tmp_path), dataclasses.asdict(config)).once("data", dict)
+    config = DemoConfig(output_dir=str(tmp_path))
+    State(str(tmp_path), dataclasses.asdict(config)).once("data", dict)
     with pytest.raises(ConfigError, match="labels_per_class: 10 → 5"):
         demo.run_demo(dataclasses.replace(config, labels_per_class=5))
 
@@ -209,8 +210,8 @@ def test_folder_of_another_demo(tmp_path):
 # Models of four steps are sure of nothing, so every label counts; small ones, since compiling takes
 # most of the time.
 KILLED_ONCE = """
-import dataclasses, os, signal, sys
-from efficientnet_ns import demo
+import dataclasses, os, runpy, signal, sys
+from efficientnet_ns.loop import demo
 from efficientnet_ns.models import weights
 
 moment = sys.argv.pop(1)
@@ -231,10 +232,10 @@ demo.settings = small
 child = os.fork()
 if not child:
     weights.write_checkpoint = killing
-    demo.run()
+    runpy.run_module("efficientnet_ns.demo", run_name="__main__")
 _, status = os.waitpid(child, 0)
 print("killed by signal", os.WTERMSIG(status), flush=True)
-demo.run()
+runpy.run_module("efficientnet_ns.demo", run_name="__main__")
 """
 
 

@@ -14,13 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from fakes import loop_settings as settings
+from fakes import write_loop_data as write_data
 
-from efficientnet_ns import noisy_student
 from efficientnet_ns.config import Config, ConfigError, LoopConfig
 from efficientnet_ns.config.ingest import MakeConfig
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import data_source
+from efficientnet_ns.loop import rounds
+from efficientnet_ns.loop.state import State
 from efficientnet_ns.pseudo_labels import predict
 from efficientnet_ns.training import train
 
@@ -28,43 +31,7 @@ ROOT = Path(__file__).parents[2]
 CLASSES, SIZE, NUM_IMAGE = 3, 8, 5
 
 
-def write_data(folder: Path) -> None:
-    rng = np.random.default_rng(0)
-
-    def pictures(count: int) -> list[bytes]:
-        pixels = rng.integers(0, 256, [count, SIZE, SIZE, 3], np.uint8)
-        return [tf.io.encode_png(image).numpy() for image in pixels]
-
-    task = {"num_classes": CLASSES, "image_size": SIZE, "small_image": True, "test_set": "test"}
-    (folder / "task.json").write_text(json.dumps(task))
-    for prefix, count in (("train", 9), ("validation", 6), ("test", 5)):
-        examples = [
-            tfexamples.labeled_example(image, i % CLASSES)
-            for i, image in enumerate(pictures(count))
-        ]
-        tfrecords.write_sharded(str(folder / "labeled"), prefix, examples, 1)
-    unlabeled = [tfexamples.unlabeled_example(image) for image in pictures(24)]
-    tfrecords.write_sharded(str(folder / "unlabeled"), "extra", unlabeled, 2)
-
-
-def settings(folder: Path) -> dict:
-    return {
-        "task_name": str(folder / "task.json"),
-        "label_data_dir": str(folder / "labeled"),
-        "unlabel_data_dir": str(folder / "unlabeled"),
-        "unlabel_ratio": 1.0,
-        "train_batch_size": 4,
-        "train_steps": 2,
-        "base_learning_rate": 0.5,
-        "warmup_epochs": 0.0,
-        "eval_batch_size": 8,
-        "iterations_per_loop": 1,
-        "save_checkpoints_steps": 1,
-        "seed": 3,
-    }
-
-
-def rounds(folder: Path, work_dir: str, number: int = 2) -> LoopConfig:
+def loop_in(folder: Path, work_dir: str, number: int = 2) -> LoopConfig:
     return LoopConfig(
         work_dir=str(folder / work_dir),
         models=", ".join(["efficientnet-test"] * (1 + number)),
@@ -88,8 +55,8 @@ def config(folder) -> Config:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder, config) -> tuple[LoopConfig, list[dict]]:
-    loop = rounds(folder, "undisturbed")
-    return loop, noisy_student.run_loop(config, loop)
+    loop = loop_in(folder, "undisturbed")
+    return loop, rounds.run_loop(config, loop)
 
 
 def stages(loop: LoopConfig) -> dict[str, dict]:
@@ -181,16 +148,14 @@ def test_each_student_is_taught_by_the_model_before(undisturbed, config):
     """Labels of a round come from the newest checkpoint of the round before."""
     loop, _ = undisturbed
     for number in (1, 2):
-        prediction, selection = noisy_student.stage_configs(config, loop, number)
-        assert prediction.predict.predict_ckpt_path == noisy_student.model_dir(loop, number - 1)
+        prediction, selection = rounds.stage_configs(config, loop, number)
+        assert prediction.predict.predict_ckpt_path == rounds.model_dir(loop, number - 1)
         # Its settings are those the predictions there were made with: all are skipped.
         assert predict.predict(prediction)["skipped_shards"] == 2
         assert selection.input_dir == config.data.unlabel_data_dir
-        student = json.loads(
-            (Path(noisy_student.model_dir(loop, number)) / "config.json").read_text()
-        )
+        student = json.loads((Path(rounds.model_dir(loop, number)) / "config.json").read_text())
         assert student["unlabel_data_dir"] == os.path.join(selection.output_dir, "data")
-    teacher = json.loads((Path(noisy_student.model_dir(loop, 0)) / "config.json").read_text())
+    teacher = json.loads((Path(rounds.model_dir(loop, 0)) / "config.json").read_text())
     assert (teacher["unlabel_data_dir"], teacher["unlabel_ratio"]) == ("", 0.0)
 
 
@@ -201,7 +166,7 @@ def test_each_student_is_taught_by_the_model_before(undisturbed, config):
 KILLED_AT = """
 import json, os, signal, sys
 import tensorflow as tf
-from efficientnet_ns import noisy_student
+from efficientnet_ns.loop import rounds
 from efficientnet_ns.config import Config, LoopConfig
 from efficientnet_ns.pseudo_labels import predict, selection, write
 from efficientnet_ns.models import weights
@@ -222,7 +187,7 @@ def run(suffix, text):
         rename(source, target, overwrite)
 
     weights.write_checkpoint, tf.io.gfile.rename = saving, renaming
-    noisy_student.run_loop(Config().override(**settings), LoopConfig(**loop))
+    rounds.run_loop(Config().override(**settings), LoopConfig(**loop))
 
 for moment in moments:
     child = os.fork()
@@ -250,7 +215,7 @@ MOMENTS = [
 @pytest.mark.slow
 def test_killed_at_many_moments(folder, config, undisturbed):
     """One round less, whose results are those of the first round of two."""
-    loop = rounds(folder, "killed", 1)
+    loop = loop_in(folder, "killed", 1)
     arguments = [settings(folder), dataclasses.asdict(loop), MOMENTS]
     done = subprocess.run(
         [sys.executable, "-c", KILLED_AT, *map(json.dumps, arguments)],
@@ -262,7 +227,7 @@ def test_killed_at_many_moments(folder, config, undisturbed):
     assert list(stages(loop))[-1] == "round 1: write"
 
     reference, expected = undisturbed
-    assert noisy_student.run_loop(config, loop) == expected[:2]
+    assert rounds.run_loop(config, loop) == expected[:2]
     recorded = stages(reference)
     assert stages(loop) == {name: recorded[name] for name in recorded if "round 2" not in name}
     assert balanced(loop, 1) == balanced(reference, 1)
@@ -274,7 +239,7 @@ def test_finished_loop_does_nothing(undisturbed, config, monkeypatch):
         monkeypatch.setattr(train, name, lambda *_: pytest.fail("worked again"))
     monkeypatch.setattr(predict, "predict", lambda *_: pytest.fail("predicted again"))
     before = (Path(loop.work_dir) / "state.json").stat().st_mtime_ns
-    assert noisy_student.run_loop(config, loop) == rows
+    assert rounds.run_loop(config, loop) == rows
     assert (Path(loop.work_dir) / "state.json").stat().st_mtime_ns == before
 
 
@@ -285,13 +250,13 @@ def test_finished_loop_does_nothing(undisturbed, config, monkeypatch):
 def varied(folder, config) -> tuple[LoopConfig, list[dict]]:
     """A student larger than its teacher, taught with another ratio, then fine-tuned larger still."""
     loop = dataclasses.replace(
-        rounds(folder, "varied", 1),
+        loop_in(folder, "varied", 1),
         image_sizes="8,12",
         unlabel_ratios="0.5",
         finetune_resolution=16,
         finetune_epochs=1.4,
     )
-    return loop, noisy_student.run_loop(config, loop)
+    return loop, rounds.run_loop(config, loop)
 
 
 def trained_with(folder: Path) -> dict:
@@ -317,7 +282,7 @@ def test_fine_tuning_is_the_end_of_a_schedule_on_clean_labeled_images(varied):
     loop, rows = varied
     tuned = trained_with(Path(loop.work_dir) / "round-1/finetuned-16")
     assert (tuned["remove_aug"], tuned["unlabel_data_dir"]) == (True, "")
-    assert tuned["init_model"] and tuned["init_model_path"] == noisy_student.model_dir(loop, 1)
+    assert tuned["init_model"] and tuned["init_model_path"] == rounds.model_dir(loop, 1)
     # 1.4 passes over 9 images in batches of 4.
     assert rows[2]["steps"] == tuned["train_last_step_num"] == 3
     assert rows[2]["measured"] != rows[1]["measured"]
@@ -328,27 +293,27 @@ def test_fine_tuning_counts_the_shards_that_are_trained_on(tmp_path, config):
     tfrecords.write_sharded(str(tmp_path), "train", [example] * 15, 2)
     few = config.override(label_data_dir=str(tmp_path), num_train_shards=1)
     loop = dataclasses.replace(
-        rounds(tmp_path, "w", 1), finetune_resolution=16, finetune_epochs=2.0
+        loop_in(tmp_path, "w", 1), finetune_resolution=16, finetune_epochs=2.0
     )
-    tuned = noisy_student.finetune_config(few, loop, 1)
+    tuned = rounds.finetune_config(few, loop, 1)
     assert tuned.train.train_last_step_num == 4  # 2 passes over 8 images in batches of 4.
 
 
 def test_slash_at_the_end_of_a_path_is_no_other_setting(tmp_path):
-    state = noisy_student.State(str(tmp_path), {"label_data_dir": "data/", "seed": 1})
+    state = State(str(tmp_path), {"label_data_dir": "data/", "seed": 1})
     state.once("stage", dict)
-    noisy_student.State(str(tmp_path), {"label_data_dir": "data", "seed": 1})
+    State(str(tmp_path), {"label_data_dir": "data", "seed": 1})
     with pytest.raises(ConfigError, match="seed: 1 → 2"):
-        noisy_student.State(str(tmp_path), {"label_data_dir": "data", "seed": 2})
+        State(str(tmp_path), {"label_data_dir": "data", "seed": 2})
 
 
 def test_fine_tuned_loop_is_continued_and_can_grow(varied, config, monkeypatch):
     loop, rows = varied
     for name in ("train_and_evaluate", "evaluate"):
         monkeypatch.setattr(train, name, lambda *_: pytest.fail("worked again"))
-    assert noisy_student.run_loop(config, loop) == rows
+    assert rounds.run_loop(config, loop) == rows
     without = dataclasses.replace(loop, finetune_resolution=None)
-    assert noisy_student.run_loop(config, without) == rows[:2]
+    assert rounds.run_loop(config, without) == rows[:2]
 
 
 def test_published_recipes(config):
@@ -367,7 +332,7 @@ def test_published_recipes(config):
             c.train.train_ratio,
             c.train.unlabel_ratio,
         )
-        for c in noisy_student.model_configs(plain, loop)
+        for c in rounds.model_configs(plain, loop)
     ]
     assert settings == [
         (240, None, 9, 2.0, 0.0),
@@ -375,7 +340,7 @@ def test_published_recipes(config):
         (475, "randaugment", 27, 1.0, 28.0),
     ]
     own = dataclasses.replace(loop, unlabel_ratios="", image_sizes="100,200,300")
-    configs = noisy_student.model_configs(plain, own)
+    configs = rounds.model_configs(plain, own)
     assert [c.model.input_image_size for c in configs] == [100, 200, 300]
     assert [c.train.unlabel_ratio for c in configs] == [0, 3, 14]
 
@@ -392,27 +357,27 @@ def test_unlabeled_set_beside_the_labeled_ones(folder, tmp_path):
     made = MakeConfig(source=str(source), output_dir=str(both), labeled=False, num_shards=2)
     data_source.make_records(made)
     config = Config().override(**{**settings(folder), "unlabel_data_dir": str(both)})
-    loop = rounds(tmp_path, "work", 1)
+    loop = loop_in(tmp_path, "work", 1)
     with pytest.raises(ConfigError, match="holds extra-.* … train-.*--file_prefix=extra"):
-        noisy_student.check(config, loop)
+        rounds.check(config, loop)
     named = config.override(file_prefix="extra", label_data_dir=str(both))
-    noisy_student.check(named, loop)
-    prediction, selection = noisy_student.stage_configs(named, loop, 1)
+    rounds.check(named, loop)
+    prediction, selection = rounds.stage_configs(named, loop, 1)
     options = prediction.predict
     assert (options.file_prefix, options.num_shards, options.shard_id) == ("extra", 2, "0-1")
     assert (selection.file_prefix, selection.num_shards) == ("extra", 2)
     with pytest.raises(DataError, match="no record files"):
-        noisy_student.check(config.override(file_prefix="other"), loop)
+        rounds.check(config.override(file_prefix="other"), loop)
     alone = config.override(unlabel_data_dir=str(folder / "unlabeled"))
-    prediction, _ = noisy_student.stage_configs(alone, loop, 1)
+    prediction, _ = rounds.stage_configs(alone, loop, 1)
     assert prediction.predict.file_prefix == "extra"
 
 
 def test_folder_of_an_earlier_version_is_continued(tmp_path):
-    noisy_student.State(str(tmp_path), {"seed": 1}).once("stage", dict)
-    noisy_student.State(str(tmp_path), {"seed": 1, "new": 0}, {"new": 0, "other": 5})
+    State(str(tmp_path), {"seed": 1}).once("stage", dict)
+    State(str(tmp_path), {"seed": 1, "new": 0}, {"new": 0, "other": 5})
     with pytest.raises(ConfigError, match="new: 0 → 1"):
-        noisy_student.State(str(tmp_path), {"seed": 1, "new": 1}, {"new": 0})
+        State(str(tmp_path), {"seed": 1, "new": 1}, {"new": 0})
 
 
 # --- Refusals -------------------------------------------------------------------------------------
@@ -429,7 +394,7 @@ def test_other_settings_are_refused(undisturbed, config, training, looping, diff
     loop, _ = undisturbed
     before = (Path(loop.work_dir) / "state.json").read_bytes()
     with pytest.raises(ConfigError, match=f"undisturbed was begun with .*{difference}"):
-        noisy_student.run_loop(config.override(**training), dataclasses.replace(loop, **looping))
+        rounds.run_loop(config.override(**training), dataclasses.replace(loop, **looping))
     assert (Path(loop.work_dir) / "state.json").read_bytes() == before
 
 
@@ -437,7 +402,7 @@ def test_another_model_in_a_round_that_is_finished_is_refused(undisturbed, confi
     loop, _ = undisturbed
     other = dataclasses.replace(loop, models="efficientnet-test,efficientnet-b0")
     with pytest.raises(ConfigError, match="model_name: 'efficientnet-test' → 'efficientnet-b0'"):
-        noisy_student.run_loop(config, other)
+        rounds.run_loop(config, other)
 
 
 @pytest.mark.parametrize(
@@ -450,7 +415,7 @@ def test_another_model_in_a_round_that_is_finished_is_refused(undisturbed, confi
 def test_unknown_models_are_refused_before_any_work(config, tmp_path, models, message):
     loop = LoopConfig(work_dir=str(tmp_path / "loop"), models=models)
     with pytest.raises(ConfigError, match=message):
-        noisy_student.run_loop(config, loop)
+        rounds.run_loop(config, loop)
     assert not (tmp_path / "loop").exists()
 
 
@@ -468,9 +433,9 @@ def test_unknown_models_are_refused_before_any_work(config, tmp_path, models, me
     ],
 )
 def test_settings_that_do_not_fit(folder, config, training, looping, message):
-    loop = dataclasses.replace(rounds(folder, "never"), **looping)
+    loop = dataclasses.replace(loop_in(folder, "never"), **looping)
     with pytest.raises(ConfigError, match=message):
-        noisy_student.run_loop(config.override(**training), loop)
+        rounds.run_loop(config.override(**training), loop)
     assert not (folder / "never").exists()
 
 
@@ -481,17 +446,15 @@ def test_state_records_a_result_once(tmp_path):
         calls.append(len(calls))
         return {"number": len(calls)}
 
-    state = noisy_student.State(str(tmp_path), {"of": "this loop"})
+    state = State(str(tmp_path), {"of": "this loop"})
     assert state.once("stage", work) == state.once("stage", work) == {"number": 1}
-    again = noisy_student.State(str(tmp_path), {"of": "this loop"})
+    again = State(str(tmp_path), {"of": "this loop"})
     assert again.once("stage", work) == {"number": 1}
     assert calls == [0]
 
 
 def test_failed_stage_is_not_recorded(tmp_path):
-    state = noisy_student.State(str(tmp_path), {})
+    state = State(str(tmp_path), {})
     with pytest.raises(ZeroDivisionError):
         state.once("stage", lambda: {"number": 1 // 0})
-    assert noisy_student.State(str(tmp_path), {}).once("stage", lambda: {"number": 2}) == {
-        "number": 2
-    }
+    assert State(str(tmp_path), {}).once("stage", lambda: {"number": 2}) == {"number": 2}

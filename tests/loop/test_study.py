@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fakes import loop_settings as settings
+from fakes import write_loop_data as write_data
 from scipy import stats
-from test_rounds import settings, write_data
 
 from efficientnet_ns import config as config_lib
-from efficientnet_ns import study
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, SelectConfig
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.loop import questions, study_results
+from efficientnet_ns.loop import questions, study, study_results
 from efficientnet_ns.loop.questions import STUDIES, Arm, Study
 from efficientnet_ns.pseudo_labels import predict
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
@@ -417,7 +417,7 @@ def test_every_kind_of_change_can_be_run(finished, config, monkeypatch):
 KILLED_ONCE = """
 import json, os, signal, sys
 import test_study
-from efficientnet_ns import study
+from efficientnet_ns.loop import study
 from efficientnet_ns.config import Config
 from efficientnet_ns.models import weights
 
@@ -444,7 +444,11 @@ def test_killed_study_continues(finished, folder, config, monkeypatch):
     arguments = [f"{student}/model.ckpt-1", settings(folder), str(folder / "killed")]
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_ONCE, json.dumps(arguments)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/loop'}",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        },
         capture_output=True,
         text=True,
     )
@@ -468,7 +472,7 @@ def test_killed_study_continues(finished, folder, config, monkeypatch):
 def test_digits_are_made_by_themselves(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(
-        study.demo, "prepare_data", lambda folder, config: made.append(config.seed) or {}
+        study.digits, "make_records", lambda folder, seed, labels_per_class: made.append(seed) or {}
     )
     digits = Config().override(task_name="digits", label_data_dir="", seed=5)
     for _ in range(2):

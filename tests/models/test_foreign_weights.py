@@ -21,9 +21,15 @@ import safetensors
 import safetensors.numpy
 import tensorflow as tf
 
-from efficientnet_ns import convert_checkpoint
 from efficientnet_ns.config import ConfigError, ModelConfig
-from efficientnet_ns.models import efficientnet, foreign_weights, heads, weight_files, weights
+from efficientnet_ns.models import (
+    conversion,
+    efficientnet,
+    foreign_weights,
+    heads,
+    weight_files,
+    weights,
+)
 
 PUBLISHED = [f"efficientnet-b{i}" for i in range(8)] + ["efficientnet-l2"]
 SCALED = [pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED[1:]]
@@ -881,8 +887,8 @@ def test_convert(tmp_path, model, source, target, ema):
     original = str(tmp_path / "model.ckpt-5")
     weights.save_weights(raw, original, ema_model=averages)
     there, back = str(tmp_path / "a.safetensors"), str(tmp_path / "new" / "model.ckpt-0")
-    assert convert_checkpoint.convert_checkpoint(TINY, original, there, ema=ema) == there
-    convert_checkpoint.convert_checkpoint(TINY, there, back)
+    assert conversion.convert_checkpoint(TINY, original, there, ema=ema) == there
+    conversion.convert_checkpoint(TINY, there, back)
     for path in (there, back):
         weights.load_weights(target, path)
         assert_same(snapshot(target), snapshot(averages if ema else raw))
@@ -893,15 +899,15 @@ def test_converter_overwrites_nothing(tmp_path, model):
     weights.save_weights(model, source)
     for target in ("a.safetensors", "model.ckpt-0"):
         target = str(tmp_path / target)
-        convert_checkpoint.convert_checkpoint(TINY, source, target)
+        conversion.convert_checkpoint(TINY, source, target)
         with pytest.raises(ConfigError, match=re.escape(f"--target: {target}")):
-            convert_checkpoint.convert_checkpoint(TINY, source, target)
+            conversion.convert_checkpoint(TINY, source, target)
 
 
 @pytest.mark.parametrize("source, target", [("", "b.safetensors"), ("a.safetensors", "")])
 def test_converter_needs_both_paths(source, target):
     with pytest.raises(ConfigError, match="--source and --target"):
-        convert_checkpoint.convert_checkpoint(TINY, source, target)
+        conversion.convert_checkpoint(TINY, source, target)
 
 
 def test_converter_with_an_unknown_model(tmp_path, model):
@@ -909,7 +915,7 @@ def test_converter_with_an_unknown_model(tmp_path, model):
     weights.save_weights(model, source)
     config = ModelConfig(model_name="efficientnet-b9")
     with pytest.raises(ConfigError, match="efficientnet-b9"):
-        convert_checkpoint.convert_checkpoint(config, source, tmp_path / "b.safetensors")
+        conversion.convert_checkpoint(config, source, tmp_path / "b.safetensors")
 
 
 def test_command_line(tmp_path, model):

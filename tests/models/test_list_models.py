@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from efficientnet_ns import list_models
+from efficientnet_ns.models import recipe_table
 from efficientnet_ns.models.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def test_words_that_are_no_flags_are_refused():
 def test_counted():
     """Of a model small enough to count every time, under the recipe of another."""
     name, recipe = "efficientnet-test", RECIPES["efficientnet-b0"]
-    row = list_models.counted({name: recipe})[name]
+    row = recipe_table.counted({name: recipe})[name]
     assert row.params == 36_488 and 1e5 < row.multiply_adds < 1e6
     assert row == dataclasses.replace(recipe, params=36_488, multiply_adds=row.multiply_adds)
-    assert f"{row.multiply_adds / 1e9:.3g}B" in list_models.table({name: row})
+    assert f"{row.multiply_adds / 1e9:.3g}B" in recipe_table.table({name: row})

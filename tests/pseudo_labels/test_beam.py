@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from unlabeled_sets import CLASSES, config, corrupt, png, save_teacher, write_shards
 
-from efficientnet_ns import label_beam
-from efficientnet_ns.config import Config, ConfigError, SelectConfig
+from efficientnet_ns import config as config_lib
+from efficientnet_ns.config import BeamConfig, Config, ConfigError, SelectConfig
 from efficientnet_ns.files import manifests, shard_names, tfexamples
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.inference.teacher import TeacherPredictor
-from efficientnet_ns.pseudo_labels import label_shard, predict, write
+from efficientnet_ns.pseudo_labels import label_shard, predict, programs, write
 from efficientnet_ns.pseudo_labels.selection import select
 
 SHARDS = 3
@@ -76,8 +76,8 @@ def stages(folder: Path, work: Path, **values) -> tuple[Config, SelectConfig]:
         "max_bad_fraction": 0.1,
     }
     settings = config(folder / f"task_{CLASSES}.json", **{**defaults, **values})
-    job = label_beam.BeamConfig(work_dir=str(work), num_image=20, min_threshold=0.1)
-    return label_beam.stages(settings, job)
+    job = BeamConfig(work_dir=str(work), num_image=20, min_threshold=0.1)
+    return programs.beam_stages(settings, job)
 
 
 def files(work: Path) -> dict[str, bytes]:
@@ -249,12 +249,12 @@ def test_command_with_several_processes(beam, folder, ordinary, tmp_path):
         (["--shard_id=3"], "--shard_id=3: leave it out, all 128 are labeled"),
     ],
 )
-def test_flags_that_would_change_nothing(entry_flags, arguments, message, monkeypatch):
+def test_flags_that_would_change_nothing(entry_flags, arguments, message):
     needed = ["--work_dir=w", "--unlabel_data_dir=u"] if arguments else []
     values = entry_flags("label_beam", needed + arguments)
-    monkeypatch.setattr(label_beam.flags, "FLAGS", values)
+    settings = [config_lib.from_flags(cls, values) for cls in (Config, BeamConfig)]
     with pytest.raises(ConfigError, match=message):
-        label_beam.main(["label_beam"])
+        programs.label_on_beam(*settings, [])
 
 
 def test_without_beam_the_message_says_what_to_install(monkeypatch):

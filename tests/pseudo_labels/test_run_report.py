@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from fakes import Document, load_outcome, plain_calibration_error
 from PIL import Image
-from test_report import Document, plain_calibration_error
-from test_selection import load_outcome
 
 from efficientnet_ns import report
 from efficientnet_ns.config import ConfigError, SelectConfig

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import tensorflow as tf
+from fakes import load_outcome
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from unlabeled_sets import write_index
@@ -43,28 +44,6 @@ def config(folder: Path, **values) -> SelectConfig:
         "num_image": 100,
     }
     return SelectConfig(**{**defaults, **values})
-
-
-def load_outcome(config: SelectConfig) -> dict[str, np.ndarray]:
-    """Every prediction and what the selection made of it, for sets that fit in memory.
-
-    Returns:
-      Columns `shard`, `record` (position in the shard), `label`, `prob`, `copies` (0: rejected),
-      each [N], ordered by shard and record.
-    """
-    workers = index.count_workers(config)
-    chosen = os.path.join(config.output_dir, selection.SELECTION)
-    indexes = [path for paths in index.index_files(config).values() for path in paths]
-    db = outcome._connect(predictions=indexes, selection=[chosen])
-    return db.execute(
-        f"""
-        SELECT shard, position * {workers} + worker AS record, label, prob,
-               coalesce(copies, 0) AS copies
-        FROM predictions LEFT JOIN (SELECT shard, worker, position, copies FROM selection)
-             USING (shard, worker, position)
-        ORDER BY shard, record
-        """
-    ).fetchnumpy()
 
 
 def draw_of(*numbers: int) -> int:

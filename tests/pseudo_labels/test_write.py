@@ -21,13 +21,13 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import tensorflow as tf
-from test_report import Document
+from fakes import Document
 
-from efficientnet_ns import filter_unlabel
-from efficientnet_ns.config import SelectConfig
+from efficientnet_ns import config as config_lib
+from efficientnet_ns.config import FilterConfig, SelectConfig
 from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.pseudo_labels import index, write
+from efficientnet_ns.pseudo_labels import index, programs, write
 from efficientnet_ns.pseudo_labels.selection import SELECTION, select
 
 ROOT = Path(__file__).parents[2]
@@ -260,15 +260,16 @@ def test_number_of_processes_and_runs_does_not_matter(inputs, by_command):
     assert files(settings.output_dir) == files(by_command[0].output_dir)
 
 
-def test_a_call_per_shard_is_one_call_over_all(inputs, by_command, entry_flags, monkeypatch):
+def test_a_call_per_shard_is_one_call_over_all(inputs, by_command, entry_flags):
     """The original's scripts call once per shard, first for the statistics, then for the records."""
     settings = config(inputs, "per_shard")
     for only_get_stats in (1, 0):
         for shard in (2, 0, 3, 1):
             step = dataclasses.replace(settings, only_get_stats=only_get_stats)
             values = entry_flags("filter_unlabel", [*command(step), f"--shard_id={shard}"])
-            monkeypatch.setattr(filter_unlabel.flags, "FLAGS", values)
-            filter_unlabel.main(["filter_unlabel"])
+            programs.select_and_write(
+                *(config_lib.from_flags(cls, values) for cls in (SelectConfig, FilterConfig))
+            )
         written = len(list(Path(settings.output_dir).glob("data/train-*")))
         assert written == (0 if only_get_stats else SHARDS)
     for name in ("prelim_stats_dir", "output_dir"):
@@ -277,9 +278,8 @@ def test_a_call_per_shard_is_one_call_over_all(inputs, by_command, entry_flags, 
 
 
 KILLED_AT_ITS_THIRD_SHARD = """
-import os, signal, sys
+import os, runpy, signal
 import tensorflow as tf
-from efficientnet_ns import filter_unlabel
 
 rename = tf.io.gfile.rename
 
@@ -289,7 +289,7 @@ def killing(source, target, overwrite=False):
     rename(source, target, overwrite)
 
 tf.io.gfile.rename = killing
-filter_unlabel.run()
+runpy.run_module("efficientnet_ns.filter_unlabel", run_name="__main__")
 """
 
 

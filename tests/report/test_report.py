@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 import re
@@ -11,10 +10,10 @@ import subprocess
 import sys
 import tracemalloc
 from collections import Counter
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from fakes import Document, plain_calibration_error
 from PIL import Image
 
 from efficientnet_ns import report
@@ -22,61 +21,6 @@ from efficientnet_ns.report import truth as truth_lib
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 HOSTILE = "<script>alert('$x_{$')</script>"  # As HTML a script, to Matplotlib a broken formula.
-VOID = {"meta", "img", "br", "hr", "link", "input"}
-
-
-class Document(HTMLParser):
-    """Parses HTML strictly: elements must be closed, in order, and attributes not be repeated."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.tables: list[list[list[str]]] = []
-        self.feed(text)
-        self.close()
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        assert len(dict(attrs)) == len(attrs), f"repeated attribute in {attrs}"
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("th", "td"):
-            self.tables[-1][-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, f"unexpected </{tag}>"
-
-    def handle_data(self, data):
-        if not self.open:
-            assert not data.strip(), f"text outside of any element: {data!r}"
-            return
-        self.texts.append((self.open[-1], data))
-        if self.open[-1] in ("th", "td"):
-            self.tables[-1][-1][-1] += data
-
-    def attributes(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    def text(self, tag: str) -> str:
-        return " ".join(data for name, data in self.texts if name == tag)
-
-    def rows(self, index: int = 0) -> list[dict[str, str]]:
-        head, *body = self.tables[index]
-        return [dict(zip(head, row)) for row in body]
-
-    def images(self) -> list[tuple[str, bytes]]:
-        found = []
-        for attributes in self.attributes("img"):
-            head, payload = attributes["src"].split(",", 1)
-            found.append((head, base64.b64decode(payload, validate=True)))
-        return found
 
 
 def encoded(kind: str, size: tuple[int, int] = (8, 8), color: str = "teal") -> bytes:
@@ -318,19 +262,6 @@ def test_confusion_of_many_classes_lists_the_worst():
     shown = [int(row["images"]) for row in document.rows()]
     assert shown == [count for _, count in pairs.most_common(10)]
     assert shown == [pairs[row["truth"], row["predicted"]] for row in document.rows()]
-
-
-def plain_calibration_error(correct, probs, bins):
-    """Guo et al. 2017, equation 3, one bin and one image at a time."""
-    total = 0.0
-    for m in range(1, bins + 1):
-        low, high = (m - 1) / bins, m / bins
-        members = [(c, p) for c, p in zip(correct, probs) if low < p <= high or (m == 1 and p == 0)]
-        if members:
-            accuracy = sum(c for c, _ in members) / len(members)
-            confidence = sum(p for _, p in members) / len(members)
-            total += len(members) / len(probs) * abs(accuracy - confidence)
-    return total
 
 
 @pytest.mark.parametrize("bins", [1, 10, 15])

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns import export_model, inference
-from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns import inference
+from efficientnet_ns.config import Config, ConfigError, ExportConfig
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.files import manifests
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.models.recipes import RECIPES
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
-from efficientnet_ns.serving import export, provenance
-from efficientnet_ns.serving.classifier import Answers
+from efficientnet_ns.serving import export, model_export, provenance
+from efficientnet_ns.serving.classifier import OutputSpec
 
 CLASSES, SIZE = 5, 32
 
@@ -68,7 +68,9 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(config, base) -> str:
-    folder = export_model.export_model(config, str(base / "models"), 3)
+    folder = model_export.export_model(
+        config, ExportConfig(export_dir=str(base / "models"), version=3)
+    )
     assert folder == str(base / "models" / "3")
     return folder
 
@@ -151,7 +153,7 @@ def test_only_the_version_is_left(exported, base):
 @pytest.mark.parametrize("ema, suffix", [(True, weights.EMA_SUFFIX), (False, "")])
 def test_which_weights(config, monkeypatch, ema, suffix):
     monkeypatch.setattr(export, "export", lambda model, *_: model)
-    model = export_model.export_model(config, "unused", 1, ema=ema)
+    model = model_export.export_model(config, ExportConfig(export_dir="unused", version=1, ema=ema))
     stored = tf.train.load_checkpoint(config.train.model_dir + "/model.ckpt-7")
     for name, variable in weights.variable_names(model).items():
         np.testing.assert_array_equal(variable, stored.get_tensor(name + suffix), err_msg=name)
@@ -160,7 +162,9 @@ def test_which_weights(config, monkeypatch, ema, suffix):
 def test_existing_version_is_refused(config, exported):
     before = {path: path.stat().st_mtime_ns for path in Path(exported).rglob("*")}
     with pytest.raises(manifests.OutputConflict, match=f"{exported} exists"):
-        export_model.export_model(config, str(Path(exported).parent), 3)
+        model_export.export_model(
+            config, ExportConfig(export_dir=str(Path(exported).parent), version=3)
+        )
     assert {path: path.stat().st_mtime_ns for path in Path(exported).rglob("*")} == before
 
 
@@ -183,7 +187,7 @@ def test_missing_folders_are_named(config, tmp_path, missing):
         config = config.override(model_dir=None)
     export_dir = "" if missing == "export_dir" else str(tmp_path)
     with pytest.raises(ConfigError, match=f"--{missing}"):
-        export_model.export_model(config, export_dir, 1)
+        model_export.export_model(config, ExportConfig(export_dir=export_dir, version=1))
 
 
 @pytest.mark.parametrize(
@@ -192,13 +196,15 @@ def test_missing_folders_are_named(config, tmp_path, missing):
 )
 def test_settings_of_the_other_format_are_refused(config, tmp_path, settings):
     with pytest.raises(ConfigError, match="tflite"):
-        export_model.export_model(config, str(tmp_path), **settings)
+        model_export.export_model(config, ExportConfig(export_dir=str(tmp_path), **settings))
 
 
 def test_a_file_of_the_same_type_gets_the_next_number(config, tmp_path):
     (tmp_path / "7").mkdir()
     paths = [
-        export_model.export_model(config, str(tmp_path), format="tflite", tflite_type=kind)
+        model_export.export_model(
+            config, ExportConfig(export_dir=str(tmp_path), format="tflite", tflite_type=kind)
+        )
         for kind in ("float32", "float32", "float16")
     ]
     numbers = [Path(path).name.split("-")[-2] for path in paths]
@@ -233,8 +239,8 @@ def test_card_tells_recipe_and_accuracy(config, base, tmp_path):
         "Evaluation during the training, after 2 steps": "top-1 90.00%, top-5 100.00% of 40 images (moving averages)",
         "Last evaluation in the folder, on dev": "top-1 87.50%, top-5 99.00% of 300 images (moving averages)",
     }
-    chosen = export_model.ExportConfig(export_dir="unused")
-    options = export_model._options(ResolvedConfig.from_config(config), str(folder), chosen)
+    chosen = ExportConfig(export_dir="unused")
+    options = model_export._export_options(ResolvedConfig.from_config(config), str(folder), chosen)
     text = export._card(
         ResolvedConfig.from_config(config).build_model(), Preprocessing(SIZE), 3, options
     )
@@ -287,7 +293,7 @@ def test_classifier_of_ones_own(tmp_path, optimize_for):
     pooled = efficientnet.endpoints(model)["pooled"]
     classifier = tf.keras.Model(model.input, tf.keras.layers.Dense(3)(pooled))
     preprocessing = Preprocessing(SIZE, small_image=True)
-    options = export.Options(Answers(("a", "b", "c")), optimize_for)
+    options = export.Options(OutputSpec(("a", "b", "c")), optimize_for)
     folder = export.export(classifier, preprocessing, tmp_path, 1, options)
     encoded = list(pictures().values())
     answers = export.saved_model_runner(folder)(encoded)

@@ -38,19 +38,20 @@ from google.protobuf import (
 )
 from PIL import Image
 
+from efficientnet_ns import inference
 from efficientnet_ns.benchmarks import tables
 from efficientnet_ns.data import tasks
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.inference import cpu_graph, engines, folding
+from efficientnet_ns.inference import engines, folding
 from efficientnet_ns.models import efficientnet
-from efficientnet_ns.serving import check, client, deploy, export, image_sizes, tflite, warmup
-from efficientnet_ns.serving.classifier import Answers
+from efficientnet_ns.serving import check, client, deployment, export, image_sizes, tflite, warmup
+from efficientnet_ns.serving.classifier import OutputSpec
 
 CLASSES, SIZE = 5, 32
 NAMES = ("ant", "bee", "cat", "dog", "eel")
-OPTIONS = export.Options(Answers(NAMES, top_k=3))
+OPTIONS = export.Options(OutputSpec(NAMES, top_k=3))
 PREPROCESSING = Preprocessing(SIZE)
 
 
@@ -113,40 +114,19 @@ def test_folding_changes_no_number(model):
     assert not any("moving" in weight.name for weight in folded.weights)
 
 
-@pytest.mark.parametrize("width", [1, 8, 1000])
-@pytest.mark.parametrize("sliced", [False, True])
-def test_the_graph_for_cpus_changes_no_number(model, sliced, width, monkeypatch):
-    monkeypatch.setattr(cpu_graph, "_CONVOLVED_WIDTH", width)
-    if sliced:
-        monkeypatch.setattr(cpu_graph, "_SLICE_VALUES", 1000)
-        monkeypatch.setattr(cpu_graph, "_SLICE_CHANNELS", 4)
-    graph = cpu_graph.forward(folding.fold_batch_norm(model))
-    kinds = [op.type for op in graph.graph.get_operations()]
-    blocks = efficientnet.num_blocks(model)
-    assert (kinds.count("Conv2D") == 1) == (width == 1000)
-    # With every map convolved, the classifier's product is left.
-    assert (kinds.count("MatMul") == 1) == (width == 1)
-    assert (kinds.count("DepthwiseConv2dNative") > blocks) == sliced
-    pixels = np.random.default_rng(0).uniform(0, 255, [3, SIZE, SIZE, 3]).astype(np.float32)
-    logits, pooled = graph(tf.constant(pixels))
-    ends = efficientnet.endpoints(model)
-    expected_pooled = tf.keras.Model(model.input, ends["pooled"])(pixels, training=False)
-    np.testing.assert_allclose(logits, model(pixels, training=False), atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(pooled, expected_pooled, atol=1e-4, rtol=1e-4)
-
-
-def test_the_graph_for_cpus_in_bfloat16(model):
-    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
-    reduced = efficientnet.build_model("efficientnet-test", CLASSES, SIZE)
-    reduced.set_weights(model.get_weights())
-    graph = cpu_graph.forward(folding.fold_batch_norm(reduced))
-    pixels = np.random.default_rng(0).uniform(0, 255, [3, SIZE, SIZE, 3]).astype(np.float32)
-    logits, pooled = graph(tf.constant(pixels))
-    assert logits.dtype == pooled.dtype == tf.float32
-    products = [op for op in graph.graph.get_operations() if op.type == "MatMul"]
-    assert products and all(op.inputs[0].dtype == tf.bfloat16 for op in products)
-    exact = model(pixels, training=False)
-    np.testing.assert_allclose(logits, exact, atol=0.05 * np.abs(exact).max())
+def test_pointwise_convolutions_of_small_maps_are_products():
+    """At 128 pixels the first maps are 64 wide, the others at most 32."""
+    model = efficientnet.build_model("efficientnet-test", CLASSES, 128)
+    folded = folding.fold_batch_norm(model, for_cpu=True)
+    call = tf.function(folded).get_concrete_function(tf.TensorSpec([None, 128, 128, 3]))
+    kinds = [op.type for op in call.graph.get_operations()]
+    pointwise = [layer for layer in folded.layers if isinstance(layer, folding.Pointwise)]
+    convolved = [layer for layer in pointwise if layer.input_shape[2] >= 56]
+    assert 0 < len(convolved) < len(pointwise)
+    assert kinds.count("Conv2D") == len(convolved) + 1  # The stem.
+    assert kinds.count("MatMul") == len(pointwise) - len(convolved) + 1  # The classifier.
+    pixels = np.random.default_rng(0).uniform(0, 255, [2, 128, 128, 3]).astype(np.float32)
+    np.testing.assert_allclose(folded(pixels), model(pixels), atol=1e-4, rtol=1e-4)
 
 
 def test_every_signature_by_name(model, served):
@@ -180,7 +160,7 @@ def test_every_signature_by_name(model, served):
 
 @pytest.mark.parametrize("target", ["accelerator", "none"])
 def test_other_targets_answer_the_same(model, target, tmp_path):
-    options = export.Options(Answers(NAMES), target)
+    options = export.Options(OutputSpec(NAMES), target)
     export.export(model, PREPROCESSING, str(tmp_path), 4, options)
     answer = Session(str(tmp_path / "4"))("serving_default", image_bytes=[jpeg()])
     np.testing.assert_allclose(answer["probabilities"], expected(model, [jpeg()]), atol=1e-5)
@@ -231,14 +211,14 @@ def test_files_of_a_version(base):
     assert (base / "1" / "assets" / "labels.txt").read_text().split() == list(NAMES)
     card = (base / "1" / "README.md").read_text()
     assert "efficientnet-test, version 1" in card and "| `classify` |" in card
-    assert {path.name for path in (base / "deploy").iterdir()} == set(deploy.FILES)
+    assert {path.name for path in (base / "deploy").iterdir()} == set(deployment.texts("m"))
 
 
 def test_changed_deployment_files_stay(base, model):
     path = base / "deploy" / "models.config"
     before = path.read_text()
     path.write_text("mine")
-    deploy.write(str(base), model.name)
+    deployment.write(str(base), model.name)
     assert path.read_text() == "mine"
     path.write_text(before)
 
@@ -275,8 +255,8 @@ def test_text_protos_parse(base):
         batching_parameters(),
     )
     # The server refuses a file whose last allowed size is not the largest batch.
-    assert list(batching.allowed_batch_sizes) == list(deploy.BATCH_SIZES)
-    assert batching.max_batch_size.value == deploy.BATCH_SIZES[-1]
+    assert list(batching.allowed_batch_sizes) == list(deployment.BATCH_SIZES)
+    assert batching.max_batch_size.value == deployment.BATCH_SIZES[-1]
 
 
 def test_start_script_is_sound(base):
@@ -315,13 +295,13 @@ def test_start_script_without_a_server_starts_a_container(base, tmp_path):
 
 
 def test_files_of_another_model_are_left_with_a_warning(tmp_path, caplog):
-    deploy.write(str(tmp_path), "one")
-    deploy.write(str(tmp_path), "one")
+    deployment.write(str(tmp_path), "one")
+    deployment.write(str(tmp_path), "one")
     assert not caplog.records
     before = (tmp_path / "deploy" / "models.config").read_text()
     with caplog.at_level("WARNING"):
-        deploy.write(str(tmp_path), "two")
-    assert "models.config is not what it would be for two" in caplog.text
+        deployment.write(str(tmp_path), "two")
+    assert "models.config differs from the template for two" in caplog.text
     assert (tmp_path / "deploy" / "models.config").read_text() == before
 
 
@@ -338,11 +318,11 @@ def test_compose_file_and_kubernetes_manifest(base):
     subprocess.run(["bash", "-n", "-c", check_command[2]], check=True)
 
     text = (base / "deploy" / "kubernetes.yaml").read_text()
-    deployment, entry = yaml.safe_load_all(text)
-    pod = deployment["spec"]["template"]
-    assert (deployment["kind"], entry["kind"]) == ("Deployment", "Service")
+    workload, entry = yaml.safe_load_all(text)
+    pod = workload["spec"]["template"]
+    assert (workload["kind"], entry["kind"]) == ("Deployment", "Service")
     labels = pod["metadata"]["labels"]
-    assert labels == deployment["spec"]["selector"]["matchLabels"] == entry["spec"]["selector"]
+    assert labels == workload["spec"]["selector"]["matchLabels"] == entry["spec"]["selector"]
     (container,) = pod["spec"]["containers"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"grpc": 8500, "rest": 8501}
@@ -579,7 +559,7 @@ def test_killed_exports_leave_complete_versions_only(tmp_path, rng, model):
     + [pytest.param("int8", 0.3, marks=pytest.mark.slow)],
 )
 def test_tflite(model, tmp_path, kind, tolerance):
-    images = check.prepared([jpeg(seed=i) for i in range(8)], PREPROCESSING.evaluate)
+    images = inference.preprocess([jpeg(seed=i) for i in range(8)], PREPROCESSING).numpy()
     path = str(tmp_path / "model.tflite")
     export.export_tflite(model, PREPROCESSING, path, kind, OPTIONS, images)
     answers = tflite.runner(Path(path).read_bytes())(images)
@@ -682,7 +662,7 @@ def test_check_data(tmp_path, caplog):
     assert check.encoded_images(str(tmp_path), 3) == [jpeg()]
     (tmp_path / "0.png").write_bytes(b"no picture")
     assert check.encoded_images(str(tmp_path), 1) == [jpeg()]
-    assert f"{tmp_path / '0.png'} is left out" in caplog.text
+    assert f"{tmp_path / '0.png'} is skipped" in caplog.text
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(DataError, match="neither images that can be decoded nor"):
         check.encoded_images(str(tmp_path), 3)
@@ -906,13 +886,13 @@ _OTHER_SERVERS = {
         {"outputs": {"valid": [True] * 2, **dict.fromkeys(client._TOP, [[], []])}},
         "a photo without classes",
     ),
-    "rows": (200, {"predictions": [1, 2]}, "does not answer as TensorFlow Serving"),
+    "rows": (200, {"predictions": [1, 2]}, "does not respond like TensorFlow Serving"),
     "error in a good answer": (200, {"error": "no such thing"}, "no such thing"),
-    "a list": (200, ["x"], "does not answer as TensorFlow Serving"),
+    "a list": (200, ["x"], "does not respond like TensorFlow Serving"),
     "a page": (200, _HTML, "a web page, 502 Bad Gateway <nginx>"),
     "nothing": (200, b"", "an empty body"),
-    "no text": (200, b"\xff\xfe\x00", "does not answer as TensorFlow Serving"),
-    "deep": (200, b"[" * 100_000, "does not answer as TensorFlow Serving"),
+    "no text": (200, b"\xff\xfe\x00", "does not respond like TensorFlow Serving"),
+    "deep": (200, b"[" * 100_000, "does not respond like TensorFlow Serving"),
     "wrong input": (400, {"error": "missing inputs: x\nof the signature"}, "HTTP 400: missing inp"),
     "unknown model": (
         404,
@@ -977,7 +957,7 @@ def test_client_of_servers_without_http(reply, tmp_path, capsys):
         assert client.main([*arguments, f"--timeout={seconds}", photo]) == 1
         asked.set()
         thread.join()
-    assert re.search(r"no answer from 127\.0\.0\.1:\d+: \S", capsys.readouterr().out)
+    assert re.search(r"no response from 127\.0\.0\.1:\d+: \S", capsys.readouterr().out)
 
 
 def test_names_of_models_are_quoted(rest, tmp_path):

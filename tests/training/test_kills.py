@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train import ROOT, assert_same_training, noised, write_data
+from fakes import ROOT, assert_same_training, noised, write_data
 
 from efficientnet_ns.config import Config
 from efficientnet_ns.files import json_files

@@ -5,8 +5,6 @@ Run as a program it prints the digest that `test_another_process_gives_the_same_
 
 from __future__ import annotations
 
-import collections
-import functools
 import hashlib
 import json
 import os
@@ -17,6 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from fakes import NUM_CLASSES, initial_weights, make_batch, make_trainer, return_models, tiny
+from fakes import build_test_model as build
+from fakes import variable_values as values
 
 from efficientnet_ns.models import efficientnet, layers, weights
 from efficientnet_ns.training import losses, optimizers, schedules, student
@@ -28,98 +29,12 @@ SVHN = {
 NO_NOISE = {"survival_prob": 1.0, "dropout_rate": 0.0}
 STRONG_NOISE = {"survival_prob": 0.3, "dropout_rate": 0.5}
 RATIO = 2.0
-NUM_CLASSES = 10
-
-
-# Building a model takes longer than a step with it: tests use the same ones again, with new weights.
-_free: dict[tuple, list[tf.keras.Model]] = collections.defaultdict(list)
-_lent: list[tuple[tuple, tf.keras.Model]] = []
 
 
 @pytest.fixture(autouse=True)
 def give_models_back():
     yield
-    for kind, model in _lent:
-        _free[kind].append(model)
-    _lent.clear()
-
-
-def build(**kwargs) -> tf.keras.Model:
-    return efficientnet.build_model("efficientnet-test", NUM_CLASSES, 16, **kwargs)
-
-
-@functools.cache
-def initial_weights(seed: int) -> list[np.ndarray]:
-    tf.keras.utils.set_random_seed(seed)
-    return build().get_weights()
-
-
-def tiny(seed: int, **kwargs) -> tf.keras.Model:
-    """A model that no one else has in this test, with the initial weights of `seed`."""
-    if tf.distribute.has_strategy():
-        model = build(**kwargs)
-    else:
-        kind = tuple(sorted(kwargs.items()))
-        model = _free[kind].pop() if _free[kind] else build(**kwargs)
-        _lent.append((kind, model))
-    model.trainable = True
-    model.set_weights(initial_weights(seed))
-    return model
-
-
-def make_trainer(
-    *,
-    temperature: float = -1.0,
-    unlabel_ratio: float = 0.0,
-    teacher: tf.keras.Model | None = None,
-    seed: int = 0,
-    learning_rate=0.05,
-    weight_decay: float = 1e-2,
-    label_data_sample_prob: float = 1.0,
-    label_weight: float = 1.0,
-    unl_model_noise: bool = True,
-    jit_compile: bool = False,
-    **model_kwargs,
-) -> student.NoisyStudent:
-    """A student of seed 1 whose averages start elsewhere, at seed 2."""
-    trainer = student.NoisyStudent(
-        tiny(1, **model_kwargs),
-        tiny(2, **model_kwargs),
-        student.LossSettings(
-            weight_decay=weight_decay,
-            unlabel_ratio=unlabel_ratio,
-            teacher_softmax_temp=temperature,
-            label_data_sample_prob=label_data_sample_prob,
-            label_weight=label_weight,
-            unl_model_noise=unl_model_noise,
-        ),
-        seed=seed,
-        teacher=teacher,
-    )
-    trainer.compile(optimizers.RMSPropTF1(learning_rate), jit_compile=jit_compile)
-    return trainer
-
-
-def make_batch(num_labeled: int = 4, num_unlabeled: int = 0, seed: int = 0) -> dict[str, tf.Tensor]:
-    """A batch with everything that any kind of training reads; arrays of their own random numbers."""
-    rng = np.random.default_rng(seed)
-
-    def images(count):
-        return tf.constant(rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8))
-
-    batch = {
-        "image": images(num_labeled),
-        "label": tf.constant(rng.integers(0, NUM_CLASSES, num_labeled).astype(np.int32)),
-    }
-    if num_unlabeled:
-        probs = rng.dirichlet(np.full(NUM_CLASSES, 0.5), num_unlabeled).astype(np.float32)
-        batch |= {
-            "unl_image": images(num_unlabeled),
-            "unl_label": tf.constant(rng.integers(0, NUM_CLASSES, num_unlabeled).astype(np.int32)),
-            "unl_probs": tf.constant(probs),
-            "teacher_image": images(num_unlabeled),
-        }
-    return batch
+    return_models()
 
 
 def steps(trainer: student.NoisyStudent, batch: dict, count: int = 1) -> list[dict[str, float]]:
@@ -130,10 +45,6 @@ def steps(trainer: student.NoisyStudent, batch: dict, count: int = 1) -> list[di
             metric.reset_state()
         logs.append({name: float(value) for name, value in trainer.train_step(batch).items()})
     return logs
-
-
-def values(model: tf.keras.Model) -> dict[str, np.ndarray]:
-    return {name: v.numpy() for name, v in weights.variable_names(model).items()}
 
 
 def assert_close(actual: dict, expected: dict, rtol=1e-4, atol=1e-5) -> None:
@@ -347,7 +258,7 @@ def test_another_process_gives_the_same_bits():
     root = Path(__file__).parents[2]
     process = subprocess.Popen(
         [sys.executable, __file__],
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"},
         stdout=subprocess.PIPE,
         text=True,
     )

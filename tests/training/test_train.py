@@ -16,6 +16,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from fakes import (
+    CLASSES,
+    KILLED_BEFORE_STEP_6_IS_SAVED,
+    LABELED,
+    PACE,
+    ROOT,
+    SIZE,
+    VALIDATION,
+    assert_same_training,
+    changed_settings,
+    noised,
+    pictures,
+    saved_steps,
+    settings,
+    tensors,
+    write_data,
+    write_task,
+)
 
 from efficientnet_ns.config import Config, ConfigError, check
 from efficientnet_ns.config.preemption import StopRequest
@@ -29,89 +47,10 @@ from efficientnet_ns.training.input_wait import InputWait
 from efficientnet_ns.training.session import Session, TrainingDiverged
 from efficientnet_ns.training.student import NoisyStudent
 
-ROOT = Path(__file__).parents[2]
-CLASSES, SIZE = 3, 8
-LABELED, UNLABELED, VALIDATION = 13, 11, 7
 LABELED_METRICS = {"lab/acc", "lab/pred_prob", "lab/loss"}
-PACE = ("images_per_second", "input_wait")
 TRAIN_METRICS = {"train/data_loss", "train/loss", "train/lr", "train/epoch", *PACE}
 UNLABELED_METRICS = {"unl/acc_to_dump", "unl/pred_prob", "unl/target_prob", "ext/loss"}
 EVAL_METRICS = {"eval/top1", "eval/top5", "eval/loss", "eval/examples"}
-
-
-def pictures(count: int, seed: int) -> list[bytes]:
-    rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 256, [count, SIZE, SIZE, 3], np.uint8)
-    return [tf.io.encode_png(image).numpy() for image in pixels]
-
-
-def pseudo_labels(count: int) -> np.ndarray:
-    return np.random.default_rng(9).dirichlet(np.ones(CLASSES), count).astype(np.float32)
-
-
-def write_task(path: Path, num_classes: int = CLASSES) -> str:
-    task = {"num_classes": num_classes, "image_size": SIZE, "small_image": True}
-    path.write_text(json.dumps(task))
-    return str(path)
-
-
-def write_data(folder: Path) -> None:
-    """A task, labeled records in two sets, unlabeled records with and without pseudo labels."""
-    write_task(folder / "task.json")
-    for prefix, count, seed in (("train", LABELED, 1), ("validation", VALIDATION, 2)):
-        examples = [
-            tfexamples.labeled_example(image, i % CLASSES)
-            for i, image in enumerate(pictures(count, seed))
-        ]
-        tfrecords.write_sharded(str(folder / "labeled"), prefix, examples, 2)
-    images, probs = pictures(UNLABELED, 3), pseudo_labels(UNLABELED)
-    pseudo = [
-        tfexamples.pseudo_labeled_example(image, row, int(row.argmax()))
-        for image, row in zip(images, probs)
-    ]
-    tfrecords.write_sharded(str(folder / "pseudo"), "train-0", pseudo, 2)
-    plain = [tfexamples.unlabeled_example(image) for image in images]
-    tfrecords.write_sharded(str(folder / "unlabeled"), "extra", plain, 1)
-
-
-def settings(folder: Path, model_dir: str | Path, **values) -> Config:
-    """Supervised training of the smallest model on the data of `folder`."""
-    defaults = {
-        "model_name": "efficientnet-test",
-        "task_name": str(folder / "task.json"),
-        "label_data_dir": str(folder / "labeled"),
-        "model_dir": str(folder / model_dir),
-        "train_batch_size": 4,
-        "train_steps": 2,
-        "base_learning_rate": 0.5,
-        "warmup_epochs": 0.0,
-        "eval_batch_size": 4,
-        "iterations_per_loop": 1,
-        "save_checkpoints_steps": 1,
-        "preview_images": 0,
-    }
-    return Config().override(**{**defaults, **values})
-
-
-def noised(folder: Path, model_dir: str | Path, **values) -> Config:
-    """A student of stored soft labels with every kind of noise; 7 steps in loops of 2."""
-    noise = {
-        "unlabel_data_dir": str(folder / "pseudo"),
-        "unlabel_ratio": 1.5,
-        "teacher_softmax_temp": 1.0,
-        "augment_name": "randaugment",
-        "randaug_mag": 9,
-        "randaug_layer": 1,
-        "unl_aug": "none",
-        "dropout_rate": 0.3,
-        "stochastic_depth_rate": 0.5,
-        "train_steps": 7,
-        "iterations_per_loop": 2,
-        "save_checkpoints_steps": 2,
-        "steps_per_eval": 4,
-        "seed": 5,
-    }
-    return settings(folder, model_dir, **{**noise, **values})
 
 
 @pytest.fixture(scope="module")
@@ -126,28 +65,6 @@ def straight(folder) -> tuple[Config, dict[str, float]]:
     """The noised student, trained without interruption."""
     config = noised(folder, "straight")
     return config, train.train_and_evaluate(config)
-
-
-def tensors(model_dir: str, step: int) -> dict[str, np.ndarray]:
-    reader = tf.train.load_checkpoint(f"{model_dir}/model.ckpt-{step}")
-    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
-
-
-def assert_same_training(one: str, other: str, step: int) -> None:
-    """Checkpoints equal in every bit, and the same rows of metrics, but for the speed."""
-    ours, theirs = tensors(one, step), tensors(other, step)
-    assert set(ours) == set(theirs)
-    for name, value in ours.items():
-        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
-    rows = [summaries.read_metrics(folder) for folder in (one, other)]
-    for row in rows[0] + rows[1]:
-        for name in PACE:
-            row.pop(name, None)
-    assert rows[0] == rows[1]
-
-
-def saved_steps(model_dir: str) -> list[int]:
-    return sorted(int(path.stem.split("-")[1]) for path in Path(model_dir).glob("*.index"))
 
 
 # --- What a training leaves -----------------------------------------------------------------------
@@ -280,39 +197,6 @@ def test_teacher_on_the_fly(straight, folder):
 
 
 # --- Resuming -------------------------------------------------------------------------------------
-
-KILLED_BEFORE_STEP_6_IS_SAVED = """
-import json, os, signal, sys
-from efficientnet_ns.config import Config
-from efficientnet_ns.models import weights
-from efficientnet_ns.training import train
-
-write = weights.write_checkpoint
-
-def killing(prefix, tensors):
-    if prefix.endswith("-6"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(prefix, tensors)
-
-weights.write_checkpoint = killing
-train.train_and_evaluate(Config().override(**json.loads(sys.argv[1])))
-"""
-
-
-def changed_settings(config: Config) -> str:
-    """JSON of every setting that is not at its default."""
-    pairs = zip(
-        (getattr(config, section) for section in ("model", "data", "train")),
-        (getattr(Config(), section) for section in ("model", "data", "train")),
-    )
-    return json.dumps(
-        {
-            name: value
-            for ours, defaults in pairs
-            for name, value in vars(ours).items()
-            if value != getattr(defaults, name)
-        }
-    )
 
 
 def test_killed_training_ends_in_the_same_bits(straight, folder):
@@ -775,8 +659,8 @@ def test_new_head_on_old_weights(straight, tmp_path):
 
 ASKED_TO_STOP = """
 import json, os, signal, sys
+from efficientnet_ns import config
 from efficientnet_ns.config import Config
-from efficientnet_ns import config, preemption
 from efficientnet_ns.training import session, train
 
 log = session.Session._pace
@@ -787,7 +671,11 @@ def asking(self, step):
     return log(self, step)
 
 session.Session._pace = asking
-config.run(lambda argv: train.train_and_evaluate(Config().override(**json.loads(argv[1]))))
+
+def main(words):
+    train.train_and_evaluate(Config().override(**json.loads(words[0])))
+
+config.run(main, words=True)
 """
 
 

@@ -1,0 +1,33 @@
+"""What `benchmark.py` can measure, and how its results are shown and written."""
+
+from __future__ import annotations
+
+import importlib
+
+from efficientnet_ns.benchmarks import tables
+from efficientnet_ns.config import BenchmarkConfig, require
+from efficientnet_ns.files import json_files
+
+# --what → module with `run(BenchmarkConfig) -> list[tables.Row]`. Modules are imported when chosen:
+# each needs other peers.
+_MODULES = {
+    "input": "inputs",
+    "train": "training",
+    "predict": "labeling",
+    "select": "selection",
+    "serving": "serving",
+}
+
+
+def run(options: BenchmarkConfig) -> str:
+    """Measures `options.what`; the table, which with `json_file` is written there too.
+
+    Raises:
+      ConfigError: `what` is not given, or another setting does not fit.
+    """
+    require(options, "what")
+    module = importlib.import_module(f"efficientnet_ns.benchmarks.{_MODULES[options.what or '']}")
+    rows = module.run(options)
+    if options.json_file:
+        json_files.write_json(options.json_file, tables.as_json(rows), indent=1)
+    return tables.format_rows(rows)

@@ -1,0 +1,110 @@
+"""What every program does: its flags, `--help`, one-line errors, exit codes, requests to stop."""
+
+from __future__ import annotations
+
+import functools
+import logging as std_logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+
+from efficientnet_ns.config import fields, flag_help, preemption
+from efficientnet_ns.files import standard_output
+
+_HELP = {"-h", "--h", "-help", "--help", "-helpshort", "--helpshort", "-?", "--?"}
+_STORAGE_ERRORS = (
+    "NotFoundError",
+    "PermissionDeniedError",
+    "ResourceExhaustedError",
+    "AlreadyExistsError",
+)
+
+
+def run(main: Callable[..., int | None], *settings: type, words: bool = False) -> None:
+    """Runs a program: defines and parses its flags, and calls `main` with the settings.
+
+    Errors that the user can fix are one line, not a stack trace. Exit codes: what `main` returns (0
+    for None); 2 for a wrong flag or unusable data; 75 after SIGTERM or SIGINT (see `preemption`);
+    141, as for other programs, when the reader of the output has gone.
+
+    Args:
+      main: takes an instance of each of `settings`, then with `words` the other arguments.
+      settings: dataclasses whose fields are the program's flags.
+      words: whether arguments that are not flags are allowed.
+    """
+    values = flags.FLAGS
+    for cls in settings:
+        fields.define_flags(cls, values)
+    with standard_output.quiet_when_unread():
+        if _HELP & set(sys.argv[1:]):
+            print(flag_help.text(values, sys.argv[0], sys.modules["__main__"].__doc__ or ""))
+            sys.exit(0)
+        _quieten_tensorflow()
+        app.run(
+            lambda argv: _exit_code(lambda: main(*_arguments(settings, values, argv[1:], words))),
+            flags_parser=functools.partial(_parse, values),
+        )
+
+
+def _parse(values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
+    try:
+        return values(arguments)
+    except flags.Error as e:
+        print(f"{e}\n--help lists the flags.", file=sys.stderr)
+        sys.exit(2)
+
+
+def _arguments(
+    settings: Sequence[type], values: flags.FlagValues, rest: Sequence[str], words: bool
+) -> list[Any]:
+    """What `main` is called with."""
+    if rest and not words:
+        # A mistyped flag must not be ignored for hours.
+        raise fields.ConfigError(
+            f"unexpected argument {rest[0]!r}; every setting is a --flag=value"
+        )
+    built: list[Any] = [fields.from_flags(cls, values) for cls in settings]
+    return [*built, list(rest)] if words else built
+
+
+def _exit_code(program: Callable[[], int | None]) -> int | None:
+    """Runs the program; its exit code, with errors that the user can fix logged as one line."""
+    try:
+        with preemption.StopRequest() as stop, stop.immediate():
+            code = program()
+        standard_output.flush()
+        return code
+    except preemption.Preempted as e:
+        logging.warning("%s: start the same command again to continue", e)
+        return preemption.EXIT_CODE
+    except Exception as e:
+        if isinstance(e, BrokenPipeError) and standard_output.is_unread():
+            raise
+        if not _is_fixable(e):
+            raise
+        logging.error("%s", e)
+        return 2
+
+
+def _is_fixable(error: Exception) -> bool:
+    """Whether the user can fix the cause: settings, data, or storage that failed."""
+    kind = type(error)
+    # Storage fails with an OSError or one of TensorFlow's errors, which name the path. TensorFlow is
+    # not imported to tell them: programs that do not need it start quickly.
+    storage = isinstance(error, OSError) or kind.__name__ in _STORAGE_ERRORS
+    # A failed precondition is about storage if a folder is where a file should be, or vice versa.
+    mixed_up = kind.__name__ == "FailedPreconditionError" and "directory" in str(error)
+    return kind.__module__.startswith("efficientnet_ns") or storage or mixed_up
+
+
+def _quieten_tensorflow() -> None:
+    logging.set_verbosity(logging.INFO)
+    # Errors of TensorFlow's C++ code reach Python as exceptions; the rest of its log is noise here.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # With several replicas TensorFlow logs how it adds up each variable.
+    std_logging.getLogger("tensorflow").addFilter(
+        lambda entry: entry.module != "cross_device_ops" or entry.levelno >= std_logging.WARNING
+    )

@@ -1,0 +1,203 @@
+"""Settings as frozen dataclasses whose fields are the flags: name, type, default and help in one place.
+
+Importing this module does not import TensorFlow, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from absl import flags
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A flag has a value that cannot work; the message names it."""
+
+
+def setting(
+    default: Any,
+    help: str,  # noqa: A002 - the word absl uses
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    free: bool = False,
+    documented: Any = None,
+) -> Any:
+    """A dataclass field that is also a flag.
+
+    Args:
+      default: of the field, and of the flag unless `documented` is given.
+      help: of the flag.
+      choices: allowed values.
+      low: smallest allowed value.
+      free: may change between the runs that continue one model_dir.
+      documented: default that the flag shows. The field is None unless the flag is given, so code
+        can tell "not given" from "given, and equal to the default".
+    """
+    if documented is not None and default is not None:
+        raise TypeError("a setting with a documented default is None unless given")
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "low": low,
+        "free": free,
+        "documented": default if documented is None else documented,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Settings:
+    """Base of the settings dataclasses: paths may be given as `pathlib.Path`."""
+
+    def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+
+
+def subsections(cls: type) -> dict[str, type]:
+    """Field name → dataclass, for the fields of a dataclass that are dataclasses themselves."""
+    return {
+        field.name: type(field.default)
+        for field in dataclasses.fields(cls)
+        if dataclasses.is_dataclass(field.default)
+    }
+
+
+def _flat(cls: type) -> list[type]:
+    """The dataclasses whose fields are flags: the sections, or `cls` itself when it has none."""
+    return list(subsections(cls).values()) or [cls]
+
+
+def as_dict(settings: Any) -> dict[str, Any]:
+    """The values by flag name, JSON-able; a flag not given has the default it documents.
+
+    Stored settings are compared with these, so `--num_label_classes=1000` and its absence are the
+    same training.
+    """
+    return {
+        field.name: field.metadata["documented"] if value is None else value
+        for field in dataclasses.fields(settings)
+        for value in [getattr(settings, field.name)]
+    }
+
+
+def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with trailing slashes stripped from paths, which do not make another training."""
+
+    def plain(name: str, value: Any) -> Any:
+        is_path = name.endswith(("_dir", "_path")) or name == "task_name"
+        if not is_path or value is None:
+            return value
+        return ";".join(part.rstrip("/") for part in value.split(";"))
+
+    return {name: plain(name, value) for name, value in settings.items()}
+
+
+# --- Flags ------------------------------------------------------------------------------------------
+
+_DEFINE: dict[type, Callable[..., Any]] = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_bool,
+}
+
+
+def define_flags(cls: type, flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines one absl flag per field of a settings dataclass, or of its sections."""
+    for section in _flat(cls):
+        hints = typing.get_type_hints(section)
+        # Attributed to the program and the section, so that --help shows them in groups.
+        group = f"{sys.argv[0]}: {(section.__doc__ or '').splitlines()[0]}"
+        for field in dataclasses.fields(section):
+            default, choices = field.metadata["documented"], field.metadata["choices"]
+            # `int | None` is defined as int: absl flags take None as a default of any type.
+            kinds = [a for a in typing.get_args(hints[field.name]) if a is not type(None)]
+            define = _DEFINE[kinds[0] if kinds else hints[field.name]]
+            if choices:
+                # Without a default, an empty value takes back that of a preset.
+                values = [*choices, ""] if default is None else [*choices]
+                define = functools.partial(flags.DEFINE_enum, enum_values=values)
+            define(
+                name=field.name,
+                default=default,
+                help=field.metadata["help"],
+                flag_values=flag_values,
+                module_name=group,
+            )
+
+
+def from_flags(cls: type[T], values: flags.FlagValues) -> T:
+    """Builds and checks the dataclass from parsed flags.
+
+    Raises:
+      ConfigError: a value is out of range, or a file is where a folder would be made.
+    """
+    sections = subsections(cls)
+    if sections:
+        return cls(**{name: from_flags(section, values) for name, section in sections.items()})
+    fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
+    result = cls(**{name: _value(field, values[name]) for name, field in fields.items()})
+    check(result)
+    for name in sorted(_FOLDERS_WRITTEN & vars(result).keys()):
+        check_no_file(name, getattr(result, name) or "")
+    return result
+
+
+def _value(field: dataclasses.Field, flag: flags.Flag) -> Any:
+    """The field's value; None where the flag was not given or takes back that of a preset."""
+    documented = field.metadata["documented"]
+    if field.default is None and documented is not None and not flag.present:
+        return None
+    nothing = field.metadata["choices"] and documented is None and flag.value in ("", "none")
+    return None if nothing else flag.value
+
+
+# --- Checks -----------------------------------------------------------------------------------------
+
+_FOLDERS_WRITTEN = {
+    *("model_dir", "eval_dir", "data_cache_dir", "output_dir", "info_dir", "prelim_stats_dir"),
+    *("work_dir", "export_dir", "report_dir"),
+}
+
+
+def check_no_file(name: str, path: str) -> None:
+    """Raises ConfigError if the folder of flag `name` cannot be made because a file is there."""
+    part = path.rstrip("/")
+    while part and not os.path.lexists(part):
+        part = os.path.dirname(part)
+    if part and not os.path.isdir(part):
+        raise ConfigError(f"--{name}={path}: {part} is not a folder; choose another path")
+
+
+def check(settings: Any) -> None:
+    """Raises ConfigError for the first value below its field's lower bound."""
+    for field, value in _values(settings):
+        low = field.metadata["low"]
+        if value is not None and low is not None and value < low:
+            raise ConfigError(f"--{field.name}={value} is too small: at least {low} is needed")
+
+
+def _values(settings: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _values(value)
+        else:
+            yield field, value
+
+
+def require(settings: Any, *names: str) -> None:
+    """Raises ConfigError naming the first of these settings that is not given."""
+    for name in names:
+        if not getattr(settings, name):
+            raise ConfigError(f"--{name} is needed")

@@ -1,0 +1,160 @@
+"""Settings of selection and writing, of the labeling report, and of the Beam pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from efficientnet_ns.config.fields import ConfigError, Settings, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectConfig(Settings):
+    """Selection and writing of pseudo-labeled records; the flags of `filter_unlabel.py`."""
+
+    input_dir: str = setting("", "Folder of the unlabeled records.")
+    prediction_dir: str = setting("", "Folder of the predictions.")
+    info_dir: str = setting(
+        "",
+        "Folder of the counts that the prediction wrote; given, they are compared with the "
+        "predictions, which are read in any case.",
+    )
+    prelim_stats_dir: str = setting("", "Folder of the statistics.")
+    output_dir: str = setting("", "Folder of the selection and of the balanced records.")
+    num_shards: int = setting(128, "Number of shards of the unlabeled set.", low=1)
+    only_use_num_shards: int = setting(
+        -1, "Use the first so many shards alone, for statistics, selection and records; -1: all."
+    )
+    shard_id: int | None = setting(
+        None,
+        "Write the records of this shard alone; not given: those of all. Statistics and selection "
+        "are of all shards in either case, made by the first call and found by the later ones.",
+        low=0,
+        documented=0,
+    )
+    total_replicas: int = setting(
+        1,
+        "Tasks that share the workers of a shard: the statistics have a file for each, but task 0 "
+        "writes the records of all, so calls with a --task above 0 write none.",
+        low=1,
+    )
+    total_label_replicas: int = setting(
+        -1, "Workers that predicted each shard (their total_replicas); -1: as many as are found."
+    )
+    task: int = setting(-1, "Number in the names of the output files; -1: 0.")
+    debug: int = setting(
+        0, "1: statistics and selection of the first worker's part of --shard_id alone."
+    )
+    num_image: int = setting(1300, "Images per class.", low=0)
+    min_threshold: float = setting(0.0, "Lowest confidence that is kept.", low=0)
+    max_prob: float = setting(
+        2.0, "Highest confidence that is kept; above 1, since rounding may exceed it."
+    )
+    num_label_classes: int = setting(1000, "Number of classes.", low=1)
+    upsample: int = setting(1, "Fill classes below num_image with copies: 1 or 0.", low=0)
+    use_top: int = setting(
+        1,
+        "1: the most confident images of classes with more than num_image; 0: a random part of "
+        "all from min_threshold on.",
+        low=0,
+    )
+    use_all: bool = setting(
+        False, "Every image from min_threshold on, once; num_image is not heeded."
+    )
+    selection: str = setting(
+        "exact",
+        "exact: num_image images per class. threshold: as the 2019 code, cut at steps of 0.01, "
+        "with copies drawn so that about num_image are expected.",
+        choices=("exact", "threshold"),
+    )
+    only_get_stats: int = setting(0, "Stop after the statistics: 1 or 0.", low=0)
+    file_prefix: str = setting("train", "Prefix of the unlabeled files: train or extra.")
+    data_type: str = setting(
+        "tfrecord", "Of the unlabeled files; there is no other.", choices=("tfrecord",)
+    )
+    eval_imagenet_p: bool = setting(
+        False, "Accepted for old scripts, without effect; the 2019 code did not use it either."
+    )
+    seed: int = setting(0, "Of the choice of copies and of the order of records.", low=0)
+    num_samples: int = setting(5, "Sample pictures kept per class and shard.", low=0)
+    num_workers: int = setting(
+        -1,
+        "Processes that write shards at the same time; -1: one per core, fewer if there is little "
+        "to write.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterConfig(Settings):
+    """What `filter_unlabel.py` does besides selecting and writing."""
+
+    report: bool = setting(False, "Write report.html, as labeling_report does, at the end.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig(Settings):
+    """What the labeling report shows; `SelectConfig` says where the run is."""
+
+    report_path: str = setting("", "File to write; default: report.html in output_dir.")
+    previous_prediction_dir: str = setting(
+        "", "Predictions of an earlier round for the same images, to compare labels with."
+    )
+    truth: str = setting(
+        "",
+        "True labels: a CSV or Parquet file with the columns shard, record and label (0-based; -1: "
+        "of no class), or `records`: the image/class/label of the unlabeled records.",
+    )
+    class_names: str = setting("", "Text file with the name of a class per line.")
+    report_classes: int = setting(
+        10, "Worst covered, best covered and other classes whose pictures are shown.", low=0
+    )
+    report_shards: int = setting(4, "Shards that pictures are taken from.", low=1)
+
+
+def _of_selection(name: str) -> Any:
+    """The setting that filter_unlabel has under that name."""
+    field = SelectConfig.__dataclass_fields__[name]
+    return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamConfig(Settings):
+    """Where the Beam job works, and what it selects."""
+
+    work_dir: str = setting(
+        "",
+        "Folder for `predictions`, `info`, `statistics` and `selected`; all workers must see it.",
+    )
+    selection: str = _of_selection("selection")
+    num_image: int = _of_selection("num_image")
+    min_threshold: float = _of_selection("min_threshold")
+    max_prob: float = _of_selection("max_prob")
+    upsample: int = _of_selection("upsample")
+    use_top: int = _of_selection("use_top")
+    use_all: bool = _of_selection("use_all")
+    num_samples: int = _of_selection("num_samples")
+
+
+def shard_list(text: str | None, num_shards: int) -> list[int]:
+    """`"0,3,8-11"` → [0, 3, 8, 9, 10, 11]; `"auto"` → all; None (not given) → [0].
+
+    Raises:
+      ConfigError: not numbers and ranges, or outside 0..num_shards-1.
+    """
+    if text is None:
+        return [0]
+    if text == "auto":
+        return list(range(num_shards))
+    shards: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ConfigError(f"--shard_id={text}: {part!r} is neither a number nor a range a-b")
+        part_shards = range(int(first), int(last or first) + 1)
+        if not part_shards:
+            raise ConfigError(f"--shard_id={text}: the range {part!r} ends before it starts")
+        shards += part_shards
+    outside = [s for s in shards if s >= num_shards]
+    if outside:
+        raise ConfigError(f"--shard_id={text}: {outside[0]} is not below --num_shards={num_shards}")
+    return list(dict.fromkeys(shards))

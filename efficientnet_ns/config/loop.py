@@ -1,0 +1,74 @@
+"""Settings of the rounds, of studies, and of the demo."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from efficientnet_ns.config.fields import Settings, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig(Settings):
+    """The rounds of `noisy_student.py`, beside the settings of its trainings."""
+
+    work_dir: str = setting("", "Folder of everything the loop makes.")
+    models: str = setting(
+        "efficientnet-b0,efficientnet-b0",
+        "Variants in order: the first teacher, then each round's student, which teaches the next.",
+    )
+    teacher_steps: int | None = setting(
+        None, "Update steps of the first teacher; default: train_steps.", low=1
+    )
+    published_recipes: bool = setting(
+        False,
+        "Train each model as published for ImageNet at its size: resolution, RandAugment, epochs "
+        "and unlabel_ratio, of which image_sizes and unlabel_ratios take precedence.",
+    )
+    image_sizes: str = setting(
+        "", "Image side of each of the models, joined with ','; default: the same for all."
+    )
+    unlabel_ratios: str = setting(
+        "", "unlabel_ratio of each student, joined with ','; default: the same for all."
+    )
+    finetune_resolution: int | None = setting(
+        None,
+        "Image side in pixels at which the last student is fine-tuned on labeled images without "
+        "augmentation (FixRes); default: it is not.",
+        low=8,
+    )
+    finetune_epochs: float = setting(1.5, "Passes over the labeled images of that.", low=0)
+    finetune_fix_layers: int = setting(-1, "fix_layer_num of the fine-tuning; -1: none.", low=-1)
+    num_image: int = setting(1300, "Pseudo-labeled images per class.", low=1)
+    min_threshold: float = setting(0.3, "Lowest confidence of a pseudo label that is kept.", low=0)
+
+
+# Update steps in a quick study, at most. With fewer, the teacher of the digits has learned too little.
+QUICK_TEACHER_STEPS, QUICK_STUDENT_STEPS = 400, 300
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig(Settings):
+    """Which questions are asked, and how often."""
+
+    studies: str = setting(
+        "all",
+        "Joined with ',', or all of them: noise, labels, ratio, amount, size, balance, joint, start, "
+        "rounds.",
+    )
+    seeds: str = setting("0,1,2", "Seeds, joined with ','; every arm is run with each.")
+    quick: bool = setting(
+        False,
+        f"Only the most telling arms, and at most {QUICK_TEACHER_STEPS} update steps of the teacher "
+        f"and {QUICK_STUDENT_STEPS} of each student.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig(Settings):
+    """Settings of the demo."""
+
+    output_dir: str = setting("runs/demo", "Folder of everything the demo makes.")
+    seed: int = setting(0, "Of the split, the initial weights and all noise.")
+    labels_per_class: int = setting(10, "Labeled images per class.", low=1)
+    teacher_steps: int = setting(400, "Update steps of the teacher.", low=1)
+    student_steps: int = setting(700, "Update steps of each student.", low=1)

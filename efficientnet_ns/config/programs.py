@@ -1,0 +1,171 @@
+"""Settings of programs about one model: robustness, export, photos, conversion, benchmarks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from efficientnet_ns.config.fields import Settings, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnSetConfig(Settings):
+    """Attacks on, and corruptions of, any labeled set: task_name and label_data_dir."""
+
+    epsilons: str = setting(
+        "",
+        "FGSM and PGD: how far each pixel value of 0..255 may be moved; several joined with ',', "
+        "e.g. 2,4,8,16.",
+    )
+    pgd_steps: int = setting(10, "Gradient steps of PGD.", low=1)
+    pgd_step_size: float | None = setting(
+        None, "Size of each, in pixel values; default: 2.5 epsilon / pgd_steps.", low=0
+    )
+    corrupt: str = setting(
+        "",
+        "Corruptions of ImageNet-C to apply, joined with ','; all: the 15 of its mean. Needs pip "
+        "install 'efficientnet-ns[robustness]'.",
+    )
+    severities: str = setting("1,2,3,4,5", "Their severities, joined with ','.")
+    baseline: str = setting(
+        "",
+        "Weights of another model, which is measured beside it and by which its errors are divided.",
+    )
+    baseline_model_name: str = setting("", "Variant of the baseline; default: the same model.")
+    image_set: str = setting(
+        "",
+        "Prefix of the records to measure on; default: the task's evaluation set. num_eval_images "
+        "takes its first so many.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig(Settings):
+    """What `benchmark.py` measures, and on what."""
+
+    what: str | None = setting(
+        None, "What to measure.", choices=("input", "predict", "select", "serving", "train")
+    )
+    data: str = setting("", "Folder of images or of records; default: images made for it.")
+    model_name: str = setting("efficientnet-b0", "Variant to measure.")
+    image_size: int = setting(224, "Image side in pixels.", low=8)
+    batch_size: int = setting(16, "Images per step.", low=1)
+    seconds: float = setting(10.0, "Duration of each measurement.", low=0.1)
+    threads: int | None = setting(None, "CPU threads; default: all.", low=1)
+    rows: int = setting(30_000_000, "Predictions to select from (select).", low=1)
+    classes: int = setting(1000, "Classes of the predictions (select).", low=1)
+    json_file: str = setting("", "Also write the results to this file.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModeConfig(Settings):
+    """What `main.py` does."""
+
+    mode: str = setting(
+        "train_and_eval",
+        "What to do.",
+        # Differs (5): the default trains and evaluates.
+        choices=("train", "eval", "train_and_eval", "predict"),
+    )
+
+
+_PLACES = "; or a folder of records, or tfds:<name>."
+
+
+@dataclasses.dataclass(frozen=True)
+class RobustnessConfig(Settings):
+    """The paper's robustness sets; each one given is measured."""
+
+    weights: str = setting("", "Weights of the model.")
+    report_dir: str = setting("", "Folder of the results.")
+    allow_missing: bool = setting(
+        False, "Measure sets with missing parts too; no mean is then reported."
+    )
+    imagenet_a: str = setting(
+        "", f"ImageNet-A: <wnid>/*{_PLACES} Predictions among its 200 classes."
+    )
+    imagenet_r: str = setting(
+        "", f"ImageNet-R: <wnid>/*{_PLACES} Predictions among its 200 classes."
+    )
+    imagenet_v2: str = setting(
+        "", f"ImageNet-V2, matched frequency: <number of the class>/* or <wnid>/*{_PLACES}"
+    )
+    imagenet_sketch: str = setting("", f"ImageNet-Sketch: <wnid>/*{_PLACES}")
+    imagenet_c: str = setting(
+        "",
+        "ImageNet-C: <corruption>/<severity>/<wnid>/*; or tfds:imagenet2012_corrupted, or with "
+        "/<corruption>_<severity> a single one of its parts.",
+    )
+    imagenet_p: str = setting(
+        "", "ImageNet-P: <perturbation>/<wnid>/<clip>.mp4, .gif or /<a picture per frame>."
+    )
+    imagenet_val: str = setting(
+        "", "ImageNet validation images, ILSVRC2012_val_*.JPEG, for --real_labels."
+    )
+    real_labels: str = setting("", "real.json, the ReaL labels of the validation images.")
+
+    def places(self) -> dict[str, str]:
+        """Flag → folder or other place of each set; "" for those not given."""
+        names = ["imagenet_a", "imagenet_r", "imagenet_v2", "imagenet_sketch"]
+        names += ["imagenet_c", "imagenet_p", "imagenet_val", "real_labels"]
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig(Settings):
+    """What is exported."""
+
+    export_dir: str = setting("", "Folder in which the version's folder or file is made.")
+    version: int | None = setting(
+        None, "Number of the version; servers take the highest. Default: the next one.", low=1
+    )
+    ema: bool = setting(True, "Export the moving-average weights, not the raw ones.")
+    format: str = setting("savedmodel", "Kind of file.", choices=("savedmodel", "tflite"))
+    optimize_for: str = setting(
+        "cpu",
+        "cpu: batch norm folded, weights frozen; accelerator: folded; none: as trained.",
+        choices=("cpu", "accelerator", "none"),
+    )
+    serving_dtype: str = setting(
+        "float32", "Arithmetic of the SavedModel.", choices=("float32", "bfloat16")
+    )
+    tflite_type: str = setting(
+        "float32",
+        "Numbers of the TFLite file; int8 needs --check_data.",
+        choices=("float32", "float16", "dynamic", "int8"),
+    )
+    top_k: int = setting(5, "Length of the top lists in the predictions.", low=1)
+    check_data: str = setting(
+        "",
+        "Folder of images, class folders or records, or an archive of images, on which the export is "
+        "compared with the model.",
+    )
+    check_images: int = setting(200, "Maximum number of them.", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PhotosConfig(Settings):
+    """How `predict_image.py` classifies."""
+
+    weights: str = setting("", "Weights of the model.")
+    top: int = setting(5, "Classes per photo.", low=1)
+    json: bool = setting(False, "Print one JSON object per photo and line.")
+    ema: bool = setting(True, "Use the moving-average weights, not the raw ones.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ListConfig(Settings):
+    """How `list_models.py` lists the models."""
+
+    count: bool = setting(
+        False, "Count parameters and multiply-adds from the graphs instead (a minute)."
+    )
+    json: bool = setting(False, "Print a JSON list of objects instead of the table.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig(Settings):
+    """What `convert_checkpoint.py` reads and writes."""
+
+    source: str = setting("", "Checkpoint, .h5, .keras, .safetensors or .pth file to read.")
+    target: str = setting("", "A .safetensors file, or the prefix of a checkpoint.")
+    ema: bool = setting(True, "Read the moving-average weights, not the raw ones.")

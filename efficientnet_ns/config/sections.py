@@ -1,0 +1,412 @@
+"""`Config`: what `main.py` and the programs that train or build models are told, in sections."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from efficientnet_ns.config.fields import ConfigError, Settings, as_dict, setting, subsections
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Settings):
+    """Which network."""
+
+    model_name: str = setting("efficientnet-b0", "Variant: efficientnet-b0 … -b7, -l2, -test.")
+    input_image_size: int | None = setting(
+        None, "Image side in pixels; default: the task's, else the model's own.", low=8
+    )
+    num_label_classes: int | None = setting(
+        None, "Number of classes; tasks other than imagenet set it.", documented=1000
+    )
+    small_image_model: bool = setting(
+        False, "Strides of stages 2 and 3 are 1, for images of 32 pixels and less."
+    )
+    width_coefficient: float | None = setting(
+        None, "Overrides the variant's width multiplier.", low=0.01
+    )
+    depth_coefficient: float | None = setting(
+        None, "Overrides the variant's depth multiplier.", low=0.01
+    )
+    dropout_rate: float | None = setting(None, "Overrides the variant's head dropout.", low=0)
+    stochastic_depth_rate: float | None = setting(
+        None, "Drop probability of the last block, linear from 0; default 0.2.", low=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Settings):
+    """Which images, and what is done to them."""
+
+    task_name: str | None = setting(
+        None,
+        "imagenet, svhn, digits, or the path of a .json file that describes a task.",
+        documented="imagenet",
+    )
+    data_source: str = setting(
+        "",
+        "tfds:<name>: a set of TensorFlow Datasets as labeled images and task, in place of "
+        "label_data_dir and task_name. Made into records when first used.",
+        free=True,  # The records made from it, in label_data_dir, are not.
+    )
+    data_cache_dir: str = setting(
+        "",
+        "Where the records of data_source are made; default: efficientnet_ns in the TFDS folder.",
+        free=True,
+    )
+    tfds_data_dir: str | None = setting(
+        None, "TFDS folder; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.", free=True
+    )
+    label_data_dir: str | None = setting(
+        None, "Folder of labeled records; several joined with ';'."
+    )
+    unlabel_data_dir: str = setting(
+        "", "Folder of (pseudo-labeled) unlabeled records; several joined with ';'."
+    )
+    num_train_images: int | None = setting(
+        None, "Labeled images per epoch; default: the task's, else counted.", low=1
+    )
+    num_eval_images: int | None = setting(
+        None,
+        "Measure the first so many images of the evaluation set; default: all.",
+        low=1,
+        free=True,
+    )
+    num_test_images: int | None = setting(
+        None, "The same of the test set, for tasks that have one.", low=1, free=True
+    )
+    num_train_shards: int | None = setting(
+        None, "Train on the first so many shards of the labeled set; default: all.", low=1
+    )
+    use_cache: bool = setting(
+        True,
+        "Keep the encoded records of a set in memory after their first reading, when they fit into a "
+        "quarter of what is free; changes no bit of the training.",
+        free=True,
+    )
+    augment_name: str | None = setting(
+        None,
+        "Augmentation of training images: randaugment (the original calls it v1), autoaugment, or "
+        "none, also after a preset that names one.",
+        choices=("randaugment", "v1", "autoaugment", "none"),
+    )
+    unl_aug: str = setting(
+        "default",
+        "Augmentation of unlabeled images: default (as labeled), randaugment, v1, autoaugment, "
+        "none (crop or shift, and flip), clean (the evaluation crop).",
+        choices=("default", "randaugment", "v1", "autoaugment", "none", "clean"),
+    )
+    autoaugment_policy: str | None = setting(
+        None,
+        "Policy of autoaugment, by the images it was found on; default: svhn for that task, else "
+        "imagenet (v0, which EfficientNet was trained with).",
+        choices=("imagenet", "svhn", "cifar10"),
+    )
+    randaug_mag: int = setting(27, "RandAugment magnitude M, levels of 10.", low=0)
+    randaug_layer: int = setting(2, "RandAugment operations per image N.", low=0)
+    randaug_mode: str = setting(
+        "original",
+        "Levels above 10: original (posterize and solarize wrap, as published) or clipped; also "
+        "of autoaugment.",
+        choices=("original", "clipped"),
+    )
+    cutout_op: bool = setting(True, "Include Cutout among RandAugment's operations.")
+    remove_aug: bool = setting(
+        False, "Train on the evaluation crop without any augmentation (FixRes fine-tuning)."
+    )
+    shuffle_buffer: int = setting(10000, "Undecoded records held to shuffle from.", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Settings):
+    """How the student learns."""
+
+    model_dir: str | None = setting(None, "Folder of checkpoints and logs.", free=True)
+    train_steps: int = setting(109474, "Update steps of the whole schedule.", low=1)
+    train_ratio: float = setting(
+        1.0, "Stretches train_steps and the decay period (2 for the 700-epoch recipes)."
+    )
+    train_last_step_num: int = setting(
+        -1, "Train only the last so many steps of the schedule, without warm-up; -1: all."
+    )
+    train_batch_size: int = setting(4096, "Labeled images per update, over all replicas.", low=1)
+    label_data_sample_prob: float = setting(
+        1.0,
+        "Probability that a labeled image enters the loss, for labeled batches that must be smaller "
+        "than the number of replicas: train_batch_size times this counts as the batch.",
+        low=0,
+    )
+    num_shards_per_group: int = setting(
+        -1,
+        "Replicas that share batch-norm statistics: -1: one up to 8 replicas, else groups of "
+        "max(8, replicas/8); 1: one; k: groups of k; -2: all.",
+        low=-2,
+    )
+    base_learning_rate: float = setting(0.016, "Learning rate per 256 labeled images.")
+    final_base_lr: float | None = setting(
+        None, "When given, the decay period is chosen to end at this rate per 256."
+    )
+    warmup_epochs: float = setting(5.0, "Length of the linear warm-up.", low=0)
+    moving_average_decay: float = setting(0.9999, "Ceiling of the weight average's decay.")
+    bn_momentum: float = setting(0.99, "Decay of the batch-norm moving statistics.")
+    weight_decay: float = setting(1e-5, "Factor of half the squared norm.", low=0)
+    label_smoothing: float = setting(0.1, "Weight of the uniform distribution.", low=0)
+    unlabel_ratio: float = setting(
+        0.0, "Unlabeled images per labeled one, and their weight.", low=0
+    )
+    unl_model_noise: bool = setting(
+        True,
+        "Dropout and stochastic depth for unlabeled images too; --nounl_model_noise: for labeled ones "
+        "alone, an ablation of the paper.",
+    )
+    label_weight: float = setting(
+        1.0,
+        "Weight of the labeled loss; 0: labels have no part in the loss (pretraining on pseudo "
+        "labels).",
+        low=0,
+    )
+    teacher_softmax_temp: float = setting(
+        -1.0, "Temperature of soft pseudo labels; -1: hard labels."
+    )
+    teacher_model_name: str | None = setting(
+        None, "Variant of a teacher that labels on the fly; default: stored labels."
+    )
+    teacher_model_path: str | None = setting(None, "Checkpoint of the on-the-fly teacher.")
+    teacher_image_size: int | None = setting(
+        None,
+        "Resolution of the on-the-fly teacher; default: its variant's (the task's when small).",
+    )
+    init_model: bool = setting(False, "Start from the weights at init_model_path.")
+    init_model_path: str | None = setting(None, "Checkpoint to start from.")
+    fix_layer_num: int = setting(
+        -1,
+        "Freeze the stem and the first so many blocks: no updates, batch norm with its moving "
+        "statistics, no stochastic depth; -1: nothing is frozen.",
+        low=-1,
+    )
+    init_skip: str = setting(
+        "",
+        "Regular expressions, joined with ',', of variables that keep their initial values with "
+        "--init_model: head/dense/ for other classes.",
+    )
+    seed: int = setting(0, "Of initial weights, data order, augmentation and noise.", low=0)
+    steps_per_eval: int = setting(3000, "Evaluate every so many steps.", low=1, free=True)
+    eval_batch_size: int = setting(8, "Images per evaluation step.", low=1, free=True)
+    eval_ema: bool = setting(
+        True, "With --mode=eval: measure the moving-average weights, not the raw ones.", free=True
+    )
+    eval_image_size: int | None = setting(
+        None,
+        "With --mode=eval: image side in pixels; default: that of the training.",
+        low=8,
+        free=True,
+    )
+    eval_views: int = setting(
+        1,
+        "With --mode=eval: 2 averages the probabilities with those of the mirrored image.",
+        low=1,
+        free=True,
+    )
+    eval_dir: str | None = setting(
+        None,
+        "With --mode=eval: folder of eval.json and eval_report.html; default: eval in model_dir.",
+        free=True,
+    )
+    save_checkpoints_steps: int = setting(1000, "Save every so many steps.", low=1, free=True)
+    keep_checkpoint_max: int = setting(5, "Checkpoints kept.", low=1, free=True)
+    iterations_per_loop: int = setting(
+        1000,
+        "Steps the device runs between two looks from the host: how soon logs and a request to "
+        "stop (SIGTERM) are answered.",
+        low=1,
+        free=True,
+    )
+    log_step_count_steps: int = setting(
+        64, "A log line every so many steps, at ends of host loops.", low=1, free=True
+    )
+    preview_images: int = setting(
+        16,
+        "Augmented images of each kind in model_dir/augmented.png and TensorBoard; 0: none.",
+        low=0,
+        free=True,
+    )
+    debug: int = setting(
+        0, "1: log the whole configuration, the model and the first batch.", low=0, free=True
+    )
+    eval_continuously: bool = setting(
+        False,
+        "With --mode=eval: measure every new checkpoint in model_dir until the last step.",
+        free=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictConfig(Settings):
+    """Which shards a teacher labels, and where to."""
+
+    predict_ckpt_path: str = setting(
+        "",
+        "Weights of the teacher: checkpoint, folder with one, or file of Keras (.h5) or timm "
+        "(.safetensors, .pth).",
+    )
+    output_dir: str = setting("", "Folder of the prediction records.")
+    info_dir: str = setting("", "Folder of the per-shard counts.")
+    num_shards: int = setting(128, "Number of shards of the unlabeled set.", low=1)
+    shard_id: str | None = setting(
+        None,
+        "Shards to label: a list or ranges, e.g. 0,3,8-15; auto: all of them, shared with every "
+        "process that was started with the same output_dir.",
+        documented="0",
+    )
+    total_replicas: int = setting(1, "Workers that share each shard.", low=1)
+    worker_id: int = setting(0, "This worker among total_replicas.", low=0)
+    file_prefix: str = setting(
+        "train",
+        "Prefix of the unlabeled files: train or extra. noisy_student needs it only where other sets "
+        "lie beside them.",
+    )
+    data_type: str = setting("tfrecord", "Kind of the input files.", choices=("tfrecord",))
+    reassign_label: bool = setting(
+        False,
+        "Give new labels to pseudo-labeled records, <file_prefix>-<worker_id>-<shard>-of-<shards>.",
+    )
+    inference_engine: str = setting(
+        "auto",
+        "What computes with --mode=predict and --mode=eval: tf (TensorFlow), xnnpack (CPU only), or "
+        "auto: xnnpack with one device that is no accelerator, for models that it can compute, else "
+        "tf. --eval_continuously, --noised_teacher, attacks and evaluation during training: tf.",
+        choices=("auto", "tf", "xnnpack"),
+    )
+    test_time_views: int = setting(
+        1,
+        "Views of each image whose probabilities are averaged: 1; 2 (mirrored); 10 (four corners "
+        "and centre, each also mirrored).",
+        low=1,
+    )
+    noised_teacher: bool = setting(
+        False,
+        "Label images augmented as unlabeled ones are for training, with dropout and stochastic depth "
+        "on, which makes worse labels: an ablation of the paper.",
+    )
+    max_bad_fraction: float = setting(
+        0.01, "Stop when more than this fraction of a shard's records is unreadable.", low=0
+    )
+    part_seconds: float = setting(
+        60.0, "Work of a shard that a killed process may lose, in seconds.", low=0
+    )
+    lease_seconds: float = setting(
+        300.0, "A process without a sign of life for so long has lost its shard to others.", low=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class HardwareConfig(Settings):
+    """What it runs on."""
+
+    use_tpu: bool = setting(
+        True, "Use the TPU given by --tpu; without --tpu, the local devices.", free=True
+    )
+    tpu: str | None = setting(None, "TPU name, 'local' on a TPU VM, or grpc:// address.", free=True)
+    tpu_zone: str | None = setting(None, "Zone of the TPU.", free=True)
+    gcp_project: str | None = setting(None, "Project of the TPU.", free=True)
+    use_bfloat16: bool = setting(
+        True, "Compute in bfloat16 on TPU; weights stay float32.", free=True
+    )
+    precision: str = setting(
+        "auto",
+        "auto: bfloat16 on TPU with use_bfloat16, else float32 (most CPUs emulate bfloat16); or the "
+        "one to use on any device.",
+        choices=("auto", "float32", "mixed_bfloat16"),
+        free=True,
+    )
+    num_replicas: int = setting(
+        0,
+        "Local devices that share each batch: GPUs, or without any, logical CPU devices; 0: all "
+        "GPUs, or one CPU. With TF_CONFIG, per worker.",
+        low=0,
+        free=True,
+    )
+    jit_compile: bool = setting(
+        False,
+        "Compile the training step with XLA on one device or on GPUs; TPUs always do.",
+        free=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LegacyConfig(Settings):
+    """Accepted for old command lines, without effect."""
+
+    master: str | None = setting(
+        None, "Accepted for old command lines; --tpu names the TPU.", free=True
+    )
+    skip_host_call: bool = setting(
+        False,
+        "Accepted for old command lines; summaries are written between host loops and cost the "
+        "device nothing.",
+        free=True,
+    )
+    data_format: str = setting(
+        "channels_last",
+        "Accepted for old command lines; the compiler chooses the layout on every device.",
+        choices=("channels_last", "channels_first"),
+        free=True,
+    )
+    transpose_input: bool = setting(
+        True,
+        "Accepted for old command lines; the compiler lays out the input for the TPU.",
+        free=True,
+    )
+    num_tpu_cores: int | None = setting(
+        None, "Accepted for old command lines; all cores of the TPU are used.", free=True
+    )
+
+    def without_effect(self) -> list[str]:
+        """`--name=value` of each that is not at its default."""
+        return [
+            f"--{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything `main.py` can be told."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    predict: PredictConfig = PredictConfig()
+    hardware: HardwareConfig = HardwareConfig()
+    legacy: LegacyConfig = LegacyConfig()
+
+    def override(self, **values: Any) -> Config:
+        """A copy with fields of any section replaced: `config.override(train_steps=…)`.
+
+        Raises:
+          ConfigError: no section has a field of that name.
+        """
+        changed = {name: getattr(self, name) for name in subsections(Config)}
+        for key, value in values.items():
+            for name, section in changed.items():
+                if key in section.__dataclass_fields__:
+                    changed[name] = dataclasses.replace(section, **{key: value})
+                    break
+            else:
+                raise ConfigError(f"no setting is called {key!r}")
+        return Config(**changed)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make two trainings the same training; JSON-able."""
+        return {
+            name: value
+            for section in (self.model, self.data, self.train)
+            for name, value in as_dict(section).items()
+            if not section.__dataclass_fields__[name].metadata["free"]
+        }
+
+    def values(self) -> dict[str, Any]:
+        """Every setting by its flag's name; JSON-able."""
+        sections = [getattr(self, name) for name in subsections(Config)]
+        return {name: value for section in sections for name, value in as_dict(section).items()}

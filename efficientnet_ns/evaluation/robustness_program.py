@@ -1,0 +1,234 @@
+"""What `evaluate_robustness.py` does: the paper's robustness sets, or attacks on a labeled set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from operator import methodcaller
+from typing import Any
+
+import tensorflow as tf
+
+from efficientnet_ns import report
+from efficientnet_ns.config import Config, ConfigError, OwnSetConfig, RobustnessConfig
+from efficientnet_ns.devices import distribution
+from efficientnet_ns.evaluation import (
+    custom_robustness,
+    custom_robustness_report,
+    robustness,
+    robustness_sets,
+    robustness_sources,
+)
+from efficientnet_ns.files import atomic, json_files
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.inference.teacher import TeacherPredictor, check_views
+from efficientnet_ns.ingest import data_source
+from efficientnet_ns.models import weights
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+
+# Sets of labeled images, which may be class folders, records or tfds.
+_LABELED = ("imagenet_a", "imagenet_r", "imagenet_v2", "imagenet_sketch")
+
+
+def evaluate_and_report(config: Config, own: OwnSetConfig, sets: RobustnessConfig) -> str:
+    """Measures the paper's sets or the labeled set of `config`; the results as a Markdown table.
+
+    Raises:
+      ConfigError, DataError: settings or data that cannot work.
+    """
+    config = data_source.with_records(config)
+    folders = sets.places()
+    if own.corrupt or own.epsilons:
+        given = [f"--{name}" for name, path in folders.items() if path]
+        if given:
+            raise ConfigError(
+                f"--corrupt and --epsilons measure the set of --label_data_dir; {given[0]} needs a "
+                "separate command"
+            )
+        found = evaluate_own_set(config, own, sets.weights, sets.report_dir)
+        return custom_robustness_report.markdown(found)
+    if own.baseline:
+        raise ConfigError("--baseline is measured with --corrupt or --epsilons, which is not given")
+    results = evaluate(config, sets.weights, folders, sets.report_dir, sets.allow_missing)
+    size = ResolvedConfig.from_config(config).image_size
+    return robustness.markdown(robustness.rows(results, size, config.model.model_name))
+
+
+def evaluate(
+    config: Config,
+    weights_path: str | os.PathLike,
+    folders: Mapping[str, str | os.PathLike],
+    report_dir: str | os.PathLike,
+    allow_missing: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Measures the sets whose folders are given; writes robustness.json, .md and .html.
+
+    Args:
+      config: the model, an ImageNet one.
+      weights_path: what `weights.load_weights` takes.
+      folders: flag → folder or other place, of `RobustnessConfig.places`; empty ones are left out.
+
+    Returns:
+      Set → results, fractions.
+
+    Raises:
+      ConfigError: settings that do not fit.
+      DataError: folders that are not laid out as they must be, before anything is measured
+        on them.
+      manifests.OutputConflict: report_dir has parts of other weights, settings or sets.
+    """
+    weights_path, report_dir = os.fspath(weights_path), os.fspath(report_dir)
+    paths = {name: os.fspath(folder) for name, folder in folders.items()}
+    paths = _given(weights_path, paths, report_dir)
+    resolved = ResolvedConfig.from_config(config)
+    if resolved.num_classes != 1000:
+        raise ConfigError(
+            f"--task_name={resolved.config.data.task_name}: the sets need ImageNet's classes"
+        )
+    check_views(resolved)
+    # All sets are looked through before a model is built and anything is measured.
+    measurements = _open(paths, allow_missing, config.data.tfds_data_dir)
+    predictor = TeacherPredictor(resolved, weights_path)
+    identity = {
+        "weights": weights_path,
+        "model": config.model.model_name,
+        "image_size": resolved.image_size,
+        "views": config.predict.test_time_views,
+    }
+    whole = {"imagenet_c", "imagenet_p"} & set(paths)
+    evaluation = robustness.Evaluation(
+        predictor.label,
+        predictor.group,
+        os.path.join(report_dir, "parts"),
+        # By their content: a training may go on in the same folder.
+        {**identity, "weights": weights.fingerprint(weights_path)},
+        predictor.of_whole_images().label if whole else None,
+    )
+    results = {name: measure(evaluation) for name, measure in measurements.items()}
+    _write(report_dir, identity, results)
+    return results
+
+
+def _given(weights_path: str, folders: dict[str, str], report_dir: str) -> dict[str, str]:
+    """The `folders` that are not empty."""
+    given = {name: path for name, path in folders.items() if path}
+    if not weights_path or not report_dir or not given:
+        sets = ", ".join(f"--{name}" for name in RobustnessConfig().places())
+        raise ConfigError(
+            f"--weights, --report_dir and at least one set are needed: {sets}, "
+            "or --corrupt or --epsilons for a labeled set of your own"
+        )
+    if ("imagenet_val" in given) != ("real_labels" in given):
+        raise ConfigError("--imagenet_val and --real_labels go together")
+    return given
+
+
+def _check_there(folders: dict[str, str]) -> None:
+    """DataError naming every set whose folder or file does not exist."""
+    absent = [
+        f"--{flag}={path}"
+        for flag, path in folders.items()
+        if not path.startswith("tfds:") and not tf.io.gfile.exists(path)
+    ]
+    if absent:
+        raise DataError(f"no such folder or file: {', '.join(absent)}")
+
+
+def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | None) -> dict:
+    """Set → function of the evaluation that measures it."""
+    _check_there(folders)
+    options, work = (tfds_data_dir, allow_missing), {}
+    for flag in _LABELED:
+        if flag in folders:
+            name = flag.replace("_", "-")
+            classes = robustness_sets.classes_of(name)
+            images = robustness_sources.open_images(folders[flag], classes, *options)
+            among = list(classes.values()) if len(classes) < 1000 else None
+            work[name] = methodcaller("accuracy", name, images, among)
+    if "real_labels" in folders:
+        labels = robustness_sets.real_labels(folders["real_labels"], folders["imagenet_val"])
+        work["imagenet-real"] = methodcaller("real", folders["real_labels"], *labels)
+    if part := robustness_sources.single_corruption(folders.get("imagenet_c", "")):
+        images = robustness_sources.open_images(
+            folders["imagenet_c"], robustness_sets.by_wnid(), *options
+        )
+        name = f"imagenet-c/{part}"
+        work[name] = methodcaller("accuracy", name, images, cropped=True)
+    elif "imagenet_c" in folders:
+        corruptions = robustness_sources.open_corruptions(folders["imagenet_c"], *options)
+        work["imagenet-c"] = methodcaller("corruptions", corruptions)
+    if "imagenet_p" in folders:
+        clips = robustness_sources.open_perturbations(folders["imagenet_p"], allow_missing)
+        work["imagenet-p"] = methodcaller("perturbations", clips)
+    return work
+
+
+def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
+
+    json_files.write_json(
+        os.path.join(folder, "robustness.json"), {**identity, "sets": results}, indent=1
+    )
+    size, model = identity["image_size"], identity["model"]
+    rows = robustness.rows(results, size, model)
+    tables = robustness.tables(results, size, model)
+    with atomic.atomic_path(os.path.join(folder, "robustness.md")) as temporary:
+        with tf.io.gfile.GFile(temporary, "w") as f:
+            f.write(robustness.markdown(rows))
+            for title, table in tables.items():
+                f.write(f"\n### {title}\n\n{robustness.markdown(table)}")
+    details = [
+        report.Section(f"{name}: {key}", report.table([{"name": n, key: v} for n, v in of.items()]))
+        for name, result in results.items()
+        for key, of in result.items()
+        if isinstance(of, dict)
+    ]
+    report.write_page(
+        os.path.join(folder, "robustness.html"),
+        title=f"Robustness of {identity['model']}",
+        intro=f"Weights: {identity['weights']}. Values beside published ones are percent (uT5D: places "
+        "of the ranking), those by corruption and perturbation are fractions.",
+        sections=[
+            report.Section("Measured beside published", report.table(rows)),
+            *(
+                report.Section(title, report.table(table, highlight_last=True))
+                for title, table in tables.items()
+            ),
+            *details,
+        ],
+    )
+
+
+def evaluate_own_set(
+    config: Config,
+    own: OwnSetConfig,
+    weights_path: str | os.PathLike,
+    report_dir: str | os.PathLike,
+) -> dict[str, Any]:
+    """Attacks and corrupts the labeled set of `config`; writes own_set.json, .md and .html.
+
+    Returns:
+      `custom_robustness.Found.results`.
+
+    Raises:
+      ConfigError, DataError: settings or data that cannot work.
+    """
+    if not weights_path or not report_dir:
+        raise ConfigError("--weights and --report_dir are needed")
+    weights_path, report_dir = os.fspath(weights_path), os.fspath(report_dir)
+    if os.environ.get("TF_CONFIG"):
+        raise ConfigError("--corrupt and --epsilons work on one machine: unset TF_CONFIG")
+
+    resolved = ResolvedConfig.from_config(config)
+    strategy = distribution.get_strategy(config.hardware)
+    distribution.set_precision(config.hardware, strategy)
+    found = custom_robustness.measure(
+        resolved,
+        own,
+        weights_path,
+        report_dir,
+        strategy,
+        distribution.share,
+        distribution.compiles(config.hardware, strategy),
+    )
+    custom_robustness_report.write(report_dir, found)
+    return found.results

@@ -1,0 +1,112 @@
+"""Files of photos, classified one after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import tensorflow as tf
+
+from efficientnet_ns.config import Config, ConfigError, PhotosConfig
+from efficientnet_ns.data import image_conversion, tasks
+from efficientnet_ns.inference import photos as photos_lib
+from efficientnet_ns.ingest import data_source
+from efficientnet_ns.models import weights
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+
+# Up to this many photos the model runs eagerly: tracing it takes as long as a dozen of them.
+_FEW = 8
+
+
+def predict_images(
+    config: Config,
+    weights_path: str | os.PathLike,
+    photos: Sequence[str | os.PathLike],
+    top: int = 5,
+    *,
+    ema: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """Predictions for one photo after the other, each as soon as it is known.
+
+    Args:
+      config: the model and the task it was trained for.
+      weights_path: what `weights.load_weights` takes.
+      photos: paths of image files: JPEG, PNG, GIF, BMP and others that `image_conversion.prepare` takes.
+      top: classes per photo.
+      ema: take the moving-average weights.
+
+    Yields:
+      `photo`, and either `predictions`, a list of {`index`, `name`, `probability`}, best first, or
+      `error`, when the photo cannot be read.
+
+    Raises:
+      ConfigError: no weights, no photos, or a setting that does not fit.
+      WeightsError, FileNotFoundError: the weights do not fit the model, or are not there.
+    """
+    if not weights_path or not photos:
+        raise ConfigError("--weights=PATH and at least one photo are needed")
+    resolved = ResolvedConfig.from_config(data_source.with_records(config))
+    model = resolved.build_model()
+    weights.load_weights(model, weights_path, ema=ema)
+    names = tasks.class_names(resolved.task)
+    prepare = resolved.preprocessing().evaluate
+
+    def classify(image: tf.Tensor) -> tf.Tensor:
+        return tf.nn.softmax(model(image[tf.newaxis], training=False))[0]
+
+    if len(photos) > _FEW:
+        classify = tf.function(classify)  # All images have one shape: traced once.
+    for photo in [os.fspath(photo) for photo in photos]:
+        try:
+            raw = tf.io.read_file(os.fsencode(photo))  # Names that are not UTF-8 too.
+            image = _prepared(raw, prepare)
+        except (tf.errors.OpError, image_conversion.Unusable) as error:
+            yield {"photo": photo, "error": _reason(getattr(error, "message", str(error)))}
+        except UnicodeDecodeError as error:  # TensorFlow's message, with such a name in it.
+            yield {"photo": photo, "error": error.object.decode(errors="backslashreplace")}
+        else:
+            best = cast(list[photos_lib.Guess], photos_lib.top_k(classify(image), names, top))
+            yield {"photo": photo, "predictions": [guess._asdict() for guess in best]}
+
+
+def _prepared(raw: tf.Tensor, prepare: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """`prepare` of the bytes, converted as records are made when TensorFlow cannot decode them."""
+    try:
+        return prepare(raw)
+    except tf.errors.InvalidArgumentError:
+        converted, _ = image_conversion.prepare(raw.numpy(), image_conversion.Rules())
+        return prepare(tf.constant(converted))
+
+
+def _reason(message: str) -> str:
+    """TensorFlow's message without the names of its ops."""
+    return re.sub(r"\{\{.*?\}\}|\[Op:.*", "", message, flags=re.DOTALL).strip()
+
+
+def _text(result: dict[str, Any]) -> str:
+    if "error" in result:
+        return f"{result['photo']}\n  cannot be read: {result['error']}"
+    guesses = result["predictions"]
+    width = max(len(guess["name"]) for guess in guesses)
+    lines = [f"  {guess['name']:<{width}}  {guess['probability']:.4f}" for guess in guesses]
+    return "\n".join([result["photo"], *lines])
+
+
+def _printable(text: str) -> str:
+    r"""What the output's encoding lacks, and bytes of names that are not UTF-8, as \\x and \\u."""
+    coding = sys.stdout.encoding or "utf-8"
+    return text.encode(coding, "backslashreplace").decode(coding)
+
+
+def print_predictions(config: Config, options: PhotosConfig, photos: Sequence[str]) -> int:
+    """Prints what each photo shows as soon as it is known; exit code: 1 if any cannot be read."""
+    show = json.dumps if options.json else _text
+    failed = False
+    for result in predict_images(config, options.weights, photos, options.top, ema=options.ema):
+        print(_printable(show(result)), flush=True)
+        failed |= "error" in result
+    return int(failed)

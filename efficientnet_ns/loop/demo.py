@@ -1,0 +1,184 @@
+"""The method on handwritten digits: a teacher, two students, a control, and an exported model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from typing import Any
+
+from efficientnet_ns import report
+from efficientnet_ns.config import Config, DemoConfig, ExportConfig, LoopConfig
+from efficientnet_ns.data import tasks
+from efficientnet_ns.files import shard_names, text_table, tfexamples, tfrecords
+from efficientnet_ns.loop import digits, rounds
+from efficientnet_ns.loop.state import State
+from efficientnet_ns.pseudo_labels import run_report
+from efficientnet_ns.serving.model_export import export_model
+from efficientnet_ns.training import summaries
+
+
+def settings(config: DemoConfig) -> tuple[Config, LoopConfig]:
+    """The configuration of the demo's loop."""
+    data = os.path.join(config.output_dir, "data")
+    base = Config().override(
+        task_name="digits",
+        label_data_dir=os.path.join(data, "labeled"),
+        unlabel_data_dir=os.path.join(data, "unlabeled"),
+        width_coefficient=0.35,
+        depth_coefficient=0.25,
+        train_steps=config.student_steps,
+        train_batch_size=32,
+        unlabel_ratio=3.0,
+        teacher_softmax_temp=1.0,
+        base_learning_rate=0.08,
+        final_base_lr=0.008,
+        augment_name="randaugment",
+        randaug_mag=5,
+        bn_momentum=0.97,
+        moving_average_decay=0.99,
+        weight_decay=1e-4,
+        eval_batch_size=100,
+        steps_per_eval=100,
+        save_checkpoints_steps=100,
+        iterations_per_loop=50,
+        keep_checkpoint_max=2,
+        seed=config.seed,
+    )
+    loop = LoopConfig(
+        work_dir=os.path.join(config.output_dir, "loop"),
+        models="efficientnet-b0,efficientnet-b0,efficientnet-b0",
+        teacher_steps=config.teacher_steps,
+        num_image=150,
+        min_threshold=0.3,
+    )
+    return base, loop
+
+
+def run_demo(config: DemoConfig) -> list[dict[str, Any]]:
+    """Runs everything, continuing where an earlier run stopped; returns the rows of the table."""
+    base, loop = settings(config)
+    state = State(config.output_dir, dataclasses.asdict(config))
+    folder = os.path.join(config.output_dir, "data")
+    chosen = {"seed": config.seed, "labels_per_class": config.labels_per_class}
+    data = state.once("data", lambda: digits.make_records(folder, **chosen))
+    trained = rounds.run_loop(base, loop)
+    control = rounds.train_and_measure(
+        state,
+        "control: labels only, all the steps",
+        base.override(
+            model_dir=os.path.join(config.output_dir, "control", "model"),
+            unlabel_data_dir="",
+            unlabel_ratio=0.0,
+            train_steps=sum(row["steps"] for row in trained),
+        ),
+    )
+    rows = [table_row(row, data["train"], loop.num_image) for row in trained]
+    rows.append(table_row({"round": "control", **control}, data["train"], loop.num_image))
+    report_path = os.path.join(config.output_dir, "report.html")
+    write_report(report_path, base, loop, rows, data["truth"])
+    final = base.override(model_dir=rounds.model_dir(loop, len(trained) - 1))
+    export_dir = os.path.join(config.output_dir, "export")
+    # A version appears whole or not at all, so one that is there is the one this run would make.
+    if not os.path.exists(os.path.join(export_dir, "1")):
+        export_model(final, ExportConfig(export_dir=export_dir, version=1))
+    print(format_table(rows))
+    answer_in_fresh_process(config.output_dir, os.path.join(export_dir, "1"))
+    print(f"report: {report_path}")
+    return rows
+
+
+def table_row(result: dict[str, Any], labeled: int, num_image: int) -> dict[str, Any]:
+    """One row of the printed table."""
+    name = {0: "teacher", "control": "control"}.get(result["round"], f"student {result['round']}")
+    kept = [images for _, images in result.get("kept", {}).values()]
+    pseudo = f" + {num_image * len(kept)} pseudo" if kept else ""
+    return {
+        "round": name,
+        "model": f"{result['model']} (narrow)",
+        "steps": result["steps"],
+        "labels used": f"{labeled}{pseudo}",
+        "images kept per class": f"{min(kept)} to {max(kept)}" if kept else "-",
+        "dev top-1": f"{result['measured']['dev']['top1']:.1%}",
+        "test top-1": f"{result['measured']['test']['top1']:.1%}",
+    }
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of `table_row` as plain text."""
+    return text_table.text_table(list(rows[0]), [list(row.values()) for row in rows], rule=True)
+
+
+def write_report(
+    path: str,
+    config: Config,
+    loop: LoopConfig,
+    rows: list[dict[str, Any]],
+    truth: list[list[int]],
+) -> None:
+    """Writes the HTML report of all rounds; `truth` is what `digits.make_records` returned."""
+    runs = {}
+    folders = [rounds.model_dir(loop, i) for i in range(len(rows) - 1)]
+    folders.append(os.path.join(os.path.dirname(path), "control", "model"))
+    for row, folder in zip(rows, folders):
+        runs[row["round"]] = summaries.read_metrics(folder)
+    sections = [
+        report.Section("Results", report.table(rows)),
+        report.Section(
+            "Learning curves",
+            report.learning_curves(runs, metrics=["eval/top1", "lab/loss", "ext/loss", "train/lr"]),
+        ),
+    ]
+    for number in range(1, len(rows) - 1):
+        sections += _round_sections(config, loop, number, truth)
+    report.write_page(
+        path,
+        title="Noisy Student on handwritten digits",
+        intro="A teacher that saw few labels, and two students that learnt from its guesses.",
+        sections=sections,
+    )
+
+
+def _round_sections(config: Config, loop: LoopConfig, number: int, truth: list[list[int]]) -> list:
+
+    _, selection = rounds.stage_configs(config, loop, number)
+    previous_dir = ""
+    if number > 1:
+        before, _ = rounds.stage_configs(config, loop, number - 1)
+        previous_dir = before.predict.output_dir
+    options = run_report.Options(
+        truth=truth,
+        previous_dir=previous_dir,
+        class_names=tasks.get_task("digits").class_names,
+    )
+    return [
+        report.Section(f"Round {number}: {title}", body)
+        for title, body in run_report.sections(selection, options)
+    ]
+
+
+_FRESH_PROCESS = """
+import sys
+import tensorflow as tf
+
+model = tf.saved_model.load(sys.argv[1])
+answer = model.signatures["serving_default"](tf.io.read_file(sys.argv[2])[None])
+digit = int(answer["classes"][0])
+print(f"exported model says {digit} (probability {float(answer['probabilities'][0, digit]):.3f})")
+"""
+
+
+def answer_in_fresh_process(folder: str, saved_model: str) -> None:
+    """Classifies a test image with the SavedModel, by TensorFlow alone."""
+    test_set = shard_names.list_shards(os.path.join(folder, "data", "labeled"), "test")
+    first = next(tfrecords.read(test_set[0])).payload or b""
+    picture = os.path.join(folder, "test_image.png")
+    with open(picture, "wb") as f:
+        f.write(tfexamples.image_bytes(first))
+    print(f"{picture} shows a {tfexamples.label(first)}; ", end="", flush=True)
+    command = [sys.executable, "-c", _FRESH_PROCESS, saved_model, picture]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode:  # Else it is TensorFlow's log.
+        sys.stderr.write(done.stderr)
+        done.check_returncode()

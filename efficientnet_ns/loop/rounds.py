@@ -1,0 +1,265 @@
+"""Teacher, then rounds of label → select → write → student.
+
+Layout of `work_dir`:
+
+round-0/model                       the first teacher
+round-<r>/{predictions,info}        labels given by the model of round r-1
+round-<r>/{statistics,selected}     what was chosen of them, and the balanced records
+round-<r>/model                     the student, teacher of round r+1
+round-<last>/finetuned-<size>       the last student, with --finetune_resolution
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from efficientnet_ns.config import Config, ConfigError, LoopConfig, PredictConfig, SelectConfig
+from efficientnet_ns.files import shard_names
+from efficientnet_ns.ingest import data_source
+from efficientnet_ns.loop.state import State
+from efficientnet_ns.models.recipes import EPOCHS_OF_TRAIN_STEPS, RECIPES
+from efficientnet_ns.pseudo_labels import predict, write
+from efficientnet_ns.pseudo_labels.selection import select
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+from efficientnet_ns.training import train
+
+# Settings of the loop that may change between two runs of it.
+_MAY_GROW = (
+    "work_dir",
+    "models",
+    "image_sizes",
+    "unlabel_ratios",
+    "finetune_resolution",
+    "finetune_epochs",
+    "finetune_fix_layers",
+)
+
+
+def run_loop(config: Config, loop: LoopConfig) -> list[dict[str, Any]]:
+    """Runs all rounds.
+
+    Args:
+      config: settings of every training; `unlabel_data_dir` holds the unlabeled records.
+      loop: the rounds.
+
+    Returns:
+      One row per model: `round`, `model`, `steps`, `measured` (metrics per set) and, for
+      students, `unique` (pseudo-labeled images) and `kept` ({class: [lowest kept confidence,
+      images]}). The fine-tuned last student is one more row, with `finetuned` (its image size).
+
+    Raises:
+      ConfigError, DataError: settings or data that cannot work, before anything is done.
+    """
+    config = data_source.with_records(config)
+    trainings = check(config, loop)
+    # Models may be added later; every training guards its own folder.
+    settings = {**config.identity(), **dataclasses.asdict(loop)}
+    defaults = {**Config().identity(), **dataclasses.asdict(LoopConfig())}
+    fixed = {k: v for k, v in settings.items() if k not in _MAY_GROW}
+    state = State(loop.work_dir, fixed, defaults)
+    name = f"round 0: teacher {trainings[0].model.model_name}"
+    rows = [{"round": 0, **train_and_measure(state, name, trainings[0])}]
+    for number in range(1, len(trainings)):
+        rows.append(_round(state, config, loop, number))
+    if loop.finetune_resolution:
+        rows.append(_finetune(state, config, loop, number))
+    return rows
+
+
+def check(config: Config, loop: LoopConfig) -> list[Config]:
+    """`model_configs`; finds now what would otherwise fail after the teacher's training."""
+    trainings = model_configs(config, loop)
+    if not (loop.work_dir and config.data.unlabel_data_dir):
+        raise ConfigError("--work_dir and --unlabel_data_dir are needed")
+    for training in trainings:
+        ResolvedConfig.from_config(training)
+    if any(training.train.unlabel_ratio <= 0 for training in trainings[1:]):
+        raise ConfigError("a positive --unlabel_ratio is needed for every student")
+    unlabeled_shards(config.data.unlabel_data_dir, config.predict.file_prefix)
+    return trainings
+
+
+def model_configs(config: Config, loop: LoopConfig) -> list[Config]:
+    """Settings of the training of each model: the first teacher, then the students.
+
+    Raises:
+      ConfigError: the lists of the loop have different lengths, or name no published model.
+    """
+    models = [name.strip() for name in loop.models.split(",")]
+    if len(models) < 2:
+        raise ConfigError(f"--models={loop.models}: name a teacher and at least one student")
+    sizes = _per_model("image_sizes", loop.image_sizes, int, len(models))
+    ratios = _per_model("unlabel_ratios", loop.unlabel_ratios, float, len(models) - 1)
+    trainings = []
+    for number, name in enumerate(models):
+        training = config.override(model_name=name, model_dir=model_dir(loop, number))
+        if loop.published_recipes:
+            training = _as_published(training)
+        if sizes:
+            training = training.override(input_image_size=sizes[number])
+        if ratios and number:
+            training = training.override(unlabel_ratio=ratios[number - 1])
+        trainings.append(training.override(unlabel_data_dir=_pseudo_labeled_dir(loop, number)))
+    trainings[0] = trainings[0].override(
+        unlabel_data_dir="",
+        unlabel_ratio=0.0,
+        train_steps=loop.teacher_steps or config.train.train_steps,
+    )
+    return trainings
+
+
+def _per_model(flag: str, text: str, kind: type, count: int) -> list[Any]:
+    """The values of a list flag; none when it is empty."""
+    if not text:
+        return []
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != count or min(values) <= 0:
+        raise ConfigError(f"--{flag}={text} should be {count} positive numbers joined with ','")
+    return values
+
+
+def _as_published(config: Config) -> Config:
+    """With what the published model of this size was trained with; an image size given stays."""
+    recipe = RECIPES.get(config.model.model_name)
+    if recipe is None:
+        raise ConfigError(
+            f"--published_recipes: none for {config.model.model_name!r}; known: {', '.join(RECIPES)}"
+        )
+    magnitude = recipe.randaugment_magnitude
+    return config.override(
+        input_image_size=config.model.input_image_size or recipe.train_resolution,
+        augment_name="randaugment" if magnitude else None,
+        randaug_mag=magnitude or config.data.randaug_mag,
+        train_ratio=recipe.epochs / EPOCHS_OF_TRAIN_STEPS,
+        unlabel_ratio=float(recipe.unlabel_ratio),
+    )
+
+
+def unlabeled_shards(folder: str, prefix: str) -> tuple[str, int]:
+    """(prefix, number of shards) of the unlabeled set in a folder.
+
+    Args:
+      prefix: file_prefix; with its default, the folder's only set counts.
+    """
+    if ";" in folder:
+        raise ConfigError(f"--unlabel_data_dir={folder}: the loop labels one folder")
+    known = ("train", "extra") if prefix == PredictConfig().file_prefix else prefix
+    names = [os.path.basename(path) for path in shard_names.list_shards(folder, known)]
+    found = {name.rsplit("-", 3)[0] for name in names}
+    if len(found) > 1 or not found <= {"train", "extra", prefix}:
+        raise ConfigError(
+            f"--unlabel_data_dir={folder} should hold one set, named train-00000-of-… or "
+            f"extra-00000-of-…, but holds {names[0]} … {names[-1]}: move the others away, or name "
+            "the one to label with --file_prefix=extra"
+        )
+    return found.pop(), len(names)
+
+
+def model_dir(loop: LoopConfig, number: int) -> str:
+    """Where the model of a round lives."""
+    return os.path.join(loop.work_dir, f"round-{number}", "model")
+
+
+def _pseudo_labeled_dir(loop: LoopConfig, number: int) -> str:
+    """Where the balanced records of a round are."""
+    return os.path.join(loop.work_dir, f"round-{number}", "selected", "data")
+
+
+def _round(state: State, config: Config, loop: LoopConfig, number: int) -> dict[str, Any]:
+
+    prediction, selection = stage_configs(config, loop, number)
+    state.once(f"round {number}: predict", lambda: predict.predict(prediction))
+    chosen = state.once(f"round {number}: select", lambda: select(selection))
+    state.once(f"round {number}: write", lambda: write.write(selection))
+    student = model_configs(config, loop)[number]
+    name = f"round {number}: student {student.model.model_name}"
+    row = train_and_measure(state, name, student)
+    return {"round": number, **row, "unique": chosen["unique"], "kept": chosen["classes"]}
+
+
+def stage_configs(config: Config, loop: LoopConfig, number: int) -> tuple[Config, SelectConfig]:
+    """Settings of the prediction and of the selection of round `number`.
+
+    The teacher labels at the resolution it was trained at.
+    """
+    folder = os.path.join(loop.work_dir, f"round-{number}")
+    teacher = model_configs(config, loop)[number - 1]
+    prediction = prediction_config(teacher, config.data.unlabel_data_dir, folder)
+    return prediction, selection_config(prediction, loop, folder)
+
+
+def prediction_config(teacher: Config, unlabeled: str, folder: str) -> Config:
+    """Settings of labeling the whole folder `unlabeled` with the model of the training `teacher`."""
+    prefix, num_shards = unlabeled_shards(unlabeled, teacher.predict.file_prefix)
+    return teacher.override(
+        unlabel_data_dir=unlabeled,
+        predict_ckpt_path=teacher.train.model_dir,
+        output_dir=os.path.join(folder, "predictions"),
+        info_dir=os.path.join(folder, "info"),
+        num_shards=num_shards,
+        shard_id=f"0-{num_shards - 1}",
+        file_prefix=prefix,
+    )
+
+
+def selection_config(prediction: Config, loop: LoopConfig, folder: str) -> SelectConfig:
+    """Settings of the selection among predictions; records are written to `folder/selected/data`."""
+    options = prediction.predict
+    return SelectConfig(
+        input_dir=prediction.data.unlabel_data_dir,
+        prediction_dir=options.output_dir,
+        prelim_stats_dir=os.path.join(folder, "statistics"),
+        output_dir=os.path.join(folder, "selected"),
+        num_shards=options.num_shards,
+        num_image=loop.num_image,
+        min_threshold=loop.min_threshold,
+        num_label_classes=ResolvedConfig.from_config(prediction).num_classes,
+        file_prefix=options.file_prefix,
+        seed=prediction.train.seed,
+    )
+
+
+def _finetune(state: State, config: Config, loop: LoopConfig, number: int) -> dict[str, Any]:
+    """Fine-tunes the student of round `number` at the higher resolution and measures it there."""
+    tuning = finetune_config(config, loop, number)
+    size = loop.finetune_resolution
+    name = f"round {number}: fine-tune {tuning.model.model_name} at {size}"
+    return {"round": number, **train_and_measure(state, name, tuning), "finetuned": size}
+
+
+def finetune_config(config: Config, loop: LoopConfig, number: int) -> Config:
+    """Settings of the fine-tuning of the student of round `number`.
+
+    The train-test resolution fix of arXiv 1911.04252 §3.1: `finetune_epochs` more at a higher
+    resolution, on labeled images without augmentation, at the end of the learning rate schedule.
+    """
+    student = model_configs(config, loop)[number]
+    folder = os.path.join(loop.work_dir, f"round-{number}", f"finetuned-{loop.finetune_resolution}")
+    images = ResolvedConfig.from_config(config).epoch_images()
+    steps = max(1, round(loop.finetune_epochs * images / config.train.train_batch_size))
+    return student.override(
+        model_dir=folder,
+        input_image_size=loop.finetune_resolution,
+        init_model=True,
+        init_model_path=student.train.model_dir,
+        fix_layer_num=loop.finetune_fix_layers,
+        remove_aug=True,
+        unlabel_ratio=0.0,
+        unlabel_data_dir="",
+        # These steps are the last of the schedule, which therefore has as many.
+        train_steps=max(steps, config.train.train_steps),
+        train_ratio=1.0,
+        train_last_step_num=steps,
+    )
+
+
+def train_and_measure(state: State, name: str, config: Config) -> dict[str, Any]:
+    """Trains one model and measures it on the task's evaluation and test sets."""
+    metrics = state.once(name, lambda: train.train_and_evaluate(config))
+    measured = state.once(f"{name}: measure", lambda: train.evaluate(config))
+    return {"model": config.model.model_name, "steps": metrics["step"], "measured": measured}

@@ -1,0 +1,56 @@
+"""Which stages of a work_dir are finished, and with which settings they were made."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.config import ConfigError, comparable
+from efficientnet_ns.files import json_files, manifests
+
+
+class State:
+    """Results of finished stages, in `<folder>/state.json`.
+
+    Args:
+      folder: work_dir.
+      settings: configuration of the whole, JSON-able; a folder begun with another one is refused.
+      defaults: of settings, for a folder begun before these settings existed.
+
+    Raises:
+      ConfigError: the folder was begun with other settings.
+    """
+
+    def __init__(
+        self, folder: str, settings: dict[str, Any], defaults: dict[str, Any] | None = None
+    ):
+        self._path = os.path.join(folder, "state.json")
+        settings = json.loads(json.dumps(settings))
+        if not tf.io.gfile.exists(self._path):
+            tf.io.gfile.makedirs(folder)
+            self._state = {"settings": settings, "stages": {}}
+            return
+        self._state = json_files.read_json(self._path)
+        known = {name: value for name, value in (defaults or {}).items() if name in settings}
+        stored = {**known, **self._state["settings"]}
+        difference = manifests.describe_difference(comparable(stored), comparable(settings))
+        if difference:
+            raise ConfigError(
+                f"{folder} was begun with other settings ({difference}). "
+                "Choose another folder, or give the settings it was begun with."
+            )
+        self._state["settings"] = stored
+
+    def once(self, name: str, work: Callable[[], dict]) -> dict:
+        """The recorded result of stage `name`; does the work first if it is not recorded."""
+        stages = self._state["stages"]
+        if name not in stages:
+            logging.info("--- %s", name)
+            stages[name] = work()
+            json_files.write_json(self._path, self._state, indent=1)
+        return stages[name]

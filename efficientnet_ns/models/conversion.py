@@ -1,0 +1,50 @@
+"""Weights read in one format and written in another."""
+
+from __future__ import annotations
+
+import os
+
+import tensorflow as tf
+
+from efficientnet_ns.config import ConfigError, ModelConfig
+from efficientnet_ns.models import efficientnet, weights
+
+
+def convert_checkpoint(
+    config: ModelConfig, source: str | os.PathLike, target: str | os.PathLike, *, ema: bool = True
+) -> str:
+    """Reads the weights at `source` and writes them to `target`, which must not exist.
+
+    Args:
+      ema: of a checkpoint with two sets of weights, read the moving averages.
+
+    Returns:
+      The target.
+
+    Raises:
+      ConfigError: a path is missing or taken, or no such model can be built.
+      WeightsError, FileNotFoundError: the source does not fit the model, or is not there.
+    """
+    if not source or not target:
+        raise ConfigError("--source and --target are needed")
+    source, target = os.fspath(source), os.fspath(target)
+    for path in (target, f"{target}.index"):
+        if tf.io.gfile.exists(path):
+            raise ConfigError(f"--target: {path} exists; remove it, or choose another name")
+    learned = weights.stored_settings(source)
+    try:
+        model = efficientnet.build_model(
+            config.model_name,
+            config.num_label_classes or 1000,
+            config.input_image_size,
+            small_image=config.small_image_model or learned.get("small_image", False),
+            width_coefficient=config.width_coefficient,
+            depth_coefficient=config.depth_coefficient,
+            mean=learned.get("mean"),
+            std=learned.get("std"),
+        )
+    except ValueError as e:
+        raise ConfigError(f"no such model: {e}") from e
+    weights.load_weights(model, source, ema=ema)
+    weights.save_weights(model, target)
+    return target

@@ -1,0 +1,137 @@
+"""What filter_unlabel, labeling_report and label_beam do with their settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from efficientnet_ns.config import (
+    BeamConfig,
+    Config,
+    ConfigError,
+    FilterConfig,
+    ReportConfig,
+    SelectConfig,
+    require,
+    shard_list,
+)
+from efficientnet_ns.ingest import data_source
+from efficientnet_ns.pseudo_labels import index, run_report, write
+from efficientnet_ns.pseudo_labels.selection import select
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+
+
+def select_and_write(selection: SelectConfig, options: FilterConfig) -> dict[str, Any]:
+    """Statistics, selection and balanced records of all shards, or of `selection.shard_id`.
+
+    Returns:
+      What `select` and `write` return, and the path of the `report`, if one was written.
+
+    Raises:
+      ConfigError: a folder is not given, or settings contradict each other.
+    """
+    require(selection, "input_dir", "prediction_dir", "prelim_stats_dir", "output_dir")
+    if options.report and selection.only_get_stats:
+        raise ConfigError("--report shows a selection: leave --only_get_stats out")
+    result: dict[str, Any] = {**select(selection)}
+    # Of the tasks that share a shard, the first writes its records.
+    if not selection.only_get_stats and (selection.total_replicas == 1 or selection.task < 1):
+        one = selection.shard_id
+        shards = index.shards(selection) if one is None else [one]
+        result.update(write.write(selection, shards))
+    if options.report:
+        result["report"] = run_report.write_report(selection)
+    return result
+
+
+def report(selection: SelectConfig, options: ReportConfig) -> str:
+    """Writes the labeling report of a finished selection; its path.
+
+    Raises:
+      ConfigError: a folder is not given.
+    """
+    require(selection, "input_dir", "prediction_dir", "output_dir")
+    return run_report.write_report(selection, report_options(options), options.report_path)
+
+
+def report_options(options: ReportConfig) -> run_report.Options:
+    """The settings as the report takes them, with the class names read."""
+    names = None
+    if options.class_names:
+        with tf.io.gfile.GFile(options.class_names) as f:
+            names = f.read().splitlines()
+    return run_report.Options(
+        truth=options.truth or None,
+        previous_dir=options.previous_prediction_dir,
+        class_names=names,
+        classes=options.report_classes,
+        picture_shards=options.report_shards,
+    )
+
+
+def label_on_beam(config: Config, job: BeamConfig, beam_options: Sequence[str]) -> dict[str, Any]:
+    """Labels, selects and writes as one Beam pipeline.
+
+    Args:
+      config: the teacher and the unlabeled set.
+      job: where the job works, and what it selects.
+      beam_options: arguments of the pipeline, each beginning with `-`.
+
+    Returns:
+      What `beam.label` returns.
+
+    Raises:
+      ConfigError: a setting is missing, or would have no effect in a pipeline.
+    """
+    if beam_options and not beam_options[0].startswith("-"):
+        raise ConfigError(
+            f"unexpected argument {beam_options[0]!r}; every setting is a --flag=value"
+        )
+    if not (job.work_dir and config.data.unlabel_data_dir):
+        raise ConfigError("--work_dir and --unlabel_data_dir are needed")
+    _check_whole(config)
+    from efficientnet_ns.pseudo_labels import beam  # Beam is optional.
+
+    return beam.label(*beam_stages(data_source.with_records(config), job), beam_options)
+
+
+def _check_whole(config: Config) -> None:
+    """ConfigError for flags of main that choose a part of the work: a pipeline does all of it."""
+    options = config.predict
+    for name in ("output_dir", "info_dir", "worker_id"):
+        if getattr(options, name):
+            raise ConfigError(
+                f"--{name}: folders are below --work_dir, and the parts of all workers are labeled"
+            )
+    if options.shard_id is None:
+        return
+    if len(shard_list(options.shard_id, options.num_shards)) < options.num_shards:
+        raise ConfigError(
+            f"--shard_id={options.shard_id}: leave it out, all {options.num_shards} are labeled"
+        )
+
+
+def beam_stages(config: Config, job: BeamConfig) -> tuple[Config, SelectConfig]:
+    """The settings of the prediction and of the selection of a Beam job."""
+    folder = {
+        name: os.path.join(job.work_dir, name)
+        for name in ("predictions", "info", "statistics", "selected")
+    }
+    prediction = config.override(output_dir=folder["predictions"], info_dir=folder["info"])
+    selection = SelectConfig(
+        input_dir=config.data.unlabel_data_dir,
+        prediction_dir=folder["predictions"],
+        info_dir=folder["info"],
+        prelim_stats_dir=folder["statistics"],
+        output_dir=folder["selected"],
+        num_shards=config.predict.num_shards,
+        file_prefix=config.predict.file_prefix,
+        num_label_classes=ResolvedConfig.from_config(config).num_classes,
+        seed=config.train.seed,
+        **{k: v for k, v in dataclasses.asdict(job).items() if k != "work_dir"},
+    )
+    return prediction, selection

@@ -1,0 +1,56 @@
+"""Files that start TensorFlow Serving on an exported model: `<base>/deploy/`, next to the versions.
+
+TensorFlow Serving ignores entries of a base folder whose names are not numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.serving import templates
+
+FOLDER = "deploy"
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+
+
+def texts(model: str) -> dict[str, str]:
+    """File name → content, for a model of that name."""
+    values = {
+        "model": model,
+        # The server of this version reads every SavedModel that this TensorFlow writes.
+        "server": tf.__version__,
+        # Kubernetes allows only lower-case letters, digits and hyphens in names.
+        "label": re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-"),
+        "largest": BATCH_SIZES[-1],
+        "allowed": "\n".join(f"allowed_batch_sizes: {size}" for size in BATCH_SIZES),
+    }
+    return {
+        name: templates.fill(os.path.join(FOLDER, name), values) for name in templates.names(FOLDER)
+    }
+
+
+def write(base: str, model: str) -> None:
+    """Writes the deployment files of `<base>/deploy/`; a file that exists is never overwritten.
+
+    If an existing file differs from what would be written, a warning names it.
+
+    Args:
+      base: the folder of the versions.
+      model: name of the model.
+    """
+    tf.io.gfile.makedirs(os.path.join(base, FOLDER))
+    for name, text in texts(model).items():
+        path = os.path.join(base, FOLDER, name)
+        if tf.io.gfile.exists(path):
+            with tf.io.gfile.GFile(path) as f:
+                if f.read() != text:
+                    logging.warning("%s differs from the template for %s: kept as is", path, model)
+            continue
+        with tf.io.gfile.GFile(path, "w") as f:
+            f.write(text)
+        if name.endswith(".sh") and os.path.exists(path):  # Buckets have no permission bits.
+            os.chmod(path, 0o755)

@@ -1,0 +1,150 @@
+"""A trained model as a SavedModel or a TensorFlow Lite file, compared with the model on real images."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns import inference
+from efficientnet_ns.config import Config, ConfigError, ExportConfig
+from efficientnet_ns.data import tasks
+from efficientnet_ns.ingest import data_source
+from efficientnet_ns.models import weights
+from efficientnet_ns.models.recipes import RECIPES
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+from efficientnet_ns.serving import check, export, provenance, tflite
+from efficientnet_ns.serving.classifier import OutputSpec
+
+
+def export_model(config: Config, options: ExportConfig) -> str:
+    """Exports the newest checkpoint of `model_dir` (or the one at `init_model_path`).
+
+    Args:
+      config: the model, as it was trained.
+      options: what is exported, and where to.
+
+    Returns:
+      The folder of the SavedModel, or the path of the TFLite file.
+
+    Raises:
+      ConfigError: a path is missing, or a setting does not fit.
+      manifests.OutputConflict: that version exists.
+    """
+    path = config.train.init_model_path or config.train.model_dir
+    if not path or not options.export_dir:
+        raise ConfigError("--export_dir and --model_dir (or --init_model_path) are needed")
+    _check(options)
+    resolved = ResolvedConfig.from_config(data_source.with_records(config))
+    model = _model(resolved, path, options)
+    number = options.version
+    if number is None:
+        pattern = re.escape(_file_name(model, "NUMBER", options)).replace("NUMBER", r"(\d+)")
+        number = export.next_version(options.export_dir, pattern)
+    write = _saved_model if options.format == "savedmodel" else _tflite
+    return write(resolved, model, path, number, options)
+
+
+def _check(options: ExportConfig) -> None:
+    """Raises ConfigError for settings that do not go together."""
+    if options.format == "tflite" and options.tflite_type == "int8" and not options.check_data:
+        raise ConfigError("--tflite_type=int8 needs --check_data, images to learn ranges from")
+    if options.format == "tflite" and options.serving_dtype != "float32":
+        raise ConfigError("--serving_dtype is of SavedModels; a TFLite file has --tflite_type")
+    if options.format == "savedmodel" and options.tflite_type != "float32":
+        raise ConfigError(f"--tflite_type={options.tflite_type} needs --format=tflite")
+
+
+def _file_name(model, version: int | str, options: ExportConfig) -> str:
+    if options.format == "savedmodel":
+        return str(version)
+    return f"{model.name}-{version}-{options.tflite_type}.tflite"
+
+
+def _model(resolved: ResolvedConfig, path: str, options: ExportConfig):
+
+    before = tf.keras.mixed_precision.global_policy()
+    if options.serving_dtype == "bfloat16" and options.format == "savedmodel":
+        tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        model = resolved.build_model()
+    finally:
+        tf.keras.mixed_precision.set_global_policy(before)
+    weights.load_weights(model, path, ema=options.ema)
+    return model
+
+
+def _export_options(resolved: ResolvedConfig, path: str, options: ExportConfig):
+
+    names = tasks.class_names(resolved.task) or map(str, range(resolved.num_classes))
+    facts = {
+        "Task": resolved.config.data.task_name,
+        "Weights": os.path.basename(path.rstrip("/")) + (" (moving averages)" * options.ema),
+        "Arithmetic": options.serving_dtype,
+        "Method": "Noisy Student Training (arXiv 1911.04252)",
+        **_provenance(resolved, path),
+    }
+    return export.Options(
+        OutputSpec(tuple(names), top_k=options.top_k), options.optimize_for, facts
+    )
+
+
+def _provenance(resolved: ResolvedConfig, path: str) -> dict[str, object]:
+    """Recipe, data and accuracy of published weights or of a training's folder, if these are such."""
+    recipe = RECIPES.get(resolved.config.model.model_name)
+    if recipe is not None and provenance.is_published(path, recipe):
+        return provenance.of_publication(recipe)
+    if tf.io.gfile.isdir(path):
+        return provenance.of_training(path)
+    return provenance.of_training(*os.path.split(path))
+
+
+def _check_images(resolved: ResolvedConfig, options: ExportConfig):
+    """Encoded images, and the same prepared; nothing when none are given."""
+    if not options.check_data:
+        return [], []
+    encoded = check.encoded_images(options.check_data, options.check_images)
+    return encoded, inference.preprocess(encoded, resolved.preprocessing()).numpy()
+
+
+def _float_answers(resolved: ResolvedConfig, path: str, options: ExportConfig, images):
+    """Probabilities of the model as it was trained, in float32."""
+    model = _model(resolved, path, dataclasses.replace(options, serving_dtype="float32"))
+    parts = [images[i : i + 8] for i in range(0, len(images), 8)]
+    return np.concatenate([tf.nn.softmax(model(part, training=False)) for part in parts])
+
+
+def _saved_model(
+    resolved: ResolvedConfig, model, path: str, version: int, options: ExportConfig
+) -> str:
+
+    encoded, images = _check_images(resolved, options)
+    exported = _export_options(resolved, path, options)
+    folder = export.export(model, resolved.preprocessing(), options.export_dir, version, exported)
+    if encoded:
+        answers = export.saved_model_runner(folder)(encoded)
+        expected = _float_answers(resolved, path, options, images)
+        print(f"against the float32 model: {check.difference(expected, answers)}")
+    return folder
+
+
+def _tflite(resolved: ResolvedConfig, model, path: str, version: int, options: ExportConfig) -> str:
+
+    encoded, images = _check_images(resolved, options)
+    target = os.path.join(options.export_dir, _file_name(model, version, options))
+    content = export.export_tflite(
+        model,
+        resolved.preprocessing(),
+        target,
+        options.tflite_type,
+        _export_options(resolved, path, options),
+        images,
+    )
+    if encoded:
+        expected = _float_answers(resolved, path, options, images)
+        answers = tflite.runner(content)(images)
+        print(f"against the float32 model: {check.difference(expected, answers)}")
+    return target
