@@ -31,7 +31,7 @@ from PIL import Image
 
 from efficientnet_ns.config import Config, SelectConfig, TrainConfig
 from efficientnet_ns.config.ingest import MakeConfig
-from efficientnet_ns.files import metrics_log, parquet_sql, records
+from efficientnet_ns.files import metrics_log, parquet_sql, shard_names, tfexamples, tfrecords
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.pseudo_labels import index, selection
@@ -68,18 +68,18 @@ def write_data(folder: Path) -> None:
     write_task(folder / "task.json")
     for prefix, count, seed in (("train", LABELED, 1), ("validation", VALIDATION, 2)):
         examples = [
-            records.labeled_example(image, i % CLASSES)
+            tfexamples.labeled_example(image, i % CLASSES)
             for i, image in enumerate(pictures(count, seed))
         ]
-        records.write_sharded(str(folder / "labeled"), prefix, examples, 2)
+        tfrecords.write_sharded(str(folder / "labeled"), prefix, examples, 2)
     images, probs = pictures(UNLABELED, 3), pseudo_labels(UNLABELED)
     pseudo = [
-        records.pseudo_labeled_example(image, row, int(row.argmax()))
+        tfexamples.pseudo_labeled_example(image, row, int(row.argmax()))
         for image, row in zip(images, probs)
     ]
-    records.write_sharded(str(folder / "pseudo"), "train-0", pseudo, 2)
-    plain = [records.unlabeled_example(image) for image in images]
-    records.write_sharded(str(folder / "unlabeled"), "extra", plain, 1)
+    tfrecords.write_sharded(str(folder / "pseudo"), "train-0", pseudo, 2)
+    plain = [tfexamples.unlabeled_example(image) for image in images]
+    tfrecords.write_sharded(str(folder / "unlabeled"), "extra", plain, 1)
 
 
 def settings(folder: Path, model_dir: str | Path, **values) -> Config:
@@ -311,11 +311,12 @@ def write_loop_data(folder: Path) -> None:
     (folder / "task.json").write_text(json.dumps(task))
     for prefix, count in (("train", 9), ("validation", 6), ("test", 5)):
         examples = [
-            records.labeled_example(image, i % CLASSES) for i, image in enumerate(pictures(count))
+            tfexamples.labeled_example(image, i % CLASSES)
+            for i, image in enumerate(pictures(count))
         ]
-        records.write_sharded(str(folder / "labeled"), prefix, examples, 1)
-    unlabeled = [records.unlabeled_example(image) for image in pictures(24)]
-    records.write_sharded(str(folder / "unlabeled"), "extra", unlabeled, 2)
+        tfrecords.write_sharded(str(folder / "labeled"), prefix, examples, 1)
+    unlabeled = [tfexamples.unlabeled_example(image) for image in pictures(24)]
+    tfrecords.write_sharded(str(folder / "unlabeled"), "extra", unlabeled, 2)
 
 
 def loop_settings(folder: Path) -> dict:
@@ -490,7 +491,7 @@ def make_records(source: Path, output: Path, **values) -> dict[str, int]:
 def labeled_contents(folder: Path, prefix: str = "train") -> list[tuple[int, bytes]]:
     """(label, image) of all records, in order; read by TensorFlow."""
     found = []
-    for path in records.list_shards(str(folder), prefix):
+    for path in shard_names.list_shards(str(folder), prefix):
         for item in tf.data.TFRecordDataset(path):
             example = tf.train.Example.FromString(item.numpy()).features.feature
             label = example["image/class/label"].int64_list.value

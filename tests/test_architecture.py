@@ -132,7 +132,7 @@ def test_the_helpers_see_what_they_should():
 import tensorflow as tf, efficientnet_ns.files.progress
 from typing import TYPE_CHECKING
 from efficientnet_ns import config as c
-from efficientnet_ns.files.records import DataError
+from efficientnet_ns.files.tfrecords import DataError
 from . import layers
 from ..training import train
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class C:
     assert own_imports(source, "models.weights") == {
         "files.progress",
         "config",
-        "files.records",
+        "files.tfrecords",
         "models.layers",
         "training.train",
         "pseudo_labels.write",
@@ -166,7 +166,7 @@ class C:
 
 
 def test_there_is_something_to_check():
-    assert {"__init__", "main", "files.records", "models.efficientnet", "training.train"} <= set(
+    assert {"__init__", "main", "files.tfrecords", "models.efficientnet", "training.train"} <= set(
         SOURCES
     )
 
@@ -281,7 +281,7 @@ def test_tensorflow_is_not_loaded_by_the_command_line(module):
 
 
 # Expands patterns, or takes a path for one → where it stands, for what is no path of a user or after
-# `paths.without_wildcards`.
+# `local_files.without_wildcards`.
 EXPANDS: dict[str, set[str]] = {
     **dict.fromkeys(["glob", "iglob", "rglob", "glob1", "match_filenames_once"], set()),
     **dict.fromkeys(["matching_files", "MatchingFiles", "get_matching_files"], set()),
@@ -323,7 +323,7 @@ def test_expansions_are_seen():
 
 
 def test_no_path_is_taken_for_a_pattern():
-    """A user's folder may be called `run[1]`: list it with `manifests.listed`."""
+    """A user's folder may be called `run[1]`: list it with `paths.listed`."""
     found = {(module, word) for module in SOURCES for word in expansions(SOURCES[module])}
     allowed = {(module, word) for word, modules in EXPANDS.items() for module in modules}
     assert found == allowed
@@ -335,18 +335,6 @@ def test_cores_are_counted_in_one_place():
     assert {module for module, source in SOURCES.items() if counted.search(source)} == {
         "config.cpus"
     }
-
-
-def test_settings_are_resolved_without_a_command_line(monkeypatch):
-    from absl import flags
-
-    from efficientnet_ns import config
-    from efficientnet_ns.resolve.resolved_config import ResolvedConfig
-
-    monkeypatch.setattr(flags, "FLAGS", None)
-    chosen = config.Config().override(task_name="digits", model_name="efficientnet-test")
-    config.check(chosen)
-    assert ResolvedConfig.from_config(chosen).num_classes == 10
 
 
 def test_tests_import_no_other_tests():

@@ -14,7 +14,7 @@ from fakes import script_commands as commands
 
 from efficientnet_ns import config
 from efficientnet_ns.config import Config
-from efficientnet_ns.files import records
+from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 NOTEBOOK = ROOT / "tpu_scripts" / "noisy_student_svhn.ipynb"
@@ -199,9 +199,9 @@ def test_notebook_runs_on_small_data(tmp_path, notebook):
     assert "srcdoc=" in cells["report"].outputs[-1].data["text/html"]
 
     labels = [
-        records.label(record.payload)
-        for part in records.list_shards(f"{tmp_path}/data/predict/filter_data/data", "train-0")
-        for record in records.read(part)
+        tfexamples.label(record.payload)
+        for part in shard_names.list_shards(f"{tmp_path}/data/predict/filter_data/data", "train-0")
+        for record in tfrecords.read(part)
     ]
     assert labels and set(Counter(labels).values()) == {12}
 
@@ -215,12 +215,14 @@ def test_notebook_runs_on_small_data(tmp_path, notebook):
         assert last["step"] == last_step and last["eval/top1"] == sets["dev"]["top1"]
         assert f"| {name} | {sets['dev']['top1']:.2%} | {sets['test']['top1']:.2%} |" in table
 
-    first = next(records.read(records.list_shards(f"{tmp_path}/data/proc", "test")[0])).payload
+    first = next(
+        tfrecords.read(shard_names.list_shards(f"{tmp_path}/data/proc", "test")[0])
+    ).payload
     said = re.search(
         r"says (\d) \(probability (0\.\d+)\); .* is (\d)", text_of(cells["predict-one"])
     )
-    assert int(said[3]) == records.label(first) and 0.1 <= float(said[2]) <= 1
-    assert (tmp_path / "data" / "digit.jpg").read_bytes() == records.image_bytes(first)
+    assert int(said[3]) == tfexamples.label(first) and 0.1 <= float(said[2]) <= 1
+    assert (tmp_path / "data" / "digit.jpg").read_bytes() == tfexamples.image_bytes(first)
     assert (tmp_path / "export" / "1" / "saved_model.pb").exists()
 
 

@@ -21,7 +21,7 @@ from fakes import write_mat
 
 from efficientnet_ns import config
 from efficientnet_ns.config import Config
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 ROOT = Path(__file__).parents[1]
@@ -400,7 +400,7 @@ def test_svhn_scripts_run_end_to_end(tmp_path):
     assert not list(filtered.glob("train-0-*"))
     run("svhn/filter_unlabel.sh", "0", **settings)
     parts = sorted(filtered.glob("train-0-0000?-of-00004"))
-    labels = [records.label(r.payload) for part in parts for r in records.read(str(part))]
+    labels = [tfexamples.label(r.payload) for part in parts for r in tfrecords.read(str(part))]
     assert len(parts) == 4 and labels
     assert {labels.count(label) for label in set(labels)} == {12}
 
@@ -430,11 +430,11 @@ def test_svhn_scripts_run_end_to_end(tmp_path):
 
 
 def images_of(path: Path) -> list[bytes]:
-    return [records.image_bytes(record.payload) for record in records.read(str(path))]
+    return [tfexamples.image_bytes(record.payload) for record in tfrecords.read(str(path))]
 
 
 def first_probabilities(path: Path) -> np.ndarray:
     import tensorflow as tf
 
-    example = tf.train.Example.FromString(next(iter(records.read(str(path)))).payload)
+    example = tf.train.Example.FromString(next(iter(tfrecords.read(str(path)))).payload)
     return np.array(example.features.feature["probabilities"].float_list.value)

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.config import Config
-from efficientnet_ns.files import records
+from efficientnet_ns.files import shard_names, tfrecords
 from efficientnet_ns.models import weights
 from efficientnet_ns.pseudo_labels.index import IndexWriter
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
@@ -27,8 +27,8 @@ def write_shards(folder: Path, shards: list[list[bytes]]) -> None:
     """Unlabeled records, one list of payloads per shard."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, payloads in enumerate(shards):
-        name = records.shard_name("extra", number, len(shards))
-        records.write(str(folder / name), payloads)
+        name = shard_names.shard_name("extra", number, len(shards))
+        tfrecords.write(str(folder / name), payloads)
 
 
 def save_teacher(prefix: Path, num_classes: int, seed: int) -> None:

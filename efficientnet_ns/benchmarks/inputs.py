@@ -20,7 +20,8 @@ from efficientnet_ns.benchmarks.tables import Measured, Row, measure
 from efficientnet_ns.config import BenchmarkConfig, ConfigError
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.data import augment, autoaugment, images, levels, pipeline, randaugment
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files.paths import listed
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}$")
@@ -84,13 +85,13 @@ def encoded_images(folder: str) -> tuple[list[str], list[bytes]]:
     """
     if not folder:
         return [], _made_images()
-    above = manifests.listed(folder, r"[^.].*")
-    paths = sorted(itertools.chain(above, *(manifests.listed(f, r"[^.].*") for f in above)))
+    above = listed(folder, r"[^.].*")
+    paths = sorted(itertools.chain(above, *(listed(f, r"[^.].*") for f in above)))
     shards = [path for path in paths if _SHARD.fullmatch(path)]
     pictures = [path for path in paths if path.lower().endswith(_SUFFIXES)]
     if shards:
-        payloads = (r.payload for path in shards for r in records.read(path))
-        found = (records.image_bytes(payload) for payload in payloads if payload is not None)
+        payloads = (r.payload for path in shards for r in tfrecords.read(path))
+        found = (tfexamples.image_bytes(payload) for payload in payloads if payload is not None)
     else:
         found = (tf.io.gfile.GFile(path, "rb").read() for path in pictures)
     encoded = list(itertools.islice(found, _MOST_IMAGES))
@@ -155,7 +156,7 @@ def _read_stage(files: list[str]) -> dict[str, Callable[[], int]]:
     return {
         "read records": _worker(
             paths.flat_map(tf.data.TFRecordDataset),
-            lambda record, _: records.parse_unlabeled(record),
+            lambda record, _: tfexamples.parse_unlabeled(record),
         )
     }
 

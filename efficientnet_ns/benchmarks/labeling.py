@@ -23,7 +23,7 @@ from absl import logging
 from efficientnet_ns.benchmarks import inputs, keras_peer, tables
 from efficientnet_ns.config import BenchmarkConfig, Config
 from efficientnet_ns.config.cpus import available_cpus
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.inference import engines
 from efficientnet_ns.models import weights
 from efficientnet_ns.pseudo_labels import predict
@@ -74,7 +74,7 @@ class _Work:
             unlabel_data_dir=os.path.join(folder, "unlabeled"),
             num_shards=1,
         )
-        self._examples = [records.unlabeled_example(image) for image in images]
+        self._examples = [tfexamples.unlabeled_example(image) for image in images]
         self._folder, self._settings, self._runs = folder, settings, 0
         self._seconds = config.seconds
         self._resolved = ResolvedConfig.from_config(settings)
@@ -89,7 +89,7 @@ class _Work:
 
     def _write(self, count: int) -> None:
         chosen = [self._examples[i % len(self._examples)] for i in range(count)]
-        records.write_sharded(self._settings.data.unlabel_data_dir, "train", chosen, 1)
+        tfrecords.write_sharded(self._settings.data.unlabel_data_dir, "train", chosen, 1)
 
     def decoded(self, images: list[bytes]) -> np.ndarray:
         """The evaluation crops of the images: float32 [N, S, S, 3]."""

@@ -6,7 +6,7 @@ import importlib
 
 from efficientnet_ns.benchmarks import tables
 from efficientnet_ns.config import BenchmarkConfig, require
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import json_files
 
 # --what → module with `run(BenchmarkConfig) -> list[tables.Row]`. Modules are imported when chosen:
 # each needs other peers.
@@ -29,5 +29,5 @@ def run(options: BenchmarkConfig) -> str:
     module = importlib.import_module(f"efficientnet_ns.benchmarks.{_MODULES[options.what or '']}")
     rows = module.run(options)
     if options.json_file:
-        manifests.write_json(options.json_file, tables.as_json(rows), indent=1)
+        json_files.write_json(options.json_file, tables.as_json(rows), indent=1)
     return tables.format_rows(rows)

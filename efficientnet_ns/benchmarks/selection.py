@@ -21,7 +21,7 @@ import tensorflow as tf
 from efficientnet_ns.benchmarks.tables import Row
 from efficientnet_ns.config import BenchmarkConfig, ConfigError, SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
-from efficientnet_ns.files import records
+from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 from efficientnet_ns.pseudo_labels import index, run_report
 from efficientnet_ns.pseudo_labels.selection import SELECTION, select
 
@@ -130,10 +130,10 @@ def _shard_rows(rows: int, shard: int) -> int:
 
 def _make_images(settings: SelectConfig, rows: int) -> None:
     """Writes the images of the shards that a report takes pictures from."""
-    example = records.unlabeled_example(tf.io.encode_png(tf.zeros([8, 8, 3], tf.uint8)).numpy())
+    example = tfexamples.unlabeled_example(tf.io.encode_png(tf.zeros([8, 8, 3], tf.uint8)).numpy())
     for shard in range(run_report.Options().picture_shards):
         images = itertools.repeat(example, _shard_rows(rows, shard))
-        records.write(index.input_path(settings, shard), images)
+        tfrecords.write(index.input_path(settings, shard), images)
 
 
 def make_index(settings: SelectConfig, rows: int) -> None:
@@ -153,7 +153,7 @@ def make_index(settings: SelectConfig, rows: int) -> None:
         size = _shard_rows(rows, shard)
         labels = np.searchsorted(bounds, rng.random(size)).astype(np.int32)
         probs = 1 - 0.97 * rng.random(size, np.float32) ** ease[labels]
-        name = records.index_name(shard, _SHARDS, 0)
+        name = shard_names.index_name(shard, _SHARDS, 0)
         path = os.path.join(settings.prediction_dir, name)
         with index.IndexWriter(path, shard, 0) as writer:
             writer.add(labels, probs)

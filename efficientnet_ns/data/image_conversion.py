@@ -1,5 +1,6 @@
-"""Encoded image bytes on their way into a record: checked, converted where TensorFlow cannot
-decode the format, shrunk when asked.
+"""Prepares encoded images for records.
+
+They are checked, converted when TensorFlow cannot decode the format, and shrunk on request.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ import tensorflow as tf
 from efficientnet_ns.data import augment, images
 from efficientnet_ns.data.autoaugment import AutoAugment
 from efficientnet_ns.data.randaugment import RandAugment
-from efficientnet_ns.files import records
+from efficientnet_ns.files import shard_names, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 
 _LABELED, _UNLABELED = 1, 2  # Salts: the two streams draw independently from one seed.
 
@@ -143,12 +144,12 @@ class Source:
         """Lists and counts shards; DataError when there are none, one misses or all are empty.
 
         Args:
-          max_bad_fraction: see `records.count_all`; 0 for sets to measure on, which must be whole.
+          max_bad_fraction: see `tfrecords.count_all`; 0 for sets to measure on, which must be whole.
         """
-        paths = records.list_shards(folders, prefixes)
-        counts = records.count_all(paths, max_bad_fraction)
+        paths = shard_names.list_shards(folders, prefixes)
+        counts = tfrecords.count_all(paths, max_bad_fraction)
         if not sum(counts):
-            raise records.DataError(f"the {len(paths)} shards in {folders!r} hold no records")
+            raise DataError(f"the {len(paths)} shards in {folders!r} hold no records")
         return cls(tuple(paths), tuple(counts))
 
     @property
@@ -159,16 +160,16 @@ class Source:
     def shards(self, number: int) -> Source:
         """The first `number` files; DataError when there are fewer, or they are empty."""
         if number > len(self.paths):
-            raise records.DataError(f"{number} shards are asked for, {len(self.paths)} are there")
+            raise DataError(f"{number} shards are asked for, {len(self.paths)} are there")
         first = Source(self.paths[:number], self.counts[:number])
         if not first.total:
-            raise records.DataError(f"the first {number} shards hold no records: {first.paths[0]}")
+            raise DataError(f"the first {number} shards hold no records: {first.paths[0]}")
         return first
 
     def examples(self, number: int) -> Source:
         """The first `number` records, in file order; DataError when there are fewer."""
         if number > self.total:
-            raise records.DataError(f"{number} records are asked for, {self.total} are there")
+            raise DataError(f"{number} records are asked for, {self.total} are there")
         counts, left = [], number
         for count in self.counts:
             counts.append(min(count, left))
@@ -286,7 +287,7 @@ def labeled_batches(
     """
 
     def prepare(index: tf.Tensor, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
-        example = records.parse_labeled(serialized)
+        example = tfexamples.parse_labeled(serialized)
         image = preprocessing.train(example["image"], _sample_seed(seed, _LABELED, index))
         return {"image": image, "label": _checked_label(example["label"], num_classes)}
 
@@ -322,12 +323,12 @@ def unlabeled_batches(
     def prepare(index: tf.Tensor, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
         sample_seed = _sample_seed(seed, _UNLABELED, index)
         if teacher_preprocessing is not None:
-            image = records.parse_unlabeled(serialized)
+            image = tfexamples.parse_unlabeled(serialized)
             return {
                 "unl_image": preprocessing.train(image, sample_seed),
                 "teacher_image": teacher_preprocessing.evaluate(image),
             }
-        example = records.parse_pseudo_labeled(serialized, num_classes)
+        example = tfexamples.parse_pseudo_labeled(serialized, num_classes)
         return {
             "unl_image": preprocessing.train(example["image"], sample_seed),
             "unl_label": _checked_label(example["label"], num_classes),
@@ -377,7 +378,7 @@ def eval_batches(
     """
 
     def prepare(index: tf.Tensor, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
-        example = records.parse_labeled(serialized)
+        example = tfexamples.parse_labeled(serialized)
         return {
             "image": preprocessing.evaluate(example["image"]),
             "label": _checked_label(example["label"], num_classes),
@@ -420,7 +421,7 @@ def name_bad_record(source: Source, check: Callable[[bytes], None]) -> str | Non
     """
     for path, count in zip(source.paths, source.counts):
         # A truncated tail is not counted: it is left out, so it is never what went wrong.
-        for record in itertools.islice(records.read(path), count):
+        for record in itertools.islice(tfrecords.read(path), count):
             problem = record.problem
             if record.payload is not None:
                 try:
@@ -436,12 +437,12 @@ def name_bad_record(source: Source, check: Callable[[bytes], None]) -> str | Non
 
 def check_image(payload: bytes) -> None:
     """Raises DataError or a TensorFlow error unless the record has a decodable image."""
-    images.decode(tf.constant(records.image_bytes(payload)))
+    images.decode(tf.constant(tfexamples.image_bytes(payload)))
 
 
 def check_trainable(payload: bytes, num_classes: int) -> None:
     """Raises DataError or a TensorFlow error unless image and label can be used."""
     check_image(payload)
-    label = records.label(payload)
+    label = tfexamples.label(payload)
     if not 0 <= label < num_classes:
-        raise records.DataError(f"label {label} (0-based) is outside 0..{num_classes - 1}")
+        raise DataError(f"label {label} (0-based) is outside 0..{num_classes - 1}")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import json_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +154,8 @@ def get_task(name: str | os.PathLike) -> Task:
             'with the fields of a task, e.g. {"num_classes": 5}'
         )
     try:
-        fields = manifests.read_json(name)
-    except manifests.BrokenFile as e:
+        fields = json_files.read_json(name)
+    except json_files.BrokenFile as e:
         raise TaskError(str(e)) from e
     return _checked(name, fields)
 
@@ -211,7 +211,7 @@ def write_task(path: str | os.PathLike, **fields) -> None:
     path = os.path.expanduser(path)
     existing = dataclasses.asdict(get_task(path)) if tf.io.gfile.exists(path) else {}
     task = dataclasses.asdict(_checked(path, {**existing, **fields}))
-    manifests.write_json(path, {k: v for k, v in task.items() if v is not None}, indent=1)
+    json_files.write_json(path, {k: v for k, v in task.items() if v is not None}, indent=1)
 
 
 def label_lines(names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import tensorflow as tf
 from efficientnet_ns import report as page
 from efficientnet_ns.config import Config
 from efficientnet_ns.evaluation.accuracy import Measured
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import json_files
 from efficientnet_ns.models.recipes import RECIPES
 
 # Size of ImageNet's validation set; published values are comparable only on all of it.
@@ -59,7 +59,7 @@ def write(
         "views": config.train.eval_views,
         "sets": {name: _plain(measured, names) for name, measured in results.items()},
     }
-    manifests.write_json(os.path.join(folder, "eval.json"), contents, indent=1)
+    json_files.write_json(os.path.join(folder, "eval.json"), contents, indent=1)
     sections = [s for name, measured in results.items() for s in _sections(name, measured, names)]
     page.write_page(
         os.path.join(folder, "eval_report.html"),

@@ -161,7 +161,7 @@ def measure(
       jit_compile: compile the attacks with XLA.
 
     Raises:
-      ConfigError, records.DataError: invalid settings or data, before anything is measured.
+      ConfigError, DataError: invalid settings or data, before anything is measured.
     """
     settings = Settings.from_config(own, resolved.config.train.seed)
     if resolved.config.predict.inference_engine == "xnnpack" and not settings.corruptions:

@@ -13,7 +13,7 @@ from efficientnet_ns import report
 from efficientnet_ns.evaluation import robustness
 from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.evaluation.custom_robustness import BASELINE, MODEL, Found
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import atomic, json_files
 
 _RELATIVE = "CE, relative to the baseline"
 
@@ -115,8 +115,8 @@ def write(folder: str, found: Found) -> None:
     if "corruptions" in results and BASELINE in results["models"]:
         results["ce"] = relative_errors(results["corruptions"])
         results["mce"] = mean_relative_error(results["corruptions"])
-    manifests.write_json(os.path.join(folder, "own_set.json"), results, indent=1)
-    with manifests.atomic_path(os.path.join(folder, "own_set.md")) as temporary:
+    json_files.write_json(os.path.join(folder, "own_set.json"), results, indent=1)
+    with atomic.atomic_path(os.path.join(folder, "own_set.md")) as temporary:
         with tf.io.gfile.GFile(temporary, "w") as f:
             f.write(markdown(results))
     sections = [report.Section(t, report.table(rows)) for t, rows in tables(results).items()]

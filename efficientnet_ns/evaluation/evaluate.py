@@ -14,7 +14,7 @@ from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.devices import distribution
 from efficientnet_ns.evaluation import accuracy, accuracy_report
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import json_files, manifests
 from efficientnet_ns.files.metrics_log import MetricsLog
 from efficientnet_ns.inference import engines
 from efficientnet_ns.models import weights
@@ -149,7 +149,7 @@ def _check_length(folder: str, config: Config) -> None:
     path = os.path.join(folder, "config.json")
     if not tf.io.gfile.exists(path):
         return
-    noted, train = manifests.read_object(path), config.train
+    noted, train = json_files.read_object(path), config.train
     names = ("train_steps", "train_ratio", "train_last_step_num")
     own = {name: getattr(train, name) for name in names}
     difference = manifests.describe_difference({n: noted.get(n, own[n]) for n in own}, own)

@@ -15,7 +15,8 @@ from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.evaluation import robustness_published as published
 from efficientnet_ns.evaluation import robustness_sets as sets
 from efficientnet_ns.evaluation.robustness_clips import Clips
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import manifests
+from efficientnet_ns.files.errors import DataError
 
 # N encoded images → (probabilities float32 [N, C], {index: problem}).
 Classify = Callable[[Sequence[bytes]], tuple[np.ndarray, dict[int, str]]]
@@ -72,14 +73,14 @@ class Evaluation:
           cropped: whether the images are already evaluation crops.
 
         Raises:
-          records.DataError: names the first image that cannot be classified.
+          DataError: names the first image that cannot be classified.
         """
         classify = self._whole if cropped else self._classify
         images, reduced = iter(images), []
         while group := list(itertools.islice(images, self._group)):
             probs, problems = classify([image for _, image in group])
             for place, problem in problems.items():
-                raise records.DataError(f"{group[place][0]}: {problem}")
+                raise DataError(f"{group[place][0]}: {problem}")
             reduced.append(reduce(probs))
         return np.concatenate(reduced)
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from efficientnet_ns.data import image_conversion
 from efficientnet_ns.evaluation import robustness_sets as sets
-from efficientnet_ns.files import records
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.ingest import videos
 
@@ -37,7 +37,7 @@ class Clips(NamedTuple):
           what: title of the progress bar.
 
         Raises:
-          records.DataError: a clip has fewer than two frames or another number than the first clip.
+          DataError: a clip has fewer than two frames or another number than the first clip.
         """
         length = None
         with Progress(len(self.names), what, "clips") as progress:
@@ -48,7 +48,7 @@ class Clips(NamedTuple):
                     count += 1
                 length = length or count
                 if count < 2 or count != length:
-                    raise records.DataError(
+                    raise DataError(
                         f"{path} has {count} frames, {self.names[0]} {length}: all clips of a "
                         "perturbation need the same number, two or more. Is the file truncated?"
                     )
@@ -63,14 +63,14 @@ def clips(path: str, classes: Mapping[str, int]) -> Clips:
       classes: folder name → class.
 
     Raises:
-      records.DataError: unknown or empty folders, duplicate clips, folders with fewer than two frames
+      DataError: unknown or empty folders, duplicate clips, folders with fewer than two frames
         or with different numbers of frames, or videos that cannot be read here.
     """
     names = sets.folders(path)
     sets.refuse(path, "unknown class folders", [n for n in names if n not in classes])
     found = {name: _clips_in(os.path.join(path, name)) for name in names}
     if not any(found.values()):
-        raise records.DataError(
+        raise DataError(
             f"{path!r} has no clips: expected <wnid>/<clip>.mp4 or .gif, or folders <wnid>/<clip>/ "
             "with one image per frame"
         )

@@ -19,7 +19,8 @@ from efficientnet_ns.evaluation import (
     robustness_sets,
     robustness_sources,
 )
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import atomic, json_files
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.inference.teacher import TeacherPredictor, check_views
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import weights
@@ -33,7 +34,7 @@ def evaluate_and_report(config: Config, own: OwnSetConfig, sets: RobustnessConfi
     """Measures the paper's sets or the labeled set of `config`; the results as a Markdown table.
 
     Raises:
-      ConfigError, records.DataError: settings or data that cannot work.
+      ConfigError, DataError: settings or data that cannot work.
     """
     config = data_source.with_records(config)
     folders = sets.places()
@@ -72,7 +73,7 @@ def evaluate(
 
     Raises:
       ConfigError: settings that do not fit.
-      records.DataError: folders that are not laid out as they must be, before anything is measured
+      DataError: folders that are not laid out as they must be, before anything is measured
         on them.
       manifests.OutputConflict: report_dir has parts of other weights, settings or sets.
     """
@@ -130,7 +131,7 @@ def _check_there(folders: dict[str, str]) -> None:
         if not path.startswith("tfds:") and not tf.io.gfile.exists(path)
     ]
     if absent:
-        raise records.DataError(f"no such folder or file: {', '.join(absent)}")
+        raise DataError(f"no such folder or file: {', '.join(absent)}")
 
 
 def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | None) -> dict:
@@ -164,13 +165,13 @@ def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | Non
 
 def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
 
-    manifests.write_json(
+    json_files.write_json(
         os.path.join(folder, "robustness.json"), {**identity, "sets": results}, indent=1
     )
     size, model = identity["image_size"], identity["model"]
     rows = robustness.rows(results, size, model)
     tables = robustness.tables(results, size, model)
-    with manifests.atomic_path(os.path.join(folder, "robustness.md")) as temporary:
+    with atomic.atomic_path(os.path.join(folder, "robustness.md")) as temporary:
         with tf.io.gfile.GFile(temporary, "w") as f:
             f.write(robustness.markdown(rows))
             for title, table in tables.items():
@@ -209,7 +210,7 @@ def evaluate_own_set(
       `custom_robustness.Found.results`.
 
     Raises:
-      ConfigError, records.DataError: settings or data that cannot work.
+      ConfigError, DataError: settings or data that cannot work.
     """
     if not weights_path or not report_dir:
         raise ConfigError("--weights and --report_dir are needed")

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from efficientnet_ns.data import image_conversion, tasks
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import json_files
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.ingest import image_sources
 
@@ -38,7 +39,7 @@ class Images(NamedTuple):
                     try:
                         image = read(entry).image
                     except image_conversion.Unusable as e:
-                        raise records.DataError(f"{path} {e}") from e
+                        raise DataError(f"{path} {e}") from e
                     yield path, image
                     progress.update(1)
 
@@ -89,13 +90,13 @@ def numbered(names: Sequence[str], where: str) -> list[int]:
       where: the set, for messages.
 
     Raises:
-      records.DataError: the names are neither.
+      DataError: the names are neither.
     """
     for known in (by_wnid(), by_number()):
         if all(name in known for name in names):
             return [known[name] for name in names]
     wrong = next(name for name in names if name not in by_wnid())
-    raise records.DataError(f"{where}: class {wrong!r} is not the WordNet id of an ImageNet class")
+    raise DataError(f"{where}: class {wrong!r} is not the WordNet id of an ImageNet class")
 
 
 def check_whole(path: str, found: Collection[int], classes: Mapping[str, int]) -> None:
@@ -113,10 +114,10 @@ def folders(path: str) -> list[str]:
     """Names of the folders inside `path`, without hidden and system folders, sorted.
 
     Raises:
-      records.DataError: `path` is not a folder.
+      DataError: `path` is not a folder.
     """
     if not tf.io.gfile.isdir(path):
-        raise records.DataError(f"{path!r} is not a folder")
+        raise DataError(f"{path!r} is not a folder")
     names = (name.rstrip("/") for name in tf.io.gfile.listdir(path))
     names = (name for name in names if not image_sources.is_hidden(name))
     return sorted(n for n in names if tf.io.gfile.isdir(os.path.join(path, n)))
@@ -136,11 +137,11 @@ def class_folders(path: str, classes: Mapping[str, int]) -> Images:
       classes: folder name → class.
 
     Raises:
-      records.DataError: there are no class folders, or unknown or empty ones, which are listed.
+      DataError: there are no class folders, or unknown or empty ones, which are listed.
     """
     names = folders(path)
     if not names:
-        raise records.DataError(f"{path!r} has no class folders")
+        raise DataError(f"{path!r} has no class folders")
     refuse(path, "unknown class folders", [n for n in names if n not in classes])
     names.sort(key=classes.__getitem__)
     files = {name: image_files(os.path.join(path, name)) for name in names}
@@ -173,7 +174,7 @@ def parts(
       allow_missing: whether some of `expected` may be missing.
 
     Raises:
-      records.DataError: unknown names, none at all, or missing ones unless `allow_missing`.
+      DataError: unknown names, none at all, or missing ones unless `allow_missing`.
     """
     refuse(path, "unknown parts", [n for n in found if n not in (*expected, *optional)])
     if not allow_missing:
@@ -183,7 +184,7 @@ def parts(
             [n for n in expected if n not in found],
         )
     if not found:
-        raise records.DataError(f"{path!r} has none of the parts {', '.join(expected)}")
+        raise DataError(f"{path!r} has none of the parts {', '.join(expected)}")
     return [n for n in (*expected, *optional) if n in found]
 
 
@@ -200,7 +201,7 @@ def refuse(path: str, what: str, names: Sequence[str]) -> None:
     """Raises DataError that lists the first twenty `names`, if there are any."""
     if names:
         shown = ", ".join(list(names)[:20]) + (" …" if len(names) > 20 else "")
-        raise records.DataError(f"{path}: {len(names)} {what}: {shown}")
+        raise DataError(f"{path}: {len(names)} {what}: {shown}")
 
 
 # --- ReaL labels ----------------------------------------------------------------------------------
@@ -216,9 +217,9 @@ def real_labels(labels_path: str, images_path: str) -> tuple[Images, list[list[i
       images_path: folder of the images, or of class folders with them.
 
     Raises:
-      records.DataError: an image has another name, or there are more or fewer images than labels.
+      DataError: an image has another name, or there are more or fewer images than labels.
     """
-    right = manifests.read_json(labels_path)
+    right = json_files.read_json(labels_path)
     files = image_files(images_path)
     for folder in folders(images_path):
         files += [f"{folder}/{file}" for file in image_files(os.path.join(images_path, folder))]
@@ -227,10 +228,10 @@ def real_labels(labels_path: str, images_path: str) -> tuple[Images, list[list[i
         match = re.fullmatch(r"ILSVRC2012_val_(\d{8})", os.path.basename(file).split(".")[0])
         if not match:
             path = os.path.join(images_path, file)
-            raise records.DataError(f"{path}: the name must be ILSVRC2012_val_<8 digits>")
+            raise DataError(f"{path}: the name must be ILSVRC2012_val_<8 digits>")
         by_place[int(match[1])] = image_sources.Entry(file)
     if sorted(by_place) != list(range(1, len(right) + 1)):
-        raise records.DataError(
+        raise DataError(
             f"{images_path!r} has {len(by_place)} different images, {labels_path} labels for "
             f"{len(right)}: numbers 1 to {len(right)} are needed"
         )

@@ -14,7 +14,9 @@ from efficientnet_ns.data import tasks
 from efficientnet_ns.evaluation import robustness_clips
 from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.evaluation import robustness_sets as sets
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import shard_names, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.files.paths import listed
 from efficientnet_ns.ingest import image_sources, tfds_source
 
 # Prefixes of record files; the first one found is read.
@@ -31,17 +33,17 @@ class Records:
         """All records with their labels; reads every record.
 
         Raises:
-          records.DataError: a record is damaged or has no label.
+          DataError: a record is damaged or has no label.
         """
         found = []
-        for path in records.list_shards(self.path, self._prefix):
-            spans = records.spans(path)
-            for record in records.read(path):
+        for path in shard_names.list_shards(self.path, self._prefix):
+            spans = tfrecords.spans(path)
+            for record in tfrecords.read(path):
                 name = f"{os.path.basename(path)}#{record.position}"
                 problem = record.problem
-                label = -1 if problem else records.label(record.payload)
+                label = -1 if problem else tfexamples.label(record.payload)
                 if label < 0:
-                    raise records.DataError(f"{self.path}/{name}: {problem or 'has no label'}")
+                    raise DataError(f"{self.path}/{name}: {problem or 'has no label'}")
                 found.append(image_sources.Entry(name, label, place=(path, *next(spans))))
         return found
 
@@ -57,7 +59,7 @@ class Records:
                     files[path] = opened.enter_context(tf.io.gfile.GFile(path, "rb"))
                 files[path].seek(start)
                 return image_sources.Loaded(
-                    records.image_bytes(files[path].read(length)), entry.label
+                    tfexamples.image_bytes(files[path].read(length)), entry.label
                 )
 
             yield read
@@ -78,7 +80,7 @@ def open_images(
       allow_missing: whether some of the classes may be missing.
 
     Raises:
-      records.DataError: unknown or missing classes, or damaged files.
+      DataError: unknown or missing classes, or damaged files.
     """
     if place.startswith(tfds_source.PREFIX):
         images = _of_tfds(place, tfds_data_dir)
@@ -121,7 +123,7 @@ def open_corruptions(
         because a corruption's error is the mean over all severities.
 
     Raises:
-      records.DataError: unknown or missing parts, or parts of different classes.
+      DataError: unknown or missing parts, or parts of different classes.
     """
     if place.startswith(tfds_source.PREFIX):
         severities, place_of = _of_configurations(place, tfds_data_dir)
@@ -166,7 +168,7 @@ def open_perturbations(path: str, allow_missing: bool = False) -> dict[str, robu
       allow_missing: whether classes or perturbations may be missing.
 
     Raises:
-      records.DataError: unknown or missing parts, or what `robustness_clips.clips` raises.
+      DataError: unknown or missing parts, or what `robustness_clips.clips` raises.
     """
     found = [name for name in sets.folders(path) if name not in metrics.HARDER_SEQUENCES]
     needed, extra = tuple(metrics.ALEXNET_FLIPS), tuple(metrics.ALEXNET_FLIPS_EXTRA)
@@ -184,7 +186,7 @@ def _of_tfds(place: str, tfds_data_dir: str | None) -> sets.Images:
     builder = tfds_source.load_builder(name, tfds_data_dir)
     splits = sorted(builder.info.splits)
     if split is None and len(splits) != 1:
-        raise records.DataError(f"{place}: choose one of its splits, {place}:<{'|'.join(splits)}>")
+        raise DataError(f"{place}: choose one of its splits, {place}:<{'|'.join(splits)}>")
     source = tfds_source.Tfds(builder, split or splits[0])
     return _with_classes(source, source.class_names)
 
@@ -202,16 +204,16 @@ def _with_classes(source, names: Sequence[str] | None) -> sets.Images:
     entries = []
     for entry in source.labeled_entries():
         if not 0 <= entry.label < len(numbers):
-            raise records.DataError(
+            raise DataError(
                 f"{source.path}/{entry.name} has label {entry.label}; expected 0 to "
                 f"{len(numbers) - 1}"
             )
         entries.append(entry._replace(label=numbers[entry.label]))
     if not entries:
-        raise records.DataError(f"{source.path} has no images")
+        raise DataError(f"{source.path} has no images")
     return sets.Images(source, entries, sorted({entry.label for entry in entries}))
 
 
 def _prefix(folder: str) -> str | None:
     """Prefix of the record files in a folder; None if there are none."""
-    return next((p for p in _PREFIXES if manifests.listed(folder, f"{p}-.*-of-.*")), None)
+    return next((p for p in _PREFIXES if listed(folder, f"{p}-.*-of-.*")), None)

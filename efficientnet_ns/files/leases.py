@@ -30,7 +30,7 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import atomic
 
 
 class LeaseLost(RuntimeError):
@@ -169,7 +169,7 @@ class Leases:
         # A lease that is being written is not readable yet, and alive.
         owner = _parse(content)
         here = owner.get("machine") == _this_process()["machine"]
-        return not here or manifests.is_running(owner["pid"])
+        return not here or atomic.is_running(owner["pid"])
 
 
 def _read(path: str) -> str | None:
@@ -189,7 +189,7 @@ def _parse(content: str | None) -> dict[str, Any]:
 
 
 def _this_process() -> dict[str, Any]:
-    """This process; `machine` differs between machines, containers and reboots."""
+    """What identifies this process; `machine` differs between machines, containers and reboots."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as f:
             boot = f.read().strip()

@@ -1,4 +1,4 @@
-"""Files of any file system for libraries that know only those of this machine."""
+"""Files of any file system and name for libraries that take only some of them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import concurrent.futures
 import contextlib
 import io
 import os
+import re
 from collections.abc import Iterator, Sequence
 
 import tensorflow as tf
 
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import atomic
+from efficientnet_ns.files.paths import is_pattern, listed
 
 
 class FileSink(io.RawIOBase):
@@ -45,10 +47,54 @@ def local_copies(paths: Sequence[str]) -> Iterator[dict[str, str]]:
         local = {path: path for path in paths}
         remote = [path for path in paths if "://" in path]
         if remote:
-            folder = stack.enter_context(manifests.scratch_folder("copies"))
+            folder = stack.enter_context(atomic.scratch_folder("copies"))
             copied = {path: os.path.join(folder, os.path.basename(path)) for path in remote}
             with concurrent.futures.ThreadPoolExecutor(8) as pool:
                 # Consumed, so that an error is raised.
                 list(pool.map(tf.io.gfile.copy, copied.keys(), copied.values()))
             local.update(copied)
         yield local
+
+
+@contextlib.contextmanager
+def without_wildcards(path: str) -> Iterator[str]:
+    """Yields a path for readers of TensorFlow that take paths for patterns, to the same files.
+
+    It is `path` itself unless that has wildcards. Else there are links below TMPDIR while the block
+    runs, or copies of files that are not on this machine.
+
+    Args:
+      path: a folder, or the prefix of a checkpoint.
+
+    Raises:
+      OSError: TMPDIR has wildcards, too.
+    """
+    if not is_pattern(path):
+        yield path
+        return
+    with atomic.scratch_folder("paths") as scratch:
+        if is_pattern(scratch):
+            raise OSError(
+                f"TensorFlow takes {path} for a pattern, and the folder for temporary files, "
+                f"{os.path.dirname(scratch)}, as well: set TMPDIR to one without * ? [ and \\"
+            )
+        for file in _files(path):
+            target = os.path.join(scratch, "at" + file[len(path) :])
+            tf.io.gfile.makedirs(os.path.dirname(target))
+            _link(file, target)
+        yield os.path.join(scratch, "at")
+
+
+def _files(path: str) -> list[str]:
+    if not tf.io.gfile.isdir(path):
+        folder, base = os.path.split(path)
+        return listed(folder or ".", re.escape(base) + r"\..*")
+    return [os.path.join(at, name) for at, _, names in tf.io.gfile.walk(path) for name in names]
+
+
+def _link(source: str, target: str) -> None:
+    # Never a linked folder: what removes abandoned folders would follow it.
+    if "://" in source:
+        tf.io.gfile.copy(source, target)
+    else:
+        os.symlink(os.path.abspath(source), target)

@@ -12,170 +12,16 @@ import contextlib
 import hashlib
 import json
 import os
-import re
-import secrets
-import socket
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 
 import tensorflow as tf
 
+from efficientnet_ns.files import atomic
+from efficientnet_ns.files.json_files import read_json, read_object, write_json
+
 
 class OutputConflict(RuntimeError):
     """Existing files were not made by this stage with this configuration."""
-
-
-def listed(folder: str, pattern: str) -> list[str]:
-    """Sorted paths of what lies in `folder` under names that match the whole regular expression.
-
-    Unlike a glob it takes the folder's name as it is, whatever characters are in it.
-
-    Returns:
-      Nothing when there is no such folder.
-    """
-    if not tf.io.gfile.isdir(folder):
-        return []
-    names = (name.rstrip("/") for name in tf.io.gfile.listdir(folder))
-    return sorted(os.path.join(folder, name) for name in names if re.fullmatch(pattern, name))
-
-
-def temporary_name(path: str) -> str:
-    """A name in the same folder that no record pattern matches, private to this process."""
-    folder, base = os.path.split(path)
-    return os.path.join(folder, f"{_temporary_prefix()}{os.getpid()}-{base}")
-
-
-def remove_abandoned(paths: Sequence[str]) -> None:
-    """Removes temporary files for `paths` that killed processes of this machine left behind."""
-    wanted: dict[str, set[str]] = {}
-    for path in paths:
-        folder, base = os.path.split(path)
-        wanted.setdefault(folder, set()).add(base)
-    for folder, bases in wanted.items():
-        for found in listed(folder or ".", re.escape(_temporary_prefix()) + ".*"):
-            if _abandoned(os.path.basename(found)) in bases:
-                # Another process may remove it at the same time.
-                with contextlib.suppress(tf.errors.NotFoundError):
-                    tf.io.gfile.remove(found)
-
-
-def remove_abandoned_folders(parent: str) -> None:
-    """Removes temporary folders directly in `parent` of killed processes of this machine."""
-    for name in (found.rstrip("/") for found in tf.io.gfile.listdir(parent)):
-        path = os.path.join(parent, name)
-        if _abandoned(name) is not None and tf.io.gfile.isdir(path):
-            # Another process may remove it at the same time, and in a TMPDIR that users share it may
-            # be another one's.
-            gone_or_foreign = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError)
-            with contextlib.suppress(*gone_or_foreign):
-                tf.io.gfile.rmtree(path)
-
-
-def _temporary_prefix() -> str:
-    return f".tmp-{socket.gethostname()}-"
-
-
-def _abandoned(name: str) -> str | None:
-    """What the temporary `name` of a dead process of this machine was for; None for other names."""
-    if not name.startswith(_temporary_prefix()):
-        return None
-    # Without a number there it is not one of ours.
-    pid, _, base = name[len(_temporary_prefix()) :].partition("-")
-    return base if pid.isdigit() and not is_running(int(pid)) else None
-
-
-def scratch_name(purpose: str) -> str:
-    """A new name below TMPDIR for files needed while this process runs, with those of killed
-    processes removed.
-    """
-    parent = tempfile.gettempdir()
-    remove_abandoned_folders(parent)
-    name = f"efficientnet_ns-{purpose}-{secrets.token_hex(4)}"
-    return temporary_name(os.path.join(parent, name))
-
-
-@contextlib.contextmanager
-def scratch_folder(purpose: str) -> Iterator[str]:
-    """Yields a folder of that kind, which is removed when the block ends."""
-    folder = scratch_name(purpose)
-    tf.io.gfile.makedirs(folder)
-    try:
-        yield folder
-    finally:
-        tf.io.gfile.rmtree(folder)
-
-
-def is_running(pid: int) -> bool:
-    """Whether this machine has a process of that number."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-@contextlib.contextmanager
-def atomic_path(path: str) -> Iterator[str]:
-    """Yields a temporary name; renames it to `path` when the block ends without an exception."""
-    temporary = temporary_name(path)
-    try:
-        yield temporary
-        tf.io.gfile.rename(temporary, path, overwrite=True)
-    finally:
-        if tf.io.gfile.exists(temporary):
-            tf.io.gfile.remove(temporary)
-
-
-def write_json(path: str, value: object, *, indent: int | None = None) -> None:
-    """Writes JSON that is either whole or absent."""
-    with atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
-        f.write(json.dumps(value, indent=indent))
-
-
-def read_json(path: str):
-    """The parsed file, with or without a byte order mark; BrokenFile naming it when it is not JSON."""
-    with tf.io.gfile.GFile(path, "rb") as f:
-        text = f.read()
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:  # Of bytes that are no text, too.
-        raise BrokenFile(f"{path} is not valid JSON: {e}") from e
-
-
-def read_object(path: str, *keys: str) -> dict:
-    """The object of a JSON file; BrokenFile naming it when it is none, or lacks one of the keys."""
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise BrokenFile(f"{path} should hold a JSON object, but holds a {type(value).__name__}")
-    missing = [key for key in keys if key not in value]
-    if missing:
-        raise BrokenFile(f"{path} lacks {', '.join(missing)}: it was not written by this program")
-    return value
-
-
-def read_json_lines(path: str) -> list[dict]:
-    """Objects of a file with one JSON object per line; none when it does not exist.
-
-    A last line that is not whole, which a killed writer leaves behind, is left out.
-
-    Raises:
-      BrokenFile: another line is not JSON.
-    """
-    if not tf.io.gfile.exists(path):
-        return []
-    with tf.io.gfile.GFile(path, "rb") as f:
-        lines = f.read().split(b"\n")[:-1]
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as e:
-            if number == len(lines):
-                break
-            raise BrokenFile(f"{path}, line {number} is not valid JSON: {e}") from e
-    return rows
 
 
 def fingerprint(paths: Sequence[str]) -> str:
@@ -191,10 +37,6 @@ def content_hash(path: str) -> str:
         while block := f.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()[:16]
-
-
-class BrokenFile(ValueError):
-    """A JSON file that cannot be parsed, or holds something else than it should."""
 
 
 class Stage:
@@ -253,8 +95,8 @@ class Stage:
         """Yields ({output: temporary name}, counts) to fill; then commits all together."""
         for path in [self.manifest, *self.outputs]:
             tf.io.gfile.makedirs(os.path.dirname(path) or ".")
-        remove_abandoned([self.manifest, *self.outputs])
-        temporary = {path: temporary_name(path) for path in self.outputs}
+        atomic.remove_abandoned([self.manifest, *self.outputs])
+        temporary = {path: atomic.temporary_name(path) for path in self.outputs}
         counts: dict = {}
         try:
             yield temporary, counts

@@ -14,20 +14,20 @@ from typing import Any
 
 import tensorflow as tf
 
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import atomic, json_files
 
 METRICS = "metrics.jsonl"
 
 
 def write_lines(path: str, rows: Sequence[dict[str, Any]]) -> None:
     """Writes one JSON object per line; the file is either whole or absent."""
-    with manifests.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
+    with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
         f.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(folder: str) -> list[dict[str, float]]:
     """Rows of the `metrics.jsonl` in `folder`, by increasing step; empty if there is no file."""
-    return manifests.read_json_lines(os.path.join(folder, METRICS))
+    return json_files.read_json_lines(os.path.join(folder, METRICS))
 
 
 class MetricsLog:

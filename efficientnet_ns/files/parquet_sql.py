@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from efficientnet_ns.files import local_files, manifests
+from efficientnet_ns.files import atomic, local_files
 
 if TYPE_CHECKING:
     import duckdb
@@ -28,7 +28,7 @@ def database(threads: int) -> duckdb.DuckDBPyConnection:
     db.execute(f"SET threads = {threads}")
     db.execute(f"SET memory_limit = '{_MEMORY}'")
     # DuckDB creates the folder when it needs it, and removes it at the end.
-    db.execute(f"SET temp_directory = {_quoted(manifests.scratch_name('duckdb'))}")
+    db.execute(f"SET temp_directory = {_quoted(atomic.scratch_name('duckdb'))}")
     return db
 
 

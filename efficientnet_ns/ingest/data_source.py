@@ -13,7 +13,8 @@ from absl import logging
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.config.ingest import MakeConfig
 from efficientnet_ns.data import image_conversion, tasks
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import json_files, tfexamples
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_records, image_sources, listing, tfds_source
 from efficientnet_ns.ingest.listing import Listing
 
@@ -30,7 +31,7 @@ def make_records(config: MakeConfig) -> dict[str, int]:
 
     Raises:
       ConfigError: settings that cannot work, or sets in the output folder that do not go together.
-      records.DataError, manifests.OutputConflict, make.WorkerLost: see `make.make_sets`.
+      DataError, manifests.OutputConflict, make.WorkerLost: see `make.make_sets`.
     """
     _check(config)
     _check_other_sets(config)
@@ -93,7 +94,7 @@ def _check_other_sets(config: MakeConfig) -> None:
     names = sorted(tf.io.gfile.listdir(folder)) if tf.io.gfile.isdir(folder) else []
     one_of = {match[1]: name for name in names if (match := _MANIFEST.fullmatch(name))}
     others = {
-        prefix: manifests.read_json(os.path.join(folder, name))["config"].get("labeled")
+        prefix: json_files.read_json(os.path.join(folder, name))["config"].get("labeled")
         for prefix, name in one_of.items()
     }
     labeled = [prefix for prefix, value in others.items() if value]
@@ -168,7 +169,7 @@ def _report(path: str, found: Listing, made: Sequence[image_records.Made], undra
 def _image_set(config: MakeConfig, source, prefix: str, found: Listing) -> image_records.ImageSet:
     entries, class_names = found.entries, found.class_names
     if not entries:
-        raise records.DataError(f"the set {prefix!r} of {source.path} would have no images")
+        raise DataError(f"the set {prefix!r} of {source.path} would have no images")
     if config.num_shards and config.num_shards > len(entries):
         raise ConfigError(f"--num_shards={config.num_shards} is more than {len(entries)} images")
     return image_records.ImageSet(
@@ -176,7 +177,7 @@ def _image_set(config: MakeConfig, source, prefix: str, found: Listing) -> image
         prefix=prefix,
         entries=entries,
         num_shards=config.num_shards or image_records.default_num_shards(len(entries)),
-        record=records.labeled_example if config.labeled else image_records.unlabeled_record,
+        record=tfexamples.labeled_example if config.labeled else image_records.unlabeled_record,
         identity={
             "source": os.path.basename(source.path.rstrip("/")),
             "labeled": config.labeled,
@@ -221,7 +222,7 @@ def _from_tfds(config: MakeConfig) -> dict[str, int]:
     for prefix, part in chosen.items():
         source = tfds_source.Tfds(builder, part)
         if config.labeled and source.class_names is None:
-            raise records.DataError(f"{source.path} has no label; --nolabeled writes its images")
+            raise DataError(f"{source.path} has no label; --nolabeled writes its images")
         if split is None and source.is_unlabeled():
             logging.warning("%s has no true labels and is left out", source.path)
             continue
@@ -244,7 +245,7 @@ def with_records(config: Config) -> Config:
 
     Raises:
       ConfigError: no TFDS set, or other data beside it.
-      records.DataError: see `tfds_source.load_builder`.
+      DataError: see `tfds_source.load_builder`.
     """
     data = config.data
     if not data.data_source:

@@ -24,7 +24,9 @@ from absl import logging
 from efficientnet_ns.config import preemption
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.data import image_conversion
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import json_files, manifests, shard_names, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.files.paths import listed
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.ingest.image_sources import Entry, LeftOut, Loaded, printable
 
@@ -69,7 +71,7 @@ class ImageSet:
         ]
 
     def _stage(self, shard: int, start: int, stop: int) -> manifests.Stage:
-        name = records.shard_name(self.prefix, shard, self.num_shards)
+        name = shard_names.shard_name(self.prefix, shard, self.num_shards)
         images = digest((e.name, e.label, e.size) for e in self.entries[start:stop])
         return manifests.Stage(
             os.path.join(self.folder, "manifests", f"{name}.json"),
@@ -108,7 +110,7 @@ def digest(values: Iterable[object]) -> str:
 
 def unlabeled_record(image: bytes, label: int) -> bytes:
     """An unlabeled record; the label is dropped."""
-    return records.unlabeled_example(image)
+    return tfexamples.unlabeled_example(image)
 
 
 def default_num_shards(images: int) -> int:
@@ -156,7 +158,7 @@ def make_sets(
       What became of each set; `<prefix>-quarantine.json` lists what was left out.
 
     Raises:
-      records.DataError: too many unusable images, or a label out of range.
+      DataError: too many unusable images, or a label out of range.
       manifests.OutputConflict: files in the way.
       WorkerLost: a process was killed.
     """
@@ -184,10 +186,10 @@ def make_sets(
                 results[number].add(count)
                 progress.update(len(shard.entries))
     made = [result.finish() for result in results]
-    for number, one in enumerate(sets):
+    for number in range(len(sets)):
         own = [shard.stage for n, shard in shards if n == number]
         counts = [stage.counts()["records"] for stage in own]
-        records.note_counts([stage.outputs[0] for stage in own], counts)
+        tfrecords.note_counts([stage.outputs[0] for stage in own], counts)
     return made
 
 
@@ -197,10 +199,10 @@ def _limits(sets: Sequence[ImageSet], numbers: Sequence[int]) -> list[int | None
 
 def _refuse_other_sharding(one: ImageSet) -> None:
     total = f"-of-{one.num_shards:05d}"
-    found = manifests.listed(one.folder, re.escape(one.prefix) + "-.{5}-of-.{5}")
+    found = listed(one.folder, re.escape(one.prefix) + "-.{5}-of-.{5}")
     other = [path for path in found if not path.endswith(total)]
     if other:
-        raise records.DataError(
+        raise DataError(
             f"{other[0]} is of a set of another number of shards than {one.num_shards}: the same "
             "images would count twice. Move the old set away, or choose another folder."
         )
@@ -244,7 +246,7 @@ class _Result:
         if bad > self._allowed * images:
             path = self._write()
             name, reason = self._bad[0]
-            raise records.DataError(
+            raise DataError(
                 f"{bad} of {images} images of {self._set.prefix!r} are unusable, "
                 f"more than --max_bad_fraction allows. One is {name}: {reason}. "
                 f"{path} lists those found so far."
@@ -267,7 +269,7 @@ class _Result:
         path = self._path()
         tf.io.gfile.makedirs(self._set.folder)
         listing = [{"path": name, "reason": reason} for name, reason in sorted(self._bad)]
-        manifests.write_json(path, listing, indent=1)
+        json_files.write_json(path, listing, indent=1)
         return path
 
 
@@ -362,7 +364,7 @@ def _write_shard(shard: _Shard, load: Callable[[Entry], tuple]) -> dict:
             yield shard.record(loaded.image, loaded.label)
 
     with shard.stage.write() as (temporary, counts):
-        written = records.write(temporary[shard.stage.outputs[0]], payloads())
+        written = tfrecords.write(temporary[shard.stage.outputs[0]], payloads())
         shape = next(iter(shapes)) if len(shapes) == 1 else None
         counts.update(records=written, bad=bad, shape=shape)
     return json.loads(json.dumps(counts))
@@ -379,7 +381,7 @@ def _load(
 ) -> tuple[Loaded, tuple[int, int] | None]:
     loaded = read(entry)
     if num_classes is not None and not 0 <= loaded.label < num_classes:
-        raise records.DataError(
+        raise DataError(
             f"{printable(entry.name)} has label {loaded.label}, but labels are 0..{num_classes - 1}"
         )
     image, shape = image_conversion.prepare(loaded.image, rules)

@@ -27,7 +27,7 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.data.image_conversion import Unusable
-from efficientnet_ns.files import records
+from efficientnet_ns.files.errors import DataError
 
 EXTENSIONS = frozenset(
     "avif bmp dib gif heic heif j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp".split()
@@ -154,7 +154,7 @@ class Folder:
 
     def entries(self) -> Contents:
         if not tf.io.gfile.isdir(self.path):
-            raise records.DataError(f"{self.path!r} is neither a folder nor an archive")
+            raise DataError(f"{self.path!r} is neither a folder nor an archive")
         start = self._start
         if not tf.io.gfile.isdir(os.path.join(self.path, start)):
             start = ""  # Its name on disk may be another form of the same letters.
@@ -311,9 +311,9 @@ class Zip:
                 archive = zipfile.ZipFile(f)
             except (zipfile.BadZipFile, tf.errors.InvalidArgumentError) as e:
                 # The latter when a short file is searched before its start.
-                raise records.DataError(f"{self.path}: no zip file: is it whole? ({e})") from e
+                raise DataError(f"{self.path}: no zip file: is it whole? ({e})") from e
             except (UnicodeDecodeError, NotImplementedError) as e:
-                raise records.DataError(
+                raise DataError(
                     f"{self.path}: its list of names cannot be read ({e}): pack the images anew"
                 ) from e
             with archive:
@@ -410,8 +410,10 @@ def _in_folder(folder: str, member: tarfile.TarInfo) -> str:
 
 
 class _Member(tarfile.TarInfo):
-    """The header of a member. `tarfile` takes a damaged one for the end of the archive, and does not
-    go on behind the end of the first of several archives that were joined.
+    """The header of a member, with damage reported and joined archives read on.
+
+    `tarfile` takes a damaged header for the end of the archive, and stops at the end of the first of
+    several archives that were joined.
     """
 
     @classmethod
@@ -436,7 +438,7 @@ def _each(path: str, **source) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInf
     """The opened archive with each of its members; `source` is what `tarfile.open` takes.
 
     Raises:
-      records.DataError: it is damaged.
+      DataError: it is damaged.
     """
     try:
         with tarfile.open(tarinfo=_Member, ignore_zeros=True, **source) as archive:
@@ -446,7 +448,7 @@ def _each(path: str, **source) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInf
             if not archive.ended:
                 logging.warning("%s has no end mark: is the file whole?", path)
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
-        raise records.DataError(f"{path}: {e}: is the file whole?") from e
+        raise DataError(f"{path}: {e}: is the file whole?") from e
 
 
 def _tar_contents(members: Iterable[tuple[str, tarfile.TarInfo, int]]) -> Contents:
@@ -513,8 +515,10 @@ def _resolved(path: str | None, targets: Mapping[str, str | None]) -> str | None
 
 
 class TarStream:
-    """A compressed .tar archive. It can only be read from its start, once for every batch of
-    shards; a .zip or an uncompressed .tar of the same images is faster.
+    """A compressed .tar archive.
+
+    It can be read only from its start, once for every batch of shards; a .zip or an uncompressed
+    .tar of the same images is faster.
     """
 
     # Bytes of images that one process holds from one pass over the archive.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from absl import logging
 
-from efficientnet_ns.files import records
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_sources
 from efficientnet_ns.ingest.image_sources import Entry, LeftOut
 
@@ -60,14 +60,14 @@ def list_images(
       accept_classes: take the topmost folders even when they do not look like classes.
 
     Raises:
-      records.DataError: no images, or folders that cannot be, or do not look like, the classes.
+      DataError: no images, or folders that cannot be, or do not look like, the classes.
     """
     where = posixpath.join(source.path, subfolder) if subfolder else source.path
     prefix = image_sources.tidy(subfolder)
     contents = source.entries()
     found = _sorted_out(contents, prefix)
     if not found.images:
-        raise records.DataError(_no_images(where, found))
+        raise DataError(_no_images(where, found))
     entries = [entry for _, entry in found.images]
     if not labeled:
         return Listing(entries, None, found.lost, found.ignored)
@@ -205,7 +205,7 @@ def _check_classes(where: str, prefix: str, names: list[str], depth: int, *, alo
     better = _better_folders(names) or of_sets
     options = [_option(posixpath.join(prefix, folder)) for folder in better[:4]]
     give = f". Give one of them: {', or '.join(options)}" if options else ""
-    raise records.DataError(
+    raise DataError(
         f"the folders in {where!r} {what}{give}. If they are the classes, add --accept_classes"
     )
 
@@ -220,8 +220,9 @@ def _set_in(name: str) -> str | None:
 
 
 def _better_folders(names: list[str]) -> list[str]:
-    """Folders whose folders have the images: that of the training set, which names the classes, then
-    those with most images.
+    """Folders whose subfolders have the images, the best suggestion first.
+
+    The training set's comes first, because it names the classes; then those with most images.
     """
     below: dict[str, Counter] = {}
     for name in names:
@@ -248,7 +249,7 @@ def _option(folder: str) -> str:
 
 def _agreed_names(where: str, found: list[str], known: Sequence[str] | None) -> tuple[str, ...]:
     if not found:
-        raise records.DataError(
+        raise DataError(
             f"the images in {where!r} are in no folders that could be their classes; "
             "--nolabeled writes them as unlabeled"
         )
@@ -256,7 +257,7 @@ def _agreed_names(where: str, found: list[str], known: Sequence[str] | None) -> 
         return tuple(found)
     new = [name for name in found if name not in known]
     if new:
-        raise records.DataError(
+        raise DataError(
             f"class {new[0]!r} in {where!r} is none of the {len(known)} classes that the other sets "
             "in the output folder have"
         )

@@ -20,7 +20,8 @@ from absl import logging
 from efficientnet_ns.config import ConfigError, require
 from efficientnet_ns.config.ingest import SvhnConfig
 from efficientnet_ns.data import image_conversion, tasks
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import atomic, manifests, tfexamples
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import data_source, image_records
 from efficientnet_ns.ingest.image_sources import Entry, Loaded, Reader
 
@@ -39,7 +40,7 @@ class MatFile:
     encodes them.
 
     Raises:
-      records.DataError: not such a file, or a label out of range.
+      DataError: not such a file, or a label out of range.
     """
 
     def __init__(self, path: str, image_format: str):
@@ -48,7 +49,7 @@ class MatFile:
         labels = self._variable("y").reshape(-1)
         wrong = np.flatnonzero((labels < 1) | (labels > _CLASSES) | (labels != labels.astype(int)))
         if len(wrong):
-            raise records.DataError(
+            raise DataError(
                 f"{path}: label {wrong[0]} of `y` is {labels[wrong[0]]}; 1..10 are expected"
             )
         self.labels = labels.astype(np.int64) % _CLASSES
@@ -63,7 +64,7 @@ class MatFile:
             with tf.io.gfile.GFile(self.path, "rb") as f:
                 return scipy.io.loadmat(f, variable_names=[name])[name]
         except Exception as e:  # scipy raises whatever it stumbles over.
-            raise records.DataError(
+            raise DataError(
                 f"{self.path}: variable {name!r} cannot be read ({type(e).__name__}: {e}). Delete "
                 "the file, and it is downloaded again."
             ) from e
@@ -79,7 +80,7 @@ class MatFile:
             self._pixels = self._variable("X")
             expected = (_SIDE, _SIDE, 3, len(self.labels))
             if self._pixels.shape != expected or self._pixels.dtype != np.uint8:
-                raise records.DataError(
+                raise DataError(
                     f"{self.path}: `X` is {self._pixels.dtype} {self._pixels.shape}, not uint8 "
                     f"{expected}"
                 )
@@ -99,7 +100,7 @@ _ENCODE = {
 
 
 # What unlabeled digits are stored as.
-_EXTRA = functools.partial(records.placeholder_example, num_classes=_CLASSES)
+_EXTRA = functools.partial(tfexamples.placeholder_example, num_classes=_CLASSES)
 
 
 def make_records(config: SvhnConfig) -> dict[str, int]:
@@ -110,7 +111,7 @@ def make_records(config: SvhnConfig) -> dict[str, int]:
 
     Raises:
       ConfigError: another task, or dev_size leaves nothing to train on.
-      records.DataError: a file is missing and cannot be downloaded, or is not SVHN's.
+      DataError: a file is missing and cannot be downloaded, or is not SVHN's.
     """
     require(config, "raw_data_dir", "output_dir")
     if config.task_name != "svhn":
@@ -165,7 +166,7 @@ def _image_set(
         prefix=f"{name}_full" if config.full_train_data else name,
         entries=entries,
         num_shards=config.num_shards or _NUM_SHARDS[name],
-        record=_EXTRA if extra else records.labeled_example,
+        record=_EXTRA if extra else tfexamples.labeled_example,
         identity={
             "source": manifests.fingerprint([file.path]),
             "seed": config.seed,
@@ -192,7 +193,7 @@ def _path(folder: str, name: str) -> str:
     """Where the .mat file of a set is; it is downloaded when it is nowhere.
 
     Raises:
-      records.DataError: that failed.
+      DataError: that failed.
     """
     url = URL.format(name)
     base = url.rpartition("/")[2]
@@ -203,13 +204,13 @@ def _path(folder: str, name: str) -> str:
     logging.info("downloading %s to %s", url, places[1])
     tf.io.gfile.makedirs(os.path.dirname(places[1]))
     try:
-        with manifests.atomic_path(places[1]) as temporary:
+        with atomic.atomic_path(places[1]) as temporary:
             with urllib.request.urlopen(url, timeout=60) as response:
                 with tf.io.gfile.GFile(temporary, "wb") as f:
                     while block := response.read(1 << 20):
                         f.write(block)
     except OSError as e:  # URLError, timeouts and broken connections.
-        raise records.DataError(
+        raise DataError(
             f"{base} is neither {places[0]} nor {places[1]}, and cannot be downloaded ({e}). "
             f"Download {url} to {places[0]} and start the same command again."
         ) from e

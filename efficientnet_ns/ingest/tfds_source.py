@@ -16,7 +16,9 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.data import image_conversion, tasks
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import tfrecords
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.files.paths import listed
 from efficientnet_ns.ingest.image_sources import Entry, Loaded, Reader
 
 PREFIX = "tfds:"
@@ -39,11 +41,11 @@ def parse(spec: str) -> tuple[str, str | None]:
     """`tfds:name[/config][:version][:split]` → (what TFDS takes as a name, split or None).
 
     Raises:
-      records.DataError: not of this form.
+      DataError: not of this form.
     """
     match = _SPEC.fullmatch(spec)
     if match is None:
-        raise records.DataError(
+        raise DataError(
             f"{spec!r} is not of the form tfds:<name>[:split], e.g. tfds:tf_flowers:train[:90%]"
         )
     return match["name"], match["split"]
@@ -53,7 +55,7 @@ def load_builder(name: str, data_dir: str | None):
     """The TFDS builder of a set on this machine; it is downloaded when it is not there.
 
     Raises:
-      records.DataError: unknown, or cannot be downloaded; the message says what to do.
+      DataError: unknown, or cannot be downloaded; the message says what to do.
     """
     import tensorflow_datasets as tfds
 
@@ -61,7 +63,7 @@ def load_builder(name: str, data_dir: str | None):
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError as e:
         folder = data_dir or tfds.core.constants.DATA_DIR
-        raise records.DataError(
+        raise DataError(
             f"tfds:{name}: TensorFlow Datasets {tfds.__version__} has no such set, and none was "
             f"prepared in {folder}. Names: https://www.tensorflow.org/datasets/catalog; a set of "
             "your own is found when --tfds_data_dir is the folder it was built in."
@@ -72,7 +74,7 @@ def load_builder(name: str, data_dir: str | None):
     try:
         builder.download_and_prepare()
     except Exception as e:  # Of urllib, requests, apache_beam, the set's own code …
-        raise records.DataError(_how_to_get(builder, name, e)) from e
+        raise DataError(_how_to_get(builder, name, e)) from e
     return builder
 
 
@@ -93,8 +95,8 @@ def prepared(name: str, data_dir: str | None) -> list[str]:
     folder = os.path.expanduser(os.path.join(data_dir or tfds.core.constants.DATA_DIR, name))
     return [
         os.path.basename(config)
-        for config in manifests.listed(folder, ".*")
-        if any(manifests.listed(v, r"dataset_info\.json") for v in manifests.listed(config, ".*"))
+        for config in listed(folder, ".*")
+        if any(listed(v, r"dataset_info\.json") for v in listed(config, ".*"))
     ]
 
 
@@ -124,14 +126,14 @@ class Tfds:
       split: of it, also a part such as `train[:90%]`.
 
     Raises:
-      records.DataError: no such split, no single image, or files of another format.
+      DataError: no such split, no single image, or files of another format.
     """
 
     def __init__(self, builder, split: str):
         self.path = f"{PREFIX}{builder.info.full_name}:{split}"
         self._folder = str(builder.data_dir)
         if builder.info.file_format is not None and builder.info.file_format.value != "tfrecord":
-            raise records.DataError(
+            raise DataError(
                 f"{self.path} is stored as {builder.info.file_format.value}: prepare it again with "
                 "--file_format=tfrecord"
             )
@@ -141,7 +143,7 @@ class Tfds:
                 for f in builder.info.splits[split].file_instructions
             ]
         except (KeyError, ValueError) as e:
-            raise records.DataError(
+            raise DataError(
                 f"{self.path}: no such split; it has {', '.join(sorted(builder.info.splits))}"
             ) from e
         self._image, self._label = _keys(builder, self.path)
@@ -153,7 +155,7 @@ class Tfds:
         """All examples in the order of the files; labels are learnt when they are read."""
         found = []
         for path, skip, take in self._files:
-            spans = list(records.spans(path))[skip : None if take is None else skip + take]
+            spans = list(tfrecords.spans(path))[skip : None if take is None else skip + take]
             name = os.path.basename(path)
             found += [
                 Entry(f"{name}#{skip + i}", size=length, place=(path, start, length))
@@ -214,7 +216,7 @@ def _keys(builder, path: str) -> tuple[str, str | None]:
     image = image or (pictures[0] if len(pictures) == 1 else None)
     label = label or (labels[0] if len(labels) == 1 else None)
     if image is None:
-        raise records.DataError(
+        raise DataError(
             f"{path} is no image classification set: one uint8 image is needed, it has {list(top)}"
         )
     return image, label
@@ -234,12 +236,12 @@ def sets_of(builder) -> dict[str, str]:
     """Prefix of the records → split, of the splits that make a task; `train` is among them.
 
     Raises:
-      records.DataError: no split called train.
+      DataError: no split called train.
     """
     splits = builder.info.splits
     found = {prefix: name for name, prefix in reversed(SPLITS.items()) if name in splits}
     if "train" not in found:
-        raise records.DataError(
+        raise DataError(
             f"tfds:{builder.info.full_name} has no split called train but {', '.join(splits)}; "
             "make_records takes one of them as tfds:<name>:<split> with --image_set"
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.files import records
+from efficientnet_ns.files.errors import DataError
 
 
 def is_clip(name: str) -> bool:
@@ -29,7 +29,7 @@ def frames(path: str) -> Iterator[np.ndarray]:
     """Frames of one clip in order, uint8 [H, W, 3]; of a video one is in memory at a time.
 
     Raises:
-      records.DataError: it cannot be decoded, or what decodes it is not installed.
+      DataError: it cannot be decoded, or what decodes it is not installed.
     """
     with tf.io.gfile.GFile(path, "rb") as f:
         content = f.read()
@@ -44,7 +44,7 @@ def _av():
     try:
         import av
     except ImportError as e:
-        raise records.DataError(
+        raise DataError(
             "videos need av (pip install 'efficientnet-ns[robustness]', or in a clone "
             f"pip install -e '.[robustness]'): {e}"
         ) from e
@@ -60,14 +60,14 @@ def _of_mp4(content: bytes, path: str) -> Iterator[np.ndarray]:
     # FFmpegError for what is no video, IndexError without a track of pictures.
     except (av.error.FFmpegError, IndexError) as e:
         reason = getattr(e, "strerror", None) or e
-        raise records.DataError(f"{path}: the video cannot be decoded: {reason}") from e
+        raise DataError(f"{path}: the video cannot be decoded: {reason}") from e
 
 
 def _of_gif(content: bytes, path: str) -> Iterator[np.ndarray]:
     try:
         yield from tf.io.decode_gif(content).numpy()
     except tf.errors.InvalidArgumentError as e:
-        raise records.DataError(f"{path}: the GIF cannot be decoded: {e.message}") from e
+        raise DataError(f"{path}: the GIF cannot be decoded: {e.message}") from e
 
 
 _READERS = {"mp4": _of_mp4, "gif": _of_gif}

@@ -11,7 +11,7 @@ from typing import Any
 from efficientnet_ns import report
 from efficientnet_ns.config import Config, DemoConfig, ExportConfig, LoopConfig
 from efficientnet_ns.data import tasks
-from efficientnet_ns.files import metrics_log, records, text_table
+from efficientnet_ns.files import metrics_log, shard_names, text_table, tfexamples, tfrecords
 from efficientnet_ns.loop import digits, rounds
 from efficientnet_ns.loop.state import State
 from efficientnet_ns.pseudo_labels import run_report
@@ -170,12 +170,12 @@ print(f"exported model says {digit} (probability {float(answer['probabilities'][
 
 def answer_in_fresh_process(folder: str, saved_model: str) -> None:
     """Classifies a test image with the SavedModel, with only TensorFlow."""
-    test_set = records.list_shards(os.path.join(folder, "data", "labeled"), "test")
-    first = next(records.read(test_set[0])).payload or b""
+    test_set = shard_names.list_shards(os.path.join(folder, "data", "labeled"), "test")
+    first = next(tfrecords.read(test_set[0])).payload or b""
     picture = os.path.join(folder, "test_image.png")
     with open(picture, "wb") as f:
-        f.write(records.image_bytes(first))
-    print(f"{picture} shows a {records.label(first)}; ", end="", flush=True)
+        f.write(tfexamples.image_bytes(first))
+    print(f"{picture} shows a {tfexamples.label(first)}; ", end="", flush=True)
     command = [sys.executable, "-c", _FRESH_PROCESS, saved_model, picture]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:  # Else it is TensorFlow's log.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples, tfrecords
 
 _SHARDS = 4
 _UNLABELED_PREFIX = "extra"
@@ -32,16 +32,16 @@ def make_records(folder: str, *, seed: int, labels_per_class: int) -> dict[str, 
     rest = rng.permutation(np.setdiff1d(np.arange(len(labels)), train))
     test, dev, unlabeled = np.split(rest, [_TEST, _TEST + _DEV])
     for prefix, indices in (("train", rng.permutation(train)), ("dev", dev), ("test", test)):
-        examples = [records.labeled_example(pictures[i], int(labels[i])) for i in indices]
-        records.write_sharded(os.path.join(folder, "labeled"), prefix, examples, 2)
+        examples = [tfexamples.labeled_example(pictures[i], int(labels[i])) for i in indices]
+        tfrecords.write_sharded(os.path.join(folder, "labeled"), prefix, examples, 2)
 
     mixed = [(pictures[i], int(labels[i])) for i in unlabeled]
     mixed += [(encode(patch), -1) for patch in outliers(_OUTLIERS, rng)]
     mixed = [mixed[i] for i in rng.permutation(len(mixed))]
-    records.write_sharded(
+    tfrecords.write_sharded(
         os.path.join(folder, "unlabeled"),
         _UNLABELED_PREFIX,
-        [records.unlabeled_example(picture) for picture, _ in mixed],
+        [tfexamples.unlabeled_example(picture) for picture, _ in mixed],
         _SHARDS,
     )
     truth = [[label for _, label in mixed[shard::_SHARDS]] for shard in range(_SHARDS)]

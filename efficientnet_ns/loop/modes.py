@@ -25,7 +25,7 @@ def run(mode: str, config: Config) -> dict[str, Any]:
     """Trains, evaluates or predicts; the result of the mode's function, JSON-able.
 
     Raises:
-      ConfigError, records.DataError: settings or data that cannot work, before work begins.
+      ConfigError, DataError: settings or data that cannot work, before work begins.
     """
     for argument in config.legacy.without_effect():
         logging.warning("%s has no effect; see its help", argument)

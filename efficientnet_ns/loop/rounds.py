@@ -17,7 +17,7 @@ from typing import Any
 
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, PredictConfig, SelectConfig
 from efficientnet_ns.evaluation import evaluate
-from efficientnet_ns.files import records
+from efficientnet_ns.files import shard_names
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.loop.state import State
 from efficientnet_ns.models.recipes import EPOCHS_OF_TRAIN_STEPS, RECIPES
@@ -51,7 +51,7 @@ def run_loop(config: Config, loop: LoopConfig) -> list[dict[str, Any]]:
       images]}). The fine-tuned last student is one more row, with `finetuned` (its image size).
 
     Raises:
-      ConfigError, records.DataError: settings or data that cannot work, before anything is done.
+      ConfigError, DataError: settings or data that cannot work, before anything is done.
     """
     config = data_source.with_records(config)
     trainings = check(config, loop)
@@ -150,7 +150,7 @@ def unlabeled_shards(folder: str, prefix: str) -> tuple[str, int]:
     if ";" in folder:
         raise ConfigError(f"--unlabel_data_dir={folder}: the loop labels one folder")
     known = ("train", "extra") if prefix == PredictConfig().file_prefix else prefix
-    names = [os.path.basename(path) for path in records.list_shards(folder, known)]
+    names = [os.path.basename(path) for path in shard_names.list_shards(folder, known)]
     found = {name.rsplit("-", 3)[0] for name in names}
     if len(found) > 1 or not found <= {"train", "extra", prefix}:
         raise ConfigError(

@@ -11,7 +11,7 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import ConfigError, comparable
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import json_files, manifests
 
 # Settings that may change until the first selection is made.
 _UNTIL_SELECTED = ("num_image", "min_threshold")
@@ -38,7 +38,7 @@ class State:
             tf.io.gfile.makedirs(folder)
             self._state = {"settings": settings, "stages": {}}
             return
-        self._state = manifests.read_object(self._path, "settings", "stages")
+        self._state = json_files.read_object(self._path, "settings", "stages")
         known = {name: value for name, value in (defaults or {}).items() if name in settings}
         stored = {**known, **self._state["settings"]}
         if not any(stage.endswith(": select") for stage in self._state["stages"]):
@@ -57,5 +57,5 @@ class State:
         if name not in stages:
             logging.info("--- %s", name)
             stages[name] = work()
-            manifests.write_json(self._path, self._state, indent=1)
+            json_files.write_json(self._path, self._state, indent=1)
         return stages[name]

@@ -26,7 +26,8 @@ from efficientnet_ns.config import (
 )
 from efficientnet_ns.config.loop import QUICK_STUDENT_STEPS, QUICK_TEACHER_STEPS
 from efficientnet_ns.evaluation import evaluate
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import json_files
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.loop import digits, rounds, study_results
@@ -211,7 +212,7 @@ def _train(config: Config) -> dict[str, Any]:
     """Trains and measures a model; its result, or the recorded one."""
     path = _result_path(config)
     if tf.io.gfile.exists(path):
-        return manifests.read_json(path)
+        return json_files.read_json(path)
     started = time.monotonic()
     metrics = train.train_and_evaluate(config, evaluate=False)
     trained = time.monotonic()
@@ -222,7 +223,7 @@ def _train(config: Config) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
     }
     tf.keras.backend.clear_session()
-    manifests.write_json(path, result, indent=1)
+    json_files.write_json(path, result, indent=1)
     return result
 
 
@@ -283,7 +284,7 @@ class Runner:
         for work in arm:
             try:
                 result = _DO[work.kind](work.config)
-            except (records.DataError, TrainingDiverged) as e:
+            except (DataError, TrainingDiverged) as e:
                 if work is arm[0]:
                     raise
                 logging.error("%s has no result: %s", name, e)
@@ -310,7 +311,7 @@ def run_study(config: Config, loop: LoopConfig, options: StudyConfig) -> dict[st
       What `study.json` holds; see `study_results.summary`.
 
     Raises:
-      ConfigError, records.DataError: settings or data that cannot work, before anything is trained.
+      ConfigError, DataError: settings or data that cannot work, before anything is trained.
     """
     studies = chosen_studies(options.studies, options.quick)
     seeds = chosen_seeds(options.seeds)

@@ -168,15 +168,15 @@ def write(folder: str, answer: Mapping[str, Any]) -> None:
     import tensorflow as tf
 
     from efficientnet_ns import report
-    from efficientnet_ns.files import manifests
+    from efficientnet_ns.files import atomic, json_files
     from efficientnet_ns.report import style
 
     path = {kind: os.path.join(folder, f"study.{kind}") for kind in ("json", "md", "png", "html")}
-    manifests.write_json(path["json"], answer, indent=1)
-    with manifests.atomic_path(path["md"]) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
+    json_files.write_json(path["json"], answer, indent=1)
+    with atomic.atomic_path(path["md"]) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
         f.write(markdown(answer))
     figure = plot(answer)
-    with manifests.atomic_path(path["png"]) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
+    with atomic.atomic_path(path["png"]) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
         figure.savefig(f, format="png", dpi=150, facecolor="white")
     sections = [
         report.Section(

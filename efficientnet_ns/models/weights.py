@@ -24,7 +24,8 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.files import manifests, paths
+from efficientnet_ns.files import atomic, json_files, local_files, manifests
+from efficientnet_ns.files.paths import listed
 from efficientnet_ns.models import foreign_weights, heads, weight_files
 
 # A local path, or one of any file system of TensorFlow.
@@ -145,10 +146,10 @@ def checkpoint_prefix(path: PathLike) -> str:
         latest = newest_checkpoint(path)
         if latest:
             return latest
-        found = manifests.listed(path, r"[^.].*\.index")
+        found = listed(path, r"[^.].*\.index")
         if not found:
-            below = manifests.listed(path, r"[^.].*")
-            found = [p for f in below for p in manifests.listed(f, r"model\.ckpt.*\.index")]
+            below = listed(path, r"[^.].*")
+            found = [p for f in below for p in listed(f, r"model\.ckpt.*\.index")]
         if len(found) == 1:
             return found[0][: -len(".index")]
         if found:
@@ -211,7 +212,9 @@ def _damage_named(path: str, *where: str) -> Iterator[None]:
 
 def _open_checkpoint(prefix: str) -> _File:
     with _damage_named(prefix), contextlib.ExitStack() as stack:
-        reader = tf.train.load_checkpoint(stack.enter_context(paths.without_wildcards(prefix)))
+        reader = tf.train.load_checkpoint(
+            stack.enter_context(local_files.without_wildcards(prefix))
+        )
         file = _File(prefix, reader.get_variable_to_shape_map(), reader.get_tensor)
         # Arrays are read one by one, as long as the file is in use.
         weakref.finalize(file, stack.pop_all().close)
@@ -440,7 +443,7 @@ def _object_names(model: tf.keras.Model, above: str = "") -> dict[foreign_weight
 
 def _folder_settings(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, SETTINGS_FILE)
-    return manifests.read_object(path) if tf.io.gfile.exists(path) else {}
+    return json_files.read_object(path) if tf.io.gfile.exists(path) else {}
 
 
 def stored_settings(path: PathLike) -> dict[str, Any]:
@@ -463,7 +466,7 @@ def stored_settings(path: PathLike) -> dict[str, Any]:
 
 def write_settings(folder: str, model: tf.keras.Model) -> None:
     """Writes what images a model expects beside its checkpoints, where `stored_settings` looks."""
-    manifests.write_json(os.path.join(folder, SETTINGS_FILE), heads.settings(model), indent=1)
+    json_files.write_json(os.path.join(folder, SETTINGS_FILE), heads.settings(model), indent=1)
 
 
 def _warn_of_other_settings(model: tf.keras.Model, stored: Mapping[str, Any], path: str) -> None:
@@ -500,9 +503,7 @@ def _skipped(names: Mapping[str, tf.Variable], skip: str | Sequence[str]) -> set
 
 def _check_neighbours(folder: str, base: str, model: tf.keras.Model) -> None:
     """Refuses a model that the one `SETTINGS_FILE` of a folder cannot describe with its neighbours."""
-    others = set(manifests.listed(folder, r"[^.].*\.index")) - {
-        os.path.join(folder, f"{base}.index")
-    }
+    others = set(listed(folder, r"[^.].*\.index")) - {os.path.join(folder, f"{base}.index")}
     stored = _folder_settings(folder) if others else {}
     difference = manifests.describe_difference(stored, heads.settings(model)) if stored else ""
     if difference:
@@ -565,7 +566,7 @@ def save_weights(
             weight_files.SETTINGS_KEY: json.dumps(heads.settings(averages)),
         }
         content = safetensors.save(foreign_weights.timm_tensors(averages), metadata=metadata)
-        with manifests.atomic_path(path) as name, tf.io.gfile.GFile(name, "wb") as f:
+        with atomic.atomic_path(path) as name, tf.io.gfile.GFile(name, "wb") as f:
             f.write(content)
         return
     tensors = {f"{n}{EMA_SUFFIX}": v for n, v in variable_names(averages).items()}

@@ -22,7 +22,15 @@ import tensorflow as tf
 from efficientnet_ns.config import ConfigError, SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.config.processes import run_each
-from efficientnet_ns.files import local_files, manifests, records
+from efficientnet_ns.files import (
+    atomic,
+    json_files,
+    local_files,
+    shard_names,
+    tfexamples,
+    tfrecords,
+)
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
 
 Result = TypeVar("Result")
@@ -44,13 +52,13 @@ def task_number(config: SelectConfig) -> int:
 
 def input_path(config: SelectConfig, shard: int) -> str:
     """The unlabeled records of a shard."""
-    name = records.shard_name(config.file_prefix, shard, config.num_shards)
+    name = shard_names.shard_name(config.file_prefix, shard, config.num_shards)
     return os.path.join(config.input_dir, name)
 
 
 def prediction_path(config: SelectConfig, shard: int, worker: int) -> str:
     """The predictions of one worker for a shard."""
-    name = records.prediction_name(shard, config.num_shards, worker)
+    name = shard_names.prediction_name(shard, config.num_shards, worker)
     return os.path.join(config.prediction_dir, name)
 
 
@@ -75,15 +83,15 @@ def count_workers(config: SelectConfig) -> int:
     """How many workers predicted each shard.
 
     Raises:
-      records.DataError: a prediction file is missing; the message names the first.
+      DataError: a prediction file is missing; the message names the first.
     """
     workers = config.total_label_replicas
     manifest = prediction_path(config, 0, 0) + ".manifest.json"
     found = _predicted(config)
     if os.path.basename(manifest) in found:
-        predicted_by = manifests.read_json(manifest)["config"]["total_replicas"]
+        predicted_by = json_files.read_json(manifest)["config"]["total_replicas"]
         if workers not in (-1, predicted_by):
-            raise records.DataError(
+            raise DataError(
                 f"--total_label_replicas={workers}, but according to {manifest} {predicted_by} "
                 "workers shared a shard"
             )
@@ -96,14 +104,14 @@ def count_workers(config: SelectConfig) -> int:
         for worker in range(workers):
             path = prediction_path(config, shard, worker)
             if os.path.basename(path) not in found:
-                raise records.DataError(f"prediction {path} is missing: predict that shard first")
+                raise DataError(f"prediction {path} is missing: predict that shard first")
     return workers
 
 
 def _predicted(config: SelectConfig) -> set[str]:
     """Names in prediction_dir, listed once: a request per file takes long on gs://."""
     if not tf.io.gfile.isdir(config.prediction_dir):
-        raise records.DataError(f"--prediction_dir={config.prediction_dir} is not a folder")
+        raise DataError(f"--prediction_dir={config.prediction_dir} is not a folder")
     return {name.rstrip("/") for name in tf.io.gfile.listdir(config.prediction_dir)}
 
 
@@ -114,7 +122,7 @@ def index_files(config: SelectConfig) -> dict[int, list[str]]:
     missing = []
     for shard in shards(config):
         for worker in range(1 if config.debug == 1 else workers):
-            name = records.index_name(shard, config.num_shards, worker)
+            name = shard_names.index_name(shard, config.num_shards, worker)
             path = os.path.join(config.prediction_dir, name)
             files.setdefault(shard, []).append(path)
             if name not in found:
@@ -195,14 +203,14 @@ def index_from_predictions(prediction_path: str, index_path: str, shard: int, wo
     """Builds the index of a prediction file that has none, such as one of the original code.
 
     Raises:
-      records.DataError: a prediction cannot be read.
+      DataError: a prediction cannot be read.
     """
     with (
-        manifests.atomic_path(index_path) as temporary,
+        atomic.atomic_path(index_path) as temporary,
         IndexWriter(temporary, shard, worker) as writer,
     ):
         rows: list[np.ndarray] = []
-        for record in records.read(prediction_path):
+        for record in tfrecords.read(prediction_path):
             rows.append(_prediction(record, prediction_path, len(rows[0]) if rows else None))
             if len(rows) == _PREDICTIONS_AT_ONCE:
                 writer.add(*top_one(np.stack(rows)))
@@ -211,15 +219,15 @@ def index_from_predictions(prediction_path: str, index_path: str, shard: int, wo
             writer.add(*top_one(np.stack(rows)))
 
 
-def _prediction(record: records.Record, path: str, num_classes: int | None) -> np.ndarray:
+def _prediction(record: tfrecords.Record, path: str, num_classes: int | None) -> np.ndarray:
     """Probabilities float32 [C] of a record."""
     problem = record.problem
     if record.payload is not None:
-        probs = records.probabilities(record.payload)
+        probs = tfexamples.probabilities(record.payload)
         if len(probs) and num_classes in (None, len(probs)):
             return probs
         problem = f"it has {len(probs)} probabilities, not {num_classes or 'one per class'}"
-    raise records.DataError(f"{path}, record {record.position}: {problem}; predict it again")
+    raise DataError(f"{path}, record {record.position}: {problem}; predict it again")
 
 
 class RowGroupRange(NamedTuple):

@@ -22,7 +22,8 @@ from absl import logging
 
 from efficientnet_ns.config import PredictConfig
 from efficientnet_ns.data import image_headers
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import atomic, manifests, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.leases import Lease
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.inference.teacher import TeacherPredictor
@@ -34,7 +35,7 @@ _MAX_PART_BYTES = 16 * 2**20
 _OBJECT_BYTES = 128
 
 
-class TooManyBadRecords(records.DataError):
+class TooManyBadRecords(DataError):
     """More of a shard is unreadable than max_bad_fraction allows."""
 
 
@@ -91,7 +92,7 @@ class EncodedBatch:
 def _read_batches(task: ShardTask, size: int, place: tuple[int, int]) -> Iterator[EncodedBatch]:
     """The worker's records from `place` on, in batches of `size`; the last one may be empty."""
     batch = EncodedBatch()
-    for record, end in records.read_from(task.source, *place):
+    for record, end in tfrecords.read_from(task.source, *place):
         batch.lost = max(batch.lost, record.lost)
         if record.position % task.replicas == task.worker:
             image, problem = _image(record)
@@ -107,13 +108,13 @@ def _read_batches(task: ShardTask, size: int, place: tuple[int, int]) -> Iterato
     yield batch
 
 
-def _image(record: records.Record) -> tuple[bytes | None, str]:
+def _image(record: tfrecords.Record) -> tuple[bytes | None, str]:
     """(encoded image, "") or (None, the reason)."""
     if record.payload is None:
         return None, record.problem
     try:
-        image = records.image_bytes(record.payload)
-    except records.DataError as e:
+        image = tfexamples.image_bytes(record.payload)
+    except DataError as e:
         return None, str(e)
     problem = image_headers.problem(image)
     return (None, problem) if problem else (image, "")
@@ -204,7 +205,7 @@ class ShardLabeling:
         """Number of this worker's records; None where reading every header is slow."""
         if "://" in self._task.source:
             return None
-        count = records.count(self._task.source)
+        count = tfrecords.count(self._task.source)
         return len(range(self._task.worker, count, self._task.replicas))
 
     def _check_bad(self, part: PartFile, bad: list[list], expected: int | None) -> None:
@@ -276,13 +277,13 @@ def _part(
     if reassign:
         # Records with new labels need no fixed place, so that unusable ones are left out.
         payloads = [
-            records.pseudo_labeled_example(image, probs[i], int(labels[i]))
+            tfexamples.pseudo_labeled_example(image, probs[i], int(labels[i]))
             for i, image in enumerate(batch.images)
             if image is not None and i not in problems
         ]
     else:
         # Differs (9): an unreadable record keeps its place with probabilities of zero.
-        payloads = records.prediction_examples(probs)
+        payloads = tfexamples.prediction_examples(probs)
     return PartFile(
         first=first,
         records=len(labels),
@@ -306,7 +307,7 @@ def _write_quarantine(task: ShardTask, quarantine: list[list], total: int) -> No
             tf.io.gfile.remove(task.quarantine_path)
         return
     with (
-        manifests.atomic_path(task.quarantine_path) as temporary,
+        atomic.atomic_path(task.quarantine_path) as temporary,
         tf.io.gfile.GFile(temporary, "w") as f,
     ):
         for number, position, reason in quarantine:

@@ -19,7 +19,8 @@ import tensorflow as tf
 
 from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
-from efficientnet_ns.files import framing, manifests, parquet_sql, records
+from efficientnet_ns.files import json_files, parquet_sql, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import SELECTION
 
@@ -68,7 +69,7 @@ class Outcome:
       previous_dir: folder of the predictions of an earlier round for the same images.
 
     Raises:
-      records.DataError: there is no selection, or predictions are missing.
+      DataError: there is no selection, or predictions are missing.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Outcome:
         self.config = config
         selection = os.path.join(config.output_dir, SELECTION)
         if not tf.io.gfile.exists(selection):
-            raise records.DataError(f"{selection} is missing: run the selection first")
+            raise DataError(f"{selection} is missing: run the selection first")
         tables = {"predictions": _indexes(config), "selection": [selection]}
         views = {"images": ("predictions", config), "chosen": ("selection", config)}
         if previous_dir:
@@ -255,7 +256,7 @@ def read_truth(config: SelectConfig, truth: Truth) -> pyarrow.Table:
         with these columns; or RECORDS: the unlabeled records' own `image/class/label`.
 
     Raises:
-      records.DataError: the file lacks a column, or no record has a label.
+      DataError: the file lacks a column, or no record has a label.
     """
     import pyarrow
     import pyarrow.csv
@@ -264,8 +265,8 @@ def read_truth(config: SelectConfig, truth: Truth) -> pyarrow.Table:
     if truth == RECORDS:
         carried = [_labels(index.input_path(config, s)) for s in index.shards(config)]
         if not any((labels > _NO_LABEL).any() for labels in carried):
-            raise records.DataError(
-                f"no record of {config.input_dir} has {records.LABEL_ONE_BASED!r}: "
+            raise DataError(
+                f"no record of {config.input_dir} has {tfexamples.LABEL_ONE_BASED!r}: "
                 "there is no truth to compare with"
             )
         truth = carried
@@ -275,7 +276,7 @@ def read_truth(config: SelectConfig, truth: Truth) -> pyarrow.Table:
         csv = truth.endswith(".csv")
         table = pyarrow.csv.read_csv(source) if csv else pyarrow.parquet.read_table(source)
         if missing := {"shard", "record", "label"} - set(table.column_names):
-            raise records.DataError(f"{truth} has no column {min(missing)!r}")
+            raise DataError(f"{truth} has no column {min(missing)!r}")
         return table
     labels = [np.asarray(part, np.int32) for part in truth]
     columns = {
@@ -289,9 +290,11 @@ def read_truth(config: SelectConfig, truth: Truth) -> pyarrow.Table:
 def _labels(path: str) -> np.ndarray:
     """The labels stored in a shard's records, int32 [N]; _NO_LABEL where there is none."""
     labels = []
-    with framing.Scanner(path) as scanner:
+    with tfrecords.Scanner(path) as scanner:
         while (record := scanner.take()) is not None:
-            feature = record.payload and framing.feature(record.payload, records.LABEL_ONE_BASED)
+            feature = record.payload and tfexamples.feature(
+                record.payload, tfexamples.LABEL_ONE_BASED
+            )
             value = tf.train.Feature.FromString(feature or b"").int64_list.value
             labels.append(value[0] - 1 if value else _NO_LABEL)
     return np.array(labels, np.int32)
@@ -309,13 +312,13 @@ def read_images(
         by_shard[shard].add(record)
     found = {}
     for shard, wanted in sorted(by_shard.items()):
-        with framing.Scanner(index.input_path(config, shard)) as scanner:
+        with tfrecords.Scanner(index.input_path(config, shard)) as scanner:
             for number in sorted(wanted):
                 scanner.skip(number - scanner.position)
                 found_record = scanner.take()
                 payload = found_record.payload if found_record is not None else None
-                feature = payload and framing.feature(payload, records.IMAGE)
-                found[shard, number] = framing.bytes_value(feature) if feature else b""
+                feature = payload and tfexamples.feature(payload, tfexamples.IMAGE)
+                found[shard, number] = tfexamples.bytes_value(feature) if feature else b""
     return found
 
 
@@ -345,7 +348,7 @@ def read_quarantine(config: SelectConfig, limit: int = 20) -> Quarantine:
         if not tf.io.gfile.exists(manifest):
             result.unknown.append(manifest)
             continue
-        listed = manifests.read_json(manifest)["counts"].get("quarantine", {})
+        listed = json_files.read_json(manifest)["counts"].get("quarantine", {})
         for position, reason in sorted((int(p), r) for p, r in listed.items()):
             result.reasons[reason.split(" at byte ")[0]] += 1
             result.files[name] += 1

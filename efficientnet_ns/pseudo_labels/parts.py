@@ -21,7 +21,8 @@ import google_crc32c
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.files import manifests, wire
+from efficientnet_ns.files import atomic, tfrecords
+from efficientnet_ns.files.paths import listed
 
 
 @dataclasses.dataclass
@@ -89,13 +90,13 @@ class Parts:
         """Writes a part; it appears whole."""
         stored = {name: getattr(part, name) for name in PartFile._STORED}
         numbers = part.labels.astype("<i4").tobytes() + part.top_probs.astype("<f4").tobytes()
-        body = b"".join(wire.frame(p) for p in [numbers, *part.payloads])
+        body = b"".join(tfrecords.frame(p) for p in [numbers, *part.payloads])
         stored.update(settings=self._settings, bytes=len(body), crc=google_crc32c.value(body))
         with (
-            manifests.atomic_path(self._path(part.first)) as temporary,
+            atomic.atomic_path(self._path(part.first)) as temporary,
             tf.io.gfile.GFile(temporary, "wb") as f,
         ):
-            f.write(wire.frame(json.dumps(stored).encode()))
+            f.write(tfrecords.frame(json.dumps(stored).encode()))
             f.write(body)
 
     def chain(self) -> Iterator[tuple[PartFile, bytes]]:
@@ -138,7 +139,7 @@ class Parts:
     def remove(self) -> None:
         """Removes all parts, including those of other settings: the output is finished."""
         folder, prefix = os.path.split(self._prefix)
-        for path in manifests.listed(folder, re.escape(prefix) + ".*"):
+        for path in listed(folder, re.escape(prefix) + ".*"):
             # Another process may have finished the shard as well.
             with contextlib.suppress(tf.errors.NotFoundError):
                 tf.io.gfile.remove(path)

@@ -18,7 +18,8 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError, shard_list
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import manifests, shard_names, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.leases import LeaseLost, Leases
 from efficientnet_ns.inference.teacher import TeacherPredictor, check_views
 from efficientnet_ns.models import weights
@@ -108,13 +109,13 @@ def _input_path(config: Config, shard: int) -> str:
     prefix = options.file_prefix
     if options.reassign_label:
         prefix = f"{prefix}-{options.worker_id}"
-    name = records.shard_name(prefix, shard, options.num_shards)
+    name = shard_names.shard_name(prefix, shard, options.num_shards)
     path = os.path.join(_input_dir(config), name)
     if not tf.io.gfile.exists(path):
-        raise records.DataError(f"shard {path} is missing (check --file_prefix and --num_shards)")
+        raise DataError(f"shard {path} is missing (check --file_prefix and --num_shards)")
     if tf.io.gfile.stat(path).length == 0:
         # DataError unless the folder's counts list the shard as empty.
-        records.count_all([path])
+        tfrecords.count_all([path])
     return path
 
 
@@ -123,9 +124,9 @@ def _task(resolved: ResolvedConfig, checkpoint: str, path: str, shard: int) -> S
     key = (shard, options.num_shards, options.worker_id)
     replicas = options.total_replicas
     outputs = [
-        os.path.join(options.output_dir, records.prediction_name(*key)),
-        os.path.join(options.output_dir, records.index_name(*key)),
-        os.path.join(options.info_dir, records.info_name(*key)),
+        os.path.join(options.output_dir, shard_names.prediction_name(*key)),
+        os.path.join(options.output_dir, shard_names.index_name(*key)),
+        os.path.join(options.info_dir, shard_names.info_name(*key)),
     ]
     if options.reassign_label:
         outputs, replicas = [os.path.join(options.output_dir, os.path.basename(path))], 1

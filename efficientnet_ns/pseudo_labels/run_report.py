@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from efficientnet_ns import report
 from efficientnet_ns.config import ConfigError, SelectConfig
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import json_files, manifests
 from efficientnet_ns.pseudo_labels import outcome
 from efficientnet_ns.pseudo_labels.outcome import Outcome, Picture
 from efficientnet_ns.pseudo_labels.selection import SELECTION
@@ -113,7 +113,7 @@ def _check_settings(config: SelectConfig) -> None:
     manifest = os.path.join(config.output_dir, f"{SELECTION}.manifest.json")
     if not tf.io.gfile.exists(manifest):
         return
-    made_with = manifests.read_object(manifest, "config")["config"]
+    made_with = json_files.read_object(manifest, "config")["config"]
     own = {name: getattr(config, name) for name in _SETTINGS}
     noted = {name: made_with.get(name, value) for name, value in own.items()}
     difference = manifests.describe_difference(noted, own)

@@ -32,7 +32,15 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import ConfigError, SelectConfig, check
-from efficientnet_ns.files import local_files, manifests, records
+from efficientnet_ns.files import (
+    json_files,
+    local_files,
+    manifests,
+    shard_names,
+    tfexamples,
+    tfrecords,
+)
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.index import IndexScan, RowChunk
 
@@ -66,7 +74,7 @@ def select(config: SelectConfig) -> dict[str, object]:
 
     Raises:
       ConfigError: settings that do not fit each other or the predictions.
-      records.DataError: predictions are missing or do not fit the settings, or none is kept.
+      DataError: predictions are missing or do not fit the settings, or none is kept.
       manifests.OutputConflict: the outputs are of other settings.
     """
     check(config)
@@ -110,12 +118,12 @@ def _selection_stage(config: SelectConfig, predictions: str) -> manifests.Stage:
 
 def _check_number_of_classes(config: SelectConfig) -> None:
     path = index.prediction_path(config, index.shards(config)[0], 0)
-    first = next(records.read(path), None)
+    first = next(tfrecords.read(path), None)
     if first is None or first.payload is None:
         return
-    classes = len(records.probabilities(first.payload))
+    classes = len(tfexamples.probabilities(first.payload))
     if classes != config.num_label_classes:
-        raise records.DataError(
+        raise DataError(
             f"{path} holds probabilities of {classes} classes, but "
             f"--num_label_classes={config.num_label_classes}"
         )
@@ -179,7 +187,7 @@ def _are_counted(stage: manifests.Stage) -> bool:
     """Whether the statistics are finished; False also if the predictions changed since."""
     if (
         tf.io.gfile.exists(stage.manifest)
-        and manifests.read_json(stage.manifest)["config"] != stage.config
+        and json_files.read_json(stage.manifest)["config"] != stage.config
     ):
         logging.info("%s: the predictions changed, counting again", stage.manifest)
         return False
@@ -218,7 +226,7 @@ def _count(
       save: (shard, task) → path; other tables are not written.
 
     Raises:
-      records.DataError: a label out of range, or a wrong number of predictions.
+      DataError: a label out of range, or a wrong number of predictions.
     """
     shape = (config.num_label_classes, len(EDGES))
     low, high = _at_least(config.min_threshold), _at_most(config.max_prob)
@@ -289,7 +297,7 @@ def _bins(probs: np.ndarray) -> np.ndarray:
 def _check_labels(chunk: RowChunk, num_classes: int) -> None:
     highest = chunk.labels.max(initial=-1)
     if highest >= num_classes:
-        raise records.DataError(
+        raise DataError(
             f"a prediction of shard {chunk.shard} has the label {highest}, which is not below "
             f"--num_label_classes={num_classes}"
         )
@@ -298,13 +306,13 @@ def _check_labels(chunk: RowChunk, num_classes: int) -> None:
 def _check_numbers(config: SelectConfig, shard: int, rows: Sequence[int]) -> None:
     """Compares the number of predictions of each worker with its file in --info_dir, if given."""
     for worker, found in enumerate(rows if config.info_dir else ()):
-        name = records.info_name(shard, config.num_shards, worker)
+        name = shard_names.info_name(shard, config.num_shards, worker)
         path = os.path.join(config.info_dir, name)
         if not tf.io.gfile.exists(path):
-            raise records.DataError(f"{path} is missing: predict that shard first")
-        expected = manifests.read_json(path)["image_num"]
+            raise DataError(f"{path} is missing: predict that shard first")
+        expected = json_files.read_json(path)["image_num"]
         if found != expected:
-            raise records.DataError(
+            raise DataError(
                 f"worker {worker} predicted {found} records of shard {shard}, but {path} has "
                 f"{expected}: predict that shard again"
             )
@@ -596,7 +604,7 @@ def _write_outputs(
         rules = threshold_rules(chosen, config) if original else exact_rules(scan, counts, config)
         rows = _write_selection(scan, rules, selection)
         if not rows:
-            raise records.DataError(
+            raise DataError(
                 f"none of {counts.available} predictions is kept with --min_threshold="
                 f"{config.min_threshold}, --max_prob={config.max_prob} and "
                 f"--num_image={config.num_image}: give a lower --min_threshold"
@@ -615,11 +623,11 @@ def _write_outputs(
             )
         # Differs (2): the least kept confidence and the images kept.
         content = {str(c): entry for c, entry in chosen.items()} or summary["classes"]
-        manifests.write_json(threshold_path, content)
+        json_files.write_json(threshold_path, content)
         across = sum(min(images, config.num_image) for _, images in chosen.values())
         # The key is misspelt in the original, whose readers expect it so.
         across_classes = {"num_image_acorss_cat": across if original else summary["unique"]}
-        manifests.write_json(total, across_classes)
+        json_files.write_json(total, across_classes)
 
 
 def _write_selection(scan: IndexScan, rules: Rules, path: str) -> list[tuple[int, float, int, int]]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from efficientnet_ns.files import wire
+from efficientnet_ns.files import tfrecords
 from efficientnet_ns.pseudo_labels.selection import splitmix64
 
 # Version of the order as a function of seed, shard and number; raise it when the function changes.
@@ -74,7 +74,7 @@ class Spool(contextlib.AbstractContextManager):
             yield from map(held.__getitem__, part.tolist())
 
     def _count_buckets(self, copies: np.ndarray) -> int:
-        sizes = np.diff(np.asarray(self._ends)) + wire.OVERHEAD
+        sizes = np.diff(np.asarray(self._ends)) + tfrecords.OVERHEAD
         first = np.searchsorted(np.cumsum(sizes + _ITEM_BYTES), _FIRST_BYTES) + 1
         total = (sizes * copies)[:first].sum() / max(copies[:first].sum(), 1) + _COPY_BYTES
         return max(1, int(np.ceil(total * copies.sum() / _BUCKET_BYTES)))

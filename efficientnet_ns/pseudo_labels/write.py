@@ -16,7 +16,8 @@ import tensorflow as tf
 from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.config.processes import run_each
-from efficientnet_ns.files import local_files, manifests, records
+from efficientnet_ns.files import atomic, json_files, local_files, manifests, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import SELECTION
@@ -41,7 +42,7 @@ def write(config: SelectConfig, shards: Sequence[int] | None = None) -> dict[str
       `records` written, over the requested shards.
 
     Raises:
-      records.DataError: a selected record cannot be read.
+      DataError: a selected record cannot be read.
       Lost: the records read back from a file are not those selected.
       processes.ProcessDied: one of --num_workers was killed.
     """
@@ -76,14 +77,14 @@ def _write_shards(config: SelectConfig, selection_hash: str, shards: Sequence[in
             for job, _ in run_each(write_shard, jobs, _processes(config, list(todo))):
                 progress.update(images[job[3]])
     # A killed process may have begun a shard that another one finished.
-    manifests.remove_abandoned([p for s in stages.values() for p in (s.manifest, *s.outputs)])
+    atomic.remove_abandoned([p for s in stages.values() for p in (s.manifest, *s.outputs)])
     return sum(shard_stage.counts()["records"] for shard_stage in stages.values())
 
 
 def _selection_hash(config: SelectConfig) -> str:
     path = os.path.join(config.output_dir, SELECTION)
     if not tf.io.gfile.exists(path):
-        raise records.DataError(f"{path} is missing: run the selection first")
+        raise DataError(f"{path} is missing: run the selection first")
     return manifests.content_hash(path)
 
 
@@ -110,12 +111,12 @@ def _processes(config: SelectConfig, shards: Sequence[int]) -> int:
 def _write_final_stats(config: SelectConfig, stages: Sequence[manifests.Stage]) -> None:
     total: Counter[str] = Counter()
     for shard_stage in stages:
-        total.update(manifests.read_json(shard_stage.outputs[1]))
+        total.update(json_files.read_json(shard_stage.outputs[1]))
     pairs = sorted(total.items(), key=lambda pair: -pair[1])
     path = os.path.join(config.output_dir, "stats", "final_stats.json")
-    counts_path = os.path.join(config.output_dir, "data", records.COUNTS)
-    manifests.remove_abandoned([path, counts_path])
-    manifests.write_json(
+    counts_path = os.path.join(config.output_dir, "data", tfrecords.COUNTS)
+    atomic.remove_abandoned([path, counts_path])
+    json_files.write_json(
         path,
         {
             "cat_count": dict(total),
@@ -123,7 +124,7 @@ def _write_final_stats(config: SelectConfig, stages: Sequence[manifests.Stage]) 
             "total_cnt": sum(total.values()),
         },
     )
-    records.note_counts(
+    tfrecords.note_counts(
         [shard_stage.outputs[0] for shard_stage in stages],
         [shard_stage.counts()["records"] for shard_stage in stages],
     )

@@ -18,7 +18,8 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import SelectConfig
-from efficientnet_ns.files import framing, manifests, records
+from efficientnet_ns.files import json_files, manifests, shard_names, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index, shuffled_copies
 
 
@@ -30,16 +31,16 @@ def stage(config: SelectConfig, selection_hash: str, shard: int) -> manifests.St
     """Outputs (records, statistics) and manifest of a shard.
 
     Raises:
-      records.DataError: the unlabeled shard is missing.
+      DataError: the unlabeled shard is missing.
     """
     task = index.task_number(config)
     data = os.path.join(
-        config.output_dir, "data", records.pseudo_label_name(task, shard, config.num_shards)
+        config.output_dir, "data", shard_names.pseudo_label_name(task, shard, config.num_shards)
     )
     stats = os.path.join(config.output_dir, "stats", f"stats_{shard:05d}_{task}.json")
     source = index.input_path(config, shard)
     if not tf.io.gfile.exists(source):
-        raise records.DataError(f"shard {source} is missing (check --file_prefix and --num_shards)")
+        raise DataError(f"shard {source} is missing (check --file_prefix and --num_shards)")
     settings = {
         "selection": selection_hash,
         "input": manifests.fingerprint([source]),
@@ -64,7 +65,7 @@ def write_shard(
       workers: how many predicted the shard.
 
     Raises:
-      records.DataError: a selected record cannot be read, or is not the one that was selected.
+      DataError: a selected record cannot be read, or is not the one that was selected.
       Lost: the records read back are not those selected.
     """
     chosen = Chosen.read(selection, shard, workers)
@@ -76,22 +77,22 @@ def write_shard(
             for example in _examples(config, chosen, shard, workers):
                 spool.append(example)
             copies = spool.shuffled(config.seed, shard, chosen.image, chosen.copies)
-            records.write(temporary[data_path], copies)
+            tfrecords.write(temporary[data_path], copies)
         # Records are counted once, here, in the file itself.
         found = _labels(temporary[data_path])
         _check_conservation(data_path, chosen.labels(), found)
         per_class = {str(label): copies for label, copies in found.items()}
-        manifests.write_json(temporary[stats_path], dict(sorted(per_class.items())))
+        json_files.write_json(temporary[stats_path], dict(sorted(per_class.items())))
         counts.update(records=sum(found.values()))
 
 
 def _labels(path: str) -> Counter[int]:
     """How many records of each label a file holds; damaged ones do not count."""
     found: Counter[int] = Counter()
-    with framing.Scanner(path) as scanner:
+    with tfrecords.Scanner(path) as scanner:
         while (record := scanner.take()) is not None:
             if record.payload is not None:
-                found[records.label(record.payload)] += 1
+                found[tfexamples.label(record.payload)] += 1
     return found
 
 
@@ -147,33 +148,33 @@ def _examples(config: SelectConfig, chosen: Chosen, shard: int, workers: int) ->
     source = index.input_path(config, shard)
     samples: Counter[int] = Counter()
     with contextlib.ExitStack() as opened:
-        images = opened.enter_context(framing.Scanner(source))
-        predictions = [opened.enter_context(framing.Scanner(path)) for path in paths]
+        images = opened.enter_context(tfrecords.Scanner(source))
+        predictions = [opened.enter_context(tfrecords.Scanner(path)) for path in paths]
         rows = zip(chosen.image.tolist(), chosen.label.tolist(), chosen.prob.tolist())
         for number, label, prob in rows:
             position, worker = divmod(number, workers)
-            image = _feature(images, source, number, records.IMAGE)
-            probs = _feature(predictions[worker], paths[worker], position, records.PROBABILITIES)
+            image = _feature(images, source, number, tfexamples.IMAGE)
+            probs = _feature(predictions[worker], paths[worker], position, tfexamples.PROBABILITIES)
             if image is None or probs is None:
                 break  # A file ended early; `_check_number` names it.
-            values = framing.Floats(probs)
+            values = tfexamples.Floats(probs)
             if len(values) != config.num_label_classes or values[label] != prob:
-                raise records.DataError(
+                raise DataError(
                     f"{paths[worker]}, record {position} is not what was selected from: "
                     "delete its index and the selection, and select again"
                 )
             if samples[label] < config.num_samples:
                 name = f"image_{shard}_{index.task_number(config)}_{samples[label]}_{prob:.4f}.jpeg"
-                _write_sample(config, name, label, framing.bytes_value(image))
+                _write_sample(config, name, label, tfexamples.bytes_value(image))
                 samples[label] += 1
-            yield framing.pseudo_labeled_example(image, probs, label, prob)
+            yield tfexamples.pseudo_labeled_from_features(image, probs, label, prob)
         images.skip()
         for worker, scanner in enumerate(predictions):
             scanner.skip()
             _check_number(images.position, scanner.position, source, paths, worker)
 
 
-def _feature(scanner: framing.Scanner, path: str, position: int, key: str) -> bytes | None:
+def _feature(scanner: tfrecords.Scanner, path: str, position: int, key: str) -> bytes | None:
     """A Feature of the record at a position of a file; None if the file ends before it."""
     scanner.skip(position - scanner.position)
     record = scanner.take()
@@ -181,12 +182,12 @@ def _feature(scanner: framing.Scanner, path: str, position: int, key: str) -> by
         return None
     try:
         if record.payload is None:
-            raise records.DataError(record.problem)
-        feature = framing.feature(record.payload, key)
+            raise DataError(record.problem)
+        feature = tfexamples.feature(record.payload, key)
         if not feature:
-            raise records.DataError(f"the record has no {key!r}")
-    except records.DataError as e:
-        raise records.DataError(f"{path}, record {position}: {e}") from e
+            raise DataError(f"the record has no {key!r}")
+    except DataError as e:
+        raise DataError(f"{path}, record {position}: {e}") from e
     return feature
 
 
@@ -197,13 +198,13 @@ def _check_number(
     path, workers = paths[worker], len(paths)
     expected = len(range(worker, images, workers))
     if predictions < expected:
-        raise records.DataError(
+        raise DataError(
             f"{path} ends before image {predictions * workers + worker} of the shard: predict it "
             "again, or give the total_replicas of the prediction as --total_label_replicas "
             f"(now {workers})"
         )
     if predictions > expected:
-        raise records.DataError(
+        raise DataError(
             f"{path} has more predictions than {source} has images for {workers} workers"
         )
 

@@ -72,11 +72,11 @@ def write_page(
     """
     import tensorflow as tf
 
-    from efficientnet_ns.files import manifests
+    from efficientnet_ns.files import atomic
 
     path = os.fspath(path)
     page = _page(title, intro, sections)
     tf.io.gfile.makedirs(os.path.dirname(path) or ".")
-    manifests.remove_abandoned([path])
-    with manifests.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as file:
+    atomic.remove_abandoned([path])
+    with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as file:
         file.write(page)

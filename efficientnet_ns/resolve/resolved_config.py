@@ -17,7 +17,8 @@ from efficientnet_ns.config.sections import Config
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.data.autoaugment import AutoAugment
 from efficientnet_ns.data.randaugment import RandAugment
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.models import efficientnet
 
 
@@ -112,7 +113,7 @@ class ResolvedConfig:
         """The labeled records to train on: the first `num_train_shards`, or all.
 
         Raises:
-          records.DataError: there are none, or they cannot be counted.
+          DataError: there are none, or they cannot be counted.
           ConfigError: no `label_data_dir`, or fewer shards than `num_train_shards`.
         """
         data = self.config.data
@@ -295,7 +296,7 @@ class ResolvedConfig:
             for source, check in checks:
                 place = source and pipeline.name_bad_record(source, check)
                 if place:
-                    raise records.DataError(
+                    raise DataError(
                         f"a record cannot be used: {place}. Repair or remove it, and start the same "
                         "command again; what is finished is kept."
                     ) from e
@@ -307,7 +308,7 @@ class ResolvedConfig:
     def _check_unlabeled(self, payload: bytes) -> None:
         pipeline.check_image(payload)
         if not self.config.train.teacher_model_name:
-            records.parse_pseudo_labeled(tf.constant(payload), self.num_classes)
+            tfexamples.parse_pseudo_labeled(tf.constant(payload), self.num_classes)
             self._check_labeled(payload)
 
 
@@ -327,6 +328,6 @@ def limited(
     """
     try:
         return source if number is None else take(number)
-    except records.DataError as e:
+    except DataError as e:
         folder = os.path.dirname(source.paths[0])
         raise ConfigError(f"--{flag}={number}: {e} in {folder}") from e

@@ -15,7 +15,8 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.data import image_conversion
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_sources, listing
 
 _SHARD = re.compile(r".+-\d+-of-\d+")
@@ -51,7 +52,7 @@ def encoded_images(path: str, limit: int) -> list[bytes]:
       DataError: the path does not exist or has no usable image.
     """
     if not tf.io.gfile.exists(path):
-        raise records.DataError(f"{path} does not exist")
+        raise DataError(f"{path} does not exist")
     names = sorted(tf.io.gfile.listdir(path)) if tf.io.gfile.isdir(path) else []
     shards = [name for name in names if _SHARD.fullmatch(name)]
     # Images next to records take precedence over the records; images in subfolders do not.
@@ -59,7 +60,7 @@ def encoded_images(path: str, limit: int) -> list[bytes]:
     found = _recorded(path, shards) if shards and not pictures else _listed(path, limit)
     images = list(itertools.islice(_decodable(found), limit))
     if not images:
-        raise records.DataError(
+        raise DataError(
             f"{path} holds neither images that can be decoded nor records (…-00000-of-…)"
         )
     return images
@@ -67,15 +68,15 @@ def encoded_images(path: str, limit: int) -> list[bytes]:
 
 def _recorded(path: str, shards: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     for name in shards:
-        for record in records.read(os.path.join(path, name)):
+        for record in tfrecords.read(os.path.join(path, name)):
             where = f"{os.path.join(path, name)}, record {record.position}"
             if record.payload is None:
                 logging.warning("%s is skipped in the comparison: %s", where, record.problem)
                 continue
             try:
-                yield where, records.image_bytes(record.payload)
-            except records.DataError as e:
-                raise records.DataError(f"{where}: {e}") from e
+                yield where, tfexamples.image_bytes(record.payload)
+            except DataError as e:
+                raise DataError(f"{where}: {e}") from e
 
 
 def _listed(path: str, limit: int) -> Iterator[tuple[str, bytes]]:

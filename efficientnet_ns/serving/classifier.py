@@ -17,7 +17,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 
 from efficientnet_ns.data import image_headers
 from efficientnet_ns.data.pipeline import Preprocessing
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples
 from efficientnet_ns.models import efficientnet
 from efficientnet_ns.serving import image_sizes
 
@@ -113,7 +113,7 @@ class Classifier(tf.Module):
     def _classify(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         """Serialized tf.Examples [N] with `image/encoded` → `classes`, `scores` [N, top_k]."""
         images, valid = self._prepared(
-            inputs, lambda example: self._decode(records.parse_unlabeled(example))
+            inputs, lambda example: self._decode(tfexamples.parse_unlabeled(example))
         )
         described = self._described(self._forward(images)[0], valid)
         return {

@@ -15,7 +15,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from efficientnet_ns.data import tasks
 from efficientnet_ns.data.pipeline import Preprocessing
-from efficientnet_ns.files import manifests, paths
+from efficientnet_ns.files import atomic, local_files, manifests, paths
 from efficientnet_ns.inference import folding
 from efficientnet_ns.models import heads
 from efficientnet_ns.serving import deployment, templates, tflite, tflite_metadata, warmup
@@ -60,8 +60,8 @@ def _version(base: str, version: int) -> Iterator[str]:
     if tf.io.gfile.exists(folder):
         raise manifests.OutputConflict(f"{folder} exists: choose another --version, or delete it")
     tf.io.gfile.makedirs(base)
-    manifests.remove_abandoned_folders(base)
-    temporary = manifests.temporary_name(folder)
+    atomic.remove_abandoned_folders(base)
+    temporary = atomic.temporary_name(folder)
     verbosity = logging.get_verbosity()
     # TensorFlow warns about functions that only Keras needs, and logs the temporary folder's name.
     logging.set_verbosity(logging.ERROR)
@@ -179,14 +179,14 @@ def export_tflite(
         "normalisation": "inside the graph",
     }
     content = tflite.with_metadata(content, options.outputs.class_names, facts, described)
-    with manifests.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
+    with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
         f.write(content)
     return content
 
 
 def saved_model_runner(folder: str) -> Callable[[Sequence[bytes]], np.ndarray]:
     """Loads an exported version as a function: N encoded images → probabilities float32 [N, C]."""
-    with paths.without_wildcards(folder) as literal:
+    with local_files.without_wildcards(folder) as literal:
         loaded = tf.saved_model.load(literal)
 
     def run(encoded: Sequence[bytes]) -> np.ndarray:

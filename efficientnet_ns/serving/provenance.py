@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import json_files
 
 # Setting in config.json → its name in the card.
 _RECIPE = {
@@ -82,7 +82,7 @@ def _same(path: str, other: str) -> bool:
 
 def _last_evaluation(path: str, end: float) -> Mapping[str, Any] | None:
     """The last row of a training's log with an evaluation, up to step `end`."""
-    rows = manifests.read_json_lines(path)
+    rows = json_files.read_json_lines(path)
     found = [row for row in rows if "eval/top1" in row and row["step"] <= end]
     return found[-1] if found else None
 
@@ -117,4 +117,4 @@ def is_published(path: str, recipe: Any) -> bool:
 
 
 def _read(path: str) -> Mapping[str, Any]:
-    return manifests.read_json(path) if tf.io.gfile.exists(path) else {}
+    return json_files.read_json(path) if tf.io.gfile.exists(path) else {}

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.files import records
-from efficientnet_ns.files.wire import field
+from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files.protobuf_wire import field
 
 FILE = os.path.join("assets.extra", "tf_serving_warmup_requests")
 
@@ -59,7 +59,7 @@ def requests(model: str, size: int, batch_sizes: Sequence[int]) -> list[bytes]:
             ("predict_images_uint8", "images", batch_pixels),
         ):
             logs.append(predict_log(model, signature, argument, value))
-        logs.append(classify_log(model, [records.unlabeled_example(image)] * batch))
+        logs.append(classify_log(model, [tfexamples.unlabeled_example(image)] * batch))
     return logs
 
 
@@ -67,4 +67,4 @@ def write(folder: str, model: str, size: int, batch_sizes: Sequence[int] = (1, 8
     """Writes the file into a SavedModel's folder."""
     path = os.path.join(folder, FILE)
     tf.io.gfile.makedirs(os.path.dirname(path))
-    records.write(path, requests(model, size, batch_sizes))
+    tfrecords.write(path, requests(model, size, batch_sizes))

@@ -9,7 +9,8 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import atomic
+from efficientnet_ns.files.paths import listed
 from efficientnet_ns.models import weights
 from efficientnet_ns.training.optimizers import RMSPropTF1
 from efficientnet_ns.training.student import NoisyStudent
@@ -117,7 +118,7 @@ class Checkpoints:
         self._note(reached[: self.keep])
         for old in reached[self.keep :]:
             own = re.escape(os.path.basename(self.prefix(old))) + r"\..*"
-            for path in manifests.listed(self.folder, own):
+            for path in listed(self.folder, own):
                 tf.io.gfile.remove(path)
         return prefix
 
@@ -128,7 +129,7 @@ class Checkpoints:
         names = [os.path.basename(self.prefix(step)) for step in steps]
         lines = [f'model_checkpoint_path: "{names[0]}"']
         lines += [f'all_model_checkpoint_paths: "{name}"' for name in reversed(names)]
-        with manifests.atomic_path(os.path.join(self.folder, "checkpoint")) as temporary:
+        with atomic.atomic_path(os.path.join(self.folder, "checkpoint")) as temporary:
             with tf.io.gfile.GFile(temporary, "w") as f:
                 f.write("\n".join(lines) + "\n")
 

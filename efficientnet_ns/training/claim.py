@@ -17,7 +17,8 @@ from absl import logging
 from efficientnet_ns.config.fields import ConfigError, comparable
 from efficientnet_ns.config.sections import Config
 from efficientnet_ns.data import pipeline, tasks
-from efficientnet_ns.files import manifests, metrics_log, records
+from efficientnet_ns.files import atomic, json_files, manifests, metrics_log
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.training import checkpoints, preview
 
 SETTINGS, RECORDS, RUNS = "config.json", "records.json", "runs.jsonl"
@@ -64,13 +65,13 @@ def claim(
         logging.warning("%s has no checkpoint: it is taken over (%s)", folder, difference)
     tf.io.gfile.makedirs(folder)
     written = (SETTINGS, RECORDS, preview.FILE, metrics_log.METRICS, RUNS, "checkpoint")
-    manifests.remove_abandoned([os.path.join(folder, name) for name in written])
+    atomic.remove_abandoned([os.path.join(folder, name) for name in written])
     # The settings a training was begun with stay as they were written.
     if difference or not tf.io.gfile.exists(os.path.join(folder, SETTINGS)):
         noted = {**config.identity(), **_task_fields(config)}
-        manifests.write_json(os.path.join(folder, SETTINGS), noted, indent=1)
+        json_files.write_json(os.path.join(folder, SETTINGS), noted, indent=1)
     if not begun or not tf.io.gfile.exists(os.path.join(folder, RECORDS)):
-        manifests.write_json(os.path.join(folder, RECORDS), listing, indent=1)
+        json_files.write_json(os.path.join(folder, RECORDS), listing, indent=1)
 
 
 @contextlib.contextmanager
@@ -81,7 +82,7 @@ def expecting_other_records(folder: str) -> Iterator[None]:
     """
     try:
         yield
-    except records.DataError:
+    except DataError:
         with contextlib.suppress(tf.errors.NotFoundError):
             tf.io.gfile.remove(os.path.join(folder, RECORDS))
         raise
@@ -106,7 +107,7 @@ def note_start(folder: str, start: int, flags: Mapping[str, Any]) -> None:
         "flags": flags,
     }
     path = os.path.join(folder, RUNS)
-    metrics_log.write_lines(path, [*manifests.read_json_lines(path), row])
+    metrics_log.write_lines(path, [*json_files.read_json_lines(path), row])
 
 
 def _changed_settings(folder: str, config: Config) -> str:
@@ -116,7 +117,7 @@ def _changed_settings(folder: str, config: Config) -> str:
         return ""
     # Settings that came later had their defaults; the task was not noted at first.
     task = _task_fields(config)
-    noted = comparable({**Config().identity(), **task, **manifests.read_object(path)})
+    noted = comparable({**Config().identity(), **task, **json_files.read_object(path)})
     return manifests.describe_difference(noted, comparable({**config.identity(), **task}))
 
 
@@ -139,7 +140,7 @@ def _check_records(folder: str, listing: Mapping[str, Mapping[str, Any]]) -> Non
     noted_in = os.path.join(folder, RECORDS)
     if not tf.io.gfile.exists(noted_in):  # Begun before the records were noted.
         return
-    noted = manifests.read_object(noted_in)
+    noted = json_files.read_object(noted_in)
     changes = [
         f"{path}: {_size(before.get(path))} → {_size(now.get(path))}"
         for before, now in ((noted.get(name, {}), listing.get(name, {})) for name in listing)
@@ -160,11 +161,11 @@ def _size(entry: Mapping[str, int] | None) -> str:
 
 
 def _check_nobody_trains(folder: str) -> None:
-    starts = manifests.read_json_lines(os.path.join(folder, RUNS))
+    starts = json_files.read_json_lines(os.path.join(folder, RUNS))
     last = starts[-1] if starts else {}
     pid = last.get("pid", os.getpid())
     here = last.get("host") == socket.gethostname()
-    if here and pid != os.getpid() and manifests.is_running(pid):
+    if here and pid != os.getpid() and atomic.is_running(pid):
         raise DirectoryConflict(
             f"process {pid} has been training in {folder} with other settings since {last['time']}. "
             "End it, or choose another --model_dir."

@@ -11,7 +11,7 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.data import pipeline, tasks
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import atomic
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 FILE = "augmented.png"
@@ -50,7 +50,7 @@ def draw(
         sections.append((heading, images, titles))
     png = _png(sections)
     path = os.path.join(resolved.config.train.model_dir, FILE)
-    with manifests.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
+    with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
         f.write(png)
     return tf.io.decode_png(png, channels=3).numpy()
 

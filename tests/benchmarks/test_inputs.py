@@ -12,7 +12,7 @@ import tensorflow as tf
 from efficientnet_ns.benchmarks import inputs, tables
 from efficientnet_ns.config import ConfigError
 from efficientnet_ns.data import images
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples, tfrecords
 
 
 def test_images_come_out_of_records_and_are_read_in_batches(tmp_path, rng):
@@ -20,7 +20,7 @@ def test_images_come_out_of_records_and_are_read_in_batches(tmp_path, rng):
         tf.io.encode_jpeg(rng.integers(0, 256, (20, 30 + i, 3), np.uint8)).numpy() for i in range(3)
     ]
     shard = str(tmp_path / "train-00000-of-00001")
-    records.write(shard, [records.unlabeled_example(image) for image in encoded])
+    tfrecords.write(shard, [tfexamples.unlabeled_example(image) for image in encoded])
     assert inputs.encoded_images(str(tmp_path)) == ([shard], encoded)
     (work,) = inputs._read_stage([shard]).values()
     assert work() == inputs._CHUNK

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from efficientnet_ns.benchmarks import labeling, tables
 from efficientnet_ns.config import BenchmarkConfig
-from efficientnet_ns.files import records
+from efficientnet_ns.files import shard_names, tfrecords
 
 
 def test_after_a_short_shard_comes_one_that_lasts(tmp_path, rng):
@@ -17,8 +17,8 @@ def test_after_a_short_shard_comes_one_that_lasts(tmp_path, rng):
     config = BenchmarkConfig(model_name="efficientnet-test", image_size=8, seconds=1.0)
     work = labeling._Work(config, images, str(tmp_path))
     assert work.label_shard() == 64
-    shard = str(tmp_path / "unlabeled" / records.shard_name("train", 0, 1))
-    expected = records.count(shard)
+    shard = str(tmp_path / "unlabeled" / shard_names.shard_name("train", 0, 1))
+    expected = tfrecords.count(shard)
     assert expected >= 64
     assert work.label_shard() == work.label_shard() == expected
     assert work.bare_engine() == 8 * len(work._ready) * work.teacher.engine.concurrency

@@ -20,7 +20,8 @@ import tensorflow as tf
 
 from efficientnet_ns.config import Config
 from efficientnet_ns.data import images, pipeline, randaugment
-from efficientnet_ns.files import records
+from efficientnet_ns.files import shard_names, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 ROOT = Path(__file__).parents[2]
@@ -58,13 +59,13 @@ def pseudo_probs() -> np.ndarray:
 def folder(tmp_path_factory) -> Path:
     """`train`: labeled records; `pseudo`: pseudo-labeled ones of the same pictures."""
     base = tmp_path_factory.mktemp("records")
-    labeled = [records.labeled_example(picture, i) for i, picture in enumerate(pictures())]
+    labeled = [tfexamples.labeled_example(picture, i) for i, picture in enumerate(pictures())]
     pseudo = [
-        records.pseudo_labeled_example(picture, probs, i)
+        tfexamples.pseudo_labeled_example(picture, probs, i)
         for i, (picture, probs) in enumerate(zip(pictures(), pseudo_probs()))
     ]
-    records.write_sharded(str(base / "labeled"), "train", labeled, SHARDS)
-    records.write_sharded(str(base / "pseudo"), "train-0", pseudo, SHARDS)
+    tfrecords.write_sharded(str(base / "labeled"), "train", labeled, SHARDS)
+    tfrecords.write_sharded(str(base / "pseudo"), "train-0", pseudo, SHARDS)
     return base
 
 
@@ -125,7 +126,7 @@ CHEAP = pipeline.Preprocessing(8, small_image=True, clean=True)
 def write_shard(folder: Path, payloads: list[bytes]) -> pipeline.Source:
     """One shard, without counts.json."""
     folder.mkdir(exist_ok=True)
-    records.write(str(folder / "train-00000-of-00001"), payloads)
+    tfrecords.write(str(folder / "train-00000-of-00001"), payloads)
     return pipeline.Source.find(str(folder), "train")
 
 
@@ -197,7 +198,7 @@ def test_images_for_a_teacher_are_the_clean_crop(pseudo):
 
 
 def test_a_teacher_needs_no_stored_labels(tmp_path):
-    source = write_shard(tmp_path, [records.unlabeled_example(p) for p in pictures()])
+    source = write_shard(tmp_path, [tfexamples.unlabeled_example(p) for p in pictures()])
     (batch,) = take(unlabeled_batches(source, CLEAN, teacher_preprocessing=CLEAN), 1)
     np.testing.assert_array_equal(batch["unl_image"], batch["teacher_image"])
     with pytest.raises(tf.errors.InvalidArgumentError, match="label|probabilities"):
@@ -291,7 +292,7 @@ def test_every_epoch_has_every_record_once(labeled, buffer):
 
 def test_order_depends_on_the_seed_alone(tmp_path, labeled):
     """That of the records in one shard, and that of the shards."""
-    payloads = [records.labeled_example(pictures()[0], i) for i in range(COUNT)]
+    payloads = [tfexamples.labeled_example(pictures()[0], i) for i in range(COUNT)]
     for source, buffer in ((write_shard(tmp_path, payloads), COUNT), (labeled, 1)):
         orders = [order(source, COUNT, seed=seed, shuffle_buffer=buffer) for seed in (0, 1, 2, 0)]
         assert orders[0] == orders[3]
@@ -300,10 +301,10 @@ def test_order_depends_on_the_seed_alone(tmp_path, labeled):
 
 def test_a_small_buffer_still_mixes_shards(tmp_path):
     """Neighbours in a shard are not neighbours in a batch, whatever the buffer."""
-    examples = [records.labeled_example(pictures()[0], i) for i in range(COUNT)]
+    examples = [tfexamples.labeled_example(pictures()[0], i) for i in range(COUNT)]
     for shard, chunk in enumerate(np.array_split(np.arange(COUNT), 4)):
-        path = tmp_path / records.shard_name("train", shard, 4)
-        records.write(str(path), [examples[i] for i in chunk])
+        path = tmp_path / shard_names.shard_name("train", shard, 4)
+        tfrecords.write(str(path), [examples[i] for i in chunk])
     source = pipeline.Source.find(str(tmp_path), "train")
     stream = order(source, 16, shuffle_buffer=1)
     assert all(abs(a - b) > 1 for a, b in zip(stream, stream[1:]))
@@ -318,9 +319,9 @@ def test_labeled_and_unlabeled_streams_draw_independently(labeled, pseudo):
 def test_a_picture_is_noised_differently_each_time_and_by_each_stream(tmp_path):
     probs = np.ones(COUNT, np.float32)
     picture = pictures()[1]
-    one = write_shard(tmp_path / "labeled", [records.labeled_example(picture, 0)])
+    one = write_shard(tmp_path / "labeled", [tfexamples.labeled_example(picture, 0)])
     other = write_shard(
-        tmp_path / "pseudo", [records.pseudo_labeled_example(picture, probs, 0)] * 2
+        tmp_path / "pseudo", [tfexamples.pseudo_labeled_example(picture, probs, 0)] * 2
     )
     (batch,) = take(labeled_batches(one, batch_size=8), 1)
     (unlabeled,) = take(unlabeled_batches(other, batch_size=8), 1)
@@ -473,9 +474,9 @@ def test_every_draw_follows_the_seed():
 
 @pytest.mark.parametrize("size", [BATCH - 1, BATCH, BATCH + 1, 1, 2 * BATCH])
 def test_evaluation_sees_every_record_once_in_order(tmp_path, size):
-    payloads = [records.labeled_example(p, i) for i, p in enumerate(pictures()[:size])]
-    paths = records.write_sharded(str(tmp_path), "dev", payloads, 2)
-    source = pipeline.Source(tuple(paths), tuple(records.count_all(paths)))
+    payloads = [tfexamples.labeled_example(p, i) for i, p in enumerate(pictures()[:size])]
+    paths = tfrecords.write_sharded(str(tmp_path), "dev", payloads, 2)
+    source = pipeline.Source(tuple(paths), tuple(tfrecords.count_all(paths)))
     data = pipeline.eval_batches(source, PLAIN, num_classes=COUNT, batch_size=BATCH)
     assert data.element_spec == {
         "image": tf.TensorSpec([BATCH, SIZE, SIZE, 3], tf.float32),
@@ -518,17 +519,17 @@ def test_source(folder):
 
 
 def test_source_without_records(tmp_path):
-    records.write_sharded(str(tmp_path), "train", [], 2)
-    with pytest.raises(records.DataError, match="2 shards .* no records") as e:
+    tfrecords.write_sharded(str(tmp_path), "train", [], 2)
+    with pytest.raises(DataError, match="2 shards .* no records") as e:
         pipeline.Source.find(str(tmp_path), "train")
     assert str(tmp_path) in str(e.value)
 
 
 def test_empty_shards_are_passed_over(tmp_path):
-    records.write_sharded(
+    tfrecords.write_sharded(
         str(tmp_path),
         "train",
-        [records.labeled_example(p, i) for i, p in enumerate(pictures()[:2])],
+        [tfexamples.labeled_example(p, i) for i, p in enumerate(pictures()[:2])],
         4,
     )
     source = pipeline.Source.find(str(tmp_path), "train")
@@ -540,7 +541,7 @@ def test_empty_shards_are_passed_over(tmp_path):
 
 
 def test_the_tail_of_a_truncated_shard_is_left_out(tmp_path):
-    payloads = [records.labeled_example(p, i) for i, p in enumerate(pictures())]
+    payloads = [tfexamples.labeled_example(p, i) for i, p in enumerate(pictures())]
     write_shard(tmp_path, payloads)
     path = tmp_path / "train-00000-of-00001"
     path.write_bytes(path.read_bytes()[:-7])
@@ -558,15 +559,15 @@ def test_the_tail_of_a_truncated_shard_is_left_out(tmp_path):
 
 def spoiled(tmp_path: Path, payload: bytes) -> pipeline.Source:
     """Two shards with good records before and after a bad one, the third of the second shard."""
-    good = [records.labeled_example(p, i) for i, p in enumerate(pictures()[:4])]
-    records.write(str(tmp_path / "train-00000-of-00002"), good)
-    records.write(str(tmp_path / "train-00001-of-00002"), [*good[:2], payload, *good[2:]])
+    good = [tfexamples.labeled_example(p, i) for i, p in enumerate(pictures()[:4])]
+    tfrecords.write(str(tmp_path / "train-00000-of-00002"), good)
+    tfrecords.write(str(tmp_path / "train-00001-of-00002"), [*good[:2], payload, *good[2:]])
     return pipeline.Source.find(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize("label", [COUNT, -1])
 def test_label_out_of_range(tmp_path, label):
-    source = spoiled(tmp_path, records.labeled_example(pictures()[0], label))
+    source = spoiled(tmp_path, tfexamples.labeled_example(pictures()[0], label))
     evaluation = pipeline.eval_batches(source, CHEAP, num_classes=COUNT, batch_size=3)
     for data in (labeled_batches(source, CHEAP), evaluation):
         with pytest.raises(tf.errors.InvalidArgumentError) as e:
@@ -582,7 +583,7 @@ def test_label_out_of_range(tmp_path, label):
 def test_pseudo_label_out_of_range(tmp_path, label):
     probs = np.zeros(COUNT + 1, np.float32)
     example = tf.train.Example.FromString(
-        records.pseudo_labeled_example(pictures()[0], probs[:COUNT], 0)
+        tfexamples.pseudo_labeled_example(pictures()[0], probs[:COUNT], 0)
     )
     example.features.feature["label"].int64_list.value[0] = label
     source = write_shard(tmp_path, [example.SerializeToString()])
@@ -593,10 +594,10 @@ def test_pseudo_label_out_of_range(tmp_path, label):
 @pytest.mark.parametrize(
     "payload",
     [
-        records.labeled_example(b"not a picture", 0),
-        records.labeled_example(b"", 0),
-        records.labeled_example(b"\x89PNG\r\n\x1a\n" + bytes(20), 0),
-        records.prediction_example([0.5, 0.5]),
+        tfexamples.labeled_example(b"not a picture", 0),
+        tfexamples.labeled_example(b"", 0),
+        tfexamples.labeled_example(b"\x89PNG\r\n\x1a\n" + bytes(20), 0),
+        tfexamples.prediction_example([0.5, 0.5]),
         b"not an example",
     ],
     ids=["text", "nothing", "broken PNG", "no image", "no example"],
@@ -612,7 +613,7 @@ def test_unusable_image_is_named(tmp_path, payload):
 
 
 def test_damaged_record_is_named(tmp_path):
-    source = spoiled(tmp_path, records.labeled_example(pictures()[0], 1))
+    source = spoiled(tmp_path, tfexamples.labeled_example(pictures()[0], 1))
     path = tmp_path / "train-00001-of-00002"
     clean = path.read_bytes()
     place = clean.rindex(pictures()[0]) + 30
@@ -625,7 +626,7 @@ def test_damaged_record_is_named(tmp_path):
 
 def test_a_truncated_tail_is_not_blamed(tmp_path):
     """It is left out, so what went wrong is elsewhere."""
-    spoiled(tmp_path, records.labeled_example(pictures()[0], 99))
+    spoiled(tmp_path, tfexamples.labeled_example(pictures()[0], 99))
     path = tmp_path / "train-00000-of-00002"
     path.write_bytes(path.read_bytes()[:-3])
     source = pipeline.Source.find(str(tmp_path), "train", max_bad_fraction=0.9)
@@ -649,5 +650,5 @@ def test_first_shards_and_first_records(labeled):
     part = labeled.examples(labeled.counts[0] + 1)
     assert part.counts[:2] == (labeled.counts[0], 1) and not any(part.counts[2:])
     for ask in (lambda: labeled.shards(SHARDS + 1), lambda: labeled.examples(COUNT + 1)):
-        with pytest.raises(records.DataError, match="are asked for"):
+        with pytest.raises(DataError, match="are asked for"):
             ask()

@@ -19,7 +19,7 @@ from fakes import ROOT, free_ports, pictures, worker_environment, write_task
 from efficientnet_ns import report as labeling_report
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.evaluation import accuracy, accuracy_report, evaluate
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.inference.engines import EngineError
 from efficientnet_ns.models import weights
 from efficientnet_ns.models.recipes import RECIPES
@@ -35,10 +35,10 @@ def folder(tmp_path_factory) -> Path:
     write_task(path / "task.json", CLASSES)
     examples = [
         # The last class is in minority.
-        records.labeled_example(image, i % 7 % CLASSES)
+        tfexamples.labeled_example(image, i % 7 % CLASSES)
         for i, image in enumerate(pictures(COUNT, 5))
     ]
-    records.write_sharded(str(path / "labeled"), "validation", examples, 3)
+    tfrecords.write_sharded(str(path / "labeled"), "validation", examples, 3)
     rng = np.random.default_rng(1)
     tensors = {}
     for name, variable in weights.variable_names(resolved(path).build_model()).items():
@@ -78,11 +78,11 @@ def answers(folder: Path, *, ema=True, size=None, mirrored=False) -> tuple[np.nd
         for path in sorted((folder / "labeled").glob("validation-*"))
         for raw in tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
     ]
-    images = [tf.constant(records.image_bytes(raw)) for raw in found]
+    images = [tf.constant(tfexamples.image_bytes(raw)) for raw in found]
     pixels = tf.stack([chosen.preprocessing().evaluate(image) for image in images])
     views = [pixels, pixels[:, :, ::-1]] if mirrored else [pixels]
     probs = [softmax(model(view, training=False).numpy().astype(np.float64)) for view in views]
-    return np.mean(probs, axis=0), np.array([records.label(raw) for raw in found])
+    return np.mean(probs, axis=0), np.array([tfexamples.label(raw) for raw in found])
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

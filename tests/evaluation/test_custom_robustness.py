@@ -21,7 +21,7 @@ from efficientnet_ns.evaluation import (
     robustness_program,
 )
 from efficientnet_ns.evaluation import robustness_metrics as metrics
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples
 from efficientnet_ns.models import weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
@@ -93,8 +93,8 @@ def expected_errors(folder) -> dict:
     images, labels = [], []
     for path in sorted((folder / "labeled").glob("validation-*")):
         for raw in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-            images.append(tf.io.decode_png(records.image_bytes(raw)).numpy())
-            labels.append(records.label(raw))
+            images.append(tf.io.decode_png(tfexamples.image_bytes(raw)).numpy())
+            labels.append(tfexamples.label(raw))
     errors = {}
     for name, modulus in (("model", 7), ("baseline", 11)):
         for corruption, severity in [("clean", 0)] + [

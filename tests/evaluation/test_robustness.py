@@ -18,7 +18,8 @@ from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.evaluation import robustness_published as published
 from efficientnet_ns.evaluation import robustness_sets as sets
 from efficientnet_ns.evaluation import robustness_sources as sources
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import manifests
+from efficientnet_ns.files.errors import DataError
 
 WNIDS = ["n01440764", "n01443537", "n01484850"]
 CORRUPTIONS = [
@@ -175,7 +176,7 @@ def test_finished_parts_are_kept(imagenet_c, tmp_path):
 )
 def test_wrong_trees_are_refused(imagenet_c, change, message):
     change(imagenet_c)
-    with pytest.raises(records.DataError, match=message):
+    with pytest.raises(DataError, match=message):
         sources.open_corruptions(str(imagenet_c))
 
 
@@ -190,13 +191,13 @@ def test_every_set_that_is_not_there_is_named(tmp_path):
         "imagenet_v2": "tfds:x",
         "imagenet_c": "c",
     }
-    with pytest.raises(records.DataError, match=r": --imagenet_r=no-r, --imagenet_c=c$"):
+    with pytest.raises(DataError, match=r": --imagenet_r=no-r, --imagenet_c=c$"):
         robustness_program._open(given, False, None)
 
 
 def test_parts_of_different_classes_are_refused_even_with_missing_ones(imagenet_c):
     shutil.rmtree(imagenet_c / "fog/3" / WNIDS[1])
-    with pytest.raises(records.DataError, match=rf"fog/3: 1 missing classes: {WNIDS[1]}"):
+    with pytest.raises(DataError, match=rf"fog/3: 1 missing classes: {WNIDS[1]}"):
         sources.open_corruptions(str(imagenet_c), allow_missing=True)
 
 
@@ -207,7 +208,7 @@ def test_all_thousand_classes_are_needed(tmp_path):
             for wnid in WNIDS:
                 write(tmp_path / "c" / name / severity / wnid, 1)
     expected = r"997 of 1000 classes are missing \(--allow_missing.*: n01491361, n01494475"
-    with pytest.raises(records.DataError, match=expected):
+    with pytest.raises(DataError, match=expected):
         sources.open_corruptions(str(tmp_path / "c"))
     assert len(sources.open_corruptions(str(tmp_path / "c"), allow_missing=True)) == 75
     for name in ("imagenet-sketch", "imagenet-v2", "imagenet-a", "imagenet-r"):
@@ -215,7 +216,7 @@ def test_all_thousand_classes_are_needed(tmp_path):
         one = tmp_path / name / list(classes)[2]
         write(one, 2)
         message = rf"{name}: {len(classes) - 1} of {len(classes)} classes .*: {list(classes)[0]}, "
-        with pytest.raises(records.DataError, match=message):
+        with pytest.raises(DataError, match=message):
             sources.open_images(str(tmp_path / name), classes)
         found = sources.open_images(str(tmp_path / name), classes, allow_missing=True)
         assert found.classes == [list(classes.values())[2]]
@@ -234,7 +235,7 @@ def test_classes_of_the_subsets():
 def test_a_class_of_imagenet_that_the_subset_has_not(tmp_path):
     write(tmp_path / "a" / WNIDS[0], 1)
     write(tmp_path / "a" / "n01498041", 1)
-    with pytest.raises(records.DataError, match=f"1 unknown class folders: {WNIDS[0]}"):
+    with pytest.raises(DataError, match=f"1 unknown class folders: {WNIDS[0]}"):
         sources.open_images(str(tmp_path / "a"), sets.classes_of("imagenet-a"), None, True)
 
 
@@ -329,7 +330,7 @@ def test_folders_of_v2_are_numbers(tmp_path):
     labels = [entry.label for entry in images.entries]
     assert labels == list(range(12))
     assert [int(entry.name.split("/")[0]) for entry in images.entries] == labels
-    with pytest.raises(records.DataError, match="988 of 1000 classes are missing .*: 12, 13"):
+    with pytest.raises(DataError, match="988 of 1000 classes are missing .*: 12, 13"):
         sources.open_images(str(tmp_path / "v2"), sets.by_number())
     write(tmp_path / "repacked" / WNIDS[2], 1)
     found = sources.open_images(str(tmp_path / "repacked"), sets.by_number(), None, True)
@@ -382,7 +383,7 @@ def test_mfr_as_defined(evaluation, tmp_path, three_classes):
     assert result["top1"] == pytest.approx(sum(hits) / len(hits))
     assert set(result["flips"]) == set(alexnet), "stronger noise is in no mean"
     next((root / "snow" / WNIDS[0] / "clip0").iterdir()).unlink()
-    with pytest.raises(records.DataError, match="clips shorter than 5 frames: n01440764/clip0"):
+    with pytest.raises(DataError, match="clips shorter than 5 frames: n01440764/clip0"):
         sources.open_perturbations(str(root))
 
 
@@ -437,7 +438,7 @@ def test_wrong_trees_of_clips_are_refused(tmp_path, three_classes, change, messa
         for wnid in WNIDS:
             write(tmp_path / "p" / name / wnid / "clip", 2)
     change(tmp_path / "p")
-    with pytest.raises(records.DataError, match=message):
+    with pytest.raises(DataError, match=message):
         sources.open_perturbations(str(tmp_path / "p"))
 
 
@@ -456,7 +457,7 @@ def test_real_labels(evaluation, tmp_path):
     assert found[1] == right
     assert evaluation.real(str(labels), *found) == {"top1": 2 / 4, "examples": 4}
     files[2].unlink()
-    with pytest.raises(records.DataError, match="4 different images, .* labels for 5"):
+    with pytest.raises(DataError, match="4 different images, .* labels for 5"):
         sets.real_labels(str(labels), str(tmp_path / "val"))
 
 
@@ -468,7 +469,7 @@ def test_unreadable_pictures_are_named(tmp_path):
 
     evaluation = robustness.Evaluation(broken, 8, str(tmp_path / "parts"), {})
     images = sets.class_folders(str(tmp_path / "a"), sets.by_wnid())
-    with pytest.raises(records.DataError, match="001.JPEG: the image cannot be decoded"):
+    with pytest.raises(DataError, match="001.JPEG: the image cannot be decoded"):
         evaluation.accuracy("imagenet-a", images)
 
 
@@ -526,7 +527,7 @@ def test_the_program(tmp_path, monkeypatch):
             framed = np.pad(pixels[:24, :24], [(4, 4), (4, 4), (0, 0)], constant_values=250 * i)
             Image.fromarray(framed).save(folder / f"{i}.png")
     folders = {"imagenet_a": str(tmp_path / "a"), "imagenet_p": str(tmp_path / "p")}
-    with pytest.raises(records.DataError, match="999 of 1000 classes are missing"):
+    with pytest.raises(DataError, match="999 of 1000 classes are missing"):
         robustness_program.evaluate(config, path, folders, str(out))
     assert not out.exists(), "all sets are looked through before anything is measured"
     results = robustness_program.evaluate(config, path, folders, str(out), allow_missing=True)

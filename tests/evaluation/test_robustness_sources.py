@@ -17,7 +17,8 @@ from efficientnet_ns.evaluation import robustness, robustness_clips
 from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.evaluation import robustness_sets as sets
 from efficientnet_ns.evaluation import robustness_sources as sources
-from efficientnet_ns.files import records
+from efficientnet_ns.files import shard_names, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 
 # Three classes of ImageNet-A, in a set that numbers them otherwise than ImageNet does.
 NAMES = ["n01531178", "n01498041", "n01534433"]
@@ -118,10 +119,10 @@ def test_tfds_by_the_names_of_its_classes(data_dir):
     half = sources.open_images("tfds:tiny_natural:test[:4]", classes, data_dir, True)
     assert len(half.entries) == 4
     message = "tfds:tiny_natural: 197 of 200 classes are missing .*: n01558993, n01580077"
-    with pytest.raises(records.DataError, match=message):
+    with pytest.raises(DataError, match=message):
         sources.open_images("tfds:tiny_natural", classes, data_dir)
     others = {name: number for name, number in classes.items() if number != 11}
-    with pytest.raises(records.DataError, match="1 classes that are not in this set: n01531178"):
+    with pytest.raises(DataError, match="1 classes that are not in this set: n01531178"):
         sources.open_images("tfds:tiny_natural", others, data_dir, True)
 
 
@@ -134,7 +135,7 @@ def test_tfds_by_the_names_of_its_classes(data_dir):
     ],
 )
 def test_tfds_sets_that_do_not_fit(data_dir, place, message):
-    with pytest.raises(records.DataError, match=message):
+    with pytest.raises(DataError, match=message):
         sources.open_images(place, sets.by_wnid(), data_dir, allow_missing=True)
 
 
@@ -154,7 +155,7 @@ def test_corruptions_of_tfds(data_dir, tmp_path):
     wrong = [i % 4 % 3 != i % 3 for i in range(9)]
     assert result["errors"] == pytest.approx(dict.fromkeys(["snow", "fog"], sum(wrong) / 9))
     assert result["ce"]["fog"] == pytest.approx(sum(wrong) / 9 / 0.819324)
-    with pytest.raises(records.DataError, match="tfds:tiny_corrupted: 13 missing parts"):
+    with pytest.raises(DataError, match="tfds:tiny_corrupted: 13 missing parts"):
         sources.open_corruptions("tfds:tiny_corrupted", data_dir)
 
 
@@ -185,10 +186,10 @@ def test_names_of_the_configurations_of_the_real_set():
 
 def write_records(folder, prefix: str, labels) -> None:
     folder.mkdir(exist_ok=True)
-    payloads = [records.labeled_example(png(i % 3, i), labels[i % 3]) for i in range(9)]
+    payloads = [tfexamples.labeled_example(png(i % 3, i), labels[i % 3]) for i in range(9)]
     for shard in range(2):
-        path = folder / records.shard_name(prefix, shard, 2)
-        records.write(str(path), payloads[shard::2])
+        path = folder / shard_names.shard_name(prefix, shard, 2)
+        tfrecords.write(str(path), payloads[shard::2])
 
 
 def test_records_with_labels_of_imagenet(tmp_path):
@@ -197,7 +198,7 @@ def test_records_with_labels_of_imagenet(tmp_path):
     classes = sets.classes_of("imagenet-v2")
     images = sources.open_images(str(tmp_path / "v2"), classes, allow_missing=True)
     assert seen(images) == EXPECTED
-    with pytest.raises(records.DataError, match="997 of 1000 classes are missing .*: 0, 1, 2"):
+    with pytest.raises(DataError, match="997 of 1000 classes are missing .*: 0, 1, 2"):
         sources.open_images(str(tmp_path / "v2"), classes)
 
 
@@ -219,17 +220,15 @@ def test_records_that_cannot_be_used(tmp_path):
         return sources.open_images(str(tmp_path / "v2"), sets.by_wnid(), allow_missing=True)
 
     write_records(tmp_path / "v2", "validation", [3, 4, 1000])
-    with pytest.raises(
-        records.DataError, match=r"-00000-of-00002#1 has label 1000; expected 0 to 999"
-    ):
+    with pytest.raises(DataError, match=r"-00000-of-00002#1 has label 1000; expected 0 to 999"):
         opened()
     write_records(tmp_path / "v2", "validation", [3, 4, 5])
     path = tmp_path / "v2" / "validation-00001-of-00002"
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(records.DataError, match=r"-00001-of-00002#3: truncated"):
+    with pytest.raises(DataError, match=r"-00001-of-00002#3: truncated"):
         opened()
     path.unlink()
-    with pytest.raises(records.DataError, match="1 of 2 shards are missing"):
+    with pytest.raises(DataError, match="1 of 2 shards are missing"):
         opened()
 
 
@@ -301,7 +300,7 @@ def test_clips_of_unequal_length_are_named(tmp_path, four_classes):
         (tmp_path / wnid).mkdir()
         write_gif(tmp_path / wnid / "a.gif", flat([(50 * i, 0, 0) for i in range(count)]))
     clips = robustness_clips.clips(str(tmp_path), sets.by_wnid())
-    with pytest.raises(records.DataError, match=f"{four_classes[2]}/a.gif has 2 frames, .* 3"):
+    with pytest.raises(DataError, match=f"{four_classes[2]}/a.gif has 2 frames, .* 3"):
         list(clips.frames("test"))
 
 
@@ -309,5 +308,5 @@ def test_videos_need_a_library(tmp_path, four_classes, monkeypatch):
     (tmp_path / four_classes[0]).mkdir()
     (tmp_path / four_classes[0] / "a.mp4").touch()
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(records.DataError, match=r"efficientnet-ns\[robustness\]"):
+    with pytest.raises(DataError, match=r"efficientnet-ns\[robustness\]"):
         robustness_clips.clips(str(tmp_path), sets.by_wnid())

@@ -133,7 +133,7 @@ def test_beating_lease_is_never_taken_over(folder, clock):
 def test_dead_process_of_this_machine_is_seen_at_once(folder, monkeypatch):
     path = write_lease(folder, machine=leases._this_process()["machine"], pid=4242)
     mine = Leases(folder, 100, 0)
-    monkeypatch.setattr(leases.manifests, "is_running", lambda pid: pid != 4242)
+    monkeypatch.setattr(leases.atomic, "is_running", lambda pid: pid != 4242)
     lease = mine.claim("a")
     assert lease is not None
     assert content(path)["token"] != "other"

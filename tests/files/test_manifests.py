@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import atomic, json_files, manifests
 
 SETTINGS = {"seed": 3, "sizes": (1, 2), "model": "b0"}
 CONTENT = {"data": "the records", "stats": "{}"}
@@ -224,21 +224,21 @@ def test_killed(killed, point):
 
 def test_temporary_names_are_hidden_and_private(tmp_path, monkeypatch):
     path = str(tmp_path / "train-00000-of-00001")
-    name = manifests.temporary_name(path)
+    name = atomic.temporary_name(path)
     assert os.path.dirname(name) == str(tmp_path)
     assert os.path.basename(name).startswith(".")
-    assert manifests.temporary_name(path) == name
+    assert atomic.temporary_name(path) == name
     monkeypatch.setattr(os, "getpid", lambda: -5)
-    assert manifests.temporary_name(path) != name
+    assert atomic.temporary_name(path) != name
 
 
 def test_atomic_path(tmp_path):
     path = tmp_path / "file"
-    with manifests.atomic_path(str(path)) as temporary:
+    with atomic.atomic_path(str(path)) as temporary:
         Path(temporary).write_text("whole")
         assert not path.exists()
     assert path.read_text() == "whole"
-    with pytest.raises(Interrupted), manifests.atomic_path(str(path)) as temporary:
+    with pytest.raises(Interrupted), atomic.atomic_path(str(path)) as temporary:
         Path(temporary).write_text("ha")
         raise Interrupted
     assert path.read_text() == "whole"
@@ -249,8 +249,8 @@ def test_json_round_trip(tmp_path):
     path = str(tmp_path / "a.json")
     value = {"ä": [1, 2.5, None, True], "b": {"c": "→"}}
     for indent in (None, 1):
-        manifests.write_json(path, value, indent=indent)
-        assert manifests.read_json(path) == value
+        json_files.write_json(path, value, indent=indent)
+        assert json_files.read_json(path) == value
         assert Path(path).read_text() == json.dumps(value, indent=indent)
 
 
@@ -261,17 +261,17 @@ def test_json_round_trip(tmp_path):
 def test_json_of_another_kind_is_named(tmp_path, text, message):
     path = tmp_path / "x.json"
     path.write_text(text)
-    with pytest.raises(manifests.BrokenFile, match=message):
-        manifests.read_object(str(path), "b", "c")
+    with pytest.raises(json_files.BrokenFile, match=message):
+        json_files.read_object(str(path), "b", "c")
     path.write_text('{"b": 1, "c": 2}')
-    assert manifests.read_object(str(path), "b", "c") == {"b": 1, "c": 2}
+    assert json_files.read_object(str(path), "b", "c") == {"b": 1, "c": 2}
 
 
 def test_json_that_cannot_be_written_changes_nothing(tmp_path):
     path = tmp_path / "a.json"
-    manifests.write_json(str(path), [1])
+    json_files.write_json(str(path), [1])
     with pytest.raises(TypeError):
-        manifests.write_json(str(path), [object()])
+        json_files.write_json(str(path), [object()])
     assert path.read_text() == "[1]"
     assert files(tmp_path) == ["a.json"]
 
@@ -281,7 +281,7 @@ def test_broken_json_is_named(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=str(path)):
-        manifests.read_json(str(path))
+        json_files.read_json(str(path))
 
 
 def test_fingerprint(tmp_path):
@@ -323,7 +323,7 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     output = stage.outputs[0]
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    ours = manifests.temporary_name(output)
+    ours = atomic.temporary_name(output)
     theirs = ours.replace(f"-{os.getpid()}-", f"-{dead.pid}-")
     alive = ours.replace(f"-{os.getpid()}-", f"-{os.getppid()}-")
     elsewhere = theirs.replace(".tmp-", ".tmp-other")
@@ -339,8 +339,8 @@ def test_scratch_folders_of_killed_processes_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     program = (
         "import os, signal\n"
-        "from efficientnet_ns.data import manifests\n"
-        "with manifests.scratch_folder('index') as folder:\n"
+        "from efficientnet_ns.files import atomic\n"
+        "with atomic.scratch_folder('index') as folder:\n"
         "    open(f'{folder}/copy', 'w').close()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -349,7 +349,7 @@ def test_scratch_folders_of_killed_processes_are_removed(tmp_path, monkeypatch):
     assert done.returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert [path.name for path in left.iterdir()] == ["copy"]
-    with manifests.scratch_folder("index") as first, manifests.scratch_folder("index") as second:
+    with atomic.scratch_folder("index") as first, atomic.scratch_folder("index") as second:
         assert not left.exists()
         assert {str(path) for path in tmp_path.iterdir()} == {first, second}
     assert not list(tmp_path.iterdir())
@@ -360,7 +360,7 @@ def test_scratch_folders_of_other_users_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    name = Path(manifests.scratch_name("index"))
+    name = Path(atomic.scratch_name("index"))
     left = name.with_name(name.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
     left.mkdir()
     tried = []
@@ -370,5 +370,5 @@ def test_scratch_folders_of_other_users_stay(tmp_path, monkeypatch):
         raise tf.errors.PermissionDeniedError(None, None, "could not fully delete dir")
 
     monkeypatch.setattr(tf.io.gfile, "rmtree", refused)
-    assert manifests.scratch_name("index") != str(left)
+    assert atomic.scratch_name("index") != str(left)
     assert tried == [str(left)]

@@ -12,7 +12,9 @@ import tensorflow as tf
 from efficientnet_ns.config import Config, ExportConfig, SelectConfig
 from efficientnet_ns.config.ingest import MakeConfig
 from efficientnet_ns.evaluation import evaluate
-from efficientnet_ns.files import manifests, parquet_sql, paths, records
+from efficientnet_ns.files import atomic, local_files, parquet_sql
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.files.paths import listed
 from efficientnet_ns.inference import photo_files
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import weights
@@ -79,18 +81,18 @@ def trained(settings) -> dict[str, float]:
 
 def checkpoints(config: Config) -> dict[str, bytes]:
     """Name → content of the files of checkpoints."""
-    found = manifests.listed(config.train.model_dir, r"model\.ckpt-.*")
+    found = listed(config.train.model_dir, r"model\.ckpt-.*")
     return {Path(path).name: Path(path).read_bytes() for path in found}
 
 
 def test_listed(tmp_path):
     folder = tmp_path / ODD
-    assert manifests.listed(str(folder), ".*") == []
+    assert listed(str(folder), ".*") == []
     (folder / "sub[1]").mkdir(parents=True)
     for name in ("b-1", "a-1", "a-10", ".a-1"):
         (folder / name).touch()
-    assert manifests.listed(str(folder), r"a-\d+") == [f"{folder}/a-1", f"{folder}/a-10"]
-    assert manifests.listed(str(folder), r"sub.*") == [f"{folder}/sub[1]"]
+    assert listed(str(folder), r"a-\d+") == [f"{folder}/a-1", f"{folder}/a-10"]
+    assert listed(str(folder), r"sub.*") == [f"{folder}/sub[1]"]
 
 
 def test_temporary_files_of_killed_processes(tmp_path):
@@ -98,8 +100,8 @@ def test_temporary_files_of_killed_processes(tmp_path):
     for place in (folder, other):
         place.mkdir()
         # Numbers of processes end far below.
-        (place / f"{manifests._temporary_prefix()}99999999-name").touch()
-    manifests.remove_abandoned([str(folder / "name")])
+        (place / f"{atomic._temporary_prefix()}99999999-name").touch()
+    atomic.remove_abandoned([str(folder / "name")])
     assert not list(folder.iterdir())
     assert len(list(other.iterdir())) == 1
 
@@ -116,10 +118,10 @@ def test_what_tensorflow_reads(tmp_path, monkeypatch, name):
     weights.write_checkpoint(prefix, {"x": tf.range(3)})
     (folder / "variables" / "data").write_text("inside")
     (folder / "model.ckpt-10.index").touch()
-    with paths.without_wildcards(prefix) as literal:
+    with local_files.without_wildcards(prefix) as literal:
         assert tf.train.load_checkpoint(literal).get_tensor("x").tolist() == [0, 1, 2]
         assert (literal == prefix) == (name == "plain")
-    with paths.without_wildcards(str(folder)) as literal:
+    with local_files.without_wildcards(str(folder)) as literal:
         assert Path(literal, "variables", "data").read_text() == "inside"
     assert not list(temporary.iterdir())
     # What the links led to is still there.
@@ -134,11 +136,11 @@ def test_links_of_a_killed_process_are_removed_alone(tmp_path, monkeypatch):
     folder = tmp_path / ODD / "deep"
     folder.mkdir(parents=True)
     (folder / "file").write_text("kept")
-    killed = paths.without_wildcards(str(folder.parent))
+    killed = local_files.without_wildcards(str(folder.parent))
     links = killed.__enter__()
     with monkeypatch.context() as patch:
-        patch.setattr(manifests, "is_running", lambda pid: False)
-        manifests.remove_abandoned_folders(str(tmp_path / "temporary"))
+        patch.setattr(atomic, "is_running", lambda pid: False)
+        atomic.remove_abandoned_folders(str(tmp_path / "temporary"))
     assert not Path(links).exists()
     assert (folder / "file").read_text() == "kept"
     Path(links).parent.mkdir()
@@ -149,7 +151,7 @@ def test_no_folder_for_the_links(tmp_path, monkeypatch):
     (tmp_path / "t[1]").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t[1]"))
     with pytest.raises(OSError, match="set TMPDIR"):
-        with paths.without_wildcards(str(tmp_path / ODD)):
+        with local_files.without_wildcards(str(tmp_path / ODD)):
             pass
 
 
@@ -175,7 +177,7 @@ def test_another_number_of_shards_is_refused(home, settings):
     again = MakeConfig(
         source=str(home / "photos"), output_dir=settings.data.label_data_dir, num_shards=2
     )
-    with pytest.raises(records.DataError, match="another number of shards"):
+    with pytest.raises(DataError, match="another number of shards"):
         data_source.make_records(again)
 
 
@@ -224,7 +226,7 @@ def predicted(home, settings, trained) -> Config:
 
 
 def test_predictions_leave_no_parts(predicted):
-    names = [Path(p).name for p in manifests.listed(predicted.predict.output_dir, ".*")]
+    names = [Path(p).name for p in listed(predicted.predict.output_dir, ".*")]
     assert len(names) == 3 and not [name for name in names if name.startswith(".")]
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from efficientnet_ns import inference
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import images, pipeline, tasks
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.inference import photo_files
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
@@ -94,8 +94,8 @@ def config(folder) -> Config:
 
 def by_eval_path(config: Config, weights_path: str, paths: list[str], tmp_path: Path) -> np.ndarray:
     """Probabilities of photos that are the records of an evaluation set."""
-    examples = [records.labeled_example(Path(path).read_bytes(), 0) for path in paths]
-    records.write_sharded(str(tmp_path), "validation", examples, 1)
+    examples = [tfexamples.labeled_example(Path(path).read_bytes(), 0) for path in paths]
+    tfrecords.write_sharded(str(tmp_path), "validation", examples, 1)
     resolved = ResolvedConfig.from_config(config)
     model = resolved.build_model()
     weights.load_weights(model, weights_path)

@@ -12,7 +12,8 @@ import tensorflow_datasets as tfds
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.config.ingest import MakeConfig
 from efficientnet_ns.data import image_conversion, tasks
-from efficientnet_ns.files import records
+from efficientnet_ns.files import shard_names, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import data_source, tfds_source
 from efficientnet_ns.loop import modes
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
@@ -102,9 +103,9 @@ def run(source: str, output: Path, data_dir: str, **values) -> dict[str, int]:
 
 def contents(folder: Path, prefix: str) -> set[tuple[int, bytes]]:
     return {
-        (records.label(record.payload), records.image_bytes(record.payload))
-        for path in records.list_shards(str(folder), prefix)
-        for record in records.read(path)
+        (tfexamples.label(record.payload), tfexamples.image_bytes(record.payload))
+        for path in shard_names.list_shards(str(folder), prefix)
+        for record in tfrecords.read(path)
     }
 
 
@@ -237,12 +238,12 @@ def test_settings_that_do_not_fit(tmp_path, data_dir, values, message):
     ],
 )
 def test_sets_that_cannot_be_used(tmp_path, data_dir, source, message):
-    with pytest.raises(records.DataError, match=message):
+    with pytest.raises(DataError, match=message):
         run(source, tmp_path, data_dir)
 
 
 def test_a_set_that_must_be_fetched_by_hand(tmp_path):
-    with pytest.raises(records.DataError) as e:
+    with pytest.raises(DataError) as e:
         run("tfds:tiny_by_hand", tmp_path / "out", str(tmp_path))
     for part in ("tiny_by_hand", f"{tmp_path}/downloads/manual", "arrows.zip from example.org"):
         assert part in str(e.value)
@@ -254,14 +255,14 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
         raise OSError("no route to host\nmore of it")
 
     monkeypatch.setattr(TinyArrows, "download_and_prepare", fail)
-    with pytest.raises(records.DataError) as e:
+    with pytest.raises(DataError) as e:
         run("tfds:tiny_arrows", tmp_path / "out", str(tmp_path))
     for part in ("(no route to host)", "tfds build tiny_arrows", f"{tmp_path}/tiny_arrows "):
         assert part in str(e.value)
 
 
 def test_a_label_out_of_range_is_named(tmp_path, data_dir):
-    with pytest.raises(records.DataError, match=r"tiny_tensors-test.*#. has label -1"):
+    with pytest.raises(DataError, match=r"tiny_tensors-test.*#. has label -1"):
         run("tfds:tiny_tensors:test", tmp_path, data_dir)
 
 

@@ -23,7 +23,8 @@ from PIL import Image
 from efficientnet_ns.config import ConfigError
 from efficientnet_ns.config.ingest import MakeConfig
 from efficientnet_ns.data import image_conversion, images, tasks
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import manifests, shard_names, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import data_source, image_records, image_sources
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +120,7 @@ def test_one_folder_around_an_archive_is_no_class_and_a_subfolder_can_be_chosen(
     assert tasks.get_task(str(tmp_path / "a/task.json")).class_names == ("ant", "bee", "cat")
     sets = {f"{s}/{n}": c for s in ("train", "val") for n, c in files().items()}
     folder = write_folder(tmp_path / "sets", sets)
-    with pytest.raises(records.DataError, match="sets, not classes.*--subfolder=train"):
+    with pytest.raises(DataError, match="sets, not classes.*--subfolder=train"):
         run(folder, tmp_path / "b")
     assert not (tmp_path / "b").exists()
     run(folder, tmp_path / "b", subfolder="train")
@@ -135,8 +136,8 @@ def test_unlabeled_images_of_any_tree(tmp_path):
     got = contents(tmp_path / "out", "extra")
     assert sorted(got) == sorted((0, content) for content in tree.values())
     assert not (tmp_path / "out/task.json").exists()
-    for path in records.list_shards(str(tmp_path / "out"), "extra"):
-        for record in records.read(path):
+    for path in shard_names.list_shards(str(tmp_path / "out"), "extra"):
+        for record in tfrecords.read(path):
             keys = tf.train.Example.FromString(record.payload).features.feature.keys()
             assert set(keys) == {"image/encoded"}
 
@@ -176,7 +177,7 @@ def test_other_sets_keep_the_classes_of_the_first(tmp_path):
     task = tasks.get_task(str(tmp_path / "out/task.json"))
     assert (task.eval_set, task.test_set, task.num_train_images) == ("dev", "test", 15)
     new = write_folder(tmp_path / "new", {"dog/x.png": picture(8)})
-    with pytest.raises(records.DataError, match="'dog'.* none of the 3 classes"):
+    with pytest.raises(DataError, match="'dog'.* none of the 3 classes"):
         run(new, tmp_path / "out", image_set="validation", num_shards=1)
 
 
@@ -214,9 +215,7 @@ def test_unreadable_images_are_listed_and_too_many_stop(tmp_path):
         "bee/photo.heic": b"\0\0\0\x18ftypheic" + bytes(50),
     }
     folder = write_folder(tmp_path / "in", {**files(), **bad})
-    with pytest.raises(
-        records.DataError, match=r"of 19 images of 'train' are unusable.*is ant/|bee/"
-    ):
+    with pytest.raises(DataError, match=r"of 19 images of 'train' are unusable.*is ant/|bee/"):
         run(folder, tmp_path / "out", max_bad_fraction=0.1)
     assert (tmp_path / "out/train-quarantine.json").exists()
     assert not (tmp_path / "out/task.json").exists()
@@ -246,7 +245,7 @@ def test_a_damaged_member_of_a_zip_is_one_bad_image(tmp_path):
 def test_a_truncated_archive_is_named(tmp_path, kind):
     path = (write_zip if kind == "zip" else write_tar)(tmp_path / f"in.{kind}", files())
     path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(records.DataError, match=f"in.{kind}"):
+    with pytest.raises(DataError, match=f"in.{kind}"):
         run(path, tmp_path / "out")
 
 
@@ -320,7 +319,7 @@ def test_finished_shards_are_left_alone_and_other_settings_refused(tmp_path):
     assert first.stat().st_mtime == 1 and snapshot(tmp_path / "out") == before
     with pytest.raises(manifests.OutputConflict, match="seed: 0 → 1"):
         run(folder, tmp_path / "out", seed=1)
-    with pytest.raises(records.DataError, match="another number of shards"):
+    with pytest.raises(DataError, match="another number of shards"):
         run(folder, tmp_path / "out", num_shards=3)
     (folder / "ant/00.png").write_bytes(picture(5, side=13))
     with pytest.raises(manifests.OutputConflict, match="images: "):
@@ -425,11 +424,11 @@ def test_sources_that_are_none(tmp_path):
         with pytest.raises(ConfigError, match=f"--source=.*{name} does not exist"):
             run(tmp_path / name, tmp_path / "out")
     (tmp_path / "text.txt").touch()
-    with pytest.raises(records.DataError, match="neither a folder nor an archive"):
+    with pytest.raises(DataError, match="neither a folder nor an archive"):
         run(tmp_path / "text.txt", tmp_path / "out")
-    with pytest.raises(records.DataError, match="no images in"):
+    with pytest.raises(DataError, match="no images in"):
         run(write_folder(tmp_path / "in", {"a/readme.txt": b""}), tmp_path / "out")
-    with pytest.raises(records.DataError, match="in no folders.*--nolabeled"):
+    with pytest.raises(DataError, match="in no folders.*--nolabeled"):
         run(write_folder(tmp_path / "flat", {"a.png": picture(1)}), tmp_path / "out")
 
 

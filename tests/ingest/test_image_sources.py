@@ -26,7 +26,8 @@ from fakes import picture_files as files
 from efficientnet_ns.config import ConfigError
 from efficientnet_ns.data import image_conversion, tasks
 from efficientnet_ns.evaluation import robustness_sets
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import manifests, tfexamples
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_records, image_sources, listing
 
 ALL = {"max_bad_fraction": 1.0}
@@ -225,11 +226,11 @@ def test_of_what_is_lost_as_much_counts_as_is_drawn(tmp_path):
     folder = write_folder(tmp_path / "in", files())
     for i in range(3):
         (folder / f"ant/broken {i}.png").symlink_to("nothing")
-    with pytest.raises(records.DataError, match="3 of 18 images"):
+    with pytest.raises(DataError, match="3 of 18 images"):
         run(folder, tmp_path / "all", max_bad_fraction=0.1)
     assert run(folder, tmp_path / "two", limit=2, max_bad_fraction=0.1) == {"train": 2}
     assert len(quarantine(tmp_path / "two")) == 3
-    with pytest.raises(records.DataError, match="2 of 12 images"):
+    with pytest.raises(DataError, match="2 of 12 images"):
         run(folder, tmp_path / "ten", limit=10, max_bad_fraction=0.1)
 
 
@@ -252,7 +253,7 @@ def test_a_folder_whose_path_is_too_long(tmp_path):
     ((path, reason),) = quarantine(tmp_path / "out").items()
     assert path.startswith(f"bee/{name}/") and path.endswith("/")
     assert reason == "cannot be read: File name too long"
-    with pytest.raises(records.DataError, match="1 of 16 images of 'train' are unusable"):
+    with pytest.raises(DataError, match="1 of 16 images of 'train' are unusable"):
         run(folder, tmp_path / "strict")
 
 
@@ -292,14 +293,14 @@ def test_a_folder_and_a_file_without_permission():
 def test_a_file_that_vanished_is_named_where_no_record_is_made(tmp_path):
     entry = image_sources.Entry("ant/x.png")
     images = robustness_sets.Images(image_sources.Folder(str(tmp_path)), [entry], [])
-    with pytest.raises(records.DataError, match="ant/x.png cannot be read: No such file"):
+    with pytest.raises(DataError, match="ant/x.png cannot be read: No such file"):
         next(images.read("images"))
 
 
 def test_too_many_that_cannot_be_read_stop_before_anything_is_written(tmp_path):
     folder = write_folder(tmp_path / "in", files())
     (folder / "cat/broken.png").symlink_to("nothing.png")
-    with pytest.raises(records.DataError, match="1 of 16 .*cat/broken.png: a link to nothing.png"):
+    with pytest.raises(DataError, match="1 of 16 .*cat/broken.png: a link to nothing.png"):
         run(folder, tmp_path / "out")
     assert os.listdir(tmp_path / "out") == ["train-quarantine.json"]
     (folder / "cat/broken.png").unlink()
@@ -311,12 +312,12 @@ def test_nothing_that_can_be_read(tmp_path):
     (tmp_path / "in/ant").mkdir(parents=True)
     (tmp_path / "in/ant/a.png").symlink_to("b.png")
     (tmp_path / "in/ant/raw.cr2").touch()
-    with pytest.raises(records.DataError, match="there is nothing in '.*/trian'"):
+    with pytest.raises(DataError, match="there is nothing in '.*/trian'"):
         run(tmp_path / "in", tmp_path / "out", subfolder="trian")
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="--output_dir=.*file is a file"):
         run(tmp_path / "in", tmp_path / "file")
-    with pytest.raises(records.DataError, match="1 entries cannot be .* ant/a.png: .*1 .cr2"):
+    with pytest.raises(DataError, match="1 entries cannot be .* ant/a.png: .*1 .cr2"):
         run(tmp_path / "in", tmp_path / "out")
 
 
@@ -328,7 +329,7 @@ def test_a_damaged_header_is_not_the_end_of_a_tar(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(b"bee/01.png")] ^= 0xFF
     path.write_bytes(bytes(data))
-    with pytest.raises(records.DataError, match=r"in.tar: bad checksum at byte \d+"):
+    with pytest.raises(DataError, match=r"in.tar: bad checksum at byte \d+"):
         run(path, tmp_path / "out")
 
 
@@ -360,7 +361,7 @@ def test_an_archive_compressed_in_parts(tmp_path):
 def test_a_damaged_archive_in_an_archive_is_named(tmp_path):
     inner = write_tar(tmp_path / "a.tar", {"1.png": picture(1), "2.png": picture(2)}).read_bytes()
     path = write_tar(tmp_path / "in.tar", {"a.tar": inner, "b.tar": inner[:1700], "c.tar": inner})
-    with pytest.raises(records.DataError, match="in.tar, b.tar in it: truncated header"):
+    with pytest.raises(DataError, match="in.tar, b.tar in it: truncated header"):
         run(path, tmp_path / "out")
 
 
@@ -369,7 +370,7 @@ def test_a_damaged_archive_in_an_archive_is_named(tmp_path):
 def test_what_is_no_archive_in_spite_of_its_name(tmp_path, kind, content):
     path = tmp_path / f"in.{kind}"
     path.write_bytes(content)
-    with pytest.raises(records.DataError, match=f"in.{kind}: .*whole?"):
+    with pytest.raises(DataError, match=f"in.{kind}: .*whole?"):
         run(path, tmp_path / "out")
 
 
@@ -433,7 +434,7 @@ def test_folders_one_level_off(tmp_path, tree, message, subfolder):
     folder = write_folder(tmp_path / "in", dict.fromkeys(paths, picture(1)))
     if subfolder:
         message = message.replace("--subfolder=", f"--subfolder={subfolder}/")
-    with pytest.raises(records.DataError, match=message):
+    with pytest.raises(DataError, match=message):
         run(folder, tmp_path / "out", subfolder=subfolder)
     assert not (tmp_path / "out").exists()
     accepted = listing.list_images(
@@ -460,7 +461,7 @@ def test_the_folder_that_the_message_gives_is_right(tmp_path):
     folder = write_folder(
         tmp_path / "in", {f"d/{s}/{n}": c for s in ("train", "test") for n, c in files().items()}
     )
-    with pytest.raises(records.DataError) as error:
+    with pytest.raises(DataError) as error:
         run(folder, tmp_path / "out")
     given = re.findall(r"--subfolder=(\S+) --image_set=(\w+)", str(error.value))
     assert dict(given) == {"d/train": "train", "d/test": "test"}
@@ -514,7 +515,7 @@ def deadly(image: bytes, label: int) -> bytes:
     """A record, unless the image is the one at which memory runs out."""
     if image == picture(103) and not os.path.exists(os.environ["ALIVE"]):
         os.kill(os.getpid(), signal.SIGKILL)
-    return records.labeled_example(image, label)
+    return tfexamples.labeled_example(image, label)
 
 
 def test_a_killed_worker_is_explained_and_the_work_continued(tmp_path, monkeypatch):

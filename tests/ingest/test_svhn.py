@@ -17,7 +17,8 @@ from efficientnet_ns import config as config_lib
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.config.ingest import SvhnConfig
 from efficientnet_ns.data import pipeline, tasks
-from efficientnet_ns.files import records
+from efficientnet_ns.files import shard_names, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import svhn
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
@@ -54,7 +55,7 @@ def run(raw: Path, output: Path, **values) -> dict[str, int]:
 def contents(folder: Path, prefix: str) -> tuple[np.ndarray, list[int], list[set[str]]]:
     """(pixels, labels as stored, keys) of all records in order; read by TensorFlow."""
     pixels, labels, keys = [], [], []
-    for path in records.list_shards(str(folder), prefix):
+    for path in shard_names.list_shards(str(folder), prefix):
         for item in tf.data.TFRecordDataset(path):
             feature = tf.train.Example.FromString(item.numpy()).features.feature
             pixels.append(tf.io.decode_image(feature["image/encoded"].bytes_list.value[0]).numpy())
@@ -91,8 +92,8 @@ def test_sets_are_those_of_the_original(tmp_path, raw, num_workers):
 
 def test_placeholders_of_unlabeled_records(tmp_path, raw):
     run(raw, tmp_path)
-    path = records.list_shards(str(tmp_path / "unlabeled"), "extra")[0]
-    payload = next(records.read(path)).payload
+    path = shard_names.list_shards(str(tmp_path / "unlabeled"), "extra")[0]
+    payload = next(tfrecords.read(path)).payload
     feature = tf.train.Example.FromString(payload).features.feature
     assert list(feature["probabilities"].float_list.value) == [0.0] * 10
     assert list(feature["label"].int64_list.value) == [0]
@@ -107,15 +108,15 @@ def test_shards_and_jpeg_of_the_original(tmp_path, raw):
         (tmp_path, "test", 64),
         (tmp_path / "unlabeled", "extra", 128),
     ):
-        paths = records.list_shards(str(folder), prefix)
+        paths = shard_names.list_shards(str(folder), prefix)
         assert len(paths) == shards and paths[-1].endswith(f"{shards - 1:05d}-of-{shards:05d}")
-        total = sum(records.count(path) for path in paths)
+        total = sum(tfrecords.count(path) for path in paths)
         bounds = np.linspace(0, total, shards + 1).astype(int)
-        assert [records.count(path) for path in paths] == np.diff(bounds).tolist()
+        assert [tfrecords.count(path) for path in paths] == np.diff(bounds).tolist()
     images = [
-        records.image_bytes(record.payload)
-        for path in records.list_shards(str(tmp_path), "test")
-        for record in records.read(path)
+        tfexamples.image_bytes(record.payload)
+        for path in shard_names.list_shards(str(tmp_path), "test")
+        for record in tfrecords.read(path)
     ]
     encode = functools.partial(tf.io.encode_jpeg, format="rgb", quality=100)
     assert images == [encode(pixels).numpy() for pixels in digits("test")[0]]
@@ -158,7 +159,7 @@ def test_started_again_nothing_is_loaded_or_written(tmp_path, raw, monkeypatch):
     ],
 )
 def test_files_that_are_not_svhns(tmp_path, changed, message):
-    with pytest.raises(records.DataError, match=message) as e:
+    with pytest.raises(DataError, match=message) as e:
         run(write_raw(tmp_path / "raw", **changed), tmp_path / "out")
     assert "_32x32.mat" in str(e.value)
 
@@ -167,7 +168,7 @@ def test_a_broken_file_is_named(tmp_path):
     write_raw(tmp_path / "raw")
     path = tmp_path / "raw" / "extra_32x32.mat"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(records.DataError, match=f"{path}.*cannot be read"):
+    with pytest.raises(DataError, match=f"{path}.*cannot be read"):
         run(tmp_path / "raw", tmp_path / "out")
 
 
@@ -194,7 +195,7 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    with pytest.raises(records.DataError) as e:
+    with pytest.raises(DataError) as e:
         run(tmp_path / "new", tmp_path / "out")
     for part in (
         "no route to host",

@@ -9,7 +9,7 @@ import pytest
 from fakes import flat_frames as flat
 from fakes import write_gif, write_mp4
 
-from efficientnet_ns.files import records
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import videos
 
 COLORS = [(8 * i, 248 - 8 * i, 100) for i in range(31)]
@@ -45,15 +45,15 @@ def test_broken_files_are_named(tmp_path):
     content = (tmp_path / "a.mp4").read_bytes()
     for cut in (0, 10, len(content) // 2):
         (tmp_path / "cut.mp4").write_bytes(content[:cut])
-        with pytest.raises(records.DataError, match="cut.mp4: the video cannot be decoded: Inv"):
+        with pytest.raises(DataError, match="cut.mp4: the video cannot be decoded: Inv"):
             list(videos.frames(str(tmp_path / "cut.mp4")))
     (tmp_path / "b.gif").write_bytes(b"GIF89a")
-    with pytest.raises(records.DataError, match="b.gif: the GIF cannot be decoded"):
+    with pytest.raises(DataError, match="b.gif: the GIF cannot be decoded"):
         list(videos.frames(str(tmp_path / "b.gif")))
 
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     videos.check_readable(["a.gif", "folder"])
-    with pytest.raises(records.DataError, match=r"pip install 'efficientnet-ns\[robustness\]'"):
+    with pytest.raises(DataError, match=r"pip install 'efficientnet-ns\[robustness\]'"):
         videos.check_readable(["a.gif", "b.MP4"])

@@ -17,7 +17,7 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 
 from efficientnet_ns.config import ConfigError, DemoConfig
-from efficientnet_ns.files import records
+from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 from efficientnet_ns.loop import demo, digits
 from efficientnet_ns.loop.state import State
 
@@ -45,8 +45,8 @@ def encoded_once():
 def read(folder: Path, prefix: str) -> list[list[bytes]]:
     """Payloads by shard."""
     return [
-        [record.payload for record in records.read(path)]
-        for path in records.list_shards(str(folder), prefix)
+        [record.payload for record in tfrecords.read(path)]
+        for path in shard_names.list_shards(str(folder), prefix)
     ]
 
 
@@ -92,14 +92,14 @@ def test_sizes(prepared, sets):
 def test_labels_are_those_of_the_collection(sets, classes):
     for prefix in ("train", "dev", "test"):
         for payload in sets[prefix]:
-            assert records.label(payload) == classes[records.image_bytes(payload)]
-    counts = Counter(records.label(payload) for payload in sets["train"])
+            assert tfexamples.label(payload) == classes[tfexamples.image_bytes(payload)]
+    counts = Counter(tfexamples.label(payload) for payload in sets["train"])
     assert counts == dict.fromkeys(range(10), TRAIN // 10)
 
 
 def test_no_picture_is_in_two_sets(sets, classes):
     assert len(classes) == DIGITS
-    pictures = {name: [records.image_bytes(p) for p in sets[name]] for name in sets}
+    pictures = {name: [tfexamples.image_bytes(p) for p in sets[name]] for name in sets}
     digits = Counter(image for images in pictures.values() for image in images if image in classes)
     assert len(digits) == DIGITS
     assert set(digits.values()) == {1}
@@ -128,14 +128,14 @@ def test_truth_is_in_the_order_of_the_records(prepared, classes):
     shards = read(folder / "unlabeled", "extra")
     assert len(shards) == SHARDS
     for payloads, truth in zip(shards, data["truth"]):
-        assert truth == [classes.get(records.image_bytes(payload), -1) for payload in payloads]
+        assert truth == [classes.get(tfexamples.image_bytes(payload), -1) for payload in payloads]
         assert Counter(label >= 0 for label in truth)[False] > 0
     assert sum(label < 0 for truth in data["truth"] for label in truth) == OUTLIERS
 
 
 def test_pictures(sets):
     for payload in (*sets["train"][:5], *sets["extra"][:20]):
-        image = tf.io.decode_image(records.image_bytes(payload))
+        image = tf.io.decode_image(tfexamples.image_bytes(payload))
         assert image.shape == (16, 16, 1) and image.dtype == tf.uint8
         assert np.ptp(image.numpy()) > 0
 

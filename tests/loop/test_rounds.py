@@ -19,7 +19,8 @@ from fakes import write_loop_data as write_data
 
 from efficientnet_ns.config import Config, ConfigError, LoopConfig
 from efficientnet_ns.config.ingest import MakeConfig
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import json_files, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.loop import rounds
 from efficientnet_ns.loop.state import State
@@ -135,9 +136,9 @@ def test_balanced_records(undisturbed):
         assert list(balanced(loop, number)) == ["train-0-00000-of-00002", "train-0-00001-of-00002"]
         data = Path(loop.work_dir) / f"round-{number}" / "selected" / "data"
         labels = [
-            records.label(record.payload)
+            tfexamples.label(record.payload)
             for path in sorted(data.glob("train-0-*"))
-            for record in records.read(str(path))
+            for record in tfrecords.read(str(path))
         ]
         counts = {str(label): labels.count(label) for label in set(labels)}
         assert counts == dict.fromkeys(rows[number]["kept"], NUM_IMAGE)
@@ -288,8 +289,8 @@ def test_fine_tuning_is_the_end_of_a_schedule_on_clean_labeled_images(varied):
 
 
 def test_fine_tuning_counts_the_shards_that_are_trained_on(tmp_path, config):
-    example = records.labeled_example(b"not decoded here", 0)
-    records.write_sharded(str(tmp_path), "train", [example] * 15, 2)
+    example = tfexamples.labeled_example(b"not decoded here", 0)
+    tfrecords.write_sharded(str(tmp_path), "train", [example] * 15, 2)
     few = config.override(label_data_dir=str(tmp_path), num_train_shards=1)
     loop = dataclasses.replace(
         loop_in(tmp_path, "w", 1), finetune_resolution=16, finetune_epochs=2.0
@@ -365,7 +366,7 @@ def test_unlabeled_set_beside_the_labeled_ones(folder, tmp_path):
     options = prediction.predict
     assert (options.file_prefix, options.num_shards, options.shard_id) == ("extra", 2, "0-1")
     assert (selection.file_prefix, selection.num_shards) == ("extra", 2)
-    with pytest.raises(records.DataError, match="no record files"):
+    with pytest.raises(DataError, match="no record files"):
         rounds.check(config.override(file_prefix="other"), loop)
     alone = config.override(unlabel_data_dir=str(folder / "unlabeled"))
     prediction, _ = rounds.stage_configs(alone, loop, 1)
@@ -469,7 +470,7 @@ def test_state_records_a_result_once(tmp_path):
 @pytest.mark.parametrize("text", ["{}", "[]"])
 def test_state_of_another_kind_is_named(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
-    with pytest.raises(manifests.BrokenFile, match="state.json (should hold|lacks settings)"):
+    with pytest.raises(json_files.BrokenFile, match="state.json (should hold|lacks settings)"):
         State(str(tmp_path), {})
 
 

@@ -18,7 +18,7 @@ from scipy import stats
 
 from efficientnet_ns import config as config_lib
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, SelectConfig
-from efficientnet_ns.files import records
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.loop import questions, study, study_results
 from efficientnet_ns.loop.questions import STUDIES, Arm, Study
 from efficientnet_ns.pseudo_labels import predict
@@ -285,7 +285,7 @@ def trained(monkeypatch) -> list[str]:
 def select(config: SelectConfig) -> None:
     """Stands for a selection; nothing at all is as sure as one arm of `TABLE` wants."""
     if config.min_threshold > 1:
-        raise records.DataError("no image is left")
+        raise DataError("no image is left")
 
 
 def test_interrupted_study_does_not_train_twice(trained, config, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns.files import manifests
+from efficientnet_ns.files import json_files
 from efficientnet_ns.models import efficientnet, weights
 
 SVHN = {
@@ -531,5 +531,5 @@ def test_arguments_in_the_wrong_order(checkpoint, model):
 
 def test_settings_of_another_kind_are_named(checkpoint, model):
     (checkpoint.parent / weights.SETTINGS_FILE).write_text("[]")
-    with pytest.raises(manifests.BrokenFile, match="model.json should hold a JSON object"):
+    with pytest.raises(json_files.BrokenFile, match="model.json should hold a JSON object"):
         weights.load_weights(model, checkpoint)

@@ -16,7 +16,8 @@ from unlabeled_sets import CLASSES, config, corrupt, png, save_teacher, write_sh
 
 from efficientnet_ns import config as config_lib
 from efficientnet_ns.config import BeamConfig, Config, ConfigError, SelectConfig
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import manifests, shard_names, tfexamples
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.inference.teacher import TeacherPredictor
 from efficientnet_ns.pseudo_labels import label_shard, predict, programs, write
 from efficientnet_ns.pseudo_labels.selection import select
@@ -43,9 +44,9 @@ def folder(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     save_teacher(path / "teacher", CLASSES, seed=1)
     sizes = (40, 25, 10)
-    payloads = [[records.unlabeled_example(png(rng)) for _ in range(n)] for n in sizes]
+    payloads = [[tfexamples.unlabeled_example(png(rng)) for _ in range(n)] for n in sizes]
     write_shards(path / "unlabeled", payloads)
-    corrupt(path / "unlabeled" / records.shard_name("extra", 1, SHARDS), np.array([4]))
+    corrupt(path / "unlabeled" / shard_names.shard_name("extra", 1, SHARDS), np.array([4]))
     return path
 
 
@@ -186,12 +187,12 @@ def test_conflicts_are_found_before_the_pipeline_starts(beam, folder, tmp_path, 
 def test_errors_of_other_processes_are_one_line(beam):
     text = (
         'Error in worker\n  File "x.py", line 3, in process\n    raise DataError(…)\n'
-        "efficientnet_ns.files.records.DataError: a/b: record 3\nis bad [while running 'write']\n"
+        "efficientnet_ns.files.errors.DataError: a/b: record 3\nis bad [while running 'write']\n"
     )
     with pytest.raises(beam.StepFailed, match=r"^a/b: record 3\nis bad$"):
         with beam._errors_of_workers():
             raise RuntimeError(text)
-    for other in (RuntimeError("ValueError: x [while running 'write']"), records.DataError(text)):
+    for other in (RuntimeError("ValueError: x [while running 'write']"), DataError(text)):
         with pytest.raises(type(other)) as caught, beam._errors_of_workers():
             raise other
         assert caught.value is other

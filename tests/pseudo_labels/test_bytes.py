@@ -20,7 +20,7 @@ import pyarrow.parquet
 import pytest
 
 from efficientnet_ns.config import Config, SelectConfig
-from efficientnet_ns.files import records
+from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 from efficientnet_ns.pseudo_labels import predict, selection, write
 
 CLASSES, SHARDS, WORKERS, ROWS = 5, 2, 2, 230
@@ -81,10 +81,10 @@ def make_set(folder: Path) -> Config:
     for shard in range(SHARDS):
         images = [png(1000 * shard + i) for i in range(ROWS - 7 * shard)]
         images[17] += b"?"
-        payloads = [records.unlabeled_example(image) for image in images]
-        payloads[40] = records.prediction_example([0.5, 0.5])
-        name = records.shard_name("train", shard, SHARDS)
-        records.write(str(folder / "unlabeled" / name), payloads)
+        payloads = [tfexamples.unlabeled_example(image) for image in images]
+        payloads[40] = tfexamples.prediction_example([0.5, 0.5])
+        name = shard_names.shard_name("train", shard, SHARDS)
+        tfrecords.write(str(folder / "unlabeled" / name), payloads)
     return Config().override(
         model_name="efficientnet-test",
         task_name=str(folder / "task.json"),

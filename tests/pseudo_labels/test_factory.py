@@ -11,7 +11,7 @@ import pytest
 import torture
 from unlabeled_sets import CLASSES, corrupt, png, save_teacher, write_shards
 
-from efficientnet_ns.files import records
+from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 
 SHARDS, RECORDS, PICTURES, PER_CLASS = 6, 24_000, 500, 150_000
 KILLS = {"predict": 60, "select": 40}  # The second selects and writes.
@@ -23,11 +23,11 @@ def unlabeled(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("factory")
     save_teacher(folder / "teacher", CLASSES, seed=2)
     rng = np.random.default_rng(4)
-    payloads = [records.unlabeled_example(png(rng)) for _ in range(PICTURES)]
+    payloads = [tfexamples.unlabeled_example(png(rng)) for _ in range(PICTURES)]
     places = rng.integers(0, PICTURES, [SHARDS, RECORDS])
     write_shards(folder / "unlabeled", [[payloads[i] for i in row] for row in places])
     for shard in range(SHARDS):
-        path = folder / "unlabeled" / records.shard_name("extra", shard, SHARDS)
+        path = folder / "unlabeled" / shard_names.shard_name("extra", shard, SHARDS)
         corrupt(path, rng.choice(RECORDS, RECORDS // 100, replace=False))
     return folder
 
@@ -78,6 +78,6 @@ def test_hundred_kills_change_nothing(unlabeled, tmp_path):
         runs += 1
         assert runs < 20, f"stages end before they can be killed: {left}"
     data = (quiet / "selected" / "data").glob("train-*")
-    written = sum(records.count(str(path)) for path in data)
+    written = sum(tfrecords.count(str(path)) for path in data)
     kept = json.loads((quiet / "selected" / "threshold.json").read_text())
     assert written == len(kept) * PER_CLASS > 0

@@ -21,7 +21,8 @@ from unlabeled_sets import CLASSES, SIZE, config, corrupt, png, save_teacher, wr
 
 from efficientnet_ns.config import Config, ConfigError, SelectConfig
 from efficientnet_ns.data import images
-from efficientnet_ns.files import manifests, records
+from efficientnet_ns.files import json_files, manifests, shard_names, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.inference import views
 from efficientnet_ns.inference.teacher import TeacherPredictor
 from efficientnet_ns.models import weights
@@ -62,7 +63,8 @@ def folder(tmp_path_factory) -> Path:
     save_teacher(path / "teacher", CLASSES, seed=1)
     shards = [[png(rng) for _ in range(n)] for n in (10, 3)] + [list(odd_images(rng).values())]
     write_shards(
-        path / "unlabeled", [[records.unlabeled_example(i) for i in images] for images in shards]
+        path / "unlabeled",
+        [[tfexamples.unlabeled_example(i) for i in images] for images in shards],
     )
     return path
 
@@ -131,9 +133,9 @@ def answer(folder) -> Callable[[bytes], np.ndarray]:
 @pytest.fixture(scope="module")
 def expected(folder, answer) -> list[np.ndarray]:
     """Probabilities by shard."""
-    paths = [folder / "unlabeled" / records.shard_name("extra", shard, 3) for shard in range(3)]
+    paths = [folder / "unlabeled" / shard_names.shard_name("extra", shard, 3) for shard in range(3)]
     return [
-        np.array([answer(records.image_bytes(r.payload)) for r in records.read(str(path))])
+        np.array([answer(tfexamples.image_bytes(r.payload)) for r in tfrecords.read(str(path))])
         for path in paths
     ]
 
@@ -339,10 +341,10 @@ def damaged(folder) -> Path:
     images = [png(rng) for _ in range(12)]
     images[4] = images[4][:40]
     images[5] = b""
-    payloads = [records.unlabeled_example(image) for image in images]
-    payloads[7] = records.prediction_example([0.5, 0.5])
-    write_shards(folder / "damaged", [[records.unlabeled_example(png(rng))], payloads])
-    path = folder / "damaged" / records.shard_name("extra", 1, 2)
+    payloads = [tfexamples.unlabeled_example(image) for image in images]
+    payloads[7] = tfexamples.prediction_example([0.5, 0.5])
+    write_shards(folder / "damaged", [[tfexamples.unlabeled_example(png(rng))], payloads])
+    path = folder / "damaged" / shard_names.shard_name("extra", 1, 2)
     flip_payload(path, 2)
     path.write_bytes(path.read_bytes()[:-9])
     return path
@@ -364,14 +366,14 @@ def test_bad_records_keep_their_place(folder, damaged, answer, caplog):
     good = [i for i in range(12) if i not in bad]
     np.testing.assert_array_equal(probs[bad], np.zeros([5, CLASSES]))
     # No two of the good ones are alike, so that none can stand in another's place.
-    payloads = {r.position: r.payload for r in records.read(str(damaged))}
-    own = [answer(records.image_bytes(payloads[i])) for i in good]
+    payloads = {r.position: r.payload for r in tfrecords.read(str(damaged))}
+    own = [answer(tfexamples.image_bytes(payloads[i])) for i in good]
     np.testing.assert_allclose(probs[good], own, atol=1e-6)
 
     index = pyarrow.parquet.read_table(output / "index-00001-of-00002-00000.parquet").to_pydict()
     assert [i for i in range(12) if index["label"][i] == index_lib.UNREADABLE_LABEL] == bad
     assert [index["prob"][i] for i in bad] == [0.0] * 5
-    manifest = manifests.read_json(str(output / "train-info-00001-of-00002-00000.manifest.json"))
+    manifest = json_files.read_json(str(output / "train-info-00001-of-00002-00000.manifest.json"))
     quarantine = manifest["counts"]["quarantine"]
     assert list(quarantine) == [str(i) for i in bad]
     assert quarantine["2"].startswith("damaged payload at byte")
@@ -419,18 +421,18 @@ def test_answers_that_are_no_numbers(folder):
 
 def test_missing_shard_is_named(folder, tmp_path):
     write_shards(tmp_path, [[], []])
-    missing = tmp_path / records.shard_name("extra", 1, 2)
+    missing = tmp_path / shard_names.shard_name("extra", 1, 2)
     missing.unlink()
     mine = settings(folder, "missing", unlabel_data_dir=str(tmp_path), num_shards=2, shard_id="1")
-    with pytest.raises(records.DataError, match=f"{missing} is missing"):
+    with pytest.raises(DataError, match=f"{missing} is missing"):
         predict.predict(mine)
 
 
 def test_empty_shard_is_named(folder, tmp_path):
-    write_shards(tmp_path, [[records.unlabeled_example(b"")], []])
+    write_shards(tmp_path, [[tfexamples.unlabeled_example(b"")], []])
     mine = settings(folder, "empty", unlabel_data_dir=str(tmp_path), num_shards=2, shard_id="0,1")
-    empty = tmp_path / records.shard_name("extra", 1, 2)
-    with pytest.raises(records.DataError, match=f"{empty} is empty"):
+    empty = tmp_path / shard_names.shard_name("extra", 1, 2)
+    with pytest.raises(DataError, match=f"{empty} is empty"):
         predict.predict(mine)
     assert not Path(mine.predict.output_dir).exists()
 
@@ -438,8 +440,8 @@ def test_empty_shard_is_named(folder, tmp_path):
 def test_empty_shards_that_were_written_so(folder, tmp_path):
     """Predictions of them, and records selected from few: both are labeled again."""
     rng = np.random.default_rng(5)
-    images = [records.unlabeled_example(png(rng)) for _ in range(2)]
-    records.write_sharded(str(tmp_path / "unlabeled"), "extra", images, 3)
+    images = [tfexamples.unlabeled_example(png(rng)) for _ in range(2)]
+    tfrecords.write_sharded(str(tmp_path / "unlabeled"), "extra", images, 3)
     mine = settings(folder, tmp_path / "first", unlabel_data_dir=str(tmp_path / "unlabeled"))
     assert predict.predict(mine) == {"records": 2, "unreadable": 0, "skipped_shards": 0}
     chosen = SelectConfig(
@@ -455,7 +457,7 @@ def test_empty_shards_that_were_written_so(folder, tmp_path):
     select.select(chosen)
     written = write.write(chosen)["records"]
     data = tmp_path / "selected" / "data"
-    sizes = [(data / records.pseudo_label_name(0, s, 3)).stat().st_size for s in range(3)]
+    sizes = [(data / shard_names.pseudo_label_name(0, s, 3)).stat().st_size for s in range(3)]
     assert 0 in sizes and any(sizes)
     again = {"unlabel_data_dir": str(data), "num_shards": 3}
     for number, options in enumerate(
@@ -497,9 +499,9 @@ def test_flags_that_do_not_fit(folder, values, message):
 def test_lost_tail_counts_as_much_as_it_is(folder, tmp_path):
     """A damaged length loses many records, of which nobody can tell the number."""
     rng = np.random.default_rng(5)
-    payloads = [records.unlabeled_example(png(rng)) for _ in range(8)]
+    payloads = [tfexamples.unlabeled_example(png(rng)) for _ in range(8)]
     write_shards(tmp_path / "unlabeled", [payloads])
-    path = tmp_path / "unlabeled" / records.shard_name("extra", 0, 1)
+    path = tmp_path / "unlabeled" / shard_names.shard_name("extra", 0, 1)
     content = bytearray(path.read_bytes())
     content[4 * (len(content) // 8) : 4 * (len(content) // 8) + 300] = bytes(300)
     path.write_bytes(content)
@@ -524,8 +526,8 @@ def long(folder) -> tuple[Path, dict]:
     images = [png(rng) for _ in range(700)]
     for i in (0, 63, 64, 300, 699):
         images[i] = b"no image"
-    write_shards(folder / "long", [[records.unlabeled_example(i) for i in images]])
-    flip_payload(folder / "long" / records.shard_name("extra", 0, 1), 128)
+    write_shards(folder / "long", [[tfexamples.unlabeled_example(i) for i in images]])
+    flip_payload(folder / "long" / shard_names.shard_name("extra", 0, 1), 128)
     done = long_settings(folder, "undisturbed")
     assert predict.predict(done) == {"records": 700, "unreadable": 6, "skipped_shards": 0}
     return folder, contents(done)
@@ -682,7 +684,7 @@ def test_file_of_weights(folder, finished, monkeypatch):
     name = "train-info-00001-of-00003-00000"
     made, other = (predictions(Path(c.predict.output_dir) / name) for c in (mine, finished))
     np.testing.assert_allclose(made[0], other[0], atol=1e-6)
-    manifest = manifests.read_json(f"{mine.predict.output_dir}/{name}.manifest.json")
+    manifest = json_files.read_json(f"{mine.predict.output_dir}/{name}.manifest.json")
     assert manifest["config"]["checkpoint"] == manifests.content_hash(path)
 
 
@@ -692,8 +694,8 @@ def test_two_views(folder, answer, monkeypatch):
     predict.predict(mine)
     probs, _ = predictions(Path(mine.predict.output_dir) / "train-info-00001-of-00003-00000")
     images = [
-        records.image_bytes(r.payload)
-        for r in records.read(str(folder / "unlabeled" / records.shard_name("extra", 1, 3)))
+        tfexamples.image_bytes(r.payload)
+        for r in tfrecords.read(str(folder / "unlabeled" / shard_names.shard_name("extra", 1, 3)))
     ]
     mirrored = [tf.io.encode_png(tf.io.decode_png(image)[:, ::-1]).numpy() for image in images]
     own = [(answer(a) + answer(b)) / 2 for a, b in zip(images, mirrored)]
@@ -729,8 +731,8 @@ def test_reassigned_labels(folder, tmp_path, answer):
     old = np.array([0.2, 0.3, 0.5], np.float32)
     source = tmp_path / "data" / "train-2-00001-of-00004"
     source.parent.mkdir()
-    examples = [records.pseudo_labeled_example(picture, old, 2) for picture in pictures]
-    records.write(str(source), examples)
+    examples = [tfexamples.pseudo_labeled_example(picture, old, 2) for picture in pictures]
+    tfrecords.write(str(source), examples)
     mine = settings(
         folder,
         tmp_path / "new",
@@ -747,10 +749,10 @@ def test_reassigned_labels(folder, tmp_path, answer):
     output = Path(mine.predict.output_dir)
     names = {path.name for path in output.iterdir()}
     assert names == {source.name, f"{source.name}.manifest.json", f"quarantine-{source.name}.jsonl"}
-    read = [r.payload for r in records.read(str(output / source.name))]
+    read = [r.payload for r in tfrecords.read(str(output / source.name))]
     good = [0, 1, 2, 4]
-    assert [records.image_bytes(payload) for payload in read] == [pictures[i] for i in good]
-    probs = np.array([records.probabilities(payload) for payload in read])
+    assert [tfexamples.image_bytes(payload) for payload in read] == [pictures[i] for i in good]
+    probs = np.array([tfexamples.probabilities(payload) for payload in read])
     np.testing.assert_allclose(probs, [answer(pictures[i]) for i in good], atol=1e-6)
     for payload, row in zip(read, probs):
         features = tf.train.Example.FromString(payload).features.feature
@@ -808,11 +810,11 @@ def fuzz(folder: Path, tmp_path: Path, number: int) -> None:
     for i in range(number):
         image = seeds[i % len(seeds)]
         if i % 3:
-            payloads.append(records.unlabeled_example(mutated(image, rng)))
+            payloads.append(tfexamples.unlabeled_example(mutated(image, rng)))
         else:
-            payloads.append(mutated(records.unlabeled_example(image), rng))
+            payloads.append(mutated(tfexamples.unlabeled_example(image), rng))
     write_shards(tmp_path / "unlabeled", [payloads])
-    path = tmp_path / "unlabeled" / records.shard_name("extra", 0, 1)
+    path = tmp_path / "unlabeled" / shard_names.shard_name("extra", 0, 1)
     for record in rng.choice(number, number // 50, replace=False):
         flip_payload(path, record)
     mine = settings(
@@ -828,7 +830,7 @@ def fuzz(folder: Path, tmp_path: Path, number: int) -> None:
     name = "train-info-00000-of-00001-00000"
     probs, _ = predictions(f"{mine.predict.output_dir}/{name}")
     assert len(probs) == number
-    manifest = manifests.read_json(f"{mine.predict.output_dir}/{name}.manifest.json")
+    manifest = json_files.read_json(f"{mine.predict.output_dir}/{name}.manifest.json")
     bad = [int(i) for i in manifest["counts"]["quarantine"]]
     assert bad == sorted(set(bad)) and len(bad) == result["unreadable"]
     assert np.flatnonzero(probs.sum(1) == 0).tolist() == bad
@@ -837,7 +839,9 @@ def fuzz(folder: Path, tmp_path: Path, number: int) -> None:
     # Both kinds are there, so that the check is one of both.
     assert number // 10 < len(bad) < number * 9 // 10
     images = [
-        records.image_bytes(r.payload) for r in records.read(str(path)) if r.position not in bad
+        tfexamples.image_bytes(r.payload)
+        for r in tfrecords.read(str(path))
+        if r.position not in bad
     ]
     check_written(mine, Counter(zip(images, rest.argmax(1).tolist())))
 
@@ -865,7 +869,7 @@ def check_written(config: Config, readable: Counter) -> None:
         select(selection)
         write.write(selection)
         found = Counter()
-        output = folder / "selected" / "data" / records.pseudo_label_name(0, 0, 1)
+        output = folder / "selected" / "data" / shard_names.pseudo_label_name(0, 0, 1)
         for payload in tf.data.TFRecordDataset(str(output)).as_numpy_iterator():
             feature = tf.train.Example.FromString(payload).features.feature
             (image,), (label,) = (
@@ -902,12 +906,12 @@ def test_two_workers_killed_again_and_again(folder, tmp_path):
     """SIGKILLs at random moments leave the files of an undisturbed run, to the last byte."""
     rng = np.random.default_rng(21)
     pictures = [png(rng) for _ in range(500)]
-    payloads = [records.unlabeled_example(picture) for picture in pictures]
+    payloads = [tfexamples.unlabeled_example(picture) for picture in pictures]
     number, num_shards = 20_000, 4
     places = rng.integers(0, 500, [num_shards, number])
     write_shards(tmp_path / "unlabeled", [[payloads[i] for i in row] for row in places])
     for shard in range(num_shards):
-        path = tmp_path / "unlabeled" / records.shard_name("extra", shard, num_shards)
+        path = tmp_path / "unlabeled" / shard_names.shard_name("extra", shard, num_shards)
         corrupt(path, rng.choice(number, number // 200, replace=False))
     values = {
         "unlabel_data_dir": str(tmp_path / "unlabeled"),

@@ -19,7 +19,8 @@ from PIL import Image
 
 from efficientnet_ns import report
 from efficientnet_ns.config import ConfigError, SelectConfig
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index, outcome, run_report
 from efficientnet_ns.pseudo_labels.outcome import Outcome
 from efficientnet_ns.pseudo_labels.selection import select
@@ -52,7 +53,7 @@ def predict(config: SelectConfig, probs: np.ndarray, workers: int) -> None:
         for worker in range(workers):
             rows = probs[shard, worker::workers]
             path = index.prediction_path(config, shard, worker)
-            records.write(path, [records.prediction_example(row) for row in rows])
+            tfrecords.write(path, [tfexamples.prediction_example(row) for row in rows])
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +79,9 @@ def run(tmp_path_factory) -> Run:
     truth = rng.integers(-1, CLASSES, (SHARDS, IMAGES))
     for shard in range(SHARDS):
         images = [picture(100 * shard + i) for i in range(IMAGES)]
-        records.write(
+        tfrecords.write(
             index.input_path(config, shard),
-            [records.labeled_example(image, int(t)) for image, t in zip(images, truth[shard])],
+            [tfexamples.labeled_example(image, int(t)) for image, t in zip(images, truth[shard])],
         )
     select(config)
     outcome = load_outcome(config)
@@ -266,7 +267,7 @@ def test_large_pictures_are_made_small_and_damaged_ones_show_a_placeholder(run, 
     buffer = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (300, 600, 3), np.uint8)).save(buffer, "JPEG")
     images = [buffer.getvalue(), b"\xff\xd8\xff" + rng.bytes(9000), picture(3)]
-    records.write(index.input_path(config, 0), map(records.unlabeled_example, images))
+    tfrecords.write(index.input_path(config, 0), map(tfexamples.unlabeled_example, images))
     found = outcome.read_images(config, [(0, 2), (0, 0), (0, 1), (0, 7)])
     found = {place: report.thumbnail(image, 112) for place, image in found.items()}
     assert found[0, 2] == picture(3) and found[0, 1] == found[0, 7] == b""
@@ -341,12 +342,12 @@ def test_what_does_not_fit_is_named(run, tmp_path):
     with pytest.raises(ConfigError, match="2 class names for 5 classes"):
         run_report.sections(run.config, run_report.Options(class_names=["a", "b"]))
     (tmp_path / "t.csv").write_text("shard,record\n0,0\n")
-    with pytest.raises(records.DataError, match="no column 'label'"):
+    with pytest.raises(DataError, match="no column 'label'"):
         outcome.read_truth(run.config, str(tmp_path / "t.csv"))
     nowhere = dataclasses.replace(run.config, output_dir=str(tmp_path))
-    with pytest.raises(records.DataError, match=r"selection\.parquet is missing"):
+    with pytest.raises(DataError, match=r"selection\.parquet is missing"):
         run_report.sections(nowhere)
     unlabeled = dataclasses.replace(run.config, input_dir=str(tmp_path), num_shards=1)
-    records.write(index.input_path(unlabeled, 0), [records.unlabeled_example(b"x")])
-    with pytest.raises(records.DataError, match="there is no truth to compare with"):
+    tfrecords.write(index.input_path(unlabeled, 0), [tfexamples.unlabeled_example(b"x")])
+    with pytest.raises(DataError, match="there is no truth to compare with"):
         outcome.read_truth(unlabeled, outcome.RECORDS)

@@ -20,7 +20,7 @@ import tensorflow as tf
 from unlabeled_sets import save_teacher, write_index
 
 from efficientnet_ns.config import SelectConfig
-from efficientnet_ns.files import records
+from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 from efficientnet_ns.pseudo_labels import index, write
 from efficientnet_ns.pseudo_labels.selection import select
 
@@ -77,16 +77,16 @@ def make(
     config = SelectConfig(**settings)
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.full(classes, 0.1), 500).astype(np.float32)
-    examples = [records.prediction_example(row) for row in probs]
-    inputs = [records.unlabeled_example(data) for data in picture]
+    examples = [tfexamples.prediction_example(row) for row in probs]
+    inputs = [tfexamples.unlabeled_example(data) for data in picture]
     for shard in range(shards):
         chosen = rng.integers(len(probs), size=images // shards)
-        records.write(
+        tfrecords.write(
             index.input_path(config, shard), (inputs[i % len(inputs)] for i in range(len(chosen)))
         )
-        records.write(index.prediction_path(config, shard, 0), (examples[i] for i in chosen))
+        tfrecords.write(index.prediction_path(config, shard, 0), (examples[i] for i in chosen))
         labels = probs.argmax(1)[chosen].astype(np.int32)
-        path = folder / records.index_name(shard, shards, 0)
+        path = folder / shard_names.index_name(shard, shards, 0)
         write_index(str(path), shard, 0, labels, probs.max(1)[chosen])
     return settings
 

@@ -22,7 +22,15 @@ from hypothesis import strategies as st
 from unlabeled_sets import write_index
 
 from efficientnet_ns.config import ConfigError, SelectConfig
-from efficientnet_ns.files import manifests, parquet_sql, records
+from efficientnet_ns.files import (
+    json_files,
+    manifests,
+    parquet_sql,
+    shard_names,
+    tfexamples,
+    tfrecords,
+)
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index, selection
 from efficientnet_ns.pseudo_labels.outcome import Outcome
 
@@ -61,9 +69,9 @@ def make_predictions(folder: Path, table: list[list[list[list[float]]]]) -> None
     (folder / "predictions").mkdir(parents=True)
     for shard, workers in enumerate(table):
         for worker, rows in enumerate(workers):
-            name = records.prediction_name(shard, len(table), worker)
-            examples = [records.prediction_example(row) for row in rows]
-            records.write(str(folder / "predictions" / name), examples)
+            name = shard_names.prediction_name(shard, len(table), worker)
+            examples = [tfexamples.prediction_example(row) for row in rows]
+            tfrecords.write(str(folder / "predictions" / name), examples)
 
 
 def one_hot(label: int, prob: float) -> list[float]:
@@ -106,9 +114,9 @@ def test_statistics_are_those_of_the_original(original, goldens):
 def test_index_is_built_from_the_predictions_of_the_original(original):
     for shard in range(original.num_shards):
         path = index.prediction_path(original, shard, 0)
-        rows = [records.probabilities(record.payload) for record in records.read(path)]
+        rows = [tfexamples.probabilities(record.payload) for record in tfrecords.read(path)]
         table = pyarrow.parquet.read_table(
-            f"{original.prediction_dir}/{records.index_name(shard, original.num_shards, 0)}"
+            f"{original.prediction_dir}/{shard_names.index_name(shard, original.num_shards, 0)}"
         )
         assert table.column_names == ["shard", "worker", "position", "label", "prob"]
         columns = table.to_pydict()
@@ -128,7 +136,7 @@ def test_selection_is_that_of_the_original_where_it_draws_nothing(original, expe
             ours[shard][position] = copies
     for entry in expected["shards"]:
         path = index.prediction_path(original, entry["shard"], 0)
-        guesses = [records.label(record.payload) for record in records.read(path)]
+        guesses = [tfexamples.label(record.payload) for record in tfrecords.read(path)]
         theirs = {int(i): n for i, n in entry["kept"].items() if guesses[int(i)] in fixed}
         assert ours[entry["shard"]] == theirs
 
@@ -252,16 +260,16 @@ def write_indexes(folder: Path, rows) -> None:
             mine = [row for row in rows if row[:2] == (shard, worker)]
             labels, probs = (np.array([row[i] for row in mine]) for i in (3, 4))
             write_index(
-                str(folder / "predictions" / records.index_name(shard, 2, worker)),
+                str(folder / "predictions" / shard_names.index_name(shard, 2, worker)),
                 *(shard, worker, labels.astype(np.int32), probs.astype(np.float32)),
             )
-            (folder / "predictions" / records.prediction_name(shard, 2, worker)).touch()
+            (folder / "predictions" / shard_names.prediction_name(shard, 2, worker)).touch()
 
 
 def refused(settings_: SelectConfig) -> None:
     """Nothing is kept, or the bounds exclude each other."""
     crossed = settings_.min_threshold > settings_.max_prob
-    with pytest.raises(ConfigError if crossed else records.DataError, match="--min_threshold"):
+    with pytest.raises(ConfigError if crossed else DataError, match="--min_threshold"):
         selection.select(settings_)
 
 
@@ -358,7 +366,7 @@ def by_threshold(goldens, tmp_path_factory) -> SelectConfig:
     shutil.copytree(goldens / "filter_unlabel" / "predictions", folder / "predictions")
     (folder / "info").mkdir()
     for shard in range(4):
-        (folder / "info" / records.info_name(shard, 4, 0)).write_text('{"image_num": 500}')
+        (folder / "info" / shard_names.info_name(shard, 4, 0)).write_text('{"image_num": 500}')
     result = config(folder, selection="threshold", task=0, info_dir=str(folder / "info"))
     selection.select(result)
     return result
@@ -376,7 +384,7 @@ def test_threshold_mode_is_the_original(by_threshold, expected, goldens):
     classes = {int(c): entry for c, entry in expected["per_class"].items()}
     for entry in expected["shards"]:
         path = index.prediction_path(by_threshold, entry["shard"], 0)
-        guesses = [records.label(record.payload) for record in records.read(path)]
+        guesses = [tfexamples.label(record.payload) for record in tfrecords.read(path)]
         theirs = {int(i): (guesses[int(i)], n) for i, n in entry["kept"].items()}
         mine = ours[entry["shard"]]
         for label, rule in classes.items():
@@ -393,17 +401,15 @@ def test_threshold_mode_is_the_original(by_threshold, expected, goldens):
 
 def test_info_that_does_not_fit(by_threshold, tmp_path):
     shutil.copytree(by_threshold.info_dir, tmp_path / "info")
-    info = tmp_path / "info" / records.info_name(2, 4, 0)
+    info = tmp_path / "info" / shard_names.info_name(2, 4, 0)
     other = dataclasses.replace(
         by_threshold, info_dir=str(tmp_path / "info"), output_dir=str(tmp_path / "out")
     )
     info.write_text('{"image_num": 499}')
-    with pytest.raises(
-        records.DataError, match="worker 0 predicted 500 records of shard 2, .* 499"
-    ):
+    with pytest.raises(DataError, match="worker 0 predicted 500 records of shard 2, .* 499"):
         selection.select(other)
     info.unlink()
-    with pytest.raises(records.DataError, match=f"{info} is missing"):
+    with pytest.raises(DataError, match=f"{info} is missing"):
         selection.select(other)
 
 
@@ -513,7 +519,7 @@ def small(tmp_path) -> SelectConfig:
 def test_missing_prediction_file_is_named(small):
     missing = index.prediction_path(small, 1, 0)
     Path(missing).unlink()
-    with pytest.raises(records.DataError, match=missing):
+    with pytest.raises(DataError, match=missing):
         selection.select(small)
     assert not Path(small.output_dir).exists()
 
@@ -521,19 +527,19 @@ def test_missing_prediction_file_is_named(small):
 def test_missing_prediction_of_a_second_worker_is_named(small):
     source = Path(index.prediction_path(small, 0, 0))
     shutil.copy(source, index.prediction_path(small, 0, 1))
-    with pytest.raises(records.DataError, match=index.prediction_path(small, 1, 1)):
+    with pytest.raises(DataError, match=index.prediction_path(small, 1, 1)):
         selection.select(small)
 
 
 def test_wrong_number_of_classes(small):
-    with pytest.raises(records.DataError, match="10 classes, but --num_label_classes=2"):
+    with pytest.raises(DataError, match="10 classes, but --num_label_classes=2"):
         selection.select(dataclasses.replace(small, num_label_classes=2))
 
 
 def test_damaged_predictions_are_named(small):
     path = Path(index.prediction_path(small, 1, 0))
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(records.DataError, match=f"{path}, record 3: truncated"):
+    with pytest.raises(DataError, match=f"{path}, record 3: truncated"):
         selection.select(small)
     assert not list(path.parent.glob("*00001-of-00002-00000.parquet"))
 
@@ -550,7 +556,7 @@ def test_unreadable_images_are_never_selected(tmp_path):
 
 def test_nothing_above_the_threshold(tmp_path):
     make_predictions(tmp_path, [[[one_hot(1, 0.4)]]])
-    with pytest.raises(records.DataError, match="none of 1 predictions .*--min_threshold=0.5"):
+    with pytest.raises(DataError, match="none of 1 predictions .*--min_threshold=0.5"):
         selection.select(config(tmp_path, num_shards=1, min_threshold=0.5))
     # Nothing is recorded as done: the corrected command goes on.
     result = selection.select(config(tmp_path, num_shards=1, min_threshold=0.3))
@@ -594,14 +600,14 @@ def test_number_of_workers_is_that_of_the_prediction(tmp_path, claimed):
     make_predictions(tmp_path, [[rows, rows]])
     settings = config(tmp_path, num_shards=1, num_image=3, total_label_replicas=claimed)
     manifest = index.prediction_path(settings, 0, 0) + ".manifest.json"
-    manifests.write_json(manifest, {"config": {"total_replicas": 2}})
+    json_files.write_json(manifest, {"config": {"total_replicas": 2}})
     if claimed == -1:
         assert index.count_workers(settings) == 2
         Path(index.prediction_path(settings, 0, 1)).unlink()
-        with pytest.raises(records.DataError, match="is missing"):
+        with pytest.raises(DataError, match="is missing"):
             index.count_workers(settings)
     else:
-        with pytest.raises(records.DataError, match=f"--total_label_replicas={claimed}"):
+        with pytest.raises(DataError, match=f"--total_label_replicas={claimed}"):
             index.count_workers(settings)
 
 

@@ -25,7 +25,8 @@ from fakes import Document
 
 from efficientnet_ns import config as config_lib
 from efficientnet_ns.config import FilterConfig, SelectConfig
-from efficientnet_ns.files import records
+from efficientnet_ns.files import shard_names, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index, programs, write
 from efficientnet_ns.pseudo_labels.selection import SELECTION, select
 
@@ -118,9 +119,9 @@ def inputs(goldens, tmp_path_factory) -> Path:
     shutil.copytree(goldens / "filter_unlabel" / "predictions", folder / "predictions")
     (folder / "unlabeled").mkdir()
     for shard in range(SHARDS):
-        name = records.shard_name("extra", shard, SHARDS)
-        examples = [records.unlabeled_example(picture(500 * shard + i)) for i in range(500)]
-        records.write(str(folder / "unlabeled" / name), examples)
+        name = shard_names.shard_name("extra", shard, SHARDS)
+        examples = [tfexamples.unlabeled_example(picture(500 * shard + i)) for i in range(500)]
+        tfrecords.write(str(folder / "unlabeled" / name), examples)
     return folder
 
 
@@ -161,7 +162,7 @@ def test_report_is_written_when_asked(inputs, by_command):
 
 def test_every_record_is_its_image_with_its_prediction(inputs, written):
     for shard, rows in enumerate(written):
-        name = records.prediction_name(shard, SHARDS, 0)
+        name = shard_names.prediction_name(shard, SHARDS, 0)
         predictions = tf.data.TFRecordDataset(str(inputs / "predictions" / name))
         spec = {"probabilities": tf.io.FixedLenFeature([CLASSES], tf.float32)}
         probs = [tf.io.parse_single_example(p, spec)["probabilities"].numpy() for p in predictions]
@@ -326,11 +327,13 @@ def make_small(folder: Path, workers: int = 1, **values) -> SelectConfig:
     settings = config(
         folder, "out", num_shards=1, num_label_classes=2, num_image=3, min_threshold=0.0, **values
     )
-    images = [records.unlabeled_example(picture(i)) for i in range(len(probs))]
-    records.write(index.input_path(settings, 0), images)
+    images = [tfexamples.unlabeled_example(picture(i)) for i in range(len(probs))]
+    tfrecords.write(index.input_path(settings, 0), images)
     for worker in range(workers):
         path = index.prediction_path(settings, 0, worker)
-        records.write(path, [records.prediction_example(row) for row in probs[worker::workers]])
+        tfrecords.write(
+            path, [tfexamples.prediction_example(row) for row in probs[worker::workers]]
+        )
     select(settings)
     return settings
 
@@ -367,17 +370,19 @@ def test_what_a_killed_process_left_of_a_finished_shard_is_removed(by_command):
 
 def test_input_with_fewer_records_than_were_selected(tmp_path):
     settings = make_small(tmp_path)
-    images = [records.unlabeled_example(picture(i)) for i in range(4)]
-    records.write(index.input_path(settings, 0), images)
-    with pytest.raises(records.DataError, match="more predictions than .* has images"):
+    images = [tfexamples.unlabeled_example(picture(i)) for i in range(4)]
+    tfrecords.write(index.input_path(settings, 0), images)
+    with pytest.raises(DataError, match="more predictions than .* has images"):
         write.write(settings)
     assert_nothing_written(settings)
 
 
 def test_records_that_get_lost_on_the_way_are_noticed(tmp_path, monkeypatch):
     settings = make_small(tmp_path)
-    original = records.write
-    monkeypatch.setattr(records, "write", lambda path, payloads: original(path, list(payloads)[:4]))
+    original = tfrecords.write
+    monkeypatch.setattr(
+        tfrecords, "write", lambda path, payloads: original(path, list(payloads)[:4])
+    )
     with pytest.raises(write.Lost, match="6 records selected, 4 read back; of class"):
         write.write(settings)
     assert_nothing_written(settings)
@@ -387,7 +392,7 @@ def test_damaged_input_record_is_named(tmp_path):
     settings = make_small(tmp_path)
     path = index.input_path(settings, 0)
     damage(path, 4)
-    with pytest.raises(records.DataError, match=f"{path}, record 4: damaged payload"):
+    with pytest.raises(DataError, match=f"{path}, record 4: damaged payload"):
         write.write(settings)
     assert_nothing_written(settings)
 
@@ -405,7 +410,7 @@ def test_damaged_prediction_of_a_worker_is_named(tmp_path):
     settings = make_small(tmp_path, workers=2)
     path = index.prediction_path(settings, 0, 1)
     damage(path, 1)
-    with pytest.raises(records.DataError, match=f"{path}, record 1: damaged payload"):
+    with pytest.raises(DataError, match=f"{path}, record 1: damaged payload"):
         write.write(settings)
     assert_nothing_written(settings)
 
@@ -450,13 +455,13 @@ def test_missing_input_shard_is_named(tmp_path):
     settings = make_small(tmp_path)
     path = Path(index.input_path(settings, 0))
     path.unlink()
-    with pytest.raises(records.DataError, match=str(path)):
+    with pytest.raises(DataError, match=str(path)):
         write.write(settings)
 
 
 def test_selection_comes_first(tmp_path):
     settings = dataclasses.replace(make_small(tmp_path), output_dir=str(tmp_path / "other"))
-    with pytest.raises(records.DataError, match="other/selection.parquet is missing"):
+    with pytest.raises(DataError, match="other/selection.parquet is missing"):
         write.write(settings)
 
 
@@ -468,23 +473,23 @@ def test_wrong_number_of_workers_is_noticed(tmp_path):
         settings, output_dir=str(tmp_path / "two"), prelim_stats_dir=str(tmp_path / "two_stats")
     )
     select(settings)
-    with pytest.raises(records.DataError, match="total_replicas of the prediction"):
+    with pytest.raises(DataError, match="total_replicas of the prediction"):
         write.write(settings)
     assert_nothing_written(settings)
 
 
 def test_predictions_left_over_are_noticed(tmp_path):
     settings = make_small(tmp_path)
-    more = [*(r.payload for r in records.read(index.prediction_path(settings, 0, 0)))] * 2
-    records.write(index.prediction_path(settings, 0, 0), more)
-    with pytest.raises(records.DataError, match="more predictions than"):
+    more = [*(r.payload for r in tfrecords.read(index.prediction_path(settings, 0, 0)))] * 2
+    tfrecords.write(index.prediction_path(settings, 0, 0), more)
+    with pytest.raises(DataError, match="more predictions than"):
         write.write(settings)
 
 
 def test_predictions_made_again_after_the_selection_are_noticed(tmp_path):
     settings = make_small(tmp_path)
     path = index.prediction_path(settings, 0, 0)
-    rows = [records.probabilities(r.payload)[::-1] for r in records.read(path)]
-    records.write(path, [records.prediction_example(row) for row in rows])
-    with pytest.raises(records.DataError, match="record 0 is not what was selected from"):
+    rows = [tfexamples.probabilities(r.payload)[::-1] for r in tfrecords.read(path)]
+    tfrecords.write(path, [tfexamples.prediction_example(row) for row in rows])
+    with pytest.raises(DataError, match="record 0 is not what was selected from"):
         write.write(settings)

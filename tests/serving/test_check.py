@@ -13,7 +13,8 @@ from served_models import (
     noise,
 )
 
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.serving import check
 
 
@@ -24,10 +25,10 @@ def test_difference():
 
 
 def test_check_data(tmp_path, caplog):
-    with pytest.raises(records.DataError, match="there is nothing in"):
+    with pytest.raises(DataError, match="there is nothing in"):
         check.encoded_images(str(tmp_path), 3)
-    examples = [records.unlabeled_example(jpeg(i)) for i in range(4)]
-    records.write_sharded(str(tmp_path), "train", examples, 2)
+    examples = [tfexamples.unlabeled_example(jpeg(i)) for i in range(4)]
+    tfrecords.write_sharded(str(tmp_path), "train", examples, 2)
     (tmp_path / "train-00000-of-00002.manifest.json").write_text("{}")
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "x.png").write_bytes(b"of something else")
@@ -38,9 +39,9 @@ def test_check_data(tmp_path, caplog):
     assert check.encoded_images(str(tmp_path), 1) == [jpeg()]
     assert f"{tmp_path / '0.png'} is skipped" in caplog.text
     (tmp_path / "a.jpg").unlink()
-    with pytest.raises(records.DataError, match="neither images that can be decoded nor"):
+    with pytest.raises(DataError, match="neither images that can be decoded nor"):
         check.encoded_images(str(tmp_path), 3)
-    with pytest.raises(records.DataError, match="does not exist"):
+    with pytest.raises(DataError, match="does not exist"):
         check.encoded_images(str(tmp_path / "nowhere"), 3)
 
 
@@ -67,6 +68,8 @@ def test_check_data_takes_what_records_take(tmp_path):
 
 
 def test_records_without_images_are_named(tmp_path):
-    records.write(str(tmp_path / "train-00000-of-00001"), [records.prediction_example([0.5, 0.5])])
-    with pytest.raises(records.DataError, match="train-00000-of-00001, record 0: .*image/encoded"):
+    tfrecords.write(
+        str(tmp_path / "train-00000-of-00001"), [tfexamples.prediction_example([0.5, 0.5])]
+    )
+    with pytest.raises(DataError, match="train-00000-of-00001, record 0: .*image/encoded"):
         check.encoded_images(str(tmp_path), 3)

@@ -22,7 +22,7 @@ from served_models import (
     noise,
 )
 
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples
 from efficientnet_ns.models import efficientnet
 
 
@@ -48,7 +48,7 @@ def test_every_signature_by_name(model, served):
     np.testing.assert_allclose(
         answer["features"], pooled(PREPROCESSING.evaluate(images[0])[None]), atol=1e-4
     )
-    examples = [records.unlabeled_example(image) for image in images]
+    examples = [tfexamples.unlabeled_example(image) for image in images]
     answer = served("classify", inputs=[*examples, b"no example"])
     np.testing.assert_allclose(answer["scores"][:2], -np.sort(-probabilities, 1)[:, :3], atol=1e-5)
     assert answer["classes"][2].tolist() == [b""] * 3 and set(answer) == {"classes", "scores"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfrecords
 from efficientnet_ns.serving import warmup
 
 
@@ -13,7 +13,7 @@ def test_warm_up_requests_run(base, served):
     from tensorflow_serving.apis import prediction_log_pb2
 
     seen = set()
-    for record in records.read(str(base / "1" / warmup.FILE)):
+    for record in tfrecords.read(str(base / "1" / warmup.FILE)):
         log = prediction_log_pb2.PredictionLog.FromString(record.payload)
         if log.WhichOneof("log_type") == "classify_log":
             request = log.classify_log.request

@@ -14,7 +14,7 @@ import pytest
 from fakes import ROOT, assert_same_training, noised, write_data
 
 from efficientnet_ns.config import Config
-from efficientnet_ns.files import manifests, metrics_log
+from efficientnet_ns.files import json_files, metrics_log
 from efficientnet_ns.training import claim
 
 LOOP = 5  # Steps between two looks of the host.
@@ -96,4 +96,4 @@ def test_thirty_kills(folder):
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert_same_training(config.train.model_dir, whole.train.model_dir, steps)
-    assert len(manifests.read_json_lines(f"{config.train.model_dir}/{claim.RUNS}")) > kills // 2
+    assert len(json_files.read_json_lines(f"{config.train.model_dir}/{claim.RUNS}")) > kills // 2

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from efficientnet_ns.config import Config
-from efficientnet_ns.files import records
+from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.training import train
 
 # Labeled images are few and of few hands, so that the teacher has much to gain from the others.
@@ -32,10 +32,10 @@ def digits(tmp_path_factory) -> Path:
     known = np.concatenate([order[labels[order] == c][:LABELS_PER_CLASS] for c in range(10)])
     rest = np.random.default_rng(SEED).permutation(np.setdiff1d(order, known))
     for prefix, chosen in (("train", known), ("validation", rest[:VALIDATION])):
-        examples = [records.labeled_example(encoded[i], int(labels[i])) for i in chosen]
-        records.write_sharded(str(folder / "labeled"), prefix, examples, 2)
-    unlabeled = [records.unlabeled_example(encoded[i]) for i in rest[VALIDATION:]]
-    records.write_sharded(str(folder / "unlabeled"), "extra", unlabeled, 4)
+        examples = [tfexamples.labeled_example(encoded[i], int(labels[i])) for i in chosen]
+        tfrecords.write_sharded(str(folder / "labeled"), prefix, examples, 2)
+    unlabeled = [tfexamples.unlabeled_example(encoded[i]) for i in rest[VALIDATION:]]
+    tfrecords.write_sharded(str(folder / "unlabeled"), "extra", unlabeled, 4)
     (folder / "task.json").write_text(
         json.dumps({"num_classes": 10, "image_size": 16, "small_image": True})
     )

@@ -40,7 +40,8 @@ from efficientnet_ns.config import Config, ConfigError, check
 from efficientnet_ns.config.preemption import StopRequest
 from efficientnet_ns.data import pipeline
 from efficientnet_ns.evaluation import evaluate
-from efficientnet_ns.files import manifests, metrics_log, records
+from efficientnet_ns.files import json_files, metrics_log, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training import checkpoints, claim, inputs, preview, train
@@ -391,7 +392,10 @@ def test_records_that_were_replaced(tmp_path):
     pretend_checkpoint(config)
     claimed(config)
     path = replace_record(
-        tmp_path, "train-00001-of-00002", 2, records.labeled_example(pictures(1, 8)[0] + b"more", 1)
+        tmp_path,
+        "train-00001-of-00002",
+        2,
+        tfexamples.labeled_example(pictures(1, 8)[0] + b"more", 1),
     )
     with pytest.raises(claim.DirectoryConflict, match=f"{path}: 6 records in .* → 6 records in"):
         claimed(config)
@@ -400,8 +404,8 @@ def test_records_that_were_replaced(tmp_path):
     claimed(config)
     for old in (tmp_path / "labeled").glob("train-*"):
         old.unlink()
-    examples = [records.labeled_example(image, 0) for image in pictures(3, 1)]
-    records.write_sharded(str(tmp_path / "labeled"), "train", examples, 1)
+    examples = [tfexamples.labeled_example(image, 0) for image in pictures(3, 1)]
+    tfrecords.write_sharded(str(tmp_path / "labeled"), "train", examples, 1)
     with pytest.raises(claim.DirectoryConflict, match="no file → 3 records .* and 2 more files"):
         claimed(config)
 
@@ -470,9 +474,9 @@ def test_missing_sets(folder, tmp_path):
     shutil.copytree(folder / "labeled", tmp_path / "labeled")
     config = settings(tmp_path, "never", task_name=str(folder / "task.json"))
     (tmp_path / "labeled" / "validation-00001-of-00002").unlink()
-    with pytest.raises(records.DataError, match="validation-00001-of-00002"):
+    with pytest.raises(DataError, match="validation-00001-of-00002"):
         train.train_and_evaluate(config)
-    with pytest.raises(records.DataError, match="no record files in .*pseudo"):
+    with pytest.raises(DataError, match="no record files in .*pseudo"):
         train.train_and_evaluate(
             config.override(unlabel_ratio=1.0, unlabel_data_dir=str(tmp_path / "pseudo")),
             evaluate=False,
@@ -496,10 +500,10 @@ def only_reads(model, monkeypatch) -> None:
 
 def replace_record(folder: Path, name: str, position: int, payload: bytes) -> Path:
     (path,) = folder.glob(f"*/{name}")
-    payloads = [record.payload for record in records.read(str(path))]
+    payloads = [record.payload for record in tfrecords.read(str(path))]
     payloads[position] = payload
-    records.write(str(path), payloads)
-    (path.parent / records.COUNTS).unlink()
+    tfrecords.write(str(path), payloads)
+    (path.parent / tfrecords.COUNTS).unlink()
     return path
 
 
@@ -507,42 +511,42 @@ IMAGE = pictures(1, 8)[0]
 BROKEN_RECORDS = {
     "label above the classes": (
         "train-00001-of-00002",
-        records.labeled_example(IMAGE, CLASSES),
+        tfexamples.labeled_example(IMAGE, CLASSES),
         r"label 3 \(0-based\) is outside 0..2",
     ),
     "label 0, which is none": (
         "train-00000-of-00002",
-        records.labeled_example(IMAGE, -1),
+        tfexamples.labeled_example(IMAGE, -1),
         r"label -1 \(0-based\) is outside 0..2",
     ),
     "image cut off": (
         "train-00001-of-00002",
-        records.labeled_example(IMAGE[:40], 1),
+        tfexamples.labeled_example(IMAGE[:40], 1),
         "PNG",
     ),
     "no image": (
         "train-00000-of-00002",
-        records.prediction_example([1.0]),
+        tfexamples.prediction_example([1.0]),
         "the record has no 'image/encoded'",
     ),
     "pseudo label above the classes": (
         "train-0-00001-of-00002",
-        records.pseudo_labeled_example(IMAGE, [0.1, 0.2, 0.3, 0.4], 3),
+        tfexamples.pseudo_labeled_example(IMAGE, [0.1, 0.2, 0.3, 0.4], 3),
         "probabilities",
     ),
     "too few probabilities": (
         "train-0-00000-of-00002",
-        records.pseudo_labeled_example(IMAGE, [0.5, 0.5], 1),
+        tfexamples.pseudo_labeled_example(IMAGE, [0.5, 0.5], 1),
         "probabilities",
     ),
     "unlabeled image cut off": (
         "train-0-00001-of-00002",
-        records.pseudo_labeled_example(IMAGE[:40], [0.5, 0.5, 0.0], 1),
+        tfexamples.pseudo_labeled_example(IMAGE[:40], [0.5, 0.5, 0.0], 1),
         "PNG",
     ),
     "evaluation label above the classes": (
         "validation-00000-of-00002",
-        records.labeled_example(IMAGE, CLASSES),
+        tfexamples.labeled_example(IMAGE, CLASSES),
         r"label 3 \(0-based\) is outside 0..2",
     ),
 }
@@ -556,7 +560,7 @@ def test_bad_record_is_named(case, tmp_path, only_reads):
     config = settings(
         tmp_path, "model", unlabel_data_dir=str(tmp_path / "pseudo"), unlabel_ratio=1.0
     ).override(train_steps=8)
-    with pytest.raises(records.DataError, match=f"{path}, record 2: .*{problem}"):
+    with pytest.raises(DataError, match=f"{path}, record 2: .*{problem}"):
         train.train_and_evaluate(config)
 
 
@@ -574,12 +578,12 @@ def test_bad_record_is_named_before_the_first_step(values, damaged, tmp_path, on
     path, position = tmp_path / "labeled" / name, 2
     if damaged:
         flip_last_byte_of_payload(path)
-        position, problem = records.count(str(path)) - 1, "damaged payload"
+        position, problem = tfrecords.count(str(path)) - 1, "damaged payload"
     else:
         replace_record(tmp_path, name, position, payload)
     config = settings(tmp_path, "model", train_batch_size=LABELED, **values)
     expected = f"{path}, record {position}: {problem}.*start the same command again"
-    with pytest.raises(records.DataError, match=expected):
+    with pytest.raises(DataError, match=expected):
         train.train_and_evaluate(config, evaluate=False)
 
 
@@ -588,20 +592,20 @@ def test_bad_record_stops_an_evaluation(straight, tmp_path):
     write_data(tmp_path)
     path = replace_record(tmp_path, name, 2, payload)
     config = straight[0].override(label_data_dir=str(tmp_path / "labeled"))
-    with pytest.raises(records.DataError, match=f"{path}, record 2: {problem}"):
+    with pytest.raises(DataError, match=f"{path}, record 2: {problem}"):
         evaluate.evaluate(config)
 
 
 def test_bad_record_stops_a_training_that_continues_when_it_is_repaired(tmp_path):
     """The same through Keras, whose errors come from inside the compiled loop."""
     write_data(tmp_path)
-    good = records.labeled_example(IMAGE, 0)
-    name, bad = "train-00001-of-00002", records.labeled_example(IMAGE, CLASSES)
+    good = tfexamples.labeled_example(IMAGE, 0)
+    name, bad = "train-00001-of-00002", tfexamples.labeled_example(IMAGE, CLASSES)
     path = replace_record(tmp_path, name, 1, bad)
     config = settings(tmp_path, "model", train_steps=8)
-    with pytest.raises(records.DataError, match=f"{path}, record 1: label 3"):
+    with pytest.raises(DataError, match=f"{path}, record 1: label 3"):
         train.train_and_evaluate(config, evaluate=False)
-    records.write(str(path), [good])
+    tfrecords.write(str(path), [good])
     pretend_checkpoint(config)
     claimed(config)
 
@@ -640,10 +644,10 @@ def test_truncated_set_is_not_measured(straight, tmp_path):
     config, _ = straight
     write_data(tmp_path)
     folder = tmp_path / "labeled"
-    (folder / records.COUNTS).unlink()
+    (folder / tfrecords.COUNTS).unlink()
     shard = sorted(folder.glob("validation-*"))[0]
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(records.DataError, match=f"{shard} is damaged after record"):
+    with pytest.raises(DataError, match=f"{shard} is damaged after record"):
         evaluate.evaluate(config.override(label_data_dir=str(folder)))
 
 
@@ -886,7 +890,7 @@ def test_notes_of_another_kind_are_named(folder, tmp_path, name):
     claimed(config)
     pretend_checkpoint(config)
     (tmp_path / name).write_text("[]")
-    with pytest.raises(manifests.BrokenFile, match=f"{name} should hold a JSON object"):
+    with pytest.raises(json_files.BrokenFile, match=f"{name} should hold a JSON object"):
         claimed(config)
 
 
@@ -895,7 +899,7 @@ def test_notes_of_another_kind_are_named(folder, tmp_path, name):
 
 def test_every_start_is_noted_with_all_flags(straight):
     config, _ = straight
-    first, *_ = manifests.read_json_lines(f"{config.train.model_dir}/{claim.RUNS}")
+    first, *_ = json_files.read_json_lines(f"{config.train.model_dir}/{claim.RUNS}")
     assert first["step"] == 0 and first["flags"]["iterations_per_loop"] == 2
     assert set(first["flags"]) == set(Config().values())
 
@@ -919,7 +923,7 @@ def test_metrics_in_a_store_without_appending(tmp_path, monkeypatch):
 
 def test_damaged_metrics_are_named(tmp_path):
     (tmp_path / metrics_log.METRICS).write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
-    with pytest.raises(manifests.BrokenFile, match="metrics.jsonl, line 2"):
+    with pytest.raises(json_files.BrokenFile, match="metrics.jsonl, line 2"):
         metrics_log.read_metrics(str(tmp_path))
 
 
@@ -965,8 +969,8 @@ def test_preview_shows_the_images_and_their_labels(tmp_path):
     """One plain color per class, and none of them changed: each is found in the picture."""
     colors = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]
     images = [tf.io.encode_png(np.full([SIZE, SIZE, 3], c, np.uint8)).numpy() for c in colors]
-    examples = [records.labeled_example(image, i) for i, image in enumerate(images)]
-    records.write_sharded(str(tmp_path / "labeled"), "train", examples, 1)
+    examples = [tfexamples.labeled_example(image, i) for i, image in enumerate(images)]
+    tfrecords.write_sharded(str(tmp_path / "labeled"), "train", examples, 1)
     write_task(tmp_path / "task.json")
     (tmp_path / "model").mkdir()
     config = settings(tmp_path, "model", remove_aug=True)

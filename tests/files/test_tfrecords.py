@@ -12,7 +12,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficientnet_ns.files import manifests, records, wire
+from efficientnet_ns.files import atomic, shard_names, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "records"
 PAYLOADS = [b"first", b"", bytes(range(256)) + b"third", b"the last record"]
@@ -59,13 +60,13 @@ def names_in(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     "name, expected",
     [
-        (records.shard_name("train", 3, 128), "train-00003-of-00128"),
-        (records.shard_name("validation", 0, 1), "validation-00000-of-00001"),
-        (records.shard_name("extra", 123456, 234567), "extra-123456-of-234567"),
-        (records.prediction_name(3, 128, 7), "train-info-00003-of-00128-00007"),
-        (records.info_name(3, 128, 7), "info-00003-of-00128-00007.txt"),
-        (records.index_name(3, 128, 7), "index-00003-of-00128-00007.parquet"),
-        (records.pseudo_label_name(2, 3, 128), "train-2-00003-of-00128"),
+        (shard_names.shard_name("train", 3, 128), "train-00003-of-00128"),
+        (shard_names.shard_name("validation", 0, 1), "validation-00000-of-00001"),
+        (shard_names.shard_name("extra", 123456, 234567), "extra-123456-of-234567"),
+        (shard_names.prediction_name(3, 128, 7), "train-info-00003-of-00128-00007"),
+        (shard_names.info_name(3, 128, 7), "info-00003-of-00128-00007.txt"),
+        (shard_names.index_name(3, 128, 7), "index-00003-of-00128-00007.parquet"),
+        (shard_names.pseudo_label_name(2, 3, 128), "train-2-00003-of-00128"),
     ],
 )
 def test_names(name, expected):
@@ -73,9 +74,9 @@ def test_names(name, expected):
 
 
 def test_list_shards_in_order(tmp_path):
-    shards = [records.shard_name("train", i, 11) for i in range(11)]
+    shards = [shard_names.shard_name("train", i, 11) for i in range(11)]
     folder = touch(tmp_path, *reversed(shards))
-    assert records.list_shards(folder, "train") == [f"{folder}/{name}" for name in shards]
+    assert shard_names.list_shards(folder, "train") == [f"{folder}/{name}" for name in shards]
 
 
 def test_list_shards_of_several_folders_in_the_order_given(tmp_path):
@@ -83,8 +84,8 @@ def test_list_shards_of_several_folders_in_the_order_given(tmp_path):
     a = touch(tmp_path / "a", "train-00000-of-00001")
     expected = [f"{b}/train-00000-of-00002", f"{b}/train-00001-of-00002"]
     expected.append(f"{a}/train-00000-of-00001")
-    assert records.list_shards(f"{b};{a}", "train") == expected
-    assert records.list_shards(f"{b};;{a};", "train") == expected
+    assert shard_names.list_shards(f"{b};{a}", "train") == expected
+    assert shard_names.list_shards(f"{b};;{a};", "train") == expected
 
 
 def test_list_shards_finds_pseudo_labeled_records_and_nothing_else(tmp_path):
@@ -102,37 +103,37 @@ def test_list_shards_finds_pseudo_labeled_records_and_nothing_else(tmp_path):
         "train-0-00000-of-00002.bak",
         "validation-00000-of-00001",
         "counts.json",
-        Path(manifests.temporary_name(str(tmp_path / "train-00000-of-00001"))).name,
+        Path(atomic.temporary_name(str(tmp_path / "train-00000-of-00001"))).name,
     )
-    found = records.list_shards(folder, "train")
+    found = shard_names.list_shards(folder, "train")
     assert found == [f"{folder}/{name}" for name in wanted]
 
 
 @pytest.mark.parametrize("again", ["{}", "{}/", "{}/../{name}"])
 def test_a_folder_counts_once(tmp_path, again):
-    records.write_sharded(str(tmp_path / "a"), "train", [b"1"], 1)
+    tfrecords.write_sharded(str(tmp_path / "a"), "train", [b"1"], 1)
     twice = f"{tmp_path}/a;{again.format(tmp_path / 'a', name='a')}"
-    with pytest.raises(records.DataError, match="is given twice"):
-        records.list_shards(twice, "train")
+    with pytest.raises(DataError, match="is given twice"):
+        shard_names.list_shards(twice, "train")
 
 
 def test_list_shards_of_several_prefixes(tmp_path):
     folder = touch(tmp_path, "train-00000-of-00001", "extra-00000-of-00001", "dev-00000-of-00001")
-    found = records.list_shards(folder, ("train", "extra"))
+    found = shard_names.list_shards(folder, ("train", "extra"))
     assert found == [f"{folder}/extra-00000-of-00001", f"{folder}/train-00000-of-00001"]
 
 
 def test_a_prefix_is_not_a_pattern(tmp_path):
     folder = touch(tmp_path, "trainX-00000-of-00001", "train.-00000-of-00001")
-    assert records.list_shards(folder, "train.") == [f"{folder}/train.-00000-of-00001"]
+    assert shard_names.list_shards(folder, "train.") == [f"{folder}/train.-00000-of-00001"]
 
 
 def test_missing_shard_is_named(tmp_path):
     folder = touch(tmp_path, "train-00000-of-00004", "train-00003-of-00004", "dev-00000-of-00001")
-    with pytest.raises(records.DataError, match="2 of 4 shards are missing") as e:
-        records.list_shards(folder, "train")
+    with pytest.raises(DataError, match="2 of 4 shards are missing") as e:
+        shard_names.list_shards(folder, "train")
     assert f"{folder}/train-00001-of-00004" in str(e.value)
-    assert records.list_shards(folder, "dev")
+    assert shard_names.list_shards(folder, "dev")
 
 
 @pytest.mark.parametrize("kind", ["empty", "absent", "a file"])
@@ -144,16 +145,16 @@ def test_no_matching_file(tmp_path, kind):
     elif kind == "a file":
         folder.touch()
     for folders in (str(folder), f"{good};{folder}"):
-        with pytest.raises(records.DataError) as e:
-            records.list_shards(folders, ("train", "extra"))
+        with pytest.raises(DataError) as e:
+            shard_names.list_shards(folders, ("train", "extra"))
         for part in (str(folder), "train-00000-of-", "extra-00000-of-"):
             assert part in str(e.value)
 
 
 @pytest.mark.parametrize("folders", ["", ";"])
 def test_no_folder(folders):
-    with pytest.raises(records.DataError, match="no data folder"):
-        records.list_shards(folders, "train")
+    with pytest.raises(DataError, match="no data folder"):
+        shard_names.list_shards(folders, "train")
 
 
 # Examples.
@@ -161,69 +162,73 @@ def test_no_folder(folders):
 
 @pytest.mark.parametrize("label", [0, 9])
 def test_labels_are_stored_from_one(label):
-    payload = records.labeled_example(b"image", label)
+    payload = tfexamples.labeled_example(b"image", label)
     assert content(payload) == {
         "image/encoded": ("bytes_list", [b"image"]),
         "image/class/label": ("int64_list", [label + 1]),
     }
-    parsed = records.parse_labeled(tf.constant(payload))
+    parsed = tfexamples.parse_labeled(tf.constant(payload))
     assert parsed["image"].numpy() == b"image"
     assert parsed["label"].dtype == tf.int32 and parsed["label"].shape == []
-    assert int(parsed["label"]) == label == records.label(payload)
-    assert records.image_bytes(payload) == b"image"
+    assert int(parsed["label"]) == label == tfexamples.label(payload)
+    assert tfexamples.image_bytes(payload) == b"image"
 
 
 def test_other_keys_of_imagenet_records_are_ignored():
-    example = tf.train.Example.FromString(records.labeled_example(b"image", 4))
+    example = tf.train.Example.FromString(tfexamples.labeled_example(b"image", 4))
     example.features.feature["image/filename"].bytes_list.value.append(b"a.jpeg")
     example.features.feature["image/object/bbox/xmin"].float_list.value.extend([0.1, 0.2])
     payload = example.SerializeToString()
-    assert int(records.parse_labeled(tf.constant(payload))["label"]) == records.label(payload) == 4
+    assert (
+        int(tfexamples.parse_labeled(tf.constant(payload))["label"])
+        == tfexamples.label(payload)
+        == 4
+    )
 
 
 def test_png_payload(rng):
     pixels = rng.integers(0, 256, (7, 5, 3), np.uint8)
-    payload = records.labeled_example(tf.io.encode_png(pixels).numpy(), 0)
-    encoded = records.parse_labeled(tf.constant(payload))["image"]
+    payload = tfexamples.labeled_example(tf.io.encode_png(pixels).numpy(), 0)
+    encoded = tfexamples.parse_labeled(tf.constant(payload))["image"]
     np.testing.assert_array_equal(tf.io.decode_png(encoded), pixels)
 
 
 def test_unlabeled_records_equal_the_originals():
     for theirs in golden("unlabeled"):
-        image = records.image_bytes(theirs)
+        image = tfexamples.image_bytes(theirs)
         assert tf.io.decode_jpeg(image).shape == (8, 8, 3)
-        assert same_bytes(records.unlabeled_example(image), theirs)
-        assert records.parse_unlabeled(tf.constant(theirs)).numpy() == image
-        assert records.label(theirs) == -1
+        assert same_bytes(tfexamples.unlabeled_example(image), theirs)
+        assert tfexamples.parse_unlabeled(tf.constant(theirs)).numpy() == image
+        assert tfexamples.label(theirs) == -1
 
 
 def test_placeholders_in_unlabeled_records_of_svhn_are_ignored():
-    features = tf.train.Example.FromString(records.unlabeled_example(b"image"))
+    features = tf.train.Example.FromString(tfexamples.unlabeled_example(b"image"))
     features.features.feature["probabilities"].float_list.value.extend([0.0] * 10)
     features.features.feature["label"].int64_list.value.append(0)
     features.features.feature["prob"].float_list.value.append(0.0)
     payload = features.SerializeToString()
-    assert records.parse_unlabeled(tf.constant(payload)).numpy() == b"image"
-    assert records.image_bytes(payload) == b"image"
+    assert tfexamples.parse_unlabeled(tf.constant(payload)).numpy() == b"image"
+    assert tfexamples.image_bytes(payload) == b"image"
 
 
 def test_predictions_equal_the_originals():
     labels = set()
     for theirs in golden("predictions"):
         stored = content(theirs)
-        probs = records.probabilities(theirs)
+        probs = tfexamples.probabilities(theirs)
         assert probs.dtype == np.float32 and probs.shape == (10,)
         np.testing.assert_allclose(probs.sum(), 1, rtol=1e-5)
         assert stored["probabilities"] == ("float_list", probs.tolist())
         assert stored["classes"] == ("int64_list", [int(probs.argmax())])
-        assert records.label(theirs) == probs.argmax()
-        assert same_bytes(records.prediction_example(probs), theirs)
-        labels.add(records.label(theirs))
+        assert tfexamples.label(theirs) == probs.argmax()
+        assert same_bytes(tfexamples.prediction_example(probs), theirs)
+        labels.add(tfexamples.label(theirs))
     assert len(labels) > 2
 
 
 def test_prediction_of_an_unreadable_image():
-    stored = content(records.prediction_example(np.zeros(3, np.float32)))
+    stored = content(tfexamples.prediction_example(np.zeros(3, np.float32)))
     assert stored == {
         "probabilities": ("float_list", [0.0, 0.0, 0.0]),
         "classes": ("int64_list", [0]),
@@ -234,20 +239,23 @@ def test_pseudo_labeled_records_equal_the_originals():
     """Made from the original's input and predictions, they are what the original made of them."""
     rows = zip(golden("unlabeled"), golden("predictions"), golden("filtered"))
     for unlabeled, prediction, theirs in rows:
-        image, probs = records.image_bytes(unlabeled), records.probabilities(prediction)
-        label = records.label(prediction)
+        image, probs = (
+            tfexamples.image_bytes(unlabeled),
+            tfexamples.probabilities(prediction),
+        )
+        label = tfexamples.label(prediction)
         assert {k: kind for k, (kind, _) in content(theirs).items()} == {
             "image/encoded": "bytes_list",
             "probabilities": "float_list",
             "label": "int64_list",
             "prob": "float_list",
         }
-        assert same_bytes(records.pseudo_labeled_example(image, probs, label), theirs)
+        assert same_bytes(tfexamples.pseudo_labeled_example(image, probs, label), theirs)
 
 
 def test_parser_reads_the_originals_pseudo_labeled_records():
     path = str(GOLDENS / "filtered.tfrecord")
-    data = tf.data.TFRecordDataset(path).map(lambda x: records.parse_pseudo_labeled(x, 10))
+    data = tf.data.TFRecordDataset(path).map(lambda x: tfexamples.parse_pseudo_labeled(x, 10))
     assert data.element_spec == {
         "image": tf.TensorSpec([], tf.string),
         "label": tf.TensorSpec([], tf.int32),
@@ -258,21 +266,21 @@ def test_parser_reads_the_originals_pseudo_labeled_records():
     for ours, theirs in zip(parsed, stored):
         values = {key: value for key, (_, value) in content(theirs).items()}
         assert [ours["image"]] == values["image/encoded"]
-        assert [ours["label"]] == values["label"] == [records.label(theirs)]
+        assert [ours["label"]] == values["label"] == [tfexamples.label(theirs)]
         assert ours["probs"].tolist() == values["probabilities"]
         assert values["prob"] == [ours["probs"][ours["label"]]]
 
 
 def test_wrong_number_of_classes():
     with pytest.raises(tf.errors.InvalidArgumentError, match="probabilities"):
-        records.parse_pseudo_labeled(tf.constant(golden("filtered")[0]), 11)
+        tfexamples.parse_pseudo_labeled(tf.constant(golden("filtered")[0]), 11)
 
 
 def test_payload_that_is_no_example():
-    with pytest.raises(records.DataError, match="not a tf.train.Example"):
-        records.image_bytes(b"\xff\xff\xff")
-    with pytest.raises(records.DataError, match="image/encoded"):
-        records.image_bytes(records.prediction_example([0.5, 0.5]))
+    with pytest.raises(DataError, match="not a tf.train.Example"):
+        tfexamples.image_bytes(b"\xff\xff\xff")
+    with pytest.raises(DataError, match="image/encoded"):
+        tfexamples.image_bytes(tfexamples.prediction_example([0.5, 0.5]))
 
 
 # Reading past damage.
@@ -290,12 +298,12 @@ def spans(payloads_: list[bytes]) -> list[tuple[int, int]]:
 @pytest.fixture
 def path(tmp_path) -> Path:
     """A clean file of PAYLOADS."""
-    records.write(str(tmp_path / "train-00000-of-00001"), iter(PAYLOADS))
+    tfrecords.write(str(tmp_path / "train-00000-of-00001"), iter(PAYLOADS))
     return tmp_path / "train-00000-of-00001"
 
 
-def read(path: Path) -> list[records.Record]:
-    return list(records.read(str(path)))
+def read(path: Path) -> list[tfrecords.Record]:
+    return list(tfrecords.read(str(path)))
 
 
 def flip(path: Path, clean: bytes, place: int) -> None:
@@ -304,16 +312,16 @@ def flip(path: Path, clean: bytes, place: int) -> None:
 
 def test_clean_file(path):
     assert path.stat().st_size == spans(PAYLOADS)[-1][1]
-    assert read(path) == [records.Record(i, payload) for i, payload in enumerate(PAYLOADS)]
+    assert read(path) == [tfrecords.Record(i, payload) for i, payload in enumerate(PAYLOADS)]
     assert payloads(path) == PAYLOADS
-    assert records.count(str(path)) == len(PAYLOADS)
+    assert tfrecords.count(str(path)) == len(PAYLOADS)
 
 
 def test_the_originals_files():
     for name in ("unlabeled", "predictions", "filtered"):
         found = read(GOLDENS / f"{name}.tfrecord")
         assert [r.payload for r in found] == golden(name)
-        assert records.count(str(GOLDENS / f"{name}.tfrecord")) == 8
+        assert tfrecords.count(str(GOLDENS / f"{name}.tfrecord")) == 8
 
 
 def test_truncated_anywhere_in_the_last_record(path):
@@ -324,14 +332,14 @@ def test_truncated_anywhere_in_the_last_record(path):
         path.write_bytes(clean[:size])
         *whole, last = read(path)
         assert [r.payload for r in whole] == PAYLOADS[:-1], size
-        assert last == records.Record(3, None, f"truncated at byte {begin}", size - begin), size
-        assert records.count(str(path)) == 3, size
+        assert last == tfrecords.Record(3, None, f"truncated at byte {begin}", size - begin), size
+        assert tfrecords.count(str(path)) == 3, size
 
 
 def test_cut_between_two_records_is_a_shorter_file(path):
     path.write_bytes(path.read_bytes()[: spans(PAYLOADS)[-1][0]])
     assert [(r.payload, r.problem) for r in read(path)] == [(p, "") for p in PAYLOADS[:-1]]
-    assert records.count(str(path)) == 3
+    assert tfrecords.count(str(path)) == 3
 
 
 @pytest.mark.parametrize("bad", [0, 2, 3])
@@ -343,10 +351,10 @@ def test_damaged_payload_is_one_record(path, bad):
         flip(path, clean, place)
         found = read(path)
         assert [r.position for r in found] == [0, 1, 2, 3]
-        assert found[bad] == records.Record(bad, None, f"damaged payload at byte {begin}")
+        assert found[bad] == tfrecords.Record(bad, None, f"damaged payload at byte {begin}")
         good = [r for r in found if r.position != bad]
         assert all(r.payload == PAYLOADS[r.position] and not r.problem for r in good)
-        assert records.count(str(path)) == 4
+        assert tfrecords.count(str(path)) == 4
 
 
 @pytest.mark.parametrize("bad", [0, 2, 3])
@@ -359,24 +367,24 @@ def test_after_a_damaged_length_the_rest_is_lost(path, bad):
         assert [r.payload for r in whole] == PAYLOADS[:bad]
         assert (last.position, last.payload) == (bad, None)
         assert f"damaged length at byte {begin}" in last.problem
-        assert records.count(str(path)) == bad
+        assert tfrecords.count(str(path)) == bad
 
 
 def test_enormous_length_is_not_believed(path):
     """A length with a valid checksum that points beyond the file, as after a truncated download."""
     length = struct.pack("<Q", 2**60)
-    header = length + struct.pack("<I", wire.masked_crc(length))
+    header = length + struct.pack("<I", tfrecords.masked_crc(length))
     path.write_bytes(path.read_bytes() + header + b"x" * 100)
     *whole, last = read(path)
     assert [r.payload for r in whole] == PAYLOADS
     assert "truncated" in last.problem
-    assert records.count(str(path)) == 4
+    assert tfrecords.count(str(path)) == 4
 
 
 def test_empty_file(path):
     path.write_bytes(b"")
     assert read(path) == []
-    assert records.count(str(path)) == 0
+    assert tfrecords.count(str(path)) == 0
 
 
 @pytest.mark.parametrize(
@@ -387,7 +395,7 @@ def test_file_of_another_kind(path, text, problem):
     (only,) = read(path)
     assert (only.position, only.payload) == (0, None)
     assert problem in only.problem
-    assert records.count(str(path)) == 0
+    assert tfrecords.count(str(path)) == 0
 
 
 # Counts.
@@ -397,48 +405,48 @@ def test_counts_are_trusted_while_the_size_fits(path):
     sidecar = path.parent / "counts.json"
     size = path.stat().st_size
     sidecar.write_text(json.dumps({path.name: {"records": 77, "bytes": size}}))
-    assert records.count_all([str(path)]) == [77]
+    assert tfrecords.count_all([str(path)]) == [77]
     sidecar.write_text(json.dumps({path.name: {"records": 77, "bytes": size + 1}}))
-    with pytest.raises(records.DataError, match=f"{path} has {size} bytes, but counts.json"):
-        records.count_all([str(path)])
+    with pytest.raises(DataError, match=f"{path} has {size} bytes, but counts.json"):
+        tfrecords.count_all([str(path)])
     sidecar.write_text(json.dumps({"train-00001-of-00002": {"records": 77, "bytes": size}}))
-    assert records.count_all([str(path)]) == [4]
+    assert tfrecords.count_all([str(path)]) == [4]
     sidecar.unlink()
-    assert records.count_all([str(path)]) == [4]
+    assert tfrecords.count_all([str(path)]) == [4]
 
 
 def test_counts_of_several_folders(tmp_path):
-    one = records.write_sharded(str(tmp_path / "one"), "train", PAYLOADS, 2)
-    two = records.write_sharded(str(tmp_path / "two"), "train", PAYLOADS[:3], 2)
-    assert records.count_all([*two, *one]) == [2, 1, 2, 2]
+    one = tfrecords.write_sharded(str(tmp_path / "one"), "train", PAYLOADS, 2)
+    two = tfrecords.write_sharded(str(tmp_path / "two"), "train", PAYLOADS[:3], 2)
+    assert tfrecords.count_all([*two, *one]) == [2, 1, 2, 2]
 
 
 def test_empty_file_nobody_accounts_for_is_an_error(path):
     path.write_bytes(b"")
-    with pytest.raises(records.DataError, match=f"{path} is empty"):
-        records.count_all([str(path)])
+    with pytest.raises(DataError, match=f"{path} is empty"):
+        tfrecords.count_all([str(path)])
     # One that was written so on purpose is fine.
-    records.note_counts([str(path)])
-    assert records.count_all([str(path)]) == [0]
+    tfrecords.note_counts([str(path)])
+    assert tfrecords.count_all([str(path)]) == [0]
 
 
 def test_count_all_leaves_out_a_truncated_tail(path):
     path.write_bytes(path.read_bytes()[:-1])
-    assert records.count_all([str(path)], max_bad_fraction=0.9) == [3]
+    assert tfrecords.count_all([str(path)], max_bad_fraction=0.9) == [3]
 
 
 def test_broken_counts_are_named(path):
     (path.parent / "counts.json").write_text('{"train')
     with pytest.raises(ValueError, match="counts.json"):
-        records.count_all([str(path)])
+        tfrecords.count_all([str(path)])
 
 
 def test_note_counts_keeps_other_entries(path):
     sidecar = path.parent / "counts.json"
-    records.note_counts([str(path)])
+    tfrecords.note_counts([str(path)])
     other = path.parent / "dev-00000-of-00001"
-    records.write(str(other), [b"x"])
-    records.note_counts([str(other)])
+    tfrecords.write(str(other), [b"x"])
+    tfrecords.note_counts([str(other)])
     assert json.loads(sidecar.read_text()) == {
         path.name: {"records": 4, "bytes": path.stat().st_size},
         other.name: {"records": 1, "bytes": 17},
@@ -451,24 +459,24 @@ def test_note_counts_keeps_other_entries(path):
 def test_write_sharded(tmp_path):
     folder = tmp_path / "new" / "folder"
     items = [b"%d" % i for i in range(7)]
-    paths = records.write_sharded(str(folder), "dev", items, 3)
-    assert [Path(p).name for p in paths] == [records.shard_name("dev", i, 3) for i in range(3)]
+    paths = tfrecords.write_sharded(str(folder), "dev", items, 3)
+    assert [Path(p).name for p in paths] == [shard_names.shard_name("dev", i, 3) for i in range(3)]
     assert [payloads(p) for p in paths] == [items[0::3], items[1::3], items[2::3]]
-    assert records.list_shards(str(folder), "dev") == paths
+    assert shard_names.list_shards(str(folder), "dev") == paths
     sizes = json.loads((folder / "counts.json").read_text())
     assert [sizes[Path(p).name]["records"] for p in paths] == [3, 2, 2]
     assert names_in(folder) == sorted(["counts.json", *sizes])
 
 
 def test_more_shards_than_records(tmp_path):
-    paths = records.write_sharded(str(tmp_path), "train", [b"only"], 3)
-    assert records.count_all(paths) == [1, 0, 0]
+    paths = tfrecords.write_sharded(str(tmp_path), "train", [b"only"], 3)
+    assert tfrecords.count_all(paths) == [1, 0, 0]
 
 
 def test_writing_again_updates_the_counts(tmp_path):
-    records.write_sharded(str(tmp_path), "train", PAYLOADS, 1)
-    paths = records.write_sharded(str(tmp_path), "train", PAYLOADS[:2], 1)
-    assert records.count_all(paths) == [2]
+    tfrecords.write_sharded(str(tmp_path), "train", PAYLOADS, 1)
+    paths = tfrecords.write_sharded(str(tmp_path), "train", PAYLOADS[:2], 1)
+    assert tfrecords.count_all(paths) == [2]
     assert payloads(paths[0]) == PAYLOADS[:2]
 
 
@@ -495,20 +503,20 @@ class Failing(list):
 @pytest.mark.parametrize("shard", [0, 1])
 def test_a_shard_that_fails_leaves_nothing(tmp_path, shard):
     with pytest.raises(Broken):
-        records.write_sharded(str(tmp_path), "train", Failing(PAYLOADS, shard), 2)
-    finished = [records.shard_name("train", i, 2) for i in range(shard)]
+        tfrecords.write_sharded(str(tmp_path), "train", Failing(PAYLOADS, shard), 2)
+    finished = [shard_names.shard_name("train", i, 2) for i in range(shard)]
     assert names_in(tmp_path) == finished
-    with pytest.raises(records.DataError):
-        records.list_shards(str(tmp_path), "train")
-    paths = records.write_sharded(str(tmp_path), "train", PAYLOADS, 2)
+    with pytest.raises(DataError):
+        shard_names.list_shards(str(tmp_path), "train")
+    paths = tfrecords.write_sharded(str(tmp_path), "train", PAYLOADS, 2)
     assert [payloads(p) for p in paths] == [PAYLOADS[0::2], PAYLOADS[1::2]]
 
 
 def test_a_shard_that_fails_leaves_the_earlier_file(tmp_path):
-    (path,) = records.write_sharded(str(tmp_path), "train", PAYLOADS, 1)
+    (path,) = tfrecords.write_sharded(str(tmp_path), "train", PAYLOADS, 1)
     before = Path(path).read_bytes()
     with pytest.raises(Broken):
-        records.write_sharded(str(tmp_path), "train", Failing(PAYLOADS, 0), 1)
+        tfrecords.write_sharded(str(tmp_path), "train", Failing(PAYLOADS, 0), 1)
     assert Path(path).read_bytes() == before
     assert names_in(tmp_path) == ["counts.json", Path(path).name]
 
@@ -517,14 +525,14 @@ def test_a_shard_that_fails_leaves_the_earlier_file(tmp_path):
 @given(items=st.lists(st.binary(max_size=600), max_size=12), shards=st.integers(1, 4))
 def test_round_trip(tmp_path_factory, items, shards):
     folder = tmp_path_factory.mktemp("round-trip")
-    paths = records.write_sharded(str(folder), "train", items, shards)
+    paths = tfrecords.write_sharded(str(folder), "train", items, shards)
     for shard, path in enumerate(paths):
         expected = items[shard::shards]
         found = read(Path(path))
         assert [r.payload for r in found] == expected == payloads(path)
         assert [r.position for r in found] == list(range(len(expected)))
-        assert records.count(path) == len(expected)
-    assert records.count_all(paths) == [len(items[s::shards]) for s in range(shards)]
+        assert tfrecords.count(path) == len(expected)
+    assert tfrecords.count_all(paths) == [len(items[s::shards]) for s in range(shards)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -533,7 +541,7 @@ def test_no_damage_passes_unnoticed(tmp_path_factory, data):
     """Whatever one byte is changed to, every payload that is returned is one that was written."""
     items = data.draw(st.lists(st.binary(max_size=40), min_size=1, max_size=5))
     path = tmp_path_factory.mktemp("damage") / "file"
-    records.write(str(path), items)
+    tfrecords.write(str(path), items)
     clean = path.read_bytes()
     place = data.draw(st.integers(0, len(clean) - 1))
     value = data.draw(st.integers(0, 255).filter(lambda v: v != clean[place]))
@@ -548,78 +556,176 @@ def test_no_damage_passes_unnoticed(tmp_path_factory, data):
 def test_two_sets_of_one_prefix_are_refused(tmp_path):
     folder = str(tmp_path)
     for shards in (2, 3):
-        records.write_sharded(folder, "train", [records.unlabeled_example(b"x")] * 6, shards)
-    with pytest.raises(records.DataError, match="two sets of 'train', of 2 and of 3 shards"):
-        records.list_shards(folder, "train")
+        tfrecords.write_sharded(folder, "train", [tfexamples.unlabeled_example(b"x")] * 6, shards)
+    with pytest.raises(DataError, match="two sets of 'train', of 2 and of 3 shards"):
+        shard_names.list_shards(folder, "train")
 
 
 def test_file_of_another_size_than_its_count_says(tmp_path):
-    paths = records.write_sharded(str(tmp_path), "train", [b"abc"] * 8, 2)
+    paths = tfrecords.write_sharded(str(tmp_path), "train", [b"abc"] * 8, 2)
     whole = Path(paths[1]).read_bytes()
     Path(paths[1]).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(records.DataError, match=f"{paths[1]} has .* but counts.json"):
-        records.count_all(paths)
+    with pytest.raises(DataError, match=f"{paths[1]} has .* but counts.json"):
+        tfrecords.count_all(paths)
 
 
 @pytest.mark.parametrize("limit, fine", [(0.5, True), (0.01, False), (0.0, False)])
 def test_damage_is_bounded(tmp_path, limit, fine):
     paths = [str(tmp_path / "a"), str(tmp_path / "b")]
     for path in paths:
-        records.write(path, [b"x" * 10] * 4)
+        tfrecords.write(path, [b"x" * 10] * 4)
     whole = Path(paths[0]).read_bytes()
     Path(paths[0]).write_bytes(whole[:-3])
     if fine:
-        assert records.count_all(paths, limit) == [3, 4]
+        assert tfrecords.count_all(paths, limit) == [3, 4]
     else:
-        with pytest.raises(records.DataError, match=f"{paths[0]} is damaged after record 3"):
-            records.count_all(paths, limit)
+        with pytest.raises(DataError, match=f"{paths[0]} is damaged after record 3"):
+            tfrecords.count_all(paths, limit)
 
 
 def test_lost_bytes_are_counted(tmp_path):
     path = tmp_path / "a"
-    records.write(str(path), [b"x" * 10] * 4)
+    tfrecords.write(str(path), [b"x" * 10] * 4)
     content = bytearray(path.read_bytes())
     content[26] ^= 1  # In the length of the second record.
     path.write_bytes(content)
-    assert [r.lost for r in records.read(str(path))] == [0, 3 * 26]
+    assert [r.lost for r in tfrecords.read(str(path))] == [0, 3 * 26]
 
 
 @pytest.mark.parametrize("classes", [1, 3, 127, 128, 300, 1000])
 def test_many_predictions_at_once_are_the_same_bytes(classes):
     probs = np.random.default_rng(0).random([40, classes]).astype(np.float32)
     probs[0] = 0
-    assert records.prediction_examples(probs) == [records.prediction_example(p) for p in probs]
+    assert tfexamples.prediction_examples(probs) == [
+        tfexamples.prediction_example(p) for p in probs
+    ]
 
 
 def test_framed_record_is_that_of_the_writer(tmp_path):
     payloads = [b"", b"x", b"some bytes" * 1000]
-    records.write(str(tmp_path / "file"), payloads)
-    assert b"".join(map(wire.frame, payloads)) == (tmp_path / "file").read_bytes()
+    tfrecords.write(str(tmp_path / "file"), payloads)
+    assert b"".join(map(tfrecords.frame, payloads)) == (tmp_path / "file").read_bytes()
 
 
 def test_reading_from_the_middle(tmp_path):
-    records.write(str(tmp_path / "file"), PAYLOADS)
+    tfrecords.write(str(tmp_path / "file"), PAYLOADS)
     path = str(tmp_path / "file")
-    whole = list(records.read_from(path))
-    assert [record for record, _ in whole] == list(records.read(path))
+    whole = list(tfrecords.read_from(path))
+    assert [record for record, _ in whole] == list(tfrecords.read(path))
     assert whole[-1][1] == (tmp_path / "file").stat().st_size
     for i, (record, end) in enumerate(whole):
-        assert list(records.read_from(path, record.position + 1, end)) == whole[i + 1 :]
+        assert list(tfrecords.read_from(path, record.position + 1, end)) == whole[i + 1 :]
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 127, 128, 16_300, 16_384])
 def test_image_of_a_record_with_nothing_else(size, rng):
     """Read at the level of bytes, and only where a protocol buffer's reader finds the same."""
     image = rng.bytes(size)
-    record = records.unlabeled_example(image)
-    assert records._only_image(record) == records.image_bytes(record) == image
-    for other in (records.labeled_example(image, 3), records.prediction_example([0.5, 0.5])):
-        assert records._only_image(other) is None
+    record = tfexamples.unlabeled_example(image)
+    assert tfexamples._only_image(record) == tfexamples.image_bytes(record) == image
+    for other in (
+        tfexamples.labeled_example(image, 3),
+        tfexamples.prediction_example([0.5, 0.5]),
+    ):
+        assert tfexamples._only_image(other) is None
     for _ in range(300):
         changed = bytearray(record)
         changed[rng.integers(min(40, len(record)))] = rng.integers(256)
         changed = bytes(changed[: len(record) - rng.integers(2) * rng.integers(3)])
-        found = records._only_image(changed)
+        found = tfexamples._only_image(changed)
         if found is not None:
             feature = tf.train.Example.FromString(changed).features.feature
-            assert feature[records.IMAGE].bytes_list.value == [found]
+            assert feature[tfexamples.IMAGE].bytes_list.value == [found]
+
+
+# Blocks and skipping.
+
+
+def plainly_read(content: bytes) -> list[tfrecords.Record]:
+    """The records of a file, without blocks or skipping."""
+    found, at = [], 0
+    while at < len(content):
+        header, lost = content[at : at + 12], len(content) - at
+        problem = f"truncated at byte {at}"
+        if len(header) == 12:
+            length = int.from_bytes(header[:8], "little")
+            if header[8:] != tfrecords.FOOTER.pack(tfrecords.masked_crc(header[:8])):
+                problem = f"damaged length at byte {at}: the rest is lost"
+            elif length + 16 <= lost:
+                payload, end = tfrecords.payload_at(content, at)
+                good = content[end - 4 : end] == tfrecords.FOOTER.pack(
+                    tfrecords.masked_crc(payload)
+                )
+                damage = "" if good else f"damaged payload at byte {at}"
+                found.append(tfrecords.Record(len(found), payload if good else None, damage))
+                at = end
+                continue
+        return [*found, tfrecords.Record(len(found), None, problem, lost)]
+    return found
+
+
+def scanned(path: str) -> list[tfrecords.Record]:
+    with tfrecords.Scanner(path) as scanner:
+        return list(iter(scanner.take, None))
+
+
+@pytest.fixture(params=[tfrecords._BLOCK, 50, 1])
+def block(request, monkeypatch) -> int:
+    """Blocks that hold everything, a few records, and less than a header."""
+    monkeypatch.setattr(tfrecords, "_BLOCK", request.param)
+    return request.param
+
+
+@pytest.fixture
+def file(tmp_path, rng) -> str:
+    """Records of 0 to 60 bytes."""
+    path = str(tmp_path / "records")
+    tfrecords.write(path, [rng.bytes(size) for size in (0, 5, 60, 1, 30, 30, 0, 12)])
+    return path
+
+
+def test_takes_what_is_read(file, block):
+    assert scanned(file) == plainly_read(Path(file).read_bytes())
+
+
+def test_skips_to_every_record(file, block):
+    every = list(tfrecords.read(file))
+    for first in range(len(every) + 3):
+        with tfrecords.Scanner(file) as scanner:
+            assert scanner.skip(first) == min(first, len(every))
+            assert list(iter(scanner.take, None)) == every[first:]
+            assert scanner.position == len(every)
+            assert scanner.skip() == 0 and scanner.take() is None
+
+
+def test_alternates(file, block):
+    every = list(tfrecords.read(file))
+    with tfrecords.Scanner(file) as scanner:
+        taken = []
+        while (record := scanner.take()) is not None:
+            taken.append(record)
+            scanner.skip(1)
+    assert taken == every[::2]
+
+
+def test_mutated_files_are_read_alike(file, block, tmp_path, rng):
+    """Flipped bytes and cuts anywhere: the same records, problems and positions."""
+    content = Path(file).read_bytes()
+    path = str(tmp_path / "mutated")
+    for number in range(300):
+        mutated = bytearray(content)
+        if number % 3:
+            mutated[rng.integers(len(mutated))] ^= int(rng.integers(1, 256))
+        if number % 2:
+            del mutated[rng.integers(len(mutated)) :]
+        Path(path).write_bytes(mutated)
+        expected = plainly_read(bytes(mutated))
+        assert scanned(path) == list(tfrecords.read(path)) == expected
+        with tfrecords.Scanner(path) as scanner:
+            assert scanner.skip() == scanner.position == len(expected)
+
+
+def test_frames_are_what_tensorflow_writes(tmp_path, rng):
+    payloads = [rng.bytes(size) for size in (0, 1, 100, 70000)]
+    tfrecords.write(str(tmp_path / "a"), payloads)
+    assert b"".join(map(tfrecords.frame, payloads)) == (tmp_path / "a").read_bytes()

@@ -1,0 +1,109 @@
+"""Files that appear whole or not at all, and temporary files that do not outlive their process.
+
+A temporary name holds machine and process, so that what a killed process left behind is recognized
+and removed by the next one on that machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import tensorflow as tf
+
+from efficientnet_ns.files.paths import listed
+
+
+def temporary_name(path: str) -> str:
+    """A name in the same folder that no record pattern matches, private to this process."""
+    folder, base = os.path.split(path)
+    return os.path.join(folder, f"{_temporary_prefix()}{os.getpid()}-{base}")
+
+
+def remove_abandoned(paths: Sequence[str]) -> None:
+    """Removes temporary files for `paths` that killed processes of this machine left behind."""
+    wanted: dict[str, set[str]] = {}
+    for path in paths:
+        folder, base = os.path.split(path)
+        wanted.setdefault(folder, set()).add(base)
+    for folder, bases in wanted.items():
+        for found in listed(folder or ".", re.escape(_temporary_prefix()) + ".*"):
+            if _abandoned(os.path.basename(found)) in bases:
+                # Another process may remove it at the same time.
+                with contextlib.suppress(tf.errors.NotFoundError):
+                    tf.io.gfile.remove(found)
+
+
+def remove_abandoned_folders(parent: str) -> None:
+    """Removes temporary folders directly in `parent` of killed processes of this machine."""
+    for name in (found.rstrip("/") for found in tf.io.gfile.listdir(parent)):
+        path = os.path.join(parent, name)
+        if _abandoned(name) is not None and tf.io.gfile.isdir(path):
+            # Another process may remove it at the same time, and in a TMPDIR that users share it may
+            # be another one's.
+            gone_or_foreign = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError)
+            with contextlib.suppress(*gone_or_foreign):
+                tf.io.gfile.rmtree(path)
+
+
+def _temporary_prefix() -> str:
+    return f".tmp-{socket.gethostname()}-"
+
+
+def _abandoned(name: str) -> str | None:
+    """What the temporary `name` of a dead process of this machine was for; None for other names."""
+    if not name.startswith(_temporary_prefix()):
+        return None
+    # Without a number there it is not one of ours.
+    pid, _, base = name[len(_temporary_prefix()) :].partition("-")
+    return base if pid.isdigit() and not is_running(int(pid)) else None
+
+
+def scratch_name(purpose: str) -> str:
+    """A new name below TMPDIR for files that are needed while this process runs.
+
+    Removes those that killed processes left there.
+    """
+    parent = tempfile.gettempdir()
+    remove_abandoned_folders(parent)
+    name = f"efficientnet_ns-{purpose}-{secrets.token_hex(4)}"
+    return temporary_name(os.path.join(parent, name))
+
+
+@contextlib.contextmanager
+def scratch_folder(purpose: str) -> Iterator[str]:
+    """Yields a folder of that kind, which is removed when the block ends."""
+    folder = scratch_name(purpose)
+    tf.io.gfile.makedirs(folder)
+    try:
+        yield folder
+    finally:
+        tf.io.gfile.rmtree(folder)
+
+
+def is_running(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def atomic_path(path: str) -> Iterator[str]:
+    """Yields a temporary name; renames it to `path` when the block ends without an exception."""
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        tf.io.gfile.rename(temporary, path, overwrite=True)
+    finally:
+        if tf.io.gfile.exists(temporary):
+            tf.io.gfile.remove(temporary)

@@ -1,0 +1,7 @@
+"""The error for input that cannot be used."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """Input files that cannot be used as they are; the message names file, record and value."""

@@ -1,0 +1,63 @@
+"""JSON files: written whole or not at all; errors of reading name the file."""
+
+from __future__ import annotations
+
+import json
+
+import tensorflow as tf
+
+from efficientnet_ns.files import atomic
+
+
+class BrokenFile(ValueError):
+    """A JSON file that cannot be parsed, or holds something else than it should."""
+
+
+def write_json(path: str, value: object, *, indent: int | None = None) -> None:
+    """Writes JSON that is either whole or absent."""
+    with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
+        f.write(json.dumps(value, indent=indent))
+
+
+def read_json(path: str):
+    """The parsed file, with or without a byte order mark; BrokenFile naming it when it is not JSON."""
+    with tf.io.gfile.GFile(path, "rb") as f:
+        text = f.read()
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:  # Of bytes that are no text, too.
+        raise BrokenFile(f"{path} is not valid JSON: {e}") from e
+
+
+def read_object(path: str, *keys: str) -> dict:
+    """The object of a JSON file; BrokenFile naming it when it is none, or lacks one of the keys."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise BrokenFile(f"{path} should hold a JSON object, but holds a {type(value).__name__}")
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise BrokenFile(f"{path} lacks {', '.join(missing)}: it was not written by this program")
+    return value
+
+
+def read_json_lines(path: str) -> list[dict]:
+    """Objects of a file with one JSON object per line; none when it does not exist.
+
+    A last line that is not whole, which a killed writer leaves behind, is left out.
+
+    Raises:
+      BrokenFile: another line is not JSON.
+    """
+    if not tf.io.gfile.exists(path):
+        return []
+    with tf.io.gfile.GFile(path, "rb") as f:
+        lines = f.read().split(b"\n")[:-1]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as e:
+            if number == len(lines):
+                break
+            raise BrokenFile(f"{path}, line {number} is not valid JSON: {e}") from e
+    return rows

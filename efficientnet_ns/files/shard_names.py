@@ -1,0 +1,98 @@
+"""Names of record files and of what belongs to them, and finding all shards of a set.
+
+They are those of the original code base, so that its data works here and ours there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from efficientnet_ns.files.errors import DataError
+
+
+def shard_name(prefix: str, shard: int, num_shards: int) -> str:
+    """`train-00003-of-00128`."""
+    return f"{prefix}-{shard:05d}-of-{num_shards:05d}"
+
+
+def prediction_name(shard: int, num_shards: int, worker: int) -> str:
+    """`train-info-00003-of-00128-00000`, whatever the prefix of the input."""
+    return f"{shard_name('train-info', shard, num_shards)}-{worker:05d}"
+
+
+def info_name(shard: int, num_shards: int, worker: int) -> str:
+    """`info-00003-of-00128-00000.txt`."""
+    return f"{shard_name('info', shard, num_shards)}-{worker:05d}.txt"
+
+
+def index_name(shard: int, num_shards: int, worker: int) -> str:
+    """`index-00003-of-00128-00000.parquet`, beside the prediction file it describes."""
+    return f"{shard_name('index', shard, num_shards)}-{worker:05d}.parquet"
+
+
+def pseudo_label_name(task: int, shard: int, num_shards: int) -> str:
+    """`train-0-00003-of-00128`."""
+    return shard_name(f"train-{task}", shard, num_shards)
+
+
+_SHARD = re.compile(r"^(?P<group>.+)-(?P<shard>\d+)-of-(?P<total>\d+)$")
+
+
+def list_shards(folders: str, prefixes: str | Sequence[str]) -> list[str]:
+    """All shards with one of the prefixes in one or several folders.
+
+    Args:
+      folders: paths joined with `;`.
+      prefixes: e.g. `train` or `("train", "extra")`; `train` also finds `train-0-00000-of-00004`.
+
+    Returns:
+      Sorted paths.
+
+    Raises:
+      DataError: nothing matches, a folder is given twice, or a shard of a set is missing.
+    """
+    prefixes = (prefixes,) if isinstance(prefixes, str) else tuple(prefixes)
+    paths: list[str] = []
+    places: set[str] = set()
+    for folder in filter(None, folders.split(";")):
+        place = folder.rstrip("/") if "://" in folder else os.path.realpath(folder)
+        if place in places:
+            raise DataError(
+                f"{folder!r} is given twice in {folders!r}: its images would count twice"
+            )
+        places.add(place)
+        found = _shards_in(folder, prefixes)
+        if not found:
+            names = " or ".join(f"{p}-00000-of-…" for p in prefixes)
+            raise DataError(f"no record files in {folder!r}: expected names such as {names}")
+        paths += found
+    if not paths:
+        raise DataError("no data folder given; expected one path, or several joined with ';'")
+    return paths
+
+
+def _shards_in(folder: str, prefixes: tuple[str, ...]) -> list[str]:
+    if not tf.io.gfile.isdir(folder):
+        return []
+    groups: dict[tuple[str, int], dict[int, str]] = {}
+    for name in tf.io.gfile.listdir(folder):
+        match = _SHARD.match(name.rstrip("/"))
+        if match and any(re.fullmatch(rf"{re.escape(p)}(-\d+)?", match["group"]) for p in prefixes):
+            key = (match["group"], int(match["total"]))
+            groups.setdefault(key, {})[int(match["shard"])] = os.path.join(folder, name)
+    for (group, total), shards in groups.items():
+        totals = sorted(t for g, t in groups if g == group)
+        if len(totals) > 1:
+            raise DataError(
+                f"{folder} holds two sets of {group!r}, of {totals[0]} and of {totals[1]} shards: "
+                "the same images would count twice. Move one away."
+            )
+        missing = [i for i in range(total) if i not in shards]
+        if missing:
+            first = os.path.join(folder, shard_name(group, missing[0], total))
+            raise DataError(f"{len(missing)} of {total} shards are missing, the first is {first}")
+    return sorted(path for shards in groups.values() for path in shards.values())

@@ -1,0 +1,272 @@
+"""Every kind of `tf.train.Example` in the records: keys, encoding and decoding.
+
+| kind           | keys                                                            |
+|----------------|-----------------------------------------------------------------|
+| labeled        | `image/encoded`, `image/class/label` (1-based)                  |
+| unlabeled      | `image/encoded`                                                 |
+| prediction     | `probabilities` float [C], `classes` (argmax, 0-based)          |
+| pseudo-labeled | `image/encoded`, `probabilities`, `label` (0-based), `prob`     |
+
+They are those of the original code base, so that its data works here and ours there. Examples are
+encoded as bytes, without a protocol buffer per record: selection rewrites hundreds of millions.
+
+An Example is field 1, the features, each of which is an entry (field 1) of key (1) and Feature (2);
+a Feature is a bytes list (1), float list (2) or int64 list (3), whose values are field 1, numbers
+packed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.files.protobuf_wire import field, read_varint, varint
+
+IMAGE, LABEL_ONE_BASED = "image/encoded", "image/class/label"
+PROBABILITIES, CLASSES, LABEL, PROB = "probabilities", "classes", "label", "prob"
+
+_FLOAT = struct.Struct("<f")
+
+
+# --- Encoding -------------------------------------------------------------------------------------
+
+
+def _bytes(value: bytes) -> bytes:
+    return field(1, field(1, value))
+
+
+def _floats(values: Sequence[float]) -> bytes:
+    return field(2, field(1, np.asarray(values, "<f4").tobytes()))
+
+
+def _int(value: int) -> bytes:
+    return field(3, field(1, varint(value)))
+
+
+def _entry(key: str, feature: bytes) -> bytes:
+    return field(1, field(1, key.encode()) + field(2, feature))
+
+
+def _example(features: dict[str, bytes]) -> bytes:
+    """A serialized Example of serialized Features, in the order given.
+
+    Every format gives its keys in the order of protobuf's deterministic serialization, in which a key
+    comes after those that it is the beginning of: `probabilities`, `prob`.
+    """
+    return field(1, b"".join(_entry(key, feature) for key, feature in features.items()))
+
+
+def labeled_example(image: bytes, label: int) -> bytes:
+    """A labeled record from encoded image bytes and a 0-based label, which is stored 1-based."""
+    return _example({LABEL_ONE_BASED: _int(label + 1), IMAGE: _bytes(image)})
+
+
+def unlabeled_example(image: bytes) -> bytes:
+    """An unlabeled record from encoded image bytes."""
+    return _example({IMAGE: _bytes(image)})
+
+
+def placeholder_example(image: bytes, label: int, num_classes: int) -> bytes:
+    """A labeled record that also has the keys of a pseudo-labeled one, all zero.
+
+    SVHN's unlabeled records are of this kind; readers of unlabeled records ignore all but the image.
+    """
+    return _example(
+        {
+            LABEL_ONE_BASED: _int(label + 1),
+            IMAGE: _bytes(image),
+            LABEL: _int(0),
+            PROBABILITIES: _floats([0.0] * num_classes),
+            PROB: _floats([0.0]),
+        }
+    )
+
+
+def prediction_example(probabilities: Sequence[float]) -> bytes:
+    """A prediction; `classes` is the argmax, 0-based. All zeros stand for an unreadable image."""
+    return prediction_examples(np.asarray([probabilities], np.float32))[0]
+
+
+def prediction_examples(probabilities: np.ndarray) -> list[bytes]:
+    """A serialized prediction for every row.
+
+    Args:
+      probabilities: float32 [N, C].
+    """
+    rows = np.ascontiguousarray(probabilities, "<f4")
+    size = 4 * rows.shape[1]
+    # The numbers come last, so that all rows of a class share the bytes before them.
+    starts: dict[int, bytes] = {}
+    for k in set(classes := rows.argmax(1).tolist()):
+        zeros = np.zeros(rows.shape[1], np.float32)
+        starts[k] = _example({CLASSES: _int(k), PROBABILITIES: _floats(zeros)})[:-size]
+    return [starts[k] + row.tobytes() for k, row in zip(classes, rows)]
+
+
+def pseudo_labeled_example(image: bytes, probabilities: Sequence[float], label: int) -> bytes:
+    """A pseudo-labeled record: image, class probabilities, 0-based label and its probability."""
+    return pseudo_labeled_from_features(
+        _bytes(image), _floats(probabilities), label, probabilities[label]
+    )
+
+
+def pseudo_labeled_from_features(
+    image: bytes, probabilities: bytes, label: int, prob: float
+) -> bytes:
+    """A pseudo-labeled record from the Features of two other records, which are copied unread.
+
+    Args:
+      image, probabilities: serialized Features.
+      label: 0-based.
+      prob: probability of the label.
+    """
+    # The order of the keys is part of the files' bytes: it must not change.
+    return _example(
+        {
+            IMAGE: image,
+            LABEL: _int(label),
+            PROBABILITIES: probabilities,
+            PROB: field(2, field(1, _FLOAT.pack(prob))),  # Faster than NumPy for one number.
+        }
+    )
+
+
+# --- Decoding -------------------------------------------------------------------------------------
+
+
+def image_bytes(record: bytes) -> bytes:
+    """The encoded image of any record.
+
+    Raises:
+      DataError: not an Example, or one without `image/encoded`.
+    """
+    image = _only_image(record)
+    if image is not None:
+        return image
+    values = _features(record)[IMAGE].bytes_list.value
+    if not values:
+        raise DataError(f"the record has no {IMAGE!r}")
+    return values[0]
+
+
+# What stands before each of the nested fields of an `unlabeled_example`, and their tags.
+_AROUND_IMAGE = (
+    (b"", b"\n"),
+    (b"", b"\n"),
+    (field(1, IMAGE.encode()), b"\x12"),
+    (b"", b"\n"),
+    (b"", b"\n"),
+)
+
+
+def _only_image(record: bytes) -> bytes | None:
+    """The image of a record that holds nothing else, without copying it twice; None for others."""
+    at, end = 0, len(record)
+    for before, tag in _AROUND_IMAGE:
+        if not record.startswith(before, at) or not record.startswith(tag, at + len(before)):
+            return None
+        size, at = read_varint(record, at + len(before) + 1)
+        if at + size != end:
+            return None
+    return record[at:]
+
+
+def probabilities(record: bytes) -> np.ndarray:
+    """Class probabilities, float32 [C], of a prediction or pseudo-labeled record."""
+    return np.asarray(_features(record)[PROBABILITIES].float_list.value, np.float32)
+
+
+def label(record: bytes) -> int:
+    """The 0-based label of a labeled, prediction or pseudo-labeled record; -1 for none."""
+    features = _features(record)
+    if features[LABEL_ONE_BASED].int64_list.value:
+        return features[LABEL_ONE_BASED].int64_list.value[0] - 1
+    for key in (CLASSES, LABEL):
+        if features[key].int64_list.value:
+            return features[key].int64_list.value[0]
+    return -1
+
+
+def _features(record: bytes):
+    try:
+        return tf.train.Example.FromString(record).features.feature
+    except Exception as e:  # protobuf's DecodeError differs between its implementations
+        raise DataError(f"the record is not a tf.train.Example: {e}") from e
+
+
+def parse_labeled(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Scalar string → `image` (encoded, scalar string) and `label` (0-based, int32)."""
+    spec = {
+        IMAGE: tf.io.FixedLenFeature([], tf.string),
+        LABEL_ONE_BASED: tf.io.FixedLenFeature([], tf.int64),
+    }
+    parsed = tf.io.parse_single_example(serialized, spec)
+    return {"image": parsed[IMAGE], "label": tf.cast(parsed[LABEL_ONE_BASED] - 1, tf.int32)}
+
+
+def parse_unlabeled(serialized: tf.Tensor) -> tf.Tensor:
+    """Scalar string → encoded image, scalar string."""
+    return tf.io.parse_single_example(serialized, {IMAGE: tf.io.FixedLenFeature([], tf.string)})[
+        IMAGE
+    ]
+
+
+def parse_pseudo_labeled(serialized: tf.Tensor, num_classes: int) -> dict[str, tf.Tensor]:
+    """Scalar string → `image`, `label` (0-based, int32), `probs` float32 [num_classes]."""
+    spec = {
+        IMAGE: tf.io.FixedLenFeature([], tf.string),
+        LABEL: tf.io.FixedLenFeature([], tf.int64),
+        PROBABILITIES: tf.io.FixedLenFeature([num_classes], tf.float32),
+    }
+    parsed = tf.io.parse_single_example(serialized, spec)
+    return {
+        "image": parsed[IMAGE],
+        "label": tf.cast(parsed[LABEL], tf.int32),
+        "probs": parsed[PROBABILITIES],
+    }
+
+
+def feature(record: bytes, key: str) -> bytes:
+    """The serialized tf.train.Feature of a record under a key; empty if it has none.
+
+    Raises:
+      DataError: the record is not an Example.
+    """
+    return _features(record)[key].SerializeToString()
+
+
+def bytes_value(feature: bytes) -> bytes:
+    """The only value of a serialized Feature of bytes."""
+    return tf.train.Feature.FromString(feature).bytes_list.value[0]
+
+
+class Floats:
+    """A serialized Feature of floats, whose values are read singly.
+
+    Attributes:
+      feature: all of it.
+    """
+
+    def __init__(self, feature: bytes):
+        self.feature = feature
+        # Field 2 (float_list), its length, field 1 (value, packed), its length, the values.
+        self._start = start = 1 + _varint_size(feature, 1)
+        self._start = start + 1 + _varint_size(feature, start + 1)
+
+    def __len__(self) -> int:
+        return max(len(self.feature) - self._start, 0) // _FLOAT.size
+
+    def __getitem__(self, index: int) -> float:
+        """A float32 as a Python float."""
+        return _FLOAT.unpack_from(self.feature, self._start + _FLOAT.size * index)[0]
+
+
+def _varint_size(data: bytes, at: int) -> int:
+    size = 1
+    while at + size <= len(data) and data[at + size - 1] > 0x7F:
+        size += 1
+    return size

@@ -1,0 +1,303 @@
+"""TFRecord files: reading past damage, counting, writing.
+
+A file is a sequence of frames: the length (8 bytes), its checksum, the payload, its checksum. TensorFlow's
+own reader stops at the first damage; this one goes on where that is possible and tells what is lost.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import google_crc32c
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.files import atomic
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.files.json_files import write_json
+from efficientnet_ns.files.shard_names import shard_name
+
+HEADER, FOOTER = struct.Struct("<QI"), struct.Struct("<I")
+OVERHEAD = HEADER.size + FOOTER.size
+COUNTS = "counts.json"
+_BLOCK = 4 << 20  # Bytes per read.
+
+
+# --- Frames ---------------------------------------------------------------------------------------
+
+
+def masked_crc(data: bytes) -> int:
+    """The checksum of a TFRecord: CRC-32C, rotated and shifted."""
+    crc = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def frame(payload: bytes) -> bytes:
+    """A payload with length and checksums, as in a TFRecord file."""
+    length = len(payload).to_bytes(8, "little")
+    return b"".join(
+        (length, FOOTER.pack(masked_crc(length)), payload, FOOTER.pack(masked_crc(payload)))
+    )
+
+
+def payload_at(content: bytes, at: int) -> tuple[bytes, int]:
+    """(payload, end) of the frame that begins at byte `at`; checksums are not looked at."""
+    begin = at + HEADER.size
+    end = begin + int.from_bytes(content[at : at + 8], "little")
+    return content[begin:end], end + FOOTER.size
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+class Record(NamedTuple):
+    """One record of a file.
+
+    Attributes:
+      position: in the file, from 0.
+      payload: None when it could not be read.
+      problem: why not.
+      lost: bytes from here to the end of the file, when all of them are lost.
+    """
+
+    position: int
+    payload: bytes | None
+    problem: str = ""
+    lost: int = 0
+
+
+class Scanner:
+    """A TFRecord file read in order, in which records can be skipped at the cost of their header.
+
+    A record whose payload fails its checksum is reported, and the next one is read. When a length
+    cannot be trusted, or the file ends inside a record, the rest of the file is one last
+    unreadable record. Payloads of skipped records are not checked.
+
+    It is a context manager, which closes the file.
+
+    Args:
+      path: of the file.
+      position: number of the record that begins at byte `offset`, where reading starts.
+
+    Attributes:
+      position: of the next record.
+    """
+
+    def __init__(self, path: str, position: int = 0, offset: int = 0):
+        self.position = position
+        self._size = tf.io.gfile.stat(path).length
+        self._file = tf.io.gfile.GFile(path, "rb")
+        # The block starts at byte `_start` of the file, the next record at byte `_at` of it.
+        self._block, self._start, self._at = b"", offset, 0
+        self._ended = False
+
+    def __enter__(self) -> Scanner:
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self._file.close()
+
+    @property
+    def offset(self) -> int:
+        """Byte at which the next record begins."""
+        return self._size if self._ended else self._start + self._at
+
+    def skip(self, count: int | None = None) -> int:
+        """Passes over `count` records, default all; returns how many there were to pass."""
+        first = self.position
+        while count is None or self.position - first < count:
+            if self.skip_whole() is None and not self._give_up():
+                break
+        return self.position - first
+
+    def take(self) -> Record | None:
+        """The next record; None at the end of the file."""
+        position, offset = self.position, self.offset
+        length = self.skip_whole()
+        if length is None:
+            problem = self._problem(offset)
+            if not self._give_up():
+                return None
+            return Record(position, None, problem, self._size - offset)
+        # `skip_whole` has moved behind the record, which may reach beyond the block.
+        end = self._at
+        if end > len(self._block) or end < length + OVERHEAD:
+            self._load(offset, length + OVERHEAD)
+            end = self._at = length + OVERHEAD
+        payload = self._block[end - FOOTER.size - length : end - FOOTER.size]
+        (crc,) = FOOTER.unpack_from(self._block, end - FOOTER.size)
+        if masked_crc(payload) != crc:
+            return Record(position, None, f"damaged payload at byte {offset}")
+        return Record(position, payload)
+
+    def skip_whole(self) -> int | None:
+        """Moves behind the next record and returns the length of its payload.
+
+        Returns None, and does not move, when no whole record follows.
+        """
+        if self._ended:
+            return None
+        at = self._at
+        if at + HEADER.size > len(self._block):
+            self._load(self._start + at, HEADER.size)
+            at = 0
+        block = self._block
+        if len(block) - at < HEADER.size:
+            return None
+        length, crc = HEADER.unpack_from(block, at)
+        end = at + length + OVERHEAD
+        if self._start + end > self._size or masked_crc(block[at : at + 8]) != crc:
+            return None
+        self._at = end
+        self.position += 1
+        return length
+
+    def _load(self, offset: int, least: int) -> None:
+        """Makes the block start at byte `offset` of the file, with `least` bytes if it has them."""
+        known = self._block[offset - self._start :] if offset >= self._start else b""
+        if not known:
+            self._file.seek(offset)
+        more = self._file.read(max(_BLOCK, least - len(known)))
+        self._block, self._start, self._at = known + more, offset, 0
+
+    def _problem(self, offset: int) -> str:
+        """Why no whole record begins at byte `offset`."""
+        header = self._block[self._at : self._at + HEADER.size]
+        damaged = len(header) == HEADER.size and masked_crc(header[:8]) != HEADER.unpack(header)[1]
+        if damaged:
+            return f"damaged length at byte {offset}: the rest is lost"
+        return f"truncated at byte {offset}"
+
+    def _give_up(self) -> bool:
+        """Counts what is left of the file as one unreadable record; False if nothing is."""
+        left = self.offset < self._size
+        self._ended = True
+        self.position += left
+        return left
+
+
+def read(path: str) -> Iterator[Record]:
+    """Reads a TFRecord file past damage, as `Scanner` does.
+
+    Yields:
+      Records in file order, positions counting unreadable ones.
+    """
+    for record, _ in read_from(path):
+        yield record
+
+
+def read_from(path: str, position: int = 0, offset: int = 0) -> Iterator[tuple[Record, int]]:
+    """Like `read`, starting with the record `position`, which begins at byte `offset`.
+
+    Yields:
+      (record, byte where the next one begins).
+    """
+    with Scanner(path, position, offset) as scanner:
+        while (record := scanner.take()) is not None:
+            yield record, scanner.offset
+
+
+def spans(path: str) -> Iterator[tuple[int, int]]:
+    """(first byte, length) of the payload of each whole record; only headers are checked."""
+    with Scanner(path) as scanner:
+        while (length := scanner.skip_whole()) is not None:
+            yield scanner.offset - FOOTER.size - length, length
+
+
+def count(path: str) -> int:
+    """Number of whole records of a file by its headers; a truncated tail is left out."""
+    return _measure(path)[0]
+
+
+def _measure(path: str) -> tuple[int, int]:
+    """(whole records, bytes after the last whole record)."""
+    total = end = 0
+    for start, length in spans(path):
+        total, end = total + 1, start + length + FOOTER.size
+    return total, tf.io.gfile.stat(path).length - end
+
+
+def count_all(paths: Sequence[str], max_bad_fraction: float = 0.01) -> list[int]:
+    """Records per file, from the folder's `counts.json` where it names the file, else counted.
+
+    Args:
+      max_bad_fraction: how much of all bytes may lie behind damage, which is left out.
+
+    Raises:
+      DataError: a file is empty, or of another size than `counts.json` says, or too much is lost.
+    """
+    known: dict[str, dict] = {}
+    counts, damage, total_bytes = [], [], 0
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in known:
+            sidecar = os.path.join(folder, COUNTS)
+            known[folder] = read_object(sidecar) if tf.io.gfile.exists(sidecar) else {}
+        size = tf.io.gfile.stat(path).length
+        total_bytes += size
+        entry = known[folder].get(name)
+        if entry and entry["bytes"] != size:
+            raise DataError(
+                f"{path} has {size} bytes, but {COUNTS} beside it says {entry['bytes']}: it was "
+                f"truncated or changed. Write it again, or delete {COUNTS} if it is meant so."
+            )
+        if size == 0 and not entry:
+            raise DataError(f"{path} is empty: write it again, or delete its whole set")
+        whole, rest = (entry["records"], 0) if entry else _measure(path)
+        counts.append(whole)
+        if rest:
+            damage.append((rest, f"{path} is damaged after record {whole}: {rest} bytes left out"))
+            logging.warning("%s", damage[-1][1])
+    if sum(rest for rest, _ in damage) > max_bad_fraction * total_bytes:
+        raise DataError(f"{damage[0][1]}, more than the fraction {max_bad_fraction} of the set")
+    return counts
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def write(path: str, payloads: Iterable[bytes]) -> int:
+    """Writes one TFRecord file under exactly this name and returns the number of records."""
+    total = 0
+    with tf.io.TFRecordWriter(path) as writer:
+        for payload in payloads:
+            writer.write(payload)
+            total += 1
+    return total
+
+
+def write_sharded(
+    folder: str, prefix: str, payloads: Sequence[bytes], num_shards: int
+) -> list[str]:
+    """Writes `payloads` round-robin to `num_shards` files; each appears by rename when whole.
+
+    Returns:
+      The paths.
+    """
+    tf.io.gfile.makedirs(folder)
+    paths = [os.path.join(folder, shard_name(prefix, i, num_shards)) for i in range(num_shards)]
+    for shard, path in enumerate(paths):
+        with atomic.atomic_path(path) as temporary:
+            write(temporary, payloads[shard::num_shards])
+    note_counts(paths)
+    return paths
+
+
+def note_counts(paths: Sequence[str], counts: Sequence[int] | None = None) -> None:
+    """Records the number of records and bytes of files of one folder in its `counts.json`.
+
+    Args:
+      counts: records of each file; None: counted.
+    """
+    folder = os.path.dirname(paths[0])
+    sidecar = os.path.join(folder, COUNTS)
+    entries = read_object(sidecar) if tf.io.gfile.exists(sidecar) else {}
+    for path, total in zip(paths, counts or map(count, paths)):
+        entries[os.path.basename(path)] = {
+            "records": total,
+            "bytes": tf.io.gfile.stat(path).length,
+        }
+    write_json(sidecar, entries, indent=1)
