@@ -17,7 +17,7 @@ from absl import logging
 
 from efficientnet_ns.files import atomic
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.files.json_files import write_json
+from efficientnet_ns.files.json_files import read_object, write_json
 from efficientnet_ns.files.shard_names import shard_name
 
 HEADER, FOOTER = struct.Struct("<QI"), struct.Struct("<I")
