@@ -427,7 +427,6 @@ def test_identity():
         "model_dir",
         "num_eval_images",
         "num_test_images",
-        "use_cache",
         "log_step_count_steps",
         "preview_images",
         "debug",
