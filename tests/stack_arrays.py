@@ -1,4 +1,6 @@
-"""Numbers that both stacks compute, for test_stack.py; as a program, into a file:
+"""Numbers that both stacks compute, for test_stack.py.
+
+As a program, into a file:
 
 python tests/stack_arrays.py FILE.npz
 """

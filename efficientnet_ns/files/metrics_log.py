@@ -54,7 +54,7 @@ class MetricsLog:
         tf.io.gfile.makedirs(folder)
         write_lines(self.path, self.rows)
         if "://" not in folder:
-            self._lines = open(self.path, "a", encoding="utf-8")
+            self._lines = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - until `close`
         self.writer = tf.summary.create_file_writer(folder)
 
     def add(self, step: int, values: dict[str, float]) -> None:

@@ -206,12 +206,16 @@ def test_warps_equal_projective_transform(shape):
             ("ShearX", (1.0, level, 0.0, 0.0, 1.0, 0.0)),
             ("ShearY", (1.0, 0.0, 0.0, level, 1.0, 0.0)),
         ):
-            for result in in_both_shapes(lambda x, op=op: augment.OPS[op](x, level), image):
+            for result in in_both_shapes(
+                lambda x, op=op, level=level: augment.OPS[op](x, level), image
+            ):
                 expected = projected(image, coefficients)
                 np.testing.assert_array_equal(result, expected, err_msg=f"{op}({level})")
     for degrees in (-90.0, -81.0, -45.0, 0.0, 7.5, 90.0):
         expected = projected(image, rotation(degrees, *shape))
-        for result in in_both_shapes(lambda x: augment.OPS["Rotate"](x, degrees), image):
+        for result in in_both_shapes(
+            lambda x, degrees=degrees: augment.OPS["Rotate"](x, degrees), image
+        ):
             np.testing.assert_array_equal(result, expected, err_msg=f"Rotate({degrees})")
 
 
@@ -301,7 +305,8 @@ def test_blends_follow_their_definition_for_all_pairs_of_value_and_gray():
             if factor != 1:
                 expected = blend(degenerate, image, factor).astype(np.uint8)
                 for result in in_both_shapes(
-                    lambda x, name=name: augment.OPS[name](x, factor), tf.constant(image)
+                    lambda x, name=name, factor=factor: augment.OPS[name](x, factor),
+                    tf.constant(image),
                 ):
                     np.testing.assert_array_equal(result, expected, err_msg=f"{name}({factor})")
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -207,7 +208,7 @@ def test_a_teacher_needs_no_stored_labels(tmp_path):
 
 def resolved(folder: Path, **changes) -> ResolvedConfig:
     task = folder / "task.json"
-    task.write_text('{"num_classes": %d, "image_size": %d}' % (COUNT, SIZE))
+    task.write_text(json.dumps({"num_classes": COUNT, "image_size": SIZE}))
     settings = {"task_name": str(task), "model_name": "efficientnet-test", **changes}
     return ResolvedConfig.from_config(Config().override(**settings))
 

@@ -217,7 +217,9 @@ def test_two_replicas_apply_the_sum_of_their_gradients(rng, two_replicas):
         gradients = rng.normal(size=(2, 4)).astype(np.float32)
         step(
             two_replicas.experimental_distribute_values_from_function(
-                lambda context: tf.constant(gradients[context.replica_id_in_sync_group])
+                lambda context, values=gradients: tf.constant(
+                    values[context.replica_id_in_sync_group]
+                )
             )
         )
         reference.step([gradients.sum(0)], 0.05)
