@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging as std_logging
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags, logging
@@ -21,6 +23,13 @@ _STORAGE_ERRORS = (
     "ResourceExhaustedError",
     "AlreadyExistsError",
 )
+# What reading and writing gs:// raises without a network or credentials, or while it is overloaded.
+# Training raises errors of these classes, too.
+_REMOTE_ERRORS = (
+    *("FailedPreconditionError", "UnavailableError", "AbortedError", "DeadlineExceededError"),
+    *("UnauthenticatedError", "UnimplementedError"),
+)
+_REMOTE_STORAGE = re.compile(r"gs://|libcurl|executing an HTTP request|File system scheme")
 
 
 def run(main: Callable[..., int | None], *settings: type, words: bool = False) -> None:
@@ -67,7 +76,35 @@ def _arguments(
             f"unexpected argument {rest[0]!r}; every setting is a --flag=value"
         )
     built: list[Any] = [fields.from_flags(cls, values) for cls in settings]
+    for one in built:
+        _refuse_other_schemes(one)
     return [*built, list(rest)] if words else built
+
+
+# File systems of TensorFlow itself; the addresses of TPUs are no paths.
+_SCHEMES = ("gs", "file", "ram")
+_ADDRESSES = ("tpu", "master")
+
+
+def _refuse_other_schemes(settings: Any) -> None:
+    """Raises ConfigError for the first path on a file system that TensorFlow does not have."""
+    for name, value in _texts(settings):
+        # Several folders are joined with ';'.
+        for part in value.split(";") if name not in _ADDRESSES else ():
+            scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", part)
+            if scheme and scheme[1] not in _SCHEMES:
+                raise fields.ConfigError(
+                    f"--{name}={part}: a local path or gs:// is needed; download it first, or "
+                    "write to a local folder and copy that"
+                )
+
+
+def _texts(settings: Any) -> Iterator[tuple[str, str]]:
+    for name, value in vars(settings).items():
+        if dataclasses.is_dataclass(value):
+            yield from _texts(value)
+        elif isinstance(value, str):
+            yield name, value
 
 
 def _exit_code(program: Callable[[], int | None]) -> int | None:
@@ -97,7 +134,8 @@ def _is_fixable(error: Exception) -> bool:
     storage = isinstance(error, OSError) or kind.__name__ in _STORAGE_ERRORS
     # A failed precondition is about storage if a folder is where a file should be, or vice versa.
     mixed_up = kind.__name__ == "FailedPreconditionError" and "directory" in str(error)
-    return kind.__module__.startswith("efficientnet_ns") or storage or mixed_up
+    remote = kind.__name__ in _REMOTE_ERRORS and bool(_REMOTE_STORAGE.search(str(error)))
+    return kind.__module__.startswith("efficientnet_ns") or storage or mixed_up or remote
 
 
 def _quieten_tensorflow() -> None:

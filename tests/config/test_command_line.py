@@ -1,0 +1,61 @@
+"""What every program does with its command line and with errors that the user can fix."""
+
+from __future__ import annotations
+
+import pytest
+import tensorflow as tf
+from absl import flags
+
+from efficientnet_ns.config import Config, ConfigError, MakeConfig, command_line, fields
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "path"),
+    [
+        (MakeConfig, "source", "https://example.org/photos.zip"),
+        (MakeConfig, "output_dir", "s3://bucket/records"),
+        (Config, "label_data_dir", "gs://bucket/one;hdfs://host/two"),
+    ],
+)
+def test_paths_of_unknown_file_systems_are_refused_at_the_door(cls, name, path):
+    values = flags.FlagValues()
+    fields.define_flags(cls, values)
+    values(["program", f"--{name}={path}"])
+    with pytest.raises(ConfigError, match=f"--{name}={path.split(';')[-1]}: a local path or gs://"):
+        command_line._arguments([cls], values, [], words=False)
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/model", "/local/model", "tfds:mnist"])
+def test_paths_of_known_file_systems_are_taken(path):
+    values = flags.FlagValues()
+    fields.define_flags(Config, values)
+    values(["program", f"--label_data_dir={path}", "--tpu=grpc://10.0.0.1:8470"])
+    (built,) = command_line._arguments([Config], values, [], words=False)
+    assert built.data.label_data_dir == path
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (
+            tf.errors.FailedPreconditionError(
+                None, None, "libcurl code 6 meaning 'Couldn't resolve host name'"
+            ),
+            2,
+        ),
+        (tf.errors.UnavailableError(None, None, "when reading metadata of gs://bucket/x"), 2),
+        (tf.errors.AbortedError(None, None, "Error executing an HTTP request: HTTP 503"), 2),
+        (tf.errors.UnimplementedError(None, None, "File system scheme 's3' not implemented"), 2),
+        (tf.errors.UnavailableError(None, None, "worker 3 has left"), None),
+        (tf.errors.FailedPreconditionError(None, None, "variable is uninitialized"), None),
+    ],
+)
+def test_errors_of_remote_storage_are_one_line_and_others_are_not(error, code):
+    def program():
+        raise error
+
+    if code is None:
+        with pytest.raises(type(error)):
+            command_line._exit_code(program)
+    else:
+        assert command_line._exit_code(program) == code
