@@ -8,7 +8,7 @@ import os
 import select
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 UNREAD = 141  # Exit code: 128 + SIGPIPE.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -21,8 +21,8 @@ def quiet_when_unread() -> Iterator[None]:
     A closed standard output or error is replaced by os.devnull; a full one ends the program with
     one line and exit code 2.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
-    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+    sys.stdout = sys.stdout or _nobody()
+    sys.stderr = sys.stderr or _nobody()
     try:
         try:
             yield
@@ -38,6 +38,10 @@ def quiet_when_unread() -> Iterator[None]:
         if e.errno not in _FULL or e.filename is not None:
             raise
         _end_full(e)
+
+
+def _nobody() -> TextIO:
+    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
 
 
 def flush() -> None:

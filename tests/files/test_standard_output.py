@@ -22,7 +22,7 @@ def test_closed_standard_output_and_error_are_replaced(monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has it")
 @pytest.mark.parametrize("at_once", [False, True])
 def test_full_standard_output_is_one_line(at_once, monkeypatch, capfd):
-    full = open("/dev/full", "w", encoding="utf-8")
+    full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", encoding="utf-8")
     monkeypatch.setattr(sys, "stdout", full)
     with pytest.raises(SystemExit) as stopped, standard_output.quiet_when_unread():
         print("for nobody", flush=at_once)
