@@ -60,10 +60,59 @@ def run(main: Callable[..., int | None], *settings: type, words: bool = False) -
 
 def _parse(values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
     try:
-        return values(arguments)
-    except flags.Error as e:
+        expanded = _expanded(values, arguments[1:])
+        _refuse_two_in_one(values, expanded)
+        return values([arguments[0], *expanded])
+    except (flags.Error, fields.ConfigError) as e:
         print(f"{e}\n--help lists the flags.", file=sys.stderr)
         sys.exit(2)
+
+
+def _expanded(values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
+    """The arguments with the lines of flag files in their places, without byte order marks.
+
+    Raises:
+      ConfigError: a flag file is not UTF-8.
+      flags.Error: a flag file cannot be read.
+    """
+    try:
+        lines = values.read_flags_from_files(list(arguments), force_gnu=False)
+    except UnicodeDecodeError as e:
+        path = _first_not_utf8(arguments)
+        raise fields.ConfigError(f"--flagfile={path} is not UTF-8 text") from e
+    stripped = [line.removeprefix("\ufeff") for line in lines]
+    comments = [i for i, line in enumerate(stripped) if line != lines[i] and line[:1] in ("", "#")]
+    return [line for i, line in enumerate(stripped) if i not in comments]
+
+
+def _first_not_utf8(arguments: Sequence[str], seen: tuple[str, ...] = ()) -> str:
+    """Which of the flag files, or of those they name, cannot be decoded; "" if none is."""
+    for place, argument in enumerate(arguments):
+        match = re.fullmatch(r"--?flagfile(?:=(.*))?", argument.strip(), re.DOTALL)
+        if not match:
+            continue
+        path = os.path.expanduser(match[1] if match[1] is not None else arguments[place + 1])
+        if path in seen:
+            continue
+        try:
+            with open(path, encoding="utf-8") as f:
+                lines = f.read().splitlines()
+        except UnicodeDecodeError:
+            return path
+        if found := _first_not_utf8(lines, (*seen, path)):
+            return found
+    return ""
+
+
+def _refuse_two_in_one(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    """Raises ConfigError if one line of a flag file has two flags: the first would swallow the second."""
+    for argument in arguments:
+        match = re.match(r"--?(\w+)=(.*?\s--?(?:no)?(\w+)(?:=.*|\s*))$", argument, re.DOTALL)
+        if match and match[1] in values and match[3] in values:
+            raise fields.ConfigError(
+                f"--{match[3]} is not on a line of its own: it would become part of the value of "
+                f"--{match[1]}, {match[2]!r}"
+            )
 
 
 def _arguments(

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 from absl import flags
 
+from efficientnet_ns import config
 from efficientnet_ns.config import Config, ConfigError, MakeConfig, command_line, fields
 
 
@@ -59,3 +60,43 @@ def test_errors_of_remote_storage_are_one_line_and_others_are_not(error, code):
             command_line._exit_code(program)
     else:
         assert command_line._exit_code(program) == code
+
+
+def _parsed(tmp_path, content: bytes, *names: str):
+    (tmp_path / "inner.flags").write_bytes(content)
+    (tmp_path / "outer.flags").write_text(f"# outer\n--flagfile={tmp_path}/inner.flags\n")
+    values = flags.FlagValues()
+    fields.define_flags(MakeConfig, values)
+    command_line._parse(values, ["program", f"--flagfile={tmp_path}/outer.flags"])
+    return [values[name].value for name in names]
+
+
+def test_a_flag_file_in_another_encoding_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        _parsed(tmp_path, "--source=a".encode("utf-16"))
+    assert stopped.value.code == 2
+    assert f"--flagfile={tmp_path}/inner.flags is not UTF-8 text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", ["", "# comment\n"])
+def test_a_flag_file_may_begin_with_a_byte_order_mark(first, tmp_path):
+    content = f"{first}--source=a b\n--seed=3\n".encode("utf-8-sig")
+    assert _parsed(tmp_path, content, "source", "seed") == ["a b", 3]
+
+
+def test_two_flags_on_one_line_are_refused_by_name(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        _parsed(tmp_path, b"--source=photos --output_dir=records\n")
+    told = capsys.readouterr().err
+    assert "--output_dir is not on a line of its own" in told
+    assert "--source, 'photos --output_dir=records'" in told
+
+
+def test_a_negative_seed_is_refused_by_every_program():
+    for name in ("DemoConfig", "MakeConfig", "SvhnConfig", "Config"):
+        cls = getattr(config, name)
+        values = flags.FlagValues()
+        fields.define_flags(cls, values)
+        values(["program", "--seed=-1"])
+        with pytest.raises(ConfigError, match="--seed=-1 is too small"):
+            fields.from_flags(cls, values)
