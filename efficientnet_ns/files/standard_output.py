@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import select
 import sys
 from collections.abc import Iterator
@@ -65,6 +66,15 @@ def _end_full(error: OSError) -> NoReturn:
 def _discard_rest() -> None:
     # Python writes what is left when it ends.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def escaped(text: str) -> str:
+    """`text` with control characters, which could move the cursor or end the line, as escapes."""
+    return re.sub(
+        r"[\x00-\x1f\x7f-\x9f\u2028\u2029]",
+        lambda found: found[0].encode("unicode_escape").decode(),
+        text,
+    )
 
 
 def is_unread() -> bool:

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from efficientnet_ns.config import Config, ConfigError, PhotosConfig
 from efficientnet_ns.data import image_conversion, tasks
+from efficientnet_ns.files.standard_output import escaped
 from efficientnet_ns.inference import photos as photos_lib
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import weights
@@ -89,11 +90,11 @@ def _reason(message: str) -> str:
 
 def _text(result: dict[str, Any]) -> str:
     if "error" in result:
-        return f"{result['photo']}\n  cannot be read: {result['error']}"
-    guesses = result["predictions"]
-    width = max(len(guess["name"]) for guess in guesses)
-    lines = [f"  {guess['name']:<{width}}  {guess['probability']:.4f}" for guess in guesses]
-    return "\n".join([result["photo"], *lines])
+        return f"{escaped(result['photo'])}\n  cannot be read: {result['error']}"
+    guesses = [(escaped(guess["name"]), guess["probability"]) for guess in result["predictions"]]
+    width = max(len(name) for name, _ in guesses)
+    lines = [f"  {name:<{width}}  {probability:.4f}" for name, probability in guesses]
+    return "\n".join([escaped(result["photo"]), *lines])
 
 
 def _printable(text: str) -> str:

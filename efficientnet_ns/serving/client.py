@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from efficientnet_ns.files.standard_output import quiet_when_unread
+from efficientnet_ns.files.standard_output import escaped, quiet_when_unread
 
 _VALID = "valid"
 _TOP = ("top_classes", "top_class_names", "top_probabilities")
@@ -85,11 +85,16 @@ class RestServer:
             self._connect = functools.partial(
                 kinds[parts.scheme], parts.hostname, parts.port, timeout=timeout
             )
+            if "@" in parts.netloc or parts.query or parts.fragment:
+                raise ValueError("parts that would not be sent")
             usable = (parts.hostname or "").encode("idna") and parts.port != 0 and self._connect()
         except (KeyError, ValueError, http.client.HTTPException):
             usable = False
         if not usable:
-            raise ValueError(f"{url!r} is not an address like http://localhost:8501")
+            raise ValueError(
+                f"{url!r} is not an address like http://localhost:8501, which may end in a path but "
+                "has no user, password, query or fragment"
+            )
         self._address = parts.netloc
         chosen = "" if version is None else f"/versions/{version}"
         base = quote(parts.path.rstrip("/"), safe="/%")
@@ -330,7 +335,13 @@ def _check_names(outputs: Any) -> None:
 def _prediction(index: Any, name: Any, probability: Any) -> dict[str, Any]:
     if not isinstance(name, str):
         raise TypeError(f"{name!r} as the name of a class")
-    return {"index": int(index), "name": name, "probability": float(probability)}
+    # Of bool, too, which Python takes for int.
+    if type(index) is not int or index < 0:
+        raise TypeError(f"{index!r} as the index of a class")
+    # Rounding in the model may end just above 1.
+    if type(probability) not in (int, float) or not 0 <= probability <= 1.001:
+        raise TypeError(f"{probability!r} as a probability")
+    return {"index": index, "name": name, "probability": float(probability)}
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -381,11 +392,12 @@ def as_table(results: Sequence[Result]) -> str:
     blocks = []
     for result in results:
         if result.error:
-            blocks.append(f"{result.photo}\n  {result.error}")
+            blocks.append(f"{escaped(result.photo)}\n  {escaped(result.error)}")
             continue
-        width = max(len(prediction["name"]) for prediction in result.predictions)
-        lines = [f"  {p['name']:<{width}}  {p['probability']:.4f}" for p in result.predictions]
-        blocks.append("\n".join([result.photo, *lines]))
+        guesses = [(escaped(guess["name"]), guess["probability"]) for guess in result.predictions]
+        width = max(len(name) for name, _ in guesses)
+        lines = [f"  {name:<{width}}  {probability:.4f}" for name, probability in guesses]
+        blocks.append("\n".join([escaped(result.photo), *lines]))
     return "\n".join(blocks)
 
 

@@ -1,0 +1,64 @@
+"""What the client accepts as an address and as predictions, and how it prints them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from efficientnet_ns.files.standard_output import escaped
+from efficientnet_ns.inference import photo_files
+from efficientnet_ns.serving import client
+
+
+def outputs(index=1, probability=0.5) -> dict:
+    return {
+        "valid": [True],
+        "top_classes": [[index]],
+        "top_class_names": [["cat"]],
+        "top_probabilities": [[probability]],
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"probability": math.nan},
+        {"probability": math.inf},
+        {"probability": "0.7"},
+        {"probability": -0.1},
+        {"probability": True},
+        {"index": 1.7},
+        {"index": "1"},
+        {"index": -1},
+        {"index": True},
+    ],
+)
+def test_numbers_that_no_exported_model_returns_are_refused(wrong):
+    (value,) = wrong.values()
+    with pytest.raises(client.RequestFailed, match=f"{value!r} as "):
+        client._results(["photo.jpg"], outputs(**wrong), 1)
+
+
+def test_whole_probabilities_are_taken():
+    (result,) = client._results(["photo.jpg"], outputs(probability=1), 1)
+    assert result.predictions == ({"index": 1, "name": "cat", "probability": 1.0},)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://user:word@host", "user@host:8501", "http://host/?x=1", "http://host/base#part"],
+)
+def test_parts_of_an_address_that_would_be_dropped_are_refused(url):
+    with pytest.raises(ValueError, match="no user, password, query or fragment"):
+        client.RestServer(url, "model")
+
+
+def test_control_characters_reach_no_terminal():
+    name, photo = "cat\x1b[2J\nfake  0.9999", "a\nb.jpg"
+    prediction = {"index": 0, "name": name, "probability": 0.5}
+    line = r"  cat\x1b[2J\nfake  0.9999  0.5000"
+    assert client.as_table([client.Result(photo, (prediction,))]) == "a\\nb.jpg\n" + line
+    text = photo_files._text({"photo": photo, "predictions": [prediction]})
+    assert text == "a\\nb.jpg\n" + line
+    assert escaped("né 日本") == "né 日本"
