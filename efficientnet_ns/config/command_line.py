@@ -48,7 +48,7 @@ def run(main: Callable[..., int | None], *settings: type, words: bool = False) -
     for cls in settings:
         fields.define_flags(cls, values)
     with standard_output.quiet_when_unread():
-        if _HELP & set(sys.argv[1:]):
+        if _HELP & {re.sub("=(1|true)$", "", argument) for argument in sys.argv[1:]}:
             print(flag_help.text(values, sys.argv[0], sys.modules["__main__"].__doc__ or ""))
             sys.exit(0)
         _quieten_tensorflow()

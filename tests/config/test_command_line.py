@@ -7,6 +7,7 @@ import tensorflow as tf
 from absl import flags
 
 from efficientnet_ns import config
+from efficientnet_ns.benchmarks import registry
 from efficientnet_ns.config import Config, ConfigError, MakeConfig, command_line, fields
 
 
@@ -100,3 +101,18 @@ def test_a_negative_seed_is_refused_by_every_program():
         values(["program", "--seed=-1"])
         with pytest.raises(ConfigError, match="--seed=-1 is too small"):
             fields.from_flags(cls, values)
+
+
+@pytest.mark.parametrize("argument", ["--help", "--help=1", "-help=true"])
+def test_help_with_a_value_is_help(argument, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["program", argument])
+    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+    with pytest.raises(SystemExit) as stopped:
+        command_line.run(lambda options: None, MakeConfig)
+    assert stopped.value.code == 0
+    assert "--output_dir" in capsys.readouterr().out
+
+
+def test_a_benchmark_without_its_subject_lists_the_choices():
+    with pytest.raises(ConfigError, match="--what is needed: one of input, train"):
+        registry.run(config.BenchmarkConfig())
