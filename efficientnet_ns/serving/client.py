@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import csv
 import functools
 import html
@@ -19,7 +20,9 @@ import json
 import math
 import random
 import re
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +98,7 @@ class RestServer:
                 f"{url!r} is not an address like http://localhost:8501, which may end in a path but "
                 "has no user, password, query or fragment"
             )
-        self._address = parts.netloc
+        self._address, self._timeout = parts.netloc, timeout
         chosen = "" if version is None else f"/versions/{version}"
         base = quote(parts.path.rstrip("/"), safe="/%")
         self._path = f"{base}/v1/models/{quote(model, safe='')}{chosen}:predict"
@@ -109,10 +112,13 @@ class RestServer:
         encoded = [{"b64": base64.b64encode(image).decode()} for image in images]
         body = json.dumps({"inputs": {"image_bytes": encoded}})
         connection = self._connect()
+        start = time.monotonic()
         try:
-            connection.request("POST", self._path, body, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            content = response.read()
+            connection.connect()
+            with _shut_after(start + self._timeout - time.monotonic(), connection.sock):
+                connection.request("POST", self._path, body, {"Content-Type": "application/json"})
+                response = connection.getresponse()
+                content = response.read()
         except (OSError, http.client.HTTPException) as e:
             raise RequestFailed(
                 f"no response from {self._address}: {str(e) or type(e).__name__}", retry=True
@@ -133,6 +139,35 @@ class RestServer:
                 f"{self._address} does not respond like TensorFlow Serving: {_explanation(content)}",
                 retry=False,
             ) from e
+
+
+@contextlib.contextmanager
+def _shut_after(seconds: float, sock: socket.socket) -> Iterator[None]:
+    """Ends the block with TimeoutError after `seconds`, however often the other side sends a little.
+
+    The timeout of the socket is that of each read.
+    """
+    late = threading.Event()
+
+    def shut() -> None:
+        late.set()
+        with contextlib.suppress(OSError):
+            # Not the method of an encrypted socket, which would not wake the reader.
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    timer = threading.Timer(max(0.0, seconds), shut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as e:
+        if late.is_set():
+            raise TimeoutError("timed out") from e
+        raise
+    finally:
+        timer.cancel()
+    if late.is_set():
+        raise TimeoutError("timed out")
 
 
 def _explanation(content: bytes) -> str:

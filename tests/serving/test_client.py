@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import socket
+import threading
 
 import pytest
 
@@ -62,3 +65,27 @@ def test_control_characters_reach_no_terminal():
     text = photo_files._text({"photo": photo, "predictions": [prediction]})
     assert text == "a\\nb.jpg\n" + line
     assert escaped("né 日本") == "né 日本"
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Long: "])
+def test_a_server_that_sends_a_little_at_a_time_meets_the_deadline(head):
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            taken, _ = listener.accept()
+            with taken, contextlib.suppress(OSError):
+                taken.sendall(head)
+                while not stop.wait(0.02):
+                    taken.sendall(b".")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        server = client.RestServer(f"127.0.0.1:{listener.getsockname()[1]}", "model", timeout=0.5)
+        try:
+            with pytest.raises(client.RequestFailed, match="timed out") as failed:
+                server.predict([b"image"])
+        finally:
+            stop.set()
+            thread.join()
+    assert failed.value.retry
