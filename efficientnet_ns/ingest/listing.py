@@ -46,6 +46,7 @@ def list_images(
     labeled: bool,
     class_names: Sequence[str] | None = None,
     *,
+    names_from: str = "",
     subfolder: str = "",
     accept_classes: bool = False,
 ) -> Listing:
@@ -56,6 +57,7 @@ def list_images(
 
     Args:
       class_names: the classes an earlier set has, in order; None: those found, sorted by name.
+      names_from: the file that names them, for messages.
       subfolder: only what is in this folder of the source.
       accept_classes: take the topmost folders even when they do not look like classes.
 
@@ -79,7 +81,7 @@ def list_images(
     classes = sorted(classes - {""})
     if not (accept_classes or set(classes) <= set(class_names or ())):
         _check_classes(where, prefix, names, depth, alone=class_names is not None)
-    agreed = _agreed_names(where, classes, class_names)
+    agreed = _agreed_names(where, classes, class_names, names_from)
     numbers = {name: i for i, name in enumerate(agreed)}
     labels = [numbers.get(_class_of(name, depth)) for name in names]
     loose = [
@@ -246,7 +248,9 @@ def _option(folder: str) -> str:
     return f"--subfolder={folder}" + (f" --image_set={image_set}" if image_set else "")
 
 
-def _agreed_names(where: str, found: list[str], known: Sequence[str] | None) -> tuple[str, ...]:
+def _agreed_names(
+    where: str, found: list[str], known: Sequence[str] | None, names_from: str
+) -> tuple[str, ...]:
     if not found:
         raise records.DataError(
             f"the images in {where!r} are in no folders that could be their classes; "
@@ -257,8 +261,10 @@ def _agreed_names(where: str, found: list[str], known: Sequence[str] | None) -> 
     new = [name for name in found if name not in known]
     if new:
         raise records.DataError(
-            f"class {new[0]!r} in {where!r} is none of the {len(known)} classes that the other sets "
-            "in the output folder have"
+            f"class {new[0]!r} in {where!r} is none of the {len(known)} classes of the sets in the "
+            f"output folder ({', '.join(known[:10])}{', …' if len(known) > 10 else ''}), as "
+            f"{names_from} lists them: delete that file if none of these sets is left, or choose "
+            "another folder"
         )
     return tuple(known)
 

@@ -176,7 +176,8 @@ def test_other_sets_keep_the_classes_of_the_first(tmp_path):
     task = tasks.get_task(str(tmp_path / "out/task.json"))
     assert (task.eval_set, task.test_set, task.num_train_images) == ("dev", "test", 15)
     new = write_folder(tmp_path / "new", {"dog/x.png": picture(8)})
-    with pytest.raises(records.DataError, match="'dog'.* none of the 3 classes"):
+    told = r"'dog'.* none of the 3 classes .*\(.+, .+, .+\), as .*task.json lists them: delete that file"
+    with pytest.raises(records.DataError, match=told):
         run(new, tmp_path / "out", image_set="validation", num_shards=1)
 
 
