@@ -213,14 +213,17 @@ class Stage:
                     "It is left alone: move it away, or choose another output folder."
                 )
             return False
-        made_with = read_json(self.manifest)["config"]
+        made_with = self._manifest()["config"]
         if made_with != self.config:
+            found = [p for p in self.outputs if tf.io.gfile.exists(p)]
+            if not found:
+                return False
             raise OutputConflict(
                 f"the outputs of {self.manifest} were made with other settings "
                 f"({describe_difference(made_with, self.config)}). "
-                "Delete them, or choose another output folder."
+                f"Delete {' and '.join(found)}, or choose another output folder."
             )
-        sizes = read_json(self.manifest)["sizes"]
+        sizes = self._manifest()["sizes"]
         for path in self.outputs:
             if not tf.io.gfile.exists(path):
                 return False
@@ -235,7 +238,20 @@ class Stage:
 
     def counts(self) -> dict:
         """What the finished stage reported about itself."""
-        return read_json(self.manifest)["counts"]
+        return self._manifest()["counts"]
+
+    def _manifest(self) -> dict:
+        """The manifest; OutputConflict when it is empty, cut or no manifest."""
+        try:
+            content = read_json(self.manifest)
+        except BrokenFile:
+            content = None
+        if not isinstance(content, dict) or not {"config", "sizes", "counts"} <= set(content):
+            raise OutputConflict(
+                f"{self.manifest} is damaged, perhaps cut off. Delete it and "
+                f"{' and '.join(self.outputs)}, and start the same command again."
+            )
+        return content
 
     @contextlib.contextmanager
     def write(self) -> Iterator[tuple[dict[str, str], dict]]:
