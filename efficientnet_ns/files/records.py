@@ -385,7 +385,7 @@ def count_all(paths: Sequence[str], max_bad_fraction: float = 0.01) -> list[int]
         folder, name = os.path.split(path)
         if folder not in known:
             sidecar = os.path.join(folder, COUNTS)
-            known[folder] = manifests.read_json(sidecar) if tf.io.gfile.exists(sidecar) else {}
+            known[folder] = _known_counts(sidecar)
         size = tf.io.gfile.stat(path).length
         total_bytes += size
         entry = known[folder].get(name)
@@ -438,6 +438,22 @@ def write_sharded(
     return paths
 
 
+def _known_counts(sidecar: str) -> dict:
+    """What a `counts.json` has, nothing if it does not exist; DataError if it is damaged."""
+    if not tf.io.gfile.exists(sidecar):
+        return {}
+    try:
+        known = manifests.read_json(sidecar)
+    except manifests.BrokenFile:
+        known = None
+    if not isinstance(known, dict):
+        raise DataError(
+            f"{sidecar} is damaged, perhaps cut off. Delete it: only the numbers of records, which "
+            "are then counted again, are in it."
+        )
+    return known
+
+
 def note_counts(paths: Sequence[str], counts: Sequence[int] | None = None) -> None:
     """Records the number of records and bytes of files of one folder in its `counts.json`.
 
@@ -446,7 +462,7 @@ def note_counts(paths: Sequence[str], counts: Sequence[int] | None = None) -> No
     """
     folder = os.path.dirname(paths[0])
     sidecar = os.path.join(folder, COUNTS)
-    entries = manifests.read_json(sidecar) if tf.io.gfile.exists(sidecar) else {}
+    entries = _known_counts(sidecar)
     for path, total in zip(paths, counts or map(count, paths)):
         entries[os.path.basename(path)] = {
             "records": total,

@@ -615,3 +615,16 @@ def test_image_of_a_record_with_nothing_else(size, rng):
         if found is not None:
             feature = tf.train.Example.FromString(changed).features.feature
             assert feature[records.IMAGE].bytes_list.value == [found]
+
+
+@pytest.mark.parametrize("content", ["", '{"train-00000', "[]"])
+def test_damaged_counts_tell_what_to_do(content, tmp_path):
+    path = str(tmp_path / "train-00000-of-00001")
+    records.write(path, [b"one", b"two"])
+    sidecar = tmp_path / records.COUNTS
+    sidecar.write_text(content)
+    with pytest.raises(records.DataError, match="counts.json is damaged.*Delete it"):
+        records.note_counts([path])
+    sidecar.unlink()
+    records.note_counts([path])
+    assert json.loads(sidecar.read_text())["train-00000-of-00001"]["records"] == 2
