@@ -36,7 +36,8 @@ def predict_images(
     Args:
       config: the model and the task it was trained for.
       weights_path: what `weights.load_weights` takes.
-      photos: paths of image files: JPEG, PNG, GIF, BMP and others that `image_conversion.prepare` takes.
+      photos: paths of image files: JPEG, PNG, GIF, BMP and others that `image_conversion.prepare` takes;
+        `-` is standard input.
       top: classes per photo.
       ema: take the moving-average weights.
 
@@ -63,8 +64,7 @@ def predict_images(
         classify = tf.function(classify)  # All images have one shape: traced once.
     for photo in [os.fspath(photo) for photo in photos]:
         try:
-            raw = tf.io.read_file(os.fsencode(photo))  # Names that are not UTF-8 too.
-            image = _prepared(raw, prepare)
+            image = _prepared(_content(photo), prepare)
         except (tf.errors.OpError, image_conversion.Unusable) as error:
             yield {"photo": photo, "error": _reason(getattr(error, "message", str(error)))}
         except UnicodeDecodeError as error:  # TensorFlow's message, with such a name in it.
@@ -72,6 +72,16 @@ def predict_images(
         else:
             best = cast(list[photos_lib.Guess], photos_lib.top_k(classify(image), names, top))
             yield {"photo": photo, "predictions": [guess._asdict() for guess in best]}
+
+
+def _content(photo: str) -> tf.Tensor:
+    """The bytes of a file, of standard input for `-`, or of a pipe, which has no size to read."""
+    if photo == "-":
+        return tf.constant(sys.stdin.buffer.read())
+    if os.path.exists(photo) and not os.path.isfile(photo) and not os.path.isdir(photo):
+        with open(photo, "rb") as f:
+            return tf.constant(f.read())
+    return tf.io.read_file(os.fsencode(photo))  # Names that are not UTF-8 too.
 
 
 def _prepared(raw: tf.Tensor, prepare: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
