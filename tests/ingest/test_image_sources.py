@@ -533,3 +533,22 @@ def test_a_killed_worker_is_explained_and_the_work_continued(tmp_path, monkeypat
     (made,) = image_records.make_sets(source, [one], rules, num_workers=1)
     assert made.records == 15 and not list((tmp_path / "out").glob(".tmp-*"))
     assert all((tmp_path / "out" / n).stat().st_mtime_ns == t for n, t in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("zip", "photos"), ("zip", "photos.tar.gz"), ("tar", "photos.zip"), ("tar.gz", "download")],
+)
+def test_an_archive_is_known_by_its_content(kind, name, tmp_path):
+    write = write_zip if kind == "zip" else write_tar
+    archive = write(tmp_path / f"in.{kind}", files())
+    run(write_folder(tmp_path / "folder", files()), tmp_path / "expected")
+    archive = archive.rename(tmp_path / name)
+    run(archive, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_a_file_that_is_no_archive_lists_the_readable_kinds(tmp_path):
+    (tmp_path / "photos.rar").write_bytes(b"Rar!\x1a\x07")
+    with pytest.raises(records.DataError, match=r"neither a folder nor an archive .*\.zip, \.tar"):
+        run(tmp_path / "photos.rar", tmp_path / "out")
