@@ -106,8 +106,15 @@ class _Found(NamedTuple):
 def _sorted_out(contents: image_sources.Contents, prefix: str) -> _Found:
     """All that is in a subfolder, by what becomes of it; images with their names relative to it."""
     images, lost, ignored = [], [], Counter()
+    last = {entry.name: entry for entry in contents.entries}
     for name, entry in _pairs(contents.entries, prefix):
-        if kind := _kind(name):
+        if entry is not last[entry.name]:
+            # As when the archive is unpacked.
+            ignored["replaced by a later one of the same name"] += 1
+            logging.warning(
+                "%s: of several of this name the last one counts", image_sources.printable(name)
+            )
+        elif kind := _kind(name):
             ignored[kind] += 1
         else:
             images.append((name, entry))
@@ -149,6 +156,9 @@ def _kind(name: str) -> str | None:
     return posixpath.splitext(name)[1].lower() or "without extension"
 
 
+_ARCHIVE_ENDS = {posixpath.splitext(f"name{end}")[1] for end in image_sources.ARCHIVES}
+
+
 def _no_images(where: str, found: _Found) -> str:
     if not (found.lost or found.ignored):
         return f"there is nothing in {where!r}"
@@ -156,7 +166,13 @@ def _no_images(where: str, found: _Found) -> str:
     if found.lost:
         name, reason = found.lost[0]
         message += f"; {len(found.lost)} entries cannot be read, one is {name}: {reason}"
-    return message + (f"; found {described(found.ignored)}" if found.ignored else "")
+    message += f"; found {described(found.ignored)}" if found.ignored else ""
+    if _ARCHIVE_ENDS & found.ignored.keys():
+        message += (
+            ". Archives in a folder are not opened: unpack them, give one as --source, or pack .tar "
+            "files into one .tar, in which each is read as a folder"
+        )
+    return message
 
 
 def described(ignored: Counter, most: int = 8) -> str:
