@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from efficientnet_ns.benchmarks import tables
-from efficientnet_ns.config import BenchmarkConfig, require
+from efficientnet_ns.config import BenchmarkConfig, ConfigError
 from efficientnet_ns.files import json_files
 
 # --what → module with `run(BenchmarkConfig) -> list[tables.Row]`. Modules are imported when chosen:
@@ -25,8 +25,9 @@ def run(options: BenchmarkConfig) -> str:
     Raises:
       ConfigError: `what` is not given, or another setting does not fit.
     """
-    require(options, "what")
-    module = importlib.import_module(f"efficientnet_ns.benchmarks.{_MODULES[options.what or '']}")
+    if not options.what:
+        raise ConfigError(f"--what is needed: one of {', '.join(_MODULES)}")
+    module = importlib.import_module(f"efficientnet_ns.benchmarks.{_MODULES[options.what]}")
     rows = module.run(options)
     if options.json_file:
         json_files.write_json(options.json_file, tables.as_json(rows), indent=1)

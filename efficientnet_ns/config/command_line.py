@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging as std_logging
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags, logging
@@ -21,6 +23,13 @@ _STORAGE_ERRORS = (
     "ResourceExhaustedError",
     "AlreadyExistsError",
 )
+# What reading and writing gs:// raises without a network or credentials, or while it is overloaded.
+# Training raises errors of these classes, too.
+_REMOTE_ERRORS = (
+    *("FailedPreconditionError", "UnavailableError", "AbortedError", "DeadlineExceededError"),
+    *("UnauthenticatedError", "UnimplementedError"),
+)
+_REMOTE_STORAGE = re.compile(r"gs://|libcurl|executing an HTTP request|File system scheme")
 
 
 def run(main: Callable[..., int | None], *settings: type, words: bool = False) -> None:
@@ -39,7 +48,7 @@ def run(main: Callable[..., int | None], *settings: type, words: bool = False) -
     for cls in settings:
         fields.define_flags(cls, values)
     with standard_output.quiet_when_unread():
-        if _HELP & set(sys.argv[1:]):
+        if _HELP & {re.sub("=(1|true)$", "", argument) for argument in sys.argv[1:]}:
             print(flag_help.text(values, sys.argv[0], sys.modules["__main__"].__doc__ or ""))
             sys.exit(0)
         _quieten_tensorflow()
@@ -51,10 +60,59 @@ def run(main: Callable[..., int | None], *settings: type, words: bool = False) -
 
 def _parse(values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
     try:
-        return values(arguments)
-    except flags.Error as e:
+        expanded = _expanded(values, arguments[1:])
+        _refuse_two_in_one(values, expanded)
+        return values([arguments[0], *expanded])
+    except (flags.Error, fields.ConfigError) as e:
         print(f"{e}\n--help lists the flags.", file=sys.stderr)
         sys.exit(2)
+
+
+def _expanded(values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
+    """The arguments with the lines of flag files in their places, without byte order marks.
+
+    Raises:
+      ConfigError: a flag file is not UTF-8.
+      flags.Error: a flag file cannot be read.
+    """
+    try:
+        lines = values.read_flags_from_files(list(arguments), force_gnu=False)
+    except UnicodeDecodeError as e:
+        path = _first_not_utf8(arguments)
+        raise fields.ConfigError(f"--flagfile={path} is not UTF-8 text") from e
+    stripped = [line.removeprefix("\ufeff") for line in lines]
+    comments = [i for i, line in enumerate(stripped) if line != lines[i] and line[:1] in ("", "#")]
+    return [line for i, line in enumerate(stripped) if i not in comments]
+
+
+def _first_not_utf8(arguments: Sequence[str], seen: tuple[str, ...] = ()) -> str:
+    """Which of the flag files, or of those they name, cannot be decoded; "" if none is."""
+    for place, argument in enumerate(arguments):
+        match = re.fullmatch(r"--?flagfile(?:=(.*))?", argument.strip(), re.DOTALL)
+        if not match:
+            continue
+        path = os.path.expanduser(match[1] if match[1] is not None else arguments[place + 1])
+        if path in seen:
+            continue
+        try:
+            with open(path, encoding="utf-8") as f:
+                lines = f.read().splitlines()
+        except UnicodeDecodeError:
+            return path
+        if found := _first_not_utf8(lines, (*seen, path)):
+            return found
+    return ""
+
+
+def _refuse_two_in_one(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    """Raises ConfigError if one line of a flag file has two flags: the first would swallow the second."""
+    for argument in arguments:
+        match = re.match(r"--?(\w+)=(.*?\s--?(?:no)?(\w+)(?:=.*|\s*))$", argument, re.DOTALL)
+        if match and match[1] in values and match[3] in values:
+            raise fields.ConfigError(
+                f"--{match[3]} is not on a line of its own: it would become part of the value of "
+                f"--{match[1]}, {match[2]!r}"
+            )
 
 
 def _arguments(
@@ -67,7 +125,35 @@ def _arguments(
             f"unexpected argument {rest[0]!r}; every setting is a --flag=value"
         )
     built: list[Any] = [fields.from_flags(cls, values) for cls in settings]
+    for one in built:
+        _refuse_other_schemes(one)
     return [*built, list(rest)] if words else built
+
+
+# File systems of TensorFlow itself; the addresses of TPUs are no paths.
+_SCHEMES = ("gs", "file", "ram")
+_ADDRESSES = ("tpu", "master")
+
+
+def _refuse_other_schemes(settings: Any) -> None:
+    """Raises ConfigError for the first path on a file system that TensorFlow does not have."""
+    for name, value in _texts(settings):
+        # Several folders are joined with ';'.
+        for part in value.split(";") if name not in _ADDRESSES else ():
+            scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", part)
+            if scheme and scheme[1] not in _SCHEMES:
+                raise fields.ConfigError(
+                    f"--{name}={part}: a local path or gs:// is needed; download it first, or "
+                    "write to a local folder and copy that"
+                )
+
+
+def _texts(settings: Any) -> Iterator[tuple[str, str]]:
+    for name, value in vars(settings).items():
+        if dataclasses.is_dataclass(value):
+            yield from _texts(value)
+        elif isinstance(value, str):
+            yield name, value
 
 
 def _exit_code(program: Callable[[], int | None]) -> int | None:
@@ -97,7 +183,8 @@ def _is_fixable(error: Exception) -> bool:
     storage = isinstance(error, OSError) or kind.__name__ in _STORAGE_ERRORS
     # A failed precondition is about storage if a folder is where a file should be, or vice versa.
     mixed_up = kind.__name__ == "FailedPreconditionError" and "directory" in str(error)
-    return kind.__module__.startswith("efficientnet_ns") or storage or mixed_up
+    remote = kind.__name__ in _REMOTE_ERRORS and bool(_REMOTE_STORAGE.search(str(error)))
+    return kind.__module__.startswith("efficientnet_ns") or storage or mixed_up or remote
 
 
 def _quieten_tensorflow() -> None:

@@ -32,7 +32,7 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
       Prefix of the set → metrics of the last weights measured; see `accuracy.Evaluator`.
 
     Raises:
-      ConfigError, records.DataError: settings or data that cannot work.
+      ConfigError, DataError: settings or data that cannot work.
     """
     if config.train.eval_image_size:
         config = config.override(input_image_size=config.train.eval_image_size)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import tensorflow as tf
 
 from efficientnet_ns.files import atomic
-from efficientnet_ns.files.json_files import read_json, read_object, write_json
+from efficientnet_ns.files.json_files import BrokenFile, read_object, write_json
 
 
 class OutputConflict(RuntimeError):
@@ -66,14 +66,17 @@ class Stage:
                     "It is left alone: move it away, or choose another output folder."
                 )
             return False
-        made_with = read_object(self.manifest, "config", "sizes")["config"]
+        made_with = self._manifest()["config"]
         if made_with != self.config:
+            found = [p for p in self.outputs if tf.io.gfile.exists(p)]
+            if not found:
+                return False
             raise OutputConflict(
                 f"the outputs of {self.manifest} were made with other settings "
                 f"({describe_difference(made_with, self.config)}). "
-                "Delete them, or choose another output folder."
+                f"Delete {' and '.join(found)}, or choose another output folder."
             )
-        sizes = read_json(self.manifest)["sizes"]
+        sizes = self._manifest()["sizes"]
         for path in self.outputs:
             if not tf.io.gfile.exists(path):
                 return False
@@ -88,7 +91,17 @@ class Stage:
 
     def counts(self) -> dict:
         """What the finished stage reported about itself."""
-        return read_json(self.manifest)["counts"]
+        return self._manifest()["counts"]
+
+    def _manifest(self) -> dict:
+        """The manifest; OutputConflict when it is empty, cut or no manifest."""
+        try:
+            return read_object(self.manifest, "config", "sizes", "counts")
+        except BrokenFile as e:
+            raise OutputConflict(
+                f"{self.manifest} is damaged, perhaps cut off. Delete it and "
+                f"{' and '.join(self.outputs)}, and start the same command again."
+            ) from e
 
     @contextlib.contextmanager
     def write(self) -> Iterator[tuple[dict[str, str], dict]]:

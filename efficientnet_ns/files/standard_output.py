@@ -1,19 +1,29 @@
-"""Programs whose output nobody reads to the end: `… | head`."""
+"""Standard output that nobody reads to the end (`… | head`), or that is closed or full."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import select
 import sys
 from collections.abc import Iterator
+from typing import NoReturn, TextIO
 
 UNREAD = 141  # Exit code: 128 + SIGPIPE.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
 def quiet_when_unread() -> Iterator[None]:
-    """Ends the program without a trace when the reader of its output, e.g. `head`, has gone."""
+    """Ends the program without a trace when the reader of its output, e.g. `head`, has gone.
+
+    A closed standard output or error is replaced by os.devnull; a full one ends the program with
+    one line and exit code 2.
+    """
+    sys.stdout = sys.stdout or _nobody()
+    sys.stderr = sys.stderr or _nobody()
     try:
         try:
             yield
@@ -22,15 +32,49 @@ def quiet_when_unread() -> Iterator[None]:
     except BrokenPipeError:
         if not is_unread():
             raise
-        # Python writes what is left when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_rest()
         sys.exit(UNREAD)
+    except OSError as e:
+        # Errors of files name them.
+        if e.errno not in _FULL or e.filename is not None:
+            raise
+        _end_full(e)
+
+
+def _nobody() -> TextIO:
+    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
 
 
 def flush() -> None:
     """Writes what standard output still holds."""
-    if sys.stdout is not None:  # It was closed before the program began.
+    if sys.stdout is None:  # It was closed before the program began.
+        return
+    try:
         sys.stdout.flush()
+    except OSError as e:
+        if e.errno not in _FULL:
+            raise
+        _end_full(e)
+
+
+def _end_full(error: OSError) -> NoReturn:
+    _discard_rest()
+    print(f"standard output: {error.strerror}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _discard_rest() -> None:
+    # Python writes what is left when it ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def escaped(text: str) -> str:
+    """`text` with control characters, which could move the cursor or end the line, as escapes."""
+    return re.sub(
+        r"[\x00-\x1f\x7f-\x9f\u2028\u2029]",
+        lambda found: found[0].encode("unicode_escape").decode(),
+        text,
+    )
 
 
 def is_unread() -> bool:

@@ -17,7 +17,7 @@ from absl import logging
 
 from efficientnet_ns.files import atomic
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.files.json_files import read_object, write_json
+from efficientnet_ns.files.json_files import BrokenFile, read_object, write_json
 from efficientnet_ns.files.shard_names import shard_name
 
 HEADER, FOOTER = struct.Struct("<QI"), struct.Struct("<I")
@@ -235,7 +235,7 @@ def count_all(paths: Sequence[str], max_bad_fraction: float = 0.01) -> list[int]
         folder, name = os.path.split(path)
         if folder not in known:
             sidecar = os.path.join(folder, COUNTS)
-            known[folder] = read_object(sidecar) if tf.io.gfile.exists(sidecar) else {}
+            known[folder] = _known_counts(sidecar)
         size = tf.io.gfile.stat(path).length
         total_bytes += size
         entry = known[folder].get(name)
@@ -286,6 +286,19 @@ def write_sharded(
     return paths
 
 
+def _known_counts(sidecar: str) -> dict:
+    """What a `counts.json` has, nothing if it does not exist; DataError if it is damaged."""
+    if not tf.io.gfile.exists(sidecar):
+        return {}
+    try:
+        return read_object(sidecar)
+    except BrokenFile as e:
+        raise DataError(
+            f"{sidecar} is damaged, perhaps cut off. Delete it: only the numbers of records, which "
+            "are then counted again, are in it."
+        ) from e
+
+
 def note_counts(paths: Sequence[str], counts: Sequence[int] | None = None) -> None:
     """Records the number of records and bytes of files of one folder in its `counts.json`.
 
@@ -294,7 +307,7 @@ def note_counts(paths: Sequence[str], counts: Sequence[int] | None = None) -> No
     """
     folder = os.path.dirname(paths[0])
     sidecar = os.path.join(folder, COUNTS)
-    entries = read_object(sidecar) if tf.io.gfile.exists(sidecar) else {}
+    entries = _known_counts(sidecar)
     for path, total in zip(paths, counts or map(count, paths)):
         entries[os.path.basename(path)] = {
             "records": total,

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from efficientnet_ns.config import Config, ConfigError, PhotosConfig
 from efficientnet_ns.data import image_conversion, tasks
+from efficientnet_ns.files.standard_output import escaped
 from efficientnet_ns.inference import photos as photos_lib
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import weights
@@ -35,7 +36,8 @@ def predict_images(
     Args:
       config: the model and the task it was trained for.
       weights_path: what `weights.load_weights` takes.
-      photos: paths of image files: JPEG, PNG, GIF, BMP and others that `image_conversion.prepare` takes.
+      photos: paths of image files: JPEG, PNG, GIF, BMP and others that `image_conversion.prepare` takes;
+        `-` is standard input.
       top: classes per photo.
       ema: take the moving-average weights.
 
@@ -62,8 +64,7 @@ def predict_images(
         classify = tf.function(classify)  # All images have one shape: traced once.
     for photo in [os.fspath(photo) for photo in photos]:
         try:
-            raw = tf.io.read_file(os.fsencode(photo))  # Names that are not UTF-8 too.
-            image = _prepared(raw, prepare)
+            image = _prepared(_content(photo), prepare)
         except (tf.errors.OpError, image_conversion.Unusable) as error:
             yield {"photo": photo, "error": _reason(getattr(error, "message", str(error)))}
         except UnicodeDecodeError as error:  # TensorFlow's message, with such a name in it.
@@ -71,6 +72,16 @@ def predict_images(
         else:
             best = cast(list[photos_lib.Guess], photos_lib.top_k(classify(image), names, top))
             yield {"photo": photo, "predictions": [guess._asdict() for guess in best]}
+
+
+def _content(photo: str) -> tf.Tensor:
+    """The bytes of a file, of standard input for `-`, or of a pipe, which has no size to read."""
+    if photo == "-":
+        return tf.constant(sys.stdin.buffer.read())
+    if os.path.exists(photo) and not os.path.isfile(photo) and not os.path.isdir(photo):
+        with open(photo, "rb") as f:
+            return tf.constant(f.read())
+    return tf.io.read_file(os.fsencode(photo))  # Names that are not UTF-8 too.
 
 
 def _prepared(raw: tf.Tensor, prepare: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
@@ -89,11 +100,11 @@ def _reason(message: str) -> str:
 
 def _text(result: dict[str, Any]) -> str:
     if "error" in result:
-        return f"{result['photo']}\n  cannot be read: {result['error']}"
-    guesses = result["predictions"]
-    width = max(len(guess["name"]) for guess in guesses)
-    lines = [f"  {guess['name']:<{width}}  {guess['probability']:.4f}" for guess in guesses]
-    return "\n".join([result["photo"], *lines])
+        return f"{escaped(result['photo'])}\n  cannot be read: {result['error']}"
+    guesses = [(escaped(guess["name"]), guess["probability"]) for guess in result["predictions"]]
+    width = max(len(name) for name, _ in guesses)
+    lines = [f"  {name:<{width}}  {probability:.4f}" for name, probability in guesses]
+    return "\n".join([escaped(result["photo"]), *lines])
 
 
 def _printable(text: str) -> str:

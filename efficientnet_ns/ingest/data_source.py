@@ -47,6 +47,7 @@ def make_records(config: MakeConfig) -> dict[str, int]:
         source,
         config.labeled,
         _class_names_of_other_sets(config),
+        names_from=os.path.join(config.output_dir, TASK),
         subfolder=config.subfolder,
         accept_classes=config.accept_classes,
     )

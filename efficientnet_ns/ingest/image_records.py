@@ -168,7 +168,7 @@ def make_sets(
     results = [_Result(one, max_bad_fraction) for one in sets]
     pending = []
     for number, shard in shards:
-        if shard.stage.done():
+        if _done(shard):
             results[number].add(shard.stage.counts())
         else:
             pending.append((number, shard))
@@ -191,6 +191,23 @@ def make_sets(
         counts = [stage.counts()["records"] for stage in own]
         tfrecords.note_counts([stage.outputs[0] for stage in own], counts)
     return made
+
+
+def _done(shard: _Shard) -> bool:
+    """See `manifests.Stage.done`; other images are described by their number."""
+    try:
+        return shard.stage.done()
+    except manifests.OutputConflict as e:
+        if not tf.io.gfile.exists(shard.stage.manifest):
+            raise
+        noted = json_files.read_json(shard.stage.manifest)
+        if noted["config"].get("images") == shard.stage.config["images"]:
+            raise
+        before = noted["counts"]["records"] + len(noted["counts"]["bad"])
+        raise manifests.OutputConflict(
+            f"{e} The images are not those it was made from: {before} → {len(shard.entries)}, or "
+            "other names, classes or sizes."
+        ) from e
 
 
 def _limits(sets: Sequence[ImageSet], numbers: Sequence[int]) -> list[int | None]:

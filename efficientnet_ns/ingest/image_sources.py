@@ -154,7 +154,10 @@ class Folder:
 
     def entries(self) -> Contents:
         if not tf.io.gfile.isdir(self.path):
-            raise DataError(f"{self.path!r} is neither a folder nor an archive")
+            raise DataError(
+                f"{self.path!r} is neither a folder nor an archive that can be read: "
+                f"{', '.join(ARCHIVES)}"
+            )
         start = self._start
         if not tf.io.gfile.isdir(os.path.join(self.path, start)):
             start = ""  # Its name on disk may be another form of the same letters.
@@ -569,12 +572,30 @@ ARCHIVES = {
 }
 
 
-def open_source(path: str, subfolder: str = "", output: str = "") -> Folder | Zip | Tar | TarStream:
-    """The source for a folder or archive that exists, by its name; see `Folder` for the rest.
+def _kind_by_content(path: str) -> type[Zip | Tar | TarStream] | None:
+    with tf.io.gfile.GFile(path, "rb") as f:
+        start = f.read(_TAR_MAGIC_AT + 5)
+    if start.startswith((b"PK\3\4", b"PK\5\6")):
+        return Zip
+    if start[_TAR_MAGIC_AT:] == b"ustar":
+        return Tar
+    return TarStream if start.startswith(tuple(_UNPACK)) else None
 
-    A .tar may be compressed in spite of its name.
+
+_TAR_MAGIC_AT = 257
+
+
+def open_source(path: str, subfolder: str = "", output: str = "") -> Folder | Zip | Tar | TarStream:
+    """The source for a folder or archive that exists; see `Folder` for the rest.
+
+    The content of an archive says of what kind it is. Its name does where the content is of none.
     """
+    special = os.path.exists(path) and not os.path.isfile(path)
+    if not special and not tf.io.gfile.isdir(path):
+        kind = _kind_by_content(path)
+        if kind:
+            return kind(path)
     for extension, archive in ARCHIVES.items():
         if path.lower().endswith(extension) and not tf.io.gfile.isdir(path):
-            return TarStream(path) if archive is Tar and _unpacker(path) else archive(path)
+            return archive(path)
     return Folder(path, subfolder, output)

@@ -46,6 +46,7 @@ def list_images(
     labeled: bool,
     class_names: Sequence[str] | None = None,
     *,
+    names_from: str = "",
     subfolder: str = "",
     accept_classes: bool = False,
 ) -> Listing:
@@ -56,6 +57,7 @@ def list_images(
 
     Args:
       class_names: the classes an earlier set has, in order; None: those found, sorted by name.
+      names_from: the file that names them, for messages.
       subfolder: only what is in this folder of the source.
       accept_classes: take the topmost folders even when they do not look like classes.
 
@@ -79,7 +81,7 @@ def list_images(
     classes = sorted(classes - {""})
     if not (accept_classes or set(classes) <= set(class_names or ())):
         _check_classes(where, prefix, names, depth, alone=class_names is not None)
-    agreed = _agreed_names(where, classes, class_names)
+    agreed = _agreed_names(where, classes, class_names, names_from)
     numbers = {name: i for i, name in enumerate(agreed)}
     labels = [numbers.get(_class_of(name, depth)) for name in names]
     loose = [
@@ -104,8 +106,15 @@ class _Found(NamedTuple):
 def _sorted_out(contents: image_sources.Contents, prefix: str) -> _Found:
     """All that is in a subfolder, by what becomes of it; images with their names relative to it."""
     images, lost, ignored = [], [], Counter()
+    last = {entry.name: entry for entry in contents.entries}
     for name, entry in _pairs(contents.entries, prefix):
-        if kind := _kind(name):
+        if entry is not last[entry.name]:
+            # As when the archive is unpacked.
+            ignored["replaced by a later one of the same name"] += 1
+            logging.warning(
+                "%s: of several of this name the last one counts", image_sources.printable(name)
+            )
+        elif kind := _kind(name):
             ignored[kind] += 1
         else:
             images.append((name, entry))
@@ -147,6 +156,9 @@ def _kind(name: str) -> str | None:
     return posixpath.splitext(name)[1].lower() or "without extension"
 
 
+_ARCHIVE_ENDS = {posixpath.splitext(f"name{end}")[1] for end in image_sources.ARCHIVES}
+
+
 def _no_images(where: str, found: _Found) -> str:
     if not (found.lost or found.ignored):
         return f"there is nothing in {where!r}"
@@ -154,7 +166,13 @@ def _no_images(where: str, found: _Found) -> str:
     if found.lost:
         name, reason = found.lost[0]
         message += f"; {len(found.lost)} entries cannot be read, one is {name}: {reason}"
-    return message + (f"; found {described(found.ignored)}" if found.ignored else "")
+    message += f"; found {described(found.ignored)}" if found.ignored else ""
+    if _ARCHIVE_ENDS & found.ignored.keys():
+        message += (
+            ". Archives in a folder are not opened: unpack them, give one as --source, or pack .tar "
+            "files into one .tar, in which each is read as a folder"
+        )
+    return message
 
 
 def described(ignored: Counter, most: int = 8) -> str:
@@ -247,7 +265,9 @@ def _option(folder: str) -> str:
     return f"--subfolder={folder}" + (f" --image_set={image_set}" if image_set else "")
 
 
-def _agreed_names(where: str, found: list[str], known: Sequence[str] | None) -> tuple[str, ...]:
+def _agreed_names(
+    where: str, found: list[str], known: Sequence[str] | None, names_from: str
+) -> tuple[str, ...]:
     if not found:
         raise DataError(
             f"the images in {where!r} are in no folders that could be their classes; "
@@ -258,8 +278,10 @@ def _agreed_names(where: str, found: list[str], known: Sequence[str] | None) -> 
     new = [name for name in found if name not in known]
     if new:
         raise DataError(
-            f"class {new[0]!r} in {where!r} is none of the {len(known)} classes that the other sets "
-            "in the output folder have"
+            f"class {new[0]!r} in {where!r} is none of the {len(known)} classes of the sets in the "
+            f"output folder ({', '.join(known[:10])}{', …' if len(known) > 10 else ''}), as "
+            f"{names_from} lists them: delete that file if none of these sets is left, or choose "
+            "another folder"
         )
     return tuple(known)
 

@@ -47,6 +47,11 @@ class MatFile:
         self.path, self._format = path, image_format
         self._pixels = None
         labels = self._variable("y").reshape(-1)
+        if labels.dtype.kind not in "uif":
+            raise DataError(
+                f"{path}: `y` is of type {labels.dtype}; numbers 1..10 are expected. Is it SVHN's "
+                "file? Delete it, and it is downloaded again."
+            )
         wrong = np.flatnonzero((labels < 1) | (labels > _CLASSES) | (labels != labels.astype(int)))
         if len(wrong):
             raise DataError(
@@ -116,6 +121,12 @@ def make_records(config: SvhnConfig) -> dict[str, int]:
     require(config, "raw_data_dir", "output_dir")
     if config.task_name != "svhn":
         raise ConfigError(f"--task_name={config.task_name}: this program knows only svhn")
+    raw = config.raw_data_dir or ""
+    if tf.io.gfile.exists(raw) and not tf.io.gfile.isdir(raw):
+        raise ConfigError(
+            f"--raw_data_dir={raw} is a file: the folder of train_32x32.mat, test_32x32.mat and "
+            "extra_32x32.mat is needed"
+        )
     files = {
         name: MatFile(_path(config.raw_data_dir, name), config.image_format) for name in _PUBLISHED
     }

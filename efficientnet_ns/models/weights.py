@@ -42,7 +42,9 @@ SETTINGS_FILE = "model.json"
 
 # What to do about weights that do not fit.
 _NEW_HEAD = (
-    '  To begin with a new classifier: skip=["head/dense/"], on the command line '
+    "  Its classes are not the model's{counts}: name the task or the number of classes with "
+    "--task_name, --num_label_classes or num_classes.\n"
+    '  To begin a training with a new classifier: skip=["head/dense/"], on the command line '
     "--init_skip=head/dense/.\n"
 )
 _OTHER_MODEL = (
@@ -256,7 +258,11 @@ def _assign(
             + _listing("missing from the file", missing)
             + _listing("of another shape", shapes)
             + _listing("in the file only", unexpected)
-            + (_NEW_HEAD if only_head else _OTHER_MODEL),
+            + (
+                _NEW_HEAD.format(counts=_class_counts(file, targets, other))
+                if only_head
+                else _OTHER_MODEL
+            ),
             missing,
             unexpected,
             sorted(shapes),
@@ -268,6 +274,16 @@ def _assign(
             values[name] = np.asarray(file.read(name)).transpose(targets[name].axes)
     for name, target in targets.items():
         target.variable.assign(values[name].astype(target.variable.dtype.as_numpy_dtype))
+
+
+def _class_counts(file: Any, targets: Mapping[str, Any], other: Sequence[str]) -> str:
+    """` (the file has 3, the model 1000)`, from the bias of the classifier; "" without it."""
+    for name in other:
+        if len(file.shapes[name]) == len(targets[name].stored_shape) == 1:
+            return (
+                f" (the file has {file.shapes[name][0]}, the model {targets[name].stored_shape[0]})"
+            )
+    return ""
 
 
 def _fits(stored: Sequence[int], target: _Target) -> bool:

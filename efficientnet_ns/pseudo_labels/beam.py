@@ -54,7 +54,7 @@ def label(
       What `selection.select` and `write.write` return, and `unreadable` images.
 
     Raises:
-      ConfigError, records.DataError, manifests.OutputConflict: see `predict.predict`; existing
+      ConfigError, DataError, manifests.OutputConflict: see `predict.predict`; existing
         outputs are checked before the pipeline starts.
       StepFailed: the same errors and those of `selection.select` and `write.write`, in a worker of
         another process.

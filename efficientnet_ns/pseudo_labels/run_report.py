@@ -60,7 +60,7 @@ def write_report(config: SelectConfig, options: Options = _DEFAULTS, path: str =
       The path.
 
     Raises:
-      records.DataError: predictions, selection or truth are missing or do not fit.
+      DataError: predictions, selection or truth are missing or do not fit.
       ConfigError: the number of class names is not the number of classes.
     """
     path = path or os.path.join(config.output_dir, "report.html")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import csv
 import functools
 import html
@@ -19,7 +20,9 @@ import json
 import math
 import random
 import re
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +31,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from efficientnet_ns.files.standard_output import quiet_when_unread
+from efficientnet_ns.files.standard_output import escaped, quiet_when_unread
 
 _VALID = "valid"
 _TOP = ("top_classes", "top_class_names", "top_probabilities")
@@ -85,12 +88,17 @@ class RestServer:
             self._connect = functools.partial(
                 kinds[parts.scheme], parts.hostname, parts.port, timeout=timeout
             )
+            if "@" in parts.netloc or parts.query or parts.fragment:
+                raise ValueError("parts that would not be sent")
             usable = (parts.hostname or "").encode("idna") and parts.port != 0 and self._connect()
         except (KeyError, ValueError, http.client.HTTPException):
             usable = False
         if not usable:
-            raise ValueError(f"{url!r} is not an address like http://localhost:8501")
-        self._address = parts.netloc
+            raise ValueError(
+                f"{url!r} is not an address like http://localhost:8501, which may end in a path but "
+                "has no user, password, query or fragment"
+            )
+        self._address, self._timeout = parts.netloc, timeout
         chosen = "" if version is None else f"/versions/{version}"
         base = quote(parts.path.rstrip("/"), safe="/%")
         self._path = f"{base}/v1/models/{quote(model, safe='')}{chosen}:predict"
@@ -104,10 +112,13 @@ class RestServer:
         encoded = [{"b64": base64.b64encode(image).decode()} for image in images]
         body = json.dumps({"inputs": {"image_bytes": encoded}})
         connection = self._connect()
+        start = time.monotonic()
         try:
-            connection.request("POST", self._path, body, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            content = response.read()
+            connection.connect()
+            with _shut_after(start + self._timeout - time.monotonic(), connection.sock):
+                connection.request("POST", self._path, body, {"Content-Type": "application/json"})
+                response = connection.getresponse()
+                content = response.read()
         except (OSError, http.client.HTTPException) as e:
             raise RequestFailed(
                 f"no response from {self._address}: {str(e) or type(e).__name__}", retry=True
@@ -128,6 +139,35 @@ class RestServer:
                 f"{self._address} does not respond like TensorFlow Serving: {_explanation(content)}",
                 retry=False,
             ) from e
+
+
+@contextlib.contextmanager
+def _shut_after(seconds: float, sock: socket.socket) -> Iterator[None]:
+    """Ends the block with TimeoutError after `seconds`, however often the other side sends a little.
+
+    The timeout of the socket is that of each read.
+    """
+    late = threading.Event()
+
+    def shut() -> None:
+        late.set()
+        with contextlib.suppress(OSError):
+            # Not the method of an encrypted socket, which would not wake the reader.
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    timer = threading.Timer(max(0.0, seconds), shut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as e:
+        if late.is_set():
+            raise TimeoutError("timed out") from e
+        raise
+    finally:
+        timer.cancel()
+    if late.is_set():
+        raise TimeoutError("timed out")
 
 
 def _explanation(content: bytes) -> str:
@@ -330,7 +370,13 @@ def _check_names(outputs: Any) -> None:
 def _prediction(index: Any, name: Any, probability: Any) -> dict[str, Any]:
     if not isinstance(name, str):
         raise TypeError(f"{name!r} as the name of a class")
-    return {"index": int(index), "name": name, "probability": float(probability)}
+    # Of bool, too, which Python takes for int.
+    if type(index) is not int or index < 0:
+        raise TypeError(f"{index!r} as the index of a class")
+    # Rounding in the model may end just above 1.
+    if type(probability) not in (int, float) or not 0 <= probability <= 1.001:
+        raise TypeError(f"{probability!r} as a probability")
+    return {"index": index, "name": name, "probability": float(probability)}
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -381,11 +427,12 @@ def as_table(results: Sequence[Result]) -> str:
     blocks = []
     for result in results:
         if result.error:
-            blocks.append(f"{result.photo}\n  {result.error}")
+            blocks.append(f"{escaped(result.photo)}\n  {escaped(result.error)}")
             continue
-        width = max(len(prediction["name"]) for prediction in result.predictions)
-        lines = [f"  {p['name']:<{width}}  {p['probability']:.4f}" for p in result.predictions]
-        blocks.append("\n".join([result.photo, *lines]))
+        guesses = [(escaped(guess["name"]), guess["probability"]) for guess in result.predictions]
+        width = max(len(name) for name, _ in guesses)
+        lines = [f"  {name:<{width}}  {probability:.4f}" for name, probability in guesses]
+        blocks.append("\n".join([escaped(result.photo), *lines]))
     return "\n".join(blocks)
 
 

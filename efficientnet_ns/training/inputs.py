@@ -38,7 +38,7 @@ class Inputs:
           evaluate: also find the evaluation set.
 
         Raises:
-          records.DataError: a set is missing, incomplete, empty, or damaged beyond the limit.
+          DataError: a set is missing, incomplete, empty, or damaged beyond the limit.
           ConfigError: a set is smaller than a flag requires.
         """
         data, unlabeled, evaluation = resolved.config.data, None, None

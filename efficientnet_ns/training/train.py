@@ -46,7 +46,7 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
       `step`, the last training metrics, and with `evaluate` `eval/top1`, `eval/top5`, `eval/loss`.
 
     Raises:
-      ConfigError, records.DataError: settings or data that cannot work, before training starts.
+      ConfigError, DataError: settings or data that cannot work, before training starts.
       session.TrainingDiverged: NaN or infinite loss; the last good checkpoint is kept.
       preemption.Preempted: a request to stop came; the state of the running host loop is saved.
     """

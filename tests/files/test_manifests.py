@@ -372,3 +372,26 @@ def test_scratch_folders_of_other_users_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(tf.io.gfile, "rmtree", refused)
     assert atomic.scratch_name("index") != str(left)
     assert tried == [str(left)]
+
+
+def test_other_settings_name_the_files_to_delete_and_then_begin_anew(tmp_path):
+    finish(make_stage(tmp_path))
+    other = make_stage(tmp_path, seed=4)
+    with pytest.raises(manifests.OutputConflict) as refused:
+        other.done()
+    assert all(path in str(refused.value) for path in other.outputs)
+    for path in other.outputs:
+        Path(path).unlink()
+    assert not other.done()
+    finish(other)
+    assert_finished(other, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", '{"config": {"se', "[]", "{}"])
+def test_a_damaged_manifest_tells_what_to_do(content, tmp_path):
+    stage = make_stage(tmp_path)
+    finish(stage)
+    Path(stage.manifest).write_text(content)
+    with pytest.raises(manifests.OutputConflict, match="is damaged.*Delete it and ") as refused:
+        stage.done()
+    assert all(path in str(refused.value) for path in [stage.manifest, *stage.outputs])

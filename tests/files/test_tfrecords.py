@@ -729,3 +729,16 @@ def test_frames_are_what_tensorflow_writes(tmp_path, rng):
     payloads = [rng.bytes(size) for size in (0, 1, 100, 70000)]
     tfrecords.write(str(tmp_path / "a"), payloads)
     assert b"".join(map(tfrecords.frame, payloads)) == (tmp_path / "a").read_bytes()
+
+
+@pytest.mark.parametrize("content", ["", '{"train-00000', "[]"])
+def test_damaged_counts_tell_what_to_do(content, tmp_path):
+    path = str(tmp_path / "train-00000-of-00001")
+    tfrecords.write(path, [b"one", b"two"])
+    sidecar = tmp_path / tfrecords.COUNTS
+    sidecar.write_text(content)
+    with pytest.raises(DataError, match="counts.json is damaged.*Delete it"):
+        tfrecords.note_counts([path])
+    sidecar.unlink()
+    tfrecords.note_counts([path])
+    assert json.loads(sidecar.read_text())["train-00000-of-00001"]["records"] == 2

@@ -391,3 +391,15 @@ def test_top_k():
 def test_top_k_refuses(names, k, part):
     with pytest.raises(ValueError, match=part):
         inference.top_k(np.array([0.5, 0.5]), names, k)
+
+
+def test_photos_come_from_standard_input_and_pipes_too(tmp_path, monkeypatch):
+    (tmp_path / "photo").write_bytes(b"bytes of a photo")
+    with open(tmp_path / "photo", encoding="latin-1") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert photo_files._content("-").numpy() == b"bytes of a photo"
+    reader, writer = os.pipe()
+    os.write(writer, b"piped")
+    os.close(writer)
+    assert photo_files._content(f"/dev/fd/{reader}").numpy() == b"piped"
+    os.close(reader)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import json
 import os
 import re
@@ -534,3 +535,50 @@ def test_a_killed_worker_is_explained_and_the_work_continued(tmp_path, monkeypat
     (made,) = image_records.make_sets(source, [one], rules, num_workers=1)
     assert made.records == 15 and not list((tmp_path / "out").glob(".tmp-*"))
     assert all((tmp_path / "out" / n).stat().st_mtime_ns == t for n, t in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("zip", "photos"), ("zip", "photos.tar.gz"), ("tar", "photos.zip"), ("tar.gz", "download")],
+)
+def test_an_archive_is_known_by_its_content(kind, name, tmp_path):
+    write = write_zip if kind == "zip" else write_tar
+    archive = write(tmp_path / f"in.{kind}", files())
+    run(write_folder(tmp_path / "folder", files()), tmp_path / "expected")
+    archive = archive.rename(tmp_path / name)
+    run(archive, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_a_file_that_is_no_archive_lists_the_readable_kinds(tmp_path):
+    (tmp_path / "photos.rar").write_bytes(b"Rar!\x1a\x07")
+    with pytest.raises(DataError, match=r"neither a folder nor an archive .*\.zip, \.tar"):
+        run(tmp_path / "photos.rar", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_the_last_entry_of_a_name_counts(kind, tmp_path, caplog):
+    path = tmp_path / f"in.{kind}"
+    versions = [("cat/a.png", picture(1)), ("dog/a.png", picture(2)), ("cat/a.png", picture(3))]
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+            for name, content in versions:
+                archive.writestr(name, content)
+    else:
+        with tarfile.open(path, "w") as archive:
+            for name, content in versions:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    run(path, tmp_path / "out", num_shards=1)
+    assert sorted(contents(tmp_path / "out")) == [(1, picture(3)), (2, picture(2))]
+    assert "cat/a.png: of several of this name the last one counts" in caplog.text
+
+
+def test_a_folder_of_archives_is_told_how_to_be_read(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("cat", "dog"):
+        write_zip(folder / f"{name}.zip", {"a.png": picture(1)})
+    with pytest.raises(DataError, match="2 .zip. Archives in a folder are not opened"):
+        run(folder, tmp_path / "out")

@@ -226,3 +226,16 @@ def test_flags_of_the_original():
         "full_train_data": ("bool", False),
     }
     assert {n: (values[n].flag_type(), values[n].default) for n in expected} == expected
+
+
+def test_labels_that_are_no_numbers_are_refused(tmp_path):
+    raw = write_raw(tmp_path / "raw", y=np.array([["one"], ["two"]]))
+    with pytest.raises(DataError, match="train_32x32.mat: `y` is of type <U3"):
+        run(raw, tmp_path / "out")
+
+
+def test_a_file_where_the_raw_data_folder_should_be(tmp_path):
+    raw = tmp_path / "train_32x32.mat"
+    raw.write_bytes(b"")
+    with pytest.raises(ConfigError, match=f"--raw_data_dir={raw} is a file: the folder of"):
+        run(raw, tmp_path / "out")

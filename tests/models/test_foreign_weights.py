@@ -542,6 +542,9 @@ def test_other_number_of_classes(foreign, model):
     error = refusal(other, path)
     assert (error.missing, error.unexpected, len(error.shapes)) == ([], [], 2)
     assert 'skip=["head/dense/"]' in str(error) and "--init_skip=head/dense/" in str(error)
+    advice = str(error)
+    assert "the model 7)" in advice
+    assert advice.index("--num_label_classes") < advice.index("--init_skip")
     assert ("classifier.bias" if path.suffix != ".h5" else "predictions/bias") in str(error)
     assert_same(snapshot(other), before)
 
