@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {
     "": """
 from efficientnet_ns.pseudo_labels import selection, write_shard
-from efficientnet_ns.models import efficientnet, engines
-from efficientnet_ns.data import tfds_source, videos
+from efficientnet_ns.inference import engines
+from efficientnet_ns.models import efficientnet
+from efficientnet_ns.ingest import tfds_source, videos
 from efficientnet_ns.training import train
 import numpy as np
 import scipy.io, tensorboard.program, tensorflow_datasets, PIL.Image, matplotlib.pyplot
@@ -52,7 +53,7 @@ TESTS = [
     "ingest/test_svhn.py",
     "ingest/test_videos.py",
     "ingest/test_data_source.py",
-    "files/test_records.py",
+    "files/test_tfrecords.py",
     "models/test_weights.py",
     "evaluation/test_corruptions.py",
 ]

@@ -67,6 +67,7 @@ def settings(folder: Path, name: str, steps: int, **values) -> Config:
     )
 
 
+@pytest.mark.slow
 def test_student_is_better_than_its_teacher(digits):
     """Seed 0 went from 36.7 to 45.0 %, seed 1 from 33.7 to 37.7 %; CPU types round differently."""
     teacher = train.train_and_evaluate(settings(digits, "teacher", TEACHER_STEPS))
