@@ -324,7 +324,9 @@ def test_finished_shards_are_left_alone_and_other_settings_refused(tmp_path):
     with pytest.raises(records.DataError, match="another number of shards"):
         run(folder, tmp_path / "out", num_shards=3)
     (folder / "ant/00.png").write_bytes(picture(5, side=13))
-    with pytest.raises(manifests.OutputConflict, match=r"images: .* made from: (\d+) → \1, or other"):
+    with pytest.raises(
+        manifests.OutputConflict, match=r"images: .* made from: (\d+) → \1, or other"
+    ):
         run(folder, tmp_path / "out")
 
 
