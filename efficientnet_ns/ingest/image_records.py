@@ -200,10 +200,11 @@ def _done(shard: _Shard) -> bool:
     except manifests.OutputConflict as e:
         if not tf.io.gfile.exists(shard.stage.manifest):
             raise
-        noted = json_files.read_json(shard.stage.manifest)
-        if noted["config"].get("images") == shard.stage.config["images"]:
+        counts = shard.stage.counts()  # A damaged manifest ends here.
+        noted = json_files.read_json(shard.stage.manifest)["config"]
+        if noted.get("images") == shard.stage.config["images"]:
             raise
-        before = noted["counts"]["records"] + len(noted["counts"]["bad"])
+        before = counts["records"] + len(counts["bad"])
         raise manifests.OutputConflict(
             f"{e} The images are not those it was made from: {before} → {len(shard.entries)}, or "
             "other names, classes or sizes."
