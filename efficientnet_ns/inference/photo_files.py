@@ -70,7 +70,7 @@ def predict_images(
         except UnicodeDecodeError as error:  # TensorFlow's message, with such a name in it.
             yield {"photo": photo, "error": error.object.decode(errors="backslashreplace")}
         else:
-            best = cast(list[photos_lib.Guess], photos_lib.top_k(classify(image), names, top))
+            best = cast(list[photos_lib.Prediction], photos_lib.top_k(classify(image), names, top))
             yield {"photo": photo, "predictions": [guess._asdict() for guess in best]}
 
 

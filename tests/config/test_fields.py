@@ -345,12 +345,12 @@ def test_settings_of_another_kind_are_refused(settings):
 
 
 def test_home_folders_are_expanded(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/somewhere/me")
     parsed = parse(Config, "--model_dir=~/m", "--label_data_dir=~/a;b;~", "--init_skip=~")
-    assert parsed.train.model_dir == "/home/me/m"
-    assert parsed.data.label_data_dir == "/home/me/a;b;/home/me"
+    assert parsed.train.model_dir == "/somewhere/me/m"
+    assert parsed.data.label_data_dir == "/somewhere/me/a;b;/home/me"
     assert parsed.train.init_skip == "~"
-    assert Config().override(unlabel_data_dir="~/u").data.unlabel_data_dir == "/home/me/u"
+    assert Config().override(unlabel_data_dir="~/u").data.unlabel_data_dir == "/somewhere/me/u"
 
 
 def test_there_are_bounds():

@@ -114,7 +114,7 @@ def test_output_of_another_size_is_named(tmp_path, name, change):
 def test_broken_manifest_is_named(tmp_path):
     finish(make_stage(tmp_path))
     (tmp_path / "manifest.json").write_text('{"config": {')
-    with pytest.raises(ValueError, match=str(tmp_path / "manifest.json")):
+    with pytest.raises(manifests.OutputConflict, match=str(tmp_path / "manifest.json")):
         make_stage(tmp_path).done()
 
 

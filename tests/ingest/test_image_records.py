@@ -333,17 +333,18 @@ def test_finished_shards_are_left_alone_and_other_settings_refused(tmp_path):
 STUCK = """
 import sys, time
 from efficientnet_ns.config.ingest import MakeConfig
-from efficientnet_ns.data import encoded, prepare
+from efficientnet_ns.data import image_conversion
+from efficientnet_ns.ingest import data_source
 
-work, calls = encoded.prepare, []
+work, calls = image_conversion.prepare, []
 def stuck(*args):
     calls.append(1)
     if len(calls) == 8:
         print("stuck", flush=True)
         time.sleep(1000)
     return work(*args)
-encoded.prepare = stuck
-prepare.make_records(MakeConfig(source=sys.argv[1], output_dir=sys.argv[2], num_shards=5, num_workers=1))
+image_conversion.prepare = stuck
+data_source.make_records(MakeConfig(source=sys.argv[1], output_dir=sys.argv[2], num_shards=5, num_workers=1))
 """
 
 
