@@ -17,7 +17,7 @@ import tensorflow as tf
 from fakes import ROOT, free_ports, pictures, worker_environment, write_task
 
 from efficientnet_ns import report as labeling_report
-from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.config import Config, ConfigError, ModeConfig
 from efficientnet_ns.evaluation import accuracy, accuracy_report, evaluate
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.inference.engines import EngineError
@@ -321,10 +321,8 @@ def test_eval_prints_measured_beside_published(folder, tmp_path, monkeypatch, ca
     monkeypatch.setitem(RECIPES, "efficientnet-test", RECIPES["efficientnet-b0"])
     monkeypatch.setattr(accuracy_report, "_IMAGENET_VALIDATION", COUNT)
     config = settings(folder, task_name="imagenet", eval_dir=str(tmp_path))
-    monkeypatch.setattr(main.config, "from_flags", lambda *_: config)
-    monkeypatch.setattr(main.flags, "FLAGS", type("Values", (), {"mode": "eval"}))
     with caplog.at_level("INFO", logger="absl"):
-        main.main(["main"])
+        main.main(ModeConfig("eval"), config)
     top1 = json.loads(capsys.readouterr().out)["validation"]["top1"]
     published = f"top-1 {top1:.2%} measured; published: Noisy Student 78.8%"
     assert published in caplog.text

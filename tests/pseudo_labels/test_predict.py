@@ -454,7 +454,7 @@ def test_empty_shards_that_were_written_so(folder, tmp_path):
         num_image=1,
         num_label_classes=CLASSES,
     )
-    select.select(chosen)
+    select(chosen)
     written = write.write(chosen)["records"]
     data = tmp_path / "selected" / "data"
     sizes = [(data / shard_names.pseudo_label_name(0, s, 3)).stat().st_size for s in range(3)]

@@ -349,7 +349,7 @@ def test_training_that_runs_does_not_give_way(folder, tmp_path, monkeypatch, pid
     claimed(config)
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: pid)
-        metrics_log.note_start(str(tmp_path), 0, config.values())
+        claim.note_start(str(tmp_path), 0, config.values())
     other = config.override(seed=1)
     if refused:
         with pytest.raises(claim.DirectoryConflict, match=f"process {pid} has been training in"):
@@ -875,12 +875,12 @@ def test_waiting_for_the_first_checkpoint_is_logged(tmp_path, caplog):
 
 def test_unlabeled_images_that_have_no_part_are_named(folder, caplog):
     config = settings(folder, "never", unlabel_data_dir="/no/such")
-    train._check(ResolvedConfig.from_config(config))
-    assert "--unlabel_data_dir=/no/such has no part" in caplog.text
+    train._check(config)
+    assert "--unlabel_data_dir=/no/such is not used" in caplog.text
 
 
 def test_weights_that_are_not_read_are_named(folder, model, tmp_path, caplog):
-    train._initialise(model, settings(folder, tmp_path, init_model_path="somewhere"))
+    train._initialize(model, settings(folder, tmp_path, init_model_path="somewhere"))
     assert "--init_model_path=somewhere is not read without --init_model" in caplog.text
 
 
