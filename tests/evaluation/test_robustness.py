@@ -542,7 +542,9 @@ def test_the_program(tmp_path, monkeypatch):
     assert "### imagenet-a\n" in text and "| efficientnet-test, measured | 32 | 0.5 | 2.5 |" in text
     assert "83.7" in (out / "robustness.html").read_text()
     # Other weights at the same place do not take over the finished parts.
-    monkeypatch.setattr("efficientnet_ns.inference.teacher.TeacherPredictor", mock.Mock())
+    monkeypatch.setattr(
+        "efficientnet_ns.evaluation.robustness_program.TeacherPredictor", mock.Mock()
+    )
     again = robustness_program.evaluate(config, path, folders, str(out), allow_missing=True)
     assert again == results
     Path(path).write_bytes(Path(path).read_bytes()[:-1])

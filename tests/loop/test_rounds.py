@@ -19,6 +19,7 @@ from fakes import write_loop_data as write_data
 
 from efficientnet_ns.config import Config, ConfigError, LoopConfig
 from efficientnet_ns.config.ingest import MakeConfig
+from efficientnet_ns.evaluation import evaluate
 from efficientnet_ns.files import json_files, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import data_source
@@ -235,8 +236,8 @@ def test_killed_at_many_moments(folder, config, undisturbed):
 
 def test_finished_loop_does_nothing(undisturbed, config, monkeypatch):
     loop, rows = undisturbed
-    for name in ("train_and_evaluate", "evaluate"):
-        monkeypatch.setattr(train, name, lambda *_: pytest.fail("worked again"))
+    for module, name in ((train, "train_and_evaluate"), (evaluate, "evaluate")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("worked again"))
     monkeypatch.setattr(predict, "predict", lambda *_: pytest.fail("predicted again"))
     before = (Path(loop.work_dir) / "state.json").stat().st_mtime_ns
     assert rounds.run_loop(config, loop) == rows
@@ -309,8 +310,8 @@ def test_slash_at_the_end_of_a_path_is_no_other_setting(tmp_path):
 
 def test_fine_tuned_loop_is_continued_and_can_grow(varied, config, monkeypatch):
     loop, rows = varied
-    for name in ("train_and_evaluate", "evaluate"):
-        monkeypatch.setattr(train, name, lambda *_: pytest.fail("worked again"))
+    for module, name in ((train, "train_and_evaluate"), (evaluate, "evaluate")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("worked again"))
     assert rounds.run_loop(config, loop) == rows
     without = dataclasses.replace(loop, finetune_resolution=None)
     assert rounds.run_loop(config, without) == rows[:2]

@@ -18,6 +18,7 @@ from scipy import stats
 
 from efficientnet_ns import config as config_lib
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, SelectConfig
+from efficientnet_ns.evaluation import evaluate
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.loop import questions, study, study_results
 from efficientnet_ns.loop.questions import STUDIES, Arm, Study
@@ -276,7 +277,7 @@ def trained(monkeypatch) -> list[str]:
         return {"validation": {"top1": 0.0}, "test": {"top1": number % 1000 / 1000}}
 
     monkeypatch.setattr(train, "train_and_evaluate", training)
-    monkeypatch.setattr(train, "evaluate", measure)
+    monkeypatch.setattr(evaluate, "evaluate", measure)
     monkeypatch.setattr(study, "_DO", {**study._DO, "label": lambda _: None, "select": select})
     monkeypatch.setattr(study, "STUDIES", TABLE)
     return folders

@@ -846,7 +846,7 @@ def test_continuous_evaluation_of_another_length_is_refused(straight, tmp_path):
     """It would wait for a step that the training does not reach."""
     config, _ = straight
     longer = config.override(train_steps=9, eval_continuously=True)
-    with pytest.raises(claim.DirectoryConflict, match="another step .train_steps: 7 → 9"):
+    with pytest.raises(ConfigError, match="another step .train_steps: 7 → 9"):
         evaluate.evaluate(longer)
 
 
