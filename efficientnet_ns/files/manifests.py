@@ -69,12 +69,13 @@ class Stage:
         made_with = self._manifest()["config"]
         if made_with != self.config:
             found = [p for p in self.outputs if tf.io.gfile.exists(p)]
-            if not found:
+            # A result that stands in the manifest itself is never made anew silently.
+            if self.outputs and not found:
                 return False
             raise OutputConflict(
                 f"the outputs of {self.manifest} were made with other settings "
                 f"({describe_difference(made_with, self.config)}). "
-                f"Delete {' and '.join(found)}, or choose another output folder."
+                f"Delete {' and '.join(found or [self.manifest])}, or choose another output folder."
             )
         sizes = self._manifest()["sizes"]
         for path in self.outputs:
