@@ -16,6 +16,7 @@ import os
 from typing import Any
 
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, PredictConfig, SelectConfig
+from efficientnet_ns.config import check as check_values
 from efficientnet_ns.evaluation import evaluate
 from efficientnet_ns.files import shard_names
 from efficientnet_ns.ingest import data_source
@@ -74,6 +75,7 @@ def check(config: Config, loop: LoopConfig) -> list[Config]:
     trainings = model_configs(config, loop)
     if not (loop.work_dir and config.data.unlabel_data_dir):
         raise ConfigError("--work_dir and --unlabel_data_dir are needed")
+    check_values(loop)
     for training in trainings:
         ResolvedConfig.from_config(training)
     if any(training.train.unlabel_ratio <= 0 for training in trainings[1:]):
@@ -119,7 +121,7 @@ def _per_model(flag: str, text: str, kind: type, count: int) -> list[Any]:
         values = [kind(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if len(values) != count or min(values) <= 0:
+    if len(values) != count or not all(0 < value < float("inf") for value in values):
         raise ConfigError(f"--{flag}={text} should be {count} positive numbers joined with ','")
     return values
 
