@@ -24,7 +24,7 @@ def beside_published(config: Config, results: Mapping[str, Measured]) -> list[st
     recipe = RECIPES.get(config.model.model_name)
     lines = []
     for name, measured in results.items():
-        known = config.data.task_name == "imagenet" and recipe is not None
+        known = config.data.task_name in (None, "imagenet") and recipe is not None
         if known and measured.metrics["examples"] == _IMAGENET_VALIDATION:
             lines.append(
                 f"{config.model.model_name}, {name}: top-1 {measured.metrics['top1']:.2%} measured; "

@@ -6,6 +6,7 @@ image in a shard means reading the shard up to it.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -84,7 +85,7 @@ def sections(config: SelectConfig, options: Options = _DEFAULTS) -> list[report.
     names = list(options.class_names or map(str, range(config.num_label_classes)))
     if len(names) != config.num_label_classes:
         raise ConfigError(f"{len(names)} class names for {config.num_label_classes} classes")
-    _check_settings(config)
+    config = _as_selected(config)
     truth = None if options.truth is None else outcome.read_truth(config, options.truth)
     result = Outcome(config, truth=truth, previous_dir=options.previous_dir)
     run = _Run(config, options, names, result, result.classes())
@@ -108,20 +109,27 @@ _SETTINGS = (
 )
 
 
-def _check_settings(config: SelectConfig) -> None:
-    """Refuses settings that the selection was not made with: the report would show them."""
+def _as_selected(config: SelectConfig) -> SelectConfig:
+    """`config` with the settings that the selection was made with, for those that are not given.
+
+    Raises:
+      ConfigError: a setting that is given is another one: the report would show it.
+    """
     manifest = os.path.join(config.output_dir, f"{SELECTION}.manifest.json")
     if not tf.io.gfile.exists(manifest):
-        return
+        return config
     made_with = json_files.read_object(manifest, "config")["config"]
-    own = {name: getattr(config, name) for name in _SETTINGS}
-    noted = {name: made_with.get(name, value) for name, value in own.items()}
-    difference = manifests.describe_difference(noted, own)
+    noted = {name: made_with[name] for name in _SETTINGS if name in made_with}
+    default = SelectConfig()
+    given = {name: getattr(config, name) for name in noted}
+    given = {name: value for name, value in given.items() if value != getattr(default, name)}
+    difference = manifests.describe_difference({name: noted[name] for name in given}, given)
     if difference:
         raise ConfigError(
-            f"the selection in {config.output_dir} was made with other settings ({difference}): give "
-            "those it was made with"
+            f"the selection in {config.output_dir} was made with other settings ({difference}): "
+            "leave them out"
         )
+    return dataclasses.replace(config, **noted)
 
 
 class _Run(NamedTuple):

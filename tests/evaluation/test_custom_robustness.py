@@ -261,7 +261,7 @@ def test_baseline_alone():
 # The whole.
 
 
-def test_the_program(folder, tmp_path, monkeypatch, capsys):
+def test_the_program(folder, tmp_path, monkeypatch):
     """Two models, attacks and corruptions, from records to the files."""
     made = []
     monkeypatch.setattr(corruptions, "check_installed", lambda: "1")
@@ -294,9 +294,10 @@ def test_the_program(folder, tmp_path, monkeypatch, capsys):
     assert {key: stored[key] for key in results} == results and "mce" in stored
     page = (out / "own_set.html").read_text()
     assert page.count("data:image/png;base64") == 4 and "spatter 5" in page
-    printed = capsys.readouterr().out
+    calls = len(made[0].calls)
+    sets = RobustnessConfig(weights=paths[0], report_dir=str(out))
+    printed = robustness_program.evaluate_and_report(config, own, sets)
     assert printed == (out / "own_set.md").read_text()
     assert "| fog | " in printed and "| epsilon | model clean | baseline clean |" in printed
-    calls = len(made[0].calls)
-    assert robustness_program.evaluate_own_set(config, own, paths[0], str(out)) == results
+    assert json.loads((out / "own_set.json").read_text()) == stored
     assert (calls, len(made[1].calls)) == (8, 4), "again only the pictures are made"
