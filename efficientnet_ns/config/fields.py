@@ -269,5 +269,11 @@ def _check_bounds(field: dataclasses.Field, value: float) -> None:
 def require(settings: Any, *names: str) -> None:
     """Raises ConfigError naming the first of these settings that is not given."""
     for name in names:
-        if not getattr(settings, name):
-            raise ConfigError(f"--{name} is needed")
+        needed(getattr(settings, name), name)
+
+
+def needed(value: str | None, name: str, meaning: str = "") -> str:
+    """`value`, of the setting `name`; ConfigError, with its meaning, if it is not given."""
+    if not value:
+        raise ConfigError(f"--{name} is needed{meaning and f': {meaning}'}")
+    return value

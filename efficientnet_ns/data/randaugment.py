@@ -118,9 +118,22 @@ class RandAugment:
         cutout_const, translate_const = (reach, reach) if small else (40.0, 100.0)
         return {"cutout_const": cutout_const, "translate_const": translate_const}
 
-    def apply(self, image: tf.Tensor, seed: tf.Tensor, **constants: float) -> tf.Tensor:
+    def apply(
+        self,
+        image: tf.Tensor,
+        seed: tf.Tensor,
+        *,
+        cutout_const: float = 40.0,
+        translate_const: float = 100.0,
+    ) -> tf.Tensor:
         """Augments one image, uint8 [H, W, 3] → uint8 [H, W, 3]."""
-        return rand_augment(image, seed, **constants, **dataclasses.asdict(self))
+        return rand_augment(
+            image,
+            seed,
+            cutout_const=cutout_const,
+            translate_const=translate_const,
+            **dataclasses.asdict(self),
+        )
 
     def describe(self, cutout_const: float = 40.0, translate_const: float = 100.0) -> str:
         """The policy and its ops in one line; in `Solarize(691→179)`, 691 is nominal, 179 acts."""

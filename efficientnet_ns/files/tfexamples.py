@@ -39,7 +39,7 @@ def _bytes(value: bytes) -> bytes:
     return field(1, field(1, value))
 
 
-def _floats(values: Sequence[float]) -> bytes:
+def _floats(values: Sequence[float] | np.ndarray) -> bytes:
     return field(2, field(1, np.asarray(values, "<f4").tobytes()))
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import concurrent.futures.process
 import dataclasses
-import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from efficientnet_ns.files import json_files, manifests, shard_names, tfexamples
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.paths import listed
 from efficientnet_ns.files.progress import Progress
-from efficientnet_ns.ingest.image_sources import Entry, LeftOut, Loaded, printable
+from efficientnet_ns.ingest.image_sources import Entry, LeftOut, Loaded, Reader, Source, printable
 
 _IMAGES_PER_SHARD, _MAX_SHARDS = 1024, 1024
 # A process spends seconds on loading TensorFlow, in which another one writes so many images.
@@ -128,11 +128,10 @@ def split(entries: Sequence[Entry], fraction: float) -> tuple[list[Entry], list[
 
     At least one of each class that has two, and never all of them.
     """
-    totals: dict[int, int] = {}
-    for entry in entries:
-        totals[entry.label] = totals.get(entry.label, 0) + 1
+    totals = Counter(entry.label for entry in entries)
     left = {c: min(max(round(fraction * n), 1), n - 1) for c, n in totals.items()}
-    rest, chosen = [], []
+    rest: list[Entry] = []
+    chosen: list[Entry] = []
     for entry in entries:
         (chosen if left[entry.label] else rest).append(entry)
         left[entry.label] -= bool(left[entry.label])
@@ -140,7 +139,7 @@ def split(entries: Sequence[Entry], fraction: float) -> tuple[list[Entry], list[
 
 
 def make_sets(
-    source,
+    source: Source,
     sets: Sequence[ImageSet],
     rules: image_conversion.Rules,
     *,
@@ -150,7 +149,7 @@ def make_sets(
     """Writes sets of records from one source; finished shards are verified and skipped.
 
     Args:
-      source: see `sources`; it is sent to the processes.
+      source: where the images come from.
       num_workers: processes; None: one per CPU core.
       max_bad_fraction: of a set's images, how many may be unusable.
 
@@ -175,21 +174,17 @@ def make_sets(
     total = sum(len(shard.entries) for _, shard in shards)
     done = total - sum(len(shard.entries) for _, shard in pending)
     workers = num_workers or min(available_cpus(), 1 + (total - done) // _IMAGES_PER_WORKER)
-    batches = list(_batches(source, pending))
-    jobs = (
-        (numbers, _Job(source, list(part), rules, _limits(sets, numbers)))
-        for numbers, part in batches
-    )
+    jobs = (_Job(source, n, shard, rules, sets[n].num_classes) for n, shard in pending)
     with Progress(total, f"records in {sets[0].folder}", "images", done=done) as progress:
-        for numbers, job, counts in _run(jobs, min(workers, len(batches))):
-            for number, shard, count in zip(numbers, job.shards, counts):
-                results[number].add(count)
-                progress.update(len(shard.entries))
+        for job, counts in _run(jobs, min(workers, len(pending))):
+            results[job.number].add(counts)
+            progress.update(len(job.shard.entries))
     made = [result.finish() for result in results]
     for number in range(len(sets)):
         own = [shard.stage for n, shard in shards if n == number]
-        counts = [stage.counts()["records"] for stage in own]
-        tfrecords.note_counts([stage.outputs[0] for stage in own], counts)
+        tfrecords.note_counts(
+            [stage.outputs[0] for stage in own], [stage.counts()["records"] for stage in own]
+        )
     return made
 
 
@@ -211,10 +206,6 @@ def _done(shard: _Shard) -> bool:
         ) from e
 
 
-def _limits(sets: Sequence[ImageSet], numbers: Sequence[int]) -> list[int | None]:
-    return [sets[number].num_classes for number in numbers]
-
-
 def _refuse_other_sharding(one: ImageSet) -> None:
     total = f"-of-{one.num_shards:05d}"
     found = listed(one.folder, re.escape(one.prefix) + "-.{5}-of-.{5}")
@@ -226,26 +217,13 @@ def _refuse_other_sharding(one: ImageSet) -> None:
         )
 
 
-def _batches(source, pending: Sequence[tuple[int, _Shard]]) -> Iterator[tuple[list, tuple]]:
-    """Shards that are written together: one, or as many as one pass over the source can hold."""
-    limit, batch, held = getattr(source, "batch_bytes", 0), [], 0
-    for item in pending:
-        size = sum(entry.size for entry in item[1].entries)
-        if batch and held + size > limit:
-            yield tuple(map(list, zip(*batch)))
-            batch, held = [], 0
-        batch.append(item)
-        held += size
-    if batch:
-        yield tuple(map(list, zip(*batch)))
-
-
 class _Result:
     """Adds up what the shards of a set report."""
 
     def __init__(self, one: ImageSet, max_bad_fraction: float):
         self._set, self._allowed = one, max_bad_fraction
-        self._records, self._shapes = 0, set()
+        self._records = 0
+        self._shapes: set[tuple[int, int] | None] = set()
         self._bad = [list(item) for item in one.lost]
         self._check()
 
@@ -299,10 +277,11 @@ class WorkerLost(RuntimeError):
 
 
 class _Job(NamedTuple):
-    source: object
-    shards: list[_Shard]
+    source: Source
+    number: int  # Of the set.
+    shard: _Shard
     rules: image_conversion.Rules
-    num_classes: list[int | None]
+    num_classes: int | None
 
 
 def _attached(job: _Job) -> _Job:
@@ -310,25 +289,25 @@ def _attached(job: _Job) -> _Job:
     attach = getattr(job.source, "attach", None)
     if attach is None:
         return job
-    return job._replace(shards=[s._replace(entries=attach(s.entries)) for s in job.shards])
+    return job._replace(shard=job.shard._replace(entries=attach(job.shard.entries)))
 
 
-def _run(jobs, workers: int) -> Iterator[tuple[list[int], _Job, list[dict]]]:
-    """Yields (numbers of the sets, job, counts of its shards), in any order."""
+def _run(jobs: Iterable[_Job], workers: int) -> Iterator[tuple[_Job, dict]]:
+    """Yields (job, counts of its shard), in any order."""
     if workers <= 1:
-        for numbers, job in jobs:
-            yield numbers, job, _write_shards(_attached(job))
+        for job in jobs:
+            yield job, _write_shard(_attached(job))
         return
     # Forked children would inherit TensorFlow's threads in an unknown state.
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker)
-    running: dict = {}
+    running: dict[concurrent.futures.Future, _Job] = {}
     try:
-        for numbers, job in jobs:
+        for job in jobs:
             # Few jobs wait, because they may hold pixels.
             while len(running) >= 2 * workers:
                 yield from _finished(running)
-            running[pool.submit(_write_shards, _attached(job))] = (numbers, job)
+            running[pool.submit(_write_shard, _attached(job))] = job
         while running:
             yield from _finished(running)
     except concurrent.futures.process.BrokenProcessPool as e:
@@ -341,11 +320,10 @@ def _run(jobs, workers: int) -> Iterator[tuple[list[int], _Job, list[dict]]]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _finished(running: dict) -> Iterator[tuple[list[int], _Job, list[dict]]]:
+def _finished(running: dict[concurrent.futures.Future, _Job]) -> Iterator[tuple[_Job, dict]]:
     done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
     for future in done:
-        numbers, job = running.pop(future)
-        yield numbers, job, future.result()
+        yield running.pop(future), future.result()
 
 
 def _start_worker() -> None:
@@ -357,32 +335,24 @@ def _start_worker() -> None:
     preemption.end_with_parent()
 
 
-def _write_shards(job: _Job) -> list[dict]:
-    """Writes the shards of a job; their counts."""
-    everything = [entry for shard in job.shards for entry in shard.entries]
-    with job.source.reader(everything) as read:
-        return [
-            _write_shard(shard, functools.partial(_load, read, job.rules, num_classes))
-            for shard, num_classes in zip(job.shards, job.num_classes)
-        ]
-
-
-def _write_shard(shard: _Shard, load: Callable[[Entry], tuple]) -> dict:
+def _write_shard(job: _Job) -> dict:
+    """Writes a shard; its counts."""
+    stage, entries, record = job.shard
     bad: list[list[str]] = []
     shapes = set()
 
-    def payloads() -> Iterator[bytes]:
-        for entry in shard.entries:
+    def payloads(read: Reader) -> Iterator[bytes]:
+        for entry in entries:
             try:
-                loaded, shape = load(entry)
+                loaded, shape = _load(read, job.rules, job.num_classes, entry)
             except (image_conversion.Unusable, *_UNREADABLE) as e:
                 bad.append([printable(entry.name), str(e).replace("\n", " ")])
                 continue
             shapes.add(shape)
-            yield shard.record(loaded.image, loaded.label)
+            yield record(loaded.image, loaded.label)
 
-    with shard.stage.write() as (temporary, counts):
-        written = tfrecords.write(temporary[shard.stage.outputs[0]], payloads())
+    with job.source.reader(entries) as read, stage.write() as (temporary, counts):
+        written = tfrecords.write(temporary[stage.outputs[0]], payloads(read))
         shape = next(iter(shapes)) if len(shapes) == 1 else None
         counts.update(records=written, bad=bad, shape=shape)
     return json.loads(json.dumps(counts))
@@ -392,7 +362,7 @@ _UNREADABLE = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError, FileNot
 
 
 def _load(
-    read: Callable[[Entry], Loaded],
+    read: Reader,
     rules: image_conversion.Rules,
     num_classes: int | None,
     entry: Entry,

@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config.fields import ConfigError, comparable
+from efficientnet_ns.config.fields import ConfigError, comparable, needed
 from efficientnet_ns.config.sections import Config
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.files import atomic, json_files, manifests, metrics_log
@@ -47,7 +47,7 @@ def claim(
     Raises:
       DirectoryConflict: the folder belongs to a training with other settings or records.
     """
-    folder = config.train.model_dir
+    folder = needed(config.train.model_dir, "model_dir")
     begun = bool(checkpoints.saved_steps(folder))
     difference = _changed_settings(folder, config)
     if difference and begun:
@@ -123,7 +123,7 @@ def _changed_settings(folder: str, config: Config) -> str:
 
 def _task_fields(config: Config) -> dict[str, Any]:
     """`task.<field>` → its value as JSON gives it back."""
-    task = tasks.get_task(config.data.task_name)
+    task = tasks.get_task(needed(config.data.task_name, "task_name"))
     values = {name: getattr(task, name) for name in _TASK_FIELDS}
     return {f"task.{k}": list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 

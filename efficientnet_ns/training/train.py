@@ -18,7 +18,7 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import preemption
-from efficientnet_ns.config.fields import ConfigError
+from efficientnet_ns.config.fields import ConfigError, needed
 from efficientnet_ns.config.sections import Config, TrainConfig
 from efficientnet_ns.data import pipeline
 from efficientnet_ns.devices import distribution
@@ -51,8 +51,8 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
       preemption.Preempted: a request to stop came; the state of the running host loop is saved.
     """
     resolved = ResolvedConfig.from_config(config)
-    config, model_dir = resolved.config, resolved.config.train.model_dir
-    _check(config)
+    config = resolved.config
+    model_dir = _check(config)
     with preemption.StopRequest() as stop:
         with stop.immediate():
             # --- Devices. First of all: after TensorFlow's first computation, CPUs cannot be divided
@@ -88,7 +88,7 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
                 # --- Logs; the session logs, saves and evaluates between host loops.
                 log = MetricsLog(model_dir, start, writes)
                 session = _session(inputs, model, saver, log, stop=stop, start=start)
-                _log_start(inputs, model, log, start, writes=writes)
+                _log_start(inputs, model, log, model_dir, start, writes=writes)
 
             # --- Host loops.
             session.catch_up()
@@ -96,13 +96,11 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
             return session.finish()
 
 
-def _check(config: Config) -> None:
-    """ConfigError for settings of the training that cannot work."""
+def _check(config: Config) -> str:
+    """The model_dir; ConfigError for settings of the training that cannot work."""
     train, data = config.train, config.data
-    if not train.model_dir:
-        raise ConfigError("--model_dir is needed: the folder for checkpoints and logs")
-    if not data.label_data_dir:
-        raise ConfigError("--label_data_dir is needed: the folder with the labeled records")
+    model_dir = needed(train.model_dir, "model_dir", "the folder for checkpoints and logs")
+    needed(data.label_data_dir, "label_data_dir", "the folder with the labeled records")
     if train.unlabel_ratio and not data.unlabel_data_dir:
         raise ConfigError(f"--unlabel_ratio={train.unlabel_ratio} needs --unlabel_data_dir")
     if not (train.unlabel_ratio or train.label_weight):
@@ -149,6 +147,7 @@ def _check(config: Config) -> None:
             f"--teacher_softmax_temp={train.teacher_softmax_temp}: "
             "give -1 for hard labels or a positive temperature"
         )
+    return model_dir
 
 
 def _build(
@@ -161,7 +160,8 @@ def _build(
     teacher = None
     if train.teacher_model_name and train.unlabel_ratio:
         teacher = resolved.build_teacher()
-        weights.load_weights(teacher, train.teacher_model_path)
+        path = needed(train.teacher_model_path, "teacher_model_path")
+        weights.load_weights(teacher, path)
     schedule = schedules.learning_rate(
         base_learning_rate=train.base_learning_rate,
         labeled_batch_size=train.train_batch_size,
@@ -198,7 +198,8 @@ def _initialize(model: NoisyStudent, config: Config) -> None:
     """Loads the weights to start from, if any, and starts the averages at the student's weights."""
     if config.train.init_model:
         skip = [pattern for pattern in config.train.init_skip.split(",") if pattern]
-        weights.load_weights(model.student, config.train.init_model_path, skip=skip)
+        path = needed(config.train.init_model_path, "init_model_path")
+        weights.load_weights(model.student, path, skip=skip)
     elif config.train.init_model_path:
         logging.warning(
             "--init_model_path=%s is not read without --init_model: training starts from new weights",
@@ -239,11 +240,17 @@ def _session(
 
 
 def _log_start(
-    inputs: Inputs, model: NoisyStudent, log: MetricsLog, start: int, *, writes: bool
+    inputs: Inputs,
+    model: NoisyStudent,
+    log: MetricsLog,
+    folder: str,
+    start: int,
+    *,
+    writes: bool,
 ) -> None:
     """Logs what is trained on what; draws augmented images, and more with --debug."""
     resolved, config = inputs.resolved, inputs.resolved.config
-    total, folder = resolved.steps_to_run, config.train.model_dir
+    total = resolved.steps_to_run
     logging.info("%s: steps %d to %d in %s", config.model.model_name, start, total, folder)
     logging.info("labeled images: %s", resolved.labeled_preprocessing.describe())
     if inputs.unlabeled is not None:
