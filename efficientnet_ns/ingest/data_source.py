@@ -32,7 +32,7 @@ def make_records(config: MakeConfig) -> dict[str, int]:
 
     Raises:
       ConfigError: settings that cannot work, or sets in the output folder that do not go together.
-      DataError, manifests.OutputConflict, make.WorkerLost: see `make.make_sets`.
+      DataError, manifests.OutputConflict, processes.ProcessDied: see `image_records.make_sets`.
     """
     _check(config)
     _check_other_sets(config)

@@ -6,11 +6,9 @@ holds depends on the source and the settings only, not on the processes that wri
 
 from __future__ import annotations
 
-import concurrent.futures.process
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 from collections import Counter
@@ -23,6 +21,7 @@ from absl import logging
 
 from efficientnet_ns.config import preemption
 from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.config.processes import run_each
 from efficientnet_ns.data import image_conversion
 from efficientnet_ns.files import json_files, manifests, shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
@@ -159,7 +158,7 @@ def make_sets(
     Raises:
       DataError: too many unusable images, or a label out of range.
       manifests.OutputConflict: files in the way.
-      WorkerLost: a process was killed.
+      processes.ProcessDied: a process was killed.
     """
     for one in sets:
         _refuse_other_sharding(one)
@@ -174,9 +173,10 @@ def make_sets(
     total = sum(len(shard.entries) for _, shard in shards)
     done = total - sum(len(shard.entries) for _, shard in pending)
     workers = num_workers or min(available_cpus(), 1 + (total - done) // _IMAGES_PER_WORKER)
-    jobs = (_Job(source, n, shard, rules, sets[n].num_classes) for n, shard in pending)
+    jobs = ((_attached(_Job(source, n, s, rules, sets[n].num_classes)),) for n, s in pending)
     with Progress(total, f"records in {sets[0].folder}", "images", done=done) as progress:
-        for job, counts in _run(jobs, min(workers, len(pending))):
+        processes = min(workers, len(pending))
+        for (job,), counts in run_each(_write_shard, jobs, processes, initializer=_start_worker):
             results[job.number].add(counts)
             progress.update(len(job.shard.entries))
     made = [result.finish() for result in results]
@@ -272,10 +272,6 @@ class _Result:
 # --- Processes ------------------------------------------------------------------------------------
 
 
-class WorkerLost(RuntimeError):
-    """A process that wrote records ended without an error of its own."""
-
-
 class _Job(NamedTuple):
     source: Source
     number: int  # Of the set.
@@ -290,40 +286,6 @@ def _attached(job: _Job) -> _Job:
     if attach is None:
         return job
     return job._replace(shard=job.shard._replace(entries=attach(job.shard.entries)))
-
-
-def _run(jobs: Iterable[_Job], workers: int) -> Iterator[tuple[_Job, dict]]:
-    """Yields (job, counts of its shard), in any order."""
-    if workers <= 1:
-        for job in jobs:
-            yield job, _write_shard(_attached(job))
-        return
-    # Forked children would inherit TensorFlow's threads in an unknown state.
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker)
-    running: dict[concurrent.futures.Future, _Job] = {}
-    try:
-        for job in jobs:
-            # Few jobs wait, because they may hold pixels.
-            while len(running) >= 2 * workers:
-                yield from _finished(running)
-            running[pool.submit(_write_shard, _attached(job))] = job
-        while running:
-            yield from _finished(running)
-    except concurrent.futures.process.BrokenProcessPool as e:
-        raise WorkerLost(
-            f"one of {workers} processes was killed, most often because memory ran out. Finished "
-            "shards are kept: start the same command again to continue, with a smaller "
-            "--num_workers if it was the memory."
-        ) from e
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _finished(running: dict[concurrent.futures.Future, _Job]) -> Iterator[tuple[_Job, dict]]:
-    done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-    for future in done:
-        yield running.pop(future), future.result()
 
 
 def _start_worker() -> None:

@@ -107,7 +107,7 @@ def note_start(folder: str, start: int, flags: Mapping[str, Any]) -> None:
         "flags": flags,
     }
     path = os.path.join(folder, RUNS)
-    metrics_log.write_lines(path, [*json_files.read_json_lines(path), row])
+    json_files.write_json_lines(path, [*json_files.read_json_lines(path), row])
 
 
 def _changed_settings(folder: str, config: Config) -> str:

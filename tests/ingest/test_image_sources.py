@@ -24,7 +24,7 @@ from fakes import make_records as run
 from fakes import picture, write_folder, write_tar, write_zip
 from fakes import picture_files as files
 
-from efficientnet_ns.config import ConfigError
+from efficientnet_ns.config import ConfigError, processes
 from efficientnet_ns.data import image_conversion, tasks
 from efficientnet_ns.evaluation import robustness_sets
 from efficientnet_ns.files import manifests, tfexamples
@@ -527,7 +527,7 @@ def test_a_killed_worker_is_explained_and_the_work_continued(tmp_path, monkeypat
     )
     rules = image_conversion.Rules()
     with pytest.raises(
-        image_records.WorkerLost, match="one of 2 processes was killed.*same command again"
+        processes.ProcessDied, match="one of 2 processes was killed.*same command again"
     ):
         image_records.make_sets(source, [one], rules, num_workers=2)
     whole = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("train-*")}
