@@ -11,7 +11,6 @@ import tensorflow as tf
 
 from efficientnet_ns import report
 from efficientnet_ns.config import Config, ConfigError, OwnSetConfig, RobustnessConfig
-from efficientnet_ns.devices import distribution
 from efficientnet_ns.evaluation import (
     custom_robustness,
     custom_robustness_report,
@@ -123,8 +122,12 @@ def _given(weights_path: str, folders: dict[str, str], report_dir: str) -> dict[
     return given
 
 
-def _check_there(folders: dict[str, str]) -> None:
-    """DataError naming every set whose folder or file does not exist."""
+def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | None) -> dict:
+    """Set → function of the evaluation that measures it.
+
+    Raises:
+      DataError: a folder or file does not exist, or is not laid out as it must be.
+    """
     absent = [
         f"--{flag}={path}"
         for flag, path in folders.items()
@@ -132,11 +135,6 @@ def _check_there(folders: dict[str, str]) -> None:
     ]
     if absent:
         raise DataError(f"no such folder or file: {', '.join(absent)}")
-
-
-def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | None) -> dict:
-    """Set → function of the evaluation that measures it."""
-    _check_there(folders)
     options, work = (tfds_data_dir, allow_missing), {}
     for flag in _LABELED:
         if flag in folders:
@@ -150,7 +148,7 @@ def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | Non
         work["imagenet-real"] = methodcaller("real", folders["real_labels"], *labels)
     if part := robustness_sources.single_corruption(folders.get("imagenet_c", "")):
         images = robustness_sources.open_images(
-            folders["imagenet_c"], robustness_sets.by_wnid(), *options
+            folders["imagenet_c"], robustness_sets.classes_of(), *options
         )
         name = f"imagenet-c/{part}"
         work[name] = methodcaller("accuracy", name, images, cropped=True)
@@ -164,7 +162,6 @@ def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | Non
 
 
 def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
-
     json_files.write_json(
         os.path.join(folder, "robustness.json"), {**identity, "sets": results}, indent=1
     )
@@ -214,21 +211,7 @@ def evaluate_own_set(
     """
     if not weights_path or not report_dir:
         raise ConfigError("--weights and --report_dir are needed")
-    weights_path, report_dir = os.fspath(weights_path), os.fspath(report_dir)
-    if os.environ.get("TF_CONFIG"):
-        raise ConfigError("--corrupt and --epsilons work on one machine: unset TF_CONFIG")
-
-    resolved = ResolvedConfig.from_config(config)
-    strategy = distribution.get_strategy(config.hardware)
-    distribution.set_precision(config.hardware, strategy)
-    found = custom_robustness.measure(
-        resolved,
-        own,
-        weights_path,
-        report_dir,
-        strategy,
-        distribution.share,
-        distribution.compiles(config.hardware, strategy),
-    )
-    custom_robustness_report.write(report_dir, found)
+    folder = os.fspath(report_dir)
+    found = custom_robustness.measure(config, own, os.fspath(weights_path), folder)
+    custom_robustness_report.write(folder, found)
     return found.results

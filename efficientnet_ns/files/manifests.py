@@ -12,7 +12,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -103,6 +104,18 @@ class Stage:
                 f"{self.manifest} is damaged, perhaps cut off. Delete it and "
                 f"{' and '.join(self.outputs)}, and start the same command again."
             ) from e
+
+    def once(self, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """For a stage without outputs: what it stored, or `work()`, JSON-able, which it then stores.
+
+        Raises:
+          OutputConflict: the stored result has another configuration.
+        """
+        if not self.done():
+            result = work()
+            with self.write() as (_, counts):
+                counts.update(result)
+        return self.counts()
 
     @contextlib.contextmanager
     def write(self) -> Iterator[tuple[dict[str, str], dict]]:

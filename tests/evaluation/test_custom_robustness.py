@@ -12,7 +12,6 @@ from fakes import CLASSES, VALIDATION, settings, write_data
 
 from efficientnet_ns.config import Config, ConfigError, OwnSetConfig, RobustnessConfig
 from efficientnet_ns.data import pipeline
-from efficientnet_ns.devices import distribution
 from efficientnet_ns.evaluation import (
     accuracy,
     corruptions,
@@ -40,7 +39,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def labeled(folder) -> custom_robustness.LabeledSet:
     resolved = ResolvedConfig.from_config(settings(folder, "unused"))
-    return custom_robustness._labeled_set(resolved, "", distribution.share)
+    return custom_robustness._labeled_set(resolved, "")
 
 
 def darker(pixels, name, severity, seeds):

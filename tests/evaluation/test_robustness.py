@@ -225,7 +225,7 @@ def test_all_thousand_classes_are_needed(tmp_path):
 
 def test_classes_of_the_subsets():
     """Counts, ends and sums of the lists of their authors."""
-    a, r = (list(sets.by_wnid(name).values()) for name in ("imagenet_a", "imagenet_r"))
+    a, r = (list(sets.classes_of(name).values()) for name in ("imagenet-a", "imagenet-r"))
     assert len(a) == len(r) == 200 and a == sorted(set(a)) and r == sorted(set(r))
     assert a[:6] == [6, 11, 13, 15, 17, 22] and a[-4:] == [984, 986, 987, 988]
     assert r[:6] == [1, 2, 4, 6, 8, 9] and r[-4:] == [980, 981, 983, 988]
@@ -280,7 +280,7 @@ def test_crops_go_to_the_model_for_whole_pictures(tmp_path):
     images = {}
     for place in ("c", "a"):
         write(tmp_path / place / WNIDS[0], 2)
-        images[place] = sources.open_images(str(tmp_path / place), sets.by_wnid(), None, True)
+        images[place] = sources.open_images(str(tmp_path / place), sets.classes_of(), None, True)
     evaluation.accuracy("imagenet-a", images["a"])
     evaluation.corruptions({("fog", s): images["c"] for s in "12345"})
     write(tmp_path / "p" / "tilt" / WNIDS[0] / "clip", 2)
@@ -326,14 +326,16 @@ def test_top5_of_a_subset_as_counted(tmp_path):
 def test_folders_of_v2_are_numbers(tmp_path):
     for number in range(12):
         write(tmp_path / "v2" / str(number), 1)
-    images = sets.class_folders(str(tmp_path / "v2"), sets.by_number())
+    images = sets.class_folders(str(tmp_path / "v2"), sets.classes_of("imagenet-v2"))
     labels = [entry.label for entry in images.entries]
     assert labels == list(range(12))
     assert [int(entry.name.split("/")[0]) for entry in images.entries] == labels
     with pytest.raises(DataError, match="988 of 1000 classes are missing .*: 12, 13"):
-        sources.open_images(str(tmp_path / "v2"), sets.by_number())
+        sources.open_images(str(tmp_path / "v2"), sets.classes_of("imagenet-v2"))
     write(tmp_path / "repacked" / WNIDS[2], 1)
-    found = sources.open_images(str(tmp_path / "repacked"), sets.by_number(), None, True)
+    found = sources.open_images(
+        str(tmp_path / "repacked"), sets.classes_of("imagenet-v2"), None, True
+    )
     assert found.classes == [2]
 
 
@@ -468,7 +470,7 @@ def test_unreadable_pictures_are_named(tmp_path):
         return np.zeros([len(images), 1000], np.float32), {1: "the image cannot be decoded"}
 
     evaluation = robustness.Evaluation(broken, 8, str(tmp_path / "parts"), {})
-    images = sets.class_folders(str(tmp_path / "a"), sets.by_wnid())
+    images = sets.class_folders(str(tmp_path / "a"), sets.classes_of())
     with pytest.raises(DataError, match="001.JPEG: the image cannot be decoded"):
         evaluation.accuracy("imagenet-a", images)
 
