@@ -15,7 +15,9 @@ _POLICY = r"(randaugment|autoaugment)\(.*"
 class ModelConfig(Settings):
     """Which network to build."""
 
-    model_name: str = setting("efficientnet-b0", "Variant: efficientnet-b0 … -b7, -l2, -test.")
+    model_name: str = setting(
+        "efficientnet-b0", "Variant: efficientnet-b0 … -b7, -l2, -lite0 … -lite4, -test."
+    )
     input_image_size: int | None = setting(
         None, "Image side in pixels; default: the task's, else the model's own.", low=8
     )

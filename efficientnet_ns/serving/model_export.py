@@ -93,13 +93,14 @@ def _export_options(resolved: ResolvedConfig, path: str, options: ExportConfig):
 
 
 def _provenance(resolved: ResolvedConfig, path: str) -> dict[str, object]:
-    """Recipe, data and accuracy of published weights or of a training's folder, if these are such."""
+    """Recipe, data and accuracy of a training's folder or of published weights, if these are such."""
+    place = (path,) if tf.io.gfile.isdir(path) else os.path.split(path)
+    if facts := provenance.of_training(*place):
+        return facts  # Whatever its folder is called.
     recipe = RECIPES.get(resolved.config.model.model_name)
     if recipe is not None and provenance.is_published(path, recipe):
         return provenance.of_publication(recipe)
-    if tf.io.gfile.isdir(path):
-        return provenance.of_training(path)
-    return provenance.of_training(*os.path.split(path))
+    return {}
 
 
 def _check_images(resolved: ResolvedConfig, options: ExportConfig):
