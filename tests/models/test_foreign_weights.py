@@ -614,7 +614,8 @@ def test_deeper_model_in_the_file(foreign, model, untouched):
     naming = WRITERS[path.suffix[1:]][0]
     write(arrays(tiny(depth_coefficient=1.5), naming))
     error = refusal(model, path)
-    assert not error.missing and not error.shapes
+    # Where blocks are numbered through, the others move.
+    assert path.suffix == ".pth" or not (error.missing or error.shapes)
     assert any(
         name.startswith(("block2c_", "blocks.1.2.", "_blocks.4.")) for name in error.unexpected
     )
