@@ -99,7 +99,7 @@ def _tasks(resolved: ResolvedConfig) -> dict[str, ShardTask]:
         start = (os.getpid() * 7919) % len(shards)
         shards = shards[start:] + shards[:start]
     sources = {shard: _input_path(resolved.config, shard) for shard in shards}
-    checkpoint = weights.fingerprint(options.predict_ckpt_path)
+    checkpoint = weights.fingerprint(options.predict_ckpt_path, resolved.config.model.model_name)
     tasks = [_task(resolved, checkpoint, sources[shard], shard) for shard in shards]
     return {task.name: task for task in tasks}
 
