@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import runpy
@@ -17,6 +18,7 @@ import tensorflow as tf
 from absl import flags, logging
 
 from efficientnet_ns import config
+from efficientnet_ns.models import efficientnet
 
 GOLDENS_VARIABLE = "EFFICIENTNET_NS_GOLDENS"
 
@@ -67,6 +69,18 @@ def large_goldens() -> Path:
     if not folder:
         pytest.skip(f"{GOLDENS_VARIABLE} is not set: checkpoints made by the original code")
     return Path(folder)
+
+
+@pytest.fixture
+def small_lite(monkeypatch) -> str:
+    """`efficientnet-lite0` with the blocks of efficientnet-test, for tests that need only its kind."""
+    rows = efficientnet.VARIANTS
+    small = rows["efficientnet-test"]
+    row = dataclasses.replace(
+        rows["efficientnet-lite0"], stages=small.stages, head_filters=small.head_filters
+    )
+    monkeypatch.setitem(rows, "efficientnet-lite0", row)
+    return "efficientnet-lite0"
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,11 @@ image = np.full([64, 64, 3], 100, np.uint8)
 for name in get_corruption_names("all"):
     assert corrupt(image, severity=2, corruption_name=name).shape == image.shape, name
 """,
+    "weights": """
+from efficientnet_ns.models import published
+for number in range(3):
+    published.located(f"efficientnet-lite{number}")
+""",
     "beam": "from efficientnet_ns.pseudo_labels import beam",
     "heic": "import pillow_heif",
     "dev": "import pytest, hypothesis, nbclient",

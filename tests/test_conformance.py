@@ -24,6 +24,7 @@ CLASSES, SIZE = 4, 32
 VARIANTS = {
     "efficientnet-test": {},
     "efficientnet-b0": {"width_coefficient": 0.25, "depth_coefficient": 0.3},
+    "efficientnet-lite0": {"width_coefficient": 0.25, "depth_coefficient": 0.3},
 }
 # Largest difference of a probability from the float32 model. bfloat16 keeps 8 bits of every value,
 # and folded batch norm is rounded once more; predictions of different images are 0.3 apart.

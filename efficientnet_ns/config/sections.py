@@ -15,7 +15,9 @@ _POLICY = r"(randaugment|autoaugment)\(.*"
 class ModelConfig(Settings):
     """Which network to build."""
 
-    model_name: str = setting("efficientnet-b0", "Variant: efficientnet-b0 … -b7, -l2, -test.")
+    model_name: str = setting(
+        "efficientnet-b0", "Variant: efficientnet-b0 … -b7, -l2, -lite0 … -lite4, -test."
+    )
     input_image_size: int | None = setting(
         None, "Image side in pixels; default: the task's, else the model's own.", low=8
     )
@@ -183,6 +185,11 @@ class TrainConfig(Settings):
     )
     init_model: bool = setting(False, "Start from the weights at init_model_path.")
     init_model_path: str | None = setting(None, "Checkpoint to start from.")
+    init_weights: str | None = setting(
+        None,
+        "Weights to start from, as with --init_model --init_model_path: a path, published (those of "
+        "the variant in an installed package), or the name of a variant.",
+    )
     fix_layer_num: int = setting(
         -1,
         "Freeze the stem and the first N blocks: no updates, batch norm with its moving "
@@ -192,7 +199,7 @@ class TrainConfig(Settings):
     init_skip: str = setting(
         "",
         "Regular expressions, joined with ',', of variables that keep their initial values with "
-        "--init_model: head/dense/ for other classes.",
+        "--init_weights or --init_model: head/dense/ for other classes.",
     )
     seed: int = setting(0, "Seed of initial weights, data order, augmentation and noise.", low=0)
     steps_per_eval: int = setting(3000, "Evaluate every N steps.", low=1, free=True)
@@ -251,8 +258,8 @@ class PredictConfig(Settings):
 
     predict_ckpt_path: str = setting(
         "",
-        "Weights of the teacher: checkpoint, folder with one, or file of Keras (.h5) or timm "
-        "(.safetensors, .pth).",
+        "Weights of the teacher: checkpoint, folder with one, file of Keras (.h5) or PyTorch "
+        "(.safetensors, .pth), or published.",
     )
     output_dir: str = setting("", "Folder of the prediction records.")
     info_dir: str = setting("", "Folder of the per-shard counts.")

@@ -22,7 +22,7 @@ class Task:
 
     Attributes:
       num_classes: number of classes.
-      mean, std: channel statistics in units of the full range (0..1).
+      mean, std: channel statistics in units of the full range (0..1); None: the model's own.
       image_size: side in pixels, or None for the model's own resolution.
       small_image: train with the small-image model variant and its preprocessing.
       flip: whether a mirrored image keeps its class (house numbers and digits do not).
@@ -32,8 +32,8 @@ class Task:
     """
 
     num_classes: int
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
     image_size: int | None = None
     small_image: bool = False
     flip: bool = True

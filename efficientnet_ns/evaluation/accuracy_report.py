@@ -13,7 +13,7 @@ from efficientnet_ns import report as page
 from efficientnet_ns.config import Config
 from efficientnet_ns.evaluation.accuracy import Measured
 from efficientnet_ns.files import json_files
-from efficientnet_ns.models.recipes import RECIPES
+from efficientnet_ns.models.recipes import RECIPES, Recipe
 
 # Size of ImageNet's validation set; published values are comparable only on all of it.
 _IMAGENET_VALIDATION = 50_000
@@ -26,11 +26,17 @@ def beside_published(config: Config, results: Mapping[str, Measured]) -> list[st
         return []
     return [
         f"{config.model.model_name}, {name}: top-1 {measured.metrics['top1']:.2%} measured; "
-        f"published: Noisy Student {recipe.top1:.1f}% (timm's copy of it "
-        f"{recipe.timm_top1:.2f}%), supervised {recipe.top1_supervised:.1f}%"
+        f"published: {_published(recipe)}"
         for name, measured in results.items()
         if measured.metrics["examples"] == _IMAGENET_VALIDATION
     ]
+
+
+def _published(recipe: Recipe) -> str:
+    supervised = f"supervised {recipe.top1_supervised:.1f}%"
+    if recipe.top1 is None:
+        return supervised
+    return f"Noisy Student {recipe.top1:.1f}% (timm's copy of it {recipe.timm_top1:.2f}%), {supervised}"
 
 
 def write(

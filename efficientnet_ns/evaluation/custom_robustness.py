@@ -227,7 +227,7 @@ def _subject(
     kind, batch = config.predict.inference_engine, config.train.eval_batch_size
     engine = engines.make(kind, model, batch, strategy) if classifies else None
     identity = {
-        "weights": weights.fingerprint(path),
+        "weights": weights.fingerprint(path, resolved.config.model.model_name),
         **as_dict(resolved.config.model),
         "precision": tf.keras.mixed_precision.global_policy().name,
     }

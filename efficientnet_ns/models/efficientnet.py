@@ -1,4 +1,7 @@
-"""EfficientNet B0–B7 (arXiv 1905.11946, table 1) and L2 (1911.04252, table 7) in Keras.
+"""EfficientNet B0–B7 (arXiv 1905.11946, table 1), L2 (1911.04252, table 7) and Lite0–4 in Keras.
+
+Lite is the family for phones and Edge TPUs: without squeeze-and-excite, with relu6, and with a stem and
+a head of one size (TensorFlow's TPU repository, `models/official/efficientnet/lite`).
 
 Input is pixels 0..255; normalisation is the first layer. Layer names are stable: `stem_conv`,
 `blocks_<i>_{expand,dw,project}_{conv,bn}`, `blocks_<i>_se_{reduce,expand}`, `head_{conv,bn,dense}`.
@@ -12,7 +15,7 @@ import math
 import numbers
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import tensorflow as tf
 
@@ -53,7 +56,7 @@ _TEST_STAGES = (
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Compound-scaling coefficients of one model of the family.
+    """One model of the family: its compound-scaling coefficients, and what else differs.
 
     Attributes:
       width, depth: multipliers of channels and of block repeats.
@@ -61,6 +64,12 @@ class Variant:
       dropout_rate: of the head.
       stages: the unscaled block table.
       head_filters: unscaled channels of the last convolution.
+      activation: a key of `layers.ACTIVATIONS`.
+      squeeze_excite: whether blocks weight their channels.
+      scale_stem_and_head: whether `width` multiplies the channels of stem and last convolution.
+      deepen_ends: whether `depth` multiplies the repeats of the first and the last stage.
+      mean, std: of the pixels the published weights were trained on, per channel, in units of the full
+        range (0..1).
     """
 
     width: float
@@ -69,7 +78,23 @@ class Variant:
     dropout_rate: float
     stages: tuple[Stage, ...] = _B0_STAGES
     head_filters: int = 1280
+    activation: str = "swish"
+    squeeze_excite: bool = True
+    scale_stem_and_head: bool = True
+    deepen_ends: bool = True
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
 
+
+_lite = functools.partial(
+    Variant,
+    activation="relu6",
+    squeeze_excite=False,
+    scale_stem_and_head=False,
+    deepen_ends=False,
+    mean=(127 / 255,) * 3,
+    std=(128 / 255,) * 3,
+)
 
 VARIANTS: dict[str, Variant] = {
     "efficientnet-b0": Variant(1.0, 1.0, 224, 0.2),
@@ -81,6 +106,11 @@ VARIANTS: dict[str, Variant] = {
     "efficientnet-b6": Variant(1.8, 2.6, 528, 0.5),
     "efficientnet-b7": Variant(2.0, 3.1, 600, 0.5),
     "efficientnet-l2": Variant(4.3, 5.3, 800, 0.5),
+    "efficientnet-lite0": _lite(1.0, 1.0, 224, 0.2),
+    "efficientnet-lite1": _lite(1.0, 1.1, 240, 0.2),
+    "efficientnet-lite2": _lite(1.1, 1.2, 260, 0.3),
+    "efficientnet-lite3": _lite(1.2, 1.4, 280, 0.3),
+    "efficientnet-lite4": _lite(1.4, 1.8, 300, 0.3),
     # Not a published model: the same family, small enough for tests that train.
     "efficientnet-test": Variant(1.0, 1.0, 32, 0.2, _TEST_STAGES, head_filters=32),
 }
@@ -101,20 +131,29 @@ def round_repeats(repeats: int, depth: float) -> int:
 
 
 def block_table(
-    stages: Sequence[Stage], width: float, depth: float, small_image: bool = False
+    stages: Sequence[Stage],
+    width: float,
+    depth: float,
+    small_image: bool = False,
+    *,
+    scale_stem: bool = True,
+    deepen_ends: bool = True,
 ) -> list[Stage]:
     """Expands scaled stages into one `Stage(repeats=1)` per MBConv block.
 
     Args:
       small_image: strides of stages 2 and 3 are 1 (the 32-pixel variant for SVHN and CIFAR).
+      scale_stem: whether `width` multiplies the channels that enter the first block.
+      deepen_ends: whether `depth` multiplies the repeats of the first and the last stage.
     """
     blocks = []
     for number, stage in enumerate(stages, start=1):
-        filters_in, filters_out = (
-            round_filters(f, width) for f in (stage.filters_in, stage.filters_out)
-        )
+        scale_input = scale_stem or number > 1
+        filters_in = round_filters(stage.filters_in, width if scale_input else 1.0)
+        filters_out = round_filters(stage.filters_out, width)
         stride = 1 if small_image and number in (2, 3) else stage.stride
-        for repeat in range(round_repeats(stage.repeats, depth)):
+        deepen = deepen_ends or number not in (1, len(stages))
+        for repeat in range(round_repeats(stage.repeats, depth if deepen else 1.0)):
             blocks.append(
                 dataclasses.replace(
                     stage,
@@ -134,7 +173,19 @@ def get_variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-BatchNormMaker = Callable[..., layers.BatchNorm]
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What the layers of one model have in common."""
+
+    batch_norm: Callable[..., layers.BatchNorm]
+    activation: str
+    squeeze_excite: bool
+
+    def activate(self, x, name: str):
+        return layers.ACTIVATIONS[self.activation](name=f"{name}_{self.activation}")(x)
+
+    def normalize_and_activate(self, x, name: str):
+        return self.activate(self.batch_norm(name=f"{name}_bn")(x), name)
 
 
 def _conv(x, filters: int, kernel: int, stride: int, name: str, use_bias: bool = False):
@@ -155,27 +206,22 @@ def _conv_initializer() -> tf.keras.initializers.Initializer:
     return tf.keras.initializers.VarianceScaling(2.0, "fan_out", "untruncated_normal")
 
 
-def _bn_swish(x, name: str, batch_norm: BatchNormMaker):
-    x = batch_norm(name=f"{name}_bn")(x)
-    return layers.Swish(name=f"{name}_swish")(x)
-
-
-def _squeeze_excite(x, filters_in: int, name: str):
+def _squeeze_excite(x, filters_in: int, name: str, parts: _Parts):
     # The squeeze width comes from the block's input filters, not from the expanded ones.
     squeezed = max(1, int(filters_in * 0.25))
     s = tf.keras.layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_se_pool")(x)
     s = _conv(s, squeezed, 1, 1, f"{name}_se_reduce", use_bias=True)
-    s = layers.Swish(name=f"{name}_se_swish")(s)
+    s = parts.activate(s, f"{name}_se")
     s = _conv(s, x.shape[-1], 1, 1, f"{name}_se_expand", use_bias=True)
     s = tf.keras.layers.Activation("sigmoid", name=f"{name}_se_gate")(s)
     return tf.keras.layers.Multiply(name=f"{name}_se_excite")([x, s])
 
 
-def _mbconv(x, block: Stage, name: str, survival_prob: float, batch_norm: BatchNormMaker):
+def _mbconv(x, block: Stage, name: str, survival_prob: float, parts: _Parts):
     shortcut = x
     if block.expand != 1:
         x = _conv(x, block.filters_in * block.expand, 1, 1, f"{name}_expand_conv")
-        x = _bn_swish(x, f"{name}_expand", batch_norm)
+        x = parts.normalize_and_activate(x, f"{name}_expand")
     x = tf.keras.layers.DepthwiseConv2D(
         block.kernel,
         strides=block.stride,
@@ -184,21 +230,16 @@ def _mbconv(x, block: Stage, name: str, survival_prob: float, batch_norm: BatchN
         depthwise_initializer=_conv_initializer(),
         name=f"{name}_dw_conv",
     )(x)
-    x = _bn_swish(x, f"{name}_dw", batch_norm)
-    x = _squeeze_excite(x, block.filters_in, name)
+    x = parts.normalize_and_activate(x, f"{name}_dw")
+    if parts.squeeze_excite:
+        x = _squeeze_excite(x, block.filters_in, name, parts)
     x = _conv(x, block.filters_out, 1, 1, f"{name}_project_conv")
-    x = batch_norm(name=f"{name}_project_bn")(x)
+    x = parts.batch_norm(name=f"{name}_project_bn")(x)
     if block.stride == 1 and block.filters_in == block.filters_out:
         if survival_prob < 1.0:
             x = layers.StochasticDepth(survival_prob, name=f"{name}_stochastic_depth")(x)
         x = tf.keras.layers.Add(name=f"{name}_add")([x, shortcut])
     return x
-
-
-def _pooled_features(x, filters: int, batch_norm: BatchNormMaker):
-    x = _conv(x, filters, 1, 1, "head_conv")
-    x = _bn_swish(x, "head", batch_norm)
-    return tf.keras.layers.GlobalAveragePooling2D(name="head_pool")(x)
 
 
 def _features(
@@ -207,15 +248,18 @@ def _features(
     width: float,
     blocks: Sequence[Stage],
     survival_prob: float,
-    batch_norm: BatchNormMaker,
+    parts: _Parts,
 ):
     """Normalized pixels → pooled features."""
-    x = _conv(x, round_filters(spec.stages[0].filters_in, width), 3, 2, "stem_conv")
-    x = _bn_swish(x, "stem", batch_norm)
+    x = _conv(x, blocks[0].filters_in, 3, 2, "stem_conv")
+    x = parts.normalize_and_activate(x, "stem")
     for index, block in enumerate(blocks):
         block_survival = 1.0 - (1.0 - survival_prob) * index / len(blocks)
-        x = _mbconv(x, block, f"blocks_{index}", block_survival, batch_norm)
-    return _pooled_features(x, round_filters(spec.head_filters, width), batch_norm)
+        x = _mbconv(x, block, f"blocks_{index}", block_survival, parts)
+    head_width = width if spec.scale_stem_and_head else 1.0
+    x = _conv(x, round_filters(spec.head_filters, head_width), 1, 1, "head_conv")
+    x = parts.normalize_and_activate(x, "head")
+    return tf.keras.layers.GlobalAveragePooling2D(name="head_pool")(x)
 
 
 # Blocks of L2.
@@ -283,7 +327,7 @@ def build_model(
       survival_prob: of the last block's residual branch; block i of N gets 1 - (1 -
         survival_prob)·i/N.
       mean, std: channel statistics of the training set in units of the full range (0..1). None: as
-        `weights` tell, else ImageNet's.
+        `weights` tell, else the variant's.
       bn_momentum: decay of the batch-norm moving averages.
       num_shards_per_group: how many replicas share batch statistics while training; see
         `layers.replicas_per_group`.
@@ -310,18 +354,27 @@ def build_model(
     learned = {} if weights is None else stored_settings(weights)
     if small_image is None:
         small_image = learned.get("small_image", False)
-    mean = learned.get("mean", IMAGENET_MEAN) if mean is None else mean
-    std = learned.get("std", IMAGENET_STD) if std is None else std
-    blocks = block_table(spec.stages, width, depth_coefficient or spec.depth, small_image)
+    mean = learned.get("mean", spec.mean) if mean is None else mean
+    std = learned.get("std", spec.std) if std is None else std
+    depth = depth_coefficient or spec.depth
+    blocks = block_table(
+        spec.stages,
+        width,
+        depth,
+        small_image,
+        scale_stem=spec.scale_stem_and_head,
+        deepen_ends=spec.deepen_ends,
+    )
     _allow_depth(len(blocks))
     batch_norm = functools.partial(
         layers.BatchNorm, momentum=bn_momentum, num_shards_per_group=num_shards_per_group
     )
+    parts = _Parts(batch_norm, spec.activation, spec.squeeze_excite)
     inputs = tf.keras.Input((size, size, 3), name="image")
     x = layers.PixelNormalization(
         mean, std, small_image=small_image, variant=variant, name="normalization"
     )(inputs)
-    x = _features(x, spec, width, blocks, survival_prob, batch_norm)
+    x = _features(x, spec, width, blocks, survival_prob, parts)
     x = _classifier(x, num_classes, dropout_rate) if include_top else _float32(x, "pooled")
     model = tf.keras.Model(inputs, x, name=variant)
     if weights is not None:
@@ -369,9 +422,9 @@ def endpoints(model: tf.keras.Model) -> dict[str, tf.Tensor]:
       224-pixel models); `features` (after the head convolution); `pooled` [N, channels]; `logits`,
       unless the model was built without the top.
     """
-    outputs = {"stem": model.get_layer("stem_swish").output}
-    blocks = num_blocks(model)
     names = {layer.name for layer in model.layers}
+    outputs = {"stem": model.get_layer(_activation_name(names, "stem")).output}
+    blocks = num_blocks(model)
     level = 0
     for index in range(blocks):
         last = index == blocks - 1
@@ -380,8 +433,12 @@ def endpoints(model: tf.keras.Model) -> dict[str, tf.Tensor]:
             added = f"blocks_{index}_add"
             name = added if added in names else f"blocks_{index}_project_bn"
             outputs[f"reduction_{level}"] = model.get_layer(name).output
-    outputs["features"] = model.get_layer("head_swish").output
+    outputs["features"] = model.get_layer(_activation_name(names, "head")).output
     outputs["pooled"] = model.get_layer("head_pool").output
     if "logits" in names:
         outputs["logits"] = model.output
     return outputs
+
+
+def _activation_name(names: Container[str], part: str) -> str:
+    return next(name for kind in layers.ACTIVATIONS if (name := f"{part}_{kind}") in names)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -177,6 +178,13 @@ class Swish(tf.keras.layers.Layer):
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Any float shape → the same shape."""
         return swish(inputs)
+
+
+# Name of an activation → its layer, given the layer's name.
+ACTIVATIONS: Mapping[str, Callable[..., tf.keras.layers.Layer]] = {
+    "swish": Swish,
+    "relu6": functools.partial(tf.keras.layers.ReLU, 6.0),
+}
 
 
 @tf.keras.utils.register_keras_serializable("efficientnet_ns")

@@ -20,7 +20,7 @@ _COLUMNS: dict[str, Callable[[Recipe], str]] = {
     "epochs": lambda r: str(r.epochs),
     "ratio": lambda r: str(r.unlabel_ratio),
     "magnitude": lambda r: str(r.randaugment_magnitude or "-"),
-    "top-1": lambda r: str(r.top1),
+    "top-1": lambda r: str(r.top1 or "-"),
     "supervised": lambda r: str(r.top1_supervised),
     "TF1 checkpoint": lambda r: r.tf1_checkpoint,
     "timm": lambda r: r.timm_name,

@@ -7,6 +7,8 @@ Sources:
     with and without iterative training (top-1), table 7 (L2).
   The published training scripts: ratio and RandAugment magnitude of each size; B0 and B1 are
     trained without RandAugment.
+  TensorFlow's TPU repository, `models/official/efficientnet/lite`: Lite, which is published as trained
+    on ImageNet only. Epochs, ratio and magnitude here are those of the B variant of the same width.
   The model index of timm: names, crop fractions; its results on ImageNet validation.
 """
 
@@ -21,17 +23,19 @@ class Recipe:
 
     Attributes:
       params: trainable parameters with 1000 classes.
-      multiply_adds: of one image at the test resolution, as the paper rounds them.
+      multiply_adds: of one image at the test resolution, as published. Lite's include what follows a
+        convolution: scale, shift and activation of every value.
       train_resolution, test_resolution: image side in pixels.
       crop_fraction: side of the evaluation crop relative to the image's shorter side, 0..1.
       dropout_rate: of the head, 0..1.
       epochs: passes over the labeled images.
       unlabel_ratio: unlabeled images per labeled one in a batch.
       randaugment_magnitude: of the two RandAugment operations per image; None: no RandAugment.
-      top1: ImageNet validation accuracy of Noisy Student with an L2 teacher, percent.
+      top1: ImageNet validation accuracy of Noisy Student with an L2 teacher, percent. None: only
+        supervised weights are published.
       top1_supervised: the same of a model trained on ImageNet only, percent.
-      top5: as top1, but with the label among the five most probable classes, percent.
-      timm_top1: timm's result with its copy of the Noisy Student weights, percent.
+      top5: as top1, but with the label among the five most probable classes, percent, or None.
+      timm_top1: timm's result with its copy of the Noisy Student weights, percent, or None.
       tf1_checkpoint: name of the TensorFlow 1 archive, without `.tar.gz`.
       timm_name: name of the same weights in timm.
       keras_file: name of the Keras weights file; None: there is none.
@@ -46,10 +50,10 @@ class Recipe:
     epochs: int
     unlabel_ratio: int
     randaugment_magnitude: int | None
-    top1: float
+    top1: float | None
     top1_supervised: float
-    top5: float
-    timm_top1: float
+    top5: float | None
+    timm_top1: float | None
     tf1_checkpoint: str
     timm_name: str
     keras_file: str | None
@@ -73,16 +77,23 @@ _TABLE: dict[str, tuple] = {
     "b6": (43_040_704, 19e9, 528, 528, 0.942, 0.5, 350, 3, 24, 86.4, 84.5, 97.9, 86.476),
     "b7": (66_347_960, 37e9, 600, 600, 0.949, 0.5, 350, 3, 27, 86.9, 85.0, 98.1, 86.85),
     "l2": (480_309_308, 475.7e9, 475, 800, 0.960, 0.5, 350, 14, 27, 88.4, 85.5, 98.7, 88.36),
+    "lite0": (4_652_008, 0.407e9, 224, 224, 0.875, 0.2, 700, 1, None, None, 75.1, None, None),
+    "lite1": (5_416_680, 0.631e9, 240, 240, 0.882, 0.2, 700, 3, None, None, 76.7, None, None),
+    "lite2": (6_092_072, 0.899e9, 260, 260, 0.890, 0.3, 700, 3, 6, None, 77.6, None, None),
+    "lite3": (8_197_096, 1.44e9, 280, 280, 0.897, 0.3, 700, 3, 12, None, 79.8, None, None),
+    "lite4": (13_006_568, 2.64e9, 300, 300, 0.904, 0.3, 700, 3, 15, None, 81.5, None, None),
 }
 
 
 def _recipe(short: str, values: tuple) -> Recipe:
-    names = (
+    noisy_student = (
         f"noisy_student_efficientnet-{short}",
         f"tf_efficientnet_{short}.ns_jft_in1k",
         None if short == "l2" else f"efficientnet-{short}_noisy-student.h5",
     )
-    return Recipe(*(*values, *names))
+    supervised = (f"efficientnet-{short}", f"tf_efficientnet_{short}.in1k", None)
+    recipe = Recipe(*(*values, *noisy_student))
+    return recipe if recipe.top1 else Recipe(*(*values, *supervised))
 
 
 RECIPES = {f"efficientnet-{short}": _recipe(short, values) for short, values in _TABLE.items()}

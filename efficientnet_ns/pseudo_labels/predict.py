@@ -24,7 +24,7 @@ from efficientnet_ns.files.leases import LeaseLost, Leases
 from efficientnet_ns.inference.teacher import TeacherPredictor, check_views
 from efficientnet_ns.models import weights
 from efficientnet_ns.pseudo_labels.label_shard import ShardLabeling, ShardTask, TooManyBadRecords
-from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig, normalization
 
 
 def predict(config: Config, teacher: TeacherPredictor | None = None) -> dict[str, int]:
@@ -99,7 +99,7 @@ def _tasks(resolved: ResolvedConfig) -> dict[str, ShardTask]:
         start = (os.getpid() * 7919) % len(shards)
         shards = shards[start:] + shards[:start]
     sources = {shard: _input_path(resolved.config, shard) for shard in shards}
-    checkpoint = weights.fingerprint(options.predict_ckpt_path)
+    checkpoint = weights.fingerprint(options.predict_ckpt_path, resolved.config.model.model_name)
     tasks = [_task(resolved, checkpoint, sources[shard], shard) for shard in shards]
     return {task.name: task for task in tasks}
 
@@ -137,8 +137,7 @@ def _task(resolved: ResolvedConfig, checkpoint: str, path: str, shard: int) -> S
         "image_size": resolved.image_size,
         "num_classes": resolved.num_classes,
         "small_image": resolved.small_image,
-        "mean": resolved.task.mean,
-        "std": resolved.task.std,
+        **normalization(resolved.config.model.model_name, resolved.task),
         "total_replicas": replicas,
     }
     if options.test_time_views > 1:

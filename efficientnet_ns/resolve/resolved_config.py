@@ -177,8 +177,7 @@ class ResolvedConfig:
             depth_coefficient=model.depth_coefficient,
             dropout_rate=model.dropout_rate,
             survival_prob=1.0 - drop_rate,
-            mean=self.task.mean,
-            std=self.task.std,
+            **normalization(model.model_name, self.task),
             bn_momentum=train.bn_momentum,
             num_shards_per_group=train.num_shards_per_group,
         )
@@ -195,13 +194,13 @@ class ResolvedConfig:
 
     def build_teacher(self) -> tf.keras.Model:
         """A new on-the-fly teacher, at its variant's own width and depth."""
+        name = self.config.train.teacher_model_name or ""
         return efficientnet.build_model(
-            self.config.train.teacher_model_name or "",
+            name,
             self.num_classes,
             self.teacher_image_size,
             small_image=self.small_image,
-            mean=self.task.mean,
-            std=self.task.std,
+            **normalization(name, self.task),
         )
 
     def preprocessing(self, augment_name: str | None = None) -> pipeline.Preprocessing:
@@ -342,3 +341,9 @@ class ResolvedConfig:
         if not self.config.train.teacher_model_name:
             tfexamples.parse_pseudo_labeled(tf.constant(payload), self.num_classes)
             self._check_labeled(payload)
+
+
+def normalization(model_name: str, task: tasks.Task) -> dict[str, Any]:
+    """`mean` and `std` of a model's pixels: the task's where it states them, else the variant's."""
+    variant = efficientnet.get_variant(model_name)
+    return {"mean": task.mean or variant.mean, "std": task.std or variant.std}

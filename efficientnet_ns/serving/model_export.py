@@ -13,7 +13,7 @@ from efficientnet_ns import inference
 from efficientnet_ns.config import Config, ConfigError, ExportConfig
 from efficientnet_ns.data import tasks
 from efficientnet_ns.ingest import data_source
-from efficientnet_ns.models import weights
+from efficientnet_ns.models import published, weights
 from efficientnet_ns.models.recipes import RECIPES
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.serving import check, export, provenance, tflite
@@ -39,6 +39,7 @@ def export_model(config: Config, options: ExportConfig) -> str:
         raise ConfigError("--export_dir and --model_dir (or --init_model_path) are needed")
     _check(options)
     resolved = ResolvedConfig.from_config(data_source.with_records(config))
+    path = os.fspath(published.located(path, resolved.config.model.model_name))
     model = _model(resolved, path, options)
     number = options.version
     if number is None:
@@ -93,13 +94,14 @@ def _export_options(resolved: ResolvedConfig, path: str, options: ExportConfig):
 
 
 def _provenance(resolved: ResolvedConfig, path: str) -> dict[str, object]:
-    """Recipe, data and accuracy of published weights or of a training's folder, if these are such."""
+    """Recipe, data and accuracy of a training's folder or of published weights, if these are such."""
+    place = (path,) if tf.io.gfile.isdir(path) else os.path.split(path)
+    if facts := provenance.of_training(*place):
+        return facts  # Whatever its folder is called.
     recipe = RECIPES.get(resolved.config.model.model_name)
     if recipe is not None and provenance.is_published(path, recipe):
         return provenance.of_publication(recipe)
-    if tf.io.gfile.isdir(path):
-        return provenance.of_training(path)
-    return provenance.of_training(*os.path.split(path))
+    return {}
 
 
 def _check_images(resolved: ResolvedConfig, options: ExportConfig):

@@ -23,6 +23,7 @@ _RECIPE = {
     "moving_average_decay": "Decay of the moving averages",
     "teacher_model_name": "Teacher on the fly",
     "init_model_path": "Started from",
+    "init_weights": "Started from",
     "seed": "Seed",
 }
 _DATA = {"label_data_dir": "Labeled data", "unlabel_data_dir": "Pseudo-labeled data"}
@@ -89,6 +90,16 @@ def _last_evaluation(path: str, end: float) -> Mapping[str, Any] | None:
 
 def of_publication(recipe: Any) -> dict[str, object]:
     """Training data, settings and accuracy of a published model (a `recipes.Recipe`)."""
+    if recipe.top1 is None:
+        return {
+            "Method": "Supervised training",
+            "Labeled data": "ImageNet, 1.28 million images",
+            "Training resolution": recipe.train_resolution,
+            "Published accuracy": (
+                f"ImageNet validation top-1 {recipe.top1_supervised:.1f}% at "
+                f"{recipe.test_resolution} pixels; not measured on this export"
+            ),
+        }
     magnitude = recipe.randaugment_magnitude
     return {
         "Labeled data": "ImageNet, 1.28 million images",

@@ -19,6 +19,7 @@ from efficientnet_ns.config.sections import Config
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.files import atomic, json_files, manifests, metrics_log
 from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.resolve.resolved_config import normalization
 from efficientnet_ns.training import checkpoints, preview
 
 SETTINGS, RECORDS, RUNS = "config.json", "records.json", "runs.jsonl"
@@ -125,6 +126,7 @@ def _task_fields(config: Config) -> dict[str, Any]:
     """`task.<field>` → its value as JSON gives it back."""
     task = tasks.get_task(needed(config.data.task_name, "task_name"))
     values = {name: getattr(task, name) for name in _TASK_FIELDS}
+    values |= normalization(config.model.model_name, task)
     return {f"task.{k}": list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 

@@ -4,7 +4,8 @@ Resuming, in this order:
   1. model_dir holds checkpoints of this training: continue from the newest that loads completely.
   2. It holds checkpoints of another configuration, or of records that were replaced since: refuse
      and name the difference. A folder without a checkpoint is taken over.
-  3. --init_model: weights from --init_model_path, a new optimizer, step 0.
+  3. --init_weights, or --init_model: weights from there or from --init_model_path, a new optimizer,
+     step 0.
   4. Random weights from --seed.
 """
 
@@ -118,7 +119,12 @@ def _check(config: Config) -> str:
             f"--teacher_model_name={train.teacher_model_name} has no part in a training without "
             "--unlabel_ratio: give that, too, or leave it out"
         )
-    if train.init_model and not train.init_model_path:
+    if train.init_weights and train.init_model_path not in (None, train.init_weights):
+        raise ConfigError(
+            f"--init_weights={train.init_weights} and --init_model_path={train.init_model_path} are "
+            "two sets of weights to start from: give one"
+        )
+    if train.init_model and not (train.init_model_path or train.init_weights):
         raise ConfigError("--init_model needs --init_model_path")
     for pattern in train.init_skip.split(","):
         try:
@@ -196,14 +202,15 @@ def _freeze(student: tf.keras.Model, train: TrainConfig) -> None:
 
 def _initialize(model: NoisyStudent, config: Config) -> None:
     """Loads the weights to start from, if any, and starts the averages at the student's weights."""
-    if config.train.init_model:
-        skip = [pattern for pattern in config.train.init_skip.split(",") if pattern]
-        path = needed(config.train.init_model_path, "init_model_path")
+    train = config.train
+    path = train.init_weights or (train.init_model_path if train.init_model else None)
+    if path:
+        skip = [pattern for pattern in train.init_skip.split(",") if pattern]
         weights.load_weights(model.student, path, skip=skip)
-    elif config.train.init_model_path:
+    elif train.init_model_path:
         logging.warning(
             "--init_model_path=%s is not read without --init_model: training starts from new weights",
-            config.train.init_model_path,
+            train.init_model_path,
         )
     for average, variable in zip(model.ema_student.weights, model.student.weights):
         average.assign(variable)

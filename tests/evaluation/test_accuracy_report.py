@@ -303,6 +303,12 @@ def test_published_value_of_a_known_model_and_set(name):
         assert value in line
 
 
+def test_published_value_of_a_model_without_pseudo_labels():
+    config = Config().override(model_name="efficientnet-lite0")
+    (line,) = accuracy_report.beside_published(config, measured(0.75, 50_000))
+    assert line.endswith("top-1 75.00% measured; published: supervised 75.1%")
+
+
 @pytest.mark.parametrize(
     "values, examples",
     [({"model_name": "efficientnet-test"}, 50_000), ({"task_name": "svhn"}, 50_000), ({}, 49_999)],

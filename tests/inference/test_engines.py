@@ -130,6 +130,17 @@ def test_normalisation_and_batch_norm_are_folded(model):
     assert names.count("CONV_2D") + names.count("DEPTHWISE_CONV_2D") == convolutions
 
 
+def test_lite_is_convolutions_and_nothing_else(small_lite):
+    lite = efficientnet.build_model(small_lite, CLASSES, SIZE)
+    interpreter = engines.interpreter(engines.convert(lite, 2))
+    names = {op["op_name"] for op in interpreter._get_ops_details()} - {"DELEGATE"}
+    # SUB and MUL normalise, ADD is the shortcut's, MEAN the pooling's; relu6 is part of convolutions.
+    assert names == {
+        *("SUB", "MUL", "CONV_2D", "DEPTHWISE_CONV_2D", "ADD"),
+        *("MEAN", "FULLY_CONNECTED", "SOFTMAX"),
+    }
+
+
 @pytest.mark.slow
 def test_b0_and_the_numbers_of_the_original(large_goldens):
     """Checkpoint and probabilities made by the original code."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from efficientnet_ns.inference import folding
@@ -11,8 +12,9 @@ from efficientnet_ns.models import efficientnet
 CLASSES, SIZE = 5, 32
 
 
-def test_folding_changes_no_number(rng):
-    model = efficientnet.build_model("efficientnet-test", CLASSES, SIZE)
+@pytest.mark.parametrize("name", ["efficientnet-test", "efficientnet-lite0"])
+def test_folding_changes_no_number(rng, small_lite, name):
+    model = efficientnet.build_model(name, CLASSES, SIZE)
     model.set_weights([w + rng.uniform(0, 0.1, w.shape) for w in model.get_weights()])
     folded = folding.fold_batch_norm(model)
     pixels = rng.uniform(0, 255, [3, SIZE, SIZE, 3])

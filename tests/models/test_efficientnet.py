@@ -39,9 +39,16 @@ SIZES = {
     "efficientnet-b6": (43_040_704, 224_432, 43_265_136, 45, 2304),
     "efficientnet-b7": (66_347_960, 310_720, 66_658_680, 55, 2560),
     "efficientnet-l2": (480_309_308, 1_090_688, 481_399_996, 88, 5504),
+    "efficientnet-lite0": (4_652_008, 42_016, 4_694_024, 16, 1280),
+    "efficientnet-lite1": (5_416_680, 53_664, 5_470_344, 21, 1280),
+    "efficientnet-lite2": (6_092_072, 58_096, 6_150_168, 21, 1280),
+    "efficientnet-lite3": (8_197_096, 76_672, 8_273_768, 24, 1280),
+    "efficientnet-lite4": (13_006_568, 112_368, 13_118_936, 30, 1280),
     "efficientnet-test": (36_120 + 368, 368, 36_120 + 2 * 368, 3, 32),
 }
-PUBLISHED = sorted(set(SIZES) - {"efficientnet-test"})
+LITE = [name for name in SIZES if "-lite" in name]
+# Those of the original.
+PUBLISHED = sorted({*SIZES} - {"efficientnet-test", *LITE})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +171,65 @@ def test_coefficients_equal_original(name, recorded_counts):
         "num_blocks": SIZES[name][3],
         "l2_decayed_params": summary(name).num_decayed,
     }.items() <= recorded.items()
+
+
+def test_variables_of_lite0_are_those_of_b0_without_squeeze(recorded_variables):
+    """Same widths and depths, so that the names of its TF1 checkpoints follow."""
+    expected = {
+        key.replace("efficientnet-b0/", "efficientnet-lite0/"): (shape, trainable)
+        for key, shape, trainable in recorded_variables["efficientnet-b0"]
+        if "/se/" not in key
+    }
+    assert summary("efficientnet-lite0").variables == expected
+
+
+def test_ends_of_lite_are_not_scaled():
+    """Lite3 has the coefficients of B3."""
+    lite, b = efficientnet.VARIANTS["efficientnet-lite3"], efficientnet.VARIANTS["efficientnet-b3"]
+    table = efficientnet.block_table(
+        lite.stages, lite.width, lite.depth, scale_stem=False, deepen_ends=False
+    )
+    scaled = efficientnet.block_table(b.stages, b.width, b.depth)
+    assert table[0] == dataclasses.replace(scaled[0], filters_in=32)
+    assert table[1:] == scaled[2:-1], "the first stage and the last have one block"
+    shapes = summary("efficientnet-lite3").variables
+    assert shapes["efficientnet-lite3/stem/conv2d/kernel"][0] == [3, 3, 3, 32]
+    assert shapes["efficientnet-lite3/head/conv2d/kernel"][0] == [1, 1, 384, 1280]
+
+
+@pytest.mark.parametrize("name", LITE)
+def test_row_of_lite(name):
+    row = efficientnet.VARIANTS[name]
+    assert (row.activation, row.squeeze_excite) == ("relu6", False)
+    assert not row.scale_stem_and_head and not row.deepen_ends
+
+
+def tiny_lite(num_classes: int = 10, image_size: int = 32, **kwargs) -> tf.keras.Model:
+    """Width 0.25 gives the first block as many channels out as a scaled stem would give it."""
+    small = {"width_coefficient": 0.25, "depth_coefficient": 0.3}
+    return efficientnet.build_model(
+        "efficientnet-lite0", num_classes, image_size, **small, **kwargs
+    )
+
+
+def test_layers_of_lite(rng):
+    model = tiny_lite()
+    names = [layer.name for layer in model.layers]
+    assert not any("swish" in name or "_se_" in name for name in names)
+    activations = [layer for layer in model.layers if layer.name.endswith("_relu6")]
+    activated = [n for n in names if n.endswith("_bn") and not n.endswith("_project_bn")]
+    assert len(activations) == len(activated)
+    assert activations[0]([-1.0, 5.0, 7.0]).numpy().tolist() == [0.0, 5.0, 6.0]
+    assert model.get_layer("stem_bn").epsilon == 1e-3
+    outputs = efficientnet.endpoints(model)
+    assert outputs["stem"].name.startswith("stem_relu6")
+    assert (outputs["features"].shape[-1], outputs["reduction_5"].shape[1]) == (1280, 1)
+    images = pixels(rng, size=32)
+    normalized = model.get_layer("normalization")(images)
+    np.testing.assert_allclose(normalized, (images - 127.0) / 128.0, atol=1e-6)
+    copied = tf.keras.models.clone_model(model)
+    copied.set_weights(model.get_weights())
+    np.testing.assert_array_equal(copied(images), model(images))
 
 
 def test_small_image_model(recorded_variables, recorded_counts):

@@ -45,8 +45,13 @@ def test_table():
         *("78.8", "77.3", "noisy_student_efficientnet-b0", "tf_efficientnet_b0.ns_jft_in1k"),
         "efficientnet-b0_noisy-student.h5",
     ]
-    assert lines[-1].split()[1:5] == ["480.31M", "476B", "475", "800"]
-    assert lines[-1].split()[-1] == "-"
+    rows = {words[0]: words[1:] for words in map(str.split, lines)}
+    assert rows["efficientnet-l2"][:4] == ["480.31M", "476B", "475", "800"]
+    assert rows["efficientnet-l2"][-1] == "-"
+    assert rows["efficientnet-lite2"] == [
+        *("6.09M", "0.899B", "260", "260", "0.890", "0.3", "700", "3", "6", "-", "77.6"),
+        *("efficientnet-lite2", "tf_efficientnet_lite2.in1k", "-"),
+    ]
     for column in ("TF1 checkpoint", "timm", "Keras file"):
         start = title.index(column)
         assert all(line[start - 2 : start] == "  " != line[start] for line in lines), column

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from efficientnet_ns.data import images
-from efficientnet_ns.models import complexity, efficientnet
+from efficientnet_ns.models import complexity, efficientnet, layers
 from efficientnet_ns.models.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
@@ -27,11 +27,19 @@ PUBLISHED = {
     "efficientnet-b6": (43_040_704, 19e9, 528, 528, 0.942, 0.5, 350, 3, 24, 86.4, 84.5),
     "efficientnet-b7": (66_347_960, 37e9, 600, 600, 0.949, 0.5, 350, 3, 27, 86.9, 85.0),
     "efficientnet-l2": (480_309_308, 475.7e9, 475, 800, 0.960, 0.5, 350, 14, 27, 88.4, 85.5),
+    "efficientnet-lite0": (4_652_008, 407e6, 224, 224, 0.875, 0.2, 700, 1, None, None, 75.1),
+    "efficientnet-lite1": (5_416_680, 631e6, 240, 240, 0.882, 0.2, 700, 3, None, None, 76.7),
+    "efficientnet-lite2": (6_092_072, 899e6, 260, 260, 0.890, 0.3, 700, 3, 6, None, 77.6),
+    "efficientnet-lite3": (8_197_096, 1.44e9, 280, 280, 0.897, 0.3, 700, 3, 12, None, 79.8),
+    "efficientnet-lite4": (13_006_568, 2.64e9, 300, 300, 0.904, 0.3, 700, 3, 15, None, 81.5),
 }
+LITE = [name for name in PUBLISHED if "-lite" in name]
 # Building the larger graphs takes longer than counting is worth every time.
 QUICK = {"efficientnet-b0", "efficientnet-b1"}
 EACH_MODEL = [
-    pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in PUBLISHED
+    pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+    for name in PUBLISHED
+    if name not in LITE
 ]
 
 
@@ -70,7 +78,22 @@ def test_preset_is_the_recipe(name):
     )
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", LITE)
+def test_student_recipe_of_lite_is_that_of_the_same_width_and_depth(name):
+    like = name.replace("lite", "b")
+    assert dataclasses.astuple(RECIPES[name])[6:9] == dataclasses.astuple(RECIPES[like])[6:9]
+    lite, b = efficientnet.VARIANTS[name], efficientnet.VARIANTS[like]
+    assert (lite.width, lite.depth) == (b.width, b.depth)
+
+
+@pytest.mark.parametrize("name", LITE)
+def test_names_of_supervised_checkpoints(name):
+    recipe = RECIPES[name]
+    assert (recipe.tf1_checkpoint, recipe.keras_file) == (name, None)
+    assert recipe.timm_name == f"tf_{name.replace('-', '_')}.in1k"
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - set(LITE)))
 def test_checkpoint_names(name):
     recipe, short = RECIPES[name], name.split("-")[1]
     assert recipe.tf1_checkpoint == f"noisy_student_efficientnet-{short}"
@@ -87,6 +110,19 @@ def test_counts_are_the_papers(name):
     counts = complexity.count_variant(name)
     assert counts.params == RECIPES[name].params
     assert counts.multiply_adds == pytest.approx(RECIPES[name].multiply_adds, rel=0.05)
+
+
+@pytest.mark.parametrize("name", LITE)
+def test_counts_of_lite_are_the_published(name):
+    with tf.Graph().as_default():
+        model = efficientnet.build_model(name)
+        counts = complexity.count(model)
+        normalized = [layer for layer in model.layers if isinstance(layer, layers.BatchNorm)]
+    assert counts.params == RECIPES[name].params
+    # The published count has a scale, a shift and an activation for each value after a convolution.
+    values = sum(math.prod(layer.output_shape[1:]) for layer in normalized)
+    published = RECIPES[name].multiply_adds
+    assert counts.multiply_adds + 3 * values == pytest.approx(published, rel=0.005)
 
 
 def test_count_by_hand():

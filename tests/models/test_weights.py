@@ -512,6 +512,19 @@ def test_one_folder_describes_one_kind_of_model(tmp_path, model):
     weights.save_weights(model, tmp_path / "elsewhere" / "two")  # It replaces the only one.
 
 
+@pytest.mark.parametrize("name", ["model.ckpt-1", "model.safetensors"])
+def test_lite_there_and_back(tmp_path, small_lite, name):
+    """Its normalisation is in no flag and no task: it is that of the variant, and of the weights."""
+    model = efficientnet.build_model(small_lite, 3, 32)
+    weights.save_weights(model, tmp_path / name)
+    settings = weights.stored_settings(tmp_path / name)
+    assert (settings["mean"], settings["std"]) == ([127 / 255] * 3, [128 / 255] * 3)
+    loaded = efficientnet.build_model(small_lite, 3, 32, weights=tmp_path / name)
+    images = np.full([1, 32, 32, 3], 200, np.uint8)
+    np.testing.assert_array_equal(loaded(images), model(images))
+    assert loaded.get_layer("normalization")(images).numpy().max() == (200 - 127) / 128
+
+
 def test_home_folder(tmp_path, model, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     weights.save_weights(model, "~/a/b")

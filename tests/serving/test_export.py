@@ -283,6 +283,15 @@ def test_card_of_published_weights():
     assert "top-1 86.1%" in facts["Published accuracy"]
 
 
+def test_card_of_published_weights_without_pseudo_labels():
+    recipe = RECIPES["efficientnet-lite1"]
+    assert provenance.is_published("w/efficientnet-lite1/model.ckpt", recipe)
+    assert provenance.is_published("tf_efficientnet_lite1.in1k.pth", recipe)
+    facts = provenance.of_publication(recipe)
+    assert facts["Method"] == "Supervised training" and "Pseudo-labeled data" not in facts
+    assert "top-1 76.7%" in facts["Published accuracy"] and "240 pixels" in str(facts)
+
+
 @pytest.mark.parametrize(
     "optimize_for",
     ["cpu", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("accelerator", "none"))],

@@ -369,6 +369,20 @@ def test_slash_at_the_end_of_a_path_makes_no_other_training(folder, tmp_path):
         claimed(config.override(label_data_dir=f"{folder}/./labeled"))
 
 
+def test_normalisation_is_noted_whether_the_task_or_the_variant_states_it(folder, tmp_path):
+    """So that a training begun with one continues with the other if the numbers are the same."""
+    task = Path(write_task(tmp_path / "task.json"))
+    fields = json.loads(task.read_text())
+    row = efficientnet.get_variant("efficientnet-test")
+    stated = {"mean": row.mean, "std": row.std}
+    task.write_text(json.dumps({k: v for k, v in fields.items() if k not in stated}))
+    config = settings(folder, tmp_path, task_name=str(task))
+    claimed(config)
+    pretend_checkpoint(config)
+    task.write_text(json.dumps({**fields, **stated}))
+    claimed(config)
+
+
 def test_task_file_that_was_edited(folder, tmp_path):
     task = Path(write_task(tmp_path / "task.json"))
     config = settings(folder, tmp_path, task_name=str(task))

@@ -1,0 +1,56 @@
+"""What the models of a run are built with, where task and variant both have a say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tensorflow as tf
+
+from efficientnet_ns.config import Config
+from efficientnet_ns.models import heads
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+
+LITE = {"mean": [127 / 255] * 3, "std": [128 / 255] * 3}
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+OWN = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+
+
+pytestmark = pytest.mark.usefixtures("small_lite")
+
+
+def normalizations(tmp_path, student: str, teacher: str, **task) -> list[dict]:
+    """`mean` and `std` of the student and of the teacher on the fly."""
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps({"num_classes": 5, "image_size": 32, **task}))
+    config = Config().override(
+        task_name=str(path), model_name=student, teacher_model_name=teacher, teacher_image_size=32
+    )
+    resolved = ResolvedConfig.from_config(config)
+    with tf.Graph().as_default():
+        models = [heads.settings(m) for m in (resolved.build_model(), resolved.build_teacher())]
+    return [{name: model[name] for name in ("mean", "std")} for model in models]
+
+
+@pytest.mark.parametrize(
+    "student, teacher, expected",
+    [
+        ("efficientnet-lite0", "efficientnet-test", [LITE, IMAGENET]),
+        ("efficientnet-test", "efficientnet-lite0", [IMAGENET, LITE]),
+    ],
+)
+def test_each_model_keeps_its_own_normalisation(tmp_path, student, teacher, expected):
+    assert normalizations(tmp_path, student, teacher) == expected
+
+
+def test_normalisation_that_the_task_states_is_every_models(tmp_path):
+    found = normalizations(tmp_path, "efficientnet-lite0", "efficientnet-test", **OWN)
+    assert found == [OWN, OWN]
+    mean = {"mean": OWN["mean"]}
+    found = normalizations(tmp_path, "efficientnet-lite0", "efficientnet-test", **mean)
+    assert found == [{**LITE, **mean}, {**IMAGENET, **mean}]
+
+
+@pytest.mark.parametrize("name, size", [("efficientnet-lite1", 240), ("efficientnet-lite4", 300)])
+def test_image_size_of_lite_is_its_resolution(name, size):
+    assert ResolvedConfig.from_config(Config().override(model_name=name)).image_size == size
