@@ -179,7 +179,7 @@ def _is_fixable(error: Exception) -> bool:
     """Whether the user can fix the cause: settings, data, or storage that failed."""
     kind = type(error)
     # Storage fails with an OSError or one of TensorFlow's errors, which name the path. TensorFlow is
-    # not imported to tell them: programs that do not need it start quickly.
+    # not imported to recognize them: programs that do not need it start quickly.
     storage = isinstance(error, OSError) or kind.__name__ in _STORAGE_ERRORS
     # A failed precondition is about storage if a folder is where a file should be, or vice versa.
     mixed_up = kind.__name__ == "FailedPreconditionError" and "directory" in str(error)

@@ -52,7 +52,7 @@ QUICK_TEACHER_STEPS, QUICK_STUDENT_STEPS = 400, 300
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig(Settings):
-    """Which questions are asked, and how often."""
+    """Which questions are studied, and with how many seeds."""
 
     studies: str = setting(
         "all",

@@ -34,7 +34,7 @@ _SAMPLE_KINDS = {2: "signed integer", 3: "floating-point", 5: "complex", 6: "com
 
 
 class Unusable(ValueError):
-    """No image can be had from these bytes; the message says why."""
+    """These bytes cannot be made into an image; the message gives the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def prepare(raw: bytes, rules: Rules) -> tuple[bytes, tuple[int, int] | None]:
     else:
         if pixels is None:
             return raw, None
-        # Not Pillow's: it inverts every JPEG in CMYK, TensorFlow only those that say so.
+        # Not Pillow's: it inverts every JPEG in CMYK, TensorFlow only those marked as inverted.
         image, lossy = Image.fromarray(pixels), None
     if rules.max_side and max(image.size) > rules.max_side:
         image.thumbnail((rules.max_side, rules.max_side), Image.Resampling.LANCZOS)

@@ -173,7 +173,7 @@ _EFFECTIVE: dict[str, Callable[[int], int]] = {
 
 
 def describe_op(name: str, args: tuple, mode: str) -> str:
-    """For logs; `Solarize(691→179)` means 691 was asked for and 179 acts."""
+    """For logs; `Solarize(691→179)` means that 691 is the nominal value and 179 the effective one."""
     if not args:
         return name
     sign = "±" if name in SIGNED_OPS else ""

@@ -28,7 +28,7 @@ def refuse(image_bytes: tf.Tensor) -> tf.Tensor:
         [
             (_starts_with(image_bytes, _BMP), lambda: _bmp(image_bytes)),
             (_starts_with(image_bytes, _GIF), lambda: _gif(image_bytes)),
-            # Later releases than 2.15 read WebP; records and answers must not depend on the release.
+            # Later releases than 2.15 read WebP; records and predictions must not depend on the release.
             (
                 _starts_with(image_bytes, _RIFF),
                 lambda: (tf.constant(False), tf.constant("not all TensorFlow releases read WebP")),
@@ -97,9 +97,9 @@ def _gif(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
     def step(at: tf.Tensor, within: tf.Tensor, transparent: tf.Tensor) -> tuple[tf.Tensor, ...]:
         length = _number(values, at, 1)
-        told = ~within & (values[at + 1] == _GRAPHIC_CONTROL) & (values[at + 3] % 2 == 1)
+        declared = ~within & (values[at + 1] == _GRAPHIC_CONTROL) & (values[at + 3] % 2 == 1)
         after = tf.minimum(at + tf.where(within, length + 1, 2), end)
-        return after, ~within | (length > 0), transparent | told
+        return after, ~within | (length > 0), transparent | declared
 
     at, _, transparent = tf.while_loop(
         more, step, (13 + table, tf.constant(False), tf.constant(False))

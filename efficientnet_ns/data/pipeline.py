@@ -160,7 +160,7 @@ class Source:
     def shards(self, number: int) -> Source:
         """The first `number` files; DataError when there are fewer, or they are empty."""
         if number > len(self.paths):
-            raise DataError(f"{number} shards are asked for, {len(self.paths)} are there")
+            raise DataError(f"{number} shards are requested, but there are {len(self.paths)}")
         first = Source(self.paths[:number], self.counts[:number])
         if not first.total:
             raise DataError(f"the first {number} shards hold no records: {first.paths[0]}")
@@ -169,7 +169,7 @@ class Source:
     def examples(self, number: int) -> Source:
         """The first `number` records, in file order; DataError when there are fewer."""
         if number > self.total:
-            raise DataError(f"{number} records are asked for, {self.total} are there")
+            raise DataError(f"{number} records are requested, but there are {self.total}")
         counts, left = [], number
         for count in self.counts:
             counts.append(min(count, left))

@@ -185,10 +185,10 @@ def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
     report.write_page(
         os.path.join(folder, "robustness.html"),
         title=f"Robustness of {identity['model']}",
-        intro=f"Weights: {identity['weights']}. Values beside published ones are percent (uT5D: places "
-        "of the ranking), those by corruption and perturbation are fractions.",
+        intro=f"Weights: {identity['weights']}. Values compared with published ones are percent (uT5D: "
+        "places of the ranking), those by corruption and perturbation are fractions.",
         sections=[
-            report.Section("Measured beside published", report.table(rows)),
+            report.Section("Measured and published", report.table(rows)),
             *(
                 report.Section(title, report.table(table, highlight_last=True))
                 for title, table in tables.items()

@@ -113,14 +113,14 @@ class Leases:
     ) -> Iterator[tuple[str, Lease]]:
         """Yields units that are not done with a lease on each; returns when all are done.
 
-        The consumer works on the unit before it asks for the next; one that is not done then
+        The consumer works on the unit before it requests the next; one that is not done then
         comes again. Units that others hold are waited for, and taken over when their owners die.
 
         Args:
           units: names, usable in file names, in order of preference.
           done: whether a unit needs no more work.
         """
-        waiting, told = list(units), False
+        waiting, logged = list(units), False
         while waiting:
             claimed = False
             for unit in list(waiting):
@@ -130,7 +130,7 @@ class Leases:
                 lease = self.claim(unit)
                 if lease is None:
                     continue
-                claimed, told = True, False
+                claimed, logged = True, False
                 try:
                     # It may have been finished between the two looks.
                     if not done(unit):
@@ -138,9 +138,9 @@ class Leases:
                 finally:
                     lease.release()
             if waiting and not claimed:
-                if not told:
+                if not logged:
                     logging.info("waiting for %s, which other processes hold", ", ".join(waiting))
-                told = True
+                logged = True
                 time.sleep(min(5.0, self._lease_seconds / 5) * random.uniform(0.5, 1))
 
     def claim(self, unit: str) -> Lease | None:

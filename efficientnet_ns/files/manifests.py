@@ -64,7 +64,7 @@ class Stage:
             if found:
                 raise OutputConflict(
                     f"{found[0]} exists but {self.manifest} does not: how was it made? "
-                    "It is left alone: move it away, or choose another output folder."
+                    "It is not overwritten: move it away, or choose another output folder."
                 )
             return False
         made_with = self._manifest()["config"]
@@ -86,7 +86,7 @@ class Stage:
             expected = sizes[os.path.basename(path)]
             if size != expected:
                 raise OutputConflict(
-                    f"{path} has {size} bytes, its manifest says {expected}: "
+                    f"{path} has {size} bytes, but {expected} in its manifest: "
                     "it was changed or truncated. Delete it to have it made again."
                 )
         return True

@@ -1,7 +1,7 @@
 """TFRecord files: reading past damage, counting, writing.
 
 A file is a sequence of frames: the length (8 bytes), its checksum, the payload, its checksum. TensorFlow's
-own reader stops at the first damage; this one goes on where that is possible and tells what is lost.
+own reader stops at the first damage; this one continues where that is possible and reports what is lost.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def count_all(paths: Sequence[str], max_bad_fraction: float = 0.01) -> list[int]
       max_bad_fraction: how much of all bytes may lie behind damage, which is left out.
 
     Raises:
-      DataError: a file is empty, or of another size than `counts.json` says, or too much is lost.
+      DataError: a file is empty, or of another size than in `counts.json`, or too much is lost.
     """
     known: dict[str, dict] = {}
     counts, damage, total_bytes = [], [], 0
@@ -261,7 +261,7 @@ def count_all(paths: Sequence[str], max_bad_fraction: float = 0.01) -> list[int]
         entry = known[folder].get(name)
         if entry and entry["bytes"] != size:
             raise DataError(
-                f"{path} has {size} bytes, but {COUNTS} beside it says {entry['bytes']}: it was "
+                f"{path} has {size} bytes, but {entry['bytes']} in {COUNTS} next to it: it was "
                 f"truncated or changed. Write it again, or delete {COUNTS} if it is meant so."
             )
         if size == 0 and not entry:

@@ -87,7 +87,7 @@ _MANIFEST = re.compile(r"([^.].*)-\d{5}-of-\d{5}\.json")
 
 
 def _check_other_sets(config: MakeConfig) -> None:
-    """Labeled and unlabeled sets may share a folder if they can be told apart by their names.
+    """Labeled and unlabeled sets may share a folder if their names distinguish them.
 
     Raises:
       ConfigError: they could not.
@@ -232,7 +232,7 @@ def _from_tfds(config: MakeConfig) -> dict[str, int]:
             continue
         one = dataclasses.replace(config, image_set=prefix)
         if prefix != next(iter(chosen)) or config.validation_set in chosen:
-            one = dataclasses.replace(one, validation_fraction=0.0)  # It is cut from train alone.
+            one = dataclasses.replace(one, validation_fraction=0.0)  # It is cut only from train.
         entries = source.labeled_entries() if one.validation_fraction else source.entries()
         made.update(_make(one, source, Listing(entries, source.class_names)))
     if config.labeled:
@@ -248,7 +248,7 @@ def with_records(config: Config) -> Config:
       `config` itself without a data_source; else a copy that names the records and their task.
 
     Raises:
-      ConfigError: no TFDS set, or other data beside it.
+      ConfigError: no TFDS set, or other data in addition to it.
       DataError: see `tfds_source.load_builder`.
     """
     data = config.data

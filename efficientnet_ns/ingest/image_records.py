@@ -1,6 +1,6 @@
 """Sets of records from the images of a source: parallel, resumable, the same bytes every time.
 
-Each shard is a stage of its own, with a manifest in `manifests/` beside the records. What a shard
+Each shard is a stage of its own, with a manifest in `manifests/` next to the records. What a shard
 holds depends on the source and the settings only, not on the processes that write the shards.
 """
 
@@ -30,7 +30,7 @@ from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.ingest.image_sources import Entry, LeftOut, Loaded, Reader, Source, printable
 
 _IMAGES_PER_SHARD, _MAX_SHARDS = 1024, 1024
-# A process spends seconds on loading TensorFlow, in which another one writes so many images.
+# Images that a running process writes while another one loads TensorFlow.
 _IMAGES_PER_WORKER = 2048
 
 
@@ -44,7 +44,7 @@ class ImageSet:
       entries: the images, in the order of the records.
       num_shards: number of files; each takes its slice of the entries.
       record: (image bytes, label) → serialized Example; picklable.
-      identity: settings that determine the records beside the entries, JSON-able.
+      identity: settings that, with the entries, determine the records; JSON-able.
       num_classes: labels must be below; None for a set without labels.
       lost: images of the source that are no entries, and why.
       drawn: fraction of the source's images that are entries of sets; of the lost as many count as
@@ -113,7 +113,7 @@ def unlabeled_record(image: bytes, label: int) -> bytes:
 
 
 def default_num_shards(images: int) -> int:
-    """Files for a set of so many images."""
+    """Number of files for a set of `images` images."""
     return max(1, min(_MAX_SHARDS, -(-images // _IMAGES_PER_SHARD)))
 
 
@@ -230,7 +230,7 @@ class _Result:
     def add(self, counts: dict) -> None:
         self._records += counts["records"]
         self._bad += counts["bad"]
-        # Shards of many shapes, or of images nobody looked at, say None.
+        # None for shards of several shapes, or of images that were not decoded.
         if counts["records"]:
             self._shapes.add(tuple(counts["shape"]) if counts["shape"] else None)
         self._check()

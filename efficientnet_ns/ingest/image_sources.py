@@ -555,7 +555,7 @@ _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 def open_source(path: str, subfolder: str = "", output: str = "") -> Iterator[ListedSource]:
     """Yields the source for a folder or archive that exists; see `Folder` for the rest.
 
-    The content of an archive says of what kind it is. Its name does where the content is of none. A
+    The content of an archive determines its kind; where it does not, its name does. A
     compressed .tar is decompressed below TMPDIR until the block ends: its members have no places in
     it from which they could be read.
     """

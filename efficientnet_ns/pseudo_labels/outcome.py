@@ -41,7 +41,7 @@ _ORDERS = {"most": "prob DESC, shard, record", "least": "prob, shard, record"}
 _IMAGES = """
 CREATE VIEW {} AS SELECT *, position * {} + worker AS record FROM {} WHERE label >= 0
 """
-# Labels beside those of `other`: the truth, or an earlier round.
+# Labels joined with those of `other`: the truth, or an earlier round.
 _COMPARED = """
 CREATE VIEW {view} AS
 SELECT {other}.label AS {column}, images.label, images.prob, copies IS NOT NULL AS kept

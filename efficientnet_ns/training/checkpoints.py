@@ -45,7 +45,7 @@ class Checkpoints:
         checkpoint has the same names.
       keep: number of checkpoints kept.
       writes: False on all workers but the chief. They read, and take part in gathering values that
-        differ between replicas, but leave the folder alone.
+        differ between replicas, but do not write to the folder.
     """
 
     def __init__(

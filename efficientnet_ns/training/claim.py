@@ -131,7 +131,7 @@ def _task_fields(config: Config) -> dict[str, Any]:
 
 
 def _listing(source: pipeline.Source) -> dict[str, dict[str, int]]:
-    """What tells replaced files from the ones that were there, without reading them."""
+    """What distinguishes replaced files from the original ones, without reading them."""
     return {
         path: {"bytes": tf.io.gfile.stat(path).length, "records": count}
         for path, count in zip(source.paths, source.counts)

@@ -834,14 +834,18 @@ def test_parts_of_the_sets(straight, folder):
     config, _ = straight
     measured = evaluate.evaluate(config.override(num_eval_images=5))["validation"]
     assert measured["examples"] == 5
-    with pytest.raises(ConfigError, match="--num_eval_images=8: 8 records are asked for, 7 are"):
+    with pytest.raises(
+        ConfigError, match="--num_eval_images=8: 8 records are requested, but there are 7"
+    ):
         evaluate.evaluate(config.override(num_eval_images=8))
     resolved = ResolvedConfig.from_config(config.override(num_train_shards=1))
     found = inputs.Inputs.find(resolved, evaluate=True)
     labeled, unlabeled = found.labeled, found.unlabeled
     assert [Path(p).name for p in labeled.paths] == ["train-00000-of-00002"]
     assert len(unlabeled.paths) == 2
-    with pytest.raises(ConfigError, match="--num_train_shards=3: 3 shards are asked for, 2 are"):
+    with pytest.raises(
+        ConfigError, match="--num_train_shards=3: 3 shards are requested, but there are 2"
+    ):
         train.train_and_evaluate(config.override(num_train_shards=3, model_dir=str(folder / "no")))
 
 
