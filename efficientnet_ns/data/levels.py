@@ -140,6 +140,7 @@ class Branches:
         positions = itertools.count(len(ops))
         # Number of the op with the negated argument; of an op without a sign, its own.
         self._negated = [next(positions) if s else number for number, s in enumerate(signed)]
+        # Traced once per op, not once per layer of RandAugment.
         if not tf.executing_eagerly():
             specs = [tf.TensorSpec(image.shape, image.dtype), tf.TensorSpec([4])]
             self._graphs = [

@@ -64,6 +64,7 @@ def rand_augment(
         return image
     draws = images.uniform(seed, [num_layers, 4])  # op, sign, cutout row, cutout column
     chosen = tf.unstack(augment.random_index(draws[:, 0], len(policy)))
+    # All layers share the graphs of the ops.
     branches = levels.Branches(list(policy.items()), mode, image)
     for index, layer in zip(chosen, tf.unstack(draws)):
         image = branches.run(index, image, layer)

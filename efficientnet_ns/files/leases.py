@@ -52,6 +52,7 @@ class Lease:
         self.path, self._seconds, self._beat = path, seconds, 0
         self._owner = {**_this_process(), "token": secrets.token_hex(8)}
         self._stop, self._lock = threading.Event(), threading.Lock()
+        # A daemon: a lease must not keep a process alive that ends with an error.
         self.heartbeat = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._write()
 
@@ -69,6 +70,7 @@ class Lease:
         """Gives the unit back."""
         self._stop.set()
         if self.heartbeat.ident is not None:
+            # It must not write the file again once that is removed.
             self.heartbeat.join()
         if self.is_mine():
             with contextlib.suppress(tf.errors.NotFoundError):
@@ -103,8 +105,10 @@ class Leases:
     def __init__(self, folder: str, lease_seconds: float, settle_seconds: float | None = None):
         self._folder, self._lease_seconds = folder, lease_seconds
         if settle_seconds is None:
+            # Object stores may return an old version for a moment.
             settle_seconds = 2.0 if "://" in folder else 0.02
         self._settle = settle_seconds
+        # Path → (content, since when it has been the same by the clock of this process).
         self._seen: dict[str, tuple[str, float]] = {}
         tf.io.gfile.makedirs(folder)
 
@@ -141,6 +145,7 @@ class Leases:
                 if not logged:
                     logging.info("waiting for %s, which other processes hold", ", ".join(waiting))
                 logged = True
+                # At random, so that those who wait for one unit do not all write at once.
                 time.sleep(min(5.0, self._lease_seconds / 5) * random.uniform(0.5, 1))
 
     def claim(self, unit: str) -> Lease | None:

@@ -128,6 +128,8 @@ class Stage:
         try:
             yield temporary, counts
             sizes = {os.path.basename(p): tf.io.gfile.stat(t).length for p, t in temporary.items()}
+            # First: outputs without a manifest are refused, while after a manifest without outputs
+            # the work is merely done again.
             write_json(
                 self.manifest,
                 {"config": self.config, "counts": counts, "sizes": sizes},

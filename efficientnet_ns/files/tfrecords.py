@@ -150,6 +150,7 @@ class Scanner:
             return None
         length, crc = HEADER.unpack_from(block, at)
         end = at + length + OVERHEAD
+        # Checked before it is used: a damaged length could lead anywhere.
         if self._start + end > self._size or masked_crc(block[at : at + 8]) != crc:
             return None
         self._at = end
@@ -159,6 +160,7 @@ class Scanner:
     def _load(self, offset: int, least: int) -> None:
         """Makes the block start at byte `offset` of the file, with `least` bytes if it has them."""
         known = self._block[offset - self._start :] if offset >= self._start else b""
+        # Otherwise the file is read up to the end of the block, which is what follows.
         if not known:
             self._file.seek(offset)
         more = self._file.read(max(_BLOCK, least - len(known)))
@@ -176,6 +178,7 @@ class Scanner:
         """Counts what is left of the file as one unreadable record; False if nothing is."""
         left = self.offset < self._size
         self._ended = True
+        # A boolean: one record, or none.
         self.position += left
         return left
 

@@ -122,6 +122,7 @@ class Outcome:
           Columns `prob` float64 (one of the bin and side of the threshold), `kept` bool and `images`
           int, with a row per bin, side and kept or not.
         """
+        # A probability of 1 belongs to the last bin.
         counted = (
             f"(SELECT least(floor(prob::DOUBLE * {int(bins)}), {int(bins) - 1}) AS bin, "
             f"prob::DOUBLE >= {float(self.config.min_threshold)!r}::DOUBLE AS confident, "

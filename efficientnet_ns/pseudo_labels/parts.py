@@ -112,7 +112,7 @@ class Parts:
                 content = f.read()
         except tf.errors.NotFoundError:
             return None
-        header, body = _framed(content, 0)
+        header, body = tfrecords.payload_at(content, 0)
         try:
             stored = json.loads(header)
             good = stored.pop("settings") == self._settings and stored["first"] == first
@@ -121,7 +121,8 @@ class Parts:
                 return None
         except (ValueError, KeyError):
             return None
-        numbers, end = _framed(content, body)
+        numbers, end = tfrecords.payload_at(content, body)
+        # Labels, int32, then as many probabilities, float32.
         half = len(numbers) // 2
         stored["place"] = tuple(stored["place"])
         part = PartFile(
@@ -138,10 +139,3 @@ class Parts:
             # Another process may have finished the shard as well.
             with contextlib.suppress(tf.errors.NotFoundError):
                 tf.io.gfile.remove(path)
-
-
-def _framed(content: bytes, at: int) -> tuple[bytes, int]:
-    """(payload, end) of the record that begins at byte `at`."""
-    begin = at + 12
-    end = begin + int.from_bytes(content[at : at + 8], "little")
-    return content[begin:end], end + 4

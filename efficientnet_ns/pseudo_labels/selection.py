@@ -236,6 +236,7 @@ def _count(
         rows: Counter[int] = Counter()
         for chunk in chunks:
             _check_labels(chunk, shape[0])
+            # One number for class and bin, so that one bincount counts both.
             cells = chunk.labels * np.int64(shape[1]) + _bins(chunk.probs)
             fit += table_of(cells[(chunk.probs >= low) & (chunk.probs <= high)])
             task = chunk.worker // workers_per_task
@@ -568,6 +569,7 @@ def _kept(rules: Rules, chunk: RowChunk) -> dict[str, np.ndarray]:
     copies[before] = rules["first"][labels[before]]
     split = np.flatnonzero(rules["fraction"][labels] > 0)
     if len(split):
+        # Draws have 63 bits: in [0, 1).
         draw = draws(rules.seed, chunk.shard, chunk.worker, positions[split]) / 2.0**63
         copies[split] += draw < rules["fraction"][labels[split]]
     some = np.flatnonzero(copies)
@@ -643,6 +645,8 @@ def _write_selection(scan: IndexScan, rules: Rules, path: str) -> list[tuple[int
             sink,
             schema,
             compression="zstd",
+            # Positions ascend, so their differences are small; bytes of floats compress when those
+            # of one significance are together.
             use_dictionary=["shard", "worker", "label", "copies"],
             column_encoding={"position": "DELTA_BINARY_PACKED", "prob": "BYTE_STREAM_SPLIT"},
         ) as writer,
