@@ -10,6 +10,7 @@ from efficientnet_ns.config.fields import (
     comparable,
     define_flags,
     from_flags,
+    given,
     require,
     setting,
     subsections,
@@ -22,7 +23,7 @@ from efficientnet_ns.config.labeling import (
     SelectConfig,
     shard_list,
 )
-from efficientnet_ns.config.loop import DemoConfig, LoopConfig, StudyConfig
+from efficientnet_ns.config.loop import DemoConfig, LoopConfig, PicturesConfig, StudyConfig
 from efficientnet_ns.config.programs import (
     BenchmarkConfig,
     ConvertConfig,
@@ -62,6 +63,7 @@ __all__ = [
     "ModelConfig",
     "OwnSetConfig",
     "PhotosConfig",
+    "PicturesConfig",
     "PredictConfig",
     "ReportConfig",
     "RobustnessConfig",
@@ -76,6 +78,7 @@ __all__ = [
     "comparable",
     "define_flags",
     "from_flags",
+    "given",
     "require",
     "run",
     "setting",

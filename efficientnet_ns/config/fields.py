@@ -179,10 +179,31 @@ def from_flags(cls: type[T], values: flags.FlagValues) -> T:
         return cls(**{name: from_flags(section, values) for name, section in sections.items()})
     fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
     result = cls(**{name: _value(field, values[name]) for name, field in fields.items()})
+    object.__setattr__(result, _GIVEN, frozenset(n for n in fields if values[n].present))
     check(result)
     for name in sorted(_FOLDERS_WRITTEN & vars(result).keys()):
         check_no_file(name, getattr(result, name) or "")
     return result
+
+
+# What `from_flags` notes in the dataclass: names of the flags that were given.
+_GIVEN = "_given"
+
+
+def given(settings: Any) -> dict[str, Any]:
+    """The values that somebody chose, by name, even where they are the defaults.
+
+    Args:
+      settings: of `from_flags`: the flags given on the command line or in flag files; others: the
+        values that are not the defaults.
+    """
+    if sections := subsections(type(settings)):
+        return {k: v for name in sections for k, v in given(getattr(settings, name)).items()}
+    fields = {field.name: field.default for field in dataclasses.fields(settings)}
+    names = getattr(settings, _GIVEN, None)
+    if names is None:
+        names = {n for n, default in fields.items() if getattr(settings, n) != default}
+    return {name: getattr(settings, name) for name in fields if name in names}
 
 
 def _value(field: dataclasses.Field, flag: flags.Flag) -> Any:

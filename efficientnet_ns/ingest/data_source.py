@@ -186,8 +186,10 @@ def _image_set(config: MakeConfig, source, prefix: str, found: Listing) -> image
             "seed": config.seed,
             "check": config.check,
             "max_side": config.max_side,
+            **({"keep_names": True} if config.keep_names else {}),
         },
         num_classes=len(class_names) if config.labeled else None,
+        keep_names=config.keep_names,
     )
 
 

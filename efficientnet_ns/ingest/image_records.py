@@ -45,6 +45,7 @@ class ImageSet:
       entries: the images, in the order of the records.
       num_shards: number of files; each takes its slice of the entries.
       record: (image bytes, label) → serialized Example; picklable.
+      keep_names: `record` also takes the image's path in the source.
       identity: settings that determine the records beside the entries, JSON-able.
       num_classes: labels must be below; None for a set without labels.
       lost: images of the source that are no entries, and why.
@@ -56,17 +57,23 @@ class ImageSet:
     prefix: str
     entries: Sequence[Entry]
     num_shards: int
-    record: Callable[[bytes, int], bytes]
+    record: Callable[..., bytes]
     identity: dict[str, object]
     num_classes: int | None
     lost: Sequence[LeftOut] = ()
     drawn: float = 1.0
+    keep_names: bool = False
 
     def shards(self) -> list[_Shard]:
         """What each file holds."""
         bounds = np.linspace(0, len(self.entries), self.num_shards + 1).astype(int)
         return [
-            _Shard(self._stage(shard, start, stop), self.entries[start:stop], self.record)
+            _Shard(
+                self._stage(shard, start, stop),
+                self.entries[start:stop],
+                self.record,
+                self.keep_names,
+            )
             for shard, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:]))
         ]
 
@@ -83,7 +90,8 @@ class ImageSet:
 class _Shard(NamedTuple):
     stage: manifests.Stage
     entries: Sequence[Entry]
-    record: Callable[[bytes, int], bytes]
+    record: Callable[..., bytes]
+    keep_names: bool
 
 
 class Made(NamedTuple):
@@ -108,9 +116,9 @@ def digest(values: Iterable[object]) -> str:
     return sha.hexdigest()[:16]
 
 
-def unlabeled_record(image: bytes, label: int) -> bytes:
+def unlabeled_record(image: bytes, label: int, name: str = "") -> bytes:
     """An unlabeled record; the label is dropped."""
-    return tfexamples.unlabeled_example(image)
+    return tfexamples.unlabeled_example(image, name)
 
 
 def default_num_shards(images: int) -> int:
@@ -379,7 +387,8 @@ def _write_shard(shard: _Shard, load: Callable[[Entry], tuple]) -> dict:
                 bad.append([printable(entry.name), str(e).replace("\n", " ")])
                 continue
             shapes.add(shape)
-            yield shard.record(loaded.image, loaded.label)
+            name = (printable(entry.name),) if shard.keep_names else ()
+            yield shard.record(loaded.image, loaded.label, *name)
 
     with shard.stage.write() as (temporary, counts):
         written = tfrecords.write(temporary[shard.stage.outputs[0]], payloads())

@@ -15,6 +15,8 @@ import dataclasses
 import os
 from typing import Any
 
+from absl import logging
+
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, PredictConfig, SelectConfig
 from efficientnet_ns.config import check as check_values
 from efficientnet_ns.evaluation import evaluate
@@ -65,9 +67,19 @@ def run_loop(config: Config, loop: LoopConfig) -> list[dict[str, Any]]:
     rows = [{"round": 0, **train_and_measure(state, name, trainings[0])}]
     for number in range(1, len(trainings)):
         rows.append(_round(state, config, loop, number))
+        if loop.stop_when_worse and _is_worse(config, rows):
+            logging.warning("student %d is worse than its teacher: the rounds end here", number)
+            break
     if loop.finetune_resolution:
         rows.append(_finetune(state, config, loop, number))
     return rows
+
+
+def _is_worse(config: Config, rows: list[dict[str, Any]]) -> bool:
+    """Whether the last model is worse than the one before on the evaluation set."""
+    name = ResolvedConfig.from_config(config).task.eval_set
+    before, last = (row["measured"][name]["top1"] for row in rows[-2:])
+    return last < before
 
 
 def check(config: Config, loop: LoopConfig) -> list[Config]:
@@ -109,6 +121,7 @@ def model_configs(config: Config, loop: LoopConfig) -> list[Config]:
         unlabel_data_dir="",
         unlabel_ratio=0.0,
         train_steps=loop.teacher_steps or config.train.train_steps,
+        train_batch_size=loop.teacher_batch_size or config.train.train_batch_size,
     )
     return trainings
 
