@@ -169,7 +169,12 @@ class TrainConfig(Settings):
         "0 at train_steps).",
         choices=("staircase", "cosine"),
     )
-    base_learning_rate: float = setting(0.016, "Learning rate per 256 labeled images.", low=0)
+    base_learning_rate: float = setting(
+        0.016,
+        "Learning rate per 256 labeled images; with --optimizer=adam, which does not scale with the "
+        "batch, the rate itself.",
+        low=0,
+    )
     final_base_lr: float | None = setting(
         None, "When given, the decay period is chosen to end at this rate per 256."
     )

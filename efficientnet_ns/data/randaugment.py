@@ -123,9 +123,7 @@ class RandAugment:
         # At 32 pixels the original's constants, in proportion.
         reach = size // 8
         scale = size / 224 if self.proportional else 1.0
-        cutout_const, translate_const = (
-            (reach, reach) if small else (40.0 * scale, 100.0 * scale)
-        )
+        cutout_const, translate_const = (reach, reach) if small else (40.0 * scale, 100.0 * scale)
         return {"cutout_const": cutout_const, "translate_const": translate_const}
 
     def apply(self, image: tf.Tensor, seed: tf.Tensor, **constants: float) -> tf.Tensor:

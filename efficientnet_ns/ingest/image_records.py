@@ -131,15 +131,17 @@ def shuffled(entries: Sequence[Entry], seed: int, limit: int | None = None) -> l
     return [entries[i] for i in np.random.default_rng(seed).permutation(len(entries))[:limit]]
 
 
-def split(entries: Sequence[Entry], fraction: float) -> tuple[list[Entry], list[Entry]]:
-    """(rest, chosen): of each class, the first `fraction` of its entries are chosen.
+def held_out(images: int, fraction: float) -> int:
+    """How many of a class's images `split` chooses: at least one of two, and never all."""
+    return min(max(round(fraction * images), 1), images - 1) if images else 0
 
-    At least one of each class that has two, and never all of them.
-    """
+
+def split(entries: Sequence[Entry], fraction: float) -> tuple[list[Entry], list[Entry]]:
+    """(rest, chosen): of each class, the first `fraction` of its entries are chosen; see `held_out`."""
     totals: dict[int, int] = {}
     for entry in entries:
         totals[entry.label] = totals.get(entry.label, 0) + 1
-    left = {c: min(max(round(fraction * n), 1), n - 1) for c, n in totals.items()}
+    left = {c: held_out(n, fraction) for c, n in totals.items()}
     rest, chosen = [], []
     for entry in entries:
         (chosen if left[entry.label] else rest).append(entry)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 from absl import logging
@@ -41,12 +42,20 @@ _MAY_GROW = (
 )
 
 
-def run_loop(config: Config, loop: LoopConfig) -> list[dict[str, Any]]:
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def run_loop(
+    config: Config, loop: LoopConfig, watch: Callable[[str, dict[str, Any]], None] = _nothing
+) -> list[dict[str, Any]]:
     """Runs all rounds.
 
     Args:
       config: settings of every training; `unlabel_data_dir` holds the unlabeled records.
       loop: the rounds.
+      watch: called with `model` and its row, and with `selection` and the result of `select`, as soon
+        as each is there; may raise to end the loop.
 
     Returns:
       One row per model: `round`, `model`, `steps`, `measured` (metrics per set) and, for
@@ -65,8 +74,10 @@ def run_loop(config: Config, loop: LoopConfig) -> list[dict[str, Any]]:
     state = State(loop.work_dir, fixed, defaults)
     name = f"round 0: teacher {trainings[0].model.model_name}"
     rows = [{"round": 0, **train_and_measure(state, name, trainings[0])}]
+    watch("model", rows[0])
     for number in range(1, len(trainings)):
-        rows.append(_round(state, config, loop, number))
+        rows.append(_round(state, config, loop, number, watch))
+        watch("model", rows[-1])
         if loop.stop_when_worse and _is_worse(config, rows):
             logging.warning("student %d is worse than its teacher: the rounds end here", number)
             break
@@ -186,11 +197,13 @@ def _pseudo_labeled_dir(loop: LoopConfig, number: int) -> str:
     return os.path.join(loop.work_dir, f"round-{number}", "selected", "data")
 
 
-def _round(state: State, config: Config, loop: LoopConfig, number: int) -> dict[str, Any]:
-
+def _round(
+    state: State, config: Config, loop: LoopConfig, number: int, watch: Callable
+) -> dict[str, Any]:
     prediction, selection = stage_configs(config, loop, number)
     state.once(f"round {number}: predict", lambda: predict.predict(prediction))
     chosen = state.once(f"round {number}: select", lambda: select(selection))
+    watch("selection", {"round": number, **chosen})
     state.once(f"round {number}: write", lambda: write.write(selection))
     student = model_configs(config, loop)[number]
     name = f"round {number}: student {student.model.model_name}"

@@ -95,6 +95,7 @@ def learning_rate(
     warmup_epochs: float = WARMUP_EPOCHS,
     label_data_sample_prob: float = 1.0,
     kind: str = "staircase",
+    scaled: bool = True,
 ) -> WarmupStaircase | WarmupCosine:
     """The schedule of one run.
 
@@ -111,6 +112,7 @@ def learning_rate(
       label_data_sample_prob: fraction of the labeled images that enters the loss; only these count,
         except in the length of a schedule that ends at `final_base_lr`, as in the original.
       kind: staircase or cosine, which always ends at 0.
+      scaled: whether `base_learning_rate` is per 256 images; else it is the rate itself.
     """
     counted_batch_size = labeled_batch_size * label_data_sample_prob
     steps_per_epoch = num_train_images / counted_batch_size
@@ -120,15 +122,16 @@ def learning_rate(
         epochs = train_steps * labeled_batch_size / num_train_images
         decay_epochs = (epochs - warmup_epochs) / stairs
     start_step = 0 if last_steps is None else train_steps - last_steps
+    peak = base_learning_rate * (counted_batch_size / 256.0 if scaled else 1.0)
     if kind == "cosine":
         return WarmupCosine(
-            peak=base_learning_rate * counted_batch_size / 256.0,
+            peak=peak,
             total_steps=train_steps,
             warmup_steps=int(steps_per_epoch * warmup_epochs),
             start_step=start_step,
         )
     return WarmupStaircase(
-        peak=base_learning_rate * counted_batch_size / 256.0,
+        peak=peak,
         decay_steps=steps_per_epoch * decay_epochs,
         warmup_steps=int(steps_per_epoch * warmup_epochs),
         start_step=start_step,

@@ -179,6 +179,7 @@ def _build(
         last_steps=resolved.steps_to_run,
         warmup_epochs=train.warmup_epochs,
         kind=train.lr_schedule,
+        scaled=train.optimizer != "adam",
     )
     model = NoisyStudent(student, ema_student, train, teacher)
     model.compile(
