@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import tensorflow as tf
 from absl import logging
@@ -23,8 +23,11 @@ TASK = "task.json"
 _SMALL_SIDE, _FIXED_SIDE = 40, 64
 
 
-def make_records(config: MakeConfig) -> dict[str, int]:
+def make_records(config: MakeConfig, leave_out: Collection[str] = ()) -> dict[str, int]:
     """Makes the records and `task.json`; started again, continues.
+
+    Args:
+      leave_out: names of images in a folder or archive that are to be passed over.
 
     Returns:
       Prefix → number of records.
@@ -51,6 +54,8 @@ def make_records(config: MakeConfig) -> dict[str, int]:
         subfolder=config.subfolder,
         accept_classes=config.accept_classes,
     )
+    if leave_out:
+        found = found._replace(entries=[e for e in found.entries if e.name not in leave_out])
     made = _make(config, source, found)
     if config.labeled:
         _write_task(config, made, {"class_names": found.class_names})

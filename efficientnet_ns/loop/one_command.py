@@ -34,11 +34,12 @@ from efficientnet_ns.config import (
     MakeConfig,
     PicturesConfig,
     check,
+    mark_given,
 )
 from efficientnet_ns.data import tasks
 from efficientnet_ns.evaluation import evaluate
 from efficientnet_ns.files import progress, text_table
-from efficientnet_ns.ingest import data_source, survey
+from efficientnet_ns.ingest import data_source, duplicates, survey
 from efficientnet_ns.loop import hurdles, judgement, labels_csv, picture_report, plan, rounds, rules
 from efficientnet_ns.loop.plan import Plan
 from efficientnet_ns.loop.state import State
@@ -124,16 +125,14 @@ def noisy_student(
     Raises:
       ConfigError, DataError: settings or pictures that cannot work.
     """
-    frame = {"labeled": os.fspath(labeled), "unlabeled": os.fspath(unlabeled)}
+    frame: dict[str, Any] = {"labeled": os.fspath(labeled), "unlabeled": os.fspath(unlabeled)}
     frame |= {k: v for k, v in values.items() if k in PicturesConfig.__dataclass_fields__}
     of_loop = {k: v for k, v in values.items() if k in LoopConfig.__dataclass_fields__}
     rest = {k: v for k, v in values.items() if k not in {**frame, **of_loop}}
     loop = LoopConfig(work_dir=os.fspath(work_dir), **of_loop)
     settings = Config().override(**rest)
-    for section in (settings.model, settings.data, settings.train, settings.predict):
-        chosen = frozenset(rest) & section.__dataclass_fields__.keys()
-        object.__setattr__(section, "_given", chosen)
-    object.__setattr__(loop, "_given", frozenset(of_loop))
+    mark_given(settings, rest)
+    mark_given(loop, of_loop)
     return from_pictures(PicturesConfig(**frame), settings, loop)
 
 
@@ -182,7 +181,7 @@ def _stages(made: Plan, pictures: PicturesConfig) -> dict[str, float]:
     stages = {
         "records": 5 + (facts.labeled + facts.unlabeled) * 0.005 / facts.cores,
         "probe": 20 if chosen["init_weights"] else 0,
-        f"round 0: teacher {models[0]}": parts["teacher"],
+        f"round 0: teacher {models[0]}": parts["teacher"] + rules.STARTUP_SECONDS,
         "labels": labeling,
         "export": 30,
         "report": 10,
@@ -190,9 +189,11 @@ def _stages(made: Plan, pictures: PicturesConfig) -> dict[str, float]:
     for number in range(1, len(models)):
         stages[f"round {number}: predict"] = labeling
         name = f"round {number}: student {models[number]}"
-        stages[name] = parts["students"] / students
+        stages[name] = parts["students"] / students + rules.STARTUP_SECONDS
     if pictures.control:
-        stages["control: labeled pictures only, as many updates"] = parts["control"]
+        stages["control: labeled pictures only, as many updates"] = (
+            parts["control"] + rules.STARTUP_SECONDS
+        )
     return stages
 
 
@@ -229,13 +230,13 @@ class _Run:
             probed = {"model": first.model.model_name, "steps": 0, "measured": measured}
             rows.append({"round": "probe", **probed})
             base = base.override(init_model=True, init_model_path=start)
-        names = tasks.class_names(tasks.get_task(base.data.task_name)) or ()
+        names = tasks.class_names(tasks.get_task(base.data.task_name or "")) or ()
         watch = hurdles.Watch(base, loop, names, self._warn)
         trained = rounds.run_loop(base, loop, watch)
         rows += trained
         if self.pictures.control:
             rows.append(self._control(base, loop, trained))
-        sets = tasks.get_task(base.data.task_name)
+        sets = tasks.get_task(base.data.task_name or "")
         tops = [row["measured"][sets.eval_set]["top1"] for row in trained]
         # Of equals the last: it has seen the most pictures.
         best = max(range(len(tops)), key=lambda i: (tops[i], i))
@@ -287,7 +288,9 @@ class _Run:
         if not survey.is_records(unlabeled):
             folder = self._in_work("data", "unlabeled")
             config = self._make_config(unlabeled, folder, labeled=False)
-            counts |= data_source.make_records(config)
+            twice = set(self._duplicates())
+            counts |= data_source.make_records(config, twice)
+            counts["duplicates"] = len(twice)
             unlabeled = folder
         task = self._in_work("data", data_source.TASK)
         tf.io.gfile.makedirs(os.path.dirname(task))
@@ -303,6 +306,14 @@ class _Run:
             "task_name": task,
         }
         return {"places": places, "counts": counts}
+
+    def _duplicates(self) -> list[str]:
+        """Unlabeled pictures that are labeled, held out or tested on: students must not see those."""
+        places = [self.pictures.unlabeled, self.pictures.labeled, self.pictures.test]
+        plain = [place for place in places if place and plan.is_pictures(place)]
+        if plain[:1] != places[:1]:
+            return []
+        return duplicates.among(plain[0], plain[1:])
 
     def _labeled_records(self) -> tuple[str, dict[str, int]]:
         place = self.pictures.labeled
@@ -337,8 +348,12 @@ class _Run:
 
     def _tell_of_records(self, data: Mapping[str, Any]) -> None:
         for name in ("labeled", "unlabeled"):
-            for bad in hurdles.quarantined(self._in_work("data", name)):
-                self._warn(bad)
+            self.warnings += hurdles.quarantined(self._in_work("data", name))
+        if number := data["counts"].get("duplicates"):
+            self.warnings.append(
+                f"{number} unlabeled pictures are byte for byte among the labeled or test pictures, and "
+                "were left out"
+            )
 
     # --- After the rounds
 
@@ -366,7 +381,7 @@ class _Run:
         return labels_csv.write(
             self._in_work("labels.csv"),
             dataclasses.replace(selection, prediction_dir=prediction.predict.output_dir),
-            tasks.class_names(tasks.get_task(base.data.task_name)),
+            tasks.class_names(tasks.get_task(base.data.task_name or "")),
         )
 
     def _export(self, model: Config, classes: int) -> dict[str, str]:
@@ -383,7 +398,7 @@ class _Run:
         return {**paths, "tflite": file}
 
     def _judged(self, model: Config) -> dict[str, judgement.Judged]:
-        task = tasks.get_task(model.data.task_name)
+        task = tasks.get_task(model.data.task_name or "")
         sets = {"held-out": task.eval_set, "test": task.test_set}
         judge = judgement.Judge(model)
         return {name: judge(prefix) for name, prefix in sets.items() if prefix}

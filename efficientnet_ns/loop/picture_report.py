@@ -122,7 +122,7 @@ def _curves(loop: LoopConfig, rows: Sequence[Mapping[str, Any]], control: str) -
 def _judgement(title: str, judged: Judged, names: Sequence[str]) -> list[report.Section]:
     """Accuracy by class, confusions, calibration and the worst mistakes on one set."""
     right = judged.truth == judged.predicted
-    by_class = []
+    by_class: list[dict[str, Any]] = []
     for i, name in enumerate(names):
         inside = judged.truth == i
         if inside.any():

@@ -14,7 +14,8 @@ import tensorflow as tf
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, PicturesConfig, given
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.files import json_files, manifests, progress, text_table
-from efficientnet_ns.ingest import image_records, listing, survey
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.ingest import image_records, listing, survey, tfds_source
 from efficientnet_ns.ingest.survey import Survey
 from efficientnet_ns.loop import rules
 from efficientnet_ns.loop.rules import Facts, Setting
@@ -145,8 +146,28 @@ def _continued(path: str, pictures: PicturesConfig, values: Mapping[str, Any]) -
 # --- Facts ------------------------------------------------------------------------------------------
 
 
+def is_pictures(place: str) -> bool:
+    """Whether a place is a folder or archive of pictures, not of records or TFDS."""
+    return not (place.startswith(tfds_source.PREFIX) or survey.is_records(place))
+
+
+# How make_records suggests a folder.
+_SUBFOLDER = re.compile(r"--subfolder=([^\s,]+?)(?: --image_set=\w+)?(?=,|\.? |\.?$)")
+
+
+def _labeled(place: str) -> Survey:
+    """Of the labeled pictures, with suggestions in this program's flags."""
+    try:
+        return survey.survey(place, labeled=True)
+    except DataError as e:
+        text = _SUBFOLDER.sub(rf"--labeled={place.rstrip('/')}/\1", str(e))
+        text = text.split(" If they are the classes, add")[0]
+        text = text.replace("images without classes need --nolabeled", "two are needed")
+        raise DataError(text) from e
+
+
 def _look(pictures: PicturesConfig) -> dict[str, Survey]:
-    found = {"labeled": survey.survey(pictures.labeled, labeled=True)}
+    found = {"labeled": _labeled(pictures.labeled)}
     names = tuple(found["labeled"].classes or ())
     if len([name for name in names if (found["labeled"].classes or {})[name]]) < 2:
         raise ConfigError(
@@ -262,7 +283,7 @@ def _split(plan: Plan) -> list[str]:
 
 def _settings(plan: Plan) -> list[str]:
     rows = [
-        [s.name, "default" if s.value is None else str(s.value), s.reason, s.source]
+        [s.name, "-" if s.value in (None, "") else str(s.value), s.reason, s.source]
         for s in plan.settings
     ]
     return text_table.text_table(["setting", "value", "reason", "source"], rows).splitlines()

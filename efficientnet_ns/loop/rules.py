@@ -232,7 +232,9 @@ def values(settings: list[Setting]) -> dict[str, Any]:
 
 # A forward pass on XNNPACK takes about this part of an update with the same picture.
 _LABELING = 0.25
-# Records, start of each training, evaluations, export and report.
+# Until the graph of a training is built and its first batch is there.
+STARTUP_SECONDS = 30.0
+# Records, probe, export and report.
 _OVERHEAD_SECONDS = 60.0
 
 
@@ -250,7 +252,7 @@ def seconds(facts: Facts, chosen: Chosen, pace: float, *, control: bool) -> dict
         * (chosen["train_steps"] * chosen["train_batch_size"] * labeled)
         / pace,
         "labeling": (students + 1) * facts.unlabeled * _LABELING / pace,
-        "other": _OVERHEAD_SECONDS,
+        "other": _OVERHEAD_SECONDS + (1 + students + control) * STARTUP_SECONDS,
     }
     if control:
         steps = chosen["teacher_steps"] + students * chosen["train_steps"]
