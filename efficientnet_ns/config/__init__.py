@@ -10,6 +10,8 @@ from efficientnet_ns.config.fields import (
     comparable,
     define_flags,
     from_flags,
+    given,
+    mark_given,
     needed,
     require,
     setting,
@@ -23,7 +25,7 @@ from efficientnet_ns.config.labeling import (
     SelectConfig,
     shard_list,
 )
-from efficientnet_ns.config.loop import DemoConfig, LoopConfig, StudyConfig
+from efficientnet_ns.config.loop import DemoConfig, LoopConfig, PicturesConfig, StudyConfig
 from efficientnet_ns.config.programs import (
     BenchmarkConfig,
     ConvertConfig,
@@ -63,6 +65,7 @@ __all__ = [
     "ModelConfig",
     "OwnSetConfig",
     "PhotosConfig",
+    "PicturesConfig",
     "PredictConfig",
     "ReportConfig",
     "RobustnessConfig",
@@ -78,6 +81,8 @@ __all__ = [
     "define_flags",
     "from_flags",
     "needed",
+    "given",
+    "mark_given",
     "require",
     "run",
     "setting",

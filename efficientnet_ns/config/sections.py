@@ -114,9 +114,22 @@ class DataConfig(Settings):
         "of autoaugment.",
         choices=("original", "clipped"),
     )
+    randaug_reach: str = setting(
+        "fixed",
+        "How far RandAugment translates and how large its Cutout is at magnitude 10: fixed (100 and 40 "
+        "pixels, as published) or proportional (as much of the image as that is at 224 pixels).",
+        choices=("fixed", "proportional"),
+    )
     cutout_op: bool = setting(True, "Include Cutout among RandAugment's operations.")
     remove_aug: bool = setting(
         False, "Train on the evaluation crop without any augmentation (FixRes fine-tuning)."
+    )
+    crop_fraction: float | None = setting(
+        None,
+        "Part of the shorter side that evaluation shows; default: size / (size + 32), as published, "
+        "which is two thirds at 64 pixels.",
+        low=0.1,
+        high=1,
     )
     shuffle_buffer: int = setting(10000, "Undecoded records held to shuffle from.", low=1)
 
@@ -147,7 +160,23 @@ class TrainConfig(Settings):
         "max(8, replicas/8); 1: one; k: groups of k; -2: all.",
         low=-2,
     )
-    base_learning_rate: float = setting(0.016, "Learning rate per 256 labeled images.", low=0)
+    optimizer: str = setting(
+        "rmsprop",
+        "rmsprop (TensorFlow 1's, as published) or adam (for fine-tuning).",
+        choices=("rmsprop", "adam"),
+    )
+    lr_schedule: str = setting(
+        "staircase",
+        "Learning rate after the warm-up: staircase (0.97 every 2.4 epochs, as published) or cosine (to "
+        "0 at train_steps).",
+        choices=("staircase", "cosine"),
+    )
+    base_learning_rate: float = setting(
+        0.016,
+        "Learning rate per 256 labeled images; with --optimizer=adam, which does not scale with the "
+        "batch, the rate itself.",
+        low=0,
+    )
     final_base_lr: float | None = setting(
         None, "When given, the decay period is chosen to end at this rate per 256."
     )
@@ -156,6 +185,11 @@ class TrainConfig(Settings):
         0.9999, "Ceiling of the weight average's decay.", low=0, high=1
     )
     bn_momentum: float = setting(0.99, "Decay of the batch-norm moving statistics.", low=0, high=1)
+    keep_bn_statistics: bool = setting(
+        False,
+        "Batch norm normalises with the moving statistics of the initial weights (--init_model), which "
+        "stay; its scale and offset learn. For fine-tuning on few images.",
+    )
     weight_decay: float = setting(1e-5, "Factor of half the squared norm.", low=0)
     label_smoothing: float = setting(0.1, "Weight of the uniform distribution.", low=0, high=1)
     unlabel_ratio: float = setting(

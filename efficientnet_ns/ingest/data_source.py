@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import tensorflow as tf
 from absl import logging
@@ -24,8 +24,11 @@ TASK = "task.json"
 _SMALL_SIDE, _FIXED_SIDE = 40, 64
 
 
-def make_records(config: MakeConfig) -> dict[str, int]:
+def make_records(config: MakeConfig, leave_out: Collection[str] = ()) -> dict[str, int]:
     """Makes the records and `task.json`; started again, continues.
+
+    Args:
+      leave_out: names of images in a folder or archive that are to be passed over.
 
     Returns:
       Prefix → number of records.
@@ -52,6 +55,9 @@ def make_records(config: MakeConfig) -> dict[str, int]:
             subfolder=config.subfolder,
             accept_classes=config.accept_classes,
         )
+        if leave_out:
+            kept = [entry for entry in found.entries if entry.name not in leave_out]
+            found = found._replace(entries=kept)
         made = _make(config, source, found)
     if config.labeled:
         _write_task(config, made, {"class_names": found.class_names})
@@ -189,8 +195,10 @@ def _image_set(
             "seed": config.seed,
             "check": config.check,
             "max_side": config.max_side,
+            **({"keep_names": True} if config.keep_names else {}),
         },
         num_classes=len(class_names) if config.labeled else None,
+        keep_names=config.keep_names,
     )
 
 

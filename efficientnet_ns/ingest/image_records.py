@@ -44,6 +44,7 @@ class ImageSet:
       entries: the images, in the order of the records.
       num_shards: number of files; each takes its slice of the entries.
       record: (image bytes, label) → serialized Example; picklable.
+      keep_names: `record` also takes the image's path in the source.
       identity: settings that, with the entries, determine the records; JSON-able.
       num_classes: labels must be below; None for a set without labels.
       lost: images of the source that are no entries, and why.
@@ -55,17 +56,23 @@ class ImageSet:
     prefix: str
     entries: Sequence[Entry]
     num_shards: int
-    record: Callable[[bytes, int], bytes]
+    record: Callable[..., bytes]
     identity: dict[str, object]
     num_classes: int | None
     lost: Sequence[LeftOut] = ()
     drawn: float = 1.0
+    keep_names: bool = False
 
     def shards(self) -> list[_Shard]:
         """What each file holds."""
         bounds = np.linspace(0, len(self.entries), self.num_shards + 1).astype(int)
         return [
-            _Shard(self._stage(shard, start, stop), self.entries[start:stop], self.record)
+            _Shard(
+                self._stage(shard, start, stop),
+                self.entries[start:stop],
+                self.record,
+                self.keep_names,
+            )
             for shard, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:]))
         ]
 
@@ -82,7 +89,8 @@ class ImageSet:
 class _Shard(NamedTuple):
     stage: manifests.Stage
     entries: Sequence[Entry]
-    record: Callable[[bytes, int], bytes]
+    record: Callable[..., bytes]
+    keep_names: bool
 
 
 class Made(NamedTuple):
@@ -107,9 +115,9 @@ def digest(values: Iterable[object]) -> str:
     return sha.hexdigest()[:16]
 
 
-def unlabeled_record(image: bytes, label: int) -> bytes:
+def unlabeled_record(image: bytes, label: int, name: str = "") -> bytes:
     """An unlabeled record; the label is dropped."""
-    return tfexamples.unlabeled_example(image)
+    return tfexamples.unlabeled_example(image, name)
 
 
 def default_num_shards(images: int) -> int:
@@ -122,13 +130,15 @@ def shuffled(entries: Sequence[Entry], seed: int, limit: int | None = None) -> l
     return [entries[i] for i in np.random.default_rng(seed).permutation(len(entries))[:limit]]
 
 
-def split(entries: Sequence[Entry], fraction: float) -> tuple[list[Entry], list[Entry]]:
-    """(rest, chosen): of each class, the first `fraction` of its entries are chosen.
+def held_out(images: int, fraction: float) -> int:
+    """How many of a class's images `split` chooses: at least one of two, and never all."""
+    return min(max(round(fraction * images), 1), images - 1) if images else 0
 
-    At least one of each class that has two, and never all of them.
-    """
+
+def split(entries: Sequence[Entry], fraction: float) -> tuple[list[Entry], list[Entry]]:
+    """(rest, chosen): of each class, the first `fraction` of its entries are chosen; see `held_out`."""
     totals = Counter(entry.label for entry in entries)
-    left = {c: min(max(round(fraction * n), 1), n - 1) for c, n in totals.items()}
+    left = {c: held_out(n, fraction) for c, n in totals.items()}
     rest: list[Entry] = []
     chosen: list[Entry] = []
     for entry in entries:
@@ -299,7 +309,7 @@ def _start_worker() -> None:
 
 def _write_shard(job: _Job) -> dict:
     """Writes a shard; its counts."""
-    stage, entries, record = job.shard
+    stage, entries, record, keep_names = job.shard
     bad: list[list[str]] = []
     shapes = set()
 
@@ -311,7 +321,8 @@ def _write_shard(job: _Job) -> dict:
                 bad.append([printable(entry.name), str(e).replace("\n", " ")])
                 continue
             shapes.add(shape)
-            yield record(loaded.image, loaded.label)
+            name = (printable(entry.name),) if keep_names else ()
+            yield record(loaded.image, loaded.label, *name)
 
     with job.source.reader(entries) as read, stage.write() as (temporary, counts):
         written = tfrecords.write(temporary[stage.outputs[0]], payloads(read))

@@ -74,7 +74,7 @@ TF1 = Naming(
         "project_bn": "tpu_batch_normalization_1",
     },
     scope="blocks_{index}/",
-    ignored=r"global_step|.*/(RMSProp|Momentum)(_\d+)?",
+    ignored=r"global_step|.*/(RMSProp|Momentum|Adam)(_\d+)?",
 )
 
 KERAS = Naming(

@@ -204,6 +204,17 @@ class Outcome:
         )
         return [Picture(*row) for row in rows]
 
+    def labels(self, shard: int) -> list[tuple[int, float, bool]]:
+        """(label, top-1 probability, kept) of each record of a shard, in order; -1: unreadable."""
+        workers = index.count_workers(self.config)
+        return self._query(
+            f"SELECT p.label, p.prob, copies IS NOT NULL FROM predictions AS p "
+            "LEFT JOIN (SELECT shard, worker, position, copies FROM selection) "
+            "USING (shard, worker, position) WHERE shard = $1 "
+            f"ORDER BY position * {workers} + worker",
+            shard,
+        )
+
     def confusion(self) -> dict[str, np.ndarray]:
         """Columns `truth`, `label`, `images` int of the kept images, a row per pair that occurs."""
         return self._columns(

@@ -142,6 +142,8 @@ def _task(resolved: ResolvedConfig, checkpoint: str, path: str, shard: int) -> S
     }
     if options.test_time_views > 1:
         settings["test_time_views"] = options.test_time_views
+    if resolved.config.data.crop_fraction is not None:
+        settings["crop_fraction"] = resolved.config.data.crop_fraction
     if options.noised_teacher:
         model = resolved.config.model
         settings["noised_teacher"] = {

@@ -211,6 +211,7 @@ class ResolvedConfig:
             flip=self.task.flip,
             augmentation=self._augmentation(augment_name),
             clean=self.config.data.remove_aug or augment_name == "clean",
+            crop_fraction=self.config.data.crop_fraction,
         )
 
     def _augmentation(self, name: str | None) -> pipeline.Augmentation | None:
@@ -223,6 +224,7 @@ class ResolvedConfig:
                 magnitude=data.randaug_mag,
                 mode=data.randaug_mode,
                 use_cutout=data.cutout_op,
+                proportional=data.randaug_reach == "proportional",
             )
         if name == "autoaugment":
             default = "svhn" if data.task_name == "svhn" else "imagenet"

@@ -31,7 +31,7 @@ from efficientnet_ns.training import preview, schedules
 from efficientnet_ns.training.checkpoints import Checkpoints
 from efficientnet_ns.training.claim import claim, expecting_other_records, note_start
 from efficientnet_ns.training.inputs import Inputs
-from efficientnet_ns.training.optimizers import RMSPropTF1
+from efficientnet_ns.training.optimizers import OPTIMIZERS
 from efficientnet_ns.training.session import Session, loop_steps
 from efficientnet_ns.training.student import NoisyStudent
 
@@ -126,6 +126,10 @@ def _check(config: Config) -> str:
         )
     if train.init_model and not (train.init_model_path or train.init_weights):
         raise ConfigError("--init_model needs --init_model_path")
+    if train.keep_bn_statistics and not train.init_model:
+        raise ConfigError("--keep_bn_statistics needs --init_model: new weights have none to keep")
+    if train.lr_schedule == "cosine" and train.final_base_lr is not None:
+        raise ConfigError("--final_base_lr is of --lr_schedule=staircase: a cosine ends at 0")
     for pattern in train.init_skip.split(","):
         try:
             re.compile(pattern)
@@ -163,6 +167,8 @@ def _build(
     train = resolved.config.train
     student, ema_student = resolved.build_model(), resolved.build_model()
     _freeze(student, train)
+    if train.keep_bn_statistics:
+        efficientnet.keep_statistics(student)
     teacher = None
     if train.teacher_model_name and train.unlabel_ratio:
         teacher = resolved.build_teacher()
@@ -178,10 +184,12 @@ def _build(
         final_base_lr=train.final_base_lr,
         last_steps=resolved.steps_to_run,
         warmup_epochs=train.warmup_epochs,
+        kind=train.lr_schedule,
+        scaled=train.optimizer != "adam",
     )
     model = NoisyStudent(student, ema_student, train, teacher)
     model.compile(
-        RMSPropTF1(schedule),
+        OPTIMIZERS[train.optimizer](schedule),
         steps_per_execution=loop_steps(train, resolved.steps_to_run),
         jit_compile=distribution.compiles(resolved.config.hardware, strategy),
     )
