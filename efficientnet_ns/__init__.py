@@ -22,6 +22,7 @@ _HOME = {
     "endpoints": "models.efficientnet",
     "load_model": "models.efficientnet",
     "load_weights": "models.weights",
+    "noisy_student": "loop.one_command",
     "save_weights": "models.weights",
     "Preprocessing": "data.pipeline",
     "class_names": "data.tasks",

@@ -13,9 +13,9 @@ from efficientnet_ns.config import FilterConfig, SelectConfig
 
 
 def main(selection: SelectConfig, options: FilterConfig) -> None:
-    from efficientnet_ns.pseudo_labels import programs
+    from efficientnet_ns.loop import labeling
 
-    print(json.dumps(programs.select_and_write(selection, options)))
+    print(json.dumps(labeling.select_and_write(selection, options)))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from efficientnet_ns.config import BeamConfig, Config
 
 
 def main(settings: Config, job: BeamConfig, beam_options: list[str]) -> None:
-    from efficientnet_ns.pseudo_labels import programs
+    from efficientnet_ns.loop import labeling
 
-    print(json.dumps(programs.label_on_beam(settings, job, beam_options)))
+    print(json.dumps(labeling.label_on_beam(settings, job, beam_options)))
 
 
 if __name__ == "__main__":

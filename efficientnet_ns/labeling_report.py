@@ -7,9 +7,9 @@ from efficientnet_ns.config import ReportConfig, SelectConfig
 
 
 def main(selection: SelectConfig, options: ReportConfig) -> None:
-    from efficientnet_ns.pseudo_labels import programs
+    from efficientnet_ns.loop import labeling
 
-    print(programs.report(selection, options))
+    print(labeling.report(selection, options))
 
 
 if __name__ == "__main__":

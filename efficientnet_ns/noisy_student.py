@@ -1,23 +1,26 @@
-"""The whole loop from one command: teacher, then rounds of label → select → write → student.
+"""Two folders of pictures in, a good model out.
 
-Started again after a kill, it continues: finished stages are recorded in `state.json`, and the
-stage that was interrupted resumes from its own checkpoints and manifests. Prints one line of JSON
-per model.
+    python -m efficientnet_ns.noisy_student --labeled=photos --unlabeled=more_photos --work_dir=run
+
+`photos` has one folder per class. A teacher learns from it and labels `more_photos`; noised students
+learn from both. Every setting follows from the pictures and the machine by rule (--dry_run tells
+which, and how long it takes); every flag overrides its rule. Killed, the same command continues.
+
+With folders of records instead (--label_data_dir, --task_name, --unlabel_data_dir) every setting is
+the flags'; prints one line of JSON per model.
 """
 
 from __future__ import annotations
 
-import json
-
 from efficientnet_ns import config
-from efficientnet_ns.config import Config, LoopConfig
+from efficientnet_ns.config import Config, LoopConfig, PicturesConfig
 
 
-def main(settings: Config, loop: LoopConfig) -> None:
-    from efficientnet_ns.loop import rounds
+def main(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> None:
+    from efficientnet_ns.loop import one_command
 
-    print("\n".join(map(json.dumps, rounds.run_loop(settings, loop))))
+    one_command.run(pictures, settings, loop)
 
 
 if __name__ == "__main__":
-    config.run(main, Config, LoopConfig)
+    config.run(main, PicturesConfig, Config, LoopConfig)

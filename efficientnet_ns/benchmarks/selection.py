@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.benchmarks.tables import Row
-from efficientnet_ns.config import BenchmarkConfig, ConfigError, SelectConfig
+from efficientnet_ns.config import BenchmarkConfig, ConfigError, ReportConfig, SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 from efficientnet_ns.pseudo_labels import index, run_report
@@ -131,7 +131,7 @@ def _shard_rows(rows: int, shard: int) -> int:
 def _make_images(settings: SelectConfig, rows: int) -> None:
     """Writes the images of the shards that a report takes pictures from."""
     example = tfexamples.unlabeled_example(tf.io.encode_png(tf.zeros([8, 8, 3], tf.uint8)).numpy())
-    for shard in range(run_report.Options().picture_shards):
+    for shard in range(ReportConfig().report_shards):
         images = itertools.repeat(example, _shard_rows(rows, shard))
         tfrecords.write(index.input_path(settings, shard), images)
 

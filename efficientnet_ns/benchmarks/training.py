@@ -124,12 +124,12 @@ def _whole_update(config: BenchmarkConfig) -> Callable:
     from efficientnet_ns.training.optimizers import RMSPropTF1
     from efficientnet_ns.training.student import NoisyStudent
 
-    models = [
+    student, ema_student = (
         efficientnet.build_model(config.model_name, 1000, config.image_size) for _ in range(2)
-    ]
-    trainer = NoisyStudent(*models, TrainConfig())
+    )
+    trainer = NoisyStudent(student, ema_student, TrainConfig())
     trainer.compile(RMSPropTF1(1e-3))
-    trainer.optimizer.build(models[0].trainable_variables)
+    trainer.optimizer.build(student.trainable_variables)
     return tf.function(trainer.train_step)
 
 

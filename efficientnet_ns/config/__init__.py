@@ -10,6 +10,9 @@ from efficientnet_ns.config.fields import (
     comparable,
     define_flags,
     from_flags,
+    given,
+    mark_given,
+    needed,
     require,
     setting,
     subsections,
@@ -22,7 +25,7 @@ from efficientnet_ns.config.labeling import (
     SelectConfig,
     shard_list,
 )
-from efficientnet_ns.config.loop import DemoConfig, LoopConfig, StudyConfig
+from efficientnet_ns.config.loop import DemoConfig, LoopConfig, PicturesConfig, StudyConfig
 from efficientnet_ns.config.programs import (
     BenchmarkConfig,
     ConvertConfig,
@@ -62,6 +65,7 @@ __all__ = [
     "ModelConfig",
     "OwnSetConfig",
     "PhotosConfig",
+    "PicturesConfig",
     "PredictConfig",
     "ReportConfig",
     "RobustnessConfig",
@@ -76,6 +80,9 @@ __all__ = [
     "comparable",
     "define_flags",
     "from_flags",
+    "needed",
+    "given",
+    "mark_given",
     "require",
     "run",
     "setting",

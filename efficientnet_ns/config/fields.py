@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from absl import flags
@@ -179,10 +179,39 @@ def from_flags(cls: type[T], values: flags.FlagValues) -> T:
         return cls(**{name: from_flags(section, values) for name, section in sections.items()})
     fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
     result = cls(**{name: _value(field, values[name]) for name, field in fields.items()})
+    mark_given(result, [name for name in fields if values[name].present])
     check(result)
     for name in sorted(_FOLDERS_WRITTEN & vars(result).keys()):
         check_no_file(name, getattr(result, name) or "")
     return result
+
+
+# What `mark_given` notes in a dataclass: names.
+_GIVEN = "_given"
+
+
+def mark_given(settings: Any, names: Collection[str]) -> None:
+    """Notes in a settings dataclass, or in its sections, which fields somebody chose; see `given`."""
+    for section in subsections(type(settings)) or [""]:
+        one = getattr(settings, section) if section else settings
+        chosen = frozenset(names) & frozenset(one.__dataclass_fields__)
+        object.__setattr__(one, _GIVEN, chosen)
+
+
+def given(settings: Any) -> dict[str, Any]:
+    """The values that somebody chose, by name, even where they are the defaults.
+
+    Args:
+      settings: of `from_flags`: the flags given on the command line or in flag files; see
+        `mark_given`. Others: the values that are not the defaults.
+    """
+    if sections := subsections(type(settings)):
+        return {k: v for name in sections for k, v in given(getattr(settings, name)).items()}
+    fields = {field.name: field.default for field in dataclasses.fields(settings)}
+    names = getattr(settings, _GIVEN, None)
+    if names is None:
+        names = {n for n, default in fields.items() if getattr(settings, n) != default}
+    return {name: getattr(settings, name) for name in fields if name in names}
 
 
 def _value(field: dataclasses.Field, flag: flags.Flag) -> Any:
@@ -269,5 +298,11 @@ def _check_bounds(field: dataclasses.Field, value: float) -> None:
 def require(settings: Any, *names: str) -> None:
     """Raises ConfigError naming the first of these settings that is not given."""
     for name in names:
-        if not getattr(settings, name):
-            raise ConfigError(f"--{name} is needed")
+        needed(getattr(settings, name), name)
+
+
+def needed(value: str | None, name: str, meaning: str = "") -> str:
+    """`value`, of the setting `name`; ConfigError, with its meaning, if it is not given."""
+    if not value:
+        raise ConfigError(f"--{name} is needed{meaning and f': {meaning}'}")
+    return value

@@ -47,6 +47,9 @@ class MakeConfig(Settings):
     limit: int | None = setting(
         None, "Maximum number of images, drawn at random with the seed.", low=1
     )
+    keep_names: bool = setting(
+        False, "Keep each image's path in the source in its record, as image/filename."
+    )
     check: bool = setting(
         True, "Decode every image; images that cannot be decoded are left out and listed."
     )

@@ -1,10 +1,45 @@
-"""Settings of the rounds, of studies, and of the demo."""
+"""Settings of the rounds, with and without rules, of studies, and of the demo."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from efficientnet_ns.config.fields import Settings, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class PicturesConfig(Settings):
+    """Two sets of pictures, from which everything else follows; every other flag overrides its rule."""
+
+    labeled: str = setting(
+        "",
+        "Labeled pictures: a folder or archive whose topmost folders are the classes, tfds:<name>, or a "
+        "folder of records with task.json.",
+    )
+    unlabeled: str = setting(
+        "", "Unlabeled pictures: a folder, archive, tfds:<name>[:split], or a folder of records."
+    )
+    test: str = setting(
+        "", "Labeled pictures that only measure the models: as --labeled, with the same classes."
+    )
+    held_out: float | None = setting(
+        None,
+        "Part of each class that is held out of training, to choose the best model by; default: by rule.",
+        low=0,
+        high=0.9,
+    )
+    max_side: int | None = setting(
+        None, "Shrink pictures with a longer side to it in the records; default: by rule.", low=8
+    )
+    control: bool = setting(
+        False, "Also train on the labeled pictures alone, as many updates as all models together."
+    )
+    dry_run: bool = setting(
+        False, "Only tell what was found, the settings and how long it would take; writes nothing."
+    )
+    time_limit: str = setting(
+        "", "Time for everything, such as 30m or 2h: fits updates, image size and rounds into it."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +53,13 @@ class LoopConfig(Settings):
     )
     teacher_steps: int | None = setting(
         None, "Update steps of the first teacher; default: train_steps.", low=1
+    )
+    teacher_batch_size: int | None = setting(
+        None, "train_batch_size of the first teacher; default: as the students'.", low=1
+    )
+    stop_when_worse: bool = setting(
+        False,
+        "End the rounds with a student that is worse than its teacher on the evaluation set.",
     )
     published_recipes: bool = setting(
         False,

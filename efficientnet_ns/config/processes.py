@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import concurrent.futures.process
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from efficientnet_ns.config import preemption
@@ -15,7 +15,11 @@ class ProcessDied(RuntimeError):
 
 
 def run_each(
-    function: Callable[..., Any], jobs: Sequence[tuple], processes: int
+    function: Callable[..., Any],
+    jobs: Iterable[tuple],
+    processes: int,
+    *,
+    initializer: Callable[[], None] = preemption.end_with_parent,
 ) -> Iterator[tuple[tuple, Any]]:
     """Yields (job, function(*job)) as jobs finish; with `processes` below 2, in this process and in order.
 
@@ -23,27 +27,38 @@ def run_each(
     by SIGKILL.
 
     Args:
-      function: of a module's top level.
+      function: a function of a module's top level.
+      jobs: may be large, because few wait at a time.
+      initializer: runs first in each process; includes `preemption.end_with_parent`.
 
     Raises:
-      ProcessDied: see there.
+      ProcessDied: a process was killed.
     """
     if processes < 2:
         yield from ((job, function(*job)) for job in jobs)
         return
     # Spawned, since TensorFlow's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        processes, context, preemption.end_with_parent
-    ) as pool:
-        waiting = {pool.submit(function, *job): job for job in jobs}
-        try:
-            for future in concurrent.futures.as_completed(waiting):
-                yield waiting[future], future.result()
-        except concurrent.futures.process.BrokenProcessPool as e:
-            raise ProcessDied(
-                "a process was ended from outside, perhaps because memory ran out: start the same "
-                "command with fewer processes; what is finished is kept"
-            ) from e
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    pool = concurrent.futures.ProcessPoolExecutor(processes, context, initializer)
+    waiting: dict[concurrent.futures.Future, tuple] = {}
+
+    def finished() -> Iterator[tuple[tuple, Any]]:
+        done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+        for future in done:
+            yield waiting.pop(future), future.result()
+
+    try:
+        for job in jobs:
+            if len(waiting) >= 2 * processes:
+                yield from finished()
+            waiting[pool.submit(function, *job)] = job
+        while waiting:
+            yield from finished()
+    except concurrent.futures.process.BrokenProcessPool as e:
+        raise ProcessDied(
+            f"one of {processes} processes was killed, most often because memory ran out. What is "
+            "finished is kept: start the same command again to continue, with a smaller "
+            "--num_workers if it was the memory"
+        ) from e
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -68,6 +68,8 @@ class ModeConfig(Settings):
     )
 
 
+# What a flag for weights takes.
+_WEIGHTS = "a path; published, those of --model_name in an installed package; or a variant's name"
 _PLACES = "; or a folder of records, or tfds:<name>."
 
 
@@ -75,7 +77,7 @@ _PLACES = "; or a folder of records, or tfds:<name>."
 class RobustnessConfig(Settings):
     """The paper's robustness sets; each one given is measured."""
 
-    weights: str = setting("", "Weights of the model.")
+    weights: str = setting("", f"Weights of the model: {_WEIGHTS}.")
     report_dir: str = setting("", "Folder of the results.")
     allow_missing: bool = setting(
         False, "Measure sets with missing parts too; no mean is then reported."
@@ -146,7 +148,7 @@ class ExportConfig(Settings):
 class PhotosConfig(Settings):
     """How `predict_image.py` classifies."""
 
-    weights: str = setting("", "Weights of the model.")
+    weights: str = setting("", f"Weights of the model: {_WEIGHTS}.")
     top: int = setting(5, "Classes per photo.", low=1)
     json: bool = setting(False, "Print one JSON object per photo and line.")
     ema: bool = setting(True, "Use the moving-average weights, not the raw ones.")
@@ -166,6 +168,8 @@ class ListConfig(Settings):
 class ConvertConfig(Settings):
     """What `convert_checkpoint.py` reads and writes."""
 
-    source: str = setting("", "Checkpoint, .h5, .keras, .safetensors or .pth file to read.")
+    source: str = setting(
+        "", "Checkpoint, .h5, .keras, .safetensors or .pth file to read; or published."
+    )
     target: str = setting("", "A .safetensors file, or the prefix of a checkpoint.")
     ema: bool = setting(True, "Read the moving-average weights, not the raw ones.")

@@ -114,9 +114,22 @@ class DataConfig(Settings):
         "of autoaugment.",
         choices=("original", "clipped"),
     )
+    randaug_reach: str = setting(
+        "fixed",
+        "How far RandAugment translates and how large its Cutout is at magnitude 10: fixed (100 and 40 "
+        "pixels, as published) or proportional (as much of the image as that is at 224 pixels).",
+        choices=("fixed", "proportional"),
+    )
     cutout_op: bool = setting(True, "Include Cutout among RandAugment's operations.")
     remove_aug: bool = setting(
         False, "Train on the evaluation crop without any augmentation (FixRes fine-tuning)."
+    )
+    crop_fraction: float | None = setting(
+        None,
+        "Part of the shorter side that evaluation shows; default: size / (size + 32), as published, "
+        "which is two thirds at 64 pixels.",
+        low=0.1,
+        high=1,
     )
     shuffle_buffer: int = setting(10000, "Undecoded records held to shuffle from.", low=1)
 
@@ -147,7 +160,23 @@ class TrainConfig(Settings):
         "max(8, replicas/8); 1: one; k: groups of k; -2: all.",
         low=-2,
     )
-    base_learning_rate: float = setting(0.016, "Learning rate per 256 labeled images.", low=0)
+    optimizer: str = setting(
+        "rmsprop",
+        "rmsprop (TensorFlow 1's, as published) or adam (for fine-tuning).",
+        choices=("rmsprop", "adam"),
+    )
+    lr_schedule: str = setting(
+        "staircase",
+        "Learning rate after the warm-up: staircase (0.97 every 2.4 epochs, as published) or cosine (to "
+        "0 at train_steps).",
+        choices=("staircase", "cosine"),
+    )
+    base_learning_rate: float = setting(
+        0.016,
+        "Learning rate per 256 labeled images; with --optimizer=adam, which does not scale with the "
+        "batch, the rate itself.",
+        low=0,
+    )
     final_base_lr: float | None = setting(
         None, "When given, the decay period is chosen to end at this rate per 256."
     )
@@ -156,6 +185,11 @@ class TrainConfig(Settings):
         0.9999, "Ceiling of the weight average's decay.", low=0, high=1
     )
     bn_momentum: float = setting(0.99, "Decay of the batch-norm moving statistics.", low=0, high=1)
+    keep_bn_statistics: bool = setting(
+        False,
+        "Batch norm normalises with the moving statistics of the initial weights (--init_model), which "
+        "stay; its scale and offset learn. For fine-tuning on few images.",
+    )
     weight_decay: float = setting(1e-5, "Factor of half the squared norm.", low=0)
     label_smoothing: float = setting(0.1, "Weight of the uniform distribution.", low=0, high=1)
     unlabel_ratio: float = setting(
@@ -185,6 +219,11 @@ class TrainConfig(Settings):
     )
     init_model: bool = setting(False, "Start from the weights at init_model_path.")
     init_model_path: str | None = setting(None, "Checkpoint to start from.")
+    init_weights: str | None = setting(
+        None,
+        "Weights to start from, as with --init_model --init_model_path: a path, published (those of "
+        "the variant in an installed package), or the name of a variant.",
+    )
     fix_layer_num: int = setting(
         -1,
         "Freeze the stem and the first N blocks: no updates, batch norm with its moving "
@@ -194,7 +233,7 @@ class TrainConfig(Settings):
     init_skip: str = setting(
         "",
         "Regular expressions, joined with ',', of variables that keep their initial values with "
-        "--init_model: head/dense/ for other classes.",
+        "--init_weights or --init_model: head/dense/ for other classes.",
     )
     seed: int = setting(0, "Seed of initial weights, data order, augmentation and noise.", low=0)
     steps_per_eval: int = setting(3000, "Evaluate every N steps.", low=1, free=True)
@@ -253,8 +292,8 @@ class PredictConfig(Settings):
 
     predict_ckpt_path: str = setting(
         "",
-        "Weights of the teacher: checkpoint, folder with one, or file of Keras (.h5) or timm "
-        "(.safetensors, .pth).",
+        "Weights of the teacher: checkpoint, folder with one, file of Keras (.h5) or PyTorch "
+        "(.safetensors, .pth), or published.",
     )
     output_dir: str = setting("", "Folder of the prediction records.")
     info_dir: str = setting("", "Folder of the per-shard counts.")

@@ -195,9 +195,13 @@ class AutoAugment:
         # Published: 10 pixels at 32, in the search on CIFAR-10 and SVHN.
         return {"translate_const": size * 10 / 32 if small else 250.0}
 
-    def apply(self, image: tf.Tensor, seed: tf.Tensor, **constants: float) -> tf.Tensor:
+    def apply(
+        self, image: tf.Tensor, seed: tf.Tensor, *, translate_const: float = 250.0
+    ) -> tf.Tensor:
         """Augments one image, uint8 [H, W, 3] → uint8 [H, W, 3]."""
-        return auto_augment(image, seed, **constants, **dataclasses.asdict(self))
+        return auto_augment(
+            image, seed, translate_const=translate_const, **dataclasses.asdict(self)
+        )
 
     def describe(self, translate_const: float = 250.0) -> str:
         """The policy in one line: `0.8 Equalize + 0.8 ShearY(±0.12) | …`."""

@@ -114,7 +114,7 @@ def _open(raw: bytes, reason: str):
             _refuse_unknown_range(tags)
             image = Image.open(io.BytesIO(raw))
             image.load()
-            return _eight_bit(image, tags), _is_lossy(image.format, raw)
+            return _eight_bit(image, tags), _is_lossy(image.format or "", raw)
     except Unusable:
         raise
     except Exception as e:  # Decoders of damaged files raise nearly anything.

@@ -80,22 +80,30 @@ def resize(image: tf.Tensor, size: int) -> tf.Tensor:
     )[0]
 
 
-def center_crop_box(height: int | tf.Tensor, width: int | tf.Tensor, size: int) -> tf.Tensor:
-    """The centred square that fills size / (size + CROP_PADDING) of the shorter side.
+def center_crop_box(
+    height: int | tf.Tensor, width: int | tf.Tensor, size: int, fraction: float | None = None
+) -> tf.Tensor:
+    """The centred square that fills `fraction` of the shorter side.
+
+    Args:
+      fraction: None: size / (size + CROP_PADDING).
 
     Returns int32 [4] (y, x, h, w); at least one pixel.
     """
     shorter = tf.cast(tf.minimum(height, width), tf.float32)
-    side = tf.maximum(tf.cast(size / (size + CROP_PADDING) * shorter, tf.int32), 1)
+    fraction = size / (size + CROP_PADDING) if fraction is None else fraction
+    side = tf.maximum(tf.cast(fraction * shorter, tf.int32), 1)
     return tf.stack([(height - side + 1) // 2, (width - side + 1) // 2, side, side])
 
 
-def eval_image(image: tf.Tensor, size: int) -> tf.Tensor:
-    """Centre crop and bicubic resize, the evaluation preprocessing.
+def eval_image(image: tf.Tensor, size: int, fraction: float | None = None) -> tf.Tensor:
+    """Centre crop and bicubic resize, the evaluation preprocessing; see `center_crop_box`.
 
     Returns float32 [size, size, 3], neither clipped to 0..255 nor normalized.
     """
-    return resize(crop(image, lambda height, width: center_crop_box(height, width, size)), size)
+    return resize(
+        crop(image, lambda height, width: center_crop_box(height, width, size, fraction)), size
+    )
 
 
 def whole_image(image: tf.Tensor, size: int) -> tf.Tensor:

@@ -60,6 +60,8 @@ class Preprocessing:
       flip: mirror half of the training images.
       augmentation: policy applied to training images; None for crop (or shift) and flip only.
       clean: train on evaluation crops (FixRes fine-tuning).
+      crop_fraction: part of the shorter side that evaluation shows; None: see
+        `images.center_crop_box`. Small images are shown whole.
     """
 
     image_size: int
@@ -67,11 +69,13 @@ class Preprocessing:
     flip: bool = True
     augmentation: Augmentation | None = None
     clean: bool = False
+    crop_fraction: float | None = None
 
     def evaluate(self, image: tf.Tensor) -> tf.Tensor:
         """Encoded scalar string (or uint8 [H, W, 3]) → float32 [S, S, 3] in about 0..255."""
-        prepare = images.small_eval_image if self.small_image else images.eval_image
-        return prepare(image, self.image_size)
+        if self.small_image:
+            return images.small_eval_image(image, self.image_size)
+        return images.eval_image(image, self.image_size, self.crop_fraction)
 
     def train(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Encoded scalar string → [S, S, 3]; uint8 when augmented or small, else float32.

@@ -70,7 +70,9 @@ def rand_augment(
     return image
 
 
-_FORM = re.compile(r"randaugment\(N=(\d+), M=(\d+)(?:, mode=(\w+))?(, cutout=no)?\)")
+_FORM = re.compile(
+    r"randaugment\(N=(\d+), M=(\d+)(?:, mode=(\w+))?(, cutout=no)?(, reach=proportional)?\)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +84,15 @@ class RandAugment:
       magnitude: level of all ops (M).
       mode: "original" or "clipped".
       use_cutout: whether Cutout is one of the ops.
+      proportional: whether Translate and Cutout reach as far, in parts of the image, as at 224
+        pixels; else they reach as many pixels. Small images: always.
     """
 
     num_layers: int
     magnitude: int
     mode: str = "original"
     use_cutout: bool = True
+    proportional: bool = False
 
     @classmethod
     def parse(cls, text: str) -> RandAugment:
@@ -99,28 +104,47 @@ class RandAugment:
         found = _FORM.fullmatch(text)
         if not found or (found[3] or "original") not in levels.MODES:
             raise ValueError(f"{text!r} is not of the form {cls.forms()}")
-        return cls(int(found[1]), int(found[2]), found[3] or "original", found[4] is None)
+        mode, cutout, reach = found[3] or "original", found[4] is None, found[5] is not None
+        return cls(int(found[1]), int(found[2]), mode, cutout, reach)
 
     @staticmethod
     def forms() -> str:
         """What `parse` accepts, for help and error messages."""
-        return "randaugment(N=2, M=27[, mode=clipped][, cutout=no])"
+        return "randaugment(N=2, M=27[, mode=clipped][, cutout=no][, reach=proportional])"
 
     def __str__(self) -> str:
         mode = "" if self.mode == "original" else f", mode={self.mode}"
         cutout = "" if self.use_cutout else ", cutout=no"
-        return f"randaugment(N={self.num_layers}, M={self.magnitude}{mode}{cutout})"
+        reach = ", reach=proportional" if self.proportional else ""
+        return f"randaugment(N={self.num_layers}, M={self.magnitude}{mode}{cutout}{reach})"
 
     def constants(self, size: int, small: bool) -> dict[str, float]:
         """Reach of Cutout and Translate at magnitude 10, in pixels, for images of `size`."""
         # At 32 pixels the original's constants, in proportion.
         reach = size // 8
-        cutout_const, translate_const = (reach, reach) if small else (40.0, 100.0)
+        scale = size / 224 if self.proportional else 1.0
+        cutout_const, translate_const = (reach, reach) if small else (40.0 * scale, 100.0 * scale)
         return {"cutout_const": cutout_const, "translate_const": translate_const}
 
-    def apply(self, image: tf.Tensor, seed: tf.Tensor, **constants: float) -> tf.Tensor:
+    def apply(
+        self,
+        image: tf.Tensor,
+        seed: tf.Tensor,
+        *,
+        cutout_const: float = 40.0,
+        translate_const: float = 100.0,
+    ) -> tf.Tensor:
         """Augments one image, uint8 [H, W, 3] → uint8 [H, W, 3]."""
-        return rand_augment(image, seed, **constants, **dataclasses.asdict(self))
+        return rand_augment(
+            image,
+            seed,
+            cutout_const=cutout_const,
+            translate_const=translate_const,
+            num_layers=self.num_layers,
+            magnitude=self.magnitude,
+            mode=self.mode,
+            use_cutout=self.use_cutout,
+        )
 
     def describe(self, cutout_const: float = 40.0, translate_const: float = 100.0) -> str:
         """The policy and its ops in one line; in `Solarize(691→179)`, 691 is nominal, 179 acts."""

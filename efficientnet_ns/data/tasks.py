@@ -179,7 +179,8 @@ def _checked(path: str, fields: Any) -> Task:
         if not rule.holds(value):
             raise TaskError(f"{path}: {name} is {_shown(value)}; needed: {rule.needed}")
     _check_names(path, fields.get("class_names"), fields["num_classes"])
-    return Task(**{k: tuple(v) if _is_list(v) else v for k, v in fields.items()})
+    values: dict[str, Any] = {k: tuple(v) if _is_list(v) else v for k, v in fields.items()}
+    return Task(**values)
 
 
 def _check_names(path: str, names: Sequence[str] | None, num_classes: int) -> None:

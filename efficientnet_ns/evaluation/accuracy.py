@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -13,7 +13,7 @@ from efficientnet_ns.inference import views as views_lib
 from efficientnet_ns.report.measures import Calibration, Confusion
 
 # Of `pipeline.eval_batches`.
-Batches = tf.data.Dataset | Callable[[tf.distribute.InputContext], tf.data.Dataset]
+Batches: TypeAlias = tf.data.Dataset | Callable[[tf.distribute.InputContext], tf.data.Dataset]
 
 _TINY = 1e-30
 # Outputs of a step that have one row per image; all other outputs are sums over the batch.

@@ -22,15 +22,14 @@ _IMAGENET_VALIDATION = 50_000
 def beside_published(config: Config, results: Mapping[str, Measured]) -> list[str]:
     """Lines that compare the measured top-1 with the published one, if model and set are known."""
     recipe = RECIPES.get(config.model.model_name)
-    lines = []
-    for name, measured in results.items():
-        known = config.data.task_name in (None, "imagenet") and recipe is not None
-        if known and measured.metrics["examples"] == _IMAGENET_VALIDATION:
-            lines.append(
-                f"{config.model.model_name}, {name}: top-1 {measured.metrics['top1']:.2%} measured; "
-                f"published: {_published(recipe)}"
-            )
-    return lines
+    if recipe is None or config.data.task_name not in (None, "imagenet"):
+        return []
+    return [
+        f"{config.model.model_name}, {name}: top-1 {measured.metrics['top1']:.2%} measured; "
+        f"published: {_published(recipe)}"
+        for name, measured in results.items()
+        if measured.metrics["examples"] == _IMAGENET_VALIDATION
+    ]
 
 
 def _published(recipe: Recipe) -> str:

@@ -200,18 +200,13 @@ def measure(
 
 
 def _labeled_set(resolved: ResolvedConfig, prefix: str, share) -> LabeledSet:
-    data = resolved.config.data
-    if not data.label_data_dir:
-        raise ConfigError("--label_data_dir is needed: the folder with the labeled records")
     prefix = prefix or resolved.task.eval_set
-    source = pipeline.Source.find(data.label_data_dir, prefix, max_bad_fraction=0)
-    if data.num_eval_images is not None:
-        source = source.examples(data.num_eval_images)
+    source = resolved.evaluation_source(prefix)
     groups = pipeline.eval_batches(
         source, resolved.preprocessing(), num_classes=resolved.num_classes, batch_size=_GROUP
     )
     identity = {
-        "set": f"{data.label_data_dir} {prefix}",
+        "set": f"{resolved.config.data.label_data_dir} {prefix}",
         "input": manifests.fingerprint(source.paths),
         "examples": source.total,
     }
@@ -238,7 +233,7 @@ def _subject(
     kind, batch = config.predict.inference_engine, config.train.eval_batch_size
     engine = engines.make(kind, model, batch, strategy) if classifies else None
     identity = {
-        "weights": weights.fingerprint(path),
+        "weights": weights.fingerprint(path, resolved.config.model.model_name),
         **as_dict(resolved.config.model),
         "precision": tf.keras.mixed_precision.global_policy().name,
     }
@@ -310,8 +305,8 @@ def corrupted(
             for subject, number in zip(lacking, hits):
                 with stages[subject.name].write() as (_, counts):
                     counts["error"] = 1 - int(number) / labeled.source.total
-        for subject, stage in stages.items():
-            by_severity = errors.setdefault(name, {}).setdefault(subject, [])
+        for model, stage in stages.items():
+            by_severity = errors.setdefault(name, {}).setdefault(model, [])
             by_severity.append(stage.counts()["error"])
     clean = {subject: values[0] for subject, values in errors.pop("clean").items()}
     return {"severities": list(settings.severities), "clean": clean, "corruptions": errors}
@@ -326,10 +321,11 @@ def _count_hits(
     ahead: int,
 ) -> np.ndarray:
     """Number of correct predictions of each model, int [models]."""
+    classifiers = [subject.classify for subject in subjects if subject.classify is not None]
 
     def hits(corrupting, labels: np.ndarray) -> np.ndarray:
         pixels = corrupting.result().astype(np.float32)
-        return np.array([_right(s.classify(pixels), labels) for s in subjects])
+        return np.array([_right(classify(pixels), labels) for classify in classifiers])
 
     total, seen = np.zeros(len(subjects), int), 0
     waiting: collections.deque = collections.deque()

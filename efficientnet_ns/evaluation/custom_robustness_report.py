@@ -38,21 +38,22 @@ def mean_relative_error(errors: Mapping[str, Mapping[str, list[float]]]) -> floa
     None if none of the 15 was measured or if a CE is undefined.
     """
     relative = relative_errors(errors)
-    values = [relative[name] for name in metrics.ALEXNET_ERROR if name in relative]
-    return float(np.mean(values)) if values and None not in values else None
+    measured = [relative[name] for name in metrics.ALEXNET_ERROR if name in relative]
+    defined = [value for value in measured if value is not None]
+    return float(np.mean(defined)) if measured and len(defined) == len(measured) else None
 
 
 def corruption_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Errors in percent: one row for clean images, one per corruption, one for the mean."""
     errors, models = results["corruptions"], list(results["models"])
-    row = {"corruption": "none (clean)"}
-    rows = [{**row, **{f"{m} error": _percent(results["clean"][m]) for m in models}}]
+    clean = {f"{m} error": _percent(results["clean"][m]) for m in models}
+    rows: list[dict[str, Any]] = [{"corruption": "none (clean)", **clean}]
     for name, of in errors.items():
         mean = {f"{m} error": _percent(np.mean(of[m])) for m in models}
         rows.append({"corruption": name, **mean})
     counted = [name for name in metrics.ALEXNET_ERROR if name in errors]
     note = ", without the extra ones" if len(errors) > len(counted) else ""
-    last = {"corruption": f"mean of {len(counted)}{note}"}
+    last: dict[str, Any] = {"corruption": f"mean of {len(counted)}{note}"}
     for model in models if counted else []:
         last[f"{model} error"] = _percent(np.mean([errors[name][model] for name in counted]))
     if BASELINE in models:

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config import Config, ConfigError
-from efficientnet_ns.data import pipeline, tasks
+from efficientnet_ns.config import Config, ConfigError, needed
+from efficientnet_ns.data import tasks
 from efficientnet_ns.devices import distribution
 from efficientnet_ns.evaluation import accuracy, accuracy_report
 from efficientnet_ns.files import json_files, manifests
 from efficientnet_ns.files.metrics_log import MetricsLog
 from efficientnet_ns.inference import engines
 from efficientnet_ns.models import weights
-from efficientnet_ns.resolve.resolved_config import ResolvedConfig, limited
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 
 def evaluate(config: Config) -> dict[str, dict[str, float]]:
@@ -64,8 +64,7 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
 def _check(config: Config) -> str:
     """The path of the weights; ConfigError for settings that cannot work."""
     train = config.train
-    if not config.data.label_data_dir:
-        raise ConfigError("--label_data_dir is needed: the folder with the evaluation records")
+    needed(config.data.label_data_dir, "label_data_dir", "the folder with the labeled records")
     if train.eval_views not in (1, 2):
         raise ConfigError(f"--eval_views={train.eval_views} must be 1 or 2 (mirrored)")
     if train.eval_continuously and config.predict.inference_engine == "xnnpack":
@@ -96,14 +95,12 @@ def _measure_sets(
     resolved: ResolvedConfig, evaluator: accuracy.Evaluator, path: str
 ) -> dict[str, accuracy.Measured]:
     """Prefix of the set → measurements of the model's current weights, which came from `path`."""
-    data, results = resolved.config.data, {}
-    limits = {resolved.task.eval_set: ("num_eval_images", data.num_eval_images)}
+    results = {}
+    limits = {resolved.task.eval_set: "num_eval_images"}
     if resolved.task.test_set is not None:
-        limits[resolved.task.test_set] = ("num_test_images", data.num_test_images)
-    for prefix, (flag, number) in limits.items():
-        # Accuracy on a part of a damaged set would not be comparable: no record may be missing.
-        source = pipeline.Source.find(data.label_data_dir, prefix, max_bad_fraction=0)
-        source = limited(source, source.examples, flag, number)
+        limits[resolved.task.test_set] = "num_test_images"
+    for prefix, limit in limits.items():
+        source = resolved.evaluation_source(prefix, limit)
         batches = functools.partial(distribution.eval_share, resolved, source)
         with resolved.naming_bad_records(source):
             results[prefix] = evaluator.measure(batches, source.total)
@@ -115,7 +112,8 @@ def _evaluate_each(
     resolved: ResolvedConfig, model: tf.keras.Model, evaluator: accuracy.Evaluator
 ) -> dict[str, dict[str, float]]:
     """Measures every new checkpoint in model_dir until that of the last step."""
-    folder, total = resolved.config.train.model_dir, resolved.steps_to_run
+    folder = needed(resolved.config.train.model_dir, "model_dir", "the folder of the checkpoints")
+    total = resolved.steps_to_run
     log = MetricsLog(os.path.join(folder, "eval"), start=total)
     logged = {row["step"] for row in log.rows}
     results: dict[str, dict[str, float]] = {}
@@ -178,7 +176,7 @@ def _each_new_checkpoint(folder: str, seconds: float = 1.0) -> Iterator[str]:
         logging.info("waiting for the first checkpoint in %s", folder)
     while True:
         newest = weights.newest_checkpoint(folder)
-        if newest not in (None, last):
+        if newest is not None and newest != last:
             yield newest
             last = newest
         time.sleep(seconds)

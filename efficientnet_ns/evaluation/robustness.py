@@ -146,7 +146,7 @@ class Evaluation:
             part = self.accuracy(f"imagenet-c/{name}/{severity}", found, cropped=True)
             errors.setdefault(name, []).append(1 - part["top1"])
         means = {name: float(np.mean(values)) for name, values in errors.items()}
-        result = {"errors": means, "ce": metrics.corruption_errors(means)}
+        result: dict[str, Any] = {"errors": means, "ce": metrics.corruption_errors(means)}
         result["classes"] = part["classes"]
         if all(name in means for name in metrics.ALEXNET_ERROR):
             result["top1"] = 1 - float(np.mean([means[n] for n in metrics.ALEXNET_ERROR]))

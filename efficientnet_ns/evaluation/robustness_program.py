@@ -101,7 +101,10 @@ def evaluate(
         predictor.group,
         os.path.join(report_dir, "parts"),
         # By their content: a training may go on in the same folder.
-        {**identity, "weights": weights.fingerprint(weights_path)},
+        {
+            **identity,
+            "weights": weights.fingerprint(weights_path, resolved.config.model.model_name),
+        },
         predictor.of_whole_images().label if whole else None,
     )
     results = {name: measure(evaluation) for name, measure in measurements.items()}

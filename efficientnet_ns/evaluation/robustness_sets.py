@@ -26,7 +26,7 @@ class Images(NamedTuple):
       classes: classes that have images, ascending.
     """
 
-    source: object
+    source: image_sources.Source
     entries: list[image_sources.Entry]
     classes: list[int]
 

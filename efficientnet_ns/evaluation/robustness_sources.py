@@ -40,29 +40,19 @@ class Records:
             spans = tfrecords.spans(path)
             for record in tfrecords.read(path):
                 name = f"{os.path.basename(path)}#{record.position}"
-                problem = record.problem
-                label = -1 if problem else tfexamples.label(record.payload)
+                label = -1 if record.payload is None else tfexamples.label(record.payload)
                 if label < 0:
-                    raise DataError(f"{self.path}/{name}: {problem or 'has no label'}")
+                    raise DataError(f"{self.path}/{name}: {record.problem or 'has no label'}")
                 found.append(image_sources.Entry(name, label, place=(path, *next(spans))))
         return found
 
     @contextlib.contextmanager
     def reader(self, entries: Sequence[image_sources.Entry]) -> Iterator[image_sources.Reader]:
-        """Yields a function that reads an entry; files stay open until the block ends."""
-        with contextlib.ExitStack() as opened:
-            files = {}
-
-            def read(entry: image_sources.Entry) -> image_sources.Loaded:
-                path, start, length = entry.place
-                if path not in files:
-                    files[path] = opened.enter_context(tf.io.gfile.GFile(path, "rb"))
-                files[path].seek(start)
-                return image_sources.Loaded(
-                    tfexamples.image_bytes(files[path].read(length)), entry.label
-                )
-
-            yield read
+        """See `image_sources.Source`."""
+        with tfrecords.payloads_at() as payload:
+            yield lambda entry: image_sources.Loaded(
+                tfexamples.image_bytes(payload(entry.place)), entry.label
+            )
 
 
 def open_images(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import tensorflow as tf
 
@@ -17,6 +19,12 @@ def write_json(path: str, value: object, *, indent: int | None = None) -> None:
     """Writes JSON that is either whole or absent."""
     with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
         f.write(json.dumps(value, indent=indent))
+
+
+def write_json_lines(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object per line; the file is either whole or absent."""
+    with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read_json(path: str):

@@ -58,7 +58,7 @@ class Lease:
     def is_mine(self) -> bool:
         """Whether the file is still the one that this lease wrote."""
         with self._lock:  # The heartbeat may be writing it.
-            return _parse(_read(self.path)).get("token") == self._owner["token"]
+            return _parse(_read(self.path) or "").get("token") == self._owner["token"]
 
     def check(self) -> None:
         """Raises LeaseLost if the unit was taken over; to be called before results are published."""
@@ -167,7 +167,7 @@ class Leases:
         elif now - since > self._lease_seconds:
             return False
         # A lease that is being written is not readable yet, and alive.
-        owner = _parse(content)
+        owner = _parse(content or "")
         here = owner.get("machine") == _this_process()["machine"]
         return not here or atomic.is_running(owner["pid"])
 
@@ -180,11 +180,11 @@ def _read(path: str) -> str | None:
         return None
 
 
-def _parse(content: str | None) -> dict[str, Any]:
+def _parse(content: str) -> dict[str, Any]:
     # The last line: some stores (`ram://`) append when an existing file is written.
     try:
         return json.loads(content.splitlines()[-1])
-    except (AttributeError, IndexError, json.JSONDecodeError):
+    except (IndexError, json.JSONDecodeError):
         return {}
 
 

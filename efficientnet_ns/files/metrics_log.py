@@ -9,20 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from typing import Any
 
 import tensorflow as tf
 
-from efficientnet_ns.files import atomic, json_files
+from efficientnet_ns.files import json_files
 
 METRICS = "metrics.jsonl"
-
-
-def write_lines(path: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes one JSON object per line; the file is either whole or absent."""
-    with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
-        f.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(folder: str) -> list[dict[str, float]]:
@@ -52,7 +44,7 @@ class MetricsLog:
             self.writer = tf.summary.create_noop_writer()
             return
         tf.io.gfile.makedirs(folder)
-        write_lines(self.path, self.rows)
+        json_files.write_json_lines(self.path, self.rows)
         if "://" not in folder:
             self._lines = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - until `close`
         self.writer = tf.summary.create_file_writer(folder)
@@ -71,7 +63,7 @@ class MetricsLog:
     def flush(self) -> None:
         """Ensures that every row is in the file; call it before writing a checkpoint."""
         if self._writes and self._lines is None and self._written < len(self.rows):
-            write_lines(self.path, self.rows)
+            json_files.write_json_lines(self.path, self.rows)
             self._written = len(self.rows)
 
     def last(self, prefix: str) -> dict[str, float]:

@@ -4,6 +4,7 @@
 |----------------|-----------------------------------------------------------------|
 | labeled        | `image/encoded`, `image/class/label` (1-based)                  |
 | unlabeled      | `image/encoded`                                                 |
+| either of them | `image/filename`, on request: path in the source                |
 | prediction     | `probabilities` float [C], `classes` (argmax, 0-based)          |
 | pseudo-labeled | `image/encoded`, `probabilities`, `label` (0-based), `prob`     |
 
@@ -27,6 +28,7 @@ from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.protobuf_wire import field, read_varint, varint
 
 IMAGE, LABEL_ONE_BASED = "image/encoded", "image/class/label"
+FILE_NAME = "image/filename"
 PROBABILITIES, CLASSES, LABEL, PROB = "probabilities", "classes", "label", "prob"
 
 _FLOAT = struct.Struct("<f")
@@ -39,7 +41,7 @@ def _bytes(value: bytes) -> bytes:
     return field(1, field(1, value))
 
 
-def _floats(values: Sequence[float]) -> bytes:
+def _floats(values: Sequence[float] | np.ndarray) -> bytes:
     return field(2, field(1, np.asarray(values, "<f4").tobytes()))
 
 
@@ -60,14 +62,22 @@ def _example(features: dict[str, bytes]) -> bytes:
     return field(1, b"".join(_entry(key, feature) for key, feature in features.items()))
 
 
-def labeled_example(image: bytes, label: int) -> bytes:
-    """A labeled record from encoded image bytes and a 0-based label, which is stored 1-based."""
-    return _example({LABEL_ONE_BASED: _int(label + 1), IMAGE: _bytes(image)})
+def labeled_example(image: bytes, label: int, name: str = "") -> bytes:
+    """A labeled record from encoded image bytes and a 0-based label, which is stored 1-based.
+
+    Args:
+      name: file name to keep; "": none.
+    """
+    return _example({LABEL_ONE_BASED: _int(label + 1), IMAGE: _bytes(image), **_named(name)})
 
 
-def unlabeled_example(image: bytes) -> bytes:
-    """An unlabeled record from encoded image bytes."""
-    return _example({IMAGE: _bytes(image)})
+def unlabeled_example(image: bytes, name: str = "") -> bytes:
+    """An unlabeled record from encoded image bytes, with its file name unless that is empty."""
+    return _example({IMAGE: _bytes(image), **_named(name)})
+
+
+def _named(name: str) -> dict[str, bytes]:
+    return {FILE_NAME: _bytes(name.encode())} if name else {}
 
 
 def placeholder_example(image: bytes, label: int, num_classes: int) -> bytes:
@@ -173,6 +183,12 @@ def _only_image(record: bytes) -> bytes | None:
         if at + size != end:
             return None
     return record[at:]
+
+
+def file_name(record: bytes) -> str:
+    """The file name that a record keeps; "" for none."""
+    values = _features(record)[FILE_NAME].bytes_list.value
+    return values[0].decode("utf-8", "backslashreplace") if values else ""
 
 
 def probabilities(record: bytes) -> np.ndarray:

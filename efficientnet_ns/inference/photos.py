@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -13,7 +13,7 @@ from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.models import efficientnet, heads
 
 # A path, the bytes of an image file, or pixels uint8 [H, W, 3].
-Image = str | os.PathLike | bytes | np.ndarray | tf.Tensor
+Image: TypeAlias = str | os.PathLike | bytes | np.ndarray | tf.Tensor
 
 
 class Prediction(NamedTuple):
@@ -25,7 +25,7 @@ class Prediction(NamedTuple):
       probability: 0..1.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # Hides tuple's method, of no use in this one.
     name: str
     probability: float
 
@@ -106,14 +106,17 @@ def top_k(
       ValueError: the number of names differs from C, or k is below 1.
     """
     probabilities = np.asarray(probabilities)
-    if probabilities.ndim == 2:
-        return [top_k(row, names, k) for row in probabilities]
-    if names is not None and len(names) != len(probabilities):
-        raise ValueError(f"{len(names)} names for {len(probabilities)} classes")
+    num_classes = probabilities.shape[-1]
+    if names is not None and len(names) != num_classes:
+        raise ValueError(f"{len(names)} names for {num_classes} classes")
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
+    named = [str(i) for i in range(num_classes)] if names is None else names
+    if probabilities.ndim == 2:
+        return [_best(row, named, k) for row in probabilities]
+    return _best(probabilities, named, k)
+
+
+def _best(probabilities: np.ndarray, names: Sequence[str], k: int) -> list[Prediction]:
     best = np.argsort(-probabilities, kind="stable")[:k]
-    return [
-        Prediction(int(i), str(i) if names is None else names[i], float(probabilities[i]))
-        for i in best
-    ]
+    return [Prediction(int(i), names[i], float(probabilities[i])) for i in best]

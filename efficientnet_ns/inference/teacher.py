@@ -46,7 +46,8 @@ class TeacherPredictor:
         with strategy.scope():
             model = resolved.build_model()
         weights.load_weights(model, checkpoint)
-        kind, prepare = config.predict.inference_engine, resolved.preprocessing().evaluate
+        kind = config.predict.inference_engine
+        prepare: Callable[[tf.Tensor], tf.Tensor] = resolved.preprocessing().evaluate
         if config.predict.noised_teacher:
             model, kind = _NoisedTeacher(model, config.train.seed), "tf"
             prepare = _augmented(resolved.unlabeled_preprocessing, config.train.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import tensorflow as tf
 from absl import logging
@@ -16,6 +16,7 @@ from efficientnet_ns.data import image_conversion, tasks
 from efficientnet_ns.files import json_files, tfexamples
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_records, image_sources, listing, tfds_source
+from efficientnet_ns.ingest.image_sources import Source
 from efficientnet_ns.ingest.listing import Listing
 
 TASK = "task.json"
@@ -23,15 +24,18 @@ TASK = "task.json"
 _SMALL_SIDE, _FIXED_SIDE = 40, 64
 
 
-def make_records(config: MakeConfig) -> dict[str, int]:
+def make_records(config: MakeConfig, leave_out: Collection[str] = ()) -> dict[str, int]:
     """Makes the records and `task.json`; started again, continues.
+
+    Args:
+      leave_out: names of images in a folder or archive that are to be passed over.
 
     Returns:
       Prefix → number of records.
 
     Raises:
       ConfigError: settings that cannot work, or sets in the output folder that do not go together.
-      DataError, manifests.OutputConflict, make.WorkerLost: see `make.make_sets`.
+      DataError, manifests.OutputConflict, processes.ProcessDied: see `image_records.make_sets`.
     """
     _check(config)
     _check_other_sets(config)
@@ -42,16 +46,19 @@ def make_records(config: MakeConfig) -> dict[str, int]:
             f"--source={config.source} does not exist: a folder of images, an archive "
             f"({', '.join(image_sources.ARCHIVES)}) or {tfds_source.PREFIX}<name> is needed"
         )
-    source = image_sources.open_source(config.source, config.subfolder, config.output_dir)
-    found = listing.list_images(
-        source,
-        config.labeled,
-        _class_names_of_other_sets(config),
-        names_from=os.path.join(config.output_dir, TASK),
-        subfolder=config.subfolder,
-        accept_classes=config.accept_classes,
-    )
-    made = _make(config, source, found)
+    with image_sources.open_source(config.source, config.subfolder, config.output_dir) as source:
+        found = listing.list_images(
+            source,
+            config.labeled,
+            _class_names_of_other_sets(config),
+            names_from=os.path.join(config.output_dir, TASK),
+            subfolder=config.subfolder,
+            accept_classes=config.accept_classes,
+        )
+        if leave_out:
+            kept = [entry for entry in found.entries if entry.name not in leave_out]
+            found = found._replace(entries=kept)
+        made = _make(config, source, found)
     if config.labeled:
         _write_task(config, made, {"class_names": found.class_names})
     return {prefix: one.records for prefix, one in made.items()}
@@ -129,7 +136,7 @@ def _prefix(config: MakeConfig) -> str:
     return config.image_set or ("train" if config.labeled else _UNLABELED)
 
 
-def _make(config: MakeConfig, source, found: Listing) -> dict[str, image_records.Made]:
+def _make(config: MakeConfig, source: Source, found: Listing) -> dict[str, image_records.Made]:
     """One set of the entries, or two with a validation fraction."""
     entries = image_records.shuffled(found.entries, config.seed, config.limit)
     parts = {_prefix(config): entries}
@@ -167,8 +174,10 @@ def _report(path: str, found: Listing, made: Sequence[image_records.Made], undra
     logging.info("%s: %d entries = %s", path, total, " + ".join(parts))
 
 
-def _image_set(config: MakeConfig, source, prefix: str, found: Listing) -> image_records.ImageSet:
-    entries, class_names = found.entries, found.class_names
+def _image_set(
+    config: MakeConfig, source: Source, prefix: str, found: Listing
+) -> image_records.ImageSet:
+    entries, class_names = found.entries, found.class_names or ()
     if not entries:
         raise DataError(f"the set {prefix!r} of {source.path} would have no images")
     if config.num_shards and config.num_shards > len(entries):
@@ -186,8 +195,10 @@ def _image_set(config: MakeConfig, source, prefix: str, found: Listing) -> image
             "seed": config.seed,
             "check": config.check,
             "max_side": config.max_side,
+            **({"keep_names": True} if config.keep_names else {}),
         },
         num_classes=len(class_names) if config.labeled else None,
+        keep_names=config.keep_names,
     )
 
 

@@ -6,14 +6,12 @@ holds depends on the source and the settings only, not on the processes that wri
 
 from __future__ import annotations
 
-import concurrent.futures.process
 import dataclasses
-import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,12 +21,13 @@ from absl import logging
 
 from efficientnet_ns.config import preemption
 from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.config.processes import run_each
 from efficientnet_ns.data import image_conversion
 from efficientnet_ns.files import json_files, manifests, shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.paths import listed
 from efficientnet_ns.files.progress import Progress
-from efficientnet_ns.ingest.image_sources import Entry, LeftOut, Loaded, printable
+from efficientnet_ns.ingest.image_sources import Entry, LeftOut, Loaded, Reader, Source, printable
 
 _IMAGES_PER_SHARD, _MAX_SHARDS = 1024, 1024
 # A process spends seconds on loading TensorFlow, in which another one writes so many images.
@@ -45,6 +44,7 @@ class ImageSet:
       entries: the images, in the order of the records.
       num_shards: number of files; each takes its slice of the entries.
       record: (image bytes, label) → serialized Example; picklable.
+      keep_names: `record` also takes the image's path in the source.
       identity: settings that determine the records beside the entries, JSON-able.
       num_classes: labels must be below; None for a set without labels.
       lost: images of the source that are no entries, and why.
@@ -56,17 +56,23 @@ class ImageSet:
     prefix: str
     entries: Sequence[Entry]
     num_shards: int
-    record: Callable[[bytes, int], bytes]
+    record: Callable[..., bytes]
     identity: dict[str, object]
     num_classes: int | None
     lost: Sequence[LeftOut] = ()
     drawn: float = 1.0
+    keep_names: bool = False
 
     def shards(self) -> list[_Shard]:
         """What each file holds."""
         bounds = np.linspace(0, len(self.entries), self.num_shards + 1).astype(int)
         return [
-            _Shard(self._stage(shard, start, stop), self.entries[start:stop], self.record)
+            _Shard(
+                self._stage(shard, start, stop),
+                self.entries[start:stop],
+                self.record,
+                self.keep_names,
+            )
             for shard, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:]))
         ]
 
@@ -83,7 +89,8 @@ class ImageSet:
 class _Shard(NamedTuple):
     stage: manifests.Stage
     entries: Sequence[Entry]
-    record: Callable[[bytes, int], bytes]
+    record: Callable[..., bytes]
+    keep_names: bool
 
 
 class Made(NamedTuple):
@@ -108,9 +115,9 @@ def digest(values: Iterable[object]) -> str:
     return sha.hexdigest()[:16]
 
 
-def unlabeled_record(image: bytes, label: int) -> bytes:
+def unlabeled_record(image: bytes, label: int, name: str = "") -> bytes:
     """An unlabeled record; the label is dropped."""
-    return tfexamples.unlabeled_example(image)
+    return tfexamples.unlabeled_example(image, name)
 
 
 def default_num_shards(images: int) -> int:
@@ -123,16 +130,17 @@ def shuffled(entries: Sequence[Entry], seed: int, limit: int | None = None) -> l
     return [entries[i] for i in np.random.default_rng(seed).permutation(len(entries))[:limit]]
 
 
-def split(entries: Sequence[Entry], fraction: float) -> tuple[list[Entry], list[Entry]]:
-    """(rest, chosen): of each class, the first `fraction` of its entries are chosen.
+def held_out(images: int, fraction: float) -> int:
+    """How many of a class's images `split` chooses: at least one of two, and never all."""
+    return min(max(round(fraction * images), 1), images - 1) if images else 0
 
-    At least one of each class that has two, and never all of them.
-    """
-    totals: dict[int, int] = {}
-    for entry in entries:
-        totals[entry.label] = totals.get(entry.label, 0) + 1
-    left = {c: min(max(round(fraction * n), 1), n - 1) for c, n in totals.items()}
-    rest, chosen = [], []
+
+def split(entries: Sequence[Entry], fraction: float) -> tuple[list[Entry], list[Entry]]:
+    """(rest, chosen): of each class, the first `fraction` of its entries are chosen; see `held_out`."""
+    totals = Counter(entry.label for entry in entries)
+    left = {c: held_out(n, fraction) for c, n in totals.items()}
+    rest: list[Entry] = []
+    chosen: list[Entry] = []
     for entry in entries:
         (chosen if left[entry.label] else rest).append(entry)
         left[entry.label] -= bool(left[entry.label])
@@ -140,7 +148,7 @@ def split(entries: Sequence[Entry], fraction: float) -> tuple[list[Entry], list[
 
 
 def make_sets(
-    source,
+    source: Source,
     sets: Sequence[ImageSet],
     rules: image_conversion.Rules,
     *,
@@ -150,7 +158,7 @@ def make_sets(
     """Writes sets of records from one source; finished shards are verified and skipped.
 
     Args:
-      source: see `sources`; it is sent to the processes.
+      source: where the images come from.
       num_workers: processes; None: one per CPU core.
       max_bad_fraction: of a set's images, how many may be unusable.
 
@@ -160,7 +168,7 @@ def make_sets(
     Raises:
       DataError: too many unusable images, or a label out of range.
       manifests.OutputConflict: files in the way.
-      WorkerLost: a process was killed.
+      processes.ProcessDied: a process was killed.
     """
     for one in sets:
         _refuse_other_sharding(one)
@@ -175,21 +183,18 @@ def make_sets(
     total = sum(len(shard.entries) for _, shard in shards)
     done = total - sum(len(shard.entries) for _, shard in pending)
     workers = num_workers or min(available_cpus(), 1 + (total - done) // _IMAGES_PER_WORKER)
-    batches = list(_batches(source, pending))
-    jobs = (
-        (numbers, _Job(source, list(part), rules, _limits(sets, numbers)))
-        for numbers, part in batches
-    )
+    jobs = ((_attached(_Job(source, n, s, rules, sets[n].num_classes)),) for n, s in pending)
     with Progress(total, f"records in {sets[0].folder}", "images", done=done) as progress:
-        for numbers, job, counts in _run(jobs, min(workers, len(batches))):
-            for number, shard, count in zip(numbers, job.shards, counts):
-                results[number].add(count)
-                progress.update(len(shard.entries))
+        processes = min(workers, len(pending))
+        for (job,), counts in run_each(_write_shard, jobs, processes, initializer=_start_worker):
+            results[job.number].add(counts)
+            progress.update(len(job.shard.entries))
     made = [result.finish() for result in results]
     for number in range(len(sets)):
         own = [shard.stage for n, shard in shards if n == number]
-        counts = [stage.counts()["records"] for stage in own]
-        tfrecords.note_counts([stage.outputs[0] for stage in own], counts)
+        tfrecords.note_counts(
+            [stage.outputs[0] for stage in own], [stage.counts()["records"] for stage in own]
+        )
     return made
 
 
@@ -211,10 +216,6 @@ def _done(shard: _Shard) -> bool:
         ) from e
 
 
-def _limits(sets: Sequence[ImageSet], numbers: Sequence[int]) -> list[int | None]:
-    return [sets[number].num_classes for number in numbers]
-
-
 def _refuse_other_sharding(one: ImageSet) -> None:
     total = f"-of-{one.num_shards:05d}"
     found = listed(one.folder, re.escape(one.prefix) + "-.{5}-of-.{5}")
@@ -226,26 +227,13 @@ def _refuse_other_sharding(one: ImageSet) -> None:
         )
 
 
-def _batches(source, pending: Sequence[tuple[int, _Shard]]) -> Iterator[tuple[list, tuple]]:
-    """Shards that are written together: one, or as many as one pass over the source can hold."""
-    limit, batch, held = getattr(source, "batch_bytes", 0), [], 0
-    for item in pending:
-        size = sum(entry.size for entry in item[1].entries)
-        if batch and held + size > limit:
-            yield tuple(map(list, zip(*batch)))
-            batch, held = [], 0
-        batch.append(item)
-        held += size
-    if batch:
-        yield tuple(map(list, zip(*batch)))
-
-
 class _Result:
     """Adds up what the shards of a set report."""
 
     def __init__(self, one: ImageSet, max_bad_fraction: float):
         self._set, self._allowed = one, max_bad_fraction
-        self._records, self._shapes = 0, set()
+        self._records = 0
+        self._shapes: set[tuple[int, int] | None] = set()
         self._bad = [list(item) for item in one.lost]
         self._check()
 
@@ -294,15 +282,12 @@ class _Result:
 # --- Processes ------------------------------------------------------------------------------------
 
 
-class WorkerLost(RuntimeError):
-    """A process that wrote records ended without an error of its own."""
-
-
 class _Job(NamedTuple):
-    source: object
-    shards: list[_Shard]
+    source: Source
+    number: int  # Of the set.
+    shard: _Shard
     rules: image_conversion.Rules
-    num_classes: list[int | None]
+    num_classes: int | None
 
 
 def _attached(job: _Job) -> _Job:
@@ -310,42 +295,7 @@ def _attached(job: _Job) -> _Job:
     attach = getattr(job.source, "attach", None)
     if attach is None:
         return job
-    return job._replace(shards=[s._replace(entries=attach(s.entries)) for s in job.shards])
-
-
-def _run(jobs, workers: int) -> Iterator[tuple[list[int], _Job, list[dict]]]:
-    """Yields (numbers of the sets, job, counts of its shards), in any order."""
-    if workers <= 1:
-        for numbers, job in jobs:
-            yield numbers, job, _write_shards(_attached(job))
-        return
-    # Forked children would inherit TensorFlow's threads in an unknown state.
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker)
-    running: dict = {}
-    try:
-        for numbers, job in jobs:
-            # Few jobs wait, because they may hold pixels.
-            while len(running) >= 2 * workers:
-                yield from _finished(running)
-            running[pool.submit(_write_shards, _attached(job))] = (numbers, job)
-        while running:
-            yield from _finished(running)
-    except concurrent.futures.process.BrokenProcessPool as e:
-        raise WorkerLost(
-            f"one of {workers} processes was killed, most often because memory ran out. Finished "
-            "shards are kept: start the same command again to continue, with a smaller "
-            "--num_workers if it was the memory."
-        ) from e
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _finished(running: dict) -> Iterator[tuple[list[int], _Job, list[dict]]]:
-    done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-    for future in done:
-        numbers, job = running.pop(future)
-        yield numbers, job, future.result()
+    return job._replace(shard=job.shard._replace(entries=attach(job.shard.entries)))
 
 
 def _start_worker() -> None:
@@ -357,32 +307,25 @@ def _start_worker() -> None:
     preemption.end_with_parent()
 
 
-def _write_shards(job: _Job) -> list[dict]:
-    """Writes the shards of a job; their counts."""
-    everything = [entry for shard in job.shards for entry in shard.entries]
-    with job.source.reader(everything) as read:
-        return [
-            _write_shard(shard, functools.partial(_load, read, job.rules, num_classes))
-            for shard, num_classes in zip(job.shards, job.num_classes)
-        ]
-
-
-def _write_shard(shard: _Shard, load: Callable[[Entry], tuple]) -> dict:
+def _write_shard(job: _Job) -> dict:
+    """Writes a shard; its counts."""
+    stage, entries, record, keep_names = job.shard
     bad: list[list[str]] = []
     shapes = set()
 
-    def payloads() -> Iterator[bytes]:
-        for entry in shard.entries:
+    def payloads(read: Reader) -> Iterator[bytes]:
+        for entry in entries:
             try:
-                loaded, shape = load(entry)
+                loaded, shape = _load(read, job.rules, job.num_classes, entry)
             except (image_conversion.Unusable, *_UNREADABLE) as e:
                 bad.append([printable(entry.name), str(e).replace("\n", " ")])
                 continue
             shapes.add(shape)
-            yield shard.record(loaded.image, loaded.label)
+            name = (printable(entry.name),) if keep_names else ()
+            yield record(loaded.image, loaded.label, *name)
 
-    with shard.stage.write() as (temporary, counts):
-        written = tfrecords.write(temporary[shard.stage.outputs[0]], payloads())
+    with job.source.reader(entries) as read, stage.write() as (temporary, counts):
+        written = tfrecords.write(temporary[stage.outputs[0]], payloads(read))
         shape = next(iter(shapes)) if len(shapes) == 1 else None
         counts.update(records=written, bad=bad, shape=shape)
     return json.loads(json.dumps(counts))
@@ -392,7 +335,7 @@ _UNREADABLE = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError, FileNot
 
 
 def _load(
-    read: Callable[[Entry], Loaded],
+    read: Reader,
     rules: image_conversion.Rules,
     num_classes: int | None,
     entry: Entry,

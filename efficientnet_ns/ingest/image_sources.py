@@ -1,7 +1,7 @@
 """Where images come from before they are records: folders and archives, read where they are.
 
-A source lists everything it holds and reads any of its files in any process. Nothing is unpacked to
-disk, so names in an archive such as `../x` can do no harm.
+A source lists everything it holds and reads any of its files in any process. No file of an archive is
+unpacked to disk, so names such as `../x` can do no harm.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import lzma
 import os
 import posixpath
 import re
+import shutil
 import stat
 import tarfile
 import unicodedata
@@ -21,40 +22,28 @@ import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple, Protocol, cast
 
 import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.data.image_conversion import Unusable
+from efficientnet_ns.files import atomic
 from efficientnet_ns.files.errors import DataError
 
 EXTENSIONS = frozenset(
     "avif bmp dib gif heic heif j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp".split()
 )
 # Folders of operating systems, desktops and network disks; those that begin with a dot go anyway.
-_SYSTEM_FOLDERS = frozenset(
-    [
-        "@eadir",
-        "@recently-snapshot",
-        "@recycle",
-        "@tmp",
-        "#recycle",
-        "#snapshot",
-        "$recycle.bin",
-        "__macosx",
-        "__pycache__",
-        "found.000",
-        "lost+found",
-        "recycler",
-    ]
-) | {"network trash folder", "system volume information", "temporary items"}
+_SYSTEM_FOLDERS = {
+    *"@eadir @recently-snapshot @recycle @tmp #recycle #snapshot $recycle.bin __macosx".split(),
+    *"__pycache__ found.000 lost+found recycler".split(),
+    *("network trash folder", "system volume information", "temporary items"),
+}
 # Kinds of what is ignored.
-HIDDEN, AGAIN, RECORDS = (
-    "hidden or of the system",
-    "folders read by another name",
-    "folders of records",
-)
+HIDDEN = "hidden or of the system"
+AGAIN = "folders read by another name"
+RECORDS = "folders of records"
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}(\.json)?")
 
 
@@ -71,7 +60,7 @@ class Entry(NamedTuple):
     name: str
     label: int = -1
     size: int = 0
-    place: object = None
+    place: Any = None
 
 
 class LeftOut(NamedTuple):
@@ -96,6 +85,11 @@ class Contents(NamedTuple):
     lost: list[LeftOut]
     ignored: list[LeftOut]
 
+    @classmethod
+    def empty(cls) -> Contents:
+        """To be filled."""
+        return cls([], [], [], [])
+
 
 class Loaded(NamedTuple):
     """What was read for an entry: encoded image bytes and its class, -1 for none."""
@@ -105,6 +99,28 @@ class Loaded(NamedTuple):
 
 
 Reader = Callable[[Entry], Loaded]
+
+
+class Source(Protocol):
+    """Images that records are made from; it is sent to the processes that write them.
+
+    Attributes:
+      path: of the folder or archive, for messages.
+    """
+
+    path: str
+
+    def reader(self, entries: Sequence[Entry]) -> contextlib.AbstractContextManager[Reader]:
+        """Yields a function that reads each of `entries`; files stay open until the block ends."""
+        ...
+
+
+class ListedSource(Source, Protocol):
+    """A folder or archive."""
+
+    def entries(self) -> Contents:
+        """All that it holds, in no order."""
+        ...
 
 
 # --- Names ----------------------------------------------------------------------------------------
@@ -182,20 +198,10 @@ class Folder:
 
 
 # Errors that concern one file; others (too many open files, a server that is away) end the work.
-_OF_THE_FILE = frozenset(
-    getattr(errno, name)
-    for name in [
-        "EACCES",
-        "EIO",
-        "EISDIR",
-        "ELOOP",
-        "ENAMETOOLONG",
-        "ENOENT",
-        "ENOTDIR",
-        "ENXIO",
-        "EPERM",
-    ]
-)
+_OF_THE_FILE = {
+    *(errno.EACCES, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.EPERM),
+}
 
 
 def _walk(path: str, start: str, output: str) -> Contents:
@@ -203,7 +209,8 @@ def _walk(path: str, start: str, output: str) -> Contents:
     contents = Contents([], [], [], [])
     ours = {_identity(output), _identity(os.path.join(output, "manifests"))} if output else set()
     ours -= {None, _identity(os.path.join(path, start))}
-    seen, folders, links = set(ours), [start], deque()
+    seen, folders = set(ours), [start]
+    links: deque[str] = deque()
     while folders or links:
         folder = folders.pop() if folders else links.popleft()
         identity = _identity(os.path.join(path, folder))
@@ -294,7 +301,8 @@ class Zip:
         self.path = path
 
     def entries(self) -> Contents:
-        contents, links = Contents([], [], [], []), {}
+        contents = Contents.empty()
+        links: dict[str, str | None] = {}
         with self._open() as archive:
             for i, info in enumerate(archive.infolist()):
                 mode = info.external_attr >> 16
@@ -347,24 +355,30 @@ def _zip_target(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str | None:
 
 
 class Tar:
-    """An uncompressed .tar archive, also one of .tar archives (as ImageNet's training images are).
+    """A .tar archive, also one of .tar archives (as ImageNet's training images are).
 
     An archive inside the archive counts as a folder of its name. Links within it are followed.
+
+    Args:
+      path: of the archive, for messages.
+      plain: the file to read, where it is not `path`: the same, decompressed.
     """
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, plain: str = ""):
+        self.path, self._plain = path, plain or path
 
     def entries(self) -> Contents:
-        with tf.io.gfile.GFile(self.path, "rb") as f:
-            return _tar_contents(
-                (folder, member, start + member.offset_data)
-                for folder, member, start in _members(_Window(f, 0), self.path)
-            )
+        contents = Contents.empty()
+        links: dict[str, str | None] = {}
+        with tf.io.gfile.GFile(self._plain, "rb") as f:
+            for folder, member, start in _members(_Window(f, 0), self.path):
+                _sort_member_in(folder, member, start + member.offset_data, contents, links)
+        _follow(contents, links)
+        return contents
 
     @contextlib.contextmanager
     def reader(self, entries: Sequence[Entry]) -> Iterator[Reader]:
-        with tf.io.gfile.GFile(self.path, "rb") as f:
+        with tf.io.gfile.GFile(self._plain, "rb") as f:
 
             def read(entry: Entry) -> Loaded:
                 f.seek(entry.place)
@@ -396,9 +410,15 @@ class _Window:
         return self.file.read(size)
 
 
-def _members(window: _Window, path: str, folder: str = "") -> Iterator[tuple]:
-    """(folder, member, byte at which the archive that has it begins), of inner archives too."""
-    for _, member in _each(path, fileobj=window, mode="r:"):
+def _members(
+    window: _Window, path: str, folder: str = ""
+) -> Iterator[tuple[str, tarfile.TarInfo, int]]:
+    """(folder, member, byte at which the archive that has it begins), of inner archives too.
+
+    Raises:
+      DataError: an archive is damaged.
+    """
+    for member in _each(window, path):
         name = _in_folder(folder, member)
         stem, extension = posixpath.splitext(name)
         if member.isreg() and extension.lower() == ".tar":
@@ -412,67 +432,66 @@ def _in_folder(folder: str, member: tarfile.TarInfo) -> str:
     return posixpath.join(folder, member.name.lstrip("/")) if folder else member.name
 
 
-class _Member(tarfile.TarInfo):
-    """The header of a member, with damage reported and joined archives read on.
+class _Archive(tarfile.TarFile):
+    members: list[tarfile.TarInfo]  # Those read so far.
 
-    `tarfile` takes a damaged header for the end of the archive, and stops at the end of the first of
-    several archives that were joined.
+
+def _each(window: _Window, path: str) -> Iterator[tarfile.TarInfo]:
+    """The members of an archive, and of those that were joined to it.
+
+    `tarfile` by itself takes a damaged header for the end of an archive, and stops at the end of the
+    first of several.
     """
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        ended, archive.ended = getattr(archive, "ended", False), False
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
-            archive.ended = True
-            raise
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as e:
-            if not ended:
-                raise tarfile.ReadError(f"{e} at byte {archive.offset}") from e
-            archive.ended = True
-            raise tarfile.EmptyHeaderError("what follows the end is no archive") from e
-        except tarfile.EmptyHeaderError:
-            archive.ended = ended
-            raise
-
-
-def _each(path: str, **source) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """The opened archive with each of its members; `source` is what `tarfile.open` takes.
-
-    Raises:
-      DataError: it is damaged.
-    """
+    start: int | None = 0
     try:
-        with tarfile.open(tarinfo=_Member, ignore_zeros=True, **source) as archive:
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # It would keep them all.
-                yield archive, member
-            if not archive.ended:
-                logging.warning("%s has no end mark: is the file whole?", path)
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
+        while start is not None:
+            window.seek(start)
+            with _Archive.open(fileobj=cast(IO[bytes], window), mode="r:") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # It would keep them all.
+                    yield member
+                if start and archive.offset == start:
+                    return  # What follows the end is no archive.
+                start = _behind_the_end(window, archive.offset, path)
+    except (tarfile.TarError, EOFError, OSError) as e:
         raise DataError(f"{path}: {e}: is the file whole?") from e
 
 
-def _tar_contents(members: Iterable[tuple[str, tarfile.TarInfo, int]]) -> Contents:
-    """From (folder, member, place of its content) of each."""
-    contents, links = Contents([], [], [], []), {}
-    for folder, member, place in members:
-        name = _in_folder(folder, member)
-        if member.isdir():
-            contents.folders.append(name)
-        elif member.issparse():
-            contents.lost.append(LeftOut(name, "stored as a sparse file"))
-        elif member.isreg():
-            contents.entries.append(Entry(name, size=member.size, place=place))
-        elif member.issym():
-            links[name] = _from_link(name, member.linkname)
-        elif member.islnk():  # A path from the root of the archive.
-            links[name] = tidy(posixpath.join(folder, member.linkname.lstrip("/")))
-        else:
-            contents.lost.append(LeftOut(name, "not a file but a pipe, device or the like"))
-    _follow(contents, links)
-    return contents
+def _behind_the_end(window: _Window, end: int, path: str) -> int | None:
+    """Where something follows the zeros that mark the `end` of an archive; None if nothing does."""
+    window.seek(end)
+    block = window.read(tarfile.BLOCKSIZE)
+    if not block:
+        logging.warning("%s has no end mark: is the file whole?", path)
+    elif block.strip(b"\0"):
+        damage = "truncated header" if len(block) < tarfile.BLOCKSIZE else "bad checksum"
+        raise tarfile.ReadError(f"{damage} at byte {end}")
+    while block and not block.strip(b"\0"):
+        block = window.read(tarfile.BLOCKSIZE)
+    return window.tell() - len(block) if block else None
+
+
+def _sort_member_in(
+    folder: str,
+    member: tarfile.TarInfo,
+    place: int,
+    contents: Contents,
+    links: dict[str, str | None],
+) -> None:
+    """Adds a member, with its content at `place`, to the contents or the links (name → target)."""
+    name = _in_folder(folder, member)
+    if member.isdir():
+        contents.folders.append(name)
+    elif member.issparse():
+        contents.lost.append(LeftOut(name, "stored as a sparse file"))
+    elif member.isreg():
+        contents.entries.append(Entry(name, size=member.size, place=place))
+    elif member.issym():
+        links[name] = _from_link(name, member.linkname)
+    elif member.islnk():  # A path from the root of the archive.
+        links[name] = tidy(posixpath.join(folder, member.linkname.lstrip("/")))
+    else:
+        contents.lost.append(LeftOut(name, "not a file but a pipe, device or the like"))
 
 
 def _from_link(name: str, target: str) -> str | None:
@@ -512,90 +531,66 @@ def _resolved(path: str | None, targets: Mapping[str, str | None]) -> str | None
         link = next((head for head in heads if head in targets), None)
         if link is None:
             return path
-        rest = path[len(link) :]
-        path = None if targets[link] is None else tidy(targets[link] + rest)
+        target = targets[link]
+        path = None if target is None else tidy(target + path[len(link) :])
     return None
 
 
-class TarStream:
-    """A compressed .tar archive.
+# --- Which kind -------------------------------------------------------------------------------------
 
-    It can be read only from its start, once for every batch of shards; a .zip or an uncompressed
-    .tar of the same images is faster.
-    """
-
-    # Bytes of images that one process holds from one pass over the archive.
-    batch_bytes = 512 << 20
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def entries(self) -> Contents:
-        return _tar_contents(("", member, i) for i, member, _ in self._members())
-
-    def _members(self) -> Iterator[tuple]:
-        unpack = _unpacker(self.path)
-        with tf.io.gfile.GFile(self.path, "rb") as f:
-            with unpack(f) if unpack else contextlib.nullcontext(f) as plain:
-                for i, (archive, member) in enumerate(_each(self.path, fileobj=plain, mode="r|")):
-                    yield i, member, archive
-
-    @contextlib.contextmanager
-    def reader(self, entries: Sequence[Entry]) -> Iterator[Reader]:
-        wanted = {entry.place for entry in entries}
-        held = {}
-        for i, member, archive in self._members():
-            if i in wanted:
-                held[i] = archive.extractfile(member).read()
-                if len(held) == len(wanted):
-                    break
-        yield lambda entry: Loaded(held[entry.place], entry.label)
-
-
-def _unpacker(path: str) -> Callable | None:
-    """What opens a compressed file by its content; None when it is not compressed."""
-    with tf.io.gfile.GFile(path, "rb") as f:
-        start = f.read(6)
-    return next((unpack for magic, unpack in _UNPACK.items() if start.startswith(magic)), None)
-
-
-# Unlike tarfile's own, these also read files that were compressed in parts.
-_UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-
-ARCHIVES = {
+ARCHIVES: dict[str, type[Zip | Tar]] = {
     ".zip": Zip,
-    ".tar": Tar,
-    ".tar.gz": TarStream,
-    ".tgz": TarStream,
-    ".tar.bz2": TarStream,
-    ".tar.xz": TarStream,
+    **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"), Tar),
 }
+# Unlike tarfile's own, these also read files that were compressed in parts.
+_UNPACK: dict[bytes, Callable] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
+_TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 
 
-def _kind_by_content(path: str) -> type[Zip | Tar | TarStream] | None:
-    with tf.io.gfile.GFile(path, "rb") as f:
-        start = f.read(_TAR_MAGIC_AT + 5)
-    if start.startswith((b"PK\3\4", b"PK\5\6")):
-        return Zip
-    if start[_TAR_MAGIC_AT:] == b"ustar":
-        return Tar
-    return TarStream if start.startswith(tuple(_UNPACK)) else None
+@contextlib.contextmanager
+def open_source(path: str, subfolder: str = "", output: str = "") -> Iterator[ListedSource]:
+    """Yields the source for a folder or archive that exists; see `Folder` for the rest.
 
-
-_TAR_MAGIC_AT = 257
-
-
-def open_source(path: str, subfolder: str = "", output: str = "") -> Folder | Zip | Tar | TarStream:
-    """The source for a folder or archive that exists; see `Folder` for the rest.
-
-    The content of an archive says of what kind it is. Its name does where the content is of none.
+    The content of an archive says of what kind it is. Its name does where the content is of none. A
+    compressed .tar is decompressed below TMPDIR until the block ends: its members have no places in
+    it from which they could be read.
     """
-    special = os.path.exists(path) and not os.path.isfile(path)
-    if not special and not tf.io.gfile.isdir(path):
-        kind = _kind_by_content(path)
-        if kind:
-            return kind(path)
-    for extension, archive in ARCHIVES.items():
-        if path.lower().endswith(extension) and not tf.io.gfile.isdir(path):
-            return archive(path)
-    return Folder(path, subfolder, output)
+    # Neither folders nor pipes are read.
+    is_file = os.path.isfile(path) or not (os.path.exists(path) or tf.io.gfile.isdir(path))
+    start = b""
+    if is_file:
+        with tf.io.gfile.GFile(path, "rb") as f:
+            start = f.read(_TAR_MAGIC_AT + len(_TAR_MAGIC))
+    unpack = [opener for magic, opener in _UNPACK.items() if start.startswith(magic)]
+    named = [kind for end, kind in ARCHIVES.items() if path.lower().endswith(end)]
+    if start.startswith((b"PK\3\4", b"PK\5\6")):
+        yield Zip(path)
+    elif unpack:
+        with atomic.scratch_folder("tar") as folder:
+            plain = os.path.join(folder, "plain.tar")
+            _decompress(path, unpack[0], plain)
+            yield Tar(path, plain)
+    elif start.endswith(_TAR_MAGIC):
+        yield Tar(path)
+    elif named and not tf.io.gfile.isdir(path):
+        yield named[0](path)
+    else:
+        yield Folder(path, subfolder, output)
+
+
+def _decompress(path: str, unpack: Callable, target: str) -> None:
+    logging.info("decompressing %s to %s", path, target)
+    try:
+        with tf.io.gfile.GFile(path, "rb") as f, unpack(f) as plain, open(target, "wb") as out:
+            shutil.copyfileobj(plain, out, 1 << 20)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as e:
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(
+                f"{path} cannot be decompressed to {target}: the disk is full. Set TMPDIR to a folder "
+                "with more space, or decompress it yourself"
+            ) from e
+        raise DataError(f"{path}: {e}: is the file whole?") from e

@@ -42,7 +42,7 @@ class Listing(NamedTuple):
 
 
 def list_images(
-    source,
+    source: image_sources.ListedSource,
     labeled: bool,
     class_names: Sequence[str] | None = None,
     *,
@@ -74,11 +74,12 @@ def list_images(
     if not labeled:
         return Listing(entries, None, found.lost, found.ignored)
     names = [name for name, _ in found.images]
-    folders = filter(None, (_relative(prefix, folder) for folder in contents.folders))
-    folders = [folder for folder in folders if not image_sources.is_hidden(folder)]
+    relative = [_relative(prefix, folder) for folder in contents.folders]
+    folders = [
+        f"{folder}/" for folder in relative if folder and not image_sources.is_hidden(folder)
+    ]
     depth = _wrapper_depth(source, names)
-    classes = {_class_of(f"{f}/", depth) for f in folders} | {_class_of(n, depth) for n in names}
-    classes = sorted(classes - {""})
+    classes = sorted({_class_of(name, depth) for name in [*folders, *names]} - {""})
     if not (accept_classes or set(classes) <= set(class_names or ())):
         _check_classes(where, prefix, names, depth, alone=class_names is not None)
     agreed = _agreed_names(where, classes, class_names, names_from)
@@ -105,7 +106,8 @@ class _Found(NamedTuple):
 
 def _sorted_out(contents: image_sources.Contents, prefix: str) -> _Found:
     """All that is in a subfolder, by what becomes of it; images with their names relative to it."""
-    images, lost, ignored = [], [], Counter()
+    images, lost = [], []
+    ignored: Counter[str] = Counter()
     last = {entry.name: entry for entry in contents.entries}
     for name, entry in _pairs(contents.entries, prefix):
         if entry is not last[entry.name]:
@@ -185,7 +187,7 @@ def described(ignored: Counter, most: int = 8) -> str:
 # --- Classes --------------------------------------------------------------------------------------
 
 
-def _wrapper_depth(source, names: list[str]) -> int:
+def _wrapper_depth(source: image_sources.ListedSource, names: list[str]) -> int:
     """1 when an archive has all its images deep in one folder, which then is not a class."""
     if isinstance(source, image_sources.Folder):
         return 0
@@ -231,9 +233,9 @@ def _check_classes(where: str, prefix: str, names: list[str], depth: int, *, alo
 def _set_in(name: str) -> str | None:
     """The word in a folder's name that names a set: `train` of seg_train, `Test` or testset."""
     for word in _OWN_WORD.split(name):
-        word = _OF_A_SET.fullmatch(word.lower() or "-")
-        if word and word[1] in _SETS:
-            return word[1]
+        found = _OF_A_SET.fullmatch(word.lower() or "-")
+        if found and found[1] in _SETS:
+            return found[1]
     return None
 
 
@@ -257,7 +259,7 @@ def _better_folders(names: list[str]) -> list[str]:
 def _image_set(folder: str) -> str | None:
     words = (_set_in(part) for part in reversed(folder.split("/")))
     word = next(filter(None, words), None)
-    return _SETS.get(word) or word
+    return word and (_SETS[word] or word)
 
 
 def _option(folder: str) -> str:

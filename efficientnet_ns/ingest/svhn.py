@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config import ConfigError, require
+from efficientnet_ns.config import ConfigError, needed
 from efficientnet_ns.config.ingest import SvhnConfig
 from efficientnet_ns.data import image_conversion, tasks
 from efficientnet_ns.files import atomic, manifests, tfexamples
@@ -45,7 +45,7 @@ class MatFile:
 
     def __init__(self, path: str, image_format: str):
         self.path, self._format = path, image_format
-        self._pixels = None
+        self._pixels: np.ndarray | None = None
         labels = self._variable("y").reshape(-1)
         if labels.dtype.kind not in "uif":
             raise DataError(
@@ -82,13 +82,13 @@ class MatFile:
         """The entries with their pixels, uint8 [32, 32, 3]."""
         if self._pixels is None:
             logging.info("loading %s", self.path)
-            self._pixels = self._variable("X")
+            loaded = self._variable("X")
             expected = (_SIDE, _SIDE, 3, len(self.labels))
-            if self._pixels.shape != expected or self._pixels.dtype != np.uint8:
+            if loaded.shape != expected or loaded.dtype != np.uint8:
                 raise DataError(
-                    f"{self.path}: `X` is {self._pixels.dtype} {self._pixels.shape}, not uint8 "
-                    f"{expected}"
+                    f"{self.path}: `X` is {loaded.dtype} {loaded.shape}, not uint8 {expected}"
                 )
+            self._pixels = loaded
         pixels = self._pixels[..., [entry.place for entry in entries]].transpose(3, 0, 1, 2)
         return [e._replace(place=one) for e, one in zip(entries, np.ascontiguousarray(pixels))]
 
@@ -118,18 +118,16 @@ def make_records(config: SvhnConfig) -> dict[str, int]:
       ConfigError: another task, or dev_size leaves nothing to train on.
       DataError: a file is missing and cannot be downloaded, or is not SVHN's.
     """
-    require(config, "raw_data_dir", "output_dir")
+    raw = needed(config.raw_data_dir, "raw_data_dir")
+    needed(config.output_dir, "output_dir")
     if config.task_name != "svhn":
         raise ConfigError(f"--task_name={config.task_name}: this program knows only svhn")
-    raw = config.raw_data_dir or ""
     if tf.io.gfile.exists(raw) and not tf.io.gfile.isdir(raw):
         raise ConfigError(
             f"--raw_data_dir={raw} is a file: the folder of train_32x32.mat, test_32x32.mat and "
             "extra_32x32.mat is needed"
         )
-    files = {
-        name: MatFile(_path(config.raw_data_dir, name), config.image_format) for name in _PUBLISHED
-    }
+    files = {name: MatFile(_path(raw, name), config.image_format) for name in _PUBLISHED}
     for name, file in files.items():
         if len(file.labels) != _PUBLISHED[name]:
             message = "%s has %d images, the published one %d"

@@ -183,16 +183,11 @@ class Tfds:
         skip_decoding = {}
         if isinstance(features[self._image], tfds.features.Image):
             skip_decoding = {self._image: tfds.decode.SkipDecoding()}
-        with contextlib.ExitStack() as opened:
-            files = {}
+        with tfrecords.payloads_at() as payload:
 
             def read(entry: Entry) -> Loaded:
-                path, start, length = entry.place
-                if path not in files:
-                    files[path] = opened.enter_context(tf.io.gfile.GFile(path, "rb"))
-                files[path].seek(start)
                 example = features.deserialize_example_np(
-                    files[path].read(length), decoders=skip_decoding
+                    payload(entry.place), decoders=skip_decoding
                 )
                 image = example[self._image]
                 if isinstance(image, np.ndarray):
@@ -227,7 +222,7 @@ def _is_picture(feature) -> bool:
 
     if isinstance(feature, tfds.features.Image):
         return np.dtype(feature.np_dtype) in (np.uint8, np.uint16)
-    shape = feature.shape if isinstance(feature, tfds.features.Tensor) else ()
+    shape = tuple(feature.shape) if isinstance(feature, tfds.features.Tensor) else ()
     plain = len(shape) == 3 and shape[-1] in (1, 3)
     return plain and np.dtype(feature.np_dtype) == np.uint8
 

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from efficientnet_ns import report
-from efficientnet_ns.config import Config, DemoConfig, ExportConfig, LoopConfig
+from efficientnet_ns.config import Config, DemoConfig, ExportConfig, LoopConfig, ReportConfig
 from efficientnet_ns.data import tasks
 from efficientnet_ns.files import metrics_log, shard_names, text_table, tfexamples, tfrecords
 from efficientnet_ns.loop import digits, rounds
@@ -139,21 +139,19 @@ def write_report(
     )
 
 
-def _round_sections(config: Config, loop: LoopConfig, number: int, truth: list[list[int]]) -> list:
-
+def _round_sections(
+    config: Config, loop: LoopConfig, number: int, truth: list[list[int]]
+) -> list[report.Section]:
     _, selection = rounds.stage_configs(config, loop, number)
     previous_dir = ""
     if number > 1:
         before, _ = rounds.stage_configs(config, loop, number - 1)
         previous_dir = before.predict.output_dir
-    options = run_report.Options(
-        truth=truth,
-        previous_dir=previous_dir,
-        class_names=tasks.get_task("digits").class_names,
-    )
+    options = ReportConfig(previous_prediction_dir=previous_dir)
+    names = tasks.get_task("digits").class_names
     return [
         report.Section(f"Round {number}: {title}", body)
-        for title, body in run_report.sections(selection, options)
+        for title, body in run_report.sections(selection, options, truth=truth, class_names=names)
     ]
 
 

@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
+
+from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, PredictConfig, SelectConfig
 from efficientnet_ns.config import check as check_values
@@ -39,12 +42,20 @@ _MAY_GROW = (
 )
 
 
-def run_loop(config: Config, loop: LoopConfig) -> list[dict[str, Any]]:
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def run_loop(
+    config: Config, loop: LoopConfig, watch: Callable[[str, dict[str, Any]], None] = _nothing
+) -> list[dict[str, Any]]:
     """Runs all rounds.
 
     Args:
       config: settings of every training; `unlabel_data_dir` holds the unlabeled records.
       loop: the rounds.
+      watch: called with `model` and its row, and with `selection` and the result of `select`, as soon
+        as each is there; may raise to end the loop.
 
     Returns:
       One row per model: `round`, `model`, `steps`, `measured` (metrics per set) and, for
@@ -63,11 +74,23 @@ def run_loop(config: Config, loop: LoopConfig) -> list[dict[str, Any]]:
     state = State(loop.work_dir, fixed, defaults)
     name = f"round 0: teacher {trainings[0].model.model_name}"
     rows = [{"round": 0, **train_and_measure(state, name, trainings[0])}]
+    watch("model", rows[0])
     for number in range(1, len(trainings)):
-        rows.append(_round(state, config, loop, number))
+        rows.append(_round(state, config, loop, number, watch))
+        watch("model", rows[-1])
+        if loop.stop_when_worse and _is_worse(config, rows):
+            logging.warning("student %d is worse than its teacher: the rounds end here", number)
+            break
     if loop.finetune_resolution:
         rows.append(_finetune(state, config, loop, number))
     return rows
+
+
+def _is_worse(config: Config, rows: list[dict[str, Any]]) -> bool:
+    """Whether the last model is worse than the one before on the evaluation set."""
+    name = ResolvedConfig.from_config(config).task.eval_set
+    before, last = (row["measured"][name]["top1"] for row in rows[-2:])
+    return last < before
 
 
 def check(config: Config, loop: LoopConfig) -> list[Config]:
@@ -109,6 +132,7 @@ def model_configs(config: Config, loop: LoopConfig) -> list[Config]:
         unlabel_data_dir="",
         unlabel_ratio=0.0,
         train_steps=loop.teacher_steps or config.train.train_steps,
+        train_batch_size=loop.teacher_batch_size or config.train.train_batch_size,
     )
     return trainings
 
@@ -173,11 +197,13 @@ def _pseudo_labeled_dir(loop: LoopConfig, number: int) -> str:
     return os.path.join(loop.work_dir, f"round-{number}", "selected", "data")
 
 
-def _round(state: State, config: Config, loop: LoopConfig, number: int) -> dict[str, Any]:
-
+def _round(
+    state: State, config: Config, loop: LoopConfig, number: int, watch: Callable
+) -> dict[str, Any]:
     prediction, selection = stage_configs(config, loop, number)
     state.once(f"round {number}: predict", lambda: predict.predict(prediction))
     chosen = state.once(f"round {number}: select", lambda: select(selection))
+    watch("selection", {"round": number, **chosen})
     state.once(f"round {number}: write", lambda: write.write(selection))
     student = model_configs(config, loop)[number]
     name = f"round {number}: student {student.model.model_name}"

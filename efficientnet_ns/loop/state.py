@@ -11,7 +11,7 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import ConfigError, comparable
-from efficientnet_ns.files import json_files, manifests
+from efficientnet_ns.files import json_files, manifests, progress
 
 # Settings that may change until the first selection is made.
 _UNTIL_SELECTED = ("num_image", "min_threshold")
@@ -56,6 +56,9 @@ class State:
         stages = self._state["stages"]
         if name not in stages:
             logging.info("--- %s", name)
-            stages[name] = work()
+            with progress.stage(name):
+                stages[name] = work()
             json_files.write_json(self._path, self._state, indent=1)
+        elif progress.Whole.current is not None:
+            progress.Whole.current.skip(name)
         return stages[name]

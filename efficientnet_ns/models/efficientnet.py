@@ -414,6 +414,17 @@ def freeze(model: tf.keras.Model, blocks: int) -> None:
             layer.trainable = False
 
 
+def keep_statistics(model: tf.keras.Model) -> None:
+    """Makes batch norm use its moving statistics in training too; scale and offset still learn.
+
+    For fine-tuning on few images, whose own statistics say little (arXiv 1912.11370 avoids batch
+    norm for that reason).
+    """
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNorm):
+            layer.keep_statistics = True
+
+
 def endpoints(model: tf.keras.Model) -> dict[str, tf.Tensor]:
     """Symbolic intermediate outputs of a model made by `build_model`.
 

@@ -1,7 +1,8 @@
 """The names of an EfficientNet's variables in files of other programs.
 
-There are four naming schemes: the original's TF1 checkpoints, Keras files of `tf.keras.applications`
-and the `efficientnet` package, Keras files of `build_model`'s models, and timm's `tf_efficientnet_*`.
+There are five naming schemes: the original's TF1 checkpoints, Keras files of `tf.keras.applications`
+and the `efficientnet` package, Keras files of `build_model`'s models, timm's `tf_efficientnet_*`, and
+the `efficientnet_pytorch` package, whose names files of EfficientNet-Lite have, too.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ TF1 = Naming(
         "project_bn": "tpu_batch_normalization_1",
     },
     scope="blocks_{index}/",
-    ignored=r"global_step|.*/(RMSProp|Momentum)(_\d+)?",
+    ignored=r"global_step|.*/(RMSProp|Momentum|Adam)(_\d+)?",
 )
 
 KERAS = Naming(
@@ -134,6 +135,30 @@ TIMM = Naming(
         ("depthwise_kernel", 4): (2, 3, 0, 1),  # C1HW → HWC1
         ("kernel", 2): (1, 0),
     },
+)
+
+# Layouts and variables inside layers are PyTorch's, as in timm.
+EFFICIENTNET_PYTORCH = dataclasses.replace(
+    TIMM,
+    ends={
+        "stem_conv": "_conv_stem",
+        "stem_bn": "_bn0",
+        "head_conv": "_conv_head",
+        "head_bn": "_bn1",
+        "head_dense": "_fc",
+    },
+    block={
+        "expand_conv": "_expand_conv",
+        "expand_bn": "_bn0",
+        "dw_conv": "_depthwise_conv",
+        "dw_bn": "_bn1",
+        "se_reduce": "_se_reduce",
+        "se_expand": "_se_expand",
+        "project_conv": "_project_conv",
+        "project_bn": "_bn2",
+    },
+    block_without_expansion={},
+    scope="_blocks.{index}.",
 )
 
 # Keras files of a model made by `build_model`.

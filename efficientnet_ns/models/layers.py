@@ -298,6 +298,8 @@ class BatchNorm(tf.keras.layers.Layer):
         super().__init__(**kwargs)
         self.momentum, self.epsilon = momentum, epsilon
         self.num_shards_per_group = num_shards_per_group
+        # Set by a training that keeps the moving statistics of its initial weights.
+        self.keep_statistics = False
 
     def build(self, input_shape: tf.TensorShape) -> None:
         """Creates scale, offset and moving statistics, float32 [C]."""
@@ -327,7 +329,7 @@ class BatchNorm(tf.keras.layers.Layer):
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """[N, H, W, C] → the same; a frozen layer uses its moving statistics even in training."""
-        if not (training and self.trainable):
+        if self.keep_statistics or not (training and self.trainable):
             outputs, *_ = tf.compat.v1.nn.fused_batch_norm(
                 inputs,
                 self.gamma,

@@ -6,20 +6,18 @@ Keras', but any of them may be something else, which the error message then name
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import io
 import json
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.models import foreign_weights, heads
+from efficientnet_ns.models import foreign_weights, heads, torch_files
 
 Arrays = dict[str, np.ndarray]
 
@@ -46,8 +44,6 @@ class Content(NamedTuple):
 SUFFIXES = (".h5", ".hdf5", ".keras", ".safetensors", ".pth", ".pt", ".bin", ".tar")
 
 _HDF5, _ZIP = b"\x89HDF\r\n\x1a\n", b"PK\x03\x04"
-# How files of PyTorch before 1.6 begin: a pickled number.
-_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 # First bytes → what the file is, and what to do.
 _OTHERS = (
     (b"\x1f\x8b", "a gzip archive: unpack it (tar -xzf, or gunzip), and give what is in it"),
@@ -71,7 +67,6 @@ def read(content: bytes, model: tf.keras.Model, *, ema: bool = True) -> Content:
 
     Raises:
       UnusableFile: the file is of another kind; the message says which, and what to do.
-      ImportError: PyTorch is not installed.
       Exception: from the library that reads the file, if it is damaged.
     """
     if not content.strip(b"\0"):
@@ -79,13 +74,13 @@ def read(content: bytes, model: tf.keras.Model, *, ema: bool = True) -> Content:
     if content.startswith(_HDF5):
         return _read_hdf5(content, model)
     if content.startswith(_ZIP):
-        names = zipfile.ZipFile(io.BytesIO(content)).namelist()
+        names = _zip_names(content)
         if "model.weights.h5" in names:
             return _read_keras(content)
-        if any(name.endswith("/data.pkl") for name in names):
+        if torch_files.is_new(names):
             return _read_torch(content, ema)
         raise UnusableFile("it is a zip archive without weights: unpack it, and give what is in it")
-    if content.startswith(_OLD_TORCH):
+    if torch_files.is_old(content):
         return _read_torch(content, ema)
     if content[8:9] == b"{":
         return _read_safetensors(content)
@@ -102,6 +97,15 @@ def settings(content: bytes) -> Mapping[str, Any]:
             if "config.json" in archive.namelist():
                 return _settings(json.loads(archive.read("config.json")))
     return _safetensors_settings(content) if content[8:9] == b"{" else {}
+
+
+def _zip_names(content: bytes) -> list[str]:
+    try:
+        return zipfile.ZipFile(io.BytesIO(content)).namelist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"it is an incomplete or damaged zip archive ({error}): copy or download it again"
+        ) from error
 
 
 def _described(content: bytes) -> str:
@@ -282,7 +286,7 @@ def _read_safetensors(content: bytes) -> Content:
             raise UnusableFile(f"{name} is {tensor['dtype']}; convert the file to float32")
         flat = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]])
         arrays[name] = flat.reshape(tensor["shape"])
-    return Content(foreign_weights.TIMM, arrays, _safetensors_settings(content))
+    return Content(_torch_naming(arrays), arrays, _safetensors_settings(content))
 
 
 def _safetensors_settings(content: bytes) -> dict[str, Any]:
@@ -292,33 +296,35 @@ def _safetensors_settings(content: bytes) -> dict[str, Any]:
 
 # Keys of the weights in checkpoints of training scripts, by `ema`.
 _STATES = {True: ("state_dict_ema", "model_ema"), False: ("state_dict", "model")}
+# What DistributedDataParallel and torch.compile put before every name.
+_WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
 def _read_torch(content: bytes, ema: bool) -> Content:
-    """A state dict saved by PyTorch, or a checkpoint of timm's training script."""
+    """A state dict saved by PyTorch, or a checkpoint of a training script that has one."""
     try:
-        import torch
-    except ImportError as e:
-        raise ImportError(
-            "PyTorch is needed to read this file: pip install torch. "
-            "The .safetensors file of the same model can be read without it"
-        ) from e
-    state = _load_tensors(torch, content)
+        state = torch_files.read(content)
+    except torch_files.Refused as error:
+        raise UnusableFile(str(error)) from error
+    if not isinstance(state, Mapping):
+        raise UnusableFile(f"it holds a {type(state).__name__}: save the state dict of the model")
     for key in (*(_STATES[True] if ema else ()), *_STATES[False]):
         if isinstance(state.get(key), Mapping):
             state = state[key]
             break
-    # Prefixes that DistributedDataParallel and torch.compile add to every name.
-    prefix = re.compile(r"^(module\.|_orig_mod\.)+")
-    arrays = {prefix.sub("", name): value.float().numpy() for name, value in state.items()}
-    return Content(foreign_weights.TIMM, arrays, {})
+    arrays = {
+        _WRAPPED.sub("", str(name)): value.array()
+        for name, value in state.items()
+        if isinstance(value, torch_files.Tensor)
+    }
+    if not arrays:
+        raise UnusableFile(
+            f"it holds no tensors, but {', '.join(map(str, state)) or 'nothing'}: save the state dict "
+            "of the model"
+        )
+    return Content(_torch_naming(arrays), arrays, {})
 
 
-def _load_tensors(torch: Any, content: bytes) -> Mapping[str, Any]:
-    # Tensors only, so that nothing in the file is executed. timm's script stores its command line.
-    safe: Callable = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)
-    with safe([argparse.Namespace]):
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    if not isinstance(loaded, Mapping):
-        raise UnusableFile(f"it holds a {type(loaded).__name__}: save the state dict of the model")
-    return loaded
+def _torch_naming(names: Iterable[str]) -> foreign_weights.Naming:
+    is_pytorch = any(name.startswith("_blocks.") for name in names)
+    return foreign_weights.EFFICIENTNET_PYTORCH if is_pytorch else foreign_weights.TIMM

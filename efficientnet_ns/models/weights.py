@@ -26,7 +26,7 @@ from absl import logging
 
 from efficientnet_ns.files import atomic, json_files, local_files, manifests
 from efficientnet_ns.files.paths import listed
-from efficientnet_ns.models import foreign_weights, heads, weight_files
+from efficientnet_ns.models import foreign_weights, heads, published, weight_files
 
 # A local path, or one of any file system of TensorFlow.
 PathLike = str | os.PathLike
@@ -171,13 +171,17 @@ def newest_checkpoint(folder: str) -> str | None:
     return prefix if prefix and tf.io.gfile.exists(prefix + ".index") else None
 
 
-def fingerprint(path: PathLike) -> str:
+def fingerprint(path: PathLike, variant: str = "") -> str:
     """Short hash of the content of weights of any kind that `load_weights` takes.
+
+    Args:
+      variant: of the model, for `published`.
 
     Raises:
       FileNotFoundError: nothing there.
       WeightsError: see `checkpoint_prefix`.
     """
+    path = published.located(path, variant)
     # The index of a checkpoint holds the checksum of every tensor.
     return manifests.content_hash(file_path(path) or checkpoint_prefix(path) + ".index")
 
@@ -205,7 +209,7 @@ def _damage_named(path: str, *where: str) -> Iterator[None]:
     # the file.
     try:
         yield
-    except (ImportError, MemoryError, weight_files.UnusableFile) as error:
+    except (MemoryError, weight_files.UnusableFile) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
     except Exception as error:
         message = ": ".join([*where, str(error)])
@@ -354,9 +358,10 @@ def load_weights(
     a Dense layer of the user's own on its features has that as its classifier.
 
     Args:
-      path: a file of Keras (`.h5`, `.keras`), of timm (`.safetensors`, `.pth`) or of this package, of
-        the model's variant, under any name; or a checkpoint of this package, of the original, or of
-        Keras, see `checkpoint_prefix`.
+      path: a file of Keras (`.h5`, `.keras`), of timm or `efficientnet_pytorch` (`.safetensors`, `.pth`)
+        or of this package, of the model's variant, under any name; or a checkpoint of this package, of
+        the original, or of Keras, see `checkpoint_prefix`; or `published`, or the name of a variant, for
+        the weights in an installed package, see `published`.
       ema: take the moving-average copies, which is what evaluation and teachers use. Files that
         have a single set of weights give that.
       scope: above the model's variables in a checkpoint, e.g. `teacher_model`; None: they are at
@@ -367,11 +372,12 @@ def load_weights(
     Raises:
       FileNotFoundError: nothing there.
       WeightsError: the file does not fit, an expression in `skip` is none or matches nothing,
-        nothing is left to load, or a library that reads the file is not installed.
+        or nothing is left to load.
       DamagedFile: the file cannot be read to its end.
     """
     _check_arguments("load_weights", model, path)
     standard = heads.standard(model)
+    path = published.located(path, standard.name)
     names: Names
     known: Callable[[str], bool]
     file = file_path(path)
@@ -473,6 +479,8 @@ def stored_settings(path: PathLike) -> dict[str, Any]:
     Raises:
       FileNotFoundError, WeightsError: see `load_weights`.
     """
+    if published.is_name(path):
+        return {}  # The variant itself says it.
     file = file_path(path)
     if file is None:
         return _folder_settings(os.path.dirname(checkpoint_prefix(path)))

@@ -11,10 +11,11 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -22,16 +23,13 @@ import tensorflow as tf
 from efficientnet_ns.config import ConfigError, SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.config.processes import run_each
-from efficientnet_ns.files import (
-    atomic,
-    json_files,
-    local_files,
-    shard_names,
-    tfexamples,
-    tfrecords,
-)
+from efficientnet_ns.files import json_files, local_files, shard_names, tfexamples, tfrecords
+from efficientnet_ns.files.atomic import atomic_path
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Result = TypeVar("Result")
 
@@ -42,7 +40,7 @@ _GROUP = 1 << 16
 _BYTES_PER_PROCESS = 64 << 20
 _PREDICTIONS_AT_ONCE = 1024
 _ROWS_AT_ONCE = 1 << 19  # Rows of a RowChunk; bounds memory.
-_ROWS_PER_RANGE = 1 << 21  # Rows whose result waits for its turn; bounds memory.
+_ROWS_PER_PART = 1 << 21  # Rows whose result waits for its turn; bounds memory.
 
 
 def task_number(config: SelectConfig) -> int:
@@ -127,20 +125,23 @@ def index_files(config: SelectConfig) -> dict[int, list[str]]:
             files.setdefault(shard, []).append(path)
             if name not in found:
                 missing.append((prediction_path(config, shard, worker), path, shard, worker))
-    _build_indexes(missing)
-    return files
-
-
-def _build_indexes(missing: Sequence[tuple[str, str, int, int]]) -> None:
     size = sum(tf.io.gfile.stat(prediction).length for prediction, *_ in missing)
     processes = min(len(missing), available_cpus(), size // _BYTES_PER_PROCESS)
     with Progress(len(missing), "building indexes of predictions", "files") as progress:
         for _ in run_each(index_from_predictions, missing, processes):
             progress.update(1)
+    return files
 
 
 _NAMES = ("shard", "worker", "position", "label", "prob")
 COLUMNS = dict(zip(_NAMES, (np.int32, np.int32, np.int64, np.int32, np.float32)))
+
+
+def schema(columns: Mapping[str, type]) -> pyarrow.Schema:
+    """The schema of a Parquet file with these columns: name → NumPy type."""
+    import pyarrow
+
+    return pyarrow.schema([(n, pyarrow.from_numpy_dtype(kind)) for n, kind in columns.items()])
 
 
 def top_one(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -162,16 +163,12 @@ class IndexWriter(contextlib.AbstractContextManager):
     """
 
     def __init__(self, path: str, shard: int, worker: int):
-        import pyarrow
         import pyarrow.parquet
 
-        self._pyarrow = pyarrow
         self._shard, self._worker, self._rows = shard, worker, 0
         self._labels, self._probs = np.zeros(0, np.int32), np.zeros(0, np.float32)
-        fields = [(name, pyarrow.from_numpy_dtype(kind)) for name, kind in COLUMNS.items()]
-        schema = pyarrow.schema(fields)
         self._file = local_files.FileSink(path)
-        self._writer = pyarrow.parquet.ParquetWriter(self._file, schema)
+        self._writer = pyarrow.parquet.ParquetWriter(self._file, schema(COLUMNS))
 
     def add(self, labels: np.ndarray, top_probs: np.ndarray) -> None:
         """Appends rows: labels int32 [N], top-1 probabilities float32 [N]."""
@@ -181,10 +178,12 @@ class IndexWriter(contextlib.AbstractContextManager):
             self._write(_GROUP)
 
     def _write(self, n: int) -> None:
+        import pyarrow
+
         position = np.arange(self._rows, self._rows + n, dtype=np.int64)
         places = (np.full(n, self._shard, np.int32), np.full(n, self._worker, np.int32), position)
         columns = (*places, self._labels[:n], self._probs[:n])
-        self._writer.write_table(self._pyarrow.table(dict(zip(COLUMNS, columns))))
+        self._writer.write_table(pyarrow.table(dict(zip(COLUMNS, columns))))
         self._labels, self._probs = self._labels[n:], self._probs[n:]
         self._rows += n
 
@@ -206,46 +205,36 @@ def index_from_predictions(prediction_path: str, index_path: str, shard: int, wo
       DataError: a prediction cannot be read.
     """
     with (
-        atomic.atomic_path(index_path) as temporary,
+        atomic_path(index_path) as temporary,
         IndexWriter(temporary, shard, worker) as writer,
     ):
-        rows: list[np.ndarray] = []
-        for record in tfrecords.read(prediction_path):
-            rows.append(_prediction(record, prediction_path, len(rows[0]) if rows else None))
-            if len(rows) == _PREDICTIONS_AT_ONCE:
-                writer.add(*top_one(np.stack(rows)))
-                rows = []
-        if rows:
+        records, num_classes = tfrecords.read(prediction_path), 0
+        while some := list(itertools.islice(records, _PREDICTIONS_AT_ONCE)):
+            rows = []
+            for record in some:
+                rows.append(_prediction(record, prediction_path, num_classes))
+                num_classes = len(rows[0])
             writer.add(*top_one(np.stack(rows)))
 
 
-def _prediction(record: tfrecords.Record, path: str, num_classes: int | None) -> np.ndarray:
-    """Probabilities float32 [C] of a record."""
+def _prediction(record: tfrecords.Record, path: str, num_classes: int) -> np.ndarray:
+    """Probabilities float32 [C] of a record; any number of classes with `num_classes` 0."""
     problem = record.problem
     if record.payload is not None:
         probs = tfexamples.probabilities(record.payload)
-        if len(probs) and num_classes in (None, len(probs)):
+        if len(probs) and num_classes in (0, len(probs)):
             return probs
         problem = f"it has {len(probs)} probabilities, not {num_classes or 'one per class'}"
     raise DataError(f"{path}, record {record.position}: {problem}; predict it again")
 
 
-class RowGroupRange(NamedTuple):
-    """Consecutive row groups of an index file.
-
-    Attributes:
-      worker: whose predictions the file indexes.
-      path: of the file.
-      groups: numbers of the row groups.
-      start: position of the first row.
-      rows: how many rows.
-    """
+class RowGroup(NamedTuple):
+    """A row group of a worker's index file, which begins at row `start`."""
 
     worker: int
     path: str
-    groups: list[int]
+    number: int
     start: int
-    rows: int
 
 
 class RowChunk(NamedTuple):
@@ -268,38 +257,38 @@ class RowChunk(NamedTuple):
     positions: np.ndarray
 
 
-def row_group_ranges(paths: Sequence[str]) -> Iterator[list[RowGroupRange]]:
-    """Cuts the index files of a shard, one per worker, into parts of about `_ROWS_PER_RANGE` rows."""
+def _parts(paths: Sequence[str]) -> Iterator[list[RowGroup]]:
+    """Cuts the index files of a shard, one per worker, into parts of about `_ROWS_PER_PART` rows."""
     import pyarrow.parquet
 
-    part: list[RowGroupRange] = []
+    part: list[RowGroup] = []
     rows = 0
     for worker, path in enumerate(paths):
         metadata = pyarrow.parquet.read_metadata(path)
         start = 0
         for group in range(metadata.num_row_groups):
             size = metadata.row_group(group).num_rows
-            if part and rows + size > _ROWS_PER_RANGE:
+            if part and rows + size > _ROWS_PER_PART:
                 yield part
                 part, rows = [], 0
-            if part and part[-1].worker == worker:
-                last = part.pop()
-                part.append(last._replace(groups=[*last.groups, group], rows=last.rows + size))
-            else:
-                part.append(RowGroupRange(worker, path, [group], start, size))
+            part.append(RowGroup(worker, path, group, start))
             start, rows = start + size, rows + size
     # An empty shard has one part, too, so that every shard has a result.
     yield part
 
 
-def _chunks(shard: int, part: Sequence[RowGroupRange]) -> Iterator[RowChunk]:
+def _chunks(shard: int, part: Sequence[RowGroup]) -> Iterator[RowChunk]:
     import pyarrow.parquet
 
-    for rows in part:
-        start = rows.start
-        with pyarrow.parquet.ParquetFile(rows.path) as file:
+    for (worker, path), same_file in itertools.groupby(part, key=lambda group: group[:2]):
+        groups = list(same_file)
+        start = groups[0].start
+        with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(
-                _ROWS_AT_ONCE, rows.groups, columns=["label", "prob"], use_threads=False
+                _ROWS_AT_ONCE,
+                [g.number for g in groups],
+                columns=["label", "prob"],
+                use_threads=False,
             ):
                 labels, probs = (batch.column(k).to_numpy() for k in range(2))
                 size = len(labels)
@@ -307,7 +296,7 @@ def _chunks(shard: int, part: Sequence[RowGroupRange]) -> Iterator[RowChunk]:
                 if size and labels.min() < 0:
                     known = labels >= 0
                     labels, probs, positions = labels[known], probs[known], positions[known]
-                yield RowChunk(shard, rows.worker, start, size, labels, probs, positions)
+                yield RowChunk(shard, worker, start, size, labels, probs, positions)
                 start += size
 
 
@@ -320,9 +309,7 @@ class IndexScan:
 
     def __init__(self, files: Mapping[int, Sequence[str]]):
         self.files = dict(files)
-        self._parts = [
-            (shard, part) for shard, paths in self.files.items() for part in row_group_ranges(paths)
-        ]
+        self._parts = [(s, part) for s, paths in self.files.items() for part in _parts(paths)]
 
     def each(
         self, what: str, work: Callable[[Iterator[RowChunk]], Result]

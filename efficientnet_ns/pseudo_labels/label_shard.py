@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import time
 from collections import deque
@@ -22,7 +21,7 @@ from absl import logging
 
 from efficientnet_ns.config import PredictConfig
 from efficientnet_ns.data import image_headers
-from efficientnet_ns.files import atomic, manifests, tfexamples, tfrecords
+from efficientnet_ns.files import json_files, manifests, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.leases import Lease
 from efficientnet_ns.files.progress import Progress
@@ -248,8 +247,7 @@ class ShardLabeling:
                 raise Broken(f"{task.name}: a part was damaged or replaced")
             opened.close()
             if not task.reassign:
-                with tf.io.gfile.GFile(temporary[stage.outputs[2]], "w") as f:
-                    f.write(json.dumps({"image_num": total}))
+                json_files.write_json(temporary[stage.outputs[2]], {"image_num": total})
             self._lease.check()
             _write_quarantine(task, quarantine, total)
             counts.update(records=total, quarantine={str(n): why for n, _, why in quarantine})
@@ -263,14 +261,11 @@ def _size(parts: list[PartFile]) -> int:
 def _part(
     batch: EncodedBatch, probs: np.ndarray, problems: dict[int, str], *, first: int, reassign: bool
 ) -> PartFile:
-    """A batch with its predictions, which are zero for unusable records.
+    """A batch, which begins at the worker's record `first`, with its predictions.
 
     Args:
-      batch: of N images.
-      probs: float32 [N, C].
+      probs: float32 [N, C], zeros for unusable records.
       problems: index into the batch → why the image could not be decoded.
-      first: number of its first record among those of this worker.
-      reassign: see `ShardTask`.
     """
     problems = {**problems, **batch.problems}
     labels, top_probs = top_one(probs)
@@ -306,13 +301,11 @@ def _write_quarantine(task: ShardTask, quarantine: list[list], total: int) -> No
         if tf.io.gfile.exists(task.quarantine_path):
             tf.io.gfile.remove(task.quarantine_path)
         return
-    with (
-        atomic.atomic_path(task.quarantine_path) as temporary,
-        tf.io.gfile.GFile(temporary, "w") as f,
-    ):
-        for number, position, reason in quarantine:
-            entry = {"file": task.source, "position": position, "prediction": number}
-            f.write(json.dumps({**entry, "reason": reason}) + "\n")
+    rows = [
+        {"file": task.source, "position": position, "prediction": number, "reason": reason}
+        for number, position, reason in quarantine
+    ]
+    json_files.write_json_lines(task.quarantine_path, rows)
     logging.warning(
         "%s: %d of %d records are unreadable, see %s",
         *(task.source, len(quarantine), total, task.quarantine_path),

@@ -104,12 +104,12 @@ class Outcome:
 
         Confident images are at or above the threshold; records are the kept images with copies.
         """
-        found = self._db.execute(
+        found = self._columns(
             "SELECT * FROM (SELECT count(*) AS images, count_if(label < 0) AS unreadable, "
             "count_if(label >= 0 AND prob::DOUBLE >= $1) AS confident FROM predictions), "
             "(SELECT count(*) AS kept, coalesce(sum(copies), 0)::BIGINT AS records FROM chosen)",
-            [self.config.min_threshold],
-        ).fetchnumpy()
+            self.config.min_threshold,
+        )
         return {name: int(value[0]) for name, value in found.items()}
 
     def confidence(self, bins: int) -> dict[str, np.ndarray]:
@@ -203,6 +203,17 @@ class Outcome:
         )
         return [Picture(*row) for row in rows]
 
+    def labels(self, shard: int) -> list[tuple[int, float, bool]]:
+        """(label, top-1 probability, kept) of each record of a shard, in order; -1: unreadable."""
+        workers = index.count_workers(self.config)
+        return self._query(
+            f"SELECT p.label, p.prob, copies IS NOT NULL FROM predictions AS p "
+            "LEFT JOIN (SELECT shard, worker, position, copies FROM selection) "
+            "USING (shard, worker, position) WHERE shard = $1 "
+            f"ORDER BY position * {workers} + worker",
+            shard,
+        )
+
     def confusion(self) -> dict[str, np.ndarray]:
         """Columns `truth`, `label`, `images` int of the kept images, a row per pair that occurs."""
         return self._columns(
@@ -240,8 +251,8 @@ class Outcome:
             f"GROUP BY ALL ORDER BY images DESC, before, label LIMIT {int(limit)}"
         )
 
-    def _columns(self, query: str) -> dict[str, np.ndarray]:
-        return self._db.execute(f"{query} ORDER BY ALL").fetchnumpy()
+    def _columns(self, query: str, *values: object) -> dict[str, np.ndarray]:
+        return self._db.execute(f"{query} ORDER BY ALL", list(values)).fetchnumpy()
 
 
 def _indexes(config: SelectConfig) -> list[str]:
@@ -308,15 +319,15 @@ def read_images(
     Each shard is read up to the last of its places only.
     """
     by_shard = defaultdict(set)
-    for shard, record in places:
-        by_shard[shard].add(record)
+    for shard, number in places:
+        by_shard[shard].add(number)
     found = {}
     for shard, wanted in sorted(by_shard.items()):
         with tfrecords.Scanner(index.input_path(config, shard)) as scanner:
             for number in sorted(wanted):
                 scanner.skip(number - scanner.position)
-                found_record = scanner.take()
-                payload = found_record.payload if found_record is not None else None
+                record = scanner.take()
+                payload = record and record.payload
                 feature = payload and tfexamples.feature(payload, tfexamples.IMAGE)
                 found[shard, number] = tfexamples.bytes_value(feature) if feature else b""
     return found

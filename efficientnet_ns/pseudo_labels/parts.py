@@ -101,15 +101,10 @@ class Parts:
 
     def chain(self) -> Iterator[tuple[PartFile, bytes]]:
         """Yields the finished parts from the first record on, with the bytes of their records."""
-        first = 0
-        while True:
-            found = self._read(first)
-            if found is None:
-                return
+        first, last = 0, False
+        while not last and (found := self._read(first)) is not None:
             yield found
-            if found[0].last:
-                return
-            first += found[0].records
+            first, last = first + found[0].records, found[0].last
 
     def _read(self, first: int) -> tuple[PartFile, bytes] | None:
         try:

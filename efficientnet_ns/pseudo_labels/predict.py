@@ -99,7 +99,7 @@ def _tasks(resolved: ResolvedConfig) -> dict[str, ShardTask]:
         start = (os.getpid() * 7919) % len(shards)
         shards = shards[start:] + shards[:start]
     sources = {shard: _input_path(resolved.config, shard) for shard in shards}
-    checkpoint = weights.fingerprint(options.predict_ckpt_path)
+    checkpoint = weights.fingerprint(options.predict_ckpt_path, resolved.config.model.model_name)
     tasks = [_task(resolved, checkpoint, sources[shard], shard) for shard in shards]
     return {task.name: task for task in tasks}
 
@@ -142,6 +142,8 @@ def _task(resolved: ResolvedConfig, checkpoint: str, path: str, shard: int) -> S
     }
     if options.test_time_views > 1:
         settings["test_time_views"] = options.test_time_views
+    if resolved.config.data.crop_fraction is not None:
+        settings["crop_fraction"] = resolved.config.data.crop_fraction
     if options.noised_teacher:
         model = resolved.config.model
         settings["noised_teacher"] = {

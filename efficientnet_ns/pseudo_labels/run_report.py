@@ -15,11 +15,11 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns import report
-from efficientnet_ns.config import ConfigError, SelectConfig
+from efficientnet_ns.config import ConfigError, ReportConfig, SelectConfig
 from efficientnet_ns.files import json_files, manifests
 from efficientnet_ns.pseudo_labels import outcome
 from efficientnet_ns.pseudo_labels.outcome import Outcome, Picture
-from efficientnet_ns.pseudo_labels.selection import SELECTION
+from efficientnet_ns.pseudo_labels.selection import RULE, SELECTION
 
 _PICTURES = 36  # Of a grid over all classes.
 _PICTURES_PER_CLASS = 8
@@ -27,44 +27,21 @@ _PIXELS = 112  # Of the larger side: twice what is shown, for dense screens.
 _AGREEMENT_BINS = 20
 
 
-class Options(NamedTuple):
-    """What a report shows in addition to the run itself.
-
-    Attributes:
-      truth: true labels, see `outcome.read_truth`; None: no comparison.
-      previous_dir: predictions of an earlier round for the same images; "": no comparison.
-      class_names: one per class; None: the numbers.
-      classes: how many of the best covered, the worst covered and the other classes to show
-        pictures of.
-      picture_shards: take pictures from the first `picture_shards` shards.
-    """
-
-    truth: outcome.Truth | None = None
-    previous_dir: str = ""
-    class_names: Sequence[str] | None = None
-    classes: int = 10
-    picture_shards: int = 4
+_DEFAULTS = ReportConfig()
 
 
-_DEFAULTS = Options()
-
-
-def write_report(config: SelectConfig, options: Options = _DEFAULTS, path: str = "") -> str:
-    """Writes the report of a finished selection.
+def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> str:
+    """Writes the report of a finished selection, and returns its path.
 
     Args:
-      config: of the selection.
-      options: what else to show.
-      path: of the HTML file; "": `report.html` in the selection's output_dir.
-
-    Returns:
-      The path.
+      config: settings of the selection.
+      options: the path, and what to show besides the run itself.
 
     Raises:
       DataError: predictions, selection or truth are missing or do not fit.
       ConfigError: the number of class names is not the number of classes.
     """
-    path = path or os.path.join(config.output_dir, "report.html")
+    path = options.report_path or os.path.join(config.output_dir, "report.html")
     report.write_page(
         path,
         title="Pseudo labels",
@@ -80,14 +57,30 @@ def write_report(config: SelectConfig, options: Options = _DEFAULTS, path: str =
     return path
 
 
-def sections(config: SelectConfig, options: Options = _DEFAULTS) -> list[report.Section]:
-    """The sections of the report, titles in lower case; see `write_report`."""
-    names = list(options.class_names or map(str, range(config.num_label_classes)))
+def sections(
+    config: SelectConfig,
+    options: ReportConfig = _DEFAULTS,
+    *,
+    truth: outcome.Truth | None = None,
+    class_names: Sequence[str] | None = None,
+) -> list[report.Section]:
+    """The sections of the report, titles in lower case; see `write_report`.
+
+    Args:
+      truth: true labels by shard and record, instead of the file that `options` names.
+      class_names: one per class, instead of the file that `options` names.
+    """
+    if class_names is None and options.class_names:
+        with tf.io.gfile.GFile(options.class_names) as f:
+            class_names = f.read().splitlines()
+    names = list(class_names or map(str, range(config.num_label_classes)))
     if len(names) != config.num_label_classes:
         raise ConfigError(f"{len(names)} class names for {config.num_label_classes} classes")
     config = _as_selected(config)
-    truth = None if options.truth is None else outcome.read_truth(config, options.truth)
-    result = Outcome(config, truth=truth, previous_dir=options.previous_dir)
+    truth = options.truth if truth is None else truth
+    known = None if isinstance(truth, str) and not truth else outcome.read_truth(config, truth)
+    previous = options.previous_prediction_dir
+    result = Outcome(config, truth=known, previous_dir=previous)
     run = _Run(config, options, names, result, result.classes())
     parts = {
         "summary": _summary(run),
@@ -95,18 +88,12 @@ def sections(config: SelectConfig, options: Options = _DEFAULTS) -> list[report.
         "confidence by class": _confidence_by_class(run),
         "class balance before and after": _balance(run),
         "worst and best covered classes": _coverage(run),
-        **({"pseudo labels against the hidden truth": _truth(run)} if truth is not None else {}),
-        **({"agreement with the round before": _agreement(run)} if options.previous_dir else {}),
+        **({"pseudo labels against the hidden truth": _truth(run)} if known is not None else {}),
+        **({"agreement with the round before": _agreement(run)} if previous else {}),
         **_pictures(run),
         "records in quarantine": _quarantine(run),
     }
     return [report.Section(title, body) for title, body in parts.items()]
-
-
-_SETTINGS = (
-    *("num_image", "min_threshold", "max_prob", "upsample", "use_top", "use_all", "selection"),
-    "seed",
-)
 
 
 def _as_selected(config: SelectConfig) -> SelectConfig:
@@ -119,7 +106,7 @@ def _as_selected(config: SelectConfig) -> SelectConfig:
     if not tf.io.gfile.exists(manifest):
         return config
     made_with = json_files.read_object(manifest, "config")["config"]
-    noted = {name: made_with[name] for name in _SETTINGS if name in made_with}
+    noted = {name: made_with[name] for name in RULE if name in made_with}
     default = SelectConfig()
     given = {name: getattr(config, name) for name in noted}
     given = {name: value for name, value in given.items() if value != getattr(default, name)}
@@ -134,7 +121,7 @@ def _as_selected(config: SelectConfig) -> SelectConfig:
 
 class _Run(NamedTuple):
     config: SelectConfig
-    options: Options
+    options: ReportConfig
     names: list[str]
     outcome: Outcome
     classes: dict[str, np.ndarray]
@@ -164,10 +151,7 @@ def _confidence(run: _Run) -> str:
         "The teacher's confidence in its labels. Rejected images above the threshold belong to "
         "classes with enough images of higher confidence."
     ) + report.confidence_histogram(
-        counts["prob"],
-        counts["kept"],
-        threshold=run.config.min_threshold,
-        images=counts["images"],
+        counts["prob"], counts["kept"], threshold=run.config.min_threshold, images=counts["images"]
     )
 
 
@@ -208,7 +192,7 @@ def _coverage(run: _Run) -> str:
         }
         for i in order
     ]
-    shown = max(run.options.classes, 1)
+    shown = max(run.options.report_classes, 1)
     text = report.paragraph(
         "Classes with predictions, ordered by the number of images at or above the threshold. In the "
         "best covered classes, the lowest kept confidence shows how selective the selection was."
@@ -280,7 +264,7 @@ def _agreement(run: _Run) -> str:
     ]
     return (
         report.paragraph(
-            f"Labels of this round against those in {run.options.previous_dir}, by the confidence of "
+            f"Labels of this round against those in {run.options.previous_prediction_dir}, by the confidence of "
             "this round. Where the rounds agree almost everywhere, another round brings little."
         )
         + report.agreement_by_confidence(
@@ -316,23 +300,15 @@ def _quarantine(run: _Run) -> str:
 
 # Title → (kept or rejected, order of confidence, text).
 _GRIDS = {
-    "most confident images kept": (
-        True,
-        "most",
-        "Labels and confidence of the surest predictions.",
-    ),
-    "least confident images kept": (
-        True,
-        "least",
-        "Just above the cut: look for wrong labels here.",
-    ),
+    "most confident images kept": (True, "most", "The surest predictions, with their labels."),
+    "least confident images kept": (True, "least", "Near the cut: look for wrong labels here."),
     "images rejected": (False, "most", "Most confident first: correct labels here are a loss."),
 }
 
 
 def _pictures(run: _Run) -> dict[str, str]:
     """Title → grids over all classes, and of some classes."""
-    shards = min(run.options.picture_shards, run.config.num_shards)
+    shards = min(run.options.report_shards, run.config.num_shards)
     chosen = _classes_to_show(run)
     overall, by_class = (
         {
@@ -377,7 +353,7 @@ def _pictures(run: _Run) -> dict[str, str]:
 
 def _classes_to_show(run: _Run) -> list[int]:
     """The worst and best covered classes and some in between, in order of their coverage."""
-    order, count = _by_coverage(run), run.options.classes
+    order, count = _by_coverage(run), run.options.report_classes
     if len(order) > 3 * count:
         between = np.linspace(count, len(order) - count - 1, count).astype(int)
         order = np.concatenate([order[:count], order[between], order[len(order) - count :]])

@@ -32,15 +32,9 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import ConfigError, SelectConfig, check
-from efficientnet_ns.files import (
-    json_files,
-    local_files,
-    manifests,
-    shard_names,
-    tfexamples,
-    tfrecords,
-)
+from efficientnet_ns.files import json_files, local_files, manifests, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.files.shard_names import info_name
 from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.index import IndexScan, RowChunk
 
@@ -48,11 +42,12 @@ SELECTION = "selection.parquet"
 TOTAL, RUNNING_SUM = "total_counts.json", "total_counts_sum.json"
 # Version of the function `draws`; raise it when the function changes.
 DRAWS = 2
-# The settings that determine the selection.
-_DECISIVE = (
+# The settings that determine the selection: the rule, and what it is applied to.
+RULE = (
     *("selection", "num_image", "min_threshold", "max_prob", "upsample", "use_top", "use_all"),
-    *("seed", "num_shards", "num_label_classes", "only_use_num_shards", "debug"),
+    "seed",
 )
+_DECISIVE = (*RULE, "num_shards", "num_label_classes", "only_use_num_shards", "debug")
 _ROW_GROUP = 1 << 20
 
 
@@ -306,8 +301,7 @@ def _check_labels(chunk: RowChunk, num_classes: int) -> None:
 def _check_numbers(config: SelectConfig, shard: int, rows: Sequence[int]) -> None:
     """Compares the number of predictions of each worker with its file in --info_dir, if given."""
     for worker, found in enumerate(rows if config.info_dir else ()):
-        name = shard_names.info_name(shard, config.num_shards, worker)
-        path = os.path.join(config.info_dir, name)
+        path = os.path.join(config.info_dir, info_name(shard, config.num_shards, worker))
         if not tf.io.gfile.exists(path):
             raise DataError(f"{path} is missing: predict that shard first")
         expected = json_files.read_json(path)["image_num"]
@@ -639,9 +633,7 @@ def _write_selection(scan: IndexScan, rules: Rules, path: str) -> list[tuple[int
     import pyarrow
     import pyarrow.parquet
 
-    schema = pyarrow.schema(
-        [(name, pyarrow.from_numpy_dtype(kind)) for name, kind in COLUMNS.items()]
-    )
+    schema = index.schema(COLUMNS)
     classes = len(rules["least"])
     lowest = np.full(classes, np.inf, np.float32)
     images, copies = np.zeros(classes, np.int64), np.zeros(classes, np.int64)

@@ -21,9 +21,7 @@ from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import SELECTION
-from efficientnet_ns.pseudo_labels.write_shard import Lost, stage, write_shard
-
-__all__ = ["Lost", "write", "write_shards"]
+from efficientnet_ns.pseudo_labels.write_shard import stage, write_shard
 
 # A process takes seconds to start, which pays off only with this much to read.
 _BYTES_PER_PROCESS = 256 << 20
@@ -43,39 +41,35 @@ def write(config: SelectConfig, shards: Sequence[int] | None = None) -> dict[str
 
     Raises:
       DataError: a selected record cannot be read.
-      Lost: the records read back from a file are not those selected.
+      write_shard.Lost: the records read back from a file are not those selected.
       processes.ProcessDied: one of --num_workers was killed.
     """
     everything = index.shards(config)
     selection_hash = _selection_hash(config)
-    written = _write_shards(config, selection_hash, everything if shards is None else shards)
+    chosen = everything if shards is None else shards
+    written = write_shards(config, chosen, selection_hash)
     stages = [stage(config, selection_hash, shard) for shard in everything]
     if all(shard_stage.done() for shard_stage in stages):
         _write_final_stats(config, stages)
     return {"records": written}
 
 
-def write_shards(config: SelectConfig, shards: Sequence[int]) -> int:
+def write_shards(config: SelectConfig, shards: Sequence[int], selection_hash: str = "") -> int:
     """As `write`, but leaves all other shards and the statistics of all to `write`.
 
     Returns:
       Records written, over the requested shards.
     """
-    return _write_shards(config, _selection_hash(config), shards)
-
-
-def _write_shards(config: SelectConfig, selection_hash: str, shards: Sequence[int]) -> int:
+    selection_hash = selection_hash or _selection_hash(config)
     workers = index.count_workers(config)
     stages = {shard: stage(config, selection_hash, shard) for shard in shards}
     todo = {shard: stages[shard] for shard in stages if not stages[shard].done()}
     path = os.path.join(config.output_dir, SELECTION)
     with local_files.local_copies([path]) as local:
-        images = _images(local[path])
         jobs = [(config, local[path], todo[shard], shard, workers) for shard in todo]
-        total = sum(images[shard] for shard in todo)
-        with Progress(total, "writing balanced records", "images") as progress:
-            for job, _ in run_each(write_shard, jobs, _processes(config, list(todo))):
-                progress.update(images[job[3]])
+        with Progress(len(jobs), "writing balanced records", "shards") as progress:
+            for _ in run_each(write_shard, jobs, _processes(config, list(todo))):
+                progress.update(1)
     # A killed process may have begun a shard that another one finished.
     atomic.remove_abandoned([p for s in stages.values() for p in (s.manifest, *s.outputs)])
     return sum(shard_stage.counts()["records"] for shard_stage in stages.values())
@@ -86,18 +80,6 @@ def _selection_hash(config: SelectConfig) -> str:
     if not tf.io.gfile.exists(path):
         raise DataError(f"{path} is missing: run the selection first")
     return manifests.content_hash(path)
-
-
-def _images(selection: str) -> Counter[int]:
-    """How many images of each shard are selected."""
-    import pyarrow.parquet
-
-    metadata = pyarrow.parquet.read_metadata(selection)
-    found: Counter[int] = Counter()
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        # A row group holds rows of one shard.
-        found[group.column(0).statistics.min] += group.num_rows
-    return found
 
 
 def _processes(config: SelectConfig, shards: Sequence[int]) -> int:

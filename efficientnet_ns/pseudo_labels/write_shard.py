@@ -52,11 +52,7 @@ def stage(config: SelectConfig, selection_hash: str, shard: int) -> manifests.St
 
 
 def write_shard(
-    config: SelectConfig,
-    selection: str,
-    stage: manifests.Stage,
-    shard: int,
-    workers: int,
+    config: SelectConfig, selection: str, stage: manifests.Stage, shard: int, workers: int
 ) -> None:
     """Writes the records of a shard, reads them back, and commits them with their statistics.
 
@@ -164,8 +160,11 @@ def _examples(config: SelectConfig, chosen: Chosen, shard: int, workers: int) ->
                     "delete its index and the selection, and select again"
                 )
             if samples[label] < config.num_samples:
+                folder = os.path.join(config.output_dir, "samples", str(label))
+                tf.io.gfile.makedirs(folder)
                 name = f"image_{shard}_{index.task_number(config)}_{samples[label]}_{prob:.4f}.jpeg"
-                _write_sample(config, name, label, tfexamples.bytes_value(image))
+                with tf.io.gfile.GFile(os.path.join(folder, name), "wb") as f:
+                    f.write(tfexamples.bytes_value(image))
                 samples[label] += 1
             yield tfexamples.pseudo_labeled_from_features(image, probs, label, prob)
         images.skip()
@@ -207,11 +206,3 @@ def _check_number(
         raise DataError(
             f"{path} has more predictions than {source} has images for {workers} workers"
         )
-
-
-def _write_sample(config: SelectConfig, name: str, label: int, image: bytes) -> None:
-    """Writes an image as a file that people can open."""
-    folder = os.path.join(config.output_dir, "samples", str(label))
-    tf.io.gfile.makedirs(folder)
-    with tf.io.gfile.GFile(os.path.join(folder, name), "wb") as f:
-        f.write(image)

@@ -30,6 +30,12 @@ def thumbnail(data: bytes, size: int) -> bytes:
     return buffer.getvalue()
 
 
+def picture(data: bytes, description: str) -> str:
+    """One picture, JPEG or PNG, as wide as the page allows."""
+    uri = style.data_uri(data, _mime(data) or "image/png")
+    return f'<img src="{uri}" alt="{tables.escape(description)}" style="max-width: 100%">\n'
+
+
 def _mime(data: bytes) -> str | None:
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png"

@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config.fields import ConfigError, as_dict, check
+from efficientnet_ns.config.fields import ConfigError, as_dict, check, needed
 from efficientnet_ns.config.sections import Config
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.data.autoaugment import AutoAugment
@@ -116,11 +116,43 @@ class ResolvedConfig:
           DataError: there are none, or they cannot be counted.
           ConfigError: no `label_data_dir`, or fewer shards than `num_train_shards`.
         """
-        data = self.config.data
-        if not data.label_data_dir:
-            raise ConfigError("--label_data_dir is needed: the folder of the labeled records")
-        source = pipeline.Source.find(data.label_data_dir, self.task.train_set)
-        return limited(source, source.shards, "num_train_shards", data.num_train_shards)
+        source = pipeline.Source.find(self._label_data_dir, self.task.train_set)
+        return self._limited(source, source.shards, "num_train_shards")
+
+    def evaluation_source(
+        self, prefix: str | None = None, limit: str = "num_eval_images"
+    ) -> pipeline.Source:
+        """The labeled records to measure on, all of them or the first.
+
+        Args:
+          prefix: of the set; None: the task's evaluation set.
+          limit: the setting that states how many.
+
+        Raises:
+          DataError: there are none, or one is damaged.
+          ConfigError: no `label_data_dir`, or fewer records than the limit.
+        """
+        # Accuracy on a part of a damaged set would not be comparable: no record may be missing.
+        source = pipeline.Source.find(
+            self._label_data_dir, prefix or self.task.eval_set, max_bad_fraction=0
+        )
+        return self._limited(source, source.examples, limit)
+
+    @property
+    def _label_data_dir(self) -> str:
+        folder = self.config.data.label_data_dir
+        return needed(folder, "label_data_dir", "the folder with the labeled records")
+
+    def _limited(
+        self, source: pipeline.Source, take: Callable[[int], pipeline.Source], setting: str
+    ) -> pipeline.Source:
+        """`take(number)`, the number being a setting's; all of `source` if that is None."""
+        number = getattr(self.config.data, setting)
+        try:
+            return source if number is None else take(number)
+        except DataError as e:
+            folder = os.path.dirname(source.paths[0])
+            raise ConfigError(f"--{setting}={number}: {e} in {folder}") from e
 
     def epoch_images(self, labeled: pipeline.Source | None = None) -> int:
         """Labeled images that make an epoch: as configured, the task's, or as many as there are.
@@ -179,6 +211,7 @@ class ResolvedConfig:
             flip=self.task.flip,
             augmentation=self._augmentation(augment_name),
             clean=self.config.data.remove_aug or augment_name == "clean",
+            crop_fraction=self.config.data.crop_fraction,
         )
 
     def _augmentation(self, name: str | None) -> pipeline.Augmentation | None:
@@ -191,6 +224,7 @@ class ResolvedConfig:
                 magnitude=data.randaug_mag,
                 mode=data.randaug_mode,
                 use_cutout=data.cutout_op,
+                proportional=data.randaug_reach == "proportional",
             )
         if name == "autoaugment":
             default = "svhn" if data.task_name == "svhn" else "imagenet"
@@ -315,24 +349,3 @@ def normalization(model_name: str, task: tasks.Task) -> dict[str, Any]:
     """`mean` and `std` of a model's pixels: the task's where it states them, else the variant's."""
     variant = efficientnet.get_variant(model_name)
     return {"mean": task.mean or variant.mean, "std": task.std or variant.std}
-
-
-def limited(
-    source: pipeline.Source,
-    take: Callable[[int], pipeline.Source],
-    flag: str,
-    number: int | None,
-) -> pipeline.Source:
-    """`take(number)`, or all of `source` if `number` is None.
-
-    Args:
-      flag: name of the flag whose value `number` is.
-
-    Raises:
-      ConfigError: there is less to take; names the flag.
-    """
-    try:
-        return source if number is None else take(number)
-    except DataError as e:
-        folder = os.path.dirname(source.paths[0])
-        raise ConfigError(f"--{flag}={number}: {e} in {folder}") from e

@@ -57,7 +57,7 @@ def encoded_images(path: str, limit: int) -> list[bytes]:
     shards = [name for name in names if _SHARD.fullmatch(name)]
     # Images next to records take precedence over the records; images in subfolders do not.
     pictures = any(name.rpartition(".")[2].lower() in image_sources.EXTENSIONS for name in names)
-    found = _recorded(path, shards) if shards and not pictures else _listed(path, limit)
+    found = _recorded(path, shards) if shards and not pictures else _listed(path)
     images = list(itertools.islice(_decodable(found), limit))
     if not images:
         raise DataError(
@@ -79,14 +79,11 @@ def _recorded(path: str, shards: Sequence[str]) -> Iterator[tuple[str, bytes]]:
                 raise DataError(f"{where}: {e}") from e
 
 
-def _listed(path: str, limit: int) -> Iterator[tuple[str, bytes]]:
-    source = image_sources.open_source(path)
-    entries = _in_turn(listing.list_images(source, labeled=False).entries)
-    # In steps of `limit`: a compressed archive holds the requested images in memory.
-    for start in range(0, len(entries), limit):
-        some = entries[start : start + limit]
-        with source.reader(some) as read:
-            for entry in some:
+def _listed(path: str) -> Iterator[tuple[str, bytes]]:
+    with image_sources.open_source(path) as source:
+        entries = _in_turn(listing.list_images(source, labeled=False).entries)
+        with source.reader(entries) as read:
+            for entry in entries:
                 try:
                     yield os.path.join(path, entry.name), read(entry).image
                 except (image_conversion.Unusable, OSError, tf.errors.OpError) as e:

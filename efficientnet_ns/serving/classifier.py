@@ -60,9 +60,10 @@ class Classifier(tf.Module):
         self._preprocessing, self._outputs = preprocessing, outputs
         ends = efficientnet.endpoints(model)
         both = tf.keras.Model(model.input, [ends["logits"], ends["pooled"]])
-        self._run = functools.partial(both, training=False)
+        run = functools.partial(both, training=False)
+        self._run: Callable[[tf.Tensor], list[tf.Tensor]] = run
         if freeze:
-            self._run = _frozen(self._run, tf.TensorSpec(model.input_shape, tf.float32))
+            self._run = _frozen(run, tf.TensorSpec(model.input_shape, tf.float32))
         else:
             self._model = both  # tf.Module saves the variables of its attributes.
 

@@ -13,7 +13,7 @@ from efficientnet_ns import inference
 from efficientnet_ns.config import Config, ConfigError, ExportConfig
 from efficientnet_ns.data import tasks
 from efficientnet_ns.ingest import data_source
-from efficientnet_ns.models import weights
+from efficientnet_ns.models import published, weights
 from efficientnet_ns.models.recipes import RECIPES
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.serving import check, export, provenance, tflite
@@ -39,6 +39,7 @@ def export_model(config: Config, options: ExportConfig) -> str:
         raise ConfigError("--export_dir and --model_dir (or --init_model_path) are needed")
     _check(options)
     resolved = ResolvedConfig.from_config(data_source.with_records(config))
+    path = os.fspath(published.located(path, resolved.config.model.model_name))
     model = _model(resolved, path, options)
     number = options.version
     if number is None:

@@ -23,6 +23,7 @@ _RECIPE = {
     "moving_average_decay": "Decay of the moving averages",
     "teacher_model_name": "Teacher on the fly",
     "init_model_path": "Started from",
+    "init_weights": "Started from",
     "seed": "Seed",
 }
 _DATA = {"label_data_dir": "Labeled data", "unlabel_data_dir": "Pseudo-labeled data"}

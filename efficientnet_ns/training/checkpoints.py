@@ -12,7 +12,7 @@ from absl import logging
 from efficientnet_ns.files import atomic
 from efficientnet_ns.files.paths import listed
 from efficientnet_ns.models import weights
-from efficientnet_ns.training.optimizers import RMSPropTF1
+from efficientnet_ns.training.optimizers import Adam, RMSPropTF1
 from efficientnet_ns.training.student import NoisyStudent
 
 _PREFIX = "model.ckpt-"
@@ -58,7 +58,7 @@ class Checkpoints:
     ):
         self.folder, self.keep, self._writes = folder, keep, writes
         student, ema_student = trainer.student, trainer.ema_student
-        optimizer: RMSPropTF1 = trainer.optimizer
+        optimizer: RMSPropTF1 | Adam = trainer.optimizer
         self.optimizer, self._model = optimizer, ema_student
         names = weights.variable_names(student)
         averages = weights.variable_names(ema_student)
@@ -67,13 +67,14 @@ class Checkpoints:
         trainable = {id(v) for v in student.trainable_variables}
         for name, variable in names.items():
             self.variables[name + weights.EMA_SUFFIX] = averages[name]
-            mean_square, momentum = f"{name}/RMSProp", f"{name}/RMSProp_1"
             if id(variable) in trainable:
-                slots = optimizer.slots(variable)
-                self.variables[mean_square], self.variables[momentum] = slots
+                for slot, value in zip(optimizer.SLOTS, optimizer.slots(variable)):
+                    self.variables[f"{name}/{slot}"] = value
             elif not name.endswith(("/moving_mean", "/moving_variance")):
-                self._fresh_slots[mean_square] = np.ones(variable.shape, np.float32)
-                self._fresh_slots[momentum] = np.zeros(variable.shape, np.float32)
+                for slot, initial in optimizer.SLOTS.items():
+                    self._fresh_slots[f"{name}/{slot}"] = np.full(
+                        variable.shape, initial, np.float32
+                    )
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints in the folder, newest first."""

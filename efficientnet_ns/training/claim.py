@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.config.fields import ConfigError, comparable
+from efficientnet_ns.config.fields import ConfigError, comparable, needed
 from efficientnet_ns.config.sections import Config
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.files import atomic, json_files, manifests, metrics_log
@@ -48,7 +48,7 @@ def claim(
     Raises:
       DirectoryConflict: the folder belongs to a training with other settings or records.
     """
-    folder = config.train.model_dir
+    folder = needed(config.train.model_dir, "model_dir")
     begun = bool(checkpoints.saved_steps(folder))
     difference = _changed_settings(folder, config)
     if difference and begun:
@@ -108,7 +108,7 @@ def note_start(folder: str, start: int, flags: Mapping[str, Any]) -> None:
         "flags": flags,
     }
     path = os.path.join(folder, RUNS)
-    metrics_log.write_lines(path, [*json_files.read_json_lines(path), row])
+    json_files.write_json_lines(path, [*json_files.read_json_lines(path), row])
 
 
 def _changed_settings(folder: str, config: Config) -> str:
@@ -124,7 +124,7 @@ def _changed_settings(folder: str, config: Config) -> str:
 
 def _task_fields(config: Config) -> dict[str, Any]:
     """`task.<field>` → its value as JSON gives it back."""
-    task = tasks.get_task(config.data.task_name)
+    task = tasks.get_task(needed(config.data.task_name, "task_name"))
     values = {name: getattr(task, name) for name in _TASK_FIELDS}
     values |= normalization(config.model.model_name, task)
     return {f"task.{k}": list(v) if isinstance(v, tuple) else v for k, v in values.items()}

@@ -8,7 +8,7 @@ import dataclasses
 import tensorflow as tf
 
 from efficientnet_ns.data import pipeline
-from efficientnet_ns.resolve.resolved_config import ResolvedConfig, limited
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training.input_wait import InputWait
 
 
@@ -41,18 +41,13 @@ class Inputs:
           DataError: a set is missing, incomplete, empty, or damaged beyond the limit.
           ConfigError: a set is smaller than a flag requires.
         """
-        data, unlabeled, evaluation = resolved.config.data, None, None
+        config, unlabeled, evaluation = resolved.config, None, None
         labeled = resolved.labeled_source()
-        if resolved.config.train.unlabel_ratio:
+        if config.train.unlabel_ratio:
             # Without a limit on the number of images, as in the original.
-            unlabeled = pipeline.Source.find(data.unlabel_data_dir, ("train", "extra"))
+            unlabeled = pipeline.Source.find(config.data.unlabel_data_dir, ("train", "extra"))
         if evaluate:
-            evaluation = pipeline.Source.find(
-                data.label_data_dir, resolved.task.eval_set, max_bad_fraction=0
-            )
-            evaluation = limited(
-                evaluation, evaluation.examples, "num_eval_images", data.num_eval_images
-            )
+            evaluation = resolved.evaluation_source()
         return cls(resolved, labeled, unlabeled, evaluation, InputWait())
 
     def training_batches(self, step: int, share: pipeline.Share) -> tf.data.Dataset:

@@ -1,6 +1,8 @@
 """RMSProp as TensorFlow 1 computes it, which is what the published EfficientNets were trained with.
 
-Differs from `tf.keras.optimizers.RMSprop`: (1) the mean square starts at 1, not 0; (2) epsilon is
+And Adam, for fine-tuning. Both name their slots as TensorFlow 1 does in checkpoints.
+
+RMSProp differs from `tf.keras.optimizers.RMSprop`: (1) the mean square starts at 1, not 0; (2) epsilon is
 inside the square root; (3) the learning rate enters the momentum buffer, so a change of rate acts
 with its inertia.
 """
@@ -24,6 +26,9 @@ class RMSPropTF1(tf.keras.optimizers.Optimizer):
       momentum: decay of the momentum buffer.
       epsilon: added to the mean square inside the root.
     """
+
+    # Names of the slots in a checkpoint, with the value that each begins with.
+    SLOTS = {"RMSProp": 1.0, "RMSProp_1": 0.0}
 
     def __init__(
         self,
@@ -79,3 +84,21 @@ class RMSPropTF1(tf.keras.optimizers.Optimizer):
             "momentum": self.momentum,
             "epsilon": self.epsilon,
         }
+
+
+@tf.keras.utils.register_keras_serializable("efficientnet_ns")
+class Adam(tf.keras.optimizers.Adam):
+    """Adam (arXiv 1412.6980) with Keras' defaults, whose slots are in checkpoints."""
+
+    SLOTS = {"Adam": 0.0, "Adam_1": 0.0}
+
+    def __init__(self, learning_rate=0.001, name: str = "Adam", **kwargs):
+        super().__init__(learning_rate, name=name, **{"jit_compile": False, **kwargs})
+
+    def slots(self, variable: tf.Variable) -> tuple[tf.Variable, tf.Variable]:
+        """(first moment, second moment) of a variable given to `build`."""
+        index = self._index_dict[self._var_key(variable)]
+        return self._momentums[index], self._velocities[index]
+
+
+OPTIMIZERS = {"rmsprop": RMSPropTF1, "adam": Adam}

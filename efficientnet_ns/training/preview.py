@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from efficientnet_ns.config.fields import needed
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.files import atomic
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
@@ -49,7 +50,7 @@ def draw(
         heading = f"Unlabeled images, {_augmentation(resolved.unlabeled_preprocessing)}; {_label_source(batch)}"
         sections.append((heading, images, titles))
     png = _png(sections)
-    path = os.path.join(resolved.config.train.model_dir, FILE)
+    path = os.path.join(needed(resolved.config.train.model_dir, "model_dir"), FILE)
     with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
         f.write(png)
     return tf.io.decode_png(png, channels=3).numpy()

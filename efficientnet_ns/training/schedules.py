@@ -1,4 +1,7 @@
-"""Learning-rate schedule: linear warm-up into a staircase exponential decay (paper section 3.1)."""
+"""Learning-rate schedules: linear warm-up into a staircase exponential decay (paper section 3.1).
+
+Or into half a cosine (arXiv 1608.03983), which ends at 0 and suits short trainings.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +51,38 @@ class WarmupStaircase(tf.keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
+@tf.keras.utils.register_keras_serializable("efficientnet_ns")
+class WarmupCosine(tf.keras.optimizers.schedules.LearningRateSchedule):
+    """lr(step) = peak · (1 + cos(π · step / total_steps)) / 2 after a linear ramp to the curve.
+
+    Args:
+      peak: learning rate at the beginning of the curve.
+      total_steps: update steps of the whole schedule.
+      warmup_steps: length of the ramp, which multiplies the curve.
+      start_step: added to the optimizer's step.
+    """
+
+    def __init__(self, peak: float, total_steps: int, warmup_steps: int, start_step: int = 0):
+        super().__init__()
+        self.peak, self.total_steps = peak, total_steps
+        self.warmup_steps, self.start_step = warmup_steps, start_step
+
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        step = tf.cast(step, tf.float32) + float(self.start_step)
+        done = tf.minimum(step / float(self.total_steps), 1.0)
+        curve = self.peak * 0.5 * (1.0 + tf.cos(math.pi * done))
+        # The first update, at step 0, must not be lost.
+        return curve * tf.minimum((step + 1.0) / float(self.warmup_steps + 1), 1.0)
+
+    def get_config(self) -> dict:
+        return {
+            "peak": self.peak,
+            "total_steps": self.total_steps,
+            "warmup_steps": self.warmup_steps,
+            "start_step": self.start_step,
+        }
+
+
 def learning_rate(
     *,
     base_learning_rate: float,
@@ -59,7 +94,9 @@ def learning_rate(
     last_steps: int | None = None,
     warmup_epochs: float = WARMUP_EPOCHS,
     label_data_sample_prob: float = 1.0,
-) -> WarmupStaircase:
+    kind: str = "staircase",
+    scaled: bool = True,
+) -> WarmupStaircase | WarmupCosine:
     """The schedule of one run.
 
     Args:
@@ -74,6 +111,8 @@ def learning_rate(
       warmup_epochs: length of the ramp.
       label_data_sample_prob: fraction of the labeled images that enters the loss; only these count,
         except in the length of a schedule that ends at `final_base_lr`, as in the original.
+      kind: staircase or cosine, which always ends at 0.
+      scaled: whether `base_learning_rate` is per 256 images; else it is the rate itself.
     """
     counted_batch_size = labeled_batch_size * label_data_sample_prob
     steps_per_epoch = num_train_images / counted_batch_size
@@ -83,8 +122,16 @@ def learning_rate(
         epochs = train_steps * labeled_batch_size / num_train_images
         decay_epochs = (epochs - warmup_epochs) / stairs
     start_step = 0 if last_steps is None else train_steps - last_steps
+    peak = base_learning_rate * (counted_batch_size / 256.0 if scaled else 1.0)
+    if kind == "cosine":
+        return WarmupCosine(
+            peak=peak,
+            total_steps=train_steps,
+            warmup_steps=int(steps_per_epoch * warmup_epochs),
+            start_step=start_step,
+        )
     return WarmupStaircase(
-        peak=base_learning_rate * counted_batch_size / 256.0,
+        peak=peak,
         decay_steps=steps_per_epoch * decay_epochs,
         warmup_steps=int(steps_per_epoch * warmup_epochs),
         start_step=start_step,

@@ -4,7 +4,8 @@ Resuming, in this order:
   1. model_dir holds checkpoints of this training: continue from the newest that loads completely.
   2. It holds checkpoints of another configuration, or of records that were replaced since: refuse
      and name the difference. A folder without a checkpoint is taken over.
-  3. --init_model: weights from --init_model_path, a new optimizer, step 0.
+  3. --init_weights, or --init_model: weights from there or from --init_model_path, a new optimizer,
+     step 0.
   4. Random weights from --seed.
 """
 
@@ -18,7 +19,7 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import preemption
-from efficientnet_ns.config.fields import ConfigError
+from efficientnet_ns.config.fields import ConfigError, needed
 from efficientnet_ns.config.sections import Config, TrainConfig
 from efficientnet_ns.data import pipeline
 from efficientnet_ns.devices import distribution
@@ -30,7 +31,7 @@ from efficientnet_ns.training import preview, schedules
 from efficientnet_ns.training.checkpoints import Checkpoints
 from efficientnet_ns.training.claim import claim, expecting_other_records, note_start
 from efficientnet_ns.training.inputs import Inputs
-from efficientnet_ns.training.optimizers import RMSPropTF1
+from efficientnet_ns.training.optimizers import OPTIMIZERS
 from efficientnet_ns.training.session import Session, loop_steps
 from efficientnet_ns.training.student import NoisyStudent
 
@@ -51,8 +52,8 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
       preemption.Preempted: a request to stop came; the state of the running host loop is saved.
     """
     resolved = ResolvedConfig.from_config(config)
-    config, model_dir = resolved.config, resolved.config.train.model_dir
-    _check(config)
+    config = resolved.config
+    model_dir = _check(config)
     with preemption.StopRequest() as stop:
         with stop.immediate():
             # --- Devices. First of all: after TensorFlow's first computation, CPUs cannot be divided
@@ -88,7 +89,7 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
                 # --- Logs; the session logs, saves and evaluates between host loops.
                 log = MetricsLog(model_dir, start, writes)
                 session = _session(inputs, model, saver, log, stop=stop, start=start)
-                _log_start(inputs, model, log, start, writes=writes)
+                _log_start(inputs, model, log, model_dir, start, writes=writes)
 
             # --- Host loops.
             session.catch_up()
@@ -96,13 +97,11 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
             return session.finish()
 
 
-def _check(config: Config) -> None:
-    """ConfigError for settings of the training that cannot work."""
+def _check(config: Config) -> str:
+    """The model_dir; ConfigError for settings of the training that cannot work."""
     train, data = config.train, config.data
-    if not train.model_dir:
-        raise ConfigError("--model_dir is needed: the folder for checkpoints and logs")
-    if not data.label_data_dir:
-        raise ConfigError("--label_data_dir is needed: the folder with the labeled records")
+    model_dir = needed(train.model_dir, "model_dir", "the folder for checkpoints and logs")
+    needed(data.label_data_dir, "label_data_dir", "the folder with the labeled records")
     if train.unlabel_ratio and not data.unlabel_data_dir:
         raise ConfigError(f"--unlabel_ratio={train.unlabel_ratio} needs --unlabel_data_dir")
     if not (train.unlabel_ratio or train.label_weight):
@@ -120,8 +119,17 @@ def _check(config: Config) -> None:
             f"--teacher_model_name={train.teacher_model_name} has no part in a training without "
             "--unlabel_ratio: give that, too, or leave it out"
         )
-    if train.init_model and not train.init_model_path:
+    if train.init_weights and train.init_model_path not in (None, train.init_weights):
+        raise ConfigError(
+            f"--init_weights={train.init_weights} and --init_model_path={train.init_model_path} are "
+            "two sets of weights to start from: give one"
+        )
+    if train.init_model and not (train.init_model_path or train.init_weights):
         raise ConfigError("--init_model needs --init_model_path")
+    if train.keep_bn_statistics and not train.init_model:
+        raise ConfigError("--keep_bn_statistics needs --init_model: new weights have none to keep")
+    if train.lr_schedule == "cosine" and train.final_base_lr is not None:
+        raise ConfigError("--final_base_lr is of --lr_schedule=staircase: a cosine ends at 0")
     for pattern in train.init_skip.split(","):
         try:
             re.compile(pattern)
@@ -149,6 +157,7 @@ def _check(config: Config) -> None:
             f"--teacher_softmax_temp={train.teacher_softmax_temp}: "
             "give -1 for hard labels or a positive temperature"
         )
+    return model_dir
 
 
 def _build(
@@ -158,10 +167,13 @@ def _build(
     train = resolved.config.train
     student, ema_student = resolved.build_model(), resolved.build_model()
     _freeze(student, train)
+    if train.keep_bn_statistics:
+        efficientnet.keep_statistics(student)
     teacher = None
     if train.teacher_model_name and train.unlabel_ratio:
         teacher = resolved.build_teacher()
-        weights.load_weights(teacher, train.teacher_model_path)
+        path = needed(train.teacher_model_path, "teacher_model_path")
+        weights.load_weights(teacher, path)
     schedule = schedules.learning_rate(
         base_learning_rate=train.base_learning_rate,
         labeled_batch_size=train.train_batch_size,
@@ -172,10 +184,12 @@ def _build(
         final_base_lr=train.final_base_lr,
         last_steps=resolved.steps_to_run,
         warmup_epochs=train.warmup_epochs,
+        kind=train.lr_schedule,
+        scaled=train.optimizer != "adam",
     )
     model = NoisyStudent(student, ema_student, train, teacher)
     model.compile(
-        RMSPropTF1(schedule),
+        OPTIMIZERS[train.optimizer](schedule),
         steps_per_execution=loop_steps(train, resolved.steps_to_run),
         jit_compile=distribution.compiles(resolved.config.hardware, strategy),
     )
@@ -196,13 +210,15 @@ def _freeze(student: tf.keras.Model, train: TrainConfig) -> None:
 
 def _initialize(model: NoisyStudent, config: Config) -> None:
     """Loads the weights to start from, if any, and starts the averages at the student's weights."""
-    if config.train.init_model:
-        skip = [pattern for pattern in config.train.init_skip.split(",") if pattern]
-        weights.load_weights(model.student, config.train.init_model_path, skip=skip)
-    elif config.train.init_model_path:
+    train = config.train
+    path = train.init_weights or (train.init_model_path if train.init_model else None)
+    if path:
+        skip = [pattern for pattern in train.init_skip.split(",") if pattern]
+        weights.load_weights(model.student, path, skip=skip)
+    elif train.init_model_path:
         logging.warning(
             "--init_model_path=%s is not read without --init_model: training starts from new weights",
-            config.train.init_model_path,
+            train.init_model_path,
         )
     for average, variable in zip(model.ema_student.weights, model.student.weights):
         average.assign(variable)
@@ -239,11 +255,17 @@ def _session(
 
 
 def _log_start(
-    inputs: Inputs, model: NoisyStudent, log: MetricsLog, start: int, *, writes: bool
+    inputs: Inputs,
+    model: NoisyStudent,
+    log: MetricsLog,
+    folder: str,
+    start: int,
+    *,
+    writes: bool,
 ) -> None:
     """Logs what is trained on what; draws augmented images, and more with --debug."""
     resolved, config = inputs.resolved, inputs.resolved.config
-    total, folder = resolved.steps_to_run, config.train.model_dir
+    total = resolved.steps_to_run
     logging.info("%s: steps %d to %d in %s", config.model.model_name, start, total, folder)
     logging.info("labeled images: %s", resolved.labeled_preprocessing.describe())
     if inputs.unlabeled is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import unicodedata
 from pathlib import Path
 
@@ -62,18 +64,18 @@ def test_every_kind_of_input_gives_the_same_records(tmp_path, kind):
     assert not (tmp_path / "out/train-quarantine.json").exists()
 
 
-def test_a_compressed_archive_is_read_in_bounded_batches(tmp_path, monkeypatch):
+def test_a_compressed_archive_is_decompressed_while_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
     source = write_tar(tmp_path / "in.tgz", files())
-    run(source, tmp_path / "one", num_shards=5)
-    monkeypatch.setattr(image_sources.TarStream, "batch_bytes", 6 * len(picture(0)))
-    passes, members = [], image_sources.TarStream._members
-    monkeypatch.setattr(
-        image_sources.TarStream, "_members", lambda self: passes.append(1) or members(self)
-    )
-    run(source, tmp_path / "many", num_shards=5)
-    # One pass to list, then two shards of three images at a time.
-    assert len(passes) == 1 + 3
-    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "many")
+    with image_sources.open_source(str(source)) as opened:
+        (plain,) = (tmp_path / "scratch").rglob("*.tar")
+        assert opened.path == str(source) and plain.read_bytes() == gzip.decompress(
+            source.read_bytes()
+        )
+    assert not list((tmp_path / "scratch").iterdir())
+    with pytest.raises(DataError, match="in.tgz cannot be decompressed to /dev/full: .*TMPDIR"):
+        image_sources._decompress(str(source), gzip.open, "/dev/full")
 
 
 def test_an_archive_of_archives_has_a_class_per_archive(tmp_path):

@@ -24,7 +24,7 @@ from fakes import make_records as run
 from fakes import picture, write_folder, write_tar, write_zip
 from fakes import picture_files as files
 
-from efficientnet_ns.config import ConfigError
+from efficientnet_ns.config import ConfigError, processes
 from efficientnet_ns.data import image_conversion, tasks
 from efficientnet_ns.evaluation import robustness_sets
 from efficientnet_ns.files import manifests, tfexamples
@@ -275,7 +275,7 @@ def test_a_folder_and_a_file_without_permission():
         folder = write_folder(Path(name), {**files(), "bee/in/x.png": picture(1)})
         (folder / "bee/in").chmod(0)
         (folder / "ant/00.png").chmod(0)
-        source = image_sources.open_source(name)
+        source = image_sources.Folder(name)
         try:
             with unprivileged():
                 found = listing.list_images(source, labeled=True)
@@ -439,7 +439,7 @@ def test_folders_one_level_off(tmp_path, tree, message, subfolder):
         run(folder, tmp_path / "out", subfolder=subfolder)
     assert not (tmp_path / "out").exists()
     accepted = listing.list_images(
-        image_sources.open_source(str(folder), subfolder),
+        image_sources.Folder(str(folder), subfolder),
         True,
         subfolder=subfolder,
         accept_classes=True,
@@ -453,7 +453,7 @@ def test_folders_one_level_off(tmp_path, tree, message, subfolder):
 def test_folders_that_are_classes(tmp_path, tree):
     paths = {f"{folder}/{i}.png": picture(1) for folder in tree for i in range(2)}
     found = listing.list_images(
-        image_sources.open_source(str(write_folder(tmp_path / "in", paths))), labeled=True
+        image_sources.Folder(str(write_folder(tmp_path / "in", paths))), labeled=True
     )
     assert found.class_names == tuple(sorted({name.split("/")[0] for name in tree}))
 
@@ -521,13 +521,13 @@ def deadly(image: bytes, label: int) -> bytes:
 
 def test_a_killed_worker_is_explained_and_the_work_continued(tmp_path, monkeypatch):
     monkeypatch.setenv("ALIVE", str(tmp_path / "alive"))
-    source = image_sources.open_source(str(write_folder(tmp_path / "in", files())))
+    source = image_sources.Folder(str(write_folder(tmp_path / "in", files())))
     one = image_records.ImageSet(
         str(tmp_path / "out"), "train", listing.list_images(source, True).entries, 5, deadly, {}, 3
     )
     rules = image_conversion.Rules()
     with pytest.raises(
-        image_records.WorkerLost, match="one of 2 processes was killed.*same command again"
+        processes.ProcessDied, match="one of 2 processes was killed.*same command again"
     ):
         image_records.make_sets(source, [one], rules, num_workers=2)
     whole = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("train-*")}

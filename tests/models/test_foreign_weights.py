@@ -10,7 +10,6 @@ import re
 import struct
 import subprocess
 import sys
-import types
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tensorflow as tf
+import torch_saver
 
 from efficientnet_ns.config import ConfigError, ModelConfig
 from efficientnet_ns.models import (
@@ -141,61 +141,96 @@ def target(_target) -> tf.keras.Model:
 # --------------------------------------------------------------------------------------------------
 # Files of the tiny model, written without the code under test
 
-# Our variable → Keras' layer and variable, timm's name. Two blocks stand for the others.
+# Our variable → Keras' layer and variable, timm's name, that of efficientnet_pytorch. Two blocks stand for the others.
 BLOCKS = {
-    "stem/conv2d/kernel": ("stem_conv/kernel", "conv_stem.weight"),
-    "stem/tpu_batch_normalization/gamma": ("stem_bn/gamma", "bn1.weight"),
+    "stem/conv2d/kernel": ("stem_conv/kernel", "conv_stem.weight", "_conv_stem.weight"),
+    "stem/tpu_batch_normalization/gamma": ("stem_bn/gamma", "bn1.weight", "_bn0.weight"),
     "blocks_0/depthwise_conv2d/depthwise_kernel": (
         "block1a_dwconv/depthwise_kernel",
         "blocks.0.0.conv_dw.weight",
+        "_blocks.0._depthwise_conv.weight",
     ),
-    "blocks_0/tpu_batch_normalization/beta": ("block1a_bn/beta", "blocks.0.0.bn1.bias"),
-    "blocks_0/conv2d/kernel": ("block1a_project_conv/kernel", "blocks.0.0.conv_pw.weight"),
+    "blocks_0/tpu_batch_normalization/beta": (
+        "block1a_bn/beta",
+        "blocks.0.0.bn1.bias",
+        "_blocks.0._bn1.bias",
+    ),
+    "blocks_0/conv2d/kernel": (
+        "block1a_project_conv/kernel",
+        "blocks.0.0.conv_pw.weight",
+        "_blocks.0._project_conv.weight",
+    ),
     "blocks_0/tpu_batch_normalization_1/moving_mean": (
         "block1a_project_bn/moving_mean",
         "blocks.0.0.bn2.running_mean",
+        "_blocks.0._bn2.running_mean",
     ),
-    "blocks_1/conv2d/kernel": ("block2a_expand_conv/kernel", "blocks.1.0.conv_pw.weight"),
-    "blocks_2/conv2d/kernel": ("block2b_expand_conv/kernel", "blocks.1.1.conv_pw.weight"),
-    "blocks_2/tpu_batch_normalization/gamma": ("block2b_expand_bn/gamma", "blocks.1.1.bn1.weight"),
-    "blocks_2/tpu_batch_normalization_1/gamma": ("block2b_bn/gamma", "blocks.1.1.bn2.weight"),
-    "blocks_2/se/conv2d/bias": ("block2b_se_reduce/bias", "blocks.1.1.se.conv_reduce.bias"),
+    "blocks_1/conv2d/kernel": (
+        "block2a_expand_conv/kernel",
+        "blocks.1.0.conv_pw.weight",
+        "_blocks.1._expand_conv.weight",
+    ),
+    "blocks_2/conv2d/kernel": (
+        "block2b_expand_conv/kernel",
+        "blocks.1.1.conv_pw.weight",
+        "_blocks.2._expand_conv.weight",
+    ),
+    "blocks_2/tpu_batch_normalization/gamma": (
+        "block2b_expand_bn/gamma",
+        "blocks.1.1.bn1.weight",
+        "_blocks.2._bn0.weight",
+    ),
+    "blocks_2/tpu_batch_normalization_1/gamma": (
+        "block2b_bn/gamma",
+        "blocks.1.1.bn2.weight",
+        "_blocks.2._bn1.weight",
+    ),
+    "blocks_2/se/conv2d/bias": (
+        "block2b_se_reduce/bias",
+        "blocks.1.1.se.conv_reduce.bias",
+        "_blocks.2._se_reduce.bias",
+    ),
     "blocks_2/se/conv2d_1/kernel": (
         "block2b_se_expand/kernel",
         "blocks.1.1.se.conv_expand.weight",
+        "_blocks.2._se_expand.weight",
     ),
-    "blocks_2/conv2d_1/kernel": ("block2b_project_conv/kernel", "blocks.1.1.conv_pwl.weight"),
+    "blocks_2/conv2d_1/kernel": (
+        "block2b_project_conv/kernel",
+        "blocks.1.1.conv_pwl.weight",
+        "_blocks.2._project_conv.weight",
+    ),
     "blocks_2/tpu_batch_normalization_2/moving_variance": (
         "block2b_project_bn/moving_variance",
         "blocks.1.1.bn3.running_var",
+        "_blocks.2._bn2.running_var",
     ),
-    "head/conv2d/kernel": ("top_conv/kernel", "conv_head.weight"),
-    "head/tpu_batch_normalization/beta": ("top_bn/beta", "bn2.bias"),
-    "head/dense/kernel": ("predictions/kernel", "classifier.weight"),
-    "head/dense/bias": ("predictions/bias", "classifier.bias"),
+    "head/conv2d/kernel": ("top_conv/kernel", "conv_head.weight", "_conv_head.weight"),
+    "head/tpu_batch_normalization/beta": ("top_bn/beta", "bn2.bias", "_bn1.bias"),
+    "head/dense/kernel": ("predictions/kernel", "classifier.weight", "_fc.weight"),
+    "head/dense/bias": ("predictions/bias", "classifier.bias", "_fc.bias"),
 }
 
 
 def test_names_of_the_tiny_model(model):
-    ours, keras, timm = (
-        foreign_weights.stored_names(model, naming)
-        for naming in (foreign_weights.TF1, foreign_weights.KERAS, foreign_weights.TIMM)
-    )
-    found = {ours[key]: (keras[key], timm[key]) for key in ours}
+    namings = (foreign_weights.KERAS, foreign_weights.TIMM, foreign_weights.EFFICIENTNET_PYTORCH)
+    ours = foreign_weights.stored_names(model, foreign_weights.TF1)
+    theirs = [foreign_weights.stored_names(model, naming) for naming in namings]
+    found = {ours[key]: tuple(names[key] for names in theirs) for key in ours}
     assert {name: found[name] for name in BLOCKS} == BLOCKS
-    for names in (ours, keras, timm):
+    for names in (ours, *theirs):
         assert len(set(names.values())) == len(model.weights)
 
 
 def arrays(model: tf.keras.Model, naming: foreign_weights.Naming) -> dict[str, np.ndarray]:
-    """The model's values under a file's names; those of timm with its axes."""
+    """The model's values under a file's names; those of PyTorch with its axes."""
     names, result = foreign_weights.stored_names(model, naming), {}
     for key, variable in foreign_weights.layer_variables(model).items():
         value = variable.numpy()
-        if naming is foreign_weights.TIMM and value.ndim == 4:
+        if naming.axes and value.ndim == 4:
             subscripts = "hwcm->cmhw" if key[1] == "depthwise_kernel" else "hwio->oihw"
             value = np.einsum(subscripts, value)
-        elif naming is foreign_weights.TIMM and value.ndim == 2:
+        elif naming.axes and value.ndim == 2:
             value = value.T
         result[names[key]] = value
     return result
@@ -216,8 +251,13 @@ def write_safetensors(path: Path, values: Mapping[str, np.ndarray]) -> None:
     safetensors.numpy.save_file(content, path)
 
 
+def write_pth(path: Path, values: Mapping[str, np.ndarray]) -> None:
+    torch_saver.save(path, torch_saver.state_dict(dict(values)), "old")
+
+
 WRITERS: dict[str, tuple[foreign_weights.Naming, Callable]] = {
     "h5": (foreign_weights.KERAS, write_h5),
+    "pth": (foreign_weights.EFFICIENTNET_PYTORCH, write_pth),
     "safetensors": (foreign_weights.TIMM, write_safetensors),
 }
 
@@ -268,51 +308,56 @@ def test_other_ways_to_write_h5(tmp_path, source, target, root, suffix):
     assert_same(snapshot(target), snapshot(source))
 
 
-class FakeTensor:
-    """As much of a tensor as reading needs."""
-
-    def __init__(self, value: np.ndarray):
-        self.value = value
-
-    def float(self) -> FakeTensor:
-        return FakeTensor(self.value.astype(np.float32))
-
-    def numpy(self) -> np.ndarray:
-        return self.value
-
-
+@pytest.mark.parametrize("naming", [foreign_weights.TIMM, foreign_weights.EFFICIENTNET_PYTORCH])
+@pytest.mark.parametrize("kind", sorted(torch_saver.WRITERS))
 @pytest.mark.parametrize(
     "keys, ema, chosen",
-    [((), True, ""), (("state_dict",), True, "state_dict")]
-    + [(("state_dict", "state_dict_ema"), True, "state_dict_ema")]
-    + [(("state_dict", "state_dict_ema"), False, "state_dict")],
+    [
+        ((), True, ""),
+        (("state_dict",), True, "state_dict"),
+        (("model",), False, "model"),
+        (("state_dict", "state_dict_ema"), True, "state_dict_ema"),
+        (("state_dict", "state_dict_ema"), False, "state_dict"),
+        (("model", "model_ema"), True, "model_ema"),
+    ],
 )
-def test_pth(tmp_path, monkeypatch, source, target, keys, ema, chosen):
-    states, content = {}, {}
+def test_checkpoints_of_pytorch(tmp_path, source, target, naming, kind, keys, ema, chosen):
+    """A state dict, or what training scripts save: several, their arguments, wrapped names."""
+    states, content = {}, {"epoch": 3, "arch": "b0", "args": argparse.Namespace(lr=0.1)}
+    counters = {"bn1.num_batches_tracked": np.array(7, np.int64)}
     for number, key in enumerate(keys or ("",)):
-        values = arrays(source, foreign_weights.TIMM)
+        values = arrays(source, naming)
         states[key] = {name: value + np.float32(number) for name, value in values.items()}
-        content[key] = {f"module.{n}": FakeTensor(value) for n, value in states[key].items()}
-    content = content if keys else content[""]
-    torch = types.SimpleNamespace(
-        load=lambda file, map_location, weights_only: content,
-        serialization=types.SimpleNamespace(),
-    )
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    with zipfile.ZipFile(tmp_path / "a.pth.tar", "w") as archive:
-        archive.writestr("archive/data.pkl", b"unused")
-    weights.load_weights(target, tmp_path / "a.pth.tar", ema=ema)
-    assert_same(arrays(target, foreign_weights.TIMM), states[chosen])
+        content[key] = torch_saver.state_dict(
+            {**states[key], **counters}, f"module.{'_orig_mod.' * number}"
+        )
+    path = torch_saver.save(tmp_path / "model_best.pth.tar", content if keys else content[""], kind)
+    weights.load_weights(target, path, ema=ema)
+    assert_same(arrays(target, naming), states[chosen])
 
 
 @pytest.mark.parametrize("name", ["a.PT", "pytorch_model.bin", "model_best.pth.tar"])
-def test_checkpoint_of_timms_script(tmp_path, source, target, name):
+@pytest.mark.parametrize("new", [True, False])
+def test_checkpoint_of_timms_script(tmp_path, source, target, name, new):
     torch = pytest.importorskip("torch")
     state = {n: torch.tensor(v) for n, v in arrays(source, foreign_weights.TIMM).items()}
     script = {"epoch": 3, "arch": "efficientnet", "args": argparse.Namespace(lr=0.1)}
-    torch.save({**script, "state_dict": state}, tmp_path / name)
+    torch.save({**script, "state_dict": state}, tmp_path / name, _use_new_zipfile_serialization=new)
     weights.load_weights(target, tmp_path / name)
     assert_same(snapshot(target), snapshot(source))
+
+
+def test_transposed_views_of_pytorch(tmp_path, source, target):
+    """Converted files keep arrays as TensorFlow had them, and transpose the view."""
+    state = {}
+    for number, (name, value) in enumerate(arrays(source, foreign_weights.TIMM).items()):
+        stored = np.ascontiguousarray(value.T)
+        strides = tuple(step // value.itemsize for step in stored.T.strides)
+        storage = torch_saver.Storage(stored.ravel(), str(number))
+        state[name] = torch_saver.Tensor(storage, 0, value.shape, strides)
+    for kind in torch_saver.WRITERS:
+        weights.load_weights(target, torch_saver.save(tmp_path / "a.pth", state, kind))
+        assert_same(snapshot(target), snapshot(source))
 
 
 @pytest.mark.parametrize("name", ["a.SAFETENSORS", "weights", "model.bin"])
@@ -518,7 +563,9 @@ def test_missing_variable(foreign, model, untouched):
 
 def test_unexpected_variable(foreign, model, untouched):
     path, values, write = foreign
-    extra = "block9a_bn/gamma" if path.suffix == ".h5" else "blocks.9.0.bn1.weight"
+    extra = {".h5": "block9a_bn/gamma", ".pth": "_blocks.9._bn1.weight"}.get(
+        path.suffix, "blocks.9.0.bn1.weight"
+    )
     write({**values, extra: np.zeros(3, np.float32)})
     error = refusal(model, path)
     assert (error.missing, error.unexpected, error.shapes) == ([], [extra], [])
@@ -527,7 +574,7 @@ def test_unexpected_variable(foreign, model, untouched):
 
 def test_another_shape(foreign, model, untouched):
     path, values, write = foreign
-    (name,) = (n for n in values if n in ("block1a_dwconv/depthwise_kernel",) or "0.0.conv_dw" in n)
+    (name,) = (n for n in values if re.search("block1a_dwconv|0.0.conv_dw|_blocks.0._depthwise", n))
     shape = [5 if side == 3 else side for side in values[name].shape]
     write({**values, name: np.zeros(shape, np.float32)})
     error = refusal(model, path)
@@ -547,7 +594,8 @@ def test_other_number_of_classes(foreign, model):
     advice = str(error)
     assert "the model 7)" in advice
     assert advice.index("--num_label_classes") < advice.index("--init_skip")
-    assert ("classifier.bias" if path.suffix != ".h5" else "predictions/bias") in str(error)
+    bias = {".h5": "predictions/bias", ".pth": "_fc.bias"}.get(path.suffix, "classifier.bias")
+    assert bias in str(error)
     assert_same(snapshot(other), before)
 
 
@@ -566,8 +614,11 @@ def test_deeper_model_in_the_file(foreign, model, untouched):
     naming = WRITERS[path.suffix[1:]][0]
     write(arrays(tiny(depth_coefficient=1.5), naming))
     error = refusal(model, path)
-    assert not error.missing and not error.shapes
-    assert any(name.startswith(("block2c_", "blocks.1.2.")) for name in error.unexpected)
+    # Where blocks are numbered through, the others move.
+    assert path.suffix == ".pth" or not (error.missing or error.shapes)
+    assert any(
+        name.startswith(("block2c_", "blocks.1.2.", "_blocks.4.")) for name in error.unexpected
+    )
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])
@@ -587,11 +638,28 @@ def test_file_is_not_there(tmp_path, model, untouched, suffix):
         weights.load_weights(model, str(path))
 
 
-def test_pth_without_pytorch(tmp_path, model, untouched, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
-        archive.writestr("archive/data.pkl", b"unused")
-    assert "pip install torch" in str(refusal(model, tmp_path / "a.pth"))
+@pytest.mark.parametrize("kind", sorted(torch_saver.WRITERS))
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        ([1], "it holds a list"),
+        ({"epoch": 3, "state_dict": {}}, "it holds no tensors, but nothing"),
+        ({"epoch": 3, "lr": 0.1}, "it holds no tensors, but epoch, lr"),
+        ({"args": torch_saver.Named("os", "system")}, "it names os.system"),
+    ],
+)
+def test_pytorch_files_without_weights(tmp_path, model, untouched, kind, content, told):
+    path = torch_saver.save(tmp_path / "a.pth", content, kind)
+    error = refusal(model, path)
+    assert told in str(error) and not isinstance(error, weights.DamagedFile)
+
+
+@pytest.mark.parametrize("kind", sorted(torch_saver.WRITERS))
+def test_view_outside_of_its_storage(tmp_path, model, untouched, kind):
+    storage = torch_saver.Storage(np.ones(4, np.float32), "0")
+    state = {"conv_stem.weight": torch_saver.Tensor(storage, 1, (4,), (1,))}
+    with pytest.raises(weights.DamagedFile, match="a.pth cannot be read: a tensor of shape"):
+        weights.load_weights(model, torch_saver.save(tmp_path / "a.pth", state, kind))
 
 
 def test_h5_without_layer_names(tmp_path, model, untouched):

@@ -19,7 +19,8 @@ from efficientnet_ns.config import BeamConfig, Config, ConfigError, SelectConfig
 from efficientnet_ns.files import manifests, shard_names, tfexamples
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.inference.teacher import TeacherPredictor
-from efficientnet_ns.pseudo_labels import label_shard, predict, programs, write
+from efficientnet_ns.loop import labeling
+from efficientnet_ns.pseudo_labels import label_shard, predict, write
 from efficientnet_ns.pseudo_labels.selection import select
 
 SHARDS = 3
@@ -77,7 +78,7 @@ def stages(folder: Path, work: Path, **values) -> tuple[Config, SelectConfig]:
     }
     settings = config(folder / f"task_{CLASSES}.json", **{**defaults, **values})
     job = BeamConfig(work_dir=str(work), num_image=20, min_threshold=0.1)
-    return programs.beam_stages(settings, job)
+    return labeling.beam_stages(settings, job)
 
 
 def files(work: Path) -> dict[str, bytes]:
@@ -254,7 +255,7 @@ def test_flags_that_would_change_nothing(entry_flags, arguments, message):
     values = entry_flags("label_beam", needed + arguments)
     settings = [config_lib.from_flags(cls, values) for cls in (Config, BeamConfig)]
     with pytest.raises(ConfigError, match=message):
-        programs.label_on_beam(*settings, [])
+        labeling.label_on_beam(*settings, [])
 
 
 def test_without_beam_the_message_says_what_to_install(monkeypatch):

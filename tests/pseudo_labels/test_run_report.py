@@ -18,7 +18,7 @@ from fakes import Document, load_outcome, plain_calibration_error
 from PIL import Image
 
 from efficientnet_ns import report
-from efficientnet_ns.config import ConfigError, SelectConfig
+from efficientnet_ns.config import ConfigError, ReportConfig, SelectConfig
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index, outcome, run_report
@@ -90,8 +90,8 @@ def run(tmp_path_factory) -> Run:
                columns["copies"], truth.ravel())  # fmt: skip
 
 
-def section(run: Run, title: str, **options) -> Document:
-    sections = run_report.sections(run.config, run_report.Options(**options))
+def section(run: Run, title: str, truth=None, **options) -> Document:
+    sections = run_report.sections(run.config, ReportConfig(**options), truth=truth)
     return Document(dict(sections)[title])
 
 
@@ -109,7 +109,7 @@ def test_sections_with_and_without_what_is_not_always_there(run):
         "pictures by class",
         "records in quarantine",
     ]
-    options = run_report.Options(truth=outcome.RECORDS, previous_dir=run.config.prediction_dir)
+    options = ReportConfig(truth=outcome.RECORDS, previous_prediction_dir=run.config.prediction_dir)
     more = {title for title, _ in run_report.sections(run.config, options)} - set(titles)
     assert more == {"pseudo labels against the hidden truth", "agreement with the round before"}
 
@@ -156,7 +156,7 @@ def test_classes(run):
 
 
 def test_coverage_is_in_order(run):
-    shown = section(run, "worst and best covered classes", classes=2)
+    shown = section(run, "worst and best covered classes", report_classes=2)
     confident = [((run.label == c) & (run.prob >= THRESHOLD)).sum() for c in range(CLASSES - 1)]
     worst, best = ([row["class"] for row in shown.rows(i)] for i in (0, 1))
     assert worst == [str(c) for c in np.argsort(confident, kind="stable")[:2]]
@@ -195,7 +195,7 @@ def test_agreement_of_rounds_with_other_numbers_of_workers(run, tmp_path):
     probs = rng.dirichlet([0.6] * CLASSES, (SHARDS, IMAGES)).astype(np.float32)
     before = probs.argmax(-1).ravel()
     predict(dataclasses.replace(run.config, prediction_dir=str(tmp_path)), probs, 3)
-    shown = section(run, "agreement with the round before", previous_dir=str(tmp_path))
+    shown = section(run, "agreement with the round before", previous_prediction_dir=str(tmp_path))
     labeled = run.label >= 0
     same = before == run.label
     assert f"{(same & labeled).sum()} of {labeled.sum()} labels are equal" in shown.text(
@@ -254,11 +254,11 @@ def test_pictures_by_class(run):
 
 
 def test_pictures_of_some_shards_and_classes(run):
-    shown = section(run, "pictures by class", picture_shards=1, classes=1)
+    shown = section(run, "pictures by class", report_shards=1, report_classes=1)
     assert "Pictures are taken from 1 of 3 shards." in shown.text("p")
     assert max(numbers(shown)) < IMAGES
     assert len(shown.attributes("details")) == 3
-    everything = section(run, "images rejected", picture_shards=1)
+    everything = section(run, "images rejected", report_shards=1)
     assert max(numbers(everything)) < IMAGES
 
 
@@ -340,7 +340,7 @@ def test_settings_of_another_selection_are_refused(run):
 
 def test_what_does_not_fit_is_named(run, tmp_path):
     with pytest.raises(ConfigError, match="2 class names for 5 classes"):
-        run_report.sections(run.config, run_report.Options(class_names=["a", "b"]))
+        run_report.sections(run.config, class_names=["a", "b"])
     (tmp_path / "t.csv").write_text("shard,record\n0,0\n")
     with pytest.raises(DataError, match="no column 'label'"):
         outcome.read_truth(run.config, str(tmp_path / "t.csv"))

@@ -634,7 +634,7 @@ def test_a_large_shard_is_read_in_parts(tmp_path, monkeypatch, rng, mode):
         make_predictions(folder, table)
         if name == "parts":
             monkeypatch.setattr(index, "_GROUP", 16)
-            monkeypatch.setattr(index, "_ROWS_PER_RANGE", 50)
+            monkeypatch.setattr(index, "_ROWS_PER_PART", 50)
         settings_ = config(folder, num_shards=2, num_image=60, selection=mode)
         result = selection.select(dataclasses.replace(settings_, total_label_replicas=2))
         statistics_ = {
@@ -644,8 +644,9 @@ def test_a_large_shard_is_read_in_parts(tmp_path, monkeypatch, rng, mode):
         }
         found[name] = (result, read_selection(settings_), statistics_)
     paths = [str(p) for p in sorted((folders["parts"] / "predictions").glob("index-00000*"))]
-    parts = list(index.row_group_ranges(paths))
-    assert len(parts) > 5 and sum(rows.rows for part in parts for rows in part) == 340
+    scan = index.IndexScan({0: paths})
+    sizes = [sum(part) for _, part in scan.each("rows", lambda chunks: [c.size for c in chunks])]
+    assert max(sizes) <= 50 and sum(sizes) == 340
     assert found["parts"] == found["whole"]
 
 

@@ -27,7 +27,8 @@ from efficientnet_ns import config as config_lib
 from efficientnet_ns.config import FilterConfig, SelectConfig
 from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.pseudo_labels import index, programs, write
+from efficientnet_ns.loop import labeling
+from efficientnet_ns.pseudo_labels import index, write, write_shard
 from efficientnet_ns.pseudo_labels.selection import SELECTION, select
 
 ROOT = Path(__file__).parents[2]
@@ -267,7 +268,7 @@ def test_a_call_per_shard_is_one_call_over_all(inputs, by_command, entry_flags):
         for shard in (2, 0, 3, 1):
             step = dataclasses.replace(settings, only_get_stats=only_get_stats)
             values = entry_flags("filter_unlabel", [*command(step), f"--shard_id={shard}"])
-            programs.select_and_write(
+            labeling.select_and_write(
                 *(config_lib.from_flags(cls, values) for cls in (SelectConfig, FilterConfig))
             )
         written = len(list(Path(settings.output_dir).glob("data/train-*")))
@@ -383,7 +384,7 @@ def test_records_that_get_lost_on_the_way_are_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         tfrecords, "write", lambda path, payloads: original(path, list(payloads)[:4])
     )
-    with pytest.raises(write.Lost, match="6 records selected, 4 read back; of class"):
+    with pytest.raises(write_shard.Lost, match="6 records selected, 4 read back; of class"):
         write.write(settings)
     assert_nothing_written(settings)
 

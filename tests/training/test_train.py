@@ -921,8 +921,8 @@ def test_every_start_is_noted_with_all_flags(straight):
 def test_metrics_in_a_store_without_appending(tmp_path, monkeypatch):
     """Rows are in the file when `flush` says so, and a continued log drops what came after."""
     written = []
-    write = metrics_log.write_lines
-    monkeypatch.setattr(metrics_log, "write_lines", lambda *a: written.append(1) or write(*a))
+    write = json_files.write_json_lines
+    monkeypatch.setattr(json_files, "write_json_lines", lambda *a: written.append(1) or write(*a))
     folder = "file://" + str(tmp_path)  # A scheme, so treated as a store; TensorFlow knows it.
     log = metrics_log.MetricsLog(folder, 0)
     for step in range(1, 6):

