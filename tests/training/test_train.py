@@ -471,6 +471,7 @@ def test_checkpoint_of_another_number_of_classes(straight, tmp_path):
         ({"teacher_model_name": "efficientnet-b0"}, "--teacher_model_path"),
         ({"teacher_model_path": "somewhere"}, "--teacher_model_name"),
         ({"init_model": True}, "--init_model needs --init_model_path"),
+        ({"init_weights": "a", "init_model_path": "b"}, "--init_weights=a and --init_model_path=b"),
         ({"teacher_softmax_temp": 0.0}, "--teacher_softmax_temp=0.0"),
         ({"teacher_softmax_temp": -0.5}, "--teacher_softmax_temp=-0.5"),
         ({"model_name": "efficientnet-b9"}, "--model_name: unknown model 'efficientnet-b9'"),
@@ -911,6 +912,18 @@ def test_unlabeled_images_without_a_part_in_an_earlier_training(folder, tmp_path
 def test_weights_that_are_not_read_are_named(folder, model, tmp_path, caplog):
     train._initialize(model, settings(folder, tmp_path, init_model_path="somewhere"))
     assert "--init_model_path=somewhere is not read without --init_model" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "values", [{"init_weights": "somewhere"}, {"init_model": True, "init_model_path": "somewhere"}]
+)
+def test_weights_to_start_from(folder, model, tmp_path, monkeypatch, values):
+    given = []
+    monkeypatch.setattr(
+        weights, "load_weights", lambda *loaded, **kwargs: given.append((loaded, kwargs))
+    )
+    train._initialize(model, settings(folder, tmp_path, init_skip="head/dense/", **values))
+    assert given == [((model.student, "somewhere"), {"skip": ["head/dense/"]})]
 
 
 @pytest.mark.parametrize("name", [claim.SETTINGS, claim.RECORDS])
