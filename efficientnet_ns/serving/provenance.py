@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -122,11 +123,12 @@ def of_publication(recipe: Any) -> dict[str, object]:
 def is_published(path: str, recipe: Any) -> bool:
     """Whether a path has the name of the published weights of a recipe, with any file extension.
 
-    A longer name means other weights: L2 before its fine-tuning (`…-l2_475`), or a training that
+    PyTorch's habit is to add a dash and 8 digits of a hash. A longer name means other weights: L2 before its fine-tuning (`…-l2_475`), or a training that
     started from the published ones.
     """
     names = {recipe.tf1_checkpoint, recipe.timm_name, recipe.keras_file or recipe.timm_name}
-    return any(part == n or part.startswith(f"{n}.") for part in path.split("/") for n in names)
+    name = "|".join(map(re.escape, names))
+    return any(re.fullmatch(rf"({name})(-[0-9a-f]{{8}})?(\..*)?", p) for p in path.split("/"))
 
 
 def _read(path: str, *keys: str) -> Mapping[str, Any]:

