@@ -24,7 +24,7 @@ def write_json(path: str, value: object, *, indent: int | None = None) -> None:
 def write_json_lines(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object per line; the file is either whole or absent."""
     with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
+        f.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_json(path: str):
