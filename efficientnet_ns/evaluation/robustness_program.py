@@ -160,11 +160,9 @@ def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
     size, model = identity["image_size"], identity["model"]
     rows = robustness.rows(results, size, model)
     tables = robustness.tables(results, size, model)
-    with atomic.atomic_path(os.path.join(folder, "robustness.md")) as temporary:
-        with tf.io.gfile.GFile(temporary, "w") as f:
-            f.write(robustness.markdown(rows))
-            for title, table in tables.items():
-                f.write(f"\n### {title}\n\n{robustness.markdown(table)}")
+    parts = [f"\n### {title}\n\n{robustness.markdown(table)}" for title, table in tables.items()]
+    text = robustness.markdown(rows) + "".join(parts)
+    atomic.write(os.path.join(folder, "robustness.md"), text)
     details = [
         report.Section(f"{name}: {key}", report.table([{"name": n, key: v} for n, v in of.items()]))
         for name, result in results.items()
