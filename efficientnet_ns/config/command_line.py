@@ -61,7 +61,7 @@ def run(main: Callable[..., int | None], *settings: type, words: bool = False) -
 def _parse(values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
     try:
         expanded = _expanded(values, arguments[1:])
-        _refuse_two_in_one(values, expanded)
+        _refuse_shell_habits(values, expanded)
         return values([arguments[0], *expanded])
     except (flags.Error, fields.ConfigError) as e:
         print(f"{e}\n--help lists the flags.", file=sys.stderr)
@@ -104,14 +104,22 @@ def _first_not_utf8(arguments: Sequence[str], seen: tuple[str, ...] = ()) -> str
     return ""
 
 
-def _refuse_two_in_one(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    """Raises ConfigError if one line of a flag file has two flags: the first would swallow the second."""
+def _refuse_shell_habits(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    """Raises ConfigError for what a shell would take apart, and a flag file has in one value.
+
+    Two flags in a line, of which the first would swallow the second; quotes around a value.
+    """
     for argument in arguments:
         match = re.match(r"--?(\w+)=(.*?\s--?(?:no)?(\w+)(?:=.*|\s*))$", argument, re.DOTALL)
         if match and match[1] in values and match[3] in values:
             raise fields.ConfigError(
                 f"--{match[3]} is not on a line of its own: it would become part of the value of "
                 f"--{match[1]}, {match[2]!r}"
+            )
+        quoted = re.fullmatch(r"--?(\w+)=(['\"].*['\"])", argument, re.DOTALL)
+        if quoted and quoted[1] in values:
+            raise fields.ConfigError(
+                f"--{quoted[1]}={quoted[2]}: quotes in a flag file are part of the value; leave them out"
             )
 
 

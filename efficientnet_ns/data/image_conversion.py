@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import warnings
 
 import numpy as np
@@ -26,6 +27,8 @@ _SIXTEEN_BITS = frozenset({"PNG", "PPM"})
 # Brands at the start of files in the HEIF container.
 _AVIF = frozenset({b"avif", b"avis"})
 _HEIC = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+
+_TURNS = re.compile(rb"\0\0\0\x09i(?:rot|mir).", re.DOTALL)
 
 # Tags of TIFF, and their values.
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
@@ -57,7 +60,7 @@ def prepare(raw: bytes, rules: Rules) -> tuple[bytes, tuple[int, int] | None]:
     JPEG, PNG, GIF and BMP pass through unchanged unless they are to be shrunk or TensorFlow would
     misread them (`misread`). Those and other formats that Pillow opens become JPEG when they are
     lossy and PNG when not: first frame, without alpha, the high byte of 16 bits. HEIC needs the
-    package pillow-heif.
+    package pillow-heif. Pixels stay as they are stored: no orientation is applied.
 
     Raises:
       Unusable: neither TensorFlow nor Pillow can decode it, or its pixels have no known range.
@@ -110,6 +113,7 @@ def _open(raw: bytes, reason: str):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Of large images and odd metadata.
             _need_heif_decoder(raw)
+            raw = _without_turns(raw)
             tags = _tiff_tags(raw)
             _refuse_unknown_range(tags)
             image = Image.open(io.BytesIO(raw))
@@ -141,6 +145,14 @@ def _need_heif_decoder(raw: bytes) -> None:
         except ImportError as e:
             raise Unusable("HEIC needs pillow-heif: pip install pillow-heif") from e
         pillow_heif.register_heif_opener()
+
+
+def _without_turns(raw: bytes) -> bytes:
+    """HEIC with its rotations and reflections, which its decoder would apply, made ones by 0 degrees.
+
+    ISO/IEC 23008-12, 6.5.10 and 6.5.12: boxes of nine bytes, the last of which says how to turn.
+    """
+    return _TURNS.sub(b"\0\0\0\x09irot\0", raw) if raw[4:8] == b"ftyp" else raw
 
 
 def _tiff_tags(raw: bytes) -> dict[int, int]:

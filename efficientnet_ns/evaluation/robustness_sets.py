@@ -204,9 +204,12 @@ def real_labels(labels_path: str, images_path: str) -> tuple[Images, list[list[i
       images_path: folder of the images, or of class folders with them.
 
     Raises:
-      DataError: an image has another name, or there are more or fewer images than labels.
+      DataError: no such labels, an image has another name, or there are more or fewer images than
+        labels.
     """
     right = json_files.read_json(labels_path)
+    if not isinstance(right, list) or not all(isinstance(classes, list) for classes in right):
+        raise DataError(f"{labels_path} should hold a list of lists of classes, as real.json does")
     files = image_files(images_path)
     for folder in folders(images_path):
         files += [f"{folder}/{file}" for file in image_files(os.path.join(images_path, folder))]

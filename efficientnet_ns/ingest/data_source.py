@@ -13,7 +13,7 @@ from absl import logging
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.config.ingest import MakeConfig
 from efficientnet_ns.data import image_conversion, tasks
-from efficientnet_ns.files import json_files, tfexamples
+from efficientnet_ns.files import manifests, tfexamples
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_records, image_sources, listing, tfds_source
 from efficientnet_ns.ingest.image_sources import Source
@@ -102,7 +102,7 @@ def _check_other_sets(config: MakeConfig) -> None:
     names = sorted(tf.io.gfile.listdir(folder)) if tf.io.gfile.isdir(folder) else []
     one_of = {match[1]: name for name in names if (match := _MANIFEST.fullmatch(name))}
     others = {
-        prefix: json_files.read_json(os.path.join(folder, name))["config"].get("labeled")
+        prefix: manifests.read_manifest(os.path.join(folder, name))["config"].get("labeled")
         for prefix, name in one_of.items()
     }
     labeled = [prefix for prefix, value in others.items() if value]

@@ -30,6 +30,8 @@ from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.ingest.image_sources import Entry, LeftOut, Reader, Source, printable
 
 _IMAGES_PER_SHARD, _MAX_SHARDS = 1024, 1024
+# In the configuration of a shard: what detects images replaced by others of the same size.
+_VERSIONS = "versions"
 # Images that a running process writes while another one loads TensorFlow.
 _IMAGES_PER_WORKER = 2048
 
@@ -67,17 +69,22 @@ class ImageSet:
         """What each file holds; `number` is that of the set."""
         bounds = np.linspace(0, len(self.entries), self.num_shards + 1).astype(int)
         made = dataclasses.replace(self, entries=(), lost=())  # Processes need no other entries.
-        shards = []
-        for shard, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:])):
-            name = shard_names.shard_name(self.prefix, shard, self.num_shards)
-            entries = self.entries[start:stop]
-            stage = manifests.Stage(
-                os.path.join(self.folder, "manifests", f"{name}.json"),
-                [os.path.join(self.folder, name)],
-                {**self.identity, "images": digest((e.name, e.label, e.size) for e in entries)},
-            )
-            shards.append(_Shard(stage, entries, made, number))
-        return shards
+        return [
+            _Shard(self._stage(shard, start, stop), self.entries[start:stop], made, number)
+            for shard, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:]))
+        ]
+
+    def _stage(self, shard: int, start: int, stop: int) -> manifests.Stage:
+        name = shard_names.shard_name(self.prefix, shard, self.num_shards)
+        entries = self.entries[start:stop]
+        config = {**self.identity, "images": digest((e.name, e.label, e.size) for e in entries)}
+        if any(e.version for e in entries):
+            config[_VERSIONS] = digest(e.version for e in entries)
+        return manifests.Stage(
+            os.path.join(self.folder, "manifests", f"{name}.json"),
+            [os.path.join(self.folder, name)],
+            config,
+        )
 
 
 class _Shard(NamedTuple):
@@ -193,20 +200,30 @@ def make_sets(
 
 def _done(shard: _Shard) -> bool:
     """See `manifests.Stage.done`; other images are described by their number."""
+    stage = shard.stage
+    if not tf.io.gfile.exists(stage.manifest):
+        return stage.done()
+    noted = manifests.read_manifest(stage.manifest)
+    now, before = stage.config, noted["config"]
+    if not (_VERSIONS in now and _VERSIONS in before):
+        # Earlier versions of this program noted none; where the source lies now, none may be known.
+        now = {name: value for name, value in now.items() if name != _VERSIONS}
+        now.update({name: before[name] for name in (_VERSIONS,) if name in before})
     try:
-        return shard.stage.done()
+        return manifests.Stage(stage.manifest, stage.outputs, now).done()
     except manifests.OutputConflict as e:
-        if not tf.io.gfile.exists(shard.stage.manifest):
-            raise
-        counts = shard.stage.counts()  # A damaged manifest ends here.
-        noted = json_files.read_json(shard.stage.manifest)["config"]
-        if noted.get("images") == shard.stage.config["images"]:
-            raise
-        before = counts["records"] + len(counts["bad"])
-        raise manifests.OutputConflict(
-            f"{e} The images are not those it was made from: {before} → {len(shard.entries)}, or "
-            "other names, classes or sizes."
-        ) from e
+        if before.get("images") != now["images"]:
+            number = noted["counts"]["records"] + len(noted["counts"]["bad"])
+            raise manifests.OutputConflict(
+                f"{e} The images are not those it was made from: {number} → {len(shard.entries)}, or "
+                "other names, classes or sizes."
+            ) from e
+        if before.get(_VERSIONS) != now.get(_VERSIONS):
+            raise manifests.OutputConflict(
+                f"{e} Images were replaced or changed since under the same names. If they are only "
+                "copies, give them the times of the originals (cp -p, rsync -t)."
+            ) from e
+        raise
 
 
 def _refuse_other_sharding(one: ImageSet) -> None:

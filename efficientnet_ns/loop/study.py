@@ -212,7 +212,7 @@ def _train(config: Config) -> dict[str, Any]:
     """Trains and measures a model; its result, or the recorded one."""
     path = _result_path(config)
     if tf.io.gfile.exists(path):
-        return json_files.read_json(path)
+        return json_files.read_object(path, "measured", "steps")
     started = time.monotonic()
     metrics = train.train_and_evaluate(config, evaluate=False)
     trained = time.monotonic()

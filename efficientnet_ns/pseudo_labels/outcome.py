@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
-from efficientnet_ns.files import json_files, parquet_sql, tfexamples, tfrecords
+from efficientnet_ns.files import manifests, parquet_sql, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import SELECTION
@@ -360,7 +360,7 @@ def read_quarantine(config: SelectConfig, limit: int = 20) -> Quarantine:
         if not tf.io.gfile.exists(manifest):
             result.unknown.append(manifest)
             continue
-        listed = json_files.read_json(manifest)["counts"].get("quarantine", {})
+        listed = manifests.read_manifest(manifest)["counts"].get("quarantine", {})
         for position, reason in sorted((int(p), r) for p, r in listed.items()):
             result.reasons[reason.split(" at byte ")[0]] += 1
             result.files[name] += 1

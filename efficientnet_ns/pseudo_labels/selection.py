@@ -182,7 +182,7 @@ def _are_counted(stage: manifests.Stage) -> bool:
     """Whether the statistics are finished; False also if the predictions changed since."""
     if (
         tf.io.gfile.exists(stage.manifest)
-        and json_files.read_json(stage.manifest)["config"] != stage.config
+        and manifests.read_manifest(stage.manifest)["config"] != stage.config
     ):
         logging.info("%s: the predictions changed, counting again", stage.manifest)
         return False
@@ -305,7 +305,7 @@ def _check_numbers(config: SelectConfig, shard: int, rows: Sequence[int]) -> Non
         path = os.path.join(config.info_dir, info_name(shard, config.num_shards, worker))
         if not tf.io.gfile.exists(path):
             raise DataError(f"{path} is missing: predict that shard first")
-        expected = json_files.read_json(path)["image_num"]
+        expected = json_files.read_object(path, "image_num")["image_num"]
         if found != expected:
             raise DataError(
                 f"worker {worker} predicted {found} records of shard {shard}, but {path} has "

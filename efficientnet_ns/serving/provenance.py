@@ -26,6 +26,8 @@ _RECIPE = {
     "init_weights": "Started from",
     "seed": "Seed",
 }
+# Of eval.json.
+_MEASURED = ("weights", "ema", "views", "sets")
 _DATA = {"label_data_dir": "Labeled data", "unlabel_data_dir": "Pseudo-labeled data"}
 
 
@@ -57,7 +59,7 @@ def of_training(model_dir: str, checkpoint: str = "") -> dict[str, object]:
         facts[f"Evaluation during the training, after {row['step']} steps"] = (
             _accuracy(row, "eval/") + " (moving averages)"
         )
-    measured = _read(os.path.join(model_dir, "eval", "eval.json"))
+    measured = _read(os.path.join(model_dir, "eval", "eval.json"), *_MEASURED)
     if not _same(measured.get("weights", ""), os.path.join(model_dir, checkpoint)):
         return facts
     how = "moving averages" if measured["ema"] else "raw weights"
@@ -83,7 +85,7 @@ def _same(path: str, other: str) -> bool:
 
 def _last_evaluation(path: str, end: float) -> Mapping[str, Any] | None:
     """The last row of a training's log with an evaluation, up to step `end`."""
-    rows = json_files.read_json_lines(path)
+    rows = json_files.read_json_lines(path, "step")
     found = [row for row in rows if "eval/top1" in row and row["step"] <= end]
     return found[-1] if found else None
 
@@ -127,5 +129,5 @@ def is_published(path: str, recipe: Any) -> bool:
     return any(part == n or part.startswith(f"{n}.") for part in path.split("/") for n in names)
 
 
-def _read(path: str) -> Mapping[str, Any]:
-    return json_files.read_json(path) if tf.io.gfile.exists(path) else {}
+def _read(path: str, *keys: str) -> Mapping[str, Any]:
+    return json_files.read_object(path, *keys) if tf.io.gfile.exists(path) else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -46,6 +47,7 @@ class Checkpoints:
       keep: number of checkpoints kept.
       writes: False on all workers but the chief. They read, and take part in gathering values that
         differ between replicas, but do not write to the folder.
+      before_write: called before a checkpoint is written; raises when it must not be.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Checkpoints:
         *,
         keep: int = 5,
         writes: bool = True,
+        before_write: Callable[[], None] = lambda: None,
     ):
         self.folder, self.keep, self._writes = folder, keep, writes
+        self._before_write = before_write
         student, ema_student = trainer.student, trainer.ema_student
         optimizer: RMSPropTF1 | Adam = trainer.optimizer
         self.optimizer, self._model = optimizer, ema_student
@@ -104,6 +108,7 @@ class Checkpoints:
         values = {name: tf.convert_to_tensor(self.variables[name]) for name in self.variables}
         if not self._writes:
             return prefix
+        self._before_write()
         try:
             weights.write_settings(self.folder, self._model)
             weights.write_checkpoint(prefix, {**values, **self._fresh_slots})
