@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from operator import methodcaller
 from typing import Any
 
@@ -36,36 +35,28 @@ def evaluate_and_report(config: Config, own: OwnSetConfig, sets: RobustnessConfi
       ConfigError, DataError: settings or data that cannot work.
     """
     config = data_source.with_records(config)
-    folders = sets.places()
     if own.corrupt or own.epsilons:
-        given = [f"--{name}" for name, path in folders.items() if path]
+        given = [f"--{name}" for name, path in sets.places().items() if path]
         if given:
             raise ConfigError(
                 f"--corrupt and --epsilons measure the set of --label_data_dir; {given[0]} needs a "
                 "separate command"
             )
-        found = evaluate_own_set(config, own, sets.weights, sets.report_dir)
+        found = evaluate_own_set(config, own, sets)
         return custom_robustness_report.markdown(found)
     if own.baseline:
         raise ConfigError("--baseline is measured with --corrupt or --epsilons, which is not given")
-    results = evaluate(config, sets.weights, folders, sets.report_dir, sets.allow_missing)
+    results = evaluate(config, sets)
     size = ResolvedConfig.from_config(config).image_size
     return robustness.markdown(robustness.rows(results, size, config.model.model_name))
 
 
-def evaluate(
-    config: Config,
-    weights_path: str | os.PathLike,
-    folders: Mapping[str, str | os.PathLike],
-    report_dir: str | os.PathLike,
-    allow_missing: bool = False,
-) -> dict[str, dict[str, Any]]:
-    """Measures the sets whose folders are given; writes robustness.json, .md and .html.
+def evaluate(config: Config, sets: RobustnessConfig) -> dict[str, dict[str, Any]]:
+    """Measures the sets that are given; writes robustness.json, .md and .html.
 
     Args:
       config: the model, an ImageNet one.
-      weights_path: what `weights.load_weights` takes.
-      folders: flag → folder or other place, of `RobustnessConfig.places`; empty ones are left out.
+      sets: its weights, as `weights.load_weights` takes them, and the sets.
 
     Returns:
       Set → results, fractions.
@@ -76,9 +67,7 @@ def evaluate(
         on them.
       manifests.OutputConflict: report_dir has parts of other weights, settings or sets.
     """
-    weights_path, report_dir = os.fspath(weights_path), os.fspath(report_dir)
-    paths = {name: os.fspath(folder) for name, folder in folders.items()}
-    paths = _given(weights_path, paths, report_dir)
+    places = _given(sets)
     resolved = ResolvedConfig.from_config(config)
     if resolved.num_classes != 1000:
         raise ConfigError(
@@ -86,38 +75,38 @@ def evaluate(
         )
     check_views(resolved)
     # All sets are looked through before a model is built and anything is measured.
-    measurements = _open(paths, allow_missing, config.data.tfds_data_dir)
-    predictor = TeacherPredictor(resolved, weights_path)
+    measurements = _open(places, sets.allow_missing, config.data.tfds_data_dir)
+    predictor = TeacherPredictor(resolved, sets.weights)
     identity = {
-        "weights": weights_path,
+        "weights": sets.weights,
         "model": config.model.model_name,
         "image_size": resolved.image_size,
         "views": config.predict.test_time_views,
     }
-    whole = {"imagenet_c", "imagenet_p"} & set(paths)
+    whole = {"imagenet_c", "imagenet_p"} & set(places)
     evaluation = robustness.Evaluation(
         predictor.label,
         predictor.group,
-        os.path.join(report_dir, "parts"),
+        os.path.join(sets.report_dir, "parts"),
         # By their content: a training may go on in the same folder.
         {
             **identity,
-            "weights": weights.fingerprint(weights_path, resolved.config.model.model_name),
+            "weights": weights.fingerprint(sets.weights, resolved.config.model.model_name),
         },
         predictor.of_whole_images().label if whole else None,
     )
     results = {name: measure(evaluation) for name, measure in measurements.items()}
-    _write(report_dir, identity, results)
+    _write(sets.report_dir, identity, results)
     return results
 
 
-def _given(weights_path: str, folders: dict[str, str], report_dir: str) -> dict[str, str]:
-    """The `folders` that are not empty."""
-    given = {name: path for name, path in folders.items() if path}
-    if not weights_path or not report_dir or not given:
-        sets = ", ".join(f"--{name}" for name in RobustnessConfig().places())
+def _given(sets: RobustnessConfig) -> dict[str, str]:
+    """The places of the sets that are given."""
+    given = {name: path for name, path in sets.places().items() if path}
+    if not sets.weights or not sets.report_dir or not given:
         raise ConfigError(
-            f"--weights, --report_dir and at least one set are needed: {sets}, "
+            "--weights, --report_dir and at least one set are needed: "
+            f"{', '.join(f'--{name}' for name in sets.places())}, "
             "or --corrupt or --epsilons for a labeled set of your own"
         )
     if ("imagenet_val" in given) != ("real_labels" in given):
@@ -171,11 +160,9 @@ def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
     size, model = identity["image_size"], identity["model"]
     rows = robustness.rows(results, size, model)
     tables = robustness.tables(results, size, model)
-    with atomic.atomic_path(os.path.join(folder, "robustness.md")) as temporary:
-        with tf.io.gfile.GFile(temporary, "w") as f:
-            f.write(robustness.markdown(rows))
-            for title, table in tables.items():
-                f.write(f"\n### {title}\n\n{robustness.markdown(table)}")
+    parts = [f"\n### {title}\n\n{robustness.markdown(table)}" for title, table in tables.items()]
+    text = robustness.markdown(rows) + "".join(parts)
+    atomic.write(os.path.join(folder, "robustness.md"), text)
     details = [
         report.Section(f"{name}: {key}", report.table([{"name": n, key: v} for n, v in of.items()]))
         for name, result in results.items()
@@ -198,12 +185,7 @@ def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
     )
 
 
-def evaluate_own_set(
-    config: Config,
-    own: OwnSetConfig,
-    weights_path: str | os.PathLike,
-    report_dir: str | os.PathLike,
-) -> dict[str, Any]:
+def evaluate_own_set(config: Config, own: OwnSetConfig, sets: RobustnessConfig) -> dict[str, Any]:
     """Attacks and corrupts the labeled set of `config`; writes own_set.json, .md and .html.
 
     Returns:
@@ -212,9 +194,8 @@ def evaluate_own_set(
     Raises:
       ConfigError, DataError: settings or data that cannot work.
     """
-    if not weights_path or not report_dir:
+    if not sets.weights or not sets.report_dir:
         raise ConfigError("--weights and --report_dir are needed")
-    folder = os.fspath(report_dir)
-    found = custom_robustness.measure(config, own, os.fspath(weights_path), folder)
-    custom_robustness_report.write(folder, found)
+    found = custom_robustness.measure(config, own, sets.weights, sets.report_dir)
+    custom_robustness_report.write(sets.report_dir, found)
     return found.results

@@ -18,14 +18,12 @@ class BrokenFile(ValueError):
 
 def write_json(path: str, value: object, *, indent: int | None = None) -> None:
     """Writes JSON that is either whole or absent."""
-    with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
-        f.write(json.dumps(value, indent=indent))
+    atomic.write(path, json.dumps(value, indent=indent))
 
 
 def write_json_lines(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object per line; the file is either whole or absent."""
-    with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
-        f.write("".join(json.dumps(row) + "\n" for row in rows))
+    atomic.write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_json(path: str):

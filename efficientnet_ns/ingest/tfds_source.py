@@ -29,10 +29,7 @@ KNOWN_TASKS = {"imagenet2012": "imagenet", "svhn_cropped": "svhn"}
 # Names that sets give to their splits → prefix of the records.
 SPLITS = {
     "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     "test": "test",
 }
 

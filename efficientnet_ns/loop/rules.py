@@ -103,7 +103,7 @@ def _held_out(facts: Facts, _: Chosen) -> float:
 
 
 def _steps(pretrained: int, scratch: int, passes: int, batch: str) -> Callable:
-    """At least so many updates, and so many passes over the labeled pictures; 20,000 at most."""
+    """At least this many updates, and this many passes over the labeled pictures; 20,000 at most."""
 
     def steps(facts: Facts, chosen: Chosen) -> int:
         least = pretrained if _pretrained(chosen) else scratch
@@ -333,7 +333,7 @@ def warnings(facts: Facts, chosen: Chosen) -> list[str]:
         )
     if facts.unlabeled < facts.labeled:
         found.append(
-            f"{facts.unlabeled} unlabeled pictures beside {facts.labeled} labeled ones: students have "
+            f"{facts.unlabeled} unlabeled pictures for {facts.labeled} labeled ones: students have "
             "little to learn from"
         )
     return found

@@ -173,8 +173,7 @@ def write(folder: str, overview: Mapping[str, Any]) -> None:
 
     path = {kind: os.path.join(folder, f"study.{kind}") for kind in ("json", "md", "png", "html")}
     json_files.write_json(path["json"], overview, indent=1)
-    with atomic.atomic_path(path["md"]) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
-        f.write(markdown(overview))
+    atomic.write(path["md"], markdown(overview))
     figure = plot(overview)
     with atomic.atomic_path(path["png"]) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
         figure.savefig(f, format="png", dpi=150, facecolor="white")

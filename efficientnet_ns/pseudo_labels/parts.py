@@ -92,12 +92,8 @@ class Parts:
         numbers = part.labels.astype("<i4").tobytes() + part.top_probs.astype("<f4").tobytes()
         body = b"".join(tfrecords.frame(p) for p in [numbers, *part.payloads])
         stored.update(settings=self._settings, bytes=len(body), crc=google_crc32c.value(body))
-        with (
-            atomic.atomic_path(self._path(part.first)) as temporary,
-            tf.io.gfile.GFile(temporary, "wb") as f,
-        ):
-            f.write(tfrecords.frame(json.dumps(stored).encode()))
-            f.write(body)
+        header = tfrecords.frame(json.dumps(stored).encode())
+        atomic.write(self._path(part.first), header + body)
 
     def chain(self) -> Iterator[tuple[PartFile, bytes]]:
         """Yields the finished parts from the first record on, with the bytes of their records."""

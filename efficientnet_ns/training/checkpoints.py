@@ -135,9 +135,7 @@ class Checkpoints:
         names = [os.path.basename(self.prefix(step)) for step in steps]
         lines = [f'model_checkpoint_path: "{names[0]}"']
         lines += [f'all_model_checkpoint_paths: "{name}"' for name in reversed(names)]
-        with atomic.atomic_path(os.path.join(self.folder, "checkpoint")) as temporary:
-            with tf.io.gfile.GFile(temporary, "w") as f:
-                f.write("\n".join(lines) + "\n")
+        atomic.write(os.path.join(self.folder, "checkpoint"), "\n".join(lines) + "\n")
 
     def restore_latest(self) -> int:
         """Restores the newest checkpoint that loads whole; returns its step, 0 without one.

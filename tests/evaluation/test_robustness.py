@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -506,7 +507,7 @@ def test_incomplete_sets_are_marked():
 
 def test_the_program(tmp_path, monkeypatch):
     """From weights and pictures to the files, once through everything."""
-    from efficientnet_ns.config import Config
+    from efficientnet_ns.config import Config, RobustnessConfig
     from efficientnet_ns.evaluation import robustness_program
     from efficientnet_ns.models import weights
     from efficientnet_ns.resolve.resolved_config import ResolvedConfig
@@ -528,11 +529,17 @@ def test_the_program(tmp_path, monkeypatch):
             # What the crop of the evaluation would leave out is all that differs.
             framed = np.pad(pixels[:24, :24], [(4, 4), (4, 4), (0, 0)], constant_values=250 * i)
             Image.fromarray(framed).save(folder / f"{i}.png")
-    folders = {"imagenet_a": str(tmp_path / "a"), "imagenet_p": str(tmp_path / "p")}
+    given = RobustnessConfig(
+        weights=path,
+        report_dir=str(out),
+        imagenet_a=str(tmp_path / "a"),
+        imagenet_p=str(tmp_path / "p"),
+        allow_missing=True,
+    )
     with pytest.raises(DataError, match="999 of 1000 classes are missing"):
-        robustness_program.evaluate(config, path, folders, str(out))
+        robustness_program.evaluate(config, dataclasses.replace(given, allow_missing=False))
     assert not out.exists(), "all sets are looked through before anything is measured"
-    results = robustness_program.evaluate(config, path, folders, str(out), allow_missing=True)
+    results = robustness_program.evaluate(config, given)
     # One picture in 200 classes: whatever is answered, one of them is right.
     assert results["imagenet-a"]["top1"] == 1 / 200
     stability = results["imagenet-p"]
@@ -547,8 +554,8 @@ def test_the_program(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "efficientnet_ns.evaluation.robustness_program.TeacherPredictor", mock.Mock()
     )
-    again = robustness_program.evaluate(config, path, folders, str(out), allow_missing=True)
+    again = robustness_program.evaluate(config, given)
     assert again == results
     Path(path).write_bytes(Path(path).read_bytes()[:-1])
     with pytest.raises(manifests.OutputConflict, match="weights"):
-        robustness_program.evaluate(config, path, folders, str(out), allow_missing=True)
+        robustness_program.evaluate(config, given)
