@@ -60,7 +60,8 @@ class Judge:
         """Predictions for the set of this prefix."""
         source = Source.find(self._resolved.config.data.label_data_dir or "", prefix)
         truth: list[int] = []
-        probs, mistakes = [], []
+        probs: list[np.ndarray] = []
+        mistakes: list[Mistake] = []
         group: list[bytes] = []
         for path in source.paths:
             for record in tfrecords.read(path):
