@@ -117,7 +117,8 @@ class ResolvedConfig:
           ConfigError: no `label_data_dir`, or fewer shards than `num_train_shards`.
         """
         source = pipeline.Source.find(self._label_data_dir, self.task.train_set)
-        return self._limited(source, source.shards, "num_train_shards")
+        number = self.config.data.num_train_shards
+        return _limited(source, source.shards, "num_train_shards", number)
 
     def evaluation_source(
         self, prefix: str | None = None, limit: str = "num_eval_images"
@@ -136,23 +137,14 @@ class ResolvedConfig:
         source = pipeline.Source.find(
             self._label_data_dir, prefix or self.task.eval_set, max_bad_fraction=0
         )
-        return self._limited(source, source.examples, limit)
+        data = self.config.data
+        limits = {"num_eval_images": data.num_eval_images, "num_test_images": data.num_test_images}
+        return _limited(source, source.examples, limit, limits[limit])
 
     @property
     def _label_data_dir(self) -> str:
         folder = self.config.data.label_data_dir
         return needed(folder, "label_data_dir", "the folder with the labeled records")
-
-    def _limited(
-        self, source: pipeline.Source, take: Callable[[int], pipeline.Source], setting: str
-    ) -> pipeline.Source:
-        """`take(number)`, the number being a setting's; all of `source` if that is None."""
-        number = getattr(self.config.data, setting)
-        try:
-            return source if number is None else take(number)
-        except DataError as e:
-            folder = os.path.dirname(source.paths[0])
-            raise ConfigError(f"--{setting}={number}: {e} in {folder}") from e
 
     def epoch_images(self, labeled: pipeline.Source | None = None) -> int:
         """Labeled images that make an epoch: as configured, the task's, or as many as there are.
@@ -349,3 +341,17 @@ def normalization(model_name: str, task: tasks.Task) -> dict[str, Any]:
     """`mean` and `std` of a model's pixels: the task's where it states them, else the variant's."""
     variant = efficientnet.get_variant(model_name)
     return {"mean": task.mean or variant.mean, "std": task.std or variant.std}
+
+
+def _limited(
+    source: pipeline.Source,
+    take: Callable[[int], pipeline.Source],
+    setting: str,
+    number: int | None,
+) -> pipeline.Source:
+    """`take(number)`, the number being a setting's; all of `source` if that is None."""
+    try:
+        return source if number is None else take(number)
+    except DataError as e:
+        folder = os.path.dirname(source.paths[0])
+        raise ConfigError(f"--{setting}={number}: {e} in {folder}") from e

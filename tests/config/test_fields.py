@@ -32,6 +32,7 @@ from efficientnet_ns.config import (
     ModelConfig,
     OwnSetConfig,
     PhotosConfig,
+    PicturesConfig,
     PredictConfig,
     ReportConfig,
     RobustnessConfig,
@@ -55,7 +56,7 @@ SECTIONS = {
 # Program → the dataclasses whose fields are its flags.
 ENTRIES = {
     "main": [ModeConfig, Config],
-    "noisy_student": [Config, LoopConfig],
+    "noisy_student": [PicturesConfig, Config, LoopConfig],
     "study": [Config, LoopConfig, StudyConfig],
     "filter_unlabel": [SelectConfig, FilterConfig],
     "demo": [DemoConfig],
