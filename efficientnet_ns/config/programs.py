@@ -75,7 +75,7 @@ _PLACES = "; or a folder of records, or tfds:<name>."
 class RobustnessConfig(Settings):
     """The paper's robustness sets; each one given is measured."""
 
-    weights: str = setting("", "Weights of the model.")
+    weights: str = setting("", "Weights of the model; default: those in model_dir.")
     report_dir: str = setting("", "Folder of the results.")
     allow_missing: bool = setting(
         False, "Measure sets with missing parts too; no mean is then reported."
@@ -146,7 +146,7 @@ class ExportConfig(Settings):
 class PhotosConfig(Settings):
     """How `predict_image.py` classifies."""
 
-    weights: str = setting("", "Weights of the model.")
+    weights: str = setting("", "Weights of the model; default: those in model_dir.")
     top: int = setting(5, "Classes per photo.", low=1)
     json: bool = setting(False, "Print one JSON object per photo and line.")
     ema: bool = setting(True, "Use the moving-average weights, not the raw ones.")
@@ -167,5 +167,6 @@ class ConvertConfig(Settings):
     """What `convert_checkpoint.py` reads and writes."""
 
     source: str = setting("", "Checkpoint, .h5, .keras, .safetensors or .pth file to read.")
+    model_dir: str = setting("", "Instead of source: folder of a training, or of noisy_student.")
     target: str = setting("", "A .safetensors file, or the prefix of a checkpoint.")
     ema: bool = setting(True, "Read the moving-average weights, not the raw ones.")

@@ -214,7 +214,7 @@ def selection_config(prediction: Config, loop: LoopConfig, folder: str) -> Selec
     """Settings of the selection among predictions; records are written to `folder/selected/data`."""
     options = prediction.predict
     return SelectConfig(
-        input_dir=prediction.data.unlabel_data_dir,
+        unlabel_data_dir=prediction.data.unlabel_data_dir,
         prediction_dir=options.output_dir,
         prelim_stats_dir=os.path.join(folder, "statistics"),
         output_dir=os.path.join(folder, "selected"),

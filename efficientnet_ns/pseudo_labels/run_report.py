@@ -69,7 +69,7 @@ def write_report(config: SelectConfig, options: Options = _DEFAULTS, path: str =
         path,
         title="Pseudo labels",
         intro=(
-            f"Predictions in {config.prediction_dir} for the images in {config.input_dir}, and the "
+            f"Predictions in {config.prediction_dir} for the images in {config.unlabel_data_dir}, and the "
             f"selection from them in {config.output_dir}."
         ),
         sections=[

@@ -13,13 +13,14 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config.fields import ConfigError, as_dict, check
-from efficientnet_ns.config.sections import Config
+from efficientnet_ns.config.sections import Config, DataConfig
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.data.autoaugment import AutoAugment
 from efficientnet_ns.data.randaugment import RandAugment
 from efficientnet_ns.files import tfexamples
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.models import efficientnet
+from efficientnet_ns.resolve import stored_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,15 @@ class ResolvedConfig:
     num_classes: int
 
     @classmethod
-    def from_config(cls, config: Config) -> ResolvedConfig:
+    def from_config(
+        cls, config: Config, weights_path: str | os.PathLike | None = None
+    ) -> ResolvedConfig:
         """Resolves and cross-checks; reads the task's file, and writes nothing.
 
         Args:
           config: without a `data_source`; see `ingest.data_source.with_records`.
+          weights_path: of the trained model that is used, see `stored_model.find`; what the settings
+            leave open is read there.
 
         Raises:
           ConfigError: names the flag that does not fit.
@@ -56,14 +61,16 @@ class ResolvedConfig:
                 f"--data_source={config.data.data_source} has no records yet; data_source.with_records "
                 "makes them"
             )
-        task_name = as_dict(config.data)["task_name"]
-        config = config.override(task_name=task_name)
+        stored = stored_model.read(weights_path) if weights_path else stored_model.StoredModel()
+        task = _task(config.data.task_name, stored)
+        config = stored.complete(config)
+        task_name, model_name = (
+            as_dict(config.data)["task_name"],
+            as_dict(config.model)["model_name"],
+        )
+        config = config.override(task_name=task_name, model_name=model_name)
         try:
-            task = tasks.get_task(task_name)
-        except ValueError as e:
-            raise ConfigError(f"--task_name: {e}") from e
-        try:
-            variant = efficientnet.get_variant(config.model.model_name)
+            variant = efficientnet.get_variant(model_name)
         except ValueError as e:
             raise ConfigError(f"--model_name: {e}") from e
         if config.model.num_label_classes not in (None, task.num_classes):
@@ -258,13 +265,20 @@ class ResolvedConfig:
         return pipeline.join(*parts)
 
     def eval_batches(
-        self, source: pipeline.Source, share: pipeline.Share = pipeline.WHOLE
+        self,
+        source: pipeline.Source,
+        share: pipeline.Share = pipeline.WHOLE,
+        preprocessing: pipeline.Preprocessing | None = None,
     ) -> tf.data.Dataset:
-        """Every record of `source` once; see `pipeline.eval_batches`."""
+        """Every record of `source` once; see `pipeline.eval_batches`.
+
+        Args:
+          preprocessing: None: `self.preprocessing()`.
+        """
         per_replica = math.ceil(self.config.train.eval_batch_size / share.replicas)
         return pipeline.eval_batches(
             source,
-            self.preprocessing(),
+            preprocessing or self.preprocessing(),
             num_classes=self.num_classes,
             batch_size=per_replica * share.replicas,
             share=share,
@@ -310,6 +324,26 @@ class ResolvedConfig:
         if not self.config.train.teacher_model_name:
             tfexamples.parse_pseudo_labeled(tf.constant(payload), self.num_classes)
             self._check_labeled(payload)
+
+
+def _task(name: str | None, stored: stored_model.StoredModel) -> tasks.Task:
+    """The task that is given, else the model's; normalised as the model, in any case.
+
+    Raises:
+      ConfigError: there is no such task, or it is not one for the model.
+    """
+    if name is None and stored.task is not None:
+        task = stored.task
+    else:
+        name = name or as_dict(DataConfig())["task_name"]
+        try:
+            task = tasks.get_task(name)
+        except tasks.TaskError as e:
+            # The task of the training, whose file may have gone.
+            if name != stored.task_name or stored.task is None:
+                raise ConfigError(f"--task_name: {e}") from e
+            task = stored.task
+    return stored.fit(task, name or "")
 
 
 def limited(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 
 import tensorflow as tf
 
 from efficientnet_ns.data import pipeline
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.files.paths import listed
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig, limited
 from efficientnet_ns.training.input_wait import InputWait
 
@@ -47,9 +50,7 @@ class Inputs:
             # Without a limit on the number of images, as in the original.
             unlabeled = pipeline.Source.find(data.unlabel_data_dir, ("train", "extra"))
         if evaluate:
-            evaluation = pipeline.Source.find(
-                data.label_data_dir, resolved.task.eval_set, max_bad_fraction=0
-            )
+            evaluation = _evaluation_set(data.label_data_dir or "", resolved.task.eval_set)
             evaluation = limited(
                 evaluation, evaluation.examples, "num_eval_images", data.num_eval_images
             )
@@ -71,3 +72,19 @@ class Inputs:
         return self.resolved.naming_bad_records(
             self.labeled, self.evaluation, unlabeled=self.unlabeled
         )
+
+
+def _evaluation_set(folders: str, prefix: str) -> pipeline.Source:
+    """The records to measure on; DataError that says what to do if there are none."""
+    names = [
+        name
+        for folder in folders.split(";")
+        for name in listed(folder, rf"{re.escape(prefix)}-\d.*")
+    ]
+    if names:
+        return pipeline.Source.find(folders, prefix, max_bad_fraction=0)
+    raise DataError(
+        f"no records {prefix}-00000-of-… to evaluate on in {folders}. Make them with make_records "
+        "(--validation_fraction=0.1, or --image_set=validation of other images), name a set that is "
+        "there as eval_set in the task's file (--task_name), or train without evaluation: --mode=train"
+    )
