@@ -17,7 +17,9 @@ _INITIALS = {
 }
 
 
-class _Lines(std_logging.Formatter):
+class LineFormatter(std_logging.Formatter):
+    """Initial of the level, time, message."""
+
     def format(self, record: std_logging.LogRecord) -> str:
         """The initial of the level, the time, and the message with its stack, if it has one."""
         initial = _INITIALS.get(record.levelno, record.levelname[:1])
@@ -27,7 +29,7 @@ class _Lines(std_logging.Formatter):
 def begin() -> None:
     """Gives the log of this process its form and its level, and hides what libraries would add."""
     logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().setFormatter(_Lines())
+    logging.get_absl_handler().setFormatter(LineFormatter())
     # Errors of TensorFlow's C++ code reach Python as exceptions; the rest of its log is noise here.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # With several replicas TensorFlow logs how it adds up each variable.

@@ -41,7 +41,7 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     path = _weights_path(config)
     stored = stored_model.read(path)
     if stored.exported:
-        exported.check(config)
+        exported.check(config, stored)
     if config.train.eval_image_size:
         config = config.override(input_image_size=config.train.eval_image_size)
     if not config.data.label_data_dir:

@@ -16,6 +16,7 @@ from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.files import local_files, manifests
+from efficientnet_ns.resolve import stored_model
 
 _BATCH = 8
 # Settings that an exported graph does not have → what they choose.
@@ -55,7 +56,6 @@ class ExportedModel:
       folder: of the version.
 
     Attributes:
-      class_names: one per class.
       output_shape: (None, C), as that of a Keras model.
       name, batch_size, concurrency, group: as those of an engine and of a `TeacherPredictor`.
       num_classes: C.
@@ -63,9 +63,8 @@ class ExportedModel:
 
     def __init__(self, folder: str | os.PathLike):
         self._run = runner(folder)
-        with tf.io.gfile.GFile(os.path.join(folder, "assets", "labels.txt")) as f:
-            self.class_names = tuple(f.read().split("\n")[:-1])
-        self.num_classes = len(self.class_names)
+        task = stored_model.read(folder).task
+        self.num_classes = task.num_classes if task else 0
         self.output_shape = (None, self.num_classes)
         self.name, self.batch_size, self.group = "export", _BATCH, 4 * _BATCH
         self.concurrency, self.engine = max(2, available_cpus()), self
@@ -104,11 +103,16 @@ class Encoded(Preprocessing):
         return image
 
 
-def check(config: Config) -> None:
-    """Raises ConfigError for settings that an exported graph cannot follow; names the flag."""
+def check(config: Config, stored: stored_model.StoredModel) -> None:
+    """Raises ConfigError for settings that an exported graph cannot follow; names the flag.
+
+    Args:
+      stored: of the export.
+    """
     values: dict[str, Any] = config.values()
+    own = {**Config().values(), "input_image_size": stored.images.get("image_size")}
     for name, what in _WITHOUT.items():
-        if values[name] != Config().values()[name]:
+        if values[name] not in (Config().values()[name], own[name]):
             raise ConfigError(
                 f"--{name}={values[name]}: {what} of an exported model cannot be chosen; leave it "
                 "out, or give the folder of the training"

@@ -76,11 +76,12 @@ def predict_images(
 _Classify = Callable[[tf.Tensor], tf.Tensor | np.ndarray]
 
 
-def _exported(config: Config, path: str) -> tuple[_Classify, Sequence[str]]:
+def _exported(config: Config, path: str) -> tuple[_Classify, Sequence[str] | None]:
     """An exported model and its class names."""
-    exported.check(config)
+    exported.check(config, stored_model.read(path))
+    resolved = ResolvedConfig.from_config(config, path)
     model = exported.ExportedModel(path)
-    return lambda raw: model([raw.numpy()])[0], model.class_names
+    return lambda raw: model([raw.numpy()])[0], tasks.class_names(resolved.task)
 
 
 def _built(

@@ -119,7 +119,7 @@ def _check(resolved: ResolvedConfig) -> None:
             f"--total_replicas={options.total_replicas}"
         )
     if stored_model.is_export(options.predict_ckpt_path):
-        exported.check(config)
+        exported.check(config, stored_model.read(options.predict_ckpt_path))
     check_views(resolved)
 
 

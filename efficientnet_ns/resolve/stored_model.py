@@ -170,9 +170,19 @@ def _described(
     if "train_steps" not in settings:
         settings = {}  # Other programs call their files so, too.
     task_file = os.path.join(folder, TASK)
-    task = tasks.get_task(task_file) if tf.io.gfile.exists(task_file) else _noted_task(settings)
+    if tf.io.gfile.exists(task_file):
+        task: tasks.Task | None = tasks.get_task(task_file)
+    else:
+        task = _named_in_export(folder) if exported else _noted_task(settings)
     name = settings.get("task_name") or (task_file if task else None)
     return StoredModel(path, exported, settings, images, task, name)
+
+
+def _named_in_export(folder: str) -> tasks.Task:
+    """What the class names of an export tell, if it was made before the task was noted."""
+    with tf.io.gfile.GFile(os.path.join(folder, "labels.txt")) as f:
+        names = tuple(f.read().split("\n")[:-1])
+    return tasks.Task(len(names), class_names=names)
 
 
 def _noted_task(settings: Mapping[str, Any]) -> tasks.Task | None:
