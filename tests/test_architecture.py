@@ -295,7 +295,7 @@ EXPANDS: dict[str, set[str]] = {
     "load_checkpoint": {"models.weights"},
     "read_parquet": {"files.parquet_sql"},
     # The benchmark's of what it saved below TMPDIR; the demo's is for the reader.
-    "saved_model.load": {"serving.export", "loop.demo"},
+    "saved_model.load": {"inference.exported", "loop.demo"},
     "saved_model.loader": {"benchmarks.serving"},
 }
 
