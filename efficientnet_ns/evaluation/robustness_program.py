@@ -24,6 +24,7 @@ from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.inference.teacher import TeacherPredictor, check_views
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import weights
+from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 # Sets of labeled images, which may be class folders, records or tfds.
@@ -37,6 +38,7 @@ def evaluate_and_report(config: Config, own: OwnSetConfig, sets: RobustnessConfi
       ConfigError, DataError: settings or data that cannot work.
     """
     config = data_source.with_records(config)
+    weights_path = sets.weights or config.train.model_dir or ""
     folders = sets.places()
     if own.corrupt or own.epsilons:
         given = [f"--{name}" for name, path in folders.items() if path]
@@ -45,13 +47,14 @@ def evaluate_and_report(config: Config, own: OwnSetConfig, sets: RobustnessConfi
                 f"--corrupt and --epsilons measure the set of --label_data_dir; {given[0]} needs a "
                 "separate command"
             )
-        found = evaluate_own_set(config, own, sets.weights, sets.report_dir)
+        found = evaluate_own_set(config, own, weights_path, sets.report_dir)
         return custom_robustness_report.markdown(found)
     if own.baseline:
         raise ConfigError("--baseline is measured with --corrupt or --epsilons, which is not given")
-    results = evaluate(config, sets.weights, folders, sets.report_dir, sets.allow_missing)
-    size = ResolvedConfig.from_config(config).image_size
-    return robustness.markdown(robustness.rows(results, size, config.model.model_name))
+    results = evaluate(config, weights_path, folders, sets.report_dir, sets.allow_missing)
+    resolved = ResolvedConfig.from_config(config, weights_path)
+    model_name = resolved.model_name
+    return robustness.markdown(robustness.rows(results, resolved.image_size, model_name))
 
 
 def evaluate(
@@ -64,8 +67,8 @@ def evaluate(
     """Measures the sets whose folders are given; writes robustness.json, .md and .html.
 
     Args:
-      config: the model, an ImageNet one.
-      weights_path: what `weights.load_weights` takes.
+      config: the model, an ImageNet one; what is not given is read beside the weights.
+      weights_path: what `stored_model.find` takes.
       folders: flag → folder or other place, of `RobustnessConfig.places`; empty ones are left out.
 
     Returns:
@@ -77,10 +80,10 @@ def evaluate(
         on them.
       manifests.OutputConflict: report_dir has parts of other weights, settings or sets.
     """
-    weights_path, report_dir = os.fspath(weights_path), os.fspath(report_dir)
+    weights_path, report_dir = stored_model.find(weights_path), os.fspath(report_dir)
     paths = {name: os.fspath(folder) for name, folder in folders.items()}
     paths = _given(weights_path, paths, report_dir)
-    resolved = ResolvedConfig.from_config(config)
+    resolved = ResolvedConfig.from_config(config, weights_path)
     if resolved.num_classes != 1000:
         raise ConfigError(
             f"--task_name={resolved.config.data.task_name}: the sets need ImageNet's classes"
@@ -91,7 +94,7 @@ def evaluate(
     predictor = TeacherPredictor(resolved, weights_path)
     identity = {
         "weights": weights_path,
-        "model": config.model.model_name,
+        "model": resolved.model_name,
         "image_size": resolved.image_size,
         "views": config.predict.test_time_views,
     }
@@ -103,7 +106,7 @@ def evaluate(
         # By their content: a training may go on in the same folder.
         {
             **identity,
-            "weights": weights.fingerprint(weights_path, resolved.config.model.model_name),
+            "weights": weights.fingerprint(weights_path, resolved.model_name),
         },
         predictor.of_whole_images().label if whole else None,
     )
@@ -118,7 +121,7 @@ def _given(weights_path: str, folders: dict[str, str], report_dir: str) -> dict[
     if not weights_path or not report_dir or not given:
         sets = ", ".join(f"--{name}" for name in RobustnessConfig().places())
         raise ConfigError(
-            f"--weights, --report_dir and at least one set are needed: {sets}, "
+            f"--model_dir (or --weights), --report_dir and at least one set are needed: {sets}, "
             "or --corrupt or --epsilons for a labeled set of your own"
         )
     if ("imagenet_val" in given) != ("real_labels" in given):
@@ -216,12 +219,14 @@ def evaluate_own_set(
       ConfigError, DataError: settings or data that cannot work.
     """
     if not weights_path or not report_dir:
-        raise ConfigError("--weights and --report_dir are needed")
-    weights_path, report_dir = os.fspath(weights_path), os.fspath(report_dir)
+        raise ConfigError("--model_dir (or --weights) and --report_dir are needed")
+    weights_path, report_dir = stored_model.find(weights_path), os.fspath(report_dir)
     if os.environ.get("TF_CONFIG"):
         raise ConfigError("--corrupt and --epsilons work on one machine: unset TF_CONFIG")
 
-    resolved = ResolvedConfig.from_config(config)
+    if not config.data.label_data_dir:
+        config = config.override(label_data_dir=stored_model.labeled_dir(weights_path))
+    resolved = ResolvedConfig.from_config(config, weights_path)
     strategy = distribution.get_strategy(config.hardware)
     distribution.set_precision(config.hardware, strategy)
     found = custom_robustness.measure(

@@ -232,7 +232,7 @@ def test_predictions_leave_no_parts(predicted):
 
 def test_filter(home, predicted):
     chosen = SelectConfig(
-        input_dir=predicted.data.unlabel_data_dir,
+        unlabel_data_dir=predicted.data.unlabel_data_dir,
         prediction_dir=predicted.predict.output_dir,
         prelim_stats_dir=str(home / "statistics"),
         output_dir=str(home / "selected"),
