@@ -408,7 +408,7 @@ def test_override():
     assert (changed.model.model_name, changed.train.seed) == ("efficientnet-b1", 7)
     assert (changed.predict.num_shards, changed.hardware.tpu) == (3, "local")
     assert base == Config()
-    assert changed.override(model_name="efficientnet-b0", seed=0, num_shards=128, tpu=None) == base
+    assert changed.override(model_name=None, seed=0, num_shards=128, tpu=None) == base
 
 
 def test_override_of_an_unknown_name():
