@@ -225,7 +225,7 @@ def test_all_are_those_of_the_mean():
     "change, message",
     [
         ({"label_data_dir": None}, "--label_data_dir is needed"),
-        ({"weights": ""}, "--weights and --report_dir are needed"),
+        ({"weights": ""}, "--report_dir are needed"),
     ],
 )
 def test_what_is_missing(folder, tmp_path, change, message):
