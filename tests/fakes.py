@@ -579,3 +579,32 @@ def write_mat(folder: Path) -> None:
             {"X": pixels.transpose(1, 2, 3, 0), "y": labels[:, None].astype(np.uint8)},
         )
         start += count
+
+
+# --- Folders of pictures ---------------------------------------------------------------------------
+
+COLOURS = ((210, 40, 50), (50, 190, 70), (60, 70, 220))
+
+
+def photo(number: int, colour: tuple[int, int, int]) -> Image.Image:
+    """24 × 30 pixels of about a colour, another picture for each number."""
+    rng = np.random.default_rng(number)
+    pixels = np.array(colour) + rng.normal(0, 20, [24, 30, 3]) + rng.normal(0, 15, 3)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def class_folders(folder: Path, classes: dict[str, int], first: int = 0) -> None:
+    """PNG files in a folder per class, each class of a colour."""
+    for number, (name, count) in enumerate(classes.items()):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            picture = photo(1000 * number + first + i, COLOURS[number % len(COLOURS)])
+            picture.save(folder / name / f"{name} {i}.png")
+
+
+def flat_folder(folder: Path, count: int, classes: int = 2, first: int = 500) -> None:
+    """PNG files of several colours in one folder."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        number = i % classes
+        photo(1000 * number + first + i, COLOURS[number]).save(folder / f"u{i}.png")

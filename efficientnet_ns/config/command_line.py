@@ -68,7 +68,7 @@ def run(main: Callable[..., int | None], *settings: type, words: bool = False) -
 def _parse(values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
     try:
         expanded = _expanded(values, arguments[1:])
-        _refuse_two_in_one(values, expanded)
+        _refuse_shell_habits(values, expanded)
         return values([arguments[0], *expanded])
     except (flags.Error, fields.ConfigError) as e:
         print(f"{e}\n--help lists the flags.", file=sys.stderr)
@@ -111,14 +111,22 @@ def _first_not_utf8(arguments: Sequence[str], seen: tuple[str, ...] = ()) -> str
     return ""
 
 
-def _refuse_two_in_one(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    """Raises ConfigError if one line of a flag file has two flags: the first would swallow the second."""
+def _refuse_shell_habits(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    """Raises ConfigError for what a shell would take apart, and a flag file has in one value.
+
+    Two flags in a line, of which the first would swallow the second; quotes around a value.
+    """
     for argument in arguments:
         match = re.match(r"--?(\w+)=(.*?\s--?(?:no)?(\w+)(?:=.*|\s*))$", argument, re.DOTALL)
         if match and match[1] in values and match[3] in values:
             raise fields.ConfigError(
                 f"--{match[3]} is not on a line of its own: it would become part of the value of "
                 f"--{match[1]}, {match[2]!r}"
+            )
+        quoted = re.fullmatch(r"--?(\w+)=(['\"].*['\"])", argument, re.DOTALL)
+        if quoted and quoted[1] in values:
+            raise fields.ConfigError(
+                f"--{quoted[1]}={quoted[2]}: quotes in a flag file are part of the value; leave them out"
             )
 
 
@@ -186,7 +194,7 @@ def _is_fixable(error: Exception) -> bool:
     """Whether the user can fix the cause: settings, data, or storage that failed."""
     kind = type(error)
     # Storage fails with an OSError or one of TensorFlow's errors, which name the path. TensorFlow is
-    # not imported to tell them: programs that do not need it start quickly.
+    # not imported to recognize them: programs that do not need it start quickly.
     storage = isinstance(error, OSError) or kind.__name__ in _STORAGE_ERRORS
     # A failed precondition is about storage if a folder is where a file should be, or vice versa.
     mixed_up = kind.__name__ == "FailedPreconditionError" and "directory" in str(error)

@@ -47,7 +47,7 @@ def setting(
       high: largest allowed value.
       free: may change between the runs that continue one model_dir.
       documented: default that the flag shows. The field is None unless the flag is given, so code
-        can tell "not given" from "given, and equal to the default".
+        can distinguish "not given" from "given, and equal to the default".
       pattern: regular expression of values allowed in addition to `choices`.
       alias: earlier name of the flag, which old command lines still give.
     """

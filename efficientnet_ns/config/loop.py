@@ -32,7 +32,7 @@ class PicturesConfig(Settings):
         None, "Shrink pictures with a longer side to it in the records; default: by rule.", low=8
     )
     control: bool = setting(
-        False, "Also train on the labeled pictures alone, as many updates as all models together."
+        False, "Also train on only the labeled pictures, as many updates as all models together."
     )
     dry_run: bool = setting(
         False, "Only tell what was found, the settings and how long it would take; writes nothing."
@@ -94,7 +94,7 @@ QUICK_TEACHER_STEPS, QUICK_STUDENT_STEPS = 400, 300
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig(Settings):
-    """Which questions are asked, and how often."""
+    """Which questions are studied, and with how many seeds."""
 
     studies: str = setting(
         "all",

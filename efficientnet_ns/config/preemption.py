@@ -29,7 +29,7 @@ SAME_REQUEST_SECONDS = 1.0
 
 
 class Preempted(BaseException):
-    """The process was asked to stop, and has saved its state.
+    """The process received a request to stop, and has saved its state.
 
     Like KeyboardInterrupt, not an `Exception`, so that error handlers do not swallow it.
     """

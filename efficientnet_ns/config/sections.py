@@ -1,4 +1,4 @@
-"""`Config`: what `main.py` and the programs that train or build models are told, in sections."""
+"""`Config`: the settings of `main.py` and of the programs that train or build models, in sections."""
 
 from __future__ import annotations
 
@@ -433,7 +433,7 @@ class LegacyConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything `main.py` can be told."""
+    """All settings of `main.py`."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

@@ -24,7 +24,7 @@ from efficientnet_ns.data import images
 
 try:
     with warnings.catch_warnings():
-        # It says at import that it is no longer developed, which users of this package cannot act on.
+        # It warns at import that it is no longer developed, which users of this package cannot change.
         warnings.simplefilter("ignore", UserWarning)
         from tensorflow_addons.image.transform_ops import angles_to_projective_transforms
 except ImportError:  # It ends with TensorFlow 2.15.
@@ -94,7 +94,7 @@ def contrast(image: tf.Tensor, factor: float) -> tf.Tensor:
     """Contrast around the constant min(H * W / 256, 255); 0 is that constant, 1 the image itself.
 
     The original means to use the average gray level but averages the 256 histogram counts instead,
-    which depends on the image size alone (196 at 224 x 224, 4 at 32 x 32).
+    which depends only on the image size (196 at 224 x 224, 4 at 32 x 32).
     """
     height, width = _height_width(image)
     # int64 because the product may exceed int32.

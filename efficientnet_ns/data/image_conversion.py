@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import warnings
 
 import numpy as np
@@ -27,6 +28,8 @@ _SIXTEEN_BITS = frozenset({"PNG", "PPM"})
 _AVIF = frozenset({b"avif", b"avis"})
 _HEIC = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 
+_TURNS = re.compile(rb"\0\0\0\x09i(?:rot|mir).", re.DOTALL)
+
 # Tags of TIFF, and their values.
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO = 0
@@ -34,7 +37,7 @@ _SAMPLE_KINDS = {2: "signed integer", 3: "floating-point", 5: "complex", 6: "com
 
 
 class Unusable(ValueError):
-    """No image can be had from these bytes; the message says why."""
+    """These bytes cannot be made into an image; the message gives the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ def prepare(raw: bytes, rules: Rules) -> tuple[bytes, tuple[int, int] | None]:
     JPEG, PNG, GIF and BMP pass through unchanged unless they are to be shrunk or TensorFlow would
     misread them (`misread`). Those and other formats that Pillow opens become JPEG when they are
     lossy and PNG when not: first frame, without alpha, the high byte of 16 bits. HEIC needs the
-    package pillow-heif.
+    package pillow-heif. Pixels stay as they are stored: no orientation is applied.
 
     Raises:
       Unusable: neither TensorFlow nor Pillow can decode it, or its pixels have no known range.
@@ -73,7 +76,7 @@ def prepare(raw: bytes, rules: Rules) -> tuple[bytes, tuple[int, int] | None]:
     else:
         if pixels is None:
             return raw, None
-        # Not Pillow's: it inverts every JPEG in CMYK, TensorFlow only those that say so.
+        # Not Pillow's: it inverts every JPEG in CMYK, TensorFlow only those marked as inverted.
         image, lossy = Image.fromarray(pixels), None
     if rules.max_side and max(image.size) > rules.max_side:
         image.thumbnail((rules.max_side, rules.max_side), Image.Resampling.LANCZOS)
@@ -110,6 +113,7 @@ def _open(raw: bytes, reason: str):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Of large images and odd metadata.
             _need_heif_decoder(raw)
+            raw = _without_turns(raw)
             tags = _tiff_tags(raw)
             _refuse_unknown_range(tags)
             image = Image.open(io.BytesIO(raw))
@@ -141,6 +145,14 @@ def _need_heif_decoder(raw: bytes) -> None:
         except ImportError as e:
             raise Unusable("HEIC needs pillow-heif: pip install pillow-heif") from e
         pillow_heif.register_heif_opener()
+
+
+def _without_turns(raw: bytes) -> bytes:
+    """HEIC with its rotations and reflections, which its decoder would apply, made ones by 0 degrees.
+
+    ISO/IEC 23008-12, 6.5.10 and 6.5.12: boxes of nine bytes, the last of which says how to turn.
+    """
+    return _TURNS.sub(b"\0\0\0\x09irot\0", raw) if raw[4:8] == b"ftyp" else raw
 
 
 def _tiff_tags(raw: bytes) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""What an image file says about itself in its first bytes, before anything is decoded."""
+"""What an image file declares in its first bytes, before anything is decoded."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def declared_size(image: bytes) -> tuple[int, int] | None:
-    """(width, height) in pixels that a JPEG, PNG, GIF or BMP declares; None when it tells none."""
+    """(width, height) in pixels that a JPEG, PNG, GIF or BMP declares; None if it declares none."""
     try:
         for signature, read in _READERS.items():
             if image.startswith(signature):
                 return read(image)
     except (struct.error, IndexError):
-        pass  # Too short to say.
+        pass  # Too short.
     return None
 
 
@@ -42,11 +42,11 @@ def _jpeg(image: bytes) -> tuple[int, int] | None:
         if marker in _JPEG_FRAMES:
             height, width = struct.unpack_from(">HH", image, at + 5)
             return width, height
-        # Fill bytes and markers that stand alone have no length.
-        alone = marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8
+        # Fill bytes and standalone markers have no length.
+        standalone = marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8
         at += (
             (1 if marker == 0xFF else 2)
-            if alone
+            if standalone
             else 2 + int.from_bytes(image[at + 2 : at + 4], "big")
         )
     return None

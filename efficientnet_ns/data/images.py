@@ -37,7 +37,7 @@ def decode(image_bytes: tf.Tensor) -> tf.Tensor:
 def _decode_jpeg_box(image_bytes: tf.Tensor, box: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
     """Decodes `box` of a JPEG `width` pixels wide to the pixels a full decode gives there."""
     y, x, box_height, box_width = tf.unstack(box)
-    # The decoder has no neighbours for the chroma of the first and last column it is asked for.
+    # The decoder has no neighbours for the chroma of the first and last column of its window.
     left = tf.maximum(x - _CHROMA_REACH, 0)
     right = tf.minimum(x + box_width + _CHROMA_REACH, width)
     window = tf.stack([y, left, box_height, right - left])

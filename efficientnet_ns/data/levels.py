@@ -140,6 +140,7 @@ class Branches:
         positions = itertools.count(len(ops))
         # Number of the op with the negated argument; of an op without a sign, its own.
         self._negated = [next(positions) if s else number for number, s in enumerate(signed)]
+        # Traced once per op, not once per layer of RandAugment.
         if not tf.executing_eagerly():
             specs = [tf.TensorSpec(image.shape, image.dtype), tf.TensorSpec([4])]
             self._graphs = [
@@ -173,7 +174,7 @@ _EFFECTIVE: dict[str, Callable[[int], int]] = {
 
 
 def describe_op(name: str, args: tuple, mode: str) -> str:
-    """For logs; `Solarize(691→179)` means 691 was asked for and 179 acts."""
+    """For logs; `Solarize(691→179)` means that 691 is the nominal value and 179 the effective one."""
     if not args:
         return name
     sign = "±" if name in SIGNED_OPS else ""

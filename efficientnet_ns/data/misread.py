@@ -28,7 +28,7 @@ def refuse(image_bytes: tf.Tensor) -> tf.Tensor:
         [
             (_starts_with(image_bytes, _BMP), lambda: _bmp(image_bytes)),
             (_starts_with(image_bytes, _GIF), lambda: _gif(image_bytes)),
-            # Later releases than 2.15 read WebP; records and answers must not depend on the release.
+            # Later releases than 2.15 read WebP; records and predictions must not depend on the release.
             (
                 _starts_with(image_bytes, _RIFF),
                 lambda: (tf.constant(False), tf.constant("not all TensorFlow releases read WebP")),
@@ -61,11 +61,14 @@ def _number(values: tf.Tensor, first: int | tf.Tensor, size: int) -> tf.Tensor:
 def _bmp(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     longest = _FILE_HEADER + 124 + 256 * 4
     values = _bytes(tf.strings.substr(image_bytes, 0, longest), longest)
+    # Of the file header: where the pixels begin. Of the second header: its size, bits per pixel,
+    # compression, and from byte 54 the masks of the channels.
     offset, header = _number(values, 10, 4), _number(values, _FILE_HEADER, 4)
     bits, compression = _number(values, 28, 2), _number(values, 30, 4)
     masks = [_number(values, 54 + 4 * place, 4) for place in range(3)]
     ordered = tf.reduce_all(tf.equal(masks, tf.constant(_COLOUR_MASKS, tf.int64)))
 
+    # A palette in which color i is gray level i is what TensorFlow takes every palette for.
     start = tf.minimum(_FILE_HEADER + header, longest)
     colours = tf.clip_by_value((offset - start) // 4, 0, 256)
     palette = tf.reshape(values[start : start + 256 * 4], [256, 4])[:, :3]
@@ -74,6 +77,7 @@ def _bmp(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     gray = (colours > 0) & tf.reduce_all(gray | (place >= colours))
 
     plain = compression == 0
+    # Headers of less than 40 bytes have another layout.
     faithful = (header >= 40) & (
         (plain & (bits == 24))
         | ((plain | ((compression == 3) & ordered)) & (bits == 32))
@@ -89,6 +93,7 @@ def _gif(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     values = _bytes(image_bytes, 16)
     end = tf.size(values, tf.int64) - 16
     flags = _number(values, 10, 1)
+    # The palette for all frames, which stands behind 13 bytes of header if the top bit is set.
     table = tf.where(flags >= 128, 3 * 2 ** (flags % 8 + 1), tf.zeros([], tf.int64))
 
     # Steps through the extensions before the first image, and in each through its blocks.
@@ -97,9 +102,9 @@ def _gif(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
     def step(at: tf.Tensor, within: tf.Tensor, transparent: tf.Tensor) -> tuple[tf.Tensor, ...]:
         length = _number(values, at, 1)
-        told = ~within & (values[at + 1] == _GRAPHIC_CONTROL) & (values[at + 3] % 2 == 1)
+        declared = ~within & (values[at + 1] == _GRAPHIC_CONTROL) & (values[at + 3] % 2 == 1)
         after = tf.minimum(at + tf.where(within, length + 1, 2), end)
-        return after, ~within | (length > 0), transparent | told
+        return after, ~within | (length > 0), transparent | declared
 
     at, _, transparent = tf.while_loop(
         more, step, (13 + table, tf.constant(False), tf.constant(False))

@@ -89,6 +89,7 @@ class Preprocessing:
         if not self.small_image:
             image = images.train_image(image, self.image_size, crop_seed, flip=False)
             if self.augmentation is not None:
+                # The ops take bytes. Without them, the overshoots of the bicubic resize stay.
                 image = images.to_uint8(image)
             # The augmentation comes last, in the order of the original.
             return self._augment(self._flip(image, flip_seed), augment_seed)
@@ -164,7 +165,7 @@ class Source:
     def shards(self, number: int) -> Source:
         """The first `number` files; DataError when there are fewer, or they are empty."""
         if number > len(self.paths):
-            raise DataError(f"{number} shards are asked for, {len(self.paths)} are there")
+            raise DataError(f"{number} shards are requested, but there are {len(self.paths)}")
         first = Source(self.paths[:number], self.counts[:number])
         if not first.total:
             raise DataError(f"the first {number} shards hold no records: {first.paths[0]}")
@@ -173,7 +174,7 @@ class Source:
     def examples(self, number: int) -> Source:
         """The first `number` records, in file order; DataError when there are fewer."""
         if number > self.total:
-            raise DataError(f"{number} records are asked for, {self.total} are there")
+            raise DataError(f"{number} records are requested, but there are {self.total}")
         counts, left = [], number
         for count in self.counts:
             counts.append(min(count, left))
@@ -209,6 +210,7 @@ class Share:
         if self.num_hosts == 1:
             return data
         rows = self.per_replica(batch_size) * (self.replicas // self.num_hosts)
+        # Before anything is decoded: the cost of the rows of other hosts is reading them.
         return data.filter(lambda index, _: index % batch_size // rows == self.host)
 
 
@@ -228,14 +230,17 @@ def _stream(source: Source, seed: int, start: int, shuffle_buffer: int) -> tf.da
         data = files.interleave(
             # Only whole records: a truncated tail was not counted.
             lambda path, count: tf.data.TFRecordDataset(path).take(count),
+            # Records of several files are mixed before the buffer shuffles what is close together.
             cycle_length=min(16, len(source.paths)),
             num_parallel_calls=tf.data.AUTOTUNE,
+            # A resumed run skips to its place, so the order may not depend on the speed of disks.
             deterministic=True,
         )
         return _shuffle(data, min(shuffle_buffer, source.total), epoch_seed)
 
     first_epoch, offset = divmod(start, source.total)
     data = tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch)
+    # What is skipped is read, but neither decoded nor augmented.
     return data.skip(offset).enumerate(start)
 
 
@@ -339,6 +344,7 @@ def unlabeled_batches(
             "unl_probs": example["probs"],
         }
 
+    # Another seed than the labeled set's, since both may be the same files.
     data = _stream(source, seed + 1, start_step * batch_size, shuffle_buffer)
     return _batches(data, prepare, batch_size, share)
 
@@ -399,6 +405,7 @@ def eval_batches(
     size = share.per_replica(batch_size)
     # Differs (4): the last batch is padded, not dropped.
     data = data.batch(size).map(lambda batch: pad_batch(batch, size))
+    # All replicas take part in all steps: hosts without records of their own add padding.
     steps = -(-source.total // batch_size)
     pieces = steps * (share.replicas // share.num_hosts)
     nothing = tf.nest.map_structure(lambda s: tf.zeros(s.shape, s.dtype), data.element_spec)

@@ -44,7 +44,7 @@ def rand_augment(
       magnitude: M of RandAugment; 10 is the nominal maximum, the published recipes go up to 27.
       cutout_const: half side of the Cutout square at magnitude 10, in pixels.
       translate_const: translation at magnitude 10, in pixels.
-      use_cutout: whether Cutout is among the ops (16 ops, otherwise 15).
+      use_cutout: include Cutout in the ops (16 ops, otherwise 15).
       mode: "original" passes the arguments of `levels.LEVEL_TO_ARGS` on unclipped. Posterize then
         leaves a single bit from magnitude 22.5 up, Solarize uses its threshold modulo 256,
         SolarizeAdd merges all dark pixels into white, Translate and Cutout may gray the whole
@@ -64,6 +64,7 @@ def rand_augment(
         return image
     draws = images.uniform(seed, [num_layers, 4])  # op, sign, cutout row, cutout column
     chosen = tf.unstack(augment.random_index(draws[:, 0], len(policy)))
+    # All layers share the graphs of the ops.
     branches = levels.Branches(list(policy.items()), mode, image)
     for index, layer in zip(chosen, tf.unstack(draws)):
         image = branches.run(index, image, layer)

@@ -220,7 +220,7 @@ def label_lines(names: Sequence[str]) -> str:
     return "".join(f"{' '.join(name.splitlines())}\n" for name in names)
 
 
-# Names too many to stand in the table: one per line in a file beside this one.
+# Names that are too many for the table: one per line, in a file next to this one.
 _NAME_FILES = {TASKS["imagenet"]: "imagenet_classes.txt"}
 
 

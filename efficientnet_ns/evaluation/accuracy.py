@@ -28,7 +28,8 @@ class Measured(NamedTuple):
     """Measurements on one set.
 
     Attributes:
-      metrics: see `Evaluator.__call__`.
+      metrics: `top1` and `top5` (fractions; top-5 counts min(5, C) classes), `loss` (mean
+        cross-entropy without label smoothing), `examples`.
       confusion: images by true class and prediction.
       calibration: images, confidence and correct predictions by top-1 probability.
       num_classes: C, number of the model's classes.
@@ -94,26 +95,19 @@ class Evaluator:
         self._num_classes = model.output_shape[-1]
 
     def __call__(self, batches: Batches, num_examples: int) -> dict[str, float]:
-        """Measures one set.
+        """The `metrics` of `measure`."""
+        return self.measure(batches, num_examples).metrics
+
+    def measure(self, batches: Batches, num_examples: int) -> Measured:
+        """Measures one set, in 20 bytes of memory per image, whatever the number of classes.
 
         Args:
           batches: padded batches with a mask; see `pipeline.eval_batches`. Either a dataset of whole
             batches, on one host, or a function that makes one host's share of them.
           num_examples: size of the set.
 
-        Returns:
-          `top1` and `top5` (fractions; top-5 counts min(5, C) classes), `loss` (mean cross-entropy
-          without label smoothing), `examples`.
-
         Raises:
           IncompleteEvaluation: the batches held more or fewer examples.
-        """
-        return self.measure(batches, num_examples).metrics
-
-    def measure(self, batches: Batches, num_examples: int) -> Measured:
-        """Measures one set in detail; arguments and errors are those of `__call__`.
-
-        Memory: 20 bytes per image, whatever the number of classes.
         """
         predictions, confidence = [], []
 

@@ -22,7 +22,8 @@ import tensorflow as tf
 from efficientnet_ns.config import Config, ConfigError, OwnSetConfig, as_dict
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.data import image_conversion, pipeline
-from efficientnet_ns.evaluation import accuracy, adversarial, corruptions, kept
+from efficientnet_ns.devices import distribution
+from efficientnet_ns.evaluation import accuracy, adversarial, corruptions
 from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.files import manifests
 from efficientnet_ns.files.progress import Progress
@@ -141,36 +142,32 @@ class LabeledSet(NamedTuple):
     identity: dict[str, Any]
 
 
-def measure(
-    resolved: ResolvedConfig,
-    own: OwnSetConfig,
-    weights_path: str,
-    folder: str,
-    strategy: tf.distribute.Strategy,
-    share: Callable[[tf.distribute.InputContext], pipeline.Share],
-    jit_compile: bool = False,
-) -> Found:
-    """Measures what `own` requests; finished parts are kept in `<folder>/own_set`.
+def measure(config: Config, own: OwnSetConfig, weights_path: str, folder: str) -> Found:
+    """Measures what `own` requests on the devices of this machine.
 
     Args:
-      resolved: the model and the task.
+      config: the model, and the labeled set.
       own: what to measure.
       weights_path: path of the model's weights, as for `weights.load_weights`.
-      folder: folder of the results.
-      strategy: the devices, all on this machine.
-      share: what a host prepares; see `distribution.share`.
-      jit_compile: compile the attacks with XLA.
+      folder: folder of the results; finished parts are kept in `own_set` there.
 
     Raises:
       ConfigError, DataError: invalid settings or data, before anything is measured.
     """
+    if os.environ.get("TF_CONFIG"):
+        raise ConfigError("--corrupt and --epsilons work on one machine: unset TF_CONFIG")
+    if not config.data.label_data_dir:
+        config = config.override(label_data_dir=stored_model.labeled_dir(weights_path))
+    resolved = ResolvedConfig.from_config(config, weights_path)
+    strategy = distribution.get_strategy(config.hardware)
+    distribution.set_precision(config.hardware, strategy)
     settings = Settings.from_config(own, resolved.config.train.seed)
     if resolved.config.predict.inference_engine == "xnnpack" and not settings.corruptions:
         raise ConfigError(
             "--epsilons: attacks need TensorFlow's gradients: drop --inference_engine=xnnpack"
         )
     library = corruptions.check_installed() if settings.corruptions else None
-    labeled = _labeled_set(resolved, own.image_set, share)
+    labeled = _labeled_set(resolved, own.image_set)
     chosen = {MODEL: (resolved.config, weights_path)}
     if own.baseline:
         baseline = stored_model.find(own.baseline)
@@ -188,20 +185,20 @@ def measure(
     parts, pictures = os.path.join(folder, "own_set"), []
     with resolved.naming_bad_records(labeled.source):
         if settings.epsilons:
-            results["attacks"] = _attacks(parts, subjects, labeled, settings, strategy, jit_compile)
+            compiled = distribution.compiles(config.hardware, strategy)
+            results["attacks"] = _attacks(parts, subjects, labeled, settings, strategy, compiled)
         if settings.corruptions:
             seed = resolved.config.train.seed
             details = {"library": library, "seed": seed}
             with corruptions.Corruptor(seed) as corruptor:
                 submit, ahead = corruptor.submit, 2 * corruptor.workers
-                results.update(
-                    corrupted(parts, subjects, labeled, settings, submit, details, ahead)
-                )
+                found = corrupted(parts, subjects, labeled, settings, submit, details, ahead)
+                results.update(found)
                 pictures = draw(labeled, settings, submit)
     return Found(results, pictures)
 
 
-def _labeled_set(resolved: ResolvedConfig, prefix: str, share) -> LabeledSet:
+def _labeled_set(resolved: ResolvedConfig, prefix: str) -> LabeledSet:
     prefix = prefix or resolved.task.eval_set
     source = resolved.evaluation_source(prefix)
     groups = pipeline.eval_batches(
@@ -212,9 +209,8 @@ def _labeled_set(resolved: ResolvedConfig, prefix: str, share) -> LabeledSet:
         "input": manifests.fingerprint(source.paths),
         "examples": source.total,
     }
-    return LabeledSet(
-        source, lambda context: resolved.eval_batches(source, share(context)), groups, identity
-    )
+    batches = functools.partial(distribution.eval_share, resolved, source)
+    return LabeledSet(source, batches, groups, identity)
 
 
 def _baseline_config(resolved: ResolvedConfig, name: str, path: str) -> Config:
@@ -258,10 +254,8 @@ def _attacks(
             identity = {**subject.identity, **labeled.identity}
             how = {"epsilon": epsilon, **dataclasses.asdict(settings.pgd)}
             stage = _stage(folder, f"attack-{epsilon:g}", **identity, **how)
-            results[f"{epsilon:g}"][subject.name] = kept.measured(
-                stage,
-                functools.partial(attacker, labeled.batches, labeled.source.total, epsilon),
-            )
+            attack = functools.partial(attacker, labeled.batches, labeled.source.total, epsilon)
+            results[f"{epsilon:g}"][subject.name] = stage.once(attack)
     return results
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from efficientnet_ns import report
 from efficientnet_ns.evaluation import robustness
@@ -117,9 +116,7 @@ def write(folder: str, found: Found) -> None:
         results["ce"] = relative_errors(results["corruptions"])
         results["mce"] = mean_relative_error(results["corruptions"])
     json_files.write_json(os.path.join(folder, "own_set.json"), results, indent=1)
-    with atomic.atomic_path(os.path.join(folder, "own_set.md")) as temporary:
-        with tf.io.gfile.GFile(temporary, "w") as f:
-            f.write(markdown(results))
+    atomic.write(os.path.join(folder, "own_set.md"), markdown(results))
     sections = [report.Section(t, report.table(rows)) for t, rows in tables(results).items()]
     if "corruptions" in results:
         columns = len(results["severities"])

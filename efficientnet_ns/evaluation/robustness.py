@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from efficientnet_ns.evaluation import kept
 from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.evaluation import robustness_published as published
 from efficientnet_ns.evaluation import robustness_sets as sets
@@ -57,7 +56,7 @@ class Evaluation:
           manifests.OutputConflict: the stored result belongs to another model or set.
         """
         stored = os.path.join(self._folder, name.replace("/", "-") + ".json")
-        return kept.measured(manifests.Stage(stored, [], {**self._identity, **settings}), measure)
+        return manifests.Stage(stored, [], {**self._identity, **settings}).once(measure)
 
     def predictions(
         self,
@@ -222,7 +221,7 @@ def tables(results: dict[str, dict], image_size: int, model: str) -> dict[str, l
 
 
 def _titled(name: str, result: dict) -> str:
-    whole = sets.num_classes(name)
+    whole = len(sets.classes_of(name))
     if result.get("classes", whole) == whole:
         return name
     return f"{name} ({result['classes']} of {whole} classes)"

@@ -104,8 +104,12 @@ def flips(predicted: np.ndarray, perturbation: str) -> float:
     predicted = np.asarray(predicted)
     if predicted.ndim != 2 or predicted.shape[1] < 2:
         raise ValueError(f"predicted has shape {predicted.shape}; expected [N, T], T at least 2")
-    before = predicted[:, :1] if perturbation in NOISE_SEQUENCES else predicted[:, :-1]
-    return float(np.mean(predicted[:, 1:] != before))
+    return float(np.mean(predicted[:, 1:] != _reference(predicted, perturbation)))
+
+
+def _reference(predicted: np.ndarray, perturbation: str) -> np.ndarray:
+    """What the frames from the second on are compared with."""
+    return predicted[:, :1] if perturbation in NOISE_SEQUENCES else predicted[:, :-1]
 
 
 def top5_distance(predicted: np.ndarray, perturbation: str) -> float:
@@ -124,7 +128,7 @@ def top5_distance(predicted: np.ndarray, perturbation: str) -> float:
     predicted = np.asarray(predicted)
     if predicted.ndim != 3 or predicted.shape[1] < 2 or predicted.shape[2] != 5:
         raise ValueError(f"predicted has shape {predicted.shape}; expected [N, T, 5], T at least 2")
-    before = predicted[:, :1] if perturbation in NOISE_SEQUENCES else predicted[:, :-1]
+    before = _reference(predicted, perturbation)
     same = before[..., :, np.newaxis] == predicted[:, 1:, np.newaxis, :]
     place = np.where(same.any(-1), same.argmax(-1), 5)
     return float(np.mean(np.abs(place - np.arange(5)).sum(-1)))

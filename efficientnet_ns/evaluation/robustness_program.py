@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping
 from operator import methodcaller
 from typing import Any
 
@@ -11,7 +11,6 @@ import tensorflow as tf
 
 from efficientnet_ns import report
 from efficientnet_ns.config import Config, ConfigError, OwnSetConfig, RobustnessConfig
-from efficientnet_ns.devices import distribution
 from efficientnet_ns.evaluation import (
     custom_robustness,
     custom_robustness_report,
@@ -38,38 +37,36 @@ def evaluate_and_report(config: Config, own: OwnSetConfig, sets: RobustnessConfi
       ConfigError, DataError: settings or data that cannot work.
     """
     config = data_source.with_records(config)
-    weights_path = sets.weights or config.train.model_dir or ""
-    folders = sets.places()
+    sets = _with_weights(config, sets)
     if own.corrupt or own.epsilons:
-        given = [f"--{name}" for name, path in folders.items() if path]
+        given = [f"--{name}" for name, path in sets.places().items() if path]
         if given:
             raise ConfigError(
                 f"--corrupt and --epsilons measure the set of --label_data_dir; {given[0]} needs a "
                 "separate command"
             )
-        found = evaluate_own_set(config, own, weights_path, sets.report_dir)
+        found = evaluate_own_set(config, own, sets)
         return custom_robustness_report.markdown(found)
     if own.baseline:
         raise ConfigError("--baseline is measured with --corrupt or --epsilons, which is not given")
-    results = evaluate(config, weights_path, folders, sets.report_dir, sets.allow_missing)
-    resolved = ResolvedConfig.from_config(config, weights_path)
-    model_name = resolved.model_name
-    return robustness.markdown(robustness.rows(results, resolved.image_size, model_name))
+    results = evaluate(config, sets)
+    resolved = ResolvedConfig.from_config(config, sets.weights)
+    rows = robustness.rows(results, resolved.image_size, resolved.model_name)
+    return robustness.markdown(rows)
 
 
-def evaluate(
-    config: Config,
-    weights_path: str | os.PathLike,
-    folders: Mapping[str, str | os.PathLike],
-    report_dir: str | os.PathLike,
-    allow_missing: bool = False,
-) -> dict[str, dict[str, Any]]:
-    """Measures the sets whose folders are given; writes robustness.json, .md and .html.
+def _with_weights(config: Config, sets: RobustnessConfig) -> RobustnessConfig:
+    """`sets` with the path of the weights, which are by default those in `model_dir`."""
+    given = sets.weights or config.train.model_dir or ""
+    return dataclasses.replace(sets, weights=stored_model.find(given))
+
+
+def evaluate(config: Config, sets: RobustnessConfig) -> dict[str, dict[str, Any]]:
+    """Measures the sets that are given; writes robustness.json, .md and .html.
 
     Args:
-      config: the model, an ImageNet one; what is not given is read beside the weights.
-      weights_path: what `stored_model.find` takes.
-      folders: flag → folder or other place, of `RobustnessConfig.places`; empty ones are left out.
+      config: the model, an ImageNet one; what is not given is read beside its weights.
+      sets: the weights, as `stored_model.find` takes them, and the sets.
 
     Returns:
       Set → results, fractions.
@@ -80,48 +77,47 @@ def evaluate(
         on them.
       manifests.OutputConflict: report_dir has parts of other weights, settings or sets.
     """
-    weights_path, report_dir = stored_model.find(weights_path), os.fspath(report_dir)
-    paths = {name: os.fspath(folder) for name, folder in folders.items()}
-    paths = _given(weights_path, paths, report_dir)
-    resolved = ResolvedConfig.from_config(config, weights_path)
+    sets = _with_weights(config, sets)
+    places = _given(sets)
+    resolved = ResolvedConfig.from_config(config, sets.weights)
     if resolved.num_classes != 1000:
         raise ConfigError(
             f"--task_name={resolved.config.data.task_name}: the sets need ImageNet's classes"
         )
     check_views(resolved)
     # All sets are looked through before a model is built and anything is measured.
-    measurements = _open(paths, allow_missing, config.data.tfds_data_dir)
-    predictor = TeacherPredictor(resolved, weights_path)
+    measurements = _open(places, sets.allow_missing, config.data.tfds_data_dir)
+    predictor = TeacherPredictor(resolved, sets.weights)
     identity = {
-        "weights": weights_path,
+        "weights": sets.weights,
         "model": resolved.model_name,
         "image_size": resolved.image_size,
         "views": config.predict.test_time_views,
     }
-    whole = {"imagenet_c", "imagenet_p"} & set(paths)
+    whole = {"imagenet_c", "imagenet_p"} & set(places)
     evaluation = robustness.Evaluation(
         predictor.label,
         predictor.group,
-        os.path.join(report_dir, "parts"),
+        os.path.join(sets.report_dir, "parts"),
         # By their content: a training may go on in the same folder.
         {
             **identity,
-            "weights": weights.fingerprint(weights_path, resolved.model_name),
+            "weights": weights.fingerprint(sets.weights, resolved.model_name),
         },
         predictor.of_whole_images().label if whole else None,
     )
     results = {name: measure(evaluation) for name, measure in measurements.items()}
-    _write(report_dir, identity, results)
+    _write(sets.report_dir, identity, results)
     return results
 
 
-def _given(weights_path: str, folders: dict[str, str], report_dir: str) -> dict[str, str]:
-    """The `folders` that are not empty."""
-    given = {name: path for name, path in folders.items() if path}
-    if not weights_path or not report_dir or not given:
-        sets = ", ".join(f"--{name}" for name in RobustnessConfig().places())
+def _given(sets: RobustnessConfig) -> dict[str, str]:
+    """The places of the sets that are given."""
+    given = {name: path for name, path in sets.places().items() if path}
+    if not sets.weights or not sets.report_dir or not given:
         raise ConfigError(
-            f"--model_dir (or --weights), --report_dir and at least one set are needed: {sets}, "
+            "--model_dir (or --weights), --report_dir and at least one set are needed: "
+            f"{', '.join(f'--{name}' for name in sets.places())}, "
             "or --corrupt or --epsilons for a labeled set of your own"
         )
     if ("imagenet_val" in given) != ("real_labels" in given):
@@ -129,8 +125,12 @@ def _given(weights_path: str, folders: dict[str, str], report_dir: str) -> dict[
     return given
 
 
-def _check_there(folders: dict[str, str]) -> None:
-    """DataError naming every set whose folder or file does not exist."""
+def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | None) -> dict:
+    """Set → function of the evaluation that measures it.
+
+    Raises:
+      DataError: a folder or file does not exist, or is not laid out as it must be.
+    """
     absent = [
         f"--{flag}={path}"
         for flag, path in folders.items()
@@ -138,11 +138,6 @@ def _check_there(folders: dict[str, str]) -> None:
     ]
     if absent:
         raise DataError(f"no such folder or file: {', '.join(absent)}")
-
-
-def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | None) -> dict:
-    """Set → function of the evaluation that measures it."""
-    _check_there(folders)
     options, work = (tfds_data_dir, allow_missing), {}
     for flag in _LABELED:
         if flag in folders:
@@ -156,7 +151,7 @@ def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | Non
         work["imagenet-real"] = methodcaller("real", folders["real_labels"], *labels)
     if part := robustness_sources.single_corruption(folders.get("imagenet_c", "")):
         images = robustness_sources.open_images(
-            folders["imagenet_c"], robustness_sets.by_wnid(), *options
+            folders["imagenet_c"], robustness_sets.classes_of(), *options
         )
         name = f"imagenet-c/{part}"
         work[name] = methodcaller("accuracy", name, images, cropped=True)
@@ -170,18 +165,15 @@ def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | Non
 
 
 def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
-
     json_files.write_json(
         os.path.join(folder, "robustness.json"), {**identity, "sets": results}, indent=1
     )
     size, model = identity["image_size"], identity["model"]
     rows = robustness.rows(results, size, model)
     tables = robustness.tables(results, size, model)
-    with atomic.atomic_path(os.path.join(folder, "robustness.md")) as temporary:
-        with tf.io.gfile.GFile(temporary, "w") as f:
-            f.write(robustness.markdown(rows))
-            for title, table in tables.items():
-                f.write(f"\n### {title}\n\n{robustness.markdown(table)}")
+    parts = [f"\n### {title}\n\n{robustness.markdown(table)}" for title, table in tables.items()]
+    text = robustness.markdown(rows) + "".join(parts)
+    atomic.write(os.path.join(folder, "robustness.md"), text)
     details = [
         report.Section(f"{name}: {key}", report.table([{"name": n, key: v} for n, v in of.items()]))
         for name, result in results.items()
@@ -191,10 +183,10 @@ def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
     report.write_page(
         os.path.join(folder, "robustness.html"),
         title=f"Robustness of {identity['model']}",
-        intro=f"Weights: {identity['weights']}. Values beside published ones are percent (uT5D: places "
-        "of the ranking), those by corruption and perturbation are fractions.",
+        intro=f"Weights: {identity['weights']}. Values compared with published ones are percent (uT5D: "
+        "places of the ranking), those by corruption and perturbation are fractions.",
         sections=[
-            report.Section("Measured beside published", report.table(rows)),
+            report.Section("Measured and published", report.table(rows)),
             *(
                 report.Section(title, report.table(table, highlight_last=True))
                 for title, table in tables.items()
@@ -204,12 +196,7 @@ def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
     )
 
 
-def evaluate_own_set(
-    config: Config,
-    own: OwnSetConfig,
-    weights_path: str | os.PathLike,
-    report_dir: str | os.PathLike,
-) -> dict[str, Any]:
+def evaluate_own_set(config: Config, own: OwnSetConfig, sets: RobustnessConfig) -> dict[str, Any]:
     """Attacks and corrupts the labeled set of `config`; writes own_set.json, .md and .html.
 
     Returns:
@@ -218,25 +205,9 @@ def evaluate_own_set(
     Raises:
       ConfigError, DataError: settings or data that cannot work.
     """
-    if not weights_path or not report_dir:
+    sets = _with_weights(config, sets)
+    if not sets.weights or not sets.report_dir:
         raise ConfigError("--model_dir (or --weights) and --report_dir are needed")
-    weights_path, report_dir = stored_model.find(weights_path), os.fspath(report_dir)
-    if os.environ.get("TF_CONFIG"):
-        raise ConfigError("--corrupt and --epsilons work on one machine: unset TF_CONFIG")
-
-    if not config.data.label_data_dir:
-        config = config.override(label_data_dir=stored_model.labeled_dir(weights_path))
-    resolved = ResolvedConfig.from_config(config, weights_path)
-    strategy = distribution.get_strategy(config.hardware)
-    distribution.set_precision(config.hardware, strategy)
-    found = custom_robustness.measure(
-        resolved,
-        own,
-        weights_path,
-        report_dir,
-        strategy,
-        distribution.share,
-        distribution.compiles(config.hardware, strategy),
-    )
-    custom_robustness_report.write(report_dir, found)
+    found = custom_robustness.measure(config, own, sets.weights, sets.report_dir)
+    custom_robustness_report.write(sets.report_dir, found)
     return found.results

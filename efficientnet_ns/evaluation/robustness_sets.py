@@ -47,10 +47,6 @@ class Images(NamedTuple):
 # --- Classes --------------------------------------------------------------------------------------
 
 
-# Sets of some of ImageNet's classes → list of their WordNet ids.
-_ONLY = {"imagenet-a": "imagenet_a", "imagenet-r": "imagenet_r"}
-
-
 def wnids(name: str = "imagenet") -> list[str]:
     """WordNet ids of the classes of `imagenet`, `imagenet_a` or `imagenet_r`, in label order.
 
@@ -61,25 +57,16 @@ def wnids(name: str = "imagenet") -> list[str]:
     return file.read_text(encoding="utf-8").split()
 
 
-def by_wnid(only: str = "imagenet") -> dict[str, int]:
-    """Folder name → ImageNet class, for the classes of the set `only`."""
+def classes_of(name: str = "imagenet") -> dict[str, int]:
+    """Folder name → ImageNet class, for all classes of a set, e.g. `imagenet-a`.
+
+    Folders are called by WordNet ids; those of ImageNet-V2 by numbers, where `10` is class 10, not 2.
+    """
     numbers = {wnid: i for i, wnid in enumerate(wnids())}
-    return {wnid: numbers[wnid] for wnid in wnids(only)}
-
-
-def by_number(num_classes: int = 1000) -> dict[str, int]:
-    """Folder name → class for ImageNet-V2, whose folders are numbers; `10` is class 10, not 2."""
-    return {str(i): i for i in range(num_classes)}
-
-
-def num_classes(name: str) -> int:
-    """Number of classes of a set, e.g. `imagenet-a`."""
-    return len(wnids(_ONLY.get(name, "imagenet")))
-
-
-def classes_of(name: str) -> dict[str, int]:
-    """Folder name → class for all classes of a set, e.g. `imagenet-a`."""
-    return by_number() if name == "imagenet-v2" else by_wnid(_ONLY.get(name, "imagenet"))
+    if name == "imagenet-v2":
+        return {str(i): i for i in numbers.values()}
+    only = wnids(name.replace("-", "_")) if name in ("imagenet-a", "imagenet-r") else numbers
+    return {wnid: numbers[wnid] for wnid in only}
 
 
 def numbered(names: Sequence[str], where: str) -> list[int]:
@@ -92,10 +79,10 @@ def numbered(names: Sequence[str], where: str) -> list[int]:
     Raises:
       DataError: the names are neither.
     """
-    for known in (by_wnid(), by_number()):
+    for known in (classes_of("imagenet-v2"), classes_of()):
         if all(name in known for name in names):
             return [known[name] for name in names]
-    wrong = next(name for name in names if name not in by_wnid())
+    wrong = next(name for name in names if name not in known)
     raise DataError(f"{where}: class {wrong!r} is not the WordNet id of an ImageNet class")
 
 
@@ -217,9 +204,12 @@ def real_labels(labels_path: str, images_path: str) -> tuple[Images, list[list[i
       images_path: folder of the images, or of class folders with them.
 
     Raises:
-      DataError: an image has another name, or there are more or fewer images than labels.
+      DataError: no such labels, an image has another name, or there are more or fewer images than
+        labels.
     """
     right = json_files.read_json(labels_path)
+    if not isinstance(right, list) or not all(isinstance(classes, list) for classes in right):
+        raise DataError(f"{labels_path} should hold a list of lists of classes, as real.json does")
     files = image_files(images_path)
     for folder in folders(images_path):
         files += [f"{folder}/{file}" for file in image_files(os.path.join(images_path, folder))]

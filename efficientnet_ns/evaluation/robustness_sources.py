@@ -91,7 +91,7 @@ def _naming(place: str, classes: Mapping[str, int]) -> Mapping[str, int]:
     if any(name in classes for name in sets.folders(place)):
         return classes
     own = set(classes.values())
-    return {wnid: number for wnid, number in sets.by_wnid().items() if number in own}
+    return {wnid: number for wnid, number in sets.classes_of().items() if number in own}
 
 
 def single_corruption(place: str) -> str | None:
@@ -128,7 +128,7 @@ def open_corruptions(
         for severity in sets.parts(where, severities[name], metrics.SEVERITIES, (), False):
             places[name, severity] = place_of(name, severity)
     images = {
-        part: open_images(of_part, sets.by_wnid(), tfds_data_dir, allow_missing)
+        part: open_images(of_part, sets.classes_of(), tfds_data_dir, allow_missing)
         for part, of_part in places.items()
     }
     sets.check_equal_classes({places[part]: found for part, found in images.items()})
@@ -165,9 +165,9 @@ def open_perturbations(path: str, allow_missing: bool = False) -> dict[str, robu
     clips = {}
     for name in sets.parts(path, found, needed, extra, allow_missing):
         inside = os.path.join(path, name)
-        clips[name] = robustness_clips.clips(inside, sets.by_wnid())
+        clips[name] = robustness_clips.clips(inside, sets.classes_of())
         if not allow_missing:
-            sets.check_whole(inside, clips[name].labels, sets.by_wnid())
+            sets.check_whole(inside, clips[name].labels, sets.classes_of())
     return clips
 
 

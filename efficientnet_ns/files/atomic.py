@@ -107,3 +107,10 @@ def atomic_path(path: str) -> Iterator[str]:
     finally:
         if tf.io.gfile.exists(temporary):
             tf.io.gfile.remove(temporary)
+
+
+def write(path: str, content: str | bytes) -> None:
+    """Writes a file that is either whole or absent."""
+    mode = "w" if isinstance(content, str) else "wb"
+    with atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, mode) as f:
+        f.write(content)

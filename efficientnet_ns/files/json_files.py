@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
+from absl import logging
 
 from efficientnet_ns.files import atomic
 
@@ -17,14 +18,12 @@ class BrokenFile(ValueError):
 
 def write_json(path: str, value: object, *, indent: int | None = None) -> None:
     """Writes JSON that is either whole or absent."""
-    with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
-        f.write(json.dumps(value, indent=indent))
+    atomic.write(path, json.dumps(value, indent=indent))
 
 
 def write_json_lines(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object per line; the file is either whole or absent."""
-    with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
+    atomic.write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_json(path: str):
@@ -34,38 +33,60 @@ def read_json(path: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:  # Of bytes that are no text, too.
-        raise BrokenFile(f"{path} is not valid JSON: {e}") from e
+        raise BrokenFile(f"{path} is not valid JSON: {e}. Mend it, or delete it.") from e
 
 
 def read_object(path: str, *keys: str) -> dict:
     """The object of a JSON file; BrokenFile naming it when it is none, or lacks one of the keys."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise BrokenFile(f"{path} should hold a JSON object, but holds a {type(value).__name__}")
+        raise BrokenFile(
+            f"{path} should hold a JSON object, but holds a {type(value).__name__}. Mend it, or "
+            "delete it."
+        )
     missing = [key for key in keys if key not in value]
     if missing:
-        raise BrokenFile(f"{path} lacks {', '.join(missing)}: it was not written by this program")
+        raise BrokenFile(
+            f"{path} lacks {', '.join(missing)}: it was not written by this program. Delete it, or "
+            "move it away."
+        )
     return value
 
 
-def read_json_lines(path: str) -> list[dict]:
+def read_json_lines(path: str, *keys: str) -> list[dict]:
     """Objects of a file with one JSON object per line; none when it does not exist.
 
-    A last line that is not whole, which a killed writer leaves behind, is left out.
+    A last line that is not whole, which a killed writer leaves behind, is left out, with a warning.
 
     Raises:
-      BrokenFile: another line is not JSON.
+      BrokenFile: another line is no JSON object, or lacks one of the keys.
     """
     if not tf.io.gfile.exists(path):
         return []
     with tf.io.gfile.GFile(path, "rb") as f:
-        lines = f.read().split(b"\n")[:-1]
+        lines = f.read().removesuffix(b"\n").split(b"\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as e:
-            if number == len(lines):
-                break
-            raise BrokenFile(f"{path}, line {number} is not valid JSON: {e}") from e
+            row = json.loads(line)
+            good = isinstance(row, dict) and all(key in row for key in keys)
+        except (ValueError, RecursionError):
+            good = False
+        if good:
+            rows.append(row)
+        elif number < len(lines):
+            raise BrokenFile(
+                f"{path}, line {number} is no JSON object{_with(keys)}: {_start(line)}. Delete "
+                "that line."
+            )
+        elif line:
+            logging.warning("%s: the last line is cut off and left out: %s", path, _start(line))
     return rows
+
+
+def _with(keys: Sequence[str]) -> str:
+    return f" with {', '.join(keys)}" if keys else ""
+
+
+def _start(line: bytes) -> str:
+    return repr(line[:60].decode("utf-8", "backslashreplace"))

@@ -12,9 +12,11 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
+from absl import logging
 
 from efficientnet_ns.files import atomic
 from efficientnet_ns.files.json_files import BrokenFile, read_object, write_json
@@ -28,6 +30,21 @@ def fingerprint(paths: Sequence[str]) -> str:
     """Short hash of the names and sizes of files, order included."""
     listing = [(os.path.basename(p), tf.io.gfile.stat(p).length) for p in paths]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+
+
+def read_manifest(path: str, outputs: Sequence[str] = ()) -> dict:
+    """The manifest at `path`; OutputConflict when it is empty, cut or no manifest."""
+    try:
+        manifest = read_object(path, "config", "sizes", "counts")
+        if all(isinstance(value, dict) for value in manifest.values()):
+            return manifest
+    except BrokenFile as e:
+        logging.info("%s", e)
+    raise OutputConflict(
+        f"{path} is damaged, perhaps cut off. Delete it and "
+        f"{' and '.join(outputs) or 'the files it vouches for'}, and start the command that made them "
+        "again."
+    )
 
 
 def content_hash(path: str) -> str:
@@ -63,7 +80,7 @@ class Stage:
             if found:
                 raise OutputConflict(
                     f"{found[0]} exists but {self.manifest} does not: how was it made? "
-                    "It is left alone: move it away, or choose another output folder."
+                    "It is not overwritten: move it away, or choose another output folder."
                 )
             return False
         made_with = self._manifest()["config"]
@@ -82,10 +99,10 @@ class Stage:
             if not tf.io.gfile.exists(path):
                 return False
             size = tf.io.gfile.stat(path).length
-            expected = sizes[os.path.basename(path)]
+            expected = sizes.get(os.path.basename(path))
             if size != expected:
                 raise OutputConflict(
-                    f"{path} has {size} bytes, its manifest says {expected}: "
+                    f"{path} has {size} bytes, but {expected} in its manifest: "
                     "it was changed or truncated. Delete it to have it made again."
                 )
         return True
@@ -95,14 +112,19 @@ class Stage:
         return self._manifest()["counts"]
 
     def _manifest(self) -> dict:
-        """The manifest; OutputConflict when it is empty, cut or no manifest."""
-        try:
-            return read_object(self.manifest, "config", "sizes", "counts")
-        except BrokenFile as e:
-            raise OutputConflict(
-                f"{self.manifest} is damaged, perhaps cut off. Delete it and "
-                f"{' and '.join(self.outputs)}, and start the same command again."
-            ) from e
+        return read_manifest(self.manifest, self.outputs)
+
+    def once(self, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """For a stage without outputs: what it stored, or `work()`, JSON-able, which it then stores.
+
+        Raises:
+          OutputConflict: the stored result has another configuration.
+        """
+        if not self.done():
+            result = work()
+            with self.write() as (_, counts):
+                counts.update(result)
+        return self.counts()
 
     @contextlib.contextmanager
     def write(self) -> Iterator[tuple[dict[str, str], dict]]:
@@ -115,6 +137,8 @@ class Stage:
         try:
             yield temporary, counts
             sizes = {os.path.basename(p): tf.io.gfile.stat(t).length for p, t in temporary.items()}
+            # First: outputs without a manifest are refused, while after a manifest without outputs
+            # the work is merely done again.
             write_json(
                 self.manifest,
                 {"config": self.config, "counts": counts, "sizes": sizes},

@@ -19,7 +19,7 @@ METRICS = "metrics.jsonl"
 
 def read_metrics(folder: str) -> list[dict[str, float]]:
     """Rows of the `metrics.jsonl` in `folder`, by increasing step; empty if there is no file."""
-    return json_files.read_json_lines(os.path.join(folder, METRICS))
+    return json_files.read_json_lines(os.path.join(folder, METRICS), "step")
 
 
 class MetricsLog:
@@ -61,7 +61,10 @@ class MetricsLog:
         self.writer.flush()
 
     def flush(self) -> None:
-        """Ensures that every row is in the file; call it before writing a checkpoint."""
+        """Ensures that every row is on the disk; call it before writing a checkpoint."""
+        if self._lines is not None:
+            # Else a machine that loses power may keep the checkpoint without its row.
+            os.fsync(self._lines.fileno())
         if self._writes and self._lines is None and self._written < len(self.rows):
             json_files.write_json_lines(self.path, self.rows)
             self._written = len(self.rows)

@@ -37,7 +37,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, desc=what, unit=f" {unit}", leave=False)
 
     def update(self, units: int, note: str = "") -> None:
-        """Counts `units` more; `note` is shown beside the rate."""
+        """Counts `units` more; `note` is shown after the rate."""
         before, self.count = self.count, self.count + units
         if Whole.current is not None:
             Whole.current.update(self.count / max(self.total, 1), self.line(note, eta=False))

@@ -30,7 +30,7 @@ def info_name(shard: int, num_shards: int, worker: int) -> str:
 
 
 def index_name(shard: int, num_shards: int, worker: int) -> str:
-    """`index-00003-of-00128-00000.parquet`, beside the prediction file it describes."""
+    """`index-00003-of-00128-00000.parquet`, next to the prediction file it describes."""
     return f"{shard_name('index', shard, num_shards)}-{worker:05d}.parquet"
 
 

@@ -1,7 +1,7 @@
 """TFRecord files: reading past damage, counting, writing.
 
 A file is a sequence of frames: the length (8 bytes), its checksum, the payload, its checksum. TensorFlow's
-own reader stops at the first damage; this one goes on where that is possible and tells what is lost.
+own reader stops at the first damage; this one continues where that is possible and reports what is lost.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ class Scanner:
             return None
         length, crc = HEADER.unpack_from(block, at)
         end = at + length + OVERHEAD
+        # Checked before it is used: a damaged length could lead anywhere.
         if self._start + end > self._size or masked_crc(block[at : at + 8]) != crc:
             return None
         self._at = end
@@ -159,6 +160,7 @@ class Scanner:
     def _load(self, offset: int, least: int) -> None:
         """Makes the block start at byte `offset` of the file, with `least` bytes if it has them."""
         known = self._block[offset - self._start :] if offset >= self._start else b""
+        # Otherwise the file is read up to the end of the block, which is what follows.
         if not known:
             self._file.seek(offset)
         more = self._file.read(max(_BLOCK, least - len(known)))
@@ -176,6 +178,7 @@ class Scanner:
         """Counts what is left of the file as one unreadable record; False if nothing is."""
         left = self.offset < self._size
         self._ended = True
+        # A boolean: one record, or none.
         self.position += left
         return left
 
@@ -247,7 +250,7 @@ def count_all(paths: Sequence[str], max_bad_fraction: float = 0.01) -> list[int]
       max_bad_fraction: how much of all bytes may lie behind damage, which is left out.
 
     Raises:
-      DataError: a file is empty, or of another size than `counts.json` says, or too much is lost.
+      DataError: a file is empty, or of another size than in `counts.json`, or too much is lost.
     """
     known: dict[str, dict] = {}
     counts, damage, total_bytes = [], [], 0
@@ -261,7 +264,7 @@ def count_all(paths: Sequence[str], max_bad_fraction: float = 0.01) -> list[int]
         entry = known[folder].get(name)
         if entry and entry["bytes"] != size:
             raise DataError(
-                f"{path} has {size} bytes, but {COUNTS} beside it says {entry['bytes']}: it was "
+                f"{path} has {size} bytes, but {entry['bytes']} in {COUNTS} next to it: it was "
                 f"truncated or changed. Write it again, or delete {COUNTS} if it is meant so."
             )
         if size == 0 and not entry:

@@ -71,6 +71,7 @@ class TensorFlowEngine:
         return _by_batches(self._batch, pixels, self.batch_size)
 
     def _batch(self, pixels: np.ndarray) -> np.ndarray:
+        # Replicas of two calls at once would wait for each other.
         with self._lock:
             if self._strategy.num_replicas_in_sync == 1:
                 return self._step(tf.constant(pixels)).numpy()
@@ -104,6 +105,7 @@ class XnnpackEngine:
         content = convert(model, self.batch_size)
         threads = threads or available_cpus()
         self.concurrency = min(threads, max(1, _MAX_INTERPRETER_BYTES // len(content)))
+        # Last in, first out: the tensors of the interpreter used last are still in the cache.
         self._free: queue.LifoQueue = queue.LifoQueue()
         for _ in range(self.concurrency):
             self._free.put(interpreter(content, max(1, threads // self.concurrency)))

@@ -32,6 +32,7 @@ def fold_batch_norm(model: tf.keras.Model, *, for_cpu: bool = False) -> tf.keras
     clone = functools.partial(_clone, for_cpu=for_cpu)
     folded = tf.keras.models.clone_model(model, clone_function=clone)
     for layer in model.layers:
+        # Batch norm: its values go into the convolution before it.
         if isinstance(layer, layers.BatchNorm) or not layer.weights:
             continue
         values = _folded(layer, model) if layer.name.endswith(_CONV) else layer.get_weights()

@@ -70,6 +70,7 @@ class TeacherPredictor:
         """
         if self._views > 2:
             raise ConfigError(f"--test_time_views={self._views}: these pictures are crops already")
+        # The engine is shared: only the way from bytes to pixels differs.
         whole = copy.copy(self)
         whole._decode = views.decoder(
             lambda image: images_lib.whole_image(image, self._size), self._size, self._views

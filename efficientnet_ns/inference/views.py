@@ -38,6 +38,7 @@ def average(classify: Callable[[Array], Array], pixels: Array) -> Array:
     Returns:
       float32 [N, C].
     """
+    # One view at a time: memory is that of a batch, not of all views.
     number = pixels.shape[1]
     total = classify(pixels[:, 0])
     for view in range(1, number):

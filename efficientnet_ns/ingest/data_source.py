@@ -13,7 +13,7 @@ from absl import logging
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.config.ingest import MakeConfig
 from efficientnet_ns.data import image_conversion, tasks
-from efficientnet_ns.files import json_files, tfexamples
+from efficientnet_ns.files import manifests, tfexamples
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_records, image_sources, listing, tfds_source
 from efficientnet_ns.ingest.image_sources import Source
@@ -93,7 +93,7 @@ _MANIFEST = re.compile(r"([^.].*)-\d{5}-of-\d{5}\.json")
 
 
 def _check_other_sets(config: MakeConfig) -> None:
-    """Labeled and unlabeled sets may share a folder if they can be told apart by their names.
+    """Labeled and unlabeled sets may share a folder if their names distinguish them.
 
     Raises:
       ConfigError: they could not.
@@ -102,7 +102,7 @@ def _check_other_sets(config: MakeConfig) -> None:
     names = sorted(tf.io.gfile.listdir(folder)) if tf.io.gfile.isdir(folder) else []
     one_of = {match[1]: name for name in names if (match := _MANIFEST.fullmatch(name))}
     others = {
-        prefix: json_files.read_json(os.path.join(folder, name))["config"].get("labeled")
+        prefix: manifests.read_manifest(os.path.join(folder, name))["config"].get("labeled")
         for prefix, name in one_of.items()
     }
     labeled = [prefix for prefix, value in others.items() if value]
@@ -240,7 +240,7 @@ def _from_tfds(config: MakeConfig) -> dict[str, int]:
             continue
         one = dataclasses.replace(config, image_set=prefix)
         if prefix != next(iter(chosen)) or config.validation_set in chosen:
-            one = dataclasses.replace(one, validation_fraction=0.0)  # It is cut from train alone.
+            one = dataclasses.replace(one, validation_fraction=0.0)  # It is cut only from train.
         entries = source.labeled_entries() if one.validation_fraction else source.entries()
         made.update(_make(one, source, Listing(entries, source.class_names)))
     if config.labeled:
@@ -256,7 +256,7 @@ def with_records(config: Config) -> Config:
       `config` itself without a data_source; else a copy that names the records and their task.
 
     Raises:
-      ConfigError: no TFDS set, or other data beside it.
+      ConfigError: no TFDS set, or other data in addition to it.
       DataError: see `tfds_source.load_builder`.
     """
     data = config.data

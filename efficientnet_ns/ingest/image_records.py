@@ -1,6 +1,6 @@
 """Sets of records from the images of a source: parallel, resumable, the same bytes every time.
 
-Each shard is a stage of its own, with a manifest in `manifests/` beside the records. What a shard
+Each shard is a stage of its own, with a manifest in `manifests/` next to the records. What a shard
 holds depends on the source and the settings only, not on the processes that write the shards.
 """
 
@@ -27,10 +27,12 @@ from efficientnet_ns.files import json_files, manifests, shard_names, tfexamples
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.paths import listed
 from efficientnet_ns.files.progress import Progress
-from efficientnet_ns.ingest.image_sources import Entry, LeftOut, Loaded, Reader, Source, printable
+from efficientnet_ns.ingest.image_sources import Entry, LeftOut, Reader, Source, printable
 
 _IMAGES_PER_SHARD, _MAX_SHARDS = 1024, 1024
-# A process spends seconds on loading TensorFlow, in which another one writes so many images.
+# In the configuration of a shard: what detects images replaced by others of the same size.
+_VERSIONS = "versions"
+# Images that a running process writes while another one loads TensorFlow.
 _IMAGES_PER_WORKER = 2048
 
 
@@ -45,7 +47,7 @@ class ImageSet:
       num_shards: number of files; each takes its slice of the entries.
       record: (image bytes, label) → serialized Example; picklable.
       keep_names: `record` also takes the image's path in the source.
-      identity: settings that determine the records beside the entries, JSON-able.
+      identity: settings that, with the entries, determine the records; JSON-able.
       num_classes: labels must be below; None for a set without labels.
       lost: images of the source that are no entries, and why.
       drawn: fraction of the source's images that are entries of sets; of the lost as many count as
@@ -63,34 +65,33 @@ class ImageSet:
     drawn: float = 1.0
     keep_names: bool = False
 
-    def shards(self) -> list[_Shard]:
-        """What each file holds."""
+    def shards(self, number: int) -> list[_Shard]:
+        """What each file holds; `number` is that of the set."""
         bounds = np.linspace(0, len(self.entries), self.num_shards + 1).astype(int)
+        made = dataclasses.replace(self, entries=(), lost=())  # Processes need no other entries.
         return [
-            _Shard(
-                self._stage(shard, start, stop),
-                self.entries[start:stop],
-                self.record,
-                self.keep_names,
-            )
+            _Shard(self._stage(shard, start, stop), self.entries[start:stop], made, number)
             for shard, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:]))
         ]
 
     def _stage(self, shard: int, start: int, stop: int) -> manifests.Stage:
         name = shard_names.shard_name(self.prefix, shard, self.num_shards)
-        images = digest((e.name, e.label, e.size) for e in self.entries[start:stop])
+        entries = self.entries[start:stop]
+        config = {**self.identity, "images": digest((e.name, e.label, e.size) for e in entries)}
+        if any(e.version for e in entries):
+            config[_VERSIONS] = digest(e.version for e in entries)
         return manifests.Stage(
             os.path.join(self.folder, "manifests", f"{name}.json"),
             [os.path.join(self.folder, name)],
-            {**self.identity, "images": images},
+            config,
         )
 
 
 class _Shard(NamedTuple):
     stage: manifests.Stage
     entries: Sequence[Entry]
-    record: Callable[..., bytes]
-    keep_names: bool
+    of: ImageSet  # Without entries.
+    number: int  # Of the set.
 
 
 class Made(NamedTuple):
@@ -121,7 +122,7 @@ def unlabeled_record(image: bytes, label: int, name: str = "") -> bytes:
 
 
 def default_num_shards(images: int) -> int:
-    """Files for a set of so many images."""
+    """Number of files for a set of `images` images."""
     return max(1, min(_MAX_SHARDS, -(-images // _IMAGES_PER_SHARD)))
 
 
@@ -172,26 +173,25 @@ def make_sets(
     """
     for one in sets:
         _refuse_other_sharding(one)
-    shards = [(number, shard) for number, one in enumerate(sets) for shard in one.shards()]
+    shards = [shard for number, one in enumerate(sets) for shard in one.shards(number)]
     results = [_Result(one, max_bad_fraction) for one in sets]
     pending = []
-    for number, shard in shards:
+    for shard in shards:
         if _done(shard):
-            results[number].add(shard.stage.counts())
+            results[shard.number].add(shard.stage.counts())
         else:
-            pending.append((number, shard))
-    total = sum(len(shard.entries) for _, shard in shards)
-    done = total - sum(len(shard.entries) for _, shard in pending)
-    workers = num_workers or min(available_cpus(), 1 + (total - done) // _IMAGES_PER_WORKER)
-    jobs = ((_attached(_Job(source, n, s, rules, sets[n].num_classes)),) for n, s in pending)
-    with Progress(total, f"records in {sets[0].folder}", "images", done=done) as progress:
-        processes = min(workers, len(pending))
-        for (job,), counts in run_each(_write_shard, jobs, processes, initializer=_start_worker):
-            results[job.number].add(counts)
-            progress.update(len(job.shard.entries))
+            pending.append(shard)
+    total, left = (sum(len(shard.entries) for shard in some) for some in (shards, pending))
+    workers = num_workers or min(available_cpus(), 1 + left // _IMAGES_PER_WORKER)
+    processes = min(workers, len(pending))
+    jobs = ((source, _attached(source, shard), rules) for shard in pending)
+    with Progress(total, f"records in {sets[0].folder}", "images", done=total - left) as progress:
+        for job, counts in run_each(_write_shard, jobs, processes, initializer=_start_worker):
+            results[job[1].number].add(counts)
+            progress.update(len(job[1].entries))
     made = [result.finish() for result in results]
     for number in range(len(sets)):
-        own = [shard.stage for n, shard in shards if n == number]
+        own = [shard.stage for shard in shards if shard.number == number]
         tfrecords.note_counts(
             [stage.outputs[0] for stage in own], [stage.counts()["records"] for stage in own]
         )
@@ -200,20 +200,30 @@ def make_sets(
 
 def _done(shard: _Shard) -> bool:
     """See `manifests.Stage.done`; other images are described by their number."""
+    stage = shard.stage
+    if not tf.io.gfile.exists(stage.manifest):
+        return stage.done()
+    noted = manifests.read_manifest(stage.manifest)
+    now, before = stage.config, noted["config"]
+    if not (_VERSIONS in now and _VERSIONS in before):
+        # Earlier versions of this program noted none; where the source lies now, none may be known.
+        now = {name: value for name, value in now.items() if name != _VERSIONS}
+        now.update({name: before[name] for name in (_VERSIONS,) if name in before})
     try:
-        return shard.stage.done()
+        return manifests.Stage(stage.manifest, stage.outputs, now).done()
     except manifests.OutputConflict as e:
-        if not tf.io.gfile.exists(shard.stage.manifest):
-            raise
-        counts = shard.stage.counts()  # A damaged manifest ends here.
-        noted = json_files.read_json(shard.stage.manifest)["config"]
-        if noted.get("images") == shard.stage.config["images"]:
-            raise
-        before = counts["records"] + len(counts["bad"])
-        raise manifests.OutputConflict(
-            f"{e} The images are not those it was made from: {before} → {len(shard.entries)}, or "
-            "other names, classes or sizes."
-        ) from e
+        if before.get("images") != now["images"]:
+            number = noted["counts"]["records"] + len(noted["counts"]["bad"])
+            raise manifests.OutputConflict(
+                f"{e} The images are not those it was made from: {number} → {len(shard.entries)}, or "
+                "other names, classes or sizes."
+            ) from e
+        if before.get(_VERSIONS) != now.get(_VERSIONS):
+            raise manifests.OutputConflict(
+                f"{e} Images were replaced or changed since under the same names. If they are only "
+                "copies, give them the times of the originals (cp -p, rsync -t)."
+            ) from e
+        raise
 
 
 def _refuse_other_sharding(one: ImageSet) -> None:
@@ -240,7 +250,7 @@ class _Result:
     def add(self, counts: dict) -> None:
         self._records += counts["records"]
         self._bad += counts["bad"]
-        # Shards of many shapes, or of images nobody looked at, say None.
+        # None for shards of several shapes, or of images that were not decoded.
         if counts["records"]:
             self._shapes.add(tuple(counts["shape"]) if counts["shape"] else None)
         self._check()
@@ -282,20 +292,10 @@ class _Result:
 # --- Processes ------------------------------------------------------------------------------------
 
 
-class _Job(NamedTuple):
-    source: Source
-    number: int  # Of the set.
-    shard: _Shard
-    rules: image_conversion.Rules
-    num_classes: int | None
-
-
-def _attached(job: _Job) -> _Job:
-    """The job with what only this process has: a source may put pixels into its entries."""
-    attach = getattr(job.source, "attach", None)
-    if attach is None:
-        return job
-    return job._replace(shard=job.shard._replace(entries=attach(job.shard.entries)))
+def _attached(source: Source, shard: _Shard) -> _Shard:
+    """The shard with what only this process has: a source may put pixels into its entries."""
+    attach = getattr(source, "attach", None)
+    return shard._replace(entries=attach(shard.entries)) if attach else shard
 
 
 def _start_worker() -> None:
@@ -307,24 +307,26 @@ def _start_worker() -> None:
     preemption.end_with_parent()
 
 
-def _write_shard(job: _Job) -> dict:
+def _write_shard(source: Source, shard: _Shard, rules: image_conversion.Rules) -> dict:
     """Writes a shard; its counts."""
-    stage, entries, record, keep_names = job.shard
+    stage, entries, of, _ = shard
     bad: list[list[str]] = []
     shapes = set()
 
     def payloads(read: Reader) -> Iterator[bytes]:
         for entry in entries:
             try:
-                loaded, shape = _load(read, job.rules, job.num_classes, entry)
+                loaded = read(entry)
+                _check_label(entry.name, loaded.label, of.num_classes)
+                image, shape = image_conversion.prepare(loaded.image, rules)
             except (image_conversion.Unusable, *_UNREADABLE) as e:
                 bad.append([printable(entry.name), str(e).replace("\n", " ")])
                 continue
             shapes.add(shape)
-            name = (printable(entry.name),) if keep_names else ()
-            yield record(loaded.image, loaded.label, *name)
+            name = (printable(entry.name),) if of.keep_names else ()
+            yield of.record(image, loaded.label, *name)
 
-    with job.source.reader(entries) as read, stage.write() as (temporary, counts):
+    with source.reader(entries) as read, stage.write() as (temporary, counts):
         written = tfrecords.write(temporary[stage.outputs[0]], payloads(read))
         shape = next(iter(shapes)) if len(shapes) == 1 else None
         counts.update(records=written, bad=bad, shape=shape)
@@ -334,16 +336,6 @@ def _write_shard(job: _Job) -> dict:
 _UNREADABLE = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError, FileNotFoundError)
 
 
-def _load(
-    read: Reader,
-    rules: image_conversion.Rules,
-    num_classes: int | None,
-    entry: Entry,
-) -> tuple[Loaded, tuple[int, int] | None]:
-    loaded = read(entry)
-    if num_classes is not None and not 0 <= loaded.label < num_classes:
-        raise DataError(
-            f"{printable(entry.name)} has label {loaded.label}, but labels are 0..{num_classes - 1}"
-        )
-    image, shape = image_conversion.prepare(loaded.image, rules)
-    return loaded._replace(image=image), shape
+def _check_label(name: str, label: int, num_classes: int | None) -> None:
+    if num_classes is not None and not 0 <= label < num_classes:
+        raise DataError(f"{printable(name)} has label {label}, but labels are 0..{num_classes - 1}")

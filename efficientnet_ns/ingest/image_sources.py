@@ -55,12 +55,15 @@ class Entry(NamedTuple):
       label: class, from 0; -1 for none, or when the source learns it only when it reads.
       size: bytes as stored; 0 when unknown.
       place: what the source finds it by.
+      version: what differs when the file is replaced by one of the same size: the time of its last
+        change, or a checksum; 0 when unknown.
     """
 
     name: str
     label: int = -1
     size: int = 0
     place: Any = None
+    version: int = 0
 
 
 class LeftOut(NamedTuple):
@@ -267,7 +270,7 @@ def _sort_in(item: os.DirEntry, name: str, contents: Contents) -> bool:
             return True
         contents.ignored.append(LeftOut(f"{name}/", HIDDEN))
     elif stat.S_ISREG(status.st_mode):
-        contents.entries.append(Entry(name, size=status.st_size))
+        contents.entries.append(Entry(name, size=status.st_size, version=status.st_mtime_ns))
     else:
         contents.lost.append(LeftOut(name, "not a file but a pipe, socket or device"))
     return False
@@ -311,7 +314,8 @@ class Zip:
                 elif stat.S_ISLNK(mode):
                     links[info.filename] = _zip_target(archive, info)
                 else:
-                    contents.entries.append(Entry(info.filename, size=info.file_size, place=i))
+                    entry = Entry(info.filename, size=info.file_size, place=i, version=info.CRC)
+                    contents.entries.append(entry)
         _follow(contents, links)
         return contents
 
@@ -485,7 +489,8 @@ def _sort_member_in(
     elif member.issparse():
         contents.lost.append(LeftOut(name, "stored as a sparse file"))
     elif member.isreg():
-        contents.entries.append(Entry(name, size=member.size, place=place))
+        changed = int(member.mtime)
+        contents.entries.append(Entry(name, size=member.size, place=place, version=changed))
     elif member.issym():
         links[name] = _from_link(name, member.linkname)
     elif member.islnk():  # A path from the root of the archive.
@@ -555,7 +560,7 @@ _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 def open_source(path: str, subfolder: str = "", output: str = "") -> Iterator[ListedSource]:
     """Yields the source for a folder or archive that exists; see `Folder` for the rest.
 
-    The content of an archive says of what kind it is. Its name does where the content is of none. A
+    The content of an archive determines its kind; where it does not, its name does. A
     compressed .tar is decompressed below TMPDIR until the block ends: its members have no places in
     it from which they could be read.
     """

@@ -81,7 +81,7 @@ def list_images(
     depth = _wrapper_depth(source, names)
     classes = sorted({_class_of(name, depth) for name in [*folders, *names]} - {""})
     if not (accept_classes or set(classes) <= set(class_names or ())):
-        _check_classes(where, prefix, names, depth, alone=class_names is not None)
+        _check_classes(where, prefix, names, depth, single_allowed=class_names is not None)
     agreed = _agreed_names(where, classes, class_names, names_from)
     numbers = {name: i for i, name in enumerate(agreed)}
     labels = [numbers.get(_class_of(name, depth)) for name in names]
@@ -200,12 +200,14 @@ def _class_of(name: str, depth: int) -> str:
     return parts[depth] if len(parts) > depth + 1 else ""
 
 
-def _check_classes(where: str, prefix: str, names: list[str], depth: int, *, alone: bool) -> None:
+def _check_classes(
+    where: str, prefix: str, names: list[str], depth: int, *, single_allowed: bool
+) -> None:
     """DataError when the folders with images look like something else than classes.
 
     Args:
       prefix: the subfolder that `names` are relative to.
-      alone: whether a single class is right.
+      single_allowed: whether a single class is right.
     """
     heights: dict[str, int] = {}
     for name in names:
@@ -218,7 +220,7 @@ def _check_classes(where: str, prefix: str, names: list[str], depth: int, *, alo
         what = f"are sets, not classes: {', '.join(of_sets)}"
     elif deep:
         what = f"do not look like classes: all images of {deep[0]!r} are in folders below it"
-    elif len(heights) == 1 and not alone:
+    elif len(heights) == 1 and not single_allowed:
         what = f"are one class only, {min(heights)!r}: images without classes need --nolabeled"
     else:
         return

@@ -148,11 +148,7 @@ def _sets(config: SvhnConfig, files: dict[str, MatFile]) -> dict[str, tuple[MatF
     sizes = {name: len(file.labels) for name, file in files.items()}
     # The original's generator and its order of use: with the default seed, the same split.
     rng = np.random.RandomState(config.seed)
-    train, extra, test = (
-        np.arange(sizes["train"]),
-        np.arange(sizes["extra"]),
-        np.arange(sizes["test"]),
-    )
+    train, extra, test = (np.arange(sizes[name]) for name in ("train", "extra", "test"))
     rng.shuffle(train)
     rng.shuffle(extra)
     sets = {"test": (files["test"], test), "extra": (files["extra"], extra)}

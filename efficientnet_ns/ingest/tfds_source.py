@@ -1,7 +1,7 @@
 """Image classification sets of TensorFlow Datasets as a source of encoded images.
 
-Images are taken as the set stores them, without decoding. `tensorflow_datasets` is imported here
-alone, and only when it is used.
+Images are taken as the set stores them, without decoding. `tensorflow_datasets` is imported only
+here, and only when it is used.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ KNOWN_TASKS = {"imagenet2012": "imagenet", "svhn_cropped": "svhn"}
 # Names that sets give to their splits → prefix of the records.
 SPLITS = {
     "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     "test": "test",
 }
 
@@ -55,7 +52,7 @@ def load_builder(name: str, data_dir: str | None):
     """The TFDS builder of a set on this machine; it is downloaded when it is not there.
 
     Raises:
-      DataError: unknown, or cannot be downloaded; the message says what to do.
+      DataError: unknown, or cannot be downloaded; the message explains what to do.
     """
     import tensorflow_datasets as tfds
 
@@ -228,7 +225,7 @@ def _is_picture(feature) -> bool:
 
 
 def sets_of(builder) -> dict[str, str]:
-    """Prefix of the records → split, of the splits that make a task; `train` is among them.
+    """Prefix of the records → split, of the splits that make a task, including `train`.
 
     Raises:
       DataError: no split called train.

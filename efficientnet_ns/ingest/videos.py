@@ -1,6 +1,6 @@
 """Frames of short clips: .mp4 videos and animated .gif pictures.
 
-`av` (FFmpeg) is imported here alone, and only when a video is read.
+`av` (FFmpeg) is imported only here, and only when a video is read.
 """
 
 from __future__ import annotations

@@ -160,9 +160,9 @@ import sys
 import tensorflow as tf
 
 model = tf.saved_model.load(sys.argv[1])
-answer = model.signatures["serving_default"](tf.io.read_file(sys.argv[2])[None])
-digit = int(answer["classes"][0])
-print(f"exported model says {digit} (probability {float(answer['probabilities'][0, digit]):.3f})")
+predictions = model.signatures["serving_default"](tf.io.read_file(sys.argv[2])[None])
+digit = int(predictions["classes"][0])
+print(f"exported model: {digit} (probability {float(predictions['probabilities'][0, digit]):.3f})")
 """
 
 

@@ -20,7 +20,7 @@ def write(path: str, config: SelectConfig, class_names: Sequence[str] | None) ->
     """Writes `file,label,probability,kept`; pictures without a prediction have an empty label.
 
     Args:
-      config: where the predictions are, and the selection that says which pictures were kept.
+      config: where the predictions are, and the selection, which knows the pictures that were kept.
       class_names: None: the numbers.
 
     Returns:

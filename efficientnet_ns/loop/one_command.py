@@ -373,7 +373,7 @@ class _Run:
     def _label(
         self, base: Config, loop: LoopConfig, model: Config, best: int, models: int
     ) -> dict[str, Any]:
-        """`labels.csv`: what the best model says about every unlabeled picture."""
+        """`labels.csv`: what the best model predicts for every unlabeled picture."""
         folder = self._in_work("labels")
         if best + 1 < models:  # As a teacher it has labeled them already.
             folder = os.path.join(loop.work_dir, f"round-{best + 1}")

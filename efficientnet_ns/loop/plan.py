@@ -60,7 +60,7 @@ def chosen_by_user(pictures: PicturesConfig, settings: Config, loop: LoopConfig)
     """Settings that take the place of their rules.
 
     Raises:
-      ConfigError: one that has no place beside --labeled.
+      ConfigError: one that does not go together with --labeled.
     """
     values = {**given(pictures), **given(settings), **given(loop)}
     for name in _OF_RECORDS:

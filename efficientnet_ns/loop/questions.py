@@ -133,7 +133,7 @@ STUDIES: dict[str, Study] = {
             "all": Arm({}, "84.0"),
             "a quarter": Arm({"images": 1 / 4, "use_top": 0}, "83.8", -1, quick=False),
             "a sixteenth": Arm({"images": 1 / 16, "use_top": 0}, "83.9", -1, quick=False),
-            "none: labels alone, as many steps": Arm({"labels_only": True}, "83.2", -1),
+            "none: labels only, as many steps": Arm({"labels_only": True}, "83.2", -1),
         },
     ),
     "size": Study(

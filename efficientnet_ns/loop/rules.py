@@ -103,7 +103,7 @@ def _held_out(facts: Facts, _: Chosen) -> float:
 
 
 def _steps(pretrained: int, scratch: int, passes: int, batch: str) -> Callable:
-    """At least so many updates, and so many passes over the labeled pictures; 20,000 at most."""
+    """At least this many updates, and this many passes over the labeled pictures; 20,000 at most."""
 
     def steps(facts: Facts, chosen: Chosen) -> int:
         least = pretrained if _pretrained(chosen) else scratch
@@ -169,7 +169,9 @@ RULES: tuple[Rule, ...] = (
     Rule("lr_schedule", _always("cosine"), "ends at 0 after any number of updates", _PROTOTYPE),
     Rule("base_learning_rate", _either(5e-4, 1e-3), "Adam's, half for trained weights", _PROTOTYPE),
     Rule("warmup_epochs", _warmup, "a twentieth of the updates", _PROTOTYPE),
-    Rule("moving_average_decay", _always(0.99), "converges within 500 updates", _PROTOTYPE),
+    Rule(
+        "moving_average_decay", _always(0.99), "the average of the last hundred updates", _PROTOTYPE
+    ),
     Rule(
         "keep_bn_statistics",
         _either(True, False),
@@ -309,18 +311,14 @@ def fit(
 def warnings(facts: Facts, chosen: Chosen) -> list[str]:
     """What is likely to go wrong with these settings, each with what to do."""
     found = []
-    for name, steps in (
-        ("moving_average_decay", "teacher_steps"),
-        ("bn_momentum", "teacher_steps"),
-    ):
-        if name == "bn_momentum" and chosen["keep_bn_statistics"]:
-            continue
-        # The moving average ramps up by itself, from (1 + t) / (10 + t).
-        if (1 - chosen[name]) * chosen[steps] < 3:
-            found.append(
-                f"{chosen[steps]} updates are too few for --{name}={chosen[name]}: the averages will "
-                f"not have converged; lower it to {max(0.5, 1 - 5 / chosen[steps]):.3g} or less"
-            )
+    decay, steps = chosen["bn_momentum"], chosen["teacher_steps"]
+    # The average of the weights ramps up by itself, from (1 + t) / (10 + t).
+    if not chosen["keep_bn_statistics"] and decay**steps > 0.01:
+        found.append(
+            f"{steps} updates are too few for --bn_momentum={decay}: {decay**steps:.0%} of the "
+            "statistics that evaluation uses will still be their initial values; lower it to "
+            f"{0.001 ** (1 / steps):.2f} or less"
+        )
     passes = chosen["teacher_steps"] * chosen["teacher_batch_size"] / facts.labeled
     if passes > 2000:
         found.append(
@@ -333,7 +331,7 @@ def warnings(facts: Facts, chosen: Chosen) -> list[str]:
         )
     if facts.unlabeled < facts.labeled:
         found.append(
-            f"{facts.unlabeled} unlabeled pictures beside {facts.labeled} labeled ones: students have "
+            f"{facts.unlabeled} unlabeled pictures for {facts.labeled} labeled ones: students have "
             "little to learn from"
         )
     return found

@@ -116,8 +116,8 @@ def pieces(config: Config, loop: LoopConfig, changes: Mapping[str, Any]) -> list
     steps = max(1, round(student.train.train_steps * method.steps))
     student = _widened(student, method.student_width).override(train_steps=steps)
     if method.labels_only:
-        alone = {"unlabel_ratio": 0.0, "unlabel_data_dir": ""}
-        student = student.override(train_steps=teacher.train.train_steps + steps, **alone)
+        labels_only = {"unlabel_ratio": 0.0, "unlabel_data_dir": ""}
+        student = student.override(train_steps=teacher.train.train_steps + steps, **labels_only)
         return [Work("train", _placed(student, loop))]
     work = [Work("train", _placed(_widened(teacher, method.teacher_width), loop))]
     for _ in range(method.rounds):
@@ -212,7 +212,7 @@ def _train(config: Config) -> dict[str, Any]:
     """Trains and measures a model; its result, or the recorded one."""
     path = _result_path(config)
     if tf.io.gfile.exists(path):
-        return json_files.read_json(path)
+        return json_files.read_object(path, "measured", "steps")
     started = time.monotonic()
     metrics = train.train_and_evaluate(config, evaluate=False)
     trained = time.monotonic()
@@ -331,9 +331,9 @@ def run_study(config: Config, loop: LoopConfig, options: StudyConfig) -> dict[st
         found[seed, name, arm] = runner.result(f"{name}: {arm}, seed {seed}", work)
         if (seed, name, arm) == [key for key in arms if key[0] == seed][-1]:
             done = seeds[: seeds.index(seed) + 1]
-            answer = study_results.summary(studies, done, found)
-            study_results.write(loop.work_dir, answer)
-    return answer
+            results = study_results.summary(studies, done, found)
+            study_results.write(loop.work_dir, results)
+    return results
 
 
 def _check_loop(loop: LoopConfig) -> None:

@@ -12,7 +12,7 @@ from efficientnet_ns.loop.questions import Arm, Study
 
 # Probability that a difference counts only by chance.
 _CHANCE = 0.05
-_READINGS = {True: "as in the paper", False: "not as in the paper", None: "the paper does not say"}
+_READINGS = {True: "as in the paper", False: "not as in the paper", None: "not stated in the paper"}
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -44,7 +44,7 @@ def reading(differences: Sequence[float], expected: int | None) -> str:
     """
     threshold = noise(differences)
     if threshold is None:
-        return "one seed says nothing" if len(differences) else ""
+        return "one seed is not enough" if len(differences) else ""
     mean = float(np.mean(differences))
     if abs(mean) <= threshold:
         return "below the noise" + (", as in the paper" if expected == 0 else "")
@@ -70,12 +70,12 @@ def summary(
       without a result), `seconds` of its last training by seed, and the columns of `_row`.
     """
     measured_on = {list(result["measured"])[-1] for result in found.values() if result}
-    answer: dict[str, Any] = {"set": ", ".join(measured_on), "seeds": list(seeds), "studies": {}}
+    overview: dict[str, Any] = {"set": ", ".join(measured_on), "seeds": list(seeds), "studies": {}}
     for name, study in studies.items():
         results = {arm: [found[seed, name, arm] for seed in seeds] for arm in study.arms}
         top1 = {arm: [_top1(result) for result in of] for arm, of in results.items()}
         first = next(iter(study.arms))
-        answer["studies"][name] = {
+        overview["studies"][name] = {
             "question": study.question,
             "source": study.source,
             "finding": study.finding,
@@ -90,7 +90,7 @@ def summary(
                 for label, arm in study.arms.items()
             },
         }
-    return answer
+    return overview
 
 
 def _top1(result: Mapping[str, Any] | None) -> float | None:
@@ -120,12 +120,12 @@ def _row(
     }
 
 
-def table(answer: Mapping[str, Any], name: str) -> list[dict[str, str]]:
+def table(overview: Mapping[str, Any], name: str) -> list[dict[str, str]]:
     """The rows of a study, as texts."""
-    measure = f"{answer['set']} top-1, %"
+    measure = f"{overview['set']} top-1, %"
     rows = []
-    for label, arm in answer["studies"][name]["arms"].items():
-        first = next(iter(answer["studies"][name]["arms"]))
+    for label, arm in overview["studies"][name]["arms"].items():
+        first = next(iter(overview["studies"][name]["arms"]))
         versus = "" if arm["against"] in ("", first) else f" (to {arm['against']!r})"
         rows.append(
             {
@@ -147,23 +147,23 @@ def _with_spread(mean: float | None, sd: float | None, sign: str = "") -> str:
 
 _LEGEND = (
     "Mean ± standard deviation over n seeds; differences are between runs of one seed, to the first "
-    "arm unless said. Below the noise: the 95 % interval of the mean difference (Student's t) "
+    "arm unless stated. Below the noise: the 95 % interval of the mean difference (Student's t) "
     "includes 0. The paper's figures are ImageNet top-1."
 )
 
 
-def markdown(answer: Mapping[str, Any]) -> str:
+def markdown(overview: Mapping[str, Any]) -> str:
     """All studies as tables in Markdown."""
     from efficientnet_ns.evaluation import robustness
 
     parts = [f"{_LEGEND}\n"]
-    for name, study in answer["studies"].items():
+    for name, study in overview["studies"].items():
         head = f"**{name}** {study['question']} The paper ({study['source']}): {study['finding']}"
-        parts.append(f"{head}\n\n{robustness.markdown(table(answer, name))}")
+        parts.append(f"{head}\n\n{robustness.markdown(table(overview, name))}")
     return "\n".join(parts)
 
 
-def write(folder: str, answer: Mapping[str, Any]) -> None:
+def write(folder: str, overview: Mapping[str, Any]) -> None:
     """Writes `study.json`, `.md`, `.png` and `.html`."""
     import tensorflow as tf
 
@@ -172,19 +172,18 @@ def write(folder: str, answer: Mapping[str, Any]) -> None:
     from efficientnet_ns.report import style
 
     path = {kind: os.path.join(folder, f"study.{kind}") for kind in ("json", "md", "png", "html")}
-    json_files.write_json(path["json"], answer, indent=1)
-    with atomic.atomic_path(path["md"]) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
-        f.write(markdown(answer))
-    figure = plot(answer)
+    json_files.write_json(path["json"], overview, indent=1)
+    atomic.write(path["md"], markdown(overview))
+    figure = plot(overview)
     with atomic.atomic_path(path["png"]) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
         figure.savefig(f, format="png", dpi=150, facecolor="white")
     sections = [
         report.Section(
             f"{name}: {study['question']}",
             report.paragraph(f"The paper ({study['source']}): {study['finding']}")
-            + report.table(table(answer, name)),
+            + report.table(table(overview, name)),
         )
-        for name, study in answer["studies"].items()
+        for name, study in overview["studies"].items()
     ]
     drawn = style.figure(style.image(figure, "Top-1 by arm"), "Mean ± sd; a point per seed.")
     report.write_page(
@@ -195,13 +194,13 @@ def write(folder: str, answer: Mapping[str, Any]) -> None:
     )
 
 
-def plot(answer: Mapping[str, Any]):
+def plot(overview: Mapping[str, Any]):
     """A matplotlib figure: a panel per study, an arm per line, a point per seed, mean ± sd."""
     from matplotlib.figure import Figure
 
     from efficientnet_ns.report import style
 
-    studies = answer["studies"]
+    studies = overview["studies"]
     heights = [len(study["arms"]) + 1 for study in studies.values()]
     figure = Figure(figsize=(style.PAGE_WIDTH / 100, 0.32 * sum(heights) + 0.6), dpi=100)
     figure.set_layout_engine("constrained")
@@ -221,6 +220,6 @@ def plot(answer: Mapping[str, Any]):
         axes.tick_params(colors=style.INK, labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color=style.INK, alpha=0.2)
-    label = f"{answer['set']} top-1, %"
+    label = f"{overview['set']} top-1, %"
     panels[-1].set_xlabel(label, color=style.INK, fontsize=9, **style.PLAIN_TEXT)
     return figure

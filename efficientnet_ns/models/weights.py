@@ -537,6 +537,32 @@ def _check_neighbours(folder: str, base: str, model: tf.keras.Model) -> None:
         )
 
 
+def check_target(path: PathLike) -> None:
+    """Raises WeightsError when `save_weights` cannot write to this path whatever the model is."""
+    path = os.path.expanduser(path)
+    suffix = _suffix(path)
+    if suffix not in ("", ".safetensors"):
+        raise WeightsError(
+            f"{path}: {suffix} files are read, not written (Keras writes its own: model.save, "
+            "model.save_weights); "
+            "end the name in .safetensors, or give the prefix of a checkpoint like model.ckpt-0"
+        )
+    folder, base = os.path.split(path)
+    if not base or tf.io.gfile.isdir(path):
+        raise WeightsError(
+            f"{path} is a folder: give the name of a file or the prefix of a checkpoint in it, e.g. "
+            f"{os.path.join(path, 'model.ckpt-0')}"
+        )
+    while folder and not tf.io.gfile.exists(folder):
+        folder = os.path.dirname(folder)
+    if folder and not tf.io.gfile.isdir(folder):
+        raise WeightsError(f"{path} cannot be written: {folder} is a file, not a folder")
+
+
+def _suffix(path: str) -> str:
+    return next((end for end in weight_files.SUFFIXES if path.lower().endswith(end)), "")
+
+
 def save_weights(
     model: tf.keras.Model,
     path: PathLike,
@@ -562,23 +588,13 @@ def save_weights(
       ValueError: the model has layers that EfficientNets do not have.
     """
     _check_arguments("save_weights", model, path)
+    check_target(path)
     path = os.path.expanduser(path)
     model = heads.standard(model)
     averages = heads.standard(ema_model) if ema_model is not None else model
-    suffix = next((end for end in weight_files.SUFFIXES if path.lower().endswith(end)), "")
-    if suffix not in ("", ".safetensors"):
-        raise WeightsError(
-            f"{path}: {suffix} files are read, not written (Keras writes its own: model.save, "
-            "model.save_weights); "
-            "end the name in .safetensors, or give the prefix of a checkpoint like model.ckpt-0"
-        )
     folder, base = os.path.split(path)
     folder = folder or "."
-    if not base or tf.io.gfile.isdir(path):
-        raise WeightsError(
-            f"{path} is a folder: give the name of a file or the prefix of a checkpoint in it, e.g. "
-            f"{os.path.join(path, 'model.ckpt-0')}"
-        )
+    suffix = _suffix(path)
     if not suffix:
         _check_neighbours(folder, base, averages)
     tf.io.gfile.makedirs(folder)

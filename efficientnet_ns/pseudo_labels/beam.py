@@ -158,6 +158,7 @@ def _errors_of_workers() -> Iterator[None]:
         yield
     except Exception as e:  # Every runner has its own type.
         found = _OURS.search(str(e))
+        # Raised in this process, it has its own type.
         if type(e).__module__.startswith("efficientnet_ns") or found is None:
             raise
         raise StepFailed(found[1].strip()) from e

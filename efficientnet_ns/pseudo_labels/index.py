@@ -23,7 +23,7 @@ import tensorflow as tf
 from efficientnet_ns.config import ConfigError, SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.config.processes import run_each
-from efficientnet_ns.files import json_files, local_files, shard_names, tfexamples, tfrecords
+from efficientnet_ns.files import local_files, manifests, shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.atomic import atomic_path
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
@@ -87,7 +87,7 @@ def count_workers(config: SelectConfig) -> int:
     manifest = prediction_path(config, 0, 0) + ".manifest.json"
     found = _predicted(config)
     if os.path.basename(manifest) in found:
-        predicted_by = json_files.read_json(manifest)["config"]["total_replicas"]
+        predicted_by = manifests.read_manifest(manifest)["config"].get("total_replicas", 1)
         if workers not in (-1, predicted_by):
             raise DataError(
                 f"--total_label_replicas={workers}, but according to {manifest} {predicted_by} "

@@ -195,6 +195,7 @@ class ShardLabeling:
 
             for batch in _read_batches(self._task, self._teacher.group, place):
                 waiting.append((batch, pool.submit(self._teacher.label, batch.images)))
+                # Enough that the pool stays busy while this thread reads; bounds memory.
                 if len(waiting) > 2 * concurrency:
                     collect()
             while waiting:
@@ -254,6 +255,7 @@ class ShardLabeling:
             if not task.reassign:
                 json_files.write_json(temporary[stage.outputs[2]], {"image_num": total})
             self._lease.check()
+            # After this, two owners may overlap: they write the same bytes.
             _write_quarantine(task, quarantine, total)
             counts.update(records=total, quarantine={str(n): why for n, _, why in quarantine})
         self._parts.remove()

@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
-from efficientnet_ns.files import json_files, parquet_sql, tfexamples, tfrecords
+from efficientnet_ns.files import manifests, parquet_sql, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import SELECTION
@@ -41,7 +41,7 @@ _ORDERS = {"most": "prob DESC, shard, record", "least": "prob, shard, record"}
 _IMAGES = """
 CREATE VIEW {} AS SELECT *, position * {} + worker AS record FROM {} WHERE label >= 0
 """
-# Labels beside those of `other`: the truth, or an earlier round.
+# Labels joined with those of `other`: the truth, or an earlier round.
 _COMPARED = """
 CREATE VIEW {view} AS
 SELECT {other}.label AS {column}, images.label, images.prob, copies IS NOT NULL AS kept
@@ -122,6 +122,7 @@ class Outcome:
           Columns `prob` float64 (one of the bin and side of the threshold), `kept` bool and `images`
           int, with a row per bin, side and kept or not.
         """
+        # A probability of 1 belongs to the last bin.
         counted = (
             f"(SELECT least(floor(prob::DOUBLE * {int(bins)}), {int(bins) - 1}) AS bin, "
             f"prob::DOUBLE >= {float(self.config.min_threshold)!r}::DOUBLE AS confident, "
@@ -359,7 +360,7 @@ def read_quarantine(config: SelectConfig, limit: int = 20) -> Quarantine:
         if not tf.io.gfile.exists(manifest):
             result.unknown.append(manifest)
             continue
-        listed = json_files.read_json(manifest)["counts"].get("quarantine", {})
+        listed = manifests.read_manifest(manifest)["counts"].get("quarantine", {})
         for position, reason in sorted((int(p), r) for p, r in listed.items()):
             result.reasons[reason.split(" at byte ")[0]] += 1
             result.files[name] += 1

@@ -92,12 +92,8 @@ class Parts:
         numbers = part.labels.astype("<i4").tobytes() + part.top_probs.astype("<f4").tobytes()
         body = b"".join(tfrecords.frame(p) for p in [numbers, *part.payloads])
         stored.update(settings=self._settings, bytes=len(body), crc=google_crc32c.value(body))
-        with (
-            atomic.atomic_path(self._path(part.first)) as temporary,
-            tf.io.gfile.GFile(temporary, "wb") as f,
-        ):
-            f.write(tfrecords.frame(json.dumps(stored).encode()))
-            f.write(body)
+        header = tfrecords.frame(json.dumps(stored).encode())
+        atomic.write(self._path(part.first), header + body)
 
     def chain(self) -> Iterator[tuple[PartFile, bytes]]:
         """Yields the finished parts from the first record on, with the bytes of their records."""
@@ -112,7 +108,7 @@ class Parts:
                 content = f.read()
         except tf.errors.NotFoundError:
             return None
-        header, body = _framed(content, 0)
+        header, body = tfrecords.payload_at(content, 0)
         try:
             stored = json.loads(header)
             good = stored.pop("settings") == self._settings and stored["first"] == first
@@ -121,7 +117,8 @@ class Parts:
                 return None
         except (ValueError, KeyError):
             return None
-        numbers, end = _framed(content, body)
+        numbers, end = tfrecords.payload_at(content, body)
+        # Labels, int32, then as many probabilities, float32.
         half = len(numbers) // 2
         stored["place"] = tuple(stored["place"])
         part = PartFile(
@@ -138,10 +135,3 @@ class Parts:
             # Another process may have finished the shard as well.
             with contextlib.suppress(tf.errors.NotFoundError):
                 tf.io.gfile.remove(path)
-
-
-def _framed(content: bytes, at: int) -> tuple[bytes, int]:
-    """(payload, end) of the record that begins at byte `at`."""
-    begin = at + 12
-    end = begin + int.from_bytes(content[at : at + 8], "little")
-    return content[begin:end], end + 4

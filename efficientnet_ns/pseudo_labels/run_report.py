@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from efficientnet_ns import report
 from efficientnet_ns.config import ConfigError, ReportConfig, SelectConfig
-from efficientnet_ns.files import json_files, manifests
+from efficientnet_ns.files import manifests
 from efficientnet_ns.pseudo_labels import outcome
 from efficientnet_ns.pseudo_labels.outcome import Outcome, Picture
 from efficientnet_ns.pseudo_labels.selection import RULE, SELECTION, class_names_of
@@ -105,7 +105,7 @@ def _as_selected(config: SelectConfig) -> SelectConfig:
     manifest = os.path.join(config.output_dir, f"{SELECTION}.manifest.json")
     if not tf.io.gfile.exists(manifest):
         return config
-    made_with = json_files.read_object(manifest, "config")["config"]
+    made_with = manifests.read_manifest(manifest)["config"]
     noted = {name: made_with[name] for name in RULE if name in made_with}
     default = SelectConfig()
     given = {name: getattr(config, name) for name in noted}

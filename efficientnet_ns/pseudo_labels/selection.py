@@ -183,7 +183,7 @@ def _are_counted(stage: manifests.Stage) -> bool:
     """Whether the statistics are finished; False also if the predictions changed since."""
     if (
         tf.io.gfile.exists(stage.manifest)
-        and json_files.read_json(stage.manifest)["config"] != stage.config
+        and manifests.read_manifest(stage.manifest)["config"] != stage.config
     ):
         logging.info("%s: the predictions changed, counting again", stage.manifest)
         return False
@@ -237,6 +237,7 @@ def _count(
         rows: Counter[int] = Counter()
         for chunk in chunks:
             _check_labels(chunk, shape[0])
+            # One number for class and bin, so that one bincount counts both.
             cells = chunk.labels * np.int64(shape[1]) + _bins(chunk.probs)
             fit += table_of(cells[(chunk.probs >= low) & (chunk.probs <= high)])
             task = chunk.worker // workers_per_task
@@ -305,7 +306,7 @@ def _check_numbers(config: SelectConfig, shard: int, rows: Sequence[int]) -> Non
         path = os.path.join(config.info_dir, info_name(shard, config.num_shards, worker))
         if not tf.io.gfile.exists(path):
             raise DataError(f"{path} is missing: predict that shard first")
-        expected = json_files.read_json(path)["image_num"]
+        expected = json_files.read_object(path, "image_num")["image_num"]
         if found != expected:
             raise DataError(
                 f"worker {worker} predicted {found} records of shard {shard}, but {path} has "
@@ -569,6 +570,7 @@ def _kept(rules: Rules, chunk: RowChunk) -> dict[str, np.ndarray]:
     copies[before] = rules["first"][labels[before]]
     split = np.flatnonzero(rules["fraction"][labels] > 0)
     if len(split):
+        # Draws have 63 bits: in [0, 1).
         draw = draws(rules.seed, chunk.shard, chunk.worker, positions[split]) / 2.0**63
         copies[split] += draw < rules["fraction"][labels[split]]
     some = np.flatnonzero(copies)
@@ -651,6 +653,8 @@ def _write_selection(scan: IndexScan, rules: Rules, path: str) -> list[tuple[int
             sink,
             schema,
             compression="zstd",
+            # Positions ascend, so their differences are small; bytes of floats compress when those
+            # of one significance are together.
             use_dictionary=["shard", "worker", "label", "copies"],
             column_encoding={"position": "DELTA_BINARY_PACKED", "prob": "BYTE_STREAM_SPLIT"},
         ) as writer,

@@ -64,6 +64,7 @@ class Spool(contextlib.AbstractContextManager):
         items = items[np.lexsort((items, place))]
         place.sort()
         buckets = self._count_buckets(copies)
+        # The part of the circle: place * buckets / 2**64, without overflow.
         bucket = ((place >> np.uint64(32)) * np.uint64(buckets)) >> np.uint64(32)
         last = -1
         for part in np.split(items, np.searchsorted(bucket, np.arange(1, buckets))):

@@ -93,7 +93,7 @@ def _processes(config: SelectConfig, shards: Sequence[int]) -> int:
 def _write_final_stats(config: SelectConfig, stages: Sequence[manifests.Stage]) -> None:
     total: Counter[str] = Counter()
     for shard_stage in stages:
-        total.update(json_files.read_json(shard_stage.outputs[1]))
+        total.update(json_files.read_object(shard_stage.outputs[1]))
     pairs = sorted(total.items(), key=lambda pair: -pair[1])
     path = os.path.join(config.output_dir, "stats", "final_stats.json")
     counts_path = os.path.join(config.output_dir, "data", tfrecords.COUNTS)

@@ -167,6 +167,7 @@ def _examples(config: SelectConfig, chosen: Chosen, shard: int, workers: int) ->
                     f.write(tfexamples.bytes_value(image))
                 samples[label] += 1
             yield tfexamples.pseudo_labeled_from_features(image, probs, label, prob)
+        # To the ends of the files, whose numbers of records are compared.
         images.skip()
         for worker, scanner in enumerate(predictions):
             scanner.skip()

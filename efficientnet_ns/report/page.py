@@ -78,5 +78,4 @@ def write_page(
     page = _page(title, intro, sections)
     tf.io.gfile.makedirs(os.path.dirname(path) or ".")
     atomic.remove_abandoned([path])
-    with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as file:
-        file.write(page)
+    atomic.write(path, page)

@@ -31,7 +31,7 @@ PALETTE = (
     "#a0724a",
     "#d36ba6",
 )
-LINE_STYLES = ("solid", "dashed", "dotted")  # Told apart in turn once the palette is used up.
+LINE_STYLES = ("solid", "dashed", "dotted")  # Used in turn once the palette is used up.
 BEFORE, KEPT, REJECTED, COPIES, MARK = INK, "#3b82c4", "#b3bac3", "#8fc1ea", "#d1495b"
 
 

@@ -1,1 +1,1 @@
-"""Export of trained models, and how to ask a server that runs them."""
+"""Export of trained models, and a client for the servers that run them."""

@@ -26,11 +26,13 @@ def convert_checkpoint(
 
     Raises:
       ConfigError: a path is missing or taken, or no such model can be built.
-      WeightsError, FileNotFoundError: the source does not fit the model, or is not there.
+      WeightsError, FileNotFoundError: the source does not fit the model, or is not there; the
+        target is a folder or of a kind that is not written.
     """
     if not source or not target:
         raise ConfigError("--source (or --model_dir) and --target are needed")
     source, target = stored_model.find(source), os.fspath(target)
+    weights.check_target(target)
     for path in (target, f"{target}.index"):
         if tf.io.gfile.exists(path):
             raise ConfigError(f"--target: {path} exists; remove it, or choose another name")

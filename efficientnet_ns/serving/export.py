@@ -183,8 +183,7 @@ def export_tflite(
         "normalisation": "inside the graph",
     }
     content = tflite.with_metadata(content, options.outputs.class_names, facts, described)
-    with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
-        f.write(content)
+    atomic.write(path, content)
     return content
 
 

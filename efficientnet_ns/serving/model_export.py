@@ -128,9 +128,9 @@ def _saved_model(
     exported = _export_options(resolved, path, options)
     folder = export.export(model, resolved.preprocessing(), options.export_dir, version, exported)
     if encoded:
-        answers = export.saved_model_runner(folder)(encoded)
+        predictions = export.saved_model_runner(folder)(encoded)
         expected = _float_answers(resolved, path, options, images)
-        print(f"against the float32 model: {check.difference(expected, answers)}")
+        print(f"against the float32 model: {check.difference(expected, predictions)}")
     return folder
 
 
@@ -148,6 +148,6 @@ def _tflite(resolved: ResolvedConfig, model, path: str, version: int, options: E
     )
     if encoded:
         expected = _float_answers(resolved, path, options, images)
-        answers = tflite.runner(content)(images)
-        print(f"against the float32 model: {check.difference(expected, answers)}")
+        predictions = tflite.runner(content)(images)
+        print(f"against the float32 model: {check.difference(expected, predictions)}")
     return target

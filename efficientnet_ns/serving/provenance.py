@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ _RECIPE = {
     "init_weights": "Started from",
     "seed": "Seed",
 }
+# Of eval.json.
+_MEASURED = ("weights", "ema", "views", "sets")
 _DATA = {"label_data_dir": "Labeled data", "unlabel_data_dir": "Pseudo-labeled data"}
 
 
@@ -57,7 +60,7 @@ def of_training(model_dir: str, checkpoint: str = "") -> dict[str, object]:
         facts[f"Evaluation during the training, after {row['step']} steps"] = (
             _accuracy(row, "eval/") + " (moving averages)"
         )
-    measured = _read(os.path.join(model_dir, "eval", "eval.json"))
+    measured = _read(os.path.join(model_dir, "eval", "eval.json"), *_MEASURED)
     if not _same(measured.get("weights", ""), os.path.join(model_dir, checkpoint)):
         return facts
     how = "moving averages" if measured["ema"] else "raw weights"
@@ -83,7 +86,7 @@ def _same(path: str, other: str) -> bool:
 
 def _last_evaluation(path: str, end: float) -> Mapping[str, Any] | None:
     """The last row of a training's log with an evaluation, up to step `end`."""
-    rows = json_files.read_json_lines(path)
+    rows = json_files.read_json_lines(path, "step")
     found = [row for row in rows if "eval/top1" in row and row["step"] <= end]
     return found[-1] if found else None
 
@@ -120,12 +123,13 @@ def of_publication(recipe: Any) -> dict[str, object]:
 def is_published(path: str, recipe: Any) -> bool:
     """Whether a path has the name of the published weights of a recipe, with any file extension.
 
-    A longer name means other weights: L2 before its fine-tuning (`…-l2_475`), or a training that
+    PyTorch's habit is to add a dash and 8 digits of a hash. A longer name means other weights: L2 before its fine-tuning (`…-l2_475`), or a training that
     started from the published ones.
     """
     names = {recipe.tf1_checkpoint, recipe.timm_name, recipe.keras_file or recipe.timm_name}
-    return any(part == n or part.startswith(f"{n}.") for part in path.split("/") for n in names)
+    name = "|".join(map(re.escape, names))
+    return any(re.fullmatch(rf"({name})(-[0-9a-f]{{8}})?(\..*)?", p) for p in path.split("/"))
 
 
-def _read(path: str) -> Mapping[str, Any]:
-    return json_files.read_json(path) if tf.io.gfile.exists(path) else {}
+def _read(path: str, *keys: str) -> Mapping[str, Any]:
+    return json_files.read_object(path, *keys) if tf.io.gfile.exists(path) else {}

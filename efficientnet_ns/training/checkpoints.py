@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -45,7 +46,8 @@ class Checkpoints:
         checkpoint has the same names.
       keep: number of checkpoints kept.
       writes: False on all workers but the chief. They read, and take part in gathering values that
-        differ between replicas, but leave the folder alone.
+        differ between replicas, but do not write to the folder.
+      before_write: called before a checkpoint is written; raises when it must not be.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Checkpoints:
         *,
         keep: int = 5,
         writes: bool = True,
+        before_write: Callable[[], None] = lambda: None,
     ):
         self.folder, self.keep, self._writes = folder, keep, writes
+        self._before_write = before_write
         student, ema_student = trainer.student, trainer.ema_student
         optimizer: RMSPropTF1 | Adam = trainer.optimizer
         self.optimizer, self._model = optimizer, ema_student
@@ -104,6 +108,7 @@ class Checkpoints:
         values = {name: tf.convert_to_tensor(self.variables[name]) for name in self.variables}
         if not self._writes:
             return prefix
+        self._before_write()
         try:
             weights.write_settings(self.folder, self._model)
             weights.write_checkpoint(prefix, {**values, **self._fresh_slots})
@@ -130,9 +135,7 @@ class Checkpoints:
         names = [os.path.basename(self.prefix(step)) for step in steps]
         lines = [f'model_checkpoint_path: "{names[0]}"']
         lines += [f'all_model_checkpoint_paths: "{name}"' for name in reversed(names)]
-        with atomic.atomic_path(os.path.join(self.folder, "checkpoint")) as temporary:
-            with tf.io.gfile.GFile(temporary, "w") as f:
-                f.write("\n".join(lines) + "\n")
+        atomic.write(os.path.join(self.folder, "checkpoint"), "\n".join(lines) + "\n")
 
     def restore_latest(self) -> int:
         """Restores the newest checkpoint that loads whole; returns its step, 0 without one.

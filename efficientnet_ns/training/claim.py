@@ -66,7 +66,6 @@ def claim(
     if not writes:
         return
     if difference:
-        _check_nobody_trains(folder)
         logging.warning("%s has no checkpoint: it is taken over (%s)", folder, difference)
     tf.io.gfile.makedirs(folder)
     written = (SETTINGS, stored_model.TASK, RECORDS, preview.FILE, metrics_log.METRICS, RUNS)
@@ -125,6 +124,8 @@ def _changed_settings(folder: str, config: Config) -> str:
     # Settings that came later had their defaults; the task was not noted at first.
     task = _task_fields(config)
     noted = comparable({**Config().identity(), **task, **json_files.read_object(path)})
+    if not noted["unlabel_ratio"]:
+        noted["unlabel_data_dir"] = ""  # Earlier versions accepted one that had no part.
     return manifests.describe_difference(noted, comparable({**config.identity(), **task}))
 
 
@@ -149,7 +150,7 @@ def _task_fields(config: Config) -> dict[str, Any]:
 
 
 def _listing(source: pipeline.Source) -> dict[str, dict[str, int]]:
-    """What tells replaced files from the ones that were there, without reading them."""
+    """What distinguishes replaced files from the original ones, without reading them."""
     return {
         path: {"bytes": tf.io.gfile.stat(path).length, "records": count}
         for path, count in zip(source.paths, source.counts)
@@ -178,15 +179,3 @@ def _check_records(folder: str, listing: Mapping[str, Mapping[str, Any]]) -> Non
 
 def _size(entry: Mapping[str, int] | None) -> str:
     return f"{entry['records']} records in {entry['bytes']} bytes" if entry else "no file"
-
-
-def _check_nobody_trains(folder: str) -> None:
-    starts = json_files.read_json_lines(os.path.join(folder, RUNS))
-    last = starts[-1] if starts else {}
-    pid = last.get("pid", os.getpid())
-    here = last.get("host") == socket.gethostname()
-    if here and pid != os.getpid() and atomic.is_running(pid):
-        raise DirectoryConflict(
-            f"process {pid} has been training in {folder} with other settings since {last['time']}. "
-            "End it, or choose another --model_dir."
-        )

@@ -9,7 +9,7 @@ class InputWait:
     """Measures, inside the dataset, the time between asking for a batch and getting it.
 
     Costs two clock readings per batch. Where batches pass through another buffer on their way to
-    the device (several replicas), it is that buffer which asks, and its waiting is measured: a
+    the device (several replicas), that buffer requests the batches, and its waiting is measured: a
     little more than that of the steps.
     """
 
@@ -20,14 +20,14 @@ class InputWait:
 
     def measure(self, batches: tf.data.Dataset) -> tf.data.Dataset:
         """The same batches, watched; nothing may be prefetched after this."""
-        asked = tf.data.Dataset.range(tf.int64.max).map(lambda _: tf.timestamp())
+        requested = tf.data.Dataset.range(tf.int64.max).map(lambda _: tf.timestamp())
 
         def add(asked_at: tf.Tensor, batch):
             self._seconds.assign_add(tf.timestamp() - asked_at)
             return batch
 
-        # Zip asks its inputs in turn: the clock is read just before the batch is asked for.
-        data = tf.data.Dataset.zip((asked, batches)).map(add)
+        # Zip reads its inputs in turn: the clock is read just before the batch is requested.
+        data = tf.data.Dataset.zip((requested, batches)).map(add)
         if batches.cardinality() == tf.data.INFINITE_CARDINALITY:
             # The clock's range ends, the batches do not, and only of endless ones do several
             # workers know the shapes.

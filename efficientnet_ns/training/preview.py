@@ -51,8 +51,7 @@ def draw(
         sections.append((heading, images, titles))
     png = _png(sections)
     path = os.path.join(needed(resolved.config.train.model_dir, "model_dir"), FILE)
-    with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "wb") as f:
-        f.write(png)
+    atomic.write(path, png)
     return tf.io.decode_png(png, channels=3).numpy()
 
 

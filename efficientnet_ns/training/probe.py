@@ -1,4 +1,4 @@
-"""A linear probe: the classifier alone, learned on the features of a network that stays as it is.
+"""A linear probe: only the classifier is learned, on the features of a network that stays as it is.
 
 It costs one forward pass over the labeled pictures, is hard to beat with few labels, and is where
 fine-tuning of the whole network best begins: gradients of a random classifier would spoil the

@@ -107,7 +107,7 @@ def learning_rate(
       train_ratio: stretches the decay period (2 for the 700-epoch recipes).
       final_base_lr: when given, the decay period is chosen so that the schedule ends at this rate
         per 256.
-      last_steps: train only the last so many steps of the schedule, without warm-up.
+      last_steps: train only the last `last_steps` steps of the schedule, without warm-up.
       warmup_epochs: length of the ramp.
       label_data_sample_prob: fraction of the labeled images that enters the loss; only these count,
         except in the length of a schedule that ends at `final_base_lr`, as in the original.

@@ -34,14 +34,14 @@ class Session(tf.keras.callbacks.Callback):
     Args:
       saver, log: where checkpoints and metrics go.
       measure: evaluates the moving-average weights; None: there is nothing to measure on.
-      stop: asked between host loops, and heeded at once while evaluating.
+      stop: checked between host loops, and obeyed at once while evaluating.
       start, total: steps.
       steps_per_epoch: passes over the labeled set are reported as `train/epoch`.
       images_per_step: images the student computes, reported as a rate.
       wait: measures the input of the steps; None: it is not measured.
       agree: for several workers, which must stop at one step or wait for each other for ever:
-        called by all of them at every end of a host loop with their own wish, gives all of them
-        one answer. None: there is one worker.
+        called by all of them at every end of a host loop with their own wish, returns the
+        same decision to all of them. None: there is one worker.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Session(tf.keras.callbacks.Callback):
         """Measures the moving-average weights, when there is a set to measure on."""
         if self._measure is None:
             return
-        # One worker alone must not leave the others waiting for it in the middle of a sum.
+        # A single worker must not leave the others waiting for it in the middle of a sum.
         cut = self._stop.immediate() if self._agree is None else contextlib.nullcontext()
         try:
             with cut:

@@ -3,7 +3,8 @@
 Resuming, in this order:
   1. model_dir holds checkpoints of this training: continue from the newest that loads completely.
   2. It holds checkpoints of another configuration, or of records that were replaced since: refuse
-     and name the difference. A folder without a checkpoint is taken over.
+     and name the difference. A folder without a checkpoint is taken over. Refuse, too, while another
+     process trains there.
   3. --init_weights, or --init_model: weights from there or from --init_model_path, a new optimizer,
      step 0.
   4. Random weights from --seed.
@@ -29,12 +30,13 @@ from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training import preview, schedules
 from efficientnet_ns.training.cautions import cautions
-from efficientnet_ns.training.checkpoints import Checkpoints
+from efficientnet_ns.training.checkpoints import Checkpoints, saved_steps
 from efficientnet_ns.training.claim import claim, expecting_other_records, note_start
 from efficientnet_ns.training.inputs import Inputs
 from efficientnet_ns.training.optimizers import OPTIMIZERS
 from efficientnet_ns.training.session import Session, loop_steps
 from efficientnet_ns.training.student import NoisyStudent
+from efficientnet_ns.training.turn import Turn
 
 
 def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, float]:
@@ -55,7 +57,7 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
     resolved = ResolvedConfig.from_config(config)
     config = resolved.config
     model_dir = _check(config)
-    with preemption.StopRequest() as stop:
+    with preemption.StopRequest() as stop, Turn(model_dir) as turn:
         with stop.immediate():
             # --- Devices. First of all: after TensorFlow's first computation, CPUs cannot be divided
             # into replicas any more, nor other workers be joined.
@@ -68,6 +70,10 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
 
             # --- Records, and model_dir as the folder of this training.
             inputs = Inputs.find(resolved, evaluate=evaluate)
+            if writes:
+                turn.ask()
+                if not saved_steps(model_dir):  # Notes of a training that never began are replaced.
+                    turn.take()
             claim(config, {"labeled": inputs.labeled, "unlabeled": inputs.unlabeled}, writes=writes)
 
         with (
@@ -81,11 +87,16 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
                 with strategy.scope():
                     model = _build(resolved, resolved.epoch_images(inputs.labeled), strategy)
                 keep = config.train.keep_checkpoint_max
-                saver = Checkpoints(model_dir, model, keep=keep, writes=writes)
+                saver = Checkpoints(
+                    model_dir, model, keep=keep, writes=writes, before_write=turn.check
+                )
                 start = saver.restore_latest()
                 distribution.check_agreement(strategy, start)
                 if start == 0:
                     _initialize(model, config)
+
+                if writes:
+                    turn.take()
 
                 # --- Logs; the session logs, saves and evaluates between host loops.
                 log = MetricsLog(model_dir, start, writes)
@@ -108,10 +119,10 @@ def _check(config: Config) -> str:
     if not (train.unlabel_ratio or train.label_weight):
         raise ConfigError("--label_weight=0 without --unlabel_ratio leaves nothing to learn from")
     if data.unlabel_data_dir and not train.unlabel_ratio:
-        # No error: presets name both sets of a task, of which a teacher needs one.
-        logging.warning(
-            "--unlabel_data_dir=%s is not used in a training without --unlabel_ratio",
-            data.unlabel_data_dir,
+        raise ConfigError(
+            f"--unlabel_data_dir={data.unlabel_data_dir} has no part in a training without "
+            "--unlabel_ratio: give that, too (the paper's students: 14), or --unlabel_data_dir= for a "
+            "teacher"
         )
     if bool(train.teacher_model_name) != bool(train.teacher_model_path):
         raise ConfigError("--teacher_model_name and --teacher_model_path go together")

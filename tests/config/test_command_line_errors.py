@@ -85,6 +85,13 @@ def test_a_flag_file_may_begin_with_a_byte_order_mark(first, tmp_path):
     assert _parsed(tmp_path, content, "source", "seed") == ["a b", 3]
 
 
+@pytest.mark.parametrize("quoted", ['"my photos"', "'my photos'"])
+def test_quotes_that_would_be_part_of_a_value_are_refused(quoted, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        _parsed(tmp_path, f"--source={quoted}\n".encode())
+    assert f"--source={quoted}: quotes in a flag file are part" in capsys.readouterr().err
+
+
 def test_two_flags_on_one_line_are_refused_by_name(tmp_path, capsys):
     with pytest.raises(SystemExit):
         _parsed(tmp_path, b"--source=photos --output_dir=records\n")

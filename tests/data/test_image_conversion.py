@@ -207,6 +207,20 @@ def test_heic_with_its_package():
         image_conversion.prepare(target.getvalue()[:200], image_conversion.Rules())
 
 
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_heic_is_not_turned_as_no_other_format_is(turn):
+    heif = pytest.importorskip("pillow_heif")
+    pixels = image_files.smooth()
+    target, exif = io.BytesIO(), Image.Exif()
+    exif[274] = turn  # Orientation.
+    file = heif.from_pillow(Image.fromarray(pixels))
+    file.save(target, quality=95, exif=exif.tobytes())
+    stored, size = image_conversion.prepare(target.getvalue(), image_conversion.Rules())
+    assert size == pixels.shape[:2]
+    difference = np.abs(decode(tf.constant(stored)).numpy().astype(int) - pixels)
+    assert difference.mean() < 5
+
+
 @pytest.mark.parametrize("content", [box(b"avif"), box(b"mif1", b"mif1", b"avif")])
 def test_avif_without_its_decoder(monkeypatch, content):
     from PIL import features

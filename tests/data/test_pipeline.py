@@ -651,5 +651,5 @@ def test_first_shards_and_first_records(labeled):
     part = labeled.examples(labeled.counts[0] + 1)
     assert part.counts[:2] == (labeled.counts[0], 1) and not any(part.counts[2:])
     for ask in (lambda: labeled.shards(SHARDS + 1), lambda: labeled.examples(COUNT + 1)):
-        with pytest.raises(DataError, match="are asked for"):
+        with pytest.raises(DataError, match="are requested"):
             ask()

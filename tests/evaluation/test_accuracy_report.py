@@ -207,7 +207,7 @@ def test_an_engine_that_cannot_compute_is_refused(folder, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["xnnpack", "auto"])
 def test_the_engine_computes(folder, monkeypatch, kind):
-    """It is asked for every image, and TensorFlow for none; it is what predictions would have."""
+    """It computes every image, TensorFlow none; predictions would use the same engine."""
     seen, asked = [], []
 
     def make(kind, model, batch_size, strategy):

@@ -12,7 +12,6 @@ from fakes import CLASSES, VALIDATION, settings, write_data
 
 from efficientnet_ns.config import Config, ConfigError, OwnSetConfig, RobustnessConfig
 from efficientnet_ns.data import pipeline
-from efficientnet_ns.devices import distribution
 from efficientnet_ns.evaluation import (
     accuracy,
     corruptions,
@@ -40,7 +39,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def labeled(folder) -> custom_robustness.LabeledSet:
     resolved = ResolvedConfig.from_config(settings(folder, "unused"))
-    return custom_robustness._labeled_set(resolved, "", distribution.share)
+    return custom_robustness._labeled_set(resolved, "")
 
 
 def darker(pixels, name, severity, seeds):
@@ -232,7 +231,11 @@ def test_what_is_missing(folder, tmp_path, change, message):
     path = change.pop("weights", str(folder / "model.safetensors"))
     config = settings(folder, "unused", **change)
     with pytest.raises(ConfigError, match=message):
-        robustness_program.evaluate_own_set(config, OwnSetConfig(epsilons="1"), path, str(tmp_path))
+        robustness_program.evaluate_own_set(
+            config,
+            OwnSetConfig(epsilons="1"),
+            RobustnessConfig(weights=path, report_dir=str(tmp_path)),
+        )
 
 
 def test_a_baseline_of_another_size_has_its_own_coefficients(folder):
@@ -248,7 +251,9 @@ def test_several_machines_are_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", '{"cluster": {}}')
     with pytest.raises(ConfigError, match="one machine: unset TF_CONFIG"):
         robustness_program.evaluate_own_set(
-            settings(folder, "unused"), OwnSetConfig(epsilons="1"), "weights", str(tmp_path)
+            settings(folder, "unused"),
+            OwnSetConfig(epsilons="1"),
+            RobustnessConfig(weights="weights", report_dir=str(tmp_path)),
         )
 
 
@@ -274,7 +279,8 @@ def test_the_program(folder, tmp_path, monkeypatch):
         epsilons="0,4", pgd_steps=2, corrupt="fog,spatter", severities="2,5", baseline=paths[1]
     )
     out = tmp_path / "out"
-    results = robustness_program.evaluate_own_set(config, own, paths[0], str(out))
+    sets = RobustnessConfig(weights=paths[0], report_dir=str(out))
+    results = robustness_program.evaluate_own_set(config, own, sets)
     assert results["examples"] == 5 and list(results["attacks"]) == ["0", "4"]
     # The clean accuracy is that of the model called by hand.
     chosen = ResolvedConfig.from_config(config)
@@ -295,7 +301,6 @@ def test_the_program(folder, tmp_path, monkeypatch):
     page = (out / "own_set.html").read_text()
     assert page.count("data:image/png;base64") == 4 and "spatter 5" in page
     calls = len(made[0].calls)
-    sets = RobustnessConfig(weights=paths[0], report_dir=str(out))
     printed = robustness_program.evaluate_and_report(config, own, sets)
     assert printed == (out / "own_set.md").read_text()
     assert "| fog | " in printed and "| epsilon | model clean | baseline clean |" in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -225,7 +226,7 @@ def test_all_thousand_classes_are_needed(tmp_path):
 
 def test_classes_of_the_subsets():
     """Counts, ends and sums of the lists of their authors."""
-    a, r = (list(sets.by_wnid(name).values()) for name in ("imagenet_a", "imagenet_r"))
+    a, r = (list(sets.classes_of(name).values()) for name in ("imagenet-a", "imagenet-r"))
     assert len(a) == len(r) == 200 and a == sorted(set(a)) and r == sorted(set(r))
     assert a[:6] == [6, 11, 13, 15, 17, 22] and a[-4:] == [984, 986, 987, 988]
     assert r[:6] == [1, 2, 4, 6, 8, 9] and r[-4:] == [980, 981, 983, 988]
@@ -280,7 +281,7 @@ def test_crops_go_to_the_model_for_whole_pictures(tmp_path):
     images = {}
     for place in ("c", "a"):
         write(tmp_path / place / WNIDS[0], 2)
-        images[place] = sources.open_images(str(tmp_path / place), sets.by_wnid(), None, True)
+        images[place] = sources.open_images(str(tmp_path / place), sets.classes_of(), None, True)
     evaluation.accuracy("imagenet-a", images["a"])
     evaluation.corruptions({("fog", s): images["c"] for s in "12345"})
     write(tmp_path / "p" / "tilt" / WNIDS[0] / "clip", 2)
@@ -326,14 +327,16 @@ def test_top5_of_a_subset_as_counted(tmp_path):
 def test_folders_of_v2_are_numbers(tmp_path):
     for number in range(12):
         write(tmp_path / "v2" / str(number), 1)
-    images = sets.class_folders(str(tmp_path / "v2"), sets.by_number())
+    images = sets.class_folders(str(tmp_path / "v2"), sets.classes_of("imagenet-v2"))
     labels = [entry.label for entry in images.entries]
     assert labels == list(range(12))
     assert [int(entry.name.split("/")[0]) for entry in images.entries] == labels
     with pytest.raises(DataError, match="988 of 1000 classes are missing .*: 12, 13"):
-        sources.open_images(str(tmp_path / "v2"), sets.by_number())
+        sources.open_images(str(tmp_path / "v2"), sets.classes_of("imagenet-v2"))
     write(tmp_path / "repacked" / WNIDS[2], 1)
-    found = sources.open_images(str(tmp_path / "repacked"), sets.by_number(), None, True)
+    found = sources.open_images(
+        str(tmp_path / "repacked"), sets.classes_of("imagenet-v2"), None, True
+    )
     assert found.classes == [2]
 
 
@@ -468,7 +471,7 @@ def test_unreadable_pictures_are_named(tmp_path):
         return np.zeros([len(images), 1000], np.float32), {1: "the image cannot be decoded"}
 
     evaluation = robustness.Evaluation(broken, 8, str(tmp_path / "parts"), {})
-    images = sets.class_folders(str(tmp_path / "a"), sets.by_wnid())
+    images = sets.class_folders(str(tmp_path / "a"), sets.classes_of())
     with pytest.raises(DataError, match="001.JPEG: the image cannot be decoded"):
         evaluation.accuracy("imagenet-a", images)
 
@@ -504,7 +507,7 @@ def test_incomplete_sets_are_marked():
 
 def test_the_program(tmp_path, monkeypatch):
     """From weights and pictures to the files, once through everything."""
-    from efficientnet_ns.config import Config
+    from efficientnet_ns.config import Config, RobustnessConfig
     from efficientnet_ns.evaluation import robustness_program
     from efficientnet_ns.models import weights
     from efficientnet_ns.resolve.resolved_config import ResolvedConfig
@@ -526,11 +529,17 @@ def test_the_program(tmp_path, monkeypatch):
             # What the crop of the evaluation would leave out is all that differs.
             framed = np.pad(pixels[:24, :24], [(4, 4), (4, 4), (0, 0)], constant_values=250 * i)
             Image.fromarray(framed).save(folder / f"{i}.png")
-    folders = {"imagenet_a": str(tmp_path / "a"), "imagenet_p": str(tmp_path / "p")}
+    given = RobustnessConfig(
+        weights=path,
+        report_dir=str(out),
+        imagenet_a=str(tmp_path / "a"),
+        imagenet_p=str(tmp_path / "p"),
+        allow_missing=True,
+    )
     with pytest.raises(DataError, match="999 of 1000 classes are missing"):
-        robustness_program.evaluate(config, path, folders, str(out))
+        robustness_program.evaluate(config, dataclasses.replace(given, allow_missing=False))
     assert not out.exists(), "all sets are looked through before anything is measured"
-    results = robustness_program.evaluate(config, path, folders, str(out), allow_missing=True)
+    results = robustness_program.evaluate(config, given)
     # One picture in 200 classes: whatever is answered, one of them is right.
     assert results["imagenet-a"]["top1"] == 1 / 200
     stability = results["imagenet-p"]
@@ -545,8 +554,8 @@ def test_the_program(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "efficientnet_ns.evaluation.robustness_program.TeacherPredictor", mock.Mock()
     )
-    again = robustness_program.evaluate(config, path, folders, str(out), allow_missing=True)
+    again = robustness_program.evaluate(config, given)
     assert again == results
     Path(path).write_bytes(Path(path).read_bytes()[:-1])
     with pytest.raises(manifests.OutputConflict, match="weights"):
-        robustness_program.evaluate(config, path, folders, str(out), allow_missing=True)
+        robustness_program.evaluate(config, given)

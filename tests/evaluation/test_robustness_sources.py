@@ -136,7 +136,7 @@ def test_tfds_by_the_names_of_its_classes(data_dir):
 )
 def test_tfds_sets_that_do_not_fit(data_dir, place, message):
     with pytest.raises(DataError, match=message):
-        sources.open_images(place, sets.by_wnid(), data_dir, allow_missing=True)
+        sources.open_images(place, sets.classes_of(), data_dir, allow_missing=True)
 
 
 def classify(images):
@@ -165,7 +165,7 @@ def test_one_corruption_of_tfds(data_dir):
     assert sources.single_corruption("tfds:imagenet2012_corrupted/jpeg_compression_5:validation")
     for other in ("tfds:tiny_corrupted", "c/fog_3", ""):
         assert sources.single_corruption(other) is None
-    images = sources.open_images(place, sets.by_wnid(), data_dir, allow_missing=True)
+    images = sources.open_images(place, sets.classes_of(), data_dir, allow_missing=True)
     assert seen(images) == EXPECTED
 
 
@@ -212,12 +212,15 @@ def test_records_of_class_folders(tmp_path):
     tasks.write_task(
         str(tmp_path / "a" / "task.json"), num_classes=3, class_names=["11", "6", "13"]
     )
-    assert seen(sources.open_images(str(tmp_path / "a"), sets.by_number(), None, True)) == EXPECTED
+    assert (
+        seen(sources.open_images(str(tmp_path / "a"), sets.classes_of("imagenet-v2"), None, True))
+        == EXPECTED
+    )
 
 
 def test_records_that_cannot_be_used(tmp_path):
     def opened():
-        return sources.open_images(str(tmp_path / "v2"), sets.by_wnid(), allow_missing=True)
+        return sources.open_images(str(tmp_path / "v2"), sets.classes_of(), allow_missing=True)
 
     write_records(tmp_path / "v2", "validation", [3, 4, 1000])
     with pytest.raises(DataError, match=r"-00000-of-00002#1 has label 1000; expected 0 to 999"):
@@ -299,7 +302,7 @@ def test_clips_of_unequal_length_are_named(tmp_path, four_classes):
     for wnid, count in zip(four_classes, (3, 3, 2, 3)):
         (tmp_path / wnid).mkdir()
         write_gif(tmp_path / wnid / "a.gif", flat([(50 * i, 0, 0) for i in range(count)]))
-    clips = robustness_clips.clips(str(tmp_path), sets.by_wnid())
+    clips = robustness_clips.clips(str(tmp_path), sets.classes_of())
     with pytest.raises(DataError, match=f"{four_classes[2]}/a.gif has 2 frames, .* 3"):
         list(clips.frames("test"))
 
@@ -309,4 +312,4 @@ def test_videos_need_a_library(tmp_path, four_classes, monkeypatch):
     (tmp_path / four_classes[0] / "a.mp4").touch()
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(DataError, match=r"efficientnet-ns\[robustness\]"):
-        robustness_clips.clips(str(tmp_path), sets.by_wnid())
+        robustness_clips.clips(str(tmp_path), sets.classes_of())

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import unicodedata
 from pathlib import Path
@@ -329,6 +330,52 @@ def test_finished_shards_are_left_alone_and_other_settings_refused(tmp_path):
         manifests.OutputConflict, match=r"images: .* made from: (\d+) → \1, or other"
     ):
         run(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_image_that_was_replaced_by_one_of_its_size_is_noticed(tmp_path, kind):
+    names = [f"{name}/{i}.bmp" for name in ("ant", "bee") for i in range(2)]
+    pictures = {name: picture(i, image_format="BMP") for i, name in enumerate(names)}
+    source = write_folder(tmp_path / "in", pictures)
+
+    def packed(second: int) -> Path:
+        os.utime(source / names[0], (second, second))
+        if kind == "folder":
+            return source
+        path = tmp_path / f"in.{kind}"
+        if kind == "zip":
+            return write_zip(path, {name: (source / name).read_bytes() for name in names})
+        with tarfile.open(path, "w") as archive:
+            for name in names:
+                archive.add(source / name, name)
+        return path
+
+    run(packed(10), tmp_path / "out")
+    assert run(packed(10), tmp_path / "out") == {"train": 4}
+    (source / names[0]).write_bytes(picture(9, image_format="BMP"))
+    with pytest.raises(manifests.OutputConflict, match="replaced or changed.*cp -p"):
+        run(packed(20), tmp_path / "out")
+
+
+def test_records_of_a_version_that_noted_no_times(tmp_path):
+    source = write_folder(tmp_path / "in", files())
+    made = run(source, tmp_path / "out")
+    for path in (tmp_path / "out/manifests").iterdir():
+        noted = json.loads(path.read_text())
+        assert noted["config"].pop("versions")
+        path.write_text(json.dumps(noted))
+    before = snapshot(tmp_path / "out")
+    assert run(source, tmp_path / "out") == made and snapshot(tmp_path / "out") == before
+
+
+def test_manifest_of_another_set_that_is_damaged_is_named(tmp_path):
+    source = write_folder(tmp_path / "in", files())
+    run(source, tmp_path / "out")
+    manifest = tmp_path / "out/manifests/train-00000-of-00002.json"
+    for text in ("[]", "{", '{"config": 1, "sizes": {}, "counts": {}}'):
+        manifest.write_text(text)
+        with pytest.raises(manifests.OutputConflict, match=f"{manifest} is damaged.*Delete it"):
+            run(source, tmp_path / "out", image_set="validation")
 
 
 # Stops for good inside the sixth image, with two of five shards finished and one begun.

@@ -252,7 +252,7 @@ def test_whole_demo_killed_once(tmp_path):
     assert done.returncode == 0, done.stderr
     killed, printed = done.stdout.split("\n", 1)
     assert killed == f"killed by signal {int(signal.SIGKILL)}"
-    for word in ("teacher", "student 1", "student 2", "control", "exported model says"):
+    for word in ("teacher", "student 1", "student 2", "control", "exported model: "):
         assert word in printed
     assert f"report: {tmp_path / 'report.html'}" in printed
     report = (tmp_path / "report.html").read_text()

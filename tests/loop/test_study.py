@@ -534,11 +534,11 @@ def test_noise_is_that_of_the_paired_t_test(rng, shift):
         ([-1.0, -1.1, -0.9], -1, "worse: as in the paper"),
         ([-1.0, -1.1, -0.9], 1, "worse: not as in the paper"),
         ([1.0, 1.1, 0.9], 0, "better: not as in the paper"),
-        ([1.0, 1.1, 0.9], None, "better: the paper does not say"),
+        ([1.0, 1.1, 0.9], None, "better: not stated in the paper"),
         ([1.0, -1.1, 0.9], 1, "below the noise"),
         ([0.0, 0.0], -1, "below the noise"),
         ([1.0, -1.1, 0.9], 0, "below the noise, as in the paper"),
-        ([3.0], 1, "one seed says nothing"),
+        ([3.0], 1, "one seed is not enough"),
         ([], None, ""),
     ],
 )

@@ -947,6 +947,3 @@ def test_keras(name, tmp_path, rng, record_property):
     difference = relative_difference(ours(images).numpy(), expected)
     record_property("relative_difference", difference)
     assert difference < 1e-4
-
-
-# --------------------------------------------------------------------------------------------------

@@ -112,7 +112,9 @@ def test_counts_are_the_papers(name):
     assert counts.multiply_adds == pytest.approx(RECIPES[name].multiply_adds, rel=0.05)
 
 
-@pytest.mark.parametrize("name", LITE)
+@pytest.mark.parametrize(
+    "name", [LITE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in LITE[1:])]
+)
 def test_counts_of_lite_are_the_published(name):
     with tf.Graph().as_default():
         model = efficientnet.build_model(name)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from unlabeled_sets import CLASSES, config, corrupt, png, save_teacher, write_shards
 
-from efficientnet_ns import config as config_lib
 from efficientnet_ns.config import BeamConfig, Config, ConfigError, SelectConfig
 from efficientnet_ns.files import manifests, shard_names, tfexamples
 from efficientnet_ns.files.errors import DataError
@@ -237,23 +236,6 @@ def test_command_with_several_processes(beam, folder, ordinary, tmp_path):
     )
     assert answer.returncode == 2
     assert "it was changed or truncated" in answer.stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([], "--work_dir and --unlabel_data_dir are needed"),
-        (["--output_dir=x"], "--output_dir: folders are below --work_dir"),
-        (["--worker_id=1"], "--worker_id: "),
-        (["--shard_id=3"], "--shard_id=3: leave it out, all 128 are labeled"),
-    ],
-)
-def test_flags_that_would_change_nothing(entry_flags, arguments, message):
-    needed = ["--work_dir=w", "--unlabel_data_dir=u"] if arguments else []
-    values = entry_flags("label_beam", needed + arguments)
-    settings = [config_lib.from_flags(cls, values) for cls in (Config, BeamConfig)]
-    with pytest.raises(ConfigError, match=message):
-        labeling.label_on_beam(*settings, [])
 
 
 def test_without_beam_the_message_says_what_to_install(monkeypatch):

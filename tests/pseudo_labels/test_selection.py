@@ -600,7 +600,8 @@ def test_number_of_workers_is_that_of_the_prediction(tmp_path, claimed):
     make_predictions(tmp_path, [[rows, rows]])
     settings = config(tmp_path, num_shards=1, num_image=3, total_label_replicas=claimed)
     manifest = index.prediction_path(settings, 0, 0) + ".manifest.json"
-    json_files.write_json(manifest, {"config": {"total_replicas": 2}})
+    noted = {"config": {"total_replicas": 2}, "sizes": {}, "counts": {}}
+    json_files.write_json(manifest, noted)
     if claimed == -1:
         assert index.count_workers(settings) == 2
         Path(index.prediction_path(settings, 0, 1)).unlink()
@@ -609,6 +610,16 @@ def test_number_of_workers_is_that_of_the_prediction(tmp_path, claimed):
     else:
         with pytest.raises(DataError, match=f"--total_label_replicas={claimed}"):
             index.count_workers(settings)
+
+
+def test_damaged_manifest_of_a_prediction_is_named(tmp_path):
+    make_predictions(tmp_path, [[[one_hot(0, 0.6)]]])
+    settings = config(tmp_path, num_shards=1, num_image=3)
+    manifest = Path(index.prediction_path(settings, 0, 0) + ".manifest.json")
+    for text in ("[]", '{"config": '):
+        manifest.write_text(text)
+        with pytest.raises(manifests.OutputConflict, match=f"{manifest} is damaged.*Delete it"):
+            selection.select(settings)
 
 
 def test_another_definition_of_the_draws_is_refused(small, monkeypatch):

@@ -65,6 +65,21 @@ def test_converter_needs_both_paths(source, target):
         conversion.convert_checkpoint(TINY, source, target)
 
 
+@pytest.mark.parametrize(
+    "target, message",
+    [
+        ("new/", "new/ is a folder: give the name of a file"),
+        ("", "is a folder"),
+        ("file/model.ckpt-0", "file is a file, not a folder"),
+        ("a.keras", ".keras files are read, not written"),
+    ],
+)
+def test_converter_looks_at_the_target_first(tmp_path, target, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(weights.WeightsError, match=message):
+        conversion.convert_checkpoint(TINY, "/no/such", f"{tmp_path}/{target}")
+
+
 def test_converter_with_another_model(tmp_path, models):
     source = tmp_path / "a.safetensors"
     weights.save_weights(models[0], source)

@@ -287,6 +287,8 @@ def test_card_of_published_weights_without_pseudo_labels():
     recipe = RECIPES["efficientnet-lite1"]
     assert provenance.is_published("w/efficientnet-lite1/model.ckpt", recipe)
     assert provenance.is_published("tf_efficientnet_lite1.in1k.pth", recipe)
+    assert provenance.is_published("models/efficientnet-lite1-77cc7160.pth", recipe)
+    assert not provenance.is_published("efficientnet-lite1-flowers.pth", recipe)
     facts = provenance.of_publication(recipe)
     assert facts["Method"] == "Supervised training" and "Pseudo-labeled data" not in facts
     assert "top-1 76.7%" in facts["Published accuracy"] and "240 pixels" in str(facts)

@@ -42,12 +42,14 @@ from efficientnet_ns.data import pipeline
 from efficientnet_ns.evaluation import evaluate
 from efficientnet_ns.files import json_files, metrics_log, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.files.leases import LeaseLost
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
-from efficientnet_ns.training import checkpoints, claim, inputs, preview, train
+from efficientnet_ns.training import checkpoints, claim, inputs, preview, train, turn
 from efficientnet_ns.training.input_wait import InputWait
 from efficientnet_ns.training.session import Session, TrainingDiverged
 from efficientnet_ns.training.student import NoisyStudent
+from efficientnet_ns.training.turn import Turn
 
 LABELED_METRICS = {"lab/acc", "lab/pred_prob", "lab/loss"}
 TRAIN_METRICS = {"train/data_loss", "train/loss", "train/lr", "train/epoch", *PACE}
@@ -340,24 +342,28 @@ def test_training_that_never_began_gives_way(folder, tmp_path, only_reads):
     assert noted == {**noted, **mended.identity()}
 
 
-@pytest.mark.parametrize(
-    "pid, refused", [(os.getppid(), True), (os.getpid(), False)], ids=["another", "this"]
-)
-def test_training_that_runs_does_not_give_way(folder, tmp_path, monkeypatch, pid, refused):
-    """Another process has not reached its first checkpoint."""
+def test_training_that_runs_does_not_give_way(folder, tmp_path, monkeypatch):
+    """Another process has not reached its first checkpoint, or has."""
+    monkeypatch.setattr(turn, "LEASE_SECONDS", 2.0)
     config = settings(folder, tmp_path)
     claimed(config)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "getpid", lambda: pid)
-        claim.note_start(str(tmp_path), 0, config.values())
-    other = config.override(seed=1)
-    if refused:
-        with pytest.raises(claim.DirectoryConflict, match=f"process {pid} has been training in"):
-            claimed(other)
-    else:
-        claimed(other)
-    noted = json.loads((tmp_path / claim.SETTINGS).read_text())
-    assert noted["seed"] == (0 if refused else 1)
+    noted = (tmp_path / claim.SETTINGS).read_text()
+    with Turn(str(tmp_path)) as other:
+        other.ask()
+        for seed in (0, 1):
+            with pytest.raises(claim.DirectoryConflict, match=f"process {os.getpid()} on .* is"):
+                train.train_and_evaluate(config.override(seed=seed), evaluate=False)
+    assert (tmp_path / claim.SETTINGS).read_text() == noted
+
+
+def test_process_that_was_followed_writes_no_checkpoint(model, tmp_path):
+    def refuse() -> None:
+        raise LeaseLost("somebody else")
+
+    saver = checkpoints.Checkpoints(str(tmp_path), model, before_write=refuse)
+    with pytest.raises(LeaseLost):
+        saver.save()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_slash_at_the_end_of_a_path_makes_no_other_training(folder, tmp_path):
@@ -454,6 +460,7 @@ def test_checkpoint_of_another_number_of_classes(straight, tmp_path):
         ({"model_dir": None}, "--model_dir is needed"),
         ({"label_data_dir": None}, "--label_data_dir is needed"),
         ({"unlabel_ratio": 1.0}, "--unlabel_ratio=1.0 needs --unlabel_data_dir"),
+        ({"unlabel_data_dir": "/u"}, "--unlabel_data_dir=/u has no part in a training without"),
         (
             {"teacher_model_name": "efficientnet-b0", "teacher_model_path": "m"},
             "--teacher_model_name=efficientnet-b0 has no part",
@@ -464,6 +471,7 @@ def test_checkpoint_of_another_number_of_classes(straight, tmp_path):
         ({"teacher_model_name": "efficientnet-b0"}, "--teacher_model_path"),
         ({"teacher_model_path": "somewhere"}, "--teacher_model_name"),
         ({"init_model": True}, "--init_model needs --init_model_path"),
+        ({"init_weights": "a", "init_model_path": "b"}, "--init_weights=a and --init_model_path=b"),
         ({"teacher_softmax_temp": 0.0}, "--teacher_softmax_temp=0.0"),
         ({"teacher_softmax_temp": -0.5}, "--teacher_softmax_temp=-0.5"),
         ({"model_name": "efficientnet-b9"}, "--model_name: unknown model 'efficientnet-b9'"),
@@ -834,14 +842,18 @@ def test_parts_of_the_sets(straight, folder):
     config, _ = straight
     measured = evaluate.evaluate(config.override(num_eval_images=5))["validation"]
     assert measured["examples"] == 5
-    with pytest.raises(ConfigError, match="--num_eval_images=8: 8 records are asked for, 7 are"):
+    with pytest.raises(
+        ConfigError, match="--num_eval_images=8: 8 records are requested, but there are 7"
+    ):
         evaluate.evaluate(config.override(num_eval_images=8))
     resolved = ResolvedConfig.from_config(config.override(num_train_shards=1))
     found = inputs.Inputs.find(resolved, evaluate=True)
     labeled, unlabeled = found.labeled, found.unlabeled
     assert [Path(p).name for p in labeled.paths] == ["train-00000-of-00002"]
     assert len(unlabeled.paths) == 2
-    with pytest.raises(ConfigError, match="--num_train_shards=3: 3 shards are asked for, 2 are"):
+    with pytest.raises(
+        ConfigError, match="--num_train_shards=3: 3 shards are requested, but there are 2"
+    ):
         train.train_and_evaluate(config.override(num_train_shards=3, model_dir=str(folder / "no")))
 
 
@@ -887,15 +899,31 @@ def test_waiting_for_the_first_checkpoint_is_logged(tmp_path, caplog):
     assert f"waiting for the first checkpoint in {tmp_path}" in caplog.text
 
 
-def test_unlabeled_images_that_have_no_part_are_named(folder, caplog):
-    config = settings(folder, "never", unlabel_data_dir="/no/such")
-    train._check(config)
-    assert "--unlabel_data_dir=/no/such is not used" in caplog.text
+def test_unlabeled_images_without_a_part_in_an_earlier_training(folder, tmp_path):
+    """Earlier versions accepted them; now that they are refused, it continues without."""
+    config = settings(folder, tmp_path, unlabel_data_dir="/no/such")
+    claimed(config)
+    pretend_checkpoint(config)
+    claimed(config.override(unlabel_data_dir=""))
+    with pytest.raises(claim.DirectoryConflict, match="unlabel_data_dir"):
+        claimed(config.override(unlabel_data_dir="/no/such", unlabel_ratio=1.0))
 
 
 def test_weights_that_are_not_read_are_named(folder, model, tmp_path, caplog):
     train._initialize(model, settings(folder, tmp_path, init_model_path="somewhere"))
     assert "--init_model_path=somewhere is not read without --init_model" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "values", [{"init_weights": "somewhere"}, {"init_model": True, "init_model_path": "somewhere"}]
+)
+def test_weights_to_start_from(folder, model, tmp_path, monkeypatch, values):
+    given = []
+    monkeypatch.setattr(
+        weights, "load_weights", lambda *loaded, **kwargs: given.append((loaded, kwargs))
+    )
+    train._initialize(model, settings(folder, tmp_path, init_skip="head/dense/", **values))
+    assert given == [((model.student, "somewhere"), {"skip": ["head/dense/"]})]
 
 
 @pytest.mark.parametrize("name", [claim.SETTINGS, claim.RECORDS])
@@ -935,10 +963,29 @@ def test_metrics_in_a_store_without_appending(tmp_path, monkeypatch):
     assert [r["step"] for r in metrics_log.MetricsLog(folder, 3).rows] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("torn", ["", "{", '{"step": 3, "eval/to', "\0\0\0"])
+def test_row_that_was_cut_off_is_logged_again(tmp_path, caplog, torn):
+    """By a kill, or by the power: the run that continues writes it, once."""
+    path = tmp_path / metrics_log.METRICS
+    path.write_text('{"step": 1}\n{"step": 2}\n' + torn)
+    assert [row["step"] for row in metrics_log.read_metrics(str(tmp_path))] == [1, 2]
+    assert ("the last line is cut off" in caplog.text) == bool(torn)
+    log = metrics_log.MetricsLog(str(tmp_path), 2)
+    log.add(3, {"eval/top1": 0.5})
+    log.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "eval/top1": 0.5}\n'
+
+
+def test_last_row_without_a_line_break_counts(tmp_path):
+    (tmp_path / metrics_log.METRICS).write_text('{"step": 1}\n{"step": 2}')
+    assert [row["step"] for row in metrics_log.read_metrics(str(tmp_path))] == [1, 2]
+
+
 def test_damaged_metrics_are_named(tmp_path):
-    (tmp_path / metrics_log.METRICS).write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
-    with pytest.raises(json_files.BrokenFile, match="metrics.jsonl, line 2"):
-        metrics_log.read_metrics(str(tmp_path))
+    for damaged in ("nonsense", "[2]", '{"loss": 1.0}', ""):
+        (tmp_path / metrics_log.METRICS).write_text(f'{{"step": 1}}\n{damaged}\n{{"step": 3}}\n')
+        with pytest.raises(json_files.BrokenFile, match="metrics.jsonl, line 2 .*Delete that line"):
+            metrics_log.read_metrics(str(tmp_path))
 
 
 def test_input_wait_is_the_time_the_batches_took():

@@ -1,0 +1,42 @@
+"""What the programs of labeling refuse before they begin."""
+
+from __future__ import annotations
+
+import pytest
+
+from efficientnet_ns.config import (
+    BeamConfig,
+    Config,
+    ConfigError,
+    FilterConfig,
+    SelectConfig,
+    from_flags,
+)
+from efficientnet_ns.loop import labeling
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--work_dir and --unlabel_data_dir are needed"),
+        (["--output_dir=x"], "--output_dir: folders are below --work_dir"),
+        (["--worker_id=1"], "--worker_id: "),
+        (["--shard_id=3"], "--shard_id=3: leave it out, all 128 are labeled"),
+    ],
+)
+def test_flags_that_would_change_nothing(entry_flags, arguments, message):
+    needed = ["--work_dir=w", "--unlabel_data_dir=u"] if arguments else []
+    values = entry_flags("label_beam", needed + arguments)
+    settings = [from_flags(cls, values) for cls in (Config, BeamConfig)]
+    with pytest.raises(ConfigError, match=message):
+        labeling.label_on_beam(*settings, [])
+
+
+def test_a_report_without_a_selection():
+    folders = dict.fromkeys(("input_dir", "prediction_dir", "prelim_stats_dir", "output_dir"), "x")
+    with pytest.raises(ConfigError, match="--report shows a selection"):
+        labeling.select_and_write(
+            SelectConfig(**folders, only_get_stats=1), FilterConfig(report=True)
+        )
+    with pytest.raises(ConfigError, match="--input_dir is needed"):
+        labeling.select_and_write(SelectConfig(), FilterConfig())

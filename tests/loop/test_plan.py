@@ -1,0 +1,111 @@
+"""What is told before anything is written, and how an earlier plan is taken up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fakes import class_folders, flat_folder
+
+from efficientnet_ns.config import Config, ConfigError, LoopConfig, PicturesConfig, mark_given
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.loop import one_command, plan
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pictures")
+    class_folders(path / "photos", {"Über rot": 8, "blue": 6})
+    flat_folder(path / "more", 12)
+    (path / "photos" / "blue" / "broken.jpg").write_bytes(b"no picture")
+    (path / "photos" / ".DS_Store").write_bytes(b"x")
+    return path
+
+
+def pictures(folder: Path, **values) -> PicturesConfig:
+    places = {"labeled": str(folder / "photos"), "unlabeled": str(folder / "more")}
+    return PicturesConfig(**{**places, **values})
+
+
+def test_description(folder):
+    asked = pictures(folder)
+    made = plan.make(asked, {"train_steps": 77}, "")
+    assert (made.facts.labeled, made.facts.classes, made.facts.unlabeled) == (15, 2, 12)
+    assert made.facts.median_side == 24
+    text = plan.describe(made, asked)
+    assert "blue 7, Über rot 8" in text
+    assert "refused: blue/broken.jpg" in text
+    assert "1 hidden" in text
+    assert "12 pictures to train on, 3 held out" in text
+    assert "77     given" in " ".join(text.split("  ")) or " 77 " in text
+    assert "efficientnet-ns[weights]" in text and "time: about" in text
+    assert "WARNING: 12 unlabeled pictures beside 15" in text
+
+
+def test_dry_run_writes_nothing(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan.pace, "images_per_second", lambda config: 12.5)
+    loop = LoopConfig(work_dir=str(tmp_path / "run"))
+    one_command.run(pictures(folder, dry_run=True), Config(), loop)
+    assert "12.5 pictures/s (measured)" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_is_kept_and_other_settings_are_refused(folder, tmp_path):
+    work, asked = str(tmp_path / "run"), pictures(folder)
+    made = plan.make(asked, {"seed": 3}, work)
+    plan.write(made, asked, {"seed": 3}, work)
+    again = plan.make(asked, {"seed": 3}, work)
+    assert again.settings == made.settings and again.facts == made.facts
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["begun_with"]["seed"] == 3
+    with pytest.raises(ConfigError, match="begun with other settings.*seed"):
+        plan.make(asked, {"seed": 4}, work)
+
+
+def test_what_the_user_chose():
+    loop = LoopConfig(work_dir="run", teacher_steps=5)
+    settings = Config().override(optimizer="rmsprop", train_steps=9)
+    mark_given(settings, ["optimizer", "train_steps"])
+    frame = PicturesConfig(labeled="a", unlabeled="b", control=True, held_out=0.5)
+    assert plan.chosen_by_user(frame, settings, loop) == {
+        "held_out": 0.5,
+        "optimizer": "rmsprop",
+        "train_steps": 9,
+        "teacher_steps": 5,
+    }
+    with pytest.raises(ConfigError, match="--task_name=digits is for folders of records"):
+        plan.chosen_by_user(frame, Config().override(task_name="digits"), LoopConfig())
+
+
+@pytest.mark.parametrize(
+    "text, seconds", [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("1h30m", 5400)]
+)
+def test_times(text, seconds):
+    assert plan.seconds_of(text) == seconds
+
+
+def test_a_time_of_another_form():
+    with pytest.raises(ConfigError, match="--time_limit=30: a time such as 30m"):
+        plan.seconds_of("30")
+
+
+def test_one_class_and_sets_for_classes(tmp_path):
+    class_folders(tmp_path / "one", {"cats": 3, "empty": 0})
+    class_folders(tmp_path / "sets" / "train", {"a": 2, "b": 2})
+    class_folders(tmp_path / "sets" / "test", {"a": 1, "b": 1})
+    with pytest.raises((ConfigError, DataError), match="one class only"):
+        plan.make(pictures(tmp_path, labeled=str(tmp_path / "one")), {}, "")
+    with pytest.raises(DataError) as refused:
+        plan.make(pictures(tmp_path, labeled=str(tmp_path / "sets")), {}, "")
+    assert f"--labeled={tmp_path}/sets/train" in str(refused.value)
+    assert "accept_classes" not in str(refused.value)
+
+
+def test_places_are_needed():
+    with pytest.raises(ConfigError, match="--unlabeled is needed"):
+        one_command.run(PicturesConfig(labeled="x"), Config(), LoopConfig(work_dir="run"))
+    with pytest.raises(ConfigError, match="--work_dir is needed"):
+        frame = PicturesConfig(labeled="x", unlabeled="y")
+        one_command.run(frame, Config(), LoopConfig())
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        plan.make(PicturesConfig(labeled="nowhere", unlabeled="y"), {}, "")

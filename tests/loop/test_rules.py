@@ -1,0 +1,115 @@
+"""The table of settings: every row has a value, given ones win, a time limit is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from efficientnet_ns.config import Config, LoopConfig, PicturesConfig, check
+from efficientnet_ns.loop import plan, rules
+
+FEW = rules.Facts(
+    labeled=300,
+    classes=10,
+    smallest_class=30,
+    unlabeled=2800,
+    median_side=400,
+    cores=2,
+    published=("efficientnet-lite0",),
+)
+
+
+def chosen(facts: rules.Facts = FEW, **given) -> dict:
+    return rules.values(rules.choose(facts, given))
+
+
+def test_every_row_is_a_setting_with_reason_and_source():
+    known = {*Config().values(), *LoopConfig.__dataclass_fields__, "init_weights"}
+    known |= set(PicturesConfig.__dataclass_fields__)
+    names = [rule.name for rule in rules.RULES]
+    assert len(names) == len(set(names)) and set(names) <= known
+    for setting in rules.choose(FEW, {}):
+        assert setting.reason and setting.source and "{" not in setting.reason
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        FEW,
+        dataclasses.replace(FEW, published=()),
+        dataclasses.replace(FEW, published=(), median_side=32, labeled=400_000, cores=64),
+        dataclasses.replace(FEW, labeled=20, smallest_class=2, classes=2, unlabeled=3),
+    ],
+)
+def test_values_can_be_used(facts):
+    config, loop = plan.configs(chosen(facts))
+    check(config)
+    check(loop)
+    assert config.train.unlabel_ratio > 0 and 0 < chosen(facts)["held_out"] <= 0.2
+
+
+def test_published_weights_decide_the_start():
+    assert chosen()["models"] == "efficientnet-lite0,efficientnet-lite0"
+    assert chosen()["keep_bn_statistics"] and chosen()["init_weights"] == "published"
+    scratch = chosen(dataclasses.replace(FEW, published=()))
+    assert not scratch["keep_bn_statistics"] and scratch["init_weights"] == ""
+    assert scratch["train_steps"] > chosen()["train_steps"]
+
+
+def test_given_values_take_the_place_of_rules_and_reach_what_depends_on_them():
+    settings = rules.choose(FEW, {"train_batch_size": 4, "seed": 7})
+    values = rules.values(settings)
+    assert values["train_batch_size"] == 4 and values["seed"] == 7
+    assert next(s for s in settings if s.name == "train_batch_size").reason == "given"
+    assert values["warmup_epochs"] < chosen()["warmup_epochs"]
+
+
+def test_more_labels_more_updates():
+    many = dataclasses.replace(FEW, labeled=30_000, smallest_class=2500)
+    assert chosen(many)["teacher_steps"] > chosen()["teacher_steps"]
+    assert chosen(many)["held_out"] < chosen()["held_out"]
+
+
+def test_students_by_cores():
+    assert chosen(dataclasses.replace(FEW, cores=16))["models"].count(",") == 2
+
+
+@pytest.mark.parametrize("limit", [60, 600, 1800])
+def test_time_limit(limit):
+    facts = dataclasses.replace(FEW, cores=16)
+    settings = rules.choose(facts, {})
+    fitted = rules.values(rules.fit(settings, facts, {}, 20.0, limit, False))
+    before, after = rules.values(settings), fitted
+    assert after["models"].count(",") == 1
+    assert rules.seconds(facts, before, 20.0, control=False)["teacher"] > limit / 4
+    pace = 20.0 * (before["input_image_size"] / after["input_image_size"]) ** 2
+    if limit > 60:  # Less than the least.
+        assert sum(rules.seconds(facts, after, pace, control=False).values()) <= limit
+    assert after["steps_per_eval"] <= after["train_steps"]
+
+
+def test_time_limit_leaves_given_values_alone():
+    given = {"teacher_steps": 5000, "input_image_size": 300, "models": "a,b,c"}
+    settings = rules.choose(FEW, given)
+    fitted = rules.values(rules.fit(settings, FEW, given, 20.0, 60, True))
+    assert {name: fitted[name] for name in given} == given
+    assert fitted["train_steps"] < rules.values(settings)["train_steps"]
+
+
+def test_enough_time_changes_nothing():
+    settings = rules.choose(FEW, {})
+    assert rules.fit(settings, FEW, {}, 20.0, 1e6, False) == settings
+
+
+def test_warnings():
+    assert rules.warnings(FEW, chosen()) == []
+    scratch = dataclasses.replace(FEW, published=())
+    (text,) = rules.warnings(scratch, chosen(scratch, bn_momentum=0.999, teacher_steps=900))
+    assert "--bn_momentum=0.999" in text and "900 updates" in text
+    assert rules.warnings(FEW, chosen(bn_momentum=0.999)) == []  # Statistics are kept.
+    (text,) = rules.warnings(FEW, chosen(teacher_steps=109_474))
+    assert "passes over 300 labeled pictures" in text
+    small = dataclasses.replace(FEW, smallest_class=3, unlabeled=10)
+    texts = " ".join(rules.warnings(small, chosen(small)))
+    assert "only 3 labeled pictures" in texts and "10 unlabeled pictures" in texts
