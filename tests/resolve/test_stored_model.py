@@ -52,7 +52,13 @@ def test_nothing_is_given(run):
         assert model.dropout_rate == 0.3
         assert (resolved.image_size, resolved.small_image, resolved.num_classes) == (24, True, 3)
         assert resolved.task == tasks.Task(
-            3, MEAN, image_size=24, small_image=True, eval_set="dev", class_names=NAMES
+            3,
+            MEAN,
+            (0.229, 0.224, 0.225),
+            image_size=24,
+            small_image=True,
+            eval_set="dev",
+            class_names=NAMES,
         )
         weights.load_weights(resolved.build_model(), path)
     assert stored_model.labeled_dir(run) == "records"
