@@ -229,7 +229,7 @@ def test_all_are_those_of_the_mean():
 )
 def test_what_is_missing(folder, tmp_path, change, message):
     path = change.pop("weights", str(folder / "model.safetensors"))
-    config = settings(folder, "unused", **change)
+    config = settings(folder, "unused").override(**change)
     with pytest.raises(ConfigError, match=message):
         robustness_program.evaluate_own_set(
             config,
