@@ -53,10 +53,10 @@ def predict(
     """
     resolved = resolve(config)
     tasks = _tasks(resolved)
-    _note_classes(resolved)
     labeled = 0
     if not all(task.stage.done() for task in tasks.values()):
         labeled = _work(resolved, tasks, teacher)
+    _note_classes(resolved)
     counts = [task.stage.counts() for task in tasks.values()]
     return {
         "records": sum(c["records"] for c in counts),
