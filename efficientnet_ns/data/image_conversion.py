@@ -150,7 +150,7 @@ def _need_heif_decoder(raw: bytes) -> None:
 def _without_turns(raw: bytes) -> bytes:
     """HEIC with its rotations and reflections, which its decoder would apply, made ones by 0 degrees.
 
-    ISO/IEC 23008-12, 6.5.10 and 6.5.12: boxes of nine bytes, the last of which says how to turn.
+    ISO/IEC 23008-12, 6.5.10 and 6.5.12: boxes of nine bytes, the last of which holds the turn.
     """
     return _TURNS.sub(b"\0\0\0\x09irot\0", raw) if raw[4:8] == b"ftyp" else raw
 

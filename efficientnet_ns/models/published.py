@@ -1,7 +1,7 @@
 """Published weights by name: from a package that is installed, without any network.
 
 `published` means those of the model's own variant, `efficientnet-lite0` those of that one. Packages
-exist for three variants; for the others the error says which file to fetch from where.
+exist for three variants; for the others the error names the file, and where to fetch it from.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def located(path: str | os.PathLike, variant: str = "") -> str | os.PathLike:
       variant: of the model, for `published`.
 
     Raises:
-      FileNotFoundError: the weights are not installed; the message says where to get them.
+      FileNotFoundError: the weights are not installed; the message explains where to get them.
     """
     if not is_name(path):
         return path

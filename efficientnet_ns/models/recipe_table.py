@@ -31,7 +31,7 @@ _LEFT_ALIGNED = {"TF1 checkpoint", "timm", "Keras file"}
 _LEGEND = """
 params: trainable; mult-adds: of one image at test px; crop: part of the shorter side; ratio:
 unlabeled images per labeled one; magnitude: of RandAugment; top-1: ImageNet, percent, with Noisy
-Student and with ImageNet's labels alone.
+Student and with only ImageNet's labels.
 """
 
 

@@ -49,7 +49,7 @@ def is_new(names: list[str]) -> bool:
 def read(content: bytes) -> Any:
     """The object in a file: `Tensor`s, numbers, texts, and lists, tuples and dicts of them.
 
-    What a training script keeps beside its weights, such as its arguments, is an `Opaque`.
+    What a training script keeps with its weights, such as its arguments, is an `Opaque`.
 
     Raises:
       Refused: the file has other objects; the message names the first.
@@ -240,7 +240,7 @@ class _Pickle:
     """A machine for the opcodes of a pickle (`pickletools`), each a method or in a table above.
 
     Args:
-      storages: where what the pickle says about storages is kept.
+      storages: where the declarations of storages in the pickle are kept.
     """
 
     def __init__(self, storages: _Storages | None = None):
@@ -309,7 +309,7 @@ class _Pickle:
         self._push(Opaque() if compute is None else compute(*arguments))
 
     def _build(self, _: Any) -> None:
-        # Attributes, such as the versions of modules beside a state dict, are dropped.
+        # Attributes, such as the versions of modules with a state dict, are dropped.
         (built, _state) = self._pop(2)
         if not isinstance(built, (dict, Opaque, Tensor)):
             raise ValueError("its pickle sets attributes of what has none")

@@ -66,7 +66,7 @@ def read(content: bytes, model: tf.keras.Model, *, ema: bool = True) -> Content:
       ema: whether to take the moving averages of files that hold both sets.
 
     Raises:
-      UnusableFile: the file is of another kind; the message says which, and what to do.
+      UnusableFile: the file is of another kind; the message names it, and what to do.
       Exception: from the library that reads the file, if it is damaged.
     """
     if not content.strip(b"\0"):

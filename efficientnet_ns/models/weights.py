@@ -313,11 +313,11 @@ def read_checkpoint(prefix: str, names: Mapping[str, tf.Variable]) -> None:
         name: _Target(variable, tuple(range(variable.shape.rank)))
         for name, variable in names.items()
     }
-    beside = functools.partial(_beside, foreign_weights.TF1)
-    _assign(_open_checkpoint(prefix), targets, beside)
+    extra = functools.partial(_extra, foreign_weights.TF1)
+    _assign(_open_checkpoint(prefix), targets, extra)
 
 
-def _beside(naming: foreign_weights.Naming, name: str, scope: str | None = None) -> bool:
+def _extra(naming: foreign_weights.Naming, name: str, scope: str | None = None) -> bool:
     """Whether a file may hold `name` in addition to the variables of the model under `scope`."""
     if re.fullmatch(naming.ignored, name):
         return True
@@ -439,7 +439,7 @@ def _checkpoint_names(
 def _known(
     naming: foreign_weights.Naming, ours: Container[str], scope: str | None, name: str
 ) -> bool:
-    return name in ours or _beside(naming, name, scope)
+    return name in ours or _extra(naming, name, scope)
 
 
 # In a checkpoint of Keras' own, whose names are paths through the layers.
@@ -480,7 +480,7 @@ def stored_settings(path: PathLike) -> dict[str, Any]:
       FileNotFoundError, WeightsError: see `load_weights`.
     """
     if published.is_name(path):
-        return {}  # The variant itself says it.
+        return {}  # The variant itself determines them.
     file = file_path(path)
     if file is None:
         return _folder_settings(os.path.dirname(checkpoint_prefix(path)))
@@ -489,7 +489,7 @@ def stored_settings(path: PathLike) -> dict[str, Any]:
 
 
 def write_settings(folder: str, model: tf.keras.Model) -> None:
-    """Writes what images a model expects beside its checkpoints, where `stored_settings` looks."""
+    """Writes what images a model expects next to its checkpoints, where `stored_settings` looks."""
     json_files.write_json(os.path.join(folder, SETTINGS_FILE), heads.settings(model), indent=1)
 
 
@@ -573,14 +573,14 @@ def save_weights(
     """Writes the weights of a model made by `build_model`; a file is either whole or absent.
 
     A model with a Dense layer of the user's own on its features has that as its classifier. What
-    images the model expects is written too, into the file or beside the checkpoint.
+    images the model expects is written too, into the file or next to the checkpoint.
 
     Args:
       path: ending in `.safetensors`: timm's names and layout, one set of weights (the averages,
         when both are given). Else the prefix of a checkpoint as the original's.
       ema_model: of the same architecture, holds the moving averages; None: the model's own values
         are written for both.
-      step: what the checkpoint says under `global_step`.
+      step: the value of `global_step` in the checkpoint.
 
     Raises:
       WeightsError: the path ends as a file of another kind, is a folder, or the other checkpoints

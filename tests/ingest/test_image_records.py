@@ -371,7 +371,7 @@ def test_records_of_a_version_that_noted_no_times(tmp_path):
 def test_manifest_of_another_set_that_is_damaged_is_named(tmp_path):
     source = write_folder(tmp_path / "in", files())
     run(source, tmp_path / "out")
-    manifest = tmp_path / "out/manifests/train-00000-of-00002.json"
+    manifest = tmp_path / "out/manifests/train-00001-of-00002.json"
     for text in ("[]", "{", '{"config": 1, "sizes": {}, "counts": {}}'):
         manifest.write_text(text)
         with pytest.raises(manifests.OutputConflict, match=f"{manifest} is damaged.*Delete it"):

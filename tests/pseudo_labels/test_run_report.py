@@ -283,7 +283,7 @@ def test_quarantine(run, tmp_path):
         for worker in range(WORKERS):
             path = index.prediction_path(config, shard, worker)
             Path(path).touch()
-            counts = {"counts": {"quarantine": listed.get((shard, worker), {})},
+            counts = {"sizes": {}, "counts": {"quarantine": listed.get((shard, worker), {})},
                       "config": {"total_replicas": WORKERS}}  # fmt: skip
             Path(f"{path}.manifest.json").write_text(json.dumps(counts))
     Path(index.prediction_path(config, 1, 1) + ".manifest.json").unlink()
