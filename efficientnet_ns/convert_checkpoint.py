@@ -1,4 +1,4 @@
-"""Convert weights: `python -m efficientnet_ns.convert_checkpoint --source=… --target=…`.
+"""Convert weights: `python -m efficientnet_ns.convert_checkpoint --model_dir=… --target=…`.
 
 Reads a checkpoint of the original, a `.h5` or `.keras` file of Keras, or a timm `.safetensors` or `.pth`; writes timm's
 `.safetensors`, or for any other name a checkpoint that the original can read too. The flags of the
@@ -12,9 +12,13 @@ from efficientnet_ns.config import ConvertConfig, ModelConfig
 
 
 def main(model: ModelConfig, options: ConvertConfig) -> None:
-    from efficientnet_ns.models import conversion
+    from efficientnet_ns.serving import conversion
 
-    print(conversion.convert_checkpoint(model, options.source, options.target, ema=options.ema))
+    print(
+        conversion.convert_checkpoint(
+            model, options.source or options.model_dir, options.target, ema=options.ema
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Evaluate robustness: on the sets of the paper, or by attacks on, and corruptions of, your own set.
 
-`python -m efficientnet_ns.evaluate_robustness --weights=PATH --imagenet_c=DIR … --report_dir=DIR`.
-`python -m efficientnet_ns.evaluate_robustness --weights=PATH --task_name=… --label_data_dir=DIR
---corrupt=all --epsilons=2,4 --baseline=PATH --report_dir=DIR`.
+`python -m efficientnet_ns.evaluate_robustness --model_dir=DIR --imagenet_c=DIR … --report_dir=DIR`.
+`python -m efficientnet_ns.evaluate_robustness --model_dir=DIR --corrupt=all --epsilons=2,4
+--baseline=DIR --report_dir=DIR`.
 
 Finished parts are kept in report_dir: start a stopped command again to continue.
 """

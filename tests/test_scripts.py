@@ -84,7 +84,7 @@ def test_settings_of_imagenet(model, hardware, entry_flags):
     # Each stage reads what the one before wrote, and labels at the resolution of training.
     filtering = dict(a.split("=") for a in commands("imagenet/filter_unlabel.sh")[0][1])
     assert filtering["--prediction_dir"] == chosen["predict"].predict.output_dir
-    assert filtering["--input_dir"] == chosen["predict"].data.unlabel_data_dir
+    assert filtering["--unlabel_data_dir"] == chosen["predict"].data.unlabel_data_dir
     assert filtering["--output_dir"] + "/data" == chosen["train_offline"].data.unlabel_data_dir
     sizes = [chosen[n].model.input_image_size for n in ("train_teacher", "predict", "train")]
     assert len(set(sizes)) == 1

@@ -75,7 +75,7 @@ filter() {
     0 | 1) arguments[0]=--only_get_stats=${arguments[0]} ;;
   esac
   run "$PYTHON" -m efficientnet_ns.filter_unlabel --flagfile="$1" \
-    --input_dir="$UNLABEL_DATA_DIR" \
+    --unlabel_data_dir="$UNLABEL_DATA_DIR" \
     --info_dir="$PREDICT_DIR/info" \
     --prediction_dir="$PREDICT_DIR/predict_label" \
     --prelim_stats_dir="$PREDICT_DIR/prelim_stats" \

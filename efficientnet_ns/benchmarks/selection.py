@@ -47,7 +47,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
                 f"{folder}, which has {free >> 20} MB free: give another folder as --data"
             )
         settings = SelectConfig(
-            input_dir=folder,
+            unlabel_data_dir=folder,
             prediction_dir=folder,
             prelim_stats_dir=os.path.join(folder, "statistics"),
             num_shards=_SHARDS,

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging as std_logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
 
-from efficientnet_ns.config import fields, flag_help, preemption
+from efficientnet_ns.config import fields, flag_help, log_lines, preemption, program_table
 from efficientnet_ns.files import standard_output
 
 _HELP = {"-h", "--h", "-help", "--help", "-helpshort", "--helpshort", "-?", "--?"}
+_HELP_FULL = {"-helpfull", "--helpfull"}
 _STORAGE_ERRORS = (
     "NotFoundError",
     "PermissionDeniedError",
@@ -48,10 +49,16 @@ def run(main: Callable[..., int | None], *settings: type, words: bool = False) -
     for cls in settings:
         fields.define_flags(cls, values)
     with standard_output.quiet_when_unread():
-        if _HELP & {re.sub("=(1|true)$", "", argument) for argument in sys.argv[1:]}:
-            print(flag_help.text(values, sys.argv[0], sys.modules["__main__"].__doc__ or ""))
+        given = {re.sub("=(1|true)$", "", argument) for argument in sys.argv[1:]}
+        about = sys.modules["__main__"].__doc__ or ""
+        if given & _HELP_FULL:
+            print(flag_help.full(values, sys.argv[0], about))
             sys.exit(0)
-        _quieten_tensorflow()
+        if given & _HELP:
+            names = program_table.PROGRAMS.get(Path(sys.argv[0]).stem, ())
+            print(flag_help.short(values, sys.argv[0], about, names))
+            sys.exit(0)
+        log_lines.begin()
         app.run(
             lambda argv: _exit_code(lambda: main(*_arguments(settings, values, argv[1:], words))),
             flags_parser=functools.partial(_parse, values),
@@ -193,13 +200,3 @@ def _is_fixable(error: Exception) -> bool:
     mixed_up = kind.__name__ == "FailedPreconditionError" and "directory" in str(error)
     remote = kind.__name__ in _REMOTE_ERRORS and bool(_REMOTE_STORAGE.search(str(error)))
     return kind.__module__.startswith("efficientnet_ns") or storage or mixed_up or remote
-
-
-def _quieten_tensorflow() -> None:
-    logging.set_verbosity(logging.INFO)
-    # Errors of TensorFlow's C++ code reach Python as exceptions; the rest of its log is noise here.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # With several replicas TensorFlow logs how it adds up each variable.
-    std_logging.getLogger("tensorflow").addFilter(
-        lambda entry: entry.module != "cross_device_ops" or entry.levelno >= std_logging.WARNING
-    )

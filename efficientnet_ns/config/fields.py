@@ -35,6 +35,7 @@ def setting(
     free: bool = False,
     documented: Any = None,
     pattern: str | None = None,
+    alias: str | None = None,
 ) -> Any:
     """A dataclass field that is also a flag.
 
@@ -48,6 +49,7 @@ def setting(
       documented: default that the flag shows. The field is None unless the flag is given, so code
         can distinguish "not given" from "given, and equal to the default".
       pattern: regular expression of values allowed in addition to `choices`.
+      alias: earlier name of the flag, which old command lines still give.
     """
     if documented is not None and default is not None:
         raise TypeError("a setting with a documented default is None unless given")
@@ -55,6 +57,7 @@ def setting(
         "help": help,
         "choices": choices,
         "pattern": pattern,
+        "alias": alias,
         "low": low,
         "high": high,
         "free": free,
@@ -166,6 +169,8 @@ def define_flags(cls: type, flag_values: flags.FlagValues = flags.FLAGS) -> None
                 flag_values=flag_values,
                 module_name=group,
             )
+            if alias := field.metadata["alias"]:
+                flags.DEFINE_alias(alias, field.name, flag_values, module_name=group)
 
 
 def from_flags(cls: type[T], values: flags.FlagValues) -> T:

@@ -1,27 +1,61 @@
-"""What `--help` prints: a program's own flags, under the headings of their sections."""
+"""What `--help` and `--helpfull` print: a program's main flags, and all of them by section."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from absl import flags
 
 
-def text(values: flags.FlagValues, program: str, description: str) -> str:
-    """The help of one program.
+def short(values: flags.FlagValues, program: str, description: str, names: Sequence[str]) -> str:
+    """The help of one program with its most important flags.
 
     Args:
-      values: the flags; those of module `program` come first, then those of `program: heading`.
+      values: the flags; the program's own are those of module `program: heading`.
       description: what stands above them.
+      names: of these flags, in order; none: all of the program's.
     """
+    own = [flag for _, defined in _sections(values, program) for flag in defined]
+    by_name = {flag.name: flag for flag in own}
     lines = [description.strip(), ""]
+    for flag in [by_name[name] for name in names] or own:
+        lines += _described(flag)
+    rest = len(own) - len(names) if names else 0
+    more = f"{rest} more flags of this program, and those of the libraries" if rest else "Others"
+    return "\n".join(
+        [*lines, f"{more}: --helpfull", "Flags from a file, one a line: --flagfile=PATH"]
+    )
+
+
+def full(values: flags.FlagValues, program: str, description: str) -> str:
+    """The help of one program with all its flags by section, then those of the libraries."""
+    lines = [description.strip(), ""]
+    for heading, defined in _sections(values, program):
+        lines += [heading, ""]
+        for flag in defined:
+            lines += _described(flag)
+    for module, defined in sorted(values.flags_by_module_dict().items()):
+        if module.partition(": ")[0] != program:
+            lines += [f"Of the library {module}.", ""]
+            for flag in defined:
+                lines += _described(flag)
+    return "\n".join(lines).rstrip()
+
+
+def _sections(values: flags.FlagValues, program: str) -> list[tuple[str, list[flags.Flag]]]:
+    """(heading, flags) of each section of the program's own flags, without their earlier names."""
+    found = []
     for module, defined in values.flags_by_module_dict().items():
         owner, _, heading = module.partition(": ")
-        if owner != program:
-            continue
-        lines += [heading or "The program itself.", ""]
-        for flag in defined:
-            words = flag.help.split(">: ", 1)[-1] if _choices(flag) else flag.help
-            lines += [_usage(flag), flags.text_wrap(words, indent="      "), ""]
-    return "\n".join([*lines, "All flags, including those of the libraries: --helpfull"])
+        if owner == program:
+            own = [flag for flag in defined if not flag.help.startswith("Alias for --")]
+            found.append((heading or "The program itself.", own))
+    return found
+
+
+def _described(flag: flags.Flag) -> list[str]:
+    words = flag.help.split(">: ", 1)[-1] if _choices(flag) else flag.help
+    return [_usage(flag), flags.text_wrap(words or "", indent="      "), ""]
 
 
 def _choices(flag: flags.Flag) -> list[str]:

@@ -12,7 +12,7 @@ from efficientnet_ns.config.fields import ConfigError, Settings, setting
 class SelectConfig(Settings):
     """Selection and writing of pseudo-labeled records; the flags of `filter_unlabel.py`."""
 
-    input_dir: str = setting("", "Folder of the unlabeled records.")
+    unlabel_data_dir: str = setting("", "Folder of the unlabeled records.", alias="input_dir")
     prediction_dir: str = setting("", "Folder of the predictions.")
     info_dir: str = setting(
         "",
@@ -21,7 +21,9 @@ class SelectConfig(Settings):
     )
     prelim_stats_dir: str = setting("", "Folder of the statistics.")
     output_dir: str = setting("", "Folder of the selection and of the balanced records.")
-    num_shards: int = setting(128, "Number of shards of the unlabeled set.", low=1)
+    num_shards: int = setting(
+        128, "Number of shards of the unlabeled set; default: as many as there are.", low=1
+    )
     only_use_num_shards: int = setting(
         -1, "Use only the first N shards, for statistics, selection and records; -1: all."
     )
@@ -52,7 +54,10 @@ class SelectConfig(Settings):
         "Highest confidence that is kept; the default is above 1 because rounding may exceed 1.",
         low=0,
     )
-    num_label_classes: int = setting(1000, "Number of classes.", low=1)
+    task_name: str | None = setting(
+        None, "Task that the classes are of; default: what the teacher's prediction noted."
+    )
+    num_label_classes: int = setting(1000, "Number of classes; a known task's.", low=1)
     upsample: int = setting(1, "Fill classes below num_image with copies: 1 or 0.", low=0)
     use_top: int = setting(
         1,
@@ -70,7 +75,9 @@ class SelectConfig(Settings):
         choices=("exact", "threshold"),
     )
     only_get_stats: int = setting(0, "Stop after the statistics: 1 or 0.", low=0)
-    file_prefix: str = setting("train", "Prefix of the unlabeled files: train or extra.")
+    file_prefix: str = setting(
+        "train", "Prefix of the unlabeled files: train or extra; default: what is there."
+    )
     data_type: str = setting(
         "tfrecord",
         "Format of the unlabeled files; only tfrecord is supported.",
@@ -108,7 +115,9 @@ class ReportConfig(Settings):
         "True labels: a CSV or Parquet file with the columns shard, record and label (0-based; -1: "
         "of no class), or `records`: the image/class/label of the unlabeled records.",
     )
-    class_names: str = setting("", "Text file with the name of a class per line.")
+    class_names: str = setting(
+        "", "Text file with the name of a class per line; default: the task's names."
+    )
     report_classes: int = setting(
         10, "Worst covered, best covered and other classes whose pictures are shown.", low=0
     )

@@ -77,7 +77,7 @@ _PLACES = "; or a folder of records, or tfds:<name>."
 class RobustnessConfig(Settings):
     """The paper's robustness sets; each one given is measured."""
 
-    weights: str = setting("", f"Weights of the model: {_WEIGHTS}.")
+    weights: str = setting("", f"Weights of the model: {_WEIGHTS}; default: those in model_dir.")
     report_dir: str = setting("", "Folder of the results.")
     allow_missing: bool = setting(
         False, "Measure sets with missing parts too; no mean is then reported."
@@ -148,7 +148,7 @@ class ExportConfig(Settings):
 class PhotosConfig(Settings):
     """How `predict_image.py` classifies."""
 
-    weights: str = setting("", f"Weights of the model: {_WEIGHTS}.")
+    weights: str = setting("", f"Weights of the model: {_WEIGHTS}; default: those in model_dir.")
     top: int = setting(5, "Classes per photo.", low=1)
     json: bool = setting(False, "Print one JSON object per photo and line.")
     ema: bool = setting(True, "Use the moving-average weights, not the raw ones.")
@@ -171,5 +171,6 @@ class ConvertConfig(Settings):
     source: str = setting(
         "", "Checkpoint, .h5, .keras, .safetensors or .pth file to read; or published."
     )
+    model_dir: str = setting("", "Instead of source: folder of a training, or of noisy_student.")
     target: str = setting("", "A .safetensors file, or the prefix of a checkpoint.")
     ema: bool = setting(True, "Read the moving-average weights, not the raw ones.")

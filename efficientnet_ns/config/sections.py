@@ -15,8 +15,11 @@ _POLICY = r"(randaugment|autoaugment)\(.*"
 class ModelConfig(Settings):
     """Which network to build."""
 
-    model_name: str = setting(
-        "efficientnet-b0", "Variant: efficientnet-b0 … -b7, -l2, -lite0 … -lite4, -test."
+    model_name: str | None = setting(
+        None,
+        "Variant: efficientnet-b0 … -b7, -l2, -lite0 … -lite4, -test; default where a trained model is "
+        "read: its own.",
+        documented="efficientnet-b0",
     )
     input_image_size: int | None = setting(
         None, "Image side in pixels; default: the task's, else the model's own.", low=8
@@ -138,7 +141,12 @@ class DataConfig(Settings):
 class TrainConfig(Settings):
     """How the student is trained."""
 
-    model_dir: str | None = setting(None, "Folder of checkpoints and logs.", free=True)
+    model_dir: str | None = setting(
+        None,
+        "Folder of checkpoints and logs of a training. Programs that use a trained model also take the "
+        "work_dir of noisy_student, and some an exported SavedModel; what is not given is read there.",
+        free=True,
+    )
     train_steps: int = setting(109474, "Update steps of the whole schedule.", low=1)
     train_ratio: float = setting(
         1.0, "Stretches train_steps and the decay period (2 for the 700-epoch recipes).", low=0
@@ -293,11 +301,13 @@ class PredictConfig(Settings):
     predict_ckpt_path: str = setting(
         "",
         "Weights of the teacher: checkpoint, folder with one, file of Keras (.h5) or PyTorch "
-        "(.safetensors, .pth), or published.",
+        "(.safetensors, .pth), or published; default: the model in model_dir.",
     )
     output_dir: str = setting("", "Folder of the prediction records.")
     info_dir: str = setting("", "Folder of the per-shard counts.")
-    num_shards: int = setting(128, "Number of shards of the unlabeled set.", low=1)
+    num_shards: int = setting(
+        128, "Number of shards of the unlabeled set; default: as many as there are.", low=1
+    )
     shard_id: str | None = setting(
         None,
         "Shards to label: a list or ranges, e.g. 0,3,8-15; auto: all of them, shared with every "
@@ -308,7 +318,7 @@ class PredictConfig(Settings):
     worker_id: int = setting(0, "This worker among total_replicas.", low=0)
     file_prefix: str = setting(
         "train",
-        "Prefix of the unlabeled files: train or extra. noisy_student needs it only if the "
+        "Prefix of the unlabeled files: train or extra; default: what is there. Needed only if the "
         "folder has other sets too.",
     )
     data_type: str = setting("tfrecord", "Kind of the input files.", choices=("tfrecord",))

@@ -193,10 +193,13 @@ def share(context: tf.distribute.InputContext) -> pipeline.Share:
 
 
 def eval_share(
-    resolved: ResolvedConfig, source: pipeline.Source, context: tf.distribute.InputContext
+    resolved: ResolvedConfig,
+    source: pipeline.Source,
+    context: tf.distribute.InputContext,
+    preprocessing: pipeline.Preprocessing | None = None,
 ) -> tf.data.Dataset:
-    """A host's share of the batches that evaluate on `source`; see `pipeline.eval_batches`."""
-    return resolved.eval_batches(source, share(context))
+    """A host's share of the batches that evaluate on `source`; see `ResolvedConfig.eval_batches`."""
+    return resolved.eval_batches(source, share(context), preprocessing)
 
 
 def check_agreement(strategy: tf.distribute.Strategy, step: int) -> None:

@@ -21,7 +21,7 @@ _IMAGENET_VALIDATION = 50_000
 
 def beside_published(config: Config, results: Mapping[str, Measured]) -> list[str]:
     """Lines that compare the measured top-1 with the published one, if model and set are known."""
-    recipe = RECIPES.get(config.model.model_name)
+    recipe = RECIPES.get(config.model.model_name or "")
     if recipe is None or config.data.task_name not in (None, "imagenet"):
         return []
     return [

@@ -29,6 +29,7 @@ from efficientnet_ns.files import manifests
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.inference import engines
 from efficientnet_ns.models import weights
+from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 MODEL, BASELINE = "model", "baseline"
@@ -155,7 +156,9 @@ def measure(config: Config, own: OwnSetConfig, weights_path: str, folder: str) -
     """
     if os.environ.get("TF_CONFIG"):
         raise ConfigError("--corrupt and --epsilons work on one machine: unset TF_CONFIG")
-    resolved = ResolvedConfig.from_config(config)
+    if not config.data.label_data_dir:
+        config = config.override(label_data_dir=stored_model.labeled_dir(weights_path))
+    resolved = ResolvedConfig.from_config(config, weights_path)
     strategy = distribution.get_strategy(config.hardware)
     distribution.set_precision(config.hardware, strategy)
     settings = Settings.from_config(own, resolved.config.train.seed)
@@ -167,7 +170,8 @@ def measure(config: Config, own: OwnSetConfig, weights_path: str, folder: str) -
     labeled = _labeled_set(resolved, own.image_set)
     chosen = {MODEL: (resolved.config, weights_path)}
     if own.baseline:
-        chosen[BASELINE] = _baseline_config(resolved, own.baseline_model_name), own.baseline
+        baseline = stored_model.find(own.baseline)
+        chosen[BASELINE] = _baseline_config(resolved, own.baseline_model_name, baseline), baseline
     subjects = [
         _subject(name, config, path, resolved.image_size, strategy, bool(settings.corruptions))
         for name, (config, path) in chosen.items()
@@ -209,9 +213,10 @@ def _labeled_set(resolved: ResolvedConfig, prefix: str) -> LabeledSet:
     return LabeledSet(source, batches, groups, identity)
 
 
-def _baseline_config(resolved: ResolvedConfig, name: str) -> Config:
-    config = resolved.config
-    if not name or name == config.model.model_name:
+def _baseline_config(resolved: ResolvedConfig, name: str, path: str) -> Config:
+    config, stored = resolved.config, stored_model.read(path)
+    name = name or stored.variant or ""
+    if name in ("", config.model.model_name) and not stored.settings:
         return config
     # Coefficients that flags set belong to the other model.
     return config.override(model_name=name, width_coefficient=None, depth_coefficient=None)
@@ -220,14 +225,14 @@ def _baseline_config(resolved: ResolvedConfig, name: str) -> Config:
 def _subject(
     name: str, config: Config, path: str, image_size: int, strategy, classifies: bool
 ) -> Subject:
-    resolved = ResolvedConfig.from_config(config.override(input_image_size=image_size))
+    resolved = ResolvedConfig.from_config(config.override(input_image_size=image_size), path)
     with strategy.scope():
         model = resolved.build_model()
     weights.load_weights(model, path)
     kind, batch = config.predict.inference_engine, config.train.eval_batch_size
     engine = engines.make(kind, model, batch, strategy) if classifies else None
     identity = {
-        "weights": weights.fingerprint(path, resolved.config.model.model_name),
+        "weights": weights.fingerprint(path, resolved.model_name),
         **as_dict(resolved.config.model),
         "precision": tf.keras.mixed_precision.global_policy().name,
     }

@@ -5,26 +5,31 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import cast
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError, needed
-from efficientnet_ns.data import tasks
+from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.devices import distribution
 from efficientnet_ns.evaluation import accuracy, accuracy_report
 from efficientnet_ns.files import json_files, manifests
 from efficientnet_ns.files.metrics_log import MetricsLog
-from efficientnet_ns.inference import engines
+from efficientnet_ns.inference import engines, exported
 from efficientnet_ns.models import weights
+from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 
 def evaluate(config: Config) -> dict[str, dict[str, float]]:
     """Measures saved weights on the task's evaluation set and, if there is one, its test set.
 
-    The weights are those at `init_model_path` if given, else the newest in `model_dir`. With
+    The weights are those at `init_model_path` if given, else the newest in `model_dir`, which may also
+    be an export; what is not given about the model is read there, and the labeled records are by
+    default those of its training. With
     `eval_continuously`, every new checkpoint in `model_dir` is measured until the last step, and the
     metrics are also logged to `model_dir/eval`.
 
@@ -34,11 +39,19 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     Raises:
       ConfigError, DataError: settings or data that cannot work.
     """
+    path = _weights_path(config)
+    stored = stored_model.read(path)
+    if stored.exported:
+        exported.check(config, stored)
     if config.train.eval_image_size:
         config = config.override(input_image_size=config.train.eval_image_size)
-    resolved = ResolvedConfig.from_config(config)
+    if not config.data.label_data_dir:
+        config = config.override(label_data_dir=stored.settings.get("label_data_dir"))
+    resolved = ResolvedConfig.from_config(config, path)
     config = resolved.config
-    path = _check(config)
+    _check(config)
+    if stored.exported:
+        return _evaluate_export(resolved, path)
     strategy = distribution.get_strategy(config.hardware)
     distribution.set_precision(config.hardware, strategy)
     with strategy.scope():
@@ -53,16 +66,47 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     results = _measure_sets(resolved, evaluator, path)
     folder = config.train.eval_dir
     if not folder and config.train.model_dir:
-        folder = os.path.join(config.train.model_dir, "eval")
-    if folder and distribution.is_chief(strategy):
-        accuracy_report.write(folder, config, path, results, tasks.class_names(resolved.task))
-    for line in accuracy_report.beside_published(config, results):
+        folder = os.path.join(stored_model.find(config.train.model_dir), "eval")
+    return _report(resolved, path, results, folder if distribution.is_chief(strategy) else None)
+
+
+def _evaluate_export(resolved: ResolvedConfig, path: str) -> dict[str, dict[str, float]]:
+    """Measures an export, whose graph prepares the images itself."""
+    model = exported.ExportedModel(path)
+    # Not called as a model: the engine computes.
+    evaluator = accuracy.Evaluator(
+        cast(tf.keras.Model, model), engine=cast(Callable[[np.ndarray], np.ndarray], model)
+    )
+    results = _measure_sets(resolved, evaluator, path, exported.Encoded(resolved.image_size))
+    return _report(resolved, path, results, resolved.config.train.eval_dir)
+
+
+def _report(
+    resolved: ResolvedConfig, path: str, results: dict[str, accuracy.Measured], folder: str | None
+) -> dict[str, dict[str, float]]:
+    """The metrics; they are logged beside published ones, and written to `folder` if there is one."""
+    if folder:
+        names = tasks.class_names(resolved.task)
+        accuracy_report.write(folder, resolved.config, path, results, names)
+    for line in accuracy_report.beside_published(resolved.config, results):
         logging.info(line)
     return {name: measured.metrics for name, measured in results.items()}
 
 
-def _check(config: Config) -> str:
-    """The path of the weights; ConfigError for settings that cannot work."""
+def _weights_path(config: Config) -> str:
+    train = config.train
+    path = None if train.eval_continuously else train.init_model_path
+    path = path or train.model_dir
+    if not path:
+        raise ConfigError(
+            "--model_dir (or --init_model_path) is needed: the model to evaluate, a folder of a "
+            "training, of noisy_student, or of an export"
+        )
+    return stored_model.find(path)
+
+
+def _check(config: Config) -> None:
+    """ConfigError for settings that cannot work."""
     train = config.train
     needed(config.data.label_data_dir, "label_data_dir", "the folder with the labeled records")
     if train.eval_views not in (1, 2):
@@ -71,13 +115,6 @@ def _check(config: Config) -> str:
         raise ConfigError(
             "--eval_continuously computes with TensorFlow: leave out --inference_engine=xnnpack"
         )
-    path = None if train.eval_continuously else train.init_model_path
-    path = path or train.model_dir
-    if not path:
-        raise ConfigError(
-            "--model_dir (or --init_model_path) is needed: the checkpoint to evaluate"
-        )
-    return path
 
 
 def _engine(config: Config, model: tf.keras.Model, strategy: tf.distribute.Strategy):
@@ -92,16 +129,25 @@ def _engine(config: Config, model: tf.keras.Model, strategy: tf.distribute.Strat
 
 
 def _measure_sets(
-    resolved: ResolvedConfig, evaluator: accuracy.Evaluator, path: str
+    resolved: ResolvedConfig,
+    evaluator: accuracy.Evaluator,
+    path: str,
+    preprocessing: pipeline.Preprocessing | None = None,
 ) -> dict[str, accuracy.Measured]:
-    """Prefix of the set → measurements of the model's current weights, which came from `path`."""
+    """Prefix of the set → measurements of the model's current weights, which came from `path`.
+
+    Args:
+      preprocessing: None: the evaluation preprocessing of the settings.
+    """
     results = {}
     limits = {resolved.task.eval_set: "num_eval_images"}
     if resolved.task.test_set is not None:
         limits[resolved.task.test_set] = "num_test_images"
     for prefix, limit in limits.items():
         source = resolved.evaluation_source(prefix, limit)
-        batches = functools.partial(distribution.eval_share, resolved, source)
+        batches = functools.partial(
+            distribution.eval_share, resolved, source, preprocessing=preprocessing
+        )
         with resolved.naming_bad_records(source):
             results[prefix] = evaluator.measure(batches, source.total)
         logging.info("%s, %s: %s", path, prefix, accuracy.describe(results[prefix].metrics))

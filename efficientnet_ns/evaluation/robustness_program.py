@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from operator import methodcaller
 from typing import Any
@@ -22,6 +23,7 @@ from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.inference.teacher import TeacherPredictor, check_views
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import weights
+from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 # Sets of labeled images, which may be class folders, records or tfds.
@@ -35,6 +37,7 @@ def evaluate_and_report(config: Config, own: OwnSetConfig, sets: RobustnessConfi
       ConfigError, DataError: settings or data that cannot work.
     """
     config = data_source.with_records(config)
+    sets = _with_weights(config, sets)
     if own.corrupt or own.epsilons:
         given = [f"--{name}" for name, path in sets.places().items() if path]
         if given:
@@ -47,16 +50,23 @@ def evaluate_and_report(config: Config, own: OwnSetConfig, sets: RobustnessConfi
     if own.baseline:
         raise ConfigError("--baseline is measured with --corrupt or --epsilons, which is not given")
     results = evaluate(config, sets)
-    size = ResolvedConfig.from_config(config).image_size
-    return robustness.markdown(robustness.rows(results, size, config.model.model_name))
+    resolved = ResolvedConfig.from_config(config, sets.weights)
+    rows = robustness.rows(results, resolved.image_size, resolved.model_name)
+    return robustness.markdown(rows)
+
+
+def _with_weights(config: Config, sets: RobustnessConfig) -> RobustnessConfig:
+    """`sets` with the path of the weights, which are by default those in `model_dir`."""
+    given = sets.weights or config.train.model_dir or ""
+    return dataclasses.replace(sets, weights=stored_model.find(given))
 
 
 def evaluate(config: Config, sets: RobustnessConfig) -> dict[str, dict[str, Any]]:
     """Measures the sets that are given; writes robustness.json, .md and .html.
 
     Args:
-      config: the model, an ImageNet one.
-      sets: its weights, as `weights.load_weights` takes them, and the sets.
+      config: the model, an ImageNet one; what is not given is read beside its weights.
+      sets: the weights, as `stored_model.find` takes them, and the sets.
 
     Returns:
       Set → results, fractions.
@@ -67,8 +77,9 @@ def evaluate(config: Config, sets: RobustnessConfig) -> dict[str, dict[str, Any]
         on them.
       manifests.OutputConflict: report_dir has parts of other weights, settings or sets.
     """
+    sets = _with_weights(config, sets)
     places = _given(sets)
-    resolved = ResolvedConfig.from_config(config)
+    resolved = ResolvedConfig.from_config(config, sets.weights)
     if resolved.num_classes != 1000:
         raise ConfigError(
             f"--task_name={resolved.config.data.task_name}: the sets need ImageNet's classes"
@@ -79,7 +90,7 @@ def evaluate(config: Config, sets: RobustnessConfig) -> dict[str, dict[str, Any]
     predictor = TeacherPredictor(resolved, sets.weights)
     identity = {
         "weights": sets.weights,
-        "model": config.model.model_name,
+        "model": resolved.model_name,
         "image_size": resolved.image_size,
         "views": config.predict.test_time_views,
     }
@@ -91,7 +102,7 @@ def evaluate(config: Config, sets: RobustnessConfig) -> dict[str, dict[str, Any]
         # By their content: a training may go on in the same folder.
         {
             **identity,
-            "weights": weights.fingerprint(sets.weights, resolved.config.model.model_name),
+            "weights": weights.fingerprint(sets.weights, resolved.model_name),
         },
         predictor.of_whole_images().label if whole else None,
     )
@@ -105,7 +116,7 @@ def _given(sets: RobustnessConfig) -> dict[str, str]:
     given = {name: path for name, path in sets.places().items() if path}
     if not sets.weights or not sets.report_dir or not given:
         raise ConfigError(
-            "--weights, --report_dir and at least one set are needed: "
+            "--model_dir (or --weights), --report_dir and at least one set are needed: "
             f"{', '.join(f'--{name}' for name in sets.places())}, "
             "or --corrupt or --epsilons for a labeled set of your own"
         )
@@ -194,8 +205,9 @@ def evaluate_own_set(config: Config, own: OwnSetConfig, sets: RobustnessConfig) 
     Raises:
       ConfigError, DataError: settings or data that cannot work.
     """
+    sets = _with_weights(config, sets)
     if not sets.weights or not sets.report_dir:
-        raise ConfigError("--weights and --report_dir are needed")
+        raise ConfigError("--model_dir (or --weights) and --report_dir are needed")
     found = custom_robustness.measure(config, own, sets.weights, sets.report_dir)
     custom_robustness_report.write(sets.report_dir, found)
     return found.results

@@ -9,14 +9,17 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
+import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.config import Config, ConfigError, PhotosConfig
 from efficientnet_ns.data import image_conversion, tasks
 from efficientnet_ns.files.standard_output import escaped
+from efficientnet_ns.inference import exported
 from efficientnet_ns.inference import photos as photos_lib
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import weights
+from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 # Up to this many photos the model runs eagerly: tracing it takes as long as a dozen of them.
@@ -34,8 +37,9 @@ def predict_images(
     """Predictions for one photo after the other, each as soon as it is known.
 
     Args:
-      config: the model and the task it was trained for.
-      weights_path: what `weights.load_weights` takes.
+      config: what is not given is read beside the weights.
+      weights_path: what `stored_model.find` takes: weights, the folder of a training, of noisy_student,
+        or of an export.
       photos: paths of image files: JPEG, PNG, GIF, BMP and others that `image_conversion.prepare` takes;
         `-` is standard input.
       top: classes per photo.
@@ -50,28 +54,51 @@ def predict_images(
       WeightsError, FileNotFoundError: the weights do not fit the model, or are not there.
     """
     if not weights_path or not photos:
-        raise ConfigError("--weights=PATH and at least one photo are needed")
-    resolved = ResolvedConfig.from_config(data_source.with_records(config))
-    model = resolved.build_model()
-    weights.load_weights(model, weights_path, ema=ema)
-    names = tasks.class_names(resolved.task)
-    prepare = resolved.preprocessing().evaluate
-
-    def classify(image: tf.Tensor) -> tf.Tensor:
-        return tf.nn.softmax(model(image[tf.newaxis], training=False))[0]
-
-    if len(photos) > _FEW:
-        classify = tf.function(classify)  # All images have one shape: traced once.
+        raise ConfigError("--model_dir (or --weights) and at least one photo are needed")
+    path = stored_model.find(weights_path)
+    if stored_model.is_export(path):
+        classify, names = _exported(config, path)
+    else:
+        classify, names = _built(config, path, ema=ema, compiled=len(photos) > _FEW)
     for photo in [os.fspath(photo) for photo in photos]:
         try:
-            image = _prepared(_content(photo), prepare)
+            probabilities = _classified(_content(photo), classify)
         except (tf.errors.OpError, image_conversion.Unusable) as error:
             yield {"photo": photo, "error": _reason(getattr(error, "message", str(error)))}
         except UnicodeDecodeError as error:  # TensorFlow's message, with such a name in it.
             yield {"photo": photo, "error": error.object.decode(errors="backslashreplace")}
         else:
-            best = cast(list[photos_lib.Prediction], photos_lib.top_k(classify(image), names, top))
+            best = cast(list[photos_lib.Prediction], photos_lib.top_k(probabilities, names, top))
             yield {"photo": photo, "predictions": [guess._asdict() for guess in best]}
+
+
+# Encoded scalar string → probabilities float32 [C]; InvalidArgumentError if it cannot be decoded.
+_Classify = Callable[[tf.Tensor], tf.Tensor | np.ndarray]
+
+
+def _exported(config: Config, path: str) -> tuple[_Classify, Sequence[str] | None]:
+    """An exported model and its class names."""
+    exported.check(config, stored_model.read(path))
+    resolved = ResolvedConfig.from_config(config, path)
+    model = exported.ExportedModel(path)
+    return lambda raw: model([raw.numpy()])[0], tasks.class_names(resolved.task)
+
+
+def _built(
+    config: Config, path: str, *, ema: bool, compiled: bool
+) -> tuple[_Classify, Sequence[str] | None]:
+    """The model of these weights, and the class names of its task."""
+    resolved = ResolvedConfig.from_config(data_source.with_records(config), path)
+    model = resolved.build_model()
+    weights.load_weights(model, path, ema=ema)
+    prepare = resolved.preprocessing().evaluate
+
+    def run(image: tf.Tensor) -> tf.Tensor:
+        return tf.nn.softmax(model(image[tf.newaxis], training=False))[0]
+
+    if compiled:
+        run = tf.function(run)  # All images have one shape: traced once.
+    return lambda raw: run(prepare(raw)), tasks.class_names(resolved.task)
 
 
 def _content(photo: str) -> tf.Tensor:
@@ -84,13 +111,13 @@ def _content(photo: str) -> tf.Tensor:
     return tf.io.read_file(os.fsencode(photo))  # Names that are not UTF-8 too.
 
 
-def _prepared(raw: tf.Tensor, prepare: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
-    """`prepare` of the bytes, converted as records are made when TensorFlow cannot decode them."""
+def _classified(raw: tf.Tensor, classify: _Classify) -> tf.Tensor | np.ndarray:
+    """`classify` of the bytes, converted as records are made when TensorFlow cannot decode them."""
     try:
-        return prepare(raw)
+        return classify(raw)
     except tf.errors.InvalidArgumentError:
         converted, _ = image_conversion.prepare(raw.numpy(), image_conversion.Rules())
-        return prepare(tf.constant(converted))
+        return classify(tf.constant(converted))
 
 
 def _reason(message: str) -> str:
@@ -115,9 +142,10 @@ def _printable(text: str) -> str:
 
 def print_predictions(config: Config, options: PhotosConfig, photos: Sequence[str]) -> int:
     """Prints what each photo shows as soon as it is known; exit code: 1 if any cannot be read."""
+    path = options.weights or config.train.model_dir or ""
     show = json.dumps if options.json else _text
     failed = False
-    for result in predict_images(config, options.weights, photos, options.top, ema=options.ema):
+    for result in predict_images(config, path, photos, options.top, ema=options.ema):
         print(_printable(show(result)), flush=True)
         failed |= "error" in result
     return int(failed)

@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import tensorflow as tf
+
 from efficientnet_ns.config import (
     BeamConfig,
     Config,
@@ -17,10 +19,11 @@ from efficientnet_ns.config import (
     require,
     shard_list,
 )
+from efficientnet_ns.data import tasks
 from efficientnet_ns.ingest import data_source
-from efficientnet_ns.pseudo_labels import index, run_report, write
+from efficientnet_ns.pseudo_labels import index, predict, run_report, unlabeled_set, write
 from efficientnet_ns.pseudo_labels.selection import select
-from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+from efficientnet_ns.resolve import stored_model
 
 
 def select_and_write(selection: SelectConfig, options: FilterConfig) -> dict[str, Any]:
@@ -32,7 +35,8 @@ def select_and_write(selection: SelectConfig, options: FilterConfig) -> dict[str
     Raises:
       ConfigError: a folder is not given, or settings contradict each other.
     """
-    require(selection, "input_dir", "prediction_dir", "prelim_stats_dir", "output_dir")
+    require(selection, "unlabel_data_dir", "prediction_dir", "prelim_stats_dir", "output_dir")
+    selection = completed(selection)
     if options.report and selection.only_get_stats:
         raise ConfigError("--report shows a selection: leave --only_get_stats out")
     result: dict[str, Any] = {**select(selection)}
@@ -52,8 +56,35 @@ def report(selection: SelectConfig, options: ReportConfig) -> str:
     Raises:
       ConfigError: a folder is not given.
     """
-    require(selection, "input_dir", "prediction_dir", "output_dir")
-    return run_report.write_report(selection, options)
+    require(selection, "unlabel_data_dir", "prediction_dir", "output_dir")
+    return run_report.write_report(completed(selection), options)
+
+
+def completed(selection: SelectConfig) -> SelectConfig:
+    """The settings with task, number of classes, file prefix and number of shards as they were found.
+
+    The task is that of the predictions' teacher, which is noted beside them, unless one is given.
+
+    Raises:
+      ConfigError: the number of classes that is given is not the task's.
+      DataError: see `unlabeled_set.find`.
+    """
+    default = SelectConfig()
+    name = selection.task_name or os.path.join(selection.prediction_dir, stored_model.TASK)
+    if selection.task_name or tf.io.gfile.exists(name):
+        classes = tasks.get_task(name).num_classes
+        if selection.num_label_classes not in (default.num_label_classes, classes):
+            raise ConfigError(
+                f"--num_label_classes={selection.num_label_classes}, but task {name!r} has {classes} "
+                "classes"
+            )
+        selection = dataclasses.replace(selection, task_name=name, num_label_classes=classes)
+    if selection.only_get_stats:
+        return selection  # The records are not needed.
+    prefix, num_shards = unlabeled_set.find(
+        selection.unlabel_data_dir, selection.file_prefix, selection.num_shards
+    )
+    return dataclasses.replace(selection, file_prefix=prefix, num_shards=num_shards)
 
 
 def label_on_beam(config: Config, job: BeamConfig, beam_options: Sequence[str]) -> dict[str, Any]:
@@ -105,16 +136,18 @@ def beam_stages(config: Config, job: BeamConfig) -> tuple[Config, SelectConfig]:
         for name in ("predictions", "info", "statistics", "selected")
     }
     prediction = config.override(output_dir=folder["predictions"], info_dir=folder["info"])
+    resolved = predict.resolve(prediction.override(shard_id="auto"))
+    config = resolved.config
     selection = SelectConfig(
-        input_dir=config.data.unlabel_data_dir,
+        unlabel_data_dir=config.data.unlabel_data_dir,
         prediction_dir=folder["predictions"],
         info_dir=folder["info"],
         prelim_stats_dir=folder["statistics"],
         output_dir=folder["selected"],
         num_shards=config.predict.num_shards,
         file_prefix=config.predict.file_prefix,
-        num_label_classes=ResolvedConfig.from_config(config).num_classes,
+        num_label_classes=resolved.num_classes,
         seed=config.train.seed,
         **{k: v for k, v in dataclasses.asdict(job).items() if k != "work_dir"},
     )
-    return prediction, selection
+    return config, selection

@@ -44,6 +44,7 @@ from efficientnet_ns.loop import hurdles, judgement, labels_csv, picture_report,
 from efficientnet_ns.loop.plan import Plan
 from efficientnet_ns.loop.state import State
 from efficientnet_ns.pseudo_labels import predict
+from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.serving.model_export import export_model
 from efficientnet_ns.training import probe
 
@@ -246,6 +247,7 @@ class _Run:
                 f"{picture_report.name_of(best)} ({tops[best]:.1%}), which is kept as the best model"
             )
         model = rounds.model_configs(base, loop)[best]
+        self.state.once(stored_model.BEST, lambda: {"round": best})
         self.state.once("labels", lambda: self._label(base, loop, model, best, len(trained)))
         exported = self.state.once("export", lambda: self._export(model, len(names)))
         table = picture_report.table(rows, sets, data["counts"], base, best)

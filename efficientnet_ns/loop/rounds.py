@@ -152,7 +152,7 @@ def _per_model(flag: str, text: str, kind: type, count: int) -> list[Any]:
 
 def _as_published(config: Config) -> Config:
     """With what the published model of this size was trained with; an image size given stays."""
-    recipe = RECIPES.get(config.model.model_name)
+    recipe = RECIPES.get(config.model.model_name or "")
     if recipe is None:
         raise ConfigError(
             f"--published_recipes: none for {config.model.model_name!r}; known: {', '.join(RECIPES)}"
@@ -240,7 +240,7 @@ def selection_config(prediction: Config, loop: LoopConfig, folder: str) -> Selec
     """Settings of the selection among predictions; records are written to `folder/selected/data`."""
     options = prediction.predict
     return SelectConfig(
-        input_dir=prediction.data.unlabel_data_dir,
+        unlabel_data_dir=prediction.data.unlabel_data_dir,
         prediction_dir=options.output_dir,
         prelim_stats_dir=os.path.join(folder, "statistics"),
         output_dir=os.path.join(folder, "selected"),

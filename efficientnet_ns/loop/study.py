@@ -136,7 +136,7 @@ def _widened(config: Config, factor: float) -> Config:
     if factor == 1:
         return config
     width = config.model.width_coefficient
-    width = width or efficientnet.get_variant(config.model.model_name).width
+    width = width or efficientnet.get_variant(as_dict(config.model)["model_name"]).width
     return config.override(width_coefficient=width * factor)
 
 

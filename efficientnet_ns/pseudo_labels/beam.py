@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError, SelectConfig
+from efficientnet_ns.inference.exported import ExportedModel
 from efficientnet_ns.inference.teacher import TeacherPredictor
 from efficientnet_ns.pseudo_labels import index, predict, write
 from efficientnet_ns.pseudo_labels.label_shard import TooManyBadRecords
 from efficientnet_ns.pseudo_labels.selection import select
-from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 try:
     import apache_beam
@@ -117,7 +117,7 @@ class _Predict(apache_beam.DoFn):
 
     def __init__(self, prediction: Config):
         self._prediction, self._shared = prediction, Shared()
-        self._teacher: TeacherPredictor | None = None
+        self._teacher: TeacherPredictor | ExportedModel | None = None
 
     def process(self, unit: tuple[int, int]) -> Iterator[str]:
         worker, shard = unit
@@ -131,9 +131,8 @@ class _Predict(apache_beam.DoFn):
             logging.error("%s", e)
             yield str(e)
 
-    def _load(self) -> TeacherPredictor:
-        resolved = ResolvedConfig.from_config(self._prediction)
-        return TeacherPredictor(resolved, self._prediction.predict.predict_ckpt_path)
+    def _load(self) -> TeacherPredictor | ExportedModel:
+        return predict.load_teacher(predict.resolve(self._prediction))
 
 
 def _select(refused: list[str], selection: SelectConfig) -> list[int]:

@@ -51,7 +51,7 @@ def task_number(config: SelectConfig) -> int:
 def input_path(config: SelectConfig, shard: int) -> str:
     """The unlabeled records of a shard."""
     name = shard_names.shard_name(config.file_prefix, shard, config.num_shards)
-    return os.path.join(config.input_dir, name)
+    return os.path.join(config.unlabel_data_dir, name)
 
 
 def prediction_path(config: SelectConfig, shard: int, worker: int) -> str:

@@ -25,6 +25,7 @@ from efficientnet_ns.files import json_files, manifests, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.leases import Lease
 from efficientnet_ns.files.progress import Progress
+from efficientnet_ns.inference.exported import ExportedModel
 from efficientnet_ns.inference.teacher import TeacherPredictor
 from efficientnet_ns.pseudo_labels.index import IndexWriter, top_one
 from efficientnet_ns.pseudo_labels.parts import Broken, PartFile, Parts
@@ -130,7 +131,11 @@ class ShardLabeling:
     """
 
     def __init__(
-        self, teacher: TeacherPredictor, task: ShardTask, options: PredictConfig, lease: Lease
+        self,
+        teacher: TeacherPredictor | ExportedModel,
+        task: ShardTask,
+        options: PredictConfig,
+        lease: Lease,
     ):
         self._teacher, self._task, self._options, self._lease = teacher, task, options, lease
         engine = teacher.engine

@@ -278,7 +278,7 @@ def read_truth(config: SelectConfig, truth: Truth) -> pyarrow.Table:
         carried = [_labels(index.input_path(config, s)) for s in index.shards(config)]
         if not any((labels > _NO_LABEL).any() for labels in carried):
             raise DataError(
-                f"no record of {config.input_dir} has {tfexamples.LABEL_ONE_BASED!r}: "
+                f"no record of {config.unlabel_data_dir} has {tfexamples.LABEL_ONE_BASED!r}: "
                 "there is no truth to compare with"
             )
         truth = carried

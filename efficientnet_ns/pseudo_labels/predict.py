@@ -12,28 +12,35 @@ where it was, see `parts`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 
 import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError, shard_list
+from efficientnet_ns.data.tasks import write_task
 from efficientnet_ns.files import manifests, shard_names, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.leases import LeaseLost, Leases
+from efficientnet_ns.inference import exported
 from efficientnet_ns.inference.teacher import TeacherPredictor, check_views
 from efficientnet_ns.models import weights
+from efficientnet_ns.pseudo_labels import unlabeled_set
 from efficientnet_ns.pseudo_labels.label_shard import ShardLabeling, ShardTask, TooManyBadRecords
+from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig, normalization
 
 
-def predict(config: Config, teacher: TeacherPredictor | None = None) -> dict[str, int]:
+def predict(
+    config: Config, teacher: TeacherPredictor | exported.ExportedModel | None = None
+) -> dict[str, int]:
     """Labels the configured shards; finished ones are verified and skipped.
 
     Waits for shards that another process is working on, and takes them over if it dies.
 
     Args:
-      config: names teacher, input and outputs.
+      config: names teacher, input and outputs; see `resolve`.
       teacher: of the same settings; None: loads it if there is work.
 
     Returns:
@@ -44,12 +51,12 @@ def predict(config: Config, teacher: TeacherPredictor | None = None) -> dict[str
       TooManyBadRecords: of the first such shard, after all others are done.
       manifests.OutputConflict: an output is of other settings; finished shards are kept.
     """
-    resolved = ResolvedConfig.from_config(config)
-    _check(resolved)
+    resolved = resolve(config)
     tasks = _tasks(resolved)
     labeled = 0
     if not all(task.stage.done() for task in tasks.values()):
         labeled = _work(resolved, tasks, teacher)
+    _note_classes(resolved)
     counts = [task.stage.counts() for task in tasks.values()]
     return {
         "records": sum(c["records"] for c in counts),
@@ -60,15 +67,48 @@ def predict(config: Config, teacher: TeacherPredictor | None = None) -> dict[str
 
 def unfinished(config: Config) -> list[int]:
     """The configured shards without finished predictions; raises as `predict`."""
-    resolved = ResolvedConfig.from_config(config)
-    _check(resolved)
+    resolved = resolve(config)
     return [task.shard for task in _tasks(resolved).values() if not task.stage.done()]
+
+
+def resolve(config: Config) -> ResolvedConfig:
+    """The settings with teacher and unlabeled set as they were found.
+
+    What is not given about the teacher is read beside its weights; `predict_ckpt_path` is where they
+    are, `file_prefix` and `num_shards` are those of the folder's records.
+
+    Raises:
+      ConfigError: a flag is missing or does not fit.
+      DataError: the folder has no such records.
+    """
+    path = stored_model.find(config.predict.predict_ckpt_path or config.train.model_dir or "")
+    resolved = ResolvedConfig.from_config(config.override(predict_ckpt_path=path), path)
+    _check(resolved)
+    config, options = resolved.config, resolved.config.predict
+    part = f"-{options.worker_id}" if options.reassign_label else ""
+    prefix, num_shards = unlabeled_set.find(
+        _input_dir(config), options.file_prefix, options.num_shards, part
+    )
+    if options.shard_id is None and num_shards > 1:
+        logging.warning("only shard 0 of %d is labeled; --shard_id=auto: all of them", num_shards)
+    found = config.override(file_prefix=prefix, num_shards=num_shards)
+    return dataclasses.replace(resolved, config=found)
+
+
+def load_teacher(resolved: ResolvedConfig) -> TeacherPredictor | exported.ExportedModel:
+    """The teacher of `resolve`d settings."""
+    path = resolved.config.predict.predict_ckpt_path
+    if stored_model.is_export(path):
+        return exported.ExportedModel(path)
+    return TeacherPredictor(resolved, path)
 
 
 def _check(resolved: ResolvedConfig) -> None:
     config = resolved.config
     options = config.predict
-    for name in ("predict_ckpt_path", "output_dir", "info_dir"):
+    if not options.predict_ckpt_path:
+        raise ConfigError("--model_dir (or --predict_ckpt_path) is needed: the teacher")
+    for name in ("output_dir", "info_dir"):
         if not getattr(options, name) and (name != "info_dir" or not options.reassign_label):
             raise ConfigError(f"--{name} is needed for --mode=predict")
     if not _input_dir(config):
@@ -78,6 +118,8 @@ def _check(resolved: ResolvedConfig) -> None:
             f"--worker_id={options.worker_id} is not below "
             f"--total_replicas={options.total_replicas}"
         )
+    if stored_model.is_export(options.predict_ckpt_path):
+        exported.check(config, stored_model.read(options.predict_ckpt_path))
     check_views(resolved)
 
 
@@ -99,7 +141,11 @@ def _tasks(resolved: ResolvedConfig) -> dict[str, ShardTask]:
         start = (os.getpid() * 7919) % len(shards)
         shards = shards[start:] + shards[:start]
     sources = {shard: _input_path(resolved.config, shard) for shard in shards}
-    checkpoint = weights.fingerprint(options.predict_ckpt_path, resolved.config.model.model_name)
+    path = options.predict_ckpt_path
+    if stored_model.is_export(path):
+        checkpoint = exported.fingerprint(path)
+    else:
+        checkpoint = weights.fingerprint(path, resolved.model_name)
     tasks = [_task(resolved, checkpoint, sources[shard], shard) for shard in shards]
     return {task.name: task for task in tasks}
 
@@ -112,11 +158,21 @@ def _input_path(config: Config, shard: int) -> str:
     name = shard_names.shard_name(prefix, shard, options.num_shards)
     path = os.path.join(_input_dir(config), name)
     if not tf.io.gfile.exists(path):
-        raise DataError(f"shard {path} is missing (check --file_prefix and --num_shards)")
+        holds = unlabeled_set.described(_input_dir(config))
+        raise DataError(f"shard {path} is missing from its folder: {holds}")
     if tf.io.gfile.stat(path).length == 0:
         # DataError unless the folder's counts list the shard as empty.
         tfrecords.count_all([path])
     return path
+
+
+def _note_classes(resolved: ResolvedConfig) -> None:
+    """Leaves the task beside the predictions, for the names of its classes."""
+    options = resolved.config.predict
+    path = os.path.join(options.output_dir, stored_model.TASK)
+    if not options.reassign_label and not tf.io.gfile.exists(path):
+        tf.io.gfile.makedirs(options.output_dir)
+        write_task(path, **dataclasses.asdict(resolved.task))
 
 
 def _task(resolved: ResolvedConfig, checkpoint: str, path: str, shard: int) -> ShardTask:
@@ -133,11 +189,11 @@ def _task(resolved: ResolvedConfig, checkpoint: str, path: str, shard: int) -> S
     settings = {
         "checkpoint": checkpoint,
         "input": manifests.fingerprint([path]),
-        "model": resolved.config.model.model_name,
+        "model": resolved.model_name,
         "image_size": resolved.image_size,
         "num_classes": resolved.num_classes,
         "small_image": resolved.small_image,
-        **normalization(resolved.config.model.model_name, resolved.task),
+        **normalization(resolved.model_name, resolved.task),
         "total_replicas": replicas,
     }
     if options.test_time_views > 1:
@@ -166,11 +222,13 @@ def _task(resolved: ResolvedConfig, checkpoint: str, path: str, shard: int) -> S
 
 
 def _work(
-    resolved: ResolvedConfig, tasks: dict[str, ShardTask], teacher: TeacherPredictor | None
+    resolved: ResolvedConfig,
+    tasks: dict[str, ShardTask],
+    teacher: TeacherPredictor | exported.ExportedModel | None,
 ) -> int:
     """Labels tasks until all are done, by this process or others; returns how many it labeled."""
     options = resolved.config.predict
-    teacher = teacher or TeacherPredictor(resolved, options.predict_ckpt_path)
+    teacher = teacher or load_teacher(resolved)
     labeled = 0
     failed: dict[str, TooManyBadRecords] = {}
     leases = Leases(options.output_dir, options.lease_seconds)

@@ -19,7 +19,7 @@ from efficientnet_ns.config import ConfigError, ReportConfig, SelectConfig
 from efficientnet_ns.files import manifests
 from efficientnet_ns.pseudo_labels import outcome
 from efficientnet_ns.pseudo_labels.outcome import Outcome, Picture
-from efficientnet_ns.pseudo_labels.selection import RULE, SELECTION
+from efficientnet_ns.pseudo_labels.selection import RULE, SELECTION, class_names_of
 
 _PICTURES = 36  # Of a grid over all classes.
 _PICTURES_PER_CLASS = 8
@@ -46,7 +46,7 @@ def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> str
         path,
         title="Pseudo labels",
         intro=(
-            f"Predictions in {config.prediction_dir} for the images in {config.input_dir}, and the "
+            f"Predictions in {config.prediction_dir} for the images in {config.unlabel_data_dir}, and the "
             f"selection from them in {config.output_dir}."
         ),
         sections=[
@@ -68,12 +68,12 @@ def sections(
 
     Args:
       truth: true labels by shard and record, instead of the file that `options` names.
-      class_names: one per class, instead of the file that `options` names.
+      class_names: one per class, instead of the file that `options` names; by default the task's.
     """
     if class_names is None and options.class_names:
         with tf.io.gfile.GFile(options.class_names) as f:
             class_names = f.read().splitlines()
-    names = list(class_names or map(str, range(config.num_label_classes)))
+    names = list(class_names or class_names_of(config))
     if len(names) != config.num_label_classes:
         raise ConfigError(f"{len(names)} class names for {config.num_label_classes} classes")
     config = _as_selected(config)

@@ -32,6 +32,7 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import ConfigError, SelectConfig, check
+from efficientnet_ns.data import tasks
 from efficientnet_ns.files import json_files, local_files, manifests, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.shard_names import info_name
@@ -590,6 +591,12 @@ def _before_cut(rules: Rules, chunk: RowChunk, rows: np.ndarray) -> np.ndarray:
     return before
 
 
+def class_names_of(config: SelectConfig) -> Sequence[str]:
+    """A name per class; its number, unless the task is known."""
+    names = tasks.class_names(config.task_name) if config.task_name else None
+    return names or [str(label) for label in range(config.num_label_classes)]
+
+
 def _write_outputs(
     scan: IndexScan, counts: Counts, config: SelectConfig, stage: manifests.Stage
 ) -> None:
@@ -615,7 +622,8 @@ def _write_outputs(
         if empty:
             logging.warning(
                 "%d of %d classes have no image at or above --min_threshold=%s, the first are %s",
-                *(len(empty), config.num_label_classes, config.min_threshold, empty[:10]),
+                *(len(empty), config.num_label_classes, config.min_threshold),
+                ", ".join(class_names_of(config)[label] for label in empty[:10]),
             )
         # Differs (2): the least kept confidence and the images kept.
         content = {str(c): entry for c, entry in chosen.items()} or summary["classes"]

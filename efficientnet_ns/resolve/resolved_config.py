@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,13 +14,15 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config.fields import ConfigError, as_dict, check, needed
-from efficientnet_ns.config.sections import Config
+from efficientnet_ns.config.sections import Config, DataConfig
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.data.autoaugment import AutoAugment
 from efficientnet_ns.data.randaugment import RandAugment
 from efficientnet_ns.files import tfexamples
 from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.files.paths import listed
 from efficientnet_ns.models import efficientnet
+from efficientnet_ns.resolve import stored_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +44,15 @@ class ResolvedConfig:
     num_classes: int
 
     @classmethod
-    def from_config(cls, config: Config) -> ResolvedConfig:
+    def from_config(
+        cls, config: Config, weights_path: str | os.PathLike | None = None
+    ) -> ResolvedConfig:
         """Resolves and cross-checks; reads the task's file, and writes nothing.
 
         Args:
           config: without a `data_source`; see `ingest.data_source.with_records`.
+          weights_path: of the trained model that is used, see `stored_model.find`; what the settings
+            leave open is read there.
 
         Raises:
           ConfigError: names the flag that does not fit.
@@ -56,14 +63,16 @@ class ResolvedConfig:
                 f"--data_source={config.data.data_source} has no records yet; data_source.with_records "
                 "makes them"
             )
-        task_name = as_dict(config.data)["task_name"]
-        config = config.override(task_name=task_name)
+        stored = stored_model.read(weights_path) if weights_path else stored_model.StoredModel()
+        task = _task(config.data.task_name, stored)
+        config = stored.complete(config)
+        task_name, model_name = (
+            as_dict(config.data)["task_name"],
+            as_dict(config.model)["model_name"],
+        )
+        config = config.override(task_name=task_name, model_name=model_name)
         try:
-            task = tasks.get_task(task_name)
-        except ValueError as e:
-            raise ConfigError(f"--task_name: {e}") from e
-        try:
-            variant = efficientnet.get_variant(config.model.model_name)
+            variant = efficientnet.get_variant(model_name)
         except ValueError as e:
             raise ConfigError(f"--model_name: {e}") from e
         if config.model.num_label_classes not in (None, task.num_classes):
@@ -82,6 +91,11 @@ class ResolvedConfig:
             small_image=config.model.small_image_model or task.small_image,
             num_classes=task.num_classes,
         )
+
+    @property
+    def model_name(self) -> str:
+        """The variant."""
+        return needed(self.config.model.model_name, "model_name")
 
     @property
     def train_steps(self) -> int:
@@ -134,9 +148,16 @@ class ResolvedConfig:
           ConfigError: no `label_data_dir`, or fewer records than the limit.
         """
         # Accuracy on a part of a damaged set would not be comparable: no record may be missing.
-        source = pipeline.Source.find(
-            self._label_data_dir, prefix or self.task.eval_set, max_bad_fraction=0
-        )
+        prefix, folders = prefix or self.task.eval_set, self._label_data_dir
+        pattern = rf"{re.escape(prefix)}-\d.*"
+        if not any(listed(folder, pattern) for folder in folders.split(";")):
+            raise DataError(
+                f"no records {prefix}-00000-of-… to evaluate on in {folders}. Make them with make_records "
+                "(--validation_fraction=0.1, or --image_set=validation of other images), name a set "
+                "that is there as eval_set in the task's file (--task_name), or train without "
+                "evaluation: --mode=train"
+            )
+        source = pipeline.Source.find(folders, prefix, max_bad_fraction=0)
         data = self.config.data
         limits = {"num_eval_images": data.num_eval_images, "num_test_images": data.num_test_images}
         return _limited(source, source.examples, limit, limits[limit])
@@ -161,7 +182,7 @@ class ResolvedConfig:
         # Below, the quantity is the survival probability; only the flag states its complement.
         drop_rate = 0.2 if model.stochastic_depth_rate is None else model.stochastic_depth_rate
         return efficientnet.build_model(
-            model.model_name,
+            self.model_name,
             self.num_classes,
             self.image_size,
             small_image=self.small_image,
@@ -169,7 +190,7 @@ class ResolvedConfig:
             depth_coefficient=model.depth_coefficient,
             dropout_rate=model.dropout_rate,
             survival_prob=1.0 - drop_rate,
-            **normalization(model.model_name, self.task),
+            **normalization(self.model_name, self.task),
             bn_momentum=train.bn_momentum,
             num_shards_per_group=train.num_shards_per_group,
         )
@@ -283,13 +304,20 @@ class ResolvedConfig:
         return pipeline.join(*parts)
 
     def eval_batches(
-        self, source: pipeline.Source, share: pipeline.Share = pipeline.WHOLE
+        self,
+        source: pipeline.Source,
+        share: pipeline.Share = pipeline.WHOLE,
+        preprocessing: pipeline.Preprocessing | None = None,
     ) -> tf.data.Dataset:
-        """Every record of `source` once; see `pipeline.eval_batches`."""
+        """Every record of `source` once; see `pipeline.eval_batches`.
+
+        Args:
+          preprocessing: None: `self.preprocessing()`.
+        """
         per_replica = math.ceil(self.config.train.eval_batch_size / share.replicas)
         return pipeline.eval_batches(
             source,
-            self.preprocessing(),
+            preprocessing or self.preprocessing(),
             num_classes=self.num_classes,
             batch_size=per_replica * share.replicas,
             share=share,
@@ -355,3 +383,23 @@ def _limited(
     except DataError as e:
         folder = os.path.dirname(source.paths[0])
         raise ConfigError(f"--{setting}={number}: {e} in {folder}") from e
+
+
+def _task(name: str | None, stored: stored_model.StoredModel) -> tasks.Task:
+    """The task that is given, else the model's; normalised as the model, in any case.
+
+    Raises:
+      ConfigError: there is no such task, or it is not one for the model.
+    """
+    if name is None and stored.task is not None:
+        task = stored.task
+    else:
+        name = name or as_dict(DataConfig())["task_name"]
+        try:
+            task = tasks.get_task(name)
+        except tasks.TaskError as e:
+            # The task of the training, whose file may have gone.
+            if name != stored.task_name or stored.task is None:
+                raise ConfigError(f"--task_name: {e}") from e
+            task = stored.task
+    return stored.fit(task, name or "")

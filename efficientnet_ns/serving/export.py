@@ -15,9 +15,10 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from efficientnet_ns.data import tasks
 from efficientnet_ns.data.pipeline import Preprocessing
-from efficientnet_ns.files import atomic, local_files, manifests, paths
-from efficientnet_ns.inference import folding
-from efficientnet_ns.models import heads
+from efficientnet_ns.files import atomic, manifests, paths
+from efficientnet_ns.inference import exported, folding
+from efficientnet_ns.models import heads, weights
+from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.serving import deployment, templates, tflite, tflite_metadata, warmup
 from efficientnet_ns.serving.classifier import Classifier, OutputSpec
 
@@ -35,11 +36,13 @@ class Options:
         maps as matrix products and freezes the weights; `accelerator` folds and keeps variables;
         `none` leaves the graph as it was trained.
       facts: lines of the model card, name → value.
+      task: what the model was trained for, noted beside the graph; None: unknown.
     """
 
     outputs: OutputSpec
     optimize_for: str = "cpu"
     facts: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    task: tasks.Task | None = None
 
 
 def next_version(base: str, pattern: str = r"(\d+)") -> int:
@@ -132,6 +135,7 @@ def export(
             os.path.join(folder, "assets", "labels.txt"),
             tasks.label_lines(options.outputs.class_names),
         )
+        _note_settings(os.path.join(folder, "assets"), model, options.task)
         warmup.write(folder, model.name, preprocessing.image_size)
         _write(os.path.join(folder, "README.md"), _card(model, preprocessing, version, options))
     deployment.write(base, model.name)
@@ -185,16 +189,8 @@ def export_tflite(
 
 def saved_model_runner(folder: str) -> Callable[[Sequence[bytes]], np.ndarray]:
     """Loads an exported version as a function: N encoded images → probabilities float32 [N, C]."""
-    with local_files.without_wildcards(folder) as literal:
-        loaded = tf.saved_model.load(literal)
-
-    def run(encoded: Sequence[bytes]) -> np.ndarray:
-        parts = [encoded[i : i + 8] for i in range(0, len(encoded), 8)]
-        signature = loaded.signatures["serving_default"]
-        rows = [signature(image_bytes=tf.constant(part))["probabilities"] for part in parts]
-        return np.concatenate([row.numpy() for row in rows])
-
-    return run
+    run = exported.runner(folder)
+    return lambda encoded: run(encoded)["probabilities"]
 
 
 def _set_classify_method(folder: str) -> None:
@@ -206,6 +202,13 @@ def _set_classify_method(folder: str) -> None:
     signature.method_name = tf.compat.v1.saved_model.signature_constants.CLASSIFY_METHOD_NAME
     with tf.io.gfile.GFile(path, "wb") as f:
         f.write(saved.SerializeToString(deterministic=True))
+
+
+def _note_settings(folder: str, model: tf.keras.Model, task: tasks.Task | None) -> None:
+    """Writes what `stored_model` reads."""
+    weights.write_settings(folder, model)
+    if task is not None:
+        tasks.write_task(os.path.join(folder, stored_model.TASK), **dataclasses.asdict(task))
 
 
 def _write(path: str, text: str) -> None:

@@ -15,6 +15,7 @@ from efficientnet_ns.data import tasks
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import published, weights
 from efficientnet_ns.models.recipes import RECIPES
+from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.serving import check, export, provenance, tflite
 from efficientnet_ns.serving.classifier import OutputSpec
@@ -24,7 +25,7 @@ def export_model(config: Config, options: ExportConfig) -> str:
     """Exports the newest checkpoint of `model_dir` (or the one at `init_model_path`).
 
     Args:
-      config: the model, as it was trained.
+      config: names the model; what else it was trained with is read there, unless it is given.
       options: what is exported, and where to.
 
     Returns:
@@ -34,12 +35,12 @@ def export_model(config: Config, options: ExportConfig) -> str:
       ConfigError: a path is missing, or a setting does not fit.
       manifests.OutputConflict: that version exists.
     """
-    path = config.train.init_model_path or config.train.model_dir
+    path = stored_model.find(config.train.init_model_path or config.train.model_dir or "")
     if not path or not options.export_dir:
         raise ConfigError("--export_dir and --model_dir (or --init_model_path) are needed")
     _check(options)
-    resolved = ResolvedConfig.from_config(data_source.with_records(config))
-    path = os.fspath(published.located(path, resolved.config.model.model_name))
+    resolved = ResolvedConfig.from_config(data_source.with_records(config), path)
+    path = os.fspath(published.located(path, resolved.model_name))
     model = _model(resolved, path, options)
     number = options.version
     if number is None:
@@ -89,7 +90,7 @@ def _export_options(resolved: ResolvedConfig, path: str, options: ExportConfig):
         **_provenance(resolved, path),
     }
     return export.Options(
-        OutputSpec(tuple(names), top_k=options.top_k), options.optimize_for, facts
+        OutputSpec(tuple(names), top_k=options.top_k), options.optimize_for, facts, resolved.task
     )
 
 
@@ -98,7 +99,7 @@ def _provenance(resolved: ResolvedConfig, path: str) -> dict[str, object]:
     place = (path,) if tf.io.gfile.isdir(path) else os.path.split(path)
     if facts := provenance.of_training(*place):
         return facts  # Whatever its folder is called.
-    recipe = RECIPES.get(resolved.config.model.model_name)
+    recipe = RECIPES.get(resolved.model_name)
     if recipe is not None and provenance.is_published(path, recipe):
         return provenance.of_publication(recipe)
     return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import platform
@@ -19,10 +20,11 @@ from efficientnet_ns.config.sections import Config
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.files import atomic, json_files, manifests, metrics_log
 from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import normalization
 from efficientnet_ns.training import checkpoints, preview
 
-SETTINGS, RECORDS, RUNS = "config.json", "records.json", "runs.jsonl"
+SETTINGS, RECORDS, RUNS = stored_model.SETTINGS, "records.json", "runs.jsonl"
 # Fields of the task that a training depends on: the task's file can be edited.
 _TASK_FIELDS = (
     *("num_classes", "mean", "std", "image_size", "small_image", "flip"),
@@ -56,6 +58,8 @@ def claim(
             f"{folder} belongs to a training with other settings ({difference}). "
             "Choose another --model_dir, or give the settings it was started with."
         )
+    task = tasks.get_task(needed(config.data.task_name, "task_name"))
+    _check_task_file(folder, task)
     listing = {name: _listing(source) for name, source in sources.items() if source is not None}
     if begun:
         _check_records(folder, listing)
@@ -64,14 +68,16 @@ def claim(
     if difference:
         logging.warning("%s has no checkpoint: it is taken over (%s)", folder, difference)
     tf.io.gfile.makedirs(folder)
-    written = (SETTINGS, RECORDS, preview.FILE, metrics_log.METRICS, RUNS, "checkpoint")
-    atomic.remove_abandoned([os.path.join(folder, name) for name in written])
+    written = (SETTINGS, stored_model.TASK, RECORDS, preview.FILE, metrics_log.METRICS, RUNS)
+    atomic.remove_abandoned([os.path.join(folder, name) for name in (*written, "checkpoint")])
     # The settings a training was begun with stay as they were written.
     if difference or not tf.io.gfile.exists(os.path.join(folder, SETTINGS)):
         noted = {**config.identity(), **_task_fields(config)}
         json_files.write_json(os.path.join(folder, SETTINGS), noted, indent=1)
     if not begun or not tf.io.gfile.exists(os.path.join(folder, RECORDS)):
         json_files.write_json(os.path.join(folder, RECORDS), listing, indent=1)
+    # As it is now: class names may have been added.
+    tasks.write_task(os.path.join(folder, stored_model.TASK), **dataclasses.asdict(task))
 
 
 @contextlib.contextmanager
@@ -123,11 +129,23 @@ def _changed_settings(folder: str, config: Config) -> str:
     return manifests.describe_difference(noted, comparable({**config.identity(), **task}))
 
 
+def _check_task_file(folder: str, task: tasks.Task) -> None:
+    """DirectoryConflict for a task file in a folder that is no training's: it would be overwritten."""
+    path, settings = (os.path.join(folder, name) for name in (stored_model.TASK, SETTINGS))
+    if not tf.io.gfile.exists(path) or tf.io.gfile.exists(settings):
+        return
+    if tasks.get_task(path) != task:
+        raise DirectoryConflict(
+            f"{path} describes another task than --task_name, and is no training's: choose another "
+            "--model_dir"
+        )
+
+
 def _task_fields(config: Config) -> dict[str, Any]:
     """`task.<field>` → its value as JSON gives it back."""
     task = tasks.get_task(needed(config.data.task_name, "task_name"))
     values = {name: getattr(task, name) for name in _TASK_FIELDS}
-    values |= normalization(config.model.model_name, task)
+    values |= normalization(needed(config.model.model_name, "model_name"), task)
     return {f"task.{k}": list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 

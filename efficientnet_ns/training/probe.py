@@ -17,7 +17,9 @@ from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.models import weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
-_UPDATES, _RATE, _DECAY = 300, 0.01, 1e-3
+# The decay is for standardised features. On photographs with 15 labels per class, 0.01 to 0.3 are equally
+# accurate, and the probabilities of 0.1 are the best; 0.001 is sure of everything.
+_UPDATES, _RATE, _DECAY = 300, 0.01, 0.1
 # More pictures than a classifier needs.
 _MOST = 20_000
 

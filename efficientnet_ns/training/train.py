@@ -29,6 +29,7 @@ from efficientnet_ns.files.metrics_log import MetricsLog
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training import preview, schedules
+from efficientnet_ns.training.cautions import cautions
 from efficientnet_ns.training.checkpoints import Checkpoints, saved_steps
 from efficientnet_ns.training.claim import claim, expecting_other_records, note_start
 from efficientnet_ns.training.inputs import Inputs
@@ -281,6 +282,9 @@ def _log_start(
     logging.info("labeled images: %s", resolved.labeled_preprocessing.describe())
     if inputs.unlabeled is not None:
         logging.info("unlabeled images: %s", resolved.unlabeled_preprocessing.describe())
+    if start == 0:
+        for caution in cautions(resolved, inputs.labeled.total):
+            logging.warning("%s", caution)
     if not writes:
         return
     note_start(folder, start, config.values())

@@ -224,12 +224,12 @@ def test_all_are_those_of_the_mean():
     "change, message",
     [
         ({"label_data_dir": None}, "--label_data_dir is needed"),
-        ({"weights": ""}, "--weights and --report_dir are needed"),
+        ({"weights": "", "model_dir": None}, "--report_dir are needed"),
     ],
 )
 def test_what_is_missing(folder, tmp_path, change, message):
     path = change.pop("weights", str(folder / "model.safetensors"))
-    config = settings(folder, "unused", **change)
+    config = settings(folder, "unused").override(**change)
     with pytest.raises(ConfigError, match=message):
         robustness_program.evaluate_own_set(
             config,
@@ -240,9 +240,9 @@ def test_what_is_missing(folder, tmp_path, change, message):
 
 def test_a_baseline_of_another_size_has_its_own_coefficients(folder):
     config = settings(folder, "unused", width_coefficient=0.5, depth_coefficient=0.5)
-    resolved = ResolvedConfig.from_config(config)
-    assert custom_robustness._baseline_config(resolved, "") == config
-    other = custom_robustness._baseline_config(resolved, "efficientnet-b1").model
+    resolved, path = ResolvedConfig.from_config(config), str(folder / "model.safetensors")
+    assert custom_robustness._baseline_config(resolved, "", path) == config
+    other = custom_robustness._baseline_config(resolved, "efficientnet-b1", path).model
     assert (other.model_name, other.width_coefficient) == ("efficientnet-b1", None)
     assert other.depth_coefficient is None
 

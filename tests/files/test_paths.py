@@ -227,12 +227,12 @@ def predicted(home, settings, trained) -> Config:
 
 def test_predictions_leave_no_parts(predicted):
     names = [Path(p).name for p in listed(predicted.predict.output_dir, ".*")]
-    assert len(names) == 3 and not [name for name in names if name.startswith(".")]
+    assert len(names) == 4 and not [name for name in names if name.startswith(".")]
 
 
 def test_filter(home, predicted):
     chosen = SelectConfig(
-        input_dir=predicted.data.unlabel_data_dir,
+        unlabel_data_dir=predicted.data.unlabel_data_dir,
         prediction_dir=predicted.predict.output_dir,
         prelim_stats_dir=str(home / "statistics"),
         output_dir=str(home / "selected"),

@@ -33,10 +33,12 @@ def test_flags_that_would_change_nothing(entry_flags, arguments, message):
 
 
 def test_a_report_without_a_selection():
-    folders = dict.fromkeys(("input_dir", "prediction_dir", "prelim_stats_dir", "output_dir"), "x")
+    folders = dict.fromkeys(
+        ("unlabel_data_dir", "prediction_dir", "prelim_stats_dir", "output_dir"), "x"
+    )
     with pytest.raises(ConfigError, match="--report shows a selection"):
         labeling.select_and_write(
             SelectConfig(**folders, only_get_stats=1), FilterConfig(report=True)
         )
-    with pytest.raises(ConfigError, match="--input_dir is needed"):
+    with pytest.raises(ConfigError, match="--unlabel_data_dir is needed"):
         labeling.select_and_write(SelectConfig(), FilterConfig())

@@ -20,6 +20,7 @@ from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.loop import hurdles, labels_csv, plan, rules
 from efficientnet_ns.models import weights
 from efficientnet_ns.pseudo_labels import outcome
+from efficientnet_ns.resolve import stored_model
 
 NAMES = ("Über rot", "grün & gelb", "blue")
 # Small enough for a test, and enough to tell colours apart.
@@ -115,6 +116,7 @@ def test_from_published_weights(tmp_path, monkeypatch):
     ]
     assert (tmp_path / "run" / "probe" / "model.ckpt-0.index").exists()
     assert result.settings["keep_bn_statistics"]
+    assert stored_model.find(tmp_path / "run") == result.best
     assert os.path.exists(result.tflite) and os.path.exists(result.saved_model)
 
 
@@ -131,7 +133,9 @@ def test_labels_csv(tmp_path, monkeypatch):
             return [(1, 0.75, True), (0, 0.5, False), (-1, 0.0, False)]
 
     monkeypatch.setattr(outcome, "Outcome", Labels)
-    config = SelectConfig(input_dir=str(tmp_path / "more"), num_shards=1, file_prefix="extra")
+    config = SelectConfig(
+        unlabel_data_dir=str(tmp_path / "more"), num_shards=1, file_prefix="extra"
+    )
     counts = labels_csv.write(str(tmp_path / "labels.csv"), config, ("cat", "dog"))
     assert counts == {"images": 3, "kept": 1}
     assert (tmp_path / "labels.csv").read_text().splitlines() == [

@@ -153,7 +153,7 @@ def test_each_student_is_taught_by_the_model_before(undisturbed, config):
         assert prediction.predict.predict_ckpt_path == rounds.model_dir(loop, number - 1)
         # Its settings are those the predictions there were made with: all are skipped.
         assert predict.predict(prediction)["skipped_shards"] == 2
-        assert selection.input_dir == config.data.unlabel_data_dir
+        assert selection.unlabel_data_dir == config.data.unlabel_data_dir
         student = json.loads((Path(rounds.model_dir(loop, number)) / "config.json").read_text())
         assert student["unlabel_data_dir"] == os.path.join(selection.output_dir, "data")
     teacher = json.loads((Path(rounds.model_dir(loop, 0)) / "config.json").read_text())

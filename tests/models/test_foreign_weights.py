@@ -8,8 +8,6 @@ import gzip
 import json
 import re
 import struct
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,9 +19,7 @@ import safetensors.numpy
 import tensorflow as tf
 import torch_saver
 
-from efficientnet_ns.config import ConfigError, ModelConfig
 from efficientnet_ns.models import (
-    conversion,
     efficientnet,
     foreign_weights,
     heads,
@@ -951,80 +947,3 @@ def test_keras(name, tmp_path, rng, record_property):
     difference = relative_difference(ours(images).numpy(), expected)
     record_property("relative_difference", difference)
     assert difference < 1e-4
-
-
-# --------------------------------------------------------------------------------------------------
-# The converter
-
-TINY = ModelConfig(model_name="efficientnet-test", num_label_classes=10)
-
-
-@pytest.mark.parametrize("ema", [False, True])
-def test_convert(tmp_path, model, source, target, ema):
-    raw, averages = model, source
-    original = str(tmp_path / "model.ckpt-5")
-    weights.save_weights(raw, original, ema_model=averages)
-    there, back = str(tmp_path / "a.safetensors"), str(tmp_path / "new" / "model.ckpt-0")
-    assert conversion.convert_checkpoint(TINY, original, there, ema=ema) == there
-    conversion.convert_checkpoint(TINY, there, back)
-    for path in (there, back):
-        weights.load_weights(target, path)
-        assert_same(snapshot(target), snapshot(averages if ema else raw))
-
-
-def test_converter_overwrites_nothing(tmp_path, model):
-    source = str(tmp_path / "source.safetensors")
-    weights.save_weights(model, source)
-    for target in ("a.safetensors", "model.ckpt-0"):
-        target = str(tmp_path / target)
-        conversion.convert_checkpoint(TINY, source, target)
-        with pytest.raises(ConfigError, match=re.escape(f"--target: {target}")):
-            conversion.convert_checkpoint(TINY, source, target)
-
-
-@pytest.mark.parametrize("source, target", [("", "b.safetensors"), ("a.safetensors", "")])
-def test_converter_needs_both_paths(source, target):
-    with pytest.raises(ConfigError, match="--source and --target"):
-        conversion.convert_checkpoint(TINY, source, target)
-
-
-@pytest.mark.parametrize(
-    "target, message",
-    [
-        ("new/", "new/ is a folder: give the name of a file"),
-        ("", "is a folder"),
-        ("file/model.ckpt-0", "file is a file, not a folder"),
-        ("a.keras", ".keras files are read, not written"),
-    ],
-)
-def test_converter_looks_at_the_target_first(tmp_path, target, message):
-    (tmp_path / "file").touch()
-    with pytest.raises(weights.WeightsError, match=message):
-        conversion.convert_checkpoint(TINY, "/no/such", f"{tmp_path}/{target}")
-
-
-def test_converter_with_an_unknown_model(tmp_path, model):
-    source = tmp_path / "a.safetensors"
-    weights.save_weights(model, source)
-    config = ModelConfig(model_name="efficientnet-b9")
-    with pytest.raises(ConfigError, match="efficientnet-b9"):
-        conversion.convert_checkpoint(config, source, tmp_path / "b.safetensors")
-
-
-def test_command_line(tmp_path, model):
-    """A damaged source is one line that names it, not a stack trace."""
-    source, target = tmp_path / "source.safetensors", tmp_path / "target.safetensors"
-    weights.save_weights(model, str(source))
-    source.write_bytes(source.read_bytes()[:-1])
-    command = [sys.executable, "-m", "efficientnet_ns.convert_checkpoint"]
-    flags = ["--model_name=efficientnet-test", "--num_label_classes=10"]
-    done = subprocess.run(
-        [*command, *flags, f"--source={source}", f"--target={target}"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2, done.stderr
-    assert f"{source} cannot be read" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not target.exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -61,8 +60,6 @@ def one_predictor() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(predict, "TeacherPredictor", predictor)
-        if importlib.util.find_spec("apache_beam"):
-            patch.setattr("efficientnet_ns.pseudo_labels.beam.TeacherPredictor", predictor)
         yield
 
 
@@ -129,7 +126,7 @@ def test_finished_shards_are_not_done_again(beam, folder, ordinary, tmp_path, mo
     assert sorted(done) == [f"train-info-{s:05d}-of-00003-{w:05d}" for s, w in
                             [(0, 0), (1, 0), (1, 1), (2, 0)]]  # fmt: skip
     assert files(tmp_path) == files(ordinary)
-    monkeypatch.setattr(beam, "TeacherPredictor", None)  # Without work no model is loaded.
+    monkeypatch.setattr(predict, "TeacherPredictor", None)  # Without work no model is loaded.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*0*-of-0*")}
     beam.label(prediction, selection, [RUNNER])
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) > 20
@@ -137,8 +134,9 @@ def test_finished_shards_are_not_done_again(beam, folder, ordinary, tmp_path, mo
 
 def test_one_model_for_all_shards_of_a_process(beam, folder, tmp_path, monkeypatch):
     made = []
-    labeler = beam.TeacherPredictor
-    monkeypatch.setattr(beam, "TeacherPredictor", lambda *args: made.append(args) or labeler(*args))
+    labeler = predict.TeacherPredictor
+    counted = lambda *args: made.append(args) or labeler(*args)  # noqa: E731
+    monkeypatch.setattr(predict, "TeacherPredictor", counted)
     beam.label(*stages(folder, tmp_path, total_replicas=1), [RUNNER])
     assert len(made) == 1
 

@@ -118,7 +118,7 @@ def killed(config: Config, output: Path) -> None:
 
 def selecting(folder: Path, output: Path, **values) -> SelectConfig:
     return SelectConfig(
-        input_dir=str(folder / "unlabeled"),
+        unlabel_data_dir=str(folder / "unlabeled"),
         prediction_dir=str(output / "predictions"),
         info_dir=str(output / "info"),
         prelim_stats_dir=str(output / "statistics"),

@@ -39,7 +39,7 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
     predict += [f"--predict_ckpt_path={folder}/teacher", f"--unlabel_data_dir={folder}/unlabeled"]
     predict += [f"--output_dir={out}/predictions", f"--info_dir={out}/info"]
     predict += ["--max_bad_fraction=0.02", "--eval_batch_size=4", "--part_seconds=0.5"]
-    select = ["efficientnet_ns.filter_unlabel", f"--input_dir={folder}/unlabeled", *shared]
+    select = ["efficientnet_ns.filter_unlabel", f"--unlabel_data_dir={folder}/unlabeled", *shared]
     select += [f"--prediction_dir={out}/predictions", f"--prelim_stats_dir={out}/statistics"]
     select += [f"--output_dir={out}/selected", f"--num_label_classes={CLASSES}"]
     select += [f"--num_image={PER_CLASS}", "--min_threshold=0.34", "--num_workers=2"]

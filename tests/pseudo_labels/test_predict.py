@@ -445,7 +445,7 @@ def test_empty_shards_that_were_written_so(folder, tmp_path):
     mine = settings(folder, tmp_path / "first", unlabel_data_dir=str(tmp_path / "unlabeled"))
     assert predict.predict(mine) == {"records": 2, "unreadable": 0, "skipped_shards": 0}
     chosen = SelectConfig(
-        input_dir=str(tmp_path / "unlabeled"),
+        unlabel_data_dir=str(tmp_path / "unlabeled"),
         prediction_dir=mine.predict.output_dir,
         prelim_stats_dir=str(tmp_path / "statistics"),
         output_dir=str(tmp_path / "selected"),
@@ -857,7 +857,7 @@ def check_written(config: Config, readable: Counter) -> None:
     for name, chosen in {"all": {"use_all": True}, "filled": {"num_image": per_class}}.items():
         folder = Path(options.output_dir).parent / name
         selection = SelectConfig(
-            input_dir=unlabeled,
+            unlabel_data_dir=unlabeled,
             prediction_dir=options.output_dir,
             prelim_stats_dir=str(folder / "statistics"),
             output_dir=str(folder / "selected"),

@@ -65,7 +65,7 @@ def run(tmp_path_factory) -> Run:
     probs[..., 4] = 0
     probs[1, 3] = 0
     config = SelectConfig(
-        input_dir=str(folder),
+        unlabel_data_dir=str(folder),
         prediction_dir=str(folder / "predictions"),
         prelim_stats_dir=str(folder / "stats"),
         output_dir=str(folder / "out"),
@@ -263,7 +263,7 @@ def test_pictures_of_some_shards_and_classes(run):
 
 
 def test_large_pictures_are_made_small_and_damaged_ones_show_a_placeholder(run, tmp_path, rng):
-    config = dataclasses.replace(run.config, input_dir=str(tmp_path), num_shards=1)
+    config = dataclasses.replace(run.config, unlabel_data_dir=str(tmp_path), num_shards=1)
     buffer = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (300, 600, 3), np.uint8)).save(buffer, "JPEG")
     images = [buffer.getvalue(), b"\xff\xd8\xff" + rng.bytes(9000), picture(3)]
@@ -305,7 +305,7 @@ def test_command(run, tmp_path):
     flags = {
         **{
             name: getattr(run.config, name)
-            for name in ("input_dir", "prediction_dir", "output_dir")
+            for name in ("unlabel_data_dir", "prediction_dir", "output_dir")
         },
         "num_shards": SHARDS,
         "num_label_classes": CLASSES,
@@ -347,7 +347,7 @@ def test_what_does_not_fit_is_named(run, tmp_path):
     nowhere = dataclasses.replace(run.config, output_dir=str(tmp_path))
     with pytest.raises(DataError, match=r"selection\.parquet is missing"):
         run_report.sections(nowhere)
-    unlabeled = dataclasses.replace(run.config, input_dir=str(tmp_path), num_shards=1)
+    unlabeled = dataclasses.replace(run.config, unlabel_data_dir=str(tmp_path), num_shards=1)
     tfrecords.write(index.input_path(unlabeled, 0), [tfexamples.unlabeled_example(b"x")])
     with pytest.raises(DataError, match="there is no truth to compare with"):
         outcome.read_truth(unlabeled, outcome.RECORDS)

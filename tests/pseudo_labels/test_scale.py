@@ -66,7 +66,7 @@ def make(
 ) -> dict:
     """An unlabeled set with predictions; returns the settings of its selection."""
     settings = {
-        "input_dir": str(folder),
+        "unlabel_data_dir": str(folder),
         "prediction_dir": str(folder),
         "prelim_stats_dir": str(folder / "stats"),
         "output_dir": str(folder / "out"),

@@ -40,7 +40,7 @@ CLASSES = 10
 def config(folder: Path, **values) -> SelectConfig:
     """Settings of the goldens, with all folders below `folder`."""
     defaults = {
-        "input_dir": str(folder / "unlabeled"),
+        "unlabel_data_dir": str(folder / "unlabeled"),
         "prediction_dir": str(folder / "predictions"),
         "prelim_stats_dir": str(folder / "statistics"),
         "output_dir": str(folder / "selected"),

@@ -43,7 +43,7 @@ def picture(number: int) -> bytes:
 
 def config(folder: Path, output: str, **values) -> SelectConfig:
     settings = {
-        "input_dir": str(folder / "unlabeled"),
+        "unlabel_data_dir": str(folder / "unlabeled"),
         "prediction_dir": str(folder / "predictions"),
         "prelim_stats_dir": str(folder / output / "prelim_stats"),
         "output_dir": str(folder / output / "filter_data"),

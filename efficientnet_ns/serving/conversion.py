@@ -6,8 +6,9 @@ import os
 
 import tensorflow as tf
 
-from efficientnet_ns.config import ConfigError, ModelConfig
+from efficientnet_ns.config import Config, ConfigError, ModelConfig, as_dict
 from efficientnet_ns.models import efficientnet, weights
+from efficientnet_ns.resolve import stored_model
 
 
 def convert_checkpoint(
@@ -16,6 +17,8 @@ def convert_checkpoint(
     """Reads the weights at `source` and writes them to `target`, which must not exist.
 
     Args:
+      config: what is not given is read beside the source.
+      source: what `stored_model.find` takes.
       ema: of a checkpoint with two sets of weights, read the moving averages.
 
     Returns:
@@ -27,17 +30,20 @@ def convert_checkpoint(
         target is a folder or of a kind that is not written.
     """
     if not source or not target:
-        raise ConfigError("--source and --target are needed")
-    source, target = os.fspath(source), os.fspath(target)
+        raise ConfigError("--source (or --model_dir) and --target are needed")
+    source, target = stored_model.find(source), os.fspath(target)
     weights.check_target(target)
     for path in (target, f"{target}.index"):
         if tf.io.gfile.exists(path):
             raise ConfigError(f"--target: {path} exists; remove it, or choose another name")
-    learned = weights.stored_settings(source)
+    stored = stored_model.read(source)
+    learned = stored.images
+    config = stored.complete(Config(model=config)).model
+    classes = stored.task.num_classes if stored.task else as_dict(config)["num_label_classes"]
     try:
         model = efficientnet.build_model(
-            config.model_name,
-            config.num_label_classes or 1000,
+            as_dict(config)["model_name"],
+            config.num_label_classes or classes,
             config.input_image_size,
             small_image=config.small_image_model or learned.get("small_image", False),
             width_coefficient=config.width_coefficient,

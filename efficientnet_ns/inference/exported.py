@@ -1,0 +1,131 @@
+"""Exported SavedModels, run as they are: encoded images in, probabilities out.
+
+Cropping, resizing and normalisation are in their graph.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.data.pipeline import Preprocessing
+from efficientnet_ns.files import local_files, manifests
+from efficientnet_ns.resolve import stored_model
+
+_BATCH = 8
+# Settings that an exported graph does not have → what they choose.
+_WITHOUT = {
+    "input_image_size": "the image size",
+    "eval_image_size": "the image size",
+    "eval_views": "views",
+    "test_time_views": "views",
+    "noised_teacher": "noise",
+    "eval_continuously": "checkpoints",
+}
+
+
+def runner(
+    folder: str | os.PathLike,
+) -> Callable[[Sequence[bytes]], dict[str, np.ndarray]]:
+    """Loads a SavedModel as a function: N encoded images → outputs by name, each [N, …]."""
+    with local_files.without_wildcards(os.fspath(folder)) as literal:
+        loaded = tf.saved_model.load(literal)
+
+    def run(encoded: Sequence[bytes]) -> dict[str, np.ndarray]:
+        # The signature does not keep the model alive.
+        signature = loaded.signatures["serving_default"]
+        parts = [encoded[i : i + _BATCH] for i in range(0, len(encoded), _BATCH)]
+        results = [signature(image_bytes=tf.constant(part)) for part in parts]
+        return {name: np.concatenate([r[name].numpy() for r in results]) for name in results[0]}
+
+    return run
+
+
+class ExportedModel:
+    """A version that `export_model` wrote, as a function of N encoded images.
+
+    Safe to call from several threads.
+
+    Args:
+      folder: of the version.
+
+    Attributes:
+      output_shape: (None, C), as that of a Keras model.
+      name, batch_size, concurrency, group: as those of an engine and of a `TeacherPredictor`.
+      num_classes: C.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self._run = runner(folder)
+        task = stored_model.read(folder).task
+        self.num_classes = task.num_classes if task else 0
+        self.output_shape = (None, self.num_classes)
+        self.name, self.batch_size, self.group = "export", _BATCH, 4 * _BATCH
+        self.concurrency, self.engine = max(2, available_cpus()), self
+
+    def run(self, encoded: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities float32 [N, C], and whether each image could be decoded, bool [N]."""
+        found = self._run(encoded)
+        return found["probabilities"], found["valid"]
+
+    def __call__(self, encoded: Sequence[bytes], training: bool = False) -> np.ndarray:
+        """Probabilities float32 [N, C] of encoded images; zeros for "", which fills up batches.
+
+        Raises:
+          tf.errors.InvalidArgumentError: an image cannot be decoded.
+        """
+        del training
+        probabilities, valid = self.run(encoded)
+        if any(image and not good for image, good in zip(encoded, valid)):
+            raise tf.errors.InvalidArgumentError(None, None, "an image cannot be decoded")
+        return probabilities
+
+    def label(self, images: Sequence[bytes | None]) -> tuple[np.ndarray, dict[int, str]]:
+        """As `TeacherPredictor.label`."""
+        if not images:
+            return np.zeros([0, self.num_classes], np.float32), {}
+        probabilities, valid = self.run([image or b"" for image in images])
+        bad = [i for i, good in enumerate(valid) if not good and images[i] is not None]
+        return probabilities, dict.fromkeys(bad, "the image cannot be decoded")
+
+
+class Encoded(Preprocessing):
+    """Leaves images encoded, as an exported model takes them."""
+
+    def evaluate(self, image: tf.Tensor) -> tf.Tensor:
+        """The encoded scalar string itself."""
+        return image
+
+
+def check(config: Config, stored: stored_model.StoredModel) -> None:
+    """Raises ConfigError for settings that an exported graph cannot follow; names the flag.
+
+    Args:
+      stored: of the export.
+    """
+    values: dict[str, Any] = config.values()
+    own = {**Config().values(), "input_image_size": stored.images.get("image_size")}
+    for name, what in _WITHOUT.items():
+        if values[name] not in (Config().values()[name], own[name]):
+            raise ConfigError(
+                f"--{name}={values[name]}: {what} of an exported model cannot be chosen; leave it "
+                "out, or give the folder of the training"
+            )
+    if config.predict.inference_engine == "xnnpack":
+        raise ConfigError("--inference_engine=xnnpack: an exported model is run by TensorFlow")
+
+
+def fingerprint(folder: str) -> str:
+    """Short hash of the graph and the weights of a version."""
+    files = [os.path.join(folder, name) for name in _CONTENT]
+    return "-".join(manifests.content_hash(path) for path in files if tf.io.gfile.exists(path))
+
+
+# Weights that are not constants of the graph are listed with their checksums in the index.
+_CONTENT = ("saved_model.pb", "variables/variables.index")

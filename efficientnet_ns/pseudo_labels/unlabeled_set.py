@@ -1,0 +1,64 @@
+"""Which records of a folder are the unlabeled set: prefix and number of shards."""
+
+from __future__ import annotations
+
+import re
+
+import tensorflow as tf
+
+from efficientnet_ns.config import PredictConfig
+from efficientnet_ns.files.errors import DataError
+
+_SHARD = re.compile(r"(?P<group>.+)-\d{5}-of-(?P<total>\d{5})")
+_SHOWN = 8  # Names in a message.
+
+
+def find(folder: str, prefix: str, num_shards: int, part: str = "") -> tuple[str, int]:
+    """(prefix, number of shards) of the set in a folder, as given if it is there.
+
+    Else the folder's only set counts that has what is given, that is, differs from the defaults of
+    `PredictConfig`.
+
+    Args:
+      part: what follows the prefix in the names, e.g. `-0` for pseudo-labeled records of task 0.
+
+    Raises:
+      DataError: there is none, or several are possible; names the folder and what is there.
+    """
+    matches = [match for name in _names(folder) if (match := _SHARD.fullmatch(name))]
+    sets = {(match["group"], int(match["total"])) for match in matches}
+    if (f"{prefix}{part}", num_shards) in sets:
+        return prefix, num_shards
+    default = PredictConfig()
+    prefixes = ("train", "extra") if prefix == default.file_prefix else (prefix,)
+    groups = {f"{name}{part}": name for name in prefixes}
+    found = sorted(one for one in sets if one[0] in groups)
+    fitting = [one for one in found if num_shards in (default.num_shards, one[1])]
+    if len(fitting) == 1:
+        group, total = fitting[0]
+        return groups[group], total
+    if fitting:
+        listed = ", ".join(f"{group} ({total} shards)" for group, total in fitting)
+        raise DataError(
+            f"{folder} holds several sets, {listed}: choose one with --file_prefix and --num_shards"
+        )
+    expected = " or ".join(f"{group}-00000-of-…" for group in groups)
+    asked = "" if num_shards == default.num_shards else f" of --num_shards={num_shards}"
+    raise DataError(f"no records {expected}{asked} in {folder}; {described(folder)}")
+
+
+def described(folder: str) -> str:
+    """What is in a folder, in words."""
+    if not tf.io.gfile.isdir(folder):
+        return "there is no such folder"
+    names = _names(folder)
+    if not names:
+        return "it is empty"
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"it holds {', '.join(names[:_SHOWN])}{more}"
+
+
+def _names(folder: str) -> list[str]:
+    """What is in a folder, sorted, without hidden files."""
+    listed = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
+    return sorted(name.rstrip("/") for name in listed if not name.startswith("."))

@@ -1,0 +1,212 @@
+"""What lies with a model's weights: variant, image size, normalisation and task. Reads, never writes.
+
+A training folder holds `config.json` (settings), `model.json` (images the model expects) and
+`task.json`; the version of an export holds the last two in `assets`; files of weights hold the second
+in their metadata. Folders of earlier trainings have no `task.json`: the task is then the one that
+`config.json` names, or its fields there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from efficientnet_ns.config import Config, ConfigError, subsections
+from efficientnet_ns.data import tasks
+from efficientnet_ns.files import json_files, paths
+from efficientnet_ns.models import weights
+
+SETTINGS, TASK = "config.json", "task.json"
+# Stage of a work_dir made from pictures that tells which model of its `rounds` is the best.
+BEST = "best model"
+# Settings of the training that later programs need, where they are not given.
+_OF_TRAINING = (
+    *("width_coefficient", "depth_coefficient", "dropout_rate", "stochastic_depth_rate"),
+    # When `--eval_continuously` has seen the last checkpoint.
+    *("train_steps", "train_ratio", "train_last_step_num"),
+)
+# Fields of a task that shape the model or its input: the model's own hold, whatever task is given.
+_OF_MODEL = ("mean", "std", "small_image")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """What is known of a model.
+
+    Attributes:
+      path: of its weights, as `weights.load_weights` takes it; of an export, the version's folder.
+      exported: whether it is a SavedModel of `export_model`, which is run as it is.
+      settings: of its training, by flag name.
+      images: see `weights.stored_settings`.
+      task: the task it was trained for; None: unknown.
+      task_name: what the training called it; None: unknown.
+    """
+
+    path: str = ""
+    exported: bool = False
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    images: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    task: tasks.Task | None = None
+    task_name: str | None = None
+
+    @property
+    def variant(self) -> str | None:
+        """Its variant; None: unknown."""
+        return self.images.get("variant") or self.settings.get("model_name")
+
+    def complete(self, config: Config) -> Config:
+        """`config` with what is not given, that is, equals its default, taken from the model.
+
+        Raises:
+          ConfigError: the variant that is given is not the model's.
+        """
+        own, given = self.variant, config.model.model_name
+        if own and given not in (None, own):
+            raise ConfigError(f"--model_name={given}, but the model in {self.path} is {own}")
+        default, now = _raw(Config()), _raw(config)
+        noted = {name: self.settings[name] for name in _OF_TRAINING if name in self.settings}
+        noted["model_name"] = own
+        noted["input_image_size"] = self.images.get("image_size")
+        noted["task_name"] = self.task_name
+        missing = {n: v for n, v in noted.items() if v is not None and now[n] == default[n]}
+        return config.override(**missing)
+
+    def fit(self, task: tasks.Task, name: str) -> tasks.Task:
+        """`task` with the normalisation and the crop of the model.
+
+        Args:
+          name: of the task, for the message.
+
+        Raises:
+          ConfigError: the task has another number of classes.
+        """
+        classes = self.task.num_classes if self.task else task.num_classes
+        if classes != task.num_classes:
+            raise ConfigError(
+                f"--task_name={name} has {task.num_classes} classes, but the model in {self.path} "
+                f"has {classes}"
+            )
+        own = {n: self.images[n] for n in _OF_MODEL if n in self.images}
+        own = {n: tuple(v) if isinstance(v, list) else v for n, v in own.items()}
+        if all(getattr(task, n) == v for n, v in own.items()):
+            return task
+        # ImageNet's names are those of the task as it is.
+        return dataclasses.replace(task, class_names=tasks.class_names(task), **own)
+
+
+def _raw(config: Config) -> dict[str, Any]:
+    """Every setting by its flag's name; None for those that are not given and have no default."""
+    sections = [getattr(config, name) for name in subsections(Config)]
+    return {name: value for section in sections for name, value in vars(section).items()}
+
+
+def find(path: str | os.PathLike) -> str:
+    """The weights or the version of an export that a folder stands for.
+
+    Of a work_dir of noisy_student that is the best or the last finished model, of a folder of exported versions
+    the highest; any other path stands for itself, and so does "".
+
+    Raises:
+      ConfigError: a work_dir without a finished model.
+    """
+    path = os.path.expanduser(path)
+    if path and tf.io.gfile.exists(os.path.join(path, "state.json")):
+        return _last_of_loop(path)
+    versions = [v for v in paths.listed(path, r"\d+") if is_export(v)] if path else []
+    return max(versions, key=lambda v: int(os.path.basename(v)), default=path)
+
+
+def is_export(path: str) -> bool:
+    """Whether a folder is a version that `export_model` wrote."""
+    return tf.io.gfile.exists(os.path.join(path, "saved_model.pb")) and tf.io.gfile.exists(
+        os.path.join(path, "assets", "labels.txt")
+    )
+
+
+def _last_of_loop(work_dir: str) -> str:
+    """The folder of the best model, or else of the last one that `state.json` notes as finished."""
+    stages = json_files.read_object(os.path.join(work_dir, "state.json"), "stages")["stages"]
+    rounds = os.path.join(work_dir, "rounds")
+    if BEST in stages:
+        return os.path.join(rounds, f"round-{stages[BEST]['round']}", "model")
+    if tf.io.gfile.exists(os.path.join(rounds, "state.json")):
+        return _last_of_loop(rounds)
+    finished: dict[tuple[int, bool], str] = {}
+    for stage in stages:
+        match = re.fullmatch(r"round (\d+): (?:teacher|student|fine-tune \S+ at (\d+)).*", stage)
+        if match and not stage.endswith(": measure"):
+            name = f"finetuned-{match[2]}" if match[2] else "model"
+            key = int(match[1]), match[2] is not None
+            finished[key] = os.path.join(work_dir, f"round-{match[1]}", name)
+    if not finished:
+        raise ConfigError(f"{work_dir} has no finished model yet (see its state.json)")
+    return finished[max(finished)]
+
+
+def read(path: str | os.PathLike) -> StoredModel:
+    """What lies with the weights that a path stands for, see `find`; little, if they are not there.
+
+    Raises:
+      ConfigError: see `find`.
+      BrokenFile, TaskError: a file cannot be used.
+    """
+    path = find(path)
+    if is_export(path):
+        folder = os.path.join(path, "assets")
+        return _described(path, folder, _object(folder, weights.SETTINGS_FILE), exported=True)
+    try:
+        if weights.file_path(path) is not None:
+            return StoredModel(path, images=weights.stored_settings(path))
+        folder = os.path.dirname(weights.checkpoint_prefix(path))
+    except (FileNotFoundError, weights.WeightsError):
+        # Told when they are loaded. A training may not have written its first checkpoint yet.
+        folder = path
+    return _described(path, folder, _object(folder, weights.SETTINGS_FILE))
+
+
+def _described(
+    path: str, folder: str, images: Mapping[str, Any], *, exported: bool = False
+) -> StoredModel:
+    settings = _object(folder, SETTINGS)
+    if "train_steps" not in settings:
+        settings = {}  # Other programs call their files so, too.
+    task_file = os.path.join(folder, TASK)
+    if tf.io.gfile.exists(task_file):
+        task: tasks.Task | None = tasks.get_task(task_file)
+    else:
+        task = _named_in_export(folder) if exported else _noted_task(settings)
+    name = settings.get("task_name") or (task_file if task else None)
+    return StoredModel(path, exported, settings, images, task, name)
+
+
+def _named_in_export(folder: str) -> tasks.Task:
+    """What the class names of an export tell, if it was made before the task was noted."""
+    with tf.io.gfile.GFile(os.path.join(folder, "labels.txt")) as f:
+        names = tuple(f.read().split("\n")[:-1])
+    return tasks.Task(len(names), class_names=names)
+
+
+def _noted_task(settings: Mapping[str, Any]) -> tasks.Task | None:
+    """The task that the settings of a training name, or if that is gone, of their fields."""
+    with contextlib.suppress(tasks.TaskError):
+        if settings.get("task_name"):
+            return tasks.get_task(settings["task_name"])
+    noted = {k.removeprefix("task."): v for k, v in settings.items() if k.startswith("task.")}
+    tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in noted.items()}
+    return tasks.Task(**tuples) if "num_classes" in tuples else None
+
+
+def _object(folder: str, name: str) -> dict[str, Any]:
+    path = os.path.join(folder, name)
+    return json_files.read_object(path) if folder and tf.io.gfile.exists(path) else {}
+
+
+def labeled_dir(path: str | os.PathLike) -> str | None:
+    """The folder of labeled records that the model of a path was trained on; None: unknown."""
+    return read(path).settings.get("label_data_dir")

@@ -1,0 +1,79 @@
+"""What can be told before a training that will hardly work: schedule and averages do not fit the data."""
+
+from __future__ import annotations
+
+from efficientnet_ns.config.sections import TrainConfig
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+
+# Share of the initial batch-norm statistics in the evaluated ones above which their accuracy suffers.
+_MAX_SHARE = 0.01
+# More passes over the labeled images than in any published recipe (EfficientNet-L2: 700 epochs).
+_MANY_EPOCHS = 5000
+
+
+def cautions(resolved: ResolvedConfig, num_images: int) -> list[str]:
+    """One line for each setting that will hardly work, with what to give instead.
+
+    Args:
+      resolved: settings of a training from its first step.
+      num_images: labeled images that are there.
+    """
+    found = [_schedule(resolved, num_images), _averages(resolved)]
+    return [line for line in found if line]
+
+
+def _schedule(resolved: ResolvedConfig, num_images: int) -> str:
+    train = resolved.config.train
+    images = train.train_batch_size * train.label_data_sample_prob
+    epochs = resolved.steps_to_run * images / num_images
+    default = TrainConfig()
+    whose = "ImageNet's, " if train.train_steps == default.train_steps else ""
+    if epochs > _MANY_EPOCHS:
+        return (
+            f"--train_steps={train.train_steps} of --train_batch_size={train.train_batch_size} are "
+            f"{whose}{epochs:,.0f} passes over {num_images} labeled images: give fewer; some hundred "
+            "passes are usual"
+        )
+    if train.train_batch_size > num_images:
+        return (
+            f"--train_batch_size={train.train_batch_size} is more than the {num_images} labeled images: "
+            "give less, e.g. 32"
+        )
+    return ""
+
+
+def _averages(resolved: ResolvedConfig) -> str:
+    train, steps = resolved.config.train, resolved.steps_to_run
+    if train.init_model:  # The statistics begin at those of a trained model.
+        return ""
+    share = initial_share(train.bn_momentum, train.moving_average_decay, steps)
+    if share <= _MAX_SHARE:
+        return ""
+    return (
+        f"after {steps} steps, {share:.0%} of the batch-norm statistics that are evaluated are still "
+        f"their initial values: give --bn_momentum={_momentum_for(steps):g} (now "
+        f"{train.bn_momentum:g}) and --moving_average_decay={_momentum_for(steps):g} (now "
+        f"{train.moving_average_decay:g}), or more --train_steps"
+    )
+
+
+def initial_share(bn_momentum: float, moving_average_decay: float, steps: int) -> float:
+    """Part of the initial batch-norm statistics in their moving average after `steps`, 0..1.
+
+    Statistics move by 1 - bn_momentum in each step, their average by 1 - min(moving_average_decay,
+    (1 + n) / (10 + n)) after step n; see `ema.ramped_decay`.
+    """
+    statistics = average = 1.0
+    for n in range(1, steps + 1):
+        statistics *= bn_momentum
+        decay = min(moving_average_decay, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * statistics
+        if average < _MAX_SHARE / 100 and statistics < average:
+            break  # It only falls from here.
+    return average
+
+
+def _momentum_for(steps: int) -> float:
+    """The largest usual decay whose averages converge within `steps`."""
+    usual = (0.99, 0.97, 0.95, 0.9, 0.8)
+    return next((m for m in usual if initial_share(m, m, steps) <= _MAX_SHARE), 0.5)
