@@ -204,7 +204,12 @@ _HARMLESS = {
         for name in ("set", "frozenset", "dict", "list", "int", "float", "complex")
     ),
     *(("__builtin__", name) for name in ("set", "frozenset", "dict", "list")),
-    *(("pathlib", f"{pure}{kind}Path") for pure in ("", "Pure") for kind in ("Posix", "Windows")),
+    *(
+        (module, f"{pure}{kind}Path")
+        for module in ("pathlib", "pathlib._local")  # Python 3.13 writes the latter.
+        for pure in ("", "Pure")
+        for kind in ("Posix", "Windows")
+    ),
     *(("numpy", name) for name in ("dtype", "ndarray")),
     *((f"numpy.{core}.multiarray", "scalar") for core in ("core", "_core")),
     *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),

@@ -19,6 +19,14 @@ from efficientnet_ns.config.preemption import Preempted, StopRequest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def signals_are_not_ignored():
+    """As `nohup` would make them, here and in the programs that are started."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def send(number: int) -> None:
     """A signal to this process, handled when this returns."""
     os.kill(os.getpid(), number)

@@ -28,7 +28,8 @@ def pictures(folder: Path, **values) -> PicturesConfig:
     return PicturesConfig(**{**places, **values})
 
 
-def test_description(folder):
+def test_description(folder, monkeypatch):
+    monkeypatch.setattr(plan, "published_models", lambda: ())
     asked = pictures(folder)
     made = plan.make(asked, {"train_steps": 77}, "")
     assert (made.facts.labeled, made.facts.classes, made.facts.unlabeled) == (15, 2, 12)
@@ -40,7 +41,7 @@ def test_description(folder):
     assert "12 pictures to train on, 3 held out" in text
     assert "77     given" in " ".join(text.split("  ")) or " 77 " in text
     assert "efficientnet-ns[weights]" in text and "time: about" in text
-    assert "WARNING: 12 unlabeled pictures beside 15" in text
+    assert "WARNING: 12 unlabeled pictures for 15" in text
 
 
 def test_dry_run_writes_nothing(folder, tmp_path, capsys, monkeypatch):

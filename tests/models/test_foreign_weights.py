@@ -698,14 +698,17 @@ def test_skip(foreign):
     weights.load_weights(target, str(path), skip=["head/dense/"])
     for value, expected in zip(target.get_layer("head_dense").get_weights(), head):
         np.testing.assert_array_equal(value, expected)
-    stem = "stem_conv/kernel" if path.suffix == ".h5" else "conv_stem.weight"
+    stems = {".h5": "stem_conv/kernel", ".pth": "_conv_stem.weight"}
+    stem = stems.get(path.suffix, "conv_stem.weight")
     naming = WRITERS[path.suffix[1:]][0]
     np.testing.assert_array_equal(arrays(target, naming)[stem], values[stem])
 
 
 def test_headless_file(foreign, model, target):
     path, values, write = foreign
-    values = {n: v for n, v in values.items() if not n.startswith(("predictions", "classifier"))}
+    values = {
+        n: v for n, v in values.items() if not n.startswith(("predictions", "classifier", "_fc"))
+    }
     write(values)
     error = refusal(model, path)
     assert len(error.missing) == 2 and 'skip=["head/dense/"]' in str(error)
@@ -725,7 +728,13 @@ def test_skip_that_matches_nothing(foreign, model, untouched):
 
 def test_only_what_is_skipped_may_be_missing(foreign, model, untouched):
     path, values, write = foreign
-    write({n: v for n, v in values.items() if not n.startswith(("predictions", "top", "class"))})
+    write(
+        {
+            n: v
+            for n, v in values.items()
+            if not n.startswith(("predictions", "top", "class", "_fc"))
+        }
+    )
     if path.suffix == ".h5":
         error = refusal(model, path, skip=["head/dense/"])
         assert set(error.missing) >= {"top_conv/kernel", "top_bn/beta"}
