@@ -239,8 +239,7 @@ class _Run:
             rows.append(self._control(base, loop, trained))
         sets = tasks.get_task(base.data.task_name or "")
         tops = [row["measured"][sets.eval_set]["top1"] for row in trained]
-        # Of equals the last: it has seen the most pictures.
-        best = max(range(len(tops)), key=lambda i: (tops[i], i))
+        best = rounds.best_model(base, trained)
         if best < len(tops) - 1:
             self._warn(
                 f"student {len(tops) - 1} ({tops[-1]:.1%} held out) is worse than "

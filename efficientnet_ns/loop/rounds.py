@@ -12,8 +12,9 @@ round-<last>/finetuned-<size>       the last student, with --finetune_resolution
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -78,7 +79,7 @@ def run_loop(
     for number in range(1, len(trainings)):
         rows.append(_round(state, config, loop, number, watch))
         watch("model", rows[-1])
-        if loop.stop_when_worse and _is_worse(config, rows):
+        if loop.stop_when_worse and best_model(config, rows) < number:
             logging.warning("student %d is worse than its teacher: the rounds end here", number)
             break
     if loop.finetune_resolution:
@@ -86,11 +87,19 @@ def run_loop(
     return rows
 
 
-def _is_worse(config: Config, rows: list[dict[str, Any]]) -> bool:
-    """Whether the last model is worse than the one before on the evaluation set."""
-    name = ResolvedConfig.from_config(config).task.eval_set
-    before, last = (row["measured"][name]["top1"] for row in rows[-2:])
-    return last < before
+def best_model(config: Config, rows: Sequence[Mapping[str, Any]]) -> int:
+    """Round of the best model: the last that is not clearly worse on the evaluation set.
+
+    Clearly is more than the standard error of an accuracy on that many images. A few held-out images
+    cannot tell models that are closer, and a student that has seen more is better on the whole.
+    """
+    name, best = ResolvedConfig.from_config(config).task.eval_set, 0
+    found = [row["measured"][name] for row in rows]
+    for number, one in enumerate(found):
+        top1 = found[best]["top1"]
+        if one["top1"] >= top1 - math.sqrt(top1 * (1 - top1) / one["examples"]):
+            best = number
+    return best
 
 
 def check(config: Config, loop: LoopConfig) -> list[Config]:

@@ -480,3 +480,18 @@ def test_failed_stage_is_not_recorded(tmp_path):
     with pytest.raises(ZeroDivisionError):
         state.once("stage", lambda: {"number": 1 // 0})
     assert State(str(tmp_path), {}).once("stage", lambda: {"number": 2}) == {"number": 2}
+
+
+@pytest.mark.parametrize(
+    "top1, best",
+    [
+        ((0.8, 0.9, 0.95), 2),
+        ((0.8, 0.77), 1),  # As good as 100 images can tell: the standard error is 0.04.
+        ((0.8, 0.75), 0),
+        ((0.8, 0.7, 0.85), 2),
+        ((1.0, 0.99), 0),
+    ],
+)
+def test_best_model(top1, best):
+    rows = [{"measured": {"validation": {"top1": one, "examples": 100}}} for one in top1]
+    assert rounds.best_model(Config(), rows) == best
