@@ -38,7 +38,7 @@ def test_description(folder, monkeypatch):
     assert "blue 7, Über rot 8" in text
     assert "refused: blue/broken.jpg" in text
     assert "1 hidden" in text
-    assert "12 pictures to train on, 3 held out" in text
+    assert "13 pictures to train on, 2 held out" in text
     assert "77     given" in " ".join(text.split("  ")) or " 77 " in text
     assert "efficientnet-ns[weights]" in text and "time: about" in text
     assert "WARNING: 12 unlabeled pictures for 15" in text
