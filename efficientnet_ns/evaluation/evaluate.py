@@ -27,9 +27,8 @@ from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 def evaluate(config: Config) -> dict[str, dict[str, float]]:
     """Measures saved weights on the task's evaluation set and, if there is one, its test set.
 
-    The weights are those at `init_model_path` if given, else the newest in `model_dir`, which may also
-    be an export; what is not given about the model is read there, and the labeled records are by
-    default those of its training. With
+    The weights are those of `stored_model.weights_of`, which may also be an export; what is not given
+    about the model is read there, and the labeled records are by default those of its training. With
     `eval_continuously`, every new checkpoint in `model_dir` is measured until the last step, and the
     metrics are also logged to `model_dir/eval`.
 
@@ -95,8 +94,7 @@ def _report(
 
 def _weights_path(config: Config) -> str:
     train = config.train
-    path = None if train.eval_continuously else train.init_model_path
-    path = path or train.model_dir
+    path = train.model_dir if train.eval_continuously else stored_model.weights_of(train)
     if not path:
         raise ConfigError(
             "--model_dir (or --init_model_path) is needed: the model to evaluate, a folder of a "

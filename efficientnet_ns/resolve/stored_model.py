@@ -17,7 +17,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from efficientnet_ns.config import Config, ConfigError, subsections
+from efficientnet_ns.config import Config, ConfigError, TrainConfig, subsections
 from efficientnet_ns.data import tasks
 from efficientnet_ns.files import json_files, paths
 from efficientnet_ns.models import weights
@@ -104,6 +104,15 @@ def _raw(config: Config) -> dict[str, Any]:
     """Every setting by its flag's name; None for those that are not given and have no default."""
     sections = [getattr(config, name) for name in subsections(Config)]
     return {name: value for section in sections for name, value in vars(section).items()}
+
+
+def weights_of(train: TrainConfig) -> str:
+    """What is read of a model: the checkpoint that is named, else its folder; "" if there is neither.
+
+    With --init_model the named checkpoint is only what the training in `model_dir` starts from.
+    """
+    named = None if train.init_model and train.model_dir else train.init_model_path
+    return named or train.model_dir or ""
 
 
 def find(path: str | os.PathLike) -> str:

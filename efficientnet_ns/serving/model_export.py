@@ -35,7 +35,7 @@ def export_model(config: Config, options: ExportConfig) -> str:
       ConfigError: a path is missing, or a setting does not fit.
       manifests.OutputConflict: that version exists.
     """
-    path = stored_model.find(config.train.init_model_path or config.train.model_dir or "")
+    path = stored_model.find(stored_model.weights_of(config.train))
     if not path or not options.export_dir:
         raise ConfigError("--export_dir and --model_dir (or --init_model_path) are needed")
     _check(options)

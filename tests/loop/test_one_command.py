@@ -115,6 +115,13 @@ def test_from_published_weights(tmp_path, monkeypatch):
         "student 1",
     ]
     assert (tmp_path / "run" / "probe" / "model.ckpt-0.index").exists()
+    probed, *trained = (
+        json.loads((tmp_path / "run" / name / "state.json").read_text())["stages"]
+        for name in ("", "rounds")
+    )
+    losses = [probed["probe: measure"]["validation"]["loss"]]
+    losses += [v["validation"]["loss"] for k, v in trained[0].items() if k.endswith(": measure")]
+    assert len(set(losses)) == 3, "each model is measured, not what it starts from"
     assert result.settings["keep_bn_statistics"]
     assert stored_model.find(tmp_path / "run") == result.best
     assert os.path.exists(result.tflite) and os.path.exists(result.saved_model)

@@ -286,7 +286,11 @@ def test_fine_tuning_is_the_end_of_a_schedule_on_clean_labeled_images(varied):
     assert tuned["init_model"] and tuned["init_model_path"] == rounds.model_dir(loop, 1)
     # 1.4 passes over 9 images in batches of 4.
     assert rows[2]["steps"] == tuned["train_last_step_num"] == 3
-    assert rows[2]["measured"] != rows[1]["measured"]
+    # Measured are the tuned weights, not those they began with.
+    log = (Path(loop.work_dir) / "round-1/finetuned-16/metrics.jsonl").read_text().splitlines()
+    (measured,) = rows[2]["measured"].values()
+    assert measured["loss"] == pytest.approx(json.loads(log[-1])["eval/loss"], rel=1e-4)
+    assert measured["loss"] != pytest.approx(rows[1]["measured"]["validation"]["loss"], rel=1e-4)
 
 
 def test_fine_tuning_counts_the_shards_that_are_trained_on(tmp_path, config):

@@ -163,3 +163,18 @@ def test_imagenet_keeps_its_class_names(tmp_path):
     stored = stored_model.StoredModel(images={"mean": [0.5, 0.5, 0.5]})
     fitted = stored.fit(task, "imagenet")
     assert fitted.mean == (0.5, 0.5, 0.5) and fitted.class_names[0] == tasks.class_names(task)[0]
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({"model_dir": "run"}, "run"),
+        ({"init_model_path": "x.h5"}, "x.h5"),
+        ({"init_model_path": "x.h5", "model_dir": "run"}, "x.h5"),
+        ({"init_model_path": "x.h5", "model_dir": "run", "init_model": True}, "run"),
+        ({"init_model_path": "x.h5", "init_model": True}, "x.h5"),
+        ({}, ""),
+    ],
+)
+def test_what_a_training_starts_from_is_not_its_model(values, expected):
+    assert stored_model.weights_of(Config().override(**values).train) == expected
