@@ -17,7 +17,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from efficientnet_ns.config import Config, ConfigError, TrainConfig, subsections
+from efficientnet_ns.config.fields import ConfigError, subsections
+from efficientnet_ns.config.sections import Config, TrainConfig
 from efficientnet_ns.data import tasks
 from efficientnet_ns.files import json_files, paths
 from efficientnet_ns.models import weights
