@@ -15,6 +15,9 @@ import tensorflow as tf
 
 from efficientnet_ns.files import json_files
 
+# What describes the task of a folder of records, of a training, of predictions or of an export.
+TASK_FILE = "task.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:

@@ -113,7 +113,7 @@ def folders(path: str) -> list[str]:
 def image_files(path: str) -> list[str]:
     """Names of the images directly inside a folder, sorted."""
     names = sorted(n for n in tf.io.gfile.listdir(path) if not n.startswith("."))
-    return [n for n in names if n.rpartition(".")[2].lower() in image_sources.EXTENSIONS]
+    return list(filter(image_sources.is_image, names))
 
 
 def class_folders(path: str, classes: Mapping[str, int]) -> Images:

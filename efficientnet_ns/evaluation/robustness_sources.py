@@ -182,7 +182,7 @@ def _of_tfds(place: str, tfds_data_dir: str | None) -> sets.Images:
 
 
 def _of_records(folder: str, prefix: str) -> sets.Images:
-    task = os.path.join(folder, "task.json")
+    task = os.path.join(folder, tasks.TASK_FILE)
     # In records made from class folders, class n is the n-th folder. Without names, labels are
     # those of ImageNet.
     names = tasks.get_task(task).class_names if tf.io.gfile.exists(task) else None

@@ -39,7 +39,13 @@ def pseudo_label_name(task: int, shard: int, num_shards: int) -> str:
     return shard_name(f"train-{task}", shard, num_shards)
 
 
-_SHARD = re.compile(r"^(?P<group>.+)-(?P<shard>\d+)-of-(?P<total>\d+)$")
+_SHARD = re.compile(r"(?P<group>[^.].*)-(?P<shard>\d+)-of-(?P<total>\d+)")
+
+
+def parse(name: str) -> tuple[str, int, int] | None:
+    """`train-00003-of-00128` → ("train", 3, 128); None for names of other files, and hidden ones."""
+    match = _SHARD.fullmatch(name.rstrip("/"))
+    return (match["group"], int(match["shard"]), int(match["total"])) if match else None
 
 
 def list_shards(folders: str, prefixes: str | Sequence[str]) -> list[str]:
@@ -80,10 +86,9 @@ def _shards_in(folder: str, prefixes: tuple[str, ...]) -> list[str]:
         return []
     groups: dict[tuple[str, int], dict[int, str]] = {}
     for name in tf.io.gfile.listdir(folder):
-        match = _SHARD.match(name.rstrip("/"))
-        if match and any(re.fullmatch(rf"{re.escape(p)}(-\d+)?", match["group"]) for p in prefixes):
-            key = (match["group"], int(match["total"]))
-            groups.setdefault(key, {})[int(match["shard"])] = os.path.join(folder, name)
+        group, shard, total = parse(name) or ("", 0, 0)
+        if any(re.fullmatch(rf"{re.escape(p)}(-\d+)?", group) for p in prefixes):
+            groups.setdefault((group, total), {})[shard] = os.path.join(folder, name)
     for (group, total), shards in groups.items():
         totals = sorted(t for g, t in groups if g == group)
         if len(totals) > 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Collection, Sequence
 
 import tensorflow as tf
@@ -13,13 +12,12 @@ from absl import logging
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.config.ingest import MakeConfig
 from efficientnet_ns.data import image_conversion, tasks
-from efficientnet_ns.files import manifests, tfexamples
+from efficientnet_ns.files import manifests, shard_names, tfexamples
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_records, image_sources, listing, tfds_source
 from efficientnet_ns.ingest.image_sources import Source
 from efficientnet_ns.ingest.listing import Listing
 
-TASK = "task.json"
 # Square images up to this side get the small-image model, as SVHN's 32 pixels do.
 _SMALL_SIDE, _FIXED_SIDE = 40, 64
 
@@ -51,7 +49,7 @@ def make_records(config: MakeConfig, leave_out: Collection[str] = ()) -> dict[st
             source,
             config.labeled,
             _class_names_of_other_sets(config),
-            names_from=os.path.join(config.output_dir, TASK),
+            names_from=os.path.join(config.output_dir, tasks.TASK_FILE),
             subfolder=config.subfolder,
             accept_classes=config.accept_classes,
         )
@@ -89,7 +87,6 @@ def _check(config: MakeConfig) -> None:
 
 # How the programs that train and evaluate know labeled sets and unlabeled ones apart.
 _UNLABELED = "extra"
-_MANIFEST = re.compile(r"([^.].*)-\d{5}-of-\d{5}\.json")
 
 
 def _check_other_sets(config: MakeConfig) -> None:
@@ -100,7 +97,8 @@ def _check_other_sets(config: MakeConfig) -> None:
     """
     folder = os.path.join(config.output_dir, "manifests")
     names = sorted(tf.io.gfile.listdir(folder)) if tf.io.gfile.isdir(folder) else []
-    one_of = {match[1]: name for name in names if (match := _MANIFEST.fullmatch(name))}
+    parsed = {name: shard_names.parse(name.removesuffix(".json")) for name in names}
+    one_of = {found[0]: name for name, found in parsed.items() if found}
     others = {
         prefix: manifests.read_manifest(os.path.join(folder, name))["config"].get("labeled")
         for prefix, name in one_of.items()
@@ -128,7 +126,7 @@ def _check_other_sets(config: MakeConfig) -> None:
 
 
 def _class_names_of_other_sets(config: MakeConfig) -> tuple[str, ...] | None:
-    path = os.path.join(config.output_dir, TASK)
+    path = os.path.join(config.output_dir, tasks.TASK_FILE)
     return tasks.get_task(path).class_names if tf.io.gfile.exists(path) else None
 
 
@@ -203,7 +201,7 @@ def _image_set(
 
 
 def _write_task(config: MakeConfig, made: dict[str, image_records.Made], fields: dict) -> None:
-    path = os.path.join(config.output_dir, TASK)
+    path = os.path.join(config.output_dir, tasks.TASK_FILE)
     fields = {"num_classes": len(fields["class_names"]), **fields}
     if "train" in made:
         fields["num_train_images"] = made["train"].records
@@ -278,7 +276,7 @@ def with_records(config: Config) -> Config:
     builder = tfds_source.load_builder(name, data.tfds_data_dir)
     cache = data.data_cache_dir or os.path.join(tfds_source.root(builder), "efficientnet_ns")
     folder = os.path.join(cache, builder.info.full_name)
-    task = os.path.join(folder, TASK)
+    task = os.path.join(folder, tasks.TASK_FILE)
     # The task is written last. Sizes of the records are checked when they are read.
     if not tf.io.gfile.exists(task):
         source, root = data.data_source, data.tfds_data_dir

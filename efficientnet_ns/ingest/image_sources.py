@@ -13,7 +13,6 @@ import gzip
 import lzma
 import os
 import posixpath
-import re
 import shutil
 import stat
 import tarfile
@@ -28,7 +27,7 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.data.image_conversion import Unusable
-from efficientnet_ns.files import atomic
+from efficientnet_ns.files import atomic, shard_names
 from efficientnet_ns.files.errors import DataError
 
 EXTENSIONS = frozenset(
@@ -44,7 +43,6 @@ _SYSTEM_FOLDERS = {
 HIDDEN = "hidden or of the system"
 AGAIN = "folders read by another name"
 RECORDS = "folders of records"
-_SHARD = re.compile(r".+-\d{5}-of-\d{5}(\.json)?")
 
 
 class Entry(NamedTuple):
@@ -87,11 +85,6 @@ class Contents(NamedTuple):
     folders: list[str]
     lost: list[LeftOut]
     ignored: list[LeftOut]
-
-    @classmethod
-    def empty(cls) -> Contents:
-        """To be filled."""
-        return cls([], [], [], [])
 
 
 class Loaded(NamedTuple):
@@ -251,7 +244,8 @@ def _identity(path: str) -> tuple[int, int] | None:
 def _holds_records(names: Iterable[str]) -> bool:
     """Whether a folder is one that records were written to, which is no class."""
     names = list(names)
-    return any(map(_SHARD.fullmatch, names)) and not any(map(is_image, names))
+    shards = (shard_names.parse(name.removesuffix(".json")) for name in names)
+    return any(shards) and not any(map(is_image, names))
 
 
 def _sort_in(item: os.DirEntry, name: str, contents: Contents) -> bool:
@@ -304,7 +298,7 @@ class Zip:
         self.path = path
 
     def entries(self) -> Contents:
-        contents = Contents.empty()
+        contents = Contents([], [], [], [])
         links: dict[str, str | None] = {}
         with self._open() as archive:
             for i, info in enumerate(archive.infolist()):
@@ -372,7 +366,7 @@ class Tar:
         self.path, self._plain = path, plain or path
 
     def entries(self) -> Contents:
-        contents = Contents.empty()
+        contents = Contents([], [], [], [])
         links: dict[str, str | None] = {}
         with tf.io.gfile.GFile(self._plain, "rb") as f:
             for folder, member, start in _members(_Window(f, 0), self.path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,10 +13,9 @@ import tensorflow as tf
 from efficientnet_ns.data import image_conversion, image_headers, tasks
 from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.ingest import data_source, image_sources, listing, tfds_source
+from efficientnet_ns.ingest import image_sources, listing, tfds_source
 from efficientnet_ns.ingest.image_sources import Entry
 
-_RECORDS = re.compile(r"[^.].*-\d{5}-of-\d{5}")
 # Pictures that are opened, spread over the whole.
 _SAMPLE = 200
 # Shorter side of pictures that nobody looked at.
@@ -48,7 +46,7 @@ def is_records(place: str) -> bool:
     """Whether a place is a folder of record files."""
     if not tf.io.gfile.isdir(place):
         return False
-    return any(_RECORDS.fullmatch(name) for name in tf.io.gfile.listdir(place))
+    return any(map(shard_names.parse, tf.io.gfile.listdir(place)))
 
 
 def survey(place: str, *, labeled: bool, class_names: Sequence[str] | None = None) -> Survey:
@@ -108,10 +106,10 @@ def _median(sides: Sequence[int]) -> int:
 
 def _of_records(folder: str, labeled: bool) -> Survey:
     """Of a folder that make_records wrote, or one like it."""
-    task = os.path.join(folder, data_source.TASK)
+    task = os.path.join(folder, tasks.TASK_FILE)
     if labeled and not tf.io.gfile.exists(task):
         raise DataError(
-            f"{folder} holds records without {data_source.TASK}, which names their classes: give the "
+            f"{folder} holds records without {tasks.TASK_FILE}, which names their classes: give the "
             "pictures themselves, or records of make_records"
         )
     prefix = tasks.get_task(task).train_set if labeled else ("train", "extra")

@@ -22,7 +22,7 @@ from efficientnet_ns.config.ingest import SvhnConfig
 from efficientnet_ns.data import image_conversion, tasks
 from efficientnet_ns.files import atomic, manifests, tfexamples
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.ingest import data_source, image_records
+from efficientnet_ns.ingest import image_records
 from efficientnet_ns.ingest.image_sources import Entry, Loaded, Reader
 
 URL = "http://ufldl.stanford.edu/housenumbers/{}_32x32.mat"
@@ -188,7 +188,7 @@ def _write_task(config: SvhnConfig, made: dict[str, int]) -> None:
         {f"{key}_set": prefix + suffix for key, prefix in _ROLES.items()},
         num_train_images=made[f"train{suffix}"],
     )
-    tasks.write_task(os.path.join(config.output_dir, data_source.TASK), **fields)
+    tasks.write_task(os.path.join(config.output_dir, tasks.TASK_FILE), **fields)
 
 
 _ROLES = {"train": "train", "eval": "dev", "test": "test"}

@@ -23,7 +23,6 @@ from efficientnet_ns.data import tasks
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.pseudo_labels import index, predict, run_report, unlabeled_set, write
 from efficientnet_ns.pseudo_labels.selection import select
-from efficientnet_ns.resolve import stored_model
 
 
 def select_and_write(selection: SelectConfig, options: FilterConfig) -> dict[str, Any]:
@@ -70,7 +69,7 @@ def completed(selection: SelectConfig) -> SelectConfig:
       DataError: see `unlabeled_set.find`.
     """
     default = SelectConfig()
-    name = selection.task_name or os.path.join(selection.prediction_dir, stored_model.TASK)
+    name = selection.task_name or os.path.join(selection.prediction_dir, tasks.TASK_FILE)
     if selection.task_name or tf.io.gfile.exists(name):
         classes = tasks.get_task(name).num_classes
         if selection.num_label_classes not in (default.num_label_classes, classes):

@@ -293,9 +293,9 @@ class _Run:
             counts |= data_source.make_records(config, twice)
             counts["duplicates"] = len(twice)
             unlabeled = folder
-        task = self._in_work("data", data_source.TASK)
+        task = self._in_work("data", tasks.TASK_FILE)
         tf.io.gfile.makedirs(os.path.dirname(task))
-        known = tasks.get_task(os.path.join(labeled, data_source.TASK))
+        known = tasks.get_task(os.path.join(labeled, tasks.TASK_FILE))
         fields = dataclasses.asdict(known)
         if self.plan.chosen["init_weights"]:
             # Published weights come with their own normalisation, and with strides for large images.

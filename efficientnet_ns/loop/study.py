@@ -232,12 +232,10 @@ def _result_path(config: Config) -> str:
 
 
 def _label(config: Config) -> None:
-
     predict.predict(config)
 
 
 def _select(config: SelectConfig) -> None:
-
     select(config)
     write.write(config)
 
@@ -259,8 +257,6 @@ class Runner:
     """
 
     def __init__(self, arms: list[list[Work]]):
-        import tensorflow as tf
-
         trainings = {
             w.config.train.model_dir: w.config for a in arms for w in a if w.kind == "train"
         }
@@ -276,8 +272,6 @@ class Runner:
 
         A teacher that cannot be trained is an error: no arm could be.
         """
-        import tensorflow as tf
-
         result = None
         if tf.io.gfile.exists(_result_path(arm[-1].config)):
             arm = arm[-1:]
@@ -369,7 +363,6 @@ def _with_data(config: Config, loop: LoopConfig) -> Config:
 
 
 def _check_trainings(arms: Mapping[Any, list[Work]]) -> None:
-
     for work in arms.values():
         for piece in work:
             check(piece.config)

@@ -19,7 +19,7 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError, shard_list
-from efficientnet_ns.data.tasks import write_task
+from efficientnet_ns.data.tasks import TASK_FILE, write_task
 from efficientnet_ns.files import manifests, shard_names, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.leases import LeaseLost, Leases
@@ -169,7 +169,7 @@ def _input_path(config: Config, shard: int) -> str:
 def _note_classes(resolved: ResolvedConfig) -> None:
     """Leaves the task beside the predictions, for the names of its classes."""
     options = resolved.config.predict
-    path = os.path.join(options.output_dir, stored_model.TASK)
+    path = os.path.join(options.output_dir, TASK_FILE)
     if not options.reassign_label and not tf.io.gfile.exists(path):
         tf.io.gfile.makedirs(options.output_dir)
         write_task(path, **dataclasses.asdict(resolved.task))

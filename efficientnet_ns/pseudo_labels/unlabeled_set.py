@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import tensorflow as tf
 
 from efficientnet_ns.config import PredictConfig
+from efficientnet_ns.files import shard_names
 from efficientnet_ns.files.errors import DataError
 
-_SHARD = re.compile(r"(?P<group>.+)-\d{5}-of-(?P<total>\d{5})")
 _SHOWN = 8  # Names in a message.
 
 
@@ -25,8 +23,7 @@ def find(folder: str, prefix: str, num_shards: int, part: str = "") -> tuple[str
     Raises:
       DataError: there is none, or several are possible; names the folder and what is there.
     """
-    matches = [match for name in _names(folder) if (match := _SHARD.fullmatch(name))]
-    sets = {(match["group"], int(match["total"])) for match in matches}
+    sets = {(one[0], one[2]) for name in _names(folder) if (one := shard_names.parse(name))}
     if (f"{prefix}{part}", num_shards) in sets:
         return prefix, num_shards
     default = PredictConfig()

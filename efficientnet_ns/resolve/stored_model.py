@@ -23,7 +23,7 @@ from efficientnet_ns.data import tasks
 from efficientnet_ns.files import json_files, paths
 from efficientnet_ns.models import weights
 
-SETTINGS, TASK = "config.json", "task.json"
+SETTINGS = "config.json"
 # Stage of a work_dir made from pictures that tells which model of its `rounds` is the best.
 BEST = "best model"
 # Settings of the training that later programs need, where they are not given.
@@ -186,7 +186,7 @@ def _described(
     settings = _object(folder, SETTINGS)
     if "train_steps" not in settings:
         settings = {}  # Other programs call their files so, too.
-    task_file = os.path.join(folder, TASK)
+    task_file = os.path.join(folder, tasks.TASK_FILE)
     if tf.io.gfile.exists(task_file):
         task: tasks.Task | None = tasks.get_task(task_file)
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import posixpath
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -15,11 +14,9 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.data import image_conversion
-from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_sources, listing
-
-_SHARD = re.compile(r".+-\d+-of-\d+")
 
 
 class Difference(NamedTuple):
@@ -54,9 +51,9 @@ def encoded_images(path: str, limit: int) -> list[bytes]:
     if not tf.io.gfile.exists(path):
         raise DataError(f"{path} does not exist")
     names = sorted(tf.io.gfile.listdir(path)) if tf.io.gfile.isdir(path) else []
-    shards = [name for name in names if _SHARD.fullmatch(name)]
+    shards = [name for name in names if shard_names.parse(name)]
     # Images next to records take precedence over the records; images in subfolders do not.
-    pictures = any(name.rpartition(".")[2].lower() in image_sources.EXTENSIONS for name in names)
+    pictures = any(map(image_sources.is_image, names))
     found = _recorded(path, shards) if shards and not pictures else _listed(path)
     images = list(itertools.islice(_decodable(found), limit))
     if not images:

@@ -18,7 +18,6 @@ from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.files import atomic, manifests, paths
 from efficientnet_ns.inference import exported, folding
 from efficientnet_ns.models import heads, weights
-from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.serving import deployment, templates, tflite, tflite_metadata, warmup
 from efficientnet_ns.serving.classifier import Classifier, OutputSpec
 
@@ -208,7 +207,7 @@ def _note_settings(folder: str, model: tf.keras.Model, task: tasks.Task | None) 
     """Writes what `stored_model` reads."""
     weights.write_settings(folder, model)
     if task is not None:
-        tasks.write_task(os.path.join(folder, stored_model.TASK), **dataclasses.asdict(task))
+        tasks.write_task(os.path.join(folder, tasks.TASK_FILE), **dataclasses.asdict(task))
 
 
 def _write(path: str, text: str) -> None:

@@ -67,7 +67,6 @@ def _file_name(model, version: int | str, options: ExportConfig) -> str:
 
 
 def _model(resolved: ResolvedConfig, path: str, options: ExportConfig):
-
     before = tf.keras.mixed_precision.global_policy()
     if options.serving_dtype == "bfloat16" and options.format == "savedmodel":
         tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
@@ -80,7 +79,6 @@ def _model(resolved: ResolvedConfig, path: str, options: ExportConfig):
 
 
 def _export_options(resolved: ResolvedConfig, path: str, options: ExportConfig):
-
     names = tasks.class_names(resolved.task) or map(str, range(resolved.num_classes))
     facts = {
         "Task": resolved.config.data.task_name,
@@ -123,7 +121,6 @@ def _float_answers(resolved: ResolvedConfig, path: str, options: ExportConfig, i
 def _saved_model(
     resolved: ResolvedConfig, model, path: str, version: int, options: ExportConfig
 ) -> str:
-
     encoded, images = _check_images(resolved, options)
     exported = _export_options(resolved, path, options)
     folder = export.export(model, resolved.preprocessing(), options.export_dir, version, exported)
@@ -135,7 +132,6 @@ def _saved_model(
 
 
 def _tflite(resolved: ResolvedConfig, model, path: str, version: int, options: ExportConfig) -> str:
-
     encoded, images = _check_images(resolved, options)
     target = os.path.join(options.export_dir, _file_name(model, version, options))
     content = export.export_tflite(

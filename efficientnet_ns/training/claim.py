@@ -68,7 +68,7 @@ def claim(
     if difference:
         logging.warning("%s has no checkpoint: it is taken over (%s)", folder, difference)
     tf.io.gfile.makedirs(folder)
-    written = (SETTINGS, stored_model.TASK, RECORDS, preview.FILE, metrics_log.METRICS, RUNS)
+    written = (SETTINGS, tasks.TASK_FILE, RECORDS, preview.FILE, metrics_log.METRICS, RUNS)
     atomic.remove_abandoned([os.path.join(folder, name) for name in (*written, "checkpoint")])
     # The settings a training was begun with stay as they were written.
     if difference or not tf.io.gfile.exists(os.path.join(folder, SETTINGS)):
@@ -77,7 +77,7 @@ def claim(
     if not begun or not tf.io.gfile.exists(os.path.join(folder, RECORDS)):
         json_files.write_json(os.path.join(folder, RECORDS), listing, indent=1)
     # As it is now: class names may have been added.
-    tasks.write_task(os.path.join(folder, stored_model.TASK), **dataclasses.asdict(task))
+    tasks.write_task(os.path.join(folder, tasks.TASK_FILE), **dataclasses.asdict(task))
 
 
 @contextlib.contextmanager
@@ -131,7 +131,7 @@ def _changed_settings(folder: str, config: Config) -> str:
 
 def _check_task_file(folder: str, task: tasks.Task) -> None:
     """DirectoryConflict for a task file in a folder that is no training's: it would be overwritten."""
-    path, settings = (os.path.join(folder, name) for name in (stored_model.TASK, SETTINGS))
+    path, settings = (os.path.join(folder, name) for name in (tasks.TASK_FILE, SETTINGS))
     if not tf.io.gfile.exists(path) or tf.io.gfile.exists(settings):
         return
     if tasks.get_task(path) != task:
