@@ -147,17 +147,17 @@ def saved_steps(model_dir: str) -> list[int]:
 KILLED_BEFORE_STEP_6_IS_SAVED = """
 import json, os, signal, sys
 from efficientnet_ns.config import Config
-from efficientnet_ns.models import weights
+from efficientnet_ns.models import checkpoint_files
 from efficientnet_ns.training import train
 
-write = weights.write_checkpoint
+write = checkpoint_files.write_checkpoint
 
 def killing(prefix, tensors):
     if prefix.endswith("-6"):
         os.kill(os.getpid(), signal.SIGKILL)
     write(prefix, tensors)
 
-weights.write_checkpoint = killing
+checkpoint_files.write_checkpoint = killing
 train.train_and_evaluate(Config().override(**json.loads(sys.argv[1])))
 """
 

@@ -19,7 +19,7 @@ from efficientnet_ns.evaluation import accuracy, accuracy_report
 from efficientnet_ns.files import json_files, manifests
 from efficientnet_ns.files.metrics_log import MetricsLog
 from efficientnet_ns.inference import engines, exported
-from efficientnet_ns.models import weights
+from efficientnet_ns.models import checkpoint_files, weights
 from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
@@ -216,10 +216,10 @@ def _step_of(path: str) -> int:
 def _each_new_checkpoint(folder: str, seconds: float = 1.0) -> Iterator[str]:
     """Prefixes of the newest checkpoint, each once, without end; polls every `seconds`."""
     last = None
-    if weights.newest_checkpoint(folder) is None:
+    if checkpoint_files.newest_checkpoint(folder) is None:
         logging.info("waiting for the first checkpoint in %s", folder)
     while True:
-        newest = weights.newest_checkpoint(folder)
+        newest = checkpoint_files.newest_checkpoint(folder)
         if newest is not None and newest != last:
             yield newest
             last = newest

@@ -16,6 +16,7 @@ import numbers
 import os
 import sys
 from collections.abc import Callable, Container, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -289,13 +290,25 @@ def _float32(x, name: str):
     return tf.keras.layers.Activation("linear", dtype="float32", name=name)(x)
 
 
-def _check(num_classes: int, survival_prob: float, dropout_rate: float) -> None:
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; it must be at least 1")
+def _check(num_classes: int, image_size: int, survival_prob: float, dropout_rate: float) -> None:
+    for name, value in (("num_classes", num_classes), ("image_size", image_size)):
+        if not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name} is {value!r}; a whole number is needed")
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
     if not 0.0 < survival_prob <= 1.0:
         raise ValueError(f"survival_prob is {survival_prob}; it must be in (0, 1]")
     if not 0.0 <= dropout_rate < 1.0:
         raise ValueError(f"dropout_rate is {dropout_rate}; it must be in [0, 1)")
+
+
+def _expected_images(
+    spec: Variant, weights: str | os.PathLike | None, **given: Any
+) -> dict[str, Any]:
+    """`small_image`, `mean` and `std`: as given, else as noted with the weights, else the variant's."""
+    stored = {} if weights is None else stored_settings(weights)
+    known = {"small_image": False, "mean": spec.mean, "std": spec.std, **stored}
+    return {name: known[name] if value is None else value for name, value in given.items()}
 
 
 def build_model(
@@ -322,12 +335,12 @@ def build_model(
       num_classes: width of the logits.
       image_size: side of the input in pixels; None takes the variant's resolution.
       small_image: strides of stages 2 and 3 are 1, for images of 32 pixels and less, which are not
-        cropped. None: as `weights` tell, else False.
+        cropped. None: as noted with `weights`, else False.
       width_coefficient, depth_coefficient, dropout_rate: override the variant's.
       survival_prob: of the last block's residual branch; block i of N gets 1 - (1 -
         survival_prob)·i/N.
       mean, std: channel statistics of the training set in units of the full range (0..1). None: as
-        `weights` tell, else the variant's.
+        noted with `weights`, else the variant's.
       bn_momentum: decay of the batch-norm moving averages.
       num_shards_per_group: how many replicas share batch statistics while training; see
         `layers.replicas_per_group`.
@@ -343,25 +356,16 @@ def build_model(
       WeightsError, FileNotFoundError: the weights do not fit, or are not there.
     """
     spec = get_variant(variant)
-    for name, value in (("num_classes", num_classes), ("image_size", image_size)):
-        if value is not None and not isinstance(value, numbers.Integral):
-            raise ValueError(f"{name} is {value!r}; a whole number is needed")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size is {image_size}; it must be at least 1")
+    size = spec.resolution if image_size is None else image_size
     dropout_rate = spec.dropout_rate if dropout_rate is None else dropout_rate
-    _check(num_classes, survival_prob, dropout_rate)
-    width, size = width_coefficient or spec.width, image_size or spec.resolution
-    learned = {} if weights is None else stored_settings(weights)
-    if small_image is None:
-        small_image = learned.get("small_image", False)
-    mean = learned.get("mean", spec.mean) if mean is None else mean
-    std = learned.get("std", spec.std) if std is None else std
-    depth = depth_coefficient or spec.depth
+    _check(num_classes, size, survival_prob, dropout_rate)
+    width = width_coefficient or spec.width
+    images = _expected_images(spec, weights, small_image=small_image, mean=mean, std=std)
     blocks = block_table(
         spec.stages,
         width,
-        depth,
-        small_image,
+        depth_coefficient or spec.depth,
+        images["small_image"],
         scale_stem=spec.scale_stem_and_head,
         deepen_ends=spec.deepen_ends,
     )
@@ -371,9 +375,7 @@ def build_model(
     )
     parts = _Parts(batch_norm, spec.activation, spec.squeeze_excite)
     inputs = tf.keras.Input((size, size, 3), name="image")
-    x = layers.PixelNormalization(
-        mean, std, small_image=small_image, variant=variant, name="normalization"
-    )(inputs)
+    x = layers.PixelNormalization(**images, variant=variant, name="normalization")(inputs)
     x = _features(x, spec, width, blocks, survival_prob, parts)
     x = _classifier(x, num_classes, dropout_rate) if include_top else _float32(x, "pooled")
     model = tf.keras.Model(inputs, x, name=variant)

@@ -18,12 +18,9 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.models import foreign_weights, heads, torch_files
+from efficientnet_ns.models.stored_arrays import UnusableFile
 
 Arrays = dict[str, np.ndarray]
-
-
-class UnusableFile(ValueError):
-    """A file without readable weights that is not known to be damaged."""
 
 
 class Content(NamedTuple):

@@ -1,174 +1,45 @@
-"""Weights by name: strict reading from, and atomic writing to, the files of this and other programs.
+"""`load_weights` and `save_weights`: files of this and other programs, of any kind.
 
-A checkpoint of the original (TF1) holds `<variant>/stem/conv2d/kernel` …, the moving-average copy
-of each variable under `…/ExponentialMovingAverage`, and the optimizer's slots under `…/RMSProp` and
-`…/RMSProp_1`. Files of Keras and timm: see `foreign_weights` and `weight_files`.
-
-Every file is checked whole before the first variable is assigned: each variable of the model must
-be in it with its shape, and nothing that the model does not have may be.
+Checkpoints of the original: see `checkpoint_files`. Files of Keras, timm and PyTorch: see
+`weight_files` and `foreign_weights`. Published weights by name: see `published`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import json
 import os
 import re
-import weakref
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.files import atomic, json_files, local_files, manifests
+from efficientnet_ns.files import atomic, manifests
 from efficientnet_ns.files.paths import listed
 from efficientnet_ns.models import foreign_weights, heads, published, weight_files
-
-# A local path, or one of any file system of TensorFlow.
-PathLike = str | os.PathLike
-
-EMA_SUFFIX = "/ExponentialMovingAverage"
-# What the original calls the teacher inside a student's checkpoint.
-TEACHER_SCOPE = "teacher_model"
-
-# What the files of a checkpoint end in.
-_CHECKPOINT_FILE = re.compile(r"\.(index|meta|data-\d{5}-of-\d{5})$")
-# What images the model of the weights in a folder expects.
-SETTINGS_FILE = "model.json"
-
-# What to do about weights that do not fit.
-_NEW_HEAD = (
-    "  Its classes are not the model's{counts}: name the task or the number of classes with "
-    "--task_name, --num_label_classes or num_classes.\n"
-    '  To begin a training with a new classifier: skip=["head/dense/"], on the command line '
-    "--init_skip=head/dense/.\n"
+from efficientnet_ns.models.checkpoint_files import (
+    CHECKPOINT_FILE,
+    EMA_SUFFIX,
+    SETTINGS_FILE,
+    PathLike,
+    checkpoint_prefix,
+    folder_settings,
+    is_extra,
+    open_checkpoint,
+    variable_names,
+    write_checkpoint,
+    write_settings,
 )
-_OTHER_MODEL = (
-    "  The model has to be the one these weights are of: name, size and classes as in the flags of "
-    "their training.\n"
+from efficientnet_ns.models.stored_arrays import (
+    StoredFile,
+    Target,
+    WeightsError,
+    assign,
+    damage_named,
 )
-
-
-class WeightsError(ValueError):
-    """The variables in a file are not those of the model.
-
-    Attributes:
-      missing, unexpected, shapes: names that the file lacks; names that the model lacks; and
-        `name: file […], model […]`. All empty for errors of another kind.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        missing: Sequence[str] = (),
-        unexpected: Sequence[str] = (),
-        shapes: Sequence[str] = (),
-    ):
-        super().__init__(message)
-        self.missing, self.unexpected, self.shapes = missing, unexpected, shapes
-
-
-class DamagedFile(WeightsError, tf.errors.DataLossError):
-    """A file cannot be read to its end."""
-
-    def __init__(self, message: str):
-        tf.errors.DataLossError.__init__(self, None, None, message)
-        self.missing, self.unexpected, self.shapes = (), (), ()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Target:
-    """Where a stored array goes: `variable.assign(stored.transpose(axes))`."""
-
-    variable: tf.Variable
-    axes: tuple[int, ...]
-
-    @property
-    def stored_shape(self) -> list[int]:
-        shape = self.variable.shape.as_list()
-        return [shape[axis] for axis in foreign_weights.inverse(self.axes)]
-
-
-def _target(
-    naming: foreign_weights.Naming, key: foreign_weights.Key, variable: tf.Variable
-) -> _Target:
-    return _Target(variable, foreign_weights.axes(naming, key[1], variable.shape.rank))
-
-
-@dataclasses.dataclass(frozen=True)
-class _File:
-    """An open file: the shape of every array in it, and how to read one."""
-
-    path: str
-    shapes: Mapping[str, Sequence[int]]
-    read: Callable[[str], np.ndarray]
-
-
-def variable_names(model: tf.keras.Model) -> dict[str, tf.Variable]:
-    """TF1 name → variable for every weight of a model made by `build_model`.
-
-    With a classifier of the user's own its variables are copies.
-    """
-    model = heads.standard(model)
-    names = foreign_weights.stored_names(model, foreign_weights.TF1)
-    variables = foreign_weights.layer_variables(model)
-    if len(variables) != len(model.weights):
-        raise AssertionError(
-            f"{model.name}: {len(model.weights)} weights but {len(variables)} names"
-        )
-    return {f"{model.name}/{names[key]}": variable for key, variable in variables.items()}
-
-
-def checkpoint_prefix(path: PathLike) -> str:
-    """The prefix of the checkpoint that `path` means: a prefix, a file of it, or a folder.
-
-    In a folder the newest entry of its `checkpoint` file counts, else a single `*.index` file,
-    there or in the folders inside (those of the published archives have various names). In the
-    folder of a SavedModel it is that of its variables.
-
-    Raises:
-      FileNotFoundError: nothing there is a checkpoint.
-      WeightsError: a folder with several checkpoints and no `checkpoint` file to choose one.
-    """
-    path = _CHECKPOINT_FILE.sub("", os.path.expanduser(path).rstrip("/"))
-    if tf.io.gfile.exists(path + ".index"):
-        return path
-    if tf.io.gfile.exists(path + "/saved_model.pb"):
-        if tf.io.gfile.exists(path + "/variables/variables.index"):
-            return path + "/variables/variables"
-        raise WeightsError(
-            f"{path} is an exported model, whose weights are constants of its graph: give the "
-            "checkpoint it was made of"
-        )
-    if tf.io.gfile.isdir(path):
-        latest = newest_checkpoint(path)
-        if latest:
-            return latest
-        found = listed(path, r"[^.].*\.index")
-        if not found:
-            below = listed(path, r"[^.].*")
-            found = [p for f in below for p in listed(f, r"model\.ckpt.*\.index")]
-        if len(found) == 1:
-            return found[0][: -len(".index")]
-        if found:
-            raise WeightsError(f"{path} holds {len(found)} checkpoints: name one, e.g. {found[0]}")
-    raise FileNotFoundError(
-        f"no checkpoint at {path!r}: expected a folder with one, or a prefix like model.ckpt-1000"
-    )
-
-
-def newest_checkpoint(folder: str) -> str | None:
-    """The prefix of the checkpoint that the `checkpoint` file of a folder names as the newest.
-
-    None without such a file, or when that checkpoint is gone.
-    """
-    state = tf.train.get_checkpoint_state(folder)
-    prefix = state.model_checkpoint_path if state else ""
-    return prefix if prefix and tf.io.gfile.exists(prefix + ".index") else None
 
 
 def fingerprint(path: PathLike, variant: str = "") -> str:
@@ -194,7 +65,7 @@ def file_path(path: PathLike) -> str | None:
     """
     path = os.path.expanduser(path)
     if tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path):
-        prefix, matches = _CHECKPOINT_FILE.subn("", path)
+        prefix, matches = CHECKPOINT_FILE.subn("", path)
         is_part = matches and tf.io.gfile.exists(prefix + ".index")
         return None if is_part else path
     named_as_file = path.lower().endswith(weight_files.SUFFIXES)
@@ -203,138 +74,14 @@ def file_path(path: PathLike) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _damage_named(path: str, *where: str) -> Iterator[None]:
-    # Readers raise various types for damaged files, including IndexError and OSError, and rarely name
-    # the file.
-    try:
-        yield
-    except (MemoryError, weight_files.UnusableFile) as error:
-        raise WeightsError(f"{path} cannot be read: {error}") from error
-    except Exception as error:
-        message = ": ".join([*where, str(error)])
-        raise DamagedFile(f"{path} cannot be read: {message}") from error
-
-
-def _open_checkpoint(prefix: str) -> _File:
-    with _damage_named(prefix), contextlib.ExitStack() as stack:
-        reader = tf.train.load_checkpoint(
-            stack.enter_context(local_files.without_wildcards(prefix))
-        )
-        file = _File(prefix, reader.get_variable_to_shape_map(), reader.get_tensor)
-        # Arrays are read one by one, as long as the file is in use.
-        weakref.finalize(file, stack.pop_all().close)
-        return file
-
-
-def _open_file(path: str, model: tf.keras.Model, ema: bool) -> tuple[_File, weight_files.Content]:
-    with _damage_named(path):
+def _open_file(
+    path: str, model: tf.keras.Model, ema: bool
+) -> tuple[StoredFile, weight_files.Content]:
+    with damage_named(path):
         with tf.io.gfile.GFile(path, "rb") as f:
             content = weight_files.read(f.read(), model, ema=ema)
         shapes = {name: list(array.shape) for name, array in content.arrays.items()}
-        return _File(path, shapes, content.arrays.__getitem__), content
-
-
-def _assign(
-    file: _File,
-    targets: Mapping[str, _Target],
-    known: Callable[[str], bool],
-    head: Container[str] = (),
-) -> None:
-    """Assigns every target the array stored under its name; nothing is assigned unless all fit.
-
-    Args:
-      known: whether a name that is not in `targets` may be in the file.
-      head: names of the classifier; if only these misfit, the number of classes differs.
-
-    Raises:
-      WeightsError: with each missing or unexpected name and each other shape.
-      DamagedFile: an array cannot be read; the message names it.
-    """
-    missing = sorted(name for name in targets if name not in file.shapes)
-    unexpected = sorted(n for n in file.shapes if n not in targets and not known(n))
-    other = [n for n in targets if n not in missing and not _fits(file.shapes[n], targets[n])]
-    shapes = [f"{n}: file {list(file.shapes[n])}, model {targets[n].stored_shape}" for n in other]
-    if missing or unexpected or shapes:
-        only_head = not unexpected and all(name in head for name in [*missing, *other])
-        raise WeightsError(
-            f"{file.path} does not fit the model.\n"
-            + _listing("missing from the file", missing)
-            + _listing("of another shape", shapes)
-            + _listing("in the file only", unexpected)
-            + (
-                _NEW_HEAD.format(counts=_class_counts(file, targets, other))
-                if only_head
-                else _OTHER_MODEL
-            ),
-            missing,
-            unexpected,
-            sorted(shapes),
-        )
-    # All values are read before the first is assigned, so that a damaged file changes nothing.
-    values = {}
-    for name in targets:
-        with _damage_named(file.path, name):
-            values[name] = np.asarray(file.read(name)).transpose(targets[name].axes)
-    for name, target in targets.items():
-        target.variable.assign(values[name].astype(target.variable.dtype.as_numpy_dtype))
-
-
-def _class_counts(file: Any, targets: Mapping[str, Any], other: Sequence[str]) -> str:
-    """` (the file has 3, the model 1000)`, from the bias of the classifier; "" without it."""
-    for name in other:
-        if len(file.shapes[name]) == len(targets[name].stored_shape) == 1:
-            return (
-                f" (the file has {file.shapes[name][0]}, the model {targets[name].stored_shape[0]})"
-            )
-    return ""
-
-
-def _fits(stored: Sequence[int], target: _Target) -> bool:
-    return list(stored) == target.stored_shape
-
-
-def _listing(title: str, names: Sequence[str], limit: int = 8) -> str:
-    if not names:
-        return ""
-    more = f"\n    … and {len(names) - limit} more" if len(names) > limit else ""
-    return f"  {title} ({len(names)}):\n    " + "\n    ".join(sorted(names)[:limit]) + more + "\n"
-
-
-def read_checkpoint(prefix: str, names: Mapping[str, tf.Variable]) -> None:
-    """Assigns each variable the value stored under its name; nothing is assigned unless all fit.
-
-    Raises:
-      WeightsError: names missing from the file, in the file only, or of another shape, each listed.
-        The file may also hold the optimizer's slots and an on-the-fly teacher.
-      DamagedFile: the file is damaged.
-    """
-    targets = {
-        name: _Target(variable, tuple(range(variable.shape.rank)))
-        for name, variable in names.items()
-    }
-    extra = functools.partial(_extra, foreign_weights.TF1)
-    _assign(_open_checkpoint(prefix), targets, extra)
-
-
-def _extra(naming: foreign_weights.Naming, name: str, scope: str | None = None) -> bool:
-    """Whether a file may hold `name` in addition to the variables of the model under `scope`."""
-    if re.fullmatch(naming.ignored, name):
-        return True
-    if scope is None:
-        return name.startswith(f"{TEACHER_SCOPE}/")
-    return not name.startswith(f"{scope}/")
-
-
-def write_checkpoint(prefix: str, tensors: Mapping[str, tf.Tensor]) -> None:
-    """Writes a TF1-style checkpoint; its `.index` appears last, so a whole one has it."""
-    names = sorted(tensors)
-    tf.raw_ops.SaveV2(
-        prefix=prefix,
-        tensor_names=names,
-        shape_and_slices=[""] * len(names),
-        tensors=[tf.convert_to_tensor(tensors[name]) for name in names],
-    )
+        return StoredFile(path, shapes, content.arrays.__getitem__), content
 
 
 def load_weights(
@@ -390,15 +137,15 @@ def load_weights(
         stored, naming = content.settings, content.naming
     else:
         opened, names, known = _checkpoint_names(path, model, standard, ema, scope)
-        stored, naming = _folder_settings(os.path.dirname(opened.path)), foreign_weights.TF1
+        stored, naming = folder_settings(os.path.dirname(opened.path)), foreign_weights.TF1
     kept = _skipped(variable_names(standard), skip)
     targets = {
-        names[key]: _target(naming, key, variable)
+        names[key]: Target(variable, foreign_weights.axes(naming, key[1], variable.shape.rank))
         for key, variable in foreign_weights.layer_variables(standard).items()
         if id(variable) not in kept
     }
     head = [names[key] for key in foreign_weights.HEAD if key in names]
-    _assign(opened, targets, known, head)
+    assign(opened, targets, known, head)
     if standard is not model:
         heads.take_head(model, standard)
     _warn_of_other_settings(model, stored, opened.path)
@@ -421,9 +168,9 @@ def _checkpoint_names(
     standard: tf.keras.Model,
     ema: bool,
     scope: str | None,
-) -> tuple[_File, Names, Callable[[str], bool]]:
+) -> tuple[StoredFile, Names, Callable[[str], bool]]:
     """A checkpoint, what it calls the variables, and what else may be in it."""
-    file = _open_checkpoint(checkpoint_prefix(path))
+    file = open_checkpoint(checkpoint_prefix(path))
     above = "" if scope is None else f"{scope}/"
     if _OBJECT_GRAPH in file.shapes:
         paths_of_layers = {key: above + name for key, name in _object_names(model).items()}
@@ -439,7 +186,7 @@ def _checkpoint_names(
 def _known(
     naming: foreign_weights.Naming, ours: Container[str], scope: str | None, name: str
 ) -> bool:
-    return name in ours or _extra(naming, name, scope)
+    return name in ours or is_extra(naming, name, scope)
 
 
 # In a checkpoint of Keras' own, whose names are paths through the layers.
@@ -463,11 +210,6 @@ def _object_names(model: tf.keras.Model, above: str = "") -> dict[foreign_weight
     return names
 
 
-def _folder_settings(folder: str) -> dict[str, Any]:
-    path = os.path.join(folder, SETTINGS_FILE)
-    return json_files.read_object(path) if tf.io.gfile.exists(path) else {}
-
-
 def stored_settings(path: PathLike) -> dict[str, Any]:
     """What images the model of these weights expects, as far as what lies there tells.
 
@@ -483,14 +225,9 @@ def stored_settings(path: PathLike) -> dict[str, Any]:
         return {}  # The variant itself determines them.
     file = file_path(path)
     if file is None:
-        return _folder_settings(os.path.dirname(checkpoint_prefix(path)))
-    with _damage_named(file), tf.io.gfile.GFile(file, "rb") as f:
+        return folder_settings(os.path.dirname(checkpoint_prefix(path)))
+    with damage_named(file), tf.io.gfile.GFile(file, "rb") as f:
         return dict(weight_files.settings(f.read()))
-
-
-def write_settings(folder: str, model: tf.keras.Model) -> None:
-    """Writes what images a model expects next to its checkpoints, where `stored_settings` looks."""
-    json_files.write_json(os.path.join(folder, SETTINGS_FILE), heads.settings(model), indent=1)
 
 
 def _warn_of_other_settings(model: tf.keras.Model, stored: Mapping[str, Any], path: str) -> None:
@@ -528,7 +265,7 @@ def _skipped(names: Mapping[str, tf.Variable], skip: str | Sequence[str]) -> set
 def _check_neighbours(folder: str, base: str, model: tf.keras.Model) -> None:
     """Refuses a model that the one `SETTINGS_FILE` of a folder cannot describe with its neighbours."""
     others = set(listed(folder, r"[^.].*\.index")) - {os.path.join(folder, f"{base}.index")}
-    stored = _folder_settings(folder) if others else {}
+    stored = folder_settings(folder) if others else {}
     difference = manifests.describe_difference(stored, heads.settings(model)) if stored else ""
     if difference:
         raise WeightsError(

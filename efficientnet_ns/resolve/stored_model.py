@@ -21,7 +21,8 @@ from efficientnet_ns.config.fields import ConfigError, subsections
 from efficientnet_ns.config.sections import Config, TrainConfig
 from efficientnet_ns.data import tasks
 from efficientnet_ns.files import json_files, paths
-from efficientnet_ns.models import weights
+from efficientnet_ns.models import checkpoint_files, weights
+from efficientnet_ns.models.stored_arrays import WeightsError
 
 SETTINGS = "config.json"
 # Stage of a work_dir made from pictures that tells which model of its `rounds` is the best.
@@ -169,15 +170,17 @@ def read(path: str | os.PathLike) -> StoredModel:
     path = find(path)
     if is_export(path):
         folder = os.path.join(path, "assets")
-        return _described(path, folder, _object(folder, weights.SETTINGS_FILE), exported=True)
+        return _described(
+            path, folder, _object(folder, checkpoint_files.SETTINGS_FILE), exported=True
+        )
     try:
         if weights.file_path(path) is not None:
             return StoredModel(path, images=weights.stored_settings(path))
-        folder = os.path.dirname(weights.checkpoint_prefix(path))
-    except (FileNotFoundError, weights.WeightsError):
+        folder = os.path.dirname(checkpoint_files.checkpoint_prefix(path))
+    except (FileNotFoundError, WeightsError):
         # Told when they are loaded. A training may not have written its first checkpoint yet.
         folder = path
-    return _described(path, folder, _object(folder, weights.SETTINGS_FILE))
+    return _described(path, folder, _object(folder, checkpoint_files.SETTINGS_FILE))
 
 
 def _described(

@@ -17,7 +17,7 @@ from efficientnet_ns.data import tasks
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.files import atomic, manifests, paths
 from efficientnet_ns.inference import exported, folding
-from efficientnet_ns.models import heads, weights
+from efficientnet_ns.models import checkpoint_files, heads
 from efficientnet_ns.serving import deployment, templates, tflite, tflite_metadata, warmup
 from efficientnet_ns.serving.classifier import Classifier, OutputSpec
 
@@ -205,7 +205,7 @@ def _set_classify_method(folder: str) -> None:
 
 def _note_settings(folder: str, model: tf.keras.Model, task: tasks.Task | None) -> None:
     """Writes what `stored_model` reads."""
-    weights.write_settings(folder, model)
+    checkpoint_files.write_settings(folder, model)
     if task is not None:
         tasks.write_task(os.path.join(folder, tasks.TASK_FILE), **dataclasses.asdict(task))
 

@@ -12,7 +12,7 @@ from absl import logging
 
 from efficientnet_ns.files import atomic
 from efficientnet_ns.files.paths import listed
-from efficientnet_ns.models import weights
+from efficientnet_ns.models import checkpoint_files
 from efficientnet_ns.training.optimizers import Adam, RMSPropTF1
 from efficientnet_ns.training.student import NoisyStudent
 
@@ -64,13 +64,13 @@ class Checkpoints:
         student, ema_student = trainer.student, trainer.ema_student
         optimizer: RMSPropTF1 | Adam = trainer.optimizer
         self.optimizer, self._model = optimizer, ema_student
-        names = weights.variable_names(student)
-        averages = weights.variable_names(ema_student)
+        names = checkpoint_files.variable_names(student)
+        averages = checkpoint_files.variable_names(ema_student)
         self.variables = {**names, "global_step": optimizer.iterations}
         self._fresh_slots: dict[str, np.ndarray] = {}
         trainable = {id(v) for v in student.trainable_variables}
         for name, variable in names.items():
-            self.variables[name + weights.EMA_SUFFIX] = averages[name]
+            self.variables[name + checkpoint_files.EMA_SUFFIX] = averages[name]
             if id(variable) in trainable:
                 for slot, value in zip(optimizer.SLOTS, optimizer.slots(variable)):
                     self.variables[f"{name}/{slot}"] = value
@@ -110,8 +110,8 @@ class Checkpoints:
             return prefix
         self._before_write()
         try:
-            weights.write_settings(self.folder, self._model)
-            weights.write_checkpoint(prefix, {**values, **self._fresh_slots})
+            checkpoint_files.write_settings(self.folder, self._model)
+            checkpoint_files.write_checkpoint(prefix, {**values, **self._fresh_slots})
         except (tf.errors.OpError, OSError) as e:
             last = self.prefix(earlier[0]) if earlier else "none"
             reason = str(e).splitlines()[0]
@@ -144,13 +144,13 @@ class Checkpoints:
         warning.
 
         Raises:
-          weights.WeightsError: a checkpoint of another model.
+          stored_arrays.WeightsError: a checkpoint of another model.
           NothingLoads: there are checkpoints, but none loads; starting anew would overwrite them.
         """
         reasons = []
         for step in self.steps():
             try:
-                weights.read_checkpoint(self.prefix(step), self.variables)
+                checkpoint_files.read_checkpoint(self.prefix(step), self.variables)
             except (tf.errors.OpError, RuntimeError) as e:
                 reasons.append(str(e).splitlines()[0])
                 logging.warning("%s does not load: %s", self.prefix(step), reasons[-1])

@@ -212,10 +212,10 @@ def test_folder_of_another_demo(tmp_path):
 KILLED_ONCE = """
 import dataclasses, os, runpy, signal, sys
 from efficientnet_ns.loop import demo
-from efficientnet_ns.models import weights
+from efficientnet_ns.models import checkpoint_files
 
 moment = sys.argv.pop(1)
-settings, save = demo.settings, weights.write_checkpoint
+settings, save = demo.settings, checkpoint_files.write_checkpoint
 
 def small(config):
     base, loop = settings(config)
@@ -231,7 +231,7 @@ def killing(prefix, tensors):
 demo.settings = small
 child = os.fork()
 if not child:
-    weights.write_checkpoint = killing
+    checkpoint_files.write_checkpoint = killing
     runpy.run_module("efficientnet_ns.demo", run_name="__main__")
 _, status = os.waitpid(child, 0)
 print("killed by signal", os.WTERMSIG(status), flush=True)

@@ -170,11 +170,11 @@ import tensorflow as tf
 from efficientnet_ns.loop import rounds
 from efficientnet_ns.config import Config, LoopConfig
 from efficientnet_ns.pseudo_labels import predict, selection, write
-from efficientnet_ns.models import weights
+from efficientnet_ns.models import checkpoint_files
 from efficientnet_ns.training import train
 
 settings, loop, moments = map(json.loads, sys.argv[1:])
-save, rename = weights.write_checkpoint, tf.io.gfile.rename
+save, rename = checkpoint_files.write_checkpoint, tf.io.gfile.rename
 
 def run(suffix, text):
     def saving(prefix, tensors):
@@ -187,7 +187,7 @@ def run(suffix, text):
             os.kill(os.getpid(), signal.SIGKILL)
         rename(source, target, overwrite)
 
-    weights.write_checkpoint, tf.io.gfile.rename = saving, renaming
+    checkpoint_files.write_checkpoint, tf.io.gfile.rename = saving, renaming
     rounds.run_loop(Config().override(**settings), LoopConfig(**loop))
 
 for moment in moments:

@@ -420,10 +420,10 @@ import json, os, signal, sys
 import test_study
 from efficientnet_ns.loop import study
 from efficientnet_ns.config import Config
-from efficientnet_ns.models import weights
+from efficientnet_ns.models import checkpoint_files
 
 moment, settings, folder = json.loads(sys.argv[1])
-save = weights.write_checkpoint
+save = checkpoint_files.write_checkpoint
 
 def killing(prefix, tensors):
     save(prefix, tensors)
@@ -431,7 +431,7 @@ def killing(prefix, tensors):
         os.kill(os.getpid(), signal.SIGKILL)
 
 study.STUDIES = test_study.TABLE
-weights.write_checkpoint = killing
+checkpoint_files.write_checkpoint = killing
 config = Config().override(**settings, preview_images=0)
 study.run_study(config, test_study.loop_in(folder), study.StudyConfig(seeds="3"))
 """

@@ -23,6 +23,7 @@ from efficientnet_ns.models import (
     efficientnet,
     foreign_weights,
     heads,
+    stored_arrays,
     weight_files,
     weights,
 )
@@ -401,7 +402,7 @@ def test_other_content_is_named(tmp_path, model, untouched, content, told, name)
 
 def test_empty_file(tmp_path, model, untouched):
     (tmp_path / "a.pth").touch()
-    with pytest.raises(weights.DamagedFile, match="it is empty"):
+    with pytest.raises(stored_arrays.DamagedFile, match="it is empty"):
         weights.load_weights(model, tmp_path / "a.pth")
 
 
@@ -623,7 +624,7 @@ def test_truncated_file(foreign, model, untouched, kept):
     write(values)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(weights.DamagedFile, match=re.escape(f"{path} cannot be read")):
+    with pytest.raises(stored_arrays.DamagedFile, match=re.escape(f"{path} cannot be read")):
         weights.load_weights(model, str(path))
 
 
@@ -647,14 +648,14 @@ def test_file_is_not_there(tmp_path, model, untouched, suffix):
 def test_pytorch_files_without_weights(tmp_path, model, untouched, kind, content, told):
     path = torch_saver.save(tmp_path / "a.pth", content, kind)
     error = refusal(model, path)
-    assert told in str(error) and not isinstance(error, weights.DamagedFile)
+    assert told in str(error) and not isinstance(error, stored_arrays.DamagedFile)
 
 
 @pytest.mark.parametrize("kind", sorted(torch_saver.WRITERS))
 def test_view_outside_of_its_storage(tmp_path, model, untouched, kind):
     storage = torch_saver.Storage(np.ones(4, np.float32), "0")
     state = {"conv_stem.weight": torch_saver.Tensor(storage, 1, (4,), (1,))}
-    with pytest.raises(weights.DamagedFile, match="a.pth cannot be read: a tensor of shape"):
+    with pytest.raises(stored_arrays.DamagedFile, match="a.pth cannot be read: a tensor of shape"):
         weights.load_weights(model, torch_saver.save(tmp_path / "a.pth", state, kind))
 
 
