@@ -292,7 +292,7 @@ EXPANDS: dict[str, set[str]] = {
     **dict.fromkeys(["checkpoint_exists", "CheckpointManager", "NewCheckpointReader"], set()),
     **dict.fromkeys(["list_variables", "load_variable", "RestoreV2", "Restore", "restore"], set()),
     **dict.fromkeys(["MatchFiles", "ReadFromTFRecord", "ReadFromParquet", "ReadFromText"], set()),
-    "load_checkpoint": {"models.weights"},
+    "load_checkpoint": {"models.checkpoint_files"},
     "read_parquet": {"files.parquet_sql"},
     # The benchmark's of what it saved below TMPDIR; the demo's is for the reader.
     "saved_model.load": {"inference.exported", "loop.demo"},

@@ -245,7 +245,9 @@ class TrainConfig(Settings):
     )
     seed: int = setting(0, "Seed of initial weights, data order, augmentation and noise.", low=0)
     steps_per_eval: int = setting(3000, "Evaluate every N steps.", low=1, free=True)
-    eval_batch_size: int = setting(8, "Images per evaluation step.", low=1, free=True)
+    eval_batch_size: int = setting(
+        8, "Images per step of evaluation, and of labeling with --mode=predict.", low=1, free=True
+    )
     eval_ema: bool = setting(
         True, "With --mode=eval: evaluate the moving-average weights, not the raw ones.", free=True
     )
@@ -304,7 +306,7 @@ class PredictConfig(Settings):
         "(.safetensors, .pth), or published; default: the model in model_dir.",
     )
     output_dir: str = setting("", "Folder of the prediction records.")
-    info_dir: str = setting("", "Folder of the per-shard counts.")
+    info_dir: str = setting("", "Folder of the per-shard counts; default: output_dir.")
     num_shards: int = setting(
         128, "Number of shards of the unlabeled set; default: as many as there are.", low=1
     )

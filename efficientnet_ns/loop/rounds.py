@@ -19,14 +19,14 @@ from typing import Any
 
 from absl import logging
 
-from efficientnet_ns.config import Config, ConfigError, LoopConfig, PredictConfig, SelectConfig
+from efficientnet_ns.config import Config, ConfigError, LoopConfig, SelectConfig
 from efficientnet_ns.config import check as check_values
 from efficientnet_ns.evaluation import evaluate
 from efficientnet_ns.files import shard_names
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.loop.state import State
 from efficientnet_ns.models.recipes import EPOCHS_OF_TRAIN_STEPS, RECIPES
-from efficientnet_ns.pseudo_labels import predict, write
+from efficientnet_ns.pseudo_labels import predict, unlabeled_set, write
 from efficientnet_ns.pseudo_labels.selection import select
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training import train
@@ -112,7 +112,7 @@ def check(config: Config, loop: LoopConfig) -> list[Config]:
         ResolvedConfig.from_config(training)
     if any(training.train.unlabel_ratio <= 0 for training in trainings[1:]):
         raise ConfigError("a positive --unlabel_ratio is needed for every student")
-    unlabeled_shards(config.data.unlabel_data_dir, config.predict.file_prefix)
+    _unlabeled_set(config.data.unlabel_data_dir, config)
     return trainings
 
 
@@ -176,24 +176,14 @@ def _as_published(config: Config) -> Config:
     )
 
 
-def unlabeled_shards(folder: str, prefix: str) -> tuple[str, int]:
-    """(prefix, number of shards) of the unlabeled set in a folder.
-
-    Args:
-      prefix: file_prefix; with its default, the folder's only set counts.
-    """
+def _unlabeled_set(folder: str, config: Config) -> tuple[str, int]:
+    """(prefix, number of shards) of the unlabeled set in a folder, of which no shard is missing."""
     if ";" in folder:
         raise ConfigError(f"--unlabel_data_dir={folder}: the loop labels one folder")
-    known = ("train", "extra") if prefix == PredictConfig().file_prefix else prefix
-    names = [os.path.basename(path) for path in shard_names.list_shards(folder, known)]
-    found = {name.rsplit("-", 3)[0] for name in names}
-    if len(found) > 1 or not found <= {"train", "extra", prefix}:
-        raise ConfigError(
-            f"--unlabel_data_dir={folder} should hold one set, named train-00000-of-… or "
-            f"extra-00000-of-…, but holds {names[0]} … {names[-1]}: move the others away, or name "
-            "the one to label with --file_prefix=extra"
-        )
-    return found.pop(), len(names)
+    options = config.predict
+    found = unlabeled_set.find(folder, options.file_prefix, options.num_shards)
+    shard_names.list_shards(folder, found[0])
+    return found
 
 
 def model_dir(loop: LoopConfig, number: int) -> str:
@@ -233,7 +223,7 @@ def stage_configs(config: Config, loop: LoopConfig, number: int) -> tuple[Config
 
 def prediction_config(teacher: Config, unlabeled: str, folder: str) -> Config:
     """Settings of labeling the whole folder `unlabeled` with the model of the training `teacher`."""
-    prefix, num_shards = unlabeled_shards(unlabeled, teacher.predict.file_prefix)
+    prefix, num_shards = _unlabeled_set(unlabeled, teacher)
     return teacher.override(
         unlabel_data_dir=unlabeled,
         predict_ckpt_path=teacher.train.model_dir,

@@ -91,7 +91,8 @@ def resolve(config: Config) -> ResolvedConfig:
     )
     if options.shard_id is None and num_shards > 1:
         logging.warning("only shard 0 of %d is labeled; --shard_id=auto: all of them", num_shards)
-    found = config.override(file_prefix=prefix, num_shards=num_shards)
+    info_dir = options.info_dir or options.output_dir
+    found = config.override(file_prefix=prefix, num_shards=num_shards, info_dir=info_dir)
     return dataclasses.replace(resolved, config=found)
 
 
@@ -108,9 +109,8 @@ def _check(resolved: ResolvedConfig) -> None:
     options = config.predict
     if not options.predict_ckpt_path:
         raise ConfigError("--model_dir (or --predict_ckpt_path) is needed: the teacher")
-    for name in ("output_dir", "info_dir"):
-        if not getattr(options, name) and (name != "info_dir" or not options.reassign_label):
-            raise ConfigError(f"--{name} is needed for --mode=predict")
+    if not options.output_dir:
+        raise ConfigError("--output_dir is needed for --mode=predict")
     if not _input_dir(config):
         raise ConfigError("--unlabel_data_dir is needed: the folder with the records to label")
     if not options.reassign_label and options.worker_id >= options.total_replicas:

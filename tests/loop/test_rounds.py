@@ -363,7 +363,7 @@ def test_unlabeled_set_beside_the_labeled_ones(folder, tmp_path):
     data_source.make_records(made)
     config = Config().override(**{**settings(folder), "unlabel_data_dir": str(both)})
     loop = loop_in(tmp_path, "work", 1)
-    with pytest.raises(ConfigError, match="holds extra-.* … train-.*--file_prefix=extra"):
+    with pytest.raises(DataError, match=r"extra \(2 shards\), train .*--file_prefix"):
         rounds.check(config, loop)
     named = config.override(file_prefix="extra", label_data_dir=str(both))
     rounds.check(named, loop)
@@ -371,7 +371,7 @@ def test_unlabeled_set_beside_the_labeled_ones(folder, tmp_path):
     options = prediction.predict
     assert (options.file_prefix, options.num_shards, options.shard_id) == ("extra", 2, "0-1")
     assert (selection.file_prefix, selection.num_shards) == ("extra", 2)
-    with pytest.raises(DataError, match="no record files"):
+    with pytest.raises(DataError, match="no records other-00000-of-…"):
         rounds.check(config.override(file_prefix="other"), loop)
     alone = config.override(unlabel_data_dir=str(folder / "unlabeled"))
     prediction, _ = rounds.stage_configs(alone, loop, 1)

@@ -463,13 +463,15 @@ def test_empty_shards_that_were_written_so(folder, tmp_path):
     for number, options in enumerate(
         [
             {"file_prefix": "train", "reassign_label": True, "info_dir": ""},
-            {"file_prefix": "train-0"},
+            {"file_prefix": "train-0", "info_dir": ""},
         ]
     ):
         mine = settings(folder, tmp_path / f"again-{number}", **again, **options)
         assert predict.predict(mine) == {"records": written, "unreadable": 0, "skipped_shards": 0}
         # Finished, they are known to be.
         assert predict.predict(mine)["skipped_shards"] == 3
+    # By default, the counts are next to the predictions.
+    assert list(Path(mine.predict.output_dir).glob("info-0000?-of-00003-00000.txt"))
 
 
 def test_teacher_of_another_number_of_classes(folder):
@@ -485,7 +487,6 @@ def test_teacher_of_another_number_of_classes(folder):
     [
         ({"predict_ckpt_path": ""}, "--predict_ckpt_path"),
         ({"output_dir": ""}, "--output_dir"),
-        ({"info_dir": ""}, "--info_dir"),
         ({"unlabel_data_dir": ""}, "--unlabel_data_dir"),
         ({"total_replicas": 2, "worker_id": 2}, "--worker_id=2 .*--total_replicas=2"),
         ({"shard_id": "0,3"}, "--shard_id=0,3: 3 .*--num_shards=3"),
