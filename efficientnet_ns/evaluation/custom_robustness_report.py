@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from efficientnet_ns import report
-from efficientnet_ns.evaluation import robustness
 from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.evaluation.custom_robustness import BASELINE, MODEL, Found
-from efficientnet_ns.files import atomic, json_files
+from efficientnet_ns.files import atomic, json_files, text_table
 
 _RELATIVE = "CE, relative to the baseline"
 
@@ -105,7 +104,7 @@ def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 def markdown(results: Mapping[str, Any]) -> str:
     """The tables in Markdown."""
     return "\n".join(
-        f"{title}\n\n{robustness.markdown(rows)}" for title, rows in tables(results).items()
+        f"{title}\n\n{text_table.markdown(rows)}" for title, rows in tables(results).items()
     )
 
 

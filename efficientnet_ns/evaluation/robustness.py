@@ -225,11 +225,3 @@ def _titled(name: str, result: dict) -> str:
     if result.get("classes", whole) == whole:
         return name
     return f"{name} ({result['classes']} of {whole} classes)"
-
-
-def markdown(table: Sequence[dict[str, Any]]) -> str:
-    """The rows, which share their columns, as a Markdown table."""
-    columns = list(table[0])
-    lines = [columns, ["---"] * len(columns)]
-    lines += [["–" if row[c] is None else str(row[c]) for c in columns] for row in table]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

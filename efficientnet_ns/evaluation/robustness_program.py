@@ -18,7 +18,7 @@ from efficientnet_ns.evaluation import (
     robustness_sets,
     robustness_sources,
 )
-from efficientnet_ns.files import atomic, json_files
+from efficientnet_ns.files import atomic, json_files, text_table
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.inference.teacher import TeacherPredictor, check_views
 from efficientnet_ns.ingest import data_source
@@ -52,7 +52,7 @@ def evaluate_and_report(config: Config, own: OwnSetConfig, sets: RobustnessConfi
     results = evaluate(config, sets)
     resolved = ResolvedConfig.from_config(config, sets.weights)
     rows = robustness.rows(results, resolved.image_size, resolved.model_name)
-    return robustness.markdown(rows)
+    return text_table.markdown(rows)
 
 
 def _with_weights(config: Config, sets: RobustnessConfig) -> RobustnessConfig:
@@ -171,8 +171,8 @@ def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
     size, model = identity["image_size"], identity["model"]
     rows = robustness.rows(results, size, model)
     tables = robustness.tables(results, size, model)
-    parts = [f"\n### {title}\n\n{robustness.markdown(table)}" for title, table in tables.items()]
-    text = robustness.markdown(rows) + "".join(parts)
+    parts = [f"\n### {title}\n\n{text_table.markdown(table)}" for title, table in tables.items()]
+    text = text_table.markdown(rows) + "".join(parts)
     atomic.write(os.path.join(folder, "robustness.md"), text)
     details = [
         report.Section(f"{name}: {key}", report.table([{"name": n, key: v} for n, v in of.items()]))

@@ -1,8 +1,9 @@
-"""Tables for the terminal."""
+"""Tables as text: for the terminal, and in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 
 def text_table(
@@ -29,3 +30,11 @@ def text_table(
         "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(line, aligns, widths)).rstrip()
         for line in lines
     )
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows that share their columns, as a Markdown table; None becomes a dash."""
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns)]
+    lines += [["–" if row[c] is None else str(row[c]) for c in columns] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

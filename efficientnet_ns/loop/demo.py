@@ -9,12 +9,11 @@ import sys
 from typing import Any
 
 from efficientnet_ns import report
-from efficientnet_ns.config import Config, DemoConfig, ExportConfig, LoopConfig, ReportConfig
+from efficientnet_ns.config import Config, DemoConfig, ExportConfig, LoopConfig
 from efficientnet_ns.data import tasks
 from efficientnet_ns.files import metrics_log, shard_names, text_table, tfexamples, tfrecords
-from efficientnet_ns.loop import digits, rounds
+from efficientnet_ns.loop import digits, picture_report, rounds
 from efficientnet_ns.loop.state import State
-from efficientnet_ns.pseudo_labels import run_report
 from efficientnet_ns.serving.model_export import export_model
 
 
@@ -90,11 +89,10 @@ def run_demo(config: DemoConfig) -> list[dict[str, Any]]:
 
 def table_row(result: dict[str, Any], labeled: int, num_image: int) -> dict[str, Any]:
     """One row of the printed table."""
-    name = {0: "teacher", "control": "control"}.get(result["round"], f"student {result['round']}")
     kept = [images for _, images in result.get("kept", {}).values()]
     pseudo = f" + {num_image * len(kept)} pseudo" if kept else ""
     return {
-        "round": name,
+        "round": picture_report.name_of(result["round"]),
         "model": f"{result['model']} (narrow)",
         "steps": result["steps"],
         "labels used": f"{labeled}{pseudo}",
@@ -129,30 +127,15 @@ def write_report(
             report.learning_curves(runs, metrics=["eval/top1", "lab/loss", "ext/loss", "train/lr"]),
         ),
     ]
+    names = tasks.get_task("digits").class_names or ()
     for number in range(1, len(rows) - 1):
-        sections += _round_sections(config, loop, number, truth)
+        sections += picture_report.round_sections(config, loop, number, names, truth)
     report.write_page(
         path,
         title="Noisy Student on handwritten digits",
         intro="A teacher that saw few labels, and two students that learnt from its guesses.",
         sections=sections,
     )
-
-
-def _round_sections(
-    config: Config, loop: LoopConfig, number: int, truth: list[list[int]]
-) -> list[report.Section]:
-    _, selection = rounds.stage_configs(config, loop, number)
-    previous_dir = ""
-    if number > 1:
-        before, _ = rounds.stage_configs(config, loop, number - 1)
-        previous_dir = before.predict.output_dir
-    options = ReportConfig(previous_prediction_dir=previous_dir)
-    names = tasks.get_task("digits").class_names
-    return [
-        report.Section(f"Round {number}: {title}", body)
-        for title, body in run_report.sections(selection, options, truth=truth, class_names=names)
-    ]
 
 
 _FRESH_PROCESS = """

@@ -15,7 +15,7 @@ from efficientnet_ns.files import metrics_log
 from efficientnet_ns.loop import rounds
 from efficientnet_ns.loop.judgement import Judged
 from efficientnet_ns.loop.plan import Plan
-from efficientnet_ns.pseudo_labels import run_report
+from efficientnet_ns.pseudo_labels import outcome, run_report
 from efficientnet_ns.report.pictures import picture
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training import preview
@@ -88,7 +88,7 @@ def write(
     for title, one in judged.items():
         sections += _judgement(f"{title}, {name_of(best)}", one, names)
     for number in students:
-        sections += _round(config, loop, number, names)
+        sections += round_sections(config, loop, number, names)
     sections.append(report.Section("Augmented pictures", _augmented(loop, students)))
     settings = [
         {"setting": s.name, "value": str(s.value), "reason": s.reason, "source": s.source}
@@ -150,9 +150,19 @@ def _judgement(title: str, judged: Judged, names: Sequence[str]) -> list[report.
     ]
 
 
-def _round(
-    config: Config, loop: LoopConfig, number: int, names: Sequence[str]
+def round_sections(
+    config: Config,
+    loop: LoopConfig,
+    number: int,
+    names: Sequence[str],
+    truth: outcome.Truth | None = None,
 ) -> list[report.Section]:
+    """What the labeling report shows of one round.
+
+    Args:
+      names: of the classes.
+      truth: true classes of the unlabeled pictures by shard and record, where they are known.
+    """
     _, selection = rounds.stage_configs(config, loop, number)
     previous = ""
     if number > 1:
@@ -161,7 +171,7 @@ def _round(
     options = ReportConfig(previous_prediction_dir=previous)
     return [
         report.Section(f"Round {number}: {title}", body)
-        for title, body in run_report.sections(selection, options, class_names=names)
+        for title, body in run_report.sections(selection, options, truth=truth, class_names=names)
     ]
 
 

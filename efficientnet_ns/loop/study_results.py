@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
+from efficientnet_ns import report
+from efficientnet_ns.files import atomic, json_files, text_table
 from efficientnet_ns.loop.questions import Arm, Study
+from efficientnet_ns.report import style
 
 # Probability that a difference counts only by chance.
 _CHANCE = 0.05
@@ -154,23 +158,15 @@ _LEGEND = (
 
 def markdown(overview: Mapping[str, Any]) -> str:
     """All studies as tables in Markdown."""
-    from efficientnet_ns.evaluation import robustness
-
     parts = [f"{_LEGEND}\n"]
     for name, study in overview["studies"].items():
         head = f"**{name}** {study['question']} The paper ({study['source']}): {study['finding']}"
-        parts.append(f"{head}\n\n{robustness.markdown(table(overview, name))}")
+        parts.append(f"{head}\n\n{text_table.markdown(table(overview, name))}")
     return "\n".join(parts)
 
 
 def write(folder: str, overview: Mapping[str, Any]) -> None:
     """Writes `study.json`, `.md`, `.png` and `.html`."""
-    import tensorflow as tf
-
-    from efficientnet_ns import report
-    from efficientnet_ns.files import atomic, json_files
-    from efficientnet_ns.report import style
-
     path = {kind: os.path.join(folder, f"study.{kind}") for kind in ("json", "md", "png", "html")}
     json_files.write_json(path["json"], overview, indent=1)
     atomic.write(path["md"], markdown(overview))
@@ -197,8 +193,6 @@ def write(folder: str, overview: Mapping[str, Any]) -> None:
 def plot(overview: Mapping[str, Any]):
     """A matplotlib figure: a panel per study, an arm per line, a point per seed, mean ± sd."""
     from matplotlib.figure import Figure
-
-    from efficientnet_ns.report import style
 
     studies = overview["studies"]
     heights = [len(study["arms"]) + 1 for study in studies.values()]
