@@ -222,15 +222,8 @@ class _Run:
         loop = dataclasses.replace(loop, work_dir=self._in_work("rounds"))
         rows = []
         if chosen["init_weights"]:
-            start = self._in_work("probe")
-            first = rounds.model_configs(base, loop)[0]
-            fitted = first.override(keep_bn_statistics=False)
-            self.state.once("probe", lambda: probe.fit(fitted, chosen["init_weights"], start))
-            measure = fitted.override(init_model_path=start, model_dir=None, eval_dir=start)
-            measured = self.state.once("probe: measure", lambda: evaluate.evaluate(measure))
-            probed = {"model": first.model.model_name, "steps": 0, "measured": measured}
-            rows.append({"round": "probe", **probed})
-            base = base.override(init_model=True, init_model_path=start)
+            rows.append(self._probe(base, loop))
+            base = base.override(init_model=True, init_model_path=self._in_work("probe"))
         names = tasks.class_names(tasks.get_task(base.data.task_name or "")) or ()
         watch = hurdles.Watch(base, loop, names, self._warn)
         trained = rounds.run_loop(base, loop, watch)
@@ -275,6 +268,20 @@ class _Run:
             tflite=exported["tflite"],
             settings=chosen,
         )
+
+    def _probe(self, base: Config, loop: LoopConfig) -> dict[str, Any]:
+        """Fits and measures the linear probe from which every training starts; its row."""
+        folder, weights = self._in_work("probe"), self.plan.chosen["init_weights"]
+        first = rounds.model_configs(base, loop)[0].override(keep_bn_statistics=False)
+        self.state.once("probe", lambda: probe.fit(first, weights, folder))
+        measure = first.override(init_model_path=folder, model_dir=None, eval_dir=folder)
+        measured = self.state.once("probe: measure", lambda: evaluate.evaluate(measure))
+        return {
+            "round": "probe",
+            "model": first.model.model_name,
+            "steps": 0,
+            "measured": measured,
+        }
 
     def _warn(self, text: str) -> None:
         if text not in self.warnings:

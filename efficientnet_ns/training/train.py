@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 
 import tensorflow as tf
 from absl import logging
@@ -28,7 +27,7 @@ from efficientnet_ns.evaluation import accuracy
 from efficientnet_ns.files.metrics_log import MetricsLog
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
-from efficientnet_ns.training import preview, schedules
+from efficientnet_ns.training import preview, schedules, settings_check
 from efficientnet_ns.training.cautions import cautions
 from efficientnet_ns.training.checkpoints import Checkpoints, saved_steps
 from efficientnet_ns.training.claim import claim, expecting_other_records, note_start
@@ -56,7 +55,7 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
     """
     resolved = ResolvedConfig.from_config(config)
     config = resolved.config
-    model_dir = _check(config)
+    model_dir = settings_check.check(config)
     with preemption.StopRequest() as stop, Turn(model_dir) as turn:
         with stop.immediate():
             # --- Devices. First of all: after TensorFlow's first computation, CPUs cannot be divided
@@ -107,69 +106,6 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
             session.catch_up()
             _fit(model, strategy, inputs, session)
             return session.finish()
-
-
-def _check(config: Config) -> str:
-    """The model_dir; ConfigError for settings of the training that cannot work."""
-    train, data = config.train, config.data
-    model_dir = needed(train.model_dir, "model_dir", "the folder for checkpoints and logs")
-    needed(data.label_data_dir, "label_data_dir", "the folder with the labeled records")
-    if train.unlabel_ratio and not data.unlabel_data_dir:
-        raise ConfigError(f"--unlabel_ratio={train.unlabel_ratio} needs --unlabel_data_dir")
-    if not (train.unlabel_ratio or train.label_weight):
-        raise ConfigError("--label_weight=0 without --unlabel_ratio leaves nothing to learn from")
-    if data.unlabel_data_dir and not train.unlabel_ratio:
-        raise ConfigError(
-            f"--unlabel_data_dir={data.unlabel_data_dir} has no part in a training without "
-            "--unlabel_ratio: give that, too (the paper's students: 14), or --unlabel_data_dir= for a "
-            "teacher"
-        )
-    if bool(train.teacher_model_name) != bool(train.teacher_model_path):
-        raise ConfigError("--teacher_model_name and --teacher_model_path go together")
-    if train.teacher_model_name and not train.unlabel_ratio:
-        raise ConfigError(
-            f"--teacher_model_name={train.teacher_model_name} has no part in a training without "
-            "--unlabel_ratio: give that, too, or leave it out"
-        )
-    if train.init_weights and train.init_model_path not in (None, train.init_weights):
-        raise ConfigError(
-            f"--init_weights={train.init_weights} and --init_model_path={train.init_model_path} are "
-            "two sets of weights to start from: give one"
-        )
-    if train.init_model and not (train.init_model_path or train.init_weights):
-        raise ConfigError("--init_model needs --init_model_path")
-    if train.keep_bn_statistics and not train.init_model:
-        raise ConfigError("--keep_bn_statistics needs --init_model: new weights have none to keep")
-    if train.lr_schedule == "cosine" and train.final_base_lr is not None:
-        raise ConfigError("--final_base_lr is of --lr_schedule=staircase: a cosine ends at 0")
-    for pattern in train.init_skip.split(","):
-        try:
-            re.compile(pattern)
-        except re.error as e:
-            raise ConfigError(f"--init_skip: {pattern!r} is no regular expression: {e}") from e
-    steps = int(train.train_steps * train.train_ratio)
-    last = int(train.train_last_step_num * train.train_ratio)
-    if steps < 1 or last == 0 or last > steps:
-        raise ConfigError(
-            f"--train_steps={train.train_steps}, --train_ratio={train.train_ratio} and "
-            f"--train_last_step_num={train.train_last_step_num} leave nothing to train: "
-            "train_last_step_num must be -1 or in 1..train_steps"
-        )
-    if train.final_base_lr is not None and not 0 < train.final_base_lr < train.base_learning_rate:
-        raise ConfigError(
-            f"--final_base_lr={train.final_base_lr} must be above 0 and below "
-            f"--base_learning_rate={train.base_learning_rate}"
-        )
-    if not 0 < train.label_data_sample_prob <= 1:
-        raise ConfigError(
-            f"--label_data_sample_prob={train.label_data_sample_prob} must be above 0, and at most 1"
-        )
-    if train.teacher_softmax_temp == 0 or -1 < train.teacher_softmax_temp < 0:
-        raise ConfigError(
-            f"--teacher_softmax_temp={train.teacher_softmax_temp}: "
-            "give -1 for hard labels or a positive temperature"
-        )
-    return model_dir
 
 
 def _build(
