@@ -23,16 +23,16 @@ _SMALL_SIDE, _FIXED_SIDE = 40, 64
 
 
 def make_records(config: MakeConfig, leave_out: Collection[str] = ()) -> dict[str, int]:
-    """Makes the records and `task.json`; started again, continues.
+    """Makes the records and `task.json`; run again, it continues.
 
     Args:
-      leave_out: names of images in a folder or archive that are to be passed over.
+      leave_out: names of images in a folder or archive to skip.
 
     Returns:
       Prefix → number of records.
 
     Raises:
-      ConfigError: settings that cannot work, or sets in the output folder that do not go together.
+      ConfigError: settings that cannot work, or that do not fit other sets in the output folder.
       DataError, manifests.OutputConflict, processes.ProcessDied: see `image_records.make_sets`.
     """
     _check(config)
@@ -41,8 +41,8 @@ def make_records(config: MakeConfig, leave_out: Collection[str] = ()) -> dict[st
         return _from_tfds(config)
     if not tf.io.gfile.exists(config.source):
         raise ConfigError(
-            f"--source={config.source} does not exist: a folder of images, an archive "
-            f"({', '.join(image_sources.ARCHIVES)}) or {tfds_source.PREFIX}<name> is needed"
+            f"--source={config.source} does not exist: expected a folder of images, an archive "
+            f"({', '.join(image_sources.ARCHIVES)}) or {tfds_source.PREFIX}<name>"
         )
     with image_sources.open_source(config.source, config.subfolder, config.output_dir) as source:
         found = listing.list_images(
@@ -70,22 +70,24 @@ def _check(config: MakeConfig) -> None:
         value = getattr(config, flag)
         if value != image_sources.printable(value):
             raise ConfigError(
-                f"--{flag}={image_sources.printable(value)} is not UTF-8, as TensorFlow needs paths to be: "
-                "give the folder another name"
+                f"--{flag}={image_sources.printable(value)} is not UTF-8, which TensorFlow requires of paths: "
+                "rename the folder"
             )
     if tf.io.gfile.exists(config.output_dir) and not tf.io.gfile.isdir(config.output_dir):
-        raise ConfigError(f"--output_dir={config.output_dir} is a file: a folder is needed")
+        raise ConfigError(f"--output_dir={config.output_dir} is a file, not a folder")
     fraction = config.validation_fraction
     if fraction and not (config.labeled and fraction < 1):
-        raise ConfigError(f"--validation_fraction={fraction} must be below 1, of labeled images")
+        raise ConfigError(
+            f"--validation_fraction={fraction} must be below 1, and needs labeled images"
+        )
     if fraction and _prefix(config) == config.validation_set:
         raise ConfigError(
-            f"--validation_fraction={fraction} would cut the set {config.validation_set!r} from "
-            "itself: leave it out, or give another --image_set or --validation_set"
+            f"--validation_fraction={fraction} would split the set {config.validation_set!r} from "
+            "itself: drop it, or use another --image_set or --validation_set"
         )
 
 
-# How the programs that train and evaluate know labeled sets and unlabeled ones apart.
+# Prefix by which programs that train and evaluate recognise unlabeled sets.
 _UNLABELED = "extra"
 
 
@@ -108,19 +110,19 @@ def _check_other_sets(config: MakeConfig) -> None:
     prefix = _prefix(config)
     if config.labeled and unlabeled and unlabeled != [prefix]:
         raise ConfigError(
-            f"--output_dir={config.output_dir} holds unlabeled images as {unlabeled[0]}-…, which "
-            "would be taken for a labeled set: choose another folder"
+            f"--output_dir={config.output_dir} contains unlabeled images as {unlabeled[0]}-…, which "
+            "would be mistaken for a labeled set: choose another folder"
         )
     if config.labeled or not labeled:
         return
     if prefix not in (_UNLABELED, *labeled):
         raise ConfigError(
-            f"--output_dir={config.output_dir} holds labeled sets ({', '.join(labeled)}): unlabeled "
-            f"images as {prefix}-… would be taken for one. Choose another folder, or "
+            f"--output_dir={config.output_dir} contains labeled sets ({', '.join(labeled)}): unlabeled "
+            f"images as {prefix}-… would be mistaken for one. Choose another folder, or "
             f"--image_set={_UNLABELED}"
         )
     logging.info(
-        "%s holds labeled sets too: to label these images, add --file_prefix=%s",
+        "%s also contains labeled sets: to label these images, add --file_prefix=%s",
         *(config.output_dir, prefix),
     )
 
@@ -145,7 +147,7 @@ def _make(config: MakeConfig, source: Source, found: Listing) -> dict[str, image
         _image_set(config, source, prefix, found._replace(entries=part))
         for prefix, part in parts.items()
     ]
-    # What no set has is listed with the first.
+    # Images that are in no set are listed with the first.
     drawn = len(entries) / max(1, len(found.entries))
     sets[0] = dataclasses.replace(sets[0], lost=found.lost, drawn=drawn)
     made = image_records.make_sets(
@@ -160,7 +162,7 @@ def _make(config: MakeConfig, source: Source, found: Listing) -> dict[str, image
 
 
 def _report(path: str, found: Listing, made: Sequence[image_records.Made], undrawn: int) -> None:
-    """Logs what became of all that the source holds."""
+    """Logs the use of every entry of the source."""
     ignored = sum(found.ignored.values())
     parts = [
         f"{sum(one.records for one in made)} records",
@@ -209,7 +211,7 @@ def _write_task(config: MakeConfig, made: dict[str, image_records.Made], fields:
         if shape and shape[0] == shape[1] <= _FIXED_SIDE and "image_size" not in fields:
             fields.update(image_size=shape[0], small_image=shape[0] <= _SMALL_SIDE)
     evaluation = [prefix for prefix in ("validation", "dev") if prefix in made]
-    # A set that comes with a training and a test set only is evaluated on the latter.
+    # If there are only a training and a test set, the latter is used for evaluation.
     only_test = "test" in made and "train" in made and not evaluation
     if evaluation or only_test:
         fields["eval_set"] = evaluation[0] if evaluation else "test"
@@ -232,9 +234,11 @@ def _from_tfds(config: MakeConfig) -> dict[str, int]:
     for prefix, part in chosen.items():
         source = tfds_source.Tfds(builder, part)
         if config.labeled and source.class_names is None:
-            raise DataError(f"{source.path} has no label; --nolabeled writes its images")
+            raise DataError(
+                f"{source.path} has no labels: use --nolabeled to write only its images"
+            )
         if split is None and source.is_unlabeled():
-            logging.warning("%s has no true labels and is left out", source.path)
+            logging.warning("leaving out %s, which has no true labels", source.path)
             continue
         one = dataclasses.replace(config, image_set=prefix)
         if prefix != next(iter(chosen)) or config.validation_set in chosen:
@@ -248,13 +252,13 @@ def _from_tfds(config: MakeConfig) -> dict[str, int]:
 
 
 def with_records(config: Config) -> Config:
-    """The configuration with `data_source` made into records, unless they are there.
+    """The configuration with `data_source` made into records, unless they exist.
 
     Returns:
       `config` itself without a data_source; else a copy that names the records and their task.
 
     Raises:
-      ConfigError: no TFDS set, or other data in addition to it.
+      ConfigError: not a TFDS set, or other data are given as well.
       DataError: see `tfds_source.load_builder`.
     """
     data = config.data
@@ -262,17 +266,19 @@ def with_records(config: Config) -> Config:
         return config
     if data.label_data_dir or data.task_name is not None:
         raise ConfigError(
-            f"--data_source={data.data_source} brings its own records and task: leave out "
-            "--label_data_dir and --task_name"
+            f"--data_source={data.data_source} defines records and task: drop --label_data_dir and "
+            "--task_name"
         )
     if not data.data_source.startswith(tfds_source.PREFIX):
         raise ConfigError(
-            f"--data_source={data.data_source} must be tfds:<name>; records of anything else are "
-            "made with make_records.py and given as --label_data_dir"
+            f"--data_source={data.data_source} must be tfds:<name>; for anything else, make records with "
+            "make_records.py and pass them as --label_data_dir"
         )
     name, split = tfds_source.parse(data.data_source)
     if split:
-        raise ConfigError(f"--data_source={data.data_source}: all splits are taken, name none")
+        raise ConfigError(
+            f"--data_source={data.data_source}: drop the split, because all splits are used"
+        )
     builder = tfds_source.load_builder(name, data.tfds_data_dir)
     cache = data.data_cache_dir or os.path.join(tfds_source.root(builder), "efficientnet_ns")
     folder = os.path.join(cache, builder.info.full_name)

@@ -1,4 +1,4 @@
-"""Unlabeled pictures that are byte for byte among labeled ones."""
+"""Unlabeled pictures that are exact copies of labeled ones."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from efficientnet_ns.ingest.image_sources import Entry
 
 
 def among(place: str, others: Sequence[str]) -> list[str]:
-    """Names of the pictures in `place` that are in one of `others`, too.
+    """Names of the pictures in `place` that are also in one of `others`.
 
-    Only files whose size occurs on the other side are read.
+    Reads only files whose size occurs on both sides.
 
     Args:
       place, others: folders or archives of pictures.
@@ -42,4 +42,4 @@ def _hashed(source, entries: Sequence[Entry], sizes: set[int]) -> Iterator[tuple
             try:
                 yield entry.name, hashlib.sha256(read(entry).image).digest()
             except Unusable:
-                continue  # Making the records tells of it.
+                continue  # Reported when the records are made.

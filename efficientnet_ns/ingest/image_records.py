@@ -1,7 +1,7 @@
 """Sets of records from the images of a source: parallel, resumable, the same bytes every time.
 
-Each shard is a stage of its own, with a manifest in `manifests/` next to the records. What a shard
-holds depends on the source and the settings only, not on the processes that write the shards.
+Each shard is a stage of its own, with a manifest in `manifests/` next to the records. The
+contents of a shard depend only on the source and the settings, not on the processes that write it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.ingest.image_sources import Entry, LeftOut, Reader, Source, printable
 
 _IMAGES_PER_SHARD, _MAX_SHARDS = 1024, 1024
-# In the configuration of a shard: what detects images replaced by others of the same size.
+# In the configuration of a shard: detects images replaced by others of the same size.
 _VERSIONS = "versions"
-# Images that a running process writes while another one loads TensorFlow.
+# Images that one process writes in the time another one needs to load TensorFlow.
 _IMAGES_PER_WORKER = 2048
 
 
@@ -49,8 +49,8 @@ class ImageSet:
       keep_names: `record` also takes the image's path in the source.
       identity: settings that, with the entries, determine the records; JSON-able.
       num_classes: labels must be below; None for a set without labels.
-      lost: images of the source that are no entries, and why.
-      drawn: fraction of the source's images that are entries of sets; of the lost as many count as
+      lost: images of the source that are not entries, and why.
+      drawn: fraction of the source's images used in sets; the same fraction of `lost` counts as
         unusable.
     """
 
@@ -66,7 +66,7 @@ class ImageSet:
     keep_names: bool = False
 
     def shards(self, number: int) -> list[_Shard]:
-        """What each file holds; `number` is that of the set."""
+        """The contents of each file; `number` is that of the set."""
         bounds = np.linspace(0, len(self.entries), self.num_shards + 1).astype(int)
         made = dataclasses.replace(self, entries=(), lost=())  # Processes need no other entries.
         return [
@@ -99,8 +99,8 @@ class Made(NamedTuple):
 
     Attributes:
       records: number of records.
-      bad: [name, reason] of every image that was left out.
-      shape: (height, width) when all images have the same and were decoded, else None.
+      bad: [name, reason] of every omitted image.
+      shape: (height, width) if all images were decoded and have the same, else None.
     """
 
     records: int
@@ -132,7 +132,7 @@ def shuffled(entries: Sequence[Entry], seed: int, limit: int | None = None) -> l
 
 
 def held_out(images: int, fraction: float) -> int:
-    """How many of a class's images `split` chooses: at least one of two, and never all."""
+    """Number of a class's images that `split` chooses: at least one of two, never all."""
     return min(max(round(fraction * images), 1), images - 1) if images else 0
 
 
@@ -161,10 +161,10 @@ def make_sets(
     Args:
       source: where the images come from.
       num_workers: processes; None: one per CPU core.
-      max_bad_fraction: of a set's images, how many may be unusable.
+      max_bad_fraction: fraction of a set's images that may be unusable.
 
     Returns:
-      What became of each set; `<prefix>-quarantine.json` lists what was left out.
+      The result for each set; `<prefix>-quarantine.json` lists the omitted images.
 
     Raises:
       DataError: too many unusable images, or a label out of range.
@@ -199,14 +199,14 @@ def make_sets(
 
 
 def _done(shard: _Shard) -> bool:
-    """See `manifests.Stage.done`; other images are described by their number."""
+    """`manifests.Stage.done`, with an error that describes how the images differ."""
     stage = shard.stage
     if not tf.io.gfile.exists(stage.manifest):
         return stage.done()
     noted = manifests.read_manifest(stage.manifest)
     now, before = stage.config, noted["config"]
     if not (_VERSIONS in now and _VERSIONS in before):
-        # Earlier versions of this program noted none; where the source lies now, none may be known.
+        # Earlier versions did not store them, and some file systems do not know them.
         now = {name: value for name, value in now.items() if name != _VERSIONS}
         now.update({name: before[name] for name in (_VERSIONS,) if name in before})
     try:
@@ -215,13 +215,13 @@ def _done(shard: _Shard) -> bool:
         if before.get("images") != now["images"]:
             number = noted["counts"]["records"] + len(noted["counts"]["bad"])
             raise manifests.OutputConflict(
-                f"{e} The images are not those it was made from: {number} → {len(shard.entries)}, or "
-                "other names, classes or sizes."
+                f"{e} The images have changed since: {number} → {len(shard.entries)}, or other names, "
+                "classes or sizes."
             ) from e
         if before.get(_VERSIONS) != now.get(_VERSIONS):
             raise manifests.OutputConflict(
-                f"{e} Images were replaced or changed since under the same names. If they are only "
-                "copies, give them the times of the originals (cp -p, rsync -t)."
+                f"{e} Images have been replaced or modified since. If they are only copies, restore the "
+                "modification times of the originals (cp -p, rsync -t)."
             ) from e
         raise
 
@@ -232,13 +232,13 @@ def _refuse_other_sharding(one: ImageSet) -> None:
     other = [path for path in found if not path.endswith(total)]
     if other:
         raise DataError(
-            f"{other[0]} is of a set of another number of shards than {one.num_shards}: the same "
+            f"{other[0]} belongs to a set with a number of shards other than {one.num_shards}: the same "
             "images would count twice. Move the old set away, or choose another folder."
         )
 
 
 class _Result:
-    """Adds up what the shards of a set report."""
+    """Adds up the counts of the shards of a set."""
 
     def __init__(self, one: ImageSet, max_bad_fraction: float):
         self._set, self._allowed = one, max_bad_fraction
@@ -264,7 +264,7 @@ class _Result:
             name, reason = self._bad[0]
             raise DataError(
                 f"{bad} of {images} images of {self._set.prefix!r} are unusable, "
-                f"more than --max_bad_fraction allows. One is {name}: {reason}. "
+                f"more than --max_bad_fraction allows, for example {name}: {reason}. "
                 f"{path} lists those found so far."
             )
 
@@ -272,9 +272,9 @@ class _Result:
         self._bad.sort()
         if self._bad:
             path = self._write()
-            logging.warning("%d images were left out; %s lists them", len(self._bad), path)
+            logging.warning("left out %d images, listed in %s", len(self._bad), path)
         elif tf.io.gfile.exists(self._path()):
-            tf.io.gfile.remove(self._path())  # Of an attempt before the images were mended.
+            tf.io.gfile.remove(self._path())  # From an attempt before the images were repaired.
         shape = next(iter(self._shapes)) if len(self._shapes) == 1 else None
         return Made(self._records, self._bad, shape)
 
@@ -293,13 +293,13 @@ class _Result:
 
 
 def _attached(source: Source, shard: _Shard) -> _Shard:
-    """The shard with what only this process has: a source may put pixels into its entries."""
+    """The shard with pixels that only this process has: a source may attach them to its entries."""
     attach = getattr(source, "attach", None)
     return shard._replace(entries=attach(shard.entries)) if attach else shard
 
 
 def _start_worker() -> None:
-    """One CPU thread, no accelerator, and no life after the parent's."""
+    """One CPU thread, no accelerator; ends with the parent."""
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     for kind in ("GPU", "TPU"):

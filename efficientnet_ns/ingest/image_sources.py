@@ -1,7 +1,7 @@
-"""Where images come from before they are records: folders and archives, read where they are.
+"""Sources of images for records: folders and archives, read in place.
 
-A source lists everything it holds and reads any of its files in any process. No file of an archive is
-unpacked to disk, so names such as `../x` can do no harm.
+A source lists its contents and reads any of its files in any process. Archives are never unpacked
+to disk, so names such as `../x` are harmless.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from efficientnet_ns.files.errors import DataError
 EXTENSIONS = frozenset(
     "avif bmp dib gif heic heif j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp".split()
 )
-# Folders of operating systems, desktops and network disks; those that begin with a dot go anyway.
+# Folders of operating systems, desktops and network disks; names with a leading dot are hidden anyway.
 _SYSTEM_FOLDERS = {
     *"@eadir @recently-snapshot @recycle @tmp #recycle #snapshot $recycle.bin __macosx".split(),
     *"__pycache__ found.000 lost+found recycler".split(),
     *("network trash folder", "system volume information", "temporary items"),
 }
-# Kinds of what is ignored.
+# Kinds of ignored entries.
 HIDDEN = "hidden or of the system"
 AGAIN = "folders read by another name"
 RECORDS = "folders of records"
@@ -50,11 +50,10 @@ class Entry(NamedTuple):
 
     Attributes:
       name: path within the source.
-      label: class, from 0; -1 for none, or when the source learns it only when it reads.
+      label: class, from 0; -1: none, or known to the source only after reading.
       size: bytes as stored; 0 when unknown.
-      place: what the source finds it by.
-      version: what differs when the file is replaced by one of the same size: the time of its last
-        change, or a checksum; 0 when unknown.
+      place: how the source finds it.
+      version: detects a replacement of the same size: modification time, or a checksum; 0: unknown.
     """
 
     name: str
@@ -72,13 +71,13 @@ class LeftOut(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """All that is in a source.
+    """The contents of a source.
 
     Attributes:
       entries: the files.
-      folders: names of all folders, those without files included.
-      lost: what cannot be read: links to nothing, folders that cannot be listed, pipes …
-      ignored: what is not looked into, by its kind.
+      folders: names of all folders, including empty ones.
+      lost: unreadable entries: broken links, folders that cannot be listed, pipes …
+      ignored: skipped entries, with their kinds as reasons.
     """
 
     entries: list[Entry]
@@ -88,7 +87,7 @@ class Contents(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """What was read for an entry: encoded image bytes and its class, -1 for none."""
+    """Encoded image bytes of an entry, and its class (-1: none)."""
 
     image: bytes
     label: int
@@ -98,7 +97,7 @@ Reader = Callable[[Entry], Loaded]
 
 
 class Source(Protocol):
-    """Images that records are made from; it is sent to the processes that write them.
+    """Images to make records from; pickled for the processes that write them.
 
     Attributes:
       path: of the folder or archive, for messages.
@@ -112,10 +111,10 @@ class Source(Protocol):
 
 
 class ListedSource(Source, Protocol):
-    """A folder or archive."""
+    """A folder or an archive."""
 
     def entries(self) -> Contents:
-        """All that it holds, in no order."""
+        """Its contents, in no particular order."""
         ...
 
 
@@ -128,23 +127,23 @@ def printable(name: str) -> str:
 
 
 def tidy(name: str) -> str:
-    """`name` without odd parts (`/x`, `./x`, `a/../x`), printable, in one Unicode form."""
+    """`name` normalized: without `/x`, `./x` or `a/../x`, printable, in one Unicode form."""
     plain = posixpath.normpath("/" + name.replace("\\", "/")).lstrip("/")
     return unicodedata.normalize("NFC", printable(plain))
 
 
 def is_image(name: str) -> bool:
-    """Whether a name is an image's by its extension."""
+    """Whether a name has the extension of an image."""
     return name.rpartition(".")[2].lower() in EXTENSIONS
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden, or in a folder that a system keeps for itself."""
+    """Whether a file or folder is hidden, or in a folder reserved by a system."""
     return any(part[:1] == "." or part.lower() in _SYSTEM_FOLDERS for part in name.split("/"))
 
 
 def _maybe_folder(name: str) -> str:
-    """The name for a link to nothing, which may have been a link to a folder of images."""
+    """The name of a broken link, which may have been a link to a folder of images."""
     return name if is_image(name) else f"{name}/"
 
 
@@ -152,12 +151,12 @@ def _maybe_folder(name: str) -> str:
 
 
 class Folder:
-    """A tree of image files. Links are followed, but no folder is read twice.
+    """A tree of image files. Follows links, but reads no folder twice.
 
     Args:
       path: of the folder.
       subfolder: where the tree begins; names are relative to `path` all the same.
-      output: a folder that is not looked into, should it be in the tree.
+      output: a folder to skip if it is in the tree.
     """
 
     def __init__(self, path: str, subfolder: str = "", output: str = ""):
@@ -172,7 +171,7 @@ class Folder:
             )
         start = self._start
         if not tf.io.gfile.isdir(os.path.join(self.path, start)):
-            start = ""  # Its name on disk may be another form of the same letters.
+            start = ""  # Its name on disk may be in another Unicode form.
         walk = _walk_remote if "://" in self.path else _walk
         return walk(self.path, start, self._output)
 
@@ -193,7 +192,7 @@ class Folder:
         yield read
 
 
-# Errors that concern one file; others (too many open files, a server that is away) end the work.
+# Errors that concern one file; others (too many open files, an unreachable server) abort the work.
 _OF_THE_FILE = {
     *(errno.EACCES, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
     *(errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.EPERM),
@@ -201,7 +200,7 @@ _OF_THE_FILE = {
 
 
 def _walk(path: str, start: str, output: str) -> Contents:
-    """Folders first, then those that only links lead to: which name is read must not vary."""
+    """Walks real folders before links, so that the name under which a folder is read does not vary."""
     contents = Contents([], [], [], [])
     ours = {_identity(output), _identity(os.path.join(output, "manifests"))} if output else set()
     ours -= {None, _identity(os.path.join(path, start))}
@@ -242,14 +241,14 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _holds_records(names: Iterable[str]) -> bool:
-    """Whether a folder is one that records were written to, which is no class."""
+    """Whether a folder contains record files, and so is not a class."""
     names = list(names)
     shards = (shard_names.parse(name.removesuffix(".json")) for name in names)
     return any(shards) and not any(map(is_image, names))
 
 
 def _sort_in(item: os.DirEntry, name: str, contents: Contents) -> bool:
-    """Adds what is in a folder to the contents; whether it is a folder to be read."""
+    """Adds an entry of a folder to the contents; returns whether it is a folder to walk."""
     try:
         status = item.stat()
     except OSError as e:
@@ -320,10 +319,10 @@ class Zip:
                 archive = zipfile.ZipFile(f)
             except (zipfile.BadZipFile, tf.errors.InvalidArgumentError) as e:
                 # The latter when a short file is searched before its start.
-                raise DataError(f"{self.path}: no zip file: is it whole? ({e})") from e
+                raise DataError(f"{self.path}: not a zip file, or truncated ({e})") from e
             except (UnicodeDecodeError, NotImplementedError) as e:
                 raise DataError(
-                    f"{self.path}: its list of names cannot be read ({e}): pack the images anew"
+                    f"{self.path}: cannot read its list of names ({e}): pack the images again"
                 ) from e
             with archive:
                 yield archive
@@ -344,22 +343,22 @@ class Zip:
 
 
 def _zip_target(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str | None:
-    """Where a link leads, whose content is the path; None out of the archive, or if unreadable."""
+    """Target of a link; None if it is outside the archive or unreadable."""
     try:
         return _from_link(info.filename, archive.read(info).decode("utf-8", "surrogateescape"))
     except Exception as e:  # As for images.
-        logging.warning("the link %s cannot be unpacked: %s", printable(info.filename), e)
+        logging.warning("cannot unpack the link %s: %s", printable(info.filename), e)
         return None
 
 
 class Tar:
-    """A .tar archive, also one of .tar archives (as ImageNet's training images are).
+    """A .tar archive, which may contain .tar archives (as that of ImageNet's training images does).
 
-    An archive inside the archive counts as a folder of its name. Links within it are followed.
+    An inner archive counts as a folder of its name. Links within it are followed.
 
     Args:
       path: of the archive, for messages.
-      plain: the file to read, where it is not `path`: the same, decompressed.
+      plain: the decompressed file to read, if it is not `path`.
     """
 
     def __init__(self, path: str, plain: str = ""):
@@ -386,7 +385,7 @@ class Tar:
 
 
 class _Window:
-    """A part of a file, from the byte `start` on, as a file for `tarfile` to look through."""
+    """Part of a file, from byte `start` on, as a file object for `tarfile`."""
 
     def __init__(self, file, start: int, size: int | None = None):
         self.file, self.start, self._size = file, start, size
@@ -411,7 +410,7 @@ class _Window:
 def _members(
     window: _Window, path: str, folder: str = ""
 ) -> Iterator[tuple[str, tarfile.TarInfo, int]]:
-    """(folder, member, byte at which the archive that has it begins), of inner archives too.
+    """(folder, member, first byte of its archive), including those of inner archives.
 
     Raises:
       DataError: an archive is damaged.
@@ -435,10 +434,10 @@ class _Archive(tarfile.TarFile):
 
 
 def _each(window: _Window, path: str) -> Iterator[tarfile.TarInfo]:
-    """The members of an archive, and of those that were joined to it.
+    """The members of an archive, and of archives appended to it.
 
-    `tarfile` by itself takes a damaged header for the end of an archive, and stops at the end of the
-    first of several.
+    `tarfile` treats a damaged header as the end of an archive, and stops at the end of the first of
+    several.
     """
     start: int | None = 0
     try:
@@ -449,18 +448,18 @@ def _each(window: _Window, path: str) -> Iterator[tarfile.TarInfo]:
                     archive.members.clear()  # It would keep them all.
                     yield member
                 if start and archive.offset == start:
-                    return  # What follows the end is no archive.
+                    return  # What follows the end is not an archive.
                 start = _behind_the_end(window, archive.offset, path)
     except (tarfile.TarError, EOFError, OSError) as e:
-        raise DataError(f"{path}: {e}: is the file whole?") from e
+        raise DataError(f"{path}: {e}: the file may be truncated") from e
 
 
 def _behind_the_end(window: _Window, end: int, path: str) -> int | None:
-    """Where something follows the zeros that mark the `end` of an archive; None if nothing does."""
+    """Position of data after the zeros that mark the `end` of an archive; None if there is none."""
     window.seek(end)
     block = window.read(tarfile.BLOCKSIZE)
     if not block:
-        logging.warning("%s has no end mark: is the file whole?", path)
+        logging.warning("%s has no end marker: the file may be truncated", path)
     elif block.strip(b"\0"):
         damage = "truncated header" if len(block) < tarfile.BLOCKSIZE else "bad checksum"
         raise tarfile.ReadError(f"{damage} at byte {end}")
@@ -476,7 +475,7 @@ def _sort_member_in(
     contents: Contents,
     links: dict[str, str | None],
 ) -> None:
-    """Adds a member, with its content at `place`, to the contents or the links (name → target)."""
+    """Adds a member with its content at `place` to the contents or to the links (name → target)."""
     name = _in_folder(folder, member)
     if member.isdir():
         contents.folders.append(name)
@@ -490,17 +489,17 @@ def _sort_member_in(
     elif member.islnk():  # A path from the root of the archive.
         links[name] = tidy(posixpath.join(folder, member.linkname.lstrip("/")))
     else:
-        contents.lost.append(LeftOut(name, "not a file but a pipe, device or the like"))
+        contents.lost.append(LeftOut(name, "not a file but a pipe, device or similar"))
 
 
 def _from_link(name: str, target: str) -> str | None:
-    """The tidy path that a symbolic link leads to; None when it leads out of the archive."""
+    """The tidy target path of a symbolic link; None if it is outside the archive."""
     path = posixpath.normpath(posixpath.join(posixpath.dirname(name.lstrip("/")), target))
     return None if path.startswith(("/", "..")) else tidy(path)
 
 
 def _follow(contents: Contents, links: Mapping[str, str | None]) -> None:
-    """Adds the links of an archive (name → tidy path it leads to) to its contents."""
+    """Adds the links of an archive (name → tidy target path) to its contents."""
     files, folders = {}, {""}
     for entry in contents.entries if links else ():
         name = tidy(entry.name)
@@ -521,7 +520,7 @@ def _follow(contents: Contents, links: Mapping[str, str | None]) -> None:
 
 
 def _resolved(path: str | None, targets: Mapping[str, str | None]) -> str | None:
-    """The path with all links on its way followed; None for a circle, or out of the archive."""
+    """The path with all links followed; None for a cycle, or outside the archive."""
     for _ in range(40):  # As many as Linux follows.
         if path is None:
             return None
@@ -535,7 +534,7 @@ def _resolved(path: str | None, targets: Mapping[str, str | None]) -> str | None
     return None
 
 
-# --- Which kind -------------------------------------------------------------------------------------
+# --- Kinds of sources -------------------------------------------------------------------------------
 
 ARCHIVES: dict[str, type[Zip | Tar]] = {
     ".zip": Zip,
@@ -552,11 +551,10 @@ _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 
 @contextlib.contextmanager
 def open_source(path: str, subfolder: str = "", output: str = "") -> Iterator[ListedSource]:
-    """Yields the source for a folder or archive that exists; see `Folder` for the rest.
+    """Yields the source for an existing folder or archive; for the other arguments see `Folder`.
 
-    The content of an archive determines its kind; where it does not, its name does. A
-    compressed .tar is decompressed below TMPDIR until the block ends: its members have no places in
-    it from which they could be read.
+    An archive's content determines its kind, or else its name. A compressed .tar is decompressed to a
+    file below TMPDIR for the duration of the block, because it does not allow random access.
     """
     # Neither folders nor pipes are read.
     is_file = os.path.isfile(path) or not (os.path.exists(path) or tf.io.gfile.isdir(path))
@@ -589,7 +587,7 @@ def _decompress(path: str, unpack: Callable, target: str) -> None:
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as e:
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(
-                f"{path} cannot be decompressed to {target}: the disk is full. Set TMPDIR to a folder "
-                "with more space, or decompress it yourself"
+                f"cannot decompress {path} to {target}: the disk is full. Set TMPDIR to a folder with more "
+                "space, or decompress the file yourself"
             ) from e
-        raise DataError(f"{path}: {e}: is the file whole?") from e
+        raise DataError(f"{path}: {e}: the file may be truncated") from e

@@ -1,4 +1,4 @@
-"""Images and classes among the files of a source, and what becomes of everything else in it."""
+"""Images and classes among the files of a source, and an account of all its other entries."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _OF_A_SET = re.compile(r"(\w+?)(?:sets?|data|images|imgs)?")
 
 
 class Listing(NamedTuple):
-    """What a source holds; all of it is in one of `entries`, `lost` and `ignored`.
+    """The contents of a source; each entry is in one of `entries`, `lost` and `ignored`.
 
     Attributes:
-      entries: images that can be read as far as the source knows, sorted by name.
+      entries: images that are readable as far as the source knows, sorted by name.
       class_names: names of their classes; None without labels.
-      lost: images that cannot be read or are in no class.
+      lost: images that are unreadable or belong to no class.
       ignored: number of other things, by kind.
     """
 
@@ -52,17 +52,17 @@ def list_images(
 ) -> Listing:
     """The images of a folder or archive; with `labeled`, their classes are the topmost folders.
 
-    One folder around everything in an archive is not a class. Folders without images are classes
+    A single folder around everything in an archive is not a class. Folders without images are classes
     too, so that numbers stay when images are added.
 
     Args:
-      class_names: the classes an earlier set has, in order; None: those found, sorted by name.
-      names_from: the file that names them, for messages.
-      subfolder: only what is in this folder of the source.
-      accept_classes: take the topmost folders even when they do not look like classes.
+      class_names: classes of an earlier set, in order; None: those found, sorted by name.
+      names_from: the file that lists them, for messages.
+      subfolder: use only this folder of the source.
+      accept_classes: use the topmost folders as classes even if they do not look like classes.
 
     Raises:
-      DataError: no images, or folders that cannot be, or do not look like, the classes.
+      DataError: no images, or folders that cannot be classes or do not look like classes.
     """
     where = posixpath.join(source.path, subfolder) if subfolder else source.path
     prefix = image_sources.tidy(subfolder)
@@ -105,7 +105,7 @@ class _Found(NamedTuple):
 
 
 def _sorted_out(contents: image_sources.Contents, prefix: str) -> _Found:
-    """All that is in a subfolder, by what becomes of it; images with their names relative to it."""
+    """The contents of a subfolder by use; images with their names relative to it."""
     images, lost = [], []
     ignored: Counter[str] = Counter()
     last = {entry.name: entry for entry in contents.entries}
@@ -114,7 +114,8 @@ def _sorted_out(contents: image_sources.Contents, prefix: str) -> _Found:
             # As when the archive is unpacked.
             ignored["replaced by a later one of the same name"] += 1
             logging.warning(
-                "%s: of several of this name the last one counts", image_sources.printable(name)
+                "%s: using the last of several entries with this name",
+                image_sources.printable(name),
             )
         elif kind := _kind(name):
             ignored[kind] += 1
@@ -130,12 +131,12 @@ def _sorted_out(contents: image_sources.Contents, prefix: str) -> _Found:
         ignored[image_sources.HIDDEN if image_sources.is_hidden(name) else item.reason] += 1
     images.sort(key=lambda pair: (pair[0], pair[1].name))
     if lost:
-        logging.warning("%d entries cannot be read, one is %s: %s", len(lost), *min(lost))
+        logging.warning("cannot read %d entries, for example %s: %s", len(lost), *min(lost))
     return _Found(images, sorted(lost), ignored)
 
 
 def _pairs(items: Iterable, prefix: str) -> Iterable[tuple]:
-    """(tidy name relative to the folder `prefix`, item) of those that are in it."""
+    """(tidy name relative to the folder `prefix`, item) of the items in it."""
     for item in items:
         if (name := _relative(prefix, item.name)) is not None:
             yield name, item
@@ -167,11 +168,11 @@ def _no_images(where: str, found: _Found) -> str:
     message = f"no images in {where!r}: looked for {', '.join(sorted(image_sources.EXTENSIONS))}"
     if found.lost:
         name, reason = found.lost[0]
-        message += f"; {len(found.lost)} entries cannot be read, one is {name}: {reason}"
+        message += f"; cannot read {len(found.lost)} entries, for example {name}: {reason}"
     message += f"; found {described(found.ignored)}" if found.ignored else ""
     if _ARCHIVE_ENDS & found.ignored.keys():
         message += (
-            ". Archives in a folder are not opened: unpack them, give one as --source, or pack .tar "
+            ". Archives in a folder are not opened: unpack them, pass one as --source, or pack .tar "
             "files into one .tar, in which each is read as a folder"
         )
     return message
@@ -188,7 +189,7 @@ def described(ignored: Counter, most: int = 8) -> str:
 
 
 def _wrapper_depth(source: image_sources.ListedSource, names: list[str]) -> int:
-    """1 when an archive has all its images deep in one folder, which then is not a class."""
+    """1 if an archive has all its images deep in one folder, which then is not a class."""
     if isinstance(source, image_sources.Folder):
         return 0
     tops = {name.split("/")[0] for name in names}
@@ -203,7 +204,7 @@ def _class_of(name: str, depth: int) -> str:
 def _check_classes(
     where: str, prefix: str, names: list[str], depth: int, *, single_allowed: bool
 ) -> None:
-    """DataError when the folders with images look like something else than classes.
+    """DataError if the folders with images do not look like classes.
 
     Args:
       prefix: the subfolder that `names` are relative to.
@@ -221,7 +222,7 @@ def _check_classes(
     elif deep:
         what = f"do not look like classes: all images of {deep[0]!r} are in folders below it"
     elif len(heights) == 1 and not single_allowed:
-        what = f"are one class only, {min(heights)!r}: images without classes need --nolabeled"
+        what = f"form only one class, {min(heights)!r}: use --nolabeled for images without classes"
     else:
         return
     better = _better_folders(names) or of_sets
@@ -233,7 +234,7 @@ def _check_classes(
 
 
 def _set_in(name: str) -> str | None:
-    """The word in a folder's name that names a set: `train` of seg_train, `Test` or testset."""
+    """The word in a folder's name that denotes a set: `train` in seg_train, `Test`, `testset`."""
     for word in _OWN_WORD.split(name):
         found = _OF_A_SET.fullmatch(word.lower() or "-")
         if found and found[1] in _SETS:
@@ -242,9 +243,9 @@ def _set_in(name: str) -> str | None:
 
 
 def _better_folders(names: list[str]) -> list[str]:
-    """Folders whose subfolders have the images, the best suggestion first.
+    """Folders whose subfolders contain the images, the best suggestion first.
 
-    The training set's comes first, because it names the classes; then those with most images.
+    The training set comes first, because it defines the classes; then those with the most images.
     """
     below: dict[str, Counter] = {}
     for name in names:
@@ -274,18 +275,17 @@ def _agreed_names(
 ) -> tuple[str, ...]:
     if not found:
         raise DataError(
-            f"the images in {where!r} are in no folders that could be their classes; "
-            "--nolabeled writes them as unlabeled"
+            f"the images in {where!r} are not in folders that could be their classes; use --nolabeled "
+            "to write them as unlabeled"
         )
     if known is None:
         return tuple(found)
     new = [name for name in found if name not in known]
     if new:
         raise DataError(
-            f"class {new[0]!r} in {where!r} is none of the {len(known)} classes of the sets in the "
-            f"output folder ({', '.join(known[:10])}{', …' if len(known) > 10 else ''}), as "
-            f"{names_from} lists them: delete that file if none of these sets is left, or choose "
-            "another folder"
+            f"class {new[0]!r} in {where!r} is not one of the {len(known)} classes of the sets in the "
+            f"output folder ({', '.join(known[:10])}{', …' if len(known) > 10 else ''}) listed in "
+            f"{names_from}: delete that file if none of these sets is left, or choose another folder"
         )
     return tuple(known)
 

@@ -1,4 +1,4 @@
-"""What is in a folder, archive or set of records, found out before anything is written."""
+"""Contents of a folder, archive or set of records, determined before anything is written."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_sources, listing, tfds_source
 from efficientnet_ns.ingest.image_sources import Entry
 
-# Pictures that are opened, spread over the whole.
+# Number of pictures to open, spread evenly.
 _SAMPLE = 200
-# Shorter side of pictures that nobody looked at.
+# Assumed shorter side of pictures that are not opened.
 _UNKNOWN_SIDE = 256
 
 
 class Survey(NamedTuple):
-    """What a place holds.
+    """The contents of a place.
 
     Attributes:
       images: number of pictures.
       classes: class → number of its pictures; None without labels.
       median_side: shorter side of the median picture, in pixels.
-      refused: (name, reason) of what cannot be used, as far as was looked at.
+      refused: (name, reason) of unusable pictures, as far as they were opened.
       ignored: number of other files, by kind.
       opened: number of pictures that were decoded.
     """
@@ -50,21 +50,21 @@ def is_records(place: str) -> bool:
 
 
 def survey(place: str, *, labeled: bool, class_names: Sequence[str] | None = None) -> Survey:
-    """Looks at a folder or archive of pictures, or a folder of records.
+    """Examines a folder or archive of pictures, a folder of records, or a TFDS set.
 
     Args:
-      labeled: the topmost folders are classes; of records, task.json names them.
-      class_names: those of another set, which this one must have; None: those found.
+      labeled: the topmost folders are classes; for records, task.json names them.
+      class_names: the classes of another set, which this one must share; None: those found.
 
     Raises:
-      DataError: nothing there, or no classes; see `listing.list_images`.
+      DataError: there is nothing, or there are no classes; see `listing.list_images`.
     """
     if is_records(place):
         return _of_records(place, labeled)
     if place.startswith(tfds_source.PREFIX):
         return _of_tfds(place, labeled)
     if not tf.io.gfile.exists(place):
-        raise DataError(f"{place} does not exist: a folder or archive of pictures is needed")
+        raise DataError(f"{place} does not exist: expected a folder or archive of pictures")
     with image_sources.open_source(place) as source:
         found = listing.list_images(source, labeled, class_names)
         entries = _spread(found.entries)
@@ -80,7 +80,7 @@ def survey(place: str, *, labeled: bool, class_names: Sequence[str] | None = Non
 def _look_at(
     source: image_sources.Source, entries: Sequence[Entry]
 ) -> tuple[list[int], list[tuple[str, str]]]:
-    """(shorter sides, what cannot be decoded and why) of the entries."""
+    """(shorter sides, (name, reason) of undecodable ones) of the entries."""
     sides: list[int] = []
     refused = []
     with source.reader(entries) as read:
@@ -105,11 +105,11 @@ def _median(sides: Sequence[int]) -> int:
 
 
 def _of_records(folder: str, labeled: bool) -> Survey:
-    """Of a folder that make_records wrote, or one like it."""
+    """Examines a folder of records in the layout of make_records."""
     task = os.path.join(folder, tasks.TASK_FILE)
     if labeled and not tf.io.gfile.exists(task):
         raise DataError(
-            f"{folder} holds records without {tasks.TASK_FILE}, which names their classes: give the "
+            f"{folder} contains records without {tasks.TASK_FILE}, which names their classes: use the "
             "pictures themselves, or records of make_records"
         )
     prefix = tasks.get_task(task).train_set if labeled else ("train", "extra")

@@ -35,9 +35,9 @@ _SIDE, _CLASSES = 32, 10
 class MatFile:
     """Digits of one .mat file: `X` uint8 [32, 32, 3, N] and `y` [N, 1], 1..10 with 10 for 0.
 
-    Pixels are loaded when the first are needed and stay in the process that hands out the work
-    (1.6 GB for `extra`, twice that while it loads); each shard's go to the process that
-    encodes them.
+    Pixels are loaded on first use and stay in the process that distributes the work (1.6 GB for
+    `extra`, twice that during loading); those of each shard are sent to the process that encodes
+    them.
 
     Raises:
       DataError: not such a file, or a label out of range.
@@ -49,13 +49,13 @@ class MatFile:
         labels = self._variable("y").reshape(-1)
         if labels.dtype.kind not in "uif":
             raise DataError(
-                f"{path}: `y` is of type {labels.dtype}; numbers 1..10 are expected. Is it SVHN's "
-                "file? Delete it, and it is downloaded again."
+                f"{path}: `y` is of type {labels.dtype}; expected numbers 1..10. Delete "
+                "the file to download SVHN's again."
             )
         wrong = np.flatnonzero((labels < 1) | (labels > _CLASSES) | (labels != labels.astype(int)))
         if len(wrong):
             raise DataError(
-                f"{path}: label {wrong[0]} of `y` is {labels[wrong[0]]}; 1..10 are expected"
+                f"{path}: label {wrong[0]} of `y` is {labels[wrong[0]]}; expected 1..10"
             )
         self.labels = labels.astype(np.int64) % _CLASSES
 
@@ -70,8 +70,8 @@ class MatFile:
                 return scipy.io.loadmat(f, variable_names=[name])[name]
         except Exception as e:  # scipy raises whatever it stumbles over.
             raise DataError(
-                f"{self.path}: variable {name!r} cannot be read ({type(e).__name__}: {e}). Delete "
-                "the file, and it is downloaded again."
+                f"{self.path}: cannot read variable {name!r} ({type(e).__name__}: {e}). Delete the file "
+                "to download it again."
             ) from e
 
     def entries(self, prefix: str, order: np.ndarray) -> list[Entry]:
@@ -104,28 +104,28 @@ _ENCODE = {
 }
 
 
-# What unlabeled digits are stored as.
+# Record of an unlabeled digit.
 _EXTRA = functools.partial(tfexamples.placeholder_example, num_classes=_CLASSES)
 
 
 def make_records(config: SvhnConfig) -> dict[str, int]:
-    """Makes the records of all sets and `task.json`; started again, continues.
+    """Makes the records of all sets and `task.json`; run again, it continues.
 
     Returns:
       Prefix → number of records.
 
     Raises:
-      ConfigError: another task, or dev_size leaves nothing to train on.
+      ConfigError: another task, or dev_size leaves no training images.
       DataError: a file is missing and cannot be downloaded, or is not SVHN's.
     """
     raw = needed(config.raw_data_dir, "raw_data_dir")
     needed(config.output_dir, "output_dir")
     if config.task_name != "svhn":
-        raise ConfigError(f"--task_name={config.task_name}: this program knows only svhn")
+        raise ConfigError(f"--task_name={config.task_name}: this program supports only svhn")
     if tf.io.gfile.exists(raw) and not tf.io.gfile.isdir(raw):
         raise ConfigError(
-            f"--raw_data_dir={raw} is a file: the folder of train_32x32.mat, test_32x32.mat and "
-            "extra_32x32.mat is needed"
+            f"--raw_data_dir={raw} is a file: expected the folder of train_32x32.mat, test_32x32.mat "
+            "and extra_32x32.mat"
         )
     files = {name: MatFile(_path(raw, name), config.image_format) for name in _PUBLISHED}
     for name, file in files.items():
@@ -135,7 +135,7 @@ def make_records(config: SvhnConfig) -> dict[str, int]:
     made = {}
     for name, (file, order) in _sets(config, files).items():
         one = _image_set(config, name, file, file.entries(name, order))
-        # What was just encoded need not be decoded to know that it can be.
+        # What was just encoded can be decoded.
         rules = image_conversion.Rules(check=False)
         (result,) = image_records.make_sets(file, [one], rules, num_workers=config.num_workers)
         made[one.prefix] = result.records
@@ -146,7 +146,7 @@ def make_records(config: SvhnConfig) -> dict[str, int]:
 def _sets(config: SvhnConfig, files: dict[str, MatFile]) -> dict[str, tuple[MatFile, np.ndarray]]:
     """Name of each set → its file and the images in order."""
     sizes = {name: len(file.labels) for name, file in files.items()}
-    # The original's generator and its order of use: with the default seed, the same split.
+    # The original's generator and order of draws: the default seed gives the same split.
     rng = np.random.RandomState(config.seed)
     train, extra, test = (np.arange(sizes[name]) for name in ("train", "extra", "test"))
     rng.shuffle(train)
@@ -195,10 +195,10 @@ _ROLES = {"train": "train", "eval": "dev", "test": "test"}
 
 
 def _path(folder: str, name: str) -> str:
-    """Where the .mat file of a set is; it is downloaded when it is nowhere.
+    """Path of the .mat file of a set; downloads it if it is missing.
 
     Raises:
-      DataError: that failed.
+      DataError: the download failed.
     """
     url = URL.format(name)
     base = url.rpartition("/")[2]
@@ -216,7 +216,7 @@ def _path(folder: str, name: str) -> str:
                         f.write(block)
     except OSError as e:  # URLError, timeouts and broken connections.
         raise DataError(
-            f"{base} is neither {places[0]} nor {places[1]}, and cannot be downloaded ({e}). "
-            f"Download {url} to {places[0]} and start the same command again."
+            f"{base} is neither {places[0]} nor {places[1]}, and the download failed ({e}). "
+            f"Download {url} to {places[0]} and run the same command again."
         ) from e
     return places[1]

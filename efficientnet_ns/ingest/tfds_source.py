@@ -1,6 +1,6 @@
 """Image classification sets of TensorFlow Datasets as a source of encoded images.
 
-Images are taken as the set stores them, without decoding. `tensorflow_datasets` is imported only
+Images are copied as the set stores them, without decoding. `tensorflow_datasets` is imported only
 here, and only when it is used.
 """
 
@@ -49,10 +49,10 @@ def parse(spec: str) -> tuple[str, str | None]:
 
 
 def load_builder(name: str, data_dir: str | None):
-    """The TFDS builder of a set on this machine; it is downloaded when it is not there.
+    """The TFDS builder of a set on this machine; downloads the set if it is missing.
 
     Raises:
-      DataError: unknown, or cannot be downloaded; the message explains what to do.
+      DataError: the set is unknown or cannot be downloaded; the message explains what to do.
     """
     import tensorflow_datasets as tfds
 
@@ -62,8 +62,8 @@ def load_builder(name: str, data_dir: str | None):
         folder = data_dir or tfds.core.constants.DATA_DIR
         raise DataError(
             f"tfds:{name}: TensorFlow Datasets {tfds.__version__} has no such set, and none was "
-            f"prepared in {folder}. Names: https://www.tensorflow.org/datasets/catalog; a set of "
-            "your own is found when --tfds_data_dir is the folder it was built in."
+            f"prepared in {folder}. Names: https://www.tensorflow.org/datasets/catalog; for a set of "
+            "your own, pass the folder it was built in as --tfds_data_dir."
         ) from e
     if _is_prepared(builder):
         return builder
@@ -76,12 +76,12 @@ def load_builder(name: str, data_dir: str | None):
 
 
 def _is_prepared(builder) -> bool:
-    # The info of a set that is not there comes with the package, without files.
+    # The info of a missing set comes from the package, without files.
     return tf.io.gfile.exists(os.path.join(str(builder.data_dir), "dataset_info.json"))
 
 
 def root(builder) -> str:
-    """The TFDS folder a builder is in: that of `<name>/[<config>/]<version>`."""
+    """The TFDS folder of a builder, which contains `<name>/[<config>/]<version>`."""
     return str(builder.data_dir)[: -len(builder.info.full_name) - 1]
 
 
@@ -103,13 +103,13 @@ def _how_to_get(builder, name: str, error: Exception) -> str:
     manual = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
     if manual:
         get = (
-            f"It must be downloaded by hand into {os.path.join(folder, 'downloads', 'manual')}: "
-            f"{' '.join(str(manual).split())} Then start the same command again."
+            f"Download it manually into {os.path.join(folder, 'downloads', 'manual')}: "
+            f"{' '.join(str(manual).split())} Then run the same command again."
         )
     else:
         get = (
-            f"On a machine with a network run `tfds build {name} --data_dir=DIR`, copy "
-            f"DIR/{builder.name} to {os.path.join(folder, builder.name)} and start the same command "
+            f"On a machine with a network, run `tfds build {name} --data_dir=DIR`, copy "
+            f"DIR/{builder.name} to {os.path.join(folder, builder.name)} and run the same command "
             "again, with --tfds_data_dir if it is elsewhere."
         )
     return f"tfds:{name} is not in {builder.data_dir} and could not be prepared ({reason}). {get}"
@@ -120,10 +120,10 @@ class Tfds:
 
     Args:
       builder: a TFDS builder.
-      split: of it, also a part such as `train[:90%]`.
+      split: name of a split, or a part such as `train[:90%]`.
 
     Raises:
-      DataError: no such split, no single image, or files of another format.
+      DataError: no such split, not exactly one image, or files of another format.
     """
 
     def __init__(self, builder, split: str):
@@ -149,7 +149,7 @@ class Tfds:
             self.class_names = tuple(builder.info.features[self._label].names)
 
     def entries(self) -> list[Entry]:
-        """All examples in the order of the files; labels are learnt when they are read."""
+        """All examples in the order of the files; labels become known when they are read."""
         found = []
         for path, skip, take in self._files:
             spans = list(tfrecords.spans(path))[skip : None if take is None else skip + take]
@@ -161,13 +161,13 @@ class Tfds:
         return found
 
     def is_unlabeled(self) -> bool:
-        """Whether the first example has no true label, as the test sets of competitions."""
+        """Whether the first example has no true label, as in test sets of competitions."""
         first = self.entries()[:1]
         with self.reader(first) as read:
             return bool(self._label and first) and read(first[0]).label < 0
 
     def labeled_entries(self) -> list[Entry]:
-        """The same with their labels, for which all examples are read."""
+        """`entries` with labels; reads all examples."""
         entries = self.entries()
         with self.reader(entries) as read:
             return [entry._replace(label=read(entry).label) for entry in entries]
@@ -209,7 +209,7 @@ def _keys(builder, path: str) -> tuple[str, str | None]:
     label = label or (labels[0] if len(labels) == 1 else None)
     if image is None:
         raise DataError(
-            f"{path} is no image classification set: one uint8 image is needed, it has {list(top)}"
+            f"{path} is not an image classification set: expected one uint8 image, found {list(top)}"
         )
     return image, label
 
@@ -225,7 +225,7 @@ def _is_picture(feature) -> bool:
 
 
 def sets_of(builder) -> dict[str, str]:
-    """Prefix of the records → split, of the splits that make a task, including `train`.
+    """Prefix of the records → split, for the splits of a task, including `train`.
 
     Raises:
       DataError: no split called train.
@@ -234,14 +234,14 @@ def sets_of(builder) -> dict[str, str]:
     found = {prefix: name for name, prefix in reversed(SPLITS.items()) if name in splits}
     if "train" not in found:
         raise DataError(
-            f"tfds:{builder.info.full_name} has no split called train but {', '.join(splits)}; "
-            "make_records takes one of them as tfds:<name>:<split> with --image_set"
+            f"tfds:{builder.info.full_name} has no split called train, only {', '.join(splits)}; "
+            "pass one of them to make_records as tfds:<name>:<split> with --image_set"
         )
     return {prefix: found[prefix] for prefix in ("train", "validation", "test") if prefix in found}
 
 
 def task_fields(builder) -> dict[str, object]:
-    """Fields of the task that a set is known for; none for others."""
+    """Fields of the task of a known set; empty for others."""
     known = KNOWN_TASKS.get(builder.name)
     if known is None:
         return {}

@@ -15,21 +15,21 @@ from efficientnet_ns.files.errors import DataError
 
 
 def is_clip(name: str) -> bool:
-    """Whether a file is a clip by its name."""
+    """Whether a file name is that of a clip."""
     return _extension(name) in _READERS
 
 
 def check_readable(names: Sequence[str]) -> None:
-    """DataError naming the extra to install unless there is what the files of these names need."""
+    """DataError with the extra to install unless files of these names can be read here."""
     if any(_extension(name) == "mp4" for name in names):
         _av()
 
 
 def frames(path: str) -> Iterator[np.ndarray]:
-    """Frames of one clip in order, uint8 [H, W, 3]; of a video one is in memory at a time.
+    """Frames of one clip in order, uint8 [H, W, 3]; of a video, one at a time is in memory.
 
     Raises:
-      DataError: it cannot be decoded, or what decodes it is not installed.
+      DataError: it cannot be decoded, or its decoder is not installed.
     """
     with tf.io.gfile.GFile(path, "rb") as f:
         content = f.read()
@@ -57,17 +57,17 @@ def _of_mp4(content: bytes, path: str) -> Iterator[np.ndarray]:
         with av.open(io.BytesIO(content)) as video:
             for frame in video.decode(video=0):
                 yield frame.to_ndarray(format="rgb24")
-    # FFmpegError for what is no video, IndexError without a track of pictures.
+    # FFmpegError for other files, IndexError for files without a video track.
     except (av.error.FFmpegError, IndexError) as e:
         reason = getattr(e, "strerror", None) or e
-        raise DataError(f"{path}: the video cannot be decoded: {reason}") from e
+        raise DataError(f"{path}: cannot decode the video: {reason}") from e
 
 
 def _of_gif(content: bytes, path: str) -> Iterator[np.ndarray]:
     try:
         yield from tf.io.decode_gif(content).numpy()
     except tf.errors.InvalidArgumentError as e:
-        raise DataError(f"{path}: the GIF cannot be decoded: {e.message}") from e
+        raise DataError(f"{path}: cannot decode the GIF: {e.message}") from e
 
 
 _READERS = {"mp4": _of_mp4, "gif": _of_gif}

@@ -55,7 +55,7 @@ def settings(config: DemoConfig) -> tuple[Config, LoopConfig]:
 
 
 def run_demo(config: DemoConfig) -> list[dict[str, Any]]:
-    """Runs everything, continuing where an earlier run stopped; returns the rows of the table."""
+    """Runs the demo, continuing where an earlier run stopped; returns the rows of the table."""
     base, loop = settings(config)
     state = State(config.output_dir, dataclasses.asdict(config))
     folder = os.path.join(config.output_dir, "data")
@@ -78,11 +78,11 @@ def run_demo(config: DemoConfig) -> list[dict[str, Any]]:
     write_report(report_path, base, loop, rows, data["truth"])
     final = base.override(model_dir=rounds.model_dir(loop, len(trained) - 1))
     export_dir = os.path.join(config.output_dir, "export")
-    # A version appears whole or not at all, so one that is there is the one this run would make.
+    # A version appears whole or not at all, so an existing one is what this run would write.
     if not os.path.exists(os.path.join(export_dir, "1")):
         export_model(final, ExportConfig(export_dir=export_dir, version=1))
     print(format_table(rows))
-    answer_in_fresh_process(config.output_dir, os.path.join(export_dir, "1"))
+    classify_in_fresh_process(config.output_dir, os.path.join(export_dir, "1"))
     print(f"report: {report_path}")
     return rows
 
@@ -133,7 +133,7 @@ def write_report(
     report.write_page(
         path,
         title="Noisy Student on handwritten digits",
-        intro="A teacher that saw few labels, and two students that learnt from its guesses.",
+        intro="A teacher trained on few labels, and two students trained on its predictions too.",
         sections=sections,
     )
 
@@ -149,8 +149,8 @@ print(f"exported model: {digit} (probability {float(predictions['probabilities']
 """
 
 
-def answer_in_fresh_process(folder: str, saved_model: str) -> None:
-    """Classifies a test image with the SavedModel, with only TensorFlow."""
+def classify_in_fresh_process(folder: str, saved_model: str) -> None:
+    """Classifies a test image with the SavedModel in a process that imports only TensorFlow."""
     test_set = shard_names.list_shards(os.path.join(folder, "data", "labeled"), "test")
     first = next(tfrecords.read(test_set[0])).payload or b""
     picture = os.path.join(folder, "test_image.png")
@@ -159,6 +159,6 @@ def answer_in_fresh_process(folder: str, saved_model: str) -> None:
     print(f"{picture} shows a {tfexamples.label(first)}; ", end="", flush=True)
     command = [sys.executable, "-c", _FRESH_PROCESS, saved_model, picture]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode:  # Else it is TensorFlow's log.
+    if done.returncode:  # Otherwise it is only TensorFlow's log.
         sys.stderr.write(done.stderr)
         done.check_returncode()

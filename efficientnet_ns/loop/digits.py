@@ -49,10 +49,10 @@ def make_records(folder: str, *, seed: int, labels_per_class: int) -> dict[str, 
 
 
 def labeled_indices(labels: np.ndarray, per_class: int, rng: np.random.Generator) -> np.ndarray:
-    """Indices of `per_class` images of each class that stand close together in the scans.
+    """Indices of `per_class` images of each class that are close together in the scans.
 
-    Neighbouring scans come from the same few hands, so the labels cover less than the unlabeled
-    images do: the usual reason to want unlabeled ones.
+    Neighbouring scans come from the same few writers, so the labels cover less variety than the
+    unlabeled images: the usual motivation for using them.
     """
     from_here = np.roll(np.arange(len(labels)), -rng.integers(len(labels)))
     return np.concatenate([from_here[labels[from_here] == c][:per_class] for c in range(10)])
@@ -65,7 +65,7 @@ def encode(gray: np.ndarray) -> bytes:
 
 
 def outliers(count: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """8 × 8 gray patches of photographs: images of none of the classes."""
+    """8 × 8 gray patches of photographs: images that belong to no class."""
     from sklearn.datasets import load_sample_images
 
     photos = [photo.mean(axis=-1)[::8, ::8] for photo in load_sample_images().images]

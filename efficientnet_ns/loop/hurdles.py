@@ -1,4 +1,4 @@
-"""What shows that a run cannot work, told as soon as it shows."""
+"""Signs that a run cannot work, reported as soon as they appear."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from efficientnet_ns.loop import rounds
 from efficientnet_ns.pseudo_labels.outcome import Outcome
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
-# Below this part of confident pictures, most show something else than the classes.
+# Below this share of confident pictures, most show none of the classes.
 _CONFIDENT_PART = 0.2
-# With fewer held-out pictures, chance cannot be told from learning.
+# With fewer held-out pictures, chance and learning look alike.
 _TELLING = 20
 
 
@@ -26,12 +26,12 @@ class CannotWork(RuntimeError):
 
 
 class Watch:
-    """Looks at each model and each selection of `rounds.run_loop`.
+    """Checks each model and each selection of `rounds.run_loop`.
 
     Args:
       config, loop: of the rounds.
       class_names: of the task.
-      warn: takes what to tell.
+      warn: called with each warning.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class Watch:
         if row["round"] == 0 and is_chance(metrics["top1"], metrics["examples"], self._classes):
             text = (
                 f"the teacher is right on {metrics['top1']:.1%} of {metrics['examples']} held-out "
-                f"pictures, which guessing among {self._classes} classes reaches too: its labels would "
-                "be noise. More labeled pictures, more --teacher_steps or published weights help; see "
-                f"whether the pictures are in the folders of their classes. Loss {metrics['loss']:.3g}"
+                f"pictures, no better than guessing among {self._classes} classes: its labels would be "
+                "noise. Use more labeled pictures, more --teacher_steps or published weights, and check "
+                f"that the pictures are in the folders of their classes. Loss {metrics['loss']:.3g}"
             )
             if metrics["examples"] >= _TELLING:
                 raise CannotWork(text)
@@ -68,9 +68,9 @@ class Watch:
         part = totals["confident"] / max(totals["images"], 1)
         if part < _CONFIDENT_PART:
             self._warn(
-                f"round {chosen['round']}: only {part:.0%} of the unlabeled pictures have a label of at "
-                f"least {selection.min_threshold:g} confidence: most look like none of the classes, or "
-                "the teacher has learned too little"
+                f"round {chosen['round']}: only {part:.0%} of the unlabeled pictures have a label with "
+                f"confidence {selection.min_threshold:g} or more: most show none of the classes, or the "
+                "teacher has learned too little"
             )
         empty = [str(self._name(i)) for i, number in enumerate(kept) if not number]
         if empty:
@@ -85,7 +85,7 @@ class Watch:
 
 
 def is_chance(top1: float, examples: int, classes: int) -> bool:
-    """Whether an accuracy is within what guessing reaches: one standard deviation above it."""
+    """Whether an accuracy is no higher than one standard deviation above guessing."""
     chance = 1 / classes
     return top1 <= chance + math.sqrt(chance * (1 - chance) / max(examples, 1))
 

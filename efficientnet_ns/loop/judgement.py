@@ -1,4 +1,4 @@
-"""A model's predictions for a labeled set, picture by picture, with file names."""
+"""Predictions of a model for each picture of a labeled set, with file names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 
 class Mistake(NamedTuple):
-    """A picture that was classified wrongly."""
+    """A misclassified picture."""
 
     name: str
     image: bytes
@@ -29,7 +29,7 @@ class Judged(NamedTuple):
     Attributes:
       truth, predicted: classes, int [N].
       probs: top-1 probability, float32 [N].
-      mistakes: the wrong predictions of the highest probability, first the worst.
+      mistakes: the wrong predictions with the highest probability, worst first.
     """
 
     truth: np.ndarray
@@ -39,7 +39,7 @@ class Judged(NamedTuple):
 
     @property
     def accuracy(self) -> float:
-        """Part of the pictures that are classified correctly."""
+        """Fraction of the pictures classified correctly."""
         return float((self.truth == self.predicted).mean())
 
 
@@ -48,7 +48,7 @@ class Judge:
 
     Args:
       config: of the training.
-      mistakes: how many of a set to keep.
+      mistakes: number to keep per set.
     """
 
     def __init__(self, config: Config, mistakes: int = 36):

@@ -1,4 +1,4 @@
-"""What filter_unlabel, labeling_report and label_beam do: several stages of labeling with one command."""
+"""Several stages of labeling in one call: what filter_unlabel, labeling_report and label_beam do."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def select_and_write(selection: SelectConfig, options: FilterConfig) -> dict[str
     require(selection, "unlabel_data_dir", "prediction_dir", "prelim_stats_dir", "output_dir")
     selection = completed(selection)
     if options.report and selection.only_get_stats:
-        raise ConfigError("--report shows a selection: leave --only_get_stats out")
+        raise ConfigError("--report needs a selection: drop --only_get_stats")
     result: dict[str, Any] = {**select(selection)}
     # Of the tasks that share a shard, the first writes its records.
     if not selection.only_get_stats and (selection.total_replicas == 1 or selection.task < 1):
@@ -60,12 +60,12 @@ def report(selection: SelectConfig, options: ReportConfig) -> str:
 
 
 def completed(selection: SelectConfig) -> SelectConfig:
-    """The settings with task, number of classes, file prefix and number of shards as they were found.
+    """The settings with task, number of classes, file prefix and number of shards filled in.
 
-    The task is that of the predictions' teacher, which is noted beside them, unless one is given.
+    Unless a task is given, it is that of the teacher, which is stored next to its predictions.
 
     Raises:
-      ConfigError: the number of classes that is given is not the task's.
+      ConfigError: the given number of classes is not the task's.
       DataError: see `unlabeled_set.find`.
     """
     default = SelectConfig()
@@ -113,18 +113,18 @@ def label_on_beam(config: Config, job: BeamConfig, beam_options: Sequence[str]) 
 
 
 def _check_whole(config: Config) -> None:
-    """ConfigError for flags of main that choose a part of the work: a pipeline does all of it."""
+    """ConfigError for flags of main that select a part of the work: a pipeline does all of it."""
     options = config.predict
     for name in ("output_dir", "info_dir", "worker_id"):
         if getattr(options, name):
             raise ConfigError(
-                f"--{name}: folders are below --work_dir, and the parts of all workers are labeled"
+                f"--{name} does not apply to a pipeline, which labels everything below --work_dir"
             )
     if options.shard_id is None:
         return
     if len(shard_list(options.shard_id, options.num_shards)) < options.num_shards:
         raise ConfigError(
-            f"--shard_id={options.shard_id}: leave it out, all {options.num_shards} are labeled"
+            f"--shard_id={options.shard_id}: drop it, a pipeline labels all {options.num_shards} shards"
         )
 
 

@@ -2,7 +2,7 @@
 
 Layout of `work_dir`:
 
-settings.json              every setting with its reason, and what it follows from
+settings.json              every setting with its reason, and the facts behind them
 data/{labeled,unlabeled}   records, and data/task.json
 probe                      a linear probe on the published weights, from which every training starts
 rounds                     teacher and students; see `rounds`
@@ -48,21 +48,21 @@ from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.serving.model_export import export_model
 from efficientnet_ns.training import probe
 
-# Beside class folders, a few broken files are no reason to stop: they are listed.
+# A few broken files in a folder of pictures are no reason to stop: they are listed.
 _MAX_BAD_FRACTION = 0.5
-# Fields of a task that trained weights bring themselves.
+# Fields of a task that trained weights determine.
 _OF_THE_MODEL = ("mean", "std", "small_image", "image_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run made.
+    """Results of a run.
 
     Attributes:
       rows: a row per model, as in the printed table.
       best: folder of the best model's checkpoint.
       accuracy: of the best model, by set: `held-out`, `test`.
-      warnings: what to look at.
+      warnings: problems to look at.
       labels, report, saved_model, tflite: paths.
       settings: every setting.
     """
@@ -114,14 +114,14 @@ def noisy_student(
     work_dir: str | os.PathLike,
     **values: Any,
 ) -> Result:
-    """Trains a classifier on two sets of pictures; called again after a kill, it continues.
+    """Trains a classifier on two sets of pictures; after a kill, the same call continues.
 
     Args:
       labeled: folder or archive with a folder per class, `tfds:<name>`, or a folder of records.
       unlabeled: pictures without labels, in the same forms.
-      work_dir: folder of everything that is made.
+      work_dir: folder of all outputs.
       values: `test`, `control`, `time_limit`, and any other flag of `noisy_student.py`, each of
-        which takes the place of its rule.
+        which overrides its rule.
 
     Raises:
       ConfigError, DataError: settings or pictures that cannot work.
@@ -151,7 +151,7 @@ def from_pictures(pictures: PicturesConfig, settings: Config, loop: LoopConfig) 
     plan.write(made, pictures, values, work)
     verbosity = logging.get_verbosity()
     try:
-        # The line of progress tells what matters of what each stage logs.
+        # The progress line shows what matters of each stage's log.
         logging.set_verbosity(logging.WARNING)
         with progress.Whole(_stages(made, pictures)):
             return _Run(pictures, made, work).result()
@@ -160,7 +160,7 @@ def from_pictures(pictures: PicturesConfig, settings: Config, loop: LoopConfig) 
 
 
 def _checked(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> dict[str, Any]:
-    """The settings that take the place of their rules; ConfigError for what cannot work."""
+    """The settings that override their rules; ConfigError for what cannot work."""
     for one in (pictures, settings, loop):
         check(one)
     needed = {"labeled": pictures.labeled, "unlabeled": pictures.unlabeled}
@@ -213,7 +213,7 @@ class _Run:
         return os.path.join(self.work, *names)
 
     def result(self) -> Result:
-        """Does what is not done yet."""
+        """Runs all unfinished stages."""
         chosen = self.plan.chosen
         data = self.state.once("records", self._make_records)
         self._tell_of_records(data)
@@ -305,7 +305,7 @@ class _Run:
         known = tasks.get_task(os.path.join(labeled, tasks.TASK_FILE))
         fields = dataclasses.asdict(known)
         if self.plan.chosen["init_weights"]:
-            # Published weights come with their own normalisation, and with strides for large images.
+            # Published weights have their own normalisation, and strides for large images.
             fields = {k: v for k, v in fields.items() if k not in _OF_THE_MODEL}
         tasks.write_task(task, **fields)
         places = {
@@ -316,7 +316,7 @@ class _Run:
         return {"places": places, "counts": counts}
 
     def _duplicates(self) -> list[str]:
-        """Unlabeled pictures that are labeled, held out or tested on: students must not see those."""
+        """Unlabeled pictures that are also labeled or test pictures: students must not see those."""
         places = [self.pictures.unlabeled, self.pictures.labeled, self.pictures.test]
         plain = [place for place in places if place and plan.is_pictures(place)]
         if plain[:1] != places[:1]:
@@ -328,7 +328,7 @@ class _Run:
         if survey.is_records(place):
             if self.pictures.test:
                 raise ConfigError(
-                    "--test: records bring their own test set, in the folder of --labeled"
+                    "--test: a folder of records (--labeled) contains its own test set"
                 )
             return place, {}
         folder = self._in_work("data", "labeled")
@@ -359,8 +359,8 @@ class _Run:
             self.warnings += hurdles.quarantined(self._in_work("data", name))
         if number := data["counts"].get("duplicates"):
             self.warnings.append(
-                f"{number} unlabeled pictures are byte for byte among the labeled or test pictures, and "
-                "were left out"
+                f"{number} unlabeled pictures are exact copies of labeled or test pictures and were left "
+                "out"
             )
 
     # --- After the rounds
@@ -368,7 +368,7 @@ class _Run:
     def _control(
         self, base: Config, loop: LoopConfig, trained: list[dict[str, Any]]
     ) -> dict[str, Any]:
-        """The labeled pictures only, with all the updates and the teacher's settings."""
+        """Trains on labeled pictures only, with all the updates and the teacher's settings."""
         config = rounds.model_configs(base, loop)[0].override(
             model_dir=self._in_work("control", "model"),
             train_steps=sum(row["steps"] for row in trained),
@@ -381,7 +381,7 @@ class _Run:
     ) -> dict[str, Any]:
         """`labels.csv`: what the best model predicts for every unlabeled picture."""
         folder = self._in_work("labels")
-        if best + 1 < models:  # As a teacher it has labeled them already.
+        if best + 1 < models:  # It has already labeled them as a teacher.
             folder = os.path.join(loop.work_dir, f"round-{best + 1}")
         prediction = rounds.prediction_config(model, base.data.unlabel_data_dir, folder)
         predict.predict(prediction)

@@ -1,4 +1,4 @@
-"""`report.html` of a run on two sets of pictures, and its table."""
+"""`report.html` and the table of results of a run on two sets of pictures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def table(
     config: Config,
     best: int,
 ) -> list[dict[str, str]]:
-    """A row per model: what it learned from, and how well.
+    """A row per model: its data, and its accuracy.
 
     Args:
       rows: of `rounds.run_loop`, with those of probe and control.
@@ -100,7 +100,7 @@ def write(
         title="Noisy Student on your pictures",
         intro=(
             f"{plan.facts.labeled} labeled pictures of {plan.facts.classes} classes, "
-            f"{plan.facts.unlabeled} unlabeled ones. The best model on the held-out part: {name_of(best)}."
+            f"{plan.facts.unlabeled} unlabeled ones. The best model on the held-out pictures: {name_of(best)}."
         ),
         sections=sections,
     )

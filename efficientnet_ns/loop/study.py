@@ -43,13 +43,13 @@ from efficientnet_ns.training.session import TrainingDiverged
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A piece of an arm: `kind` is a key of `_DO`, `config` what it takes."""
+    """A piece of an arm: `kind` is a key of `_DO`, `config` its argument."""
 
     kind: str
     config: Any
 
 
-# --- Which arms, and what they are made of --------------------------------------------------------
+# --- Arms and their pieces ------------------------------------------------------------------------
 
 
 def chosen_studies(names: str, quick: bool) -> dict[str, Study]:
@@ -70,7 +70,7 @@ def chosen_studies(names: str, quick: bool) -> dict[str, Study]:
         if len(arms) > 1 or not quick:
             studies[name] = dataclasses.replace(STUDIES[name], arms=arms)
         else:
-            logging.info("--quick leaves out the study %s: its arms take long", name)
+            logging.info("--quick skips the study %s: its arms take too long", name)
     if not studies:
         raise ConfigError(f"--quick has no arms of --studies={names}")
     return studies
@@ -100,10 +100,10 @@ def split_changes(changes: Mapping[str, Any]) -> tuple[Method, dict[str, Any], d
 
 
 def pieces(config: Config, loop: LoopConfig, changes: Mapping[str, Any]) -> list[Work]:
-    """What an arm is made of, in order; the last piece trains the model that is its result.
+    """The pieces of an arm, in order; the last one trains the model that is its result.
 
-    Two arms share the pieces that are equal: a folder's name is a hash of all that determines what
-    is in it, including the names of the folders it is made from.
+    Arms share equal pieces: the name of a folder is a hash of everything that determines its content,
+    including the names of the folders it is made from.
 
     Args:
       config: settings of every training, with the seed; see `rounds.run_loop`.
@@ -141,7 +141,7 @@ def _widened(config: Config, factor: float) -> Config:
 
 
 def _placed(config: Config, loop: LoopConfig) -> Config:
-    """With the model_dir that belongs to the settings."""
+    """With the model_dir that its settings determine."""
     return config.override(model_dir=_folder("train", config.identity(), loop))
 
 
@@ -205,7 +205,7 @@ def _trainings(student: Config, teacher: Config, method: Method, loop: LoopConfi
     return [pretrained, _placed(tuned, loop)]
 
 
-# --- Doing it -------------------------------------------------------------------------------------
+# --- Running pieces -------------------------------------------------------------------------------
 
 
 def _train(config: Config) -> dict[str, Any]:
@@ -244,16 +244,16 @@ _DO: dict[str, Callable[[Any], Any]] = {"train": _train, "label": _label, "selec
 
 
 def _images(config: Config) -> int:
-    """Images that a training computes, by which its time is estimated."""
+    """Images that a training computes, which its time is estimated from."""
     resolved = ResolvedConfig.from_config(config)
     return resolved.steps_to_run * resolved.images_per_step
 
 
 class Runner:
-    """Does the pieces of arms that are not done yet, and logs how long the rest will take.
+    """Runs the unfinished pieces of arms, and logs how long the rest will take.
 
     Args:
-      arms: all that will be run, each a list of pieces.
+      arms: all arms to run, each a list of pieces.
     """
 
     def __init__(self, arms: list[list[Work]]):
@@ -268,9 +268,9 @@ class Runner:
         self._progress = Progress(total, "study", "images", done=finished, line_every=1)
 
     def result(self, name: str, arm: list[Work]) -> dict[str, Any] | None:
-        """What the arm's last model reaches; None when it cannot be trained, which is logged.
+        """The result of the arm's last model; None if it cannot be trained, which is logged.
 
-        A teacher that cannot be trained is an error: no arm could be.
+        A teacher that cannot be trained is an error, because then no arm can be trained.
         """
         result = None
         if tf.io.gfile.exists(_result_path(arm[-1].config)):
@@ -289,7 +289,7 @@ class Runner:
         return result
 
 
-# --- The whole ------------------------------------------------------------------------------------
+# --- The program ----------------------------------------------------------------------------------
 
 
 def run_study(config: Config, loop: LoopConfig, options: StudyConfig) -> dict[str, Any]:
@@ -332,11 +332,13 @@ def run_study(config: Config, loop: LoopConfig, options: StudyConfig) -> dict[st
 
 def _check_loop(loop: LoopConfig) -> None:
     if not loop.work_dir:
-        raise ConfigError("--work_dir is needed: the folder of all runs and of their results")
+        raise ConfigError("--work_dir is needed: the folder for all runs and their results")
     if len(loop.models.split(",")) != 2:
-        raise ConfigError(f"--models={loop.models}: name the teacher and the student of a study")
+        raise ConfigError(
+            f"--models={loop.models}: expected two models, the teacher and the student"
+        )
     if loop.finetune_resolution:
-        raise ConfigError("--finetune_resolution: a study does not fine-tune; leave it out")
+        raise ConfigError("--finetune_resolution does not apply: a study does not fine-tune")
 
 
 def _shortened(config: Config, loop: LoopConfig) -> tuple[Config, LoopConfig]:
@@ -347,7 +349,7 @@ def _shortened(config: Config, loop: LoopConfig) -> tuple[Config, LoopConfig]:
 
 
 def _with_data(config: Config, loop: LoopConfig) -> Config:
-    """With the demo's data of that seed, for digits that have none."""
+    """With the demo's data for that seed, if the task is digits and no data are given."""
     config = data_source.with_records(config)
     if config.data.task_name != "digits" or config.data.label_data_dir:
         return config

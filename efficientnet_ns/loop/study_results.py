@@ -14,21 +14,21 @@ from efficientnet_ns.files import atomic, json_files, text_table
 from efficientnet_ns.loop.questions import Arm, Study
 from efficientnet_ns.report import style
 
-# Probability that a difference counts only by chance.
+# Probability that a difference counts by chance.
 _CHANCE = 0.05
 _READINGS = {True: "as in the paper", False: "not as in the paper", None: "not stated in the paper"}
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation (of a sample: n - 1); None where there are too few values."""
+    """Mean and standard deviation (of a sample: n - 1); None if there are too few values."""
     mean = float(np.mean(values)) if len(values) else None
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def noise(differences: Sequence[float]) -> float | None:
-    """How far from 0 the mean of differences must be to count: half their 95 % interval (Student's t).
+    """How far from 0 a mean difference must be to count: half its 95 % interval (Student's t).
 
-    None for less than two differences.
+    None for fewer than two differences.
     """
     from scipy import stats
 

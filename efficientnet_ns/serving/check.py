@@ -1,4 +1,4 @@
-"""How far an exported model's predictions are from those of the model it was made from."""
+"""Compares the predictions of an exported model with those of the original."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Difference(NamedTuple):
 def encoded_images(path: str, limit: int) -> list[bytes]:
     """Up to `limit` encoded images of a folder, class folders, an archive, or record files.
 
-    The folders contribute equally while they have images left. An image that cannot be decoded is
-    skipped with a warning that names it.
+    Takes images from all folders in turn. An image that cannot be decoded is skipped with a
+    warning.
 
     Raises:
       DataError: the path does not exist or has no usable image.
@@ -58,7 +58,7 @@ def encoded_images(path: str, limit: int) -> list[bytes]:
     images = list(itertools.islice(_decodable(found), limit))
     if not images:
         raise DataError(
-            f"{path} holds neither images that can be decoded nor records (…-00000-of-…)"
+            f"{path} contains neither images that can be decoded nor records (…-00000-of-…)"
         )
     return images
 
@@ -68,7 +68,7 @@ def _recorded(path: str, shards: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         for record in tfrecords.read(os.path.join(path, name)):
             where = f"{os.path.join(path, name)}, record {record.position}"
             if record.payload is None:
-                logging.warning("%s is skipped in the comparison: %s", where, record.problem)
+                logging.warning("skipping %s in the comparison: %s", where, record.problem)
                 continue
             try:
                 yield where, tfexamples.image_bytes(record.payload)
@@ -84,7 +84,7 @@ def _listed(path: str) -> Iterator[tuple[str, bytes]]:
                 try:
                     yield os.path.join(path, entry.name), read(entry).image
                 except (image_conversion.Unusable, OSError, tf.errors.OpError) as e:
-                    logging.warning("%s/%s is skipped in the comparison: %s", path, entry.name, e)
+                    logging.warning("skipping %s/%s in the comparison: %s", path, entry.name, e)
 
 
 def _in_turn(entries: Sequence[image_sources.Entry]) -> list[image_sources.Entry]:
@@ -104,7 +104,7 @@ def _decodable(images: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
         try:
             yield image_conversion.prepare(image, image_conversion.Rules())[0]
         except image_conversion.Unusable as e:
-            logging.warning("%s is skipped in the comparison: %s", name, e)
+            logging.warning("skipping %s in the comparison: %s", name, e)
 
 
 def difference(expected: np.ndarray, found: np.ndarray) -> Difference:

@@ -351,7 +351,7 @@ def _result(photo: str, valid: Any, columns: Sequence[Any], top: int) -> Result:
 
 def _of_length(values: Any, length: int) -> list:
     if not isinstance(values, list) or len(values) != length:
-        raise ValueError(f"{str(values)[:100]!r} where a list of {length} is needed")
+        raise ValueError(f"expected a list of {length}, found {str(values)[:100]!r}")
     return values
 
 

@@ -17,8 +17,8 @@ def convert_checkpoint(
     """Reads the weights at `source` and writes them to `target`, which must not exist.
 
     Args:
-      config: what is not given is read beside the source.
-      source: what `stored_model.find` takes.
+      config: settings that are not given are read from the source.
+      source: weights, as for `stored_model.find`.
       ema: of a checkpoint with two sets of weights, read the moving averages.
 
     Returns:
@@ -35,7 +35,7 @@ def convert_checkpoint(
     weights.check_target(target)
     for path in (target, f"{target}.index"):
         if tf.io.gfile.exists(path):
-            raise ConfigError(f"--target: {path} exists; remove it, or choose another name")
+            raise ConfigError(f"--target: {path} already exists; remove it, or choose another name")
     stored = stored_model.read(source)
     learned = stored.images
     config = stored.complete(Config(model=config)).model

@@ -48,7 +48,9 @@ def write(base: str, model: str) -> None:
         if tf.io.gfile.exists(path):
             with tf.io.gfile.GFile(path) as f:
                 if f.read() != text:
-                    logging.warning("%s differs from the template for %s: kept as is", path, model)
+                    logging.warning(
+                        "keeping %s, which differs from the template for %s", path, model
+                    )
             continue
         with tf.io.gfile.GFile(path, "w") as f:
             f.write(text)

@@ -1,4 +1,4 @@
-"""Versions of SavedModels for TensorFlow Serving, and TFLite files; each appears only when complete."""
+"""Versions of SavedModels for TensorFlow Serving, and TFLite files; each appears only once complete."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Options:
         maps as matrix products and freezes the weights; `accelerator` folds and keeps variables;
         `none` leaves the graph as it was trained.
       facts: lines of the model card, name → value.
-      task: what the model was trained for, noted beside the graph; None: unknown.
+      task: what the model was trained for, written next to the graph; None: unknown.
     """
 
     outputs: OutputSpec
@@ -60,7 +60,9 @@ def _version(base: str, version: int) -> Iterator[str]:
     """Yields a temporary folder that becomes `<base>/<version>` when the block succeeds."""
     folder = os.path.join(base, str(version))
     if tf.io.gfile.exists(folder):
-        raise manifests.OutputConflict(f"{folder} exists: choose another --version, or delete it")
+        raise manifests.OutputConflict(
+            f"{folder} already exists: choose another --version, or delete it"
+        )
     tf.io.gfile.makedirs(base)
     atomic.remove_abandoned_folders(base)
     temporary = atomic.temporary_name(folder)
@@ -84,7 +86,7 @@ def optimized(model: tf.keras.Model, optimize_for: str) -> tuple[tf.keras.Model,
     freeze = for_cpu and model.count_params() <= _MAX_FROZEN_PARAMETERS
     if for_cpu and not freeze:
         logging.warning(
-            "%s has %d parameters, too many for constants of one graph (2 GB): they stay variables",
+            "%s has %d parameters, too many for the constants of a graph (2 GB): keeping them as variables",
             model.name,
             model.count_params(),
         )
@@ -126,7 +128,7 @@ def export(
             classifier,
             folder,
             signatures=classifier.signatures(),
-            # The gradients of swish cannot be saved from a frozen graph; nobody trains this graph.
+            # The gradients of swish cannot be saved from a frozen graph, which is not trained anyway.
             options=tf.saved_model.SaveOptions(experimental_custom_gradients=False),
         )
         _set_classify_method(folder)
@@ -140,8 +142,8 @@ def export(
     deployment.write(base, model.name)
     if paths.is_pattern(base) and not freeze:
         logging.warning(
-            "%s: TensorFlow and its server treat a path with * ? [ or \\ as a pattern and do not find "
-            "the variables there: move the model before you serve it",
+            "%s: TensorFlow and its server treat a path with * ? [ or \\ as a pattern and cannot find the "
+            "variables there: move the model before serving it",
             base,
         )
     return os.path.join(base, str(version))
@@ -164,7 +166,9 @@ def export_tflite(
       manifests.OutputConflict: the file exists.
     """
     if tf.io.gfile.exists(path):
-        raise manifests.OutputConflict(f"{path} exists: choose another --version, or delete it")
+        raise manifests.OutputConflict(
+            f"{path} already exists: choose another --version, or delete it"
+        )
     tf.io.gfile.makedirs(os.path.dirname(path) or ".")
     model = heads.standard(model)
     content = tflite.convert(model, kind, representative)
@@ -204,7 +208,7 @@ def _set_classify_method(folder: str) -> None:
 
 
 def _note_settings(folder: str, model: tf.keras.Model, task: tasks.Task | None) -> None:
-    """Writes what `stored_model` reads."""
+    """Writes the files that `stored_model` reads."""
     checkpoint_files.write_settings(folder, model)
     if task is not None:
         tasks.write_task(os.path.join(folder, tasks.TASK_FILE), **dataclasses.asdict(task))

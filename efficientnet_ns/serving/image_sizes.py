@@ -1,7 +1,7 @@
 """The size of an image from the first bytes of its file, in the graph, before it is decoded.
 
-A file of a few kilobytes can claim billions of pixels. A server that accepts images from strangers
-therefore checks what decoding would allocate. `data.image_headers` does the same outside of graphs.
+A file of a few kilobytes can claim billions of pixels, so a server that accepts images from strangers
+must check what decoding would allocate. `data.image_headers` does the same outside graphs.
 """
 
 from __future__ import annotations

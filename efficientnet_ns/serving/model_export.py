@@ -25,8 +25,8 @@ def export_model(config: Config, options: ExportConfig) -> str:
     """Exports the newest checkpoint of `model_dir` (or the one at `init_model_path`).
 
     Args:
-      config: names the model; what else it was trained with is read there, unless it is given.
-      options: what is exported, and where to.
+      config: names the model, whose other settings are read from its folder unless given.
+      options: what to export, and where to.
 
     Returns:
       The folder of the SavedModel, or the path of the TFLite file.
@@ -53,9 +53,13 @@ def export_model(config: Config, options: ExportConfig) -> str:
 def _check(options: ExportConfig) -> None:
     """Raises ConfigError for settings that do not go together."""
     if options.format == "tflite" and options.tflite_type == "int8" and not options.check_data:
-        raise ConfigError("--tflite_type=int8 needs --check_data, images to learn ranges from")
+        raise ConfigError(
+            "--tflite_type=int8 needs --check_data: images to calibrate the ranges with"
+        )
     if options.format == "tflite" and options.serving_dtype != "float32":
-        raise ConfigError("--serving_dtype is of SavedModels; a TFLite file has --tflite_type")
+        raise ConfigError(
+            "--serving_dtype applies to SavedModels; use --tflite_type for a TFLite file"
+        )
     if options.format == "savedmodel" and options.tflite_type != "float32":
         raise ConfigError(f"--tflite_type={options.tflite_type} needs --format=tflite")
 
@@ -93,10 +97,10 @@ def _export_options(resolved: ResolvedConfig, path: str, options: ExportConfig):
 
 
 def _provenance(resolved: ResolvedConfig, path: str) -> dict[str, object]:
-    """Recipe, data and accuracy of a training's folder or of published weights, if these are such."""
+    """Recipe, data and accuracy, if the weights are those of a training's folder or published ones."""
     place = (path,) if tf.io.gfile.isdir(path) else os.path.split(path)
     if facts := provenance.of_training(*place):
-        return facts  # Whatever its folder is called.
+        return facts  # Whatever the name of its folder.
     recipe = RECIPES.get(resolved.model_name)
     if recipe is not None and provenance.is_published(path, recipe):
         return provenance.of_publication(recipe)
@@ -104,14 +108,14 @@ def _provenance(resolved: ResolvedConfig, path: str) -> dict[str, object]:
 
 
 def _check_images(resolved: ResolvedConfig, options: ExportConfig):
-    """Encoded images, and the same prepared; nothing when none are given."""
+    """Encoded images, and the same images prepared; empty lists without --check_data."""
     if not options.check_data:
         return [], []
     encoded = check.encoded_images(options.check_data, options.check_images)
     return encoded, inference.preprocess(encoded, resolved.preprocessing()).numpy()
 
 
-def _float_answers(resolved: ResolvedConfig, path: str, options: ExportConfig, images):
+def _float32_probabilities(resolved: ResolvedConfig, path: str, options: ExportConfig, images):
     """Probabilities of the model as it was trained, in float32."""
     model = _model(resolved, path, dataclasses.replace(options, serving_dtype="float32"))
     parts = [images[i : i + 8] for i in range(0, len(images), 8)]
@@ -126,7 +130,7 @@ def _saved_model(
     folder = export.export(model, resolved.preprocessing(), options.export_dir, version, exported)
     if encoded:
         predictions = export.saved_model_runner(folder)(encoded)
-        expected = _float_answers(resolved, path, options, images)
+        expected = _float32_probabilities(resolved, path, options, images)
         print(f"against the float32 model: {check.difference(expected, predictions)}")
     return folder
 
@@ -143,7 +147,7 @@ def _tflite(resolved: ResolvedConfig, model, path: str, version: int, options: E
         images,
     )
     if encoded:
-        expected = _float_answers(resolved, path, options, images)
+        expected = _float32_probabilities(resolved, path, options, images)
         predictions = tflite.runner(content)(images)
         print(f"against the float32 model: {check.difference(expected, predictions)}")
     return target

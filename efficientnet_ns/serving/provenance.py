@@ -36,7 +36,7 @@ def of_training(model_dir: str, checkpoint: str = "") -> dict[str, object]:
     """Settings, data and measured accuracy of a training, name → value; {} without its files.
 
     Reads `config.json` and `metrics.jsonl` of the training, and `eval/eval.json` of the last
-    `--mode=eval` if it measured these weights. For a folder, that may be an earlier checkpoint.
+    `--mode=eval` if it measured these weights (of a folder, possibly an earlier checkpoint).
 
     Args:
       model_dir: folder of the training.
@@ -123,8 +123,8 @@ def of_publication(recipe: Any) -> dict[str, object]:
 def is_published(path: str, recipe: Any) -> bool:
     """Whether a path has the name of the published weights of a recipe, with any file extension.
 
-    PyTorch's habit is to add a dash and 8 digits of a hash. A longer name means other weights: L2 before its fine-tuning (`…-l2_475`), or a training that
-    started from the published ones.
+    PyTorch appends a dash and 8 digits of a hash by convention. A longer name denotes other weights: L2
+    before its fine-tuning (`…-l2_475`), or a training that started from the published ones.
     """
     names = {recipe.tf1_checkpoint, recipe.timm_name, recipe.keras_file or recipe.timm_name}
     name = "|".join(map(re.escape, names))

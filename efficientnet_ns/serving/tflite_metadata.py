@@ -26,7 +26,7 @@ class Description:
       model: name of the model.
       kind: number type, e.g. float16.
       image_size: side of the input in pixels.
-      pixels: description of the input for people.
+      pixels: human-readable description of the input.
       labels_file: name of the attached file with one class name per line.
     """
 

@@ -1,4 +1,4 @@
-"""What can be told before a training that will hardly work: schedule and averages do not fit the data."""
+"""Warnings before a training is wasted: a schedule or averages that do not fit the data."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _MANY_EPOCHS = 5000
 
 
 def cautions(resolved: ResolvedConfig, num_images: int) -> list[str]:
-    """One line for each setting that will hardly work, with what to give instead.
+    """A line for each setting that is unlikely to work, with a value to use instead.
 
     Args:
       resolved: settings of a training from its first step.
-      num_images: labeled images that are there.
+      num_images: number of labeled images.
     """
     found = [_schedule(resolved, num_images), _averages(resolved)]
     return [line for line in found if line]
@@ -31,13 +31,13 @@ def _schedule(resolved: ResolvedConfig, num_images: int) -> str:
     if epochs > _MANY_EPOCHS:
         return (
             f"--train_steps={train.train_steps} of --train_batch_size={train.train_batch_size} are "
-            f"{whose}{epochs:,.0f} passes over {num_images} labeled images: give fewer; some hundred "
-            "passes are usual"
+            f"{whose}{epochs:,.0f} passes over {num_images} labeled images: use fewer steps; a few "
+            "hundred passes are usual"
         )
     if train.train_batch_size > num_images:
         return (
             f"--train_batch_size={train.train_batch_size} is more than the {num_images} labeled images: "
-            "give less, e.g. 32"
+            "use a smaller batch, e.g. 32"
         )
     return ""
 
@@ -50,15 +50,15 @@ def _averages(resolved: ResolvedConfig) -> str:
     if share <= _MAX_SHARE:
         return ""
     return (
-        f"after {steps} steps, {share:.0%} of the batch-norm statistics that are evaluated are still "
-        f"their initial values: give --bn_momentum={_momentum_for(steps):g} (now "
+        f"after {steps} steps, the initial values will still make up {share:.0%} of the evaluated "
+        f"batch-norm statistics: use --bn_momentum={_momentum_for(steps):g} (now "
         f"{train.bn_momentum:g}) and --moving_average_decay={_momentum_for(steps):g} (now "
         f"{train.moving_average_decay:g}), or more --train_steps"
     )
 
 
 def initial_share(bn_momentum: float, moving_average_decay: float, steps: int) -> float:
-    """Part of the initial batch-norm statistics in their moving average after `steps`, 0..1.
+    """Share of the initial batch-norm statistics in their moving average after `steps`, 0..1.
 
     Statistics move by 1 - bn_momentum in each step, their average by 1 - min(moving_average_decay,
     (1 + n) / (10 + n)) after step n; see `ema.ramped_decay`.

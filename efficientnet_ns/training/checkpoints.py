@@ -20,11 +20,11 @@ _PREFIX = "model.ckpt-"
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint could not be written: disk full, folder gone or not writable."""
+    """A checkpoint could not be written: the disk is full, or the folder is gone or read-only."""
 
 
 class NothingLoads(RuntimeError):
-    """There are checkpoints, but none can be read."""
+    """Checkpoints exist, but none can be read."""
 
 
 def saved_steps(folder: str) -> list[int]:
@@ -116,10 +116,10 @@ class Checkpoints:
             last = self.prefix(earlier[0]) if earlier else "none"
             reason = str(e).splitlines()[0]
             raise SaveFailed(
-                f"could not write {prefix} ({reason}). Last good checkpoint: {last}. Make room on "
-                "the disk, or mend the folder, and start the same command again."
+                f"could not write {prefix} ({reason}). Last good checkpoint: {last}. Free disk space or "
+                "make the folder writable, then run the same command again."
             ) from e
-        # Later ones did not load; they count for nothing until training reaches them again.
+        # Later ones did not load; they are ignored until training reaches those steps again.
         reached = [saved for saved in self.steps() if saved <= step]
         self._note(reached[: self.keep])
         for old in reached[self.keep :]:
@@ -140,12 +140,11 @@ class Checkpoints:
     def restore_latest(self) -> int:
         """Restores the newest checkpoint that loads whole; returns its step, 0 without one.
 
-        A preempted machine can leave a damaged file: such a checkpoint is passed over, with a
-        warning.
+        A preempted machine can leave a damaged file: such a checkpoint is skipped with a warning.
 
         Raises:
           stored_arrays.WeightsError: a checkpoint of another model.
-          NothingLoads: there are checkpoints, but none loads; starting anew would overwrite them.
+          NothingLoads: checkpoints exist, but none loads; a new start would overwrite them.
         """
         reasons = []
         for step in self.steps():
@@ -153,7 +152,7 @@ class Checkpoints:
                 checkpoint_files.read_checkpoint(self.prefix(step), self.variables)
             except (tf.errors.OpError, RuntimeError) as e:
                 reasons.append(str(e).splitlines()[0])
-                logging.warning("%s does not load: %s", self.prefix(step), reasons[-1])
+                logging.warning("cannot load %s: %s", self.prefix(step), reasons[-1])
                 continue
             # A kill may have come between a checkpoint and the file that names it as the newest.
             self._note([saved for saved in self.steps() if saved <= step][: self.keep])
@@ -161,6 +160,6 @@ class Checkpoints:
         if reasons:
             raise NothingLoads(
                 f"none of the {len(reasons)} checkpoints in {self.folder} loads: {reasons[0]}. "
-                "Mend the storage and start again, or move them away to begin anew."
+                "Repair the storage and run again, or move them away to start over."
             )
         return 0

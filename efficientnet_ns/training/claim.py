@@ -1,4 +1,4 @@
-"""Which training a model_dir belongs to: the settings and the records it was begun with."""
+"""Which training a model_dir belongs to: the settings and the records it was started with."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class DirectoryConflict(ConfigError):
 def claim(
     config: Config, sources: Mapping[str, pipeline.Source | None], *, writes: bool = True
 ) -> None:
-    """Notes in model_dir what its training is made from, or checks that it is the same as noted.
+    """Records settings and data in model_dir, or checks that they are those recorded there.
 
-    A folder without a checkpoint holds nothing that could be lost: it is taken over.
+    A folder without a checkpoint holds nothing that could be lost, so it is taken over.
 
     Args:
       sources: records to train on, by the name of the set; None: there is no such set.
@@ -56,7 +56,7 @@ def claim(
     if difference and begun:
         raise DirectoryConflict(
             f"{folder} belongs to a training with other settings ({difference}). "
-            "Choose another --model_dir, or give the settings it was started with."
+            "Choose another --model_dir, or use the settings it was started with."
         )
     task = tasks.get_task(needed(config.data.task_name, "task_name"))
     _check_task_file(folder, task)
@@ -66,11 +66,11 @@ def claim(
     if not writes:
         return
     if difference:
-        logging.warning("%s has no checkpoint: it is taken over (%s)", folder, difference)
+        logging.warning("taking over %s, which has no checkpoint (%s)", folder, difference)
     tf.io.gfile.makedirs(folder)
     written = (SETTINGS, tasks.TASK_FILE, RECORDS, preview.FILE, metrics_log.METRICS, RUNS)
     atomic.remove_abandoned([os.path.join(folder, name) for name in (*written, "checkpoint")])
-    # The settings a training was begun with stay as they were written.
+    # The settings a training was started with stay as they were written.
     if difference or not tf.io.gfile.exists(os.path.join(folder, SETTINGS)):
         noted = {**config.identity(), **_task_fields(config)}
         json_files.write_json(os.path.join(folder, SETTINGS), noted, indent=1)
@@ -82,9 +82,9 @@ def claim(
 
 @contextlib.contextmanager
 def expecting_other_records(folder: str) -> Iterator[None]:
-    """Forgets the records noted in `folder` if one of them turns out to be unusable inside the block.
+    """Forgets the records listed in `folder` if one of them proves unusable inside the block.
 
-    The user repairs or removes it and starts again, and must not be refused for that.
+    The user repairs or removes it and runs again, which must not be refused.
     """
     try:
         yield
@@ -117,32 +117,32 @@ def note_start(folder: str, start: int, flags: Mapping[str, Any]) -> None:
 
 
 def _changed_settings(folder: str, config: Config) -> str:
-    """How the settings differ from those noted; empty when they do not, or none are."""
+    """How the settings differ from those recorded; empty if they do not, or if none are recorded."""
     path = os.path.join(folder, SETTINGS)
     if not tf.io.gfile.exists(path):
         return ""
-    # Settings that came later had their defaults; the task was not noted at first.
+    # Settings added since had their defaults; earlier versions did not record the task.
     task = _task_fields(config)
     noted = comparable({**Config().identity(), **task, **json_files.read_object(path)})
     if not noted["unlabel_ratio"]:
-        noted["unlabel_data_dir"] = ""  # Earlier versions accepted one that had no part.
+        noted["unlabel_data_dir"] = ""  # Earlier versions accepted one that had no effect.
     return manifests.describe_difference(noted, comparable({**config.identity(), **task}))
 
 
 def _check_task_file(folder: str, task: tasks.Task) -> None:
-    """DirectoryConflict for a task file in a folder that is no training's: it would be overwritten."""
+    """DirectoryConflict for a task file of a folder without a training: it would be overwritten."""
     path, settings = (os.path.join(folder, name) for name in (tasks.TASK_FILE, SETTINGS))
     if not tf.io.gfile.exists(path) or tf.io.gfile.exists(settings):
         return
     if tasks.get_task(path) != task:
         raise DirectoryConflict(
-            f"{path} describes another task than --task_name, and is no training's: choose another "
-            "--model_dir"
+            f"{path} describes a task other than --task_name and does not belong to a training: choose "
+            "another --model_dir"
         )
 
 
 def _task_fields(config: Config) -> dict[str, Any]:
-    """`task.<field>` → its value as JSON gives it back."""
+    """`task.<field>` → its value, as read back from JSON."""
     task = tasks.get_task(needed(config.data.task_name, "task_name"))
     values = {name: getattr(task, name) for name in _TASK_FIELDS}
     values |= normalization(needed(config.model.model_name, "model_name"), task)
@@ -150,7 +150,7 @@ def _task_fields(config: Config) -> dict[str, Any]:
 
 
 def _listing(source: pipeline.Source) -> dict[str, dict[str, int]]:
-    """What distinguishes replaced files from the original ones, without reading them."""
+    """Sizes and counts, which reveal replaced files without reading them."""
     return {
         path: {"bytes": tf.io.gfile.stat(path).length, "records": count}
         for path, count in zip(source.paths, source.counts)
@@ -159,7 +159,7 @@ def _listing(source: pipeline.Source) -> dict[str, dict[str, int]]:
 
 def _check_records(folder: str, listing: Mapping[str, Mapping[str, Any]]) -> None:
     noted_in = os.path.join(folder, RECORDS)
-    if not tf.io.gfile.exists(noted_in):  # Begun before the records were noted.
+    if not tf.io.gfile.exists(noted_in):  # Started before records were listed.
         return
     noted = json_files.read_object(noted_in)
     changes = [
@@ -171,9 +171,9 @@ def _check_records(folder: str, listing: Mapping[str, Mapping[str, Any]]) -> Non
     if changes:
         more = f", and {len(changes) - 1} more files" if len(changes) > 1 else ""
         raise DirectoryConflict(
-            f"the records of the training in {folder} are no longer those it was begun with "
-            f"({changes[0]}{more}). Put them back, choose another --model_dir, or delete "
-            f"{noted_in} to continue with the records as they are."
+            f"the records of the training in {folder} have changed since it was started "
+            f"({changes[0]}{more}). Restore them, choose another --model_dir, or delete "
+            f"{noted_in} to continue with the new records."
         )
 
 

@@ -8,9 +8,9 @@ import tensorflow as tf
 class InputWait:
     """Measures, inside the dataset, the time between asking for a batch and getting it.
 
-    Costs two clock readings per batch. Where batches pass through another buffer on their way to
-    the device (several replicas), that buffer requests the batches, and its waiting is measured: a
-    little more than that of the steps.
+    It costs two clock readings per batch. With several replicas, batches pass through another buffer
+    on their way to the device. That buffer then requests the batches, so the time measured is
+    slightly longer than the steps waited.
     """
 
     def __init__(self):
@@ -19,7 +19,7 @@ class InputWait:
         self._read = 0.0
 
     def measure(self, batches: tf.data.Dataset) -> tf.data.Dataset:
-        """The same batches, watched; nothing may be prefetched after this."""
+        """The same batches, timed; nothing may be prefetched after this."""
         requested = tf.data.Dataset.range(tf.int64.max).map(lambda _: tf.timestamp())
 
         def add(asked_at: tf.Tensor, batch):
@@ -29,8 +29,8 @@ class InputWait:
         # Zip reads its inputs in turn: the clock is read just before the batch is requested.
         data = tf.data.Dataset.zip((requested, batches)).map(add)
         if batches.cardinality() == tf.data.INFINITE_CARDINALITY:
-            # The clock's range ends, the batches do not, and only of endless ones do several
-            # workers know the shapes.
+            # The range of the clock is finite, the batches are not, and several workers can infer
+            # shapes only of infinite datasets.
             data = data.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
         options = tf.data.Options()
         options.experimental_optimization.inject_prefetch = False

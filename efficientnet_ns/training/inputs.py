@@ -20,7 +20,7 @@ class Inputs:
       resolved: the settings.
       labeled: records to train on.
       unlabeled: (pseudo-labeled) records to train on; None without `unlabel_ratio`.
-      evaluation: records to measure on; None to train without measuring.
+      evaluation: records to measure on; None: train without evaluation.
       wait: measures how long training steps wait for their batches.
     """
 

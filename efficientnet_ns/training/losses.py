@@ -61,7 +61,7 @@ def pseudo_label_loss(
 
 
 def decayed_variables(variables: Iterable[tf.Variable]) -> list[tf.Variable]:
-    """The variables that weight decay applies to: kernels and biases, but not those of batch norm."""
+    """The variables subject to weight decay: kernels and biases, except those of batch norm."""
     return [v for v in variables if v.name.split("/")[-1].split(":")[0] not in ("gamma", "beta")]
 
 

@@ -3,8 +3,8 @@
 And Adam, for fine-tuning. Both name their slots as TensorFlow 1 does in checkpoints.
 
 RMSProp differs from `tf.keras.optimizers.RMSprop`: (1) the mean square starts at 1, not 0; (2) epsilon is
-inside the square root; (3) the learning rate enters the momentum buffer, so a change of rate acts
-with its inertia.
+inside the square root; (3) the learning rate enters the momentum buffer, so a change of the rate
+takes effect gradually.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How fast this machine trains a model: a short measurement without any data."""
+"""How fast this machine trains a model: a short measurement that needs no data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from efficientnet_ns.training.optimizers import OPTIMIZERS
 from efficientnet_ns.training.student import NoisyStudent
 from efficientnet_ns.training.train import build_student
 
-# What decoding and augmenting the pictures takes from the same cores, about.
+# Approximate share of the same cores that decoding and augmentation take.
 _INPUT_SHARE = 0.15
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what the student is given: augmented images with their (pseudo) labels."""
+"""Pictures of the student's input: augmented images with their (pseudo) labels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def draw(
 ) -> np.ndarray:
     """Draws `number` labeled and as many unlabeled images, and writes the picture to model_dir.
 
-    The images come from a dataset of their own: the training's is not touched.
+    The images come from a separate dataset, so the training's is not affected.
 
     Returns:
       uint8 [H, W, 3].
@@ -109,7 +109,7 @@ def _png(sections: Sequence[tuple[str, np.ndarray, Sequence[str]]]) -> bytes:
 
 
 def log_batch(batch: dict[str, tf.Tensor]) -> None:
-    """Logs shape, type and range of every tensor of a batch, and how often each class comes."""
+    """Logs shape, type and range of every tensor of a batch, and the count of each class."""
     for name, value in sorted(batch.items()):
         numbers = value.numpy()
         logging.info(

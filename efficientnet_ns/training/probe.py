@@ -1,8 +1,8 @@
-"""A linear probe: only the classifier is learned, on the features of a network that stays as it is.
+"""A linear probe: learns only the classifier, on the features of a frozen network.
 
-It costs one forward pass over the labeled pictures, is hard to beat with few labels, and is where
-fine-tuning of the whole network best begins: gradients of a random classifier would spoil the
-features first (arXiv 2202.10054).
+It costs one forward pass over the labeled pictures, is hard to beat with few labels, and is the best
+start for fine-tuning the whole network: gradients of a random classifier would first distort the
+features (arXiv 2202.10054).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from efficientnet_ns.models import weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 # The decay is for standardised features. On photographs with 15 labels per class, 0.01 to 0.3 are equally
-# accurate, and the probabilities of 0.1 are the best; 0.001 is sure of everything.
+# accurate, and 0.1 gives the best probabilities; 0.001 is overconfident.
 _UPDATES, _RATE, _DECAY = 300, 0.01, 0.1
 # More pictures than a classifier needs.
 _MOST = 20_000
@@ -29,7 +29,7 @@ def fit(config: Config, initial: str, folder: str) -> dict[str, float]:
 
     Args:
       config: model and labeled records, of which the first 20,000 are used, as evaluation shows them.
-      initial: weights that `weights.load_weights` takes; their classifier is passed over.
+      initial: weights that `weights.load_weights` takes; their classifier is skipped.
 
     Returns:
       `images`, and the `accuracy` of the classifier on them.
@@ -69,7 +69,7 @@ def linear_classifier(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Kernel [D, C] and bias [C] of a logistic regression on features float32 [N, D].
 
-    Features are standardised for it, and the result is converted back.
+    Features are standardised first, and the result is converted back.
     """
     mean, deviation = features.mean(0), features.std(0) + 1e-3
     inputs = tf.constant((features - mean) / deviation, tf.float32)

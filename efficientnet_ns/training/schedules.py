@@ -1,6 +1,6 @@
-"""Learning-rate schedules: linear warm-up into a staircase exponential decay (paper section 3.1).
+"""Learning-rate schedules: linear warm-up, then a staircase exponential decay (paper section 3.1).
 
-Or into half a cosine (arXiv 1608.03983), which ends at 0 and suits short trainings.
+Or, for short trainings, half a cosine (arXiv 1608.03983), which ends at 0.
 """
 
 from __future__ import annotations

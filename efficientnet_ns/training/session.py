@@ -34,14 +34,14 @@ class Session(tf.keras.callbacks.Callback):
     Args:
       saver, log: where checkpoints and metrics go.
       measure: evaluates the moving-average weights; None: there is nothing to measure on.
-      stop: checked between host loops, and obeyed at once while evaluating.
+      stop: checked between host loops, and obeyed immediately during evaluation.
       start, total: steps.
-      steps_per_epoch: passes over the labeled set are reported as `train/epoch`.
+      steps_per_epoch: converts steps to passes over the labeled set, reported as `train/epoch`.
       images_per_step: images the student computes, reported as a rate.
       wait: measures the input of the steps; None: it is not measured.
-      agree: for several workers, which must stop at one step or wait for each other for ever:
-        called by all of them at every end of a host loop with their own wish, returns the
-        same decision to all of them. None: there is one worker.
+      agree: for several workers, which must stop at the same step to avoid a deadlock. Each calls it
+        at the end of every host loop with its own wish; all get the same decision. None: there is
+        one worker.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Session(tf.keras.callbacks.Callback):
         self._mark = time.monotonic()
 
     def catch_up(self) -> None:
-        """Evaluates the checkpoint of `start` when the run that saved it was ended before."""
+        """Evaluates the checkpoint of `start` if the run that saved it ended before doing so."""
         evaluated = self.log.last("eval/").get("step") == self.start
         if 0 < self.start < self.total and self._evaluation_due(self.start) and not evaluated:
             self._evaluate(self.start)
@@ -103,7 +103,7 @@ class Session(tf.keras.callbacks.Callback):
         if save:
             self._save()
         if stopping:
-            raise Preempted(f"stopped at step {step}, which is saved")
+            raise Preempted(f"stopped at step {step}; the checkpoint is saved")
         if step < self.total and step // self._eval_every > previous // self._eval_every:
             self._evaluate(step, saved=save)
         self._progress.update(step - previous, f"loss {values['train/loss']:.3f}")
@@ -128,11 +128,11 @@ class Session(tf.keras.callbacks.Callback):
         last = self.saver.prefix(kept[0]) if kept else "none was saved yet"
         return TrainingDiverged(
             f"{what} between steps {self._seen} and {step}. Last good checkpoint: {last}. "
-            "Lower --base_learning_rate, or look at the data."
+            "Lower --base_learning_rate, or check the data."
         )
 
     def _evaluate(self, step: int, saved: bool = True) -> None:
-        """Measures the moving-average weights, when there is a set to measure on."""
+        """Measures the moving-average weights, if there is an evaluation set."""
         if self._measure is None:
             return
         # A single worker must not leave the others waiting for it in the middle of a sum.

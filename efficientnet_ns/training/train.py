@@ -2,9 +2,9 @@
 
 Resuming, in this order:
   1. model_dir holds checkpoints of this training: continue from the newest that loads completely.
-  2. It holds checkpoints of another configuration, or of records that were replaced since: refuse
-     and name the difference. A folder without a checkpoint is taken over. Refuse, too, while another
-     process trains there.
+  2. It holds checkpoints of another configuration, or of records that have been replaced since:
+     refuse and name the difference. A folder without a checkpoint is taken over. Also refuse while
+     another process trains there.
   3. --init_weights, or --init_model: weights from there or from --init_model_path, a new optimizer,
      step 0.
   4. Random weights from --seed.
@@ -58,8 +58,8 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
     model_dir = settings_check.check(config)
     with preemption.StopRequest() as stop, Turn(model_dir) as turn:
         with stop.immediate():
-            # --- Devices. First of all: after TensorFlow's first computation, CPUs cannot be divided
-            # into replicas any more, nor other workers be joined.
+            # --- Devices. They come first: after TensorFlow's first computation, CPUs can no longer be
+            # divided into replicas, and no other workers can be joined.
             strategy = distribution.get_strategy(config.hardware)
             stop.take_signals()  # TensorFlow takes SIGTERM when it joins other workers.
             distribution.check(resolved, strategy)
@@ -144,7 +144,7 @@ def _build(
 
 
 def build_student(resolved: ResolvedConfig) -> tf.keras.Model:
-    """A new network, of which what the settings freeze or keep does not learn.
+    """A new network, with the layers and statistics frozen that the settings name.
 
     Raises:
       ConfigError: the network has fewer blocks than `fix_layer_num`.
@@ -169,7 +169,7 @@ def _initialize(model: NoisyStudent, config: Config) -> None:
         weights.load_weights(model.student, path, skip=skip)
     elif train.init_model_path:
         logging.warning(
-            "--init_model_path=%s is not read without --init_model: training starts from new weights",
+            "--init_model_path=%s is ignored without --init_model: training starts from new weights",
             train.init_model_path,
         )
     for average, variable in zip(model.ema_student.weights, model.student.weights):
@@ -215,7 +215,7 @@ def _log_start(
     *,
     writes: bool,
 ) -> None:
-    """Logs what is trained on what; draws augmented images, and more with --debug."""
+    """Logs the model, its data and its preprocessing; draws augmented images; more with --debug."""
     resolved, config = inputs.resolved, inputs.resolved.config
     total = resolved.steps_to_run
     logging.info("%s: steps %d to %d in %s", config.model.model_name, start, total, folder)

@@ -1,9 +1,9 @@
 """One process at a time trains in a model_dir: two would overwrite each other's logs and checkpoints.
 
-The process keeps a lease there while it trains (see `files.leases`). One that was killed on this
-machine is followed at once. One that was lost with its machine cannot be told from one that trains
-on another machine until its heartbeat fails to come, for `LEASE_SECONDS`. The model is built in
-the meantime, so that most restarts do not wait.
+The process holds a lease there while it trains (see `files.leases`). After a process of this machine
+is killed, the next one takes over at once. A process lost with its machine looks like one that still
+trains elsewhere until its heartbeat has been missing for `LEASE_SECONDS`. The model is built in the
+meantime, so most restarts do not wait.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ class Turn:
         return self
 
     def ask(self) -> None:
-        """Looks who trains in the folder; DirectoryConflict if a process of this machine does."""
+        """Checks who trains in the folder; DirectoryConflict if a process of this machine does."""
         self._leases = leases.Leases(self._folder, LEASE_SECONDS)
         self._lease = self._leases.claim(_UNIT)
         if self._lease is None and self._leases.is_held_here(_UNIT):
             self.take()
 
     def take(self) -> None:
-        """To be called after `ask`, and before anything is written.
+        """Claims the folder; call it after `ask`, before anything is written.
 
         Raises:
           DirectoryConflict: another process is alive and trains in the folder.
         """
         if self._leases is None:
-            raise RuntimeError("take comes after ask")
+            raise RuntimeError("call ask before take")
         if self._lease is not None:
             return
         try:
             self._lease = self._leases.claim_or_refuse(_UNIT)
         except leases.UnitHeld as e:
             raise DirectoryConflict(
-                f"{e} is training in {self._folder}. End it, or choose another --model_dir."
+                f"{e} is training in {self._folder}. Stop it, or choose another --model_dir."
             ) from e
 
     def check(self) -> None:
         """Raises leases.LeaseLost if another process has taken the folder over.
 
-        It could do so while this one stood still for more than `LEASE_SECONDS`.
+        That happens when this one was suspended for more than `LEASE_SECONDS`.
         """
         if self._lease is not None:
             self._lease.check_not_taken()
@@ -66,4 +66,4 @@ class Turn:
         try:
             self._lease.release()
         except leases.STORE_ERRORS as e:
-            logging.warning("%s could not be removed: %s", self._lease.path, e)
+            logging.warning("cannot remove %s: %s", self._lease.path, e)

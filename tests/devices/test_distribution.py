@@ -530,7 +530,7 @@ def test_one_worker_asked_to_stop_stops_all_at_one_step(launcher, folder, uninte
     assert 3 <= step < STEPS
     for index in range(2):
         log = (folder / f"{name}.{index}.log").read_text()
-        assert f"stopped at step {step}, which is saved" in log
+        assert f"stopped at step {step}; the checkpoint is saved" in log
     found = launcher.finish(launcher.start(name, *flags, workers=2), name)
     assert f"steps {step} to {STEPS}" in (folder / f"{name}.0.log").read_text()
     assert_same_curve(found, uninterrupted, rel=1e-2)

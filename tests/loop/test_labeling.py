@@ -19,9 +19,9 @@ from efficientnet_ns.loop import labeling
     "arguments, message",
     [
         ([], "--work_dir and --unlabel_data_dir are needed"),
-        (["--output_dir=x"], "--output_dir: folders are below --work_dir"),
-        (["--worker_id=1"], "--worker_id: "),
-        (["--shard_id=3"], "--shard_id=3: leave it out, all 128 are labeled"),
+        (["--output_dir=x"], "--output_dir does not apply to a pipeline"),
+        (["--worker_id=1"], "--worker_id does not apply"),
+        (["--shard_id=3"], "--shard_id=3: drop it, a pipeline labels all 128"),
     ],
 )
 def test_flags_that_would_change_nothing(entry_flags, arguments, message):
@@ -36,7 +36,7 @@ def test_a_report_without_a_selection():
     folders = dict.fromkeys(
         ("unlabel_data_dir", "prediction_dir", "prelim_stats_dir", "output_dir"), "x"
     )
-    with pytest.raises(ConfigError, match="--report shows a selection"):
+    with pytest.raises(ConfigError, match="--report needs a selection"):
         labeling.select_and_write(
             SelectConfig(**folders, only_get_stats=1), FilterConfig(report=True)
         )

@@ -38,7 +38,7 @@ def test_description(folder, monkeypatch):
     assert "blue 7, Über rot 8" in text
     assert "refused: blue/broken.jpg" in text
     assert "1 hidden" in text
-    assert "13 pictures to train on, 2 held out" in text
+    assert "13 pictures for training, 2 held out" in text
     assert "77     given" in " ".join(text.split("  ")) or " 77 " in text
     assert "efficientnet-ns[weights]" in text and "time: about" in text
     assert "WARNING: 12 unlabeled pictures for 15" in text
@@ -59,7 +59,7 @@ def test_plan_is_kept_and_other_settings_are_refused(folder, tmp_path):
     again = plan.make(asked, {"seed": 3}, work)
     assert again.settings == made.settings and again.facts == made.facts
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["begun_with"]["seed"] == 3
-    with pytest.raises(ConfigError, match="begun with other settings.*seed"):
+    with pytest.raises(ConfigError, match="started with other settings.*seed"):
         plan.make(asked, {"seed": 4}, work)
 
 
@@ -74,7 +74,7 @@ def test_what_the_user_chose():
         "train_steps": 9,
         "teacher_steps": 5,
     }
-    with pytest.raises(ConfigError, match="--task_name=digits is for folders of records"):
+    with pytest.raises(ConfigError, match="--task_name=digits cannot be combined with --labeled"):
         plan.chosen_by_user(frame, Config().override(task_name="digits"), LoopConfig())
 
 
@@ -86,7 +86,7 @@ def test_times(text, seconds):
 
 
 def test_a_time_of_another_form():
-    with pytest.raises(ConfigError, match="--time_limit=30: a time such as 30m"):
+    with pytest.raises(ConfigError, match="--time_limit=30: expected a time such as 30m"):
         plan.seconds_of("30")
 
 
@@ -94,7 +94,7 @@ def test_one_class_and_sets_for_classes(tmp_path):
     class_folders(tmp_path / "one", {"cats": 3, "empty": 0})
     class_folders(tmp_path / "sets" / "train", {"a": 2, "b": 2})
     class_folders(tmp_path / "sets" / "test", {"a": 1, "b": 1})
-    with pytest.raises((ConfigError, DataError), match="one class only"):
+    with pytest.raises((ConfigError, DataError), match="only one class"):
         plan.make(pictures(tmp_path, labeled=str(tmp_path / "one")), {}, "")
     with pytest.raises(DataError) as refused:
         plan.make(pictures(tmp_path, labeled=str(tmp_path / "sets")), {}, "")

@@ -409,7 +409,7 @@ def test_threshold_may_change_until_a_selection_is_made(tmp_path):
 def test_other_settings_are_refused(undisturbed, config, training, looping, difference):
     loop, _ = undisturbed
     before = (Path(loop.work_dir) / "state.json").read_bytes()
-    with pytest.raises(ConfigError, match=f"undisturbed was begun with .*{difference}"):
+    with pytest.raises(ConfigError, match=f"undisturbed was started with .*{difference}"):
         rounds.run_loop(config.override(**training), dataclasses.replace(loop, **looping))
     assert (Path(loop.work_dir) / "state.json").read_bytes() == before
 
