@@ -149,7 +149,7 @@ def test_leftover_words_end_the_program(entry):
             "filter_unlabel",
             [f"--{k}_dir=x" for k in ("input", "prediction", "prelim_stats", "output")]
             + ["--report", "--only_get_stats=1"],
-            "--report shows a selection",
+            "--report needs a selection",
         ),
     ],
 )

@@ -177,7 +177,7 @@ def test_another_number_of_shards_is_refused(home, settings):
     again = MakeConfig(
         source=str(home / "photos"), output_dir=settings.data.label_data_dir, num_shards=2
     )
-    with pytest.raises(DataError, match="another number of shards"):
+    with pytest.raises(DataError, match="number of shards other than"):
         data_source.make_records(again)
 
 

@@ -217,8 +217,8 @@ def test_the_cache_is_in_the_tfds_folder_unless_told(tmp_path, data_dir):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"label_data_dir": "somewhere"}, "leave out --label_data_dir and --task_name"),
-        ({"task_name": "svhn"}, "leave out --label_data_dir and --task_name"),
+        ({"label_data_dir": "somewhere"}, "drop --label_data_dir and --task_name"),
+        ({"task_name": "svhn"}, "drop --label_data_dir and --task_name"),
         ({"data_source": "photos.zip"}, "must be tfds:<name>; .*make_records.py"),
         ({"data_source": "tfds:tiny_arrows:train"}, "name none"),
     ],

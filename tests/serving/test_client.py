@@ -204,7 +204,7 @@ _OTHER_SERVERS = {
     "no outputs": (200, {"outputs": {}}, "its outputs are none"),
     "null": (200, {"outputs": None}, "one without a name"),
     "some missing": (200, {"outputs": outputs(valid=None)}, "missing: valid"),
-    "fewer rows": (200, {"outputs": outputs(valid=[True])}, "a list of 2 is needed"),
+    "fewer rows": (200, {"outputs": outputs(valid=[True])}, "expected a list of 2"),
     "no lists": (200, {"outputs": outputs(top_classes=[1, 0])}, "not the outputs of an exported"),
     "fewer names": (200, {"outputs": outputs(top_class_names=[["b"], ["a"]])}, "a list of 2"),
     "numbers as names": (200, {"outputs": outputs(top_class_names=[[1, 0]] * 2)}, "as the name"),
@@ -374,8 +374,8 @@ def test_client_by_grpc(model, served, photos, capsys):
     "answer, message",
     [
         ({"scores": [[0.1, 0.9]]}, "its outputs are scores; missing: valid, top_classes"),
-        (outputs(valid=[True]), "a list of 1 is needed"),
-        ({**outputs(), "valid": [True, True]}, "a list of 1 is needed"),
+        (outputs(valid=[True]), "expected a list of 1"),
+        ({**outputs(), "valid": [True, True]}, "expected a list of 1"),
     ],
 )
 def test_grpc_answers_of_other_models(answer, message, photos, capsys):

@@ -108,7 +108,7 @@ def test_files_of_another_model_are_left_with_a_warning(tmp_path, caplog):
     before = (tmp_path / "deploy" / "models.config").read_text()
     with caplog.at_level("WARNING"):
         deployment.write(str(tmp_path), "two")
-    assert "models.config differs from the template for two" in caplog.text
+    assert "models.config, which differs from the template for two" in caplog.text
     assert (tmp_path / "deploy" / "models.config").read_text() == before
 
 
