@@ -220,7 +220,7 @@ def test_the_cache_is_in_the_tfds_folder_unless_told(tmp_path, data_dir):
         ({"label_data_dir": "somewhere"}, "drop --label_data_dir and --task_name"),
         ({"task_name": "svhn"}, "drop --label_data_dir and --task_name"),
         ({"data_source": "photos.zip"}, "must be tfds:<name>; .*make_records.py"),
-        ({"data_source": "tfds:tiny_arrows:train"}, "name none"),
+        ({"data_source": "tfds:tiny_arrows:train"}, "drop the split"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, data_dir, values, message):
@@ -234,7 +234,7 @@ def test_settings_that_do_not_fit(tmp_path, data_dir, values, message):
         ("tfds:", "not of the form"),
         ("tfds:no_such_set_anywhere", "has no such set.*--tfds_data_dir"),
         ("tfds:tiny_arrows:valid", "no such split; it has test, train"),
-        ("tfds:tiny_text", "no image classification set: one uint8 image"),
+        ("tfds:tiny_text", "not an image classification set: expected one uint8 image"),
     ],
 )
 def test_sets_that_cannot_be_used(tmp_path, data_dir, source, message):

@@ -327,7 +327,7 @@ def test_finished_shards_are_left_alone_and_other_settings_refused(tmp_path):
         run(folder, tmp_path / "out", num_shards=3)
     (folder / "ant/00.png").write_bytes(picture(5, side=13))
     with pytest.raises(
-        manifests.OutputConflict, match=r"images: .* made from: (\d+) → \1, or other"
+        manifests.OutputConflict, match=r"images: .* changed since: (\d+) → \1, or other"
     ):
         run(folder, tmp_path / "out")
 
@@ -461,7 +461,7 @@ def test_default_number_of_shards(images, shards):
         ({"source": ""}, "--source and --output_dir"),
         ({"num_shards": 16}, "--num_shards=16 is more than 15"),
         ({"validation_fraction": 1.0}, "--validation_fraction=1.0 must be below 1"),
-        ({"validation_fraction": 0.5, "labeled": False}, "of labeled images"),
+        ({"validation_fraction": 0.5, "labeled": False}, "needs labeled images"),
     ],
 )
 def test_settings_that_cannot_work(tmp_path, values, message):

@@ -175,7 +175,7 @@ def test_a_tar_with_everything_adds_up(tmp_path, caplog, kind):
     bad = {path.removeprefix("all/all/"): why for path, why in quarantine(tmp_path / "out").items()}
     assert bad["bee/nothing.png"].endswith("ant/none.png, which is not there")
     assert bad["bee/outside.png"] == bad["bee/absolute.png"] == "a link out of the archive"
-    assert bad["bee/pipe.png"] == "not a file but a pipe, device or the like"
+    assert bad["bee/pipe.png"] == "not a file but a pipe, device or similar"
     assert bad.keys() >= {"bee/circle.png", "bee/broken/", "loose.png"} and len(bad) == 8
     # null, @eaDir/x.jpg, bee/tree, notes.txt
     assert found["ignored"] == 4 and found[image_sources.AGAIN] == 1
