@@ -180,7 +180,9 @@ def test_other_sets_keep_the_classes_of_the_first(tmp_path):
     task = tasks.get_task(str(tmp_path / "out/task.json"))
     assert (task.eval_set, task.test_set, task.num_train_images) == ("dev", "test", 15)
     new = write_folder(tmp_path / "new", {"dog/x.png": picture(8)})
-    told = r"'dog'.* not one of the 3 classes .*\(.+, .+, .+\) listed in .*task.json: delete that file"
+    told = (
+        r"'dog'.* not one of the 3 classes .*\(.+, .+, .+\) listed in .*task.json: delete that file"
+    )
     with pytest.raises(DataError, match=told):
         run(new, tmp_path / "out", image_set="validation", num_shards=1)
 

@@ -496,7 +496,9 @@ def test_labeled_and_unlabeled_sets_in_one_folder(tmp_path, caplog):
     folder = write_folder(tmp_path / "in", files())
     run(folder, tmp_path / "out", validation_fraction=0.2)
     for prefix in ("test", "dev"):
-        with pytest.raises(ConfigError, match=r"contains labeled sets \(train, validation\).*extra"):
+        with pytest.raises(
+            ConfigError, match=r"contains labeled sets \(train, validation\).*extra"
+        ):
             run(folder, tmp_path / "out", labeled=False, image_set=prefix)
     with pytest.raises(manifests.OutputConflict, match="labeled: True → False"):
         run(folder, tmp_path / "out", labeled=False, image_set="train", num_shards=2)

@@ -237,5 +237,7 @@ def test_labels_that_are_no_numbers_are_refused(tmp_path):
 def test_a_file_where_the_raw_data_folder_should_be(tmp_path):
     raw = tmp_path / "train_32x32.mat"
     raw.write_bytes(b"")
-    with pytest.raises(ConfigError, match=f"--raw_data_dir={raw} is a file: expected the folder of"):
+    with pytest.raises(
+        ConfigError, match=f"--raw_data_dir={raw} is a file: expected the folder of"
+    ):
         run(raw, tmp_path / "out")
