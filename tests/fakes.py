@@ -18,6 +18,7 @@ import socket
 import subprocess
 import tarfile
 import zipfile
+from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -38,6 +39,12 @@ from efficientnet_ns.pseudo_labels import index, selection
 from efficientnet_ns.training import optimizers, student
 
 ROOT = Path(__file__).parents[1]
+
+
+def mostly_slow(values: Iterable, quick: Iterable) -> list:
+    """Parameters of a test, of which only those in `quick` are part of the default run."""
+    chosen = set(quick)
+    return [v if v in chosen else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 # --- Training on tiny records ----------------------------------------------------------------------

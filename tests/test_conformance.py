@@ -145,8 +145,18 @@ FORMATS = {
 
 
 EXPORTS = ("saved_model", "tflite")
+# Each variant, precision and number of replicas once; the others with `make test-all`.
+QUICK = {
+    ("efficientnet-test", "float32", 1),
+    ("efficientnet-b0", "mixed_bfloat16", 1),
+    ("efficientnet-lite0", "float32", 2),
+}
 CASES = [
-    pytest.param((name, policy, replicas), id=f"{name}-{policy}-{replicas}")
+    pytest.param(
+        (name, policy, replicas),
+        id=f"{name}-{policy}-{replicas}",
+        marks=[] if (name, policy, replicas) in QUICK else pytest.mark.slow,
+    )
     for name in VARIANTS
     for policy in PRECISIONS
     for replicas in (1, 2)

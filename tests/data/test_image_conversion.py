@@ -112,6 +112,7 @@ def test_decoded_as_pillow_does_or_refused(name):
             decode(tf.constant(content))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", image_files.FILES)
 def test_records_show_what_pillow_shows(name):
     content = image_files.FILES[name]()

@@ -366,6 +366,7 @@ def digests(batches: list[dict[str, np.ndarray]]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_batches(folder, noised):
     child = subprocess.Popen(
         [sys.executable, __file__, str(folder)],

@@ -109,6 +109,7 @@ def test_groups_that_do_not_divide(setting, replicas):
         layers.replicas_per_group(setting, replicas)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting, group", [(1, 1), (2, 2), (-2, 4)])
 def test_group_equals_one_device_with_its_rows(rng, setting, group):
     """Outputs, statistics and gradients of 4 replicas against the plain layer on whole groups."""
@@ -161,6 +162,7 @@ def test_group_equals_one_device_with_its_rows(rng, setting, group):
 # One update
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_update_is_the_same_on_any_number_of_replicas(replicas):
     """With all the noise, all kinds of loss, dropped labels and weight decay."""
@@ -234,7 +236,14 @@ def gathered(make, replicas: int, num_hosts: int, steps: int) -> list[dict[str, 
     ]
 
 
-@pytest.mark.parametrize("replicas, num_hosts", [(2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(
+    "replicas, num_hosts",
+    [
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+        (4, 2),
+    ],
+)
 def test_hosts_prepare_their_rows_of_the_same_batches(folder, replicas, num_hosts):
     config = noised(folder, "unused", unlabel_ratio=2.0)
     resolved = ResolvedConfig.from_config(config)
@@ -254,7 +263,13 @@ def test_hosts_prepare_their_rows_of_the_same_batches(folder, replicas, num_host
 
 
 @pytest.mark.parametrize(
-    "replicas, num_hosts, batch", [(2, 2, 4), (4, 2, 4), (4, 4, 3), (2, 2, 64)]
+    "replicas, num_hosts, batch",
+    [
+        (2, 2, 4),
+        (4, 2, 4),
+        pytest.param(4, 4, 3, marks=pytest.mark.slow),
+        pytest.param(2, 2, 64, marks=pytest.mark.slow),
+    ],
 )
 def test_hosts_measure_every_example_once(folder, replicas, num_hosts, batch):
     resolved = ResolvedConfig.from_config(noised(folder, "unused", eval_batch_size=batch))

@@ -266,6 +266,7 @@ def test_baseline_alone():
 # The whole.
 
 
+@pytest.mark.slow
 def test_the_program(folder, tmp_path, monkeypatch):
     """Two models, attacks and corruptions, from records to the files."""
     made = []

@@ -181,6 +181,7 @@ def test_another_number_of_shards_is_refused(home, settings):
         data_source.make_records(again)
 
 
+@pytest.mark.slow
 def test_old_checkpoints_go_and_no_part_is_left(settings, trained):
     assert trained["step"] == settings.train.train_steps
     names = set(checkpoints(settings))
@@ -188,6 +189,7 @@ def test_old_checkpoints_go_and_no_part_is_left(settings, trained):
     assert names == {f"model.ckpt-{step}.{kind}" for step in (2, 3) for kind in kinds}
 
 
+@pytest.mark.slow
 def test_a_training_continues(settings, trained):
     expected = checkpoints(settings)
     for name in expected:

@@ -187,6 +187,7 @@ def settings(tmp_path: Path, data_dir: str, **values) -> Config:
     return Config().override(**{**defaults, **values})
 
 
+@pytest.mark.slow
 def test_training_straight_from_a_set(tmp_path, data_dir):
     config = settings(tmp_path, data_dir)
     metrics = modes.run("train_and_eval", config)

@@ -521,6 +521,7 @@ def deadly(image: bytes, label: int) -> bytes:
     return tfexamples.labeled_example(image, label)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_explained_and_the_work_continued(tmp_path, monkeypatch):
     monkeypatch.setenv("ALIVE", str(tmp_path / "alive"))
     source = image_sources.Folder(str(write_folder(tmp_path / "in", files())))

@@ -264,6 +264,7 @@ def trained_with(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_each_model_has_its_image_size_and_ratio(varied):
     loop, rows = varied
     work = Path(loop.work_dir)

@@ -289,6 +289,7 @@ def select(config: SelectConfig) -> None:
         raise DataError("no image is left")
 
 
+@pytest.mark.slow
 def test_interrupted_study_does_not_train_twice(trained, config, tmp_path):
     """Two seeds, each a teacher and two students for five arms; ended in the fourth training."""
     arguments = config, loop_in(tmp_path), study.StudyConfig(seeds="3,4")

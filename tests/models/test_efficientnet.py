@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from fakes import mostly_slow
 
 from efficientnet_ns.inference import folding
 from efficientnet_ns.models import efficientnet, heads, layers, weights
@@ -49,6 +50,8 @@ SIZES = {
 LITE = [name for name in SIZES if "-lite" in name]
 # Those of the original.
 PUBLISHED = sorted({*SIZES} - {"efficientnet-test", *LITE})
+# Building the graphs of the larger ones takes long.
+QUICK = ("efficientnet-test", "efficientnet-b0", "efficientnet-b2", "efficientnet-lite0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +142,7 @@ def test_every_variant_has_a_row():
     assert set(SIZES) == set(efficientnet.VARIANTS)
 
 
-@pytest.mark.parametrize("name", sorted(SIZES))
+@pytest.mark.parametrize("name", mostly_slow(sorted(SIZES), QUICK))
 def test_sizes(name):
     model = summary(name)
     trainable, statistics = model.count(trainable=True), model.count(trainable=False)
@@ -152,13 +155,13 @@ def test_sizes(name):
     ) == SIZES[name]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", mostly_slow(PUBLISHED, QUICK))
 def test_variables_equal_original(name, recorded_variables):
     expected = {key: (shape, trainable) for key, shape, trainable in recorded_variables[name]}
     assert summary(name).variables == expected
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", mostly_slow(PUBLISHED, QUICK))
 def test_coefficients_equal_original(name, recorded_counts):
     recorded, variant = recorded_counts[name], efficientnet.VARIANTS[name]
     assert {
@@ -552,14 +555,19 @@ def with_weights_of(make: Callable[[tf.keras.Model], tf.keras.Model]):
     "copy_of",
     [
         pytest.param(through_file("a.keras"), id="keras"),
-        pytest.param(through_file("a.h5"), id="h5"),
-        pytest.param(through_file("a.keras", tf.keras.models.load_model), id="load_model"),
-        pytest.param(through_checkpoint_callback, id="ModelCheckpoint"),
+        pytest.param(through_file("a.h5"), id="h5", marks=pytest.mark.slow),
+        pytest.param(
+            through_file("a.keras", tf.keras.models.load_model),
+            id="load_model",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(through_checkpoint_callback, id="ModelCheckpoint", marks=pytest.mark.slow),
         pytest.param(lambda model, folder: copy.deepcopy(model), id="deepcopy"),
         pytest.param(with_weights_of(tf.keras.models.clone_model), id="clone_model"),
         pytest.param(
             with_weights_of(lambda model: tf.keras.models.model_from_json(model.to_json())),
             id="json",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             with_weights_of(lambda model: type(model).from_config(model.get_config())),
@@ -571,6 +579,7 @@ def test_copies_compute_the_same(tmp_path, rng, saved, copy_of):
     assert_same_computation(saved, copy_of(saved, tmp_path), rng)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "saved", ["mixed_bfloat16", pytest.param("float32", marks=pytest.mark.slow)], indirect=True
 )

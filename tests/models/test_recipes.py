@@ -141,6 +141,7 @@ def test_count_by_hand():
     )
 
 
+@pytest.mark.slow
 def test_count_of_a_built_model():
     model = efficientnet.build_model("efficientnet-test", num_classes=10)
     counts = complexity.count(model)

@@ -584,6 +584,7 @@ def test_killed_inside_a_shard(long, tmp_path, monkeypatch, writes):
     assert contents(mine) == expected
 
 
+@pytest.mark.slow
 def test_parts_of_other_settings_are_not_used(long, tmp_path, monkeypatch):
     folder, expected = long
     save_teacher(folder / "third", CLASSES, seed=3)

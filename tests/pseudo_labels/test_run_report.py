@@ -298,6 +298,7 @@ def test_quarantine(run, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_command(run, tmp_path):
     """One file that loads nothing, with everything in it."""
     names = tmp_path / "names.txt"

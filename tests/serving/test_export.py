@@ -199,6 +199,7 @@ def test_settings_of_the_other_format_are_refused(config, tmp_path, settings):
         model_export.export_model(config, ExportConfig(export_dir=str(tmp_path), **settings))
 
 
+@pytest.mark.slow
 def test_a_file_of_the_same_type_gets_the_next_number(config, tmp_path):
     (tmp_path / "7").mkdir()
     paths = [

@@ -25,6 +25,7 @@ from efficientnet_ns.serving import deployment, export, warmup
 from efficientnet_ns.serving.classifier import OutputSpec
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["accelerator", "none"])
 def test_other_targets_answer_the_same(model, target, tmp_path):
     options = export.Options(OutputSpec(NAMES), target)

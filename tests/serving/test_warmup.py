@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from efficientnet_ns.files import tfrecords
 from efficientnet_ns.serving import warmup
 
 
+@pytest.mark.slow
 def test_warm_up_requests_run(base, served):
     from tensorflow_serving.apis import prediction_log_pb2
 

@@ -15,7 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from fakes import NUM_CLASSES, initial_weights, make_batch, make_trainer, return_models, tiny
+from fakes import (
+    NUM_CLASSES,
+    initial_weights,
+    make_batch,
+    make_trainer,
+    mostly_slow,
+    return_models,
+    tiny,
+)
 from fakes import build_test_model as build
 from fakes import variable_values as values
 
@@ -255,6 +263,7 @@ def digest_after_three_steps() -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_bits():
     root = Path(__file__).parents[2]
     process = subprocess.Popen(
@@ -318,7 +327,9 @@ def test_replicas_draw_different_noise(two_replicas):
 # Compiled by XLA
 
 
-@pytest.mark.parametrize("kind", ["supervised", "stored", "hard", "teacher"])
+@pytest.mark.parametrize(
+    "kind", mostly_slow(["supervised", "stored", "hard", "teacher"], ["stored"])
+)
 def test_compiled_by_xla_equals_eager(kind):
     batch = make_batch(4, 0 if kind == "supervised" else 4)
     kwargs = {} if kind == "supervised" else {"temperature": 0.5, "unlabel_ratio": RATIO}

@@ -221,6 +221,7 @@ def test_killed_training_ends_in_the_same_bits(straight, folder):
     assert_same_training(config.train.model_dir, straight[0].train.model_dir, 7)
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_passed_over(straight, folder, caplog):
     config = noised(folder, "damaged")
     shutil.copytree(straight[0].train.model_dir, config.train.model_dir)
@@ -618,6 +619,7 @@ def test_bad_record_stops_an_evaluation(straight, tmp_path):
         evaluate.evaluate(config)
 
 
+@pytest.mark.slow
 def test_bad_record_stops_a_training_that_continues_when_it_is_repaired(tmp_path):
     """The same through Keras, whose errors come from inside the compiled loop."""
     write_data(tmp_path)
@@ -662,6 +664,7 @@ def test_settings_that_came_later_had_their_defaults(straight, tmp_path):
         path.write_text(whole)
 
 
+@pytest.mark.slow
 def test_truncated_set_is_not_measured(straight, tmp_path):
     config, _ = straight
     write_data(tmp_path)
@@ -673,6 +676,7 @@ def test_truncated_set_is_not_measured(straight, tmp_path):
         evaluate.evaluate(config.override(label_data_dir=str(folder)))
 
 
+@pytest.mark.slow
 def test_new_head_on_old_weights(straight, tmp_path):
     """Weights of another number of classes: everything but the head is taken over."""
     write_data(tmp_path)
@@ -720,6 +724,7 @@ config.run(main, words=True)
 """
 
 
+@pytest.mark.slow
 def test_request_to_stop_saves_and_continues_in_the_same_bits(straight, folder):
     """Everything at once: teacher on the fly, frozen layers, the end of a schedule.
 
@@ -793,6 +798,7 @@ def test_frozen_layers_drop_nothing_and_keep_their_statistics():
     }
 
 
+@pytest.mark.slow
 def test_evaluation_that_was_cut_off_is_made_up_for(straight, folder):
     """The checkpoint of step 4 was written, its evaluation was not."""
     config = noised(folder, "unevaluated")
@@ -808,6 +814,7 @@ def test_evaluation_that_was_cut_off_is_made_up_for(straight, folder):
     assert_same_training(config.train.model_dir, straight[0].train.model_dir, 7)
 
 
+@pytest.mark.slow
 def test_loss_that_explodes_inside_a_host_loop(folder):
     config = settings(
         folder,
@@ -838,6 +845,7 @@ def test_images_and_steps_that_are_counted(folder):
     assert ResolvedConfig.from_config(one_shard.override(num_train_images=5)).epoch_images() == 5
 
 
+@pytest.mark.slow
 def test_parts_of_the_sets(straight, folder):
     config, _ = straight
     measured = evaluate.evaluate(config.override(num_eval_images=5))["validation"]
@@ -857,6 +865,7 @@ def test_parts_of_the_sets(straight, folder):
         train.train_and_evaluate(config.override(num_train_shards=3, model_dir=str(folder / "no")))
 
 
+@pytest.mark.slow
 def test_continuous_evaluation_ends_with_the_last_step(straight, tmp_path):
     config, metrics = straight
     shutil.copytree(config.train.model_dir, tmp_path / "model")
