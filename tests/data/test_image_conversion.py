@@ -10,6 +10,7 @@ import image_files
 import numpy as np
 import pytest
 import tensorflow as tf
+from fakes import mostly_slow
 from PIL import Image
 
 from efficientnet_ns.data import image_conversion, image_headers, images
@@ -101,7 +102,7 @@ def test_the_lists_name_files_that_exist():
     assert NOT_BY_TENSORFLOW | set(UNUSABLE) <= set(image_files.FILES)
 
 
-@pytest.mark.parametrize("name", image_files.FILES)
+@pytest.mark.parametrize("name", mostly_slow(image_files.FILES, list(image_files.FILES)[::3]))
 def test_decoded_as_pillow_does_or_refused(name):
     content = image_files.FILES[name]()
     if decoded_by_tensorflow(name):

@@ -335,6 +335,7 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     assert Path(alive).exists() and Path(elsewhere).exists()
 
 
+@pytest.mark.slow
 def test_scratch_folders_of_killed_processes_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     program = (

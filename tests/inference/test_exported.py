@@ -64,6 +64,7 @@ def of(folder: Path, which: str, **values) -> Config:
     return Config().override(model_dir=str(folder / which), **values)
 
 
+@pytest.mark.slow
 def test_photos(folder):
     photos = [folder / f"{number}.png" for number in range(3)]
     first, second = (

@@ -306,6 +306,7 @@ def test_large_images_are_shrunk_and_small_ones_left(tmp_path):
 # Running it again, or elsewhere.
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_writes_the_same_bytes(tmp_path):
     source = write_zip(tmp_path / "in.zip", {**files(), "ant/bad.png": b"\x89PNG\r\n\x1a\nno"})
     values = {"num_shards": 4, "max_bad_fraction": 0.1, "validation_fraction": 0.3}

@@ -439,13 +439,24 @@ def cleared(model: tf.keras.Model) -> tf.keras.Model:
 
 
 # Every name with the package's model; with others, one of each kind of file.
+def _unless_quick(name: str):
+    return [] if name in ("a.weights.h5", "a.keras") else pytest.mark.slow
+
+
 SAVED_AS = ["a.h5", "a.weights.h5", "a.HDF5", "folder/a", "a.keras", "b.h5"]
 
 
 @pytest.mark.parametrize(
     "make, name",
-    [pytest.param(lambda source: source, name, id=f"own-{name}") for name in SAVED_AS]
-    + [(make, name) for make in (flat, nested) for name in ("a.h5", "folder/a", "a.keras")],
+    [
+        pytest.param(lambda source: source, name, id=f"own-{name}", marks=_unless_quick(name))
+        for name in SAVED_AS
+    ]
+    + [
+        pytest.param(make, name, marks=_unless_quick(name) if make is flat else [])
+        for make in (flat, nested)
+        for name in ("a.h5", "folder/a", "a.keras")
+    ],
 )
 def test_what_keras_saved(tmp_path, source, make, name):
     model = make(source)
@@ -925,6 +936,7 @@ def keras_model(name: str, rng: np.random.Generator, images: np.ndarray) -> tf.k
     return model
 
 
+@pytest.mark.slow
 def test_keras_b0(tmp_path, rng, b0):
     images = coarse_images(rng)
     theirs = keras_model("efficientnet-b0", rng, images)

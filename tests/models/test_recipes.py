@@ -35,7 +35,7 @@ PUBLISHED = {
 }
 LITE = [name for name in PUBLISHED if "-lite" in name]
 # Building the larger graphs takes longer than counting is worth every time.
-QUICK = {"efficientnet-b0", "efficientnet-b1"}
+QUICK = {"efficientnet-b0"}
 EACH_MODEL = [
     pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
     for name in PUBLISHED

@@ -674,6 +674,7 @@ def test_engines_agree(folder, finished, monkeypatch):
     assert classes == other_classes
 
 
+@pytest.mark.slow
 def test_file_of_weights(folder, finished, monkeypatch):
     """The same teacher from a .safetensors file; the fingerprint is of the file."""
     monkeypatch.setattr(predict, "TeacherPredictor", TeacherPredictor)

@@ -25,6 +25,7 @@ def folder(tmp_path_factory):
 ADAM = {"optimizer": "adam", "lr_schedule": "cosine", "base_learning_rate": 1e-3}
 
 
+@pytest.mark.slow
 def test_adam_resumes_to_the_same_weights(folder):
     whole = settings(folder, "whole", train_steps=4, keep_checkpoint_max=9, **ADAM)
     metrics = train.train_and_evaluate(whole)

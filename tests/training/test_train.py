@@ -74,6 +74,7 @@ def straight(folder) -> tuple[Config, dict[str, float]]:
 # --- What a training leaves -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_metrics_of_a_student(straight):
     _, metrics = straight
     assert set(metrics) == {"step"} | (
@@ -877,6 +878,7 @@ def test_continuous_evaluation_ends_with_the_last_step(straight, tmp_path):
         assert row["step"] == 7 and row["validation/loss"] == results["validation"]["loss"]
 
 
+@pytest.mark.slow
 def test_continuous_evaluation_of_another_length_is_refused(straight, tmp_path):
     """It would wait for a step that the training does not reach."""
     config, _ = straight
