@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 from efficientnet_ns.data.pipeline import Preprocessing
-from efficientnet_ns.inference import engines
+from efficientnet_ns.inference import engines, lite_files
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.serving import export, tflite
 from efficientnet_ns.serving.classifier import OutputSpec
@@ -133,7 +133,7 @@ def through_saved_model(model: tf.keras.Model, folder: Path, images: list[bytes]
 def through_tflite(model: tf.keras.Model, folder: Path, images: list[bytes], pixels):
     path = folder / "model.tflite"
     path.write_bytes(tflite.convert(model, "float32"))
-    return tflite.runner(path.read_bytes())(pixels)
+    return lite_files.runner(path.read_bytes())(pixels)
 
 
 FORMATS = {

@@ -22,8 +22,9 @@ import tensorflow as tf
 from efficientnet_ns.benchmarks import keras_peer, tables
 from efficientnet_ns.config import BenchmarkConfig, Config
 from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.inference import lite_files
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
-from efficientnet_ns.serving import export, tflite
+from efficientnet_ns.serving import export
 from efficientnet_ns.serving.classifier import OutputSpec
 
 _BATCHES = (1, 8)
@@ -159,7 +160,7 @@ def session(
 
 def _lite(content: bytes, threads: int) -> Callable[[np.ndarray], int]:
     """Runs an interpreter per thread, each on its own images; returns the number of images."""
-    runners = [tflite.runner(content, 1) for _ in range(threads)]
+    runners = [lite_files.runner(content, 1) for _ in range(threads)]
     pool = ThreadPoolExecutor(threads)
 
     def work(image: np.ndarray) -> int:

@@ -30,6 +30,10 @@ class MakeConfig(Settings):
         "Take the topmost folders as classes even if they do not look like classes: named like "
         "sets, all images of one in folders below it, or only one class.",
     )
+    imagenet_labels: bool = setting(
+        False,
+        "The folders are WordNet ids, of some of ImageNet's classes at least; label them as ImageNet does.",
+    )
     num_shards: int | None = setting(
         None, "Files of the set; default: one per 1024 images, 1024 at most.", low=1
     )

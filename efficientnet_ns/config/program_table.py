@@ -21,7 +21,14 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "demo": (),
     "make_records": (
         *("source", "output_dir", "labeled", "image_set", "validation_fraction", "subfolder"),
-        *("accept_classes", "max_side", "num_shards", "limit", "max_bad_fraction"),
+        *(
+            "accept_classes",
+            "imagenet_labels",
+            "max_side",
+            "num_shards",
+            "limit",
+            "max_bad_fraction",
+        ),
     ),
     "proc_svhn": (),
     "noisy_student": (

@@ -132,7 +132,7 @@ class ExportConfig(Settings):
     )
     tflite_type: str = setting(
         "float32",
-        "Numbers of the TFLite file; int8 needs --check_data.",
+        "Numbers of the TFLite file; int8 needs --calibration_data or --check_data.",
         choices=("float32", "float16", "dynamic", "int8"),
     )
     top_k: int = setting(5, "Length of the top lists in the predictions.", low=1)
@@ -141,7 +141,14 @@ class ExportConfig(Settings):
         "Folder of images, class folders or records, or an archive of images, on which the export is "
         "compared with the model.",
     )
-    check_images: int = setting(200, "Maximum number of them.", low=1)
+    check_images: int = setting(
+        200, "Maximum number of images of --check_data, and of --calibration_data.", low=1
+    )
+    calibration_data: str = setting(
+        "",
+        "Images, as of --check_data, from which int8 learns the ranges of its numbers: 100 or more, of the "
+        "kind that the model will see; default: those of --check_data.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

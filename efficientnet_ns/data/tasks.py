@@ -247,3 +247,12 @@ def class_names(task: str | os.PathLike | Task) -> tuple[str, ...] | None:
 @functools.cache
 def _names_from(file_name: str) -> tuple[str, ...]:
     return tuple(Path(__file__).with_name(file_name).read_text(encoding="utf-8").splitlines())
+
+
+def wnids(name: str = "imagenet") -> tuple[str, ...]:
+    """WordNet ids of the classes of `imagenet`, `imagenet_a` or `imagenet_r`, in label order.
+
+    Sources of the last two, which have 200 classes each: `eval.py` in
+    github.com/hendrycks/natural-adv-examples and github.com/hendrycks/imagenet-r.
+    """
+    return _names_from(f"{name}_wnids.txt")

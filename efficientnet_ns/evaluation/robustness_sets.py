@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -47,25 +46,15 @@ class Images(NamedTuple):
 # --- Classes --------------------------------------------------------------------------------------
 
 
-def wnids(name: str = "imagenet") -> list[str]:
-    """WordNet ids of the classes of `imagenet`, `imagenet_a` or `imagenet_r`, in label order.
-
-    Sources of the last two, which have 200 classes each: `eval.py` in
-    github.com/hendrycks/natural-adv-examples and github.com/hendrycks/imagenet-r.
-    """
-    file = Path(tasks.__file__).with_name(f"{name}_wnids.txt")
-    return file.read_text(encoding="utf-8").split()
-
-
 def classes_of(name: str = "imagenet") -> dict[str, int]:
     """Folder name → ImageNet class, for all classes of a set, e.g. `imagenet-a`.
 
     Folders are called by WordNet ids; those of ImageNet-V2 by numbers, where `10` is class 10, not 2.
     """
-    numbers = {wnid: i for i, wnid in enumerate(wnids())}
+    numbers = {wnid: i for i, wnid in enumerate(tasks.wnids())}
     if name == "imagenet-v2":
         return {str(i): i for i in numbers.values()}
-    only = wnids(name.replace("-", "_")) if name in ("imagenet-a", "imagenet-r") else numbers
+    only = tasks.wnids(name.replace("-", "_")) if name in ("imagenet-a", "imagenet-r") else numbers
     return {wnid: numbers[wnid] for wnid in only}
 
 
@@ -178,7 +167,7 @@ def parts(
 def check_equal_classes(images: Mapping[str, Images]) -> None:
     """Raises DataError that names classes which one set (by path) has and another lacks."""
     union = sorted({c for found in images.values() for c in found.classes})
-    names = wnids()
+    names = tasks.wnids()
     for path, found in images.items():
         have = set(found.classes)
         refuse(path, "missing classes", [names[c] for c in union if c not in have])

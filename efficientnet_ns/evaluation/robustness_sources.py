@@ -79,7 +79,7 @@ def open_images(
     else:
         images = sets.class_folders(place, _naming(place, classes))
     names = {number: name for name, number in classes.items()}
-    unknown = [sets.wnids()[c] for c in images.classes if c not in names]
+    unknown = [tasks.wnids()[c] for c in images.classes if c not in names]
     sets.refuse(place, "classes that are not in this set", unknown)
     if not allow_missing:
         sets.check_whole(place, images.classes, classes)
@@ -190,7 +190,7 @@ def _of_records(folder: str, prefix: str) -> sets.Images:
 
 
 def _with_classes(source, names: Sequence[str] | None) -> sets.Images:
-    numbers = sets.numbered(names, source.path) if names else range(len(sets.wnids()))
+    numbers = sets.numbered(names, source.path) if names else range(len(tasks.wnids()))
     entries = []
     for entry in source.labeled_entries():
         if not 0 <= entry.label < len(numbers):

@@ -1,6 +1,6 @@
-"""Exported SavedModels, run as they are: encoded images in, probabilities out.
+"""Exported models, run as they are: encoded images in, probabilities out.
 
-Cropping, resizing and normalisation are in their graph.
+The graph of a SavedModel crops, resizes and normalises; a TensorFlow Lite file names the crop.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.files import local_files, manifests
+from efficientnet_ns.inference import lite_files
 from efficientnet_ns.resolve import stored_model
 
 _BATCH = 8
@@ -33,7 +34,12 @@ _WITHOUT = {
 def runner(
     folder: str | os.PathLike,
 ) -> Callable[[Sequence[bytes]], dict[str, np.ndarray]]:
-    """Loads a SavedModel as a function: N encoded images → outputs by name, each [N, …]."""
+    """Loads an export as a function: N encoded images → outputs by name, each [N, …].
+
+    Those of a TensorFlow Lite file are `probabilities` and `valid`.
+    """
+    if stored_model.is_lite_file(os.fspath(folder)):
+        return lite_files.encoded_runner(os.fspath(folder))
     with local_files.without_wildcards(os.fspath(folder)) as literal:
         loaded = tf.saved_model.load(literal)
 
@@ -48,12 +54,12 @@ def runner(
 
 
 class ExportedModel:
-    """A version that `export_model` wrote, as a function of N encoded images.
+    """What `export_model` wrote, as a function of N encoded images.
 
     Safe to call from several threads.
 
     Args:
-      folder: of the version.
+      folder: of the version, or a TensorFlow Lite file.
 
     Attributes:
       output_shape: (None, C), as that of a Keras model.
@@ -118,11 +124,13 @@ def check(config: Config, stored: stored_model.StoredModel) -> None:
                 "out, or give the folder of the training"
             )
     if config.predict.inference_engine == "xnnpack":
-        raise ConfigError("--inference_engine=xnnpack: an exported model is run by TensorFlow")
+        raise ConfigError("--inference_engine=xnnpack: an exported model is run as it is")
 
 
 def fingerprint(folder: str) -> str:
-    """Short hash of the graph and the weights of a version."""
+    """Short hash of the graph and the weights of an export."""
+    if stored_model.is_lite_file(folder):
+        return manifests.content_hash(folder)
     files = [os.path.join(folder, name) for name in _CONTENT]
     return "-".join(manifests.content_hash(path) for path in files if tf.io.gfile.exists(path))
 

@@ -49,7 +49,9 @@ def make_records(config: MakeConfig, leave_out: Collection[str] = ()) -> dict[st
             source,
             config.labeled,
             _class_names_of_other_sets(config),
-            names_from=os.path.join(config.output_dir, tasks.TASK_FILE),
+            names_from="--imagenet_labels"
+            if config.imagenet_labels
+            else os.path.join(config.output_dir, tasks.TASK_FILE),
             subfolder=config.subfolder,
             accept_classes=config.accept_classes,
         )
@@ -80,6 +82,10 @@ def _check(config: MakeConfig) -> None:
         raise ConfigError(
             f"--validation_fraction={fraction} must be below 1, and needs labeled images"
         )
+    if config.imagenet_labels and (
+        not config.labeled or config.source.startswith(tfds_source.PREFIX)
+    ):
+        raise ConfigError("--imagenet_labels is of labeled images in folders called by WordNet ids")
     if fraction and _prefix(config) == config.validation_set:
         raise ConfigError(
             f"--validation_fraction={fraction} would split the set {config.validation_set!r} from "
@@ -129,7 +135,15 @@ def _check_other_sets(config: MakeConfig) -> None:
 
 def _class_names_of_other_sets(config: MakeConfig) -> tuple[str, ...] | None:
     path = os.path.join(config.output_dir, tasks.TASK_FILE)
-    return tasks.get_task(path).class_names if tf.io.gfile.exists(path) else None
+    names = tasks.get_task(path).class_names if tf.io.gfile.exists(path) else None
+    if not config.imagenet_labels:
+        return names
+    if names not in (None, tasks.wnids()):
+        raise ConfigError(
+            f"--imagenet_labels: the sets in {config.output_dir} have other classes, as {path} lists "
+            "them: choose another folder"
+        )
+    return tasks.wnids()
 
 
 def _prefix(config: MakeConfig) -> str:

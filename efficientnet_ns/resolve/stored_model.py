@@ -1,8 +1,8 @@
 """What lies with a model's weights: variant, image size, normalisation and task. Reads, never writes.
 
 A training folder holds `config.json` (settings), `model.json` (images the model expects) and
-`task.json`; the version of an export holds the last two in `assets`; files of weights hold the second
-in their metadata. Folders of earlier trainings have no `task.json`: the task is then the one that
+`task.json`; the version of an export holds the last two in `assets`, a TensorFlow Lite file in the
+archive attached to it; files of weights hold the second in their metadata. Folders of earlier trainings have no `task.json`: the task is then the one that
 `config.json` names, or its fields there.
 """
 
@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
+import json
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +46,8 @@ class StoredModel:
 
     Attributes:
       path: of its weights, as `weights.load_weights` takes it; of an export, the version's folder.
-      exported: whether it is a SavedModel of `export_model`, which is run as it is.
+      exported: whether it is a SavedModel or a TensorFlow Lite file of `export_model`, which is run as
+        it is.
       settings: of its training, by flag name.
       images: see `weights.stored_settings`.
       task: the task it was trained for; None: unknown.
@@ -134,10 +138,17 @@ def find(path: str | os.PathLike) -> str:
 
 
 def is_export(path: str) -> bool:
-    """Whether a folder is a version that `export_model` wrote."""
-    return tf.io.gfile.exists(os.path.join(path, "saved_model.pb")) and tf.io.gfile.exists(
-        os.path.join(path, "assets", "labels.txt")
-    )
+    """Whether a path is what `export_model` wrote: the folder of a version, or a TFLite file."""
+    saved = [os.path.join(path, *name) for name in (["saved_model.pb"], ["assets", "labels.txt"])]
+    return all(map(tf.io.gfile.exists, saved)) or is_lite_file(path)
+
+
+def is_lite_file(path: str) -> bool:
+    """Whether a path is a TensorFlow Lite file, by its first bytes."""
+    if not tf.io.gfile.exists(path) or tf.io.gfile.isdir(path):
+        return False
+    with tf.io.gfile.GFile(path, "rb") as f:
+        return f.read(8)[4:] == b"TFL3"
 
 
 def _last_of_loop(work_dir: str) -> str:
@@ -168,6 +179,8 @@ def read(path: str | os.PathLike) -> StoredModel:
       BrokenFile, TaskError: a file cannot be used.
     """
     path = find(path)
+    if is_lite_file(path):
+        return _lite_file(path)
     if is_export(path):
         folder = os.path.join(path, "assets")
         return _described(
@@ -196,6 +209,41 @@ def _described(
         task = _named_in_export(folder) if exported else _noted_task(settings)
     name = settings.get("task_name") or (task_file if task else None)
     return StoredModel(path, exported, settings, images, task, name)
+
+
+# Attached to TensorFlow Lite files, with `labels.txt`.
+LITE_FACTS = "metadata.json"
+
+
+def _lite_file(path: str) -> StoredModel:
+    """What a TensorFlow Lite file tells.
+
+    Raises:
+      BrokenFile: `export_model` did not write it.
+    """
+    with tf.io.gfile.GFile(path, "rb") as f:
+        content = f.read()
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as attached:
+            facts = json.loads(attached.read(LITE_FACTS))
+            labels = attached.read("labels.txt").decode()
+        images = {"variant": facts["model"], **{k: facts[k] for k in _OF_LITE_FILE if k in facts}}
+        names = tuple(labels.split("\n")[:-1])
+    except (zipfile.BadZipFile, KeyError, ValueError) as e:
+        raise json_files.BrokenFile(
+            f"{path} is a TensorFlow Lite file without the labels and {LITE_FACTS} that export_model "
+            "attaches: give the one that it wrote"
+        ) from e
+    name = "imagenet" if names == tasks.class_names("imagenet") else path
+    if name == path:
+        sets = {key: facts[key] for key in ("eval_set", "test_set") if facts.get(key)}
+        task = tasks.Task(len(names), class_names=names, **sets)
+    else:
+        task = tasks.get_task(name)
+    return StoredModel(path, True, {}, images, task, name)
+
+
+_OF_LITE_FILE = ("image_size", "small_image", "mean", "std", "crop_fraction")
 
 
 def _named_in_export(folder: str) -> tasks.Task:

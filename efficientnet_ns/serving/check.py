@@ -26,16 +26,19 @@ class Difference(NamedTuple):
       images: number of images.
       agreement: fraction of images with the same most probable class, in [0, 1].
       largest: largest absolute difference between the probabilities of one class.
+      mean: mean absolute difference of the probability of the expected class.
     """
 
     images: int
     agreement: float
     largest: float
+    mean: float
 
     def __str__(self) -> str:
         return (
             f"top-1 agreement {self.agreement:.1%}, largest difference of a probability "
-            f"{self.largest:.2g}, on {self.images} images"
+            f"{self.largest:.2g}, of that of the first class {self.mean:.2g} on average, on "
+            f"{self.images} images"
         )
 
 
@@ -110,4 +113,6 @@ def _decodable(images: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
 def difference(expected: np.ndarray, found: np.ndarray) -> Difference:
     """Compares the probabilities float [N, C] of two models on the same images."""
     same = expected.argmax(1) == found.argmax(1)
-    return Difference(len(expected), float(same.mean()), float(np.abs(expected - found).max()))
+    gaps = np.abs(expected - found)
+    of_first = np.take_along_axis(gaps, expected.argmax(1)[:, None], 1)
+    return Difference(len(expected), float(same.mean()), float(gaps.max()), float(of_first.mean()))

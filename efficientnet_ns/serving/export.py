@@ -177,13 +177,18 @@ def export_tflite(
     described = tflite_metadata.Description(
         model.name, kind, preprocessing.image_size, pixels, "labels.txt"
     )
+    task = options.task
     facts = {
         "model": model.name,
         "type": kind,
         "input": pixels,
         "image_size": preprocessing.image_size,
+        "small_image": preprocessing.small_image,
+        "crop_fraction": preprocessing.crop_fraction,
         **_normalisation(model),
         "normalisation": "inside the graph",
+        **({"eval_set": task.eval_set, "test_set": task.test_set} if task else {}),
+        **{str(name): value for name, value in options.facts.items()},
     }
     content = tflite.with_metadata(content, options.outputs.class_names, facts, described)
     atomic.write(path, content)

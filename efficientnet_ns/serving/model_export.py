@@ -8,16 +8,17 @@ import re
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from efficientnet_ns import inference
 from efficientnet_ns.config import Config, ConfigError, ExportConfig
 from efficientnet_ns.data import tasks
+from efficientnet_ns.inference import lite_files
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import published, weights
-from efficientnet_ns.models.recipes import RECIPES
 from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
-from efficientnet_ns.serving import check, export, provenance, tflite
+from efficientnet_ns.serving import check, export, provenance
 from efficientnet_ns.serving.classifier import OutputSpec
 
 
@@ -52,10 +53,14 @@ def export_model(config: Config, options: ExportConfig) -> str:
 
 def _check(options: ExportConfig) -> None:
     """Raises ConfigError for settings that do not go together."""
-    if options.format == "tflite" and options.tflite_type == "int8" and not options.check_data:
+    int8 = options.format == "tflite" and options.tflite_type == "int8"
+    if int8 and not (options.calibration_data or options.check_data):
         raise ConfigError(
-            "--tflite_type=int8 needs --check_data: images to calibrate the ranges with"
+            "--tflite_type=int8 needs images to learn the ranges of its numbers from: "
+            "--calibration_data=FOLDER, 100 or more like those that the model will see"
         )
+    if options.calibration_data and not int8:
+        raise ConfigError("--calibration_data is of --format=tflite --tflite_type=int8")
     if options.format == "tflite" and options.serving_dtype != "float32":
         raise ConfigError(
             "--serving_dtype applies to SavedModels; use --tflite_type for a TFLite file"
@@ -88,7 +93,6 @@ def _export_options(resolved: ResolvedConfig, path: str, options: ExportConfig):
         "Task": resolved.config.data.task_name,
         "Weights": os.path.basename(path.rstrip("/")) + (" (moving averages)" * options.ema),
         "Arithmetic": options.serving_dtype,
-        "Method": "Noisy Student Training (arXiv 1911.04252)",
         **_provenance(resolved, path),
     }
     return export.Options(
@@ -101,17 +105,16 @@ def _provenance(resolved: ResolvedConfig, path: str) -> dict[str, object]:
     place = (path,) if tf.io.gfile.isdir(path) else os.path.split(path)
     if facts := provenance.of_training(*place):
         return facts  # Whatever the name of its folder.
-    recipe = RECIPES.get(resolved.model_name)
-    if recipe is not None and provenance.is_published(path, recipe):
-        return provenance.of_publication(recipe)
+    if provenance.is_published(path, resolved.model_name):
+        return provenance.of_publication(resolved.model_name, path)
     return {}
 
 
-def _check_images(resolved: ResolvedConfig, options: ExportConfig):
-    """Encoded images, and the same images prepared; empty lists without --check_data."""
-    if not options.check_data:
+def _images(resolved: ResolvedConfig, place: str, limit: int):
+    """Encoded images of a place, and the same prepared; nothing without a place."""
+    if not place:
         return [], []
-    encoded = check.encoded_images(options.check_data, options.check_images)
+    encoded = check.encoded_images(place, limit)
     return encoded, inference.preprocess(encoded, resolved.preprocessing()).numpy()
 
 
@@ -125,7 +128,7 @@ def _float32_probabilities(resolved: ResolvedConfig, path: str, options: ExportC
 def _saved_model(
     resolved: ResolvedConfig, model, path: str, version: int, options: ExportConfig
 ) -> str:
-    encoded, images = _check_images(resolved, options)
+    encoded, images = _images(resolved, options.check_data, options.check_images)
     exported = _export_options(resolved, path, options)
     folder = export.export(model, resolved.preprocessing(), options.export_dir, version, exported)
     if encoded:
@@ -135,8 +138,26 @@ def _saved_model(
     return folder
 
 
+# Below this the ranges that int8 learns are those of a few images.
+_FEW_IMAGES = 50
+
+
+def _calibration(resolved: ResolvedConfig, options: ExportConfig, images):
+    """Prepared images for int8: those of --calibration_data, else `images`."""
+    if options.tflite_type != "int8":
+        return []
+    if options.calibration_data:
+        _, images = _images(resolved, options.calibration_data, options.check_images)
+    if len(images) < _FEW_IMAGES:
+        logging.warning(
+            "int8 learns the ranges of its numbers from %d images; 100 or more make it more accurate",
+            len(images),
+        )
+    return images
+
+
 def _tflite(resolved: ResolvedConfig, model, path: str, version: int, options: ExportConfig) -> str:
-    encoded, images = _check_images(resolved, options)
+    _, images = _images(resolved, options.check_data, options.check_images)
     target = os.path.join(options.export_dir, _file_name(model, version, options))
     content = export.export_tflite(
         model,
@@ -144,10 +165,10 @@ def _tflite(resolved: ResolvedConfig, model, path: str, version: int, options: E
         target,
         options.tflite_type,
         _export_options(resolved, path, options),
-        images,
+        _calibration(resolved, options, images),
     )
-    if encoded:
+    if len(images):
         expected = _float32_probabilities(resolved, path, options, images)
-        predictions = tflite.runner(content)(images)
+        predictions = lite_files.runner(content)(images)
         print(f"against the float32 model: {check.difference(expected, predictions)}")
     return target

@@ -10,6 +10,8 @@ from typing import Any
 import tensorflow as tf
 
 from efficientnet_ns.files import json_files
+from efficientnet_ns.models import published
+from efficientnet_ns.models.recipes import RECIPES, Recipe
 
 # Setting in config.json → its name in the card.
 _RECIPE = {
@@ -27,6 +29,7 @@ _RECIPE = {
     "init_weights": "Started from",
     "seed": "Seed",
 }
+NOISY_STUDENT = "Noisy Student Training (arXiv 1911.04252)"
 # Of eval.json.
 _MEASURED = ("weights", "ema", "views", "sets")
 _DATA = {"label_data_dir": "Labeled data", "unlabel_data_dir": "Pseudo-labeled data"}
@@ -48,6 +51,8 @@ def of_training(model_dir: str, checkpoint: str = "") -> dict[str, object]:
         for name, title in {**_RECIPE, **_DATA}.items()
         if settings.get(name) not in (None, "")
     }
+    if settings.get("unlabel_data_dir") or settings.get("teacher_model_name"):
+        facts["Method"] = NOISY_STUDENT
     if settings.get("augment_name") == "randaugment":
         facts["Augmentation"] = (
             f"RandAugment, {settings['randaug_layer']} operations of magnitude {settings['randaug_mag']}"
@@ -91,8 +96,25 @@ def _last_evaluation(path: str, end: float) -> Mapping[str, Any] | None:
     return found[-1] if found else None
 
 
-def of_publication(recipe: Any) -> dict[str, object]:
-    """Training data, settings and accuracy of a published model (a `recipes.Recipe`)."""
+def of_publication(variant: str, path: str = "") -> dict[str, object]:
+    """Training data, settings and accuracy of a published model, and where it comes from.
+
+    Args:
+      variant: one with published weights.
+      path: of the weights.
+    """
+    recipe, origin = RECIPES.get(variant), published.origin(variant, path)
+    if recipe is None:  # B8.
+        return {
+            "Method": "Supervised training",
+            "Labeled data": "ImageNet, 1.28 million images",
+            "Augmentation": "RandAugment",
+            **origin,
+        }
+    return {**_of_recipe(recipe), **origin}
+
+
+def _of_recipe(recipe: Recipe) -> dict[str, object]:
     if recipe.top1 is None:
         return {
             "Method": "Supervised training",
@@ -105,6 +127,7 @@ def of_publication(recipe: Any) -> dict[str, object]:
         }
     magnitude = recipe.randaugment_magnitude
     return {
+        "Method": NOISY_STUDENT,
         "Labeled data": "ImageNet, 1.28 million images",
         "Pseudo-labeled data": "JFT, 130 million images after balancing, labeled by the teacher",
         "Epochs of the labeled data": recipe.epochs,
@@ -120,13 +143,18 @@ def of_publication(recipe: Any) -> dict[str, object]:
     }
 
 
-def is_published(path: str, recipe: Any) -> bool:
-    """Whether a path has the name of the published weights of a recipe, with any file extension.
+def is_published(path: str, variant: str) -> bool:
+    """Whether a path has the name of the published weights of a variant, with any file extension.
 
     PyTorch appends a dash and 8 digits of a hash by convention. A longer name denotes other weights: L2
     before its fine-tuning (`…-l2_475`), or a training that started from the published ones.
     """
-    names = {recipe.tf1_checkpoint, recipe.timm_name, recipe.keras_file or recipe.timm_name}
+    names = set(published.names(variant))
+    recipe = RECIPES.get(variant)
+    if recipe is not None and recipe.keras_file:
+        names.add(recipe.keras_file)
+    if not names:
+        return False
     name = "|".join(map(re.escape, names))
     return any(re.fullmatch(rf"({name})(-[0-9a-f]{{8}})?(\..*)?", p) for p in path.split("/"))
 

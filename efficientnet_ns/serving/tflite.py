@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.data import tasks
 from efficientnet_ns.inference import engines
+from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.serving import tflite_metadata
 
 TYPES = ("float32", "float16", "dynamic", "int8")
@@ -41,12 +42,26 @@ def convert(model: tf.keras.Model, kind: str, representative: Sequence[np.ndarra
         if kind == "float16":
             converter.target_spec.supported_types = [tf.float16]
         elif kind == "int8":
-            converter.representative_dataset = lambda: ([image[None]] for image in representative)
+            converter.representative_dataset = lambda: _calibration(representative)
             converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
             converter.inference_input_type = tf.uint8
             converter.inference_output_type = tf.uint8
 
     return engines.convert(model, 1, configure)
+
+
+def _calibration(images: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Images as the calibration takes them, with pixels that a byte can hold.
+
+    The range of the input becomes exactly 0..255, so scale 1 and offset 0: applications pass bytes
+    as they are, whatever a file says. Bicubic resizing leaves this range, and dark or pale images do
+    not fill it; therefore two values of the first image are set to its ends.
+    """
+    for number, image in enumerate(images):
+        image = np.clip(image, 0, 255)
+        if number == 0:
+            image.flat[0], image.flat[-1] = 0, 255
+        yield [image[None]]
 
 
 def with_metadata(
@@ -70,25 +85,5 @@ def with_metadata(
     with zipfile.ZipFile(archive, "a") as files:
         # ZipInfo has a fixed date, so equal models give equal files.
         files.writestr(zipfile.ZipInfo(described.labels_file), tasks.label_lines(labels))
-        files.writestr(zipfile.ZipInfo("metadata.json"), json.dumps(facts, indent=1))
+        files.writestr(zipfile.ZipInfo(stored_model.LITE_FACTS), json.dumps(facts, indent=1))
     return archive.getvalue()
-
-
-def runner(content: bytes, threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """A function that runs a file: pixels float32 [N, S, S, 3] → probabilities float32 [N, C]."""
-    interpreter = engines.interpreter(content, threads)
-    source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
-
-    def one(image: np.ndarray) -> np.ndarray:
-        if source["dtype"] != np.float32:
-            scale, zero = source["quantization"]
-            image = np.clip(np.round(image / scale + zero), 0, 255).astype(source["dtype"])
-        interpreter.set_tensor(source["index"], image[None])
-        interpreter.invoke()
-        probabilities = interpreter.get_tensor(target["index"])[0].astype(np.float32)
-        if target["dtype"] != np.float32:
-            scale, zero = target["quantization"]
-            probabilities = (probabilities - zero) * scale
-        return probabilities
-
-    return lambda images: np.stack([one(image) for image in images])

@@ -61,8 +61,10 @@ def _check_initial_weights(train: TrainConfig) -> None:
         )
     if train.init_model and not (train.init_model_path or train.init_weights):
         raise ConfigError("--init_model needs --init_model_path")
-    if train.keep_bn_statistics and not train.init_model:
-        raise ConfigError("--keep_bn_statistics needs --init_model: new weights have none to keep")
+    if train.keep_bn_statistics and not (train.init_model or train.init_weights):
+        raise ConfigError(
+            "--keep_bn_statistics needs --init_weights or --init_model: new weights have none to keep"
+        )
     for pattern in train.init_skip.split(","):
         try:
             re.compile(pattern)

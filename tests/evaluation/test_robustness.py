@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from efficientnet_ns.data import tasks
 from efficientnet_ns.evaluation import robustness
 from efficientnet_ns.evaluation import robustness_metrics as metrics
 from efficientnet_ns.evaluation import robustness_published as published
@@ -90,7 +91,7 @@ def answer(path) -> int:
 def test_wnids_are_those_of_the_names():
     from efficientnet_ns.data import tasks
 
-    wnids = sets.wnids()
+    wnids = tasks.wnids()
     assert wnids == sorted(set(wnids)) and len(wnids) == 1000 == len(tasks.class_names("imagenet"))
     assert (wnids[0], wnids[1], wnids[999]) == ("n01440764", "n01443537", "n15075141")
 
@@ -301,7 +302,7 @@ def test_ten_views_are_crops():
 
 def test_top5_of_a_subset_as_counted(tmp_path):
     """Five best of eight allowed classes of twelve, one image after the other."""
-    wnids, kept = sets.wnids()[:12], [0, 1, 3, 4, 6, 8, 9, 11]
+    wnids, kept = tasks.wnids()[:12], [0, 1, 3, 4, 6, 8, 9, 11]
 
     def many(images):
         probs = np.zeros([len(images), 1000], np.float32)
@@ -517,7 +518,7 @@ def test_the_program(tmp_path, monkeypatch):
     path = str(tmp_path / "weights.safetensors")
     weights.save_weights(ResolvedConfig.from_config(config).build_model(), path)
     pixels = np.random.default_rng(0).integers(0, 256, [40, 50, 3], np.uint8)
-    for wnid in sets.wnids("imagenet_a"):
+    for wnid in tasks.wnids("imagenet_a"):
         folder = tmp_path / "a" / wnid
         folder.mkdir(parents=True)
         Image.fromarray(pixels).save(folder / "x.png")

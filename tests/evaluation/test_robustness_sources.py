@@ -253,7 +253,7 @@ def classify_shade(images):
 
 @pytest.fixture
 def four_classes(monkeypatch):
-    names = sets.wnids()[:4]
+    names = tasks.wnids()[:4]
     monkeypatch.setattr(sets, "wnids", lambda name="imagenet": names)
     return names
 

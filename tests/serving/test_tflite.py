@@ -20,7 +20,8 @@ from served_models import (
 
 from efficientnet_ns import inference
 from efficientnet_ns.data import tasks
-from efficientnet_ns.inference import engines
+from efficientnet_ns.inference import engines, lite_files
+from efficientnet_ns.models import efficientnet
 from efficientnet_ns.serving import export, tflite
 
 
@@ -34,7 +35,7 @@ def test_tflite(model, tmp_path, kind, tolerance):
     images = inference.preprocess([jpeg(seed=i) for i in range(8)], PREPROCESSING).numpy()
     path = str(tmp_path / "model.tflite")
     export.export_tflite(model, PREPROCESSING, path, kind, OPTIONS, images)
-    answers = tflite.runner(Path(path).read_bytes())(images)
+    answers = lite_files.runner(Path(path).read_bytes())(images)
     np.testing.assert_allclose(answers, tf.nn.softmax(model(images)), atol=tolerance)
     with zipfile.ZipFile(path) as attached:
         assert attached.read("labels.txt").decode().split() == list(NAMES)
@@ -106,6 +107,32 @@ def test_tflite_metadata_is_of_the_public_schema(model, tmp_path):
             address = stored.Buffers(i).DataAsNumpy().__array_interface__["data"][0]
             start = np.frombuffer(content, np.uint8).__array_interface__["data"][0]
             assert (address - start) % 16 == 0
+
+
+# What the Edge TPU's compiler maps, of TensorFlow Lite's integer ops.
+EDGE_TPU = "ADD CONV_2D DEPTHWISE_CONV_2D FULLY_CONNECTED MEAN MUL QUANTIZE RESHAPE SOFTMAX SUB"
+
+
+def test_int8_of_lite_is_integers_only(small_lite):
+    """Bytes go in as they are and come out; between them are ops that the Edge TPU has."""
+    from tensorflow.lite.python import schema_py_generated as schema
+
+    lite = efficientnet.build_model(small_lite, len(NAMES), SIZE)
+    # Pale, and overshooting as bicubic resizing does: neither may become the range of the input.
+    images = [np.full([SIZE, SIZE, 3], value, np.float32) for value in (-9.0, 120.0)]
+    content = tflite.convert(lite, "int8", images)
+    assert images[0].max() == -9.0  # The caller's images stay.
+    interpreter = engines.interpreter(content)
+    source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+    assert (source["dtype"], target["dtype"]) == (np.uint8, np.uint8)
+    assert source["quantization"] == (1.0, 0) and target["quantization"] == (1 / 256, 0)
+    stored = schema.ModelT.InitFromPackedBuf(content)
+    (graph,) = stored.subgraphs
+    names = {number: name for name, number in vars(schema.BuiltinOperator).items()}
+    assert {names[code.builtinCode] for code in stored.operatorCodes} <= set(EDGE_TPU.split())
+    assert not any(code.customCode for code in stored.operatorCodes)
+    integers = {schema.TensorType.INT8, schema.TensorType.UINT8, schema.TensorType.INT32}
+    assert {tensor.type for tensor in graph.tensors} <= integers
 
 
 def test_tflite_refusals(model):

@@ -90,6 +90,14 @@ def test_settings_that_do_not_go_together(folder, values, message):
         train.train_and_evaluate(settings(folder, "refused", **values))
 
 
+@pytest.mark.parametrize("how", [{"init_weights": "absent"}, {"init_model": True}])
+def test_statistics_of_any_initial_weights_are_kept(folder, how):
+    """What is missed is the weights, not a flag that would let their statistics be kept."""
+    values = {"init_model_path": "absent", **how, "keep_bn_statistics": True}
+    with pytest.raises(FileNotFoundError, match="absent"):
+        train.train_and_evaluate(settings(folder, "absent", **values))
+
+
 def test_a_linear_classifier_separates_what_can_be_separated(rng):
     centres = rng.normal(0, 1, [3, 16]).astype(np.float32)
     labels = np.arange(90) % 3
