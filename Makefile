@@ -51,6 +51,15 @@ lint: venv-dev  ## check style, import order, format and types
 measure: venv-run  ## lines per room, lengths of functions, docstrings, comments
 	@$(VENV)/bin/python tests/code_measures.py $(ARGS)
 
+.PHONY: docs
+docs: venv-docs  ## build the pages as a site, in site/; docs-serve shows it while you write
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet
+	echo "site/index.html"
+
+.PHONY: docs-serve
+docs-serve: venv-docs
+	@$(RUN) mkdocs serve $(ARGS)
+
 .PHONY: install
 install: venv-run  ## put the package into .venv, for use from any folder
 	@echo "Installing the package into $(VENV)"
@@ -58,7 +67,7 @@ install: venv-run  ## put the package into .venv, for use from any folder
 
 .PHONY: clean
 clean:  ## remove .venv, caches and build products; runs/ stays
-	@rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	@rm -rf .venv .venv-* build dist site *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ----------------------------------------------------------------------------------------------
@@ -66,12 +75,14 @@ clean:  ## remove .venv, caches and build products; runs/ stays
 # is named by the content of its requirements. One that broke off has left .venv/unfinished behind
 # and is started over, because any of its packages may be half written.
 
-.PHONY: venv-run venv-dev
+.PHONY: venv-run venv-dev venv-docs
 venv-run: REQUIREMENTS := requirements.txt
 venv-dev: REQUIREMENTS := requirements.txt requirements-dev.txt
 venv-dev: venv-run
+venv-docs: REQUIREMENTS := requirements-docs.txt
+venv-docs: venv-run
 
-venv-run venv-dev:
+venv-run venv-dev venv-docs:
 	@$(shell_functions)
 	lock
 	if [[ -n "$(PYTHON)" ]] || ! usable; then find_python; fi

@@ -39,7 +39,7 @@ COMMANDS = [
     "export_model --model_dir=student --export_dir=exported --format=tflite",
     "predict_image --model_dir=student more/u0.png",
     "predict_image --model_dir=exported more/u0.png",
-    "convert_checkpoint --model_dir=student --output=student.h5",
+    "convert_checkpoint --model_dir=student --target=student.safetensors",
     "evaluate_robustness --model_dir=student --report_dir=robust --corrupt --severities=1",
     "list_models",
     f"noisy_student --labeled=photos --unlabeled=more --work_dir=run {QUICK}",

@@ -1,0 +1,100 @@
+"""What README and docs say about the code is so: commands, links, names, messages."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import efficientnet_ns
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
+}
+COMMAND = re.compile(r"^python3? -m efficientnet_ns\.(\w+)((?:.*\\\n)*.*)$", re.MULTILINE)
+COMMANDS = [
+    pytest.param(program, arguments, id=f"{page}-{number}-{program}")
+    for page, text in PAGES.items()
+    for number, (program, arguments) in enumerate(COMMAND.findall(text))
+    if program != "serving"  # The client has no flags of absl.
+]
+LINK = re.compile(r"\]\((?!http)([\w./-]*)(?:#([\w-]*))?\)")
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that headings get."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target, anchor in LINK.findall(PAGES[page]):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        # The site makes this one: every program's --helpfull.
+        assert path.exists() or path.name == "flags.md", target
+        if anchor:
+            assert anchor in anchors(path.read_text()), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("program, arguments", COMMANDS)
+def test_commands_have_flags_that_exist(program, arguments, entry_flags):
+    entry_flags(program, shlex.split(arguments.replace("\\\n", " "), comments=True))
+
+
+def test_commands_were_found():
+    found = {param.values[0] for param in COMMANDS}
+    assert {"main", "filter_unlabel", "noisy_student", "export_model"} <= found
+    assert len(COMMANDS) > 30
+
+
+def test_readme_is_short():
+    assert len(PAGES["README.md"].split()) <= 1200
+
+
+def test_differences_link_to_their_modules():
+    """Each is marked in the module by a comment `Differs (<number>)`."""
+    text = PAGES["docs/differences.md"]
+    links = re.findall(r"^(\d+)\. .*?\(\.\./(efficientnet_ns/[^)#]+)\)", text, re.M | re.S)
+    marks = [
+        (number, str(path.relative_to(ROOT)))
+        for path in (ROOT / "efficientnet_ns").rglob("*.py")
+        for number in re.findall(r"Differs \((\d+)\)", path.read_text())
+    ]
+    assert len(links) > 5
+    assert links == sorted(marks, key=lambda mark: int(mark[0]))
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text().split("nav:")[1]
+    listed = set(re.findall(r"(\w+\.md)$", navigation, re.MULTILINE))
+    assert listed - {"flags.md"} == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_every_public_name_is_documented():
+    documented = re.findall(
+        r"^::: efficientnet_ns\.([\w.]+)\.(\w+)$", PAGES["docs/python.md"], re.M
+    )
+    assert sorted(name for _, name in documented) == efficientnet_ns.__all__
+    for module, name in documented:
+        source = ROOT / "efficientnet_ns" / Path(*module.split(".")).with_suffix(".py")
+        assert re.search(rf"^(def |class )?{name}\b", source.read_text(), re.MULTILINE), name
+
+
+def test_troubleshooting_quotes_messages_of_the_code():
+    """What stands between two `…` of a quoted message is part of a message."""
+    code = "\n".join(path.read_text() for path in (ROOT / "efficientnet_ns").rglob("*.py"))
+    messages = re.sub(r'"\s*\n\s*f?"', "", code)
+    quoted = re.findall(r"^\*\*`([^`]*…[^`]*)`", PAGES["docs/troubleshooting.md"], re.MULTILINE)
+    assert len(quoted) > 8
+    for message in quoted:
+        for part in message.split("…"):
+            assert part.strip() in messages, message
