@@ -77,6 +77,7 @@ def test_tflite_and_xnnpack(lite0, pixels, expected, monkeypatch):
     check_probabilities(engine(pixels), expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_int8(lite0, pixels, expected):
     """A few images are enough to see that no layer loses what the photographs show."""
     run = lite_files.runner(tflite.convert(lite0, "int8", [*pixels, *pixels[:, :, ::-1]]))
