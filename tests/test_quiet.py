@@ -40,7 +40,8 @@ COMMANDS = [
     "predict_image --model_dir=student more/u0.png",
     "predict_image --model_dir=exported more/u0.png",
     "convert_checkpoint --model_dir=student --target=student.safetensors",
-    "evaluate_robustness --model_dir=student --report_dir=robust --corrupt --severities=1",
+    "evaluate_robustness --model_dir=student --report_dir=robust --label_data_dir=data "
+    "--corrupt=brightness --severities=1",
     "list_models",
     f"noisy_student --labeled=photos --unlabeled=more --work_dir=run {QUICK}",
     "label_beam --model_dir=teacher --unlabel_data_dir=unlabeled --work_dir=beam --num_image=4 --min_threshold=0",
