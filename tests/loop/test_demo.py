@@ -179,11 +179,20 @@ def test_table_rows():
     assert demo.table_row({**result, "round": "control"}, 100, 150)["round"] == "control"
 
 
+def test_finding_compares_the_last_student():
+    results = [{"measured": {"test": {"top1": top1}}} for top1 in (0.8, 0.93, 0.9, 0.87)]
+    finding = demo.what_came_out(results)
+    assert "last student names 90.0 % correctly: 10.0 points more than its first teacher" in finding
+    assert "3.0 points more than the control" in finding
+    results[3]["measured"]["test"]["top1"] = 0.915
+    assert "1.5 points fewer than the control" in demo.what_came_out(results)
+
+
 def test_folder_of_another_demo(tmp_path):
     config = DemoConfig(output_dir=str(tmp_path))
     State(str(tmp_path), dataclasses.asdict(config)).once("data", dict)
-    with pytest.raises(ConfigError, match="labels_per_class: 10 → 5"):
-        demo.run_demo(dataclasses.replace(config, labels_per_class=5))
+    with pytest.raises(ConfigError, match="labels_per_class: 5 → 6"):
+        demo.run_demo(dataclasses.replace(config, labels_per_class=6))
 
 
 # --- All of it ------------------------------------------------------------------------------------
