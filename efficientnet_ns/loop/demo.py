@@ -47,6 +47,7 @@ def settings(config: DemoConfig) -> tuple[Config, LoopConfig]:
         save_checkpoints_steps=100,
         iterations_per_loop=50,
         keep_checkpoint_max=2,
+        preview_images=0,
         seed=config.seed,
     )
     loop = LoopConfig(
