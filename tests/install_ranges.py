@@ -33,7 +33,7 @@ import scipy.io, tensorboard.program, tensorflow_datasets, PIL.Image, matplotlib
 model = efficientnet.build_model("efficientnet-test", 3, 8)
 assert engines.XnnpackEngine(model)(np.zeros([2, 8, 8, 3], np.float32)).shape == (2, 3)
 """,
-    "demo": "from sklearn import datasets; assert len(datasets.load_digits().images) == 1797",
+    "demo": "from efficientnet_ns.loop import digits; assert len(digits.load()[0]) == 5000",
     "serving": "from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc",
     "robustness": """
 import av, numpy as np

@@ -64,12 +64,12 @@ TASKS: dict[str, Task] = {
         num_train_images=69257,
         class_names=_DIGIT_NAMES,
     ),
-    # scikit-learn's bundled scans of handwritten digits (UCI, 1797 images).
+    # The demo's 5,000 digits of MNIST, 28 pixels wide; at 20, training takes half the time.
     "digits": Task(
         num_classes=10,
-        mean=(0.305, 0.305, 0.305),
-        std=(0.36, 0.36, 0.36),
-        image_size=16,
+        mean=(0.131, 0.131, 0.131),
+        std=(0.309, 0.309, 0.309),
+        image_size=20,
         small_image=True,
         flip=False,
         eval_set="dev",

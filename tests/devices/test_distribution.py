@@ -566,7 +566,7 @@ def test_digits_on_four_replicas_and_two_workers(launcher, tmp_path, folder):
         "--unlabel_ratio=0",
         "--train_batch_size=32",
         "--train_steps=100",
-        # At the demo's rate, 0.08, a difference grows by a third with every step, whatever its cause.
+        # At ten times the rate, a difference grows by a third with every step, whatever its cause.
         "--base_learning_rate=0.004",
         "--iterations_per_loop=1",
         "--save_checkpoints_steps=100",

@@ -97,7 +97,7 @@ def test_a_training_tells_the_model(tmp_path):
         model_dir=str(tmp_path / "run"),
     )
     claim.claim(settings, {})
-    model = build(3, width_coefficient=0.5, image_size=16, small_image=True)
+    model = build(3, width_coefficient=0.5, image_size=20, small_image=True)
     weights.save_weights(model, tmp_path / "run" / "model.ckpt-4")
     target = str(tmp_path / "a.safetensors")
     conversion.convert_checkpoint(ModelConfig(), tmp_path / "run", target)
