@@ -398,14 +398,17 @@ def undecodable():
     }
 
 
-@pytest.mark.parametrize("name", undecodable())
+PREPROCESS = {
+    "decode": images.decode,
+    "evaluate": lambda image: images.eval_image(image, 24),
+    "train": lambda image: images.train_image(image, 24, [1, 2]),
+    "evaluate small": lambda image: images.small_eval_image(image, 24),
+}
+
+
+@pytest.mark.parametrize("name", PREPROCESS)
 def test_undecodable_bytes_raise(name):
-    encoded = undecodable()[name]
-    for preprocess in (
-        images.decode,
-        lambda image: images.eval_image(image, 24),
-        lambda image: images.train_image(image, 24, [1, 2]),
-        lambda image: images.small_eval_image(image, 24),
-    ):
+    preprocess = tf.function(PREPROCESS[name], input_signature=[tf.TensorSpec([], tf.string)])
+    for what, encoded in undecodable().items():
         with pytest.raises(tf.errors.InvalidArgumentError):
-            map_once(preprocess, encoded)
+            pytest.fail(f"{what}: {preprocess(encoded)}")
