@@ -12,6 +12,7 @@ from pathlib import Path
 import efficientnet_ns  # noqa: F401 - decides which Keras TensorFlow has
 
 # isort: split
+import fakes
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -40,6 +41,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # What is imported by now stays; collections need not walk through it every time.
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_functions_stay() -> Iterator[None]:
+    """Keras sets TensorFlow's seed too, at which TensorFlow forgets every function it has compiled.
+
+    It does so for random operations that have a state; this package has none but in benchmarks.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf.compat.v2.random, "set_seed", lambda seed: None)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +93,13 @@ def small_lite(monkeypatch) -> str:
     )
     monkeypatch.setitem(rows, "efficientnet-lite0", row)
     return "efficientnet-lite0"
+
+
+@pytest.fixture(scope="module")
+def shared_students() -> Iterator[None]:
+    """See `fakes.one_student_per_settings`."""
+    with fakes.one_student_per_settings():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import collections
+import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -18,7 +20,7 @@ import socket
 import subprocess
 import tarfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -36,7 +38,8 @@ from efficientnet_ns.files import metrics_log, parquet_sql, shard_names, tfexamp
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.pseudo_labels import index, selection
-from efficientnet_ns.training import optimizers, student
+from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+from efficientnet_ns.training import optimizers, session, student, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +55,8 @@ def mostly_slow(values: Iterable, quick: Iterable) -> list:
 CLASSES, SIZE = 3, 8
 LABELED, UNLABELED, VALIDATION = 13, 11, 7
 PACE = ("images_per_second", "input_wait")
+# Do not change what is compiled, but for the length of a host loop.
+PACE_SETTINGS = ("iterations_per_loop", "save_checkpoints_steps", "steps_per_eval")
 
 
 def pictures(count: int, seed: int) -> list[bytes]:
@@ -104,6 +109,7 @@ def settings(folder: Path, model_dir: str | Path, **values) -> Config:
         "iterations_per_loop": 1,
         "save_checkpoints_steps": 1,
         "preview_images": 0,
+        "inference_engine": "tf",  # Ready sooner than XNNPACK.
     }
     return Config().override(**{**defaults, **values})
 
@@ -149,6 +155,38 @@ def assert_same_training(one: str, other: str, step: int) -> None:
 
 def saved_steps(model_dir: str) -> list[int]:
     return sorted(int(path.stem.split("-")[1]) for path in Path(model_dir).glob("*.index"))
+
+
+@contextlib.contextmanager
+def one_student_per_settings() -> Iterator[None]:
+    """Trainings of the same settings take the same compiled student, with its first values again.
+
+    Building and tracing one takes most of the time of a training of a few steps.
+    """
+    original, made = train._build, {}
+
+    def build(resolved: ResolvedConfig, num_images: int, strategy=None) -> student.NoisyStudent:
+        settings, pace = resolved.config.train, dict.fromkeys(PACE_SETTINGS, 1)
+        key = (
+            resolved.task,
+            resolved.config.model,
+            dataclasses.replace(settings, model_dir="", **pace),
+            session.loop_steps(settings, resolved.steps_to_run),
+            num_images,
+            strategy.num_replicas_in_sync if strategy else 1,
+        )
+        if key not in made:
+            model = original(resolved, num_images, strategy)
+            variables = [*model.variables, *model.optimizer.variables]
+            made[key] = model, [(v, v.numpy()) for v in variables]
+        model, first = made[key]
+        for variable, value in first:
+            variable.assign(value)
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_build", build)
+        yield
 
 
 KILLED_BEFORE_STEP_6_IS_SAVED = """
@@ -339,6 +377,8 @@ def loop_settings(folder: Path) -> dict:
         "eval_batch_size": 8,
         "iterations_per_loop": 1,
         "save_checkpoints_steps": 1,
+        "preview_images": 0,
+        "inference_engine": "tf",
         "seed": 3,
     }
 

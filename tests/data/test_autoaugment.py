@@ -7,7 +7,6 @@ import collections
 import numpy as np
 import pytest
 import tensorflow as tf
-from fakes import mostly_slow
 
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import augment, autoaugment, levels, pipeline
@@ -133,10 +132,9 @@ def test_sub_policies_are_drawn_uniformly(image, monkeypatch):
     assert all(abs(count - 50) < 4 * 50**0.5 for count in counts.values())
 
 
-@pytest.mark.parametrize("policy", mostly_slow(autoaugment.POLICIES, ["svhn"]))
-def test_depends_on_the_seed_alone(image, policy):
+def test_depends_on_the_seed_alone(image):
     def apply(seed):
-        return autoaugment.auto_augment(image, seed, policy=policy, translate_const=10.0)
+        return autoaugment.auto_augment(image, seed, policy="svhn", translate_const=10.0)
 
     seeds = [tf.constant([seed, 5], tf.int64) for seed in range(12)]
     mapped = tf.data.Dataset.from_tensor_slices(seeds).map(apply)

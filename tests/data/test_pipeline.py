@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -357,30 +353,6 @@ def test_an_unlabeled_stream_started_later_is_the_tail_of_the_whole(pseudo):
         assert_same(tail, whole[step:])
 
 
-def digests(batches: list[dict[str, np.ndarray]]) -> list[str]:
-    """`<batch> <key> <hash of its bytes>`."""
-    return [
-        f"{number} {key} {hashlib.sha256(np.ascontiguousarray(batch[key])).hexdigest()}"
-        for number, batch in enumerate(batches)
-        for key in sorted(batch)
-    ]
-
-
-@pytest.mark.slow
-def test_another_process_makes_the_same_batches(folder, noised):
-    child = subprocess.Popen(
-        [sys.executable, __file__, str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "77"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    output, errors = child.communicate(timeout=300)
-    assert child.returncode == 0, errors
-    assert output.splitlines() == digests(noised[:3])
-    assert output.splitlines() != digests(noised[1:4])
-
-
 # Preprocessing.
 
 
@@ -640,11 +612,6 @@ def test_good_records_are_not_named(labeled, pseudo):
     for source in (labeled, pseudo):
         check = pipeline.name_bad_record(source, lambda p: pipeline.check_trainable(p, COUNT))
         assert check is None
-
-
-if __name__ == "__main__":
-    found = pipeline.Source.find(os.path.join(sys.argv[1], "labeled"), "train")
-    print("\n".join(digests(take(noised_stream(found), 3))))
 
 
 def test_first_shards_and_first_records(labeled):

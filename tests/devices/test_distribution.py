@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,9 @@ from fakes import (
     make_batch,
     make_trainer,
     noised,
+    settings,
     tensors,
+    tiny,
     worker_environment,
     write_data,
 )
@@ -165,7 +167,7 @@ def test_group_equals_one_device_with_its_rows(rng, setting, group):
 @pytest.mark.slow
 @pytest.mark.parametrize("replicas", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_update_is_the_same_on_any_number_of_replicas(replicas):
-    """With all the noise, all kinds of loss, dropped labels and weight decay."""
+    """With all the noise, a teacher, all kinds of loss, dropped labels and weight decay."""
     batch = make_batch(8, 16)
     kwargs = {
         "temperature": 0.7,
@@ -176,11 +178,10 @@ def test_update_is_the_same_on_any_number_of_replicas(replicas):
         "num_shards_per_group": -2,
         "label_data_sample_prob": 0.5,
     }
-    alone = make_trainer(**kwargs)
-    one_step = tf.function(alone.train_step)
+    alone = make_trainer(teacher=tiny(9), **kwargs)
     strategy = mirrored(replicas)
     with strategy.scope():
-        shared = make_trainer(**kwargs)
+        shared = make_trainer(teacher=tiny(9), **kwargs)
 
     def share(context):
         return {
@@ -189,11 +190,12 @@ def test_update_is_the_same_on_any_number_of_replicas(replicas):
         }
 
     shares = strategy.experimental_distribute_values_from_function(share)
-    all_steps = tf.function(lambda: strategy.run(shared.train_step, args=(shares,)))
+    # Without `tf.function`: three steps compute for less time than one takes to trace.
     for _ in range(3):
         for metric in (*alone.metrics, *shared.metrics):
             metric.reset_state()
-        one_step(batch), all_steps()
+        alone.train_step(batch)
+        strategy.run(shared.train_step, args=(shares,))
         expected = {metric.name: float(metric.result()) for metric in alone.metrics}
         found = {metric.name: float(metric.result()) for metric in shared.metrics}
         assert found == pytest.approx(expected, rel=2e-4)
@@ -201,6 +203,9 @@ def test_update_is_the_same_on_any_number_of_replicas(replicas):
         expected = values(theirs)
         for name, value in values(mine).items():
             np.testing.assert_allclose(value, expected[name], rtol=2e-3, atol=2e-4, err_msg=name)
+    for variable in shared.student.weights:
+        first, *others = strategy.experimental_local_results(variable)
+        assert all((first == other).numpy().all() for other in others), variable.name
 
 
 def test_sampled_labels_shrink_the_labeled_loss():
@@ -220,80 +225,65 @@ def test_sampled_labels_shrink_the_labeled_loss():
 # Input
 
 
-def gathered(make, replicas: int, num_hosts: int, steps: int) -> list[dict[str, np.ndarray]]:
-    """Whole batches, put together from what every host hands to its replicas."""
-    local = replicas // num_hosts
-    hosts = [
-        list(make(pipeline.Share(h, num_hosts, replicas)).take(steps * local).as_numpy_iterator())
-        for h in range(num_hosts)
-    ]
+def gathered(hosts: list[list[dict[str, np.ndarray]]], local: int) -> list[dict[str, np.ndarray]]:
+    """Whole batches, put together from what every host hands to its `local` replicas."""
     return [
         {
-            key: np.concatenate([h[step * local + i][key] for h in hosts for i in range(local)])
+            key: np.concatenate([host[first + i][key] for host in hosts for i in range(local)])
             for key in hosts[0][0]
         }
-        for step in range(steps)
+        for first in range(0, len(hosts[0]), local)
     ]
 
 
-@pytest.mark.parametrize(
-    "replicas, num_hosts",
-    [
-        pytest.param(2, 1, marks=pytest.mark.slow),
-        pytest.param(2, 2, marks=pytest.mark.slow),
-        (4, 2),
-    ],
-)
-def test_hosts_prepare_their_rows_of_the_same_batches(folder, replicas, num_hosts):
-    config = noised(folder, "unused", unlabel_ratio=2.0)
-    resolved = ResolvedConfig.from_config(config)
+@pytest.fixture(scope="module")
+def training_batches(folder) -> Callable[[pipeline.Share], tf.data.Dataset]:
+    resolved = ResolvedConfig.from_config(noised(folder, "unused", unlabel_ratio=2.0))
     labeled = pipeline.Source.find(str(folder / "labeled"), "train")
     unlabeled = pipeline.Source.find(str(folder / "pseudo"), "train")
+    return lambda share: resolved.training_batches(labeled, unlabeled, 3, share)
 
-    def make(share):
-        return resolved.training_batches(labeled, unlabeled, 3, share)
 
-    expected = list(make(pipeline.WHOLE).take(5).as_numpy_iterator())
-    found = gathered(make, replicas, num_hosts, 5)
-    for one, other in zip(expected, found):
+@pytest.fixture(scope="module")
+def undivided(training_batches) -> list[dict[str, np.ndarray]]:
+    """The first five batches on one device."""
+    return list(training_batches(pipeline.WHOLE).take(5).as_numpy_iterator())
+
+
+@pytest.mark.parametrize("replicas, num_hosts", [(2, 1), (4, 2)])
+def test_hosts_prepare_their_rows_of_the_same_batches(
+    training_batches, undivided, replicas, num_hosts
+):
+    data = [training_batches(pipeline.Share(h, num_hosts, replicas)) for h in range(num_hosts)]
+    shapes = {key: spec.shape for key, spec in data[0].element_spec.items()}
+    assert shapes["image"] == [4 // replicas, 8, 8, 3] and shapes["unl_probs"] == [8 // replicas, 3]
+    local = replicas // num_hosts
+    hosts = [list(one.take(5 * local).as_numpy_iterator()) for one in data]
+    for one, other in zip(undivided, gathered(hosts, local), strict=True):
         for key, value in one.items():
             np.testing.assert_array_equal(other[key], value, err_msg=key)
-    shapes = {key: spec.shape for key, spec in make(pipeline.Share(0, 1, 2)).element_spec.items()}
-    assert shapes["image"] == [2, 8, 8, 3] and shapes["unl_probs"] == [4, 3]
 
 
-@pytest.mark.parametrize(
-    "replicas, num_hosts, batch",
-    [
-        (2, 2, 4),
-        (4, 2, 4),
-        pytest.param(4, 4, 3, marks=pytest.mark.slow),
-        pytest.param(2, 2, 64, marks=pytest.mark.slow),
-    ],
-)
-def test_hosts_measure_every_example_once(folder, replicas, num_hosts, batch):
-    resolved = ResolvedConfig.from_config(noised(folder, "unused", eval_batch_size=batch))
+@pytest.fixture(scope="module")
+def validation(folder) -> tuple[pipeline.Source, np.ndarray]:
+    """The evaluation set, and its images in one batch."""
     source = pipeline.Source.find(str(folder / "labeled"), "validation", max_bad_fraction=0)
-    batch = -(-batch // replicas) * replicas
-    steps = -(-source.total // batch)
+    resolved = ResolvedConfig.from_config(noised(folder, "unused", eval_batch_size=source.total))
+    (whole,) = resolved.eval_batches(source, pipeline.WHOLE).as_numpy_iterator()
+    return source, whole["image"]
 
-    def make(share):
-        return resolved.eval_batches(source, share)
 
-    found = gathered(make, replicas, num_hosts, steps)
+@pytest.mark.parametrize("replicas, num_hosts, batch", [(4, 2, 4), (4, 4, 3), (2, 2, 64)])
+def test_hosts_measure_every_example_once(folder, validation, replicas, num_hosts, batch):
+    resolved = ResolvedConfig.from_config(noised(folder, "unused", eval_batch_size=batch))
+    source, images = validation
+    shares = [pipeline.Share(h, num_hosts, replicas) for h in range(num_hosts)]
+    hosts = [list(resolved.eval_batches(source, share).as_numpy_iterator()) for share in shares]
+    steps, local = -(-source.total // (-(-batch // replicas) * replicas)), replicas // num_hosts
+    assert {len(host) for host in hosts} == {steps * local}
+    found = gathered(hosts, local)
     mask = np.concatenate([b["mask"] for b in found])
-    images = np.concatenate([b["image"] for b in found])[mask == 1]
-    (whole,) = gathered(
-        lambda share: ResolvedConfig.from_config(
-            noised(folder, "unused", eval_batch_size=source.total)
-        ).eval_batches(source, share),
-        1,
-        1,
-        1,
-    )
-    np.testing.assert_array_equal(images, whole["image"])
-    ends = [make(pipeline.Share(h, num_hosts, replicas)) for h in range(num_hosts)]
-    assert {len(list(data)) for data in ends} == {steps * replicas // num_hosts}
+    np.testing.assert_array_equal(np.concatenate([b["image"] for b in found])[mask == 1], images)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -372,7 +362,8 @@ class Launcher:
             "model_dir": self.folder / model_dir,
         }
         paths = [f"--{name}={path}" for name, path in data.items()]
-        command = [sys.executable, "-m", "efficientnet_ns.main", *COMMON, *paths, *flags]
+        common = [f"--{name}={value}" for name, value in COMMON.items()]
+        command = [sys.executable, "-m", "efficientnet_ns.main", *common, *paths, *flags]
         addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
         started = []
         for index in range(workers):
@@ -399,24 +390,23 @@ class Launcher:
                 process.wait()
 
 
-COMMON = (
-    "--model_name=efficientnet-test",
-    "--train_batch_size=4",
-    "--unlabel_ratio=2",
-    "--teacher_softmax_temp=1",
-    "--augment_name=randaugment",
-    "--randaug_layer=1",
-    "--unl_aug=none",
-    "--base_learning_rate=0.5",
-    "--warmup_epochs=0",
-    "--eval_batch_size=4",
-    "--iterations_per_loop=1",
-    "--save_checkpoints_steps=2",
-    "--train_steps=4",
-    "--steps_per_eval=2",
-    "--num_shards_per_group=-2",
-    "--stochastic_depth_rate=0.5",
-)
+COMMON = {
+    "model_name": "efficientnet-test",
+    "train_batch_size": 4,
+    "unlabel_ratio": 2.0,
+    "teacher_softmax_temp": 1.0,
+    "augment_name": "none",
+    "base_learning_rate": 0.5,
+    "warmup_epochs": 0.0,
+    "eval_batch_size": 4,
+    "iterations_per_loop": 1,
+    "save_checkpoints_steps": 2,
+    "train_steps": 4,
+    "steps_per_eval": 2,
+    "num_shards_per_group": -2,
+    "stochastic_depth_rate": 0.5,
+    "preview_images": 0,
+}
 
 
 @pytest.mark.parametrize(
@@ -467,29 +457,49 @@ def assert_same_curve(found, expected, rel=1e-3) -> None:
         assert mine == pytest.approx(theirs, rel=rel, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name, flags, workers",
-    [
-        ("replicas", ("--num_replicas=2",), 1),
-        pytest.param("workers", (), 2, marks=pytest.mark.slow),
-    ],
-)
-def test_two_replicas_and_two_workers_train_as_one_device(launcher, folder, name, flags, workers):
-    single = f"alone_for_{name}"
-    started = launcher.start(single), launcher.start(name, *flags, workers=workers)
-    expected, found = (launcher.finish(run, where) for run, where in zip(started, (single, name)))
-    assert [row["step"] for row in expected] == [1, 2, 2, 3, 4, 4]
-    assert {row["eval/examples"] for row in expected if "eval/examples" in row} == {7}
-    assert_same_curve(found, expected)
-    weights, own = tensors(str(folder / single), 4), tensors(str(folder / name), 4)
+@pytest.fixture(scope="module")
+def train_here(folder) -> Callable[..., list[dict[str, float]]]:
+    """Trains in this process with the settings of `COMMON`; returns the rows of metrics."""
+
+    def run(model_dir: str, **values) -> list[dict[str, float]]:
+        train.train_and_evaluate(settings(folder, model_dir, **data, **COMMON, **values))
+        return metrics_log.read_metrics(str(folder / model_dir))
+
+    data = {"unlabel_data_dir": str(folder / "pseudo")}
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(train_here) -> list[dict[str, float]]:
+    """Metrics of one device."""
+    rows = train_here("alone")
+    assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4]
+    assert {row["eval/examples"] for row in rows if "eval/examples" in row} == {7}
+    return rows
+
+
+def assert_same_result(folder: Path, name: str) -> None:
+    weights, own = tensors(str(folder / "alone"), 4), tensors(str(folder / name), 4)
     assert set(own) == set(weights)
     for key, value in weights.items():
         np.testing.assert_allclose(own[key], value, rtol=1e-3, atol=1e-4, err_msg=key)
+
+
+@pytest.mark.slow
+def test_two_replicas_train_as_one_device(train_here, alone, folder):
+    assert_same_curve(train_here("replicas", num_replicas=2), alone)
+    assert_same_result(folder, "replicas")
+
+
+def test_two_workers_train_as_one_device(launcher, alone, folder):
+    """`MultiWorkerMirroredStrategy`, each worker a process of its own."""
+    assert_same_curve(launcher.finish(launcher.start("workers", workers=2), "workers"), alone)
+    assert_same_result(folder, "workers")
     # One writer: the same files as of a single process, one file of events.
-    assert len(list((folder / name).glob("events*"))) == 1
+    assert len(list((folder / "workers").glob("events*"))) == 1
     files = [
         {p.name for p in (folder / where).iterdir() if "events" not in p.name}
-        for where in (single, name)
+        for where in ("alone", "workers")
     ]
     assert files[0] == files[1]
 

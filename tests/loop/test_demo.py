@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tensorflow as tf
 

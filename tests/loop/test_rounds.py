@@ -31,6 +31,8 @@ from efficientnet_ns.training import train
 ROOT = Path(__file__).parents[2]
 CLASSES, SIZE, NUM_IMAGE = 3, 8, 5
 
+pytestmark = pytest.mark.usefixtures("shared_students")
+
 
 def loop_in(folder: Path, work_dir: str, number: int = 2) -> LoopConfig:
     return LoopConfig(
@@ -74,6 +76,12 @@ def balanced(loop: LoopConfig, number: int) -> dict[str, bytes]:
     """The balanced records of a round."""
     data = Path(loop.work_dir) / f"round-{number}" / "selected" / "data"
     return {path.name: path.read_bytes() for path in sorted(data.glob("train-0-*"))}
+
+
+def predicted(loop: LoopConfig, number: int) -> dict[str, bytes]:
+    """The predictions of a round, and what is noted of them."""
+    folder = Path(loop.work_dir) / f"round-{number}" / "predictions"
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("[ti]*"))}
 
 
 def test_rows(undisturbed):
@@ -213,25 +221,29 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.slow
-def test_killed_at_many_moments(folder, config, undisturbed):
+@pytest.mark.parametrize(
+    "moments", [MOMENTS[1:3], pytest.param(MOMENTS, marks=pytest.mark.slow)], ids=["two", "all"]
+)
+def test_killed_and_continued(folder, config, undisturbed, moments):
     """One round less, whose results are those of the first round of two."""
-    loop = loop_in(folder, "killed", 1)
-    arguments = [settings(folder), dataclasses.asdict(loop), MOMENTS]
+    loop = loop_in(folder, f"killed-{len(moments)}", 1)
+    arguments = [settings(folder), dataclasses.asdict(loop), moments]
     done = subprocess.run(
         [sys.executable, "-c", KILLED_AT, *map(json.dumps, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
         capture_output=True,
         text=True,
     )
-    assert done.stdout.split() == [str(int(signal.SIGKILL))] * len(MOMENTS), done.stderr
-    assert list(stages(loop))[-1] == "round 1: write"
+    assert done.stdout.split() == [str(int(signal.SIGKILL))] * len(moments), done.stderr
+    done_before = {2: "round 1: predict", 5: "round 1: write"}
+    assert list(stages(loop))[-1] == done_before[len(moments)]
 
     reference, expected = undisturbed
     assert rounds.run_loop(config, loop) == expected[:2]
     recorded = stages(reference)
     assert stages(loop) == {name: recorded[name] for name in recorded if "round 2" not in name}
     assert balanced(loop, 1) == balanced(reference, 1)
+    assert predicted(loop, 1) == predicted(reference, 1)
 
 
 def test_finished_loop_does_nothing(undisturbed, config, monkeypatch):

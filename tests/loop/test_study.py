@@ -40,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(folder) -> Config:
-    return Config().override(**settings(folder), preview_images=0)
+    return Config().override(**settings(folder))
 
 
 def loop_in(folder: Path) -> LoopConfig:
@@ -433,7 +433,7 @@ def killing(prefix, tensors):
 
 study.STUDIES = test_study.TABLE
 checkpoint_files.write_checkpoint = killing
-config = Config().override(**settings, preview_images=0)
+config = Config().override(**settings)
 study.run_study(config, test_study.loop_in(folder), study.StudyConfig(seeds="3"))
 """
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,8 @@ from efficientnet_ns.training.input_wait import InputWait
 from efficientnet_ns.training.session import Session, TrainingDiverged
 from efficientnet_ns.training.student import NoisyStudent
 from efficientnet_ns.training.turn import Turn
+
+pytestmark = pytest.mark.usefixtures("shared_students")
 
 LABELED_METRICS = {"lab/acc", "lab/pred_prob", "lab/loss"}
 TRAIN_METRICS = {"train/data_loss", "train/loss", "train/lr", "train/epoch", *PACE}
@@ -163,42 +166,58 @@ def test_supervised(folder):
     assert metrics["train/data_loss"] == metrics["lab/loss"]
 
 
-def test_teacher_on_the_fly(straight, folder):
-    """Labels come from a model; the student starts from given weights, and at rate 0 keeps them."""
-    source = f"{straight[0].train.model_dir}/model.ckpt-6"
-    config = settings(
+@pytest.fixture(scope="module")
+def on_the_fly(straight, folder) -> Config:
+    """Everything at once: a teacher on the fly, frozen layers, the end of a schedule."""
+    config = noised(
         folder,
         "on_the_fly",
         unlabel_data_dir=str(folder / "unlabeled"),
-        unlabel_ratio=2.0,
         teacher_softmax_temp=0.5,
         teacher_model_name="efficientnet-test",
-        teacher_model_path=source,
-        init_model=True,
-        init_model_path=source,
-        base_learning_rate=0.0,
-        train_steps=3,
+        teacher_model_path=f"{straight[0].train.model_dir}/model.ckpt-6",
+        fix_layer_num=1,
+        train_steps=20,
+        train_last_step_num=7,
+        iterations_per_loop=1,
+        save_checkpoints_steps=4,
+        steps_per_eval=5,
         keep_checkpoint_max=2,
     )
-    metrics = train.train_and_evaluate(config, evaluate=False)
-    assert set(metrics) == {"step"} | LABELED_METRICS | UNLABELED_METRICS | TRAIN_METRICS
-    # At temperature 0.5 the teacher is surer than it is by itself, and not as sure as a hard label.
-    assert 1 / CLASSES < metrics["unl/target_prob"] < 1
-    assert saved_steps(config.train.model_dir) == [2, 3]
-    state = tf.train.get_checkpoint_state(config.train.model_dir)
-    assert [Path(p).name for p in state.all_model_checkpoint_paths] == [
-        "model.ckpt-2",
-        "model.ckpt-3",
-    ]
+    train.train_and_evaluate(config)
+    return config
 
-    given, kept = tensors(straight[0].train.model_dir, 6), tensors(config.train.model_dir, 3)
-    assert set(kept) == set(given)  # The teacher is not saved.
-    for name in (name for name in kept if name.endswith("/RMSProp")):
-        variable = name[: -len("/RMSProp")]
-        average = given[variable + weights.EMA_SUFFIX]
-        assert np.any(average != given[variable]), variable
-        np.testing.assert_array_equal(kept[variable], average, err_msg=name)
-        np.testing.assert_array_equal(kept[variable + weights.EMA_SUFFIX], average, err_msg=name)
+
+def test_teacher_on_the_fly(straight, on_the_fly):
+    *_, trained, measured = metrics_log.read_metrics(on_the_fly.train.model_dir)
+    assert set(trained) == {"step"} | LABELED_METRICS | UNLABELED_METRICS | TRAIN_METRICS
+    assert set(measured) == {"step"} | EVAL_METRICS
+    # At temperature 0.5 the teacher is surer than it is by itself, and not as sure as a hard label.
+    assert 1 / CLASSES < trained["unl/target_prob"] < 1
+    assert saved_steps(on_the_fly.train.model_dir) == [4, 7]
+    state = tf.train.get_checkpoint_state(on_the_fly.train.model_dir)
+    assert [Path(p).name for p in state.all_model_checkpoint_paths] == [
+        "model.ckpt-4",
+        "model.ckpt-7",
+    ]
+    stored = set(tensors(on_the_fly.train.model_dir, 7))
+    assert stored == set(tensors(straight[0].train.model_dir, 7)), "the teacher is not saved"
+
+
+def test_frozen_layers_stay_as_they_began(on_the_fly):
+    """Stem and block 0, their averages and statistics too; the rest does not."""
+    fresh = train._build(ResolvedConfig.from_config(on_the_fly), LABELED)
+    initial = {name: v.numpy() for name, v in weights.variable_names(fresh.student).items()}
+    stored = tensors(on_the_fly.train.model_dir, 7)
+    frozen = re.compile("efficientnet-test/(stem|blocks_0)/")
+    assert any("moving_mean" in name for name in initial if frozen.match(name))
+    for name, value in initial.items():
+        same = np.array_equal(stored[name], value)
+        assert same == bool(frozen.match(name)), name
+        if frozen.match(name):
+            np.testing.assert_array_equal(stored[name + weights.EMA_SUFFIX], value, err_msg=name)
+        if "moving_" not in name:
+            assert stored[name + "/RMSProp"].shape == value.shape
 
 
 # --- Resuming -------------------------------------------------------------------------------------
@@ -286,22 +305,35 @@ def test_loss_that_explodes(folder):
     assert all(np.isfinite(value).all() for value in tensors(config.train.model_dir, 1).values())
 
 
-@pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_weights_that_break_after_the_last_loss(folder, model, tmp_path, broken):
-    """The loss is a number, the weights after its update are none: they are not saved."""
-    config = settings(folder, tmp_path)
+@pytest.fixture
+def session(folder, model, tmp_path) -> Iterator[Session]:
+    """Of a training in `tmp_path`, which saves every step."""
     saver = checkpoints.Checkpoints(str(tmp_path), model, keep=5)
-    session = Session(
+    yield Session(
         saver,
         metrics_log.MetricsLog(str(tmp_path), 0),
         None,
         StopRequest(),
-        config,
+        settings(folder, tmp_path),
         start=0,
-        total=2,
+        total=4,
         steps_per_epoch=1.0,
         images_per_step=4,
     )
+    model.optimizer.iterations.assign(0)
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_loss_that_explodes_inside_the_first_host_loop(session, model, tmp_path, loss):
+    model.optimizer.iterations.assign(4)
+    with pytest.raises(TrainingDiverged, match="between steps 0 and 4.*none was saved yet"):
+        session.on_epoch_end(0, {"train/loss": loss})
+    assert not saved_steps(str(tmp_path))
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_weights_that_break_after_the_last_loss(session, model, tmp_path, broken):
+    """The loss is a number, the weights after its update are none: they are not saved."""
     model.optimizer.iterations.assign(1)
     session.on_epoch_end(0, {"train/loss": 1.0})
     model.optimizer.iterations.assign(2)
@@ -311,7 +343,6 @@ def test_weights_that_break_after_the_last_loss(folder, model, tmp_path, broken)
         session.on_epoch_end(1, {"train/loss": 1.0})
     assert saved_steps(str(tmp_path)) == [1]
     bias.assign(tf.zeros(bias.shape))
-    model.optimizer.iterations.assign(0)
 
 
 def test_folder_of_another_training(straight):
@@ -677,28 +708,24 @@ def test_truncated_set_is_not_measured(straight, tmp_path):
         evaluate.evaluate(config.override(label_data_dir=str(folder)))
 
 
-@pytest.mark.slow
 def test_new_head_on_old_weights(straight, tmp_path):
     """Weights of another number of classes: everything but the head is taken over."""
-    write_data(tmp_path)
-    write_task(tmp_path / "task.json", CLASSES + 2)
-    start = {
-        "init_model": True,
-        "init_model_path": straight[0].train.model_dir,
-        "base_learning_rate": 1e-30,
-        "moving_average_decay": 0.0,
-        "weight_decay": 0.0,
-        "train_steps": 1,
-    }
+    start = {"init_model": True, "init_model_path": straight[0].train.model_dir}
+    config = settings(
+        tmp_path, "unused", task_name=write_task(tmp_path / "task.json", CLASSES + 2), **start
+    )
+    built = train._build(ResolvedConfig.from_config(config), LABELED)
+    head = built.student.get_layer("head_dense").kernel.numpy()
     with pytest.raises(weights.WeightsError, match="head/dense/kernel"):
-        train.train_and_evaluate(settings(tmp_path, "refused", **start))
-    config = settings(tmp_path, "model", **start, init_skip="head/dense/")
-    train.train_and_evaluate(config, evaluate=False)
+        train._initialize(built, config)
+    train._initialize(built, config.override(init_skip="head/dense/"))
     old = tensors(straight[0].train.model_dir, 7)
-    new = tensors(config.train.model_dir, 1)
     name = "efficientnet-test/stem/conv2d/kernel"
-    np.testing.assert_array_equal(new[name], old[name + weights.EMA_SUFFIX])
-    assert new["efficientnet-test/head/dense/bias"].shape == (CLASSES + 2,)
+    average = old[name + weights.EMA_SUFFIX]
+    assert np.any(average != old[name])
+    for network in (built.student, built.ema_student):
+        np.testing.assert_array_equal(weights.variable_names(network)[name], average)
+        np.testing.assert_array_equal(network.get_layer("head_dense").kernel, head)
 
 
 # --- Stopping on request, and other ways to go on -------------------------------------------------
@@ -725,26 +752,9 @@ config.run(main, words=True)
 """
 
 
-@pytest.mark.slow
-def test_request_to_stop_saves_and_continues_in_the_same_bits(straight, folder):
-    """Everything at once: teacher on the fly, frozen layers, the end of a schedule.
-
-    The signal comes while step 5 is being logged, which no interval would have saved.
-    """
-    values = {
-        "unlabel_data_dir": str(folder / "unlabeled"),
-        "teacher_model_name": "efficientnet-test",
-        "teacher_model_path": f"{straight[0].train.model_dir}/model.ckpt-6",
-        "fix_layer_num": 1,
-        "train_steps": 20,
-        "train_last_step_num": 7,
-        "iterations_per_loop": 1,
-        "save_checkpoints_steps": 4,
-        "steps_per_eval": 5,
-    }
-    whole = noised(folder, "unstopped", **values)
-    train.train_and_evaluate(whole)
-    config = noised(folder, "stopped", **values, preview_images=3)
+def test_request_to_stop_saves_and_continues_in_the_same_bits(on_the_fly, folder):
+    """The signal comes while step 5 is being logged, which no interval would have saved."""
+    config = on_the_fly.override(model_dir=str(folder / "stopped"), preview_images=3)
     done = subprocess.run(
         [sys.executable, "-c", ASKED_TO_STOP, changed_settings(config)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
@@ -756,26 +766,8 @@ def test_request_to_stop_saves_and_continues_in_the_same_bits(straight, folder):
     assert rows[-1]["step"] in (5, 6)
     assert rows[-1]["step"] == saved_steps(config.train.model_dir)[-1]
     train.train_and_evaluate(config)
-    assert_same_training(config.train.model_dir, whole.train.model_dir, 7)
+    assert_same_training(config.train.model_dir, on_the_fly.train.model_dir, 7)
     assert (Path(config.train.model_dir) / preview.FILE).exists()
-    assert_frozen(whole)
-
-
-def assert_frozen(config: Config) -> None:
-    """Stem and block 0 are as they began, their averages and statistics too; the rest is not."""
-    tf.keras.utils.set_random_seed(config.train.seed)
-    fresh = train._build(ResolvedConfig.from_config(config), LABELED)
-    initial = {name: v.numpy() for name, v in weights.variable_names(fresh.student).items()}
-    stored = tensors(config.train.model_dir, 7)
-    frozen = re.compile("efficientnet-test/(stem|blocks_0)/")
-    assert any("moving_mean" in name for name in initial if frozen.match(name))
-    for name, value in initial.items():
-        same = np.array_equal(stored[name], value)
-        assert same == bool(frozen.match(name)), name
-        if frozen.match(name):
-            np.testing.assert_array_equal(stored[name + weights.EMA_SUFFIX], value, err_msg=name)
-        if "moving_" not in name:
-            assert stored[name + "/RMSProp"].shape == value.shape
 
 
 @pytest.mark.parametrize("number", [-2, 4])
@@ -813,21 +805,6 @@ def test_evaluation_that_was_cut_off_is_made_up_for(straight, folder):
     log.write_text("".join(rows[:2]) + rows[2][:9])
     train.train_and_evaluate(config)
     assert_same_training(config.train.model_dir, straight[0].train.model_dir, 7)
-
-
-@pytest.mark.slow
-def test_loss_that_explodes_inside_a_host_loop(folder):
-    config = settings(
-        folder,
-        "exploding_loop",
-        base_learning_rate=1e30,
-        train_steps=8,
-        iterations_per_loop=4,
-        save_checkpoints_steps=4,
-    )
-    with pytest.raises(TrainingDiverged, match="between steps 0 and 4.*none was saved yet"):
-        train.train_and_evaluate(config, evaluate=False)
-    assert not saved_steps(config.train.model_dir)
 
 
 # --- Parts of the sets ----------------------------------------------------------------------------
