@@ -160,7 +160,7 @@ def test_which_weights(config, monkeypatch, ema, suffix):
 
 def test_existing_version_is_refused(config, exported):
     before = {path: path.stat().st_mtime_ns for path in Path(exported).rglob("*")}
-    with pytest.raises(manifests.OutputConflict, match=f"{exported} exists"):
+    with pytest.raises(manifests.OutputConflict, match=f"{exported} already exists"):
         model_export.export_model(
             config, ExportConfig(export_dir=str(Path(exported).parent), version=3)
         )
