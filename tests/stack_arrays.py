@@ -66,6 +66,7 @@ def _draws() -> dict[str, np.ndarray]:
 
 def _model() -> dict[str, np.ndarray]:
     tf.keras.utils.set_random_seed(5)
+    tf.random.set_seed(5)  # conftest.py keeps Keras from it.
     model = efficientnet.build_model("efficientnet-test", 10, SIZE)
     values = {name: v.numpy() for name, v in weights.variable_names(model).items()}
     pixels = pictures()[:, :SIZE, :SIZE]

@@ -302,8 +302,9 @@ CEILINGS = [
 @pytest.mark.parametrize("cls, name, high", CEILINGS, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_values_above_the_bound_name_the_flag(cls, name, high):
     entry = Config if cls in SECTIONS.values() else cls
-    with pytest.raises(ConfigError, match=rf"--{name}={high + 0.5}.*at most {high}"):
-        parse(entry, f"--{name}={high + 0.5}")
+    above = high + (1 if isinstance(high, int) else 0.5)
+    with pytest.raises(ConfigError, match=rf"--{name}={above}.*at most {high}"):
+        parse(entry, f"--{name}={above}")
     assert parse(entry, f"--{name}={high}") is not None
 
 

@@ -67,7 +67,7 @@ def evaluation(tmp_path):
 @pytest.fixture
 def three_classes(monkeypatch):
     """All of ImageNet are three classes, so that whole sets are small."""
-    monkeypatch.setattr(sets, "wnids", lambda name="imagenet": WNIDS)
+    monkeypatch.setattr(tasks, "wnids", lambda name="imagenet": WNIDS)
 
 
 @pytest.fixture
@@ -89,8 +89,6 @@ def answer(path) -> int:
 
 
 def test_wnids_are_those_of_the_names():
-    from efficientnet_ns.data import tasks
-
     wnids = tasks.wnids()
     assert wnids == sorted(set(wnids)) and len(wnids) == 1000 == len(tasks.class_names("imagenet"))
     assert (wnids[0], wnids[1], wnids[999]) == ("n01440764", "n01443537", "n15075141")

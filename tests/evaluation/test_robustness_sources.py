@@ -254,7 +254,7 @@ def classify_shade(images):
 @pytest.fixture
 def four_classes(monkeypatch):
     names = tasks.wnids()[:4]
-    monkeypatch.setattr(sets, "wnids", lambda name="imagenet": names)
+    monkeypatch.setattr(tasks, "wnids", lambda name="imagenet": names)
     return names
 
 
