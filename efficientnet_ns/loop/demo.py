@@ -126,7 +126,8 @@ def _difference(points: float) -> str:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """The rows of `table_row` as plain text."""
-    return text_table.text_table(list(rows[0]), [list(row.values()) for row in rows], rule=True)
+    cells = [list(map(str, row.values())) for row in rows]
+    return text_table.text_table(list(rows[0]), cells, rule=True)
 
 
 _WHAT_TO_LOOK_AT = (

@@ -176,6 +176,7 @@ def test_table_rows():
     assert student["labels used"] == "100 + 450 pseudo"
     assert student["images kept per class"] == "9 to 150"
     assert demo.table_row({**result, "round": "control"}, 100, 150)["round"] == "control"
+    assert "(narrow)  4 " in demo.format_table([teacher, student])
 
 
 def test_finding_compares_the_last_student():
