@@ -90,7 +90,9 @@ def answer(path) -> int:
 
 def test_wnids_are_those_of_the_names():
     wnids = tasks.wnids()
-    assert list(wnids) == sorted(set(wnids)) and len(wnids) == 1000 == len(tasks.class_names("imagenet"))
+    assert list(wnids) == sorted(set(wnids)) and len(wnids) == 1000 == len(
+        tasks.class_names("imagenet")
+    )
     assert (wnids[0], wnids[1], wnids[999]) == ("n01440764", "n01443537", "n15075141")
 
 
