@@ -115,6 +115,9 @@ class DemoConfig(Settings):
 
     output_dir: str = setting("runs/demo", "Folder of everything the demo makes.")
     seed: int = setting(0, "Seed of the split, the initial weights and all noise.", low=0)
+    seeds: str = setting(
+        "", "Seeds, joined with ',', to run in turn; the last table shows their mean and spread."
+    )
     labels_per_class: int = setting(5, "Labeled images per class.", low=1, high=300)
     teacher_steps: int = setting(1000, "Update steps of the teacher.", low=1)
     student_steps: int = setting(500, "Update steps of each student.", low=1)

@@ -8,12 +8,16 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
+from absl import logging
+
 from efficientnet_ns import report
 from efficientnet_ns.config import Config, DemoConfig, ExportConfig, LoopConfig
 from efficientnet_ns.data import tasks
 from efficientnet_ns.files import metrics_log, shard_names, text_table, tfexamples, tfrecords
-from efficientnet_ns.loop import digits, picture_report, rounds
+from efficientnet_ns.loop import digits, picture_report, rounds, study_results
 from efficientnet_ns.loop.state import State
+from efficientnet_ns.loop.study import chosen_seeds
 from efficientnet_ns.serving.model_export import export_model
 
 
@@ -60,10 +64,28 @@ def settings(config: DemoConfig) -> tuple[Config, LoopConfig]:
     return base, loop
 
 
-def run_demo(config: DemoConfig) -> list[dict[str, Any]]:
-    """Runs the demo, continuing where an earlier run stopped; returns the rows of the table."""
+def run_demo(config: DemoConfig) -> None:
+    """Runs the demo, continuing where an earlier run stopped.
+
+    With several seeds, each in a folder of its own, named as the seed.
+    """
+    if not config.seeds:
+        run_seed(config)
+        return
+    results = {}
+    for seed in chosen_seeds(config.seeds):
+        folder = os.path.join(config.output_dir, str(seed))
+        logging.info("=== seed %d, in %s", seed, folder)
+        results[seed] = run_seed(
+            dataclasses.replace(config, seeds="", seed=seed, output_dir=folder)
+        )
+    print(format_table(spread(list(results.values()))))
+
+
+def run_seed(config: DemoConfig) -> list[dict[str, Any]]:
+    """Runs the demo with one seed; returns the results of teacher, students and control."""
     base, loop = settings(config)
-    state = State(config.output_dir, dataclasses.asdict(config))
+    state = State(config.output_dir, dataclasses.asdict(config), {"seeds": ""})
     folder = os.path.join(config.output_dir, "data")
     chosen = {"seed": config.seed, "labels_per_class": config.labels_per_class}
     data = state.once("data", lambda: digits.make_records(folder, **chosen))
@@ -72,6 +94,7 @@ def run_demo(config: DemoConfig) -> list[dict[str, Any]]:
         state,
         "control: labels only, all the steps",
         base.override(
+            model_name=loop.models.split(",")[-1],
             model_dir=os.path.join(config.output_dir, "control", "model"),
             unlabel_data_dir="",
             unlabel_ratio=0.0,
@@ -91,7 +114,7 @@ def run_demo(config: DemoConfig) -> list[dict[str, Any]]:
     print(format_table(rows), finding, sep="\n\n")
     classify_in_fresh_process(config.output_dir, os.path.join(export_dir, "1"))
     print(f"report: {report_path}")
-    return rows
+    return trained
 
 
 def table_row(result: dict[str, Any], labeled: int, num_image: int) -> dict[str, Any]:
@@ -107,6 +130,41 @@ def table_row(result: dict[str, Any], labeled: int, num_image: int) -> dict[str,
         "dev top-1": f"{result['measured']['dev']['top1']:.1%}",
         "test top-1": f"{result['measured']['test']['top1']:.1%}",
     }
+
+
+def spread(results: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Mean and spread over seeds, per model and of what the last student is better by.
+
+    Args:
+      results: of `run_seed`, by seed.
+    """
+    top1 = {
+        part: np.array([[100 * row["measured"][part]["top1"] for row in rows] for rows in results])
+        for part in ("dev", "test")
+    }
+    table = {}
+    for place, row in enumerate(results[0]):
+        table[picture_report.name_of(row["round"])] = {
+            part: study_results.with_spread(*study_results.mean_sd(values[:, place]))
+            for part, values in top1.items()
+        }
+    for name, place in (("teacher", 0), ("control", -1)):
+        table[f"last student - {name}"] = {
+            part: _mean_and_interval(values[:, -2] - values[:, place])
+            for part, values in top1.items()
+        }
+    return [
+        {f"top-1, % (n={len(results)})": name, **{k: str(v) for k, v in row.items()}}
+        for name, row in table.items()
+    ]
+
+
+def _mean_and_interval(differences: np.ndarray) -> str:
+    half = study_results.noise(differences)
+    mean = differences.mean()
+    if half is None:
+        return f"{mean:+.1f}"
+    return f"{mean:+.1f} (95 %: {mean - half:+.1f} to {mean + half:+.1f}; least {differences.min():+.1f})"
 
 
 def what_came_out(results: list[dict[str, Any]]) -> str:

@@ -134,8 +134,8 @@ def table(overview: Mapping[str, Any], name: str) -> list[dict[str, str]]:
         rows.append(
             {
                 "arm": label,
-                measure: f"{_with_spread(arm['mean'], arm['sd'])} (n={arm['n']})",
-                "difference": _with_spread(arm["difference"], arm["difference_sd"], "+") + versus,
+                measure: f"{with_spread(arm['mean'], arm['sd'])} (n={arm['n']})",
+                "difference": with_spread(arm["difference"], arm["difference_sd"], "+") + versus,
                 "reading": arm["reading"] or "–",
                 "paper": arm["paper"] or "–",
             }
@@ -143,7 +143,8 @@ def table(overview: Mapping[str, Any], name: str) -> list[dict[str, str]]:
     return rows
 
 
-def _with_spread(mean: float | None, sd: float | None, sign: str = "") -> str:
+def with_spread(mean: float | None, sd: float | None, sign: str = "") -> str:
+    """`mean ± sd` as text; the spread is left out where it is None."""
     if mean is None:
         return "–"
     return f"{mean:{sign}.1f}" + ("" if sd is None else f" ± {sd:.1f}")

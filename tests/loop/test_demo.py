@@ -188,6 +188,42 @@ def test_finding_compares_the_last_student():
     assert "1.5 points fewer than the control" in demo.what_came_out(results)
 
 
+def results_of(*top1: float) -> list[dict]:
+    """Results of one seed: teacher, student, control, with the same accuracy on dev and test."""
+    names = [0, 1, "control"]
+    return [
+        {"round": name, "measured": {"dev": {"top1": value}, "test": {"top1": value}}}
+        for name, value in zip(names, top1, strict=True)
+    ]
+
+
+def test_spread_over_seeds():
+    rows = demo.spread([results_of(0.90, 0.95, 0.91), results_of(0.86, 0.95, 0.92)])
+    cells = {row["top-1, % (n=2)"]: row["test"] for row in rows}
+    # Student's t with one degree of freedom: 12.706 standard errors on both sides.
+    assert cells == {
+        "teacher": "88.0 ± 2.8",
+        "student 1": "95.0 ± 0.0",
+        "control": "91.5 ± 0.7",
+        "last student - teacher": "+7.0 (95 %: -18.4 to +32.4; least +5.0)",
+        "last student - control": "+3.5 (95 %: -2.9 to +9.9; least +3.0)",
+    }
+    assert demo.spread([results_of(0.9, 0.95, 0.91)])[-1]["dev"] == "+4.0"
+
+
+def test_every_seed_has_its_folder(tmp_path, monkeypatch, capsys):
+    begun = []
+
+    def run_seed(config: DemoConfig) -> list[dict]:
+        begun.append((config.seed, config.output_dir))
+        return results_of(0.90, 0.95, 0.91)
+
+    monkeypatch.setattr(demo, "run_seed", run_seed)
+    demo.run_demo(DemoConfig(output_dir=str(tmp_path), seeds="3,0"))
+    assert begun == [(3, str(tmp_path / "3")), (0, str(tmp_path / "0"))]
+    assert "(n=2)" in capsys.readouterr().out
+
+
 def test_folder_of_another_demo(tmp_path):
     config = DemoConfig(output_dir=str(tmp_path))
     State(str(tmp_path), dataclasses.asdict(config)).once("data", dict)
