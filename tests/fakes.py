@@ -274,6 +274,7 @@ def make_trainer(
     label_data_sample_prob: float = 1.0,
     label_weight: float = 1.0,
     unl_model_noise: bool = True,
+    consistency_threshold: float = 0.0,
     jit_compile: bool = False,
     **model_kwargs,
 ) -> student.NoisyStudent:
@@ -289,6 +290,7 @@ def make_trainer(
             label_data_sample_prob=label_data_sample_prob,
             label_weight=label_weight,
             unl_model_noise=unl_model_noise,
+            consistency_threshold=consistency_threshold,
         ),
         teacher=teacher,
     )
@@ -314,6 +316,7 @@ def make_batch(num_labeled: int = 4, num_unlabeled: int = 0, seed: int = 0) -> d
             "unl_label": tf.constant(rng.integers(0, NUM_CLASSES, num_unlabeled).astype(np.int32)),
             "unl_probs": tf.constant(probs),
             "teacher_image": images(num_unlabeled),
+            "weak_image": images(num_unlabeled),
         }
     return batch
 

@@ -99,7 +99,7 @@ class StudyConfig(Settings):
     studies: str = setting(
         "all",
         "Joined with ',', or all of them: noise, labels, ratio, amount, size, balance, joint, start, "
-        "rounds.",
+        "teaching, rounds.",
     )
     seeds: str = setting("0,1,2", "Seeds, joined with ','; every arm is run with each.")
     quick: bool = setting(

@@ -225,6 +225,14 @@ class TrainConfig(Settings):
         None,
         "Resolution of the on-the-fly teacher; default: its variant's (the task's when small).",
     )
+    consistency_threshold: float = setting(
+        0.0,
+        "Without a teacher: the student's own prediction of the unlabeled image, cropped and flipped "
+        "only, is the hard label of the augmented one if its probability reaches this (FixMatch: "
+        "0.95); 0: pseudo labels of a teacher.",
+        low=0,
+        high=1,
+    )
     init_model: bool = setting(False, "Start from the weights at init_model_path.")
     init_model_path: str | None = setting(None, "Checkpoint to start from.")
     init_weights: str | None = setting(

@@ -314,6 +314,7 @@ def unlabeled_batches(
     start_step: int = 0,
     shuffle_buffer: int = 10000,
     teacher_preprocessing: Preprocessing | None = None,
+    weak_preprocessing: Preprocessing | None = None,
     share: Share = WHOLE,
 ) -> tf.data.Dataset:
     """Endless training batches of pseudo-labeled records.
@@ -322,11 +323,14 @@ def unlabeled_batches(
       batch_size: over all replicas.
       teacher_preprocessing: when given, records need no stored labels and each image also comes
         clean, at the teacher's resolution.
+      weak_preprocessing: when given, records need no stored labels and each image also comes from
+        it, drawn independently.
       share: see `labeled_batches`.
 
     Yields:
       `unl_image` [B, S, S, 3] and either `unl_label` int32 [B], `unl_probs` float32
-      [B, num_classes], or `teacher_image` [B, T, T, 3]; B = batch_size / replicas.
+      [B, num_classes], or `teacher_image` [B, T, T, 3], or `weak_image` [B, S, S, 3];
+      B = batch_size / replicas.
     """
 
     def prepare(index: tf.Tensor, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -336,6 +340,13 @@ def unlabeled_batches(
             return {
                 "unl_image": preprocessing.train(image, sample_seed),
                 "teacher_image": teacher_preprocessing.evaluate(image),
+            }
+        if weak_preprocessing is not None:
+            image = tfexamples.parse_unlabeled(serialized)
+            weak_seed = tf.random.experimental.stateless_fold_in(sample_seed, 1)
+            return {
+                "unl_image": preprocessing.train(image, sample_seed),
+                "weak_image": weak_preprocessing.train(image, weak_seed),
             }
         example = tfexamples.parse_pseudo_labeled(serialized, num_classes)
         return {

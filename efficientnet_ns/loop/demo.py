@@ -8,7 +8,6 @@ import subprocess
 import sys
 from typing import Any
 
-import numpy as np
 from absl import logging
 
 from efficientnet_ns import report
@@ -132,39 +131,41 @@ def table_row(result: dict[str, Any], labeled: int, num_image: int) -> dict[str,
     }
 
 
-def spread(results: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Mean and spread over seeds, per model and of what the last student is better by.
+def spread(results: list[list[dict[str, Any]]]) -> list[dict[str, str]]:
+    """Mean and spread over seeds: of each model, and of what the last student is better by.
 
     Args:
       results: of `run_seed`, by seed.
     """
-    top1 = {
-        part: np.array([[100 * row["measured"][part]["top1"] for row in rows] for rows in results])
-        for part in ("dev", "test")
-    }
-    table = {}
+    title = f"top-1, % (n={len(results)})"
+    table = []
     for place, row in enumerate(results[0]):
-        table[picture_report.name_of(row["round"])] = {
-            part: study_results.with_spread(*study_results.mean_sd(values[:, place]))
-            for part, values in top1.items()
+        found = {part: _top1(results, part, place) for part in ("dev", "test")}
+        cells = {
+            part: study_results.with_spread(*study_results.mean_sd(values))
+            for part, values in found.items()
         }
+        table.append({title: picture_report.name_of(row["round"]), **cells})
     for name, place in (("teacher", 0), ("control", -1)):
-        table[f"last student - {name}"] = {
-            part: _mean_and_interval(values[:, -2] - values[:, place])
-            for part, values in top1.items()
-        }
-    return [
-        {f"top-1, % (n={len(results)})": name, **{k: str(v) for k, v in row.items()}}
-        for name, row in table.items()
-    ]
+        cells = {}
+        for part in ("dev", "test"):
+            pairs = zip(_top1(results, part, -2), _top1(results, part, place))
+            cells[part] = _mean_and_interval([student - other for student, other in pairs])
+        table.append({title: f"last student - {name}", **cells})
+    return table
 
 
-def _mean_and_interval(differences: np.ndarray) -> str:
+def _top1(results: list[list[dict[str, Any]]], part: str, place: int) -> list[float]:
+    """In percent, by seed."""
+    return [100 * rows[place]["measured"][part]["top1"] for rows in results]
+
+
+def _mean_and_interval(differences: list[float]) -> str:
+    mean = sum(differences) / len(differences)
     half = study_results.noise(differences)
-    mean = differences.mean()
     if half is None:
         return f"{mean:+.1f}"
-    return f"{mean:+.1f} (95 %: {mean - half:+.1f} to {mean + half:+.1f}; least {differences.min():+.1f})"
+    return f"{mean:+.1f} (95 %: {mean - half:+.1f} to {mean + half:+.1f}; least {min(differences):+.1f})"
 
 
 def what_came_out(results: list[dict[str, Any]]) -> str:

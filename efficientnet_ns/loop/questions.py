@@ -27,6 +27,8 @@ class Method:
       pretrain: the student learns from pseudo labels only, then repeats the last quarter of the
         schedule with labels only.
       labels_only: a single model learns from labels only, for the steps of teacher plus student.
+      own_labels: a single model learns from labels and from its own predictions of weakly augmented
+        unlabeled images (FixMatch, arXiv 2001.07685), for the steps of teacher plus student.
     """
 
     rounds: int = 1
@@ -37,6 +39,7 @@ class Method:
     warm_start: bool = False
     pretrain: bool = False
     labels_only: bool = False
+    own_labels: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +182,16 @@ STUDIES: dict[str, Study] = {
                 against="from scratch, a quarter of the steps",
                 quick=False,
             ),
+        },
+    ),
+    "teaching": Study(
+        "Is a teacher better than the student's own predictions while it learns?",
+        "not in the paper; FixMatch is arXiv 2001.07685",
+        "It does not compare with consistency training.",
+        {
+            "a teacher's labels": Arm({}),
+            "own labels (FixMatch, threshold 0.95)": Arm({"own_labels": True}),
+            "labels only, as many steps": Arm({"labels_only": True}),
         },
     ),
     "rounds": Study(

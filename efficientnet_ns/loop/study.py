@@ -99,6 +99,10 @@ def split_changes(changes: Mapping[str, Any]) -> tuple[Method, dict[str, Any], d
     return Method(**method), settings, selecting
 
 
+# Smoothed labels would keep the predictions of labeled images below the threshold.
+_FIXMATCH = {"consistency_threshold": 0.95, "label_smoothing": 0.0}
+
+
 def pieces(config: Config, loop: LoopConfig, changes: Mapping[str, Any]) -> list[Work]:
     """The pieces of an arm, in order; the last one trains the model that is its result.
 
@@ -115,9 +119,11 @@ def pieces(config: Config, loop: LoopConfig, changes: Mapping[str, Any]) -> list
     student = student.override(**settings)
     steps = max(1, round(student.train.train_steps * method.steps))
     student = _widened(student, method.student_width).override(train_steps=steps)
-    if method.labels_only:
-        labels_only = {"unlabel_ratio": 0.0, "unlabel_data_dir": ""}
-        student = student.override(train_steps=teacher.train.train_steps + steps, **labels_only)
+    if method.labels_only or method.own_labels:
+        changed = {"unlabel_ratio": 0.0, "unlabel_data_dir": ""}
+        if method.own_labels:
+            changed = {**_FIXMATCH, "unlabel_data_dir": config.data.unlabel_data_dir}
+        student = student.override(train_steps=teacher.train.train_steps + steps, **changed)
         return [Work("train", _placed(student, loop))]
     work = [Work("train", _placed(_widened(teacher, method.teacher_width), loop))]
     for _ in range(method.rounds):
@@ -141,8 +147,10 @@ def _widened(config: Config, factor: float) -> Config:
 
 
 def _placed(config: Config, loop: LoopConfig) -> Config:
-    """With the model_dir that its settings determine."""
-    return config.override(model_dir=_folder("train", config.identity(), loop))
+    """With the model_dir that its settings determine; defaults are left out, so that new ones may come."""
+    defaults = Config().identity()
+    settings = {k: v for k, v in config.identity().items() if v != defaults[k]}
+    return config.override(model_dir=_folder("train", settings, loop))
 
 
 def _folder(kind: str, settings: Mapping[str, Any], loop: LoopConfig) -> str:

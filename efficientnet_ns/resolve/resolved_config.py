@@ -292,12 +292,16 @@ class ResolvedConfig:
                 teacher = dataclasses.replace(
                     self.preprocessing(), image_size=self.teacher_image_size
                 )
+            weak = None
+            if train.consistency_threshold:
+                weak = dataclasses.replace(self.unlabeled_preprocessing, augmentation=None)
             parts.append(
                 pipeline.unlabeled_batches(
                     unlabeled,
                     self.unlabeled_preprocessing,
                     batch_size=self.unlabeled_batch_size,
                     teacher_preprocessing=teacher,
+                    weak_preprocessing=weak,
                     **shared,
                 )
             )
@@ -360,7 +364,7 @@ class ResolvedConfig:
 
     def _check_unlabeled(self, payload: bytes) -> None:
         pipeline.check_image(payload)
-        if not self.config.train.teacher_model_name:
+        if not (self.config.train.teacher_model_name or self.config.train.consistency_threshold):
             tfexamples.parse_pseudo_labeled(tf.constant(payload), self.num_classes)
             self._check_labeled(payload)
 

@@ -71,6 +71,8 @@ def _augmentation(preprocessing: pipeline.Preprocessing) -> str:
 def _label_source(batch: dict[str, tf.Tensor]) -> str:
     if "unl_probs" in batch:
         return "pseudo labels with the teacher's confidence"
+    if "weak_image" in batch:
+        return "labeled by the student itself"
     return "labeled by the teacher on the fly"
 
 

@@ -42,6 +42,7 @@ def _check_data(config: Config) -> None:
             f"--teacher_model_name={train.teacher_model_name} has no effect without --unlabel_ratio: "
             "set --unlabel_ratio, or drop the teacher"
         )
+    _check_consistency(train)
     if not 0 < train.label_data_sample_prob <= 1:
         raise ConfigError(
             f"--label_data_sample_prob={train.label_data_sample_prob} must be above 0 and at most 1"
@@ -50,6 +51,23 @@ def _check_data(config: Config) -> None:
         raise ConfigError(
             f"--teacher_softmax_temp={train.teacher_softmax_temp}: "
             "use -1 for hard labels, or a positive temperature"
+        )
+
+
+def _check_consistency(train: TrainConfig) -> None:
+    threshold, smoothing = train.consistency_threshold, train.label_smoothing
+    if not threshold:
+        return
+    if train.teacher_model_name or not train.unlabel_ratio:
+        raise ConfigError(
+            f"--consistency_threshold={threshold} takes the place of a teacher and needs unlabeled images: "
+            "drop --teacher_model_name and set --unlabel_ratio"
+        )
+    # With smoothed labels, the probability of a perfectly learned label is about 1 - smoothing.
+    if threshold >= 1 - smoothing:
+        raise ConfigError(
+            f"--consistency_threshold={threshold} is out of reach with --label_smoothing={smoothing}: "
+            "set --label_smoothing=0, or lower the threshold"
         )
 
 

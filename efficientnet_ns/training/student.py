@@ -16,7 +16,8 @@ class NoisyStudent(tf.keras.Model):
 
     A batch is a dict: `image` [B, S, S, 3] and `label` int32 [B]; with unlabeled data also
     `unl_image` [U, S, S, 3], and either stored pseudo labels `unl_label` int32 [U] and `unl_probs`
-    float32 [U, C], or `teacher_image` [U, T, T, 3] for a teacher that labels on the fly.
+    float32 [U, C], or `teacher_image` [U, T, T, 3] for a teacher that labels on the fly, or
+    `weak_image` [U, S, S, 3] for the student's own labels (FixMatch, arXiv 2001.07685).
 
     Args:
       student: the model that learns; images in 0..255 → logits [N, C].
@@ -47,18 +48,21 @@ class NoisyStudent(tf.keras.Model):
 
     def train_step(self, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Updates student and averages; returns the means of what is logged since the last reset."""
-        settings, images, labels = self.settings, batch["image"], batch["label"]
-
+        settings, labels = self.settings, batch["label"]
+        parts = [batch["image"]]
         if settings.unlabel_ratio:
-            pseudo_labels, pseudo_probs = self._pseudo_labels(batch)
-            # One batch, so that both kinds of images share batch-norm statistics. In float, because
-            # interpolated pixels may exceed 0..255 slightly.
-            images = tf.concat([tf.cast(x, tf.float32) for x in (images, batch["unl_image"])], 0)
+            parts.append(batch["unl_image"])
+        if settings.consistency_threshold:
+            parts.append(batch["weak_image"])
+        sizes = [part.shape[0] for part in parts]
+        # One batch, so that all kinds of images share batch-norm statistics. In float, because
+        # interpolated pixels may exceed 0..255 slightly.
+        images = tf.concat([tf.cast(x, tf.float32) for x in parts], 0) if parts[1:] else parts[0]
         variables = self.student.trainable_variables
-        with tf.GradientTape() as tape, self._noise(labels.shape[0], images.shape[0]):
+        with tf.GradientTape() as tape, self._noise(sizes):
             # --- Forward pass, with dropout and stochastic depth
             logits = self.student(images, training=True)
-            labeled_logits, unlabeled_logits = tf.split(logits, [labels.shape[0], -1])
+            labeled_logits, *unlabeled_logits = tf.split(logits, sizes)
             # --- L = label_weight · L_labeled + unlabel_ratio · L_unlabeled + weight_decay · Σ½‖v‖²
             smoothing, keep = settings.label_smoothing, settings.label_data_sample_prob
             labeled = losses.smoothed_cross_entropy(labeled_logits, labels, smoothing)
@@ -68,8 +72,10 @@ class NoisyStudent(tf.keras.Model):
             logs = {"lab/loss": tf.reduce_mean(labeled)}
             data_loss = logs["lab/loss"] * settings.label_weight
             if settings.unlabel_ratio:
-                unlabeled = losses.pseudo_label_loss(
-                    unlabeled_logits, pseudo_labels, pseudo_probs, smoothing=smoothing
+                strong_logits, *weak_logits = unlabeled_logits
+                pseudo_labels, pseudo_probs, weight = self._pseudo_labels(batch, *weak_logits)
+                unlabeled = weight * losses.pseudo_label_loss(
+                    strong_logits, pseudo_labels, pseudo_probs, smoothing=smoothing
                 )
                 logs["ext/loss"] = tf.reduce_mean(unlabeled)
                 data_loss += settings.unlabel_ratio * logs["ext/loss"]
@@ -89,29 +95,45 @@ class NoisyStudent(tf.keras.Model):
         if settings.unlabel_ratio:
             # The original compares with the stored label even when a teacher labels on the fly.
             reference = batch.get("unl_label", pseudo_labels)
-            logs |= _confidence(unlabeled_logits, reference, "unl", "unl/acc_to_dump")
+            logs |= _confidence(strong_logits, reference, "unl", "unl/acc_to_dump")
+            if weak_logits:
+                logs["unl/used"] = tf.reduce_mean(weight)
             if pseudo_probs is not None:
                 logs["unl/target_prob"] = tf.reduce_mean(tf.reduce_max(pseudo_probs, -1))
         # Keras evaluates the schedule in apply_gradients; earlier, this reads the previous step's rate.
         logs["train/lr"] = tf.identity(self.optimizer.learning_rate)
         return self._averaged(logs)
 
-    def _pseudo_labels(self, batch: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor | None]:
-        """Hard labels int32 [U]; at a positive temperature also soft ones float32 [U, C]."""
+    def _pseudo_labels(
+        self, batch: dict[str, tf.Tensor], weak_logits: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor | float]:
+        """Hard labels int32 [U]; at a positive temperature also soft ones float32 [U, C]; weights.
+
+        Args:
+          weak_logits: of the student for `weak_image`, [U, C]; then only hard labels, with weight 0
+            where it is not sure.
+        """
+        if weak_logits is not None:
+            probs = tf.nn.softmax(tf.stop_gradient(weak_logits))
+            sure = tf.reduce_max(probs, -1) >= self.settings.consistency_threshold
+            return tf.argmax(probs, -1, output_type=tf.int32), None, tf.cast(sure, tf.float32)
         temperature = self.settings.teacher_softmax_temp
         if self.teacher is None:
             probs = batch["unl_probs"]
             soft = losses.sharpen(probs, temperature) if temperature > 0 else None
-            return batch["unl_label"], soft
+            return batch["unl_label"], soft, 1.0
         logits = tf.stop_gradient(self.teacher(batch["teacher_image"], training=False))
         soft = tf.nn.softmax(logits / temperature) if temperature > 0 else None
-        return tf.argmax(logits, -1, output_type=tf.int32), soft
+        return tf.argmax(logits, -1, output_type=tf.int32), soft, 1.0
 
-    def _noise(self, num_labeled: int, num_images: int) -> contextlib.AbstractContextManager[None]:
-        """Noise determined by seed, step and row in the global batch, where labeled rows come first.
+    def _noise(self, sizes: list[int]) -> contextlib.AbstractContextManager[None]:
+        """Noise determined by seed, step and row in the global batch: part after part, labeled first.
 
         The layers of the student read it from the context, because Keras passes nothing but `training`
         through a functional model.
+
+        Args:
+          sizes: rows of each part of a replica's batch.
         """
         context = tf.distribute.get_replica_context()
         replica, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
@@ -119,15 +141,12 @@ class NoisyStudent(tf.keras.Model):
             [tf.cast(self.settings.seed, tf.int32), tf.cast(self.optimizer.iterations, tf.int32)]
         )
         seed = layers.fold_in(seed, 0)
-        quiet_from = None if self.settings.unl_model_noise else num_labeled
+        quiet_from = None if self.settings.unl_model_noise else sizes[0]
         if replicas == 1:
             return layers.noise_seed(seed, quiet_from=quiet_from)
-        num_unlabeled = num_images - num_labeled
-        rows = [layers.Rows(replica * num_labeled, num_labeled)]
-        if num_unlabeled:
-            first = replicas * num_labeled + replica * num_unlabeled
-            rows.append(layers.Rows(first, num_unlabeled))
-        return layers.noise_seed(seed, rows, replicas * num_images, quiet_from)
+        starts = [replicas * sum(sizes[:part]) for part in range(len(sizes))]
+        rows = [layers.Rows(start + replica * size, size) for start, size in zip(starts, sizes)]
+        return layers.noise_seed(seed, rows, replicas * sum(sizes), quiet_from)
 
     def _averaged(self, logs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         for name, value in logs.items():
@@ -140,7 +159,9 @@ class NoisyStudent(tf.keras.Model):
         names = ["lab/acc", "lab/pred_prob", "lab/loss"]
         if self.settings.unlabel_ratio:
             names += ["unl/acc_to_dump", "unl/pred_prob", "ext/loss"]
-            if self.settings.teacher_softmax_temp > 0:
+            if self.settings.consistency_threshold:
+                names.append("unl/used")
+            elif self.settings.teacher_softmax_temp > 0:
                 names.append("unl/target_prob")
         names += ["train/data_loss", "train/loss", "train/lr"]
         self._means = {name: tf.keras.metrics.Mean(name) for name in names}

@@ -194,6 +194,18 @@ def test_images_for_a_teacher_are_the_clean_crop(pseudo):
             np.testing.assert_array_equal(image, images.eval_image(pictures()[label], 24))
 
 
+def test_weak_images_are_drawn_apart_from_the_augmented_ones(pseudo):
+    """The strong ones are those of a training with a teacher; the weak ones are cropped by themselves."""
+    weak = dataclasses.replace(NOISED, augmentation=None)
+    (batch,) = take(unlabeled_batches(pseudo, NOISED, weak_preprocessing=weak), 1)
+    (strong,) = take(unlabeled_batches(pseudo, NOISED), 1)
+    (unaugmented,) = take(unlabeled_batches(pseudo, weak), 1)
+    assert set(batch) == {"unl_image", "weak_image"}
+    np.testing.assert_array_equal(batch["unl_image"], strong["unl_image"])
+    assert batch["weak_image"].shape == unaugmented["unl_image"].shape
+    assert np.any(batch["weak_image"] != unaugmented["unl_image"])
+
+
 def test_a_teacher_needs_no_stored_labels(tmp_path):
     source = write_shard(tmp_path, [tfexamples.unlabeled_example(p) for p in pictures()])
     (batch,) = take(unlabeled_batches(source, CLEAN, teacher_preprocessing=CLEAN), 1)

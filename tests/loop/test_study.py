@@ -181,6 +181,11 @@ def test_what_the_method_changes(config, folder):
     alone = pieces(config, folder, labels_only=True)
     assert kinds(alone) == ["train"]
     assert (alone[0].config.train.train_steps, alone[0].config.train.unlabel_ratio) == (5, 0)
+    own = pieces(config, folder, own_labels=True)
+    assert kinds(own) == ["train"]
+    assert (own[0].config.train.train_steps, own[0].config.train.unlabel_ratio) == (5, 1)
+    assert own[0].config.train.consistency_threshold == 0.95
+    assert own[0].config.data.unlabel_data_dir == config.data.unlabel_data_dir
     warm = last(warm_start=True)
     assert warm.train.init_model
     assert warm.train.init_model_path == teacher[0].config.train.model_dir

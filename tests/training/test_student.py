@@ -150,6 +150,25 @@ def test_updates_by_hand(kind):
     assert int(trainer.optimizer.iterations) == 3
 
 
+def test_own_labels_by_hand():
+    """Only sure predictions of the weak image count, as hard labels of the strong one."""
+    trainer = make_trainer(unlabel_ratio=RATIO, consistency_threshold=0.35, **NO_NOISE)
+    batch = make_batch(4, 6)
+    parts = [batch[name] for name in ("image", "unl_image", "weak_image")]
+    logits = trainer.student(tf.concat(parts, 0), training=True)
+    labeled, strong, weak = tf.split(tf.nn.log_softmax(logits).numpy(), [4, 6, 6])
+    own, sure = np.argmax(weak, -1), np.exp(np.max(weak, -1)) >= 0.35
+    assert 0 < sure.sum() < 6
+    smooth = 0.9 * np.eye(NUM_CLASSES) + 0.1 / NUM_CLASSES
+    expected = -np.sum(smooth[batch["label"]] * labeled) / 4
+    expected += RATIO * -np.sum(sure[:, None] * smooth[own] * strong) / 6
+    trainer = make_trainer(unlabel_ratio=RATIO, consistency_threshold=0.35, **NO_NOISE)
+    (logs,) = steps(trainer, batch)
+    assert logs["train/data_loss"] == pytest.approx(expected, rel=1e-5)
+    assert logs["unl/used"] == pytest.approx(sure.mean())
+    assert logs["unl/acc_to_dump"] == np.mean(np.argmax(strong, -1) == batch["unl_label"])
+
+
 def test_call_is_the_student_without_noise():
     trainer = make_trainer(**STRONG_NOISE)
     images = make_batch()["image"]

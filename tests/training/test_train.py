@@ -501,6 +501,14 @@ def test_checkpoint_of_another_number_of_classes(straight, tmp_path):
         ({"init_skip": "stem,head/["}, r"--init_skip: 'head/\[' is not a regular expression"),
         ({"augment_name": "randaugmnet"}, "--augment_name='randaugmnet'"),
         ({"label_weight": 0.0}, "--label_weight=0 without --unlabel_ratio"),
+        (
+            {"consistency_threshold": 0.95},
+            "--consistency_threshold=0.95 takes the place of a teacher",
+        ),
+        (
+            {"consistency_threshold": 0.95, "unlabel_ratio": 1.0, "unlabel_data_dir": "/u"},
+            "--consistency_threshold=0.95 is out of reach with --label_smoothing=0.1",
+        ),
         ({"teacher_model_name": "efficientnet-b0"}, "--teacher_model_path"),
         ({"teacher_model_path": "somewhere"}, "--teacher_model_name"),
         ({"init_model": True}, "--init_model needs --init_model_path"),
