@@ -172,6 +172,23 @@ def test_stated_accuracies_are_those_of_the_papers():
         assert f"{recipe.top1} %" in runs["student"]
 
 
+def test_page_lists_every_run_with_its_accuracy():
+    """A run of one size is a cell of the table by size, any other one is named."""
+    page = (ROOT / "docs/presets.md").read_text()
+    rows = {
+        row[0]: row[1:4] for row in re.findall(r"^\| (\w\d) " + 3 * r"\| ([\d.]+).*? ", page, re.M)
+    }
+    assert sorted(rows) == sorted(SIZES)
+    roles = ("teacher", "student", "student_on_the_fly")
+    for preset in RUNS:
+        name = preset.removeprefix("flags/run/").removesuffix(".flags")
+        size, _, role = name.removeprefix("imagenet/").partition("_")
+        if name.startswith("imagenet/") and role in roles:
+            assert f"{rows[size][roles.index(role)]} %" in text_of(preset), preset
+        else:
+            assert f"`{name}`" in page, preset
+
+
 @pytest.mark.parametrize(
     "preset, more",
     [
