@@ -70,4 +70,10 @@ def count_variant(
       image_size: side of the input in pixels; None takes the variant's resolution.
     """
     with tf.Graph().as_default():  # Where variables are declared, not initialised.
-        return count(efficientnet.build_model(variant, num_classes, image_size))
+        model = efficientnet.build_model(variant, num_classes, image_size)
+        counted = count(model)
+    # In a graph, Keras turns the classes of layers into those of TensorFlow 1, also for models that
+    # exist; the next layer that is made of a class turns it back.
+    for kind in {type(model), *map(type, model.layers)}:
+        kind.__new__(kind)
+    return counted

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -153,6 +154,15 @@ def test_count_of_a_built_model():
     # Four times the positions, except in the squeeze, the excitation and the dense layer.
     assert 3.9 < larger.multiply_adds / counts.multiply_adds < 4
     assert (larger.params, larger.statistics) == (counts.params, counts.statistics)
+
+
+def test_counting_leaves_models_as_they_are():
+    """Building one in a graph makes Keras invalidate those that were built before, if nothing is done."""
+    model = efficientnet.build_model("efficientnet-test", 3, 16)
+    images = tf.ones([1, 16, 16, 3])
+    before = model(images)
+    complexity.count_variant("efficientnet-test")
+    np.testing.assert_array_equal(model(images), before)
 
 
 def test_unknown_size_is_refused():

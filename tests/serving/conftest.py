@@ -19,12 +19,6 @@ from efficientnet_ns.models import efficientnet
 from efficientnet_ns.serving import export
 
 
-@pytest.fixture(scope="module", autouse=True)
-def layers_for_eager_execution() -> None:
-    """A model built in a graph leaves Keras' layer classes there, until the next one is built."""
-    efficientnet.build_model("efficientnet-test", CLASSES, SIZE)
-
-
 @pytest.fixture(scope="session")
 def model() -> tf.keras.Model:
     made = efficientnet.build_model("efficientnet-test", CLASSES, SIZE)
