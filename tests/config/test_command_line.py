@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from absl import flags
 
@@ -134,7 +135,7 @@ def test_help_shows_every_flag(program, entry_flags):
 
 @pytest.mark.parametrize("entry", ["main", "list_models", "label_beam"])
 def test_leftover_words_end_the_program(entry):
-    answer = run("-m", f"efficientnet_ns.{entry}", "oops")
+    answer = forks.python("-m", f"efficientnet_ns.{entry}", "oops")
     assert answer.returncode == 2
     assert "'oops'" in answer.stderr and "Traceback" not in answer.stderr
 
@@ -154,7 +155,7 @@ def test_leftover_words_end_the_program(entry):
     ],
 )
 def test_wrong_settings_are_one_line(entry, arguments, message):
-    answer = run("-m", f"efficientnet_ns.{entry}", *arguments)
+    answer = forks.python("-m", f"efficientnet_ns.{entry}", *arguments)
     assert answer.returncode == 2
     assert message in answer.stderr and "Traceback" not in answer.stderr
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import forks
 import pytest
 import tensorflow as tf
 
@@ -191,12 +192,7 @@ def run_and_die(folder: Path, point: str) -> None:
 def killed(tmp_path_factory) -> Path:
     """A folder per kill point, as the killed process left it."""
     base = tmp_path_factory.mktemp("killed")
-    child = subprocess.run(
-        [sys.executable, __file__, str(base)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-    )
+    child = forks.python(__file__, base)
     assert child.returncode == 0, child.stderr
     assert json.loads(child.stdout) == dict.fromkeys(KILL_POINTS, -signal.SIGKILL)
     return base

@@ -6,10 +6,10 @@ import dataclasses
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import image_files
 import numpy as np
 import pytest
@@ -223,20 +223,11 @@ def test_what_is_needed(weights_path, photos):
         next(photo_files.predict_images(Config(), weights_path, photos))
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "efficientnet_ns.predict_image", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_command_line(config, folder, photos, bad_photos):
     bad = next(iter(bad_photos))
     # Photos may stand anywhere between the flags.
-    done = run(
-        photos[0],
+    done = forks.python(
+        *("-m", "efficientnet_ns.predict_image", photos[0]),
         *("--model_name=efficientnet-test", f"--task_name={config.data.task_name}"),
         *(bad, f"--weights={folder}", "--top=2", photos[1], "--json"),
     )
@@ -251,7 +242,7 @@ def test_command_line(config, folder, photos, bad_photos):
 
 
 def test_nothing_to_do_is_said_at_once():
-    done = run("--weights=model")
+    done = forks.python("-m", "efficientnet_ns.predict_image", "--weights=model")
     assert done.returncode == 2 and done.stdout == ""
     assert "at least one photo" in done.stderr and "Traceback" not in done.stderr
 

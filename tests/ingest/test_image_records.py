@@ -14,6 +14,7 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -511,8 +512,7 @@ def test_sources_that_are_none(tmp_path):
 def test_command_line(tmp_path):
     folder = write_folder(tmp_path / "in", files())
     arguments = [f"--source={folder}", f"--output_dir={tmp_path / 'out'}", "--limit=4"]
-    command = [sys.executable, "-m", "efficientnet_ns.make_records", *arguments]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    answer = forks.python("-m", "efficientnet_ns.make_records", *arguments)
     assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout) == {"train": 4}
     assert len(contents(tmp_path / "out")) == 4

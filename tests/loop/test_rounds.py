@@ -7,10 +7,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -221,22 +220,14 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "moments", [MOMENTS[1:3], pytest.param(MOMENTS, marks=pytest.mark.slow)], ids=["two", "all"]
-)
-def test_killed_and_continued(folder, config, undisturbed, moments):
+@pytest.mark.slow
+def test_killed_and_continued(folder, config, undisturbed):
     """One round less, whose results are those of the first round of two."""
-    loop = loop_in(folder, f"killed-{len(moments)}", 1)
-    arguments = [settings(folder), dataclasses.asdict(loop), moments]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT, *map(json.dumps, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.split() == [str(int(signal.SIGKILL))] * len(moments), done.stderr
-    done_before = {2: "round 1: predict", 5: "round 1: write"}
-    assert list(stages(loop))[-1] == done_before[len(moments)]
+    loop = loop_in(folder, "killed", 1)
+    arguments = [settings(folder), dataclasses.asdict(loop), MOMENTS]
+    done = forks.python("-c", KILLED_AT, *map(json.dumps, arguments))
+    assert done.stdout.split() == [str(int(signal.SIGKILL))] * len(MOMENTS), done.stderr
+    assert list(stages(loop))[-1] == "round 1: write"
 
     reference, expected = undisturbed
     assert rounds.run_loop(config, loop) == expected[:2]
@@ -292,6 +283,7 @@ def test_each_model_has_its_image_size_and_ratio(varied):
     assert [row.get("finetuned") for row in rows] == [None, None, 16]
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_the_end_of_a_schedule_on_clean_labeled_images(varied):
     loop, rows = varied
     tuned = trained_with(Path(loop.work_dir) / "round-1/finetuned-16")
@@ -325,6 +317,7 @@ def test_slash_at_the_end_of_a_path_is_no_other_setting(tmp_path):
         State(str(tmp_path), {"label_data_dir": "data", "seed": 2})
 
 
+@pytest.mark.slow
 def test_fine_tuned_loop_is_continued_and_can_grow(varied, config, monkeypatch):
     loop, rows = varied
     for module, name in ((train, "train_and_evaluate"), (evaluate, "evaluate")):

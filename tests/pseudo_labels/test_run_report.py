@@ -6,12 +6,11 @@ import dataclasses
 import io
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import forks
 import numpy as np
 import pytest
 from fakes import Document, load_outcome, plain_calibration_error
@@ -315,13 +314,8 @@ def test_command(run, tmp_path):
         "truth": "records",
         "previous_prediction_dir": run.config.prediction_dir,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "efficientnet_ns.labeling_report"]
-        + [f"--{name}={value}" for name, value in flags.items()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    arguments = [f"--{name}={value}" for name, value in flags.items()]
+    done = forks.python("-m", "efficientnet_ns.labeling_report", *arguments)
     assert done.returncode == 0, done.stderr
     path = Path(run.config.output_dir) / "report.html"
     assert done.stdout.strip() == str(path)

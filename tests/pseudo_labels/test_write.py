@@ -10,13 +10,12 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+import forks
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -64,16 +63,6 @@ def command(settings: SelectConfig) -> list[str]:
         for name, value in dataclasses.asdict(settings).items()
         if value != getattr(defaults, name)
     ]
-
-
-def in_child(program: list[str], settings: SelectConfig) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    return subprocess.run(
-        [sys.executable, *program, *command(settings)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
 
 
 class Written(NamedTuple):
@@ -130,7 +119,7 @@ def inputs(goldens, tmp_path_factory) -> Path:
 def by_command(inputs) -> tuple[SelectConfig, dict]:
     """Settings and printed result of the command line."""
     settings = config(inputs, "by_command")
-    done = in_child(["-m", "efficientnet_ns.filter_unlabel", "--report"], settings)
+    done = forks.python(*("-m", "efficientnet_ns.filter_unlabel", "--report"), *command(settings))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     # Other runs, whose files are compared, have none.
@@ -297,7 +286,7 @@ runpy.run_module("efficientnet_ns.filter_unlabel", run_name="__main__")
 def test_killed_run_is_continued(inputs, by_command, monkeypatch):
     """The third shard's manifest is there, its records are not yet: it alone is written again."""
     settings = config(inputs, "killed")
-    done = in_child(["-c", KILLED_AT_ITS_THIRD_SHARD], settings)
+    done = forks.python("-c", KILLED_AT_ITS_THIRD_SHARD, *command(settings))
     assert done.returncode == -signal.SIGKILL, done.stderr
     data = Path(settings.output_dir) / "data"
     finished = {path: path.stat().st_mtime_ns for path in data.glob("train-0-*")}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -109,14 +107,9 @@ def test_command_line(tmp_path, models):
     source, target = tmp_path / "source.safetensors", tmp_path / "target.safetensors"
     weights.save_weights(models[0], str(source))
     source.write_bytes(source.read_bytes()[:-1])
-    command = [sys.executable, "-m", "efficientnet_ns.convert_checkpoint"]
+    command = ["-m", "efficientnet_ns.convert_checkpoint"]
     flags = ["--model_name=efficientnet-test", f"--num_label_classes={CLASSES}"]
-    done = subprocess.run(
-        [*command, *flags, f"--source={source}", f"--target={target}"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
+    done = forks.python(*command, *flags, f"--source={source}", f"--target={target}")
     assert done.returncode == 2, done.stderr
     assert f"{source} cannot be read" in done.stderr
     assert "Traceback" not in done.stderr

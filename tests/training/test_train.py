@@ -9,12 +9,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -23,7 +23,6 @@ from fakes import (
     KILLED_BEFORE_STEP_6_IS_SAVED,
     LABELED,
     PACE,
-    ROOT,
     SIZE,
     VALIDATION,
     assert_same_training,
@@ -226,12 +225,7 @@ def test_frozen_layers_stay_as_they_began(on_the_fly):
 def test_killed_training_ends_in_the_same_bits(straight, folder):
     """Steps 5 and 6 were taken but not saved; they are taken again in another process."""
     config = noised(folder, "killed")
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_BEFORE_STEP_6_IS_SAVED, changed_settings(config)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
-        capture_output=True,
-        text=True,
-    )
+    done = forks.python("-c", KILLED_BEFORE_STEP_6_IS_SAVED, changed_settings(config))
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert saved_steps(config.train.model_dir) == [2, 4]
     rows = metrics_log.read_metrics(config.train.model_dir)
@@ -760,21 +754,16 @@ config.run(main, words=True)
 """
 
 
-def test_request_to_stop_saves_and_continues_in_the_same_bits(on_the_fly, folder):
+def test_request_to_stop_saves_and_continues_in_the_same_bits(straight, folder):
     """The signal comes while step 5 is being logged, which no interval would have saved."""
-    config = on_the_fly.override(model_dir=str(folder / "stopped"), preview_images=3)
-    done = subprocess.run(
-        [sys.executable, "-c", ASKED_TO_STOP, changed_settings(config)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
-        capture_output=True,
-        text=True,
-    )
+    config = straight[0].override(model_dir=str(folder / "stopped"), preview_images=3)
+    done = forks.python("-c", ASKED_TO_STOP, changed_settings(config))
     assert done.returncode == 75, done.stderr
     rows = metrics_log.read_metrics(config.train.model_dir)
     assert rows[-1]["step"] in (5, 6)
     assert rows[-1]["step"] == saved_steps(config.train.model_dir)[-1]
     train.train_and_evaluate(config)
-    assert_same_training(config.train.model_dir, on_the_fly.train.model_dir, 7)
+    assert_same_training(config.train.model_dir, straight[0].train.model_dir, 7)
     assert (Path(config.train.model_dir) / preview.FILE).exists()
 
 
