@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import tensorflow as tf
 
@@ -74,6 +75,7 @@ def count_variant(
         counted = count(model)
     # In a graph, Keras turns the classes of layers into those of TensorFlow 1, also for models that
     # exist; the next layer that is made of a class turns it back.
-    for kind in {type(model), *map(type, model.layers)}:
+    kinds: set[Any] = {type(model), *map(type, model.layers)}
+    for kind in kinds:
         kind.__new__(kind)
     return counted

@@ -754,16 +754,16 @@ config.run(main, words=True)
 """
 
 
-def test_request_to_stop_saves_and_continues_in_the_same_bits(straight, folder):
+def test_request_to_stop_saves_and_continues_in_the_same_bits(on_the_fly, folder):
     """The signal comes while step 5 is being logged, which no interval would have saved."""
-    config = straight[0].override(model_dir=str(folder / "stopped"), preview_images=3)
+    config = on_the_fly.override(model_dir=str(folder / "stopped"), preview_images=3)
     done = forks.python("-c", ASKED_TO_STOP, changed_settings(config))
     assert done.returncode == 75, done.stderr
     rows = metrics_log.read_metrics(config.train.model_dir)
     assert rows[-1]["step"] in (5, 6)
     assert rows[-1]["step"] == saved_steps(config.train.model_dir)[-1]
     train.train_and_evaluate(config)
-    assert_same_training(config.train.model_dir, straight[0].train.model_dir, 7)
+    assert_same_training(config.train.model_dir, on_the_fly.train.model_dir, 7)
     assert (Path(config.train.model_dir) / preview.FILE).exists()
 
 
