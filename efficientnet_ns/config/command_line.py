@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,14 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from efficientnet_ns.config import fields, flag_help, log_lines, preemption, program_table
+from efficientnet_ns.config import (
+    fields,
+    flag_files,
+    flag_help,
+    log_lines,
+    preemption,
+    program_table,
+)
 from efficientnet_ns.files import standard_output
 
 _HELP = {"-h", "--h", "-help", "--help", "-helpshort", "--helpshort", "-?", "--?"}
@@ -67,48 +73,12 @@ def run(main: Callable[..., int | None], *settings: type, words: bool = False) -
 
 def _parse(values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
     try:
-        expanded = _expanded(values, arguments[1:])
+        expanded = flag_files.expanded(arguments[1:])
         _refuse_shell_habits(values, expanded)
         return values([arguments[0], *expanded])
     except (flags.Error, fields.ConfigError) as e:
         print(f"{e}\n--help lists the flags.", file=sys.stderr)
         sys.exit(2)
-
-
-def _expanded(values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
-    """The arguments with the lines of flag files in their places, without byte order marks.
-
-    Raises:
-      ConfigError: a flag file is not UTF-8.
-      flags.Error: a flag file cannot be read.
-    """
-    try:
-        lines = values.read_flags_from_files(list(arguments), force_gnu=False)
-    except UnicodeDecodeError as e:
-        path = _first_not_utf8(arguments)
-        raise fields.ConfigError(f"--flagfile={path} is not UTF-8 text") from e
-    stripped = [line.removeprefix("\ufeff") for line in lines]
-    comments = [i for i, line in enumerate(stripped) if line != lines[i] and line[:1] in ("", "#")]
-    return [line for i, line in enumerate(stripped) if i not in comments]
-
-
-def _first_not_utf8(arguments: Sequence[str], seen: tuple[str, ...] = ()) -> str:
-    """Which of the flag files, or of those they name, cannot be decoded; "" if none is."""
-    for place, argument in enumerate(arguments):
-        match = re.fullmatch(r"--?flagfile(?:=(.*))?", argument.strip(), re.DOTALL)
-        if not match:
-            continue
-        path = os.path.expanduser(match[1] if match[1] is not None else arguments[place + 1])
-        if path in seen:
-            continue
-        try:
-            with open(path, encoding="utf-8") as f:
-                lines = f.read().splitlines()
-        except UnicodeDecodeError:
-            return path
-        if found := _first_not_utf8(lines, (*seen, path)):
-            return found
-    return ""
 
 
 def _refuse_shell_habits(values: flags.FlagValues, arguments: Sequence[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+from efficientnet_ns.config import flag_files
+
 # What most trainings are told.
 _TRAINING = (
     *("label_data_dir", "unlabel_data_dir", "task_name", "data_source", "model_name"),
@@ -94,6 +96,7 @@ def listing() -> str:
             *lines,
             "",
             "python -m efficientnet_ns.<program> --help",
+            f"Presets (--flagfile=flags/…) and scripts for Cloud TPU: {flag_files.presets()}",
         ]
     )
 

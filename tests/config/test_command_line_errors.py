@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tensorflow as tf
 from absl import flags
 
 from efficientnet_ns import config
 from efficientnet_ns.benchmarks import registry
-from efficientnet_ns.config import Config, ConfigError, MakeConfig, command_line, fields
+from efficientnet_ns.config import (
+    Config,
+    ConfigError,
+    MakeConfig,
+    command_line,
+    fields,
+    flag_files,
+)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +92,25 @@ def test_a_flag_file_in_another_encoding_is_named(tmp_path, capsys):
 def test_a_flag_file_may_begin_with_a_byte_order_mark(first, tmp_path):
     content = f"{first}--source=a b\n--seed=3\n".encode("utf-8-sig")
     assert _parsed(tmp_path, content, "source", "seed") == ["a b", 3]
+
+
+def test_flag_files_are_read_where_they_stand(tmp_path, monkeypatch):
+    """Later flags override; a file that names itself is read once; presets need no repository."""
+    monkeypatch.chdir(tmp_path)
+    preset = tmp_path / "installed" / "flags" / "part.flags"
+    preset.parent.mkdir(parents=True)
+    preset.write_text("// a comment\n--seed=2\n\n")
+    monkeypatch.setattr(flag_files, "presets", lambda: tmp_path / "installed")
+    Path("own.flags").write_text(
+        "--seed=1\n--flagfile=own.flags\n  --flagfile=flags/part.flags \n--a b\n"
+    )
+    words = ["x", "--flagfile", "own.flags", "--seed=3", "--", "--flagfile=own.flags"]
+    expected = ["x", "--seed=1", "--seed=2", "--a b", "--seed=3", "--", "--flagfile=own.flags"]
+    assert flag_files.expanded(words) == expected
+    with pytest.raises(ConfigError, match="--flagfile=flags/pat.flags: no such file, here or in"):
+        flag_files.expanded(["--flagfile=flags/pat.flags"])
+    with pytest.raises(ConfigError, match="--flagfile needs the path"):
+        flag_files.expanded(["--flagfile"])
 
 
 @pytest.mark.parametrize("quoted", ['"my photos"', "'my photos'"])

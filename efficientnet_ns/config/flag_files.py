@@ -1,0 +1,69 @@
+"""Flag files: arguments, one a line, in place of `--flagfile=PATH`; presets that come with the package."""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from efficientnet_ns.config.fields import ConfigError
+
+_FLAG = re.compile(r"--?flagfile(?:=(.*))?", re.DOTALL)
+
+
+def presets() -> Path:
+    """The folder that holds `flags` and `tpu_scripts`: the repository, or where pip put them."""
+    repository = Path(__file__).parents[2]
+    if (repository / "flags").is_dir():
+        return repository
+    return Path(sysconfig.get_path("data"), "share", "efficientnet_ns")
+
+
+def expanded(arguments: Sequence[str], outer: tuple[Path, ...] = ()) -> list[str]:
+    """The arguments with the lines of flag files, and of those that these name, in their places.
+
+    Empty lines and lines beginning with `#` or `//` are left out. After `--`, nothing is a flag.
+
+    Args:
+      outer: files that are being read, which are not read again.
+
+    Raises:
+      ConfigError: a flag file does not exist, cannot be read, or is not UTF-8 text.
+    """
+    result: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--":
+            return [*result, argument, *rest]
+        match = _FLAG.fullmatch(argument)
+        if not match:
+            result.append(argument)
+            continue
+        if match[1] is None and not rest:
+            raise ConfigError("--flagfile needs the path of a file")
+        path = _found(match[1] if match[1] is not None else rest.pop(0))
+        if path not in outer:
+            result += expanded(_lines(path), (*outer, path))
+    return result
+
+
+def _found(name: str) -> Path:
+    """The file at that path; if there is none, the preset of that name."""
+    given, preset = Path(name).expanduser(), presets() / name
+    for path in (given, preset):
+        if path.is_file():
+            return path
+    raise ConfigError(f"--flagfile={name}: no such file, here or in {presets()}")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"--flagfile={path} is not UTF-8 text") from e
+    except OSError as e:
+        raise ConfigError(f"--flagfile={path}: {e.strerror}") from e
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith(("#", "//"))]
