@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from pages import PAGES, ROOT
 
 import efficientnet_ns
 
-ROOT = Path(__file__).parent.parent
-PAGES = {
-    str(path.relative_to(ROOT)): path.read_text()
-    for path in [
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *sorted((ROOT / "docs").glob("*.md")),
-    ]
-}
 COMMAND = re.compile(r"^python3? -m efficientnet_ns\.(\w+)((?:.*\\\n)*.*)$", re.MULTILINE)
 COMMANDS = [
     pytest.param(program, arguments, id=f"{page}-{number}-{program}")
@@ -85,7 +76,7 @@ def test_every_public_name_is_documented():
     )
     assert sorted(name for _, name in documented) == efficientnet_ns.__all__
     for module, name in documented:
-        source = ROOT / "efficientnet_ns" / Path(*module.split(".")).with_suffix(".py")
+        source = ROOT.joinpath("efficientnet_ns", *module.split(".")).with_suffix(".py")
         assert re.search(rf"^(def |class )?{name}\b", source.read_text(), re.MULTILINE), name
 
 
