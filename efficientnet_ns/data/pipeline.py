@@ -223,8 +223,13 @@ def unlabeled_batches(
 
 
 def _batches(plan: Plan, prepare, start_step: int, share: Share) -> tf.data.Dataset:
-    data = plan.read(start_step * plan.batch_size, share)
-    data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    start = start_step * plan.batch_size
+
+    def prepare_numbered(number: tf.Tensor, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
+        return prepare(plan.index(number, start, share), serialized)
+
+    data = plan.read(start, share)
+    data = data.map(prepare_numbered, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     return data.batch(share.per_replica(plan.batch_size), drop_remainder=True)
 
 
