@@ -155,6 +155,7 @@ def labeled_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    order_since: int = 0,
     shuffle_buffer: int = 10000,
     share: Share = WHOLE,
 ) -> tf.data.Dataset:
@@ -162,6 +163,7 @@ def labeled_batches(
 
     Args:
       batch_size: over all replicas.
+      order_since: see `streams.Plan.step`.
       share: the rows of each batch to prepare.
 
     Yields:
@@ -174,7 +176,7 @@ def labeled_batches(
         return {"image": image, "label": _checked_label(example["label"], num_classes)}
 
     plan = Plan(source, batch_size, seed, shuffle_buffer)
-    return _batches(plan, prepare, start_step, share)
+    return _batches(plan, prepare, plan.step(start_step, order_since), share)
 
 
 def unlabeled_batches(
@@ -185,6 +187,7 @@ def unlabeled_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    order_since: int = 0,
     shuffle_buffer: int = 10000,
     teacher_preprocessing: Preprocessing | None = None,
     share: Share = WHOLE,
@@ -195,7 +198,7 @@ def unlabeled_batches(
       batch_size: over all replicas.
       teacher_preprocessing: when given, records need no stored labels and each image also comes
         clean, at the teacher's resolution.
-      share: see `labeled_batches`.
+      order_since, share: see `labeled_batches`.
 
     Yields:
       `unl_image` [B, S, S, 3] and either `unl_label` int32 [B], `unl_probs` float32
@@ -219,11 +222,11 @@ def unlabeled_batches(
 
     # Another seed than the labeled set's, since both may be the same files.
     plan = Plan(source, batch_size, seed + 1, shuffle_buffer)
-    return _batches(plan, prepare, start_step, share)
+    return _batches(plan, prepare, plan.step(start_step, order_since), share)
 
 
-def _batches(plan: Plan, prepare, start_step: int, share: Share) -> tf.data.Dataset:
-    start = start_step * plan.batch_size
+def _batches(plan: Plan, prepare, step: int, share: Share) -> tf.data.Dataset:
+    start = step * plan.batch_size
 
     def prepare_numbered(number: tf.Tensor, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
         return prepare(plan.index(number, start, share), serialized)

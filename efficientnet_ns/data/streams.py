@@ -179,8 +179,8 @@ class Layout:
         # Without marks, all records of a file come after its start.
         every = [file.every or max(file.records, 1) for file in files]
         self._every = tf.constant(every, tf.int64)
-        sizes = [file.size / max(file.records, 1) or _BUFFER for file in files]
-        self._bytes = tf.constant(sizes, tf.float64)
+        means = [file.size / max(file.records, 1) or _BUFFER for file in files]
+        self._bytes = tf.constant(means, tf.float64)
 
     def shuffled(self, seed: tf.Tensor) -> tf.Tensor:
         """The pieces in random order, by int [2]."""
@@ -224,7 +224,9 @@ class Layout:
             byte_offsets=place.offset[None],
         )
         spec = tf.TensorSpec([], tf.string)
-        return tf.data.experimental.from_variant(records, spec).skip(place.skip).take(place.take)
+        found = tf.data.experimental.from_variant(records, spec).skip(place.skip).take(place.take)
+        # A file with fewer records than were counted would shift all that follow.
+        return found.apply(tf.data.experimental.assert_cardinality(place.take))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +272,18 @@ class Plan:
     @property
     def _holds_all(self) -> bool:
         return self.shuffle_buffer >= self.source.total
+
+    def step(self, step: int, since: int) -> int:
+        """The batch to read at a step of a training.
+
+        Args:
+          since: the step at which a training that was begun in another order came to this one, with
+            the first batch of the next epoch; 0: it was begun in this one.
+        """
+        if not since:
+            return step
+        epochs = -(-since * self.batch_size // self.source.total)
+        return step - since - (-epochs * self.source.total // self.batch_size)
 
     def streams(self, share: Share) -> tuple[int, int]:
         """(first, end) of the streams of which a host prepares rows."""
@@ -341,8 +355,9 @@ class Plan:
         # Of streams with rows of other hosts, too.
         row = functools.partial(self.index, start=0, share=share)
         return data.filter(
-            lambda number, _: (row(number) % self.batch_size >= low)
-            & (row(number) % self.batch_size < high)
+            lambda number, _: (
+                (row(number) % self.batch_size >= low) & (row(number) % self.batch_size < high)
+            )
         )
 
     def index(self, number: tf.Tensor, start: int, share: Share) -> tf.Tensor:

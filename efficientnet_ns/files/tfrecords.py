@@ -276,6 +276,10 @@ class Marks:
         """Of the whole file, of `size` bytes."""
         return Counted(self._records, size, self._every, tuple(self._offsets))
 
+    def noted(self) -> dict[str, Any]:
+        """The same, JSON-able, without the size."""
+        return {key: value for key, value in _entry(self.counted(0)).items() if key != "bytes"}
+
 
 def _measure(path: str, least: int = 1) -> tuple[Counted, int]:
     """(the file with at least so many marks, bytes after its last whole record)."""
@@ -298,7 +302,8 @@ def measure_all(
     """Records per file, from the folder's `counts.json` where it names the file, else counted.
 
     What is counted is kept in `counts.json`, so that it is counted once. A file that has another
-    size than when it was counted is counted again.
+    size than when it was counted is counted again. On an object store, whose files appear whole or
+    not at all, sizes of files that are named there are not looked at.
 
     Args:
       max_bad_fraction: how much of all bytes may lie behind damage, which is left out. Damaged
@@ -310,10 +315,13 @@ def measure_all(
     """
     known = _known(paths, spare)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-        sizes = list(threads.map(lambda path: tf.io.gfile.stat(path).length, paths))
+        sizes = {path: entry["bytes"] for path, entry in known.items()}
+        # On an object store a file appears whole or not at all; to ask for each would take minutes.
+        asked = [path for path in paths if path not in known or "://" not in path]
+        sizes.update(zip(asked, threads.map(lambda path: tf.io.gfile.stat(path).length, asked)))
         new = []
-        for path, size in zip(paths, sizes):
-            entry = known.get(path)
+        for path in paths:
+            entry, size = known.get(path), sizes[path]
             if entry and entry["bytes"] != size and not entry.get("counted"):
                 raise DataError(
                     f"{path} has {size} bytes, but {entry['bytes']} in {COUNTS} next to it: it was "
@@ -323,14 +331,15 @@ def measure_all(
                 raise DataError(f"{path} is empty: write it again, or delete its whole set")
             if not entry or entry["bytes"] != size:
                 new.append(path)
-        least = _marks_per_file(len(paths))
+        least = marks_per_file(len(paths))
         measured = dict(zip(new, threads.map(lambda path: _measure(path, least), new)))
-    _check_damage(measured, max_bad_fraction * sum(sizes))
+    _check_damage(measured, max_bad_fraction * sum(sizes[path] for path in paths))
     _keep({path: file for path, (file, rest) in measured.items() if not rest}, spare)
     return [measured[p][0] if p in measured else _counted(known[p]) for p in paths]
 
 
-def _marks_per_file(files: int) -> int:
+def marks_per_file(files: int) -> int:
+    """How many marks, at least, `counts.json` has of each file of a set of so many."""
     # In all so many that a set can be read from 256 places at the cost of 1 % of it.
     return max(16, 16384 // files)
 
@@ -352,12 +361,10 @@ def _known(paths: Sequence[str], spare: str | None) -> dict[str, dict]:
     """Path → its entry in the `counts.json` beside it, else in that of `spare`."""
     folders = dict.fromkeys(os.path.dirname(path) for path in paths)
     beside = {folder: _known_counts(os.path.join(folder, COUNTS)) for folder in folders}
-    found = dict(_known_counts(os.path.join(spare, COUNTS))) if spare else {}
-    for path in paths:
-        folder, name = os.path.split(path)
-        if name in beside[folder]:
-            found[path] = beside[folder][name]
-    return found
+    elsewhere = _known_counts(os.path.join(spare, COUNTS)) if spare else {}
+    found = {path: beside[os.path.dirname(path)].get(os.path.basename(path)) for path in paths}
+    found = {path: entry or elsewhere.get(path) for path, entry in found.items()}
+    return {path: entry for path, entry in found.items() if entry}
 
 
 def _keep(files: Mapping[str, Counted], spare: str | None) -> None:
@@ -367,14 +374,19 @@ def _keep(files: Mapping[str, Counted], spare: str | None) -> None:
         folder, name = os.path.split(path)
         folders.setdefault(folder, {})[name] = {**_entry(file), "counted": True}
     for folder, entries in folders.items():
-        try:
-            _note(folder, entries)
-        except (tf.errors.OpError, OSError) as e:
-            reason = str(e).splitlines()[0]
-            logging.info("%s cannot be written (%s)", os.path.join(folder, COUNTS), reason)
-            if spare:
-                tf.io.gfile.makedirs(spare)
-                _note(spare, {os.path.join(folder, name): entries[name] for name in entries})
+        if not _could_note(folder, entries) and spare:
+            _could_note(spare, {os.path.join(folder, name): entries[name] for name in entries})
+
+
+def _could_note(folder: str, entries: Mapping[str, dict]) -> bool:
+    try:
+        tf.io.gfile.makedirs(folder)
+        _note(folder, entries)
+    except (tf.errors.OpError, OSError) as e:
+        reason = str(e).splitlines()[0]
+        logging.warning("counts cannot be kept in %s: %s", os.path.join(folder, COUNTS), reason)
+        return False
+    return True
 
 
 def _entry(file: Counted) -> dict[str, Any]:
@@ -437,19 +449,30 @@ def _known_counts(sidecar: str) -> dict:
         ) from e
 
 
-def note_counts(paths: Sequence[str], counts: Sequence[int] | None = None) -> None:
+def note_counts(paths: Sequence[str], counts: Sequence[Mapping[str, Any]] | None = None) -> None:
     """Records the number of records and bytes of files of one folder in its `counts.json`.
 
     Args:
-      counts: records of each file; None: counted.
+      counts: of each file what `Marks.noted` says, or at least its `records`; None: counted.
     """
+    least = marks_per_file(len(paths))
     if counts is None:
-        least = _marks_per_file(len(paths))
         files = [_measure(path, least)[0] for path in paths]
     else:
-        files = [Counted(n, tf.io.gfile.stat(path).length) for path, n in zip(paths, counts)]
-    names = map(os.path.basename, paths)
-    _note(os.path.dirname(paths[0]), {name: _entry(f) for name, f in zip(names, files)})
+        sizes = [tf.io.gfile.stat(path).length for path in paths]
+        files = [_thinned(_counted({**n, "bytes": size}), least) for n, size in zip(counts, sizes)]
+    _note(os.path.dirname(paths[0]), entries(paths, files))
+
+
+def entries(paths: Sequence[str], files: Sequence[Counted]) -> dict[str, dict]:
+    """What the `counts.json` beside files says of them."""
+    return {os.path.basename(path): _entry(file) for path, file in zip(paths, files)}
+
+
+def _thinned(file: Counted, least: int) -> Counted:
+    while len(file.marks) > 2 * least:
+        file = file._replace(every=2 * file.every, marks=file.marks[::2])
+    return file
 
 
 def _note(folder: str, entries: Mapping[str, dict]) -> None:

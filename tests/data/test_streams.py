@@ -108,7 +108,11 @@ def test_hosts_share_one_batch_and_one_reading(sets, files, opened):
 @pytest.mark.parametrize(
     "counts, batch, hosts",
     [
-        ([5, 0, 31, 1, 3, 60], 12, 6),  # Files of unequal sizes, one of them empty; N is no multiple.
+        (
+            [5, 0, 31, 1, 3, 60],
+            12,
+            6,
+        ),  # Files of unequal sizes, one of them empty; N is no multiple.
         ([7, 4], 16, 4),  # Fewer records than a batch has rows.
         ([40] * 9, 30, 15),  # More hosts than streams.
         ([40] * 9, 20, 4),  # Hosts whose rows are no whole number of streams.
