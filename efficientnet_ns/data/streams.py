@@ -35,8 +35,7 @@ import tensorflow as tf
 from efficientnet_ns.files import shard_names, tfrecords
 from efficientnet_ns.files.errors import DataError
 
-# Of the order of records; a training that was begun with another one does not continue within an
-# epoch.
+# A training that was begun in an order of another version continues with the next epoch.
 ORDER_VERSION = 2
 _MOST_STREAMS = 256  # Two sets of them stay below the usual limit of 1024 open files.
 # A run takes about a millisecond to begin; but so many hosts should not read small sets twice.
@@ -277,8 +276,8 @@ class Plan:
         """The batch to read at a step of a training.
 
         Args:
-          since: the step at which a training that was begun in another order came to this one, with
-            the first batch of the next epoch; 0: it was begun in this one.
+          since: the step at which a training that was begun in another order came to this one. It
+            goes on with the first whole batch of the next epoch, of this set; 0: begun in this one.
         """
         if not since:
             return step

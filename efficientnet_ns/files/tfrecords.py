@@ -333,7 +333,7 @@ def measure_all(
                 new.append(path)
         least = marks_per_file(len(paths))
         measured = dict(zip(new, threads.map(lambda path: _measure(path, least), new)))
-    _check_damage(measured, max_bad_fraction * sum(sizes[path] for path in paths))
+    _check_damage(measured, sum(sizes[path] for path in paths), max_bad_fraction)
     _keep({path: file for path, (file, rest) in measured.items() if not rest}, spare)
     return [measured[p][0] if p in measured else _counted(known[p]) for p in paths]
 
@@ -344,8 +344,10 @@ def marks_per_file(files: int) -> int:
     return max(16, 16384 // files)
 
 
-def _check_damage(measured: Mapping[str, tuple[Counted, int]], most: float) -> None:
-    """Logs files with a rest that is left out; DataError if these are more than `most` bytes."""
+def _check_damage(
+    measured: Mapping[str, tuple[Counted, int]], total: int, max_fraction: float
+) -> None:
+    """Logs files with a rest that is left out; DataError if it is too much of `total` bytes."""
     damage = [
         f"{path} is damaged after record {file.records}: {rest} bytes left out"
         for path, (file, rest) in measured.items()
@@ -353,8 +355,8 @@ def _check_damage(measured: Mapping[str, tuple[Counted, int]], most: float) -> N
     ]
     for line in damage:
         logging.warning("%s", line)
-    if sum(rest for _, rest in measured.values()) > most:
-        raise DataError(f"{damage[0]}, more than the limit of {most:.0f} bytes of the set")
+    if sum(rest for _, rest in measured.values()) > max_fraction * total:
+        raise DataError(f"{damage[0]}, more than the fraction {max_fraction} of the set")
 
 
 def _known(paths: Sequence[str], spare: str | None) -> dict[str, dict]:

@@ -146,6 +146,21 @@ def test_a_host_resumes_anywhere_by_a_window_and_a_file(sets, files, opened, rng
         assert sum(count for _, count in opened) <= limit
 
 
+@pytest.mark.parametrize(
+    "step, since, expected", [(7, 0, 7), (30, 30, 32), (35, 30, 37), (32, 32, 32), (65, 33, 96)]
+)
+def test_steps_of_a_training_begun_in_another_order(sets, step, since, expected):
+    """An epoch has 32 batches."""
+    assert Plan(sets(7), 64, 0, 1).step(step, since) == expected
+
+
+def test_a_file_with_fewer_records_than_counted_is_an_error(tmp_path):
+    source = write_set(tmp_path, [8, 8])
+    tfrecords.write(source.paths[1], [payload(i) for i in range(7)])
+    with pytest.raises(tf.errors.OpError, match="8 elements|expected"):
+        read(source, 0, 4, batch=4)
+
+
 def test_marks_save_reading_files_from_their_start(sets, opened):
     """Without, a run that begins inside a file reads what is before it, and nothing else changes."""
     source, share = sets(1), Share(1, 2, 2)
