@@ -45,7 +45,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
     sidecar = len(json.dumps(tfrecords.entries(described.source.paths, described.source.files)))
     counting = sum(_requests(file.size) for file in described.source.files)
     checkpoint = _checkpoint_bytes(config.model_name)
-    known = (pages * _PAGE * _NAME_BYTES + sidecar, pages + 1 + _requests(sidecar))
+    known = (pages * _PAGE * _NAME_BYTES + sidecar, pages + _requests(sidecar))
     found = {
         "start, counts known": known,
         "start, nothing known (first worker, once)": (described.bytes, counting + pages),

@@ -157,8 +157,8 @@ def test_steps_of_a_training_begun_in_another_order(sets, step, since, expected)
 def test_a_file_with_fewer_records_than_counted_is_an_error(tmp_path):
     source = write_set(tmp_path, [8, 8])
     tfrecords.write(source.paths[1], [payload(i) for i in range(7)])
-    with pytest.raises(tf.errors.OpError, match="8 elements|expected"):
-        read(source, 0, 4, batch=4)
+    with pytest.raises(tf.errors.OpError, match="elements"):
+        read(streams.Source(source.paths, source.counts), 0, 4, batch=4)
 
 
 def test_marks_save_reading_files_from_their_start(sets, opened):

@@ -504,8 +504,10 @@ def test_note_counts_keeps_other_entries(path):
     tfrecords.note_counts([str(other)])
     assert json.loads(sidecar.read_text()) == {
         path.name: {
-            **{"records": 4, "bytes": path.stat().st_size},
-            **{"every": 1, "marks": "0 21 37 314"},
+            "records": 4,
+            "bytes": path.stat().st_size,
+            "every": 1,
+            "marks": "0 21 37 314",
         },
         other.name: {"records": 1, "bytes": 17, "every": 1, "marks": "0"},
     }
