@@ -16,6 +16,7 @@ _MODULES = {
     "predict": "labeling",
     "select": "selection",
     "serving": "serving",
+    "scale": "scale",
 }
 
 

@@ -43,7 +43,9 @@ class BenchmarkConfig(Settings):
     """What `benchmark.py` measures, and on what."""
 
     what: str | None = setting(
-        None, "What to measure.", choices=("input", "predict", "select", "serving", "train")
+        None,
+        "What to measure.",
+        choices=("input", "predict", "select", "serving", "train", "scale"),
     )
     data: str = setting("", "Folder of images or of records; default: images made for it.")
     model_name: str = setting("efficientnet-b0", "Variant to measure.")
@@ -53,6 +55,10 @@ class BenchmarkConfig(Settings):
     threads: int | None = setting(None, "CPU threads; default: all.", low=1)
     rows: int = setting(30_000_000, "Predictions to select from (select).", low=1)
     classes: int = setting(1000, "Classes of the predictions (select).", low=1)
+    hosts: int = setting(8, "Hosts that share each batch (scale).", low=1)
+    files: int = setting(1024, "Record files of the set (scale).", low=1)
+    records: int = setting(1_281_167, "Records of the set (scale).", low=1)
+    record_bytes: int = setting(109_000, "Bytes of a record (scale).", low=17)
     json_file: str = setting("", "Also write the results to this file.")
 
 

@@ -134,7 +134,11 @@ class DataConfig(Settings):
         low=0.1,
         high=1,
     )
-    shuffle_buffer: int = setting(10000, "Undecoded records held to shuffle from.", low=1)
+    shuffle_buffer: int = setting(
+        10000,
+        "Undecoded records held to shuffle from, over all hosts; a record moves up to this many places.",
+        low=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

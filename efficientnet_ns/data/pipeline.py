@@ -1,21 +1,23 @@
 """Datasets: records in, batches of preprocessed images out.
 
 Order, augmentation and batches depend only on (seed, position), never on what was read before: a
-dataset started at step n continues exactly where an uninterrupted one would be.
+dataset started at step n continues exactly where an uninterrupted one would be. The order, and which
+host reads what, is that of `streams`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import tensorflow as tf
 
 from efficientnet_ns.data import augment, images
 from efficientnet_ns.data.autoaugment import AutoAugment
 from efficientnet_ns.data.randaugment import RandAugment
-from efficientnet_ns.files import shard_names, tfexamples, tfrecords
+from efficientnet_ns.data.streams import WHOLE, Plan, Share, Source, in_order
+from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 
 _LABELED, _UNLABELED = 1, 2  # Salts: the two streams draw independently from one seed.
@@ -130,135 +132,6 @@ class Preprocessing:
         return "; ".join(steps + flip if self.small_image else steps + flip + augmented)
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Record files with their counts.
-
-    Attributes:
-      paths: TFRecord files.
-      counts: whole records in each.
-    """
-
-    paths: tuple[str, ...]
-    counts: tuple[int, ...]
-
-    @classmethod
-    def find(
-        cls, folders: str, prefixes: str | Sequence[str], max_bad_fraction: float = 0.01
-    ) -> Source:
-        """Lists and counts shards; DataError when there are none, one misses or all are empty.
-
-        Args:
-          max_bad_fraction: see `tfrecords.count_all`; 0 for sets to measure on, which must be whole.
-        """
-        paths = shard_names.list_shards(folders, prefixes)
-        counts = tfrecords.count_all(paths, max_bad_fraction)
-        if not sum(counts):
-            raise DataError(f"the {len(paths)} shards in {folders!r} hold no records")
-        return cls(tuple(paths), tuple(counts))
-
-    @property
-    def total(self) -> int:
-        """Number of records."""
-        return sum(self.counts)
-
-    def shards(self, number: int) -> Source:
-        """The first `number` files; DataError when there are fewer, or they are empty."""
-        if number > len(self.paths):
-            raise DataError(f"{number} shards are requested, but there are {len(self.paths)}")
-        first = Source(self.paths[:number], self.counts[:number])
-        if not first.total:
-            raise DataError(f"the first {number} shards hold no records: {first.paths[0]}")
-        return first
-
-    def examples(self, number: int) -> Source:
-        """The first `number` records, in file order; DataError when there are fewer."""
-        if number > self.total:
-            raise DataError(f"{number} records are requested, but there are {self.total}")
-        counts, left = [], number
-        for count in self.counts:
-            counts.append(min(count, left))
-            left -= counts[-1]
-        return Source(self.paths, tuple(counts))
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """The rows of every batch that one host prepares, and in how many pieces.
-
-    The batch is defined once, for all hosts: host h of H prepares rows h·B/H … (h+1)·B/H - 1, and
-    hands them on in order, B/replicas at a time, one piece to each of its replicas. So a batch holds
-    the same examples with the same augmentation on any number of hosts and replicas.
-
-    Attributes:
-      host, num_hosts: which host of how many.
-      replicas: of all hosts together; a multiple of num_hosts that divides the batch.
-    """
-
-    host: int = 0
-    num_hosts: int = 1
-    replicas: int = 1
-
-    def per_replica(self, batch_size: int) -> int:
-        """Rows of one replica; ValueError unless the replicas divide the batch."""
-        if batch_size % self.replicas:
-            raise ValueError(f"a batch of {batch_size} does not divide by {self.replicas} replicas")
-        return batch_size // self.replicas
-
-    def own(self, data: tf.data.Dataset, batch_size: int) -> tf.data.Dataset:
-        """The elements (index in the stream, …) of this host's rows."""
-        if self.num_hosts == 1:
-            return data
-        rows = self.per_replica(batch_size) * (self.replicas // self.num_hosts)
-        # Before anything is decoded: the cost of the rows of other hosts is reading them.
-        return data.filter(lambda index, _: index % batch_size // rows == self.host)
-
-
-WHOLE = Share()
-
-
-def _stream(source: Source, seed: int, start: int, shuffle_buffer: int) -> tf.data.Dataset:
-    """Endless (global index, record) from index `start` on, shuffled anew each epoch."""
-    paths, counts = tf.constant(source.paths), tf.constant(source.counts, tf.int64)
-
-    def epoch(number: tf.Tensor) -> tf.data.Dataset:
-        epoch_seed = tf.stack([tf.constant(seed, tf.int64), number])
-        order = tf.random.experimental.stateless_shuffle(tf.range(len(source.paths)), epoch_seed)
-        files = tf.data.Dataset.from_tensor_slices(
-            (tf.gather(paths, order), tf.gather(counts, order))
-        )
-        data = files.interleave(
-            # Only whole records: a truncated tail was not counted.
-            lambda path, count: tf.data.TFRecordDataset(path).take(count),
-            # Records of several files are mixed before the buffer shuffles what is close together.
-            cycle_length=min(16, len(source.paths)),
-            num_parallel_calls=tf.data.AUTOTUNE,
-            # A resumed run skips to its place, so the order may not depend on the speed of disks.
-            deterministic=True,
-        )
-        return _shuffle(data, min(shuffle_buffer, source.total), epoch_seed)
-
-    first_epoch, offset = divmod(start, source.total)
-    data = tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch)
-    # What is skipped is read, but neither decoded nor augmented.
-    return data.skip(offset).enumerate(start)
-
-
-def _shuffle(data: tf.data.Dataset, buffer_size: int, seed: tf.Tensor) -> tf.data.Dataset:
-    # `Dataset.shuffle` takes no seed that is a tensor, and here the seed depends on the epoch.
-    spec = data.element_spec
-    shuffled = tf.raw_ops.ShuffleDataset(
-        input_dataset=tf.data.experimental.to_variant(data),
-        buffer_size=tf.constant(buffer_size, tf.int64),
-        seed=seed[0] + 1,  # Two zeros would mean a seed from the clock.
-        seed2=seed[1],
-        output_types=[spec.dtype],
-        output_shapes=[spec.shape],
-        reshuffle_each_iteration=False,
-    )
-    return tf.data.experimental.from_variant(shuffled, spec)
-
-
 # Differs (8): every draw is a function of the seed and the example, here of its place in the stream.
 def _sample_seed(seed: int, salt: int, index: tf.Tensor) -> tf.Tensor:
     return tf.random.experimental.stateless_fold_in(tf.constant([seed, salt], tf.int64), index)
@@ -282,6 +155,7 @@ def labeled_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    order_since: int = 0,
     shuffle_buffer: int = 10000,
     share: Share = WHOLE,
 ) -> tf.data.Dataset:
@@ -289,7 +163,8 @@ def labeled_batches(
 
     Args:
       batch_size: over all replicas.
-      share: the rows of each batch to prepare. Every host reads all records, and decodes its own.
+      order_since: see `streams.Plan.step`.
+      share: the rows of each batch to prepare.
 
     Yields:
       `image` [B, S, S, 3], `label` int32 [B], 0-based; B = batch_size / replicas.
@@ -300,8 +175,8 @@ def labeled_batches(
         image = preprocessing.train(example["image"], _sample_seed(seed, _LABELED, index))
         return {"image": image, "label": _checked_label(example["label"], num_classes)}
 
-    data = _stream(source, seed, start_step * batch_size, shuffle_buffer)
-    return _batches(data, prepare, batch_size, share)
+    plan = Plan(source, batch_size, seed, shuffle_buffer)
+    return _batches(plan, prepare, plan.step(start_step, order_since), share)
 
 
 def unlabeled_batches(
@@ -312,6 +187,7 @@ def unlabeled_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    order_since: int = 0,
     shuffle_buffer: int = 10000,
     teacher_preprocessing: Preprocessing | None = None,
     weak_preprocessing: Preprocessing | None = None,
@@ -325,7 +201,7 @@ def unlabeled_batches(
         clean, at the teacher's resolution.
       weak_preprocessing: when given, records need no stored labels and each image also comes from
         it, drawn independently.
-      share: see `labeled_batches`.
+      order_since, share: see `labeled_batches`.
 
     Yields:
       `unl_image` [B, S, S, 3] and either `unl_label` int32 [B], `unl_probs` float32
@@ -356,14 +232,19 @@ def unlabeled_batches(
         }
 
     # Another seed than the labeled set's, since both may be the same files.
-    data = _stream(source, seed + 1, start_step * batch_size, shuffle_buffer)
-    return _batches(data, prepare, batch_size, share)
+    plan = Plan(source, batch_size, seed + 1, shuffle_buffer)
+    return _batches(plan, prepare, plan.step(start_step, order_since), share)
 
 
-def _batches(data: tf.data.Dataset, prepare, batch_size: int, share: Share) -> tf.data.Dataset:
-    data = share.own(data, batch_size)
-    data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return data.batch(share.per_replica(batch_size), drop_remainder=True)
+def _batches(plan: Plan, prepare, step: int, share: Share) -> tf.data.Dataset:
+    start = step * plan.batch_size
+
+    def prepare_numbered(number: tf.Tensor, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
+        return prepare(plan.index(number, start, share), serialized)
+
+    data = plan.read(start, share)
+    data = data.map(prepare_numbered, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return data.batch(share.per_replica(plan.batch_size), drop_remainder=True)
 
 
 def join(*datasets: tf.data.Dataset) -> tf.data.Dataset:
@@ -386,11 +267,12 @@ def eval_batches(
     batch_size: int,
     share: Share = WHOLE,
 ) -> tf.data.Dataset:
-    """Every record once, in file order; the last batch is padded.
+    """Every record once, in file order; the last batches are padded.
 
     Args:
       batch_size: over all replicas.
-      share: the rows of each batch to prepare.
+      share: which part of the set to prepare: each host a run of as many records as it has rows in
+        all batches, so that it reads these only.
 
     Yields:
       `image` float32 [B, S, S, 3], `label` int32 [B], `index` int32 [B]: place in the set, `mask`
@@ -407,17 +289,14 @@ def eval_batches(
             "mask": tf.ones([]),
         }
 
-    files = tf.data.Dataset.from_tensor_slices((list(source.paths), list(source.counts)))
-    data = files.flat_map(
-        lambda path, count: tf.data.TFRecordDataset(path).take(tf.cast(count, tf.int64))
-    )
-    data = share.own(data.enumerate(), batch_size)
+    steps, (first, end) = -(-source.total // batch_size), share.rows(batch_size)
+    begin, end = (min(steps * row, source.total) for row in (first, end))
+    data = in_order(source, begin, end).enumerate(begin)
     data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE)
     size = share.per_replica(batch_size)
-    # Differs (4): the last batch is padded, not dropped.
+    # Differs (4): padded, not dropped.
     data = data.batch(size).map(lambda batch: pad_batch(batch, size))
     # All replicas take part in all steps: hosts without records of their own add padding.
-    steps = -(-source.total // batch_size)
     pieces = steps * (share.replicas // share.num_hosts)
     nothing = tf.nest.map_structure(lambda s: tf.zeros(s.shape, s.dtype), data.element_spec)
     padding = tf.data.Dataset.from_tensors(nothing).repeat(pieces)

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import tensorflow as tf
 
@@ -20,6 +20,8 @@ from efficientnet_ns.data import pipeline
 from efficientnet_ns.devices import stack
 from efficientnet_ns.models import layers
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
+
+T = TypeVar("T")
 
 
 class WorkerLost(RuntimeError):
@@ -233,6 +235,20 @@ def agreement(strategy: tf.distribute.Strategy) -> Callable[[bool], bool] | None
         return strategy.reduce("SUM", strategy.run(tf.identity, args=(own,)), axis=None)
 
     return lambda wish: int(wishes(tf.constant(int(wish)))) > 0
+
+
+def chief_first(strategy: tf.distribute.Strategy, make: Callable[[], T]) -> T:
+    """`make()` of every worker, of the chief before the others, which find what it left."""
+    meet = agreement(strategy)
+    if meet is None:
+        return make()
+    if not is_chief(strategy):
+        meet(False)
+        return make()
+    try:
+        return make()
+    finally:
+        meet(False)
 
 
 _LOST = (

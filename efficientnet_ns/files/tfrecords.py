@@ -6,11 +6,12 @@ own reader stops at the first damage; this one continues where that is possible 
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import google_crc32c
 import tensorflow as tf
@@ -25,6 +26,7 @@ HEADER, FOOTER = struct.Struct("<QI"), struct.Struct("<I")
 OVERHEAD = HEADER.size + FOOTER.size
 COUNTS = "counts.json"
 _BLOCK = 4 << 20  # Bytes per read.
+_THREADS = 32  # For what waits: sizes, and counting on an object store.
 
 
 # --- Frames ---------------------------------------------------------------------------------------
@@ -232,63 +234,190 @@ def payloads_at() -> Iterator[Callable[[tuple[str, int, int]], bytes]]:
 
 def count(path: str) -> int:
     """Number of whole records of a file by its headers; a truncated tail is left out."""
-    return _measure(path)[0]
+    return _measure(path)[0].records
 
 
-def _measure(path: str) -> tuple[int, int]:
-    """(whole records, bytes after the last whole record)."""
-    total = end = 0
+class Counted(NamedTuple):
+    """What is known of a file without reading it.
+
+    Attributes:
+      records: whole ones.
+      size: in bytes.
+      every, marks: the bytes at which record 0, `every`, 2·`every` … begin; none: unknown.
+    """
+
+    records: int
+    size: int
+    every: int = 0
+    marks: tuple[int, ...] = ()
+
+
+class Marks:
+    """Notes where records of a file begin, from its first to its last one.
+
+    Args:
+      least: marks that are kept, if there are records enough; up to twice as many.
+    """
+
+    def __init__(self, least: int = 256):
+        self._least, self._records, self._every = least, 0, 1
+        self._offsets: list[int] = []
+
+    def add(self, offset: int) -> None:
+        """The next record begins at byte `offset`."""
+        if self._records % self._every == 0:
+            self._offsets.append(offset)
+        self._records += 1
+        if len(self._offsets) > 2 * self._least:
+            del self._offsets[1::2]
+            self._every *= 2
+
+    def counted(self, size: int) -> Counted:
+        """Of the whole file, of `size` bytes."""
+        return Counted(self._records, size, self._every, tuple(self._offsets))
+
+    def noted(self) -> dict[str, Any]:
+        """The same, JSON-able, without the size."""
+        return {key: value for key, value in _entry(self.counted(0)).items() if key != "bytes"}
+
+
+def _measure(path: str, least: int = 1) -> tuple[Counted, int]:
+    """(the file with at least so many marks, bytes after its last whole record)."""
+    marks, end = Marks(least), 0
     for start, length in spans(path):
-        total, end = total + 1, start + length + FOOTER.size
-    return total, tf.io.gfile.stat(path).length - end
+        marks.add(end)
+        end = start + length + FOOTER.size
+    size = tf.io.gfile.stat(path).length
+    return marks.counted(size), size - end
 
 
 def count_all(paths: Sequence[str], max_bad_fraction: float = 0.01) -> list[int]:
+    """Records per file; see `measure_all`."""
+    return [file.records for file in measure_all(paths, max_bad_fraction)]
+
+
+def measure_all(
+    paths: Sequence[str], max_bad_fraction: float = 0.01, spare: str | None = None
+) -> list[Counted]:
     """Records per file, from the folder's `counts.json` where it names the file, else counted.
 
+    What is counted is kept in `counts.json`, so that it is counted once. A file that has another
+    size than when it was counted is counted again. On an object store, whose files appear whole or
+    not at all, sizes of files that are named there are not looked at.
+
     Args:
-      max_bad_fraction: how much of all bytes may lie behind damage, which is left out.
+      max_bad_fraction: how much of all bytes may lie behind damage, which is left out. Damaged
+        files are counted each time.
+      spare: folder whose `counts.json` is used for files beside which nothing can be written.
 
     Raises:
-      DataError: a file is empty, or of another size than in `counts.json`, or too much is lost.
+      DataError: a file is empty, or of another size than its writer noted, or too much is lost.
     """
-    known: dict[str, dict] = {}
-    counts, damage, total_bytes = [], [], 0
-    for path in paths:
+    known = _known(paths, spare)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+        sizes = {path: entry["bytes"] for path, entry in known.items()}
+        # On an object store a file appears whole or not at all; to ask for each would take minutes.
+        asked = [path for path in paths if path not in known or "://" not in path]
+        sizes.update(zip(asked, threads.map(lambda path: tf.io.gfile.stat(path).length, asked)))
+        new = []
+        for path in paths:
+            entry, size = known.get(path), sizes[path]
+            if entry and entry["bytes"] != size and not entry.get("counted"):
+                raise DataError(
+                    f"{path} has {size} bytes, but {entry['bytes']} in {COUNTS} next to it: it was "
+                    f"truncated or changed. Write it again, or delete {COUNTS} if it is meant so."
+                )
+            if size == 0 and not entry:
+                raise DataError(f"{path} is empty: write it again, or delete its whole set")
+            if not entry or entry["bytes"] != size:
+                new.append(path)
+        least = marks_per_file(len(paths))
+        measured = dict(zip(new, threads.map(lambda path: _measure(path, least), new)))
+    _check_damage(measured, sum(sizes[path] for path in paths), max_bad_fraction)
+    _keep({path: file for path, (file, rest) in measured.items() if not rest}, spare)
+    return [measured[p][0] if p in measured else _counted(known[p]) for p in paths]
+
+
+def marks_per_file(files: int) -> int:
+    """How many marks, at least, `counts.json` has of each file of a set of so many."""
+    # In all so many that a set can be read from 256 places at the cost of 1 % of it.
+    return max(16, 16384 // files)
+
+
+def _check_damage(
+    measured: Mapping[str, tuple[Counted, int]], total: int, max_fraction: float
+) -> None:
+    """Logs files with a rest that is left out; DataError if it is too much of `total` bytes."""
+    damage = [
+        f"{path} is damaged after record {file.records}: {rest} bytes left out"
+        for path, (file, rest) in measured.items()
+        if rest
+    ]
+    for line in damage:
+        logging.warning("%s", line)
+    if sum(rest for _, rest in measured.values()) > max_fraction * total:
+        raise DataError(f"{damage[0]}, more than the fraction {max_fraction} of the set")
+
+
+def _known(paths: Sequence[str], spare: str | None) -> dict[str, dict]:
+    """Path → its entry in the `counts.json` beside it, else in that of `spare`."""
+    folders = dict.fromkeys(os.path.dirname(path) for path in paths)
+    beside = {folder: _known_counts(os.path.join(folder, COUNTS)) for folder in folders}
+    elsewhere = _known_counts(os.path.join(spare, COUNTS)) if spare else {}
+    found = {path: beside[os.path.dirname(path)].get(os.path.basename(path)) for path in paths}
+    found = {path: entry or elsewhere.get(path) for path, entry in found.items()}
+    return {path: entry for path, entry in found.items() if entry}
+
+
+def _keep(files: Mapping[str, Counted], spare: str | None) -> None:
+    """Notes what was counted beside the files, or where that cannot be written, in `spare`."""
+    folders: dict[str, dict[str, dict]] = {}
+    for path, file in files.items():
         folder, name = os.path.split(path)
-        if folder not in known:
-            sidecar = os.path.join(folder, COUNTS)
-            known[folder] = _known_counts(sidecar)
-        size = tf.io.gfile.stat(path).length
-        total_bytes += size
-        entry = known[folder].get(name)
-        if entry and entry["bytes"] != size:
-            raise DataError(
-                f"{path} has {size} bytes, but {entry['bytes']} in {COUNTS} next to it: it was "
-                f"truncated or changed. Write it again, or delete {COUNTS} if it is meant so."
-            )
-        if size == 0 and not entry:
-            raise DataError(f"{path} is empty: write it again, or delete its whole set")
-        whole, rest = (entry["records"], 0) if entry else _measure(path)
-        counts.append(whole)
-        if rest:
-            damage.append((rest, f"{path} is damaged after record {whole}: {rest} bytes left out"))
-            logging.warning("%s", damage[-1][1])
-    if sum(rest for rest, _ in damage) > max_bad_fraction * total_bytes:
-        raise DataError(f"{damage[0][1]}, more than the fraction {max_bad_fraction} of the set")
-    return counts
+        folders.setdefault(folder, {})[name] = {**_entry(file), "counted": True}
+    for folder, entries in folders.items():
+        if not _could_note(folder, entries) and spare:
+            _could_note(spare, {os.path.join(folder, name): entries[name] for name in entries})
+
+
+def _could_note(folder: str, entries: Mapping[str, dict]) -> bool:
+    try:
+        tf.io.gfile.makedirs(folder)
+        _note(folder, entries)
+    except (tf.errors.OpError, OSError) as e:
+        reason = str(e).splitlines()[0]
+        logging.warning("counts cannot be kept in %s: %s", os.path.join(folder, COUNTS), reason)
+        return False
+    return True
+
+
+def _entry(file: Counted) -> dict[str, Any]:
+    # As text: a number per line would make a long file.
+    marks = {"every": file.every, "marks": " ".join(map(str, file.marks))} if file.marks else {}
+    return {"records": file.records, "bytes": file.size, **marks}
+
+
+def _counted(entry: Mapping[str, Any]) -> Counted:
+    marks = tuple(map(int, entry.get("marks", "").split()))
+    return Counted(entry["records"], entry["bytes"], entry.get("every", 0), marks)
 
 
 # --- Writing --------------------------------------------------------------------------------------
 
 
-def write(path: str, payloads: Iterable[bytes]) -> int:
-    """Writes one TFRecord file under exactly this name and returns the number of records."""
-    total = 0
+def write(path: str, payloads: Iterable[bytes], marks: Marks | None = None) -> int:
+    """Writes one TFRecord file under exactly this name and returns the number of records.
+
+    Args:
+      marks: notes where they begin.
+    """
+    total = size = 0
     with tf.io.TFRecordWriter(path) as writer:
         for payload in payloads:
             writer.write(payload)
-            total += 1
+            if marks is not None:
+                marks.add(size)
+            total, size = total + 1, size + len(payload) + OVERHEAD
     return total
 
 
@@ -322,18 +451,33 @@ def _known_counts(sidecar: str) -> dict:
         ) from e
 
 
-def note_counts(paths: Sequence[str], counts: Sequence[int] | None = None) -> None:
+def note_counts(paths: Sequence[str], counts: Sequence[Mapping[str, Any]] | None = None) -> None:
     """Records the number of records and bytes of files of one folder in its `counts.json`.
 
     Args:
-      counts: records of each file; None: counted.
+      counts: of each file what `Marks.noted` says, or at least its `records`; None: counted.
     """
-    folder = os.path.dirname(paths[0])
+    least = marks_per_file(len(paths))
+    if counts is None:
+        files = [_measure(path, least)[0] for path in paths]
+    else:
+        sizes = [tf.io.gfile.stat(path).length for path in paths]
+        files = [_thinned(_counted({**n, "bytes": size}), least) for n, size in zip(counts, sizes)]
+    _note(os.path.dirname(paths[0]), entries(paths, files))
+
+
+def entries(paths: Sequence[str], files: Sequence[Counted]) -> dict[str, dict]:
+    """What the `counts.json` beside files says of them."""
+    return {os.path.basename(path): _entry(file) for path, file in zip(paths, files)}
+
+
+def _thinned(file: Counted, least: int) -> Counted:
+    while len(file.marks) > 2 * least:
+        file = file._replace(every=2 * file.every, marks=file.marks[::2])
+    return file
+
+
+def _note(folder: str, entries: Mapping[str, dict]) -> None:
+    """Adds entries to the `counts.json` of a folder."""
     sidecar = os.path.join(folder, COUNTS)
-    entries = _known_counts(sidecar)
-    for path, total in zip(paths, counts or map(count, paths)):
-        entries[os.path.basename(path)] = {
-            "records": total,
-            "bytes": tf.io.gfile.stat(path).length,
-        }
-    write_json(sidecar, entries, indent=1)
+    write_json(sidecar, {**_known_counts(sidecar), **entries}, indent=1)

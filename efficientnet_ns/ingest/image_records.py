@@ -193,7 +193,7 @@ def make_sets(
     for number in range(len(sets)):
         own = [shard.stage for shard in shards if shard.number == number]
         tfrecords.note_counts(
-            [stage.outputs[0] for stage in own], [stage.counts()["records"] for stage in own]
+            [stage.outputs[0] for stage in own], [stage.counts() for stage in own]
         )
     return made
 
@@ -327,9 +327,10 @@ def _write_shard(source: Source, shard: _Shard, rules: image_conversion.Rules) -
             yield of.record(image, loaded.label, *name)
 
     with source.reader(entries) as read, stage.write() as (temporary, counts):
-        written = tfrecords.write(temporary[stage.outputs[0]], payloads(read))
+        marks = tfrecords.Marks()
+        tfrecords.write(temporary[stage.outputs[0]], payloads(read), marks)
         shape = next(iter(shapes)) if len(shapes) == 1 else None
-        counts.update(records=written, bad=bad, shape=shape)
+        counts.update(**marks.noted(), bad=bad, shape=shape)
     return json.loads(json.dumps(counts))
 
 

@@ -108,5 +108,5 @@ def _write_final_stats(config: SelectConfig, stages: Sequence[manifests.Stage]) 
     )
     tfrecords.note_counts(
         [shard_stage.outputs[0] for shard_stage in stages],
-        [shard_stage.counts()["records"] for shard_stage in stages],
+        [shard_stage.counts() for shard_stage in stages],
     )

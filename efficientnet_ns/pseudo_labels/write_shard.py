@@ -75,21 +75,24 @@ def write_shard(
             copies = spool.shuffled(config.seed, shard, chosen.image, chosen.copies)
             tfrecords.write(temporary[data_path], copies)
         # Records are counted once, here, in the file itself.
-        found = _labels(temporary[data_path])
+        found, marks = _labels(temporary[data_path])
         _check_conservation(data_path, chosen.labels(), found)
         per_class = {str(label): copies for label, copies in found.items()}
         json_files.write_json(temporary[stats_path], dict(sorted(per_class.items())))
-        counts.update(records=sum(found.values()))
+        counts.update(marks.noted())
 
 
-def _labels(path: str) -> Counter[int]:
-    """How many records of each label a file holds; damaged ones do not count."""
+def _labels(path: str) -> tuple[Counter[int], tfrecords.Marks]:
+    """How many records of each label a file holds, and where; damaged ones do not count."""
     found: Counter[int] = Counter()
     with tfrecords.Scanner(path) as scanner:
+        marks, begin = tfrecords.Marks(), 0
         while (record := scanner.take()) is not None:
             if record.payload is not None:
+                marks.add(begin)
                 found[tfexamples.label(record.payload)] += 1
-    return found
+            begin = scanner.offset
+    return found, marks
 
 
 def _check_conservation(path: str, selected: Counter[int], found: Counter[int]) -> None:

@@ -130,7 +130,8 @@ class ResolvedConfig:
           DataError: there are none, or they cannot be counted.
           ConfigError: no `label_data_dir`, or fewer shards than `num_train_shards`.
         """
-        source = pipeline.Source.find(self._label_data_dir, self.task.train_set)
+        spare = self.config.train.model_dir
+        source = pipeline.Source.find(self._label_data_dir, self.task.train_set, spare=spare)
         number = self.config.data.num_train_shards
         return _limited(source, source.shards, "num_train_shards", number)
 
@@ -157,7 +158,8 @@ class ResolvedConfig:
                 "that is there as eval_set in the task's file (--task_name), or train without "
                 "evaluation: --mode=train"
             )
-        source = pipeline.Source.find(folders, prefix, max_bad_fraction=0)
+        spare = self.config.train.model_dir
+        source = pipeline.Source.find(folders, prefix, max_bad_fraction=0, spare=spare)
         data = self.config.data
         limits = {"num_eval_images": data.num_eval_images, "num_test_images": data.num_test_images}
         return _limited(source, source.examples, limit, limits[limit])
@@ -264,17 +266,20 @@ class ResolvedConfig:
         unlabeled: pipeline.Source | None,
         start_step: int,
         share: pipeline.Share = pipeline.WHOLE,
+        order_since: int = 0,
     ) -> tf.data.Dataset:
         """Endless joint batches beginning at update `start_step`; see `student.NoisyStudent`.
 
         Args:
           share: which rows of each batch, and how many at a time.
+          order_since: see `streams.Plan.step`.
         """
         data, train = self.config.data, self.config.train
         shared: dict[str, Any] = {
             "num_classes": self.num_classes,
             "seed": train.seed,
             "start_step": start_step,
+            "order_since": order_since,
             "shuffle_buffer": data.shuffle_buffer,
             "share": share,
         }

@@ -17,7 +17,7 @@ from absl import logging
 
 from efficientnet_ns.config.fields import ConfigError, comparable, needed
 from efficientnet_ns.config.sections import Config
-from efficientnet_ns.data import pipeline, tasks
+from efficientnet_ns.data import pipeline, streams, tasks
 from efficientnet_ns.files import atomic, json_files, manifests, metrics_log
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.resolve import stored_model
@@ -25,6 +25,8 @@ from efficientnet_ns.resolve.resolved_config import normalization
 from efficientnet_ns.training import checkpoints, preview
 
 SETTINGS, RECORDS, RUNS = stored_model.SETTINGS, "records.json", "runs.jsonl"
+# What a training stores beside its settings: the order of records, and since when it is this one.
+_ORDER, _SINCE = "input_order", "input_order_since"
 # Fields of the task that a training depends on: the task's file can be edited.
 _TASK_FIELDS = (
     *("num_classes", "mean", "std", "image_size", "small_image", "flip"),
@@ -38,7 +40,7 @@ class DirectoryConflict(ConfigError):
 
 def claim(
     config: Config, sources: Mapping[str, pipeline.Source | None], *, writes: bool = True
-) -> None:
+) -> int:
     """Records settings and data in model_dir, or checks that they are those recorded there.
 
     A folder without a checkpoint holds nothing that could be lost, so it is taken over.
@@ -47,12 +49,15 @@ def claim(
       sources: records to train on, by the name of the set; None: there is no such set.
       writes: False on all workers but the chief.
 
+    Returns:
+      The step since which the training has read its records in today's order; see `streams`.
+
     Raises:
       DirectoryConflict: the folder belongs to a training with other settings or records.
     """
     folder = needed(config.train.model_dir, "model_dir")
-    begun = bool(checkpoints.saved_steps(folder))
-    difference = _changed_settings(folder, config)
+    begun, noted = checkpoints.saved_steps(folder), _noted_settings(folder)
+    difference = _changed_settings(noted, config)
     if difference and begun:
         raise DirectoryConflict(
             f"{folder} belongs to a training with other settings ({difference}). "
@@ -63,21 +68,34 @@ def claim(
     listing = {name: _listing(source) for name, source in sources.items() if source is not None}
     if begun:
         _check_records(folder, listing)
+    since = begun[0] if begun else 0
+    if begun and noted.get(_ORDER) == streams.ORDER_VERSION:
+        since = noted[_SINCE]
     if not writes:
-        return
+        return since
     if difference:
         logging.warning("taking over %s, which has no checkpoint (%s)", folder, difference)
     tf.io.gfile.makedirs(folder)
     written = (SETTINGS, tasks.TASK_FILE, RECORDS, preview.FILE, metrics_log.METRICS, RUNS)
     atomic.remove_abandoned([os.path.join(folder, name) for name in (*written, "checkpoint")])
     # The settings a training was started with stay as they were written.
-    if difference or not tf.io.gfile.exists(os.path.join(folder, SETTINGS)):
-        noted = {**config.identity(), **_task_fields(config)}
-        json_files.write_json(os.path.join(folder, SETTINGS), noted, indent=1)
+    stays = noted and not difference
+    settings = noted if stays else {**config.identity(), **_task_fields(config)}
+    settings = {**settings, _ORDER: streams.ORDER_VERSION, _SINCE: since}
+    if settings != noted:
+        if since:
+            logging.warning(
+                "%s was begun in an earlier order of records: it continues at step %d with the next "
+                "epoch, in today's order",
+                folder,
+                since,
+            )
+        json_files.write_json(os.path.join(folder, SETTINGS), settings, indent=1)
     if not begun or not tf.io.gfile.exists(os.path.join(folder, RECORDS)):
         json_files.write_json(os.path.join(folder, RECORDS), listing, indent=1)
     # As it is now: class names may have been added.
     tasks.write_task(os.path.join(folder, tasks.TASK_FILE), **dataclasses.asdict(task))
+    return since
 
 
 @contextlib.contextmanager
@@ -116,14 +134,19 @@ def note_start(folder: str, start: int, flags: Mapping[str, Any]) -> None:
     json_files.write_json_lines(path, [*json_files.read_json_lines(path), row])
 
 
-def _changed_settings(folder: str, config: Config) -> str:
-    """How the settings differ from those recorded; empty if they do not, or if none are recorded."""
+def _noted_settings(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, SETTINGS)
-    if not tf.io.gfile.exists(path):
+    return json_files.read_object(path) if tf.io.gfile.exists(path) else {}
+
+
+def _changed_settings(noted: Mapping[str, Any], config: Config) -> str:
+    """How the settings differ from those recorded; empty if they do not, or if none are recorded."""
+    if not noted:
         return ""
     # Settings added since had their defaults; earlier versions did not record the task.
     task = _task_fields(config)
-    noted = comparable({**Config().identity(), **task, **json_files.read_object(path)})
+    noted = comparable({**Config().identity(), **task, **noted})
+    noted = {name: value for name, value in noted.items() if name not in (_ORDER, _SINCE)}
     if not noted["unlabel_ratio"]:
         noted["unlabel_data_dir"] = ""  # Earlier versions accepted one that had no effect.
     return manifests.describe_difference(noted, comparable({**config.identity(), **task}))
@@ -152,8 +175,8 @@ def _task_fields(config: Config) -> dict[str, Any]:
 def _listing(source: pipeline.Source) -> dict[str, dict[str, int]]:
     """Sizes and counts, which reveal replaced files without reading them."""
     return {
-        path: {"bytes": tf.io.gfile.stat(path).length, "records": count}
-        for path, count in zip(source.paths, source.counts)
+        path: {"bytes": file.size, "records": count}
+        for path, count, file in zip(source.paths, source.counts, source.files)
     }
 
 

@@ -22,6 +22,7 @@ class Inputs:
       unlabeled: (pseudo-labeled) records to train on; None without `unlabel_ratio`.
       evaluation: records to measure on; None: train without evaluation.
       wait: measures how long training steps wait for their batches.
+      order_since: the step since which records are read in today's order, with a new epoch.
     """
 
     resolved: ResolvedConfig
@@ -29,6 +30,7 @@ class Inputs:
     unlabeled: pipeline.Source | None
     evaluation: pipeline.Source | None
     wait: InputWait
+    order_since: int = 0
 
     @classmethod
     def find(cls, resolved: ResolvedConfig, *, evaluate: bool) -> Inputs:
@@ -44,15 +46,20 @@ class Inputs:
         config, unlabeled, evaluation = resolved.config, None, None
         labeled = resolved.labeled_source()
         if config.train.unlabel_ratio:
+            spare = config.train.model_dir
             # Without a limit on the number of images, as in the original.
-            unlabeled = pipeline.Source.find(config.data.unlabel_data_dir, ("train", "extra"))
+            unlabeled = pipeline.Source.find(
+                config.data.unlabel_data_dir, ("train", "extra"), spare=spare
+            )
         if evaluate:
             evaluation = resolved.evaluation_source()
         return cls(resolved, labeled, unlabeled, evaluation, InputWait())
 
     def training_batches(self, step: int, share: pipeline.Share) -> tf.data.Dataset:
         """A host's share of the endless batches from update `step` on."""
-        batches = self.resolved.training_batches(self.labeled, self.unlabeled, step, share)
+        batches = self.resolved.training_batches(
+            self.labeled, self.unlabeled, step, share, self.order_since
+        )
         return self.wait.measure(batches)
 
     @property

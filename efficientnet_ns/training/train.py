@@ -12,6 +12,7 @@ Resuming, in this order:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 
@@ -68,12 +69,16 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
             writes = distribution.is_chief(strategy)
 
             # --- Records, and model_dir as the folder of this training.
-            inputs = Inputs.find(resolved, evaluate=evaluate)
+            inputs = distribution.chief_first(
+                strategy, functools.partial(Inputs.find, resolved, evaluate=evaluate)
+            )
             if writes:
                 turn.ask()
                 if not saved_steps(model_dir):  # Notes of a training that never began are replaced.
                     turn.take()
-            claim(config, {"labeled": inputs.labeled, "unlabeled": inputs.unlabeled}, writes=writes)
+            sources = {"labeled": inputs.labeled, "unlabeled": inputs.unlabeled}
+            since = claim(config, sources, writes=writes)
+            inputs = dataclasses.replace(inputs, order_since=since)
 
         with (
             expecting_other_records(model_dir),

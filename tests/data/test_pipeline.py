@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from efficientnet_ns.config import Config
 from efficientnet_ns.data import images, pipeline, randaugment
-from efficientnet_ns.files import shard_names, tfexamples, tfrecords
+from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
@@ -306,17 +306,6 @@ def test_order_depends_on_the_seed_alone(tmp_path, labeled):
         orders = [order(source, COUNT, seed=seed, shuffle_buffer=buffer) for seed in (0, 1, 2, 0)]
         assert orders[0] == orders[3]
         assert len({tuple(o) for o in orders}) == 3
-
-
-def test_a_small_buffer_still_mixes_shards(tmp_path):
-    """Neighbours in a shard are not neighbours in a batch, whatever the buffer."""
-    examples = [tfexamples.labeled_example(pictures()[0], i) for i in range(COUNT)]
-    for shard, chunk in enumerate(np.array_split(np.arange(COUNT), 4)):
-        path = tmp_path / shard_names.shard_name("train", shard, 4)
-        tfrecords.write(str(path), [examples[i] for i in chunk])
-    source = pipeline.Source.find(str(tmp_path), "train")
-    stream = order(source, 16, shuffle_buffer=1)
-    assert all(abs(a - b) > 1 for a, b in zip(stream, stream[1:]))
 
 
 def test_labeled_and_unlabeled_streams_draw_independently(labeled, pseudo):

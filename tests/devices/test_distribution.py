@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from efficientnet_ns.config import Config, ConfigError, HardwareConfig, preempti
 from efficientnet_ns.data import pipeline
 from efficientnet_ns.devices import distribution
 from efficientnet_ns.files import metrics_log
+from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.models import layers
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training import train
@@ -281,9 +283,29 @@ def test_hosts_measure_every_example_once(folder, validation, replicas, num_host
     hosts = [list(resolved.eval_batches(source, share).as_numpy_iterator()) for share in shares]
     steps, local = -(-source.total // (-(-batch // replicas) * replicas)), replicas // num_hosts
     assert {len(host) for host in hosts} == {steps * local}
-    found = gathered(hosts, local)
+    # Each host reads a part of the set, in order.
+    found = [batch for host in hosts for batch in host]
     mask = np.concatenate([b["mask"] for b in found])
     np.testing.assert_array_equal(np.concatenate([b["image"] for b in found])[mask == 1], images)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_chief_counts_before_the_others(monkeypatch, fails):
+    events: list[str] = []
+
+    def make() -> str:
+        events.append("make")
+        if fails:
+            raise DataError("no records")
+        return "made"
+
+    monkeypatch.setattr(distribution, "agreement", lambda _: lambda _: events.append("meet"))
+    for chief, expected in ((True, ["make", "meet"]), (False, ["meet", "make"])):
+        monkeypatch.setattr(distribution, "is_chief", lambda _, chief=chief: chief)
+        events.clear()
+        with pytest.raises(DataError) if fails else contextlib.nullcontext():
+            assert distribution.chief_first(tf.distribute.get_strategy(), make) == "made"
+        assert events == expected
 
 
 # --------------------------------------------------------------------------------------------------

@@ -415,6 +415,61 @@ def test_counts_are_trusted_while_the_size_fits(path):
     assert tfrecords.count_all([str(path)]) == [4]
 
 
+def test_what_is_counted_is_kept_until_the_file_changes(path, monkeypatch):
+    assert tfrecords.count_all([str(path)]) == [4]
+    measure, counted = tfrecords._measure, []
+    monkeypatch.setattr(tfrecords, "_measure", lambda *a: counted.append(a[0]) or measure(*a))
+    assert tfrecords.count_all([str(path)]) == [4] and not counted
+    tfrecords.write(str(path), PAYLOADS[:1])
+    assert [tfrecords.count_all([str(path)]) for _ in range(2)] == [[1], [1]]
+    assert counted == [str(path)]
+
+
+def test_damage_is_told_each_time(path):
+    path.write_bytes(path.read_bytes()[:-1])
+    for _ in range(2):
+        with pytest.raises(DataError, match="damaged after record 3"):
+            tfrecords.count_all([str(path)])
+
+
+def test_counts_are_kept_elsewhere_where_the_folder_is_read_only(path, tmp_path, monkeypatch):
+    write_json, spare = tfrecords.write_json, tmp_path / "model"
+
+    def refused(file, *args, **kwargs):
+        if Path(file).parent == path.parent:
+            raise tf.errors.PermissionDeniedError(None, None, "read-only")
+        write_json(file, *args, **kwargs)
+
+    monkeypatch.setattr(tfrecords, "write_json", refused)
+    first = tfrecords.measure_all([str(path)], spare=str(spare))
+    assert not (path.parent / "counts.json").exists()
+    monkeypatch.setattr(tfrecords, "_measure", None)
+    assert tfrecords.measure_all([str(path)], spare=str(spare)) == first
+
+
+def test_files_of_an_object_store_are_not_asked_for_one_by_one(path, monkeypatch):
+    (known,) = tfrecords.measure_all([str(path)])
+    noted = {"train-00000-of-00001": {"records": 4, "bytes": known.size}}
+    monkeypatch.setattr(tfrecords, "_known_counts", lambda sidecar: noted)
+    monkeypatch.setattr(tf.io.gfile, "stat", None)
+    (found,) = tfrecords.measure_all(["gs://set/train-00000-of-00001"])
+    assert (found.records, found.size) == (4, known.size)
+
+
+@pytest.mark.parametrize("records, every", [(1, 1), (8, 1), (9, 2), (70, 16)])
+def test_marks_are_where_records_begin(tmp_path, records, every):
+    path, marks = str(tmp_path / "a"), tfrecords.Marks(least=4)
+    tfrecords.write(path, [b"x" * i for i in range(records)], marks)
+    measured, rest = tfrecords._measure(path, least=4)
+    assert rest == 0 and marks.counted(measured.size) == measured
+    assert measured.every == every and len(measured.marks) == -(-records // every)
+    for number, offset in enumerate(measured.marks):
+        record, _ = next(tfrecords.read_from(path, 0, offset))
+        assert record.payload == b"x" * (number * every)
+    tfrecords.note_counts([path], [marks.noted()])
+    assert tfrecords.measure_all([path]) == [measured]
+
+
 def test_counts_of_several_folders(tmp_path):
     one = tfrecords.write_sharded(str(tmp_path / "one"), "train", PAYLOADS, 2)
     two = tfrecords.write_sharded(str(tmp_path / "two"), "train", PAYLOADS[:3], 2)
@@ -448,8 +503,13 @@ def test_note_counts_keeps_other_entries(path):
     tfrecords.write(str(other), [b"x"])
     tfrecords.note_counts([str(other)])
     assert json.loads(sidecar.read_text()) == {
-        path.name: {"records": 4, "bytes": path.stat().st_size},
-        other.name: {"records": 1, "bytes": 17},
+        path.name: {
+            "records": 4,
+            "bytes": path.stat().st_size,
+            "every": 1,
+            "marks": "0 21 37 314",
+        },
+        other.name: {"records": 1, "bytes": 17, "every": 1, "marks": "0"},
     }
 
 

@@ -348,10 +348,10 @@ def test_folder_of_another_training(straight):
     assert str(config.train.model_dir) in str(error.value)
 
 
-def claimed(config: Config) -> None:
+def claimed(config: Config, **options) -> int:
     """Claims model_dir for a training of `config`."""
     labeled = ResolvedConfig.from_config(config).labeled_source()
-    claim.claim(config, {"labeled": labeled, "unlabeled": None})
+    return claim.claim(config, {"labeled": labeled, "unlabeled": None}, **options)
 
 
 def pretend_checkpoint(config: Config) -> None:
@@ -696,6 +696,20 @@ def test_settings_that_came_later_had_their_defaults(straight, tmp_path):
         assert train.train_and_evaluate(config)["step"] == metrics["step"]
     finally:
         path.write_text(whole)
+
+
+def test_training_begun_in_another_order_continues_with_the_next_epoch(folder, tmp_path, caplog):
+    config = settings(folder, tmp_path / "model")
+    path = tmp_path / "model" / claim.SETTINGS
+    assert claimed(config) == 0
+    pretend_checkpoint(config)
+    assert claimed(config) == 0 and "order of records" not in caplog.text
+    older = {k: v for k, v in json.loads(path.read_text()).items() if "input_order" not in k}
+    path.write_text(json.dumps(older))
+    assert claimed(config, writes=False) == claimed(config) == 1
+    assert "continues at step 1 with the next epoch" in caplog.text
+    (tmp_path / "model" / "model.ckpt-2.index").touch()
+    assert claimed(config) == claimed(config, writes=False) == 1
 
 
 @pytest.mark.slow

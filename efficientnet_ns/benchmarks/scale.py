@@ -1,0 +1,135 @@
+"""What each host of a training reads, by arithmetic: no file is made, no byte is read.
+
+The set is described by --files, --records and --record_bytes; where a host reads comes from the code
+that plans it in training, `data.streams`. Files are those of an object store, of which TensorFlow
+reads GCS_READ_CACHE_BLOCK_SIZE_MB at a time, to the end of the file at most; listings have 1000 names
+a page.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.benchmarks.tables import Row
+from efficientnet_ns.config import BenchmarkConfig, Config, ConfigError
+from efficientnet_ns.data.streams import Plan, Share, Source
+from efficientnet_ns.files import shard_names, tfrecords
+from efficientnet_ns.models import efficientnet
+
+_PAGE = 1000  # Names per request of a listing.
+_NAME_BYTES = 100  # Of a listing, per name.
+_RESUMES = 5  # Steps at which to resume.
+
+
+def run(config: BenchmarkConfig) -> list[Row]:
+    """Bytes and requests of the host that reads most, when it starts, steps, resumes and restores.
+
+    Raises:
+      ConfigError: the hosts do not divide the batch.
+    """
+    if config.batch_size % config.hosts:
+        raise ConfigError(
+            f"--batch_size={config.batch_size} does not divide by --hosts={config.hosts}"
+        )
+    described = _Described(config)
+    steps = max(1, config.records // config.batch_size)
+    rng = np.random.default_rng(0)
+    resumes = [described.resume(int(step)) for step in rng.integers(1, steps, _RESUMES)]
+    epoch = described.epoch()
+    even = described.bytes / config.hosts
+    pages = -(-config.files // _PAGE)
+    sidecar = len(json.dumps(tfrecords.entries(described.source.paths, described.source.files)))
+    counting = sum(_requests(file.size) for file in described.source.files)
+    checkpoint = _checkpoint_bytes(config.model_name)
+    known = (pages * _PAGE * _NAME_BYTES + sidecar, pages + _requests(sidecar))
+    found = {
+        "start, counts known": known,
+        "start, nothing known (first worker, once)": (described.bytes, counting + pages),
+        "first step": described.resume(0),
+        "step": tuple(x / steps for x in epoch),
+        "resume, mean": tuple(np.mean(resumes, axis=0)),
+        "resume, most": tuple(np.max(resumes, axis=0)),
+        f"restore of {config.model_name}": (checkpoint, _requests(checkpoint)),
+        "predict, start": (2 * pages * _PAGE * _NAME_BYTES, 2 * pages),
+    }
+    rows = [Row("epoch, bytes", epoch[0] / 1e6, "MB", epoch[0] / even, "1/hosts of the set")]
+    rows.append(Row("epoch, requests", epoch[1], "requests"))
+    for name, (size, requests) in found.items():
+        rows.append(Row(f"{name}, bytes", size / 1e6, "MB"))
+        rows.append(Row(f"{name}, requests", requests, "requests"))
+    return rows
+
+
+def _block() -> int:
+    return int(os.environ.get("GCS_READ_CACHE_BLOCK_SIZE_MB", "64")) << 20
+
+
+def _requests(size: float) -> int:
+    return -(-int(size) // _block())
+
+
+class _Described:
+    """A set that is not there, and what the hosts of a training read of it."""
+
+    def __init__(self, config: BenchmarkConfig):
+        counts = [len(part) for part in np.array_split(np.arange(config.records), config.files)]
+        size, least = config.record_bytes, tfrecords.marks_per_file(config.files)
+        names = (shard_names.shard_name("train", i, config.files) for i in range(config.files))
+        files = []
+        for count in counts:
+            every = max(1, count // least)
+            marks = tuple(range(0, count * size, every * size))
+            files.append(tfrecords.Counted(count, count * size, every, marks))
+        self.source = Source(tuple(f"gs://set/{n}" for n in names), tuple(counts), tuple(files))
+        self.bytes = config.records * size
+        self._record, self._sizes = size, np.array([file.size for file in files])
+        self._plan = Plan(self.source, config.batch_size, 0, Config().data.shuffle_buffer)
+        shares = [Share(h, config.hosts, config.hosts) for h in range(config.hosts)]
+        self._hosts = [self._plan.streams(share) for share in shares]
+
+    def epoch(self) -> tuple[float, float]:
+        """(bytes, requests) of an epoch."""
+        return self._most(lambda stream: self._plan.run(stream, tf.constant(0, tf.int64)))
+
+    def resume(self, step: int) -> tuple[float, float]:
+        """(bytes, requests) until the first batch from a step on: the windows that it falls into."""
+        start = step * self._plan.batch_size
+        epoch = tf.constant(start // self.source.total, tf.int64)
+
+        def part(stream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            begin, end = self._plan.run(stream, epoch)
+            number, first, _ = self._plan.windows(stream, epoch, start)
+            after = (number + 1) * self._plan.window - self._plan.missing(stream)
+            return begin + first, tf.minimum(begin + after, end)
+
+        return self._most(part)
+
+    def _most(self, part) -> tuple[float, float]:
+        """(bytes, requests) of the host that reads most of the parts of its streams' runs."""
+        order = self._plan.order(tf.constant(0, tf.int64))
+        places = tf.function(lambda stream: self._plan.layout.places(order, *part(stream)))
+        streams = tf.range(self._plan.num_streams, dtype=tf.int64)
+        costs = np.array([self._cost(*places(stream)) for stream in streams])
+        sums = [costs[first:end].sum(0) for first, end in self._hosts]
+        size, requests = np.max(sums, axis=0)
+        return float(size), float(requests)
+
+    def _cost(self, file, offset, skip, take, _) -> tuple[float, float]:
+        """(bytes, requests) of some places."""
+        left = self._sizes[file.numpy()] - offset.numpy()
+        requests = -(-(skip + take).numpy() * self._record // _block())
+        return np.minimum(requests * _block(), left).sum(), requests.sum()
+
+
+def _checkpoint_bytes(model_name: str) -> int:
+    """Of a training: weights and their averages, and of what is trained two slots."""
+    model = efficientnet.build_model(model_name)
+    weights, trained = (
+        sum(int(np.prod(w.shape)) for w in some)
+        for some in (model.weights, model.trainable_weights)
+    )
+    return 4 * 2 * (weights + trained)

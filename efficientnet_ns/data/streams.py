@@ -1,0 +1,419 @@
+"""Which records a host reads, and in which order: streams of a batch, defined without hosts.
+
+The rows of a batch belong to V streams, V being the largest divisor of the batch up to 256, and up to
+N / 256 for a set of few records, but not below 8 if it can be: rows v·B/V … (v+1)·B/V - 1 of every
+batch are the next records of stream v. An epoch holds each of the N
+records once. It shuffles the files, lays them end to end and cuts the result into one run per
+stream, as long as the stream has rows in the epoch. So streams never hold unequal shares: runs
+differ by the rows of one batch at most, an epoch ends after exactly N rows, in the middle of a batch
+if need be, and the next one begins there. Sets of fewer than 64 files are laid out in pieces of
+files, so that a run is not always the same part of one file.
+
+A run is read from beginning to end, in windows of shuffle_buffer / V records that are shuffled by
+(seed, epoch, stream, window); the first window of a stream is shorter, the more so the higher its
+number, so that streams do not all fill a window at once. A record thus moves up to
+shuffle_buffer / B steps, as far as in a buffer of that many records.
+
+What it costs: a host reads the files of its runs. A run begins at any record of a file; where
+`counts.json` notes bytes at which records begin, the file is read from the last of them before it,
+else from its start. That is all that is read in vain: less than 1 % with these marks, half a file
+per run and epoch without them. A host of more hosts than streams, or whose rows are no whole number
+of streams, reads all of each stream it has a row of. To resume, a stream reads its file up to the
+window, and the window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.files import shard_names, tfrecords
+from efficientnet_ns.files.errors import DataError
+
+# A training that was begun in an order of another version continues with the next epoch.
+ORDER_VERSION = 2
+_MOST_STREAMS = 256  # Two sets of them stay below the usual limit of 1024 open files.
+# A run takes about a millisecond to begin; but so many hosts should not read small sets twice.
+_LEAST_RUN, _LEAST_STREAMS = 256, 8
+_LEAST_PIECES = 64
+_READERS = 16  # Streams of a host that are read ahead at the same time.
+# Bytes per read of a local file: at most TensorFlow's default.
+_BUFFER, _LEAST_BUFFER = 1 << 18, 1 << 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Record files with their counts.
+
+    Attributes:
+      paths: TFRecord files.
+      counts: whole records in each, of which are used …
+      files: … what is known of each whole file; none: nothing but `counts`.
+    """
+
+    paths: tuple[str, ...]
+    counts: tuple[int, ...]
+    files: tuple[tfrecords.Counted, ...] = ()
+
+    @classmethod
+    def find(
+        cls,
+        folders: str,
+        prefixes: str | Sequence[str],
+        max_bad_fraction: float = 0.01,
+        spare: str | None = None,
+    ) -> Source:
+        """Lists and counts shards; DataError when there are none, one misses or all are empty.
+
+        Args:
+          max_bad_fraction: see `tfrecords.measure_all`; 0 for sets to measure on, which must be whole.
+          spare: where new counts are kept if they cannot be kept beside the files.
+        """
+        paths = shard_names.list_shards(folders, prefixes)
+        files = tfrecords.measure_all(paths, max_bad_fraction, spare)
+        source = cls(tuple(paths), tuple(file.records for file in files), tuple(files))
+        if not source.total:
+            raise DataError(f"the {len(paths)} shards in {folders!r} hold no records")
+        return source
+
+    @property
+    def total(self) -> int:
+        """Number of records."""
+        return sum(self.counts)
+
+    def shards(self, number: int) -> Source:
+        """The first `number` files; DataError when there are fewer, or they are empty."""
+        if number > len(self.paths):
+            raise DataError(f"{number} shards are requested, but there are {len(self.paths)}")
+        first = Source(self.paths[:number], self.counts[:number], self.files[:number])
+        if not first.total:
+            raise DataError(f"the first {number} shards hold no records: {first.paths[0]}")
+        return first
+
+    def examples(self, number: int) -> Source:
+        """The first `number` records, in file order; DataError when there are fewer."""
+        if number > self.total:
+            raise DataError(f"{number} records are requested, but there are {self.total}")
+        ends = np.minimum(np.cumsum(self.counts), number)
+        return dataclasses.replace(self, counts=tuple(np.diff(ends, prepend=0).tolist()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The rows of every batch that one host prepares, and in how many pieces.
+
+    The batch is defined once, for all hosts: host h of H prepares rows h·B/H … (h+1)·B/H - 1, and
+    hands them on in order, B/replicas at a time, one piece to each of its replicas. So a batch holds
+    the same examples with the same augmentation on any number of hosts and replicas.
+
+    Attributes:
+      host, num_hosts: which host of how many.
+      replicas: of all hosts together; a multiple of num_hosts that divides the batch.
+    """
+
+    host: int = 0
+    num_hosts: int = 1
+    replicas: int = 1
+
+    def per_replica(self, batch_size: int) -> int:
+        """Rows of one replica; ValueError unless the replicas divide the batch."""
+        if batch_size % self.replicas:
+            raise ValueError(f"a batch of {batch_size} does not divide by {self.replicas} replicas")
+        return batch_size // self.replicas
+
+    def rows(self, batch_size: int) -> tuple[int, int]:
+        """(first, end) of this host's rows."""
+        rows = self.per_replica(batch_size) * (self.replicas // self.num_hosts)
+        return self.host * rows, (self.host + 1) * rows
+
+
+WHOLE = Share()
+
+
+class Places(NamedTuple):
+    """Parts of files to read one after the other, int64 [n] each.
+
+    Attributes:
+      file: number of the file.
+      offset: byte to read from, where a record begins.
+      skip, take: records to pass over from there, and to take then.
+      buffer: bytes per read.
+    """
+
+    file: tf.Tensor
+    offset: tf.Tensor
+    skip: tf.Tensor
+    take: tf.Tensor
+    buffer: tf.Tensor
+
+
+class Layout:
+    """Places of records in files: a sequence of pieces of files, any range of which can be read.
+
+    Args:
+      source: the files.
+      pieces: at least so many, if there are records enough; files are cut into equal parts.
+    """
+
+    def __init__(self, source: Source, pieces: int = 1):
+        counts = np.asarray(source.counts, np.int64)
+        parts = -(-pieces // len(counts))
+        edges = counts[:, None] * np.arange(parts + 1) // parts
+        sizes = np.diff(edges).ravel()
+        used = sizes > 0
+        self.total = int(sizes.sum())
+        self._paths = tf.constant(source.paths)
+        self._file = tf.constant(np.repeat(np.arange(len(counts)), parts)[used], tf.int64)
+        self._first = tf.constant(edges[:, :-1].ravel()[used], tf.int64)
+        self._count = tf.constant(sizes[used], tf.int64)
+        files = source.files or [tfrecords.Counted(n, 0) for n in source.counts]
+        marks = [file.marks or (0,) for file in files]
+        self._marks = tf.constant(np.concatenate(marks), tf.int64)
+        self._mark = tf.constant(np.cumsum([0, *map(len, marks)])[:-1], tf.int64)
+        # Without marks, all records of a file come after its start.
+        every = [file.every or max(file.records, 1) for file in files]
+        self._every = tf.constant(every, tf.int64)
+        means = [file.size / max(file.records, 1) or _BUFFER for file in files]
+        self._bytes = tf.constant(means, tf.float64)
+
+    def shuffled(self, seed: tf.Tensor) -> tf.Tensor:
+        """The pieces in random order, by int [2]."""
+        pieces = tf.range(self._count.shape[0], dtype=tf.int64)
+        return tf.random.experimental.stateless_shuffle(pieces, seed)
+
+    def places(self, order: tf.Tensor | None, begin: tf.Tensor, end: tf.Tensor) -> Places:
+        """Where the records `begin` … `end` - 1 are.
+
+        Args:
+          order: of the pieces; None: as they are in the files.
+        """
+        count = self._count if order is None else tf.gather(self._count, order)
+        ends = tf.cumsum(count)
+        first = tf.searchsorted(ends, begin[None], "right")[0]
+        last = tf.searchsorted(ends - count, end[None], "left")[0]
+        ends, count = ends[first:last], count[first:last]
+        piece = tf.range(first, last) if order is None else order[first:last]
+        file, record = tf.gather(self._file, piece), tf.gather(self._first, piece)
+        skip = tf.maximum(begin - ends + count, 0)
+        take = tf.minimum(end - ends, 0) + count - skip
+        every = tf.gather(self._every, file)
+        mark, skipped = (record + skip) // every, (record + skip) % every
+        offset = tf.gather(self._marks, tf.gather(self._mark, file) + mark)
+        # Reads of equal length, none longer than the default, so that little is read in vain.
+        size = tf.cast(skipped + take, tf.float64) * tf.gather(self._bytes, file)
+        buffer = tf.cast(size / tf.math.ceil(size / _BUFFER), tf.int64) + _LEAST_BUFFER
+        return Places(file, offset, skipped, take, buffer)
+
+    def read(self, order: tf.Tensor | None, begin: tf.Tensor, end: tf.Tensor) -> tf.data.Dataset:
+        """The records `begin` … `end` - 1, serialized."""
+        places = self.places(order, begin, end)
+        return tf.data.Dataset.from_tensor_slices(places).flat_map(self._read_place)
+
+    def _read_place(self, place: Places) -> tf.data.Dataset:
+        # `tf.data.TFRecordDataset` always begins at the start of a file.
+        records = tf.raw_ops.TFRecordDatasetV2(
+            filenames=tf.gather(self._paths, place.file)[None],
+            compression_type="",
+            buffer_size=place.buffer,
+            byte_offsets=place.offset[None],
+        )
+        spec = tf.TensorSpec([], tf.string)
+        found = tf.data.experimental.from_variant(records, spec).skip(place.skip).take(place.take)
+        # A file with fewer records than were counted would shift all that follow.
+        return found.apply(tf.data.experimental.assert_cardinality(place.take))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The order of the endless sequence of records that batches are cut from.
+
+    Attributes:
+      source: the files.
+      batch_size: over all replicas.
+      seed: of the order.
+      shuffle_buffer: records in the windows of all streams together.
+    """
+
+    source: Source
+    batch_size: int
+    seed: int
+    shuffle_buffer: int
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The pieces that each epoch shuffles."""
+        with tf.init_scope():  # Functions of datasets share it.
+            return Layout(self.source, _LEAST_PIECES)
+
+    @functools.cached_property
+    def num_streams(self) -> int:
+        """A divisor of the batch, which is what hosts are, too."""
+        most = min(_MOST_STREAMS, max(_LEAST_STREAMS, self.source.total // _LEAST_RUN))
+        return max(n for n in range(1, most + 1) if self.batch_size % n == 0)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a stream in each batch."""
+        return self.batch_size // self.num_streams
+
+    @property
+    def window(self) -> int:
+        """Records of a stream that are shuffled together: a whole run if all records may be held."""
+        if self._holds_all:
+            return self.source.total // self.num_streams + self.rows
+        return -(-self.shuffle_buffer // self.num_streams)
+
+    @property
+    def _holds_all(self) -> bool:
+        return self.shuffle_buffer >= self.source.total
+
+    def step(self, step: int, since: int) -> int:
+        """The batch to read at a step of a training.
+
+        Args:
+          since: the step at which a training that was begun in another order came to this one. It
+            goes on with the first whole batch of the next epoch, of this set; 0: begun in this one.
+        """
+        if not since:
+            return step
+        epochs = -(-since * self.batch_size // self.source.total)
+        return step - since - (-epochs * self.source.total // self.batch_size)
+
+    def streams(self, share: Share) -> tuple[int, int]:
+        """(first, end) of the streams of which a host prepares rows."""
+        first, end = share.rows(self.batch_size)
+        return first // self.rows, -(-end // self.rows)
+
+    def run(self, stream: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """(begin, end) of a stream's run among the records of an epoch."""
+        total = self.layout.total
+        edges = self._before(stream, tf.stack([epoch * total, (epoch + 1) * total]))
+        begin, end = tf.unstack(edges[:, 1] - edges[:, 0])
+        return begin, end
+
+    def _before(self, stream: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+        """How many records come before a stream's rows, and before their end, up to each index.
+
+        Args:
+          stream: int64 scalar.
+          index: int64 [n], among the records of all epochs.
+
+        Returns:
+          int64 [2, n]: of the streams before this one, and of these and this one.
+        """
+        rows = tf.stack([stream, stream + 1])[:, None] * self.rows
+        whole, rest = index // self.batch_size, index % self.batch_size
+        return whole * rows + tf.minimum(rest, rows)
+
+    def windows(
+        self, stream: tf.Tensor, epoch: tf.Tensor, start: int
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Where a stream continues in an epoch at record `start` of all epochs.
+
+        Returns:
+          (number of the window, its first record in the run, records to pass over from there).
+        """
+        before = epoch * self.layout.total
+        edges = self._before(stream, tf.stack([before, tf.maximum(before, start)]))
+        done = edges[1, 1] - edges[0, 1] - edges[1, 0] + edges[0, 0]
+        number = (done + self.missing(stream)) // self.window
+        first = tf.maximum(number * self.window - self.missing(stream), 0)
+        return number, first, done - first
+
+    def missing(self, stream: tf.Tensor) -> tf.Tensor:
+        """By how many records the first window of a stream is shorter than the others."""
+        return stream * (0 if self._holds_all else self.window) // self.num_streams
+
+    def order(self, epoch: tf.Tensor) -> tf.Tensor:
+        """The pieces of an epoch."""
+        return self.layout.shuffled(tf.stack([tf.constant(self.seed, tf.int64), epoch]))
+
+    def read(self, start: int, share: Share) -> tf.data.Dataset:
+        """Endless (number among them, record) of the records of a host's streams.
+
+        Args:
+          start: index of the first record of all hosts, at the beginning of a batch.
+        """
+        first, end = self.streams(share)
+        data = tf.data.Dataset.range(first, end).interleave(
+            functools.partial(self._stream, start=start),
+            cycle_length=end - first,
+            block_length=self.rows,
+            num_parallel_calls=min(_READERS, end - first),
+            deterministic=True,
+        )
+        data = data.enumerate()
+        low, high = share.rows(self.batch_size)
+        if high - low == (end - first) * self.rows:
+            return data
+        # Of streams with rows of other hosts, too.
+        row = functools.partial(self.index, start=0, share=share)
+        return data.filter(
+            lambda number, _: (
+                (row(number) % self.batch_size >= low) & (row(number) % self.batch_size < high)
+            )
+        )
+
+    def index(self, number: tf.Tensor, start: int, share: Share) -> tf.Tensor:
+        """Index among the records of all epochs, of the one that `read` numbered so."""
+        first, end = self.streams(share)
+        width = (end - first) * self.rows
+        return start + number // width * self.batch_size + first * self.rows + number % width
+
+    def _stream(self, stream: tf.Tensor, start: int) -> tf.data.Dataset:
+        # Functions over epochs and windows, not nested in each other: to prepare one that is made
+        # anew in every epoch takes longer than to read a hundred records.
+        epochs = tf.data.Dataset.range(start // self.layout.total, tf.int64.max)
+        windows = epochs.flat_map(lambda epoch: self._windows(stream, epoch, start))
+
+        def shuffled(window: tf.data.Dataset, epoch: tf.Tensor, number: tf.Tensor):
+            seed = tf.stack([tf.constant(self.seed, tf.int64), epoch])
+            for value in (stream, number):
+                seed = tf.random.experimental.stateless_fold_in(seed, value)
+            kept = window.skip(tf.where(number == 0, self.missing(stream), 0))
+            return _shuffle(kept, self.window, seed)
+
+        first = tf.constant(start // self.layout.total, tf.int64)
+        # What is skipped is read, but neither decoded nor augmented.
+        return windows.flat_map(shuffled).skip(self.windows(stream, first, start)[2])
+
+    def _windows(self, stream: tf.Tensor, epoch: tf.Tensor, start: int) -> tf.data.Dataset:
+        """(records, epoch, number) of the windows of a stream in an epoch, from where it continues."""
+        begin, end = self.run(stream, epoch)
+        number, first, _ = self.windows(stream, epoch, start)
+        records = self.layout.read(self.order(epoch), begin + first, end)
+        # What the first window lacks is filled up, and taken out again when it is shuffled.
+        missing = tf.where(number == 0, self.missing(stream), 0)
+        filled = tf.data.Dataset.from_tensors("").repeat(missing).concatenate(records)
+        return tf.data.Dataset.zip(
+            (
+                filled.window(self.window),
+                tf.data.Dataset.from_tensors(epoch).repeat(),
+                tf.data.Dataset.range(number, tf.int64.max),
+            )
+        )
+
+
+def _shuffle(data: tf.data.Dataset, buffer_size: int, seed: tf.Tensor) -> tf.data.Dataset:
+    # `Dataset.shuffle` takes no seed that is a tensor, and here the seed depends on the epoch.
+    spec = data.element_spec
+    shuffled = tf.raw_ops.ShuffleDataset(
+        input_dataset=tf.data.experimental.to_variant(data),
+        buffer_size=tf.constant(buffer_size, tf.int64),
+        seed=seed[0],
+        seed2=seed[1] | 1,  # Two zeros would mean a seed from the clock.
+        output_types=[spec.dtype],
+        output_shapes=[spec.shape],
+        reshuffle_each_iteration=False,
+    )
+    return tf.data.experimental.from_variant(shuffled, spec)
+
+
+def in_order(source: Source, begin: int, end: int) -> tf.data.Dataset:
+    """The records `begin` … `end` - 1 of a set, serialized, in the order of the files."""
+    return Layout(source).read(None, tf.constant(begin, tf.int64), tf.constant(end, tf.int64))

@@ -1,0 +1,38 @@
+"""What hosts read at size, by the planning code of training."""
+
+from __future__ import annotations
+
+import pytest
+
+from efficientnet_ns.benchmarks import scale
+from efficientnet_ns.config import BenchmarkConfig, ConfigError
+
+MB = 1e6
+
+
+def test_a_host_reads_its_part(monkeypatch):
+    monkeypatch.setenv("GCS_READ_CACHE_BLOCK_SIZE_MB", "1")
+    options = BenchmarkConfig(
+        what="scale",
+        model_name="efficientnet-test",
+        hosts=8,
+        files=512,
+        records=400_000,
+        record_bytes=100_000,
+        batch_size=64,
+    )
+    rows = {row.name: row for row in scale.run(options)}
+    epoch = rows["epoch, bytes"]
+    assert epoch.value == pytest.approx(400_000 * 0.1 / 8, rel=0.02)
+    assert 1 <= epoch.ratio <= 1.02
+    steps = 400_000 // 64
+    assert rows["step, bytes"].value == pytest.approx(epoch.value / steps)
+    # A window and the file before it, of each of 8 streams.
+    assert rows["resume, most, bytes"].value <= 8 * (157 * 0.1 + 400_000 / 512 * 0.1)
+    assert rows["start, counts known, requests"].value == 2
+    assert rows["start, nothing known (first worker, once), bytes"].value == 40_000
+
+
+def test_hosts_that_do_not_divide_the_batch():
+    with pytest.raises(ConfigError, match="--batch_size=1024 does not divide by --hosts=3"):
+        scale.run(BenchmarkConfig(what="scale", hosts=3, batch_size=1024))

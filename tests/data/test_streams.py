@@ -1,0 +1,216 @@
+"""Streams: the same batches for any number of hosts, each of which reads its part only."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from efficientnet_ns.data import streams
+from efficientnet_ns.data.streams import Plan, Share
+from efficientnet_ns.files import shard_names, tfrecords
+
+SIZE = 400  # Bytes of a payload.
+BATCH = 32
+COUNT = 2048  # The payload of a record is its number, filled up.
+BUFFER = 256
+
+
+def payload(number: int) -> bytes:
+    return b"%d " % number + b"." * SIZE
+
+
+def write_set(folder: Path, counts: list[int]) -> streams.Source:
+    """Files of so many records, numbered through in the order of the files."""
+    folder.mkdir(exist_ok=True)
+    for shard, (count, end) in enumerate(zip(counts, np.cumsum(counts))):
+        path = folder / shard_names.shard_name("train", shard, len(counts))
+        tfrecords.write(str(path), [payload(i) for i in range(end - count, end)])
+    tfrecords.note_counts([str(folder / path) for path in folder.iterdir()])
+    return streams.Source.find(str(folder), "train")
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> Callable[[int], streams.Source]:
+    base = tmp_path_factory.mktemp("sets")
+
+    @functools.cache
+    def made(files: int) -> streams.Source:
+        counts = [len(part) for part in np.array_split(np.arange(COUNT), files)]
+        return write_set(base / f"{files}", counts)
+
+    return made
+
+
+def read(
+    source: streams.Source,
+    start_step: int,
+    steps: int,
+    share: Share = streams.WHOLE,
+    *,
+    batch: int = BATCH,
+    buffer: int = BUFFER,
+    seed: int = 3,
+) -> np.ndarray:
+    """int64 [steps, rows, 2]: index and record of a host's rows."""
+    plan, start = Plan(source, batch, seed, buffer), start_step * batch
+    low, high = share.rows(batch)
+
+    def numbered(number, record):
+        record = tf.strings.to_number(tf.strings.split(record, " ")[0], tf.int64)
+        return tf.stack([plan.index(number, start, share), record])
+
+    data = plan.read(start, share).map(numbered).batch(high - low).take(steps)
+    return np.stack(list(data.as_numpy_iterator()))
+
+
+@pytest.fixture
+def opened(monkeypatch) -> Iterator[list[tuple[int, int]]]:
+    """(number of the file, records read of it) each time that a file is opened."""
+    places: list[tuple[int, int]] = []
+    read_place = streams.Layout._read_place
+
+    def noted(self, place):
+        def note(file, skip, take):
+            places.append((int(file), int(skip + take)))
+            return file
+
+        file = tf.numpy_function(note, [place.file, place.skip, place.take], tf.int64)
+        return read_place(self, place._replace(file=tf.ensure_shape(file, [])))
+
+    monkeypatch.setattr(streams.Layout, "_read_place", noted)
+    yield places
+
+
+@pytest.mark.parametrize("files", [1, 7, 64])
+def test_hosts_share_one_batch_and_one_reading(sets, files, opened):
+    """1, 2, 4 and 8 hosts: equal batches, each record once per epoch, 1/hosts of the bytes and files."""
+    source, steps = sets(files), COUNT // BATCH
+    whole = read(source, 0, steps)
+    np.testing.assert_array_equal(whole[..., 0].ravel(), np.arange(COUNT))
+    assert sorted(whole[..., 1].ravel()) == list(range(COUNT))
+    everyone = [(8, host) for host in range(8)] if files == 7 else [(8, 0), (8, 5)]
+    for hosts, host in [(2, 1), (4, 2), *everyone]:
+        opened.clear()
+        share = Share(host, hosts, hosts)
+        # Not to the end, so that nothing of the next epoch is opened yet.
+        own = read(source, 0, steps - 4, share)
+        np.testing.assert_array_equal(own, whole[:-4, slice(*share.rows(BATCH))])
+        assert sum(count for _, count in opened) <= 1.02 * COUNT / hosts
+        if files == 64:
+            assert len({file for file, _ in opened}) == 64 / hosts
+
+
+@pytest.mark.parametrize(
+    "counts, batch, hosts",
+    [
+        (
+            [5, 0, 31, 1, 3, 60],
+            12,
+            6,
+        ),  # Files of unequal sizes, one of them empty; N is no multiple.
+        ([7, 4], 16, 4),  # Fewer records than a batch has rows.
+        ([40] * 9, 30, 15),  # More hosts than streams.
+        ([40] * 9, 20, 4),  # Hosts whose rows are no whole number of streams.
+    ],
+)
+def test_every_epoch_has_every_record_once(tmp_path, counts, batch, hosts):
+    source, epochs = write_set(tmp_path, counts), 3
+    steps = -(-epochs * source.total // batch)
+    whole = read(source, 0, steps, batch=batch, buffer=30)
+    records = whole[..., 1].ravel()[: epochs * source.total].reshape(epochs, -1)
+    for epoch in records:
+        assert sorted(epoch) == list(range(source.total))
+    assert len({tuple(epoch) for epoch in records}) == epochs
+    share = Share(1, hosts, hosts)
+    own = read(source, 0, steps, share, batch=batch, buffer=30)
+    np.testing.assert_array_equal(own, whole[:, slice(*share.rows(batch))])
+
+
+@pytest.mark.parametrize("files", [1, 7, 64])
+def test_a_host_resumes_anywhere_by_a_window_and_a_file(sets, files, opened, rng):
+    """With the same records, having read no more than the window and the file it lies in."""
+    source, share = sets(files), Share(1, 4, 4)
+    plan = Plan(source, BATCH, 3, BUFFER)
+    first, end = plan.streams(share)
+    whole = read(source, 0, 2 * COUNT // BATCH, share)
+    for step in rng.choice(len(whole) - 2, 2, replace=False):
+        opened.clear()
+        np.testing.assert_array_equal(read(source, step, 2, share), whole[step : step + 2])
+        ahead = plan.window + 2 * plan.rows * 2  # The next window may have been begun.
+        limit = (end - first) * (plan.window + ahead + max(source.counts))
+        assert sum(count for _, count in opened) <= limit
+
+
+@pytest.mark.parametrize(
+    "step, since, expected", [(7, 0, 7), (30, 30, 32), (35, 30, 37), (32, 32, 32), (65, 33, 96)]
+)
+def test_steps_of_a_training_begun_in_another_order(sets, step, since, expected):
+    """An epoch has 32 batches."""
+    assert Plan(sets(7), 64, 0, 1).step(step, since) == expected
+
+
+def test_a_file_with_fewer_records_than_counted_is_an_error(tmp_path):
+    source = write_set(tmp_path, [8, 8])
+    tfrecords.write(source.paths[1], [payload(i) for i in range(7)])
+    with pytest.raises(tf.errors.OpError, match="elements"):
+        read(streams.Source(source.paths, source.counts), 0, 4, batch=4)
+
+
+def test_marks_save_reading_files_from_their_start(sets, opened):
+    """Without, a run that begins inside a file reads what is before it, and nothing else changes."""
+    source, share = sets(1), Share(1, 2, 2)
+    expected = read(source, 5, 3, share)
+    with_marks = sum(count for _, count in opened)
+    bare = streams.Source(source.paths, source.counts)
+    opened.clear()
+    np.testing.assert_array_equal(read(bare, 5, 3, share), expected)
+    assert sum(count for _, count in opened) > 5 * with_marks
+
+
+def test_records_move_as_far_as_in_one_buffer(sets):
+    """Neighbours of a file part by a third of the windows, and files come in another order."""
+    source, steps = sets(64), COUNT // BATCH
+    epochs = read(source, 0, 2 * steps)[..., 1].reshape(2, steps, BATCH)
+    for buffer, windows in ((BUFFER, BUFFER / BATCH), (COUNT, steps)):
+        when = np.empty(COUNT, int)
+        batches = read(source, 0, steps, buffer=buffer)[..., 1]
+        when[batches.ravel()] = np.repeat(np.arange(steps), BATCH)
+        same_file = np.arange(COUNT - 1) % 32 != 31
+        apart = np.abs(np.diff(when))[same_file]
+        longest = min(windows, 32 / 4)  # A file's records are in a stream's run, which it may end.
+        assert apart.mean() > longest / 5
+    # Where a file's records come, in one epoch and the next.
+    middle = [
+        [np.mean(np.nonzero(epoch // 32 == file)[0]) for file in range(64)] for epoch in epochs
+    ]
+    assert abs(np.corrcoef(middle[0], middle[1])[0, 1]) < 0.5
+    assert abs(np.corrcoef(middle[0], np.arange(64))[0, 1]) < 0.5
+
+
+def test_a_small_set_is_shuffled_whole(sets):
+    """Of one file in order: when a record comes says nothing about its place in the file."""
+    when = np.argsort(read(sets(1), 0, COUNT // BATCH, buffer=COUNT)[..., 1].ravel())
+    assert abs(np.corrcoef(when, np.arange(COUNT))[0, 1]) < 0.1
+    batches = when.reshape(-1, BATCH) // BATCH  # By parts of the file: the batches they are in.
+    assert all(len(set(part)) > BATCH / 2 for part in batches)
+
+
+@pytest.mark.parametrize(
+    "batch, total, expected",
+    [(4096, 1 << 20, 256), (28672, 130_000_000, 256), (100, 1 << 20, 100), (514, 1 << 20, 2)]
+    + [(64, 1437, 8), (20, 300, 5), (1, 300, 1)],
+)
+def test_number_of_streams(batch, total, expected):
+    assert Plan(streams.Source(("a",), (total,)), batch, 0, 1).num_streams == expected
+
+
+@pytest.mark.parametrize("begin, end", [(0, 23), (3, 4), (7, 22), (23, 23)])
+def test_a_part_of_a_set_in_order(tmp_path, begin, end):
+    source = write_set(tmp_path, [8, 0, 8, 7])
+    found = list(streams.in_order(source, begin, end).as_numpy_iterator())
+    assert found == [payload(i) for i in range(begin, end)]
