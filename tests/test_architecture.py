@@ -22,6 +22,7 @@ SOURCES = {
 ENTRIES = {
     "main",
     "filter_unlabel",
+    "import_predictions",
     "labeling_report",
     "label_beam",
     "noisy_student",

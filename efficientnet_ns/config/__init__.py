@@ -21,6 +21,7 @@ from efficientnet_ns.config.ingest import MakeConfig, SvhnConfig
 from efficientnet_ns.config.labeling import (
     BeamConfig,
     FilterConfig,
+    ImportConfig,
     ReportConfig,
     SelectConfig,
     shard_list,
@@ -57,6 +58,7 @@ __all__ = [
     "ExportConfig",
     "FilterConfig",
     "HardwareConfig",
+    "ImportConfig",
     "LegacyConfig",
     "ListConfig",
     "LoopConfig",

@@ -124,6 +124,63 @@ class ReportConfig(Settings):
     report_shards: int = setting(4, "Shards that pictures are taken from.", low=1)
 
 
+@dataclasses.dataclass(frozen=True)
+class ImportConfig(Settings):
+    """Predictions of another model; the flags of `import_predictions.py`."""
+
+    source: str = setting(
+        "",
+        "File of probabilities or logits: .parquet, .npy, .npz, .csv or .jsonl, or a folder of such "
+        "files; several teachers joined with ';'.",
+    )
+    unlabel_data_dir: str = setting("", "Folder of the unlabeled records.")
+    file_prefix: str = setting(
+        "train", "Prefix of the unlabeled files: train or extra; default: what is there."
+    )
+    num_shards: int = setting(
+        128, "Number of shards of the unlabeled set; default: as many as there are.", low=1
+    )
+    output_dir: str = setting("", "Folder of the predictions.")
+    info_dir: str = setting("", "Folder of the counts; default: output_dir.")
+    task_name: str | None = setting(
+        None, "Task that the classes are of; default: task.json beside the unlabeled records."
+    )
+    key: str = setting(
+        "position",
+        "What rows and records have in common. position: row i is record i, shard after shard; name: "
+        "the record's image/filename; hash: SHA-256 of the image, in hexadecimal digits.",
+        choices=("position", "name", "hash"),
+    )
+    key_column: str = setting("key", "Column, or array of a .npz file, of the keys.")
+    values: str = setting(
+        "probabilities", "What the numbers are.", choices=("probabilities", "logits")
+    )
+    temperature: float = setting(
+        1.0, "Divides the logits: above 1 for softer predictions.", low=1e-3
+    )
+    class_map: str = setting(
+        "",
+        "Text file with a line per class of the source: the name or number of the task's class, or - "
+        "for none. Classes with the same line are added. Default: columns called as the classes, else "
+        "the task's order.",
+    )
+    min_mass: float = setting(
+        0.5,
+        "With classes of no line in --class_map: an image with less than this probability in the "
+        "task's classes gets no label; others are divided by their sum.",
+        low=0,
+        high=1,
+    )
+    combine: str = setting(
+        "mean",
+        "Several teachers. mean: of their probabilities; agreement: the same, for images on whose "
+        "class all agree; others get no label.",
+        choices=("mean", "agreement"),
+    )
+    allow_missing: bool = setting(False, "Records without a row get no label; default: refused.")
+    allow_unknown: bool = setting(False, "Rows of no record are left out; default: refused.")
+
+
 def _of_selection(name: str) -> Any:
     """The setting that filter_unlabel has under that name."""
     field = SelectConfig.__dataclass_fields__[name]
