@@ -23,6 +23,7 @@ ENTRIES = {
     "main",
     "filter_unlabel",
     "import_predictions",
+    "check_data",
     "labeling_report",
     "label_beam",
     "noisy_student",

@@ -34,7 +34,9 @@ COMMANDS = [
     "--info_dir=info --shard_id=0",
     "import_predictions --source=p.npy --unlabel_data_dir=unlabeled --task_name=data/task.json "
     "--output_dir=imported",
-    f"filter_unlabel {MANY}",
+    "check_data --label_data_dir=data --unlabel_data_dir=unlabeled --prediction_dir=predictions "
+    "--output_dir=checked",
+    f"filter_unlabel {MANY} --exclude=checked/exclude.csv",
     f"labeling_report {MANY} --report_path=labels.html",
     f"main --mode=train --model_dir=student {SMALL} {STUDENT} --augment_name=randaugment",
     "main --mode=eval --model_dir=student",

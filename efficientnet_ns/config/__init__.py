@@ -20,6 +20,7 @@ from efficientnet_ns.config.fields import (
 from efficientnet_ns.config.ingest import MakeConfig, SvhnConfig
 from efficientnet_ns.config.labeling import (
     BeamConfig,
+    CheckConfig,
     FilterConfig,
     ImportConfig,
     ReportConfig,
@@ -50,6 +51,7 @@ from efficientnet_ns.config.sections import (
 __all__ = [
     "BeamConfig",
     "BenchmarkConfig",
+    "CheckConfig",
     "Config",
     "ConfigError",
     "ConvertConfig",

@@ -86,6 +86,9 @@ class SelectConfig(Settings):
     eval_imagenet_p: bool = setting(
         False, "Accepted for old scripts, without effect; the 2019 code did not use it either."
     )
+    exclude: str = setting(
+        "", "List of records never to select, such as exclude.csv of check_data."
+    )
     seed: int = setting(0, "Seed of the choice of copies and of the order of records.", low=0)
     num_samples: int = setting(5, "Sample pictures kept per class and shard.", low=0)
     num_workers: int = setting(
@@ -179,6 +182,37 @@ class ImportConfig(Settings):
     )
     allow_missing: bool = setting(False, "Records without a row get no label; default: refused.")
     allow_unknown: bool = setting(False, "Rows of no record are left out; default: refused.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckConfig(Settings):
+    """Sets to compare; the flags of `check_data.py`."""
+
+    label_data_dir: str = setting(
+        "",
+        "Folder of labeled records: its training set is compared, and its evaluation and test sets; "
+        "several joined with ';'.",
+    )
+    eval_data_dir: str = setting(
+        "", "Folder whose sets are all evaluation images; several joined with ';'."
+    )
+    unlabel_data_dir: str = setting("", "Folder of the unlabeled records.")
+    file_prefix: str = setting(
+        "train", "Prefix of the unlabeled files: train or extra; default: what is there."
+    )
+    num_shards: int = setting(
+        128, "Number of shards of the unlabeled set; default: as many as there are.", low=1
+    )
+    prediction_dir: str = setting(
+        "",
+        "Predictions for the unlabeled records, whose index has the fingerprints; default: the images "
+        "are read.",
+    )
+    task_name: str | None = setting(
+        None, "Task that names the sets; default: task.json beside the labeled records."
+    )
+    near: bool = setting(True, "Look for near copies, too; --nonear: equal files only.")
+    output_dir: str = setting("", "Folder of the report, the lists, and the fingerprints.")
 
 
 def _of_selection(name: str) -> Any:

@@ -55,7 +55,15 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
         *("source", "unlabel_data_dir", "output_dir", "task_name", "key", "key_column", "values"),
         *("temperature", "class_map", "combine"),
     ),
-    "filter_unlabel": (*_SELECTION, "num_label_classes", "max_prob", "upsample", "report"),
+    "check_data": (),
+    "filter_unlabel": (
+        *_SELECTION,
+        "num_label_classes",
+        "max_prob",
+        "upsample",
+        "exclude",
+        "report",
+    ),
     "labeling_report": (
         *(*_SELECTION, "report_path", "truth", "previous_prediction_dir", "class_names"),
     ),
