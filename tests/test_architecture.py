@@ -24,6 +24,7 @@ ENTRIES = {
     "filter_unlabel",
     "import_predictions",
     "check_data",
+    "check_labels",
     "labeling_report",
     "label_beam",
     "noisy_student",

@@ -36,6 +36,8 @@ COMMANDS = [
     "--output_dir=imported",
     "check_data --label_data_dir=data --unlabel_data_dir=unlabeled --prediction_dir=predictions "
     "--output_dir=checked",
+    "main --mode=predict --model_dir=teacher --unlabel_data_dir=data --output_dir=own --shard_id=auto",
+    "check_labels --label_data_dir=data --prediction_dir=own --output_dir=doubts",
     f"filter_unlabel {MANY} --exclude=checked/exclude.csv",
     f"labeling_report {MANY} --report_path=labels.html",
     f"main --mode=train --model_dir=student {SMALL} {STUDENT} --augment_name=randaugment",

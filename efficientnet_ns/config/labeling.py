@@ -215,6 +215,24 @@ class CheckConfig(Settings):
     output_dir: str = setting("", "Folder of the report, the lists, and the fingerprints.")
 
 
+@dataclasses.dataclass(frozen=True)
+class LabelsConfig(Settings):
+    """Labels to doubt; the flags of `check_labels.py`."""
+
+    label_data_dir: str = setting("", "Folder of the labeled records.")
+    prediction_dir: str = setting(
+        "", "Predictions for them, of a model that did not learn from their labels."
+    )
+    file_prefix: str = setting("train", "Prefix of the labeled files.")
+    num_shards: int = setting(
+        128, "Number of shards of the labeled set; default: as many as there are.", low=1
+    )
+    task_name: str | None = setting(
+        None, "Task of the labels; default: the one noted beside the predictions."
+    )
+    output_dir: str = setting("", "Folder of the report and the list.")
+
+
 def _of_selection(name: str) -> Any:
     """The setting that filter_unlabel has under that name."""
     field = SelectConfig.__dataclass_fields__[name]

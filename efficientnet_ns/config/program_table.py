@@ -56,6 +56,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
         *("temperature", "class_map", "combine"),
     ),
     "check_data": (),
+    "check_labels": (),
     "filter_unlabel": (
         *_SELECTION,
         "num_label_classes",

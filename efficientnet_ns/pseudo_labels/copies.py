@@ -142,7 +142,7 @@ class Search:
         return db
 
     def _compare(self, table: str, first: str, bands: Sequence[tuple[str, int, int]]) -> None:
-        differ = " + ".join(f"bit_count(xor(a.{word}, b.{word}))" for word in _WORDS)
+        differ = " + ".join(f"bit_count(xor(a.{word}, b.{word}))::INT" for word in _WORDS)
         crowded = set()
         with Progress(len(bands), f"comparing {table}", "bands") as progress:
             for word, shift, bits in bands:

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tensorflow as tf
 from PIL import Image
@@ -17,7 +19,7 @@ from efficientnet_ns.config import CheckConfig, ConfigError, SelectConfig
 from efficientnet_ns.data import fingerprints
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.pseudo_labels import check_data, selection
+from efficientnet_ns.pseudo_labels import check_data, copies, image_marks, selection
 
 
 def photo(seed: int, width: int = 160, height: int = 120) -> Image.Image:
@@ -67,11 +69,11 @@ def folder(tmp_path_factory) -> Path:
     write(path / "data", "train", labeled, labeled=True)
     task = {"num_classes": 2, "eval_set": "validation"}
     (path / "data" / "task.json").write_text(json.dumps(task))
-    copies = [make(photo(i)) for i, make in enumerate(COPIES.values())]
-    copies += [encoded(photo(12), 60), encoded(photo(20)), encoded(photo(20), 50)]
+    made = [make(photo(i)) for i, make in enumerate(COPIES.values())]
+    made += [encoded(photo(12), 60), encoded(photo(20)), encoded(photo(20), 50)]
     flat = [encoded(Image.new("RGB", (80, 60), (n, n, n))) for n in (200, 201)]
     others = [encoded(photo(100 + i)) for i in range(30)]
-    write(path / "unlabeled", "extra", [*copies, *flat, *others], labeled=False)
+    write(path / "unlabeled", "extra", [*made, *flat, *others], labeled=False)
     return path
 
 
@@ -182,6 +184,50 @@ def test_settings_that_do_not_fit(tmp_path, folder):
         check_data.check_data(CheckConfig(output_dir=str(tmp_path)))
     with pytest.raises(DataError, match="label all shards first"):
         check_data.check_data(options(folder, prediction_dir=str(tmp_path)))
+
+
+# --- The search -----------------------------------------------------------------------------------
+
+
+def flipped(rng: np.random.Generator, prints: np.ndarray, bits: int) -> np.ndarray:
+    """Fingerprints that differ from others in `bits` bits each."""
+    places = np.stack([rng.permutation(256) < bits for _ in prints])
+    packed = np.packbits(places, axis=1, bitorder="little").view(np.uint64)
+    return prints ^ packed
+
+
+def test_near_prints_are_those_of_all_pairs(tmp_path, rng):
+    """What is found is near, and what differs in few bits is found."""
+    evaluation = rng.integers(0, 2**64, [50, 4], np.uint64)
+    copied = [
+        flipped(rng, evaluation[10 * n : 10 * n + 10], bits)
+        for n, bits in enumerate((0, 6, 31, 32))
+    ]
+    others = rng.integers(0, 2**64, [100, 4], np.uint64)
+    # Equal in one band and different in all others.
+    opposite = np.concatenate([evaluation[40:, :1], ~evaluation[40:, 1:]], 1)
+    training = np.concatenate([*copied, others, opposite, flipped(rng, others[:10], 4)])
+    sets = []
+    for role, prints in ((copies.EVALUATION, evaluation), (copies.UNLABELED, training)):
+        path = tmp_path / f"{role}.parquet"
+        numbers = np.arange(len(prints))
+        hashes = rng.integers(0, 2**64, len(prints), np.uint64)
+        columns = [numbers, np.zeros(len(prints), np.int32), hashes, *prints.T]
+        pyarrow.parquet.write_table(pyarrow.table(dict(zip(image_marks.COLUMNS, columns))), path)
+        sets.append(copies.ImageSet(role, "", [str(role)], [str(path)]))
+    found = {one.record: one for one in copies.Search(sets).copies()}
+    distances = {
+        record: (one.of_role, one.of_record, one.distance) for record, one in found.items()
+    }
+    for record, (role, of, distance) in distances.items():
+        other = (evaluation if role == copies.EVALUATION else training)[of]
+        differing = np.unpackbits((other ^ training[record]).view(np.uint8)).sum()
+        assert differing == distance <= 31
+    for record in range(20):
+        assert distances[record] == (copies.EVALUATION, record, 0 if record < 10 else 6)
+    for number in range(10):
+        assert distances[150 + number] == (copies.UNLABELED, 40 + number, 4)
+    assert not set(range(30, 150)) & set(distances)
 
 
 # --- Fingerprints ---------------------------------------------------------------------------------
