@@ -49,6 +49,7 @@ for number in range(3):
     published.located(f"efficientnet-lite{number}")
 """,
     "beam": "from efficientnet_ns.pseudo_labels import beam",
+    "onnx": "import tf2onnx, onnxruntime",
     "heic": "import pillow_heif",
     "dev": "import pytest, hypothesis, nbclient",
 }

@@ -22,6 +22,9 @@ SOURCES = {
 ENTRIES = {
     "main",
     "filter_unlabel",
+    "import_predictions",
+    "check_data",
+    "check_labels",
     "labeling_report",
     "label_beam",
     "noisy_student",

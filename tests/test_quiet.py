@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from fakes import ROOT, class_folders, flat_folder
 
@@ -31,7 +32,13 @@ COMMANDS = [
     f"main --mode=train_and_eval --model_dir=teacher {SMALL}",
     "main --mode=predict --model_dir=teacher --unlabel_data_dir=unlabeled --output_dir=predictions "
     "--info_dir=info --shard_id=0",
-    f"filter_unlabel {MANY}",
+    "import_predictions --source=p.npy --unlabel_data_dir=unlabeled --task_name=data/task.json "
+    "--output_dir=imported",
+    "check_data --label_data_dir=data --unlabel_data_dir=unlabeled --prediction_dir=predictions "
+    "--output_dir=checked",
+    "main --mode=predict --model_dir=teacher --unlabel_data_dir=data --output_dir=own --shard_id=auto",
+    "check_labels --label_data_dir=data --prediction_dir=own --output_dir=doubts",
+    f"filter_unlabel {MANY} --exclude=checked/exclude.csv",
     f"labeling_report {MANY} --report_path=labels.html",
     f"main --mode=train --model_dir=student {SMALL} {STUDENT} --augment_name=randaugment",
     "main --mode=eval --model_dir=student",
@@ -52,6 +59,7 @@ COMMANDS = [
 def test_programs_print_nothing_foreign(tmp_path):
     class_folders(tmp_path / "photos", dict.fromkeys(("red", "green"), 10))
     flat_folder(tmp_path / "more", 12)
+    np.save(tmp_path / "p.npy", np.full([12, 2], 0.5))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TF_", "XLA_"))}
     environment["PYTHONPATH"] = str(ROOT)
     foreign = {}

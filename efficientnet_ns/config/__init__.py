@@ -20,7 +20,10 @@ from efficientnet_ns.config.fields import (
 from efficientnet_ns.config.ingest import MakeConfig, SvhnConfig
 from efficientnet_ns.config.labeling import (
     BeamConfig,
+    CheckConfig,
     FilterConfig,
+    ImportConfig,
+    LabelsConfig,
     ReportConfig,
     SelectConfig,
     shard_list,
@@ -49,6 +52,7 @@ from efficientnet_ns.config.sections import (
 __all__ = [
     "BeamConfig",
     "BenchmarkConfig",
+    "CheckConfig",
     "Config",
     "ConfigError",
     "ConvertConfig",
@@ -57,6 +61,8 @@ __all__ = [
     "ExportConfig",
     "FilterConfig",
     "HardwareConfig",
+    "ImportConfig",
+    "LabelsConfig",
     "LegacyConfig",
     "ListConfig",
     "LoopConfig",

@@ -52,7 +52,9 @@ class MakeConfig(Settings):
         None, "Maximum number of images, drawn at random with the seed.", low=1
     )
     keep_names: bool = setting(
-        False, "Keep each image's path in the source in its record, as image/filename."
+        True,
+        "Keep each image's path in the source in its record, as image/filename, by which "
+        "predictions of other models find it.",
     )
     check: bool = setting(
         True, "Decode every image; images that cannot be decoded are left out and listed."

@@ -86,6 +86,9 @@ class SelectConfig(Settings):
     eval_imagenet_p: bool = setting(
         False, "Accepted for old scripts, without effect; the 2019 code did not use it either."
     )
+    exclude: str = setting(
+        "", "List of records never to select, such as exclude.csv of check_data."
+    )
     seed: int = setting(0, "Seed of the choice of copies and of the order of records.", low=0)
     num_samples: int = setting(5, "Sample pictures kept per class and shard.", low=0)
     num_workers: int = setting(
@@ -122,6 +125,112 @@ class ReportConfig(Settings):
         10, "Worst covered, best covered and other classes whose pictures are shown.", low=0
     )
     report_shards: int = setting(4, "Shards that pictures are taken from.", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportConfig(Settings):
+    """Predictions of another model; the flags of `import_predictions.py`."""
+
+    source: str = setting(
+        "",
+        "File of probabilities or logits: .parquet, .npy, .npz, .csv or .jsonl, or a folder of such "
+        "files; several teachers joined with ';'.",
+    )
+    unlabel_data_dir: str = setting("", "Folder of the unlabeled records.")
+    file_prefix: str = setting(
+        "train", "Prefix of the unlabeled files: train or extra; default: what is there."
+    )
+    num_shards: int = setting(
+        128, "Number of shards of the unlabeled set; default: as many as there are.", low=1
+    )
+    output_dir: str = setting("", "Folder of the predictions.")
+    info_dir: str = setting("", "Folder of the counts; default: output_dir.")
+    task_name: str | None = setting(
+        None, "Task that the classes are of; default: task.json beside the unlabeled records."
+    )
+    key: str = setting(
+        "position",
+        "What rows and records have in common. position: row i is record i, shard after shard; name: "
+        "the record's image/filename; hash: SHA-256 of the image, in hexadecimal digits.",
+        choices=("position", "name", "hash"),
+    )
+    key_column: str = setting("key", "Column, or array of a .npz file, of the keys.")
+    values: str = setting(
+        "probabilities", "What the numbers are.", choices=("probabilities", "logits")
+    )
+    temperature: float = setting(
+        1.0, "Divides the logits: above 1 for softer predictions.", low=1e-3
+    )
+    class_map: str = setting(
+        "",
+        "Text file with a line per class of the source: the name or number of the task's class, or - "
+        "for none. Classes with the same line are added. Default: columns called as the classes, else "
+        "the task's order.",
+    )
+    min_mass: float = setting(
+        0.5,
+        "With classes of no line in --class_map: an image with less than this probability in the "
+        "task's classes gets no label; others are divided by their sum.",
+        low=0,
+        high=1,
+    )
+    combine: str = setting(
+        "mean",
+        "Several teachers. mean: of their probabilities; agreement: the same, for images on whose "
+        "class all agree; others get no label.",
+        choices=("mean", "agreement"),
+    )
+    allow_missing: bool = setting(False, "Records without a row get no label; default: refused.")
+    allow_unknown: bool = setting(False, "Rows of no record are left out; default: refused.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckConfig(Settings):
+    """Sets to compare; the flags of `check_data.py`."""
+
+    label_data_dir: str = setting(
+        "",
+        "Folder of labeled records: its training set is compared, and its evaluation and test sets; "
+        "several joined with ';'.",
+    )
+    eval_data_dir: str = setting(
+        "", "Folder whose sets are all evaluation images; several joined with ';'."
+    )
+    unlabel_data_dir: str = setting("", "Folder of the unlabeled records.")
+    file_prefix: str = setting(
+        "train", "Prefix of the unlabeled files: train or extra; default: what is there."
+    )
+    num_shards: int = setting(
+        128, "Number of shards of the unlabeled set; default: as many as there are.", low=1
+    )
+    prediction_dir: str = setting(
+        "",
+        "Predictions for the unlabeled records, whose index has the fingerprints; default: the images "
+        "are read.",
+    )
+    task_name: str | None = setting(
+        None, "Task that names the sets; default: task.json beside the labeled records."
+    )
+    near: bool = setting(True, "Look for near copies, too; --nonear: equal files only.")
+    output_dir: str = setting("", "Folder of the report, the lists, and the fingerprints.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelsConfig(Settings):
+    """Labels to doubt; the flags of `check_labels.py`."""
+
+    label_data_dir: str = setting("", "Folder of the labeled records.")
+    prediction_dir: str = setting(
+        "", "Predictions for them, of a model that did not learn from their labels."
+    )
+    file_prefix: str = setting("train", "Prefix of the labeled files.")
+    num_shards: int = setting(
+        128, "Number of shards of the labeled set; default: as many as there are.", low=1
+    )
+    task_name: str | None = setting(
+        None, "Task of the labels; default: the one noted beside the predictions."
+    )
+    output_dir: str = setting("", "Folder of the report and the list.")
 
 
 def _of_selection(name: str) -> Any:

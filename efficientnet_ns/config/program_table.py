@@ -51,7 +51,20 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
         *("mode", "model_dir", *_TRAINING, "init_model_path"),
         *("predict_ckpt_path", "output_dir", "info_dir", "shard_id"),
     ),
-    "filter_unlabel": (*_SELECTION, "num_label_classes", "max_prob", "upsample", "report"),
+    "import_predictions": (
+        *("source", "unlabel_data_dir", "output_dir", "task_name", "key", "key_column", "values"),
+        *("temperature", "class_map", "combine"),
+    ),
+    "check_data": (),
+    "check_labels": (),
+    "filter_unlabel": (
+        *_SELECTION,
+        "num_label_classes",
+        "max_prob",
+        "upsample",
+        "exclude",
+        "report",
+    ),
     "labeling_report": (
         *(*_SELECTION, "report_path", "truth", "previous_prediction_dir", "class_names"),
     ),

@@ -127,7 +127,7 @@ class ExportConfig(Settings):
         None, "Number of the version; servers take the highest. Default: the next one.", low=1
     )
     ema: bool = setting(True, "Export the moving-average weights, not the raw ones.")
-    format: str = setting("savedmodel", "Kind of file.", choices=("savedmodel", "tflite"))
+    format: str = setting("savedmodel", "Kind of file.", choices=("savedmodel", "tflite", "onnx"))
     optimize_for: str = setting(
         "cpu",
         "cpu: batch norm folded, weights frozen; accelerator: folded; none: as trained.",

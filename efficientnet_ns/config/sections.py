@@ -358,6 +358,11 @@ class PredictConfig(Settings):
         "Label images augmented as unlabeled ones are for training, with dropout and stochastic depth "
         "on, which makes worse labels: an ablation of the paper.",
     )
+    fingerprints: bool = setting(
+        True,
+        "Note a hash and a perceptual fingerprint of each image in the index, for check_data; images are "
+        "then decoded whole.",
+    )
     max_bad_fraction: float = setting(
         0.01, "Stop when more than this fraction of a shard's records is unreadable.", low=0, high=1
     )

@@ -15,8 +15,8 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import ConfigError
+from efficientnet_ns.data import fingerprints, pipeline
 from efficientnet_ns.data import images as images_lib
-from efficientnet_ns.data import pipeline
 from efficientnet_ns.devices import distribution
 from efficientnet_ns.inference import engines, views
 from efficientnet_ns.models import layers, weights
@@ -35,6 +35,7 @@ class TeacherPredictor:
     Attributes:
       engine: computes the probabilities.
       num_classes: C, length of a prediction.
+      fingerprinted: whether `marked` gives fingerprints, too.
       group: the largest number of images per call of `label`. Predictions are bit-identical if
         groups start at the same images.
     """
@@ -59,7 +60,12 @@ class TeacherPredictor:
         # several images before it computes keeps the code and data of each step in its cache.
         images = max(batch, min(64, 16 * 224**2 // self._size**2))
         self.group = -(-images // batch) * batch
-        self._decode = views.decoder(prepare, self._size, self._views)
+        options = config.predict
+        # Noise is drawn by the encoded bytes, and records with new labels have no index.
+        self.fingerprinted = options.fingerprints and not (
+            options.noised_teacher or options.reassign_label
+        )
+        self._decode = self._decoder(prepare)
         logging.info("labeling on %s, %d at a time", self.engine.name, self.engine.concurrency)
 
     def of_whole_images(self) -> TeacherPredictor:
@@ -72,10 +78,11 @@ class TeacherPredictor:
             raise ConfigError(f"--test_time_views={self._views}: these pictures are crops already")
         # The engine is shared: only the way from bytes to pixels differs.
         whole = copy.copy(self)
-        whole._decode = views.decoder(
-            lambda image: images_lib.whole_image(image, self._size), self._size, self._views
-        )
+        whole._decode = self._decoder(lambda image: images_lib.whole_image(image, self._size))
         return whole
+
+    def _decoder(self, prepare: Callable[[tf.Tensor], tf.Tensor]) -> Callable:
+        return views.decoder(prepare, self._size, self._views, grids=self.fingerprinted)
 
     def label(self, images: Sequence[bytes | None]) -> tuple[np.ndarray, dict[int, str]]:
         """Predicts up to `group` images.
@@ -87,34 +94,58 @@ class TeacherPredictor:
           Probabilities float32 [N, C], zeros where there is no prediction; {index: reason} for
           images that cannot be decoded and for predictions that are not finite.
         """
+        probs, problems, _ = self.marked(images)
+        return probs, problems
+
+    def marked(
+        self, images: Sequence[bytes | None]
+    ) -> tuple[np.ndarray, dict[int, str], np.ndarray]:
+        """As `label`, and the images' `fingerprints.marks`, uint64 [N, 5]; [N, 0] without."""
         if not images:
-            return np.zeros([0, self.num_classes], np.float32), {}
-        pixels, problems = self._pixels(images)
+            return np.zeros([0, self.num_classes], np.float32), {}, self._marks([], None)
+        pixels, grids, problems = self._pixels(images)
         probs = views.average(self.engine, pixels)
         for place in np.flatnonzero(~np.isfinite(probs).all(1)):
             problems[int(place)] = "the predicted probabilities are NaN or infinite"
         empty = [i for i, image in enumerate(images) if image is None or i in problems]
         probs[empty] = 0
-        return probs, problems
+        return probs, problems, self._marks(images, grids)
 
-    def _pixels(self, images: Sequence[bytes | None]) -> tuple[np.ndarray, dict[int, str]]:
-        """float32 [N, V, S, S, 3], zeros where decoding fails; {index: reason}."""
+    def _marks(self, images: Sequence[bytes | None], grids: np.ndarray | None) -> np.ndarray:
+        columns = len(fingerprints.COLUMNS) if self.fingerprinted else 0
+        if grids is None:
+            return np.zeros([len(images), columns], np.uint64)
+        return fingerprints.marks(images, grids)
+
+    def _pixels(
+        self, images: Sequence[bytes | None]
+    ) -> tuple[np.ndarray, np.ndarray | None, dict[int, str]]:
+        """float32 [N, V, S, S, 3], zeros where decoding fails; grids if wanted; {index: reason}."""
         if all(image is not None for image in images):
             try:
                 # Not `.numpy()`, which copies: 10 MB per group.
-                return np.asarray(self._decode(tf.constant(images))), {}
+                return *self._decoded(images), {}
             except tf.errors.OpError:
                 pass  # Decoded one by one below, to find out which.
         pixels = np.zeros([len(images), self._views, self._size, self._size, 3], np.float32)
+        shape = [len(images), fingerprints.GRID, fingerprints.GRID]
+        grids = np.zeros(shape, np.float32) if self.fingerprinted else None
         problems = {}
         for place, image in enumerate(images):
             if image is None:
                 continue
             try:
-                pixels[place] = self._decode(tf.constant([image]))[0].numpy()
+                pixels[place : place + 1], grid = self._decoded([image])
+                if grids is not None:
+                    grids[place] = grid
             except tf.errors.OpError:
                 problems[place] = "the image cannot be decoded"
-        return pixels, problems
+        return pixels, grids, problems
+
+    def _decoded(self, images: Sequence[bytes | None]) -> tuple[np.ndarray, np.ndarray | None]:
+        found = self._decode(tf.constant(images))
+        pixels, grids = found if self.fingerprinted else (found, None)
+        return np.asarray(pixels), grids if grids is None else np.asarray(grids)
 
 
 def check_views(resolved: ResolvedConfig) -> None:

@@ -7,12 +7,12 @@ The only implementation: evaluation (`--eval_views`) starts from evaluation crop
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.data import images
+from efficientnet_ns.data import fingerprints, images
 
 VIEWS = (1, 2, 10)
 # Views that a crop is enough for: itself, and mirrored. Ten views need the whole image.
@@ -46,7 +46,9 @@ def average(classify: Callable[[Array], Array], pixels: Array) -> Array:
     return total / number
 
 
-def decoder(prepare: Callable[[tf.Tensor], tf.Tensor], size: int, views: int = 1) -> Callable:
+def decoder(
+    prepare: Callable[[tf.Tensor], tf.Tensor], size: int, views: int = 1, *, grids: bool = False
+) -> Callable:
     """Compiles a function: encoded images, string [N] → pixels float32 [N, V, size, size, 3].
 
     The function processes its images one after the other on the calling thread: callers with
@@ -58,12 +60,20 @@ def decoder(prepare: Callable[[tf.Tensor], tf.Tensor], size: int, views: int = 1
         the decoded image themselves.
       size: side of the result in pixels.
       views: V, one of `VIEWS`.
+      grids: also return `fingerprints.grid` of each image, float32 [N, G, G]. Images are then decoded
+        whole, also where a crop of them would do; the pixels are the same.
     """
-    signature = tf.TensorSpec([views, size, size, 3], tf.float32)
+    signature: Any = tf.TensorSpec([views, size, size, 3], tf.float32)
+    pixels_shape = signature.shape
+    if grids:
+        shape = [fingerprints.GRID, fingerprints.GRID]
+        signature = (signature, tf.TensorSpec(shape, tf.float32))
 
-    def one(image: tf.Tensor) -> tf.Tensor:
+    def one(image: tf.Tensor) -> Any:
+        image = images.decode(image) if grids else image
         found = _ten(image, size) if views == 10 else of_crops(prepare(image), views)
-        return tf.ensure_shape(found, signature.shape)
+        found = tf.ensure_shape(found, pixels_shape)
+        return (found, fingerprints.grid(image)) if grids else found
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
     def decode(encoded):
@@ -74,7 +84,7 @@ def decoder(prepare: Callable[[tf.Tensor], tf.Tensor], size: int, views: int = 1
 
 def _ten(image: tf.Tensor, size: int) -> tf.Tensor:
     """Squares of the evaluation crop's size in the centre and the four corners, then mirrored."""
-    pixels = images.decode(image)
+    pixels = images.decode(image) if image.dtype == tf.string else image
     height, width = tf.unstack(tf.shape(pixels)[:2])
     centre = images.center_crop_box(height, width, size)
     bottom, right = height - centre[2], width - centre[2]

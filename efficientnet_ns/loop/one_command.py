@@ -349,7 +349,6 @@ class _Run:
             labeled=labeled,
             validation_fraction=chosen["held_out"] if labeled else 0.0,
             max_side=chosen["max_side"],
-            keep_names=True,
             max_bad_fraction=_MAX_BAD_FRACTION,
             seed=chosen.get("seed", 0),
         )

@@ -2,7 +2,8 @@
 
 One Parquet file per prediction file, with a row per prediction in the same order: `shard` int32,
 `worker` int32, `position` int64 (in the prediction file), `label` int32 (-1: unreadable), `prob`
-float32 (top-1 probability). A selection therefore never reads the probabilities of all classes.
+float32 (top-1 probability), and from a teacher of this package the `fingerprints.COLUMNS` of the
+image, uint64: `hash` of the content and the words `f0`–`f3` of its fingerprint. A selection therefore never reads the probabilities of all classes.
 Readers scan row groups on every core, in bounded memory.
 """
 
@@ -23,7 +24,15 @@ import tensorflow as tf
 from efficientnet_ns.config import ConfigError, SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.config.processes import run_each
-from efficientnet_ns.files import local_files, manifests, shard_names, tfexamples, tfrecords
+from efficientnet_ns.data import fingerprints
+from efficientnet_ns.files import (
+    exclusions,
+    local_files,
+    manifests,
+    shard_names,
+    tfexamples,
+    tfrecords,
+)
 from efficientnet_ns.files.atomic import atomic_path
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
@@ -34,6 +43,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 UNREADABLE_LABEL = -1
+_NOTHING = np.zeros(0, np.int64)
 # Rows per group of a file, independent of the calls of `add`: equal rows make equal files.
 _GROUP = 1 << 16
 # A process takes seconds to start, which pays off only with this much to read.
@@ -160,18 +170,28 @@ class IndexWriter(contextlib.AbstractContextManager):
     Args:
       path: of the index.
       shard, worker: of the prediction file.
+      marked: whether rows have `fingerprints.marks`.
     """
 
-    def __init__(self, path: str, shard: int, worker: int):
+    def __init__(self, path: str, shard: int, worker: int, *, marked: bool = False):
         import pyarrow.parquet
 
         self._shard, self._worker, self._rows = shard, worker, 0
         self._labels, self._probs = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        self._marks = np.zeros([0, len(fingerprints.COLUMNS) if marked else 0], np.uint64)
+        self._columns = {
+            **COLUMNS,
+            **(dict.fromkeys(fingerprints.COLUMNS, np.uint64) if marked else {}),
+        }
         self._file = local_files.FileSink(path)
-        self._writer = pyarrow.parquet.ParquetWriter(self._file, schema(COLUMNS))
+        self._writer = pyarrow.parquet.ParquetWriter(self._file, schema(self._columns))
 
-    def add(self, labels: np.ndarray, top_probs: np.ndarray) -> None:
-        """Appends rows: labels int32 [N], top-1 probabilities float32 [N]."""
+    def add(
+        self, labels: np.ndarray, top_probs: np.ndarray, marks: np.ndarray | None = None
+    ) -> None:
+        """Appends rows: labels int32 [N], top-1 probabilities float32 [N], marks uint64 [N, 5]."""
+        if marks is not None and marks.size:
+            self._marks = np.concatenate([self._marks, marks])
         self._labels = np.concatenate([self._labels, np.asarray(labels, np.int32)])
         self._probs = np.concatenate([self._probs, np.asarray(top_probs, np.float32)])
         while len(self._labels) >= _GROUP:
@@ -182,9 +202,9 @@ class IndexWriter(contextlib.AbstractContextManager):
 
         position = np.arange(self._rows, self._rows + n, dtype=np.int64)
         places = (np.full(n, self._shard, np.int32), np.full(n, self._worker, np.int32), position)
-        columns = (*places, self._labels[:n], self._probs[:n])
-        self._writer.write_table(pyarrow.table(dict(zip(COLUMNS, columns))))
-        self._labels, self._probs = self._labels[n:], self._probs[n:]
+        columns = (*places, self._labels[:n], self._probs[:n], *self._marks[:n].T)
+        self._writer.write_table(pyarrow.table(dict(zip(self._columns, columns))))
+        self._labels, self._probs, self._marks = self._labels[n:], self._probs[n:], self._marks[n:]
         self._rows += n
 
     def close(self) -> None:
@@ -244,7 +264,7 @@ class RowChunk(NamedTuple):
       shard, worker: of the file.
       start: position of the first row.
       size: rows, including unreadable images.
-      labels, probs: int32 and float32 [N], without unreadable images.
+      labels, probs: int32 and float32 [N], without unreadable and excluded images.
       positions: int64 [N], in the prediction file.
     """
 
@@ -277,7 +297,24 @@ def _parts(paths: Sequence[str]) -> Iterator[list[RowGroup]]:
     yield part
 
 
-def _chunks(shard: int, part: Sequence[RowGroup]) -> Iterator[RowChunk]:
+# (shard, worker) → positions of predictions to pass over, int64, ascending.
+Excluded = Mapping[tuple[int, int], np.ndarray]
+
+
+def excluded(config: SelectConfig) -> Excluded:
+    """The predictions of the records that `config.exclude` lists."""
+    if not config.exclude:
+        return {}
+    used, workers = shards(config), count_workers(config)
+    listed = exclusions.of_files(config.exclude, [input_path(config, shard) for shard in used])
+    return {
+        (used[number], worker): records[records % workers == worker] // workers
+        for number, records in listed.items()
+        for worker in range(workers)
+    }
+
+
+def _chunks(shard: int, part: Sequence[RowGroup], excluded: Excluded) -> Iterator[RowChunk]:
     import pyarrow.parquet
 
     for (worker, path), same_file in itertools.groupby(part, key=lambda group: group[:2]):
@@ -293,8 +330,9 @@ def _chunks(shard: int, part: Sequence[RowGroup]) -> Iterator[RowChunk]:
                 labels, probs = (batch.column(k).to_numpy() for k in range(2))
                 size = len(labels)
                 positions = np.arange(start, start + size)
-                if size and labels.min() < 0:
-                    known = labels >= 0
+                left_out = excluded.get((shard, worker), _NOTHING)
+                if len(left_out) or (size and labels.min() < 0):
+                    known = (labels >= 0) & ~np.isin(positions, left_out)
                     labels, probs, positions = labels[known], probs[known], positions[known]
                 yield RowChunk(shard, worker, start, size, labels, probs, positions)
                 start += size
@@ -305,11 +343,15 @@ class IndexScan:
 
     Args:
       files: local index files by shard, in the order of the workers.
+      excluded: predictions that count as unreadable.
     """
 
-    def __init__(self, files: Mapping[int, Sequence[str]]):
-        self.files = dict(files)
+    def __init__(self, files: Mapping[int, Sequence[str]], excluded: Excluded | None = None):
+        self.files, self._excluded = dict(files), excluded or {}
         self._parts = [(s, part) for s, paths in self.files.items() for part in _parts(paths)]
+
+    def _run(self, work: Callable[[Iterator[RowChunk]], Result], shard: int, part) -> Result:
+        return work(_chunks(shard, part, self._excluded))
 
     def each(
         self, what: str, work: Callable[[Iterator[RowChunk]], Result]
@@ -328,7 +370,7 @@ class IndexScan:
             Progress(len(self._parts), what, "parts") as progress,
         ):
             for shard, part in self._parts:
-                waiting.append((shard, pool.submit(lambda s, p: work(_chunks(s, p)), shard, part)))
+                waiting.append((shard, pool.submit(self._run, work, shard, part)))
                 if len(waiting) > available_cpus():
                     shard, future = waiting.popleft()
                     yield shard, future.result()

@@ -140,6 +140,9 @@ class ShardLabeling:
         self._teacher, self._task, self._options, self._lease = teacher, task, options, lease
         engine = teacher.engine
         settings = {**task.stage.config, "engine": engine.name, "batch": engine.batch_size}
+        self._marked = getattr(teacher, "fingerprinted", False)
+        if self._marked:
+            settings["fingerprints"] = True
         folder = os.path.dirname(task.stage.outputs[0])
         self._parts = Parts(folder, task.name, {**settings, "group": teacher.group})
 
@@ -193,8 +196,9 @@ class ShardLabeling:
                     writing = disk.submit(self._publish, part)
                     ready, began = [], time.monotonic()
 
+            label = getattr(self._teacher, "marked" if self._marked else "label")
             for batch in _read_batches(self._task, self._teacher.group, place):
-                waiting.append((batch, pool.submit(self._teacher.label, batch.images)))
+                waiting.append((batch, pool.submit(label, batch.images)))
                 # Enough that the pool stays busy while this thread reads; bounds memory.
                 if len(waiting) > 2 * concurrency:
                     collect()
@@ -239,14 +243,15 @@ class ShardLabeling:
         with stage.write() as (temporary, counts), contextlib.ExitStack() as opened:
             index = None
             if not task.reassign:
-                index = IndexWriter(temporary[stage.outputs[1]], task.shard, task.worker)
+                path = temporary[stage.outputs[1]]
+                index = IndexWriter(path, task.shard, task.worker, marked=self._marked)
                 opened.enter_context(index)
             total, whole = 0, False
             with tf.io.gfile.GFile(temporary[stage.outputs[0]], "wb") as f:
                 for part, body in self._parts.chain():
                     f.write(body)
                     if index:
-                        index.add(part.labels, part.top_probs)
+                        index.add(part.labels, part.top_probs, part.marks)
                     quarantine += part.quarantine
                     total, whole = total + part.records, part.last
             if not whole:
@@ -266,13 +271,20 @@ def _size(parts: list[PartFile]) -> int:
 
 
 def _part(
-    batch: EncodedBatch, probs: np.ndarray, problems: dict[int, str], *, first: int, reassign: bool
+    batch: EncodedBatch,
+    probs: np.ndarray,
+    problems: dict[int, str],
+    marks: np.ndarray | None = None,
+    *,
+    first: int,
+    reassign: bool,
 ) -> PartFile:
     """A batch, which begins at the worker's record `first`, with its predictions.
 
     Args:
       probs: float32 [N, C], zeros for unusable records.
       problems: index into the batch → why the image could not be decoded.
+      marks: uint64 [N, M] of a teacher that gives fingerprints.
     """
     problems = {**problems, **batch.problems}
     labels, top_probs = top_one(probs)
@@ -296,6 +308,7 @@ def _part(
         labels=labels,
         top_probs=top_probs,
         payloads=payloads,
+        marks=np.zeros([len(labels), 0], np.uint64) if marks is None else marks,
     )
 
 

@@ -38,6 +38,7 @@ class PartFile:
       quarantine: [[number of the record among the worker's, position in the file, reason]].
       labels, top_probs: int32 and float32 [records].
       payloads: records of the output; empty after reading.
+      marks: uint64 [records, M], see `fingerprints.marks`; M is 0 without.
     """
 
     first: int
@@ -49,6 +50,7 @@ class PartFile:
     labels: np.ndarray
     top_probs: np.ndarray
     payloads: list[bytes] = dataclasses.field(default_factory=list)
+    marks: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros([0, 0], np.uint64))
 
     @classmethod
     def join(cls, parts: Sequence[PartFile]) -> PartFile:
@@ -61,6 +63,7 @@ class PartFile:
             labels=np.concatenate([part.labels for part in parts]),
             top_probs=np.concatenate([part.top_probs for part in parts]),
             payloads=[payload for part in parts for payload in part.payloads],
+            marks=np.concatenate([part.marks for part in parts]),
         )
 
     _STORED = ("first", "records", "place", "last", "lost", "quarantine")
@@ -90,6 +93,7 @@ class Parts:
         """Writes a part; it appears whole."""
         stored = {name: getattr(part, name) for name in PartFile._STORED}
         numbers = part.labels.astype("<i4").tobytes() + part.top_probs.astype("<f4").tobytes()
+        numbers += part.marks.astype("<u8").tobytes()
         body = b"".join(tfrecords.frame(p) for p in [numbers, *part.payloads])
         stored.update(settings=self._settings, bytes=len(body), crc=google_crc32c.value(body))
         header = tfrecords.frame(json.dumps(stored).encode())
@@ -118,13 +122,15 @@ class Parts:
         except (ValueError, KeyError):
             return None
         numbers, end = tfrecords.payload_at(content, body)
-        # Labels, int32, then as many probabilities, float32.
-        half = len(numbers) // 2
+        # Labels, int32, as many probabilities, float32, and the marks, if any.
+        half = 4 * (count := stored["records"])
         stored["place"] = tuple(stored["place"])
+        marks = np.frombuffer(numbers[2 * half :], "<u8")
         part = PartFile(
             **stored,
             labels=np.frombuffer(numbers[:half], "<i4"),
-            top_probs=np.frombuffer(numbers[half:], "<f4"),
+            top_probs=np.frombuffer(numbers[half : 2 * half], "<f4"),
+            marks=marks.reshape(count, -1) if count else np.zeros([0, 0], np.uint64),
         )
         return part, content[end:]
 

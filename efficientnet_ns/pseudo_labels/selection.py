@@ -91,7 +91,8 @@ def select(config: SelectConfig) -> dict[str, object]:
         return wanted.counts()
     _check_number_of_classes(config)
     with local_files.local_copies(paths) as local:
-        scan = IndexScan({s: [local[path] for path in files] for s, files in indexes.items()})
+        found = {s: [local[path] for path in files] for s, files in indexes.items()}
+        scan = IndexScan(found, index.excluded(config))
         share = workers // config.total_replicas
         count = functools.partial(_count, scan, config, workers_per_task=share)
         counts = count(save={}) if counted else _write_statistics(statistics, names, count)
@@ -105,11 +106,16 @@ def _selection_stage(config: SelectConfig, predictions: str) -> manifests.Stage:
     settings["predictions"] = predictions
     # Never mix results of two definitions of the draws.
     settings["draws"] = DRAWS
+    settings.update(_exclusion(config))
     if config.debug == 1:
         settings["shard_id"] = config.shard_id or 0
     names = (SELECTION, "threshold.json", "num_image_across_cat.json")
     outputs = [os.path.join(config.output_dir, name) for name in names]
     return manifests.Stage(f"{outputs[0]}.manifest.json", outputs, settings)
+
+
+def _exclusion(config: SelectConfig) -> dict[str, str]:
+    return {"exclude": manifests.content_hash(config.exclude)} if config.exclude else {}
 
 
 def _check_number_of_classes(config: SelectConfig) -> None:
@@ -175,6 +181,7 @@ def _statistics_stage(
         "only_use_num_shards": config.only_use_num_shards,
         "total_replicas": config.total_replicas,
         "task": index.task_number(config) if config.total_replicas == 1 else None,
+        **_exclusion(config),
     }
     return manifests.Stage(f"{outputs[-2]}.manifest.json", outputs, settings)
 

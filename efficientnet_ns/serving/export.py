@@ -1,4 +1,4 @@
-"""Versions of SavedModels for TensorFlow Serving, and TFLite files; each appears only once complete."""
+"""Versions of SavedModels for TensorFlow Serving, TFLite and ONNX files; each appears only once complete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.files import atomic, manifests, paths
 from efficientnet_ns.inference import exported, folding
 from efficientnet_ns.models import checkpoint_files, heads
-from efficientnet_ns.serving import deployment, templates, tflite, tflite_metadata, warmup
+from efficientnet_ns.serving import (
+    deployment,
+    onnx_files,
+    templates,
+    tflite,
+    tflite_metadata,
+    warmup,
+)
 from efficientnet_ns.serving.classifier import Classifier, OutputSpec
 
 # A graph with its constants is one protocol buffer, which ends at 2 GB.
@@ -165,23 +172,57 @@ def export_tflite(
     Raises:
       manifests.OutputConflict: the file exists.
     """
+    model = heads.standard(model)
+    _check_new(path)
+    content = tflite.convert(model, kind, representative)
+    facts = _facts(model, preprocessing, kind, options)
+    described = tflite_metadata.Description(
+        model.name, kind, preprocessing.image_size, str(facts["input"]), "labels.txt"
+    )
+    content = tflite.with_metadata(content, options.outputs.class_names, facts, described)
+    atomic.write(path, content)
+    return content
+
+
+def export_onnx(
+    model: tf.keras.Model, preprocessing: Preprocessing, path: str, options: Options
+) -> bytes:
+    """Writes an ONNX file, batch norm folded unless `optimize_for` is `none`; see `onnx_files.convert`.
+
+    Returns:
+      Its content.
+
+    Raises:
+      manifests.OutputConflict: the file exists.
+    """
+    model = heads.standard(model)
+    _check_new(path)
+    facts = _facts(model, preprocessing, "float32", options)
+    if options.optimize_for != "none":
+        model = folding.fold_batch_norm(model, for_cpu=False)
+    content = onnx_files.convert(model, facts, options.outputs.class_names)
+    atomic.write(path, content)
+    return content
+
+
+def _check_new(path: str) -> None:
     if tf.io.gfile.exists(path):
         raise manifests.OutputConflict(
             f"{path} already exists: choose another --version, or delete it"
         )
     tf.io.gfile.makedirs(os.path.dirname(path) or ".")
-    model = heads.standard(model)
-    content = tflite.convert(model, kind, representative)
+
+
+def _facts(
+    model: tf.keras.Model, preprocessing: Preprocessing, kind: str, options: Options
+) -> dict[str, object]:
+    """What an application must know about a file of a model, JSON-able."""
     crop = "without crop," if preprocessing.small_image else "evaluation crop and"
-    pixels = f"pixels 0..255 RGB, {crop} bicubic resize"
-    described = tflite_metadata.Description(
-        model.name, kind, preprocessing.image_size, pixels, "labels.txt"
-    )
     task = options.task
-    facts = {
+    return {
         "model": model.name,
         "type": kind,
-        "input": pixels,
+        "input": f"pixels 0..255 RGB, {crop} bicubic resize",
         "image_size": preprocessing.image_size,
         "small_image": preprocessing.small_image,
         "crop_fraction": preprocessing.crop_fraction,
@@ -190,9 +231,6 @@ def export_tflite(
         **({"eval_set": task.eval_set, "test_set": task.test_set} if task else {}),
         **{str(name): value for name, value in options.facts.items()},
     }
-    content = tflite.with_metadata(content, options.outputs.class_names, facts, described)
-    atomic.write(path, content)
-    return content
 
 
 def saved_model_runner(folder: str) -> Callable[[Sequence[bytes]], np.ndarray]:

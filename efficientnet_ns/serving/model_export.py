@@ -1,4 +1,4 @@
-"""A trained model as a SavedModel or a TensorFlow Lite file, compared with the model on real images."""
+"""A trained model as a SavedModel, a TensorFlow Lite or ONNX file, compared with the model on real images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import published, weights
 from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
-from efficientnet_ns.serving import check, export, provenance
+from efficientnet_ns.serving import check, export, onnx_files, provenance
 from efficientnet_ns.serving.classifier import OutputSpec
 
 
@@ -30,7 +30,7 @@ def export_model(config: Config, options: ExportConfig) -> str:
       options: what to export, and where to.
 
     Returns:
-      The folder of the SavedModel, or the path of the TFLite file.
+      The folder of the SavedModel, or the path of the file.
 
     Raises:
       ConfigError: a path is missing, or a setting does not fit.
@@ -47,8 +47,8 @@ def export_model(config: Config, options: ExportConfig) -> str:
     if number is None:
         pattern = re.escape(_file_name(model, "NUMBER", options)).replace("NUMBER", r"(\d+)")
         number = export.next_version(options.export_dir, pattern)
-    write = _saved_model if options.format == "savedmodel" else _tflite
-    return write(resolved, model, path, number, options)
+    write = {"savedmodel": _saved_model, "tflite": _tflite, "onnx": _onnx}
+    return write[options.format](resolved, model, path, number, options)
 
 
 def _check(options: ExportConfig) -> None:
@@ -61,17 +61,19 @@ def _check(options: ExportConfig) -> None:
         )
     if options.calibration_data and not int8:
         raise ConfigError("--calibration_data is of --format=tflite --tflite_type=int8")
-    if options.format == "tflite" and options.serving_dtype != "float32":
+    if options.format != "savedmodel" and options.serving_dtype != "float32":
         raise ConfigError(
             "--serving_dtype applies to SavedModels; use --tflite_type for a TFLite file"
         )
-    if options.format == "savedmodel" and options.tflite_type != "float32":
+    if options.format != "tflite" and options.tflite_type != "float32":
         raise ConfigError(f"--tflite_type={options.tflite_type} needs --format=tflite")
 
 
 def _file_name(model, version: int | str, options: ExportConfig) -> str:
     if options.format == "savedmodel":
         return str(version)
+    if options.format == "onnx":
+        return f"{model.name}-{version}.onnx"
     return f"{model.name}-{version}-{options.tflite_type}.tflite"
 
 
@@ -167,8 +169,21 @@ def _tflite(resolved: ResolvedConfig, model, path: str, version: int, options: E
         _export_options(resolved, path, options),
         _calibration(resolved, options, images),
     )
+    _compare(resolved, path, options, images, lambda: lite_files.runner(content))
+    return target
+
+
+def _onnx(resolved: ResolvedConfig, model, path: str, version: int, options: ExportConfig) -> str:
+    _, images = _images(resolved, options.check_data, options.check_images)
+    target = os.path.join(options.export_dir, _file_name(model, version, options))
+    exported = _export_options(resolved, path, options)
+    content = export.export_onnx(model, resolved.preprocessing(), target, exported)
+    _compare(resolved, path, options, images, lambda: onnx_files.runner(content))
+    return target
+
+
+def _compare(resolved: ResolvedConfig, path: str, options: ExportConfig, images, runner) -> None:
+    """Prints how the probabilities of a file differ from the model's, if there are images."""
     if len(images):
         expected = _float32_probabilities(resolved, path, options, images)
-        predictions = lite_files.runner(content)(images)
-        print(f"against the float32 model: {check.difference(expected, predictions)}")
-    return target
+        print(f"against the float32 model: {check.difference(expected, runner()(images))}")

@@ -678,10 +678,11 @@ def test_reading_from_the_middle(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 127, 128, 16_300, 16_384])
-def test_image_of_a_record_with_nothing_else(size, rng):
+@pytest.mark.parametrize("name", ["", "a folder/photo 1.jpg"])
+def test_image_of_a_record_with_nothing_else_but_its_name(name, size, rng):
     """Read at the level of bytes, and only where a protocol buffer's reader finds the same."""
     image = rng.bytes(size)
-    record = tfexamples.unlabeled_example(image)
+    record = tfexamples.unlabeled_example(image, name)
     assert tfexamples._only_image(record) == tfexamples.image_bytes(record) == image
     for other in (
         tfexamples.labeled_example(image, 3),
@@ -690,7 +691,8 @@ def test_image_of_a_record_with_nothing_else(size, rng):
         assert tfexamples._only_image(other) is None
     for _ in range(300):
         changed = bytearray(record)
-        changed[rng.integers(min(40, len(record)))] = rng.integers(256)
+        near = rng.integers(min(40, len(record)))
+        changed[near if rng.integers(2) or not name else -1 - near] = rng.integers(256)
         changed = bytes(changed[: len(record) - rng.integers(2) * rng.integers(3)])
         found = tfexamples._only_image(changed)
         if found is not None:

@@ -27,7 +27,7 @@ from PIL import Image
 from efficientnet_ns.config import ConfigError
 from efficientnet_ns.config.ingest import MakeConfig
 from efficientnet_ns.data import image_conversion, images, tasks
-from efficientnet_ns.files import manifests, shard_names, tfrecords
+from efficientnet_ns.files import manifests, shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import data_source, image_records, image_sources
 
@@ -136,14 +136,18 @@ def test_unlabeled_images_of_any_tree(tmp_path):
     tree = {"a.png": picture(1), "x/y/b.png": picture(2), "x/c.gif": picture(3, image_format="GIF")}
     folder = write_folder(tmp_path / "in", tree)
     (folder / "x" / "circle").symlink_to(folder)
-    assert run(folder, tmp_path / "out", labeled=False) == {"extra": 3}
-    got = contents(tmp_path / "out", "extra")
-    assert sorted(got) == sorted((0, content) for content in tree.values())
-    assert not (tmp_path / "out/task.json").exists()
-    for path in shard_names.list_shards(str(tmp_path / "out"), "extra"):
-        for record in tfrecords.read(path):
-            keys = tf.train.Example.FromString(record.payload).features.feature.keys()
-            assert set(keys) == {"image/encoded"}
+    for keep in (True, False):
+        output = tmp_path / f"out{keep}"
+        assert run(folder, output, labeled=False, keep_names=keep) == {"extra": 3}
+        got = contents(output, "extra")
+        assert sorted(got) == sorted((0, content) for content in tree.values())
+        assert not (output / "task.json").exists()
+        paths = shard_names.list_shards(str(output), "extra")
+        records = [record.payload for path in paths for record in tfrecords.read(path)]
+        names = {tfexamples.image_bytes(r): tfexamples.file_name(r) for r in records}
+        assert names == {content: name if keep else "" for name, content in tree.items()}
+        keys = tf.train.Example.FromString(records[0]).features.feature.keys()
+        assert set(keys) == {"image/encoded", *(["image/filename"] if keep else [])}
 
 
 # Classes.

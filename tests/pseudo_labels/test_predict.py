@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import sys
@@ -20,14 +21,14 @@ from PIL import Image
 from unlabeled_sets import CLASSES, SIZE, config, corrupt, png, save_teacher, write_shards
 
 from efficientnet_ns.config import Config, ConfigError, SelectConfig
-from efficientnet_ns.data import images
+from efficientnet_ns.data import fingerprints, images
 from efficientnet_ns.files import json_files, manifests, shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.inference import views
 from efficientnet_ns.inference.teacher import TeacherPredictor
 from efficientnet_ns.models import weights
+from efficientnet_ns.pseudo_labels import image_marks, label_shard, parts, predict, write
 from efficientnet_ns.pseudo_labels import index as index_lib
-from efficientnet_ns.pseudo_labels import label_shard, parts, predict, write
 from efficientnet_ns.pseudo_labels.selection import select
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
@@ -179,6 +180,7 @@ def test_index(finished):
             "position": "int64",
             "label": "int32",
             "prob": "float",
+            **dict.fromkeys(fingerprints.COLUMNS, "uint64"),
         }
         columns = table.to_pydict()
         assert columns["shard"] == [shard] * len(classes)
@@ -188,13 +190,30 @@ def test_index(finished):
         np.testing.assert_array_equal(np.float32(columns["prob"]), probs.max(1))
 
 
+def test_index_has_hashes_and_fingerprints(folder, finished):
+    """Of the whole images, at whatever size the teacher sees them."""
+    for shard in range(3):
+        source = f"extra-{shard:05d}-of-00003"
+        (path,) = image_marks.write_marks(
+            [str(folder / "unlabeled" / source)], str(folder / "marks"), crops=False
+        )
+        index = f"{finished.predict.output_dir}/index-{shard:05d}-of-00003-00000.parquet"
+        columns = list(fingerprints.COLUMNS)
+        noted, alone = (pyarrow.parquet.read_table(p).select(columns) for p in (index, path))
+        assert noted.equals(alone)
+        record = next(tfrecords.read(str(folder / "unlabeled" / source)))
+        digest = hashlib.sha256(tfexamples.image_bytes(record.payload)).hexdigest()
+        assert f"{noted['hash'][0].as_py():016x}" == digest[:16]
+
+
 def test_index_can_be_built_from_the_predictions(finished, tmp_path):
     for shard in range(3):
         source = f"{finished.predict.output_dir}/train-info-{shard:05d}-of-00003-00000"
         index_lib.index_from_predictions(source, str(tmp_path / "index"), shard, 0)
         built = pyarrow.parquet.read_table(tmp_path / "index")
         original = f"{finished.predict.output_dir}/index-{shard:05d}-of-00003-00000.parquet"
-        assert built.equals(pyarrow.parquet.read_table(original))
+        without_images = pyarrow.parquet.read_table(original).drop_columns(fingerprints.COLUMNS)
+        assert built.equals(without_images)
 
 
 def test_two_workers_share_each_shard(folder, expected):
@@ -560,10 +579,10 @@ def kill_after(monkeypatch, writes: int) -> None:
 
 def count_labeled(monkeypatch) -> list[int]:
     """Sizes of the groups labeled from now on."""
-    sizes, original = [], TeacherPredictor.label
+    sizes, original = [], TeacherPredictor.marked
     monkeypatch.setattr(
         TeacherPredictor,
-        "label",
+        "marked",
         lambda self, images: sizes.append(len(images)) or original(self, images),
     )
     return sizes

@@ -191,7 +191,11 @@ def test_missing_folders_are_named(config, tmp_path, missing):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"tflite_type": "int8"}, {"format": "tflite", "serving_dtype": "bfloat16"}],
+    [
+        {"tflite_type": "int8"},
+        {"format": "tflite", "serving_dtype": "bfloat16"},
+        {"format": "onnx", "tflite_type": "float16"},
+    ],
 )
 def test_settings_of_the_other_format_are_refused(config, tmp_path, settings):
     with pytest.raises(ConfigError, match="tflite"):

@@ -1,0 +1,22 @@
+"""Leaks and duplicates among evaluation, labeled and unlabeled images, and what to leave out.
+
+Writes report.html with pairs of pictures, copies.csv, and exclude.csv for `filter_unlabel --exclude`,
+below --output_dir. With --prediction_dir the images were looked at when they were labeled.
+"""
+
+from __future__ import annotations
+
+import json
+
+from efficientnet_ns import config
+from efficientnet_ns.config import CheckConfig
+
+
+def main(options: CheckConfig) -> None:
+    from efficientnet_ns.pseudo_labels import check_data
+
+    print(json.dumps(check_data.check_data(options)))
+
+
+if __name__ == "__main__":
+    config.run(main, CheckConfig)

@@ -1,0 +1,94 @@
+"""Perceptual fingerprints: 256 bits that copies of a photograph share, and other photographs do not.
+
+As PDQ (Facebook 2019, "The TMK+PDQF video-hashing algorithm and the PDQ image-hashing algorithm"):
+brightness on a grid of 64 x 64, its 16 x 16 lowest frequencies by the discrete cosine transform
+without the constant ones, a bit for each above their median; copies differ in at most 31. In place of
+PDQ's filter each point of the grid is the mean of its area, in whole numbers, so that every machine
+gets the same. The bits are in the order of their frequency, the most robust ones first.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+GRID = 64
+# The columns of an image: `hash` of the content, then the words of the fingerprint.
+COLUMNS = ("hash", "f0", "f1", "f2", "f3")
+WORDS = 4  # A fingerprint is as many uint64.
+THRESHOLD = 31  # Bits that copies differ in at most.
+_SIDE = 16
+_CENTERS = (0.95, 0.9)  # Sides of centre crops that `crops` adds.
+_LEAST_DEVIATION = 2.0  # Of the brightness: flatter images look alike.
+
+
+def grid(pixels: tf.Tensor) -> tf.Tensor:
+    """Decoded pixels, uint8 [H, W, 3] → brightness, float32 [GRID, GRID] in 0..255."""
+    weights = tf.constant([299, 587, 114], tf.int32)
+    gray = tf.reduce_sum(tf.cast(pixels, tf.int32) * weights, 2) // 1000
+    # Transposed in between; the grid is transposed back.
+    found = tf.transpose(_areas(tf.transpose(_areas(gray, 256)), 1))
+    return tf.cast(found, tf.float32) / 256.0
+
+
+def _areas(rows: tf.Tensor, scale: int) -> tf.Tensor:
+    """The means of GRID groups of rows, times `scale`, rounded down: int32 [H, W] → [GRID, W]."""
+    height = tf.shape(rows)[0]
+    # Images smaller than the grid are enlarged by a whole number.
+    rows = tf.repeat(rows, (GRID - 1) // height + 1, axis=0)
+    height = tf.shape(rows)[0]
+    groups = (tf.range(height) * GRID) // height
+    sums = tf.math.segment_sum(rows, groups)
+    return sums * scale // tf.math.segment_sum(tf.ones_like(groups), groups)[:, None]
+
+
+def crops(pixels: tf.Tensor) -> tf.Tensor:
+    """The grids of an image and of its centre crops, float32 [V, GRID, GRID]; the image is first.
+
+    By the crops of one image, copies of it that were cropped are found.
+    """
+    shape = tf.shape(pixels)[:2]
+    grids = [grid(pixels)]
+    for side in _CENTERS:
+        size = tf.maximum(tf.cast(tf.cast(shape, tf.float32) * side, tf.int32), 1)
+        at = (shape - size) // 2
+        grids.append(grid(tf.slice(pixels, [at[0], at[1], 0], [size[0], size[1], 3])))
+    return tf.stack(grids)
+
+
+def marks(images: Sequence[bytes | None], grids: np.ndarray) -> np.ndarray:
+    """`COLUMNS` of images, uint64 [N, 5]: the first 64 bits of the SHA-256, and the fingerprint."""
+    hashes = [hashlib.sha256(image or b"").digest()[:8] for image in images]
+    first = np.array([int.from_bytes(digest, "big") for digest in hashes], np.uint64)
+    return np.concatenate([first[:, None], fingerprints(grids)], 1)
+
+
+@functools.cache
+def _cosines() -> np.ndarray:
+    """float64 [_SIDE, GRID]: the cosines of the frequencies 1.._SIDE."""
+    frequency, place = np.arange(1, _SIDE + 1)[:, None], np.arange(GRID)[None]
+    return np.cos(np.pi * frequency * (2 * place + 1) / (2 * GRID))
+
+
+@functools.cache
+def _order() -> np.ndarray:
+    """Places of the frequencies in a 16 x 16 table, the lowest first."""
+    down, across = np.divmod(np.arange(_SIDE**2), _SIDE)
+    return np.lexsort([down, np.maximum(down, across)])
+
+
+def fingerprints(grids: np.ndarray) -> np.ndarray:
+    """Grids float32 [N, GRID, GRID] → uint64 [N, WORDS]; zeros for images without structure."""
+    table = np.einsum(
+        "fy,nyx,gx->nfg", _cosines(), grids.astype(np.float64), _cosines(), optimize=True
+    )
+    # Rounded, so that the order of additions, which depends on the machine, decides nothing.
+    values = np.round(table.reshape(len(grids), -1), 3)[:, _order()]
+    bits = values > np.median(values, 1, keepdims=True)
+    bits[grids.reshape(len(grids), -1).std(1) < _LEAST_DEVIATION] = False
+    packed = np.packbits(bits, axis=1, bitorder="little")
+    return np.ascontiguousarray(packed).view("<u8").astype(np.uint64)

@@ -1,0 +1,62 @@
+"""Lists of records to leave out: CSV with the columns `file` and `record`, as check_data writes them."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.files.errors import DataError
+
+COLUMNS = ("file", "record")
+
+
+def place(path: str) -> str:
+    """A path as it is compared: absolute, without what leads nowhere."""
+    return path if "://" in path else os.path.abspath(path)
+
+
+def read(path: str) -> dict[str, np.ndarray]:
+    """Absolute path of a file → positions of its records, int64, ascending.
+
+    Raises:
+      DataError: there is no such list, or it lacks a column.
+    """
+    import pyarrow
+    import pyarrow.csv
+
+    if not tf.io.gfile.exists(path):
+        raise DataError(f"--exclude={path}: there is no such file")
+    with tf.io.gfile.GFile(path, "rb") as f:
+        source = pyarrow.BufferReader(f.read())
+    types = {"file": pyarrow.string(), "record": pyarrow.int64()}
+    convert = pyarrow.csv.ConvertOptions(column_types=types, include_columns=list(COLUMNS))
+    try:
+        table = pyarrow.csv.read_csv(source, convert_options=convert)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError) as e:
+        raise DataError(
+            f"--exclude={path} is no list with the columns {' and '.join(COLUMNS)}: {e}"
+        ) from e
+    files, records = table["file"].combine_chunks().dictionary_encode(), table["record"].to_numpy()
+    numbers = files.indices.to_numpy()
+    return {
+        place(name.as_py()): np.unique(records[numbers == number])
+        for number, name in enumerate(files.dictionary)
+    }
+
+
+def of_files(path: str, files: list[str]) -> dict[int, np.ndarray]:
+    """Number in `files` → positions to leave out, of those that a list names.
+
+    Raises:
+      DataError: see `read`; or the list names none of the files.
+    """
+    listed = read(path)
+    found = {i: listed[at] for i, at in enumerate(map(place, files)) if at in listed}
+    if listed and not found:
+        raise DataError(
+            f"--exclude={path} names no record of the set with {files[0]}, but such of "
+            f"{min(listed)}: was one of them moved? Check again where the records are now"
+        )
+    return found

@@ -1,0 +1,23 @@
+"""Predictions of any model for unlabeled records, to filter and learn from.
+
+`--source` is a .parquet, .npy, .npz, .csv or .jsonl file of probabilities or logits, or a folder of
+such files; several teachers are joined with ';'. Rows belong to records by position, by file name or
+by a hash of the image, see `--key`.
+"""
+
+from __future__ import annotations
+
+import json
+
+from efficientnet_ns import config
+from efficientnet_ns.config import ImportConfig
+
+
+def main(options: ImportConfig) -> None:
+    from efficientnet_ns.pseudo_labels.import_predictions import import_predictions
+
+    print(json.dumps(import_predictions(options)))
+
+
+if __name__ == "__main__":
+    config.run(main, ImportConfig)

@@ -1,0 +1,227 @@
+"""Leaks and duplicates: images that are in several sets, or several times in one.
+
+Writes, below the output folder: `report.html` with totals and pairs of pictures, `copies.csv` with
+every image that is a copy of an earlier one, and `exclude.csv`, the part of it to leave out. Evaluation
+images always stay; labeled ones are left out if they are copies of evaluation images, unlabeled ones
+if they are copies of any other image.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from efficientnet_ns import report
+from efficientnet_ns.config import CheckConfig, ConfigError, check, require
+from efficientnet_ns.data import fingerprints, tasks
+from efficientnet_ns.files import (
+    atomic,
+    exclusions,
+    parquet_sql,
+    shard_names,
+    tfexamples,
+    tfrecords,
+)
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.pseudo_labels import image_marks, unlabeled_set
+from efficientnet_ns.pseudo_labels.copies import (
+    EVALUATION,
+    LABELED,
+    ROLES,
+    UNLABELED,
+    Copy,
+    ImageSet,
+    Search,
+)
+
+_PAIRS = 24  # Pictures of pairs per section.
+_PIXELS = 192
+
+
+def check_data(options: CheckConfig) -> dict[str, Any]:
+    """Looks for copies among evaluation, labeled and unlabeled images, and writes what was found.
+
+    Returns:
+      `copies` and `excluded` images, by `<role> of <role>`, and the path of the `report`.
+
+    Raises:
+      ConfigError: no set is given.
+      DataError: a set has no records.
+    """
+    check(options)
+    require(options, "output_dir")
+    sets = _sets(options)
+    search = Search(sets, near=options.near)
+    totals = search.totals()
+    tf.io.gfile.makedirs(options.output_dir)
+    _write_list(os.path.join(options.output_dir, "copies.csv"), search.copies())
+    excluded = [copy for copy in search.copies() if copy.excluded]
+    _write_list(os.path.join(options.output_dir, "exclude.csv"), excluded)
+    path = os.path.join(options.output_dir, "report.html")
+    _write_report(path, sets, search, totals)
+    result: dict[str, Any] = {"copies": {}, "excluded": len(excluded), "report": path}
+    for (role, of_role, _), (copies, _) in totals.items():
+        name = f"{ROLES[role]} of {ROLES[of_role]}"
+        result["copies"][name] = result["copies"].get(name, 0) + copies
+    return result
+
+
+def _sets(options: CheckConfig) -> list[ImageSet]:
+    sets: list[ImageSet] = []
+
+    def add(role: int, folder: str, prefix: str) -> None:
+        files = shard_names.list_shards(folder, prefix)
+        name = f"{len(sets)}-{ROLES[role]}-{prefix}"
+        marks = os.path.join(options.output_dir, "marks", name)
+        made = image_marks.write_marks(files, marks, crops=role == EVALUATION)
+        sets.append(ImageSet(role, f"{prefix} of {folder}", files, made))
+
+    for folder in filter(None, options.label_data_dir.split(";")):
+        task = _task(options, folder)
+        held_out = [name for name in (task.eval_set, task.test_set) if name]
+        for prefix in dict.fromkeys(held_out):
+            if _has(folder, prefix):
+                add(EVALUATION, folder, prefix)
+        if _has(folder, task.train_set):
+            add(LABELED, folder, task.train_set)
+    for folder in filter(None, options.eval_data_dir.split(";")):
+        for prefix in ("validation", "dev", "test", "train"):
+            if _has(folder, prefix):
+                add(EVALUATION, folder, prefix)
+    if options.unlabel_data_dir:
+        sets.append(_unlabeled(options, len(sets)))
+    if not sets:
+        raise ConfigError("--label_data_dir, --eval_data_dir or --unlabel_data_dir is needed")
+    return sorted(sets, key=lambda one: one.role)
+
+
+def _task(options: CheckConfig, folder: str) -> tasks.Task:
+    path = options.task_name or os.path.join(folder, tasks.TASK_FILE)
+    if not options.task_name and not tf.io.gfile.exists(path):
+        raise ConfigError(f"--task_name is needed, to tell the sets in {folder} apart")
+    return tasks.get_task(path)
+
+
+def _has(folder: str, prefix: str) -> bool:
+    names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
+    return any((parsed := shard_names.parse(name)) and parsed[0] == prefix for name in names)
+
+
+def _unlabeled(options: CheckConfig, number: int) -> ImageSet:
+    folder = options.unlabel_data_dir
+    prefix, total = unlabeled_set.find(folder, options.file_prefix, options.num_shards)
+    names = [shard_names.shard_name(prefix, shard, total) for shard in range(total)]
+    files = [os.path.join(folder, name) for name in names]
+    if lost := [path for path in files if not tf.io.gfile.exists(path)]:
+        raise DataError(f"{len(lost)} shards are missing, the first is {lost[0]}")
+    name = f"{prefix} of {folder}"
+    if options.prediction_dir:
+        return ImageSet(UNLABELED, name, files, *_noted(options.prediction_dir, total))
+    marks = os.path.join(options.output_dir, "marks", f"{number}-unlabeled-{prefix}")
+    return ImageSet(UNLABELED, name, files, image_marks.write_marks(files, marks, crops=False))
+
+
+def _noted(folder: str, num_shards: int) -> tuple[list[str], int]:
+    """The indexes of a labeling, with fingerprints, and how many workers there are per shard."""
+    shards = range(num_shards)
+    workers = 0
+    while tf.io.gfile.exists(os.path.join(folder, shard_names.index_name(0, num_shards, workers))):
+        workers += 1
+    paths = [
+        os.path.join(folder, shard_names.index_name(shard, num_shards, worker))
+        for shard in shards
+        for worker in range(workers)
+    ]
+    missing = [path for path in paths if not tf.io.gfile.exists(path)]
+    if missing or not paths:
+        raise DataError(
+            f"--prediction_dir={folder} lacks the index of a shard, for example "
+            f"{(missing or [shard_names.index_name(0, num_shards, 0)])[0]}: label all shards first"
+        )
+    db = parquet_sql.connect(1, first=paths[:1])
+    columns = {name for name, *_ in db.execute("DESCRIBE first").fetchall()}
+    if not set(fingerprints.COLUMNS) <= columns:
+        raise DataError(
+            f"the index in --prediction_dir={folder} has no fingerprints (of an import, an exported "
+            "model, or an earlier version): drop --prediction_dir to have the images looked at"
+        )
+    return paths, workers
+
+
+def _write_list(path: str, copies: Sequence[Copy]) -> None:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow([*exclusions.COLUMNS, "set", "of_file", "of_record", "of_set", "distance"])
+    for copy in copies:
+        own = (exclusions.place(copy.file), copy.record, ROLES[copy.role])
+        other = (exclusions.place(copy.of_file), copy.of_record, ROLES[copy.of_role])
+        rows.writerow([*own, *other, max(copy.distance, 0) if copy.distance >= 0 else "same"])
+    atomic.remove_abandoned([path])
+    atomic.write(path, text.getvalue())
+
+
+# --- The page -------------------------------------------------------------------------------------
+
+
+def _write_report(
+    path: str,
+    sets: Sequence[ImageSet],
+    search: Search,
+    totals: dict[tuple[int, int, bool], tuple[int, int]],
+) -> None:
+    rows = [
+        {
+            "images": ROLES[role],
+            "are copies of": ROLES[of_role],
+            "how": "same file" if same else "near",
+            "number": copies,
+            "to leave out": out,
+        }
+        for (role, of_role, same), (copies, out) in totals.items()
+    ]
+    listed = [
+        {"set": ROLES[one.role], "records": one.name, "files": len(one.files)} for one in sets
+    ]
+    sections = [
+        report.Section("Copies", report.table(rows)),
+        report.Section("Sets", report.table(listed)),
+    ]
+    for role, of_role in sorted({key[:2] for key in totals}, key=lambda pair: (pair[1], pair[0])):
+        where = f"place.role = {role} AND origin.role = {of_role}"
+        title = f"{ROLES[role].capitalize()} images that are copies of {ROLES[of_role]} images"
+        sections.append(report.Section(title, _pairs(search.copies(where, _PAIRS))))
+    report.write_page(
+        path,
+        title="Leaks and duplicates",
+        intro=(
+            "Each image is listed with the first one that it is a copy of: evaluation images come "
+            "first, then labeled ones, then unlabeled ones. Near copies have fingerprints of 256 bits "
+            f"that differ in at most {fingerprints.THRESHOLD}: recompressed, resized, gray, and of "
+            "evaluation images also centre crops. Look at the pairs before you use exclude.csv."
+        ),
+        sections=sections,
+    )
+
+
+def _pairs(copies: Sequence[Copy]) -> str:
+    """Pictures of the pairs, the most different first."""
+    items = []
+    for copy in copies:
+        alike = "same file" if copy.distance < 0 else f"{copy.distance} bits"
+        for file, record in ((copy.of_file, copy.of_record), (copy.file, copy.record)):
+            name = f"{os.path.basename(file)} {record}: {alike}"
+            items.append((report.thumbnail(_image(file, record), _PIXELS), name))
+    text = "Pairs of the first image and its copy, those that differ most first."
+    return report.paragraph(text) + report.image_grid(items, columns=8, pixel_size=96)
+
+
+def _image(path: str, position: int) -> bytes:
+    with tfrecords.Scanner(path) as scanner:
+        scanner.skip(position)
+        record = scanner.take()
+        return tfexamples.image_bytes(record.payload) if record and record.payload else b""

@@ -1,0 +1,203 @@
+"""Exact and near copies among the images of several sets: SQL over their marks, out of core.
+
+Images with equal fingerprints are one *print*. Two prints are near when they differ in at most
+`fingerprints.THRESHOLD` bits. They are found by bands: prints are compared that have the same bits in
+one of them. Of evaluation images 16 bands of 16 bits, of training images 12 of 24, which overlap: so
+that 100 million images are compared with 50,000 of an evaluation set, and with each other, in some 10^9
+pairs each. In bands of training images that more than `_CROWD` prints share, only equal ones are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from absl import logging
+
+from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.data import fingerprints
+from efficientnet_ns.files import parquet_sql
+from efficientnet_ns.files.progress import Progress
+
+if TYPE_CHECKING:
+    import duckdb
+
+EVALUATION, LABELED, UNLABELED = range(3)  # In the order in which images are kept.
+ROLES = ("evaluation", "labeled", "unlabeled")
+_WORDS = fingerprints.COLUMNS[1:]
+_EVALUATION_BANDS = [(word, shift, 16) for word in _WORDS for shift in (0, 16, 32, 48)]
+_TRAINING_BANDS = [(word, shift, 24) for word in _WORDS for shift in (0, 20, 40)]
+_CROWD = 1000
+
+
+class ImageSet(NamedTuple):
+    """The images of some record files.
+
+    Attributes:
+      role: EVALUATION, LABELED or UNLABELED.
+      name: for the report.
+      files: of the records.
+      marks: Parquet files with the marks: one per file, or the indexes of a labeling.
+      workers: of the labeling, whose indexes `marks` are; 0: they are of `image_marks`.
+    """
+
+    role: int
+    name: str
+    files: Sequence[str]
+    marks: Sequence[str]
+    workers: int = 0
+
+
+class Copy(NamedTuple):
+    """An image, and the first one that it is a copy of.
+
+    Attributes:
+      role, file, record: of the copy.
+      of_role, of_file, of_record: of the other.
+      distance: bits in which the fingerprints differ; -1: equal content.
+      excluded: whether the copy should be left out.
+    """
+
+    role: int
+    file: str
+    record: int
+    of_role: int
+    of_file: str
+    of_record: int
+    distance: int
+    excluded: bool
+
+
+# `place` orders images: by role, then by set, file and record.
+_IMAGES = """
+CREATE TABLE images AS {};
+CREATE TABLE queries AS SELECT DISTINCT place, {words} FROM images WHERE place.role = 0 AND {structured};
+DELETE FROM images WHERE crop > 0;
+CREATE TABLE hashes AS SELECT hash, min(place) AS first FROM images GROUP BY hash HAVING count(*) > 1;
+CREATE TABLE prints AS SELECT {words}, min(place) AS first FROM images WHERE {structured} GROUP BY ALL;
+CREATE TABLE near (first STRUCT(role INT, file INT, record BIGINT),
+  other STRUCT(role INT, file INT, record BIGINT), distance INT);
+"""
+_OF_MARKS = """
+SELECT {{'role': {role}, 'file': {file}, 'record': record}} AS place, crop, hash, {words} FROM {view}
+"""
+_OF_INDEX = """
+SELECT {{'role': {role}, 'file': {first} + shard, 'record': position * {workers} + worker}} AS place,
+0 AS crop, hash, {words} FROM {view} WHERE label >= 0
+"""
+_COMPARE = """
+INSERT INTO near
+WITH a AS (SELECT {key} AS band, {first} AS place, {words} FROM {table_a}),
+b AS (SELECT {key} AS band, first AS place, {words} FROM prints)
+SELECT a.place, b.place, {distance} AS distance FROM a JOIN b USING (band)
+WHERE a.place < b.place AND distance <= {threshold} {crowd}
+"""
+# Each image with the first that it is a copy of: by content, by fingerprint, or near.
+_COPIES = """
+CREATE TABLE origins AS SELECT other AS later, arg_min(first, (first, distance)) AS origin,
+arg_min(distance, (first, distance)) AS distance FROM near GROUP BY other;
+CREATE TABLE copies AS
+WITH found AS (
+  SELECT place, hashes.first AS origin, -1 AS distance FROM images JOIN hashes USING (hash)
+  UNION ALL SELECT place, prints.first, 0 FROM images JOIN prints USING ({columns})
+  UNION ALL SELECT place, origins.origin, distance FROM images JOIN prints USING ({columns})
+  JOIN origins ON prints.first = later)
+SELECT place, arg_min(origin, (origin, distance)) AS origin, arg_min(distance, (origin, distance)) AS
+distance FROM found WHERE origin < place GROUP BY place;
+"""
+
+
+class Search:
+    """The copies among the images of some sets.
+
+    Args:
+      sets: those of one role may follow each other in any order.
+      near: whether to look for near copies, too.
+    """
+
+    def __init__(self, sets: Sequence[ImageSet], *, near: bool = True):
+        self._files = [(one.role, path) for one in sets for path in one.files]
+        self._db = self._load(sets)
+        if near:
+            self._compare("queries", "place", _EVALUATION_BANDS)
+            self._compare("prints", "first", _TRAINING_BANDS)
+        self._db.execute(_COPIES.format(columns=", ".join(_WORDS)))
+
+    def _load(self, sets: Sequence[ImageSet]) -> duckdb.DuckDBPyConnection:
+        tables: dict[str, Sequence[str]] = {}
+        selects, words, first = [], ", ".join(_WORDS), 0
+        for number, one in enumerate(sets):
+            values = {"role": one.role, "words": words, "first": first, "workers": one.workers}
+            for place, marks in enumerate([one.marks] if one.workers else [[m] for m in one.marks]):
+                view = f"marks_{number}_{place}"
+                tables[view] = marks
+                template = _OF_INDEX if one.workers else _OF_MARKS
+                selects.append(template.format(view=view, file=first + place, **values))
+            first += len(one.files)
+        db = parquet_sql.connect(available_cpus(), **tables)
+        structured = " OR ".join(f"{word} != 0" for word in _WORDS)
+        db.execute(
+            _IMAGES.format(" UNION ALL ".join(selects), words=words, structured=f"({structured})")
+        )
+        return db
+
+    def _compare(self, table: str, first: str, bands: Sequence[tuple[str, int, int]]) -> None:
+        differ = " + ".join(f"bit_count(xor(a.{word}, b.{word}))::INT" for word in _WORDS)
+        crowded = set()
+        with Progress(len(bands), f"comparing {table}", "bands") as progress:
+            for word, shift, bits in bands:
+                key = f"(({word} >> {shift}) & {(1 << bits) - 1})"
+                counted = (
+                    f"SELECT {key} AS band FROM prints GROUP BY band HAVING count(*) > {_CROWD}"
+                )
+                if table == "prints":
+                    crowded.add(
+                        self._db.execute(f"SELECT count(*) FROM ({counted})").fetchall()[0][0]
+                    )
+                crowd = f"AND band NOT IN ({counted})" if table == "prints" else ""
+                self._db.execute(
+                    _COMPARE.format(
+                        key=key,
+                        first=first,
+                        table_a=table,
+                        words=", ".join(_WORDS),
+                        distance=differ,
+                        threshold=fingerprints.THRESHOLD,
+                        crowd=crowd,
+                    )
+                )
+                progress.update(1)
+        if any(crowded):
+            logging.warning(
+                "up to %d groups of more than %d similar images are compared by equal fingerprints only",
+                *(max(crowded), _CROWD),
+            )
+
+    def totals(self) -> dict[tuple[int, int, bool], tuple[int, int]]:
+        """(role, role of the first, equal content) → (copies, of them to leave out)."""
+        rows = self._db.execute(
+            "SELECT place.role, origin.role, distance < 0, count(*), "
+            f"count_if({_EXCLUDED})::BIGINT FROM copies GROUP BY ALL ORDER BY ALL"
+        ).fetchall()
+        return {(a, b, same): (copies, out) for a, b, same, copies, out in rows}
+
+    def copies(self, where: str = "true", limit: int | None = None) -> list[Copy]:
+        """The copies, the closest of the first roles first.
+
+        Args:
+          where: condition of SQL on `place`, `origin` and `distance`.
+        """
+        end = "" if limit is None else f"LIMIT {limit}"
+        rows = self._db.execute(
+            f"SELECT place.role, place.file, place.record, origin.role, origin.file, origin.record, distance, "
+            f"{_EXCLUDED} FROM copies WHERE {where} ORDER BY origin.role, place.role, distance DESC, place {end}"
+        ).fetchall()
+        return [
+            Copy(role, self._files[f][1], record, of_role, self._files[of][1], of_record, *rest)
+            for role, f, record, of_role, of, of_record, *rest in rows
+        ]
+
+
+# What is kept: evaluation images, all; labeled ones unless they are evaluation images; unlabeled ones
+# that are no copy.
+_EXCLUDED = f"(place.role = {UNLABELED} OR (place.role = {LABELED} AND origin.role = {EVALUATION}))"

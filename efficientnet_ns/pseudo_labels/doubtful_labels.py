@@ -1,0 +1,220 @@
+"""Labeled images whose label is probably wrong, by confident learning (arXiv 1911.00068).
+
+From predictions of a model that did not learn from these labels: the threshold of a class is the mean
+probability of the class over the images labeled so. An image is doubtful if, of the classes whose
+probability reaches their threshold, the most probable is not its label. The order is that of the
+margin: the label's probability minus the largest of the other classes. Two passes over the
+predictions, in memory that grows with the classes and the doubtful images only.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns import report
+from efficientnet_ns.config import LabelsConfig, SelectConfig, check, require
+from efficientnet_ns.data import tasks
+from efficientnet_ns.files import atomic, exclusions, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.pseudo_labels import index, unlabeled_set
+
+_AT_ONCE = 1024
+_PICTURES, _PER_CLASS, _PIXELS = 48, 12, 112
+_LISTED_CLASSES = 30
+
+
+class Doubt(NamedTuple):
+    """A doubtful image.
+
+    Attributes:
+      margin: probability of the label minus that of `suggested` or another class, at most 0.
+      file, record: its place.
+      label, suggested: classes.
+      prob: probability of `suggested`.
+    """
+
+    margin: float
+    file: str
+    record: int
+    label: int
+    suggested: int
+    prob: float
+
+
+class _Rows(NamedTuple):
+    """Some predictions for labeled images: probabilities [N, C], labels and records, int [N]."""
+
+    file: str
+    probs: np.ndarray
+    labels: np.ndarray
+    records: np.ndarray
+
+
+def check_labels(options: LabelsConfig) -> dict[str, Any]:
+    """Writes `doubtful.csv` and `report.html`, the most doubtful first.
+
+    Returns:
+      `images` with a label and a prediction, `doubtful` ones, `report`.
+
+    Raises:
+      ConfigError: a folder is not given.
+      DataError: predictions are missing, or do not fit the records.
+    """
+    check(options)
+    require(options, "label_data_dir", "prediction_dir", "output_dir")
+    task = tasks.get_task(
+        options.task_name or os.path.join(options.prediction_dir, tasks.TASK_FILE)
+    )
+    prefix, num_shards = unlabeled_set.find(
+        options.label_data_dir, options.file_prefix, options.num_shards
+    )
+    places = SelectConfig(
+        unlabel_data_dir=options.label_data_dir,
+        prediction_dir=options.prediction_dir,
+        file_prefix=prefix,
+        num_shards=num_shards,
+        num_label_classes=task.num_classes,
+    )
+    thresholds, images = _thresholds(places)
+    doubts = [doubt for rows in _rows(places) for doubt in _doubtful(rows, thresholds)]
+    doubts.sort()
+    tf.io.gfile.makedirs(options.output_dir)
+    names = tasks.class_names(task) or [str(label) for label in range(task.num_classes)]
+    _write_list(os.path.join(options.output_dir, "doubtful.csv"), doubts, names)
+    path = os.path.join(options.output_dir, "report.html")
+    _write_report(path, options, doubts, names, images)
+    return {"images": int(images.sum()), "doubtful": len(doubts), "report": path}
+
+
+def _rows(places: SelectConfig) -> Iterator[_Rows]:
+    """The labeled images that have a prediction, in order."""
+    workers = index.count_workers(places)
+    for shard in index.shards(places):
+        source = index.input_path(places, shard)
+        paths = [index.prediction_path(places, shard, worker) for worker in range(workers)]
+        predictions = itertools.cycle([tfrecords.read(path) for path in paths])
+        records = tfrecords.read(source)
+        while some := list(itertools.islice(records, _AT_ONCE)):
+            pairs = [(record, next(next(predictions), None)) for record in some]
+            if lost := [record.position for record, found in pairs if found is None]:
+                raise DataError(f"{paths[0]} has no prediction for record {lost[0]} of {source}")
+            good = [
+                (record.position, tfexamples.label(record.payload), found.payload)
+                for record, found in pairs
+                if record.payload and found and found.payload
+            ]
+            if not good:
+                continue
+            positions, labels, payloads = zip(*good)
+            probs = np.stack([tfexamples.probabilities(payload) for payload in payloads])
+            if probs.shape[1] != places.num_label_classes or max(labels) >= probs.shape[1]:
+                raise DataError(
+                    f"{source}: labels up to {max(labels)} and predictions of {probs.shape[1]} classes, but "
+                    f"the task has {places.num_label_classes}"
+                )
+            known = (np.array(labels) >= 0) & (probs.max(1) > 0)
+            yield _Rows(source, probs[known], np.array(labels)[known], np.array(positions)[known])
+
+
+def _thresholds(places: SelectConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Of each class: the mean probability over the images labeled so (inf without), and how many."""
+    total, images = np.zeros(places.num_label_classes), np.zeros(places.num_label_classes, np.int64)
+    for rows in _rows(places):
+        own = rows.probs[np.arange(len(rows.labels)), rows.labels]
+        total += np.bincount(rows.labels, own, len(total))
+        images += np.bincount(rows.labels, minlength=len(total))
+    if not images.any():
+        raise DataError(f"no record of {places.unlabel_data_dir} has a label and a prediction")
+    return np.where(images > 0, total / np.maximum(images, 1), np.inf), images
+
+
+def _doubtful(rows: _Rows, thresholds: np.ndarray) -> Iterator[Doubt]:
+    reached = np.where(rows.probs >= thresholds, rows.probs, -1)
+    suggested = reached.argmax(1)
+    doubtful = (reached.max(1, initial=-1) >= 0) & (suggested != rows.labels)
+    for row in np.flatnonzero(doubtful).tolist():
+        label, probs = int(rows.labels[row]), rows.probs[row]
+        margin = float(probs[label] - np.delete(probs, label).max())
+        best = int(suggested[row])
+        yield Doubt(margin, rows.file, int(rows.records[row]), label, best, float(probs[best]))
+
+
+def _write_list(path: str, doubts: Sequence[Doubt], names: Sequence[str]) -> None:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow([*exclusions.COLUMNS, "label", "suggested", "probability", "margin"])
+    for one in doubts:
+        numbers = (f"{one.prob:.4f}", f"{one.margin:.4f}")
+        own = (exclusions.place(one.file), one.record)
+        rows.writerow([*own, names[one.label], names[one.suggested], *numbers])
+    atomic.remove_abandoned([path])
+    atomic.write(path, text.getvalue())
+
+
+def _write_report(
+    path: str,
+    options: LabelsConfig,
+    doubts: Sequence[Doubt],
+    names: Sequence[str],
+    images: np.ndarray,
+) -> None:
+    by_class: dict[int, list[Doubt]] = {}
+    for one in doubts:
+        by_class.setdefault(one.label, []).append(one)
+    order = sorted(by_class, key=lambda label: -len(by_class[label]) / images[label])
+    rows = [
+        {
+            "label": names[label],
+            "images": images[label],
+            "doubtful": len(by_class[label]),
+            "part": len(by_class[label]) / images[label],
+            "most often suggested": names[_most_common([d.suggested for d in by_class[label]])],
+        }
+        for label in order
+    ]
+    opened = [
+        report.details(
+            f"{names[label]}: {len(by_class[label])} doubtful",
+            _grid(by_class[label][:_PER_CLASS], names),
+        )
+        for label in order[:_LISTED_CLASSES]
+    ]
+    report.write_page(
+        path,
+        title="Doubtful labels",
+        intro=(
+            f"{len(doubts)} of {images.sum()} images in {options.label_data_dir} whose label the "
+            f"predictions in {options.prediction_dir} contradict, by confident learning. Below each "
+            "picture: its label, and the suggested one. Where the predictions are of a model that "
+            "learned from these labels, it repeats most errors: use one that did not."
+        ),
+        sections=[
+            report.Section("Most doubtful", _grid(doubts[:_PICTURES], names)),
+            report.Section("Classes", report.table(rows)),
+            report.Section("Pictures by class", "".join(opened)),
+        ],
+    )
+
+
+def _most_common(labels: Sequence[int]) -> int:
+    return int(np.bincount(labels).argmax())
+
+
+def _grid(doubts: Sequence[Doubt], names: Sequence[str]) -> str:
+    items = []
+    for one in doubts:
+        with tfrecords.Scanner(one.file) as scanner:
+            scanner.skip(one.record)
+            record = scanner.take()
+        image = tfexamples.image_bytes(record.payload) if record and record.payload else b""
+        caption = f"{names[one.label]} → {names[one.suggested]} {one.prob:.2f}"
+        items.append((report.thumbnail(image, _PIXELS), caption))
+    return report.image_grid(items)

@@ -1,0 +1,100 @@
+"""Hashes and fingerprints of the images in record files, where no labeling has noted them.
+
+One Parquet file per file of records, with a row per image and crop: `record` int64, `crop` int32 (0:
+the image itself), and `fingerprints.COLUMNS`. Images that cannot be read have no row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.data import fingerprints, image_headers, images
+from efficientnet_ns.files import local_files, manifests, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.files.progress import Progress
+from efficientnet_ns.pseudo_labels.index import schema
+
+COLUMNS = {"record": np.int64, "crop": np.int32, **dict.fromkeys(fingerprints.COLUMNS, np.uint64)}
+_AT_ONCE = 256  # Images.
+
+
+def write_marks(sources: Sequence[str], folder: str, *, crops: bool) -> list[str]:
+    """Writes the marks of each file below `folder`; finished ones are verified and skipped.
+
+    Args:
+      crops: also of `fingerprints.crops` of each image.
+
+    Returns:
+      The paths of the Parquet files.
+    """
+    made = []
+    look = _Look(crops)
+    with Progress(len(sources), f"looking at the images of {folder}", "files") as progress:
+        for source in sources:
+            path = os.path.join(folder, f"{os.path.basename(source)}.parquet")
+            settings = {"input": manifests.fingerprint([source]), "crops": crops}
+            stage = manifests.Stage(f"{path}.manifest.json", [path], settings)
+            if not stage.done():
+                _write(source, stage, look)
+            made.append(path)
+            progress.update(1)
+    return made
+
+
+def _write(source: str, stage: manifests.Stage, look: _Look) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    with (
+        stage.write() as (temporary, counts),
+        local_files.FileSink(temporary[stage.outputs[0]]) as sink,
+        pyarrow.parquet.ParquetWriter(sink, schema(COLUMNS)) as writer,
+        ThreadPoolExecutor(available_cpus()) as pool,
+    ):
+        records, total = _images(source), 0
+        while some := list(itertools.islice(records, _AT_ONCE)):
+            found = [rows for rows in pool.map(look, some) if rows is not None]
+            for columns in found:
+                writer.write_table(pyarrow.table(dict(zip(COLUMNS, columns))))
+            total += len(found)
+        counts.update(images=total)
+
+
+def _images(source: str) -> Iterator[tuple[int, bytes]]:
+    """(position, encoded image) of the records that have one."""
+    for record in tfrecords.read(source):
+        try:
+            image = b"" if record.payload is None else tfexamples.image_bytes(record.payload)
+        except DataError:
+            continue
+        if image and not image_headers.problem(image):
+            yield record.position, image
+
+
+class _Look:
+    """(record, image) → the columns of its rows; None if it cannot be decoded."""
+
+    def __init__(self, crops: bool):
+        @tf.function(input_signature=[tf.TensorSpec([], tf.string)])
+        def grids(encoded: tf.Tensor) -> tf.Tensor:
+            pixels = images.decode(encoded)
+            return fingerprints.crops(pixels) if crops else fingerprints.grid(pixels)[tf.newaxis]
+
+        self._grids = grids.get_concrete_function()
+
+    def __call__(self, record: tuple[int, bytes]) -> list[np.ndarray] | None:
+        position, image = record
+        try:
+            found = self._grids(tf.constant(image)).numpy()
+        except tf.errors.OpError:
+            return None
+        count = len(found)
+        marks = fingerprints.marks([image] * count, found)
+        return [np.full(count, position), np.arange(count, dtype=np.int32), *marks.T]

@@ -1,0 +1,386 @@
+"""Predictions of any model, as if the teacher had labeled the records itself.
+
+Rows of probabilities or logits become prediction files, indexes and counts in the formats of
+`predict`. Rows that belong to records by position are streamed; those with a key are joined with the
+records' keys by SQL, out of core, and laid out in a temporary file of the size of the predictions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.config import ConfigError, ImportConfig, check, require
+from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.data import tasks
+from efficientnet_ns.files import (
+    atomic,
+    json_files,
+    manifests,
+    parquet_sql,
+    shard_names,
+    tfexamples,
+    tfrecords,
+)
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.files.progress import Progress
+from efficientnet_ns.pseudo_labels import record_keys, unlabeled_set
+from efficientnet_ns.pseudo_labels.index import IndexWriter, top_one
+from efficientnet_ns.pseudo_labels.prediction_tables import Table
+from efficientnet_ns.pseudo_labels.probability_rows import Conversion, target_classes
+
+_ROWS = 1 << 15  # Written at once; bounds memory.
+# Why a record has no prediction.
+_FOUND, _MISSING, _OUTSIDE, _DISAGREEING = range(4)
+_REASONS = {_MISSING: "missing", _OUTSIDE: "outside", _DISAGREEING: "disagreeing"}
+
+
+def import_predictions(options: ImportConfig) -> dict[str, Any]:
+    """Writes predictions, indexes and counts from the rows of `options.source`.
+
+    Finished shards are verified and skipped. Records without a prediction keep their place: all-zero
+    probabilities, label -1 in the index.
+
+    Returns:
+      `records`, and how many of them have no prediction: `missing` in the source, `outside` of the
+      task's classes, `disagreeing` teachers.
+
+    Raises:
+      ConfigError: a flag is missing or does not fit.
+      DataError: rows and records do not match, or rows are no probabilities.
+      manifests.OutputConflict: an output was made with other settings.
+    """
+    check(options)
+    require(options, "source", "unlabel_data_dir", "output_dir")
+    if options.combine == "agreement" and ";" not in options.source:
+        raise ConfigError("--combine=agreement needs several sources, joined with ';'")
+    task = _task(options)
+    prefix, num_shards = unlabeled_set.find(
+        options.unlabel_data_dir, options.file_prefix, options.num_shards
+    )
+    names = [shard_names.shard_name(prefix, s, num_shards) for s in range(num_shards)]
+    sources = [os.path.join(options.unlabel_data_dir, name) for name in names]
+    if lost := [path for path in sources if not tf.io.gfile.exists(path)]:
+        raise DataError(f"{len(lost)} shards are missing, the first is {lost[0]}")
+    counts = tfrecords.count_all(sources, max_bad_fraction=0)
+    key = options.key_column if options.key != "position" else ""
+    tables = [Table(source, key) for source in options.source.split(";")]
+    stages = _stages(options, task, tables, sources)
+    if not all(stage.done() for stage in stages):
+        _write_all(options, task, tables, sources, counts, stages)
+    tf.io.gfile.makedirs(options.output_dir)
+    tasks.write_task(
+        os.path.join(options.output_dir, tasks.TASK_FILE),
+        **{k: v for k, v in dataclasses.asdict(task).items() if v is not None},
+    )
+    total: Counter[str] = Counter()
+    for stage in stages:
+        total.update({k: v for k, v in stage.counts().items() if k != "quarantine"})
+    return dict(total)
+
+
+def _task(options: ImportConfig) -> tasks.Task:
+    beside = os.path.join(options.unlabel_data_dir, tasks.TASK_FILE)
+    if not options.task_name and not tf.io.gfile.exists(beside):
+        raise ConfigError(
+            f"--task_name is needed: the task that the classes are of; there is no {beside} either"
+        )
+    return tasks.get_task(options.task_name or beside)
+
+
+def _stages(
+    options: ImportConfig, task: tasks.Task, tables: Sequence[Table], sources: Sequence[str]
+) -> list[manifests.Stage]:
+    rules = ("key", "values", "temperature", "min_mass", "combine")
+    settings = {name: getattr(options, name) for name in rules}
+    settings["imported"] = [[manifests.content_hash(p) for p in table.paths] for table in tables]
+    if options.class_map:
+        settings["class_map"] = manifests.content_hash(options.class_map)
+    stages = []
+    for shard, path in enumerate(sources):
+        key = (shard, len(sources), 0)
+        outputs = [
+            os.path.join(options.output_dir, shard_names.prediction_name(*key)),
+            os.path.join(options.output_dir, shard_names.index_name(*key)),
+            os.path.join(options.info_dir or options.output_dir, shard_names.info_name(*key)),
+        ]
+        own = {
+            **settings,
+            "input": manifests.fingerprint([path]),
+            "num_classes": task.num_classes,
+            "total_replicas": 1,
+        }
+        stages.append(manifests.Stage(f"{outputs[0]}.manifest.json", outputs, own))
+    return stages
+
+
+def _write_all(
+    options: ImportConfig,
+    task: tasks.Task,
+    tables: Sequence[Table],
+    sources: Sequence[str],
+    counts: Sequence[int],
+    stages: Sequence[manifests.Stage],
+) -> None:
+    names = tasks.class_names(task)
+    teachers: list[_InOrder | _ByKey] = []
+    with atomic.scratch_folder("import") as scratch:
+        keys = (
+            [] if options.key == "position" else record_keys.write_keys(sources, options.output_dir)
+        )
+        for number, table in enumerate(tables):
+            targets = target_classes(options.class_map, table, names, task.num_classes)
+            convert = Conversion(options, task.num_classes, targets)
+            if options.key == "position":
+                teachers.append(_InOrder(table, convert, sum(counts)))
+            else:
+                path = os.path.join(scratch, str(number))
+                teachers.append(_ByKey(table, convert, options, keys, counts, path))
+        with Progress(sum(counts), "importing predictions", "images") as progress:
+            for shard, (stage, count) in enumerate(zip(stages, counts)):
+                _write_shard(options, teachers, stage, shard, count, shard == len(stages) - 1)
+                progress.update(count)
+
+
+def _write_shard(
+    options: ImportConfig,
+    teachers: Sequence[_InOrder | _ByKey],
+    stage: manifests.Stage,
+    shard: int,
+    count: int,
+    last: bool,
+) -> None:
+    if stage.done():
+        for teacher in teachers:
+            teacher.skip(count)
+        return
+    without: Counter[int] = Counter()
+    with stage.write() as (temporary, summary):
+        predictions, indexes, info = (temporary[path] for path in stage.outputs)
+        with (
+            tf.io.gfile.GFile(predictions, "wb") as f,
+            IndexWriter(indexes, shard, 0) as index,
+        ):
+            f.write(b"")  # Makes the file of an empty shard.
+            for start in range(0, count, _ROWS):
+                size = min(_ROWS, count - start)
+                probs, why = _combined([t.read(size) for t in teachers], options.combine)
+                f.write(tfexamples.framed_predictions(probs))
+                index.add(*top_one(probs))
+                without.update(why[why != _FOUND].tolist())
+        if last:
+            for teacher in teachers:
+                teacher.finish()  # Before the last shard appears.
+        json_files.write_json(info, {"image_num": count})
+        missing = {name: without[code] for code, name in _REASONS.items()}
+        summary.update(records=count, **missing, quarantine={})
+
+
+def _combined(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]], how: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities float32 [N, C], zeros where there is none, and why not, int8 [N]."""
+    if len(parts) == 1:
+        return parts[0]
+    found = np.stack([why == _FOUND for _, why in parts])
+    total = np.sum([probs for probs, _ in parts], 0, dtype=np.float64)
+    mean = (total / found.sum(0).clip(1)[:, None]).astype(np.float32)
+    why = np.where(found.any(0), _FOUND, np.max([w for _, w in parts], 0)).astype(np.int8)
+    if how == "agreement":
+        labels = np.stack([probs.argmax(1) for probs, _ in parts])
+        differ = (labels != labels[0]).any(0) | ~found.all(0)
+        why[differ & (why == _FOUND)] = _DISAGREEING
+        mean[why != _FOUND] = 0
+    return mean, why
+
+
+class _InOrder:
+    """A teacher whose rows are in the order of the records, shard after shard."""
+
+    def __init__(self, table: Table, convert: Conversion, total: int):
+        self._table, self._total, self._done = table, total, 0
+        rows = table.rows()
+        if rows is not None and rows != total:
+            raise self._wrong_number(str(rows))
+        self._rows = self._converted(convert)
+        # Of a block that is used in part.
+        self._probs: np.ndarray = np.zeros((0, convert.num_classes), np.float32)
+        self._why: np.ndarray = np.zeros(0, np.int8)
+
+    def _converted(self, convert: Conversion) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for block in self._table.blocks():
+            probs, outside = convert(block)
+            yield probs, np.where(outside, _OUTSIDE, _FOUND).astype(np.int8)
+
+    def _wrong_number(self, rows: str) -> DataError:
+        return DataError(
+            f"{self._table.source} has {rows} rows, but there are {self._total} records: rows belong to "
+            "records by position, so their numbers must be the same. Give --key=name or hash to join "
+            "by a column of keys"
+        )
+
+    def read(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next rows: probabilities float32 [size, C], and why there is none, int8 [size]."""
+        parts = []
+        while size:
+            if not len(self._why):
+                more = next(self._rows, None)
+                if more is None:
+                    raise self._wrong_number(f"only {self._done}")
+                self._probs, self._why = more
+            parts.append((self._probs[:size], self._why[:size]))
+            taken = len(parts[-1][1])
+            self._probs, self._why = self._probs[taken:], self._why[taken:]
+            size, self._done = size - taken, self._done + taken
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([p for p, _ in parts]), np.concatenate([w for _, w in parts])
+
+    def skip(self, size: int) -> None:
+        """Passes over rows of a finished shard."""
+        for start in range(0, size, _ROWS):
+            self.read(min(_ROWS, size - start))
+
+    def finish(self) -> None:
+        """Raises DataError if rows are left."""
+        if len(self._why) or next(self._rows, None) is not None:
+            raise self._wrong_number(f"more than {self._total}")
+
+
+_JOIN = """
+CREATE TABLE joined AS SELECT row, key, place FROM source FULL JOIN
+(SELECT {key} AS key, first + position AS place FROM records JOIN firsts USING (shard)) AS known
+USING (key)
+"""
+
+
+class _ByKey:
+    """A teacher whose rows have keys; laid out in the order of the records in the file `path`."""
+
+    def __init__(
+        self,
+        table: Table,
+        convert: Conversion,
+        options: ImportConfig,
+        keys: Sequence[str],
+        counts: Sequence[int],
+        path: str,
+    ):
+        total = sum(counts)
+        places = _joined(table, options, keys, counts)
+        self._probs = np.memmap(path, np.float32, "w+", shape=(max(total, 1), convert.num_classes))
+        self._why = np.full(total, _MISSING, np.int8)
+        self._at, first = 0, 0
+        for block in table.blocks():
+            probs, outside = convert(block)
+            place = places[first : first + len(probs)]
+            first += len(probs)
+            known = place >= 0
+            self._probs[place[known]] = probs[known]
+            self._why[place[known]] = np.where(outside[known], _OUTSIDE, _FOUND)
+
+    def read(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `_InOrder.read`."""
+        part = slice(self._at, self._at + size)
+        self._at += size
+        return np.asarray(self._probs[part]), self._why[part]
+
+    def skip(self, size: int) -> None:
+        """As `_InOrder.skip`."""
+        self._at += size
+
+    def finish(self) -> None:
+        """All rows have been placed."""
+
+
+def _joined(
+    table: Table, options: ImportConfig, keys: Sequence[str], counts: Sequence[int]
+) -> np.ndarray:
+    """The number of the record of each row of a table, int64 [rows]; -1: of none.
+
+    Raises:
+      DataError: keys that are null or occur twice, and without leave rows or records without partner.
+    """
+    import pyarrow
+
+    column = options.key
+    db = parquet_sql.connect(available_cpus(), records=keys)
+    firsts = np.cumsum([0, *counts])[:-1]
+    db.register("firsts", pyarrow.table({"shard": np.arange(len(counts)), "first": firsts}))
+    ((named, unique, total),) = db.execute(
+        f"SELECT count({column}), count(DISTINCT {column}), count(*) FROM records"
+    ).fetchall()
+    _check_records(db, column, named, unique, total)
+    db.execute("CREATE TABLE source (row BIGINT, key VARCHAR)")
+    first = 0
+    for block in table.blocks():
+        # Registered batch by batch: errors inside a stream would come back as DuckDB's own.
+        keys_of = pyarrow.table(
+            {"row": np.arange(first, first + len(block.values)), "key": block.keys}
+        )
+        db.register("batch", keys_of)
+        db.execute("INSERT INTO source SELECT * FROM batch")
+        first += len(block.values)
+    db.execute(_JOIN.format(key=column))
+    _check_join(db, table, options)
+    found = db.execute("SELECT row, place FROM joined WHERE row IS NOT NULL").fetchnumpy()
+    row, place = found["row"], np.ma.filled(np.ma.asarray(found["place"]), -1)
+    places = np.full(len(row), -1, np.int64)
+    places[np.asarray(row, np.int64)] = place
+    return places
+
+
+def _check_records(db, column: str, named: int, unique: int, total: int) -> None:
+    if column == "name" and named < total:
+        raise DataError(
+            f"{total - named} of {total} records have no {tfexamples.FILE_NAME!r}, by which --key=name "
+            "finds them: make them again with make_records, or use --key=hash or position"
+        )
+    if unique < named:
+        twice = _examples(
+            db, f"SELECT {column} FROM records GROUP BY 1 HAVING count({column}) > 1 ORDER BY 1"
+        )
+        raise DataError(
+            f"{named - unique} of {total} records have a {column} that occurs before, for example "
+            f"{twice}: a row would belong to several. Remove the copies, or use another --key"
+        )
+
+
+def _check_join(db, table: Table, options: ImportConfig) -> None:
+    def number(query: str) -> int:
+        return db.execute(f"SELECT count(*) FROM ({query})").fetchall()[0][0]
+
+    source, folder = table.source, options.unlabel_data_dir
+    if count := number("SELECT 1 FROM joined WHERE row IS NOT NULL AND key IS NULL"):
+        raise DataError(f"{source}: {count} rows have no key in {options.key_column!r}")
+    twice = (
+        "SELECT key FROM joined WHERE row IS NOT NULL GROUP BY key HAVING count(*) > 1 ORDER BY key"
+    )
+    if count := number(twice):
+        raise DataError(f"{source}: {count} keys occur twice, for example {_examples(db, twice)}")
+    unknown = "SELECT key FROM joined WHERE place IS NULL AND row IS NOT NULL ORDER BY row"
+    if (count := number(unknown)) and not options.allow_unknown:
+        known = _examples(db, f"SELECT {options.key} FROM records ORDER BY shard, position")
+        raise DataError(
+            f"{source}: {count} keys are those of no record in {folder}, for example "
+            f"{_examples(db, unknown)}, where the records have {known}. Give --allow_unknown if the "
+            "table holds more images than the records"
+        )
+    missing = "SELECT key FROM joined WHERE row IS NULL AND key IS NOT NULL ORDER BY place"
+    if count := number(missing):
+        text = f"{source}: {count} records of {folder} have no row, for example {_examples(db, missing)}"
+        if not options.allow_missing:
+            raise DataError(f"{text}. Give --allow_missing to leave them without a label")
+        logging.warning("%s", text)
+
+
+def _examples(db, query: str) -> str:
+    rows = db.execute(f"{query} LIMIT 3").fetchall()
+    return ", ".join(repr(key) for (key,) in rows)

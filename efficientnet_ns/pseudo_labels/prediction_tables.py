@@ -1,0 +1,342 @@
+"""Rows of numbers in files of other programs: Parquet, NumPy, CSV and JSON lines, block by block.
+
+A table has a row per image. Its numbers stand in one column of lists, or in a column per class, named
+by the header; NumPy files hold an array [N, K], and `.npz` files an array of keys as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.files import local_files
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.files.paths import listed
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_ROWS = 1 << 16  # Of a block, about.
+_CSV_BYTES = 16 << 20
+
+
+class Block(NamedTuple):
+    """Consecutive rows of a file.
+
+    Attributes:
+      file: path.
+      first: number of the first row in the file, from 0.
+      keys: pyarrow strings [N]; None without a column of keys.
+      values: [N, K], of the file's number type.
+    """
+
+    file: str
+    first: int
+    keys: pyarrow.Array | None
+    values: np.ndarray
+
+    def row(self, place: int) -> str:
+        """The file and number of a row, for messages."""
+        return f"{self.file}, row {self.first + place}"
+
+
+class Table:
+    """The rows of a file, or of all such files of a folder in the order of their names.
+
+    Args:
+      source: path.
+      key: column of the keys; "": there is none.
+
+    Attributes:
+      names: header of the columns of a table with a column per class; else None.
+
+    Raises:
+      DataError: there is no such file, it is of another kind, or it has no such column.
+    """
+
+    def __init__(self, source: str, key: str = ""):
+        self.source, self._key = source, key
+        self.paths = _files(source)
+        with self._errors(self.paths[0]):
+            readers = [_READERS[os.path.splitext(path)[1].lower()] for path in self.paths]
+            self._readers = [read(path, key) for read, path in zip(readers, self.paths)]
+        self.names = self._readers[0].names
+        for one, path in zip(self._readers, self.paths):
+            if one.names != self.names:
+                raise DataError(f"{path} has other columns than {self.paths[0]}")
+
+    @contextlib.contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        """Errors of the libraries, which do not name the file, as DataError."""
+        import pyarrow
+
+        try:
+            yield
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError) as e:
+            if isinstance(e, DataError):
+                raise
+            raise DataError(f"{path} cannot be read: {e}") from e
+
+    def rows(self) -> int | None:
+        """The number of rows, where no more than headers must be read for it."""
+        counts = [reader.rows for reader in self._readers]
+        return sum(n for n in counts if n is not None) if None not in counts else None
+
+    def blocks(self) -> Iterator[Block]:
+        """The rows in order; raises DataError for what is no table of numbers."""
+        for path, reader in zip(self.paths, self._readers):
+            first = 0
+            with self._errors(path):
+                for keys, values in reader.blocks():
+                    yield Block(path, first, keys, values)
+                    first += len(values)
+
+
+def _files(source: str) -> list[str]:
+    kinds = ", ".join(_READERS)
+    if tf.io.gfile.isdir(source):
+        found = listed(source, r"[^.].*(" + "|".join(k.replace(".", r"\.") for k in _READERS) + ")")
+        if not found:
+            raise DataError(f"{source} holds no {kinds} file")
+        return sorted(found)
+    if not tf.io.gfile.exists(source):
+        raise DataError(f"{source}: there is no such file or folder")
+    if os.path.splitext(source)[1].lower() not in _READERS:
+        raise DataError(f"{source}: a file of one of these kinds is needed: {kinds}")
+    return [source]
+
+
+@contextlib.contextmanager
+def _local(path: str) -> Iterator[str]:
+    with local_files.local_copies([path]) as copies:
+        yield copies[path]
+
+
+class _Reader:
+    """A file; subclasses fill `rows`, `names` and `blocks`."""
+
+    rows: int | None = None
+    names: list[str] | None = None
+
+    def __init__(self, path: str, key: str):
+        self._path, self._key = path, key
+        self._open()
+
+    def _open(self) -> None:
+        """Reads the header."""
+
+    def blocks(self) -> Iterator[tuple[pyarrow.Array | None, np.ndarray]]:
+        """(keys or None, values [N, K])."""
+        raise NotImplementedError
+
+
+class _Arrow(_Reader):
+    """What Arrow reads as batches of named columns."""
+
+    def _columns(self, schema: pyarrow.Schema) -> None:
+        """Finds the columns of the values in a schema."""
+        import pyarrow.types as kinds
+
+        names = list(schema.names)
+        if self._key and self._key not in names:
+            raise DataError(
+                f"{self._path} has no column {self._key!r} (--key_column); it has {_listed(names)}"
+            )
+        others = [name for name in names if name != self._key]
+        lists = [n for n in others if _is_list(schema.field(n).type)]
+        if len(lists) == 1:
+            self._values, self.names = lists, None
+            return
+        texts = [
+            n
+            for n in others
+            if not (kinds.is_floating(t := schema.field(n).type) or kinds.is_integer(t))
+        ]
+        if texts or not others:
+            raise DataError(
+                f"{self._path}: one column of lists of numbers is needed, or a column of numbers per "
+                f"class; {_listed(texts or names)} {'are' if len(texts) > 1 else 'is'} neither. Leave "
+                "other columns out, or name the column of the keys with --key_column"
+            )
+        self._values = self.names = others
+
+    def _split(self, batch: pyarrow.RecordBatch) -> tuple[pyarrow.Array | None, np.ndarray]:
+        keys = batch.column(self._key).cast("string") if self._key else None
+        if self.names is not None:
+            columns = [batch.column(name).to_numpy(zero_copy_only=False) for name in self.names]
+            return keys, np.stack(columns, 1)
+        (column,) = (batch.column(name) for name in self._values)
+        lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+        if len(lengths) and not (lengths == lengths[0]).all():
+            other = int(np.flatnonzero(lengths != lengths[0])[0])
+            raise DataError(
+                f"{self._path}: lists of {lengths[0]:g} and of {lengths[other]:g} numbers in one column"
+            )
+        values = column.flatten().to_numpy(zero_copy_only=False)
+        return keys, values.reshape(len(column), -1)
+
+
+def _is_list(kind: pyarrow.DataType) -> bool:
+    import pyarrow.types as kinds
+
+    return kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(map(repr, names[:8])) + more
+
+
+class _Parquet(_Arrow):
+    def _open(self) -> None:
+        import pyarrow.parquet
+
+        with _local(self._path) as path:
+            metadata = pyarrow.parquet.read_metadata(path)
+        self.rows = metadata.num_rows
+        self._columns(metadata.schema.to_arrow_schema())
+
+    def blocks(self):
+        """See `_Reader`."""
+        import pyarrow.parquet
+
+        columns = [*self._values, *([self._key] if self._key else [])]
+        with _local(self._path) as path, pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_ROWS, columns=columns):
+                yield self._split(batch)
+
+
+class _Csv(_Arrow):
+    def _open(self) -> None:
+        import pyarrow
+
+        with tf.io.gfile.GFile(self._path) as f:
+            header = next(csv.reader([f.readline().removeprefix("\ufeff")]), [])
+        if not header or all(_is_number(name) for name in header):
+            raise DataError(f"{self._path}: the first line must name the columns, not {header[:4]}")
+        if len(set(header)) < len(header):
+            raise DataError(f"{self._path}: two columns have the same name")
+        # Given, since "0" and "1" alone would make a column of integers.
+        self._types = {n: pyarrow.string() if n == self._key else pyarrow.float64() for n in header}
+        self._columns(pyarrow.schema(list(self._types.items())))
+
+    def blocks(self):
+        """See `_Reader`."""
+        import pyarrow.csv
+
+        convert = pyarrow.csv.ConvertOptions(column_types=self._types)
+        read = pyarrow.csv.ReadOptions(block_size=_CSV_BYTES)
+        with (
+            _local(self._path) as path,
+            pyarrow.csv.open_csv(path, read_options=read, convert_options=convert) as batches,
+        ):
+            yield from map(self._split, batches)
+
+
+class _Jsonl(_Arrow):
+    def _open(self) -> None:
+        import pyarrow
+
+        with tf.io.gfile.GFile(self._path) as f:
+            line = f.readline()
+        first: Any = json.loads(line)
+        if not isinstance(first, dict):
+            raise DataError(f"{self._path}: each line must be an object, not {line.strip()[:40]}")
+        number = pyarrow.float64()
+        types = {
+            name: pyarrow.list_(number)
+            if isinstance(value, list)
+            else (number if isinstance(value, (int, float)) else pyarrow.string())
+            for name, value in first.items()
+        }
+        if isinstance(first.get(self._key), (int, float)):
+            raise DataError(f"{self._path}: the keys in {self._key!r} must be texts")
+        self._schema = pyarrow.schema(list(types.items()))
+        self._columns(self._schema)
+
+    def blocks(self):
+        """See `_Reader`."""
+        import pyarrow.json
+
+        parse = pyarrow.json.ParseOptions(
+            explicit_schema=self._schema, unexpected_field_behavior="error"
+        )
+        # Blocks must hold whole lines.
+        read = pyarrow.json.ReadOptions(block_size=_CSV_BYTES)
+        with (
+            _local(self._path) as path,
+            pyarrow.json.open_json(path, read_options=read, parse_options=parse) as batches,
+        ):
+            yield from map(self._split, batches)
+
+
+class _Numpy(_Reader):
+    """`.npy`: an array [N, K]. `.npz`: the array of two dimensions, and one of keys by name."""
+
+    def _open(self) -> None:
+        with self._arrays() as (keys, values):
+            if values.ndim != 2:
+                raise DataError(f"{self._path}: an array [images, classes], not {values.shape}")
+            if values.dtype.kind not in "fiu":
+                raise DataError(f"{self._path}: an array of numbers, not of {values.dtype}")
+            if keys is not None and keys.shape != (len(values),):
+                raise DataError(f"{self._path}: {keys.shape} keys for {len(values)} rows")
+            self.rows = len(values)
+
+    @contextlib.contextmanager
+    def _arrays(self) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
+        with _local(self._path) as path:
+            if path.lower().endswith(".npy"):
+                if self._key:
+                    raise DataError(
+                        f"{self._path} has no keys: save them with the array in a .npz file, as "
+                        f"{self._key!r}, or drop --key"
+                    )
+                yield None, np.load(path, mmap_mode="r")
+                return
+            with np.load(path) as stored:
+                if self._key and self._key not in stored:
+                    raise DataError(
+                        f"{self._path} has no array {self._key!r} (--key_column); it has "
+                        f"{_listed(stored.files)}"
+                    )
+                others = [name for name in stored.files if name != self._key]
+                if len(others) != 1:
+                    raise DataError(
+                        f"{self._path}: one array of numbers is needed, it has {_listed(others)}"
+                    )
+                yield (stored[self._key] if self._key else None), stored[others[0]]
+
+    def blocks(self):
+        """See `_Reader`."""
+        import pyarrow
+
+        with self._arrays() as (keys, values):
+            for start in range(0, len(values), _ROWS):
+                part = slice(start, start + _ROWS)
+                named = None if keys is None else pyarrow.array(keys[part].astype(str))
+                yield named, np.asarray(values[part])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+_READERS: dict[str, type[_Reader]] = {
+    ".parquet": _Parquet,
+    ".npy": _Numpy,
+    ".npz": _Numpy,
+    ".csv": _Csv,
+    ".jsonl": _Jsonl,
+}

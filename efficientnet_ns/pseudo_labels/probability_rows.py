@@ -1,0 +1,139 @@
+"""From the rows of a table to probabilities of a task's classes, with every check of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from efficientnet_ns.config import ImportConfig
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.pseudo_labels.prediction_tables import Block, Table
+
+_NONE = "-"  # In a class map: not one of ours.
+# How far the sum of a row may be from one: 16-bit probabilities of a thousand classes are this far.
+_TOLERANCE = 0.01
+
+
+def target_classes(
+    path: str, table: Table, names: Sequence[str] | None, num_classes: int
+) -> np.ndarray | None:
+    """The class of ours that each column is, int64 [K]; -1: none. None: column k is class k.
+
+    Args:
+      path: of the class map, a text with a line per column: name or number of the class, or `-`;
+        "": columns with the names of the classes are those, and others are in the order of ours.
+      names: of the classes, if they are known.
+
+    Raises:
+      DataError: a line that names no class.
+    """
+    if not path:
+        header = table.names
+        if header is None or names is None or sorted(header) != sorted(names):
+            return None
+        return np.array([list(names).index(name) for name in header])
+    numbers = {name: label for label, name in enumerate(names or ())}
+    # Where a class is called by a number, its name counts.
+    numbers = {**{str(label): label for label in range(num_classes)}, **numbers, _NONE: -1}
+    with tf.io.gfile.GFile(path) as f:
+        lines = [line.strip() for line in f.read().removeprefix("\ufeff").splitlines()]
+    if wrong := [(i, line) for i, line in enumerate(lines, 1) if line not in numbers]:
+        raise DataError(
+            f"{path}: {len(wrong)} lines name no class of the task, the first is line {wrong[0][0]}, "
+            f"{wrong[0][1]!r}; a line is a class's name, its number 0..{num_classes - 1}, or - for none"
+        )
+    targets = np.array([numbers[line] for line in lines], np.int64)
+    if (lacking := np.setdiff1d(np.arange(num_classes), targets)).size:
+        raise DataError(
+            f"{path}: no line is class {lacking[0]}"
+            + (f" ({names[lacking[0]]!r})" if names else "")
+            + f", nor are {lacking.size - 1} others: no image could get its label"
+        )
+    return targets
+
+
+class Conversion:
+    """Checks the rows of a block and makes them probabilities of the task's classes.
+
+    Args:
+      options: `values`, `temperature` and `min_mass`.
+      num_classes: C.
+      targets: see `target_classes`.
+    """
+
+    def __init__(self, options: ImportConfig, num_classes: int, targets: np.ndarray | None):
+        self.num_classes = num_classes
+        self._options, self._targets = options, targets
+        if targets is not None:
+            # Columns in the order of their classes, so that reduceat adds those of a class.
+            order = np.argsort(targets, kind="stable")
+            self._order = order[targets[order] >= 0]
+            self._starts = np.searchsorted(targets[self._order], np.arange(num_classes))
+            self._whole = (targets >= 0).all()
+
+    def __call__(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
+        """A block as (probabilities float32 [N, C], bool [N]: is of no class of ours, then zeros).
+
+        Raises:
+          DataError: a wrong number of columns, NaN, or rows that are no probabilities.
+        """
+        values, targets = block.values, self._targets
+        expected = self.num_classes if targets is None else len(targets)
+        if values.shape[1] != expected:
+            raise DataError(
+                f"{block.file} has {values.shape[1]} numbers per row, but "
+                + (
+                    f"the task has {expected} classes: give --class_map, or another --task_name"
+                    if targets is None
+                    else f"there are {expected} classes in the class map"
+                )
+            )
+        if values.dtype != np.float32 or self._options.values == "logits":
+            values = values.astype(np.float64)
+        _refuse(block, ~np.isfinite(values).all(1), "NaN, infinite or empty numbers", values)
+        if self._options.values == "logits":
+            values = _softmax(values / self._options.temperature)
+        else:
+            values = self._probabilities(block, values)
+        outside = np.zeros(len(values), bool)
+        if targets is not None:
+            values, outside = self._mapped(values)
+        return np.ascontiguousarray(values, np.float32), outside
+
+    def _probabilities(self, block: Block, values: np.ndarray) -> np.ndarray:
+        sums = values.sum(1, dtype=np.float64)
+        wrong = (values.min(1, initial=0) < 0) | (np.abs(sums - 1) > _TOLERANCE)
+        what = "numbers that are no probabilities: below 0, or with a sum that is not 1"
+        _refuse(block, wrong, what, values, "; logits need --values=logits")
+        temperature = self._options.temperature
+        if temperature == 1:
+            return values
+        with np.errstate(divide="ignore"):
+            return _softmax(np.log(values.astype(np.float64)) / temperature)
+
+    def _mapped(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values = np.add.reduceat(values[:, self._order], self._starts, axis=1)
+        if self._whole:
+            return values, np.zeros(len(values), bool)
+        mass = values.sum(1, dtype=np.float64)
+        outside = mass < self._options.min_mass
+        return np.where(outside[:, None], 0, values / mass.clip(1e-30)[:, None]), outside
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def _refuse(block: Block, wrong: np.ndarray, what: str, values: np.ndarray, hint: str = "") -> None:
+    if not wrong.any():
+        return
+    first = int(np.flatnonzero(wrong)[0])
+    row = values[first]
+    shown = ", ".join(f"{v:.4g}" for v in row[:4]) + (", …" if len(row) > 4 else "")
+    raise DataError(
+        f"{block.row(first)} has {what}: [{shown}], sum {row.sum():.4g}; so have {wrong.sum() - 1} "
+        f"more of the {len(wrong)} rows from {block.first} on{hint}"
+    )

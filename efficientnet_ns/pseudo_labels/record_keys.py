@@ -1,0 +1,73 @@
+"""By what other programs know the images of a set of records: file name, and hash of the content.
+
+One Parquet file per shard, `keys-00003-of-00128.parquet`, with a row per record: `shard` int32,
+`position` int64, `name` (its `image/filename`) and `hash` (SHA-256 of the encoded image, in
+hexadecimal digits, as `sha256sum` prints it); null where a record has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+
+from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.config.processes import run_each
+from efficientnet_ns.files import local_files, manifests, shard_names, tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.files.progress import Progress
+
+# A process takes seconds to start, which pays off only with this much to read.
+_BYTES_PER_PROCESS = 256 << 20
+
+
+def write_keys(sources: Sequence[str], folder: str) -> list[str]:
+    """Writes the keys of each shard of a set below `folder`; finished ones are verified and skipped.
+
+    Returns:
+      The paths of the Parquet files.
+    """
+    stages = []
+    for shard, source in enumerate(sources):
+        name = f"{shard_names.shard_name('keys', shard, len(sources))}.parquet"
+        path = os.path.join(folder, name)
+        settings = {"input": manifests.fingerprint([source])}
+        stages.append(manifests.Stage(f"{path}.manifest.json", [path], settings))
+    todo = [
+        (source, shard, stage)
+        for shard, (source, stage) in enumerate(zip(sources, stages))
+        if not stage.done()
+    ]
+    size = sum(os.stat(source).st_size for source, *_ in todo if "://" not in source)
+    processes = min(len(todo), available_cpus(), size // _BYTES_PER_PROCESS)
+    with Progress(len(todo), "reading names and hashes", "shards") as progress:
+        for _ in run_each(_write, todo, processes):
+            progress.update(1)
+    return [stage.outputs[0] for stage in stages]
+
+
+def _write(source: str, shard: int, stage: manifests.Stage) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    names, hashes = [], []
+    for record in tfrecords.read(source):
+        name = content = None
+        try:
+            if record.payload is not None:
+                content = hashlib.sha256(tfexamples.image_bytes(record.payload)).hexdigest()
+                name = tfexamples.file_name(record.payload) or None
+        except DataError:
+            pass  # Labeling says why; here it is a record without keys.
+        names.append(name)
+        hashes.append(content)
+    columns = {
+        "shard": pyarrow.array([shard] * len(names), pyarrow.int32()),
+        "position": pyarrow.array(range(len(names)), pyarrow.int64()),
+        "name": pyarrow.array(names, pyarrow.string()),
+        "hash": pyarrow.array(hashes, pyarrow.string()),
+    }
+    with stage.write() as (temporary, counts):
+        with local_files.FileSink(temporary[stage.outputs[0]]) as sink:
+            pyarrow.parquet.write_table(pyarrow.table(columns), sink)
+        counts.update(records=len(names))

@@ -1,0 +1,74 @@
+"""ONNX files: pixels in, probabilities out, with labels and normalisation attached."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from efficientnet_ns.config import ConfigError
+
+_OPSET = 17
+_MAX_BYTES = 2**31 - 2**24  # A file is one protocol buffer; the rest is for the graph.
+_BATCH = 8
+INPUT, OUTPUT = "pixels", "probabilities"
+
+
+def convert(model: tf.keras.Model, facts: Mapping[str, object], labels: Sequence[str]) -> bytes:
+    """A file of pixels float32 [N, S, S, 3] in 0..255 → probabilities float32 [N, C], any N.
+
+    Args:
+      model: pixels → logits.
+      facts: become the file's `metadata_props`, as JSON under `facts`.
+      labels: class names in order, as JSON under `labels`.
+
+    Raises:
+      ConfigError: tf2onnx is not installed.
+      ValueError: the model is too large for one file.
+    """
+    converter = _imported("tf2onnx").convert
+    if 4 * model.count_params() > _MAX_BYTES:
+        raise ValueError(f"{model.name} does not fit into an ONNX file, which is limited to 2 GB")
+    signature = [tf.TensorSpec([None, *model.input_shape[1:]], tf.float32, name=INPUT)]
+
+    @tf.function(input_signature=signature)
+    def forward(pixels):
+        return {OUTPUT: tf.nn.softmax(model(pixels, training=False))}
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        made, _ = converter.from_function(forward, input_signature=signature, opset=_OPSET)
+    finally:
+        logging.set_verbosity(verbosity)
+    for key, value in {"facts": dict(facts), "labels": list(labels)}.items():
+        made.metadata_props.add(key=key, value=json.dumps(value))
+    return made.SerializeToString(deterministic=True)
+
+
+def runner(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
+    """A file as a function: pixels float32 [N, S, S, 3] → probabilities float32 [N, C].
+
+    Raises:
+      ConfigError: onnxruntime is not installed.
+    """
+    session = _imported("onnxruntime").InferenceSession(content, providers=["CPUExecutionProvider"])
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        parts = [pixels[i : i + _BATCH] for i in range(0, len(pixels), _BATCH)]
+        return np.concatenate([session.run([OUTPUT], {INPUT: part})[0] for part in parts])
+
+    return run
+
+
+def _imported(name: str) -> ModuleType:
+    try:
+        return __import__(name)
+    except ImportError as e:
+        raise ConfigError(
+            f"--format=onnx: {name} cannot be imported ({e}): pip install 'efficientnet-ns[onnx]'"
+        ) from e

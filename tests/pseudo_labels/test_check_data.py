@@ -1,0 +1,259 @@
+"""Copies of images are found in every form and set, and what is listed is left out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tensorflow as tf
+from PIL import Image
+from unlabeled_sets import write_index, write_shards
+
+from efficientnet_ns.config import CheckConfig, ConfigError, SelectConfig
+from efficientnet_ns.data import fingerprints
+from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.pseudo_labels import check_data, copies, image_marks, selection
+
+
+def photo(seed: int, width: int = 160, height: int = 120) -> Image.Image:
+    """Smooth random shapes in colour, as different as photographs."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, [9, 12, 3], np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, quality: int = 92) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def cropped(image: Image.Image, part: float) -> Image.Image:
+    width, height = (round(side * part) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+COPIES = {
+    "JPEG 30": lambda image: encoded(image, 30),
+    "JPEG 95": lambda image: encoded(image, 95),
+    "half size": lambda image: encoded(image.resize((80, 60), Image.Resampling.BICUBIC)),
+    "gray": lambda image: encoded(image.convert("L")),
+    "90 % crop": lambda image: encoded(cropped(image, 0.9)),
+    "95 % crop": lambda image: encoded(cropped(image, 0.95)),
+    "same file": encoded,
+}
+
+
+def write(folder: Path, prefix: str, images: list[bytes], *, labeled: bool) -> None:
+    if labeled:
+        examples = [tfexamples.labeled_example(image, i % 2) for i, image in enumerate(images)]
+    else:
+        examples = [tfexamples.unlabeled_example(image) for image in images]
+    tfrecords.write_sharded(str(folder), prefix, examples, 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Evaluation images 0-9, labeled ones 10-19 and a leak, unlabeled ones with copies of all."""
+    path = tmp_path_factory.mktemp("check")
+    write(path / "data", "validation", [encoded(photo(i)) for i in range(10)], labeled=True)
+    labeled = [*map(encoded, map(photo, range(10, 20))), encoded(photo(3), 70)]
+    write(path / "data", "train", labeled, labeled=True)
+    task = {"num_classes": 2, "eval_set": "validation"}
+    (path / "data" / "task.json").write_text(json.dumps(task))
+    made = [make(photo(i)) for i, make in enumerate(COPIES.values())]
+    made += [encoded(photo(12), 60), encoded(photo(20)), encoded(photo(20), 50)]
+    flat = [encoded(Image.new("RGB", (80, 60), (n, n, n))) for n in (200, 201)]
+    others = [encoded(photo(100 + i)) for i in range(30)]
+    write(path / "unlabeled", "extra", [*made, *flat, *others], labeled=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> dict:
+    return check_data.check_data(options(folder))
+
+
+def options(folder: Path, **values) -> CheckConfig:
+    defaults = {
+        "label_data_dir": str(folder / "data"),
+        "unlabel_data_dir": str(folder / "unlabeled"),
+        "output_dir": str(folder / "checked"),
+    }
+    return CheckConfig(**{**defaults, **values})
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as f:
+        return list(csv.DictReader(f))
+
+
+def unlabeled_number(row: dict[str, str]) -> int:
+    """Of an image in the order in which `write` got it; records take turns in two files."""
+    return 2 * int(row["record"]) + int(row["file"].endswith("00001-of-00002"))
+
+
+def test_copies_of_every_kind(folder, found):
+    listed = rows(folder / "checked" / "exclude.csv")
+    unlabeled = [row for row in listed if row["set"] == "unlabeled"]
+    number = len(COPIES)
+    # Of evaluation images; of a labeled one; the second of two copies. Flat images are not compared.
+    assert {unlabeled_number(row) for row in unlabeled} == {*range(number), number, number + 2}
+    by_number = {unlabeled_number(row): row for row in unlabeled}
+    for place in range(number):
+        row = by_number[place]
+        assert row["of_set"] == "evaluation"
+        assert 2 * int(row["of_record"]) + row["of_file"].endswith("1-of-00002") == place
+    assert by_number[number]["of_set"] == "labeled"
+    assert by_number[list(COPIES).index("same file")]["distance"] == "same"
+    (leak,) = [row for row in listed if row["set"] == "labeled"]
+    assert (leak["of_set"], leak["record"]) == ("evaluation", "5")
+    expected = {"labeled of evaluation": 1, "unlabeled of evaluation": number}
+    expected |= {"unlabeled of labeled": 1, "unlabeled of unlabeled": 1}
+    assert found["copies"] == expected and found["excluded"] == len(listed)
+
+
+def test_report_shows_the_pairs(found):
+    page = Path(found["report"]).read_text()
+    assert page.count("<img") == 2 * found["excluded"]
+    assert "Labeled images that are copies of evaluation images" in page
+
+
+def test_equal_files_only(folder):
+    result = check_data.check_data(options(folder, near=False))
+    assert result["copies"] == {"unlabeled of evaluation": 1}
+    assert check_data.check_data(options(folder))["excluded"] > 1  # From the same marks.
+
+
+def test_selection_leaves_out_what_is_listed(folder, found, tmp_path):
+    sizes = [
+        len(list(tfrecords.read(str(p)))) for p in sorted((folder / "unlabeled").glob("extra*"))
+    ]
+    (tmp_path / "predictions").mkdir()
+    for shard, size in enumerate(sizes):
+        name = str(tmp_path / "predictions" / f"%s-{shard:05d}-of-00002-00000%s")
+        probs = np.tile(np.float32([[0.9, 0.1]]), [size, 1])
+        tfrecords.write(name % ("train-info", ""), tfexamples.prediction_examples(probs))
+        write_index(name % ("index", ".parquet"), shard, 0, [0] * size, [0.9] * size)
+    config = SelectConfig(
+        unlabel_data_dir=str(folder / "unlabeled"),
+        prediction_dir=str(tmp_path / "predictions"),
+        prelim_stats_dir=str(tmp_path / "statistics"),
+        output_dir=str(tmp_path / "selected"),
+        file_prefix="extra",
+        num_shards=2,
+        num_label_classes=2,
+        use_all=True,
+        exclude=str(folder / "checked" / "exclude.csv"),
+    )
+    kept = selection.select(config)["unique"]
+    listed = [r for r in rows(folder / "checked" / "exclude.csv") if r["set"] == "unlabeled"]
+    assert kept == sum(sizes) - len(listed) < sum(sizes)
+
+
+def test_list_of_other_records_is_refused(folder, found, tmp_path):
+    (tmp_path / "list.csv").write_text("file,record\n/elsewhere/extra-00000-of-00002,1\n")
+    write_shards(tmp_path / "records", [[tfexamples.unlabeled_example(b"x")]])
+    (tmp_path / "train-info-00000-of-00001-00000").write_bytes(b"")
+    config = SelectConfig(
+        unlabel_data_dir=str(tmp_path / "records"),
+        prediction_dir=str(tmp_path),
+        file_prefix="extra",
+        num_shards=1,
+        exclude=str(tmp_path / "list.csv"),
+    )
+    from efficientnet_ns.pseudo_labels import index
+
+    with pytest.raises(DataError, match="names no record of the set .* was one of them moved"):
+        index.excluded(config)
+    (tmp_path / "list.csv").write_text("name\nx\n")
+    with pytest.raises(DataError, match="no list with the columns file and record"):
+        index.excluded(config)
+
+
+def test_settings_that_do_not_fit(tmp_path, folder):
+    with pytest.raises(ConfigError, match="--label_data_dir, --eval_data_dir or"):
+        check_data.check_data(CheckConfig(output_dir=str(tmp_path)))
+    with pytest.raises(DataError, match="label all shards first"):
+        check_data.check_data(options(folder, prediction_dir=str(tmp_path)))
+
+
+# --- The search -----------------------------------------------------------------------------------
+
+
+def flipped(rng: np.random.Generator, prints: np.ndarray, bits: int) -> np.ndarray:
+    """Fingerprints that differ from others in `bits` bits each."""
+    places = np.stack([rng.permutation(256) < bits for _ in prints])
+    packed = np.packbits(places, axis=1, bitorder="little").view(np.uint64)
+    return prints ^ packed
+
+
+def test_near_prints_are_those_of_all_pairs(tmp_path, rng):
+    """What is found is near, and what differs in few bits is found."""
+    evaluation = rng.integers(0, 2**64, [50, 4], np.uint64)
+    copied = [
+        flipped(rng, evaluation[10 * n : 10 * n + 10], bits)
+        for n, bits in enumerate((0, 6, 31, 32))
+    ]
+    others = rng.integers(0, 2**64, [100, 4], np.uint64)
+    # Equal in one band and different in all others.
+    opposite = np.concatenate([evaluation[40:, :1], ~evaluation[40:, 1:]], 1)
+    training = np.concatenate([*copied, others, opposite, flipped(rng, others[:10], 4)])
+    sets = []
+    for role, prints in ((copies.EVALUATION, evaluation), (copies.UNLABELED, training)):
+        path = tmp_path / f"{role}.parquet"
+        numbers = np.arange(len(prints))
+        hashes = rng.integers(0, 2**64, len(prints), np.uint64)
+        columns = [numbers, np.zeros(len(prints), np.int32), hashes, *prints.T]
+        pyarrow.parquet.write_table(pyarrow.table(dict(zip(image_marks.COLUMNS, columns))), path)
+        sets.append(copies.ImageSet(role, "", [str(role)], [str(path)]))
+    found = {one.record: one for one in copies.Search(sets).copies()}
+    distances = {
+        record: (one.of_role, one.of_record, one.distance) for record, one in found.items()
+    }
+    for record, (role, of, distance) in distances.items():
+        other = (evaluation if role == copies.EVALUATION else training)[of]
+        differing = np.unpackbits((other ^ training[record]).view(np.uint8)).sum()
+        assert differing == distance <= 31
+    for record in range(20):
+        assert distances[record] == (copies.EVALUATION, record, 0 if record < 10 else 6)
+    for number in range(10):
+        assert distances[150 + number] == (copies.UNLABELED, 40 + number, 4)
+    assert not set(range(30, 150)) & set(distances)
+
+
+# --- Fingerprints ---------------------------------------------------------------------------------
+
+
+def test_grid_is_the_mean_of_areas(rng):
+    pixels = rng.integers(0, 256, [128, 192, 3], np.uint8)
+    gray = (pixels @ np.array([299, 587, 114])) // 1000
+    expected = gray.reshape(64, 2, 64, 3).mean((1, 3))
+    np.testing.assert_allclose(fingerprints.grid(tf.constant(pixels)), expected, atol=0.01)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (28, 28), (64, 700), (63, 65)])
+def test_grid_of_any_size(shape, rng):
+    pixels = rng.integers(0, 256, [*shape, 3], np.uint8)
+    grid = fingerprints.grid(tf.constant(pixels)).numpy()
+    assert grid.shape == (64, 64) and grid.min() >= 0 and grid.max() <= 255
+    assert fingerprints.fingerprints(grid[None]).any() == (shape != (1, 1))
+
+
+def test_fingerprint_does_not_change():
+    """Those of two runs, and of two machines, are compared."""
+    y, x = np.mgrid[:64, :64]
+    grids = np.stack([127 + 100 * np.sin(y * x / 300), 127 + 60 * np.cos(x / 3 + y)])
+    found = fingerprints.fingerprints(grids.astype(np.float32))
+    assert [f"{row[0]:x} {row[3]:x}" for row in found.tolist()] == [
+        "4b96d752d755b6a0 54b0a960ad42b51",
+        "6aab03fa9400a408 556aaaabff02a005",
+    ]
