@@ -81,8 +81,13 @@ PRINTED = {
 }
 
 
+# pseudo_labels/test_import_predictions.py runs this page with the commands that its Python belongs to.
+ELSEWHERE = {"docs/any_teacher.md"}
+
+
 def test_all_pages_with_python_are_here():
-    assert {page for page, found in SNIPPETS.items() if found} == set(PREPARED) == set(PRINTED)
+    pages = {page for page, found in SNIPPETS.items() if found}
+    assert pages - ELSEWHERE == set(PREPARED) == set(PRINTED)
 
 
 @pytest.mark.slow
