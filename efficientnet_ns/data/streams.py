@@ -1,13 +1,12 @@
 """Which records a host reads, and in which order: streams of a batch, defined without hosts.
 
-The rows of a batch belong to V streams, V being the largest divisor of the batch up to 256, and up to
-N / 256 for a set of few records, but not below 8 if it can be: rows v·B/V … (v+1)·B/V - 1 of every
-batch are the next records of stream v. An epoch holds each of the N
-records once. It shuffles the files, lays them end to end and cuts the result into one run per
-stream, as long as the stream has rows in the epoch. So streams never hold unequal shares: runs
-differ by the rows of one batch at most, an epoch ends after exactly N rows, in the middle of a batch
-if need be, and the next one begins there. Sets of fewer than 64 files are laid out in pieces of
-files, so that a run is not always the same part of one file.
+The rows of a batch of B belong to V streams: rows v·B/V … (v+1)·B/V - 1 of every batch are the next
+records of stream v. V is the largest divisor of B up to 256, and of a set of few records up to
+max(8, N / 256). An epoch holds each of the N records once: it shuffles the files, lays them end to
+end and cuts the result into one run per stream, as long as the stream has rows in the epoch. So
+streams never hold unequal shares. Runs differ by the rows of one batch at most; an epoch ends after
+exactly N rows, in the middle of a batch if need be, and the next one begins there. Sets of fewer than
+64 files are laid out in pieces of files, so that a run is not always the same part of one file.
 
 A run is read from beginning to end, in windows of shuffle_buffer / V records that are shuffled by
 (seed, epoch, stream, window); the first window of a stream is shorter, the more so the higher its

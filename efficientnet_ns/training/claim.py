@@ -176,7 +176,7 @@ def _listing(source: pipeline.Source) -> dict[str, dict[str, int]]:
     """Sizes and counts, which reveal replaced files without reading them."""
     return {
         path: {"bytes": file.size, "records": count}
-        for path, count, file in zip(source.paths, source.counts, source.files)
+        for path, count, file in zip(source.paths, source.counts, source.files, strict=True)
     }
 
 
