@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import os
 import runpy
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import efficientnet_ns  # noqa: F401 - decides which Keras TensorFlow has
 
 # isort: split
 import fakes
+import gcs
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -21,6 +23,7 @@ from absl import flags, logging
 from efficientnet_ns import config
 from efficientnet_ns.models import efficientnet
 
+_buckets = itertools.count()
 GOLDENS_VARIABLE = "EFFICIENTNET_NS_GOLDENS"
 
 # Tests compile more than they run. XLA reads this when it is first used.
@@ -100,6 +103,24 @@ def shared_students() -> Iterator[None]:
     """See `fakes.one_student_per_settings`."""
     with fakes.one_student_per_settings():
         yield
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory) -> Iterator[gcs.Store]:
+    """An object store for `gs://`; see `gcs`."""
+    with gcs.running(tmp_path_factory.mktemp("store")) as store:
+        yield store
+
+
+@pytest.fixture
+def bucket(store, monkeypatch) -> Iterator[str]:
+    """The name of an empty bucket, which this process reaches as `gs://<name>`; all else is healthy."""
+    for name, value in store.environment().items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{next(_buckets)}"
+    store.create(name)
+    yield name
+    store.heal()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Fakes and set-ups that several files of tests share; no tests of their own.
 
-Its neighbours: image_files.py (image files of every kind), unlabeled_sets.py (unlabeled records and a
+Its neighbours: gcs.py (an object store), image_files.py (image files of every kind), unlabeled_sets.py (unlabeled records and a
 teacher for them), torture.py (processes that are killed again and again).
 """
 

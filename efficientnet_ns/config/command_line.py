@@ -19,6 +19,7 @@ from efficientnet_ns.config import (
     log_lines,
     preemption,
     program_table,
+    remote_paths,
 )
 from efficientnet_ns.files import standard_output
 
@@ -66,7 +67,9 @@ def run(main: Callable[..., int | None], *settings: type, words: bool = False) -
             sys.exit(0)
         log_lines.begin()
         app.run(
-            lambda argv: _exit_code(lambda: main(*_arguments(settings, values, argv[1:], words))),
+            lambda argv: _exit_code(
+                lambda: _run(main, _arguments(settings, values, argv[1:], words))
+            ),
             flags_parser=functools.partial(_parse, values),
         )
 
@@ -133,6 +136,19 @@ def _refuse_other_schemes(settings: Any) -> None:
                 )
 
 
+def _run(main: Callable[..., int | None], arguments: Sequence[Any]) -> int | None:
+    settings = filter(dataclasses.is_dataclass, arguments)
+    texts = {
+        part: name
+        for one in settings
+        for name, value in _texts(one)
+        for part in value.split(";")
+        if name not in _ADDRESSES
+    }
+    with remote_paths.prepared(texts):
+        return main(*arguments)
+
+
 def _texts(settings: Any) -> Iterator[tuple[str, str]]:
     for name, value in vars(settings).items():
         if dataclasses.is_dataclass(value):
@@ -156,8 +172,15 @@ def _exit_code(program: Callable[[], int | None]) -> int | None:
             raise
         if not _is_fixable(e):
             raise
-        logging.error("%s", e)
+        logging.error("%s%s", e, _permissions(e))
         return 2
+
+
+def _permissions(error: Exception) -> str:
+    """What an account needs that was refused; "" for other errors."""
+    if type(error).__name__ != "PermissionDeniedError" or "gs://" not in str(error):
+        return ""
+    return f"\nThe account needs {remote_paths.PERMISSIONS}."
 
 
 def _is_fixable(error: Exception) -> bool:

@@ -7,12 +7,15 @@ without saving. Signals that follow within a second count as the same request: G
 signals both the process and its group.
 
 Python runs handlers between two bytecodes of the main thread, so inside a host loop of the device a
-signal waits until the loop returns.
+signal waits until the loop returns. Where work can be interrupted anywhere, a thread ends the process if
+the main thread is held up for longer, as by a store that TensorFlow asks again for minutes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -26,6 +29,8 @@ from absl import logging
 EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAME_REQUEST_SECONDS = 1.0
+HELD_UP_SECONDS = 5.0
+_HELD_UP = b"stopped while it waited: start the same command again to continue\n"
 
 
 class Preempted(BaseException):
@@ -52,16 +57,43 @@ class StopRequest:
         self._cut = False
         self._process = os.getpid()
         self._undo = contextlib.ExitStack()
+        self._heard_at = -math.inf
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self._undo.callback(signal.signal, number, signal.getsignal(number))
+            self._watch()
             self.take_signals()
         return self
 
     def __exit__(self, *unused) -> None:
         self._undo.close()
+
+    def _watch(self) -> None:
+        """Starts the thread that hears signals while the main thread is held up."""
+        _leave_children_alone()
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        # Python writes the number of every signal to it; its end ends the thread.
+        self._undo.callback(os.close, write)
+        self._undo.callback(signal.set_wakeup_fd, before)
+
+        def hear() -> None:
+            while number := os.read(read, 1):
+                began = time.monotonic()
+                while number[0] in SIGNALS and self._heard_at < began - SAME_REQUEST_SECONDS:
+                    time.sleep(0.1)
+                    held_up = time.monotonic() > began + HELD_UP_SECONDS
+                    if held_up and (self._cut or self.requested):
+                        os.write(2, _HELD_UP)  # The main thread may hold the lock of the log.
+                        os._exit(EXIT_CODE)
+                    if held_up:
+                        break
+            os.close(read)
+
+        threading.Thread(target=hear, name="signals", daemon=True).start()
 
     def take_signals(self) -> None:
         """Takes them back from native code that took them for itself inside the block."""
@@ -84,6 +116,7 @@ class StopRequest:
 
     def _answer(self, number: int, frame) -> None:
         name = signal.Signals(number).name
+        self._heard_at = time.monotonic()
         if os.getpid() != self._process:
             # A forked worker inherits the handler, but has nothing to save.
             signal.signal(number, signal.SIG_DFL)
@@ -98,6 +131,17 @@ class StopRequest:
         if self._cut:
             self._cut = False  # Clean-up on the way out is not interrupted.
             raise Preempted(f"stopped by {name}")
+
+
+@functools.cache
+def _leave_children_alone() -> None:
+    """A forked process must not tell its parent which signals it gets."""
+
+    def forget() -> None:
+        with contextlib.suppress(ValueError):  # Not in the main thread.
+            signal.set_wakeup_fd(-1)
+
+    os.register_at_fork(after_in_child=forget)
 
 
 def end_with_parent() -> None:

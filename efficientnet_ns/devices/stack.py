@@ -1,4 +1,4 @@
-"""What must be settled before TensorFlow is imported: which Keras it has, and that its import is quiet."""
+"""What must be settled before TensorFlow is imported: its Keras, its log, how it reads object stores."""
 
 from __future__ import annotations
 
@@ -23,12 +23,18 @@ _NATIVE_LOG = re.compile(
     rb"|Summary on the non-converted ops|-{20,}$| \* (Accepted dialects|Non-Converted Ops|\d+ )"
     rb"|(- [\w.]+: +\d+ occurrences +|  )\(\w+: \d+.*\)$|$"
 )
+# Read when TensorFlow is imported. Lengths of files are not remembered, because other machines rewrite
+# leases and notes; and a reader holds, and asks for, 8 MB at a time instead of 64, most of which a small
+# file or a jump would waste.
+_OBJECT_STORES = {"GCS_STAT_CACHE_MAX_AGE": "0", "GCS_READ_CACHE_BLOCK_SIZE_MB": "8"}
 # The file descriptor is the process': threads take turns.
 _STDERR = threading.RLock()
 
 
 def prepare() -> None:
     """Makes `tf.keras` Keras 2, and the import of TensorFlow respect TF_CPP_MIN_LOG_LEVEL=3.
+
+    Also sets how TensorFlow reads `gs://`, unless the environment does.
 
     TensorFlow 2.15 contains only Keras 2. Later releases take it from the package
     tf_keras if TF_USE_LEGACY_KERAS is set.
@@ -47,6 +53,8 @@ def prepare() -> None:
                 "efficientnet_ns needs Keras 2, but this program has already used tf.keras, which "
                 f"is Keras 3: import efficientnet_ns first, or set {_LEGACY}=1"
             )
+    for name, value in _OBJECT_STORES.items():
+        os.environ.setdefault(name, value)
     if "tensorflow" not in sys.modules:
         sys.meta_path.insert(0, _QuietImport())
 

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from efficientnet_ns import report as page
 from efficientnet_ns.config import Config
 from efficientnet_ns.evaluation.accuracy import Measured
-from efficientnet_ns.files import json_files
+from efficientnet_ns.files import json_files, object_stores
 from efficientnet_ns.models.recipes import RECIPES, Recipe
 
 # Size of ImageNet's validation set; published values are comparable only on all of it.
@@ -55,7 +54,7 @@ def write(
       results: prefix of the set → measurements.
       class_names: names of all classes; None: classes are named by their indices.
     """
-    tf.io.gfile.makedirs(folder)
+    object_stores.make_folder(folder)
     first = next(iter(results.values()))
     names = class_names or [str(i) for i in range(first.num_classes)]
     contents = {

@@ -12,11 +12,16 @@ import re
 import secrets
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Container, Iterator, Sequence
 
 import tensorflow as tf
 
+from efficientnet_ns.files import object_stores
 from efficientnet_ns.files.paths import listed
+
+_PREFIX = ".tmp-"
+_OLD_SECONDS = 24 * 3600
 
 
 def temporary_name(path: str) -> str:
@@ -26,22 +31,31 @@ def temporary_name(path: str) -> str:
 
 
 def remove_abandoned(paths: Sequence[str]) -> None:
-    """Removes temporary files for `paths` that killed processes of this machine left behind."""
+    """Removes temporary files for `paths` that killed processes left behind.
+
+    Whether a process of another machine is dead cannot be told: its files go when they are a day old.
+    """
     wanted: dict[str, set[str]] = {}
     for path in paths:
         folder, base = os.path.split(path)
         wanted.setdefault(folder, set()).add(base)
     for folder, bases in wanted.items():
-        for found in listed(folder or ".", re.escape(_temporary_prefix()) + ".*"):
-            if _abandoned(os.path.basename(found)) in bases:
-                # Another process may remove it at the same time.
-                with contextlib.suppress(tf.errors.NotFoundError):
-                    tf.io.gfile.remove(found)
+        for found in listed(folder or ".", re.escape(_PREFIX) + ".*"):
+            name = os.path.basename(found)
+            if _abandoned(name) in bases or (is_temporary(name, bases) and _is_old(found)):
+                object_stores.remove(found)
+
+
+def _is_old(path: str) -> bool:
+    try:
+        return tf.io.gfile.stat(path).mtime_nsec < (time.time() - _OLD_SECONDS) * 1e9
+    except tf.errors.NotFoundError:
+        return False
 
 
 def remove_abandoned_folders(parent: str) -> None:
     """Removes temporary folders directly in `parent` of killed processes of this machine."""
-    for name in (found.rstrip("/") for found in tf.io.gfile.listdir(parent)):
+    for name in object_stores.names(parent):
         path = os.path.join(parent, name)
         if _abandoned(name) is not None and tf.io.gfile.isdir(path):
             # Another process may remove it at the same time, and in a TMPDIR that users share it may
@@ -52,7 +66,14 @@ def remove_abandoned_folders(parent: str) -> None:
 
 
 def _temporary_prefix() -> str:
-    return f".tmp-{socket.gethostname()}-"
+    return f"{_PREFIX}{socket.gethostname()}-"
+
+
+def is_temporary(name: str, of: Container[str]) -> bool:
+    """Whether `name` is a temporary one of any process of any machine for a file name in `of`."""
+    # Names of machines have numbers, too.
+    places = (match.end() for match in re.finditer(r"-\d+(?=-)", name))
+    return name.startswith(_PREFIX) and any(name[place + 1 :] in of for place in places)
 
 
 def _abandoned(name: str) -> str | None:
@@ -104,13 +125,16 @@ def atomic_path(path: str) -> Iterator[str]:
     try:
         yield temporary
         tf.io.gfile.rename(temporary, path, overwrite=True)
-    finally:
-        if tf.io.gfile.exists(temporary):
-            tf.io.gfile.remove(temporary)
+    except BaseException:
+        object_stores.remove(temporary)
+        raise
 
 
 def write(path: str, content: str | bytes) -> None:
     """Writes a file that is either whole or absent."""
     mode = "w" if isinstance(content, str) else "wb"
-    with atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, mode) as f:
+    name = (
+        contextlib.nullcontext(path) if object_stores.is_object_store(path) else atomic_path(path)
+    )
+    with name as temporary, tf.io.gfile.GFile(temporary, mode) as f:
         f.write(content)

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.files import atomic
+from efficientnet_ns.files import atomic, object_stores
 
 
 class BrokenFile(ValueError):
@@ -28,8 +28,13 @@ def write_json_lines(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def read_json(path: str):
     """The parsed file, with or without a byte order mark; BrokenFile naming it when it is not JSON."""
-    with tf.io.gfile.GFile(path, "rb") as f:
-        text = f.read()
+    text = object_stores.read(path)
+    if text is None:
+        raise tf.errors.NotFoundError(None, None, f"{path} does not exist")
+    return _parsed(path, text)
+
+
+def _parsed(path: str, text: bytes):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:  # Of bytes that are no text, too.
@@ -38,7 +43,16 @@ def read_json(path: str):
 
 def read_object(path: str, *keys: str) -> dict:
     """The object of a JSON file; BrokenFile naming it when it is none, or lacks one of the keys."""
-    value = read_json(path)
+    return _object(path, read_json(path), keys)
+
+
+def read_object_if_any(path: str, *keys: str) -> dict | None:
+    """As `read_object`; None when there is no such file, which takes no further request."""
+    text = object_stores.read(path)
+    return None if text is None else _object(path, _parsed(path, text), keys)
+
+
+def _object(path: str, value: Any, keys: Sequence[str]) -> dict:
     if not isinstance(value, dict):
         raise BrokenFile(
             f"{path} should hold a JSON object, but holds a {type(value).__name__}. Mend it, or "
@@ -61,10 +75,10 @@ def read_json_lines(path: str, *keys: str) -> list[dict]:
     Raises:
       BrokenFile: another line is no JSON object, or lacks one of the keys.
     """
-    if not tf.io.gfile.exists(path):
+    text = object_stores.read(path)
+    if text is None:
         return []
-    with tf.io.gfile.GFile(path, "rb") as f:
-        lines = f.read().removesuffix(b"\n").split(b"\n")
+    lines = text.removesuffix(b"\n").split(b"\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -16,7 +16,6 @@ that finds another's lease in place of its own gives the unit up.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -30,10 +29,18 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.files import atomic
+from efficientnet_ns.files import atomic, object_stores
 
 # What storage raises.
 STORE_ERRORS = (OSError, tf.errors.OpError)
+
+
+_NAME = ".lease-"
+
+
+def unit_of(name: str) -> str | None:
+    """The unit whose lease has this file name; None for other names."""
+    return name.removeprefix(_NAME) if name.startswith(_NAME) else None
 
 
 class LeaseLost(RuntimeError):
@@ -86,8 +93,7 @@ class Lease:
             # It must not write the file again once that is removed.
             self.heartbeat.join()
         if self.is_mine():
-            with contextlib.suppress(tf.errors.NotFoundError):
-                tf.io.gfile.remove(self.path)
+            object_stores.remove(self.path)
 
     def _write(self) -> None:
         self._beat += 1
@@ -119,14 +125,17 @@ class Leases:
         self._folder, self._lease_seconds = folder, lease_seconds
         if settle_seconds is None:
             # Object stores may return an old version for a moment.
-            settle_seconds = 2.0 if "://" in folder else 0.02
+            settle_seconds = 2.0 if object_stores.is_object_store(folder) else 0.02
         self._settle = settle_seconds
         # Path → (content, since when it has been the same by the clock of this process).
         self._seen: dict[str, tuple[str, float]] = {}
-        tf.io.gfile.makedirs(folder)
+        object_stores.make_folder(folder)
 
     def claims(
-        self, units: Sequence[str], done: Callable[[str], bool]
+        self,
+        units: Sequence[str],
+        done: Callable[[str], bool],
+        still_undone: Callable[[str], bool] | None = None,
     ) -> Iterator[tuple[str, Lease]]:
         """Yields units that are not done with a lease on each; returns when all are done.
 
@@ -135,8 +144,10 @@ class Leases:
 
         Args:
           units: names, usable in file names, in order of preference.
-          done: whether a unit needs no more work.
+          done: whether a unit needs no more work. It is asked often, and may know it a little late.
+          still_undone: asked once when the unit is claimed, and knows; None: not `done`.
         """
+        undone = still_undone or (lambda unit: not done(unit))
         waiting, logged = list(units), False
         while waiting:
             claimed = False
@@ -150,7 +161,7 @@ class Leases:
                 claimed, logged = True, False
                 try:
                     # It may have been finished between the two looks.
-                    if not done(unit):
+                    if undone(unit):
                         yield unit, lease
                 finally:
                     lease.release()
@@ -198,7 +209,7 @@ class Leases:
         return bool(owner) and _is_here(owner) and _runs(owner)
 
     def _path(self, unit: str) -> str:
-        return os.path.join(self._folder, f".lease-{unit}")
+        return os.path.join(self._folder, f"{_NAME}{unit}")
 
     def _is_alive(self, path: str) -> bool:
         """Whether there is a lease, with a heartbeat and, on this machine, a running process."""
@@ -217,11 +228,8 @@ class Leases:
 
 
 def _read(path: str) -> str | None:
-    try:
-        with tf.io.gfile.GFile(path) as f:
-            return f.read()
-    except tf.errors.NotFoundError:
-        return None
+    content = object_stores.read(path)
+    return None if content is None else content.decode("utf-8", "replace")
 
 
 def _parse(content: str | None) -> dict[str, Any]:

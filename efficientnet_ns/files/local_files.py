@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import io
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 
 import tensorflow as tf
 
-from efficientnet_ns.files import atomic
+from efficientnet_ns.files import atomic, object_stores
 from efficientnet_ns.files.paths import is_pattern, listed
 
 
@@ -49,19 +50,35 @@ def local_copies(paths: Sequence[str]) -> Iterator[dict[str, str]]:
         if remote:
             folder = stack.enter_context(atomic.scratch_folder("copies"))
             copied = {path: os.path.join(folder, os.path.basename(path)) for path in remote}
-            with concurrent.futures.ThreadPoolExecutor(8) as pool:
-                # Consumed, so that an error is raised.
-                list(pool.map(tf.io.gfile.copy, copied.keys(), copied.values()))
+            require_space(remote)
+            object_stores.each(lambda pair: tf.io.gfile.copy(*pair), list(copied.items()))
             local.update(copied)
         yield local
+
+
+def require_space(paths: Sequence[str]) -> None:
+    """Raises OSError if TMPDIR has too little space for copies of files."""
+    require_bytes(sum(filter(None, object_stores.sizes(paths))), f"copies of {paths[0]} …")
+
+
+def require_bytes(needed: float, what: str) -> None:
+    """Raises OSError if TMPDIR has less space than that, before hours of work end with a full disk."""
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{what}: {needed / 1e9:.1f} GB are needed in {folder}, where {free / 1e9:.1f} GB are free. "
+            "Set TMPDIR to a folder on a larger disk."
+        )
 
 
 @contextlib.contextmanager
 def without_wildcards(path: str) -> Iterator[str]:
     """Yields a path for readers of TensorFlow that take paths for patterns, to the same files.
 
-    It is `path` itself unless that has wildcards. Else there are links below TMPDIR while the block
-    runs, or copies of files that are not on this machine.
+    It is `path` itself unless that has wildcards or lies on an object store. Else there are links below
+    TMPDIR while the block runs, or copies: TensorFlow jumps in the files, and a store would send most of
+    them several times.
 
     Args:
       path: a folder, or the prefix of a checkpoint.
@@ -69,7 +86,8 @@ def without_wildcards(path: str) -> Iterator[str]:
     Raises:
       OSError: TMPDIR has wildcards, too.
     """
-    if not is_pattern(path):
+    remote = object_stores.is_object_store(path)
+    if not (is_pattern(path) or remote):
         yield path
         return
     with atomic.scratch_folder("paths") as scratch:
@@ -78,10 +96,12 @@ def without_wildcards(path: str) -> Iterator[str]:
                 f"TensorFlow takes {path} for a pattern, and the folder for temporary files, "
                 f"{os.path.dirname(scratch)}, as well: set TMPDIR to one without * ? [ and \\"
             )
-        for file in _files(path):
-            target = os.path.join(scratch, "at" + file[len(path) :])
-            tf.io.gfile.makedirs(os.path.dirname(target))
-            _link(file, target)
+        targets = {file: os.path.join(scratch, "at" + file[len(path) :]) for file in _files(path)}
+        if remote:
+            require_space([*targets])
+        for target in targets.values():
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+        object_stores.each(lambda pair: _link(*pair), list(targets.items()))
         yield os.path.join(scratch, "at")
 
 

@@ -18,25 +18,35 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.files import atomic
-from efficientnet_ns.files.json_files import BrokenFile, read_object, write_json
+from efficientnet_ns.files import atomic, object_stores
+from efficientnet_ns.files.json_files import BrokenFile, read_object_if_any, write_json
 
 
 class OutputConflict(RuntimeError):
     """Existing files were not made by this stage with this configuration."""
 
 
-def fingerprint(paths: Sequence[str]) -> str:
-    """Short hash of the names and sizes of files, order included."""
-    listing = [(os.path.basename(p), tf.io.gfile.stat(p).length) for p in paths]
+def fingerprint(paths: Sequence[str], sizes: Sequence[int] | None = None) -> str:
+    """Short hash of the names and sizes of files, order included; None: the sizes are asked for."""
+    if sizes is None:
+        sizes = [tf.io.gfile.stat(path).length for path in paths]
+    listing = [(os.path.basename(path), size) for path, size in zip(paths, sizes)]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
 
 
 def read_manifest(path: str, outputs: Sequence[str] = ()) -> dict:
-    """The manifest at `path`; OutputConflict when it is empty, cut or no manifest."""
+    """The manifest at `path`; OutputConflict when it is absent, empty, cut or no manifest."""
+    manifest = manifest_if_any(path, outputs)
+    if manifest is None:
+        raise OutputConflict(f"{path} does not exist")
+    return manifest
+
+
+def manifest_if_any(path: str, outputs: Sequence[str] = ()) -> dict | None:
+    """As `read_manifest`; None when there is no such file."""
     try:
-        manifest = read_object(path, "config", "sizes", "counts")
-        if all(isinstance(value, dict) for value in manifest.values()):
+        manifest = read_object_if_any(path, "config", "sizes", "counts")
+        if manifest is None or all(isinstance(value, dict) for value in manifest.values()):
             return manifest
     except BrokenFile as e:
         logging.info("%s", e)
@@ -68,6 +78,7 @@ class Stage:
     def __init__(self, manifest: str, outputs: Sequence[str], config: Mapping[str, object]):
         self.manifest, self.outputs = manifest, list(outputs)
         self.config = json.loads(json.dumps(config))
+        self._manifest: dict | None = None  # As it was last read or written.
 
     def done(self) -> bool:
         """Whether the outputs are there and whole.
@@ -75,17 +86,18 @@ class Stage:
         Raises:
           OutputConflict: files are in the way that this stage did not make with this configuration.
         """
-        if not tf.io.gfile.exists(self.manifest):
-            found = [p for p in self.outputs if tf.io.gfile.exists(p)]
+        self._manifest = manifest_if_any(self.manifest, self.outputs)
+        sizes = object_stores.sizes(self.outputs)
+        found = [path for path, size in zip(self.outputs, sizes) if size is not None]
+        if self._manifest is None:
             if found:
                 raise OutputConflict(
                     f"{found[0]} exists but {self.manifest} does not: how was it made? "
                     "It is not overwritten: move it away, or choose another output folder."
                 )
             return False
-        made_with = self._manifest()["config"]
+        made_with = self._manifest["config"]
         if made_with != self.config:
-            found = [p for p in self.outputs if tf.io.gfile.exists(p)]
             # A result that stands in the manifest itself is never made anew silently.
             if self.outputs and not found:
                 return False
@@ -94,12 +106,10 @@ class Stage:
                 f"({describe_difference(made_with, self.config)}). "
                 f"Delete {' and '.join(found or [self.manifest])}, or choose another output folder."
             )
-        sizes = self._manifest()["sizes"]
-        for path in self.outputs:
-            if not tf.io.gfile.exists(path):
+        for path, size in zip(self.outputs, sizes):
+            if size is None:
                 return False
-            size = tf.io.gfile.stat(path).length
-            expected = sizes.get(os.path.basename(path))
+            expected = self._manifest["sizes"].get(os.path.basename(path))
             if size != expected:
                 raise OutputConflict(
                     f"{path} has {size} bytes, but {expected} in its manifest: "
@@ -109,10 +119,8 @@ class Stage:
 
     def counts(self) -> dict:
         """What the finished stage reported about itself."""
-        return self._manifest()["counts"]
-
-    def _manifest(self) -> dict:
-        return read_manifest(self.manifest, self.outputs)
+        self._manifest = self._manifest or read_manifest(self.manifest, self.outputs)
+        return self._manifest["counts"]
 
     def once(self, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """For a stage without outputs: what it stored, or `work()`, JSON-able, which it then stores.
@@ -127,11 +135,17 @@ class Stage:
         return self.counts()
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[tuple[dict[str, str], dict]]:
-        """Yields ({output: temporary name}, counts) to fill; then commits all together."""
+    def write(self, *, clean: bool = True) -> Iterator[tuple[dict[str, str], dict]]:
+        """Yields ({output: temporary name}, counts) to fill; then commits all together.
+
+        Args:
+          clean: first remove what killed processes left, which lists the folders; False: the caller
+            does that once for all of its stages.
+        """
         for path in [self.manifest, *self.outputs]:
-            tf.io.gfile.makedirs(os.path.dirname(path) or ".")
-        atomic.remove_abandoned([self.manifest, *self.outputs])
+            object_stores.make_folder(os.path.dirname(path))
+        if clean:
+            atomic.remove_abandoned([self.manifest, *self.outputs])
         temporary = {path: atomic.temporary_name(path) for path in self.outputs}
         counts: dict = {}
         try:
@@ -139,17 +153,15 @@ class Stage:
             sizes = {os.path.basename(p): tf.io.gfile.stat(t).length for p, t in temporary.items()}
             # First: outputs without a manifest are refused, while after a manifest without outputs
             # the work is merely done again.
-            write_json(
-                self.manifest,
-                {"config": self.config, "counts": counts, "sizes": sizes},
-                indent=1,
-            )
+            written = {"config": self.config, "counts": counts, "sizes": sizes}
+            write_json(self.manifest, written, indent=1)
             for path, name in temporary.items():
                 tf.io.gfile.rename(name, path, overwrite=True)
-        finally:
+        except BaseException:
             for name in temporary.values():
-                if tf.io.gfile.exists(name):
-                    tf.io.gfile.remove(name)
+                object_stores.remove(name)
+            raise
+        self._manifest = json.loads(json.dumps(written))
 
 
 def describe_difference(old: Mapping[str, object], new: Mapping[str, object]) -> str:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from collections.abc import Sequence
 
 import tensorflow as tf
 
-from efficientnet_ns.files import json_files
+from efficientnet_ns.files import json_files, object_stores
 
 METRICS = "metrics.jsonl"
 
@@ -40,10 +42,11 @@ class MetricsLog:
         self.path, self._writes, self._lines = os.path.join(folder, METRICS), writes, None
         self.rows = [row for row in read_metrics(folder) if row["step"] <= start]
         self._written = len(self.rows)
+        self._drawing: threading.Thread | None = None
         if not writes:
             self.writer = tf.summary.create_noop_writer()
             return
-        tf.io.gfile.makedirs(folder)
+        object_stores.make_folder(folder)
         json_files.write_json_lines(self.path, self.rows)
         if "://" not in folder:
             self._lines = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - until `close`
@@ -55,19 +58,32 @@ class MetricsLog:
         if self._lines is not None:
             self._lines.write(json.dumps(self.rows[-1]) + "\n")
             self._lines.flush()
-        with self.writer.as_default(step):
-            for name, value in values.items():
-                tf.summary.scalar(name, value)
-        self.writer.flush()
+            self._draw(self.rows[-1:])
+
+    def _draw(self, rows: Sequence[dict[str, float]]) -> None:
+        """Writes rows for TensorBoard; an object store takes the whole file every time."""
+        with self.writer.as_default():
+            for row in rows:
+                for name, value in row.items():
+                    if name != "step":
+                        tf.summary.scalar(name, value, int(row["step"]))
 
     def flush(self) -> None:
         """Ensures that every row is on the disk; call it before writing a checkpoint."""
         if self._lines is not None:
             # Else a machine that loses power may keep the checkpoint without its row.
             os.fsync(self._lines.fileno())
-        if self._writes and self._lines is None and self._written < len(self.rows):
+        elif self._writes and self._written < len(self.rows):
             json_files.write_json_lines(self.path, self.rows)
+            self._wait()
+            # The training goes on meanwhile.
+            self._drawing = threading.Thread(target=self._draw, args=(self.rows[self._written :],))
+            self._drawing.start()
             self._written = len(self.rows)
+
+    def _wait(self) -> None:
+        if self._drawing is not None:
+            self._drawing.join()
 
     def last(self, prefix: str) -> dict[str, float]:
         """The newest row with a metric whose name starts with `prefix`; empty if there is none."""
@@ -79,6 +95,7 @@ class MetricsLog:
     def close(self) -> None:
         """Flushes and closes the files."""
         self.flush()
+        self._wait()
         self.writer.close()
         if self._lines is not None:
             self._lines.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 
-import tensorflow as tf
+from efficientnet_ns.files import object_stores
 
 # What makes TensorFlow take a path for a pattern.
 _WILDCARDS = re.compile(r"[*?\[\\]")
@@ -29,7 +29,5 @@ def listed(folder: str, pattern: str) -> list[str]:
     Returns:
       Nothing when there is no such folder.
     """
-    if not tf.io.gfile.isdir(folder):
-        return []
-    names = (name.rstrip("/") for name in tf.io.gfile.listdir(folder))
-    return sorted(os.path.join(folder, name) for name in names if re.fullmatch(pattern, name))
+    found = object_stores.names(folder)
+    return [os.path.join(folder, name) for name in found if re.fullmatch(pattern, name)]

@@ -9,8 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 
-import tensorflow as tf
-
+from efficientnet_ns.files import object_stores
 from efficientnet_ns.files.errors import DataError
 
 
@@ -82,10 +81,8 @@ def list_shards(folders: str, prefixes: str | Sequence[str]) -> list[str]:
 
 
 def _shards_in(folder: str, prefixes: tuple[str, ...]) -> list[str]:
-    if not tf.io.gfile.isdir(folder):
-        return []
     groups: dict[tuple[str, int], dict[int, str]] = {}
-    for name in tf.io.gfile.listdir(folder):
+    for name in object_stores.names(folder):
         group, shard, total = parse(name) or ("", 0, 0)
         if any(re.fullmatch(rf"{re.escape(p)}(-\d+)?", group) for p in prefixes):
             groups.setdefault((group, total), {})[shard] = os.path.join(folder, name)

@@ -20,9 +20,9 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.files import atomic
+from efficientnet_ns.files import atomic, object_stores
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.files.json_files import BrokenFile, read_object, write_json
+from efficientnet_ns.files.json_files import BrokenFile, read_object_if_any, write_json
 from efficientnet_ns.files.shard_names import shard_name
 
 HEADER, FOOTER = struct.Struct("<QI"), struct.Struct("<I")
@@ -417,7 +417,7 @@ def _keep(files: Mapping[str, Counted], spare: str | None) -> None:
 
 def _could_note(folder: str, entries: Mapping[str, dict]) -> bool:
     try:
-        tf.io.gfile.makedirs(folder)
+        object_stores.make_folder(folder)
         _note(folder, entries)
     except (tf.errors.OpError, OSError) as e:
         reason = str(e).splitlines()[0]
@@ -447,9 +447,11 @@ def write(path: str, payloads: Iterable[bytes], marks: Marks | None = None) -> i
       marks: notes where they begin.
     """
     total = size = 0
-    with tf.io.TFRecordWriter(path) as writer:
+    # Not with TensorFlow's writer, which holds Python's lock while it uploads: heartbeats would cease.
+    with tf.io.gfile.GFile(path, "wb") as f:
+        f.write(b"")  # The file is there even without records.
         for payload in payloads:
-            writer.write(payload)
+            f.write(frame(payload))
             if marks is not None:
                 marks.add(size)
             total, size = total + 1, size + len(payload) + OVERHEAD
@@ -464,7 +466,7 @@ def write_sharded(
     Returns:
       The paths.
     """
-    tf.io.gfile.makedirs(folder)
+    object_stores.make_folder(folder)
     paths = [os.path.join(folder, shard_name(prefix, i, num_shards)) for i in range(num_shards)]
     for shard, path in enumerate(paths):
         with atomic.atomic_path(path) as temporary:
@@ -475,10 +477,8 @@ def write_sharded(
 
 def _known_counts(sidecar: str) -> dict:
     """What a `counts.json` has, nothing if it does not exist; DataError if it is damaged."""
-    if not tf.io.gfile.exists(sidecar):
-        return {}
     try:
-        return read_object(sidecar)
+        return read_object_if_any(sidecar) or {}
     except BrokenFile as e:
         raise DataError(
             f"{sidecar} is damaged, perhaps cut off. Delete it: only the numbers of records, which "
@@ -496,7 +496,7 @@ def note_counts(paths: Sequence[str], counts: Sequence[Mapping[str, Any]] | None
     if counts is None:
         files = [_measure(path, least)[0] for path in paths]
     else:
-        sizes = [tf.io.gfile.stat(path).length for path in paths]
+        sizes = object_stores.sizes(paths)
         files = [_thinned(_counted({**n, "bytes": size}), least) for n, size in zip(counts, sizes)]
     _note(os.path.dirname(paths[0]), entries(paths, files))
 

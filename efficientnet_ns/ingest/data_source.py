@@ -12,7 +12,7 @@ from absl import logging
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.config.ingest import MakeConfig
 from efficientnet_ns.data import image_conversion, tasks
-from efficientnet_ns.files import manifests, shard_names, tfexamples
+from efficientnet_ns.files import manifests, object_stores, shard_names, tfexamples
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_records, image_sources, listing, tfds_source
 from efficientnet_ns.ingest.image_sources import Source
@@ -104,7 +104,7 @@ def _check_other_sets(config: MakeConfig) -> None:
       ConfigError: they could not.
     """
     folder = os.path.join(config.output_dir, "manifests")
-    names = sorted(tf.io.gfile.listdir(folder)) if tf.io.gfile.isdir(folder) else []
+    names = object_stores.names(folder)
     parsed = {name: shard_names.parse(name.removesuffix(".json")) for name in names}
     one_of = {found[0]: name for name, found in parsed.items() if found}
     others = {

@@ -23,7 +23,15 @@ from efficientnet_ns.config import preemption
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.config.processes import run_each
 from efficientnet_ns.data import image_conversion
-from efficientnet_ns.files import json_files, manifests, shard_names, tfexamples, tfrecords
+from efficientnet_ns.files import (
+    atomic,
+    json_files,
+    manifests,
+    object_stores,
+    shard_names,
+    tfexamples,
+    tfrecords,
+)
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.paths import listed
 from efficientnet_ns.files.progress import Progress
@@ -174,10 +182,11 @@ def make_sets(
     for one in sets:
         _refuse_other_sharding(one)
     shards = [shard for number, one in enumerate(sets) for shard in one.shards(number)]
+    atomic.remove_abandoned([p for s in shards for p in (s.stage.manifest, *s.stage.outputs)])
     results = [_Result(one, max_bad_fraction) for one in sets]
-    pending = []
-    for shard in shards:
-        if _done(shard):
+    pending: list[_Shard] = []
+    for shard, done in zip(shards, object_stores.each(_done, shards)):
+        if done:
             results[shard.number].add(shard.stage.counts())
         else:
             pending.append(shard)
@@ -201,9 +210,9 @@ def make_sets(
 def _done(shard: _Shard) -> bool:
     """`manifests.Stage.done`, with an error that describes how the images differ."""
     stage = shard.stage
-    if not tf.io.gfile.exists(stage.manifest):
+    noted = manifests.manifest_if_any(stage.manifest)
+    if noted is None:
         return stage.done()
-    noted = manifests.read_manifest(stage.manifest)
     now, before = stage.config, noted["config"]
     if not (_VERSIONS in now and _VERSIONS in before):
         # Earlier versions did not store them, and some file systems do not know them.
@@ -273,8 +282,8 @@ class _Result:
         if self._bad:
             path = self._write()
             logging.warning("left out %d images, listed in %s", len(self._bad), path)
-        elif tf.io.gfile.exists(self._path()):
-            tf.io.gfile.remove(self._path())  # From an attempt before the images were repaired.
+        else:
+            object_stores.remove(self._path())  # From an attempt before the images were repaired.
         shape = next(iter(self._shapes)) if len(self._shapes) == 1 else None
         return Made(self._records, self._bad, shape)
 
@@ -283,7 +292,7 @@ class _Result:
 
     def _write(self) -> str:
         path = self._path()
-        tf.io.gfile.makedirs(self._set.folder)
+        object_stores.make_folder(self._set.folder)
         listing = [{"path": name, "reason": reason} for name, reason in sorted(self._bad)]
         json_files.write_json(path, listing, indent=1)
         return path
@@ -326,7 +335,7 @@ def _write_shard(source: Source, shard: _Shard, rules: image_conversion.Rules) -
             name = (printable(entry.name),) if of.keep_names else ()
             yield of.record(image, loaded.label, *name)
 
-    with source.reader(entries) as read, stage.write() as (temporary, counts):
+    with source.reader(entries) as read, stage.write(clean=False) as (temporary, counts):
         marks = tfrecords.Marks()
         tfrecords.write(temporary[stage.outputs[0]], payloads(read), marks)
         shape = next(iter(shapes)) if len(shapes) == 1 else None

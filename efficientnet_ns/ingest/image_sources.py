@@ -7,9 +7,11 @@ to disk, so names such as `../x` are harmless.
 from __future__ import annotations
 
 import bz2
+import concurrent.futures
 import contextlib
 import errno
 import gzip
+import itertools
 import lzma
 import os
 import posixpath
@@ -27,7 +29,7 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.data.image_conversion import Unusable
-from efficientnet_ns.files import atomic, shard_names
+from efficientnet_ns.files import atomic, local_files, object_stores, shard_names
 from efficientnet_ns.files.errors import DataError
 
 EXTENSIONS = frozenset(
@@ -178,16 +180,45 @@ class Folder:
     @contextlib.contextmanager
     def reader(self, entries: Sequence[Entry]) -> Iterator[Reader]:
         # TensorFlow refuses names that are not UTF-8.
-        open_file = tf.io.gfile.GFile if "://" in self.path else open
+        if "://" in self.path:
+            with _reading_ahead(self.path, entries) as remote:
+                yield remote
+            return
 
         def read(entry: Entry) -> Loaded:
             try:
-                with open_file(os.path.join(self.path, entry.name), "rb") as f:
+                with open(os.path.join(self.path, entry.name), "rb") as f:
                     return Loaded(f.read(), entry.label)
             except OSError as e:
                 if e.errno not in _OF_THE_FILE:
                     raise
                 raise Unusable(f"cannot be read: {e.strerror}") from e
+
+        yield read
+
+
+_AHEAD = 64  # Images requested before they are needed.
+
+
+@contextlib.contextmanager
+def _reading_ahead(path: str, entries: Sequence[Entry]) -> Iterator[Reader]:
+    """A reader for entries that are mostly read in their order: a request takes longer than an image."""
+    waiting: deque[tuple[Entry, concurrent.futures.Future]] = deque()
+    left = iter(entries)
+
+    def load(entry: Entry) -> bytes | None:
+        return object_stores.read(os.path.join(path, entry.name))
+
+    with concurrent.futures.ThreadPoolExecutor(_AHEAD // 2) as pool:
+
+        def read(entry: Entry) -> Loaded:
+            for following in itertools.islice(left, _AHEAD - len(waiting)):
+                waiting.append((following, pool.submit(load, following)))
+            expected = waiting and waiting[0][0] == entry
+            content = waiting.popleft()[1].result() if expected else load(entry)
+            if content is None:
+                raise Unusable("cannot be read: it is gone")
+            return Loaded(content, entry.label)
 
         yield read
 
@@ -274,7 +305,7 @@ def _walk_remote(path: str, start: str, output: str) -> Contents:
     top = os.path.join(path, start)
     ours = {os.path.join(output, "manifests"), output} - {top.rstrip("/")} if output else set()
     lost: list[str] = []
-    for folder, below, names in tf.io.gfile.walk(top, onerror=lambda e: lost.append(str(e))):
+    for folder, below, names in _walked(top, lost):
         inside = os.path.relpath(folder, path).replace(os.sep, "/")
         inside = "" if inside == "." else inside
         if folder.rstrip("/") in ours:
@@ -287,14 +318,26 @@ def _walk_remote(path: str, start: str, output: str) -> Contents:
     return contents
 
 
+def _walked(top: str, lost: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """The tree below a folder; adds to `lost` why a folder cannot be listed."""
+    if object_stores.is_object_store(top):
+        return object_stores.walk(top)
+    return tf.io.gfile.walk(top, onerror=lambda e: lost.append(str(e)))
+
+
 # --- Archives ---------------------------------------------------------------------------------------
 
 
 class Zip:
-    """A .zip archive; entries are read at their places, links within it are followed."""
+    """A .zip archive; entries are read at their places, links within it are followed.
 
-    def __init__(self, path: str):
-        self.path = path
+    Args:
+      path: of the archive, for messages.
+      local: the file to read, if it is not `path`.
+    """
+
+    def __init__(self, path: str, local: str = ""):
+        self.path, self._local = path, local or path
 
     def entries(self) -> Contents:
         contents = Contents([], [], [], [])
@@ -314,7 +357,7 @@ class Zip:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[zipfile.ZipFile]:
-        with tf.io.gfile.GFile(self.path, "rb") as f:
+        with tf.io.gfile.GFile(self._local, "rb") as f:
             try:
                 archive = zipfile.ZipFile(f)
             except (zipfile.BadZipFile, tf.errors.InvalidArgumentError) as e:
@@ -554,7 +597,8 @@ def open_source(path: str, subfolder: str = "", output: str = "") -> Iterator[Li
     """Yields the source for an existing folder or archive; for the other arguments see `Folder`.
 
     An archive's content determines its kind, or else its name. A compressed .tar is decompressed to a
-    file below TMPDIR for the duration of the block, because it does not allow random access.
+    file below TMPDIR for the duration of the block, because it does not allow random access. An archive on
+    an object store is copied there, because a store sends megabytes for every image and every header.
     """
     # Neither folders nor pipes are read.
     is_file = os.path.isfile(path) or not (os.path.exists(path) or tf.io.gfile.isdir(path))
@@ -565,16 +609,17 @@ def open_source(path: str, subfolder: str = "", output: str = "") -> Iterator[Li
     unpack = [opener for magic, opener in _UNPACK.items() if start.startswith(magic)]
     named = [kind for end, kind in ARCHIVES.items() if path.lower().endswith(end)]
     if start.startswith((b"PK\3\4", b"PK\5\6")):
-        yield Zip(path)
+        with local_files.local_copies([path]) as local:
+            yield Zip(path, local[path])
     elif unpack:
         with atomic.scratch_folder("tar") as folder:
             plain = os.path.join(folder, "plain.tar")
             _decompress(path, unpack[0], plain)
             yield Tar(path, plain)
-    elif start.endswith(_TAR_MAGIC):
-        yield Tar(path)
-    elif named and not tf.io.gfile.isdir(path):
-        yield named[0](path)
+    elif start.endswith(_TAR_MAGIC) or (named and not tf.io.gfile.isdir(path)):
+        kind = Tar if start.endswith(_TAR_MAGIC) else named[0]
+        with local_files.local_copies([path]) as local:
+            yield kind(path, local[path])
     else:
         yield Folder(path, subfolder, output)
 

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.data import image_conversion, image_headers, tasks
-from efficientnet_ns.files import shard_names, tfexamples, tfrecords
+from efficientnet_ns.files import object_stores, shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_sources, listing, tfds_source
 from efficientnet_ns.ingest.image_sources import Entry
@@ -46,7 +46,7 @@ def is_records(place: str) -> bool:
     """Whether a place is a folder of record files."""
     if not tf.io.gfile.isdir(place):
         return False
-    return any(map(shard_names.parse, tf.io.gfile.listdir(place)))
+    return any(map(shard_names.parse, object_stores.names(place)))
 
 
 def survey(place: str, *, labeled: bool, class_names: Sequence[str] | None = None) -> Survey:

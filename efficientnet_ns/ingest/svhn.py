@@ -20,7 +20,7 @@ from absl import logging
 from efficientnet_ns.config import ConfigError, needed
 from efficientnet_ns.config.ingest import SvhnConfig
 from efficientnet_ns.data import image_conversion, tasks
-from efficientnet_ns.files import atomic, manifests, tfexamples
+from efficientnet_ns.files import atomic, manifests, object_stores, tfexamples
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_records
 from efficientnet_ns.ingest.image_sources import Entry, Loaded, Reader
@@ -207,7 +207,7 @@ def _path(folder: str, name: str) -> str:
         if tf.io.gfile.exists(path):
             return path
     logging.info("downloading %s to %s", url, places[1])
-    tf.io.gfile.makedirs(os.path.dirname(places[1]))
+    object_stores.make_folder(os.path.dirname(places[1]))
     try:
         with atomic.atomic_path(places[1]) as temporary:
             with urllib.request.urlopen(url, timeout=60) as response:

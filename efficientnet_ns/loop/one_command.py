@@ -38,7 +38,7 @@ from efficientnet_ns.config import (
 )
 from efficientnet_ns.data import tasks
 from efficientnet_ns.evaluation import evaluate
-from efficientnet_ns.files import progress, text_table
+from efficientnet_ns.files import object_stores, progress, text_table
 from efficientnet_ns.ingest import data_source, duplicates, survey
 from efficientnet_ns.loop import hurdles, judgement, labels_csv, picture_report, plan, rounds, rules
 from efficientnet_ns.loop.plan import Plan
@@ -301,7 +301,7 @@ class _Run:
             counts["duplicates"] = len(twice)
             unlabeled = folder
         task = self._in_work("data", tasks.TASK_FILE)
-        tf.io.gfile.makedirs(os.path.dirname(task))
+        object_stores.make_folder(os.path.dirname(task))
         known = tasks.get_task(os.path.join(labeled, tasks.TASK_FILE))
         fields = dataclasses.asdict(known)
         if self.plan.chosen["init_weights"]:

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, PicturesConfig, given
 from efficientnet_ns.config.cpus import available_cpus
-from efficientnet_ns.files import json_files, manifests, progress, text_table
+from efficientnet_ns.files import json_files, manifests, object_stores, progress, text_table
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_records, listing, survey, tfds_source
 from efficientnet_ns.ingest.survey import Survey
@@ -113,7 +113,7 @@ def seconds_of(text: str) -> float:
 
 def write(plan: Plan, pictures: PicturesConfig, values: Mapping[str, Any], work_dir: str) -> None:
     """Writes the plan to `work_dir`, so that the same command continues with it."""
-    tf.io.gfile.makedirs(work_dir)
+    object_stores.make_folder(work_dir)
     contents = {
         "begun_with": _begun_with(pictures, values),
         "facts": dataclasses.asdict(plan.facts),

@@ -11,7 +11,7 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import ConfigError, comparable
-from efficientnet_ns.files import json_files, manifests, progress
+from efficientnet_ns.files import json_files, manifests, object_stores, progress
 
 # Settings that may change until the first selection is made.
 _UNTIL_SELECTED = ("num_image", "min_threshold")
@@ -35,7 +35,7 @@ class State:
         self._path = os.path.join(folder, "state.json")
         settings = json.loads(json.dumps(settings))
         if not tf.io.gfile.exists(self._path):
-            tf.io.gfile.makedirs(folder)
+            object_stores.make_folder(folder)
             self._state = {"settings": settings, "stages": {}}
             return
         self._state = json_files.read_object(self._path, "settings", "stages")

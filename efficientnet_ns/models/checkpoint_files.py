@@ -153,7 +153,7 @@ def write_checkpoint(prefix: str, tensors: Mapping[str, tf.Tensor]) -> None:
 def folder_settings(folder: str) -> dict[str, Any]:
     """What `write_settings` wrote to a folder; empty if nothing is there."""
     path = os.path.join(folder, SETTINGS_FILE)
-    return json_files.read_object(path) if tf.io.gfile.exists(path) else {}
+    return json_files.read_object_if_any(path) or {}
 
 
 def write_settings(folder: str, model: tf.keras.Model) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.files import atomic, manifests
+from efficientnet_ns.files import atomic, manifests, object_stores
 from efficientnet_ns.files.paths import listed
 from efficientnet_ns.models import foreign_weights, heads, published, weight_files
 from efficientnet_ns.models.checkpoint_files import (
@@ -334,7 +334,7 @@ def save_weights(
     suffix = _suffix(path)
     if not suffix:
         _check_neighbours(folder, base, averages)
-    tf.io.gfile.makedirs(folder)
+    object_stores.make_folder(folder)
     if suffix == ".safetensors":
         from safetensors import numpy as safetensors
 

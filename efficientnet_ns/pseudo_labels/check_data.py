@@ -22,6 +22,7 @@ from efficientnet_ns.data import fingerprints, tasks
 from efficientnet_ns.files import (
     atomic,
     exclusions,
+    object_stores,
     parquet_sql,
     shard_names,
     tfexamples,
@@ -58,7 +59,7 @@ def check_data(options: CheckConfig) -> dict[str, Any]:
     sets = _sets(options)
     search = Search(sets, near=options.near)
     totals = search.totals()
-    tf.io.gfile.makedirs(options.output_dir)
+    object_stores.make_folder(options.output_dir)
     _write_list(os.path.join(options.output_dir, "copies.csv"), search.copies())
     excluded = [copy for copy in search.copies() if copy.excluded]
     _write_list(os.path.join(options.output_dir, "exclude.csv"), excluded)

@@ -17,12 +17,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
 from efficientnet_ns import report
 from efficientnet_ns.config import LabelsConfig, SelectConfig, check, require
 from efficientnet_ns.data import tasks
-from efficientnet_ns.files import atomic, exclusions, tfexamples, tfrecords
+from efficientnet_ns.files import atomic, exclusions, object_stores, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index, unlabeled_set
 
@@ -86,7 +85,7 @@ def check_labels(options: LabelsConfig) -> dict[str, Any]:
     thresholds, images = _thresholds(places)
     doubts = [doubt for rows in _rows(places) for doubt in _doubtful(rows, thresholds)]
     doubts.sort()
-    tf.io.gfile.makedirs(options.output_dir)
+    object_stores.make_folder(options.output_dir)
     names = tasks.class_names(task) or [str(label) for label in range(task.num_classes)]
     _write_list(os.path.join(options.output_dir, "doubtful.csv"), doubts, names)
     path = os.path.join(options.output_dir, "report.html")

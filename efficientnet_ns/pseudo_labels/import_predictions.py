@@ -24,6 +24,7 @@ from efficientnet_ns.files import (
     atomic,
     json_files,
     manifests,
+    object_stores,
     parquet_sql,
     shard_names,
     tfexamples,
@@ -75,7 +76,7 @@ def import_predictions(options: ImportConfig) -> dict[str, Any]:
     stages = _stages(options, task, tables, sources)
     if not all(stage.done() for stage in stages):
         _write_all(options, task, tables, sources, counts, stages)
-    tf.io.gfile.makedirs(options.output_dir)
+    object_stores.make_folder(options.output_dir)
     tasks.write_task(
         os.path.join(options.output_dir, tasks.TASK_FILE),
         **{k: v for k, v in dataclasses.asdict(task).items() if v is not None},

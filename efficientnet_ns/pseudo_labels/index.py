@@ -29,6 +29,7 @@ from efficientnet_ns.files import (
     exclusions,
     local_files,
     manifests,
+    object_stores,
     shard_names,
     tfexamples,
     tfrecords,
@@ -118,9 +119,10 @@ def count_workers(config: SelectConfig) -> int:
 
 def _predicted(config: SelectConfig) -> set[str]:
     """Names in prediction_dir, listed once: a request per file takes long on gs://."""
-    if not tf.io.gfile.isdir(config.prediction_dir):
+    found = set(object_stores.names(config.prediction_dir))
+    if not found and not tf.io.gfile.isdir(config.prediction_dir):
         raise DataError(f"--prediction_dir={config.prediction_dir} is not a folder")
-    return {name.rstrip("/") for name in tf.io.gfile.listdir(config.prediction_dir)}
+    return found
 
 
 def index_files(config: SelectConfig) -> dict[int, list[str]]:
@@ -135,7 +137,7 @@ def index_files(config: SelectConfig) -> dict[int, list[str]]:
             files.setdefault(shard, []).append(path)
             if name not in found:
                 missing.append((prediction_path(config, shard, worker), path, shard, worker))
-    size = sum(tf.io.gfile.stat(prediction).length for prediction, *_ in missing)
+    size = sum(filter(None, object_stores.sizes([prediction for prediction, *_ in missing])))
     processes = min(len(missing), available_cpus(), size // _BYTES_PER_PROCESS)
     with Progress(len(missing), "building indexes of predictions", "files") as progress:
         for _ in run_each(index_from_predictions, missing, processes):

@@ -21,7 +21,7 @@ from absl import logging
 
 from efficientnet_ns.config import PredictConfig
 from efficientnet_ns.data import image_headers
-from efficientnet_ns.files import json_files, manifests, tfexamples, tfrecords
+from efficientnet_ns.files import json_files, manifests, object_stores, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.leases import Lease
 from efficientnet_ns.files.progress import Progress
@@ -226,7 +226,7 @@ class ShardLabeling:
             # An unreadable tail counts as one more record.
             total = expected + 1
         limit, source = self._options.max_bad_fraction, self._task.source
-        lost = part.lost / max(1, tf.io.gfile.stat(source).length)
+        lost = part.lost / max(1, tf.io.gfile.stat(source).length) if part.lost else 0
         if len(bad) <= limit * total and lost <= limit:
             return
         tail = f" and {lost:.1%} of the file cannot be read" if lost else ""
@@ -240,7 +240,8 @@ class ShardLabeling:
         """Publishes the outputs; raises Broken if the parts do not reach the end of the input."""
         task, stage = self._task, self._task.stage
         quarantine: list[list] = []
-        with stage.write() as (temporary, counts), contextlib.ExitStack() as opened:
+        firsts: list[int] = []
+        with stage.write(clean=False) as (temporary, counts), contextlib.ExitStack() as opened:
             index = None
             if not task.reassign:
                 path = temporary[stage.outputs[1]]
@@ -254,6 +255,7 @@ class ShardLabeling:
                         index.add(part.labels, part.top_probs, part.marks)
                     quarantine += part.quarantine
                     total, whole = total + part.records, part.last
+                    firsts.append(part.first)
             if not whole:
                 raise Broken(f"{task.name}: a part was damaged or replaced")
             opened.close()
@@ -263,7 +265,7 @@ class ShardLabeling:
             # After this, two owners may overlap: they write the same bytes.
             _write_quarantine(task, quarantine, total)
             counts.update(records=total, quarantine={str(n): why for n, _, why in quarantine})
-        self._parts.remove()
+        self._parts.remove(firsts)
 
 
 def _size(parts: list[PartFile]) -> int:
@@ -318,8 +320,7 @@ def _write_quarantine(task: ShardTask, quarantine: list[list], total: int) -> No
     `file` and `position` locate the record, `prediction` is the number of its prediction.
     """
     if not quarantine:
-        if tf.io.gfile.exists(task.quarantine_path):
-            tf.io.gfile.remove(task.quarantine_path)
+        object_stores.remove(task.quarantine_path)
         return
     rows = [
         {"file": task.source, "position": position, "prediction": number, "reason": reason}

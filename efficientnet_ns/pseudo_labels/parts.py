@@ -9,7 +9,6 @@ on one shard may overlap or replace each other; any chain of them gives the same
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,10 +18,8 @@ from collections.abc import Iterator, Sequence
 
 import google_crc32c
 import numpy as np
-import tensorflow as tf
 
-from efficientnet_ns.files import atomic, tfrecords
-from efficientnet_ns.files.paths import listed
+from efficientnet_ns.files import atomic, object_stores, tfrecords
 
 
 @dataclasses.dataclass
@@ -107,10 +104,8 @@ class Parts:
             first, last = first + found[0].records, found[0].last
 
     def _read(self, first: int) -> tuple[PartFile, bytes] | None:
-        try:
-            with tf.io.gfile.GFile(self._path(first), "rb") as f:
-                content = f.read()
-        except tf.errors.NotFoundError:
+        content = object_stores.read(self._path(first))
+        if content is None:
             return None
         header, body = tfrecords.payload_at(content, 0)
         try:
@@ -134,10 +129,12 @@ class Parts:
         )
         return part, content[end:]
 
-    def remove(self) -> None:
-        """Removes all parts, including those of other settings: the output is finished."""
-        folder, prefix = os.path.split(self._prefix)
-        for path in listed(folder, re.escape(prefix) + ".*"):
-            # Another process may have finished the shard as well.
-            with contextlib.suppress(tf.errors.NotFoundError):
-                tf.io.gfile.remove(path)
+    def remove(self, firsts: Sequence[int]) -> None:
+        """Removes the parts that begin with these records: the output is finished."""
+        object_stores.each(object_stores.remove, [self._path(first) for first in firsts])
+
+
+def task_of(name: str) -> str | None:
+    """The task whose part has this file name; None for other names."""
+    match = re.fullmatch(r"\.part-(.+)-[0-9a-f]{16}-\d{10}", name)
+    return match[1] if match else None

@@ -13,20 +13,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
+import time
+from collections.abc import Container, Sequence
 
 import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError, shard_list
 from efficientnet_ns.data.tasks import TASK_FILE, write_task
-from efficientnet_ns.files import manifests, shard_names, tfrecords
+from efficientnet_ns.files import atomic, manifests, object_stores, shard_names, tfrecords
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.files.leases import LeaseLost, Leases
+from efficientnet_ns.files.leases import LeaseLost, Leases, unit_of
 from efficientnet_ns.inference import exported
 from efficientnet_ns.inference.teacher import TeacherPredictor, check_views
 from efficientnet_ns.models import weights
-from efficientnet_ns.pseudo_labels import unlabeled_set
+from efficientnet_ns.pseudo_labels import parts, unlabeled_set
 from efficientnet_ns.pseudo_labels.label_shard import ShardLabeling, ShardTask, TooManyBadRecords
 from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig, normalization
@@ -52,23 +55,24 @@ def predict(
       manifests.OutputConflict: an output is of other settings; finished shards are kept.
     """
     resolved = resolve(config)
-    tasks = _tasks(resolved)
+    tasks = Tasks(resolved)
     labeled = 0
-    if not all(task.stage.done() for task in tasks.values()):
+    if tasks.unfinished():
         labeled = _work(resolved, tasks, teacher)
     _note_classes(resolved)
-    counts = [task.stage.counts() for task in tasks.values()]
+    tasks.remove_left_behind()
+    counts = object_stores.each(lambda name: tasks[name].stage.counts(), tasks.names)
     return {
         "records": sum(c["records"] for c in counts),
         "unreadable": sum(len(c["quarantine"]) for c in counts),
-        "skipped_shards": len(tasks) - labeled,
+        "skipped_shards": len(tasks.names) - labeled,
     }
 
 
 def unfinished(config: Config) -> list[int]:
     """The configured shards without finished predictions; raises as `predict`."""
-    resolved = resolve(config)
-    return [task.shard for task in _tasks(resolved).values() if not task.stage.done()]
+    tasks = Tasks(resolve(config))
+    return [tasks[name].shard for name in tasks.unfinished()]
 
 
 def resolve(config: Config) -> ResolvedConfig:
@@ -133,21 +137,116 @@ def _input_dir(config: Config) -> str:
     return folder
 
 
-def _tasks(resolved: ResolvedConfig) -> dict[str, ShardTask]:
-    options = resolved.config.predict
-    shards = shard_list(options.shard_id, options.num_shards)
-    if options.shard_id == "auto":
-        # Processes that start together should begin with different shards.
-        start = (os.getpid() * 7919) % len(shards)
-        shards = shards[start:] + shards[:start]
-    sources = {shard: _input_path(resolved.config, shard) for shard in shards}
-    path = options.predict_ckpt_path
-    if stored_model.is_export(path):
-        checkpoint = exported.fingerprint(path)
-    else:
-        checkpoint = weights.fingerprint(path, resolved.model_name)
-    tasks = [_task(resolved, checkpoint, sources[shard], shard) for shard in shards]
-    return {task.name: task for task in tasks}
+# A look at the output folder, where others finish shards, is good for so long, or for so many times as
+# long as it took: with thousands of shards it is many requests.
+_LOOK_SECONDS, _LOOK_TIMES = 1.0, 50
+
+
+class Tasks:
+    """The shards to label. A shard is looked at when its turn comes, the folders once for all.
+
+    Attributes:
+      names: of the tasks, in the order in which this process takes them.
+    """
+
+    def __init__(self, resolved: ResolvedConfig):
+        options = resolved.config.predict
+        shards = shard_list(options.shard_id, options.num_shards)
+        if options.shard_id == "auto":
+            # Processes that start together should begin with different shards.
+            start = (os.getpid() * 7919) % len(shards)
+            shards = shards[start:] + shards[:start]
+        self._resolved = resolved
+        path = options.predict_ckpt_path
+        if stored_model.is_export(path):
+            self._checkpoint = exported.fingerprint(path)
+        else:
+            self._checkpoint = weights.fingerprint(path, resolved.model_name)
+        self._inputs = set(object_stores.names(_input_dir(resolved.config)))
+        self._outputs = {shard: _outputs(resolved.config, shard) for shard in shards}
+        self._shards = {os.path.basename(files[0]): s for s, files in self._outputs.items()}
+        for shard in shards:
+            _check_input(resolved.config, shard, self._inputs)
+        self.names = list(self._shards)
+        self._made: dict[str, ShardTask] = {}
+        self._finished: set[str] = set()
+        self._next_look, self._present = -math.inf, set[str]()
+        if not object_stores.is_object_store(_input_dir(resolved.config)):
+            for name in self.names:
+                _ = self[name]  # Empty shards are noticed before any work.
+
+    def __getitem__(self, name: str) -> ShardTask:
+        if name not in self._made:
+            shard = self._shards[name]
+            outputs = self._outputs[shard]
+            self._made[name] = _task(self._resolved, self._checkpoint, outputs, shard)
+        return self._made[name]
+
+    def unfinished(self) -> list[str]:
+        """Tasks without whole outputs; verifies the others.
+
+        Raises:
+          manifests.OutputConflict: outputs of other settings.
+        """
+        self._look()
+        begun = [n for n in self.names if self._present & self._basenames(n)]
+        done = object_stores.each(lambda name: self[name].stage.done(), begun)
+        self._finished.update(name for name, whole in zip(begun, done) if whole)
+        return [name for name in self.names if name not in self._finished]
+
+    def finish(self, name: str) -> None:
+        """Tells that a task needs no more work."""
+        self._finished.add(name)
+
+    def done(self, name: str) -> bool:
+        """Whether all files of a task were there at the last look."""
+        if name not in self._finished:
+            if time.monotonic() > self._next_look:
+                self._look()
+            if self._basenames(name) <= self._present:
+                self._finished.add(name)
+        return name in self._finished
+
+    def remove_left_behind(self) -> None:
+        """Removes parts, leases and temporary files of killed and slower processes, if all is finished."""
+        if self._finished < set(self.names):
+            return
+        self._look()
+        ours = set().union(*map(self._basenames, self.names))
+        left = [path for path in self._listed if self._is_left(os.path.basename(path), ours)]
+        object_stores.each(object_stores.remove, left)
+
+    def _is_left(self, name: str, ours: Container[str]) -> bool:
+        task = parts.task_of(name) or unit_of(name)
+        return task in self._shards or atomic.is_temporary(name, ours)
+
+    def _look(self) -> None:
+        options, began = self._resolved.config.predict, time.monotonic()
+        folders = dict.fromkeys((options.output_dir, options.info_dir or options.output_dir))
+        self._listed = [os.path.join(f, n) for f in folders for n in object_stores.names(f)]
+        self._present = {os.path.basename(path) for path in self._listed}
+        now = time.monotonic()
+        self._next_look = now + max(_LOOK_SECONDS, _LOOK_TIMES * (now - began))
+
+    def _basenames(self, name: str) -> set[str]:
+        files = {os.path.basename(path) for path in self._outputs[self._shards[name]]}
+        return {*files, os.path.basename(_manifest(self._outputs[self._shards[name]]))}
+
+
+def _outputs(config: Config, shard: int) -> list[str]:
+    options = config.predict
+    if options.reassign_label:
+        return [os.path.join(options.output_dir, os.path.basename(_input_path(config, shard)))]
+    key = (shard, options.num_shards, options.worker_id)
+    return [
+        os.path.join(options.output_dir, shard_names.prediction_name(*key)),
+        os.path.join(options.output_dir, shard_names.index_name(*key)),
+        os.path.join(options.info_dir or options.output_dir, shard_names.info_name(*key)),
+    ]
+
+
+def _manifest(outputs: Sequence[str]) -> str:
+    return f"{outputs[0]}.manifest.json"
 
 
 def _input_path(config: Config, shard: int) -> str:
@@ -156,39 +255,38 @@ def _input_path(config: Config, shard: int) -> str:
     if options.reassign_label:
         prefix = f"{prefix}-{options.worker_id}"
     name = shard_names.shard_name(prefix, shard, options.num_shards)
-    path = os.path.join(_input_dir(config), name)
-    if not tf.io.gfile.exists(path):
+    return os.path.join(_input_dir(config), name)
+
+
+def _check_input(config: Config, shard: int, present: Container[str]) -> None:
+    """DataError for a shard that is not among the names in its folder."""
+    path = _input_path(config, shard)
+    if os.path.basename(path) not in present:
         holds = unlabeled_set.described(_input_dir(config))
         raise DataError(f"shard {path} is missing from its folder: {holds}")
-    if tf.io.gfile.stat(path).length == 0:
-        # DataError unless the folder's counts list the shard as empty.
-        tfrecords.count_all([path])
-    return path
 
 
 def _note_classes(resolved: ResolvedConfig) -> None:
     """Leaves the task beside the predictions, for the names of its classes."""
     options = resolved.config.predict
     path = os.path.join(options.output_dir, TASK_FILE)
-    if not options.reassign_label and not tf.io.gfile.exists(path):
-        tf.io.gfile.makedirs(options.output_dir)
+    if not options.reassign_label and object_stores.size(path) is None:
+        object_stores.make_folder(options.output_dir)
         write_task(path, **dataclasses.asdict(resolved.task))
 
 
-def _task(resolved: ResolvedConfig, checkpoint: str, path: str, shard: int) -> ShardTask:
-    options = resolved.config.predict
-    key = (shard, options.num_shards, options.worker_id)
-    replicas = options.total_replicas
-    outputs = [
-        os.path.join(options.output_dir, shard_names.prediction_name(*key)),
-        os.path.join(options.output_dir, shard_names.index_name(*key)),
-        os.path.join(options.info_dir, shard_names.info_name(*key)),
-    ]
-    if options.reassign_label:
-        outputs, replicas = [os.path.join(options.output_dir, os.path.basename(path))], 1
+def _task(
+    resolved: ResolvedConfig, checkpoint: str, outputs: Sequence[str], shard: int
+) -> ShardTask:
+    """A shard; DataError if it is empty and the folder's counts do not say so."""
+    options, path = resolved.config.predict, _input_path(resolved.config, shard)
+    replicas = 1 if options.reassign_label else options.total_replicas
+    size = tf.io.gfile.stat(path).length
+    if not size:
+        tfrecords.count_all([path])
     settings = {
         "checkpoint": checkpoint,
-        "input": manifests.fingerprint([path]),
+        "input": manifests.fingerprint([path], [size]),
         "model": resolved.model_name,
         "image_size": resolved.image_size,
         "num_classes": resolved.num_classes,
@@ -216,14 +314,14 @@ def _task(resolved: ResolvedConfig, checkpoint: str, path: str, shard: int) -> S
         shard=shard,
         worker=0 if options.reassign_label else options.worker_id,
         replicas=replicas,
-        stage=manifests.Stage(f"{outputs[0]}.manifest.json", outputs, settings),
+        stage=manifests.Stage(_manifest(outputs), outputs, settings),
         reassign=options.reassign_label,
     )
 
 
 def _work(
     resolved: ResolvedConfig,
-    tasks: dict[str, ShardTask],
+    tasks: Tasks,
     teacher: TeacherPredictor | exported.ExportedModel | None,
 ) -> int:
     """Labels tasks until all are done, by this process or others; returns how many it labeled."""
@@ -232,16 +330,17 @@ def _work(
     labeled = 0
     failed: dict[str, TooManyBadRecords] = {}
     leases = Leases(options.output_dir, options.lease_seconds)
-
-    def done(name: str) -> bool:
-        return name in failed or tasks[name].stage.done()
-
-    claimed = leases.claims(list(tasks), done)
+    claimed = leases.claims(
+        tasks.names,
+        lambda name: name in failed or tasks.done(name),
+        lambda name: not tasks[name].stage.done(),
+    )
     with contextlib.closing(claimed) as claims:  # type: ignore[type-var]  # A generator.
         for name, lease in claims:
             try:
                 ShardLabeling(teacher, tasks[name], options, lease).run()
                 labeled += 1
+                tasks.finish(name)
             except LeaseLost as e:
                 logging.warning("%s", e)
             except TooManyBadRecords as e:

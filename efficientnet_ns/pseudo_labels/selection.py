@@ -33,7 +33,14 @@ from absl import logging
 
 from efficientnet_ns.config import ConfigError, SelectConfig, check
 from efficientnet_ns.data import tasks
-from efficientnet_ns.files import json_files, local_files, manifests, tfexamples, tfrecords
+from efficientnet_ns.files import (
+    json_files,
+    local_files,
+    manifests,
+    object_stores,
+    tfexamples,
+    tfrecords,
+)
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.shard_names import info_name
 from efficientnet_ns.pseudo_labels import index
@@ -82,7 +89,8 @@ def select(config: SelectConfig) -> dict[str, object]:
     names = _statistics_names(config, workers)
     indexes = index.index_files(config)
     paths = [path for files in indexes.values() for path in files]
-    predictions = manifests.fingerprint(paths)
+    sizes = [size or 0 for size in object_stores.sizes(paths)]
+    predictions = manifests.fingerprint(paths, sizes)
     statistics = _statistics_stage(config, predictions, names)
     stage = _selection_stage(config, predictions)
     counted = _are_counted(statistics)
@@ -188,10 +196,8 @@ def _statistics_stage(
 
 def _are_counted(stage: manifests.Stage) -> bool:
     """Whether the statistics are finished; False also if the predictions changed since."""
-    if (
-        tf.io.gfile.exists(stage.manifest)
-        and manifests.read_manifest(stage.manifest)["config"] != stage.config
-    ):
+    noted = manifests.manifest_if_any(stage.manifest)
+    if noted is not None and noted["config"] != stage.config:
         logging.info("%s: the predictions changed, counting again", stage.manifest)
         return False
     return stage.done()
@@ -311,9 +317,10 @@ def _check_numbers(config: SelectConfig, shard: int, rows: Sequence[int]) -> Non
     """Compares the number of predictions of each worker with its file in --info_dir, if given."""
     for worker, found in enumerate(rows if config.info_dir else ()):
         path = os.path.join(config.info_dir, info_name(shard, config.num_shards, worker))
-        if not tf.io.gfile.exists(path):
+        noted = json_files.read_object_if_any(path, "image_num")
+        if noted is None:
             raise DataError(f"{path} is missing: predict that shard first")
-        expected = json_files.read_object(path, "image_num")["image_num"]
+        expected = noted["image_num"]
         if found != expected:
             raise DataError(
                 f"worker {worker} predicted {found} records of shard {shard}, but {path} has "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from efficientnet_ns.config import PredictConfig
-from efficientnet_ns.files import shard_names
+from efficientnet_ns.files import object_stores, shard_names
 from efficientnet_ns.files.errors import DataError
 
 _SHOWN = 8  # Names in a message.
@@ -57,5 +57,4 @@ def described(folder: str) -> str:
 
 def _names(folder: str) -> list[str]:
     """What is in a folder, sorted, without hidden files."""
-    listed = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
-    return sorted(name.rstrip("/") for name in listed if not name.startswith("."))
+    return [name for name in object_stores.names(folder) if not name.startswith(".")]

@@ -11,12 +11,19 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 
-import tensorflow as tf
+import numpy as np
 
 from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.config.processes import run_each
-from efficientnet_ns.files import atomic, json_files, local_files, manifests, tfrecords
+from efficientnet_ns.files import (
+    atomic,
+    json_files,
+    local_files,
+    manifests,
+    object_stores,
+    tfrecords,
+)
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.pseudo_labels import index
@@ -48,8 +55,8 @@ def write(config: SelectConfig, shards: Sequence[int] | None = None) -> dict[str
     selection_hash = _selection_hash(config)
     chosen = everything if shards is None else shards
     written = write_shards(config, chosen, selection_hash)
-    stages = [stage(config, selection_hash, shard) for shard in everything]
-    if all(shard_stage.done() for shard_stage in stages):
+    stages = object_stores.each(lambda shard: stage(config, selection_hash, shard), everything)
+    if all(object_stores.each(manifests.Stage.done, stages)):
         _write_final_stats(config, stages)
     return {"records": written}
 
@@ -62,22 +69,31 @@ def write_shards(config: SelectConfig, shards: Sequence[int], selection_hash: st
     """
     selection_hash = selection_hash or _selection_hash(config)
     workers = index.count_workers(config)
-    stages = {shard: stage(config, selection_hash, shard) for shard in shards}
-    todo = {shard: stages[shard] for shard in stages if not stages[shard].done()}
+    made = object_stores.each(lambda shard: stage(config, selection_hash, shard), shards)
+    stages = dict(zip(shards, made))
+    done = object_stores.each(manifests.Stage.done, made)
+    todo = {shard: stages[shard] for shard, whole in zip(shards, done) if not whole}
+    files = [p for s in stages.values() for p in (s.manifest, *s.outputs)]
+    atomic.remove_abandoned(files)
     path = os.path.join(config.output_dir, SELECTION)
     with local_files.local_copies([path]) as local:
         jobs = [(config, local[path], todo[shard], shard, workers) for shard in todo]
+        processes = _processes(config, list(todo))
+        if todo:
+            needed = _scratch_bytes(config, local[path], list(todo), processes)
+            local_files.require_bytes(needed, f"writing {processes} shards at once")
         with Progress(len(jobs), "writing balanced records", "shards") as progress:
-            for _ in run_each(write_shard, jobs, _processes(config, list(todo))):
+            for _ in run_each(write_shard, jobs, processes):
                 progress.update(1)
     # A killed process may have begun a shard that another one finished.
-    atomic.remove_abandoned([p for s in stages.values() for p in (s.manifest, *s.outputs)])
+    if todo:
+        atomic.remove_abandoned(files)
     return sum(shard_stage.counts()["records"] for shard_stage in stages.values())
 
 
 def _selection_hash(config: SelectConfig) -> str:
     path = os.path.join(config.output_dir, SELECTION)
-    if not tf.io.gfile.exists(path):
+    if object_stores.size(path) is None:
         raise DataError(f"{path} is missing: run the selection first")
     return manifests.content_hash(path)
 
@@ -85,9 +101,34 @@ def _selection_hash(config: SelectConfig) -> str:
 def _processes(config: SelectConfig, shards: Sequence[int]) -> int:
     wanted = config.num_workers
     if wanted < 1:
-        size = sum(tf.io.gfile.stat(index.input_path(config, shard)).length for shard in shards)
+        paths = [index.input_path(config, shard) for shard in shards]
+        size = sum(filter(None, object_stores.sizes(paths)))
         wanted = min(available_cpus(), 1 + size // _BYTES_PER_PROCESS)
     return max(1, min(wanted, len(shards)))
+
+
+def _scratch_bytes(
+    config: SelectConfig, selection: str, shards: Sequence[int], processes: int
+) -> float:
+    """About what is needed below TMPDIR at a time: `write_shard` keeps each selected image once there.
+
+    TensorFlow keeps what it uploads to an object store there, too, with all copies.
+    """
+    import pyarrow.parquet
+
+    images, copies = np.zeros(config.num_shards), np.zeros(config.num_shards)
+    with pyarrow.parquet.ParquetFile(selection) as file:
+        for batch in file.iter_batches(columns=["shard", "copies"]):
+            shard, number = (batch.column(k).to_numpy() for k in range(2))
+            images += np.bincount(shard, minlength=config.num_shards)
+            copies += np.bincount(shard, number, minlength=config.num_shards)
+    if object_stores.is_object_store(config.output_dir):
+        images += copies
+    manifest = os.path.join(config.output_dir, f"{SELECTION}.manifest.json")
+    counts = manifests.read_manifest(manifest)["counts"]
+    sizes = object_stores.sizes([index.input_path(config, shard) for shard in shards])
+    records = counts["available"] * len(shards) / len(index.shards(config))
+    return sum(sorted(images[shards])[-processes:]) * sum(filter(None, sizes)) / max(records, 1)
 
 
 def _write_final_stats(config: SelectConfig, stages: Sequence[manifests.Stage]) -> None:

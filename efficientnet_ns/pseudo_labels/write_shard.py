@@ -18,9 +18,18 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import SelectConfig
-from efficientnet_ns.files import json_files, manifests, shard_names, tfexamples, tfrecords
+from efficientnet_ns.files import (
+    json_files,
+    manifests,
+    object_stores,
+    shard_names,
+    tfexamples,
+    tfrecords,
+)
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index, shuffled_copies
+
+_PICTURES_AT_ONCE = 64
 
 
 class Lost(RuntimeError):
@@ -39,11 +48,12 @@ def stage(config: SelectConfig, selection_hash: str, shard: int) -> manifests.St
     )
     stats = os.path.join(config.output_dir, "stats", f"stats_{shard:05d}_{task}.json")
     source = index.input_path(config, shard)
-    if not tf.io.gfile.exists(source):
+    size = object_stores.size(source)
+    if size is None:
         raise DataError(f"shard {source} is missing (check --file_prefix and --num_shards)")
     settings = {
         "selection": selection_hash,
-        "input": manifests.fingerprint([source]),
+        "input": manifests.fingerprint([source], [size]),
         "seed": config.seed,
         "order": shuffled_copies.ORDER,
     }
@@ -68,7 +78,7 @@ def write_shard(
     data_path, stats_path = stage.outputs
     images, total = len(chosen.image), chosen.copies.sum()
     logging.info("%s: writing %d records of %d images", data_path, total, images)
-    with stage.write() as (temporary, counts):
+    with stage.write(clean=False) as (temporary, counts):
         with shuffled_copies.Spool() as spool:
             for example in _examples(config, chosen, shard, workers):
                 spool.append(example)
@@ -146,6 +156,7 @@ def _examples(config: SelectConfig, chosen: Chosen, shard: int, workers: int) ->
     paths = [index.prediction_path(config, shard, worker) for worker in range(workers)]
     source = index.input_path(config, shard)
     samples: Counter[int] = Counter()
+    pictures: list[tuple[str, bytes]] = []
     with contextlib.ExitStack() as opened:
         images = opened.enter_context(tfrecords.Scanner(source))
         predictions = [opened.enter_context(tfrecords.Scanner(path)) for path in paths]
@@ -164,17 +175,30 @@ def _examples(config: SelectConfig, chosen: Chosen, shard: int, workers: int) ->
                 )
             if samples[label] < config.num_samples:
                 folder = os.path.join(config.output_dir, "samples", str(label))
-                tf.io.gfile.makedirs(folder)
                 name = f"image_{shard}_{index.task_number(config)}_{samples[label]}_{prob:.4f}.jpeg"
-                with tf.io.gfile.GFile(os.path.join(folder, name), "wb") as f:
-                    f.write(tfexamples.bytes_value(image))
+                pictures.append((os.path.join(folder, name), tfexamples.bytes_value(image)))
                 samples[label] += 1
+            if len(pictures) == _PICTURES_AT_ONCE:
+                _write_pictures(pictures)
             yield tfexamples.pseudo_labeled_from_features(image, probs, label, prob)
+        _write_pictures(pictures)
         # To the ends of the files, whose numbers of records are compared.
         images.skip()
         for worker, scanner in enumerate(predictions):
             scanner.skip()
             _check_number(images.position, scanner.position, source, paths, worker)
+
+
+def _write_pictures(pictures: list[tuple[str, bytes]]) -> None:
+    """Writes (path, content) of sample pictures, and empties the list."""
+
+    def write(picture: tuple[str, bytes]) -> None:
+        object_stores.make_folder(os.path.dirname(picture[0]))
+        with tf.io.gfile.GFile(picture[0], "wb") as f:
+            f.write(picture[1])
+
+    object_stores.each(write, pictures)
+    pictures.clear()
 
 
 def _feature(scanner: tfrecords.Scanner, path: str, position: int, key: str) -> bytes | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from efficientnet_ns.files import object_stores
 from efficientnet_ns.report import tables
 
 
@@ -70,12 +71,10 @@ def write_page(
       intro: plain text; a blank line starts a new paragraph.
       sections: in order; more than three get a table of contents.
     """
-    import tensorflow as tf
-
     from efficientnet_ns.files import atomic
 
     path = os.fspath(path)
     page = _page(title, intro, sections)
-    tf.io.gfile.makedirs(os.path.dirname(path) or ".")
+    object_stores.make_folder(os.path.dirname(path))
     atomic.remove_abandoned([path])
     atomic.write(path, page)

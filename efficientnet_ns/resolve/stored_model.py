@@ -265,7 +265,7 @@ def _noted_task(settings: Mapping[str, Any]) -> tasks.Task | None:
 
 def _object(folder: str, name: str) -> dict[str, Any]:
     path = os.path.join(folder, name)
-    return json_files.read_object(path) if folder and tf.io.gfile.exists(path) else {}
+    return (json_files.read_object_if_any(path) if folder else None) or {}
 
 
 def labeled_dir(path: str | os.PathLike) -> str | None:

@@ -14,7 +14,7 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.data import image_conversion
-from efficientnet_ns.files import shard_names, tfexamples, tfrecords
+from efficientnet_ns.files import object_stores, shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_sources, listing
 
@@ -53,7 +53,7 @@ def encoded_images(path: str, limit: int) -> list[bytes]:
     """
     if not tf.io.gfile.exists(path):
         raise DataError(f"{path} does not exist")
-    names = sorted(tf.io.gfile.listdir(path)) if tf.io.gfile.isdir(path) else []
+    names = object_stores.names(path)
     shards = [name for name in names if shard_names.parse(name)]
     # Images next to records take precedence over the records; images in subfolders do not.
     pictures = any(map(image_sources.is_image, names))

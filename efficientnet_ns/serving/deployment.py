@@ -11,6 +11,7 @@ import re
 import tensorflow as tf
 from absl import logging
 
+from efficientnet_ns.files import object_stores
 from efficientnet_ns.serving import templates
 
 FOLDER = "deploy"
@@ -42,7 +43,7 @@ def write(base: str, model: str) -> None:
       base: the folder of the versions.
       model: name of the model.
     """
-    tf.io.gfile.makedirs(os.path.join(base, FOLDER))
+    object_stores.make_folder(os.path.join(base, FOLDER))
     for name, text in texts(model).items():
         path = os.path.join(base, FOLDER, name)
         if tf.io.gfile.exists(path):

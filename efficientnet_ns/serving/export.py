@@ -15,7 +15,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from efficientnet_ns.data import tasks
 from efficientnet_ns.data.pipeline import Preprocessing
-from efficientnet_ns.files import atomic, manifests, paths
+from efficientnet_ns.files import atomic, manifests, object_stores, paths
 from efficientnet_ns.inference import exported, folding
 from efficientnet_ns.models import checkpoint_files, heads
 from efficientnet_ns.serving import (
@@ -57,32 +57,64 @@ def next_version(base: str, pattern: str = r"(\d+)") -> int:
     Args:
       pattern: of the names that are versions, with the number as its group.
     """
-    names = tf.io.gfile.listdir(base) if tf.io.gfile.isdir(base) else []
-    found = [re.fullmatch(pattern, name.rstrip("/")) for name in names]
+    found = [re.fullmatch(pattern, name) for name in object_stores.names(base)]
     return max([int(match[1]) for match in found if match], default=0) + 1
 
 
 @contextmanager
 def _version(base: str, version: int) -> Iterator[str]:
-    """Yields a temporary folder that becomes `<base>/<version>` when the block succeeds."""
+    """Yields a temporary folder that becomes `<base>/<version>` when the block succeeds.
+
+    On object stores, where a folder cannot be renamed at once, its files are uploaded with the graph
+    last: without that a version is none, to a server as to the next export, which removes it.
+    """
     folder = os.path.join(base, str(version))
+    remote = object_stores.is_object_store(base)
+    if remote:
+        _remove_incomplete(base)
     if tf.io.gfile.exists(folder):
         raise manifests.OutputConflict(
             f"{folder} already exists: choose another --version, or delete it"
         )
-    tf.io.gfile.makedirs(base)
-    atomic.remove_abandoned_folders(base)
-    temporary = atomic.temporary_name(folder)
+    if remote:
+        temporary = atomic.scratch_name("export")
+    else:
+        object_stores.make_folder(base)
+        atomic.remove_abandoned_folders(base)
+        temporary = atomic.temporary_name(folder)
     verbosity = logging.get_verbosity()
     # TensorFlow warns about functions that only Keras needs, and logs the temporary folder's name.
     logging.set_verbosity(logging.ERROR)
     try:
         yield temporary
-        tf.io.gfile.rename(temporary, folder)
+        if remote:
+            _upload(temporary, folder)
+        else:
+            tf.io.gfile.rename(temporary, folder)
     finally:
         logging.set_verbosity(verbosity)
         if tf.io.gfile.exists(temporary):
             tf.io.gfile.rmtree(temporary)
+
+
+_GRAPH = "saved_model.pb"
+
+
+def _remove_incomplete(base: str) -> None:
+    for version in filter(str.isdigit, object_stores.names(base)):
+        folder = os.path.join(base, version)
+        if object_stores.size(os.path.join(folder, _GRAPH)) is None:
+            logging.warning("removing %s, which is not whole: its export was killed", folder)
+            tf.io.gfile.rmtree(folder)
+
+
+def _upload(source: str, folder: str) -> None:
+    """Copies the files of a version, the graph last."""
+    inside = [os.path.join(at, n) for at, _, names in os.walk(source) for n in names]
+    files = {path: folder + path[len(source) :] for path in inside}
+    graph = files.pop(os.path.join(source, _GRAPH))
+    object_stores.each(lambda pair: tf.io.gfile.copy(*pair, overwrite=True), list(files.items()))
+    tf.io.gfile.copy(os.path.join(source, _GRAPH), graph)
 
 
 def optimized(model: tf.keras.Model, optimize_for: str) -> tuple[tf.keras.Model, bool]:
@@ -107,7 +139,9 @@ def export(
     version: int,
     options: Options | None = None,
 ) -> str:
-    """Writes `<base>/<version>/`; it appears by rename, so a server never loads a partial model.
+    """Writes `<base>/<version>/`; a server never loads a part of it.
+
+    It appears by rename, or on object stores with its last file, the graph `saved_model.pb`.
 
     The version contains the SavedModel, labels, warm-up requests and a model card; `<base>/deploy/`
     contains the files that start a server.
@@ -210,7 +244,7 @@ def _check_new(path: str) -> None:
         raise manifests.OutputConflict(
             f"{path} already exists: choose another --version, or delete it"
         )
-    tf.io.gfile.makedirs(os.path.dirname(path) or ".")
+    object_stores.make_folder(os.path.dirname(path))
 
 
 def _facts(
@@ -258,7 +292,7 @@ def _note_settings(folder: str, model: tf.keras.Model, task: tasks.Task | None) 
 
 
 def _write(path: str, text: str) -> None:
-    tf.io.gfile.makedirs(os.path.dirname(path))
+    object_stores.make_folder(os.path.dirname(path))
     with tf.io.gfile.GFile(path, "w") as f:
         f.write(text)
 

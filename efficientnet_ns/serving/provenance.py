@@ -7,8 +7,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import tensorflow as tf
-
 from efficientnet_ns.files import json_files
 from efficientnet_ns.models import published
 from efficientnet_ns.models.recipes import RECIPES, Recipe
@@ -160,4 +158,4 @@ def is_published(path: str, variant: str) -> bool:
 
 
 def _read(path: str, *keys: str) -> Mapping[str, Any]:
-    return json_files.read_object(path, *keys) if tf.io.gfile.exists(path) else {}
+    return json_files.read_object_if_any(path, *keys) or {}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files import object_stores, tfexamples, tfrecords
 from efficientnet_ns.files.protobuf_wire import field
 
 FILE = os.path.join("assets.extra", "tf_serving_warmup_requests")
@@ -66,5 +66,5 @@ def requests(model: str, size: int, batch_sizes: Sequence[int]) -> list[bytes]:
 def write(folder: str, model: str, size: int, batch_sizes: Sequence[int] = (1, 8)) -> None:
     """Writes the file into a SavedModel's folder."""
     path = os.path.join(folder, FILE)
-    tf.io.gfile.makedirs(os.path.dirname(path))
+    object_stores.make_folder(os.path.dirname(path))
     tfrecords.write(path, requests(model, size, batch_sizes))

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.files import atomic
+from efficientnet_ns.files import atomic, object_stores
 from efficientnet_ns.files.paths import listed
 from efficientnet_ns.models import checkpoint_files
 from efficientnet_ns.training.optimizers import Adam, RMSPropTF1
@@ -29,9 +29,7 @@ class NothingLoads(RuntimeError):
 
 def saved_steps(folder: str) -> list[int]:
     """Steps of the checkpoints in a model_dir, newest first."""
-    if not tf.io.gfile.isdir(folder):
-        return []
-    names = tf.io.gfile.listdir(folder)
+    names = object_stores.names(folder)
     matches = [re.fullmatch(re.escape(_PREFIX) + r"(\d+)\.index", name) for name in names]
     return sorted((int(m[1]) for m in matches if m), reverse=True)
 
@@ -125,8 +123,13 @@ class Checkpoints:
         for old in reached[self.keep :]:
             own = re.escape(os.path.basename(self.prefix(old))) + r"\..*"
             for path in listed(self.folder, own):
-                tf.io.gfile.remove(path)
+                object_stores.remove(path)
         return prefix
+
+    def remove_unfinished(self) -> None:
+        """Removes what TensorFlow left behind when a process was killed while it saved."""
+        unfinished = re.escape(_PREFIX) + r"\d+\..*tempstate\d+"
+        object_stores.each(object_stores.remove, listed(self.folder, unfinished))
 
     def _note(self, steps: list[int]) -> None:
         """Writes the `checkpoint` file, by which TensorFlow finds the newest of `steps`."""

@@ -18,7 +18,7 @@ from absl import logging
 from efficientnet_ns.config.fields import ConfigError, comparable, needed
 from efficientnet_ns.config.sections import Config
 from efficientnet_ns.data import pipeline, streams, tasks
-from efficientnet_ns.files import atomic, json_files, manifests, metrics_log
+from efficientnet_ns.files import atomic, json_files, manifests, metrics_log, object_stores
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import normalization
@@ -75,7 +75,7 @@ def claim(
         return since
     if difference:
         logging.warning("taking over %s, which has no checkpoint (%s)", folder, difference)
-    tf.io.gfile.makedirs(folder)
+    object_stores.make_folder(folder)
     written = (SETTINGS, tasks.TASK_FILE, RECORDS, preview.FILE, metrics_log.METRICS, RUNS)
     atomic.remove_abandoned([os.path.join(folder, name) for name in (*written, "checkpoint")])
     # The settings a training was started with stay as they were written.
@@ -91,7 +91,7 @@ def claim(
                 since,
             )
         json_files.write_json(os.path.join(folder, SETTINGS), settings, indent=1)
-    if not begun or not tf.io.gfile.exists(os.path.join(folder, RECORDS)):
+    if not begun or object_stores.size(os.path.join(folder, RECORDS)) is None:
         json_files.write_json(os.path.join(folder, RECORDS), listing, indent=1)
     # As it is now: class names may have been added.
     tasks.write_task(os.path.join(folder, tasks.TASK_FILE), **dataclasses.asdict(task))
@@ -107,8 +107,7 @@ def expecting_other_records(folder: str) -> Iterator[None]:
     try:
         yield
     except DataError:
-        with contextlib.suppress(tf.errors.NotFoundError):
-            tf.io.gfile.remove(os.path.join(folder, RECORDS))
+        object_stores.remove(os.path.join(folder, RECORDS))
         raise
 
 
@@ -136,7 +135,7 @@ def note_start(folder: str, start: int, flags: Mapping[str, Any]) -> None:
 
 def _noted_settings(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, SETTINGS)
-    return json_files.read_object(path) if tf.io.gfile.exists(path) else {}
+    return json_files.read_object_if_any(path) or {}
 
 
 def _changed_settings(noted: Mapping[str, Any], config: Config) -> str:
@@ -182,9 +181,9 @@ def _listing(source: pipeline.Source) -> dict[str, dict[str, int]]:
 
 def _check_records(folder: str, listing: Mapping[str, Mapping[str, Any]]) -> None:
     noted_in = os.path.join(folder, RECORDS)
-    if not tf.io.gfile.exists(noted_in):  # Started before records were listed.
+    noted = json_files.read_object_if_any(noted_in)
+    if noted is None:  # Started before records were listed.
         return
-    noted = json_files.read_object(noted_in)
     changes = [
         f"{path}: {_size(before.get(path))} → {_size(now.get(path))}"
         for before, now in ((noted.get(name, {}), listing.get(name, {})) for name in listing)

@@ -101,6 +101,7 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
 
                 if writes:
                     turn.take()
+                    saver.remove_unfinished()
 
                 # --- Logs; the session logs, saves and evaluates between host loops.
                 log = MetricsLog(model_dir, start, writes)

@@ -185,3 +185,30 @@ def test_a_forked_worker_that_is_ended_asks_nothing_of_its_parent():
         _, status = os.waitpid(child, 0)
         assert os.WTERMSIG(status) == signal.SIGTERM
         assert not stop.requested
+
+
+HELD_UP = """
+import contextlib, ctypes, signal, sys
+from efficientnet_ns.config import preemption
+
+preemption.HELD_UP_SECONDS = 0.3
+with preemption.StopRequest() as stop:
+    with stop.immediate() if sys.argv[1] == "anywhere" else contextlib.nullcontext():
+        # The other thread gets the signal, so that it does not end what the main thread waits for.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        print("ready", flush=True)
+        ctypes.CDLL(None).sleep(2 if sys.argv[1] == "loop" else 600)
+    print("saved", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("where", "code"), [("anywhere", preemption.EXIT_CODE), ("loop", 0)])
+def test_a_main_thread_that_is_held_up(where, code):
+    """TensorFlow may ask an overloaded store for minutes; a host loop may take as long, and goes on."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", HELD_UP, where], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGTERM)
+    rest, _ = child.communicate(timeout=60)
+    assert (child.returncode, rest) == (code, "saved\n" if where == "loop" else "")

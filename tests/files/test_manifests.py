@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import forks
@@ -329,6 +330,18 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     finish(stage)
     assert not Path(theirs).exists()
     assert Path(alive).exists() and Path(elsewhere).exists()
+
+
+def test_temporary_files_of_other_machines_go_when_they_are_old(tmp_path):
+    """Names of machines have numbers between dashes, too."""
+    names = [f".tmp-vm-{n}-w-0-77-out" for n in range(2)]
+    for name in (*names, ".tmp-vm-0-w-0-77-other"):
+        (tmp_path / name).write_text("part")
+    for name in (names[0], ".tmp-vm-0-w-0-77-other"):
+        os.utime(tmp_path / name, (time.time() - 2 * 24 * 3600,) * 2)
+    atomic.remove_abandoned([str(tmp_path / "out")])
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".tmp-vm-0-w-0-77-other", names[1]]
 
 
 @pytest.mark.slow

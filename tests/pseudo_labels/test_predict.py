@@ -297,7 +297,8 @@ def test_another_noise_makes_other_labels(folder, change):
 
     def identities(**values) -> list[dict]:
         resolved = ResolvedConfig.from_config(settings(folder, "unused", **values))
-        return [task.stage.config for task in predict._tasks(resolved).values()]
+        tasks = predict.Tasks(resolved)
+        return [tasks[name].stage.config for name in tasks.names]
 
     noised = identities(noised_teacher=True)
     assert noised == identities(noised_teacher=True) != identities(noised_teacher=True, **change)

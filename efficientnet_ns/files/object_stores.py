@@ -1,0 +1,162 @@
+"""What differs on object stores, `gs://`, from disks. Other modules need not know.
+
+* A file appears whole when it is closed, in place of an earlier one: content that is in memory needs no
+  temporary name. A rename is a copy and a delete; that of a folder moves one file after the other.
+* There are no folders, only names with slashes. TensorFlow makes empty objects to stand for folders, and
+  where the bucket does not exist it tries so without end.
+* Every question is a request, of tens of milliseconds: whether a file exists, its size, a page of 1000
+  names. An absent file takes two.
+* TensorFlow reads ahead, and remembers lengths, so that a file that another machine has rewritten is read
+  at its old length, or not at all. `devices.stack` sets both before TensorFlow is imported.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import tensorflow as tf
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_BLOCK = 1 << 20
+_REQUESTS_AT_ONCE = 32
+# For how long TensorFlow may remember the length of a file, if it was imported before this package.
+_REMEMBERED_SECONDS = 5
+
+
+class NoBucket(Exception):
+    """The bucket of a path does not exist."""
+
+
+class NotAllowed(Exception):
+    """The account lacks a permission; the message is `read` or `write`."""
+
+
+def probe(path: str, *, write: bool) -> None:
+    """Looks for a path, and with `write` writes and removes a file there.
+
+    Raises:
+      NoBucket, NotAllowed: it cannot work. Whether there is anything at the path does not matter.
+    """
+    bucket, _, name = path.removeprefix("gs://").partition("/")
+    folder = f"gs://{bucket}/{name.rstrip('/') or '.'}"
+    try:
+        tf.io.gfile.stat(f"{folder}/")
+    except tf.errors.NotFoundError as e:
+        # An absent object is described otherwise.
+        if "HTTP response code 404" in str(e):
+            raise NoBucket from e
+    except tf.errors.PermissionDeniedError as e:
+        raise NotAllowed("read") from e
+    if not write:
+        return
+    file = f"{folder}/.tmp-probe-{secrets.token_hex(8)}"
+    try:
+        with tf.io.gfile.GFile(file, "w") as f:
+            f.write("")
+        tf.io.gfile.remove(file)
+    except tf.errors.PermissionDeniedError as e:
+        raise NotAllowed("write") from e
+
+
+def is_object_store(path: str | os.PathLike) -> bool:
+    """Whether a path lies on an object store."""
+    return os.fspath(path).startswith("gs://")
+
+
+def make_folder(path: str) -> None:
+    """Makes a folder and those above it, where there are folders."""
+    if not is_object_store(path):
+        tf.io.gfile.makedirs(path or ".")
+
+
+def names(folder: str) -> list[str]:
+    """What lies directly in a folder, sorted, without the slashes of folders; nothing without it."""
+    return sorted(filter(None, (name.rstrip("/") for name in _listed(folder))))
+
+
+def walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """(folder, folders in it, files in it) of a tree, as `tf.io.gfile.walk`, from the top down.
+
+    Only for object stores, whose listings tell folders from files; those of a level are made at once.
+    """
+    found: dict[str, tuple[list[str], list[str]]] = {}
+    level = [top.rstrip("/")]
+    while level:
+        for folder, listed in zip(level, each(_listed, level)):
+            below = sorted(name.rstrip("/") for name in listed if name.endswith("/"))
+            found[folder] = below, sorted(n for n in listed if n and not n.endswith("/"))
+        level = [f"{folder}/{name}" for folder in level for name in found[folder][0]]
+    # The caller may take folders out of a list, to leave out what is below them.
+    waiting = [top.rstrip("/")]
+    while waiting:
+        folder = waiting.pop()
+        yield folder, *found[folder]
+        waiting += [f"{folder}/{name}" for name in reversed(found[folder][0])]
+
+
+def _listed(folder: str) -> list[str]:
+    if not is_object_store(folder) and not tf.io.gfile.isdir(folder):
+        return []
+    try:
+        return tf.io.gfile.listdir(folder)
+    except tf.errors.NotFoundError:
+        return []
+
+
+def read(path: str) -> bytes | None:
+    """The content of a file as it is now, even if another machine rewrites it; None without it.
+
+    On object stores a single request up to the size of the read-ahead.
+    """
+    for attempt in range(_REMEMBERED_SECONDS + 1):
+        try:
+            # With a size: without one the length is asked for first, and the file may grow or shrink.
+            parts: list[bytes] = []
+            with tf.io.gfile.GFile(path, "rb") as f:
+                while part := f.read(_BLOCK):
+                    parts.append(part)
+            return b"".join(parts)
+        except tf.errors.NotFoundError:
+            return None
+        except tf.errors.InternalError:
+            if attempt == _REMEMBERED_SECONDS or not is_object_store(path):
+                raise
+            time.sleep(1)  # It is shorter than TensorFlow remembers.
+    raise AssertionError("unreachable")
+
+
+def size(path: str) -> int | None:
+    """Bytes of a file; None without it."""
+    try:
+        return tf.io.gfile.stat(path).length
+    except tf.errors.NotFoundError:
+        return None
+
+
+def each(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """The results of a function that waits for requests, with many items at once.
+
+    The first error is raised when all have ended.
+    """
+    if len(items) < 2:
+        return list(map(function, items))
+    with concurrent.futures.ThreadPoolExecutor(min(_REQUESTS_AT_ONCE, len(items))) as pool:
+        return list(pool.map(function, items))
+
+
+def sizes(paths: Sequence[str]) -> list[int | None]:
+    """`size` of each, many requests at once."""
+    return each(size, paths) if any(map(is_object_store, paths)) else list(map(size, paths))
+
+
+def remove(path: str) -> None:
+    """Removes a file if it is there; another process may do so at the same time."""
+    with contextlib.suppress(tf.errors.NotFoundError):
+        tf.io.gfile.remove(path)
