@@ -173,10 +173,10 @@ def test_list_of_other_records_is_refused(folder, found, tmp_path):
     from efficientnet_ns.pseudo_labels import index
 
     with pytest.raises(DataError, match="names no record of the set .* was one of them moved"):
-        index.excluded(config)
+        index.changes(config)
     (tmp_path / "list.csv").write_text("name\nx\n")
     with pytest.raises(DataError, match="no list with the columns file and record"):
-        index.excluded(config)
+        index.changes(config)
 
 
 def test_settings_that_do_not_fit(tmp_path, folder):
