@@ -320,10 +320,10 @@ def changes(config: SelectConfig) -> Changes:
             decided.setdefault(number, {}).update(labels)
     found = {}
     for number, by_record in decided.items():
-        records, labels = reviews.arrays(by_record)
+        records, decisions = reviews.arrays(by_record)
         for worker in range(workers):
             own = records % workers == worker
-            found[used[number], worker] = records[own] // workers, labels[own]
+            found[used[number], worker] = records[own] // workers, decisions[own]
     return found
 
 
