@@ -89,6 +89,11 @@ class SelectConfig(Settings):
     exclude: str = setting(
         "", "List of records never to select, such as exclude.csv of check_data."
     )
+    reviewed: str = setting(
+        "",
+        "Decisions of a person, saved by a review sheet: rejected images are never selected, others have "
+        "the person's label with probability 1.",
+    )
     seed: int = setting(0, "Seed of the choice of copies and of the order of records.", low=0)
     num_samples: int = setting(5, "Sample pictures kept per class and shard.", low=0)
     num_workers: int = setting(
@@ -123,6 +128,12 @@ class ReportConfig(Settings):
     )
     report_classes: int = setting(
         10, "Worst covered, best covered and other classes whose pictures are shown.", low=0
+    )
+    review_images: int = setting(
+        0,
+        "Also write review.html beside the report, a sheet with the N least confident images kept of each "
+        "class, on which a person confirms, corrects or rejects labels.",
+        low=0,
     )
     report_shards: int = setting(4, "Shards that pictures are taken from.", low=1)
 

@@ -63,10 +63,18 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
         "max_prob",
         "upsample",
         "exclude",
+        "reviewed",
         "report",
     ),
     "labeling_report": (
-        *(*_SELECTION, "report_path", "truth", "previous_prediction_dir", "class_names"),
+        *(
+            *_SELECTION,
+            "report_path",
+            "truth",
+            "previous_prediction_dir",
+            "class_names",
+            "review_images",
+        ),
     ),
     "label_beam": (
         *("model_dir", "unlabel_data_dir", "work_dir", "num_image", "min_threshold", "task_name"),

@@ -3,8 +3,8 @@
 As PDQ (Facebook 2019, "The TMK+PDQF video-hashing algorithm and the PDQ image-hashing algorithm"):
 brightness on a grid of 64 x 64, its 16 x 16 lowest frequencies by the discrete cosine transform
 without the constant ones, a bit for each above their median; copies differ in at most 31. In place of
-PDQ's filter each point of the grid is the mean of its area, in whole numbers, so that every machine
-gets the same. The bits are in the order of their frequency, the most robust ones first.
+PDQ's filter each point of the grid is the mean of its area, of whole numbers, so that every machine gets
+the same. The bits are in the order of their frequency, the most robust ones first.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ _LEAST_DEVIATION = 2.0  # Of the brightness: flatter images look alike.
 
 def grid(pixels: tf.Tensor) -> tf.Tensor:
     """Decoded pixels, uint8 [H, W, 3] → brightness, float32 [GRID, GRID] in 0..255."""
-    weights = tf.constant([299, 587, 114], tf.int32)
-    gray = tf.reduce_sum(tf.cast(pixels, tf.int32) * weights, 2) // 1000
-    # Transposed in between; the grid is transposed back.
-    found = tf.transpose(_areas(tf.transpose(_areas(gray, 256)), 1))
-    return tf.cast(found, tf.float32) / 256.0
+    # Of large images every n-th row and column is enough, and a fraction of the work.
+    steps = tf.maximum(tf.shape(pixels) // (2 * GRID), 1)
+    pixels = tf.cast(pixels[:: steps[0], :: steps[1]], tf.float32)
+    # Whole numbers below 2**24, of which sums of floats are exact, in whatever order.
+    gray = tf.tensordot(pixels, tf.constant([299.0, 587.0, 114.0]), 1)
+    for axis in (0, 1):  # Images smaller than the grid are enlarged by a whole number.
+        gray = tf.repeat(gray, (GRID - 1) // tf.shape(gray)[axis] + 1, axis=axis)
+    down, across = (_groups(tf.shape(gray)[axis]) for axis in (0, 1))
+    sums = tf.matmul(tf.matmul(down, gray), across, transpose_b=True)
+    counts = tf.reduce_sum(down, 1)[:, None] * tf.reduce_sum(across, 1)
+    return sums / (1000.0 * counts)
 
 
-def _areas(rows: tf.Tensor, scale: int) -> tf.Tensor:
-    """The means of GRID groups of rows, times `scale`, rounded down: int32 [H, W] → [GRID, W]."""
-    height = tf.shape(rows)[0]
-    # Images smaller than the grid are enlarged by a whole number.
-    rows = tf.repeat(rows, (GRID - 1) // height + 1, axis=0)
-    height = tf.shape(rows)[0]
-    groups = (tf.range(height) * GRID) // height
-    sums = tf.math.segment_sum(rows, groups)
-    return sums * scale // tf.math.segment_sum(tf.ones_like(groups), groups)[:, None]
+def _groups(size: tf.Tensor) -> tf.Tensor:
+    """Which of `size` lines are in which of GRID groups, 0 or 1, float32 [GRID, size]."""
+    return tf.one_hot((tf.range(size) * GRID) // size, GRID, axis=0)
 
 
 def crops(pixels: tf.Tensor) -> tf.Tensor:

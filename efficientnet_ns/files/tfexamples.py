@@ -178,6 +178,11 @@ def pseudo_labeled_from_features(
     )
 
 
+def certain(label: int, num_classes: int) -> bytes:
+    """The Feature of probabilities that are all in one class."""
+    return _floats(np.eye(num_classes, dtype=np.float32)[label])
+
+
 # --- Decoding -------------------------------------------------------------------------------------
 
 

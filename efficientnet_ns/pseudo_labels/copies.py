@@ -117,13 +117,13 @@ class Search:
 
     def __init__(self, sets: Sequence[ImageSet], *, near: bool = True):
         self._files = [(one.role, path) for one in sets for path in one.files]
-        self._db = self._load(sets)
+        self._db = self._load(sets, near)
         if near:
             self._compare("queries", "place", _EVALUATION_BANDS)
             self._compare("prints", "first", _TRAINING_BANDS)
         self._db.execute(_COPIES.format(columns=", ".join(_WORDS)))
 
-    def _load(self, sets: Sequence[ImageSet]) -> duckdb.DuckDBPyConnection:
+    def _load(self, sets: Sequence[ImageSet], near: bool) -> duckdb.DuckDBPyConnection:
         tables: dict[str, Sequence[str]] = {}
         selects, words, first = [], ", ".join(_WORDS), 0
         for number, one in enumerate(sets):
@@ -135,7 +135,8 @@ class Search:
                 selects.append(template.format(view=view, file=first + place, **values))
             first += len(one.files)
         db = parquet_sql.connect(available_cpus(), **tables)
-        structured = " OR ".join(f"{word} != 0" for word in _WORDS)
+        # Images without structure have no bits; without near copies, no image counts as having any.
+        structured = " OR ".join(f"{word} != 0" for word in _WORDS) if near else "false"
         db.execute(
             _IMAGES.format(" UNION ALL ".join(selects), words=words, structured=f"({structured})")
         )

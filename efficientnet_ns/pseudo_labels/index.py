@@ -30,6 +30,7 @@ from efficientnet_ns.files import (
     local_files,
     manifests,
     object_stores,
+    reviews,
     shard_names,
     tfexamples,
     tfrecords,
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 UNREADABLE_LABEL = -1
-_NOTHING = np.zeros(0, np.int64)
 # Rows per group of a file, independent of the calls of `add`: equal rows make equal files.
 _GROUP = 1 << 16
 # A process takes seconds to start, which pays off only with this much to read.
@@ -299,24 +299,37 @@ def _parts(paths: Sequence[str]) -> Iterator[list[RowGroup]]:
     yield part
 
 
-# (shard, worker) → positions of predictions to pass over, int64, ascending.
-Excluded = Mapping[tuple[int, int], np.ndarray]
+# (shard, worker) → positions of predictions, int64, ascending, and the labels that replace theirs, int32.
+Changes = Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]
 
 
-def excluded(config: SelectConfig) -> Excluded:
-    """The predictions of the records that `config.exclude` lists."""
-    if not config.exclude:
+def changes(config: SelectConfig) -> Changes:
+    """What `config.exclude` and `config.reviewed` decide, the latter last.
+
+    A label of -1 leaves an image out; another one is a person's, with the probability 1.
+    """
+    if not (config.exclude or config.reviewed):
         return {}
     used, workers = shards(config), count_workers(config)
-    listed = exclusions.of_files(config.exclude, [input_path(config, shard) for shard in used])
-    return {
-        (used[number], worker): records[records % workers == worker] // workers
-        for number, records in listed.items()
-        for worker in range(workers)
-    }
+    files = [input_path(config, shard) for shard in used]
+    decided: dict[int, dict[int, int]] = {}
+    if config.exclude:
+        for number, records in exclusions.of_files(config.exclude, files).items():
+            decided[number] = dict.fromkeys(records.tolist(), UNREADABLE_LABEL)
+    if config.reviewed:
+        classes = config.num_label_classes
+        for number, labels in reviews.of_files(config.reviewed, files, classes).items():
+            decided.setdefault(number, {}).update(labels)
+    found = {}
+    for number, by_record in decided.items():
+        records, decisions = reviews.arrays(by_record)
+        for worker in range(workers):
+            own = records % workers == worker
+            found[used[number], worker] = records[own] // workers, decisions[own]
+    return found
 
 
-def _chunks(shard: int, part: Sequence[RowGroup], excluded: Excluded) -> Iterator[RowChunk]:
+def _chunks(shard: int, part: Sequence[RowGroup], changes: Changes) -> Iterator[RowChunk]:
     import pyarrow.parquet
 
     for (worker, path), same_file in itertools.groupby(part, key=lambda group: group[:2]):
@@ -332,12 +345,24 @@ def _chunks(shard: int, part: Sequence[RowGroup], excluded: Excluded) -> Iterato
                 labels, probs = (batch.column(k).to_numpy() for k in range(2))
                 size = len(labels)
                 positions = np.arange(start, start + size)
-                left_out = excluded.get((shard, worker), _NOTHING)
-                if len(left_out) or (size and labels.min() < 0):
-                    known = (labels >= 0) & ~np.isin(positions, left_out)
+                if changed := changes.get((shard, worker)):
+                    labels, probs = _changed(labels, probs, start, *changed)
+                if size and labels.min() < 0:
+                    known = labels >= 0
                     labels, probs, positions = labels[known], probs[known], positions[known]
                 yield RowChunk(shard, worker, start, size, labels, probs, positions)
                 start += size
+
+
+def _changed(
+    labels: np.ndarray, probs: np.ndarray, start: int, places: np.ndarray, decided: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and probabilities of the rows from `start` on, with what was decided about some."""
+    first, last = np.searchsorted(places, [start, start + len(labels)])
+    rows, decided = places[first:last] - start, decided[first:last]
+    labels, probs = labels.copy(), probs.copy()
+    labels[rows], probs[rows] = decided, 1
+    return labels, probs
 
 
 class IndexScan:
@@ -345,15 +370,15 @@ class IndexScan:
 
     Args:
       files: local index files by shard, in the order of the workers.
-      excluded: predictions that count as unreadable.
+      changes: labels that replace those of the index.
     """
 
-    def __init__(self, files: Mapping[int, Sequence[str]], excluded: Excluded | None = None):
-        self.files, self._excluded = dict(files), excluded or {}
+    def __init__(self, files: Mapping[int, Sequence[str]], changes: Changes | None = None):
+        self.files, self._changes = dict(files), changes or {}
         self._parts = [(s, part) for s, paths in self.files.items() for part in _parts(paths)]
 
     def _run(self, work: Callable[[Iterator[RowChunk]], Result], shard: int, part) -> Result:
-        return work(_chunks(shard, part, self._excluded))
+        return work(_chunks(shard, part, self._changes))
 
     def each(
         self, what: str, work: Callable[[Iterator[RowChunk]], Result]

@@ -16,8 +16,8 @@ import tensorflow as tf
 
 from efficientnet_ns import report
 from efficientnet_ns.config import ConfigError, ReportConfig, SelectConfig
-from efficientnet_ns.files import manifests
-from efficientnet_ns.pseudo_labels import outcome
+from efficientnet_ns.files import exclusions, manifests
+from efficientnet_ns.pseudo_labels import index, outcome
 from efficientnet_ns.pseudo_labels.outcome import Outcome, Picture
 from efficientnet_ns.pseudo_labels.selection import RULE, SELECTION, class_names_of
 
@@ -25,6 +25,7 @@ _PICTURES = 36  # Of a grid over all classes.
 _PICTURES_PER_CLASS = 8
 _PIXELS = 112  # Of the larger side: twice what is shown, for dense screens.
 _AGREEMENT_BINS = 20
+_REVIEW_PIXELS = 320
 
 
 _DEFAULTS = ReportConfig()
@@ -54,7 +55,31 @@ def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> str
             for title, body in sections(config, options)
         ],
     )
+    if options.review_images:
+        _write_review(config, options, os.path.join(os.path.dirname(path), "review.html"))
     return path
+
+
+def _write_review(config: SelectConfig, options: ReportConfig, path: str) -> None:
+    """The least confident images kept of each class, classes in turn."""
+    config = _as_selected(config)
+    shards = min(options.report_shards, config.num_shards)
+    limit, classes = options.review_images, list(range(config.num_label_classes))
+    chosen = Outcome(config).pictures(
+        kept=True, order="least", limit=limit, shards=shards, labels=classes
+    )
+    data = outcome.read_images(config, {(one.shard, one.record) for one in chosen})
+    images = [
+        report.ReviewImage(
+            report.thumbnail(data[one.shard, one.record], _REVIEW_PIXELS),
+            exclusions.place(index.input_path(config, one.shard)),
+            one.record,
+            one.label,
+            one.prob,
+        )
+        for one in chosen
+    ]
+    report.write_review(path, images, class_names_of(config))
 
 
 def sections(

@@ -100,7 +100,7 @@ def select(config: SelectConfig) -> dict[str, object]:
     _check_number_of_classes(config)
     with local_files.local_copies(paths) as local:
         found = {s: [local[path] for path in files] for s, files in indexes.items()}
-        scan = IndexScan(found, index.excluded(config))
+        scan = IndexScan(found, index.changes(config))
         share = workers // config.total_replicas
         count = functools.partial(_count, scan, config, workers_per_task=share)
         counts = count(save={}) if counted else _write_statistics(statistics, names, count)
@@ -114,7 +114,7 @@ def _selection_stage(config: SelectConfig, predictions: str) -> manifests.Stage:
     settings["predictions"] = predictions
     # Never mix results of two definitions of the draws.
     settings["draws"] = DRAWS
-    settings.update(_exclusion(config))
+    settings.update(_decisions(config))
     if config.debug == 1:
         settings["shard_id"] = config.shard_id or 0
     names = (SELECTION, "threshold.json", "num_image_across_cat.json")
@@ -122,8 +122,9 @@ def _selection_stage(config: SelectConfig, predictions: str) -> manifests.Stage:
     return manifests.Stage(f"{outputs[0]}.manifest.json", outputs, settings)
 
 
-def _exclusion(config: SelectConfig) -> dict[str, str]:
-    return {"exclude": manifests.content_hash(config.exclude)} if config.exclude else {}
+def _decisions(config: SelectConfig) -> dict[str, str]:
+    files = {name: getattr(config, name) for name in ("exclude", "reviewed")}
+    return {name: manifests.content_hash(path) for name, path in files.items() if path}
 
 
 def _check_number_of_classes(config: SelectConfig) -> None:
@@ -189,7 +190,7 @@ def _statistics_stage(
         "only_use_num_shards": config.only_use_num_shards,
         "total_replicas": config.total_replicas,
         "task": index.task_number(config) if config.total_replicas == 1 else None,
-        **_exclusion(config),
+        **_decisions(config),
     }
     return manifests.Stage(f"{outputs[-2]}.manifest.json", outputs, settings)
 

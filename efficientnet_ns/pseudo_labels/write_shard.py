@@ -157,6 +157,12 @@ def _examples(config: SelectConfig, chosen: Chosen, shard: int, workers: int) ->
     source = index.input_path(config, shard)
     samples: Counter[int] = Counter()
     pictures: list[tuple[str, bytes]] = []
+    changes = index.changes(config)
+    decided = {
+        (worker, position): label
+        for worker in range(workers)
+        for position, label in zip(*(a.tolist() for a in changes.get((shard, worker), ())))
+    }
     with contextlib.ExitStack() as opened:
         images = opened.enter_context(tfrecords.Scanner(source))
         predictions = [opened.enter_context(tfrecords.Scanner(path)) for path in paths]
@@ -167,6 +173,8 @@ def _examples(config: SelectConfig, chosen: Chosen, shard: int, workers: int) ->
             probs = _feature(predictions[worker], paths[worker], position, tfexamples.PROBABILITIES)
             if image is None or probs is None:
                 break  # A file ended early; `_check_number` names it.
+            if (worker, position) in decided:
+                probs = tfexamples.certain(label, config.num_label_classes)
             values = tfexamples.Floats(probs)
             if len(values) != config.num_label_classes or values[label] != prob:
                 raise DataError(

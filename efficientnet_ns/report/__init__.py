@@ -20,6 +20,7 @@ from efficientnet_ns.report.plots import (
     confidence_histogram,
     learning_curves,
 )
+from efficientnet_ns.report.review import ReviewImage, write_review
 from efficientnet_ns.report.tables import NOTHING, details, paragraph, table
 from efficientnet_ns.report.truth import confusion, reliability
 
@@ -31,6 +32,7 @@ __all__ = [
     "details",
     "paragraph",
     "NOTHING",
+    "ReviewImage",
     "Section",
     "agreement_by_confidence",
     "class_balance",
@@ -43,4 +45,5 @@ __all__ = [
     "table",
     "thumbnail",
     "write_page",
+    "write_review",
 ]

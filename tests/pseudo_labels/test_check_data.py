@@ -173,10 +173,10 @@ def test_list_of_other_records_is_refused(folder, found, tmp_path):
     from efficientnet_ns.pseudo_labels import index
 
     with pytest.raises(DataError, match="names no record of the set .* was one of them moved"):
-        index.excluded(config)
+        index.changes(config)
     (tmp_path / "list.csv").write_text("name\nx\n")
     with pytest.raises(DataError, match="no list with the columns file and record"):
-        index.excluded(config)
+        index.changes(config)
 
 
 def test_settings_that_do_not_fit(tmp_path, folder):
@@ -235,7 +235,7 @@ def test_near_prints_are_those_of_all_pairs(tmp_path, rng):
 
 def test_grid_is_the_mean_of_areas(rng):
     pixels = rng.integers(0, 256, [128, 192, 3], np.uint8)
-    gray = (pixels @ np.array([299, 587, 114])) // 1000
+    gray = (pixels @ np.array([299, 587, 114])) / 1000
     expected = gray.reshape(64, 2, 64, 3).mean((1, 3))
     np.testing.assert_allclose(fingerprints.grid(tf.constant(pixels)), expected, atol=0.01)
 

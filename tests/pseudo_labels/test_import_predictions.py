@@ -51,7 +51,7 @@ def folder(tmp_path, rng) -> Path:
     records = [tfexamples.unlabeled_example(*pair) for pair in zip(images, NAMES)]
     write_shards(tmp_path / "records", [records[:5], [], records[5:]])
     paths = sorted((tmp_path / "records").iterdir())
-    tfrecords.note_counts(list(map(str, paths)), SIZES)
+    tfrecords.note_counts(list(map(str, paths)), [{"records": size} for size in SIZES])
     task = {"num_classes": len(CLASSES), "class_names": CLASSES}
     (tmp_path / "records" / "task.json").write_text(json.dumps(task))
     hashes = [hashlib.sha256(image).hexdigest() for image in images]
