@@ -69,20 +69,12 @@ def exported_digits(_: pytest.MonkeyPatch) -> Names:
     return {}
 
 
-def class_and_other_pictures(_: pytest.MonkeyPatch) -> Names:
-    class_folders(Path("photos"), {"hen": 10, "owl": 10})
-    flat_folder(Path("more_photos"), 12)
-    return {}
-
-
 PREPARED: dict[str, Callable[[pytest.MonkeyPatch], Names]] = {
-    "docs/any_teacher.md": class_and_other_pictures,
     "docs/one_command.md": two_folders,
     "docs/published_models.md": photos_and_weights,
     "docs/serving.md": exported_digits,
 }
 PRINTED = {
-    "docs/any_teacher.md": "12 pictures labeled",
     "docs/one_command.md": "student 1",
     "docs/published_models.md": " ",
     "docs/serving.md": "[",
