@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from efficientnet_ns.files import object_stores
 from efficientnet_ns.report import tables
 
 
@@ -71,7 +70,7 @@ def write_page(
       intro: plain text; a blank line starts a new paragraph.
       sections: in order; more than three get a table of contents.
     """
-    from efficientnet_ns.files import atomic
+    from efficientnet_ns.files import atomic, object_stores  # Load TensorFlow.
 
     path = os.fspath(path)
     page = _page(title, intro, sections)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from efficientnet_ns.files import atomic
 from efficientnet_ns.report import style
 
 
@@ -44,6 +43,8 @@ def write_review(path: str, images: Sequence[ReviewImage], names: Sequence[str])
     # Nothing in a name may end the script.
     data = json.dumps({"names": list(names), "images": rows}).replace("<", "\\u003c")
     template = Path(__file__).with_name("review.html").read_text(encoding="utf-8")
+    from efficientnet_ns.files import atomic  # Loads TensorFlow.
+
     atomic.remove_abandoned([path])
     atomic.write(path, template.replace("DATA", data, 1))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from fakes import mostly_slow
 
 from efficientnet_ns.data import streams
 from efficientnet_ns.data.streams import Plan, Share
@@ -98,7 +99,7 @@ def opened(monkeypatch) -> Iterator[list[tuple[int, int]]]:
     yield places
 
 
-@pytest.mark.parametrize("files", [1, 7, 64])
+@pytest.mark.parametrize("files", mostly_slow([1, 7, 64], [7]))
 def test_hosts_share_one_batch_and_one_reading(sets, files, opened):
     """1, 2, 4 and 8 hosts: equal batches, each record once per epoch, 1/hosts of the bytes and files."""
     source, steps = sets(files), COUNT // BATCH

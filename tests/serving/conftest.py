@@ -19,6 +19,12 @@ from efficientnet_ns.models import efficientnet
 from efficientnet_ns.serving import export
 
 
+@pytest.fixture(scope="module", autouse=True)
+def layers_for_eager_execution() -> None:
+    """Tests of other rooms build models in graphs, which leaves Keras' layer classes there."""
+    efficientnet.build_model("efficientnet-test", CLASSES, SIZE)
+
+
 @pytest.fixture(scope="session")
 def model() -> tf.keras.Model:
     made = efficientnet.build_model("efficientnet-test", CLASSES, SIZE)

@@ -1,6 +1,6 @@
 """Labeling at length: written again and again after kills, and ten times as much each time.
 
-`pytest -m slow -s tests/pseudo_labels/test_scale.py` prints the tables.
+`pytest -m slow -s tests/pseudo_labels/test_large_sets.py` prints the tables.
 """
 
 from __future__ import annotations
