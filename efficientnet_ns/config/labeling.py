@@ -138,6 +138,12 @@ class ReportConfig(Settings):
     report_shards: int = setting(4, "Shards that pictures are taken from.", low=1)
 
 
+def _of_selection(name: str) -> Any:
+    """The setting that filter_unlabel has under that name."""
+    field = SelectConfig.__dataclass_fields__[name]
+    return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
 @dataclasses.dataclass(frozen=True)
 class ImportConfig(Settings):
     """Predictions of another model; the flags of `import_predictions.py`."""
@@ -148,12 +154,8 @@ class ImportConfig(Settings):
         "files; several teachers joined with ';'.",
     )
     unlabel_data_dir: str = setting("", "Folder of the unlabeled records.")
-    file_prefix: str = setting(
-        "train", "Prefix of the unlabeled files: train or extra; default: what is there."
-    )
-    num_shards: int = setting(
-        128, "Number of shards of the unlabeled set; default: as many as there are.", low=1
-    )
+    file_prefix: str = _of_selection("file_prefix")
+    num_shards: int = _of_selection("num_shards")
     output_dir: str = setting("", "Folder of the predictions.")
     info_dir: str = setting("", "Folder of the counts; default: output_dir.")
     task_name: str | None = setting(
@@ -208,12 +210,8 @@ class CheckConfig(Settings):
         "", "Folder whose sets are all evaluation images; several joined with ';'."
     )
     unlabel_data_dir: str = setting("", "Folder of the unlabeled records.")
-    file_prefix: str = setting(
-        "train", "Prefix of the unlabeled files: train or extra; default: what is there."
-    )
-    num_shards: int = setting(
-        128, "Number of shards of the unlabeled set; default: as many as there are.", low=1
-    )
+    file_prefix: str = _of_selection("file_prefix")
+    num_shards: int = _of_selection("num_shards")
     prediction_dir: str = setting(
         "",
         "Predictions for the unlabeled records, whose index has the fingerprints; default: the images "
@@ -242,12 +240,6 @@ class LabelsConfig(Settings):
         None, "Task of the labels; default: the one noted beside the predictions."
     )
     output_dir: str = setting("", "Folder of the report and the list.")
-
-
-def _of_selection(name: str) -> Any:
-    """The setting that filter_unlabel has under that name."""
-    field = SelectConfig.__dataclass_fields__[name]
-    return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
 @dataclasses.dataclass(frozen=True)

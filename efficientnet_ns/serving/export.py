@@ -52,12 +52,15 @@ class Options:
 
 
 def next_version(base: str, pattern: str = r"(\d+)") -> int:
-    """One above the highest version in `base`, 1 when there is none.
+    """One above the highest whole version in `base`, 1 when there is none.
 
     Args:
       pattern: of the names that are versions, with the number as its group.
     """
-    found = [re.fullmatch(pattern, name) for name in object_stores.names(base)]
+    names = object_stores.names(base)
+    if object_stores.is_object_store(base):
+        names = sorted(set(names) - set(_incomplete(base, names)))
+    found = [re.fullmatch(pattern, name) for name in names]
     return max([int(match[1]) for match in found if match], default=0) + 1
 
 
@@ -71,7 +74,9 @@ def _version(base: str, version: int) -> Iterator[str]:
     folder = os.path.join(base, str(version))
     remote = object_stores.is_object_store(base)
     if remote:
-        _remove_incomplete(base)
+        for killed in _incomplete(base, object_stores.names(base)):
+            logging.warning("removing %s/%s: its export was killed", base, killed)
+            tf.io.gfile.rmtree(os.path.join(base, killed))
     if tf.io.gfile.exists(folder):
         raise manifests.OutputConflict(
             f"{folder} already exists: choose another --version, or delete it"
@@ -100,12 +105,10 @@ def _version(base: str, version: int) -> Iterator[str]:
 _GRAPH = "saved_model.pb"
 
 
-def _remove_incomplete(base: str) -> None:
-    for version in filter(str.isdigit, object_stores.names(base)):
-        folder = os.path.join(base, version)
-        if object_stores.size(os.path.join(folder, _GRAPH)) is None:
-            logging.warning("removing %s, which is not whole: its export was killed", folder)
-            tf.io.gfile.rmtree(folder)
+def _incomplete(base: str, names: Sequence[str]) -> list[str]:
+    """Those of `names` that are versions without a graph: their export was killed."""
+    versions = filter(str.isdigit, names)
+    return [v for v in versions if object_stores.size(os.path.join(base, v, _GRAPH)) is None]
 
 
 def _upload(source: str, folder: str) -> None:
