@@ -50,6 +50,13 @@ for number in range(3):
 """,
     "beam": "from efficientnet_ns.pseudo_labels import beam",
     "onnx": "import tf2onnx, onnxruntime",
+    "openvino": """
+import numpy as np
+from efficientnet_ns.inference import engines
+from efficientnet_ns.models import efficientnet
+model = efficientnet.build_model("efficientnet-test", 3, 8)
+assert engines.OpenVinoEngine(model)(np.zeros([2, 8, 8, 3], np.float32)).shape == (2, 3)
+""",
     "heic": "import pillow_heif",
     "dev": "import pytest, hypothesis, nbclient",
 }

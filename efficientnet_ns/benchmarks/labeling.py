@@ -24,7 +24,6 @@ from efficientnet_ns.benchmarks import inputs, keras_peer, tables
 from efficientnet_ns.config import BenchmarkConfig, Config
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.files import tfexamples, tfrecords
-from efficientnet_ns.inference import engines
 from efficientnet_ns.models import weights
 from efficientnet_ns.pseudo_labels import predict
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
@@ -111,7 +110,7 @@ class _Work:
     def bare_engine(self) -> int:
         """All threads of the engine, each on its own group of images."""
         engine = self.teacher.engine
-        concurrency = engine.concurrency if isinstance(engine, engines.XnnpackEngine) else 1
+        concurrency = engine.concurrency if engine.name != "tf" else 1
         return _in_threads(concurrency, 8, lambda: engine(self._ready))
 
 

@@ -342,10 +342,17 @@ class PredictConfig(Settings):
     )
     inference_engine: str = setting(
         "auto",
-        "What runs the model with --mode=predict and --mode=eval: tf (TensorFlow), xnnpack (CPU only), or "
-        "auto: xnnpack with one device that is not an accelerator, for models that it supports, else "
-        "tf. --eval_continuously, --noised_teacher, attacks and evaluation during training: tf.",
-        choices=("auto", "tf", "xnnpack"),
+        "What runs the model with --mode=predict and --mode=eval: tf (TensorFlow), xnnpack or openvino (CPU "
+        "only; openvino if it is installed), or auto: with one device that is not an accelerator, xnnpack or "
+        "openvino, whichever is measured to be faster at start, for models that it supports, else tf. "
+        "--eval_continuously, --noised_teacher, attacks and evaluation during training: tf.",
+        choices=("auto", "tf", "xnnpack", "openvino"),
+    )
+    inference_dtype: str = setting(
+        "float32",
+        "What openvino computes in: float32, or bfloat16, which is faster on CPUs that have it (AVX512_BF16, "
+        "AMX) and less exact. Of tf, --precision decides.",
+        choices=("float32", "bfloat16"),
     )
     test_time_views: int = setting(
         1,

@@ -162,9 +162,10 @@ def measure(config: Config, own: OwnSetConfig, weights_path: str, folder: str) -
     strategy = distribution.get_strategy(config.hardware)
     distribution.set_precision(config.hardware, strategy)
     settings = Settings.from_config(own, resolved.config.train.seed)
-    if resolved.config.predict.inference_engine == "xnnpack" and not settings.corruptions:
+    kind = resolved.config.predict.inference_engine
+    if kind in engines.CPU_ENGINES and not settings.corruptions:
         raise ConfigError(
-            "--epsilons: attacks need TensorFlow's gradients: drop --inference_engine=xnnpack"
+            f"--epsilons: attacks need TensorFlow's gradients: drop --inference_engine={kind}"
         )
     library = corruptions.check_installed() if settings.corruptions else None
     labeled = _labeled_set(resolved, own.image_set)
@@ -229,8 +230,10 @@ def _subject(
     with strategy.scope():
         model = resolved.build_model()
     weights.load_weights(model, path)
-    kind, batch = config.predict.inference_engine, config.train.eval_batch_size
-    engine = engines.make(kind, model, batch, strategy) if classifies else None
+    engine = None
+    if classifies:
+        kind, batch = config.predict.inference_engine, config.train.eval_batch_size
+        engine = engines.make(kind, model, batch, strategy, dtype=config.predict.inference_dtype)
     identity = {
         "weights": weights.fingerprint(path, resolved.model_name),
         **as_dict(resolved.config.model),

@@ -109,20 +109,21 @@ def _check(config: Config) -> None:
     needed(config.data.label_data_dir, "label_data_dir", "the folder with the labeled records")
     if train.eval_views not in (1, 2):
         raise ConfigError(f"--eval_views={train.eval_views} must be 1 or 2 (mirrored)")
-    if train.eval_continuously and config.predict.inference_engine == "xnnpack":
+    kind = config.predict.inference_engine
+    if train.eval_continuously and kind in engines.CPU_ENGINES:
         raise ConfigError(
-            "--eval_continuously computes with TensorFlow: leave out --inference_engine=xnnpack"
+            f"--eval_continuously computes with TensorFlow: leave out --inference_engine={kind}"
         )
 
 
 def _engine(config: Config, model: tf.keras.Model, strategy: tf.distribute.Strategy):
     """The CPU engine, which uses one device; None to compute with TensorFlow under the strategy."""
-    kind = config.predict.inference_engine
-    if kind == "xnnpack" and strategy.num_replicas_in_sync > 1:
+    kind, dtype = config.predict.inference_engine, config.predict.inference_dtype
+    if kind in engines.CPU_ENGINES and strategy.num_replicas_in_sync > 1:
         raise ConfigError(
-            "--inference_engine=xnnpack evaluates on one device: leave --num_replicas at 0"
+            f"--inference_engine={kind} evaluates on one device: leave --num_replicas at 0"
         )
-    engine = engines.make(kind, model, config.train.eval_batch_size, strategy)
+    engine = engines.make(kind, model, config.train.eval_batch_size, strategy, dtype=dtype)
     return None if isinstance(engine, engines.TensorFlowEngine) else engine
 
 

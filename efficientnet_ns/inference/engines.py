@@ -1,4 +1,4 @@
-"""Engines compute a model's probabilities: TensorFlow on any device, or XNNPACK on CPUs.
+"""Engines compute a model's probabilities: TensorFlow on any device, XNNPACK or OpenVINO on CPUs.
 
 An engine maps pixels, float32 [N, S, S, 3] in about 0..255 with any N, to probabilities, float32
 [N, C]. Internally it processes batches of one static shape and pads the last one. The last bits of a
@@ -9,14 +9,20 @@ Calls from several threads are safe; up to `concurrency` calls run in parallel.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import queue
+import tempfile
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from efficientnet_ns.config import ConfigError
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.devices import stack
 
@@ -29,9 +35,12 @@ except ImportError:  # With TensorFlow 2.15, whose built-in interpreter is not d
 _MAX_INTERPRETER_BYTES = 4 * 2**30
 # A flatbuffer is limited to 2 GB; the rest is for the graph.
 _MAX_PARAMETERS = 2**31 // 4 - 2**22
+# `auto` takes OpenVINO only where it wins by this factor: a tie must not change sides between two runs, because
+# predictions of another engine do not continue a shard.
+_CLEARLY_FASTER = 1.1
 
 
-class EngineError(ValueError):
+class EngineError(ConfigError):
     """The requested engine cannot compute this model."""
 
 
@@ -126,6 +135,75 @@ class XnnpackEngine:
             self._free.put(interpreter)
 
 
+class OpenVinoEngine:
+    """Runs the model in OpenVINO on CPUs, one stream of one thread per core.
+
+    Args:
+      model: pixels → logits.
+      threads: total number of CPU threads; None: one per available core.
+      dtype: `float32`, or `bfloat16` for CPUs that compute it (AVX512_BF16, AMX).
+
+    Raises:
+      ValueError: see `convert`.
+      EngineError: OpenVINO is not installed, or the CPU does not compute in `dtype`.
+    """
+
+    def __init__(self, model: tf.keras.Model, threads: int | None = None, dtype: str = "float32"):
+        openvino = _openvino()
+        core = openvino.Core()
+        if dtype == "bfloat16" and "BF16" not in core.get_property(
+            "CPU", "OPTIMIZATION_CAPABILITIES"
+        ):
+            raise EngineError(
+                "--inference_dtype=bfloat16: this CPU does not compute in bfloat16 (AVX512_BF16 or AMX); use float32"
+            )
+        self.name = "openvino" if dtype == "float32" else f"openvino-{dtype}"
+        # Measured with B0: 2 and 4 times a core's cache lose less than starting every layer more often costs.
+        self.batch_size = max(1, min(16, 4 * 224**2 // model.input_shape[1] ** 2))
+        self.concurrency = threads or available_cpus()
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32" if dtype == "float32" else "bf16",
+            "NUM_STREAMS": self.concurrency,
+            "INFERENCE_NUM_THREADS": self.concurrency,
+            # Pinned threads of two processes would share a core while others are idle.
+            "ENABLE_CPU_PINNING": False,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "model.tflite")  # OpenVINO reads this kind from files only.
+            with open(path, "wb") as f:
+                f.write(convert(model, self.batch_size))
+            compiled = core.compile_model(path, "CPU", settings)
+        self._free: queue.LifoQueue = queue.LifoQueue()
+        for _ in range(self.concurrency):
+            self._free.put(compiled.create_infer_request())
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        request = self._free.get()
+        try:
+
+            def batch(rows: np.ndarray) -> np.ndarray:
+                return request.infer([rows], share_inputs=True)[0]
+
+            return _by_batches(batch, pixels, self.batch_size)
+        finally:
+            self._free.put(request)
+
+
+def _openvino():
+    """The module.
+
+    Raises:
+      EngineError: it is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as e:
+        raise EngineError(
+            f"--inference_engine=openvino: it cannot be imported ({e}): pip install 'efficientnet-ns[openvino]'"
+        ) from e
+    return openvino
+
+
 def interpreter(content: bytes, threads: int | None = None) -> Interpreter:
     """An interpreter of a .tflite file, with its tensors allocated.
 
@@ -207,29 +285,84 @@ def has_accelerator(strategy: tf.distribute.Strategy | None = None) -> bool:
     return bool(tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))
 
 
+CPU_ENGINES = {"xnnpack": XnnpackEngine, "openvino": OpenVinoEngine}
+Engine = TensorFlowEngine | XnnpackEngine | OpenVinoEngine
+
+
+def has_choice() -> bool:
+    """Whether `auto` may have to measure which engine is faster."""
+    return importlib.util.find_spec("openvino") is not None
+
+
 def make(
     kind: str,
     model: tf.keras.Model,
     batch_size: int,
     strategy: tf.distribute.Strategy | None = None,
-) -> TensorFlowEngine | XnnpackEngine:
+    *,
+    dtype: str = "float32",
+) -> Engine:
     """Makes an engine.
 
     Args:
-      kind: `tf`, `xnnpack`, or `auto`: xnnpack if there is no accelerator and it can compute the
-        model, else tf.
+      kind: `tf`, `xnnpack`, `openvino`, or `auto`: a CPU engine if there is no accelerator and it can
+        compute the model, else tf. Of the CPU engines `auto` takes xnnpack, or openvino if that is
+        installed and clearly faster here.
       model: pixels → logits, with its weights loaded.
-      batch_size: batch size of the tf engine; xnnpack chooses its own.
+      batch_size: batch size of the tf engine; the others choose their own.
       strategy: the strategy under which the model was built; None: the current one.
+      dtype: what to compute in: float32, or bfloat16, which only openvino can.
 
     Raises:
-      EngineError: `xnnpack` cannot compute the model.
+      EngineError: the engine cannot compute the model, or not in `dtype`, or is not installed.
     """
-    if kind == "xnnpack" or kind == "auto" and not has_accelerator(strategy):
+    if dtype != "float32":
+        if kind not in ("auto", "openvino"):
+            raise EngineError(
+                f"--inference_dtype={dtype}: --inference_engine={kind} computes in the model's own precision; use openvino, "
+                "or --precision=mixed_bfloat16 with tf"
+            )
+        return OpenVinoEngine(model, dtype=dtype)
+    if kind in CPU_ENGINES:
         try:
-            return XnnpackEngine(model)
+            return CPU_ENGINES[kind](model)
+        except EngineError:
+            raise
         except ValueError as e:
-            if kind == "xnnpack":
-                raise EngineError(f"--inference_engine=xnnpack: {e}; use tf or auto") from e
+            raise EngineError(f"--inference_engine={kind}: {e}; use tf or auto") from e
+    if kind == "auto" and not has_accelerator(strategy):
+        try:
+            return _faster(model)
+        except ValueError as e:
             logging.warning("%s; TensorFlow computes it instead", e)
     return TensorFlowEngine(model, batch_size, strategy)
+
+
+def _faster(model: tf.keras.Model) -> XnnpackEngine | OpenVinoEngine:
+    """XNNPACK, unless OpenVINO is installed and clearly faster on this machine."""
+    xnnpack = XnnpackEngine(model)
+    if not has_choice():
+        return xnnpack
+    try:
+        other = OpenVinoEngine(model)
+    except EngineError as e:
+        logging.warning("%s; XNNPACK computes instead", e)
+        return xnnpack
+    rates = [_rate(engine, model.input_shape[1:]) for engine in (xnnpack, other)]
+    faster = other if rates[1] > _CLEARLY_FASTER * rates[0] else xnnpack
+    logging.info(
+        "xnnpack computes %.1f images/s here, openvino %.1f: %s is used", *rates, faster.name
+    )
+    return faster
+
+
+def _rate(engine: XnnpackEngine | OpenVinoEngine, shape: tuple[int, ...]) -> float:
+    """Images per second on all cores, in the better of three short turns."""
+    pixels = np.zeros([16 * engine.batch_size, *shape], np.float32)
+    best = 0.0
+    with ThreadPoolExecutor(engine.concurrency) as pool:
+        for images in (engine.batch_size, len(pixels), len(pixels)):
+            begin = time.perf_counter()
+            list(pool.map(engine, [pixels[:images]] * engine.concurrency))
+            best = max(best, engine.concurrency * images / (time.perf_counter() - begin))
+    return best

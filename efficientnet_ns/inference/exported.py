@@ -16,7 +16,7 @@ from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.files import local_files, manifests
-from efficientnet_ns.inference import lite_files
+from efficientnet_ns.inference import engines, lite_files
 from efficientnet_ns.resolve import stored_model
 
 _BATCH = 8
@@ -123,8 +123,9 @@ def check(config: Config, stored: stored_model.StoredModel) -> None:
                 f"--{name}={values[name]}: {what} of an exported model cannot be chosen; leave it "
                 "out, or give the folder of the training"
             )
-    if config.predict.inference_engine == "xnnpack":
-        raise ConfigError("--inference_engine=xnnpack: an exported model is run as it is")
+    kind = config.predict.inference_engine
+    if kind in engines.CPU_ENGINES:
+        raise ConfigError(f"--inference_engine={kind}: an exported model is run as it is")
 
 
 def fingerprint(folder: str) -> str:

@@ -52,7 +52,13 @@ class TeacherPredictor:
         if config.predict.noised_teacher:
             model, kind = _NoisedTeacher(model, config.train.seed), "tf"
             prepare = _augmented(resolved.unlabeled_preprocessing, config.train.seed)
-        self.engine = engines.make(kind, model, config.train.eval_batch_size, strategy)
+        self.engine = engines.make(
+            kind,
+            model,
+            config.train.eval_batch_size,
+            strategy,
+            dtype=config.predict.inference_dtype,
+        )
         self.num_classes, self._size = resolved.num_classes, resolved.image_size
         self._views = config.predict.test_time_views
         batch = self.engine.batch_size
@@ -156,7 +162,7 @@ def check_views(resolved: ResolvedConfig) -> None:
     if number not in known:
         raise ConfigError(f"--test_time_views={number}: one of {known} is needed")
     options = resolved.config.predict
-    if options.noised_teacher and (number > 1 or options.inference_engine == "xnnpack"):
+    if options.noised_teacher and (number > 1 or options.inference_engine in engines.CPU_ENGINES):
         raise ConfigError(
             "--noised_teacher: one view (--test_time_views=1), computed by TensorFlow"
         )

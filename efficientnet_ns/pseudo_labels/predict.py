@@ -17,22 +17,32 @@ import math
 import os
 import time
 from collections.abc import Container, Sequence
+from typing import Any
 
 import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError, shard_list
 from efficientnet_ns.data.tasks import TASK_FILE, write_task
-from efficientnet_ns.files import atomic, manifests, object_stores, shard_names, tfrecords
+from efficientnet_ns.files import (
+    atomic,
+    json_files,
+    manifests,
+    object_stores,
+    shard_names,
+    tfrecords,
+)
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.leases import LeaseLost, Leases, unit_of
-from efficientnet_ns.inference import exported
+from efficientnet_ns.inference import engines, exported
 from efficientnet_ns.inference.teacher import TeacherPredictor, check_views
 from efficientnet_ns.models import weights
 from efficientnet_ns.pseudo_labels import parts, unlabeled_set
 from efficientnet_ns.pseudo_labels.label_shard import ShardLabeling, ShardTask, TooManyBadRecords
 from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig, normalization
+
+ENGINE_FILE = "engine.json"
 
 
 def predict(
@@ -101,11 +111,25 @@ def resolve(config: Config) -> ResolvedConfig:
 
 
 def load_teacher(resolved: ResolvedConfig) -> TeacherPredictor | exported.ExportedModel:
-    """The teacher of `resolve`d settings."""
-    path = resolved.config.predict.predict_ckpt_path
+    """The teacher of `resolve`d settings.
+
+    Engines differ in the last bits. Where a measurement chose one, the output folder keeps its name, so
+    that a killed run continues with it, and other workers take the same.
+    """
+    options, path = resolved.config.predict, resolved.config.predict.predict_ckpt_path
     if stored_model.is_export(path):
         return exported.ExportedModel(path)
-    return TeacherPredictor(resolved, path)
+    if options.inference_engine != "auto" or not engines.has_choice():
+        return TeacherPredictor(resolved, path)
+    note = os.path.join(options.output_dir, ENGINE_FILE)
+    kept = json_files.read_object_if_any(note, "engine")
+    if kept:
+        config = resolved.config.override(inference_engine=kept["engine"])
+        return TeacherPredictor(dataclasses.replace(resolved, config=config), path)
+    teacher = TeacherPredictor(resolved, path)
+    object_stores.make_folder(options.output_dir)
+    json_files.write_json(note, {"engine": teacher.engine.name.partition("-")[0]})
+    return teacher
 
 
 def _check(resolved: ResolvedConfig) -> None:
@@ -284,7 +308,7 @@ def _task(
     size = tf.io.gfile.stat(path).length
     if not size:
         tfrecords.count_all([path])
-    settings = {
+    settings: dict[str, Any] = {
         "checkpoint": checkpoint,
         "input": manifests.fingerprint([path], [size]),
         "model": resolved.model_name,
@@ -294,6 +318,8 @@ def _task(
         **normalization(resolved.model_name, resolved.task),
         "total_replicas": replicas,
     }
+    if options.inference_dtype != "float32":
+        settings["inference_dtype"] = options.inference_dtype
     if options.test_time_views > 1:
         settings["test_time_views"] = options.test_time_views
     if resolved.config.data.crop_fraction is not None:

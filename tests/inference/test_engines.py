@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -46,8 +47,10 @@ def expected(model, pixels) -> np.ndarray:
     return tf.nn.softmax(model(pixels, training=False)).numpy()
 
 
-@pytest.fixture(scope="module", params=["tf", "xnnpack"])
+@pytest.fixture(scope="module", params=["tf", "xnnpack", "openvino"])
 def engine(request, model):
+    if request.param == "openvino":
+        pytest.importorskip("openvino")
     return engines.make(request.param, model, batch_size=4)
 
 
@@ -76,9 +79,56 @@ def test_answers_repeat_bit_by_bit(engine, pixels):
         np.testing.assert_array_equal(engine(others)[:4], first[:4])
 
 
-def test_auto_is_xnnpack_on_one_cpu(model, two_replicas):
+def test_auto_is_xnnpack_on_one_cpu(model, two_replicas, monkeypatch):
+    monkeypatch.setattr(engines, "has_choice", lambda: False)
     assert engines.make("auto", model, 4).name == "xnnpack"
     assert engines.make("auto", model, 4, two_replicas).name == "tf"
+
+
+@pytest.mark.parametrize(("rates", "name"), [((10, 12), "openvino"), ((10, 10.5), "xnnpack")])
+def test_auto_takes_openvino_where_it_is_clearly_faster(model, monkeypatch, caplog, rates, name):
+    pytest.importorskip("openvino")
+    measured = iter(rates)
+    monkeypatch.setattr(engines, "_rate", lambda *_: next(measured))
+    caplog.set_level("INFO")
+    assert engines.make("auto", model, 4).name == name
+    assert (
+        f"xnnpack computes 10.0 images/s here, openvino {rates[1]:.1f}: {name} is used"
+        in caplog.text
+    )
+
+
+def test_rates_are_of_all_cores(model):
+    assert engines._rate(engines.XnnpackEngine(model), model.input_shape[1:]) > 0
+
+
+def test_an_engine_that_is_not_installed(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)  # An import of it fails.
+    with pytest.raises(
+        engines.EngineError, match=r"openvino: .*pip install 'efficientnet-ns\[open"
+    ):
+        engines.make("openvino", model, 4)
+    # A broken installation is no reason to stop.
+    monkeypatch.setattr(engines, "has_choice", lambda: True)
+    assert engines.make("auto", model, 4).name == "xnnpack"
+
+
+@pytest.mark.parametrize("kind", ["tf", "xnnpack"])
+def test_only_openvino_has_a_precision_of_its_own(model, kind):
+    with pytest.raises(engines.EngineError, match=f"=bfloat16: --inference_engine={kind} computes"):
+        engines.make(kind, model, 4, dtype="bfloat16")
+
+
+def test_bfloat16_in_openvino(model, pixels, expected):
+    openvino = pytest.importorskip("openvino")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(engines.EngineError, match="does not compute in bfloat16"):
+            engines.make("auto", model, 4, dtype="bfloat16")
+        return
+    engine = engines.make("auto", model, 4, dtype="bfloat16")
+    assert engine.name == "openvino-bfloat16"
+    difference = abs(engine(pixels) - expected).max()
+    assert 1e-5 < difference < 0.03  # Eight bits of mantissa.
 
 
 def test_model_that_fits_no_flatbuffer(model, monkeypatch, caplog, pixels, expected):

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
@@ -280,6 +281,33 @@ def test_noise_of_a_teacher_repeats(noisy_answers, answer, noise):
 def test_noise_of_a_teacher_needs_tensorflow_and_one_view(folder, flag):
     with pytest.raises(ConfigError, match="--noised_teacher"):
         predict.predict(settings(folder, "refused", noised_teacher=True, **flag))
+
+
+def test_the_measured_engine_is_kept_for_all_workers(folder, monkeypatch):
+    """A second measurement might choose another one, whose last bits differ."""
+    asked = []
+
+    def teacher(resolved: ResolvedConfig, checkpoint: str) -> SimpleNamespace:
+        asked.append(resolved.config.predict.inference_engine)
+        return SimpleNamespace(engine=SimpleNamespace(name="openvino"))
+
+    monkeypatch.setattr(predict, "TeacherPredictor", teacher)
+    monkeypatch.setattr(predict.engines, "has_choice", lambda: True)
+    resolved = predict.resolve(settings(folder, "kept_engine"))
+    for _ in range(2):
+        predict.load_teacher(resolved)
+    assert asked == ["auto", "openvino"]
+    predict.load_teacher(predict.resolve(settings(folder, "kept_engine", inference_engine="tf")))
+    assert asked[-1] == "tf"
+
+
+def test_predictions_in_bfloat16_are_others(folder):
+    def identity(**values) -> dict:
+        tasks = predict.Tasks(predict.resolve(settings(folder, "unused", **values)))
+        return tasks[tasks.names[0]].stage.config
+
+    assert "inference_dtype" not in identity()  # As before there was a choice.
+    assert identity(inference_dtype="bfloat16") == {**identity(), "inference_dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize(
