@@ -1,14 +1,13 @@
-"""Images per second of the input pipeline, stage by stage, against timm's PIL transforms.
+"""Images per second of the input pipeline, stage by stage, against other libraries.
 
-"One core" is one thread, for us and for timm, that turns encoded bytes in memory into pixels. Ours
-are batches of uint8 if augmented, else of float32, not normalized, which is the model's first layer.
-timm's are single images, measured both as uint8 and as normalized float32, its default.
+"One core" is one thread, for us and for the peers (`input_peers`), that turns encoded bytes in memory
+into pixels. Ours are batches of uint8 if augmented, else of float32, not normalized, which is the
+model's first layer.
 """
 
 from __future__ import annotations
 
 import functools
-import io
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import tensorflow as tf
 
+from efficientnet_ns.benchmarks import input_peers
 from efficientnet_ns.benchmarks.tables import Measured, Row, measure
 from efficientnet_ns.config import BenchmarkConfig, ConfigError
 from efficientnet_ns.config.cpus import available_cpus
@@ -30,8 +30,6 @@ _CHUNK = 16  # Images per batch, and between two readings of the clock.
 # Each of the fifty single stages, which show where the time goes, gets this share of the duration of
 # the measurements that are compared.
 _STAGE_SHARE = 0.1
-# timm's name of the policy with two layers.
-_TIMM_POLICY = "rand-m10-n2"
 _LAYERS, _MAGNITUDE = 2, 27
 
 
@@ -48,7 +46,7 @@ def run(settings: BenchmarkConfig) -> list[Row]:
         **_op_stages(encoded, settings.image_size),
     }
     wholes = _wholes(encoded, settings.image_size)
-    peers = _timm(encoded, settings.image_size)
+    peers = input_peers.installed(encoded, settings.image_size, _CHUNK)
     parts = measure(stages, settings.seconds * _STAGE_SHARE)
     # Short turns: a disturbance of a second affects few of them.
     measured = measure({**wholes, **peers}, settings.seconds, turns=9)
@@ -58,15 +56,18 @@ def run(settings: BenchmarkConfig) -> list[Row]:
 
 
 def _one_core(measured: Measured, names: Iterable[str]) -> list[Row]:
-    return [Row(f"{name}, one core", measured.rate(name), "images/s") for name in names]
+    return [
+        Row(f"{n}, one core", measured.rate(n), "images/s", spread=measured.spread(n))
+        for n in names
+    ]
 
 
-def _against_peers(measured: Measured, peers: dict) -> list[Row]:
+def _against_peers(measured: Measured, peers: dict[str, Callable[[], int]]) -> list[Row]:
     if not peers:
-        return [Row("timm is not installed: nothing to compare with", float("nan"), "")]
+        return [Row("no peer is installed (requirements-peers.txt)", float("nan"), "")]
     rows = _one_core(measured, peers)
-    for ours, kind in ((_TRAIN, "train"), (_EVAL, "eval")):
-        for peer in (name for name in peers if f" {kind}," in name):
+    for ours, kind in ((_TRAIN, input_peers.TRAIN), (_EVAL, input_peers.EVAL)):
+        for peer in (name for name in peers if kind in name):
             rate, ratio = measured.rate(ours), measured.ratio(ours, peer)
             rows.append(Row(f"{ours}, one core", rate, "images/s", ratio, peer))
     return rows
@@ -256,36 +257,3 @@ def _all_cores(encoded: list[bytes], settings: BenchmarkConfig) -> list[Row]:
         rate = measure({name: worker(preprocessing)}, settings.seconds).rate(name)
         rows.append(Row(f"{name}, batches, {threads} threads", rate, "images/s"))
     return rows
-
-
-# Peer.
-
-
-def _timm(encoded: list[bytes], size: int) -> dict[str, Callable[[], int]]:
-    """Timm's transforms on the same bytes; empty when timm is not installed."""
-    try:
-        import torch
-        from PIL import Image
-        from timm.data import create_transform
-    except ImportError:
-        return {}
-    torch.set_num_threads(1)
-
-    def worker(transform: Callable) -> Callable[[], int]:
-        turns = itertools.cycle(encoded)
-
-        def work() -> int:
-            for image in itertools.islice(turns, _CHUNK):
-                transform(Image.open(io.BytesIO(image)).convert("RGB"))
-            return _CHUNK
-
-        return work
-
-    train = {"is_training": True, "auto_augment": _TIMM_POLICY}
-    return {
-        f"timm {kind}, {output}": worker(
-            create_transform(size, interpolation="bicubic", use_prefetcher=as_uint8, **options)
-        )
-        for kind, options in ((f"{_TIMM_POLICY} train", train), ("eval", {}))
-        for output, as_uint8 in (("uint8", True), ("normalized float32", False))
-    }

@@ -1,8 +1,9 @@
 """Labeling end to end, from records to predictions with their index, against its limits.
 
-Peers: the same network in `tf.keras.applications` under `tf.function`, on decoded images, with
-TensorFlow's defaults and without its oneDNN kernels, as on CPUs without AVX512_VNNI; the bare engine
-on tensors in memory; ONNX Runtime, if it and tf2onnx are installed.
+Of each engine that is installed: predict, and the bare engine on tensors in memory. Peers: the same
+network in `tf.keras.applications` under `tf.function`, on decoded images, with TensorFlow's defaults
+and without its oneDNN kernels, as on CPUs without AVX512_VNNI; ONNX Runtime, if it and tf2onnx are
+installed.
 """
 
 from __future__ import annotations
@@ -24,14 +25,20 @@ from efficientnet_ns.benchmarks import inputs, keras_peer, tables
 from efficientnet_ns.config import BenchmarkConfig, Config
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.inference import engines
 from efficientnet_ns.models import weights
 from efficientnet_ns.pseudo_labels import predict
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 _FIRST_IMAGES = 64  # Of the shard that warms up.
 _TURNS = 5
-_SELF = "predict, records to predictions"
 _KERAS = keras_peer.NAME
+# Engine → its settings. XNNPACK, which is always there, is what the others are compared with.
+_ENGINES = {
+    "xnnpack": {"inference_engine": "xnnpack"},
+    "openvino": {"inference_engine": "openvino"},
+    "openvino-bfloat16": {"inference_engine": "openvino", "inference_dtype": "bfloat16"},
+}
 
 
 def run(config: BenchmarkConfig) -> list[tables.Row]:
@@ -45,28 +52,63 @@ def run(config: BenchmarkConfig) -> list[tables.Row]:
     """
     _, images = inputs.encoded_images(config.data)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        work = _Work(config, images, folder)
-        pixels = work.decoded(images[: config.batch_size])
-        contenders = {_SELF: work.label_shard, "bare engine": work.bare_engine}
+        works = _works(config, images, folder)
+        contenders: dict[str, Callable[[], int]] = {}
+        for name, work in works.items():
+            contenders[f"predict, {name}"] = work.label_shard
+            contenders[f"bare {name}"] = work.bare_engine
+        first = works["xnnpack"]
+        pixels = first.decoded(images[: config.batch_size])
         contenders[_KERAS] = _keras(config.model_name, pixels)
         without = stack.enter_context(_without_onednn(config.model_name, pixels))
         contenders[f"{_KERAS}, oneDNN off"] = without
-        contenders.update(_onnxruntime(work.model, pixels))
+        contenders.update(_onnxruntime(first.model, pixels))
         measured = tables.measure(contenders, config.seconds, _TURNS)
-    rows = [tables.Row(_SELF, measured.rate(_SELF), "images/s")]
-    for name in contenders:
-        if name != _SELF:
-            ratio = measured.ratio(_SELF, name)
-            peer = f"{name} (predict / this)"
-            rows.append(tables.Row(name, measured.rate(name), "images/s", ratio, peer))
+    return [
+        tables.Row(name, measured.rate(name), "images/s", spread=measured.spread(name))
+        for name in contenders
+    ] + _ratios(measured, list(works))
+
+
+def _ratios(measured: tables.Measured, engine_names: list[str]) -> list[tables.Row]:
+    """Each engine's predict against its bare engine, the peers, and predict with XNNPACK."""
+    rows = []
+    for name in engine_names:
+        own = f"predict, {name}"
+        others = [peer for peer in measured.turns if not peer.startswith(("predict, ", "bare "))]
+        limits = [f"bare {engine}" for engine in ("openvino", name) if engine in engine_names]
+        above = [] if name == "xnnpack" else ["predict, xnnpack"]
+        for peer in dict.fromkeys([*limits, *above, *others]):
+            ratio = measured.ratio(own, peer)
+            rows.append(tables.Row(own, measured.rate(own), "images/s", ratio, peer))
     return rows
 
 
-class _Work:
-    """A teacher with random weights, and a shard of records for it."""
+def _works(config: BenchmarkConfig, images: list[bytes], folder: str) -> dict[str, _Work]:
+    works = {}
+    for name, engine in _ENGINES.items():
+        try:
+            works[name] = _Work(config, images, os.path.join(folder, name), engine)
+        except engines.EngineError as e:
+            logging.warning("%s is left out: %s", name, e)
+    return works
 
-    def __init__(self, config: BenchmarkConfig, images: list[bytes], folder: str):
+
+class _Work:
+    """A teacher with random weights, and a shard of records for it.
+
+    Args:
+      engine: settings that name the engine.
+
+    Raises:
+      EngineError: it is not installed, or the CPU lacks something.
+    """
+
+    def __init__(
+        self, config: BenchmarkConfig, images: list[bytes], folder: str, engine: dict[str, str]
+    ):
         settings = Config().override(
+            **engine,
             model_name=config.model_name,
             input_image_size=config.image_size,
             predict_ckpt_path=os.path.join(folder, "teacher"),
@@ -78,6 +120,7 @@ class _Work:
         self._seconds = config.seconds
         self._resolved = ResolvedConfig.from_config(settings)
         self.model = self._resolved.build_model()
+        tf.io.gfile.makedirs(folder)
         weights.save_weights(self.model, settings.predict.predict_ckpt_path)
         self.teacher = predict.TeacherPredictor(self._resolved, settings.predict.predict_ckpt_path)
         self._ready = np.random.default_rng(0).uniform(
@@ -110,8 +153,7 @@ class _Work:
     def bare_engine(self) -> int:
         """All threads of the engine, each on its own group of images."""
         engine = self.teacher.engine
-        concurrency = engine.concurrency if engine.name != "tf" else 1
-        return _in_threads(concurrency, 8, lambda: engine(self._ready))
+        return _in_threads(engine.concurrency, 8, lambda: engine(self._ready))
 
 
 def _in_threads(threads: int, rounds: int, work: Callable[[], np.ndarray]) -> int:

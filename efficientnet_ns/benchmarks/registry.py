@@ -31,5 +31,6 @@ def run(options: BenchmarkConfig) -> str:
     module = importlib.import_module(f"efficientnet_ns.benchmarks.{_MODULES[options.what]}")
     rows = module.run(options)
     if options.json_file:
-        json_files.write_json(options.json_file, tables.as_json(rows), indent=1)
-    return tables.format_rows(rows)
+        found = {"machine": tables.machine(), "rows": tables.as_json(rows)}
+        json_files.write_json(options.json_file, found, indent=1)
+    return f"{tables.machine()}\n{tables.format_rows(rows)}"

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
+import importlib.util
 import os
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.files.text_table import text_table
 
+# What makes processors of one name differ, as /proc/cpuinfo calls it.
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 # Whether TensorFlow uses its oneDNN kernels; a process reads it once.
 ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 
@@ -25,6 +33,7 @@ class Row(NamedTuple):
       unit: images/s, ms, MB, rows/s …
       ratio: to the peer of the same run; above 1 is better; None without a peer.
       peer: name of that peer.
+      spread: between the slowest and the fastest turn, as a part of `value`; None: one measurement.
     """
 
     name: str
@@ -32,6 +41,7 @@ class Row(NamedTuple):
     unit: str
     ratio: float | None = None
     peer: str = ""
+    spread: float | None = None
 
 
 @contextlib.contextmanager
@@ -58,6 +68,11 @@ class Measured:
     def rate(self, name: str) -> float:
         """The median turn."""
         return statistics.median(self.turns[name])
+
+    def spread(self, name: str) -> float:
+        """(fastest turn - slowest turn) / median turn."""
+        turns = self.turns[name]
+        return (max(turns) - min(turns)) / statistics.median(turns)
 
     def ratio(self, name: str, peer: str) -> float:
         """How much faster than `peer`: the median over turns of the ratio within the turn.
@@ -94,8 +109,28 @@ def format_rows(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f} x {row.peer}"
-        lines.append([row.name, f"{row.value:,.1f} {row.unit}", ratio])
-    return text_table(["what", "measured", "ratio"], lines)
+        spread = "" if row.spread is None else f"{row.spread:.0%}"
+        lines.append([row.name, f"{row.value:,.1f} {row.unit}", spread, ratio])
+    return text_table(["what", "measured", "spread", "ratio"], lines)
+
+
+def machine() -> str:
+    """One line on where the figures were measured: cores, processor, versions."""
+    lines: list[str] = []
+    with contextlib.suppress(OSError):  # Not Linux.
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    facts = dict(
+        re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if " :" in line or "\t:" in line
+    )
+    flags = facts.get("flags", "").split()
+    kinds = [kind for kind in _INSTRUCTIONS if kind in flags]
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    packages = ("tensorflow", "openvino", "onnxruntime")
+    versions = [
+        f"{p} {importlib.metadata.version(p)}" for p in packages if importlib.util.find_spec(p)
+    ]
+    python = f"Python {platform.python_version()}"
+    return f"{available_cpus()} cores, {', '.join([name, *kinds, python, *versions])}"
 
 
 def as_json(rows: list[Row]) -> list[dict[str, Any]]:

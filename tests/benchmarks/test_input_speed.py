@@ -1,4 +1,4 @@
-"""What the benchmark of the input pipeline measures on, and what it says without timm."""
+"""What the benchmark of the input pipeline measures on, and what it says without peers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns.benchmarks import inputs, tables
+from efficientnet_ns.benchmarks import input_peers, inputs, tables
 from efficientnet_ns.config import ConfigError
 from efficientnet_ns.data import images
 from efficientnet_ns.files import tfexamples, tfrecords
@@ -40,8 +40,31 @@ def test_a_folder_with_neither_images_nor_records_is_named(tmp_path):
         inputs.encoded_images(str(tmp_path))
 
 
-def test_without_timm_the_table_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm.data", None)
-    peers = inputs._timm([b""], 16)
+def test_without_peers_the_table_names_what_to_install(monkeypatch, caplog):
+    for name in ("timm", "torchvision", "albumentations", "cv2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    peers = input_peers.installed([b""], 16, 1)
     (row,) = inputs._against_peers(tables.Measured({}), peers)
-    assert "timm is not installed" in row.name and math.isnan(row.value) and row.ratio is None
+    assert "requirements-peers.txt" in row.name and math.isnan(row.value) and row.ratio is None
+    assert "timm is left out" in caplog.text and "OpenCV + simplejpeg is left out" in caplog.text
+
+
+def test_peers_turn_photographs_into_pixels(rng):
+    """Those that are installed; each gives pixels of the size, of another picture in turn."""
+    encoded = tf.io.encode_jpeg(rng.integers(0, 256, (60, 80, 3), np.uint8)).numpy()
+    peers = input_peers.installed([encoded], 32, 3)
+    for name, work in peers.items():
+        assert work() == 3, name
+    for library, (needed, make) in input_peers._LIBRARIES.items():
+        if any(name.startswith(library) for name in peers):
+            for kind, prepare in make(32).items():
+                shape = np.asarray(prepare(encoded)).shape
+                assert sorted(shape) == [3, 32, 32], (library, kind, needed)
+
+
+def test_ratios_are_of_the_same_kind():
+    names = {"timm: train, uint8": [1.0], "OpenCV + simplejpeg: evaluation": [2.0]}
+    measured = tables.Measured({inputs._TRAIN: [3.0], inputs._EVAL: [5.0], **names})
+    rows = inputs._against_peers(measured, names)
+    ratios = {row.peer: row.ratio for row in rows if row.ratio}
+    assert ratios == {"timm: train, uint8": 3.0, "OpenCV + simplejpeg: evaluation": 2.5}

@@ -1,0 +1,157 @@
+"""What others take to turn encoded photographs into pixels: PIL, OpenCV, PyTorch.
+
+Each peer is a function that handles some images on one thread. Training peers crop at random, flip and
+apply two operations, evaluation peers take the centre crop; all resize bicubically to uint8, timm to
+normalized float32 as well, its default.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import itertools
+from collections.abc import Callable, Iterator
+
+from absl import logging
+
+TRAIN, EVAL = ": train", ": evaluation"  # In the names of peers.
+_EVAL_FRACTION = 224 / 256
+_OPERATIONS = 2
+# timm's name of the policy with two operations.
+_TIMM_POLICY = "rand-m10-n2"
+
+# Encoded image → pixels.
+Prepare = Callable[[bytes], object]
+
+
+def installed(encoded: list[bytes], size: int, chunk: int) -> dict[str, Callable[[], int]]:
+    """Name of each installed peer → function that handles `chunk` of the images.
+
+    Args:
+      encoded: JPEG images.
+      size: side of the result in pixels.
+    """
+    peers = {}
+    for library, (needed, make) in _LIBRARIES.items():
+        try:
+            for name in needed:
+                importlib.import_module(name)
+        except ImportError as e:
+            logging.warning("%s is left out: %s (requirements-peers.txt)", library, e)
+            continue
+        peers.update({f"{library}{kind}": prepare for kind, prepare in make(size).items()})
+    return {name: _worker(encoded, prepare, chunk) for name, prepare in peers.items()}
+
+
+def _worker(encoded: list[bytes], prepare: Prepare, chunk: int) -> Callable[[], int]:
+    turns: Iterator[bytes] = itertools.cycle(encoded)
+
+    def work() -> int:
+        for image in itertools.islice(turns, chunk):
+            prepare(image)
+        return chunk
+
+    return work
+
+
+def _timm(size: int) -> dict[str, Prepare]:
+    import torch
+    from PIL import Image
+    from timm.data import create_transform
+
+    torch.set_num_threads(1)
+
+    def of_pil(transform: Callable) -> Prepare:
+        return lambda image: transform(Image.open(io.BytesIO(image)).convert("RGB"))
+
+    train = {"is_training": True, "auto_augment": _TIMM_POLICY}
+    return {
+        f"{kind}, {output}": of_pil(
+            create_transform(size, interpolation="bicubic", use_prefetcher=as_uint8, **options)
+        )
+        for kind, options in ((TRAIN, train), (EVAL, {}))
+        for output, as_uint8 in (("uint8", True), ("normalized float32", False))
+    }
+
+
+def _torchvision(size: int) -> dict[str, Prepare]:
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.transforms import InterpolationMode, v2
+
+    torch.set_num_threads(1)
+    cubic = InterpolationMode.BICUBIC
+    train = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, interpolation=cubic),
+            v2.RandomHorizontalFlip(),
+            v2.RandAugment(_OPERATIONS, 27),
+        ]
+    )
+    resized = round(size / _EVAL_FRACTION)
+    evaluate = v2.Compose([v2.Resize(resized, interpolation=cubic), v2.CenterCrop(size)])
+
+    def decoded(image: bytes) -> torch.Tensor:
+        content = torch.frombuffer(bytearray(image), dtype=torch.uint8)
+        return decode_jpeg(content, mode=ImageReadMode.RGB)
+
+    return {TRAIN: lambda x: train(decoded(x)), EVAL: lambda x: evaluate(decoded(x))}
+
+
+def _albumentations(size: int) -> dict[str, Prepare]:
+    import albumentations as A
+    import cv2
+    import simplejpeg
+
+    cv2.setNumThreads(1)
+    operations = [
+        A.AutoContrast(p=1),
+        A.Equalize(p=1),
+        A.InvertImg(p=1),
+        A.Rotate(limit=(27, 27), p=1),
+        A.Posterize(num_bits=4, p=1),
+        A.Solarize(p=1),
+        A.ColorJitter(brightness=0, contrast=0, saturation=(0.1, 1.9), hue=0, p=1),
+        A.RandomBrightnessContrast(brightness_limit=0, contrast_limit=0.9, p=1),
+        A.RandomBrightnessContrast(brightness_limit=0.9, contrast_limit=0, p=1),
+        A.Sharpen(p=1),
+        A.Affine(shear={"x": (-15, 15)}, p=1),
+        A.Affine(shear={"y": (-15, 15)}, p=1),
+        A.Affine(translate_px={"x": (-100, 100)}, p=1),
+        A.Affine(translate_px={"y": (-100, 100)}, p=1),
+        A.CoarseDropout(num_holes_range=(1, 1), p=1),
+    ]
+    train = A.Compose(
+        [
+            A.RandomResizedCrop((size, size), interpolation=cv2.INTER_CUBIC),
+            A.HorizontalFlip(),
+            A.SomeOf(operations, n=_OPERATIONS),
+        ]
+    )
+    return {TRAIN: lambda image: train(image=simplejpeg.decode_jpeg(image))["image"]}
+
+
+def _opencv(size: int) -> dict[str, Prepare]:
+    import cv2
+    import simplejpeg
+
+    cv2.setNumThreads(1)
+
+    def evaluate(image: bytes) -> object:
+        pixels = simplejpeg.decode_jpeg(image)
+        height, width = pixels.shape[:2]
+        side = int(_EVAL_FRACTION * min(height, width))
+        y, x = (height - side) // 2, (width - side) // 2
+        crop = pixels[y : y + side, x : x + side]
+        return cv2.resize(crop, (size, size), interpolation=cv2.INTER_CUBIC)
+
+    return {EVAL: evaluate}
+
+
+# Name → (modules it needs, function of the image size that makes its `{kind: prepare}`).
+_LIBRARIES: dict[str, tuple[tuple[str, ...], Callable[[int], dict[str, Prepare]]]] = {
+    "timm": (("timm", "PIL"), _timm),
+    "torchvision v2": (("torchvision",), _torchvision),
+    "albumentations + simplejpeg": (("albumentations", "simplejpeg"), _albumentations),
+    "OpenCV + simplejpeg": (("cv2", "simplejpeg"), _opencv),
+}
