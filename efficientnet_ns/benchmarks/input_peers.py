@@ -2,14 +2,19 @@
 
 Each peer is a function that handles some images on one thread. Training peers crop at random, flip and
 apply two operations, evaluation peers take the centre crop; all resize bicubically to uint8, timm to
-normalized float32 as well, its default.
+normalized float32 as well, its default. Each library has a process of its own: some crash beside
+TensorFlow.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import functools
 import importlib
 import io
 import itertools
+import multiprocessing
 from collections.abc import Callable, Iterator
 
 from absl import logging
@@ -24,34 +29,60 @@ _TIMM_POLICY = "rand-m10-n2"
 Prepare = Callable[[bytes], object]
 
 
-def installed(encoded: list[bytes], size: int, chunk: int) -> dict[str, Callable[[], int]]:
+@contextlib.contextmanager
+def installed(
+    encoded: list[bytes], size: int, chunk: int
+) -> Iterator[dict[str, Callable[[], int]]]:
     """Name of each installed peer → function that handles `chunk` of the images.
 
     Args:
       encoded: JPEG images.
       size: side of the result in pixels.
     """
-    peers = {}
-    for library, (needed, make) in _LIBRARIES.items():
-        try:
-            for name in needed:
-                importlib.import_module(name)
-        except ImportError as e:
-            logging.warning("%s is left out: %s (requirements-peers.txt)", library, e)
-            continue
-        peers.update({f"{library}{kind}": prepare for kind, prepare in make(size).items()})
-    return {name: _worker(encoded, prepare, chunk) for name, prepare in peers.items()}
+    peers: dict[str, Callable[[], int]] = {}
+    with contextlib.ExitStack() as stack:
+        for library in _LIBRARIES:
+            process = concurrent.futures.ProcessPoolExecutor(
+                1, mp_context=multiprocessing.get_context("spawn")
+            )
+            stack.enter_context(process)
+            try:
+                kinds = process.submit(_start, library, encoded, size).result()
+            except (ImportError, concurrent.futures.process.BrokenProcessPool) as e:
+                logging.warning("%s is left out: %s (requirements-peers.txt)", library, e)
+                continue
+            for kind in kinds:
+                peers[f"{library}{kind}"] = functools.partial(_work, process, kind, chunk)
+        yield peers
 
 
-def _worker(encoded: list[bytes], prepare: Prepare, chunk: int) -> Callable[[], int]:
-    turns: Iterator[bytes] = itertools.cycle(encoded)
+def _work(process: concurrent.futures.Executor, kind: str, chunk: int) -> int:
+    return process.submit(_handle, kind, chunk).result()
 
-    def work() -> int:
-        for image in itertools.islice(turns, chunk):
-            prepare(image)
-        return chunk
 
-    return work
+_images: list[Iterator[bytes]] = []  # Of the peer's process: one, without end.
+_kinds: dict[str, Prepare] = {}
+
+
+def _start(library: str, encoded: list[bytes], size: int) -> list[str]:
+    """Prepares this process for a library; its kinds of work."""
+    _images.append(itertools.cycle(encoded))
+    _kinds.update(_made(library, size))
+    return list(_kinds)
+
+
+def _handle(kind: str, chunk: int) -> int:
+    for image in itertools.islice(_images[0], chunk):
+        _kinds[kind](image)
+    return chunk
+
+
+def _made(library: str, size: int) -> dict[str, Prepare]:
+    """Kind of work → how the library prepares an image; ImportError if it is not installed."""
+    needed, make = _LIBRARIES[library]
+    for name in needed:
+        importlib.import_module(name)
+    return make(size)
 
 
 def _timm(size: int) -> dict[str, Prepare]:

@@ -46,12 +46,12 @@ def run(settings: BenchmarkConfig) -> list[Row]:
         **_op_stages(encoded, settings.image_size),
     }
     wholes = _wholes(encoded, settings.image_size)
-    peers = input_peers.installed(encoded, settings.image_size, _CHUNK)
     parts = measure(stages, settings.seconds * _STAGE_SHARE)
-    # Short turns: a disturbance of a second affects few of them.
-    measured = measure({**wholes, **peers}, settings.seconds, turns=9)
+    with input_peers.installed(encoded, settings.image_size, _CHUNK) as peers:
+        # Short turns: a disturbance of a second affects few of them.
+        measured = measure({**wholes, **peers}, settings.seconds, turns=9)
     rows = _one_core(parts, stages) + _one_core(measured, wholes)
-    rows += _against_peers(measured, peers)
+    rows += _against_peers(measured, list(peers))
     return rows + _all_cores(encoded, settings)
 
 
@@ -62,7 +62,7 @@ def _one_core(measured: Measured, names: Iterable[str]) -> list[Row]:
     ]
 
 
-def _against_peers(measured: Measured, peers: dict[str, Callable[[], int]]) -> list[Row]:
+def _against_peers(measured: Measured, peers: list[str]) -> list[Row]:
     if not peers:
         return [Row("no peer is installed (requirements-peers.txt)", float("nan"), "")]
     rows = _one_core(measured, peers)
