@@ -365,6 +365,11 @@ class PredictConfig(Settings):
         "Label images augmented as unlabeled ones are for training, with dropout and stochastic depth "
         "on, which makes worse labels: an ablation of the paper.",
     )
+    fast_decode: bool = setting(
+        False,
+        "Decode large JPEGs at 1/2, 1/4 or 1/8 of their size, which takes less time and gives slightly "
+        "other pixels.",
+    )
     fingerprints: bool = setting(
         True,
         "Note a hash and a perceptual fingerprint of each image in the index, for check_data; images are "

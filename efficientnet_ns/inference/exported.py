@@ -28,6 +28,8 @@ _WITHOUT = {
     "test_time_views": "views",
     "noised_teacher": "noise",
     "eval_continuously": "checkpoints",
+    "inference_dtype": "the precision",
+    "fast_decode": "how images are decoded",
 }
 
 

@@ -8,6 +8,7 @@ batch size does.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -71,6 +72,12 @@ class TeacherPredictor:
         self.fingerprinted = options.fingerprints and not (
             options.noised_teacher or options.reassign_label
         )
+        self._decode_image = None
+        if options.fast_decode:
+            fraction = 1.0 if resolved.small_image else resolved.config.data.crop_fraction
+            self._decode_image = functools.partial(
+                images_lib.decode_reduced, size=self._size, fraction=fraction
+            )
         self._decode = self._decoder(prepare)
         logging.info("labeling on %s, %d at a time", self.engine.name, self.engine.concurrency)
 
@@ -88,7 +95,13 @@ class TeacherPredictor:
         return whole
 
     def _decoder(self, prepare: Callable[[tf.Tensor], tf.Tensor]) -> Callable:
-        return views.decoder(prepare, self._size, self._views, grids=self.fingerprinted)
+        return views.decoder(
+            prepare,
+            self._size,
+            self._views,
+            grids=self.fingerprinted,
+            decode_image=self._decode_image,
+        )
 
     def label(self, images: Sequence[bytes | None]) -> tuple[np.ndarray, dict[int, str]]:
         """Predicts up to `group` images.
@@ -162,9 +175,11 @@ def check_views(resolved: ResolvedConfig) -> None:
     if number not in known:
         raise ConfigError(f"--test_time_views={number}: one of {known} is needed")
     options = resolved.config.predict
-    if options.noised_teacher and (number > 1 or options.inference_engine in engines.CPU_ENGINES):
+    other_engine = options.inference_engine in engines.CPU_ENGINES
+    if options.noised_teacher and (number > 1 or other_engine or options.fast_decode):
         raise ConfigError(
-            "--noised_teacher: one view (--test_time_views=1), computed by TensorFlow"
+            "--noised_teacher: one view (--test_time_views=1), computed by TensorFlow, of images that "
+            "are decoded as for training (no --fast_decode)"
         )
 
 

@@ -47,7 +47,12 @@ def average(classify: Callable[[Array], Array], pixels: Array) -> Array:
 
 
 def decoder(
-    prepare: Callable[[tf.Tensor], tf.Tensor], size: int, views: int = 1, *, grids: bool = False
+    prepare: Callable[[tf.Tensor], tf.Tensor],
+    size: int,
+    views: int = 1,
+    *,
+    grids: bool = False,
+    decode_image: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> Callable:
     """Compiles a function: encoded images, string [N] → pixels float32 [N, V, size, size, 3].
 
@@ -62,6 +67,7 @@ def decoder(
       views: V, one of `VIEWS`.
       grids: also return `fingerprints.grid` of each image, float32 [N, G, G]. Images are then decoded
         whole, also where a crop of them would do; the pixels are the same.
+      decode_image: takes the place of `images.decode`; images are then decoded whole.
     """
     signature: Any = tf.TensorSpec([views, size, size, 3], tf.float32)
     pixels_shape = signature.shape
@@ -70,7 +76,8 @@ def decoder(
         signature = (signature, tf.TensorSpec(shape, tf.float32))
 
     def one(image: tf.Tensor) -> Any:
-        image = images.decode(image) if grids else image
+        if grids or decode_image:
+            image = (decode_image or images.decode)(image)
         found = _ten(image, size) if views == 10 else of_crops(prepare(image), views)
         found = tf.ensure_shape(found, pixels_shape)
         return (found, fingerprints.grid(image)) if grids else found

@@ -320,6 +320,8 @@ def _task(
     }
     if options.inference_dtype != "float32":
         settings["inference_dtype"] = options.inference_dtype
+    if options.fast_decode:
+        settings["fast_decode"] = True
     if options.test_time_views > 1:
         settings["test_time_views"] = options.test_time_views
     if resolved.config.data.crop_fraction is not None:

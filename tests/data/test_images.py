@@ -146,6 +146,43 @@ def test_to_uint8_clips_and_truncates():
     assert images.to_uint8(values).numpy().tolist() == [0, 0, 0, 1, 254, 255, 255]
 
 
+def photograph(height: int, width: int) -> bytes:
+    """A JPEG with waves of several lengths, none of which 1/8 of the size cannot show."""
+    y, x = np.mgrid[:height, :width] / 64
+    waves = np.stack([np.sin(x + y), np.cos(x - 2 * y), np.sin(y) * np.cos(x)], -1)
+    return tf.io.encode_jpeg((waves * 100 + 128).astype(np.uint8), quality=95).numpy()
+
+
+@pytest.mark.parametrize(
+    ("size", "fraction", "shape"),
+    [
+        (64, 1.0, (100, 150)),  # 800 / 64 = 12.5: an eighth.
+        (100, 1.0, (100, 150)),  # Exactly 8 times.
+        (101, 1.0, (200, 300)),
+        (200, 1.0, (200, 300)),
+        (224, None, (400, 600)),  # The crop has 700 pixels: a third would do, a quarter not.
+        (448, 0.875, (800, 1200)),
+    ],
+)
+def test_large_photographs_are_decoded_no_larger_than_needed(size, fraction, shape):
+    encoded = photograph(800, 1200)
+    reduced = images.decode_reduced(tf.constant(encoded), size, fraction)
+    assert reduced.shape == (*shape, 3)
+    exact = images.eval_image(images.decode(encoded), size, fraction).numpy()
+    fast = images.eval_image(reduced, size, fraction).numpy()
+    # Not half-pixel centres: a pixel of the small image is in another place by up to half a pixel of it.
+    assert np.abs(fast - exact).mean() < 6
+    assert np.corrcoef(fast.ravel(), exact.ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("kind", ["png", "gray"])
+def test_other_images_are_decoded_as_ever(kind, rng):
+    pixels = rng.integers(0, 256, (40, 50, 1 if kind == "gray" else 3), np.uint8)
+    encoded = {"png": tf.io.encode_png, "gray": tf.io.encode_jpeg}[kind](pixels)
+    reduced = images.decode_reduced(encoded, 33)
+    np.testing.assert_array_equal(reduced, images.decode(encoded))
+
+
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_jpeg_crop_equals_crop_of_the_decoded_image(subsampling, progressive):

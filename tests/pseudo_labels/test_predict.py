@@ -277,7 +277,9 @@ def test_noise_of_a_teacher_repeats(noisy_answers, answer, noise):
     assert np.abs(noisy_answers(seed=2, **noise) - found).max() > 1e-3
 
 
-@pytest.mark.parametrize("flag", [{"test_time_views": 2}, {"inference_engine": "xnnpack"}])
+@pytest.mark.parametrize(
+    "flag", [{"test_time_views": 2}, {"inference_engine": "xnnpack"}, {"fast_decode": True}]
+)
 def test_noise_of_a_teacher_needs_tensorflow_and_one_view(folder, flag):
     with pytest.raises(ConfigError, match="--noised_teacher"):
         predict.predict(settings(folder, "refused", noised_teacher=True, **flag))
@@ -301,13 +303,14 @@ def test_the_measured_engine_is_kept_for_all_workers(folder, monkeypatch):
     assert asked[-1] == "tf"
 
 
-def test_predictions_in_bfloat16_are_others(folder):
+def test_less_exact_predictions_are_others(folder):
     def identity(**values) -> dict:
         tasks = predict.Tasks(predict.resolve(settings(folder, "unused", **values)))
         return tasks[tasks.names[0]].stage.config
 
-    assert "inference_dtype" not in identity()  # As before there was a choice.
-    assert identity(inference_dtype="bfloat16") == {**identity(), "inference_dtype": "bfloat16"}
+    for choice in ({"inference_dtype": "bfloat16"}, {"fast_decode": True}):
+        assert not choice.keys() & identity().keys()  # As before there was a choice.
+        assert identity(**choice) == {**identity(), **choice}
 
 
 @pytest.mark.parametrize(
