@@ -51,6 +51,18 @@ lint: venv-dev  ## check style, import order, format and types
 measure: venv-run  ## lines per room, lengths of functions, docstrings, comments
 	@$(VENV)/bin/python tests/code_measures.py $(ARGS)
 
+.PHONY: benchmark
+benchmark:  ## compare speed with that of other libraries, half an hour on an idle machine; writes runs/benchmark/
+	@$(MAKE) --no-print-directory VENV=.venv-peers compare
+
+.PHONY: compare
+compare: venv-peers
+	@mkdir -p runs/benchmark
+	for what in input train predict select serving; do
+	  echo "$$what"
+	  $(RUN) efficientnet_ns.benchmark --what=$$what $(ARGS) | tee runs/benchmark/$$what.txt
+	done
+
 .PHONY: docs
 docs: venv-docs  ## build the pages as a site, in site/; docs-serve shows it while you write
 	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet
@@ -75,14 +87,16 @@ clean:  ## remove .venv, caches and build products; runs/ stays
 # is named by the content of its requirements. One that broke off has left .venv/unfinished behind
 # and is started over, because any of its packages may be half written.
 
-.PHONY: venv-run venv-dev venv-docs
+.PHONY: venv-run venv-dev venv-docs venv-peers
 venv-run: REQUIREMENTS := requirements.txt
 venv-dev: REQUIREMENTS := requirements.txt requirements-dev.txt
 venv-dev: venv-run
 venv-docs: REQUIREMENTS := requirements-docs.txt
 venv-docs: venv-run
+venv-peers: REQUIREMENTS := requirements-peers.txt
+venv-peers: venv-run
 
-venv-run venv-dev venv-docs:
+venv-run venv-dev venv-docs venv-peers:
 	@$(shell_functions)
 	lock
 	if [[ -n "$(PYTHON)" ]] || ! usable; then find_python; fi
