@@ -1,7 +1,7 @@
 """Settings by rule: one table from facts about the pictures and the machine to every setting.
 
-A row may use the settings of the rows above it, so a value given by the user affects everything that
-depends on it. To change a rule, change its row: nothing else in the package decides a setting.
+A row may use the settings of the rows above it and every given one, so a value given by the user affects
+everything that depends on it. To change a rule, change its row: nothing else in the package decides a setting.
 """
 
 from __future__ import annotations
@@ -128,9 +128,13 @@ def _per_class(facts: Facts, _: Chosen) -> int:
     return max(20, min(round(0.7 * facts.unlabeled / facts.classes), 5000))
 
 
-def _published(facts: Facts, _: Chosen) -> str:
+def _published(facts: Facts, chosen: Chosen) -> str:
+    """Published weights, if the models that the user gave have some."""
+    other_shape = any(chosen.get(f"{side}_coefficient") for side in ("width", "depth"))
+    models = [name for name in chosen.get("models", "").split(",") if name]
+    fit = not other_shape and all(name in facts.published for name in models)
     # With enough pictures, initial weights help little.
-    return "published" if facts.published and facts.labeled < 200_000 else ""
+    return "published" if facts.published and fit and facts.labeled < 200_000 else ""
 
 
 _PROTOTYPE = "measured with published weights; from scratch, a first value"
@@ -234,7 +238,7 @@ def choose(facts: Facts, given: Chosen) -> list[Setting]:
     Args:
       given: the user's settings, which override their rows.
     """
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = dict(given)
     settings = []
     for rule in RULES:
         if rule.name in given:
@@ -244,7 +248,8 @@ def choose(facts: Facts, given: Chosen) -> list[Setting]:
             setting = Setting(rule.name, rule.value(facts, chosen), reason, rule.source)
         chosen[setting.name] = setting.value
         settings.append(setting)
-    others = [Setting(k, v, "given", "") for k, v in given.items() if k not in chosen]
+    ruled = {rule.name for rule in RULES}
+    others = [Setting(k, v, "given", "") for k, v in given.items() if k not in ruled]
     return settings + others
 
 

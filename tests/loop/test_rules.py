@@ -57,6 +57,19 @@ def test_published_weights_decide_the_start():
     assert scratch["train_steps"] > chosen()["train_steps"]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"width_coefficient": 0.35},
+        {"depth_coefficient": 0.25},
+        {"models": "efficientnet-b0,efficientnet-lite0"},
+    ],
+)
+def test_models_without_published_weights_start_from_scratch(given):
+    assert chosen(**given)["init_weights"] == "" and chosen(**given)["train_batch_size"] == 32
+    assert chosen(models="efficientnet-lite0,efficientnet-lite0")["init_weights"] == "published"
+
+
 def test_given_values_take_the_place_of_rules_and_reach_what_depends_on_them():
     settings = rules.choose(FEW, {"train_batch_size": 4, "seed": 7})
     values = rules.values(settings)
