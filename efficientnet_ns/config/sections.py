@@ -257,6 +257,13 @@ class TrainConfig(Settings):
     )
     seed: int = setting(0, "Seed of initial weights, data order, augmentation and noise.", low=0)
     steps_per_eval: int = setting(3000, "Evaluate every N steps.", low=1, free=True)
+    patience: int = setting(
+        0,
+        "End the training when so many evaluations in a row bring no better accuracy than the best before; "
+        "0: never. A cosine schedule gains most at its end, and a small evaluation set tells little.",
+        low=0,
+        free=True,
+    )
     eval_batch_size: int = setting(
         8, "Images per step of evaluation, and of labeling with --mode=predict.", low=1, free=True
     )

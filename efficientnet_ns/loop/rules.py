@@ -219,6 +219,12 @@ RULES: tuple[Rule, ...] = (
         "no influence on results",
     ),
     Rule(
+        "patience",
+        _always(0),
+        "the schedule gains most at its end; few held-out pictures tell little",
+        "convention",
+    ),
+    Rule(
         "save_checkpoints_steps", _always(100), "a kill costs a few minutes at most", "convention"
     ),
     Rule(

@@ -1,4 +1,4 @@
-"""What happens between two host loops: stop on NaN or on request, log, save, evaluate."""
+"""What happens between two host loops: stop on NaN, on request or early; log, save, evaluate."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ class Session(tf.keras.callbacks.Callback):
         self._stop, self._wait, self._agree = stop, wait, agree
         self.start, self.total, self._seen = start, total, start
         self._save_every, self._eval_every = train.save_checkpoints_steps, train.steps_per_eval
+        self._patience = train.patience
         self.chunk = loop_steps(train, total)
         self._steps_per_epoch = steps_per_epoch
         self._images_per_step = images_per_step
@@ -106,8 +107,26 @@ class Session(tf.keras.callbacks.Callback):
             raise Preempted(f"stopped at step {step}; the checkpoint is saved")
         if step < self.total and step // self._eval_every > previous // self._eval_every:
             self._evaluate(step, saved=save)
+            if self.ended:
+                if not save:
+                    self._save()
+                self.model.stop_training = True
+                logging.info(
+                    "step %d: %d evaluations brought no better accuracy (--patience): the training ends",
+                    *(step, self._patience),
+                )
         self._progress.update(step - previous, f"loss {values['train/loss']:.3f}")
         self._mark = time.monotonic()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last `patience` evaluations were no better than the best one before them.
+
+        Read off the log, so that a run that is started again comes to the same decision.
+        """
+        top1 = [row["eval/top1"] for row in self.log.rows if "eval/top1" in row]
+        before, last = top1[: -self._patience], top1[-self._patience :]
+        return bool(self._patience and before) and max(last) <= max(before)
 
     def _pace(self, step: int) -> dict[str, float]:
         """Passes over the labeled set, and how fast the last host loop was."""
@@ -150,7 +169,7 @@ class Session(tf.keras.callbacks.Callback):
     def finish(self) -> dict[str, float]:
         """Evaluates once at the end, unless an earlier run did, and returns the newest metrics."""
         self._progress.close()
-        if self.log.last("eval/").get("step") != self.total:
-            self._evaluate(self.total)
+        if self.log.last("eval/").get("step") != self._seen:
+            self._evaluate(self._seen)
         self.log.close()
-        return {**self.log.last("train/"), **self.log.last("eval/"), "step": self.total}
+        return {**self.log.last("train/"), **self.log.last("eval/"), "step": self._seen}

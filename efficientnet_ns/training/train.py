@@ -261,7 +261,7 @@ def _fit(
         (session.start, whole, session.chunk),
         (session.total - rest, 1 if rest else 0, rest),
     ):
-        if epochs:
+        if epochs and not session.ended:
             batches = functools.partial(inputs.training_batches, first)
             model.fit(
                 distribution.distribute(strategy, batches),

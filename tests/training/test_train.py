@@ -39,7 +39,7 @@ from fakes import (
 from efficientnet_ns.config import Config, ConfigError, check
 from efficientnet_ns.config.preemption import StopRequest
 from efficientnet_ns.data import pipeline
-from efficientnet_ns.evaluation import evaluate
+from efficientnet_ns.evaluation import accuracy, evaluate
 from efficientnet_ns.files import json_files, metrics_log, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.leases import LeaseLost
@@ -297,6 +297,25 @@ def test_loss_that_explodes(folder):
     assert f"Last good checkpoint: {last}." in str(error.value)
     assert saved_steps(config.train.model_dir) == [1]
     assert all(np.isfinite(value).all() for value in tensors(config.train.model_dir, 1).values())
+
+
+def test_patience(folder, monkeypatch):
+    """The second of two evaluations in a row that are no better ends the training, for good."""
+    accuracies = iter([0.5, 0.6, 0.6, 0.4, 0.9])
+    others = {"top5": 1.0, "loss": 1.0, "examples": 1.0}
+    monkeypatch.setattr(
+        accuracy.Evaluator, "__call__", lambda *_: {"top1": next(accuracies), **others}
+    )
+    config = settings(folder, "patience", train_steps=9, iterations_per_loop=2).override(
+        steps_per_eval=2, patience=2, save_checkpoints_steps=6
+    )
+    metrics = train.train_and_evaluate(config)
+    assert (metrics["step"], metrics["eval/top1"]) == (8, 0.4)
+    assert saved_steps(config.train.model_dir)[-1] == 8
+    assert train.train_and_evaluate(config) == metrics
+    assert next(accuracies) == 0.9
+    # Those who want the rest get it.
+    assert train.train_and_evaluate(config.override(patience=0), evaluate=False)["step"] == 9
 
 
 @pytest.fixture
