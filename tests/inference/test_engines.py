@@ -62,6 +62,12 @@ def test_probabilities(engine, pixels, expected, n):
     assert expected.std(0).max() > 1e-2  # The images differ for this model.
 
 
+def test_views_of_an_array(engine, pixels, expected):
+    """One of several views of each image: its rows do not follow each other in memory."""
+    views = np.stack([pixels, pixels[:, :, ::-1]], 1)
+    np.testing.assert_allclose(engine(views[:, 0]), expected, atol=1e-5)
+
+
 def test_many_threads(engine, pixels, expected):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda i: engine(pixels[i : i + 3]), [i % 8 for i in range(64)]))
