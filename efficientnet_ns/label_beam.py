@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 
 from efficientnet_ns import config
-from efficientnet_ns.config import BeamConfig, Config
+from efficientnet_ns.config import PipelineConfig, Config
 
 
-def main(settings: Config, job: BeamConfig, beam_options: list[str]) -> None:
+def main(settings: Config, job: PipelineConfig, beam_options: list[str]) -> None:
     from efficientnet_ns.loop import labeling
 
     print(json.dumps(labeling.label_on_beam(settings, job, beam_options)))
 
 
 if __name__ == "__main__":
-    config.run(main, Config, BeamConfig, words=True)
+    config.run(main, Config, PipelineConfig, words=True)

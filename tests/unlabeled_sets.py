@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.config import Config
+from efficientnet_ns.config import Config, PipelineConfig, SelectConfig
 from efficientnet_ns.files import shard_names, tfrecords
+from efficientnet_ns.loop import labeling
 from efficientnet_ns.models import weights
 from efficientnet_ns.pseudo_labels.index import IndexWriter
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
@@ -52,6 +53,32 @@ def save_teacher(prefix: Path, num_classes: int, seed: int) -> None:
 def config(task: Path, **values) -> Config:
     defaults = {"model_name": "efficientnet-test", "task_name": str(task), "eval_batch_size": 4}
     return Config().override(**{**defaults, **values})
+
+
+def pipeline_stages(
+    folder: Path, work: Path, num_shards: int, **values
+) -> tuple[Config, SelectConfig]:
+    """Prediction and selection of the set in `folder/unlabeled` with `folder/teacher`, in `work`."""
+    defaults = {
+        "predict_ckpt_path": str(folder / "teacher"),
+        "unlabel_data_dir": str(folder / "unlabeled"),
+        "num_shards": num_shards,
+        "file_prefix": "extra",
+        "max_bad_fraction": 0.1,
+    }
+    job = {"num_image": 20, "min_threshold": 0.1}
+    job |= {name: values.pop(name) for name in ("exclude", "reviewed") if name in values}
+    settings = config(folder / f"task_{CLASSES}.json", **{**defaults, **values})
+    return labeling.pipeline_stages(settings, PipelineConfig(work_dir=str(work), **job))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Relative path → content of every file."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def corrupt(path: Path, chosen: np.ndarray) -> None:

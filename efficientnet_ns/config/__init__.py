@@ -19,11 +19,12 @@ from efficientnet_ns.config.fields import (
 )
 from efficientnet_ns.config.ingest import MakeConfig, SvhnConfig
 from efficientnet_ns.config.labeling import (
-    BeamConfig,
     CheckConfig,
     FilterConfig,
     ImportConfig,
     LabelsConfig,
+    PipelineConfig,
+    RayConfig,
     ReportConfig,
     SelectConfig,
     shard_list,
@@ -50,7 +51,6 @@ from efficientnet_ns.config.sections import (
 )
 
 __all__ = [
-    "BeamConfig",
     "BenchmarkConfig",
     "CheckConfig",
     "Config",
@@ -72,7 +72,9 @@ __all__ = [
     "OwnSetConfig",
     "PhotosConfig",
     "PicturesConfig",
+    "PipelineConfig",
     "PredictConfig",
+    "RayConfig",
     "ReportConfig",
     "RobustnessConfig",
     "SelectConfig",

@@ -8,12 +8,20 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+_limit = math.inf
+
+
+def limit_cpus(cores: float) -> None:
+    """Makes `available_cpus` of this process at most `cores`: what a scheduler reserved for it."""
+    global _limit
+    _limit = cores
+
 
 def available_cpus(groups: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgroup") -> int:
     """CPU cores that this process may use, at least 1.
 
-    The smaller of its affinity (taskset, Slurm) and the CPU quota of its control groups
-    (containers), rounded up.
+    The smallest of its affinity (taskset, Slurm), the CPU quota of its control groups (containers)
+    and `limit_cpus`, rounded up.
 
     Args:
       groups: lists the control groups of the process.
@@ -22,7 +30,7 @@ def available_cpus(groups: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cg
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    return max(1, min([cores, *map(math.ceil, _quotas(groups, Path(mounted)))]))
+    return max(1, math.ceil(min([cores, *_quotas(groups, Path(mounted)), _limit])))
 
 
 def _quotas(groups: str, mounted: Path) -> Iterator[float]:

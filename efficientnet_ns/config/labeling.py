@@ -1,4 +1,4 @@
-"""Settings of selection and writing, of the labeling report, and of the Beam pipeline."""
+"""Settings of selection and writing, of the labeling report, and of labeling by many machines."""
 
 from __future__ import annotations
 
@@ -243,8 +243,8 @@ class LabelsConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class BeamConfig(Settings):
-    """Where the Beam job works, and what it selects."""
+class PipelineConfig(Settings):
+    """Where `label_beam.py` and `label_ray.py` work, and what they select."""
 
     work_dir: str = setting(
         "",
@@ -257,7 +257,35 @@ class BeamConfig(Settings):
     upsample: int = _of_selection("upsample")
     use_top: int = _of_selection("use_top")
     use_all: bool = _of_selection("use_all")
+    exclude: str = _of_selection("exclude")
+    reviewed: str = _of_selection("reviewed")
     num_samples: int = _of_selection("num_samples")
+
+
+@dataclasses.dataclass(frozen=True)
+class RayConfig(Settings):
+    """The Ray cluster, and the actors of `label_ray.py` that hold the teacher."""
+
+    ray_address: str = setting(
+        "",
+        "Address of the cluster; default: RAY_ADDRESS, else the cluster that this machine belongs to, "
+        "else one on this machine only.",
+    )
+    min_actors: int = setting(
+        1,
+        "Actors that are requested at once, so that a cluster that scales itself adds nodes for them.",
+        low=1,
+    )
+    max_actors: int = setting(
+        0, "More actors, up to this number, where the cluster has room; 0: as many as fit.", low=0
+    )
+    cpus_per_actor: float = setting(
+        1.0, "CPU cores that an actor reserves and decodes and computes on.", low=0.01
+    )
+    gpus_per_actor: float = setting(0.0, "GPUs that an actor reserves.", low=0)
+    resources_per_actor: str = setting(
+        "", "Other resources of Ray that an actor reserves, such as TPU=4,big_disk=1."
+    )
 
 
 def shard_list(text: str | None, num_shards: int) -> list[int]:

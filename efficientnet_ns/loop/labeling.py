@@ -1,4 +1,4 @@
-"""Several stages of labeling in one call: what filter_unlabel, labeling_report and label_beam do."""
+"""Several stages of labeling in one call: what the programs that filter, report and label whole sets do."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 import tensorflow as tf
 
 from efficientnet_ns.config import (
-    BeamConfig,
     Config,
     ConfigError,
     FilterConfig,
+    PipelineConfig,
+    RayConfig,
     ReportConfig,
     SelectConfig,
+    check,
     require,
     shard_list,
 )
@@ -86,7 +88,9 @@ def completed(selection: SelectConfig) -> SelectConfig:
     return dataclasses.replace(selection, file_prefix=prefix, num_shards=num_shards)
 
 
-def label_on_beam(config: Config, job: BeamConfig, beam_options: Sequence[str]) -> dict[str, Any]:
+def label_on_beam(
+    config: Config, job: PipelineConfig, beam_options: Sequence[str]
+) -> dict[str, Any]:
     """Labels, selects and writes as one Beam pipeline.
 
     Args:
@@ -104,16 +108,36 @@ def label_on_beam(config: Config, job: BeamConfig, beam_options: Sequence[str]) 
         raise ConfigError(
             f"unexpected argument {beam_options[0]!r}; every setting is a --flag=value"
         )
-    if not (job.work_dir and config.data.unlabel_data_dir):
-        raise ConfigError("--work_dir and --unlabel_data_dir are needed")
-    _check_whole(config)
+    _check_whole(config, job)
     from efficientnet_ns.pseudo_labels import beam  # Beam is optional.
 
-    return beam.label(*beam_stages(data_source.with_records(config), job), beam_options)
+    return beam.label(*pipeline_stages(data_source.with_records(config), job), beam_options)
 
 
-def _check_whole(config: Config) -> None:
-    """ConfigError for flags of main that select a part of the work: a pipeline does all of it."""
+def label_on_ray(config: Config, job: PipelineConfig, pool: RayConfig) -> dict[str, Any]:
+    """Labels, selects and writes on a Ray cluster.
+
+    Args:
+      config, job: see `label_on_beam`.
+      pool: the cluster and its actors.
+
+    Returns:
+      What `ray_cluster.label` returns.
+
+    Raises:
+      ConfigError: a setting is missing, or would have no effect in a pipeline.
+    """
+    _check_whole(config, job)
+    check(pool)
+    from efficientnet_ns.pseudo_labels import ray_cluster  # Ray is optional.
+
+    return ray_cluster.label(*pipeline_stages(data_source.with_records(config), job), pool)
+
+
+def _check_whole(config: Config, job: PipelineConfig) -> None:
+    """ConfigError for missing folders, and for flags of main that select a part of the work."""
+    if not (job.work_dir and config.data.unlabel_data_dir):
+        raise ConfigError("--work_dir and --unlabel_data_dir are needed")
     options = config.predict
     for name in ("output_dir", "info_dir", "worker_id"):
         if getattr(options, name):
@@ -128,8 +152,8 @@ def _check_whole(config: Config) -> None:
         )
 
 
-def beam_stages(config: Config, job: BeamConfig) -> tuple[Config, SelectConfig]:
-    """The settings of the prediction and of the selection of a Beam job."""
+def pipeline_stages(config: Config, job: PipelineConfig) -> tuple[Config, SelectConfig]:
+    """The settings of the prediction and of the selection of a whole set."""
     folder = {
         name: os.path.join(job.work_dir, name)
         for name in ("predictions", "info", "statistics", "selected")

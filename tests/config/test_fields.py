@@ -14,7 +14,7 @@ from absl import flags
 
 from efficientnet_ns import config
 from efficientnet_ns.config import (
-    BeamConfig,
+    PipelineConfig,
     BenchmarkConfig,
     CheckConfig,
     Config,
@@ -68,7 +68,7 @@ ENTRIES = {
     "check_data": [CheckConfig],
     "check_labels": [LabelsConfig],
     "labeling_report": [SelectConfig, ReportConfig],
-    "label_beam": [Config, BeamConfig],
+    "label_beam": [Config, PipelineConfig],
     "evaluate_robustness": [Config, OwnSetConfig, RobustnessConfig],
     "make_records": [MakeConfig],
     "proc_svhn": [SvhnConfig],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from efficientnet_ns.config import (
-    BeamConfig,
+    PipelineConfig,
     Config,
     ConfigError,
     FilterConfig,
@@ -27,7 +27,7 @@ from efficientnet_ns.loop import labeling
 def test_flags_that_would_change_nothing(entry_flags, arguments, message):
     needed = ["--work_dir=w", "--unlabel_data_dir=u"] if arguments else []
     values = entry_flags("label_beam", needed + arguments)
-    settings = [from_flags(cls, values) for cls in (Config, BeamConfig)]
+    settings = [from_flags(cls, values) for cls in (Config, PipelineConfig)]
     with pytest.raises(ConfigError, match=message):
         labeling.label_on_beam(*settings, [])
 

@@ -11,13 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from unlabeled_sets import CLASSES, config, corrupt, png, save_teacher, write_shards
+from unlabeled_sets import (
+    CLASSES,
+    contents,
+    corrupt,
+    pipeline_stages,
+    png,
+    save_teacher,
+    write_shards,
+)
 
-from efficientnet_ns.config import BeamConfig, Config, ConfigError, SelectConfig
+from efficientnet_ns.config import Config, ConfigError, SelectConfig
 from efficientnet_ns.files import manifests, shard_names, tfexamples
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.inference.teacher import TeacherPredictor
-from efficientnet_ns.loop import labeling
 from efficientnet_ns.pseudo_labels import label_shard, predict, write
 from efficientnet_ns.pseudo_labels.selection import select
 
@@ -64,25 +71,7 @@ def one_predictor() -> Iterator[None]:
 
 
 def stages(folder: Path, work: Path, **values) -> tuple[Config, SelectConfig]:
-    defaults = {
-        "predict_ckpt_path": str(folder / "teacher"),
-        "unlabel_data_dir": str(folder / "unlabeled"),
-        "num_shards": SHARDS,
-        "file_prefix": "extra",
-        "total_replicas": 2,
-        "max_bad_fraction": 0.1,
-    }
-    settings = config(folder / f"task_{CLASSES}.json", **{**defaults, **values})
-    job = BeamConfig(work_dir=str(work), num_image=20, min_threshold=0.1)
-    return labeling.beam_stages(settings, job)
-
-
-def files(work: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(work)): path.read_bytes()
-        for path in sorted(work.rglob("*"))
-        if path.is_file()
-    }
+    return pipeline_stages(folder, work, SHARDS, **{"total_replicas": 2, **values})
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +88,11 @@ def ordinary(folder) -> Path:
 
 def test_files_are_those_of_the_ordinary_commands(beam, folder, ordinary, tmp_path):
     result = beam.label(*stages(folder, tmp_path), [RUNNER])
-    assert files(tmp_path) == files(ordinary)
+    assert contents(tmp_path) == contents(ordinary)
     assert (result["unreadable"], result["available"]) == (1, 75)
     assert result["records"] == CLASSES * 20
     # Among them everything that there is to make, of every worker and shard.
-    names = {Path(name).name for name in files(tmp_path)}
+    names = {Path(name).name for name in contents(tmp_path)}
     for shard in range(SHARDS):
         assert {f"train-info-{shard:05d}-of-00003-{w:05d}" for w in range(2)} <= names
         assert f"train-0-{shard:05d}-of-00003" in names
@@ -125,7 +114,7 @@ def test_finished_shards_are_not_done_again(beam, folder, ordinary, tmp_path, mo
     beam.label(prediction, selection, [RUNNER])
     assert sorted(done) == [f"train-info-{s:05d}-of-00003-{w:05d}" for s, w in
                             [(0, 0), (1, 0), (1, 1), (2, 0)]]  # fmt: skip
-    assert files(tmp_path) == files(ordinary)
+    assert contents(tmp_path) == contents(ordinary)
     monkeypatch.setattr(predict, "TeacherPredictor", None)  # Without work no model is loaded.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*0*-of-0*")}
     beam.label(prediction, selection, [RUNNER])
@@ -157,7 +146,7 @@ def test_bundle_that_fails_is_started_again(beam, folder, ordinary, tmp_path, mo
         beam.label(prediction, selection, [RUNNER])
     assert list(tmp_path.rglob(".part-*"))
     beam.label(*stages(folder, tmp_path), [RUNNER])
-    assert files(tmp_path) == files(ordinary)
+    assert contents(tmp_path) == contents(ordinary)
 
 
 def test_shard_with_too_many_bad_records_is_refused_after_the_others(beam, folder, tmp_path):
@@ -227,7 +216,7 @@ def test_command_with_several_processes(beam, folder, ordinary, tmp_path):
     )
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert json.loads(answer.stdout.splitlines()[-1])["records"] == CLASSES * 20
-    assert files(tmp_path) == files(ordinary)
+    assert contents(tmp_path) == contents(ordinary)
     # An error inside a worker: the message alone, and the exit code of unusable data.
     damaged = tmp_path / "selected" / "selection.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-10])

@@ -1,0 +1,203 @@
+"""Labeling, selection and writing on a Ray cluster: one task per unit, on actors that hold the teacher.
+
+This process hands out the units of `whole_set`, selects, and lets Ray write shards as tasks. An actor
+that Ray cannot place yet waits until a node has room; a unit whose actor or node is lost goes back to
+the others. Nothing but files is shared: all nodes must see the folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator
+from typing import Any
+
+from absl import logging
+
+from efficientnet_ns.config import Config, ConfigError, RayConfig, SelectConfig
+from efficientnet_ns.config.cpus import limit_cpus
+from efficientnet_ns.files.progress import Progress
+from efficientnet_ns.pseudo_labels import whole_set, write
+from efficientnet_ns.pseudo_labels.whole_set import StepFailed, Unit
+
+try:
+    import ray
+    import ray.exceptions
+except ImportError as e:
+    raise ConfigError(f"Ray cannot be imported ({e}): pip install 'efficientnet-ns[ray]'") from e
+
+_TICK = 1.0  # Seconds between two looks at what has joined.
+_LOSSES = 10  # Actors that one unit may cost: what ends each of them is not the node.
+
+
+def label(prediction: Config, selection: SelectConfig, pool: RayConfig) -> dict[str, object]:
+    """Labels all shards, selects, and writes the balanced records; finished work is skipped.
+
+    Args:
+      prediction: see `whole_set.unfinished`.
+      selection: from these predictions.
+      pool: the cluster, and what actors there are.
+
+    Returns:
+      See `whole_set.finish`.
+
+    Raises:
+      ConfigError, DataError, manifests.OutputConflict: see `predict.predict`, `selection.select` and
+        `write.write`; existing outputs are checked before the cluster is looked for.
+      StepFailed: a unit ended every actor that had it, or no actor can start.
+    """
+    _resources(pool)
+    units = whole_set.unfinished(prediction)
+    with _connected(pool.ray_address):
+        refused = _Pool(prediction, pool, units).run() if units else []
+        _write(selection, whole_set.select_shards(refused, selection))
+    return whole_set.finish(prediction, selection)
+
+
+@contextlib.contextmanager
+def _connected(address: str) -> Iterator[None]:
+    """Within it, this process is connected to the cluster."""
+    if ray.is_initialized():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address or None, log_to_driver=False, logging_level="ERROR")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray takes it.
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _resources(pool: RayConfig) -> dict[str, float]:
+    """What an actor reserves, by Ray's names."""
+    needed = {"CPU": pool.cpus_per_actor, "GPU": pool.gpus_per_actor}
+    for part in filter(None, pool.resources_per_actor.split(",")):
+        name, _, amount = part.strip().partition("=")
+        try:
+            needed[name] = float(amount)
+        except ValueError:
+            needed[name] = math.nan
+        if not needed[name] > 0 or name in ("", "CPU", "GPU"):
+            raise ConfigError(
+                f"--resources_per_actor={pool.resources_per_actor}: {part!r} is not name=amount of a "
+                "resource that is neither CPU nor GPU"
+            )
+    return {name: amount for name, amount in needed.items() if amount}
+
+
+class _Labeler:
+    """An actor: the teacher, on the cores that were reserved for it."""
+
+    def __init__(self, prediction: Config, cpus: float):
+        limit_cpus(cpus)
+        self._prediction = prediction
+
+    def load(self) -> None:
+        """Loads the teacher."""
+        self._teacher = whole_set.load_teacher(self._prediction)
+
+    def label(self, unit: Unit) -> str:
+        """See `whole_set.label`."""
+        return whole_set.label(self._prediction, unit, self._teacher)
+
+
+class _Pool:
+    """Labels units on as many actors as there are places for.
+
+    Every actor has a call: it loads the teacher, which waits until Ray has placed it, or labels a
+    unit. One without work is dropped.
+    """
+
+    def __init__(self, prediction: Config, options: RayConfig, units: list[Unit]):
+        self._prediction, self._options = prediction, options
+        self._needed = _resources(options)
+        others = {k: v for k, v in self._needed.items() if k not in ("CPU", "GPU")}
+        self._actor: Any = ray.remote(_Labeler).options(
+            num_cpus=options.cpus_per_actor, num_gpus=options.gpus_per_actor, resources=others
+        )
+        self._waiting = deque(units)
+        # Call → (actor, its unit; None: it loads the teacher).
+        self._calls: dict[Any, tuple[Any, Unit | None]] = {}
+        self._losses: Counter[Unit | None] = Counter()
+
+    def run(self) -> list[str]:
+        """Labels all; returns the messages of `whole_set.label`."""
+        refused = []
+        if not _places(ray.cluster_resources(), self._needed):
+            logging.warning("no node has room for an actor, which needs %s: waiting", self._needed)
+        with Progress(len(self._waiting), "labeling", "shards") as progress:
+            while self._waiting or self._working():
+                self._grow()
+                finished, _ = ray.wait(list(self._calls), timeout=_TICK)
+                for call in finished:
+                    actor, unit = self._calls.pop(call)
+                    try:
+                        answer = _result(call)
+                    except ray.exceptions.RayError as e:
+                        self._lose(actor, unit, e)
+                        continue
+                    if unit is None:
+                        self._losses[None] = 0
+                    else:
+                        refused.append(answer)
+                        progress.update(1, f"{len(self._calls) + 1} actors")
+                    if self._waiting:
+                        given = self._waiting.popleft()
+                        self._calls[actor.label.remote(given)] = actor, given
+                    else:
+                        ray.kill(actor)
+        for actor, _ in self._calls.values():
+            ray.kill(actor)
+        return refused
+
+    def _working(self) -> int:
+        return sum(unit is not None for _, unit in self._calls.values())
+
+    def _grow(self) -> None:
+        """Requests the least number of actors, and more where there is room."""
+        actors, working = len(self._calls), self._working()
+        room = _places(ray.available_resources(), self._needed) - (actors - working)
+        limit = min(self._options.max_actors or math.inf, len(self._waiting) + working)
+        for _ in range(actors, int(min(max(self._options.min_actors, actors + room), limit))):
+            actor = self._actor.remote(self._prediction, self._options.cpus_per_actor)
+            self._calls[actor.load.remote()] = actor, None
+
+    def _lose(self, actor: Any, unit: Unit | None, error: Exception) -> None:
+        """Another actor does the unit of a lost one, last of all: others may hold its lease a while."""
+        ray.kill(actor)
+        self._losses[unit] += 1
+        what = f"shard {unit[1]}" if unit else "loading the teacher"
+        if self._losses[unit] >= _LOSSES:
+            raise StepFailed(f"{what} ended {_LOSSES} actors one after the other: {error}")
+        logging.warning("an actor was lost at %s", what)
+        if unit is not None:
+            self._waiting.append(unit)
+
+
+def _places(resources: dict[str, float], needed: dict[str, float]) -> int:
+    """How many actors fit into resources, as if these were of one node."""
+    return int(min(resources.get(name, 0.0) / amount for name, amount in needed.items()))
+
+
+def _result(call: Any) -> Any:
+    """The result of a call that has finished; raises what our code raised, as it was."""
+    try:
+        return ray.get(call)
+    except ray.exceptions.RayTaskError as e:
+        raise e.cause from e
+
+
+def _write(selection: SelectConfig, shards: list[int]) -> None:
+    one = ray.remote(write.write_shards).options(num_cpus=1, max_retries=_LOSSES)
+    waiting = [one.remote(selection, [shard]) for shard in shards]
+    with Progress(len(shards), "writing balanced records", "shards") as progress:
+        while waiting:
+            finished, waiting = ray.wait(waiting, timeout=_TICK)
+            for call in finished:
+                _result(call)
+                progress.update(1)
