@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 
 from efficientnet_ns import config
-from efficientnet_ns.config import PipelineConfig, Config
+from efficientnet_ns.config import Config, PipelineConfig
 
 
 def main(settings: Config, job: PipelineConfig, beam_options: list[str]) -> None:

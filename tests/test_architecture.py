@@ -27,6 +27,7 @@ ENTRIES = {
     "check_labels",
     "labeling_report",
     "label_beam",
+    "label_ray",
     "noisy_student",
     "export_model",
     "convert_checkpoint",

@@ -25,6 +25,7 @@ MANY = f"--unlabel_data_dir=unlabeled {PSEUDO} --task_name=data/task.json --num_
 STUDENT = "--unlabel_data_dir=selected/data --unlabel_ratio=1 --teacher_softmax_temp=1"
 STAGES = "--models=efficientnet-test,efficientnet-test"
 QUICK = f"{STAGES} --input_image_size=16 --teacher_steps=2 --train_steps=2 --train_batch_size=4"
+WHOLE = "--model_dir=teacher --unlabel_data_dir=unlabeled --num_image=4 --min_threshold=0"
 # Program and arguments, in the order in which they need each other.
 COMMANDS = [
     "make_records --source=photos --output_dir=data --validation_fraction=0.2",
@@ -39,7 +40,7 @@ COMMANDS = [
     "main --mode=predict --model_dir=teacher --unlabel_data_dir=data --output_dir=own --shard_id=auto",
     "check_labels --label_data_dir=data --prediction_dir=own --output_dir=doubts",
     f"filter_unlabel {MANY} --exclude=checked/exclude.csv",
-    f"labeling_report {MANY} --report_path=labels.html",
+    f"labeling_report {MANY} --report_path=labels.html --label_next=3",
     f"main --mode=train --model_dir=student {SMALL} {STUDENT} --augment_name=randaugment",
     "main --mode=eval --model_dir=student",
     "export_model --model_dir=student --export_dir=exported",
@@ -51,7 +52,8 @@ COMMANDS = [
     "--corrupt=brightness --severities=1",
     "list_models",
     f"noisy_student --labeled=photos --unlabeled=more --work_dir=run {QUICK}",
-    "label_beam --model_dir=teacher --unlabel_data_dir=unlabeled --work_dir=beam --num_image=4 --min_threshold=0",
+    f"label_beam --work_dir=beam {WHOLE}",
+    f"label_ray --work_dir=ray {WHOLE}",
 ]
 
 
@@ -67,7 +69,7 @@ def test_programs_print_nothing_foreign(tmp_path):
         program, *arguments = command.split()
         line = [sys.executable, "-m", f"efficientnet_ns.{program}", *arguments]
         done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        if program == "label_beam" and "apache-beam" in done.stderr and done.returncode:
+        if done.returncode and "cannot be imported" in done.stderr:
             continue
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         plan = set()

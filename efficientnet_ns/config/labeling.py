@@ -135,10 +135,16 @@ class ReportConfig(Settings):
         "class, on which a person confirms, corrects or rejects labels.",
         low=0,
     )
+    label_next: int = setting(
+        0,
+        "Also write label_next.csv and label_next.html beside the report: up to N images whose label would "
+        "teach most, by the margin between two classes, of every class, without near copies.",
+        low=0,
+    )
     report_shards: int = setting(4, "Shards that pictures are taken from.", low=1)
 
 
-def _of_selection(name: str) -> Any:
+def of_selection(name: str) -> Any:
     """The setting that filter_unlabel has under that name."""
     field = SelectConfig.__dataclass_fields__[name]
     return dataclasses.field(default=field.default, metadata=field.metadata)
@@ -154,8 +160,8 @@ class ImportConfig(Settings):
         "files; several teachers joined with ';'.",
     )
     unlabel_data_dir: str = setting("", "Folder of the unlabeled records.")
-    file_prefix: str = _of_selection("file_prefix")
-    num_shards: int = _of_selection("num_shards")
+    file_prefix: str = of_selection("file_prefix")
+    num_shards: int = of_selection("num_shards")
     output_dir: str = setting("", "Folder of the predictions.")
     info_dir: str = setting("", "Folder of the counts; default: output_dir.")
     task_name: str | None = setting(
@@ -210,8 +216,8 @@ class CheckConfig(Settings):
         "", "Folder whose sets are all evaluation images; several joined with ';'."
     )
     unlabel_data_dir: str = setting("", "Folder of the unlabeled records.")
-    file_prefix: str = _of_selection("file_prefix")
-    num_shards: int = _of_selection("num_shards")
+    file_prefix: str = of_selection("file_prefix")
+    num_shards: int = of_selection("num_shards")
     prediction_dir: str = setting(
         "",
         "Predictions for the unlabeled records, whose index has the fingerprints; default: the images "
@@ -250,16 +256,16 @@ class PipelineConfig(Settings):
         "",
         "Folder for `predictions`, `info`, `statistics` and `selected`; all workers must see it.",
     )
-    selection: str = _of_selection("selection")
-    num_image: int = _of_selection("num_image")
-    min_threshold: float = _of_selection("min_threshold")
-    max_prob: float = _of_selection("max_prob")
-    upsample: int = _of_selection("upsample")
-    use_top: int = _of_selection("use_top")
-    use_all: bool = _of_selection("use_all")
-    exclude: str = _of_selection("exclude")
-    reviewed: str = _of_selection("reviewed")
-    num_samples: int = _of_selection("num_samples")
+    selection: str = of_selection("selection")
+    num_image: int = of_selection("num_image")
+    min_threshold: float = of_selection("min_threshold")
+    max_prob: float = of_selection("max_prob")
+    upsample: int = of_selection("upsample")
+    use_top: int = of_selection("use_top")
+    use_all: bool = of_selection("use_all")
+    exclude: str = of_selection("exclude")
+    reviewed: str = of_selection("reviewed")
+    num_samples: int = of_selection("num_samples")
 
 
 @dataclasses.dataclass(frozen=True)

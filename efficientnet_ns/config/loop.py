@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from efficientnet_ns.config.fields import Settings, setting
+from efficientnet_ns.config.labeling import of_selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,8 @@ class LoopConfig(Settings):
     min_threshold: float = setting(
         0.3, "Lowest confidence of a pseudo label that is kept.", low=0, high=1
     )
+    exclude: str = of_selection("exclude")
+    reviewed: str = of_selection("reviewed")
 
 
 # Update steps in a quick study, at most. With fewer, the teacher of the digits has learned too little.

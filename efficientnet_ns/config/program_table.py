@@ -74,11 +74,17 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
             "previous_prediction_dir",
             "class_names",
             "review_images",
+            "label_next",
         ),
     ),
     "label_beam": (
         *("model_dir", "unlabel_data_dir", "work_dir", "num_image", "min_threshold", "task_name"),
         *("predict_ckpt_path", "total_replicas", "file_prefix", "num_shards", "max_bad_fraction"),
+    ),
+    "label_ray": (
+        *("model_dir", "unlabel_data_dir", "work_dir", "num_image", "min_threshold", "task_name"),
+        *("ray_address", "min_actors", "max_actors", "cpus_per_actor", "gpus_per_actor"),
+        *("resources_per_actor", "predict_ckpt_path", "file_prefix", "max_bad_fraction"),
     ),
     "predict_image": (
         *("model_dir", "weights", "top", "json", "ema", "model_name", "task_name"),

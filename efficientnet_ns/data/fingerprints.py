@@ -92,3 +92,19 @@ def fingerprints(grids: np.ndarray) -> np.ndarray:
     bits[grids.reshape(len(grids), -1).std(1) < _LEAST_DEVIATION] = False
     packed = np.packbits(bits, axis=1, bitorder="little")
     return np.ascontiguousarray(packed).view("<u8").astype(np.uint64)
+
+
+def are_copies(marks: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Whether an image is a copy of others: equal content, or fingerprints that are near.
+
+    Args:
+      marks: of the image, uint64 [5].
+      others: uint64 [N, 5].
+
+    Returns:
+      bool [N].
+    """
+    words = np.ascontiguousarray(others[:, 1:] ^ marks[1:]).view(np.uint8)
+    near = np.unpackbits(words, axis=1).sum(1) <= THRESHOLD
+    structured = marks[1:].any() & others[:, 1:].any(1)
+    return (others[:, 0] == marks[0]) | (near & structured)

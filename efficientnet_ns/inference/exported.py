@@ -17,6 +17,7 @@ from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.files import local_files, manifests
 from efficientnet_ns.inference import engines, lite_files
+from efficientnet_ns.inference.meter import Meter
 from efficientnet_ns.resolve import stored_model
 
 _BATCH = 8
@@ -65,7 +66,8 @@ class ExportedModel:
 
     Attributes:
       output_shape: (None, C), as that of a Keras model.
-      name, batch_size, concurrency, group: as those of an engine and of a `TeacherPredictor`.
+      name, batch_size, concurrency, group, meter: as those of an engine and of a `TeacherPredictor`;
+        decoding is part of the inference.
       num_classes: C.
     """
 
@@ -75,7 +77,7 @@ class ExportedModel:
         self.num_classes = task.num_classes if task else 0
         self.output_shape = (None, self.num_classes)
         self.name, self.batch_size, self.group = "export", _BATCH, 4 * _BATCH
-        self.concurrency, self.engine = max(2, available_cpus()), self
+        self.concurrency, self.engine, self.meter = max(2, available_cpus()), self, Meter()
 
     def run(self, encoded: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities float32 [N, C], and whether each image could be decoded, bool [N]."""
@@ -98,8 +100,10 @@ class ExportedModel:
         """As `TeacherPredictor.label`."""
         if not images:
             return np.zeros([0, self.num_classes], np.float32), {}
-        probabilities, valid = self.run([image or b"" for image in images])
+        with self.meter.timed("inference_us"):
+            probabilities, valid = self.run([image or b"" for image in images])
         bad = [i for i, good in enumerate(valid) if not good and images[i] is not None]
+        self.meter.add_images(images, len(images) - int(np.sum(valid)))
         return probabilities, dict.fromkeys(bad, "the image cannot be decoded")
 
 

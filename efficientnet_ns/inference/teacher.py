@@ -20,6 +20,7 @@ from efficientnet_ns.data import fingerprints, pipeline
 from efficientnet_ns.data import images as images_lib
 from efficientnet_ns.devices import distribution
 from efficientnet_ns.inference import engines, views
+from efficientnet_ns.inference.meter import Meter
 from efficientnet_ns.models import layers, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
@@ -39,6 +40,7 @@ class TeacherPredictor:
       fingerprinted: whether `marked` gives fingerprints, too.
       group: the largest number of images per call of `label`. Predictions are bit-identical if
         groups start at the same images.
+      meter: counts what it does.
     """
 
     def __init__(self, resolved: ResolvedConfig, checkpoint: str):
@@ -79,6 +81,7 @@ class TeacherPredictor:
                 images_lib.decode_reduced, size=self._size, fraction=fraction
             )
         self._decode = self._decoder(prepare)
+        self.meter = Meter()
         logging.info("labeling on %s, %d at a time", self.engine.name, self.engine.concurrency)
 
     def of_whole_images(self) -> TeacherPredictor:
@@ -122,12 +125,15 @@ class TeacherPredictor:
         """As `label`, and the images' `fingerprints.marks`, uint64 [N, 5]; [N, 0] without."""
         if not images:
             return np.zeros([0, self.num_classes], np.float32), {}, self._marks([], None)
-        pixels, grids, problems = self._pixels(images)
-        probs = views.average(self.engine, pixels)
+        with self.meter.timed("decode_us"):
+            pixels, grids, problems = self._pixels(images)
+        with self.meter.timed("inference_us"):
+            probs = views.average(self.engine, pixels)
         for place in np.flatnonzero(~np.isfinite(probs).all(1)):
             problems[int(place)] = "the predicted probabilities are NaN or infinite"
         empty = [i for i, image in enumerate(images) if image is None or i in problems]
         probs[empty] = 0
+        self.meter.add_images(images, len(empty))
         return probs, problems, self._marks(images, grids)
 
     def _marks(self, images: Sequence[bytes | None], grids: np.ndarray | None) -> np.ndarray:

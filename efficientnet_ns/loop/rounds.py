@@ -26,7 +26,7 @@ from efficientnet_ns.files import shard_names
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.loop.state import State
 from efficientnet_ns.models.recipes import EPOCHS_OF_TRAIN_STEPS, RECIPES
-from efficientnet_ns.pseudo_labels import predict, unlabeled_set, write
+from efficientnet_ns.pseudo_labels import index, predict, unlabeled_set, write
 from efficientnet_ns.pseudo_labels.selection import select
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training import train
@@ -115,6 +115,7 @@ def check(config: Config, loop: LoopConfig) -> list[Config]:
     if any(training.train.unlabel_ratio <= 0 for training in trainings[1:]):
         raise ConfigError("a positive --unlabel_ratio is needed for every student")
     _unlabeled_set(config.data.unlabel_data_dir, config)
+    index.decisions(stage_configs(config, loop, 1)[1])
     return trainings
 
 
@@ -248,6 +249,8 @@ def selection_config(prediction: Config, loop: LoopConfig, folder: str) -> Selec
         num_shards=options.num_shards,
         num_image=loop.num_image,
         min_threshold=loop.min_threshold,
+        exclude=loop.exclude,
+        reviewed=loop.reviewed,
         num_label_classes=ResolvedConfig.from_config(prediction).num_classes,
         file_prefix=options.file_prefix,
         seed=prediction.train.seed,

@@ -14,7 +14,7 @@ from efficientnet_ns.config import ConfigError, comparable
 from efficientnet_ns.files import json_files, manifests, object_stores, progress
 
 # Settings that may change until the first selection is made.
-_UNTIL_SELECTED = ("num_image", "min_threshold")
+_UNTIL_SELECTED = ("num_image", "min_threshold", "exclude", "reviewed")
 
 
 class State:

@@ -19,6 +19,7 @@ from efficientnet_ns.pseudo_labels.whole_set import StepFailed
 
 try:
     import apache_beam
+    from apache_beam.metrics import Metrics
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.runner import PipelineState
     from apache_beam.utils.shared import Shared
@@ -48,7 +49,7 @@ def label(
       StepFailed: the same errors and those of `selection.select` and `write.write`, in a worker of
         another process.
     """
-    units = whole_set.unfinished(prediction)
+    units = whole_set.unfinished(prediction, selection)
     options = PipelineOptions(list(beam_arguments))
     with _errors_of_workers(), apache_beam.Pipeline(options=options) as pipeline:
         _build(pipeline, units, prediction, selection)
@@ -86,7 +87,8 @@ def _build(
 class _Predict(apache_beam.DoFn):
     """Labels a unit; yields what `whole_set.label` returns.
 
-    The model is loaded for the first unit, once for all threads of a process.
+    The model is loaded for the first unit, once for all threads of a process. Beam's counters have
+    what was computed, see `inference.meter`; what a failed bundle did is in those of another one.
     """
 
     def __init__(self, prediction: Config):
@@ -97,6 +99,8 @@ class _Predict(apache_beam.DoFn):
         if self._teacher is None:
             self._teacher = self._shared.acquire(lambda: whole_set.load_teacher(self._prediction))
         yield whole_set.label(self._prediction, unit, self._teacher)
+        for name, count in self._teacher.meter.take().items():
+            Metrics.counter("efficientnet_ns", name).inc(count)
 
 
 # An error of this package in the last lines of another process's traceback.

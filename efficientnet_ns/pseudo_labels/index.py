@@ -230,13 +230,26 @@ def index_from_predictions(prediction_path: str, index_path: str, shard: int, wo
         atomic_path(index_path) as temporary,
         IndexWriter(temporary, shard, worker) as writer,
     ):
-        records, num_classes = tfrecords.read(prediction_path), 0
-        while some := list(itertools.islice(records, _PREDICTIONS_AT_ONCE)):
-            rows = []
-            for record in some:
-                rows.append(_prediction(record, prediction_path, num_classes))
-                num_classes = len(rows[0])
-            writer.add(*top_one(np.stack(rows)))
+        for probs in read_predictions(prediction_path):
+            writer.add(*top_one(probs))
+
+
+def read_predictions(path: str, num_classes: int = 0) -> Iterator[np.ndarray]:
+    """The probabilities of a prediction file in order, float32 [N, C] at a time.
+
+    Args:
+      num_classes: C; 0: as the first prediction.
+
+    Raises:
+      DataError: a prediction cannot be read, or has another number of classes.
+    """
+    records = tfrecords.read(path)
+    while some := list(itertools.islice(records, _PREDICTIONS_AT_ONCE)):
+        rows = []
+        for record in some:
+            rows.append(_prediction(record, path, num_classes))
+            num_classes = len(rows[0])
+        yield np.stack(rows)
 
 
 def _prediction(record: tfrecords.Record, path: str, num_classes: int) -> np.ndarray:
@@ -248,6 +261,18 @@ def _prediction(record: tfrecords.Record, path: str, num_classes: int) -> np.nda
             return probs
         problem = f"it has {len(probs)} probabilities, not {num_classes or 'one per class'}"
     raise DataError(f"{path}, record {record.position}: {problem}; predict it again")
+
+
+def read_marks(index_path: str) -> np.ndarray | None:
+    """The `fingerprints.COLUMNS` of an index, uint64 [N, 5]; None if it has none."""
+    import pyarrow.parquet
+
+    with local_files.local_copies([index_path]) as local:
+        with pyarrow.parquet.ParquetFile(local[index_path]) as file:
+            if not set(fingerprints.COLUMNS) <= set(file.schema_arrow.names):
+                return None
+            table = file.read(columns=list(fingerprints.COLUMNS))
+    return np.stack([table[name].to_numpy() for name in fingerprints.COLUMNS], 1)
 
 
 class RowGroup(NamedTuple):
@@ -303,29 +328,37 @@ def _parts(paths: Sequence[str]) -> Iterator[list[RowGroup]]:
 Changes = Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]
 
 
-def changes(config: SelectConfig) -> Changes:
-    """What `config.exclude` and `config.reviewed` decide, the latter last.
+def decisions(config: SelectConfig) -> dict[int, dict[int, int]]:
+    """What `config.exclude` and `config.reviewed` decide, the latter last: by shard and record.
 
-    A label of -1 leaves an image out; another one is a person's, with the probability 1.
+    A label of -1 leaves an image out; another one is a person's.
+
+    Raises:
+      DataError: see `exclusions.of_files` and `reviews.of_files`.
     """
-    if not (config.exclude or config.reviewed):
-        return {}
-    used, workers = shards(config), count_workers(config)
+    used = shards(config)
     files = [input_path(config, shard) for shard in used]
     decided: dict[int, dict[int, int]] = {}
     if config.exclude:
         for number, records in exclusions.of_files(config.exclude, files).items():
-            decided[number] = dict.fromkeys(records.tolist(), UNREADABLE_LABEL)
+            decided[used[number]] = dict.fromkeys(records.tolist(), UNREADABLE_LABEL)
     if config.reviewed:
         classes = config.num_label_classes
         for number, labels in reviews.of_files(config.reviewed, files, classes).items():
-            decided.setdefault(number, {}).update(labels)
-    found = {}
-    for number, by_record in decided.items():
-        records, decisions = reviews.arrays(by_record)
+            decided.setdefault(used[number], {}).update(labels)
+    return decided
+
+
+def changes(config: SelectConfig) -> Changes:
+    """The `decisions`, by shard and worker; what a person decided has the probability 1."""
+    if not (config.exclude or config.reviewed):
+        return {}
+    workers, found = count_workers(config), {}
+    for shard, by_record in decisions(config).items():
+        records, labels = reviews.arrays(by_record)
         for worker in range(workers):
             own = records % workers == worker
-            found[used[number], worker] = records[own] // workers, decisions[own]
+            found[shard, worker] = records[own] // workers, labels[own]
     return found
 
 

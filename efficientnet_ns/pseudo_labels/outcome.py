@@ -315,7 +315,21 @@ def _labels(path: str) -> np.ndarray:
 def read_images(
     config: SelectConfig, places: Iterable[tuple[int, int]]
 ) -> dict[tuple[int, int], bytes]:
-    """Encoded images by (shard, record); b"" for images that cannot be read.
+    """Encoded images by (shard, record); b"" for images that cannot be read."""
+    found = read_records(config, places)
+    return {place: image_of(payload) for place, payload in found.items()}
+
+
+def image_of(payload: bytes) -> bytes:
+    """The encoded image of a record; b"" without."""
+    feature = payload and tfexamples.feature(payload, tfexamples.IMAGE)
+    return tfexamples.bytes_value(feature) if feature else b""
+
+
+def read_records(
+    config: SelectConfig, places: Iterable[tuple[int, int]]
+) -> dict[tuple[int, int], bytes]:
+    """Records by (shard, record); b"" for those that cannot be read.
 
     Each shard is read up to the last of its places only.
     """
@@ -328,9 +342,7 @@ def read_images(
             for number in sorted(wanted):
                 scanner.skip(number - scanner.position)
                 record = scanner.take()
-                payload = record and record.payload
-                feature = payload and tfexamples.feature(payload, tfexamples.IMAGE)
-                found[shard, number] = tfexamples.bytes_value(feature) if feature else b""
+                found[shard, number] = (record and record.payload) or b""
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -27,7 +28,10 @@ try:
     import ray
     import ray.exceptions
 except ImportError as e:
-    raise ConfigError(f"Ray cannot be imported ({e}): pip install 'efficientnet-ns[ray]'") from e
+    raise ConfigError(
+        f"Ray cannot be imported ({e}): pip install 'efficientnet-ns[ray]', or in a clone "
+        "pip install -r requirements-ray.txt"
+    ) from e
 
 _TICK = 1.0  # Seconds between two looks at what has joined.
 _LOSSES = 10  # Actors that one unit may cost: what ends each of them is not the node.
@@ -50,7 +54,7 @@ def label(prediction: Config, selection: SelectConfig, pool: RayConfig) -> dict[
       StepFailed: a unit ended every actor that had it, or no actor can start.
     """
     _resources(pool)
-    units = whole_set.unfinished(prediction)
+    units = whole_set.unfinished(prediction, selection)
     with _connected(pool.ray_address):
         refused = _Pool(prediction, pool, units).run() if units else []
         _write(selection, whole_set.select_shards(refused, selection))
@@ -64,13 +68,15 @@ def _connected(address: str) -> Iterator[None]:
         yield
         return
     handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address=address or None, log_to_driver=False, logging_level="ERROR")
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray takes it.
-        yield
-    finally:
-        ray.shutdown()
+    # Ray prints there what it notices, such as the death of a node.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            ray.init(address=address or None, log_to_driver=False, logging_level="ERROR")
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # Ray takes it.
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _resources(pool: RayConfig) -> dict[str, float]:
@@ -133,7 +139,7 @@ class _Pool:
         with Progress(len(self._waiting), "labeling", "shards") as progress:
             while self._waiting or self._working():
                 self._grow()
-                finished, _ = ray.wait(list(self._calls), timeout=_TICK)
+                finished, _ = _wait(list(self._calls))
                 for call in finished:
                     actor, unit = self._calls.pop(call)
                     try:
@@ -184,6 +190,14 @@ def _places(resources: dict[str, float], needed: dict[str, float]) -> int:
     return int(min(resources.get(name, 0.0) / amount for name, amount in needed.items()))
 
 
+def _wait(calls: list[Any]) -> tuple[list[Any], list[Any]]:
+    """(a call that has finished, if one has within a tick; the others)."""
+    try:
+        return ray.wait(calls, timeout=_TICK)
+    except SystemError as e:  # What a signal raises within Ray's native code is the cause.
+        raise e.__cause__ or e from None
+
+
 def _result(call: Any) -> Any:
     """The result of a call that has finished; raises what our code raised, as it was."""
     try:
@@ -197,7 +211,7 @@ def _write(selection: SelectConfig, shards: list[int]) -> None:
     waiting = [one.remote(selection, [shard]) for shard in shards]
     with Progress(len(shards), "writing balanced records", "shards") as progress:
         while waiting:
-            finished, waiting = ray.wait(waiting, timeout=_TICK)
+            finished, waiting = _wait(waiting)
             for call in finished:
                 _result(call)
                 progress.update(1)

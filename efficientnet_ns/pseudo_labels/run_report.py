@@ -17,7 +17,7 @@ import tensorflow as tf
 from efficientnet_ns import report
 from efficientnet_ns.config import ConfigError, ReportConfig, SelectConfig
 from efficientnet_ns.files import exclusions, manifests
-from efficientnet_ns.pseudo_labels import index, outcome
+from efficientnet_ns.pseudo_labels import index, label_next, outcome
 from efficientnet_ns.pseudo_labels.outcome import Outcome, Picture
 from efficientnet_ns.pseudo_labels.selection import RULE, SELECTION, class_names_of
 
@@ -57,6 +57,8 @@ def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> str
     )
     if options.review_images:
         _write_review(config, options, os.path.join(os.path.dirname(path), "review.html"))
+    if options.label_next:
+        label_next.write(config, options.label_next, os.path.dirname(path))
     return path
 
 

@@ -24,16 +24,18 @@ class StepFailed(RuntimeError):
     """A worker failed for a reason that the user can fix, such as unusable data, or was cancelled."""
 
 
-def unfinished(prediction: Config) -> list[Unit]:
-    """The units to label.
+def unfinished(prediction: Config, selection: SelectConfig) -> list[Unit]:
+    """The units to label, after a look at what would stop the work later.
 
     Args:
       prediction: of all `num_shards` shards by all `total_replicas` workers; its shard_id and
         worker_id are ignored.
+      selection: from these predictions.
 
     Raises:
-      ConfigError, DataError, manifests.OutputConflict: see `predict.predict`.
+      ConfigError, DataError, manifests.OutputConflict: see `predict.predict` and `index.decisions`.
     """
+    index.decisions(selection)
     parts = _parts(prediction)
     units = [(part.predict.worker_id, s) for part in parts for s in predict.unfinished(part)]
     logging.info("%d of %d units to label", len(units), len(parts) * prediction.predict.num_shards)

@@ -14,7 +14,6 @@ from absl import flags
 
 from efficientnet_ns import config
 from efficientnet_ns.config import (
-    PipelineConfig,
     BenchmarkConfig,
     CheckConfig,
     Config,
@@ -36,7 +35,9 @@ from efficientnet_ns.config import (
     OwnSetConfig,
     PhotosConfig,
     PicturesConfig,
+    PipelineConfig,
     PredictConfig,
+    RayConfig,
     ReportConfig,
     RobustnessConfig,
     SelectConfig,
@@ -69,6 +70,7 @@ ENTRIES = {
     "check_labels": [LabelsConfig],
     "labeling_report": [SelectConfig, ReportConfig],
     "label_beam": [Config, PipelineConfig],
+    "label_ray": [Config, PipelineConfig, RayConfig],
     "evaluate_robustness": [Config, OwnSetConfig, RobustnessConfig],
     "make_records": [MakeConfig],
     "proc_svhn": [SvhnConfig],

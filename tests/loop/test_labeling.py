@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from efficientnet_ns.config import (
-    PipelineConfig,
     Config,
     ConfigError,
     FilterConfig,
+    PipelineConfig,
     SelectConfig,
     from_flags,
 )

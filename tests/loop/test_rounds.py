@@ -384,6 +384,22 @@ def test_unlabeled_set_beside_the_labeled_ones(folder, tmp_path):
     assert prediction.predict.file_prefix == "extra"
 
 
+def test_decisions_are_those_of_every_selection(folder, config, tmp_path):
+    """A list that is missing, or is about other records, is refused before the teacher is trained."""
+    loop = loop_in(tmp_path, "work")
+    record = next((folder / "unlabeled").glob("extra-*"))
+    (tmp_path / "list.csv").write_text(f"file,record\n{record},0\n")
+    listed = dataclasses.replace(loop, exclude=str(tmp_path / "list.csv"))
+    rounds.check(config, listed)
+    for number in (1, 2):
+        assert rounds.stage_configs(config, listed, number)[1].exclude == listed.exclude
+    (tmp_path / "list.csv").write_text("file,record\n/elsewhere/extra-00000-of-00001,0\n")
+    with pytest.raises(DataError, match="names no record of the set"):
+        rounds.check(config, listed)
+    with pytest.raises(DataError, match="--reviewed=x.json: there is no such file"):
+        rounds.check(config, dataclasses.replace(loop, reviewed="x.json"))
+
+
 def test_folder_of_an_earlier_version_is_continued(tmp_path):
     State(str(tmp_path), {"seed": 1}).once("stage", dict)
     State(str(tmp_path), {"seed": 1, "new": 0}, {"new": 0, "other": 5})

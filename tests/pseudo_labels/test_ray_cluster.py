@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import PIPE
 
@@ -27,12 +29,10 @@ from efficientnet_ns.config import Config, ConfigError, RayConfig, SelectConfig
 from efficientnet_ns.files import shard_names, tfexamples
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import predict, write
-from efficientnet_ns.pseudo_labels.label_shard import TooManyBadRecords
 from efficientnet_ns.pseudo_labels.selection import select
 
 ROOT = Path(__file__).parents[2]
 SHARDS = 64
-# A quarter of a gigabyte is what a node asks for, and more than is needed.
 NODE = {"num_cpus": 1, "resources": {"teacher": 1}, "object_store_memory": 80 * 2**20}
 
 
@@ -48,6 +48,9 @@ def ray_cluster():
 def cluster(ray_cluster) -> Iterator:
     """Three nodes with a place for one actor each."""
     from ray.cluster_utils import Cluster
+
+    # Ray gives its workers the lowest priority, with which a busy machine lets them wait for minutes.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
     nodes = Cluster(initialize_head=True, head_node_args=NODE)
     try:
@@ -106,19 +109,184 @@ def command(folder: Path, work: Path, cluster) -> list[str]:
 
 @pytest.mark.slow
 def test_a_node_is_killed_and_one_joins(cluster, folder, ordinary, tmp_path):
-    """The files are those of the ordinary commands, and a second run does nothing again."""
-    finished = lambda: len(list(tmp_path.glob("predictions/*.manifest.json")))  # noqa: E731
+    """The files are those of the ordinary commands, also where the run itself was stopped before."""
     line = command(folder, tmp_path, cluster)
-    started = subprocess.Popen(line, cwd=ROOT, stdout=PIPE, stderr=open("/tmp/raywork/err.log","w"), text=True)
-    while finished() < 8 and started.poll() is None:
-        time.sleep(0.02)
+    options = {"cwd": ROOT, "stdout": PIPE, "stderr": PIPE, "text": True}
+    made = lambda: sorted(tmp_path.glob("predictions/*.manifest.json"))  # noqa: E731
+
+    def started(finished: int) -> subprocess.Popen:
+        job = subprocess.Popen(line, **options)
+        while len(made()) < finished and job.poll() is None:
+            time.sleep(0.02)
+        return job
+
+    job = started(3)
+    job.terminate()
+    assert (job.communicate()[0], job.returncode) == ("", 75)
+    before = {path: path.stat().st_mtime_ns for path in made()}
+    assert 3 <= len(before) < SHARDS
+    job = started(len(before) + 8)
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
     cluster.add_node(**NODE)
-    assert finished() < SHARDS
-    out, err = started.communicate()
-    err = open("/tmp/raywork/err.log").read()
-    assert started.returncode == 0, err
+    assert len(made()) < SHARDS
+    out, err = job.communicate()
+    assert job.returncode == 0, err
     assert contents(tmp_path) == contents(ordinary)
     result = json.loads(out)
     assert result["unreadable"] == 1 and result["records"] == CLASSES * 20
     assert "an actor was lost at shard" in err
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+# --- Without a cluster ------------------------------------------------------------------------------
+
+
+class FakeRay:
+    """Calls of actors are done when they are asked for; `lost` (unit, times) end their actors.
+
+    Attributes:
+      places: CPUs in the cluster, one per actor.
+      most: actors that there were at a time.
+    """
+
+    def __init__(self, places: int, lost: dict[object, int]):
+        self.places, self.lost, self.living, self.most = places, dict(lost), [], 0
+        self.done = []
+        self.exceptions = types.SimpleNamespace(RayError=LostActor, RayTaskError=OurError)
+
+    def remote(self, made):
+        def create(*arguments):
+            actor = FakeActor(made(*arguments), self)
+            self.living.append(actor)
+            self.most = max(self.most, len(self.living))
+            return actor
+
+        options = types.SimpleNamespace(remote=create)
+        return types.SimpleNamespace(options=lambda **needed: options)
+
+    def cluster_resources(self):
+        return {"CPU": self.places}
+
+    def available_resources(self):
+        return {"CPU": max(self.places - len(self.living), 0)}
+
+    def wait(self, calls, timeout):
+        placed = [call for call in calls if call.actor in self.living[: self.places]]
+        return placed[:1], [call for call in calls if call not in placed[:1]]
+
+    def get(self, call):
+        unit = call.arguments[0] if call.arguments else None
+        if self.lost.get(unit, 0):
+            self.lost[unit] -= 1
+            raise LostActor(f"the node of {unit} is gone")
+        self.done.append(unit)
+        try:
+            return call.function(*call.arguments)
+        except DataError as e:
+            raise OurError(e) from e
+
+    def kill(self, actor):
+        self.living.remove(actor)
+
+
+class LostActor(Exception):
+    pass
+
+
+class OurError(LostActor):
+    def __init__(self, cause):
+        super().__init__("a long traceback")
+        self.cause = cause
+
+
+class FakeActor:
+    def __init__(self, made, ray):
+        self.made, self.ray = made, ray
+
+    def __getattr__(self, name):
+        function = getattr(self.made, name)
+        return types.SimpleNamespace(remote=lambda *arguments: FakeCall(self, function, arguments))
+
+
+@dataclasses.dataclass(eq=False)
+class FakeCall:
+    actor: FakeActor
+    function: Callable
+    arguments: tuple
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Labels units (0, 0), (0, 1), … with a pool on a fake of Ray; returns (messages, FakeRay)."""
+
+    def run(number, places, lost=(), label=lambda unit: "", **options):
+        fake = FakeRay(places, dict(lost))
+        monkeypatch.setitem(sys.modules, "ray", fake)
+        monkeypatch.setitem(sys.modules, "ray.exceptions", fake.exceptions)
+        monkeypatch.delitem(sys.modules, "efficientnet_ns.pseudo_labels.ray_cluster", raising=False)
+        from efficientnet_ns.pseudo_labels import ray_cluster
+
+        monkeypatch.setattr(ray_cluster, "limit_cpus", lambda cores: None)
+        monkeypatch.setattr(ray_cluster.whole_set, "load_teacher", lambda prediction: None)
+        monkeypatch.setattr(
+            ray_cluster.whole_set, "label", lambda prediction, unit, teacher: label(unit)
+        )
+        units = [(0, shard) for shard in range(number)]
+        pool = ray_cluster._Pool(Config(), RayConfig(**options), units)
+        messages = pool.run()
+        assert sorted(unit for unit in fake.done if unit) == units and not fake.living
+        return messages, fake
+
+    yield run
+    sys.modules.pop("efficientnet_ns.pseudo_labels.ray_cluster", None)
+
+
+@pytest.mark.parametrize(
+    "units, places, options, most",
+    [
+        (20, 5, {}, 5),  # As many as fit.
+        (20, 5, {"max_actors": 3}, 3),
+        (20, 2, {"min_actors": 4}, 4),  # More are requested than there are places for,
+        (3, 5, {"min_actors": 4}, 3),  # but none without work.
+        (20, 5, {"cpus_per_actor": 2.0}, 2),
+    ],
+)
+def test_as_many_actors_as_were_asked_for(run, units, places, options, most):
+    assert run(units, places, **options)[1].most == most
+
+
+def test_shards_of_lost_actors_are_done_by_others(run):
+    _, fake = run(20, 3, {(0, 2): 1, (0, 7): 9, (0, 19): 2, None: 4})
+    assert sum(fake.lost.values()) == 0
+
+
+@pytest.mark.parametrize("lost, what", [((0, 2), "shard 2"), (None, "loading the teacher")])
+def test_what_ends_every_actor_ends_the_run(run, lost, what):
+    with pytest.raises(RuntimeError, match=f"{what} ended 10 actors .*: the node of"):
+        run(20, 3, {lost: 99})
+
+
+def test_refused_shards_are_told_after_the_others(run):
+    messages, _ = run(9, 2, label=lambda unit: "too many" if unit == (0, 4) else "")
+    assert sorted(messages) == [*[""] * 8, "too many"]
+
+
+def test_errors_in_actors_are_those_of_our_code(run):
+    def bad(unit):
+        raise DataError("x/y is missing")
+
+    with pytest.raises(DataError, match="^x/y is missing$"):
+        run(9, 2, label=bad)
+
+
+@pytest.mark.parametrize("text", ["TPU", "TPU=", "TPU=many", "TPU=-1", "GPU=1", "=2"])
+def test_resources_that_are_none(run, text):
+    with pytest.raises(ConfigError, match=f"--resources_per_actor={text}: .* is not name=amount"):
+        run(1, 1, resources_per_actor=text)
+
+
+def test_without_ray_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "efficientnet_ns.pseudo_labels.ray_cluster", raising=False)
+    with pytest.raises(ConfigError, match=r"pip install 'efficientnet-ns\[ray\]'"):
+        import efficientnet_ns.pseudo_labels.ray_cluster  # noqa: F401

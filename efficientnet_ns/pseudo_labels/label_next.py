@@ -1,0 +1,183 @@
+"""The unlabeled images whose label would teach most: those between two classes, of every class in turn.
+
+The margin of an image is its largest probability minus the second largest. Of each predicted class the
+images come by their margin, smallest first; first the first of all classes, then the second ones, and
+so on. Near copies of an image that is on the list, and images that a person decided about, are left
+out. One pass over the predictions, on every core, in memory that grows with the classes and the list.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections import deque
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from efficientnet_ns import report
+from efficientnet_ns.config import SelectConfig
+from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.config.processes import run_each
+from efficientnet_ns.data import fingerprints
+from efficientnet_ns.files import atomic, exclusions, object_stores, tfexamples
+from efficientnet_ns.files.progress import Progress
+from efficientnet_ns.pseudo_labels import index, outcome
+from efficientnet_ns.pseudo_labels.selection import class_names_of
+
+LIST = "label_next.csv"
+_BYTES_PER_PROCESS = 64 << 20  # A process takes seconds to start.
+_SPARE = 2  # Candidates of a class per image of the list: some are copies.
+_PIXELS = 320
+
+
+class Candidate(NamedTuple):
+    """An image, or in arrays, many of them.
+
+    Attributes:
+      label, second: the most probable class and the next.
+      margin, prob: of `label`.
+      shard, record: the place; record of the input file.
+    """
+
+    label: Any
+    second: Any
+    margin: Any
+    prob: Any
+    shard: Any
+    record: Any
+
+
+def write(config: SelectConfig, limit: int, folder: str) -> str:
+    """Writes `label_next.csv`, and `label_next.html`, a review sheet of the same images.
+
+    Args:
+      config: names predictions and records, and the decisions that are made already.
+      limit: images on the list, at most.
+      folder: for both files.
+
+    Returns:
+      The path of the list.
+
+    Raises:
+      DataError: predictions are missing or cannot be read.
+    """
+    chosen = choose(config, limit)
+    payloads = outcome.read_records(config, {(one.shard, one.record) for one in chosen})
+    names, text, images = class_names_of(config), io.StringIO(), []
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow([*exclusions.COLUMNS, "name", "label", "second", "probability", "margin"])
+    for one in chosen:
+        payload = payloads[one.shard, one.record]
+        place = exclusions.place(index.input_path(config, one.shard)), one.record
+        classes = names[one.label], names[one.second]
+        name = tfexamples.file_name(payload) if payload else ""
+        rows.writerow([*place, name, *classes, f"{one.prob:.4f}", f"{one.margin:.4f}"])
+        picture = report.thumbnail(outcome.image_of(payload), _PIXELS)
+        images.append(report.ReviewImage(picture, *place, one.label, one.prob))
+    path = os.path.join(folder, LIST)
+    atomic.remove_abandoned([path])
+    atomic.write(path, text.getvalue())
+    report.write_review(os.path.join(folder, "label_next.html"), images, names)
+    return path
+
+
+def choose(config: SelectConfig, limit: int) -> list[Candidate]:
+    """Up to `limit` images of different content, in the order of the list."""
+    index_files, changes = index.index_files(config), index.changes(config)
+    workers = index.count_workers(config)
+    jobs = []
+    for shard in index.shards(config):
+        decided = [changes.get((shard, worker), ((),))[0] for worker in range(workers)]
+        jobs.append((config, shard, decided, _SPARE * limit))
+    files = [index.prediction_path(config, s, w) for _, s, d, _ in jobs for w in range(len(d))]
+    size = sum(filter(None, object_stores.sizes(files)))
+    processes = min(len(jobs), available_cpus(), size // _BYTES_PER_PROCESS)
+    found = []
+    with Progress(len(jobs), "margins of predictions", "shards") as progress:
+        for _, some in run_each(_candidates, jobs, processes):
+            found.append(some)
+            progress.update(1)
+    joined = _smallest(found, _SPARE * limit)
+    by_class: dict[int, deque[Candidate]] = {}
+    for row in zip(*(values.tolist() for values in joined)):
+        by_class.setdefault(row[0], deque()).append(Candidate(*row))
+    return _in_turn(list(by_class.values()), _Copies(index_files), limit)
+
+
+def _candidates(config: SelectConfig, shard: int, decided: list, limit: int) -> Candidate:
+    """The images of a shard with the smallest margins, up to `limit` of each class."""
+    found: list[Candidate] = []
+    for worker, places in enumerate(decided):
+        path, start = index.prediction_path(config, shard, worker), 0
+        for probs in index.read_predictions(path, config.num_label_classes):
+            positions = np.arange(start, start + len(probs))
+            start += len(probs)
+            open_ = (probs.max(1) > 0) & ~np.isin(positions, places)
+            probs, positions = probs[open_], positions[open_]
+            best = probs.argmax(1)
+            rows = np.arange(len(probs))
+            top = probs[rows, best]
+            probs[rows, best] = -1
+            second = probs.argmax(1)
+            margin = top - probs[rows, second]
+            record = positions * len(decided) + worker
+            new = Candidate(best, second, margin, top, np.full(len(best), shard), record)
+            found = [_smallest([*found, new], limit)]
+    return _smallest(found, limit)
+
+
+def _smallest(found: list[Candidate], limit: int) -> Candidate:
+    """Up to `limit` candidates of each class, sorted by class, then by margin."""
+    joined = Candidate(*map(np.concatenate, zip(*found)))
+    order = np.lexsort([joined.record, joined.shard, joined.margin, joined.label])
+    kept = order[_ranks(joined.label[order]) < limit]
+    return Candidate(*(values[kept] for values in joined))
+
+
+def _ranks(labels: np.ndarray) -> np.ndarray:
+    """The place of each within its class, from 0, of sorted labels."""
+    return np.arange(len(labels)) - np.searchsorted(labels, labels)
+
+
+def _in_turn(classes: list[deque[Candidate]], copies: _Copies, limit: int) -> list[Candidate]:
+    """The first image of each class that is no copy, by their margins; then the second ones …"""
+    chosen: list[Candidate] = []
+    while classes and len(chosen) < limit:
+        turn = []
+        for own in sorted(classes, key=lambda own: own[0].margin):
+            while own:
+                one = own.popleft()
+                if not copies.is_one(one.shard, one.record):
+                    turn.append(one)
+                    break
+        chosen += sorted(turn, key=lambda one: one.margin)
+        classes = [own for own in classes if own]
+    return chosen[:limit]
+
+
+class _Copies:
+    """Knows copies of the images that it was asked about, where the indexes have fingerprints.
+
+    Args:
+      index_files: by shard, each of which is read once, when it is needed.
+    """
+
+    def __init__(self, index_files: dict[int, list[str]]):
+        self._files = index_files
+        self._read: dict[tuple[int, int], np.ndarray | None] = {}
+        self._seen = np.zeros([0, len(fingerprints.COLUMNS)], np.uint64)
+
+    def is_one(self, shard: int, record: int) -> bool:
+        """Whether an image is a copy of another one before; if not, the next ones may be of it."""
+        position, worker = divmod(record, len(self._files[shard]))
+        if (shard, worker) not in self._read:
+            self._read[shard, worker] = index.read_marks(self._files[shard][worker])
+        marks = self._read[shard, worker]
+        if marks is None:
+            return False
+        if fingerprints.are_copies(marks[position], self._seen).any():
+            return True
+        self._seen = np.concatenate([self._seen, marks[position][None]])
+        return False
