@@ -29,7 +29,11 @@ from efficientnet_ns.pseudo_labels.selection import class_names_of
 LIST = "label_next.csv"
 _BYTES_PER_PROCESS = 64 << 20  # A process takes seconds to start.
 _SPARE = 2  # Candidates of a class per image of the list: some are copies.
+_ROWS = 1 << 16  # Candidates that are sorted at once, at least.
 _PIXELS = 320
+
+
+_KINDS = (np.int64, np.int64, np.float32, np.float32, np.int64, np.int64)
 
 
 class Candidate(NamedTuple):
@@ -103,19 +107,19 @@ def choose(config: SelectConfig, limit: int) -> list[Candidate]:
     by_class: dict[int, deque[Candidate]] = {}
     for row in zip(*(values.tolist() for values in joined)):
         by_class.setdefault(row[0], deque()).append(Candidate(*row))
-    return _in_turn(list(by_class.values()), _Copies(index_files), limit)
+    return _in_turn(list(by_class.values()), _Copies(joined, index_files), limit)
 
 
 def _candidates(config: SelectConfig, shard: int, decided: list, limit: int) -> Candidate:
     """The images of a shard with the smallest margins, up to `limit` of each class."""
-    found: list[Candidate] = []
+    found = [Candidate(*(np.zeros(0, kind) for kind in _KINDS))]
     for worker, places in enumerate(decided):
         path, start = index.prediction_path(config, shard, worker), 0
         for probs in index.read_predictions(path, config.num_label_classes):
             positions = np.arange(start, start + len(probs))
             start += len(probs)
-            open_ = (probs.max(1) > 0) & ~np.isin(positions, places)
-            probs, positions = probs[open_], positions[open_]
+            undecided = (probs.max(1) > 0) & ~np.isin(positions, places)
+            probs, positions = probs[undecided], positions[undecided]
             best = probs.argmax(1)
             rows = np.arange(len(probs))
             top = probs[rows, best]
@@ -124,7 +128,9 @@ def _candidates(config: SelectConfig, shard: int, decided: list, limit: int) -> 
             margin = top - probs[rows, second]
             record = positions * len(decided) + worker
             new = Candidate(best, second, margin, top, np.full(len(best), shard), record)
-            found = [_smallest([*found, new], limit)]
+            found.append(new)
+            if sum(len(some.label) for some in found[1:]) > max(_ROWS, len(found[0].label)):
+                found = [_smallest(found, limit)]
     return _smallest(found, limit)
 
 
@@ -142,7 +148,7 @@ def _ranks(labels: np.ndarray) -> np.ndarray:
 
 
 def _in_turn(classes: list[deque[Candidate]], copies: _Copies, limit: int) -> list[Candidate]:
-    """The first image of each class that is no copy, by their margins; then the second ones …"""
+    """Of each class the first image that is no copy, by their margins; then the second ones, and so on."""
     chosen: list[Candidate] = []
     while classes and len(chosen) < limit:
         turn = []
@@ -158,26 +164,31 @@ def _in_turn(classes: list[deque[Candidate]], copies: _Copies, limit: int) -> li
 
 
 class _Copies:
-    """Knows copies of the images that it was asked about, where the indexes have fingerprints.
+    """Knows copies of the images that it was asked about.
 
     Args:
-      index_files: by shard, each of which is read once, when it is needed.
+      candidates: all images that it may be asked about.
+      index_files: by shard, which may have fingerprints; without, no image is a copy.
     """
 
-    def __init__(self, index_files: dict[int, list[str]]):
-        self._files = index_files
-        self._read: dict[tuple[int, int], np.ndarray | None] = {}
+    def __init__(self, candidates: Candidate, index_files: dict[int, list[str]]):
+        self._marks: dict[tuple[int, int], np.ndarray] = {}
         self._seen = np.zeros([0, len(fingerprints.COLUMNS)], np.uint64)
+        for shard, paths in index_files.items():
+            records = candidates.record[candidates.shard == shard]
+            for worker, path in enumerate(paths):
+                own = records[records % len(paths) == worker]
+                marks = index.read_marks(path) if len(own) else None
+                if marks is not None:
+                    keys = ((shard, record) for record in own.tolist())
+                    self._marks.update(zip(keys, marks[own // len(paths)]))
 
     def is_one(self, shard: int, record: int) -> bool:
         """Whether an image is a copy of another one before; if not, the next ones may be of it."""
-        position, worker = divmod(record, len(self._files[shard]))
-        if (shard, worker) not in self._read:
-            self._read[shard, worker] = index.read_marks(self._files[shard][worker])
-        marks = self._read[shard, worker]
+        marks = self._marks.get((shard, record))
         if marks is None:
             return False
-        if fingerprints.are_copies(marks[position], self._seen).any():
+        if fingerprints.are_copies(marks, self._seen).any():
             return True
-        self._seen = np.concatenate([self._seen, marks[position][None]])
+        self._seen = np.concatenate([self._seen, marks[None]])
         return False

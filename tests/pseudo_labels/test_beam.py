@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from unlabeled_sets import (
     CLASSES,
@@ -22,13 +23,14 @@ from unlabeled_sets import (
 )
 
 from efficientnet_ns.config import Config, ConfigError, SelectConfig
-from efficientnet_ns.files import manifests, shard_names, tfexamples
+from efficientnet_ns.files import manifests, shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.inference.teacher import TeacherPredictor
 from efficientnet_ns.pseudo_labels import label_shard, predict, write
 from efficientnet_ns.pseudo_labels.selection import select
 
 SHARDS = 3
+DECISIONS = {"exclude": "list.csv", "reviewed": "review.json"}
 # What DirectRunner comes to without a connection, over which it fetches another runner.
 RUNNER = "--runner=FnApiRunner"
 _RESULT = "apache_beam.runners.portability.fn_api_runner.fn_runner.RunnerResult"
@@ -119,6 +121,61 @@ def test_finished_shards_are_not_done_again(beam, folder, ordinary, tmp_path, mo
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*0*-of-0*")}
     beam.label(prediction, selection, [RUNNER])
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) > 20
+
+
+def test_what_a_person_and_a_list_decided_is_honoured(beam, folder, tmp_path):
+    """As filter_unlabel does; a list that is missing is refused before the pipeline starts."""
+    file = folder / "unlabeled" / shard_names.shard_name("extra", 0, SHARDS)
+    decided = [{"file": str(file), "record": 3, "label": 2}]
+    (tmp_path / "review.json").write_text(json.dumps({"decisions": decided}))
+    (tmp_path / "list.csv").write_text(f"file,record\n{file},5\n{file},8\n")
+    given = {name: str(tmp_path / path) for name, path in DECISIONS.items()}
+    works = [tmp_path / "beam", tmp_path / "ordinary"]
+    beam.label(*stages(folder, works[0], **given), [RUNNER])
+    prediction, selection = stages(folder, works[1], **given)
+    for worker in range(2):
+        predict.predict(prediction.override(shard_id="0-2", worker_id=worker))
+    select(selection)
+    write.write(selection)
+    made, wanted = map(contents, works)
+    assert made.keys() == wanted.keys()
+    for name in made:
+        # Manifests name the folders.
+        assert made[name] == wanted[name] or name.endswith(".manifest.json"), name
+    rows = pyarrow.parquet.read_table(works[0] / "selected" / "selection.parquet").to_pylist()
+    kept = {r["position"] * 2 + r["worker"]: r for r in rows if r["shard"] == 0}
+    assert (kept[3]["label"], kept[3]["prob"]) == (2, 1) and not {5, 8} & set(kept)
+    given["exclude"] = "missing.csv"
+    with pytest.raises(DataError, match="--exclude=missing.csv: there is no such file"):
+        beam.label(*stages(folder, tmp_path / "other", **given), [RUNNER])
+    assert not (tmp_path / "other").exists()
+
+
+def test_counters(beam, folder, tmp_path, monkeypatch):
+    """Of images, bytes, unreadable records and time, as a runner shows them."""
+    results = []
+    finish = beam.apache_beam.Pipeline.__exit__
+
+    def kept(pipeline, *error):
+        finish(pipeline, *error)
+        results.append(pipeline.result)
+
+    monkeypatch.setattr(beam.apache_beam.Pipeline, "__exit__", kept)
+    beam.label(*stages(folder, tmp_path), [RUNNER])
+    counted = {
+        one.key.metric.name: one.committed
+        for one in results[0].metrics().query()["counters"]
+        if one.key.metric.namespace == "efficientnet_ns"
+    }
+    images = [
+        tfexamples.image_bytes(record.payload)
+        for path in sorted((folder / "unlabeled").glob("extra-*"))
+        for record in tfrecords.read(str(path))
+        if record.payload
+    ]
+    assert (counted["images"], counted["unreadable"]) == (len(images) + 1, 1)
+    assert counted["bytes"] == sum(map(len, images))
+    assert counted["decode_us"] > 0 and counted["inference_us"] > 0
 
 
 def test_one_model_for_all_shards_of_a_process(beam, folder, tmp_path, monkeypatch):

@@ -155,6 +155,13 @@ def test_the_list_and_the_sheet_of_a_run(folder, probs):
     assert (path.parent / "label_next.html").read_text().count("data:image/") == 9
 
 
+def test_a_shard_without_images(folder, probs):
+    write_predictions(folder, probs)
+    tfrecords.write(str(folder / "predictions" / "train-info-00001-of-00003-00001"), [])
+    left_out = {(1, record) for record in range(1, IMAGES, 2)}
+    assert places(selecting(folder), 12) == expected(probs, 12, left_out)
+
+
 def test_predictions_of_another_task_are_refused(folder, probs):
     write_predictions(folder, probs)
     config = selecting(folder)

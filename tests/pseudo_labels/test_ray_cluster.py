@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -32,21 +33,15 @@ from efficientnet_ns.pseudo_labels import predict, write
 from efficientnet_ns.pseudo_labels.selection import select
 
 ROOT = Path(__file__).parents[2]
+MODULE = "efficientnet_ns.pseudo_labels.ray_cluster"
 SHARDS = 64
 NODE = {"num_cpus": 1, "resources": {"teacher": 1}, "object_store_memory": 80 * 2**20}
 
 
 @pytest.fixture(scope="module")
-def ray_cluster():
-    pytest.importorskip("ray")
-    from efficientnet_ns.pseudo_labels import ray_cluster
-
-    return ray_cluster
-
-
-@pytest.fixture(scope="module")
-def cluster(ray_cluster) -> Iterator:
+def cluster() -> Iterator:
     """Three nodes with a place for one actor each."""
+    pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     # Ray gives its workers the lowest priority, with which a busy machine lets them wait for minutes.
@@ -67,7 +62,7 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("ray")
     rng = np.random.default_rng(0)
     save_teacher(path / "teacher", CLASSES, seed=1)
-    sizes = rng.integers(5, 60, SHARDS)
+    sizes = rng.integers(20, 160, SHARDS)
     payloads = [[tfexamples.unlabeled_example(png(rng)) for _ in range(n)] for n in sizes]
     write_shards(path / "unlabeled", payloads)
     corrupt(path / "unlabeled" / shard_names.shard_name("extra", 1, SHARDS), np.array([4]))
@@ -126,7 +121,8 @@ def test_a_node_is_killed_and_one_joins(cluster, folder, ordinary, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in made()}
     assert 3 <= len(before) < SHARDS
     job = started(len(before) + 8)
-    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    victim = next(iter(cluster.worker_nodes))
+    victim.all_processes["raylet"][0].process.kill()  # The workers of a node end with it.
     cluster.add_node(**NODE)
     assert len(made()) < SHARDS
     out, err = job.communicate()
@@ -145,7 +141,7 @@ class FakeRay:
     """Calls of actors are done when they are asked for; `lost` (unit, times) end their actors.
 
     Attributes:
-      places: CPUs in the cluster, one per actor.
+      places: CPUs in the cluster.
       most: actors that there were at a time.
     """
 
@@ -161,17 +157,20 @@ class FakeRay:
             self.most = max(self.most, len(self.living))
             return actor
 
-        options = types.SimpleNamespace(remote=create)
-        return types.SimpleNamespace(options=lambda **needed: options)
+        def options(*, num_cpus, **others):
+            self.each = num_cpus
+            return types.SimpleNamespace(remote=create)
+
+        return types.SimpleNamespace(options=options)
 
     def cluster_resources(self):
         return {"CPU": self.places}
 
     def available_resources(self):
-        return {"CPU": max(self.places - len(self.living), 0)}
+        return {"CPU": max(self.places - self.each * len(self.living), 0)}
 
     def wait(self, calls, timeout):
-        placed = [call for call in calls if call.actor in self.living[: self.places]]
+        placed = [c for c in calls if c.actor in self.living[: int(self.places / self.each)]]
         return placed[:1], [call for call in calls if call not in placed[:1]]
 
     def get(self, call):
@@ -223,9 +222,8 @@ def run(monkeypatch):
         fake = FakeRay(places, dict(lost))
         monkeypatch.setitem(sys.modules, "ray", fake)
         monkeypatch.setitem(sys.modules, "ray.exceptions", fake.exceptions)
-        monkeypatch.delitem(sys.modules, "efficientnet_ns.pseudo_labels.ray_cluster", raising=False)
-        from efficientnet_ns.pseudo_labels import ray_cluster
-
+        sys.modules.pop(MODULE, None)
+        ray_cluster = importlib.import_module(MODULE)
         monkeypatch.setattr(ray_cluster, "limit_cpus", lambda cores: None)
         monkeypatch.setattr(ray_cluster.whole_set, "load_teacher", lambda prediction: None)
         monkeypatch.setattr(
@@ -238,7 +236,7 @@ def run(monkeypatch):
         return messages, fake
 
     yield run
-    sys.modules.pop("efficientnet_ns.pseudo_labels.ray_cluster", None)
+    sys.modules.pop(MODULE, None)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +285,6 @@ def test_resources_that_are_none(run, text):
 
 def test_without_ray_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "efficientnet_ns.pseudo_labels.ray_cluster", raising=False)
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'efficientnet-ns\[ray\]'"):
-        import efficientnet_ns.pseudo_labels.ray_cluster  # noqa: F401
+        importlib.import_module(MODULE)
