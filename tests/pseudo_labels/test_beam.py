@@ -161,7 +161,9 @@ def test_counters(beam, folder, tmp_path, monkeypatch):
         results.append(pipeline.result)
 
     monkeypatch.setattr(beam.apache_beam.Pipeline, "__exit__", kept)
-    beam.label(*stages(folder, tmp_path), [RUNNER])
+    prediction, selection = stages(folder, tmp_path)
+    beam.whole_set.load_teacher(prediction).meter.take()  # That of all tests here.
+    beam.label(prediction, selection, [RUNNER])
     counted = {
         one.key.metric.name: one.committed
         for one in results[0].metrics().query()["counters"]
