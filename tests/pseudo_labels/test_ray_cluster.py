@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -104,16 +105,30 @@ def command(folder: Path, work: Path, cluster) -> list[str]:
     return [sys.executable, "-m", "efficientnet_ns.label_ray", *flags]
 
 
-def node_at_work(cluster, folder: Path):
-    """A node other than the head whose actor labels a shard now."""
-    raylets = {node.all_processes["raylet"][0].process.pid: node for node in cluster.worker_nodes}
+def parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def raylet_at_work(cluster, folder: Path) -> int | None:
+    """The process of a node other than the head whose actor labels a shard now."""
+    raylets = {node.all_processes["raylet"][0].process.pid for node in cluster.worker_nodes}
     for lease in folder.glob(".lease-*"):
         with contextlib.suppress(OSError, ValueError, IndexError):
-            owner = json.loads(lease.read_text())["pid"]
-            parent = Path(f"/proc/{owner}/stat").read_text().rpartition(")")[2].split()[1]
-            if int(parent) in raylets:
-                return raylets[int(parent)]
+            found = parent(json.loads(lease.read_text())["pid"])
+            if found in raylets:
+                return found
     return None
+
+
+def kill_node(raylet: int) -> None:
+    """Ends it and its workers, as when a machine is gone."""
+    family = [raylet]
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if parent(int(folder.name)) == raylet:
+                family.append(int(folder.name))
+    for process in family:
+        os.kill(process, signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -138,9 +153,9 @@ def test_a_node_is_killed_and_one_joins(cluster, folder, ordinary, tmp_path):
     names = [f"train-info-{shard:05d}-of-{SHARDS:05d}-00000" for shard in (SHARDS - 2, SHARDS - 1)]
     held = [Leases(str(tmp_path / "predictions"), 300).claim(name) for name in names]
     job = started(len(before) + 8)
-    while (victim := node_at_work(cluster, tmp_path / "predictions")) is None:
+    while (raylet := raylet_at_work(cluster, tmp_path / "predictions")) is None:
         assert len(made()) < SHARDS - 2 and job.poll() is None
-    victim.all_processes["raylet"][0].process.kill()  # The workers of a node end with it.
+    kill_node(raylet)
     cluster.add_node(**NODE)
     while len(made()) < SHARDS - 2 and job.poll() is None:
         time.sleep(0.1)
