@@ -447,6 +447,7 @@ def test_identity():
         "eval_views",
         "eval_dir",
         "steps_per_eval",
+        "patience",
         "eval_batch_size",
         "save_checkpoints_steps",
         "keep_checkpoint_max",
