@@ -128,8 +128,11 @@ def load_teacher(resolved: ResolvedConfig) -> TeacherPredictor | exported.Export
         return TeacherPredictor(dataclasses.replace(resolved, config=config), path)
     teacher = TeacherPredictor(resolved, path)
     object_stores.make_folder(options.output_dir)
-    json_files.write_json(note, {"engine": teacher.engine.name.partition("-")[0]})
-    return teacher
+    # A process that started at the same time may have been first, with another result.
+    if object_stores.size(note) is None:
+        json_files.write_json(note, {"engine": teacher.engine.name})
+    kept = json_files.read_object(note, "engine")
+    return teacher if kept["engine"] == teacher.engine.name else load_teacher(resolved)
 
 
 def _check(resolved: ResolvedConfig) -> None:

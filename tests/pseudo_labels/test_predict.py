@@ -303,6 +303,25 @@ def test_the_measured_engine_is_kept_for_all_workers(folder, monkeypatch):
     assert asked[-1] == "tf"
 
 
+def test_of_two_measurements_at_the_same_time_the_first_counts(folder, monkeypatch):
+    resolved = predict.resolve(settings(folder, "two_measurements"))
+    asked = []
+
+    def teacher(resolved: ResolvedConfig, checkpoint: str) -> SimpleNamespace:
+        kind = resolved.config.predict.inference_engine
+        if kind == "auto":  # Meanwhile another process finishes its measurement.
+            note = Path(resolved.config.predict.output_dir, predict.ENGINE_FILE)
+            note.parent.mkdir(parents=True)
+            json_files.write_json(str(note), {"engine": "xnnpack"})
+        asked.append(kind)
+        return SimpleNamespace(engine=SimpleNamespace(name="openvino"))
+
+    monkeypatch.setattr(predict, "TeacherPredictor", teacher)
+    monkeypatch.setattr(predict.engines, "has_choice", lambda: True)
+    predict.load_teacher(resolved)
+    assert asked == ["auto", "xnnpack"]
+
+
 def test_less_exact_predictions_are_others(folder):
     def identity(**values) -> dict:
         tasks = predict.Tasks(predict.resolve(settings(folder, "unused", **values)))
