@@ -289,9 +289,9 @@ CPU_ENGINES = {"xnnpack": XnnpackEngine, "openvino": OpenVinoEngine}
 Engine = TensorFlowEngine | XnnpackEngine | OpenVinoEngine
 
 
-def has_choice() -> bool:
+def has_choice(dtype: str = "float32") -> bool:
     """Whether `auto` may have to measure which engine is faster."""
-    return importlib.util.find_spec("openvino") is not None
+    return dtype == "float32" and importlib.util.find_spec("openvino") is not None
 
 
 def make(

@@ -119,7 +119,7 @@ def load_teacher(resolved: ResolvedConfig) -> TeacherPredictor | exported.Export
     options, path = resolved.config.predict, resolved.config.predict.predict_ckpt_path
     if stored_model.is_export(path):
         return exported.ExportedModel(path)
-    if options.inference_engine != "auto" or not engines.has_choice():
+    if options.inference_engine != "auto" or not engines.has_choice(options.inference_dtype):
         return TeacherPredictor(resolved, path)
     note = os.path.join(options.output_dir, ENGINE_FILE)
     kept = json_files.read_object_if_any(note, "engine")

@@ -86,7 +86,7 @@ def test_answers_repeat_bit_by_bit(engine, pixels):
 
 
 def test_auto_is_xnnpack_on_one_cpu(model, two_replicas, monkeypatch):
-    monkeypatch.setattr(engines, "has_choice", lambda: False)
+    monkeypatch.setattr(engines, "has_choice", lambda *_: False)
     assert engines.make("auto", model, 4).name == "xnnpack"
     assert engines.make("auto", model, 4, two_replicas).name == "tf"
 
@@ -115,7 +115,7 @@ def test_an_engine_that_is_not_installed(model, monkeypatch):
     ):
         engines.make("openvino", model, 4)
     # A broken installation is no reason to stop.
-    monkeypatch.setattr(engines, "has_choice", lambda: True)
+    monkeypatch.setattr(engines, "has_choice", lambda *_: True)
     assert engines.make("auto", model, 4).name == "xnnpack"
 
 

@@ -294,7 +294,7 @@ def test_the_measured_engine_is_kept_for_all_workers(folder, monkeypatch):
         return SimpleNamespace(engine=SimpleNamespace(name="openvino"))
 
     monkeypatch.setattr(predict, "TeacherPredictor", teacher)
-    monkeypatch.setattr(predict.engines, "has_choice", lambda: True)
+    monkeypatch.setattr(predict.engines, "has_choice", lambda *_: True)
     resolved = predict.resolve(settings(folder, "kept_engine"))
     for _ in range(2):
         predict.load_teacher(resolved)
@@ -317,7 +317,7 @@ def test_of_two_measurements_at_the_same_time_the_first_counts(folder, monkeypat
         return SimpleNamespace(engine=SimpleNamespace(name="openvino"))
 
     monkeypatch.setattr(predict, "TeacherPredictor", teacher)
-    monkeypatch.setattr(predict.engines, "has_choice", lambda: True)
+    monkeypatch.setattr(predict.engines, "has_choice", lambda *_: True)
     predict.load_teacher(resolved)
     assert asked == ["auto", "xnnpack"]
 
