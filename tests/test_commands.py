@@ -76,9 +76,8 @@ QUICK = (
     Quick(r"run/digits/(teacher|student).flags", "--train_steps=20", "twenty updates"),
     Quick(
         r"b0_student.flags",
-        f"{_TINY} {_LEARNS} --train_steps=2 --task_name=store/task.json --precision=float32"
-        " --iterations_per_loop=1",
-        "two updates of a small model, for as many classes as the pictures have",
+        f"--flagfile=flags/hardware/cpu.flags {_TINY} {_LEARNS} --train_steps=2 --task_name=store/task.json --iterations_per_loop=1",
+        "two updates of a small model on a CPU, for as many classes as the pictures have",
     ),
     Quick(r"--num_image=\d{3,}", "--num_image=8 --min_threshold=0.1", "as many as there are"),
     Quick(
@@ -105,7 +104,7 @@ NOT_RUN = {
     r"^source |venv env": "environments: tests/install_ranges.py",
     r"^pip install": "changes what the tests run with; extras and files are looked up",
     r"tpu_vm.sh watch": "needs gcloud; tests/test_scripts.py has a stand-in",
-    r"deploy/start.sh": "needs TensorFlow Serving or Docker; tests/serving/test_deploy.py reads the files",
+    r"deploy/start.sh": "needs TensorFlow Serving or Docker; tests/serving/test_deployment.py reads the files",
     r"serving.client": "needs a server; tests/serving/test_client.py has one",
     r"tfds:": "downloads the set; tests/ingest has a prepared one",
     r"DataflowRunner": "needs a Google Cloud project",
