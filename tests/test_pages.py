@@ -115,6 +115,15 @@ def test_exit_codes_are_described():
     assert codes == {"0", "1", "2", *map(str, constants)}
 
 
+@pytest.mark.parametrize("page", ["docs/serving.md", "efficientnet_ns/serving/model_card.md"])
+def test_signatures_are_described(page):
+    source = (ROOT / "efficientnet_ns/serving/classifier.py").read_text()
+    names = set(re.findall(r'^ +"(\w+)": \(self\._\w+, "\w+"', source, re.MULTILINE))
+    names |= set(re.findall(r'"(\w+)": ', source.split("def _described")[1].split("def ")[0]))
+    assert {"serving_default", "top_probabilities", "valid"} <= names
+    assert names <= set(re.findall(r"`(\w+)`", (ROOT / page).read_text()))
+
+
 def test_troubleshooting_quotes_messages_of_the_code():
     """What stands between two `…` of a quoted message is part of a message."""
     code = "\n".join(path.read_text() for path in (ROOT / "efficientnet_ns").rglob("*.py"))
