@@ -81,8 +81,8 @@ PRINTED = {
 }
 
 
-# test_commands.py runs these pages, with the commands that their Python belongs to.
-ELSEWHERE = {"docs/any_teacher.md", "docs/tutorial.md"}
+# test_commands.py runs this page, with the commands that its Python belongs to.
+ELSEWHERE = {"docs/any_teacher.md"}
 
 
 def test_all_pages_with_python_are_here():
