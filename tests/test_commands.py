@@ -81,7 +81,7 @@ QUICK = (
     ),
     Quick(r"--num_image=\d{3,}", "--num_image=8 --min_threshold=0.1", "as many as there are"),
     Quick(
-        r"--corrupt=all",
+        r"--corrupt=",
         "--corrupt=gaussian_noise --severities=1 --epsilons=2 --pgd_steps=1",
         "75 corruptions of 1,000 pictures take minutes",
     ),
