@@ -21,9 +21,7 @@ import fakes
 import forks
 import numpy as np
 import pytest
-import tensorflow as tf
 from pages import PAGES, blocks
-from PIL import Image
 
 import efficientnet_ns as ns
 from efficientnet_ns.data import tasks
@@ -43,7 +41,9 @@ class Quick(NamedTuple):
 
 
 _LEARNS = "--bn_momentum=0.8 --moving_average_decay=0.9 --augment_name=none --warmup_epochs=0"
-_TINY = "--model_name=efficientnet-test --input_image_size=16 --train_batch_size=8 --eval_batch_size=8"
+_TINY = (
+    "--model_name=efficientnet-test --input_image_size=16 --train_batch_size=8 --eval_batch_size=8"
+)
 QUICK = (
     Quick(
         r"noisy_student --labeled",
@@ -76,7 +76,8 @@ QUICK = (
     Quick(r"run/digits/(teacher|student).flags", "--train_steps=20", "twenty updates"),
     Quick(
         r"b0_student.flags",
-        f"--flagfile=flags/hardware/cpu.flags {_TINY} {_LEARNS} --train_steps=2 --task_name=store/task.json --iterations_per_loop=1",
+        f"--flagfile=flags/hardware/cpu.flags {_TINY} {_LEARNS} --train_steps=2"
+        " --task_name=store/task.json --iterations_per_loop=1",
         "two updates of a small model on a CPU, for as many classes as the pictures have",
     ),
     Quick(r"--num_image=\d{3,}", "--num_image=8 --min_threshold=0.1", "as many as there are"),
@@ -241,14 +242,16 @@ def for_clean_data(shell: Shell) -> None:
 
 
 def for_labeling(shell: Shell) -> None:
-    (shell.folder / "review.json").write_text("")
+    (shell.folder / "review.json").write_text('{"decisions": []}')
 
 
 def for_training(shell: Shell) -> None:
     shutil.rmtree(shell.folder / "runs/teacher")
     shutil.rmtree(shell.folder / "runs/student")
-    (selected,) = (shell.folder / "runs/demo/loop/round-0").glob("**/data")
-    shutil.copytree(selected, shell.folder / "runs/labels/selected/data")
+    selected = "selected/data"
+    shutil.copytree(
+        shell.folder / "runs/demo/loop/round-1" / selected, shell.folder / "runs/labels" / selected
+    )
     fakes.class_folders(shell.folder / "photos", {"red": 12, "green": 12})
     make = "python -m efficientnet_ns.make_records --source=photos --validation_fraction=0.2"
     shell(f"{make} --output_dir=my_data")
@@ -284,7 +287,9 @@ def for_evaluation(shell: Shell) -> None:
             save(shell.folder / f"imagenet-{name}" / wnid / "x.png")
     for severity in "12345":
         save(shell.folder / "imagenet-c/fog" / severity / "n01440764/x.png")
-    clip = shell.folder / f"imagenet-p/{next(iter(robustness_metrics.ALEXNET_FLIPS))}/n01440764/clip"
+    clip = (
+        shell.folder / f"imagenet-p/{next(iter(robustness_metrics.ALEXNET_FLIPS))}/n01440764/clip"
+    )
     for frame in "12":
         save(clip / f"{frame}.png")
 
