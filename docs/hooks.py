@@ -1,4 +1,4 @@
-"""What `make docs` adds to the pages: every program's flags; file names in place of links to files."""
+"""What `make docs` adds to the pages: every program's flags; file names in place of links to files; flags in one piece."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from efficientnet_ns.config.program_table import PROGRAMS
 
 # In the repository these lead to the source, which is not part of the site.
 _OUTWARD = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")
+_INLINE_CODE = re.compile(r"<code>[^<]*</code>")
+_FLAG = re.compile(r"(?<![\w-])--\w+")
 
 
 def on_page_markdown(markdown: str, **_) -> str:
@@ -20,9 +22,19 @@ def on_page_markdown(markdown: str, **_) -> str:
     return _OUTWARD.sub(lambda match: f"`{match[1].strip('`')}`", markdown)
 
 
+def on_page_content(html: str, **_) -> str:
+    """Marks flags in the text, which browsers would break after their hyphens."""
+
+    def marked(code: re.Match) -> str:
+        return _FLAG.sub(r'<span class="flag">\g<0></span>', code[0])
+
+    return _INLINE_CODE.sub(marked, html)
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the page with the flags of every program."""
-    text = "\n".join(["# Flags by program", "", *map(_flags_of, PROGRAMS)])
+    libraries = "Those of the libraries, which `--helpfull` lists as well, are left out.\n"
+    text = "\n".join(["# Flags by program", "", libraries, *map(_flags_of, PROGRAMS)])
     files.append(File.generated(config, "flags.md", content=text))
     return files
 
@@ -32,4 +44,5 @@ def _flags_of(program: str) -> str:
     option = "--help" if program == "serving.client" else "--helpfull"
     command = [sys.executable, "-m", f"efficientnet_ns.{program}", option]
     shown = subprocess.run(command, capture_output=True, text=True).stdout
-    return f"## {program}\n\n```text\n{shown.strip()}\n```\n"
+    own = shown.split("\nOf the library ")[0]
+    return f"## {program}\n\n```text\n{own.strip()}\n```\n"

@@ -12,7 +12,7 @@ from efficientnet_ns.devices import stack
 
 stack.prepare()
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 _HOME = {
     "Config": "config",

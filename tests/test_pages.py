@@ -9,6 +9,8 @@ import pytest
 from pages import PAGES, ROOT
 
 import efficientnet_ns
+from efficientnet_ns.config import preemption
+from efficientnet_ns.files import standard_output
 
 COMMAND = re.compile(r"^python3? -m efficientnet_ns\.(\w+)((?:.*\\\n)*.*)$", re.MULTILINE)
 COMMANDS = [
@@ -78,6 +80,48 @@ def test_every_public_name_is_documented():
     for module, name in documented:
         source = ROOT.joinpath("efficientnet_ns", *module.split(".")).with_suffix(".py")
         assert re.search(rf"^(def |class )?{name}\b", source.read_text(), re.MULTILINE), name
+
+
+def test_files_that_the_code_names_are_described():
+    """Of benchmarks only their tables are of use; `review.html` and the rest are what users find in folders."""
+    foreign = {"config.json", "dataset_info.json", "imagenet_classes.txt", "labels.txt"}
+    named = {
+        name
+        for path in (ROOT / "efficientnet_ns").rglob("*.py")
+        for name in re.findall(
+            r'"([a-z_]+\.(?:jsonl?|csv|html|parquet|png|txt))"', path.read_text()
+        )
+    }
+    assert len(named) > 20
+    page = PAGES["docs/files.md"]
+    stems = {name.split(".")[0] for name in re.findall(r"`[^`]*?(\w+\.\w+)`", page)}
+    assert {n for n in named if n.split(".")[0] not in stems} <= foreign
+
+
+def test_variables_that_are_read_are_described():
+    page = set(re.findall(r"`([A-Z_]+)`", PAGES["docs/environment.md"]))
+    read = set()
+    for path in (ROOT / "efficientnet_ns").rglob("*.py"):
+        read |= set(re.findall(r'environ(?:\.\w+\(|\[)"([A-Z_]+)"', path.read_text()))
+    for path in (ROOT / "tpu_scripts").rglob("*.sh"):
+        read |= set(re.findall(r"\$\{([A-Z_]+):[-?]", path.read_text()))
+    assert {"TF_CONFIG", "TMPDIR", "TPU_NAME"} <= read
+    assert not read - page
+
+
+def test_exit_codes_are_described():
+    codes = set(re.findall(r"^\| (\d+) \|", PAGES["docs/environment.md"], re.MULTILINE))
+    constants = (preemption.EXIT_CODE, standard_output.UNREAD)
+    assert codes == {"0", "1", "2", *map(str, constants)}
+
+
+@pytest.mark.parametrize("page", ["docs/serving.md", "efficientnet_ns/serving/model_card.md"])
+def test_signatures_are_described(page):
+    source = (ROOT / "efficientnet_ns/serving/classifier.py").read_text()
+    names = set(re.findall(r'^ +"(\w+)": \(self\._\w+, "\w+"', source, re.MULTILINE))
+    names |= set(re.findall(r'"(\w+)": ', source.split("def _described")[1].split("def ")[0]))
+    assert {"serving_default", "top_probabilities", "valid"} <= names
+    assert names <= set(re.findall(r"`(\w+)`", (ROOT / page).read_text()))
 
 
 def test_troubleshooting_quotes_messages_of_the_code():

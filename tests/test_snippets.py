@@ -81,7 +81,7 @@ PRINTED = {
 }
 
 
-# pseudo_labels/test_import_predictions.py runs this page with the commands that its Python belongs to.
+# test_commands.py runs this page, with the commands that its Python belongs to.
 ELSEWHERE = {"docs/any_teacher.md"}
 
 

@@ -99,7 +99,8 @@ def _rows(places: SelectConfig) -> Iterator[_Rows]:
     for shard in index.shards(places):
         source = index.input_path(places, shard)
         paths = [index.prediction_path(places, shard, worker) for worker in range(workers)]
-        predictions = itertools.cycle([tfrecords.read(path) for path in paths])
+        readers = [tfrecords.read(path) for path in paths]
+        predictions = itertools.cycle(readers)
         records = tfrecords.read(source)
         while some := list(itertools.islice(records, _AT_ONCE)):
             pairs = [(record, next(next(predictions), None)) for record in some]
@@ -121,6 +122,12 @@ def _rows(places: SelectConfig) -> Iterator[_Rows]:
                 )
             known = (np.array(labels) >= 0) & (probs.max(1) > 0)
             yield _Rows(source, probs[known], np.array(labels)[known], np.array(positions)[known])
+        for path, rest in zip(paths, readers):
+            if next(rest, None) is not None:
+                raise DataError(
+                    f"{path} has predictions for more records than {source} holds: they are of another "
+                    "set. --file_prefix names the one that was predicted"
+                )
 
 
 def _thresholds(places: SelectConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -99,3 +99,11 @@ def test_predictions_that_do_not_fit_are_refused(folder):
     tfrecords.write(str(path), [r.payload for r in tfrecords.read(str(path))][:-1])
     with pytest.raises(DataError, match="no prediction for record 199"):
         doubtful_labels.check_labels(options(folder))
+
+
+def test_predictions_of_a_larger_set_are_refused(folder):
+    path = folder / "predictions" / shard_names.prediction_name(1, 2, 0)
+    probs = np.full([101, CLASSES], 1 / CLASSES, np.float32)
+    tfrecords.write(str(path), tfexamples.prediction_examples(probs))
+    with pytest.raises(DataError, match="more records than .*00001-of-00002 holds"):
+        doubtful_labels.check_labels(options(folder))
