@@ -169,7 +169,13 @@ def test_tpu_script_says_what_is_missing():
         ({"ACCELERATOR_TYPE": "v3-32", "DEVICE_API": "se"}, "tpu-vm-tf-2.15.1-pod-se"),
         ({"ACCELERATOR_TYPE": "v5litepod-8"}, "tpu-vm-tf-2.15.1-pjrt"),
         ({"ACCELERATOR_TYPE": "v5litepod-16"}, "tpu-vm-tf-2.15.1-pod-pjrt"),
+        ({"ACCELERATOR_TYPE": "v5litepod-16", "WORKERS": "all"}, "tpu-vm-tf-2.15.1-pjrt"),
+        ({"STACK": "current"}, "tpu-ubuntu2204-base"),
+        ({"STACK": "current", "ACCELERATOR_TYPE": "v5litepod-8"}, "v2-alpha-tpuv5-lite"),
+        ({"STACK": "current", "ACCELERATOR_TYPE": "v5p-8"}, "v2-alpha-tpuv5"),
+        ({"STACK": "current", "ACCELERATOR_TYPE": "v6e-32", "WORKERS": "all"}, "v2-alpha-tpuv6e"),
         ({"RUNTIME": "mine"}, "mine"),
+        ({"RUNTIME": "mine", "STACK": "current"}, "mine"),
     ],
 )
 def test_runtime_fits_the_accelerator(variables, runtime):
@@ -178,24 +184,38 @@ def test_runtime_fits_the_accelerator(variables, runtime):
     assert "--spot" in run("tpu_vm.sh", "--dry_run", "create", **HERE, SPOT=1).stdout
 
 
+def test_current_stack_does_not_train_on_a_slice_as_one():
+    words = ("--dry_run", "create")
+    slice_of_two = {**HERE, "STACK": "current", "ACCELERATOR_TYPE": "v5litepod-16"}
+    refused = run("tpu_vm.sh", *words, check=False, **slice_of_two)
+    assert refused.returncode == 2 and not refused.stdout
+    assert "v5litepod-16" in refused.stderr and "WORKERS=all" in refused.stderr
+    unknown = run("tpu_vm.sh", *words, check=False, **HERE, STACK="new")
+    assert unknown.returncode == 2 and "reference and current" in unknown.stderr
+
+
 PYTHON_OF_AN_IMAGE = """#!/usr/bin/env bash
-echo "$FOUND"
+if [[ $1 == -m ]]; then echo "$2" >> "$FAKE/calls"; else echo "$FOUND"; fi
 """
+
+
+# The libtpu that tensorflow-tpu asks for at least: it would take those of later years.
+CURRENT = [
+    "-m pip install -r others.txt tensorflow-tpu==2.20.0 libtpu==0.0.14",
+    "-m pip install --no-deps tf-keras==2.20.1",
+]
 
 
 @pytest.mark.parametrize(
     "found, left_out, installed",
     [
-        ("3.10 2.15.1", "tensorflow", ["pip install -r others.txt"]),
-        ("3.11 2.15.0", "tensorflow", ["pip install -r others.txt"]),
+        ("3.10 2.15.1", "tensorflow", ["-m pip install -r others.txt"]),
+        ("3.11 2.15.0", "tensorflow", ["-m pip install -r others.txt"]),
         *(
             (
                 found,
                 "tensorflow|tf-keras|tensorboard",
-                [
-                    "pip install -r others.txt tensorflow-tpu==2.20.0",
-                    "pip install --no-deps tf-keras==2.20.1",
-                ],
+                CURRENT,
             )
             for found in ("3.12 none", "3.12 2.20.0", "3.13 2.21.0")
         ),
@@ -209,11 +229,27 @@ def test_tpu_machine_gets_what_fits_its_python(tmp_path, found, left_out, instal
         "tpu_install.sh", "--dry_run", PYTHON=python, FOUND=found
     ).stdout.splitlines()
     assert shlex.split(filtered)[2] == f"grep -vE '^({left_out})==' requirements.txt > others.txt"
-    assert [line.strip() for line in rest] == installed
+    assert [line.strip().removeprefix(f"{python} ") for line in rest] == installed
     for image in ("3.9 2.15.1", "3.10 2.18.0", "3.10 none"):
         failed = run("tpu_install.sh", "--dry_run", check=False, PYTHON=python, FOUND=image)
         assert failed.returncode == 1 and not failed.stdout
         assert image.split()[1] in failed.stderr and "2.15.1" in failed.stderr
+
+
+@pytest.mark.parametrize("found", ["3.10 none", "3.10 2.15.1"])
+def test_current_stack_brings_its_python(tmp_path, found):
+    python = tmp_path / "python"
+    python.write_text(PYTHON_OF_AN_IMAGE)
+    python.chmod(0o755)
+    printed = run("tpu_install.sh", "--dry_run", PYTHON=python, FOUND=found, STACK="current").stdout
+    lines = [line.strip() for line in printed.splitlines()]
+    assert lines[:2] == [
+        f"{python} -m pip install --user uv",
+        f"{python} -m uv venv --clear --seed --python=3.12 .venv",
+    ]
+    assert lines[3:] == [f".venv/bin/python {words}" for words in CURRENT]
+    setup = run("tpu_vm.sh", "--dry_run", "setup", **HERE, STACK="current").stdout
+    assert "STACK=current efficientnet_ns/tpu_scripts/tpu_install.sh" in setup
 
 
 def test_tpu_machine_keeps_every_other_requirement():
@@ -241,6 +277,17 @@ def test_only_worker_0_trains():
     assert workers("run ls") == "all"
 
 
+@pytest.mark.parametrize("accelerator, alone", [("v5litepod-16", True), ("v5litepod-8", False)])
+def test_every_worker_labels_with_its_own_chips(accelerator, alone):
+    words = ("--dry_run", "start", "tpu_scripts/imagenet/predict.sh")
+    settings = {"ACCELERATOR_TYPE": accelerator, "WORKERS": "all", "SHARD_ID": "auto"}
+    printed = run("tpu_vm.sh", *words, **HERE, **settings).stdout
+    assert "--worker=all" in printed and re.search(r"SHARD_ID=auto\W", printed)
+    assert re.search(r"HARDWARE=tpu\W", printed)
+    bounds = re.search(r"TPU_PROCESS_BOUNDS=1,1,1\W+TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1", printed)
+    assert bool(bounds) == alone
+
+
 @pytest.mark.parametrize("accelerator, hardware", [("v3-8", "tpu"), ("v3-32", "tpu_pod")])
 def test_started_program_runs_on_the_tpu(accelerator, hardware):
     def started(**variables: object) -> str:
@@ -251,7 +298,7 @@ def test_started_program_runs_on_the_tpu(accelerator, hardware):
     assert re.search(r"HARDWARE=cpu\W", started(HARDWARE="cpu"))
 
 
-# Stands for gcloud and for the machine: a command over ssh runs here, with its own home folder. The
+# Stands for gcloud and for the machines: a command over ssh runs here, with the home folder of the worker. The
 # file `states` has the state of the request at each question; the last stays.
 GCLOUD = """#!/usr/bin/env bash
 echo "$3 $4" | sed 's/ my-tpu//' >> "$FAKE/calls"
@@ -265,8 +312,13 @@ case "$3 $4" in
   "queued-resources create") rm -rf "$FAKE/home"; mkdir -p "$FAKE/home" ;;
   "tpu-vm scp") cp "$5" "$FAKE/home/efficientnet_ns.tar.gz" ;;
   "tpu-vm ssh")
+    homes=("$FAKE/home")
     for word in "$@"; do
-      if [[ $word == --command=* ]]; then cd "$FAKE/home" && HOME=$FAKE/home bash -c "${word#--command=}"; fi
+      if [[ $word == --worker=all ]]; then homes=("$FAKE"/home*); fi
+      if [[ $word == --command=* ]]; then command=${word#--command=}; fi
+    done
+    for home in "${homes[@]}"; do
+      (cd "$home" && HOME=$home bash -c "$command")
     done ;;
 esac
 """
@@ -278,8 +330,7 @@ def cloud(tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()
     image = PYTHON_OF_AN_IMAGE.replace("$FOUND", "3.10 2.15.1")
-    pip = "#!/bin/sh\necho pip >> $FAKE/calls\n"
-    for name, text in (("gcloud", GCLOUD), ("pip", pip), ("python", image)):
+    for name, text in (("gcloud", GCLOUD), ("python", image)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     (tmp_path / "home" / "efficientnet_ns").mkdir(parents=True)
@@ -352,6 +403,27 @@ def test_preempted_machine_is_replaced_and_the_program_started_again(cloud):
         "pip",
     ]
     assert (folder / "home" / "efficientnet_ns" / "requirements.txt").exists()
+
+
+def test_programs_of_all_workers_are_watched_together(cloud):
+    """One that is interrupted is started again while the other runs; the watch ends with the last."""
+    folder, call = cloud
+    (folder / "home1" / "efficientnet_ns").mkdir(parents=True)
+    (folder / "states").write_text("ACTIVE\n")
+    for home in ("home", "home1"):
+        (folder / home / "efficientnet_ns.exit").write_text("75\n")
+    program = (
+        'echo x >> ~/runs; case "$HOME $(wc -l < ~/runs)" in'
+        ' *home1\\ 1) exit 75 ;; *home1\\ 2) touch "$FAKE/again" ;;'
+        ' *) while [ ! -e "$FAKE/again" ]; do sleep 0.05; done ;; esac'
+    )
+    settings = {"ACCELERATOR_TYPE": "v5litepod-16", "WORKERS": "all"}
+    done = call("watch", "bash", "-c", program, **settings)
+    assert done.returncode == 0, done.stderr
+    assert [len((folder / h / "runs").read_text().split()) for h in ("home", "home1")] == [1, 2]
+    (folder / "home1" / "efficientnet_ns.exit").write_text("2\n")
+    failed = call("watch", "bash", "-c", program, **settings)
+    assert failed.returncode == 2 and "failed with exit code 2" in failed.stderr
 
 
 def test_failed_program_ends_the_watch_with_its_exit_code(cloud):

@@ -7,7 +7,7 @@
 #   state              where that request is: WAITING_FOR_RESOURCES, ACTIVE, SUSPENDED (preempted) …
 #   setup              copies the committed files of this repository to every worker and installs them there
 #   run PROGRAM…       runs a program on every worker, in the repository, and waits for it
-#   start PROGRAM…     starts a program on worker 0, in the background
+#   start PROGRAM…     starts a program on worker 0 (see WORKERS), in the background
 #   train FLAGS…       start python3 -m efficientnet_ns.main FLAGS…
 #   status             of what was started: running, its exit code, or new (nothing was)
 #   logs               follows its output
@@ -19,12 +19,16 @@
 # TensorFlow is a single-client system: on a pod the program runs on worker 0 only, and reaches the others' chips. So
 # `run` is for installing and looking, `start`, `train` and `watch` are for training. (Machines with GPUs are the other
 # way round: the same program on each, with TF_CONFIG.) With gs:// folders a training that was preempted continues from
-# its last checkpoint, on another machine too.
+# its last checkpoint, on another machine too. To label, each machine of a slice takes shards of its own instead:
+# WORKERS=all SHARD_ID=auto tpu_vm.sh watch tpu_scripts/imagenet/predict.sh
 #
 # Settings (environment): TPU_NAME and ZONE (needed), PROJECT, ACCELERATOR_TYPE (v3-8), SPOT=1 for a preemptible one,
-# TF_VERSION (2.15.1), DEVICE_API (pjrt; se is the older one of v2 to v4), RUNTIME (made of these two; the pod variant
-# for slices; one whose Python is 3.12 or 3.13 gets TensorFlow 2.20), POLL_SECONDS (60) between two looks of watch. Programs that are started get the settings of the scripts in
-# imagenet/ and svhn/ (MODEL, LABEL_DATA_DIR, MODEL_DIR, EXTRA_FLAGS …; their --help), and HARDWARE: tpu, or tpu_pod.
+# WORKERS=all to start programs on every machine, each with its own chips only,
+# STACK (reference; current is TensorFlow 2.20 on Python 3.12, not for a slice as one), TF_VERSION (2.15.1), DEVICE_API
+# (pjrt; se is the older one of v2 to v4), RUNTIME (the image: made of these two, the pod variant for a slice as one; of
+# the current stack the image that fits the accelerator), POLL_SECONDS (60) between two looks of watch.
+# Programs that are started get the settings of the scripts in imagenet/ and svhn/ (MODEL, LABEL_DATA_DIR, MODEL_DIR,
+# EXTRA_FLAGS …; their --help), and HARDWARE: tpu, or tpu_pod.
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -45,12 +49,40 @@ device_api=${DEVICE_API:-pjrt}
 where=(--zone="$ZONE")
 if [[ -n ${PROJECT:-} ]]; then where+=(--project="$PROJECT"); fi
 
-# Types with all chips on one machine; all others are slices, whose runtime is the pod variant.
+workers=${WORKERS:-0}
+stack=${STACK:-reference}
+
+# Types with all chips on one machine; all others are slices, whose runtime is the pod variant. It runs a server of
+# TensorFlow on the other machines, which holds their chips: not where each has a program of its own.
 case $accelerator_type in
-  v2-8 | v3-8 | v4-8 | v5p-8 | v5litepod-[148] | v6e-[148]) pod= ;;
-  *) pod=-pod ;;
+  v2-8 | v3-8 | v4-8 | v5p-8 | v5litepod-[148] | v6e-[148]) slice= ;;
+  *) slice=1 ;;
 esac
-runtime=${RUNTIME:-tpu-vm-tf-${TF_VERSION:-2.15.1}$pod-$device_api}
+pod=
+if [[ -n $slice && $workers != all ]]; then pod=-pod; fi
+
+# Images with neither framework: their Python is 3.10, so that tpu_install.sh adds another.
+base_image() {
+  case $accelerator_type in
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    *) echo tpu-ubuntu2204-base ;;
+  esac
+}
+
+case $stack in
+  reference) runtime=${RUNTIME:-tpu-vm-tf-${TF_VERSION:-2.15.1}$pod-$device_api} ;;
+  current)
+    runtime=${RUNTIME:-$(base_image)}
+    if [[ -n $pod ]]; then
+      echo "STACK=current: no image has the server of TensorFlow 2.20 that the machines of a $accelerator_type need to" \
+        "train as one. Take STACK=reference, an accelerator on one machine, or WORKERS=all." >&2
+      exit 2
+    fi
+    ;;
+  *) echo "STACK=$stack: one of reference and current is needed" >&2 && exit 2 ;;
+esac
 
 on_workers() { # which workers, then the command line
   run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --worker="$1" --command="$2"
@@ -78,7 +110,7 @@ setup() {
   run gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME":efficientnet_ns.tar.gz "${where[@]}" --worker=all
   rm -rf "$(dirname "$archive")"
   on_workers all 'mkdir -p efficientnet_ns && tar -xzf efficientnet_ns.tar.gz -C efficientnet_ns &&
-    efficientnet_ns/tpu_scripts/tpu_install.sh'
+    STACK='"$stack"' efficientnet_ns/tpu_scripts/tpu_install.sh'
 }
 
 # The settings of the scripts in this folder that are set here, as words for `env` over there. Their hardware is this TPU,
@@ -92,7 +124,7 @@ script_settings() {
   done
 }
 
-# The files of one program on worker 0, in its home folder: efficientnet_ns.log, .pid, .exit (running, or its code).
+# The files of one program on a worker, in its home folder: efficientnet_ns.log, .pid, .exit (running, or its code).
 # shellcheck disable=SC2016 # expands on the worker
 is_running='[ "$(cat ~/efficientnet_ns.exit 2> /dev/null)" = running ] && kill -0 "$(cat ~/efficientnet_ns.pid)" 2> /dev/null'
 
@@ -100,10 +132,19 @@ start() {
   local program environment="TPU_NAME=$TPU_NAME"
   # The older interface finds the other workers only when the library is not loaded at import.
   if [[ $device_api == se && -n $pod ]]; then environment+=" TPU_LOAD_LIBRARY=0"; fi
+  # A machine of a slice has four chips. That they are all there is, it is told so: else it waits for the others.
+  if [[ -n $slice && $workers == all ]]; then
+    environment+=" TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1 CLOUD_TPU_TASK_ID=0"
+  fi
   printf -v program '%q ' "$@"
   # SIGTERM to the group reaches the program; the shell around it stays to write down the exit code.
-  program="trap : TERM; env $environment $(script_settings)$program; echo \$? > ~/efficientnet_ns.exit"
-  on_workers 0 "if $is_running; then echo 'a program is running: stop it first' >&2; exit 1; fi
+  program="trap : TERM; PATH=\$PWD/.venv/bin:\$PATH
+    env $environment $(script_settings)$program; echo \$? > ~/efficientnet_ns.exit"
+  # Of several programs one is started again while the others run.
+  on_workers "$workers" "if $is_running; then
+      if [ $workers = all ]; then exit 0; fi
+      echo 'a program is running: stop it first' >&2; exit 1
+    fi
     cd efficientnet_ns && echo running > ~/efficientnet_ns.exit &&
     { setsid nohup bash -c $(printf '%q' "$program") >> ~/efficientnet_ns.log 2>&1 < /dev/null &
       echo \$! > ~/efficientnet_ns.pid; }"
@@ -111,9 +152,18 @@ start() {
 
 # A program whose machine was restarted says running, but is not there: as good as preempted (exit code 75).
 status() {
-  on_workers 0 "status=\$(cat ~/efficientnet_ns.exit 2> /dev/null || echo new)
+  on_workers "$workers" "status=\$(cat ~/efficientnet_ns.exit 2> /dev/null || echo new)
     if [ \$status = running ] && ! { $is_running; }; then status=75; fi
     echo \$status"
+}
+
+# What the states of all workers call for: what failed is told, what is missing started, and all must have ended.
+most_urgent() {
+  local found one
+  found=$(cat)
+  for one in $(grep -xE '[0-9]+' <<<"$found" | grep -vxE '0|75') new 75 running 0; do
+    if grep -qx -- "$one" <<<"$found"; then echo "$one" && return; fi
+  done
 }
 
 say() {
@@ -125,7 +175,7 @@ watch_once() {
   local now
   now=$(state 2>/dev/null || echo MISSING)
   case $now in
-    ACTIVE) now=$(status 2>/dev/null | tail -n 1 || true) ;;
+    ACTIVE) now=$(status 2>/dev/null | most_urgent || true) ;;
     SUSPENDED | FAILED)
       say "$now: deleting it and asking for another"
       delete
@@ -149,14 +199,14 @@ case $command in
   create | state | delete | setup | status) "$command" ;;
   run)
     printf -v program '%q ' "$@"
-    on_workers all "cd efficientnet_ns && $program"
+    on_workers all "cd efficientnet_ns && PATH=\$PWD/.venv/bin:\$PATH && $program"
     ;;
   start) start "$@" ;;
   train) start python3 -m efficientnet_ns.main "$@" ;;
   logs) on_workers 0 'tail -n 100 -F ~/efficientnet_ns.log' ;;
   stop)
     # shellcheck disable=SC2016 # expands on the worker
-    on_workers 0 'kill -TERM -- "-$(cat ~/efficientnet_ns.pid)"'
+    on_workers "$workers" 'kill -TERM -- "-$(cat ~/efficientnet_ns.pid)"'
     ;;
   watch)
     if [[ -n $dry_run ]]; then # What follows a preemption.
