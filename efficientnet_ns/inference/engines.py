@@ -47,6 +47,8 @@ class EngineError(ConfigError):
 class TensorFlowEngine:
     """Runs the model under its distribution strategy; a batch is divided among the replicas.
 
+    While one call computes, others transfer their pixels to the devices and fetch their results.
+
     Args:
       model: pixels → logits, built under `strategy`.
       batch_size: images over all replicas; rounded up to a multiple of their number.
@@ -63,8 +65,9 @@ class TensorFlowEngine:
         self._per_replica = -(-batch_size // self._strategy.num_replicas_in_sync)
         self.name = "tf"
         self.batch_size = self._per_replica * self._strategy.num_replicas_in_sync
-        # Other callers prepare the next batches while the device computes.
-        self.concurrency = max(2, available_cpus())
+        # A call each that prepares, transfers, computes and fetches. Batches are large here, so that more
+        # of them would need memory without keeping the devices busier.
+        self.concurrency = 4
         self._lock = threading.Lock()
 
         def forward(pixels):
@@ -80,18 +83,28 @@ class TensorFlowEngine:
         return _by_batches(self._batch, pixels, self.batch_size)
 
     def _batch(self, pixels: np.ndarray) -> np.ndarray:
+        values = self._transfer(pixels)
         # Replicas of two calls at once would wait for each other.
         with self._lock:
-            if self._strategy.num_replicas_in_sync == 1:
-                return self._step(tf.constant(pixels)).numpy()
+            results = self._step(values)
+        return self._fetch(results)
 
-            def part(context):
-                start = context.replica_id_in_sync_group * self._per_replica
+    def _transfer(self, pixels: np.ndarray) -> tf.Tensor | tf.distribute.DistributedValues:
+        """Each replica's part, on its device."""
+        if self._strategy.num_replicas_in_sync == 1:
+            return tf.constant(pixels)
+        devices = self._strategy.extended.worker_devices
+
+        def part(context):
+            start = context.replica_id_in_sync_group * self._per_replica
+            with tf.device(devices[context.replica_id_in_sync_group]):
                 return tf.constant(pixels[start : start + self._per_replica])
 
-            values = self._strategy.experimental_distribute_values_from_function(part)
-            results = self._strategy.experimental_local_results(self._step(values))
-            return np.concatenate([result.numpy() for result in results])
+        return self._strategy.experimental_distribute_values_from_function(part)
+
+    def _fetch(self, results: tf.Tensor | tf.distribute.DistributedValues) -> np.ndarray:
+        local = self._strategy.experimental_local_results(results)
+        return np.concatenate([result.numpy() for result in local])
 
 
 class XnnpackEngine:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.config import ConfigError
+from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.data import fingerprints, pipeline
 from efficientnet_ns.data import images as images_lib
 from efficientnet_ns.devices import distribution
@@ -25,10 +27,16 @@ from efficientnet_ns.models import layers, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 _IMAGES, _MODEL = 1, 2  # Salts of the draws.
+# A core that decodes several images before it does anything else keeps the code and data of each step in its cache.
+_PIECE = 16
 
 
 class TeacherPredictor:
     """The teacher's model, compiled once for all shards.
+
+    Callers' threads decode for the engines that compute on the caller's core. For TensorFlow, whose
+    batches are for devices, all cores decode each group together: so a shard of few groups, and few
+    groups in memory, keep them busy.
 
     Args:
       resolved: sizes and preprocessing.
@@ -45,7 +53,8 @@ class TeacherPredictor:
 
     def __init__(self, resolved: ResolvedConfig, checkpoint: str):
         config = resolved.config
-        strategy = distribution.get_strategy(config.hardware)
+        # Machines share the work by shards, not by batches.
+        strategy = distribution.get_strategy(config.hardware, alone=True)
         distribution.set_precision(config.hardware, strategy)
         with strategy.scope():
             model = resolved.build_model()
@@ -65,9 +74,8 @@ class TeacherPredictor:
         self.num_classes, self._size = resolved.num_classes, resolved.image_size
         self._views = config.predict.test_time_views
         batch = self.engine.batch_size
-        # Small images form larger groups, which amortize the cost of a call. A core that decodes
-        # several images before it computes keeps the code and data of each step in its cache.
-        images = max(batch, min(64, 16 * 224**2 // self._size**2))
+        # Small images form larger groups, which amortize the cost of a call.
+        images = max(batch, min(64, _PIECE * 224**2 // self._size**2))
         self.group = -(-images // batch) * batch
         options = config.predict
         # Noise is drawn by the encoded bytes, and records with new labels have no index.
@@ -82,6 +90,8 @@ class TeacherPredictor:
             )
         self._decode = self._decoder(prepare)
         self.meter = Meter()
+        on_devices = isinstance(self.engine, engines.TensorFlowEngine)
+        self._cores = ThreadPoolExecutor(available_cpus()) if on_devices else None
         logging.info("labeling on %s, %d at a time", self.engine.name, self.engine.concurrency)
 
     def of_whole_images(self) -> TeacherPredictor:
@@ -146,15 +156,37 @@ class TeacherPredictor:
         self, images: Sequence[bytes | None]
     ) -> tuple[np.ndarray, np.ndarray | None, dict[int, str]]:
         """float32 [N, V, S, S, 3], zeros where decoding fails; grids if wanted; {index: reason}."""
+        if self._cores is None or len(images) <= _PIECE:
+            return self._piece(images)
+        pixels, grids = self._empty(len(images))
+        problems = {}
+
+        def decode(start: int) -> None:
+            end = start + _PIECE
+            pixels[start:end], own, bad = self._piece(images[start:end])
+            if grids is not None:
+                grids[start:end] = own
+            problems.update({start + place: reason for place, reason in bad.items()})
+
+        list(self._cores.map(decode, range(0, len(images), _PIECE)))
+        return pixels, grids, problems
+
+    def _empty(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
+        pixels = np.zeros([number, self._views, self._size, self._size, 3], np.float32)
+        grid = [number, fingerprints.GRID, fingerprints.GRID]
+        return pixels, np.zeros(grid, np.float32) if self.fingerprinted else None
+
+    def _piece(
+        self, images: Sequence[bytes | None]
+    ) -> tuple[np.ndarray, np.ndarray | None, dict[int, str]]:
+        """As `_pixels`, on the calling thread."""
         if all(image is not None for image in images):
             try:
                 # Not `.numpy()`, which copies: 10 MB per group.
                 return *self._decoded(images), {}
             except tf.errors.OpError:
                 pass  # Decoded one by one below, to find out which.
-        pixels = np.zeros([len(images), self._views, self._size, self._size, 3], np.float32)
-        shape = [len(images), fingerprints.GRID, fingerprints.GRID]
-        grids = np.zeros(shape, np.float32) if self.fingerprinted else None
+        pixels, grids = self._empty(len(images))
         problems = {}
         for place, image in enumerate(images):
             if image is None:

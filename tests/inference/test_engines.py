@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -83,6 +84,74 @@ def test_answers_repeat_bit_by_bit(engine, pixels):
     for _ in range(3):
         np.testing.assert_array_equal(engine(pixels[:8]), first)
         np.testing.assert_array_equal(engine(others)[:4], first[:4])
+
+
+@pytest.fixture(params=[1, 2])
+def device_engine(request, model) -> engines.TensorFlowEngine:
+    """Of TensorFlow, on so many replicas."""
+    if request.param == 1:
+        return engines.TensorFlowEngine(model, 4)
+    strategy = request.getfixturevalue("two_replicas")
+    with strategy.scope():
+        copy = efficientnet.build_model("efficientnet-test", CLASSES, SIZE)
+    copy.set_weights(model.get_weights())
+    return engines.TensorFlowEngine(copy, 4, strategy)
+
+
+def test_replicas_compute_their_parts_of_a_batch(device_engine, model, pixels):
+    """To the bit, as the model does it alone with as many rows."""
+    alone = tf.function(lambda rows: tf.nn.softmax(model(rows, training=False)))
+    rows = device_engine._per_replica
+    expected = [alone(tf.constant(pixels[i : i + rows])).numpy() for i in range(0, 8, rows)]
+    np.testing.assert_array_equal(device_engine(pixels[:8]), np.concatenate(expected))
+
+
+def test_transfers_and_results_do_not_wait_for_the_device(device_engine, pixels, monkeypatch):
+    """A step that ends only when the next batch is on its devices; a result that comes only when the
+    next step has begun."""
+    expected = [device_engine(pixels[:4]), device_engine(pixels[4:8])]
+    transfer, step, fetch = (getattr(device_engine, f"_{n}") for n in ("transfer", "step", "fetch"))
+    transferred, begun = threading.Semaphore(0), []
+    second_step = threading.Event()
+
+    def transfer_and_tell(rows):
+        values = transfer(rows)
+        transferred.release()
+        return values
+
+    def slow_step(values):
+        begun.append(values)
+        if len(begun) == 1:
+            assert all(transferred.acquire(timeout=30) for _ in range(2))
+        else:
+            second_step.set()
+        return step(values)
+
+    def slow_fetch(results):
+        assert second_step.wait(30)
+        return fetch(results)
+
+    monkeypatch.setattr(device_engine, "_transfer", transfer_and_tell)
+    monkeypatch.setattr(device_engine, "_step", slow_step)
+    monkeypatch.setattr(device_engine, "_fetch", slow_fetch)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(device_engine, [pixels[:4], pixels[4:8]]))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_one_step_at_a_time(device_engine, pixels, monkeypatch):
+    step, inside = device_engine._step, threading.Lock()
+
+    def alone(values):
+        assert inside.acquire(blocking=False)
+        try:
+            return step(values)
+        finally:
+            inside.release()
+
+    monkeypatch.setattr(device_engine, "_step", alone)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(device_engine, [pixels[:4]] * 16))
 
 
 def test_auto_is_xnnpack_on_one_cpu(model, two_replicas, monkeypatch):
