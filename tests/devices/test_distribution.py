@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -454,6 +455,15 @@ def test_wrong_descriptions_of_a_cluster(monkeypatch, text, problem):
     monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(ConfigError, match=f"TF_CONFIG is wrong: {problem}.*Unset it"):
         distribution.get_strategy(HardwareConfig())
+
+
+def test_machine_of_a_cluster_that_works_alone(monkeypatch):
+    """Without it, TensorFlow would wait for the other."""
+    workers = {"cluster": {"worker": ["absent:1", "b:1"]}, "task": {"type": "worker", "index": 1}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(workers))
+    strategy = distribution.get_strategy(HardwareConfig(), alone=True)
+    assert not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    assert strategy.num_replicas_in_sync == 1
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"cluster": {}}', '{"task": {"index": 0}}'])

@@ -733,15 +733,38 @@ def test_store_without_folders_and_renames(folder, finished):
 # --- Other inputs, weights and outputs ------------------------------------------------------------
 
 
-def test_engines_agree(folder, finished, monkeypatch):
-    monkeypatch.setattr(predict, "TeacherPredictor", TeacherPredictor)
+@pytest.fixture(scope="module")
+def device_teacher(folder) -> TeacherPredictor:
+    """Of TensorFlow's engine, made on one of two machines that do not wait for each other."""
+    workers = {"cluster": {"worker": ["absent:1", "absent:2"]}, "task": {"type": "worker", "index": 1}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TF_CONFIG", json.dumps(workers))
+        resolved = predict.resolve(settings(folder, "tf", inference_engine="tf"))
+        return TeacherPredictor(resolved, str(folder / "teacher"))
+
+
+def test_engines_agree(folder, finished, device_teacher):
     mine = settings(folder, "tf", shard_id="0", inference_engine="tf")
-    predict.predict(mine)
+    predict.predict(mine, device_teacher)
     name = "train-info-00000-of-00003-00000"
     probs, classes = predictions(Path(mine.predict.output_dir) / name)
     other, other_classes = predictions(Path(finished.predict.output_dir) / name)
     np.testing.assert_allclose(probs, other, atol=1e-5)
     assert classes == other_classes
+
+
+def test_all_cores_decode_a_group(device_teacher, rng, monkeypatch):
+    images = [png(rng) for _ in range(40)]
+    images[3], images[20], images[37] = None, b"no image", b""
+    decode, sizes = device_teacher._piece, []
+    monkeypatch.setattr(device_teacher, "_piece", lambda p: sizes.append(len(p)) or decode(p))
+    probs, problems, marks = device_teacher.marked(images)
+    assert sorted(sizes) == [8, 16, 16] and sorted(problems) == [20, 37]
+    monkeypatch.setattr(device_teacher, "_cores", None)
+    alone = device_teacher.marked(images)
+    np.testing.assert_array_equal(probs, alone[0])
+    np.testing.assert_array_equal(marks, alone[2])
+    assert problems == alone[1] and marks.shape == (40, 5)
 
 
 @pytest.mark.slow
