@@ -14,13 +14,17 @@ import sys
 from collections import Counter
 
 import fakes
+import gcs
+import numpy as np
 import pytest
+import tensorflow as tf
 
 from efficientnet_ns.config import Config, ExportConfig, FilterConfig, SelectConfig
 from efficientnet_ns.config.ingest import MakeConfig
 from efficientnet_ns.files import tfrecords
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.loop import labeling
+from efficientnet_ns.models import checkpoint_files
 from efficientnet_ns.pseudo_labels import predict
 from efficientnet_ns.serving import model_export
 from efficientnet_ns.training import train
@@ -192,6 +196,22 @@ def test_every_picture_is_one_request(run):
 def test_the_graph_is_uploaded_last(run):
     version = [r.name for r in run.requests["export"] if r.kind == "upload" and "/1/" in r.name]
     assert version[-1] == "export/1/saved_model.pb" and len(set(version)) == len(version)
+
+
+@pytest.mark.slow
+def test_a_restore_reads_a_large_checkpoint_once(store, bucket):
+    """Of 80 MB, ten of TensorFlow's blocks, in another order than they are stored."""
+    names = [f"model/{'abcdefghij'[7 * i % 10]}{i}" for i in range(40)]
+    values = {name: np.full([1 << 19], i, np.float32) for i, name in enumerate(names)}
+    prefix = f"gs://{bucket}/model.ckpt-1"
+    checkpoint_files.write_checkpoint(prefix, values)
+    variables = {name: tf.Variable(tf.zeros([1 << 19])) for name in names}
+    with gcs.counted(store) as read:
+        checkpoint_files.read_checkpoint(prefix, variables)
+    assert all(variables[name][0] == i for i, name in enumerate(names))
+    stored = sum(len(store.content(bucket, name)) for name in store.names(bucket))
+    assert stored > 80e6 and read["down"] <= 1.05 * stored
+    assert read["get"] <= stored / (8 << 20) + 4
 
 
 @pytest.mark.slow

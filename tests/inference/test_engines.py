@@ -107,8 +107,7 @@ def test_replicas_compute_their_parts_of_a_batch(device_engine, model, pixels):
 
 
 def test_transfers_and_results_do_not_wait_for_the_device(device_engine, pixels, monkeypatch):
-    """A step that ends only when the next batch is on its devices; a result that comes only when the
-    next step has begun."""
+    """A step ends only when the next batch is on its devices; a result comes when that has begun."""
     expected = [device_engine(pixels[:4]), device_engine(pixels[4:8])]
     transfer, step, fetch = (getattr(device_engine, f"_{n}") for n in ("transfer", "step", "fetch"))
     transferred, begun = threading.Semaphore(0), []

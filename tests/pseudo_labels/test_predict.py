@@ -736,7 +736,10 @@ def test_store_without_folders_and_renames(folder, finished):
 @pytest.fixture(scope="module")
 def device_teacher(folder) -> TeacherPredictor:
     """Of TensorFlow's engine, made on one of two machines that do not wait for each other."""
-    workers = {"cluster": {"worker": ["absent:1", "absent:2"]}, "task": {"type": "worker", "index": 1}}
+    workers = {
+        "cluster": {"worker": ["absent:1", "absent:2"]},
+        "task": {"type": "worker", "index": 1},
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TF_CONFIG", json.dumps(workers))
         resolved = predict.resolve(settings(folder, "tf", inference_engine="tf"))
