@@ -84,6 +84,18 @@ def prediction(root: str, **values) -> Config:
     return Config().override(**settings)
 
 
+class Unsure:
+    """A teacher for which all classes are as likely."""
+
+    name, batch_size, concurrency, group = "unsure", 8, 1, 8
+
+    def __init__(self):
+        self.engine = self
+
+    def label(self, images):
+        return np.full([len(images), fakes.CLASSES], 1 / fakes.CLASSES, np.float32), {}
+
+
 @pytest.fixture(scope="module")
 def run(store, shared_students) -> Run:
     with pytest.MonkeyPatch.context() as patch:
@@ -112,6 +124,10 @@ def run(store, shared_students) -> Run:
         run.stage("train again", train.train_and_evaluate, teacher)
         run.stage("predict", predict.predict, prediction(root))
         run.stage("predict again", predict.predict, prediction(root))
+        named = {"file_prefix": "extra", "num_shards": SHARDS, "output_dir": f"{root}/one"}
+        one = prediction(root, shard_id="1", **named)
+        run.stage("predict one shard", predict.predict, one, Unsure())
+        run.stage("predict one shard again", predict.predict, one)
         selection = SelectConfig(
             unlabel_data_dir=f"{root}/unlabeled",
             prediction_dir=f"{root}/predictions",
@@ -145,6 +161,8 @@ REQUESTS = {
     "unlabeled again": (35, 1),
     "predict": (180, 11),
     "predict again": (77, 0),
+    "predict one shard": (121, 6),
+    "predict one shard again": (70, 0),
     "filter": (223, 28),
     "filter again": (67, 2),
     "export": (128, 14),
@@ -181,6 +199,15 @@ def test_unlabeled_records_are_read_once_by_each_stage(run):
     size = run.size("unlabeled/extra-")
     for stage in ("predict", "filter"):
         assert sum(r.down for r in run.requests[stage] if "unlabeled/extra-" in r.name) == size
+
+
+@pytest.mark.parametrize("stage", ["predict one shard", "predict one shard again"])
+def test_one_shard_of_many_is_no_listing_of_all(run, stage):
+    """Else the listings of all shards, each by itself, grow as the square of their number."""
+    listed = [r.name for r in run.requests[stage] if r.kind == "list"]
+    assert [name for name in listed if name.startswith(("unlabeled/", "one/"))] == []
+    name = f"one/train-info-00001-of-0000{SHARDS}-00000"
+    assert f"{name}.manifest.json" in run.store.names(run.bucket, name)
 
 
 def test_every_picture_is_one_request(run):

@@ -52,6 +52,10 @@ def predict(
 
     Waits for shards that another process is working on, and takes them over if it dies.
 
+    One shard of a set on an object store is labeled without a look at the folders, whose listings are
+    thousands of names: its files are asked for. What killed processes left is then removed by a
+    call with all shards.
+
     Args:
       config: names teacher, input and outputs; see `resolve`.
       teacher: of the same settings; None: loads it if there is work.
@@ -172,6 +176,8 @@ _LOOK_SECONDS, _LOOK_TIMES = 1.0, 50
 class Tasks:
     """The shards to label. A shard is looked at when its turn comes, the folders once for all.
 
+    Of a single one of many on an object store its files are looked for instead.
+
     Attributes:
       names: of the tasks, in the order in which this process takes them.
     """
@@ -184,16 +190,23 @@ class Tasks:
             start = (os.getpid() * 7919) % len(shards)
             shards = shards[start:] + shards[:start]
         self._resolved = resolved
+        folders = (_input_dir(resolved.config), options.output_dir)
+        one_of_many = len(shards) == 1 < options.num_shards
+        self._lists = not (one_of_many and all(map(object_stores.is_object_store, folders)))
         path = options.predict_ckpt_path
         if stored_model.is_export(path):
             self._checkpoint = exported.fingerprint(path)
         else:
             self._checkpoint = weights.fingerprint(path, resolved.model_name)
-        self._inputs = set(object_stores.names(_input_dir(resolved.config)))
+        if self._lists:
+            inputs = set(object_stores.names(_input_dir(resolved.config)))
+        else:
+            wanted = [_input_path(resolved.config, shard) for shard in shards]
+            inputs = {os.path.basename(path) for path in _found(wanted)}
         self._outputs = {shard: _outputs(resolved.config, shard) for shard in shards}
         self._shards = {os.path.basename(files[0]): s for s, files in self._outputs.items()}
         for shard in shards:
-            _check_input(resolved.config, shard, self._inputs)
+            _check_input(resolved.config, shard, inputs)
         self.names = list(self._shards)
         self._made: dict[str, ShardTask] = {}
         self._finished: set[str] = set()
@@ -236,7 +249,7 @@ class Tasks:
 
     def remove_left_behind(self) -> None:
         """Removes parts, leases and temporary files of killed and slower processes, if all is finished."""
-        if self._finished < set(self.names):
+        if self._finished < set(self.names) or not self._lists:
             return
         self._look()
         ours = set().union(*map(self._basenames, self.names))
@@ -250,7 +263,13 @@ class Tasks:
     def _look(self) -> None:
         options, began = self._resolved.config.predict, time.monotonic()
         folders = dict.fromkeys((options.output_dir, options.info_dir or options.output_dir))
-        self._listed = [os.path.join(f, n) for f in folders for n in object_stores.names(f)]
+        if self._lists:
+            self._listed = [os.path.join(f, n) for f in folders for n in object_stores.names(f)]
+        else:
+            outputs = self._outputs.values()
+            self._listed = _found(
+                [path for files in outputs for path in (*files, _manifest(files))]
+            )
         self._present = {os.path.basename(path) for path in self._listed}
         now = time.monotonic()
         self._next_look = now + max(_LOOK_SECONDS, _LOOK_TIMES * (now - began))
@@ -258,6 +277,11 @@ class Tasks:
     def _basenames(self, name: str) -> set[str]:
         files = {os.path.basename(path) for path in self._outputs[self._shards[name]]}
         return {*files, os.path.basename(_manifest(self._outputs[self._shards[name]]))}
+
+
+def _found(paths: Sequence[str]) -> list[str]:
+    """Those paths at which there is a file."""
+    return [path for path, size in zip(paths, object_stores.sizes(paths)) if size is not None]
 
 
 def _outputs(config: Config, shard: int) -> list[str]:

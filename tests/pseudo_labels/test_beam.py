@@ -189,6 +189,12 @@ def test_one_model_for_all_shards_of_a_process(beam, folder, tmp_path, monkeypat
     assert len(made) == 1
 
 
+def test_groups_of_shards_are_few_and_hold_each_once(beam):
+    assert beam._groups([]) == [] and beam._groups([4, 7]) == [[4], [7]]
+    groups = beam._groups(range(16_384))
+    assert len(groups) <= 1000 and sum(groups, []) == list(range(16_384))
+
+
 def test_bundle_that_fails_is_started_again(beam, folder, ordinary, tmp_path, monkeypatch):
     """A worker that dies in the middle of a shard leaves nothing that another would stumble over."""
     prediction, selection = stages(folder, tmp_path, part_seconds=0.0)
