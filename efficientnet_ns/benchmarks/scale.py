@@ -3,7 +3,7 @@
 The set is described by --files, --records and --record_bytes; where a host reads comes from the code
 that plans it in training, `data.streams`. Files are those of an object store, of which TensorFlow
 reads GCS_READ_CACHE_BLOCK_SIZE_MB at a time, to the end of the file at most; listings have 1000 names
-a page.
+a page, and begin with a question of one name.
 """
 
 from __future__ import annotations
@@ -45,16 +45,18 @@ def run(config: BenchmarkConfig) -> list[Row]:
     sidecar = len(json.dumps(tfrecords.entries(described.source.paths, described.source.files)))
     counting = sum(_requests(file.size) for file in described.source.files)
     checkpoint = _checkpoint_bytes(config.model_name)
-    known = (pages * _PAGE * _NAME_BYTES + sidecar, pages + _requests(sidecar))
+    listing = np.array([config.files * _NAME_BYTES, 1 + pages])
+    known = listing + (sidecar, _requests(sidecar))
     found = {
         "start, counts known": known,
-        "start, nothing known (first worker, once)": (described.bytes, counting + pages),
+        "start, nothing known (first worker, once)": listing + (described.bytes, counting),
         "first step": described.resume(0),
         "step": tuple(x / steps for x in epoch),
         "resume, mean": tuple(np.mean(resumes, axis=0)),
         "resume, most": tuple(np.max(resumes, axis=0)),
         f"restore of {config.model_name}": (checkpoint, _requests(checkpoint)),
-        "predict, start": (2 * pages * _PAGE * _NAME_BYTES, 2 * pages),
+        # The input for its name and for its shards, the output for those that are finished.
+        "predict, start": 3 * listing,
     }
     rows = [Row("epoch, bytes", epoch[0] / 1e6, "MB", epoch[0] / even, "1/hosts of the set")]
     rows.append(Row("epoch, requests", epoch[1], "requests"))

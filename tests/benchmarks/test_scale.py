@@ -29,8 +29,11 @@ def test_a_host_reads_its_part(monkeypatch):
     assert rows["step, bytes"].value == pytest.approx(epoch.value / steps)
     # A window and the file before it, of each of 8 streams.
     assert rows["resume, most, bytes"].value <= 8 * (157 * 0.1 + 400_000 / 512 * 0.1)
-    assert rows["start, counts known, requests"].value == 2
-    assert rows["start, nothing known (first worker, once), bytes"].value == 40_000
+    # The sidecar, and a listing of one page.
+    assert rows["start, counts known, requests"].value == 3
+    listed = rows["start, nothing known (first worker, once), bytes"].value - 40_000
+    assert listed == pytest.approx(512 * 100 / MB)
+    assert rows["predict, start, requests"].value == 6
 
 
 def test_hosts_that_do_not_divide_the_batch():
