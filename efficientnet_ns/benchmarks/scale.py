@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 
 import numpy as np
 import tensorflow as tf
@@ -47,7 +48,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
     checkpoint = _checkpoint_bytes(config.model_name)
     listing = np.array([config.files * _NAME_BYTES, 1 + pages])
     known = listing + (sidecar, _requests(sidecar))
-    found = {
+    found: dict[str, Iterable[float]] = {
         "start, counts known": known,
         "start, nothing known (first worker, once)": listing + (described.bytes, counting),
         "first step": described.resume(0),
@@ -62,7 +63,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
     rows.append(Row("epoch, requests", epoch[1], "requests"))
     for name, (size, requests) in found.items():
         rows.append(Row(f"{name}, bytes", size / 1e6, "MB"))
-        rows.append(Row(f"{name}, requests", requests, "requests"))
+        rows.append(Row(f"{name}, requests", float(requests), "requests"))
     return rows
 
 
