@@ -17,7 +17,7 @@ def find(folder: str, prefix: str, num_shards: int, part: str = "") -> tuple[str
     """(prefix, number of shards) of the set in a folder, as given if it is there.
 
     Else the folder's only set counts that has what is given, that is, differs from the defaults of
-    `PredictConfig`. On an object store one file of a set that is given in full shows that it is there.
+    `PredictConfig`. On an object store, of a set of a given number the first file is asked for first.
 
     Args:
       part: what follows the prefix in the names, e.g. `-0` for pseudo-labeled records of task 0.
@@ -26,15 +26,15 @@ def find(folder: str, prefix: str, num_shards: int, part: str = "") -> tuple[str
       DataError: there is none, or several are possible; names the folder and what is there.
     """
     default = PredictConfig()
-    given = (prefix, num_shards) != (default.file_prefix, default.num_shards)
-    if given and object_stores.is_object_store(folder):
-        first = os.path.join(folder, shard_names.shard_name(f"{prefix}{part}", 0, num_shards))
-        if object_stores.size(first) is not None:
-            return prefix, num_shards
+    prefixes = ("train", "extra") if prefix == default.file_prefix else (prefix,)
+    if num_shards != default.num_shards and object_stores.is_object_store(folder):
+        for name in prefixes:
+            first = shard_names.shard_name(f"{name}{part}", 0, num_shards)
+            if object_stores.size(os.path.join(folder, first)) is not None:
+                return name, num_shards
     sets = {(one[0], one[2]) for name in _names(folder) if (one := shard_names.parse(name))}
     if (f"{prefix}{part}", num_shards) in sets:
         return prefix, num_shards
-    prefixes = ("train", "extra") if prefix == default.file_prefix else (prefix,)
     groups = {f"{name}{part}": name for name in prefixes}
     found = sorted(one for one in sets if one[0] in groups)
     fitting = [one for one in found if num_shards in (default.num_shards, one[1])]
