@@ -78,16 +78,11 @@ def _build(
     )
     (
         refused
-        | "select" >> apache_beam.FlatMap(lambda found: _groups(whole_set.select_shards(found, selection)))
+        | "select" >> apache_beam.Map(whole_set.select_shards, selection)
+        | "groups" >> apache_beam.FlatMap(whole_set.groups)
         | "spread shards" >> apache_beam.Reshuffle()
         | "write" >> apache_beam.Map(lambda shards: write.write_shards(selection, shards))
     )
-
-
-def _groups(shards: Sequence[int], most: int = 1000) -> list[list[int]]:
-    """Shards to write together, at most so many groups: each lists the folders of all shards."""
-    number = -(-len(shards) // most)
-    return [list(shards[i : i + number]) for i in range(0, len(shards), max(1, number))]
 
 
 class _Predict(apache_beam.DoFn):

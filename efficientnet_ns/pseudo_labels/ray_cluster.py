@@ -208,8 +208,8 @@ def _result(call: Any) -> Any:
 
 def _write(selection: SelectConfig, shards: list[int]) -> None:
     one = ray.remote(write.write_shards).options(num_cpus=1, max_retries=_LOSSES)
-    waiting = [one.remote(selection, [shard]) for shard in shards]
-    with Progress(len(shards), "writing balanced records", "shards") as progress:
+    waiting = [one.remote(selection, group) for group in whole_set.groups(shards)]
+    with Progress(len(waiting), "writing balanced records", "groups of shards") as progress:
         while waiting:
             finished, waiting = _wait(waiting)
             for call in finished:

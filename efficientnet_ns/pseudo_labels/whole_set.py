@@ -7,6 +7,8 @@ same to the last byte, finished units are skipped, and a unit may be tried again
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from absl import logging
 
 from efficientnet_ns.config import Config, ConfigError, SelectConfig
@@ -74,6 +76,12 @@ def select_shards(refused: list[str], selection: SelectConfig) -> list[int]:
         raise TooManyBadRecords(min(messages))
     select(selection)
     return index.shards(selection)
+
+
+def groups(shards: Sequence[int], most: int = 1000) -> list[list[int]]:
+    """Shards that are written by one call, in at most so many groups: each lists the folders of all."""
+    number = max(1, -(-len(shards) // most))
+    return [list(shards[i : i + number]) for i in range(0, len(shards), number)]
 
 
 def finish(prediction: Config, selection: SelectConfig) -> dict[str, object]:

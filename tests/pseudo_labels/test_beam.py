@@ -26,7 +26,7 @@ from efficientnet_ns.config import Config, ConfigError, SelectConfig
 from efficientnet_ns.files import manifests, shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.inference.teacher import TeacherPredictor
-from efficientnet_ns.pseudo_labels import label_shard, predict, write
+from efficientnet_ns.pseudo_labels import label_shard, predict, whole_set, write
 from efficientnet_ns.pseudo_labels.selection import select
 
 SHARDS = 3
@@ -189,9 +189,9 @@ def test_one_model_for_all_shards_of_a_process(beam, folder, tmp_path, monkeypat
     assert len(made) == 1
 
 
-def test_groups_of_shards_are_few_and_hold_each_once(beam):
-    assert beam._groups([]) == [] and beam._groups([4, 7]) == [[4], [7]]
-    groups = beam._groups(range(16_384))
+def test_groups_of_shards_are_few_and_hold_each_once():
+    assert whole_set.groups([]) == [] and whole_set.groups([4, 7]) == [[4], [7]]
+    groups = whole_set.groups(range(16_384))
     assert len(groups) <= 1000 and sum(groups, []) == list(range(16_384))
 
 
