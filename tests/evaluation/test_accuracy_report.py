@@ -210,7 +210,7 @@ def test_the_engine_computes(folder, monkeypatch, kind):
     """It computes every image, TensorFlow none; predictions would use the same engine."""
     seen, asked = [], []
 
-    def make(kind, model, batch_size, strategy):
+    def make(kind, model, batch_size, strategy, *, dtype):
         def engine(pixels):
             seen.append(len(pixels))
             return np.full([len(pixels), CLASSES], [0.2, 0.5, 0.3], np.float32)
