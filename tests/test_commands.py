@@ -59,7 +59,7 @@ QUICK = (
     ),
     Quick(
         r"\.demo\b",
-        "--teacher_steps=60 --student_steps=10 --labels_per_class=30",
+        "--teacher_steps=300 --student_steps=20 --labels_per_class=30",
         "few updates; with them, more labels, for a teacher that is sure of some pictures",
     ),
     Quick(r"\.demo --seeds", "--seeds=0", "a seed takes as long as the demo"),
@@ -92,8 +92,8 @@ QUICK = (
         "--studies=labels --seeds=0 --teacher_steps=4 --train_steps=4 --min_threshold=0",
         "one question, one seed, few updates",
     ),
-    Quick(r"benchmark --what=(input|train)", "--seconds=0.05 --image_size=32", "a try"),
-    Quick(r"benchmark --what=(predict|serving)", "--seconds=0.05 --image_size=32", "a try"),
+    Quick(r"benchmark --what=(input|train)", "--seconds=0.1 --image_size=32", "a try"),
+    Quick(r"benchmark --what=(predict|serving)", "--seconds=0.1 --image_size=32", "a try"),
     Quick(r"benchmark --what=select", "--rows=20000 --classes=10", "30 million rows take a while"),
     Quick(r"proc_svhn", "--dev_size=40 --num_shards=4", "fewer pictures than SVHN has"),
 )
