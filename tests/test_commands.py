@@ -59,7 +59,7 @@ QUICK = (
     ),
     Quick(
         r"\.demo\b",
-        "--teacher_steps=300 --student_steps=20 --labels_per_class=30",
+        "--teacher_steps=300 --student_steps=150 --labels_per_class=30",
         "few updates; with them, more labels, for a teacher that is sure of some pictures",
     ),
     Quick(r"\.demo --seeds", "--seeds=0", "a seed takes as long as the demo"),
@@ -144,7 +144,8 @@ class Shell:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.variables: dict[str, str] = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+        # Programs that start others find the package as if it were installed.
+        self.variables = {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)}
 
     def __call__(self, command: str) -> str:
         """What the command prints; `gs://…` is a folder here, as object stores have their own tests."""
