@@ -29,8 +29,8 @@ def run(options: BenchmarkConfig) -> str:
     if not options.what:
         raise ConfigError(f"--what is needed: one of {', '.join(_MODULES)}")
     module = importlib.import_module(f"efficientnet_ns.benchmarks.{_MODULES[options.what]}")
-    rows = module.run(options)
+    rows, machine = module.run(options), tables.machine()
     if options.json_file:
-        found = {"machine": tables.machine(), "rows": tables.as_json(rows)}
+        found = {"machine": machine, "rows": tables.as_json(rows)}
         json_files.write_json(options.json_file, found, indent=1)
-    return f"{tables.machine()}\n{tables.format_rows(rows)}"
+    return f"{machine}\n{tables.format_rows(rows)}"

@@ -107,7 +107,33 @@ class TensorFlowEngine:
         return np.concatenate([result.numpy() for result in local])
 
 
-class XnnpackEngine:
+class _CpuEngine:
+    """Workers, as many as run in parallel; each call has one for itself.
+
+    Args:
+      name: of the engine.
+      batch_size: images that a worker computes at a time.
+      workers: functions of pixels float32 [batch_size, S, S, 3] → probabilities float32 [batch_size, C].
+    """
+
+    def __init__(
+        self, name: str, batch_size: int, workers: list[Callable[[np.ndarray], np.ndarray]]
+    ):
+        self.name, self.batch_size, self.concurrency = name, batch_size, len(workers)
+        # Last in, first out: the tensors of the worker used last are still in the cache.
+        self._free: queue.LifoQueue = queue.LifoQueue()
+        for worker in workers:
+            self._free.put(worker)
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        worker = self._free.get()
+        try:
+            return _by_batches(worker, pixels, self.batch_size)
+        finally:
+            self._free.put(worker)
+
+
+class XnnpackEngine(_CpuEngine):
     """Runs the model in TensorFlow Lite on CPUs, with batch norm folded into the convolutions.
 
     Each core has a single-threaded interpreter. On EfficientNet this is a third faster than one
@@ -122,33 +148,27 @@ class XnnpackEngine:
     """
 
     def __init__(self, model: tf.keras.Model, threads: int | None = None):
-        self.name = "xnnpack"
-        self.batch_size = _cache_sized_batch(model.input_shape[1])
-        content = convert(model, self.batch_size)
+        batch_size = _cache_sized_batch(model.input_shape[1])
+        content = convert(model, batch_size)
         threads = threads or available_cpus()
-        self.concurrency = min(threads, max(1, _MAX_INTERPRETER_BYTES // len(content)))
-        # Last in, first out: the tensors of the interpreter used last are still in the cache.
-        self._free: queue.LifoQueue = queue.LifoQueue()
-        for _ in range(self.concurrency):
-            self._free.put(interpreter(content, max(1, threads // self.concurrency)))
+        number = min(threads, max(1, _MAX_INTERPRETER_BYTES // len(content)))
 
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        interpreter = self._free.get()
-        try:
-            source = interpreter.get_input_details()[0]["index"]
-            target = interpreter.get_output_details()[0]["index"]
+        def worker() -> Callable[[np.ndarray], np.ndarray]:
+            own = interpreter(content, max(1, threads // number))
+            source = own.get_input_details()[0]["index"]
+            target = own.get_output_details()[0]["index"]
 
-            def batch(rows: np.ndarray) -> np.ndarray:
-                interpreter.set_tensor(source, rows)
-                interpreter.invoke()
-                return interpreter.get_tensor(target)
+            def compute(rows: np.ndarray) -> np.ndarray:
+                own.set_tensor(source, rows)
+                own.invoke()
+                return own.get_tensor(target)
 
-            return _by_batches(batch, pixels, self.batch_size)
-        finally:
-            self._free.put(interpreter)
+            return compute
+
+        super().__init__("xnnpack", batch_size, [worker() for _ in range(number)])
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(_CpuEngine):
     """Runs the model in OpenVINO on CPUs, one stream of one thread per core.
 
     Args:
@@ -170,36 +190,28 @@ class OpenVinoEngine:
             raise EngineError(
                 "--inference_dtype=bfloat16: this CPU does not compute in bfloat16 (AVX512_BF16 or AMX); use float32"
             )
-        self.name = "openvino" if dtype == "float32" else f"openvino-{dtype}"
         # With B0 at 224 pixels 2 to 8 are fastest: fewer start each layer too often, more leave the cache.
-        self.batch_size = max(1, min(16, 4 * 224**2 // model.input_shape[1] ** 2))
-        self.concurrency = threads or available_cpus()
+        batch_size = max(1, min(16, 4 * 224**2 // model.input_shape[1] ** 2))
+        threads = threads or available_cpus()
         settings = {
             "INFERENCE_PRECISION_HINT": "f32" if dtype == "float32" else "bf16",
-            "NUM_STREAMS": self.concurrency,
-            "INFERENCE_NUM_THREADS": self.concurrency,
+            "NUM_STREAMS": threads,
+            "INFERENCE_NUM_THREADS": threads,
             # Pinned threads of two processes would share a core while others are idle.
             "ENABLE_CPU_PINNING": False,
         }
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "model.tflite")  # OpenVINO reads this kind from files only.
             with open(path, "wb") as f:
-                f.write(convert(model, self.batch_size))
+                f.write(convert(model, batch_size))
             compiled = core.compile_model(path, "CPU", settings)
-        self._free: queue.LifoQueue = queue.LifoQueue()
-        for _ in range(self.concurrency):
-            self._free.put(compiled.create_infer_request())
 
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        request = self._free.get()
-        try:
+        def worker() -> Callable[[np.ndarray], np.ndarray]:
+            request = compiled.create_infer_request()
+            return lambda rows: request.infer([np.ascontiguousarray(rows)], share_inputs=True)[0]
 
-            def batch(rows: np.ndarray) -> np.ndarray:
-                return request.infer([np.ascontiguousarray(rows)], share_inputs=True)[0]
-
-            return _by_batches(batch, pixels, self.batch_size)
-        finally:
-            self._free.put(request)
+        name = "openvino" if dtype == "float32" else f"openvino-{dtype}"
+        super().__init__(name, batch_size, [worker() for _ in range(threads)])
 
 
 def _openvino():
