@@ -72,6 +72,17 @@ def pipeline_stages(
     return labeling.pipeline_stages(settings, PipelineConfig(work_dir=str(work), **job))
 
 
+def selection_in(folder: Path, **values) -> SelectConfig:
+    """A selection whose records, predictions and outputs are all in `folder`."""
+    return SelectConfig(
+        unlabel_data_dir=str(folder / "records"),
+        prediction_dir=str(folder / "predictions"),
+        prelim_stats_dir=str(folder / "statistics"),
+        output_dir=str(folder / "selected"),
+        **values,
+    )
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Relative path → content of every file."""
     return {

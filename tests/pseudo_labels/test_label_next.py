@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from unlabeled_sets import png, write_shards
+from unlabeled_sets import png, selection_in, write_shards
 
 from efficientnet_ns.config import FilterConfig, ReportConfig, SelectConfig
 from efficientnet_ns.data import fingerprints
@@ -52,11 +52,8 @@ def folder(tmp_path, rng) -> Path:
 
 
 def selecting(folder: Path, **values) -> SelectConfig:
-    return SelectConfig(
-        unlabel_data_dir=str(folder / "records"),
-        prediction_dir=str(folder / "predictions"),
-        prelim_stats_dir=str(folder / "statistics"),
-        output_dir=str(folder / "selected"),
+    return selection_in(
+        folder,
         num_shards=SHARDS,
         num_label_classes=CLASSES,
         file_prefix="extra",

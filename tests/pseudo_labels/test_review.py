@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-from unlabeled_sets import png, write_index, write_shards
+from unlabeled_sets import png, selection_in, write_index, write_shards
 
 from efficientnet_ns import report
 from efficientnet_ns.config import FilterConfig, ReportConfig, SelectConfig
@@ -49,11 +49,8 @@ def decisions(folder: Path, changes: dict[int, int | None]) -> str:
 
 
 def selecting(folder: Path, **values) -> SelectConfig:
-    return SelectConfig(
-        unlabel_data_dir=str(folder / "records"),
-        prediction_dir=str(folder / "predictions"),
-        prelim_stats_dir=str(folder / "statistics"),
-        output_dir=str(folder / "selected"),
+    return selection_in(
+        folder,
         num_label_classes=CLASSES,
         min_threshold=0.5,
         **{"num_image": 6, **values},
