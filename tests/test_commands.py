@@ -77,7 +77,7 @@ QUICK = (
     Quick(
         r"b0_student.flags",
         f"--flagfile=flags/hardware/cpu.flags {_TINY} {_LEARNS} --train_steps=2"
-        " --task_name=store/task.json --iterations_per_loop=1",
+        " --task_name=runs/teacher/task.json --iterations_per_loop=1",
         "two updates of a small model on a CPU, for as many classes as the pictures have",
     ),
     Quick(r"--num_image=\d{3,}", "--num_image=8 --min_threshold=0.1", "as many as there are"),
@@ -253,6 +253,9 @@ def for_training(shell: Shell) -> None:
     shutil.copytree(
         shell.folder / "runs/demo/loop/round-1" / selected, shell.folder / "runs/labels" / selected
     )
+    store = shell.folder / "store"
+    shutil.copytree(shell.folder / "runs/demo/data/labeled", store / "imagenet")
+    shutil.copytree(shell.folder / "runs/labels" / selected, store / selected)
     fakes.class_folders(shell.folder / "photos", {"red": 12, "green": 12})
     make = "python -m efficientnet_ns.make_records --source=photos --validation_fraction=0.2"
     shell(f"{make} --output_dir=my_data")
