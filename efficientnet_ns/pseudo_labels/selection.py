@@ -1,17 +1,18 @@
 """Which unlabeled images a student learns from: filtering and balancing (paper section 3.1).
 
 The selection keeps images above a confidence threshold, at most `num_image` per class, the most
-confident first; copies fill up classes with fewer. It reads the index of the predictions in passes,
-each on every core and in memory that does not grow with the number of images:
+confident first; copies fill up classes with fewer. `exact_rules` holds this rule, `thresholds` that
+of the original. The selection reads the index of the predictions in passes, each on every core and in
+memory that does not grow with the number of images:
 
-  1. Count the images of each class by confidence, in 101 bins of width 0.01: the statistics that the
-     original writes. For every class they decide whether all its images get the same number of
-     copies, and if not, which bin contains the cut: the last image that makes it.
-  2. Where images differ, each has a key: the bits of its confidence, or a random draw. Count the keys
-     of the range in question (the bin; all draws) in 128 parts, which leaves one part of it.
-  3. Gather the few images of that part and sort them: the cut is a key, with ties broken by the place
-     of the image.
-  4. Compare every image with the cut of its class, and write the images kept.
+  1. `_count`: count the images of each class by confidence, in 101 bins of width 0.01, which are the
+     statistics that the original writes. They decide for each class whether all its images get the
+     same number of copies, and if not, which bin contains the cut: the last image that is kept.
+  2. `_narrowed`: where images differ, each has a key: the bits of its confidence, or a random draw.
+     Count the keys of the range in question (the bin; all draws) in 128 parts; one contains the cut.
+  3. `_find_cuts`: gather the few images of that part and sort them. The cut is a key; ties are broken
+     by the image's place.
+  4. `_write_selection`: compare each image with the cut of its class, and write the images kept.
 
 Why not SQL: DuckDB takes 1.7 times the processor time for the same passes, even without the draws,
 for which it lacks arithmetic modulo 2**64.
