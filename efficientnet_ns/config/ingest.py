@@ -27,25 +27,27 @@ class MakeConfig(Settings):
     subfolder: str = setting("", "Only images in this folder of the source, e.g. train.")
     accept_classes: bool = setting(
         False,
-        "Take the topmost folders as classes even if they do not look like classes: named like "
-        "sets, all images of one in folders below it, or only one class.",
+        "Use the topmost folders as classes even if they do not look like classes: they have names "
+        "of sets, one has all its images in subfolders, or there is only one.",
     )
     imagenet_labels: bool = setting(
         False,
-        "The folders are WordNet ids, of some of ImageNet's classes at least; label them as ImageNet does.",
+        "The folders are WordNet ids of ImageNet classes, all or some; use ImageNet's labels.",
     )
     num_shards: int | None = setting(
-        None, "Files of the set; default: one per 1024 images, 1024 at most.", low=1
+        None, "Files of the set; default: one per 1024 images, at most 1024.", low=1
     )
     validation_fraction: float = setting(
-        0.0, "This part of each class becomes another set, --validation_set.", low=0
+        0.0, "Fraction of each class to split off as --validation_set.", low=0
     )
     validation_set: str = setting(
-        "validation", "Prefix of the other set: validation or dev.", choices=("validation", "dev")
+        "validation",
+        "Prefix of the set split off: validation or dev.",
+        choices=("validation", "dev"),
     )
     max_side: int | None = setting(
         None,
-        "Shrink images with a longer side to it, as JPEG of quality 95; default: never.",
+        "Shrink images whose longer side exceeds this, as JPEG of quality 95; default: never.",
         low=1,
     )
     limit: int | None = setting(
@@ -53,8 +55,8 @@ class MakeConfig(Settings):
     )
     keep_names: bool = setting(
         True,
-        "Keep each image's path in the source in its record, as image/filename, by which "
-        "predictions of other models find it.",
+        "Store each image's path in the source in its record as image/filename, which "
+        "import_predictions can match.",
     )
     check: bool = setting(
         True, "Decode every image; images that cannot be decoded are left out and listed."

@@ -16,13 +16,13 @@ class SelectConfig(Settings):
     prediction_dir: str = setting("", "Folder of the predictions.")
     info_dir: str = setting(
         "",
-        "Folder of the counts that the prediction wrote; if given, they are compared with "
-        "the predictions.",
+        "Folder of the counts that --mode=predict wrote; if given, they are checked against the "
+        "predictions.",
     )
     prelim_stats_dir: str = setting("", "Folder of the statistics.")
     output_dir: str = setting("", "Folder of the selection and of the balanced records.")
     num_shards: int = setting(
-        128, "Number of shards of the unlabeled set; default: as many as there are.", low=1
+        128, "Number of shards of the unlabeled set; default: detected.", low=1
     )
     only_use_num_shards: int = setting(
         -1, "Use only the first N shards, for statistics, selection and records; -1: all."
@@ -41,7 +41,7 @@ class SelectConfig(Settings):
         low=1,
     )
     total_label_replicas: int = setting(
-        -1, "Workers that predicted each shard (their total_replicas); -1: as many as are found."
+        -1, "Workers that predicted each shard (their total_replicas); -1: detected."
     )
     task: int = setting(-1, "Number in the names of the output files; -1: 0.")
     debug: int = setting(
@@ -55,28 +55,28 @@ class SelectConfig(Settings):
         low=0,
     )
     task_name: str | None = setting(
-        None, "Task that the classes are of; default: what the teacher's prediction noted."
+        None, "Task of the classes; default: the one stored with the predictions."
     )
-    num_label_classes: int = setting(1000, "Number of classes; a known task's.", low=1)
+    num_label_classes: int = setting(1000, "Number of classes; known tasks set it.", low=1)
     upsample: int = setting(1, "Fill classes below num_image with copies: 1 or 0.", low=0)
     use_top: int = setting(
         1,
-        "1: the most confident images of classes with more than num_image; 0: a random part of "
-        "all from min_threshold on.",
+        "Of classes with more than num_image images, keep 1: the most confident; 0: a random sample "
+        "of those at or above min_threshold.",
         low=0,
     )
     use_all: bool = setting(
-        False, "Every image with at least min_threshold, once; num_image is ignored."
+        False, "Keep every image at or above min_threshold, once; num_image is ignored."
     )
     selection: str = setting(
         "exact",
-        "exact: num_image images per class. threshold: as the 2019 code, cut at steps of 0.01, "
-        "with copies drawn so that about num_image are expected.",
+        "exact: num_image images per class. threshold: as in the 2019 code, thresholds in steps of "
+        "0.01, and copies drawn so that about num_image are expected.",
         choices=("exact", "threshold"),
     )
     only_get_stats: int = setting(0, "Stop after the statistics: 1 or 0.", low=0)
     file_prefix: str = setting(
-        "train", "Prefix of the unlabeled files: train or extra; default: what is there."
+        "train", "Prefix of the unlabeled files: train or extra; default: detected."
     )
     data_type: str = setting(
         "tfrecord",
@@ -91,21 +91,20 @@ class SelectConfig(Settings):
     )
     reviewed: str = setting(
         "",
-        "Decisions of a person, saved by a review sheet: rejected images are never selected, others have "
-        "the person's label with probability 1.",
+        "Decisions saved by a review sheet: rejected images are never selected; the others get the "
+        "reviewer's label with probability 1.",
     )
     seed: int = setting(0, "Seed of the choice of copies and of the order of records.", low=0)
     num_samples: int = setting(5, "Sample pictures kept per class and shard.", low=0)
     num_workers: int = setting(
         -1,
-        "Processes that write shards at the same time; -1: one per core, fewer if there is little "
-        "to write.",
+        "Processes that write shards in parallel; -1: one per core, fewer if there is little to write.",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class FilterConfig(Settings):
-    """What `filter_unlabel.py` does besides selecting and writing."""
+    """What `filter_unlabel.py` does in addition to selecting and writing."""
 
     report: bool = setting(False, "Write report.html, as labeling_report does, at the end.")
 
@@ -127,21 +126,21 @@ class ReportConfig(Settings):
         "", "Text file with the name of a class per line; default: the task's names."
     )
     report_classes: int = setting(
-        10, "Worst covered, best covered and other classes whose pictures are shown.", low=0
+        10, "How many worst-covered, best-covered and other classes to show pictures of.", low=0
     )
     review_images: int = setting(
         0,
-        "Also write review.html beside the report, a sheet with the N least confident images kept of each "
-        "class, on which a person confirms, corrects or rejects labels.",
+        "Also write review.html next to the report: a sheet for confirming, correcting or rejecting the "
+        "labels of the N least confident images kept per class.",
         low=0,
     )
     label_next: int = setting(
         0,
-        "Also write label_next.csv and label_next.html beside the report: up to N images whose label would "
-        "teach most, by the margin between two classes, of every class, without near copies.",
+        "Also write label_next.csv and label_next.html next to the report: up to N images that are most "
+        "worth labeling, by the margin between two classes, from all classes, without near copies.",
         low=0,
     )
-    report_shards: int = setting(4, "Shards that pictures are taken from.", low=1)
+    report_shards: int = setting(4, "Shards to take pictures from.", low=1)
 
 
 def of_selection(name: str) -> Any:
@@ -165,42 +164,44 @@ class ImportConfig(Settings):
     output_dir: str = setting("", "Folder of the predictions.")
     info_dir: str = setting("", "Folder of the counts; default: output_dir.")
     task_name: str | None = setting(
-        None, "Task that the classes are of; default: task.json beside the unlabeled records."
+        None, "Task of the classes; default: task.json next to the unlabeled records."
     )
     key: str = setting(
         "position",
-        "What rows and records have in common. position: row i is record i, shard after shard; name: "
-        "the record's image/filename; hash: SHA-256 of the image, in hexadecimal digits.",
+        "How rows are matched to records. position: row i is record i, shard after shard; name: the "
+        "record's image/filename; hash: SHA-256 of the image, in hexadecimal digits.",
         choices=("position", "name", "hash"),
     )
     key_column: str = setting("key", "Column, or array of a .npz file, of the keys.")
     values: str = setting(
-        "probabilities", "What the numbers are.", choices=("probabilities", "logits")
+        "probabilities", "Kind of the numbers.", choices=("probabilities", "logits")
     )
     temperature: float = setting(
         1.0, "Divides the logits: above 1 for softer predictions.", low=1e-3
     )
     class_map: str = setting(
         "",
-        "Text file with a line per class of the source: the name or number of the task's class, or - "
-        "for none. Classes with the same line are added. Default: columns called as the classes, else "
+        "Text file with one line per class of the source: the name or number of the task's class, or - "
+        "for none. Classes with the same line are added. Default: columns matched by class name, else "
         "the task's order.",
     )
     min_mass: float = setting(
         0.5,
-        "With classes of no line in --class_map: an image with less than this probability in the "
-        "task's classes gets no label; others are divided by their sum.",
+        "If --class_map leaves classes out: images with less than this probability in the task's "
+        "classes get no label; the probabilities of the others are renormalized.",
         low=0,
         high=1,
     )
     combine: str = setting(
         "mean",
-        "Several teachers. mean: of their probabilities; agreement: the same, for images on whose "
-        "class all agree; others get no label.",
+        "How to combine several teachers. mean: average their probabilities; agreement: the same, but "
+        "images on whose class they disagree get no label.",
         choices=("mean", "agreement"),
     )
-    allow_missing: bool = setting(False, "Records without a row get no label; default: refused.")
-    allow_unknown: bool = setting(False, "Rows of no record are left out; default: refused.")
+    allow_missing: bool = setting(
+        False, "Leave records without a row unlabeled; default: an error."
+    )
+    allow_unknown: bool = setting(False, "Ignore rows without a record; default: an error.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +210,8 @@ class CheckConfig(Settings):
 
     label_data_dir: str = setting(
         "",
-        "Folder of labeled records: its training set is compared, and its evaluation and test sets; "
-        "several joined with ';'.",
+        "Folder of labeled records, whose training, evaluation and test sets are compared; several "
+        "joined with ';'.",
     )
     eval_data_dir: str = setting(
         "", "Folder whose sets are all evaluation images; several joined with ';'."
@@ -220,30 +221,28 @@ class CheckConfig(Settings):
     num_shards: int = of_selection("num_shards")
     prediction_dir: str = setting(
         "",
-        "Predictions for the unlabeled records, whose index has the fingerprints; default: the images "
-        "are read.",
+        "Predictions for the unlabeled records, whose index holds the fingerprints; default: read the "
+        "images.",
     )
     task_name: str | None = setting(
-        None, "Task that names the sets; default: task.json beside the labeled records."
+        None, "Task that names the sets; default: task.json next to the labeled records."
     )
-    near: bool = setting(True, "Look for near copies, too; --nonear: equal files only.")
+    near: bool = setting(True, "Also find near copies; --nonear: identical files only.")
     output_dir: str = setting("", "Folder of the report, the lists, and the fingerprints.")
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelsConfig(Settings):
-    """Labels to doubt; the flags of `check_labels.py`."""
+    """Labels to check; the flags of `check_labels.py`."""
 
     label_data_dir: str = setting("", "Folder of the labeled records.")
     prediction_dir: str = setting(
-        "", "Predictions for them, of a model that did not learn from their labels."
+        "", "Predictions for these records by a model that was not trained on their labels."
     )
     file_prefix: str = setting("train", "Prefix of the labeled files.")
-    num_shards: int = setting(
-        128, "Number of shards of the labeled set; default: as many as there are.", low=1
-    )
+    num_shards: int = setting(128, "Number of shards of the labeled set; default: detected.", low=1)
     task_name: str | None = setting(
-        None, "Task of the labels; default: the one noted beside the predictions."
+        None, "Task of the labels; default: the one stored with the predictions."
     )
     output_dir: str = setting("", "Folder of the report and the list.")
 
@@ -279,18 +278,16 @@ class RayConfig(Settings):
     )
     min_actors: int = setting(
         1,
-        "Actors that are requested at once, so that a cluster that scales itself adds nodes for them.",
+        "Actors to request at once, so that an autoscaling cluster adds nodes for them.",
         low=1,
     )
     max_actors: int = setting(
-        0, "More actors, up to this number, where the cluster has room; 0: as many as fit.", low=0
+        0, "Maximum number of actors, if the cluster has room; 0: as many as fit.", low=0
     )
-    cpus_per_actor: float = setting(
-        1.0, "CPU cores that an actor reserves and decodes and computes on.", low=0.01
-    )
+    cpus_per_actor: float = setting(1.0, "CPU cores that an actor reserves and uses.", low=0.01)
     gpus_per_actor: float = setting(0.0, "GPUs that an actor reserves.", low=0)
     resources_per_actor: str = setting(
-        "", "Other resources of Ray that an actor reserves, such as TPU=4,big_disk=1."
+        "", "Other Ray resources that an actor reserves, such as TPU=4,big_disk=1."
     )
 
 

@@ -21,25 +21,26 @@ class PicturesConfig(Settings):
         "", "Unlabeled pictures: a folder, archive, tfds:<name>[:split], or a folder of records."
     )
     test: str = setting(
-        "", "Labeled pictures that only measure the models: as --labeled, with the same classes."
+        "", "Labeled pictures used only to measure the models: as --labeled, with the same classes."
     )
     held_out: float | None = setting(
         None,
-        "Part of each class that is held out of training, to choose the best model by; default: by rule.",
+        "Fraction of each class held out of training to choose the best model; default: by rule.",
         low=0,
         high=0.9,
     )
     max_side: int | None = setting(
-        None, "Shrink pictures with a longer side to it in the records; default: by rule.", low=8
+        None, "In records, shrink pictures whose longer side exceeds this; default: by rule.", low=8
     )
     control: bool = setting(
-        False, "Also train on only the labeled pictures, as many updates as all models together."
+        False,
+        "Also train on the labeled pictures only, with as many updates as all models together.",
     )
     dry_run: bool = setting(
-        False, "Only tell what was found, the settings and how long it would take; writes nothing."
+        False, "Only print what was found, the settings and the estimated time; write nothing."
     )
     time_limit: str = setting(
-        "", "Time for everything, such as 30m or 2h: fits updates, image size and rounds into it."
+        "", "Limit for the whole run, such as 30m or 2h; fits updates, image size and rounds to it."
     )
 
 
@@ -47,7 +48,7 @@ class PicturesConfig(Settings):
 class LoopConfig(Settings):
     """The rounds of `noisy_student.py`; `Config` has the settings of its trainings."""
 
-    work_dir: str = setting("", "Folder of everything the loop makes.")
+    work_dir: str = setting("", "Folder of all outputs of the loop.")
     models: str = setting(
         "efficientnet-b0,efficientnet-b0",
         "Variants in order: the first teacher, then each round's student, which teaches the next.",
@@ -56,16 +57,16 @@ class LoopConfig(Settings):
         None, "Update steps of the first teacher; default: train_steps.", low=1
     )
     teacher_batch_size: int | None = setting(
-        None, "train_batch_size of the first teacher; default: as the students'.", low=1
+        None, "train_batch_size of the first teacher; default: that of the students.", low=1
     )
     stop_when_worse: bool = setting(
         False,
-        "End the rounds with a student that is worse than its teacher on the evaluation set.",
+        "Stop after a student that is worse than its teacher on the evaluation set.",
     )
     published_recipes: bool = setting(
         False,
         "Train each model as published for ImageNet at its size: resolution, RandAugment, epochs "
-        "and unlabel_ratio, of which image_sizes and unlabel_ratios take precedence.",
+        "and unlabel_ratio; image_sizes and unlabel_ratios take precedence.",
     )
     image_sizes: str = setting(
         "", "Image side of each of the models, joined with ','; default: the same for all."
@@ -76,11 +77,11 @@ class LoopConfig(Settings):
     finetune_resolution: int | None = setting(
         None,
         "Image side in pixels at which the last student is fine-tuned on labeled images without "
-        "augmentation (FixRes); default: it is not.",
+        "augmentation (FixRes); default: no fine-tuning.",
         low=8,
     )
     finetune_epochs: float = setting(
-        1.5, "Passes over the labeled images in the fine-tuning.", low=0
+        1.5, "Epochs of the fine-tuning, over the labeled images.", low=0
     )
     finetune_fix_layers: int = setting(-1, "fix_layer_num of the fine-tuning; -1: none.", low=-1)
     num_image: int = setting(1300, "Pseudo-labeled images per class.", low=1)
@@ -101,13 +102,13 @@ class StudyConfig(Settings):
 
     studies: str = setting(
         "all",
-        "Joined with ',', or all of them: noise, labels, ratio, amount, size, balance, joint, start, "
-        "teaching, rounds.",
+        "Studies to run, joined with ',', or all: noise, labels, ratio, amount, size, balance, joint, "
+        "start, teaching, rounds.",
     )
     seeds: str = setting("0,1,2", "Seeds, joined with ','; every arm is run with each.")
     quick: bool = setting(
         False,
-        f"Only the most telling arms, and at most {QUICK_TEACHER_STEPS} update steps of the teacher "
+        f"Only the most informative arms, and at most {QUICK_TEACHER_STEPS} update steps of the teacher "
         f"and {QUICK_STUDENT_STEPS} of each student.",
     )
 
@@ -116,10 +117,10 @@ class StudyConfig(Settings):
 class DemoConfig(Settings):
     """Settings of the demo."""
 
-    output_dir: str = setting("runs/demo", "Folder of everything the demo makes.")
+    output_dir: str = setting("runs/demo", "Folder of all outputs of the demo.")
     seed: int = setting(0, "Seed of the split, the initial weights and all noise.", low=0)
     seeds: str = setting(
-        "", "Seeds, joined with ',', to run in turn; the last table shows their mean and spread."
+        "", "Seeds, joined with ',', to run in turn; the final table shows their mean and spread."
     )
     labels_per_class: int = setting(5, "Labeled images per class.", low=1, high=300)
     teacher_steps: int = setting(1000, "Update steps of the teacher.", low=1)

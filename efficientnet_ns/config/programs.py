@@ -13,8 +13,8 @@ class OwnSetConfig(Settings):
 
     epsilons: str = setting(
         "",
-        "FGSM and PGD: how far each pixel value of 0..255 may be moved; several joined with ',', "
-        "e.g. 2,4,8,16.",
+        "FGSM and PGD: maximum change of each pixel value, in 0..255; several joined with ',', e.g. "
+        "2,4,8,16.",
     )
     pgd_steps: int = setting(10, "Gradient steps of PGD.", low=1)
     pgd_step_size: float | None = setting(
@@ -28,7 +28,7 @@ class OwnSetConfig(Settings):
     severities: str = setting("1,2,3,4,5", "Their severities, joined with ','.")
     baseline: str = setting(
         "",
-        "Weights of a baseline model, which is measured too and by whose errors the results are divided.",
+        "Weights of a baseline model, which is measured too; errors are also given relative to its own.",
     )
     baseline_model_name: str = setting("", "Variant of the baseline; default: the same model.")
     image_set: str = setting(
@@ -47,7 +47,7 @@ class BenchmarkConfig(Settings):
         "What to measure.",
         choices=("input", "predict", "select", "serving", "train", "scale"),
     )
-    data: str = setting("", "Folder of images or of records; default: images made for it.")
+    data: str = setting("", "Folder of images or of records; default: generated images.")
     model_name: str = setting("efficientnet-b0", "Variant to measure.")
     image_size: int = setting(224, "Image side in pixels.", low=8)
     batch_size: int = setting(16, "Images per step.", low=1)
@@ -88,20 +88,16 @@ class RobustnessConfig(Settings):
     allow_missing: bool = setting(
         False, "Measure sets with missing parts too; no mean is then reported."
     )
-    imagenet_a: str = setting(
-        "", f"ImageNet-A: <wnid>/*{_PLACES} Predictions among its 200 classes."
-    )
-    imagenet_r: str = setting(
-        "", f"ImageNet-R: <wnid>/*{_PLACES} Predictions among its 200 classes."
-    )
+    imagenet_a: str = setting("", f"ImageNet-A: <wnid>/*{_PLACES} Predicts only its 200 classes.")
+    imagenet_r: str = setting("", f"ImageNet-R: <wnid>/*{_PLACES} Predicts only its 200 classes.")
     imagenet_v2: str = setting(
         "", f"ImageNet-V2, matched frequency: <number of the class>/* or <wnid>/*{_PLACES}"
     )
     imagenet_sketch: str = setting("", f"ImageNet-Sketch: <wnid>/*{_PLACES}")
     imagenet_c: str = setting(
         "",
-        "ImageNet-C: <corruption>/<severity>/<wnid>/*; or tfds:imagenet2012_corrupted, or with "
-        "/<corruption>_<severity> a single one of its parts.",
+        "ImageNet-C: <corruption>/<severity>/<wnid>/*; or tfds:imagenet2012_corrupted, with "
+        "/<corruption>_<severity> for a single part.",
     )
     imagenet_p: str = setting(
         "", "ImageNet-P: <perturbation>/<wnid>/<clip>.mp4, .gif or /<a picture per frame>."
@@ -122,7 +118,7 @@ class RobustnessConfig(Settings):
 class ExportConfig(Settings):
     """What is exported."""
 
-    export_dir: str = setting("", "Folder in which the version's folder or file is made.")
+    export_dir: str = setting("", "Folder for the version's folder or file.")
     version: int | None = setting(
         None, "Number of the version; servers take the highest. Default: the next one.", low=1
     )
@@ -134,14 +130,14 @@ class ExportConfig(Settings):
         choices=("cpu", "accelerator", "none"),
     )
     serving_dtype: str = setting(
-        "float32", "Arithmetic of the SavedModel.", choices=("float32", "bfloat16")
+        "float32", "Compute precision of the SavedModel.", choices=("float32", "bfloat16")
     )
     tflite_type: str = setting(
         "float32",
-        "Numbers of the TFLite file; int8 needs --calibration_data or --check_data.",
+        "Number type of the TFLite file; int8 needs --calibration_data or --check_data.",
         choices=("float32", "float16", "dynamic", "int8"),
     )
-    top_k: int = setting(5, "Length of the top lists in the predictions.", low=1)
+    top_k: int = setting(5, "Number of classes in the top-K outputs.", low=1)
     check_data: str = setting(
         "",
         "Folder of images, class folders or records, or an archive of images, on which the export is "
@@ -152,8 +148,8 @@ class ExportConfig(Settings):
     )
     calibration_data: str = setting(
         "",
-        "Images, as of --check_data, from which int8 learns the ranges of its numbers: 100 or more, of the "
-        "kind that the model will see; default: those of --check_data.",
+        "Images for calibrating int8, in the formats of --check_data: at least 100, of the kind that the "
+        "model will see; default: those of --check_data.",
     )
 
 

@@ -28,7 +28,7 @@ class ModelConfig(Settings):
         None, "Number of classes; tasks other than imagenet set it.", documented=1000
     )
     small_image_model: bool = setting(
-        False, "Strides of stages 2 and 3 are 1, for images of 32 pixels and less."
+        False, "Use stride 1 in stages 2 and 3, for images of up to 32 pixels."
     )
     width_coefficient: float | None = setting(
         None, "Overrides the variant's width multiplier.", low=0.01
@@ -56,12 +56,12 @@ class DataConfig(Settings):
     data_source: str = setting(
         "",
         "tfds:<name>: a set of TensorFlow Datasets as labeled images and task, instead of "
-        "label_data_dir and task_name. Made into records when first used.",
+        "label_data_dir and task_name. Converted to records on first use.",
         free=True,  # The records made from it, in label_data_dir, are not.
     )
     data_cache_dir: str = setting(
         "",
-        "Where the records of data_source are made; default: efficientnet_ns in the TFDS folder.",
+        "Folder for the records of data_source; default: efficientnet_ns in the TFDS folder.",
         free=True,
     )
     tfds_data_dir: str | None = setting(
@@ -83,44 +83,44 @@ class DataConfig(Settings):
         free=True,
     )
     num_test_images: int | None = setting(
-        None, "The same for the test set, if the task has one.", low=1, free=True
+        None, "num_eval_images for the test set, if the task has one.", low=1, free=True
     )
     num_train_shards: int | None = setting(
         None, "Train on only the first N shards of the labeled set; default: all.", low=1
     )
     augment_name: str | None = setting(
         None,
-        "Augmentation of training images: randaugment (the original calls it v1), autoaugment, or "
-        "none, also after a preset that names one; or a policy as the log prints it, which overrides "
-        "the flags below: 'randaugment(N=2, M=27, mode=clipped)', 'autoaugment(svhn)'.",
+        "Augmentation of training images: randaugment (v1 in the original), autoaugment, none (also "
+        "overrides a preset), or a policy as the log prints it, which overrides the flags below: "
+        "'randaugment(N=2, M=27, mode=clipped)', 'autoaugment(svhn)'.",
         choices=("randaugment", "v1", "autoaugment", "none"),
         pattern=_POLICY,
     )
     unl_aug: str = setting(
         "default",
-        "Augmentation of unlabeled images: default (as labeled), randaugment, v1, autoaugment, "
+        "Augmentation of unlabeled images: default (as for labeled ones), randaugment, v1, autoaugment, "
         "none (crop or shift, and flip), clean (the evaluation crop), or a policy as for augment_name.",
         choices=("default", "randaugment", "v1", "autoaugment", "none", "clean"),
         pattern=_POLICY,
     )
     autoaugment_policy: str | None = setting(
         None,
-        "Policy of autoaugment, by the images it was found on; default: svhn for that task, else "
-        "imagenet (v0, which EfficientNet was trained with).",
+        "AutoAugment policy, named after the data set it was learned on; default: svhn for that task, "
+        "else imagenet (v0, which EfficientNet was trained with).",
         choices=("imagenet", "svhn", "cifar10"),
     )
-    randaug_mag: int = setting(27, "RandAugment magnitude M, levels of 10.", low=0)
-    randaug_layer: int = setting(2, "RandAugment operations per image N.", low=0)
+    randaug_mag: int = setting(27, "RandAugment magnitude M; 10 is the nominal maximum.", low=0)
+    randaug_layer: int = setting(2, "RandAugment operations N per image.", low=0)
     randaug_mode: str = setting(
         "original",
-        "Levels above 10: original (posterize and solarize wrap, as published) or clipped; also "
-        "of autoaugment.",
+        "Magnitudes above 10: original (posterize and solarize wrap, as published) or clipped; also "
+        "applies to autoaugment.",
         choices=("original", "clipped"),
     )
     randaug_reach: str = setting(
         "fixed",
-        "How far RandAugment translates and how large its Cutout is at magnitude 10: fixed (100 and 40 "
-        "pixels, as published) or proportional (as much of the image as that is at 224 pixels).",
+        "RandAugment's translation and Cutout size at magnitude 10: fixed (100 and 40 pixels, as "
+        "published) or proportional (the fraction of the image that these are at 224 pixels).",
         choices=("fixed", "proportional"),
     )
     cutout_op: bool = setting(True, "Include Cutout among RandAugment's operations.")
@@ -129,14 +129,14 @@ class DataConfig(Settings):
     )
     crop_fraction: float | None = setting(
         None,
-        "Part of the shorter side that evaluation shows; default: size / (size + 32), as published, "
-        "which is two thirds at 64 pixels.",
+        "Fraction of the shorter side that the evaluation crop keeps; default: size / (size + 32), as "
+        "published, which is two thirds at 64 pixels.",
         low=0.1,
         high=1,
     )
     shuffle_buffer: int = setting(
         10000,
-        "Undecoded records held to shuffle from, over all hosts; a record moves up to this many places.",
+        "Undecoded records in the shuffle buffer, over all hosts; a record moves up to this many places.",
         low=1,
     )
 
@@ -147,8 +147,8 @@ class TrainConfig(Settings):
 
     model_dir: str | None = setting(
         None,
-        "Folder of checkpoints and logs of a training. Programs that use a trained model also take the "
-        "work_dir of noisy_student, and some an exported SavedModel; what is not given is read there.",
+        "Folder of checkpoints and logs of a training. Programs that use a trained model also accept the "
+        "work_dir of noisy_student, and some an exported SavedModel; settings not given are read there.",
         free=True,
     )
     train_steps: int = setting(109474, "Update steps of the whole schedule.", low=1)
@@ -161,8 +161,8 @@ class TrainConfig(Settings):
     train_batch_size: int = setting(4096, "Labeled images per update, over all replicas.", low=1)
     label_data_sample_prob: float = setting(
         1.0,
-        "Probability that a labeled image enters the loss, for labeled batches that must be smaller "
-        "than the number of replicas: train_batch_size times this counts as the batch.",
+        "Probability that a labeled image counts in the loss, for labeled batches smaller than the "
+        "number of replicas: the effective batch is train_batch_size times this.",
         low=0,
         high=1,
     )
@@ -194,18 +194,20 @@ class TrainConfig(Settings):
     )
     warmup_epochs: float = setting(5.0, "Length of the linear warm-up.", low=0)
     moving_average_decay: float = setting(
-        0.9999, "Ceiling of the weight average's decay.", low=0, high=1
+        0.9999, "Maximum decay of the weights' moving average.", low=0, high=1
     )
     bn_momentum: float = setting(0.99, "Decay of the batch-norm moving statistics.", low=0, high=1)
     keep_bn_statistics: bool = setting(
         False,
-        "Batch norm normalises with the moving statistics of the initial weights (--init_model), which "
-        "stay; its scale and offset learn. For fine-tuning on few images.",
+        "Batch norm uses the moving statistics of the initial weights (--init_model) unchanged; its "
+        "scale and offset are still trained. For fine-tuning on few images.",
     )
-    weight_decay: float = setting(1e-5, "Factor of half the squared norm.", low=0)
-    label_smoothing: float = setting(0.1, "Weight of the uniform distribution.", low=0, high=1)
+    weight_decay: float = setting(1e-5, "Weight of the L2 penalty, half the squared norm.", low=0)
+    label_smoothing: float = setting(
+        0.1, "Label smoothing: weight of the uniform distribution.", low=0, high=1
+    )
     unlabel_ratio: float = setting(
-        0.0, "Unlabeled images per labeled one, and their weight.", low=0
+        0.0, "Unlabeled images per labeled one, and the weight of their loss.", low=0
     )
     unl_model_noise: bool = setting(
         True,
@@ -214,8 +216,7 @@ class TrainConfig(Settings):
     )
     label_weight: float = setting(
         1.0,
-        "Weight of the labeled loss; 0: labels have no part in the loss (pretraining on pseudo "
-        "labels).",
+        "Weight of the labeled loss; 0: learn from pseudo labels only (pretraining).",
         low=0,
     )
     teacher_softmax_temp: float = setting(
@@ -231,9 +232,9 @@ class TrainConfig(Settings):
     )
     consistency_threshold: float = setting(
         0.0,
-        "Without a teacher: the student's own prediction of the unlabeled image, cropped and flipped "
-        "only, is the hard label of the augmented one if its probability reaches this (FixMatch: "
-        "0.95); 0: pseudo labels of a teacher.",
+        "Without a teacher: the student's prediction for an unlabeled image that is only cropped and "
+        "flipped is the hard label of the augmented image if its probability reaches this (FixMatch: "
+        "0.95); 0: use a teacher's pseudo labels.",
         low=0,
         high=1,
     )
@@ -259,8 +260,8 @@ class TrainConfig(Settings):
     steps_per_eval: int = setting(3000, "Evaluate every N steps.", low=1, free=True)
     patience: int = setting(
         0,
-        "End the training when so many evaluations in a row bring no better accuracy than the best before; "
-        "0: never. A cosine schedule gains most at its end, and a small evaluation set tells little.",
+        "Stop training after this many consecutive evaluations without a new best accuracy; 0: never. A "
+        "cosine schedule gains most at its end, and accuracy on a small evaluation set is noisy.",
         low=0,
         free=True,
     )
@@ -291,8 +292,8 @@ class TrainConfig(Settings):
     keep_checkpoint_max: int = setting(5, "Checkpoints kept.", low=1, free=True)
     iterations_per_loop: int = setting(
         1000,
-        "Steps the device runs between returns to the host, which logs and reacts to a request to "
-        "stop (SIGTERM) only then.",
+        "Steps per host loop. The host logs and reacts to a request to stop (SIGTERM) only between "
+        "loops.",
         low=1,
         free=True,
     )
@@ -317,7 +318,7 @@ class TrainConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class PredictConfig(Settings):
-    """Which shards a teacher labels, and where to."""
+    """Which shards a teacher labels, and where it writes predictions."""
 
     predict_ckpt_path: str = setting(
         "",
@@ -327,38 +328,38 @@ class PredictConfig(Settings):
     output_dir: str = setting("", "Folder of the prediction records.")
     info_dir: str = setting("", "Folder of the per-shard counts; default: output_dir.")
     num_shards: int = setting(
-        128, "Number of shards of the unlabeled set; default: as many as there are.", low=1
+        128, "Number of shards of the unlabeled set; default: detected.", low=1
     )
     shard_id: str | None = setting(
         None,
-        "Shards to label: a list or ranges, e.g. 0,3,8-15; auto: all of them, shared with every "
-        "process that was started with the same output_dir.",
+        "Shards to label: a list or ranges, e.g. 0,3,8-15; auto: all of them, shared among all "
+        "processes started with the same output_dir.",
         documented="0",
     )
     total_replicas: int = setting(1, "Workers that share each shard.", low=1)
     worker_id: int = setting(0, "This worker among total_replicas.", low=0)
     file_prefix: str = setting(
         "train",
-        "Prefix of the unlabeled files: train or extra; default: what is there. Needed only if the "
-        "folder has other sets too.",
+        "Prefix of the unlabeled files: train or extra; default: detected. Needed only if the folder "
+        "also holds other sets.",
     )
-    data_type: str = setting("tfrecord", "Kind of the input files.", choices=("tfrecord",))
+    data_type: str = setting("tfrecord", "Format of the input files.", choices=("tfrecord",))
     reassign_label: bool = setting(
         False,
         "Give new labels to pseudo-labeled records, <file_prefix>-<worker_id>-<shard>-of-<shards>.",
     )
     inference_engine: str = setting(
         "auto",
-        "What runs the model with --mode=predict and --mode=eval: tf (TensorFlow), xnnpack or openvino (CPU "
-        "only; openvino if it is installed), or auto: with one device that is not an accelerator, xnnpack or "
-        "openvino, whichever is measured to be faster at start, for models that it supports, else tf. "
-        "--eval_continuously, --noised_teacher, attacks and evaluation during training: tf.",
+        "Engine for --mode=predict and --mode=eval: tf (TensorFlow), xnnpack or openvino (CPU only; openvino "
+        "must be installed), or auto: on a single CPU device, the faster of xnnpack and openvino, as measured "
+        "at start, if it supports the model; otherwise tf. --eval_continuously, --noised_teacher, attacks and "
+        "evaluation during training always use tf.",
         choices=("auto", "tf", "xnnpack", "openvino"),
     )
     inference_dtype: str = setting(
         "float32",
-        "What openvino computes in: float32, or bfloat16, which is faster on CPUs that have it (AVX512_BF16, "
-        "AMX) and less exact. Of tf, --precision decides.",
+        "Precision of openvino: float32, or bfloat16, which is faster on CPUs that support it (AVX512_BF16, "
+        "AMX) but less exact. For tf, set --precision.",
         choices=("float32", "bfloat16"),
     )
     test_time_views: int = setting(
@@ -369,24 +370,24 @@ class PredictConfig(Settings):
     )
     noised_teacher: bool = setting(
         False,
-        "Label images augmented as unlabeled ones are for training, with dropout and stochastic depth "
-        "on, which makes worse labels: an ablation of the paper.",
+        "Augment images as in training and keep dropout and stochastic depth on while labeling, which "
+        "makes labels worse: an ablation of the paper.",
     )
     fast_decode: bool = setting(
         False,
-        "Decode large JPEGs at 1/2, 1/4 or 1/8 of their size, which takes less time and gives slightly "
-        "other pixels.",
+        "Decode large JPEGs at 1/2, 1/4 or 1/8 of their size, which is faster and changes pixels "
+        "slightly.",
     )
     fingerprints: bool = setting(
         True,
-        "Note a hash and a perceptual fingerprint of each image in the index, for check_data; images are "
-        "then decoded whole.",
+        "Store a hash and a perceptual fingerprint of each image in the index, for check_data; this "
+        "requires decoding whole images.",
     )
     max_bad_fraction: float = setting(
         0.01, "Stop when more than this fraction of a shard's records is unreadable.", low=0, high=1
     )
     part_seconds: float = setting(
-        60.0, "Seconds of work on a shard that a killed process may lose.", low=0
+        60.0, "Maximum seconds of work on a shard that a killed process loses.", low=0
     )
     lease_seconds: float = setting(
         300.0, "Seconds without a heartbeat before another worker takes over the shard.", low=1
@@ -409,13 +410,13 @@ class HardwareConfig(Settings):
     precision: str = setting(
         "auto",
         "auto: bfloat16 on TPU with use_bfloat16, else float32 (most CPUs emulate bfloat16); or the "
-        "one to use on any device.",
+        "precision to use on any device.",
         choices=("auto", "float32", "mixed_bfloat16"),
         free=True,
     )
     num_replicas: int = setting(
         0,
-        "Local devices that share each batch: GPUs, or without any, logical CPU devices; 0: all "
+        "Local devices that share each batch: GPUs, or logical CPU devices if there are none; 0: all "
         "GPUs, or one CPU. With TF_CONFIG, per worker.",
         low=0,
         free=True,
