@@ -1,4 +1,4 @@
-"""Lists the programs: `python -m efficientnet_ns`."""
+"""List the programs: `python -m efficientnet_ns`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Compare speed with that of peers, in one run: `python -m efficientnet_ns.benchmark --what=…`.
+"""Compare speed with other implementations: `python -m efficientnet_ns.benchmark --what=…`.
 
-Peers that are not installed are left out, and named.
+Libraries that are not installed are skipped with a warning.
 """
 
 from __future__ import annotations

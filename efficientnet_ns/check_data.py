@@ -1,7 +1,7 @@
-"""Leaks and duplicates among evaluation, labeled and unlabeled images, and what to leave out.
+"""Find leaks and duplicates among evaluation, labeled and unlabeled images, and list what to exclude.
 
 Writes report.html with pairs of pictures, copies.csv, and exclude.csv for `filter_unlabel --exclude`,
-below --output_dir. With --prediction_dir the images were looked at when they were labeled.
+below --output_dir. With --prediction_dir, fingerprints are read from the index that labeling wrote.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Labeled images whose label is probably wrong, by predictions that did not learn from it.
+"""Find labels that are probably wrong, by predictions of a model that was not trained on them.
 
-Predictions are those of `main --mode=predict` or `import_predictions` for the labeled records. Writes
+Predictions for the labeled records come from `main --mode=predict` or `import_predictions`. Writes
 report.html with pictures and doubtful.csv, the most doubtful first, below --output_dir.
 """
 

@@ -1,8 +1,8 @@
 """Convert weights: `python -m efficientnet_ns.convert_checkpoint --model_dir=… --target=…`.
 
-Reads a checkpoint of the original, a `.h5` or `.keras` file of Keras, or a timm `.safetensors` or `.pth`; writes timm's
-`.safetensors`, or for any other name a checkpoint that the original can read too. The flags of the
-model must fit the source.
+Reads a checkpoint of the original, a Keras `.h5` or `.keras` file, or timm's `.safetensors` or `.pth`;
+writes timm's `.safetensors`, or, for any other name, a checkpoint that the original can read too. The
+flags of the model must match the source.
 """
 
 from __future__ import annotations

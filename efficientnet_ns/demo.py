@@ -1,7 +1,7 @@
-"""The method on real images in a few minutes: 5,000 of MNIST's handwritten digits.
+"""Run the method on real images in a few minutes: 5,000 of MNIST's handwritten digits.
 
-A teacher learns from five labels per class and labels 3,450 other pictures; two noised students in turn
-learn from both. A control model gets only the labels, but all the update steps.
+A teacher is trained on five labels per class and labels 3,450 other pictures; two noised students in
+turn are trained on both. A control is trained on the labels only, with as many updates as all three.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Evaluate robustness: on the sets of the paper, or by attacks on, and corruptions of, your own set.
+"""Evaluate robustness: on the paper's sets, or under attacks on and corruptions of your own set.
 
 `python -m efficientnet_ns.evaluate_robustness --model_dir=DIR --imagenet_c=DIR … --report_dir=DIR`.
 `python -m efficientnet_ns.evaluate_robustness --model_dir=DIR --corrupt=all --epsilons=2,4
 --baseline=DIR --report_dir=DIR`.
 
-Finished parts are kept in report_dir: start a stopped command again to continue.
+Finished parts are kept in report_dir: run a stopped command again to continue.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Export a trained model: `python -m efficientnet_ns.export_model --model_dir=… --export_dir=…`.
 
 `--format=savedmodel` writes a version for TensorFlow Serving, `--format=tflite` a file for TensorFlow
-Lite, `--format=onnx` one for ONNX Runtime. `--init_model_path` takes weights of any kind: a checkpoint of this package or of the original,
-.h5, .safetensors.
+Lite, `--format=onnx` one for ONNX Runtime. `--init_model_path` takes weights in any supported format: a
+checkpoint of this package or of the original, .h5, .safetensors.
 """
 
 from __future__ import annotations

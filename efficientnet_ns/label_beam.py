@@ -1,9 +1,9 @@
-"""Labels, selects and writes balanced records as one Apache Beam pipeline: FLAGS -- BEAM_OPTIONS.
+"""Label, select and write balanced records in one Apache Beam pipeline: FLAGS -- BEAM_OPTIONS.
 
 Arguments after `--` are passed to Beam: --runner=DirectRunner (this machine, the default),
 DataflowRunner, FlinkRunner, SparkRunner and their options. The files are those that `main
---mode=predict` and `filter_unlabel` make; finished shards are skipped, so the same command
-continues a stopped run. Needs: pip install 'efficientnet-ns[beam]'.
+--mode=predict` and `filter_unlabel` write; finished shards are skipped, so the same command
+continues a stopped run. Requires: pip install 'efficientnet-ns[beam]'.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Labels, selects and writes balanced records on a Ray cluster, one task per shard.
+"""Label, select and write balanced records on a Ray cluster, one task per shard.
 
-Actors hold the teacher; --cpus_per_actor, --gpus_per_actor and --resources_per_actor say what each
-needs, and Ray places them. Those that join later work too; the shard of a lost one is labeled by
-another. The files are those that `main --mode=predict` and `filter_unlabel` make; finished shards are
-skipped, so the same command continues a stopped run. Needs: pip install 'efficientnet-ns[ray]'.
+Actors hold the teacher; --cpus_per_actor, --gpus_per_actor and --resources_per_actor set what each
+reserves, and Ray places them. Actors may join later; another actor labels the shard of a lost one. The
+files are those that `main --mode=predict` and `filter_unlabel` write; finished shards are
+skipped, so the same command continues a stopped run. Requires: pip install 'efficientnet-ns[ray]'.
 """
 
 from __future__ import annotations

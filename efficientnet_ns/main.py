@@ -1,7 +1,7 @@
 """Train, evaluate or predict: `python -m efficientnet_ns.main --mode=train --flagfile=flags/…`.
 
 Exit codes: 0 done; 2 a wrong flag or unusable data; 75 stopped by SIGTERM or Ctrl-C after saving:
-start the same command again to continue.
+run the same command again to continue.
 """
 
 from __future__ import annotations

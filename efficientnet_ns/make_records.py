@@ -1,4 +1,4 @@
-"""Images into records: `python -m efficientnet_ns.make_records --source=photos --output_dir=data`."""
+"""Convert images to records: `python -m efficientnet_ns.make_records --source=photos --output_dir=data`."""
 
 from __future__ import annotations
 

@@ -2,12 +2,12 @@
 
     python -m efficientnet_ns.noisy_student --labeled=photos --unlabeled=more_photos --work_dir=run
 
-`photos` has one folder per class. A teacher learns from it and labels `more_photos`; noised students
-learn from both. Every setting follows from the pictures and the machine by rule (--dry_run tells
-which, and how long it takes); every flag overrides its rule. Killed, the same command continues.
+`photos` has one folder per class. A teacher is trained on it and labels `more_photos`; noised students
+are trained on both. Rules derive every setting from the pictures and the machine (--dry_run shows the
+settings and the estimated time); each flag overrides its rule. If killed, the same command continues.
 
-With folders of records instead (--label_data_dir, --task_name, --unlabel_data_dir) every setting is
-the flags'; prints one line of JSON per model.
+With folders of records instead (--label_data_dir, --task_name, --unlabel_data_dir), all settings come
+from the flags; prints one line of JSON per model.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The paper's ablations on your task: named questions, several seeds, one table.
+"""Repeat the paper's ablations on your task: named studies, several seeds, one table.
 
 `python -m efficientnet_ns.study --flagfile=flags/run/study/quick.flags --work_dir=runs/study`
 
-Every training, labeling and selection is in a folder of `--work_dir` that is named by what
-determines it, so whatever arms and studies share is done once, and a killed study continues with
+Every training, labeling and selection has a folder in `--work_dir` whose name is a hash of its
+settings, so work that arms and studies share is done once, and a killed study continues with
 the same command. Results: `study.json`, `study.md`, `study.png`, `study.html`.
 """
 
