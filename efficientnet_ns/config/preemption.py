@@ -127,7 +127,9 @@ class StopRequest:
             logging.warning("%s again: ending without saving", name)
             os._exit(128 + number)
         self.requested, self._requested_at = True, time.monotonic()
-        logging.warning("%s: stopping when everything is saved; once more: at once", name)
+        logging.warning(
+            "%s: stopping once everything is saved; send it again to stop at once", name
+        )
         if self._cut:
             self._cut = False  # Clean-up on the way out is not interrupted.
             raise Preempted(f"stopped by {name}")

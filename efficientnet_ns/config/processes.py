@@ -56,9 +56,9 @@ def run_each(
             yield from finished()
     except concurrent.futures.process.BrokenProcessPool as e:
         raise ProcessDied(
-            f"one of {processes} processes was killed, most often because memory ran out. What is "
-            "finished is kept: start the same command again to continue, with a smaller "
-            "--num_workers if it was the memory"
+            f"one of {processes} processes was killed, usually because memory ran out. "
+            "Finished work is kept: start the same command again to continue, with a smaller "
+            "--num_workers if memory was the cause"
         ) from e
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

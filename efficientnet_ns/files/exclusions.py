@@ -36,7 +36,7 @@ def read(path: str) -> dict[str, np.ndarray]:
         table = pyarrow.csv.read_csv(source, convert_options=convert)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError) as e:
         raise DataError(
-            f"--exclude={path} is no list with the columns {' and '.join(COLUMNS)}: {e}"
+            f"--exclude={path} is not a list with the columns {' and '.join(COLUMNS)}: {e}"
         ) from e
     files, records = table["file"].combine_chunks().dictionary_encode(), table["record"].to_numpy()
     numbers = files.indices.to_numpy()
@@ -56,7 +56,7 @@ def of_files(path: str, files: list[str]) -> dict[int, np.ndarray]:
     found = {i: listed[at] for i, at in enumerate(map(place, files)) if at in listed}
     if listed and not found:
         raise DataError(
-            f"--exclude={path} names no record of the set with {files[0]}, but such of "
-            f"{min(listed)}: was one of them moved? Check again where the records are now"
+            f"--exclude={path} names records of {min(listed)}, but none of the set with "
+            f"{files[0]}: if the records were moved, run check_data again"
         )
     return found

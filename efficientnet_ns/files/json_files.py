@@ -38,7 +38,7 @@ def _parsed(path: str, text: bytes):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:  # Of bytes that are no text, too.
-        raise BrokenFile(f"{path} is not valid JSON: {e}. Mend it, or delete it.") from e
+        raise BrokenFile(f"{path} is not valid JSON: {e}. Fix it, or delete it.") from e
 
 
 def read_object(path: str, *keys: str) -> dict:
@@ -55,7 +55,7 @@ def read_object_if_any(path: str, *keys: str) -> dict | None:
 def _object(path: str, value: Any, keys: Sequence[str]) -> dict:
     if not isinstance(value, dict):
         raise BrokenFile(
-            f"{path} should hold a JSON object, but holds a {type(value).__name__}. Mend it, or "
+            f"{path} should hold a JSON object, but holds a {type(value).__name__}. Fix it, or "
             "delete it."
         )
     missing = [key for key in keys if key not in value]
@@ -90,7 +90,7 @@ def read_json_lines(path: str, *keys: str) -> list[dict]:
             rows.append(row)
         elif number < len(lines):
             raise BrokenFile(
-                f"{path}, line {number} is no JSON object{_with(keys)}: {_start(line)}. Delete "
+                f"{path}, line {number} is not a JSON object{_with(keys)}: {_start(line)}. Delete "
                 "that line."
             )
         elif line:

@@ -93,7 +93,7 @@ def without_wildcards(path: str) -> Iterator[str]:
     with atomic.scratch_folder("paths") as scratch:
         if is_pattern(scratch):
             raise OSError(
-                f"TensorFlow takes {path} for a pattern, and the folder for temporary files, "
+                f"TensorFlow treats {path} as a pattern, and the folder for temporary files, "
                 f"{os.path.dirname(scratch)}, as well: set TMPDIR to one without * ? [ and \\"
             )
         targets = {file: os.path.join(scratch, "at" + file[len(path) :]) for file in _files(path)}

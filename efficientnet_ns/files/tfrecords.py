@@ -360,7 +360,7 @@ def measure_all(
             if entry and entry["bytes"] != size and not entry.get("counted"):
                 raise DataError(
                     f"{path} has {size} bytes, but {entry['bytes']} in {COUNTS} next to it: it was "
-                    f"truncated or changed. Write it again, or delete {COUNTS} if it is meant so."
+                    f"truncated or changed. Write it again, or delete {COUNTS} if this is intended."
                 )
             if size == 0 and not entry:
                 raise DataError(f"{path} is empty: write it again, or delete its whole set")
@@ -481,8 +481,8 @@ def _known_counts(sidecar: str) -> dict:
         return read_object_if_any(sidecar) or {}
     except BrokenFile as e:
         raise DataError(
-            f"{sidecar} is damaged, perhaps cut off. Delete it: only the numbers of records, which "
-            "are then counted again, are in it."
+            f"{sidecar} is damaged, perhaps cut off. Delete it: it holds only the numbers of records, "
+            "which are then counted again."
         ) from e
 
 

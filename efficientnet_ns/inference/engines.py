@@ -188,7 +188,7 @@ class OpenVinoEngine(_CpuEngine):
             "CPU", "OPTIMIZATION_CAPABILITIES"
         ):
             raise EngineError(
-                "--inference_dtype=bfloat16: this CPU does not compute in bfloat16 (AVX512_BF16 or AMX); use float32"
+                "--inference_dtype=bfloat16: this CPU does not support bfloat16 (AVX512_BF16 or AMX); use float32"
             )
         # With B0 at 224 pixels 2 to 8 are fastest: fewer start each layer too often, more leave the cache.
         batch_size = max(1, min(16, 4 * 224**2 // model.input_shape[1] ** 2))
@@ -359,7 +359,7 @@ def make(
         try:
             return _faster(model)
         except ValueError as e:
-            logging.warning("%s; TensorFlow computes it instead", e)
+            logging.warning("%s; using TensorFlow instead", e)
     return TensorFlowEngine(model, batch_size, strategy)
 
 
@@ -371,13 +371,11 @@ def _faster(model: tf.keras.Model) -> XnnpackEngine | OpenVinoEngine:
     try:
         other = OpenVinoEngine(model)
     except EngineError as e:
-        logging.warning("%s; XNNPACK computes instead", e)
+        logging.warning("%s; using XNNPACK instead", e)
         return xnnpack
     rates = [_rate(engine, model.input_shape[1:]) for engine in (xnnpack, other)]
     faster = other if rates[1] > _CLEARLY_FASTER * rates[0] else xnnpack
-    logging.info(
-        "xnnpack computes %.1f images/s here, openvino %.1f: %s is used", *rates, faster.name
-    )
+    logging.info("xnnpack: %.1f images/s, openvino: %.1f images/s; using %s", *rates, faster.name)
     return faster
 
 

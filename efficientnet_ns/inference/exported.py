@@ -126,7 +126,7 @@ def check(config: Config, stored: stored_model.StoredModel) -> None:
     for name, what in _WITHOUT.items():
         if values[name] not in (Config().values()[name], own[name]):
             raise ConfigError(
-                f"--{name}={values[name]}: {what} of an exported model cannot be chosen; leave it "
+                f"--{name}={values[name]}: {what} of an exported model cannot be changed; leave it "
                 "out, or give the folder of the training"
             )
     kind = config.predict.inference_engine

@@ -101,7 +101,7 @@ class TeacherPredictor:
           ConfigError: `--test_time_views` is 10; those views are crops.
         """
         if self._views > 2:
-            raise ConfigError(f"--test_time_views={self._views}: these pictures are crops already")
+            raise ConfigError(f"--test_time_views={self._views}: these pictures are already crops")
         # The engine is shared: only the way from bytes to pixels differs.
         whole = copy.copy(self)
         whole._decode = self._decoder(lambda image: images_lib.whole_image(image, self._size))
@@ -216,8 +216,8 @@ def check_views(resolved: ResolvedConfig) -> None:
     other_engine = options.inference_engine in engines.CPU_ENGINES
     if options.noised_teacher and (number > 1 or other_engine or options.fast_decode):
         raise ConfigError(
-            "--noised_teacher: one view (--test_time_views=1), computed by TensorFlow, of images that "
-            "are decoded as for training (no --fast_decode)"
+            "--noised_teacher needs one view (--test_time_views=1), TensorFlow as the engine, and images "
+            "that are decoded as for training (no --fast_decode)"
         )
 
 

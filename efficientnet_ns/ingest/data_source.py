@@ -85,7 +85,7 @@ def _check(config: MakeConfig) -> None:
     if config.imagenet_labels and (
         not config.labeled or config.source.startswith(tfds_source.PREFIX)
     ):
-        raise ConfigError("--imagenet_labels is of labeled images in folders called by WordNet ids")
+        raise ConfigError("--imagenet_labels needs labeled images in folders named by WordNet ids")
     if fraction and _prefix(config) == config.validation_set:
         raise ConfigError(
             f"--validation_fraction={fraction} would split the set {config.validation_set!r} from "
@@ -140,7 +140,7 @@ def _class_names_of_other_sets(config: MakeConfig) -> tuple[str, ...] | None:
         return names
     if names not in (None, tasks.wnids()):
         raise ConfigError(
-            f"--imagenet_labels: the sets in {config.output_dir} have other classes, as {path} lists "
+            f"--imagenet_labels: the sets in {config.output_dir} have other classes, listed in {path} "
             "them: choose another folder"
         )
     return tasks.wnids()

@@ -217,7 +217,7 @@ def _reading_ahead(path: str, entries: Sequence[Entry]) -> Iterator[Reader]:
             expected = waiting and waiting[0][0] == entry
             content = waiting.popleft()[1].result() if expected else load(entry)
             if content is None:
-                raise Unusable("cannot be read: it is gone")
+                raise Unusable("cannot be read: it no longer exists")
             return Loaded(content, entry.label)
 
         yield read

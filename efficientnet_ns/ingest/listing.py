@@ -275,7 +275,7 @@ def _agreed_names(
 ) -> tuple[str, ...]:
     if not found:
         raise DataError(
-            f"the images in {where!r} are not in folders that could be their classes; use --nolabeled "
+            f"the images in {where!r} are not in folders that could be classes; use --nolabeled "
             "to write them as unlabeled"
         )
     if known is None:

@@ -85,9 +85,9 @@ _CLEAN = {"unl_aug": "clean"}
 
 STUDIES: dict[str, Study] = {
     "noise": Study(
-        "Does the noise on unlabeled images matter, and may the teacher be noised while it labels?",
+        "Does the noise on unlabeled images matter, and should the teacher be noised while it labels?",
         "§4.1",
-        "Noise on the student is worth 0.3 to 0.7 points; a noised teacher labels worse (B5).",
+        "Noise on the student gains 0.3 to 0.7 points; a noised teacher labels worse (B5).",
         {
             "noised student": Arm({}, "84.9"),
             "unlabeled images not augmented": Arm(_CLEAN, "84.6", -1, quick=False),
@@ -100,7 +100,7 @@ STUDIES: dict[str, Study] = {
     "labels": Study(
         "Soft or hard pseudo labels, and does it depend on the teacher's confidence?",
         "§4.3, finding 3",
-        "Both work where the teacher is sure; where it is not, soft labels help and hard ones harm.",
+        "Both work where the teacher is confident; elsewhere, soft labels help and hard labels hurt.",
         {
             "soft": Arm(_SOFT),
             "hard": Arm(_HARD, "about equal", 0),
@@ -121,7 +121,7 @@ STUDIES: dict[str, Study] = {
     "ratio": Study(
         "How many unlabeled images for each labeled one?",
         "§4.3, finding 7",
-        "A large ratio helps large models, by letting them train longer on unlabeled images.",
+        "A large ratio helps large models, because they train longer on unlabeled images.",
         {
             "3:1": Arm({"unlabel_ratio": 3.0}, "84.0 (B4), 87.4 (L2)"),
             "1:1": Arm({"unlabel_ratio": 1.0}, "84.0 (B4), 86.7 (L2)", -1, quick=False),
@@ -131,7 +131,7 @@ STUDIES: dict[str, Study] = {
     "amount": Study(
         "How many unlabeled images are needed?",
         "§4.3, finding 2",
-        "More are better; a sixteenth of 130 million still does nearly as well as all (B4).",
+        "More is better; a sixteenth of 130 million is still nearly as good as all (B4).",
         {
             "all": Arm({}, "84.0"),
             "a quarter": Arm({"images": 1 / 4, "use_top": 0}, "83.8", -1, quick=False),
@@ -142,7 +142,7 @@ STUDIES: dict[str, Study] = {
     "size": Study(
         "Should the student, or the teacher, be larger?",
         "§4.3, findings 1 and 4",
-        "A larger student is better (B4 to B4 84.0, to B5 84.7), and so is a larger teacher's.",
+        "A larger student is better (B4 to B4 84.0, to B5 84.7), and so is a larger teacher.",
         {
             "student as the teacher": Arm({}, "84.0"),
             "student twice as wide": Arm({"student_width": 2.0}, "84.7", 1, quick=False),
@@ -152,14 +152,14 @@ STUDIES: dict[str, Study] = {
     "balance": Study(
         "Must the classes be balanced?",
         "§4.3, finding 5",
-        "Balancing helps small models, and matters little for large ones.",
+        "Balancing helps small models and matters little for large ones.",
         {
             "balanced": Arm({}),
             "every image once": Arm({"use_all": True}, "worse (small models)", -1),
         },
     ),
     "joint": Study(
-        "Labels and pseudo labels together, or one after the other?",
+        "Train on labels and pseudo labels together, or one after the other?",
         "§4.3, finding 6",
         "Joint training is better than pretraining on pseudo labels and fine-tuning on labels.",
         {
@@ -168,9 +168,9 @@ STUDIES: dict[str, Study] = {
         },
     ),
     "start": Study(
-        "Should the student begin with its teacher's weights?",
+        "Should the student start from its teacher's weights?",
         "§4.3, finding 8",
-        "It then needs fewer steps, but one from scratch can end better.",
+        "It then needs fewer steps, but training from scratch can end better.",
         {
             "from scratch": Arm({}),
             "teacher's weights": Arm({"warm_start": True}, "sometimes worse", -1, quick=False),
@@ -185,9 +185,9 @@ STUDIES: dict[str, Study] = {
         },
     ),
     "teaching": Study(
-        "Is a teacher better than the student's own predictions while it learns?",
+        "Is a teacher better than the student's own predictions during training?",
         "not in the paper; FixMatch is arXiv 2001.07685",
-        "It does not compare with consistency training.",
+        "The paper does not compare with consistency training.",
         {
             "a teacher's labels": Arm({}),
             "own labels (FixMatch, threshold 0.95)": Arm({"own_labels": True}),

@@ -144,16 +144,16 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "held_out",
         _held_out,
-        "reveals failures; 1,000 pictures are enough, the others train",
+        "reveals failures; 1,000 pictures are enough, the rest are for training",
         "convention",
     ),
     Rule(
         "init_weights",
         _published,
-        "published weights know shapes that {labeled} labels cannot teach",
+        "pretrained features help with only {labeled} labels",
         "arXiv 1805.08974",
     ),
-    Rule("models", _models, "teacher and students, by the {cores} cores", _PROTOTYPE),
+    Rule("models", _models, "teacher and students, for {cores} cores", _PROTOTYPE),
     Rule(
         "input_image_size", _image_size, "pictures of {median_side} px, {cores} cores", _PROTOTYPE
     ),
@@ -165,7 +165,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("crop_fraction", _always(0.875), "same field of view at any size", "224 of 256 px"),
     Rule("train_batch_size", _either(16, 32), "labeled pictures per update", _PROTOTYPE),
-    Rule("teacher_batch_size", _always(32), "the teacher has labeled pictures only", _PROTOTYPE),
+    Rule("teacher_batch_size", _always(32), "the teacher sees only labeled pictures", _PROTOTYPE),
     Rule("unlabel_ratio", _always(3.0), "unlabeled pictures per labeled one", _PROTOTYPE),
     Rule(
         "teacher_steps",
@@ -181,7 +181,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("optimizer", _always("adam"), "few updates, no tuning", "arXiv 1412.6980"),
     Rule("lr_schedule", _always("cosine"), "ends at 0 after any number of updates", _PROTOTYPE),
-    Rule("base_learning_rate", _either(5e-4, 1e-3), "Adam's, half for trained weights", _PROTOTYPE),
+    Rule(
+        "base_learning_rate",
+        _either(5e-4, 1e-3),
+        "for Adam; halved for published weights",
+        _PROTOTYPE,
+    ),
     Rule("warmup_epochs", _warmup, "a twentieth of the updates", _PROTOTYPE),
     Rule(
         "moving_average_decay", _always(0.99), "the average of the last hundred updates", _PROTOTYPE
@@ -195,7 +200,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "fix_layer_num",
         _frozen_blocks,
-        "edges and textures are known; without their gradients an update takes half the time",
+        "early layers transfer well; freezing them halves the time of an update",
         "measured on TrashNet; arXiv 1411.1792",
     ),
     Rule("bn_momentum", _always(0.97), "converges within 200 updates", "the digits' presets"),
@@ -205,10 +210,19 @@ RULES: tuple[Rule, ...] = (
     Rule("stochastic_depth_rate", _always(0.2), "noise of the student", _PAPER),
     Rule("augment_name", _always("randaugment"), "noise of the student", _PAPER),
     Rule("randaug_layer", _always(2), "as published", _PAPER),
-    Rule("randaug_mag", _always(10), "lower ones make Posterize and Solarize stronger", _PROTOTYPE),
-    Rule("randaug_mode", _always("clipped"), "keeps an image at every level", _PROTOTYPE),
-    Rule("randaug_reach", _always("proportional"), "100 px erase a small picture", _PROTOTYPE),
-    Rule("teacher_softmax_temp", _always(1.0), "soft labels forgive a weak teacher", _PAPER),
+    Rule(
+        "randaug_mag",
+        _always(10),
+        "lower magnitudes make Posterize and Solarize stronger",
+        _PROTOTYPE,
+    ),
+    Rule(
+        "randaug_mode", _always("clipped"), "keeps images recognizable at every level", _PROTOTYPE
+    ),
+    Rule(
+        "randaug_reach", _always("proportional"), "100 px would erase a small picture", _PROTOTYPE
+    ),
+    Rule("teacher_softmax_temp", _always(1.0), "soft labels tolerate a weak teacher", _PAPER),
     Rule("min_threshold", _always(0.5), "below it, labels are mostly wrong", _PROTOTYPE),
     Rule("num_image", _per_class, "0.7 of the unlabeled pictures per class", _PROTOTYPE),
     Rule("eval_batch_size", _always(64), "no influence on results", "speed"),
@@ -221,19 +235,19 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "patience",
         _always(0),
-        "the schedule gains most at its end; few held-out pictures tell little",
+        "the schedule gains most at its end; accuracy on few held-out pictures is noisy",
         "convention",
     ),
     Rule(
-        "save_checkpoints_steps", _always(100), "a kill costs a few minutes at most", "convention"
+        "save_checkpoints_steps", _always(100), "a kill loses at most a few minutes", "convention"
     ),
     Rule(
         "iterations_per_loop",
         _always(25),
-        "interval of progress and of requests to stop",
+        "interval of progress lines and of checks for stop requests",
         "convention",
     ),
-    Rule("keep_checkpoint_max", _always(1), "disk", "convention"),
+    Rule("keep_checkpoint_max", _always(1), "saves disk space", "convention"),
     Rule("stop_when_worse", _always(True), "a worse student must not teach", _PAPER),
 )
 

@@ -75,7 +75,7 @@ def own_head(model: tf.keras.Model) -> tf.keras.layers.Dense | None:
         )
     if dense and (dense[0].activation is not tf.keras.activations.linear or not dense[0].use_bias):
         raise ValueError(
-            f"{model.name}: the layer {dense[0].name} has to give logits: without activation (train "
+            f"{model.name}: the layer {dense[0].name} must give logits: without activation (train "
             "with from_logits=True), and with a bias"
         )
     return dense[0] if dense else None

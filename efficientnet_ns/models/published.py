@@ -91,8 +91,8 @@ def located(path: str | os.PathLike, variant: str = "") -> str | os.PathLike:
         )
     archive, timm = _FILES[name]
     raise FileNotFoundError(
-        f"no package has the published weights of {name}: fetch {_STORE}/{archive}.tar.gz, unpack it, "
-        f"and give its folder; or fetch model.safetensors of https://huggingface.co/timm/{timm}"
+        f"no package contains the published weights of {name}: download {_STORE}/{archive}.tar.gz, unpack it, "
+        f"and give its folder; or download model.safetensors of https://huggingface.co/timm/{timm}"
     )
 
 

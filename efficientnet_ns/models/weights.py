@@ -238,7 +238,7 @@ def _warn_of_other_settings(model: tf.keras.Model, stored: Mapping[str, Any], pa
     if other:
         told = ", ".join(f"{name}={stored[name]}" for name in other)
         logging.warning(
-            "%s: these weights are of a model with %s: build the model so, unless you retrain it",
+            "%s: these weights belong to a model with %s: build the model with these, unless you retrain it",
             path,
             told,
         )
@@ -252,7 +252,7 @@ def _skipped(names: Mapping[str, tf.Variable], skip: str | Sequence[str]) -> set
             matched = {id(v) for name, v in names.items() if re.search(pattern, name)}
         except re.error as e:
             raise WeightsError(
-                f"skip (--init_skip): {pattern!r} is no regular expression: {e}"
+                f"skip (--init_skip): {pattern!r} is not a regular expression: {e}"
             ) from e
         if not matched:
             raise WeightsError(f"skip (--init_skip): {pattern!r} matches no variable of the model")

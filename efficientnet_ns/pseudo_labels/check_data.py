@@ -149,7 +149,7 @@ def _noted(folder: str, num_shards: int) -> tuple[list[str], int]:
     if not set(fingerprints.COLUMNS) <= columns:
         raise DataError(
             f"the index in --prediction_dir={folder} has no fingerprints (of an import, an exported "
-            "model, or an earlier version): drop --prediction_dir to have the images looked at"
+            "model, or an earlier version): drop --prediction_dir to read the images"
         )
     return paths, workers
 

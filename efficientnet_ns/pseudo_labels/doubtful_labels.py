@@ -125,7 +125,7 @@ def _rows(places: SelectConfig) -> Iterator[_Rows]:
         for path, rest in zip(paths, readers):
             if next(rest, None) is not None:
                 raise DataError(
-                    f"{path} has predictions for more records than {source} holds: they are of another "
+                    f"{path} has predictions for more records than {source} holds: they belong to another "
                     "set. --file_prefix names the one that was predicted"
                 )
 

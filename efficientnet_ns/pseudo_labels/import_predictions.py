@@ -91,7 +91,7 @@ def _task(options: ImportConfig) -> tasks.Task:
     beside = os.path.join(options.unlabel_data_dir, tasks.TASK_FILE)
     if not options.task_name and not tf.io.gfile.exists(beside):
         raise ConfigError(
-            f"--task_name is needed: the task that the classes are of; there is no {beside} either"
+            f"--task_name is needed: the task of the classes; {beside} does not exist"
         )
     return tasks.get_task(options.task_name or beside)
 
@@ -349,8 +349,8 @@ def _check_records(db, column: str, named: int, unique: int, total: int) -> None
             db, f"SELECT {column} FROM records GROUP BY 1 HAVING count({column}) > 1 ORDER BY 1"
         )
         raise DataError(
-            f"{named - unique} of {total} records have a {column} that occurs before, for example "
-            f"{twice}: a row would belong to several. Remove the copies, or use another --key"
+            f"{named - unique} of {total} records have the {column} of an earlier one, for example "
+            f"{twice}: a row would match several. Remove the copies, or use another --key"
         )
 
 
@@ -370,7 +370,7 @@ def _check_join(db, table: Table, options: ImportConfig) -> None:
     if (count := number(unknown)) and not options.allow_unknown:
         known = _examples(db, f"SELECT {options.key} FROM records ORDER BY shard, position")
         raise DataError(
-            f"{source}: {count} keys are those of no record in {folder}, for example "
+            f"{source}: {count} keys match no record in {folder}, for example "
             f"{_examples(db, unknown)}, where the records have {known}. Give --allow_unknown if the "
             "table holds more images than the records"
         )

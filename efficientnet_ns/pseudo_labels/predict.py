@@ -108,7 +108,9 @@ def resolve(config: Config) -> ResolvedConfig:
         _input_dir(config), options.file_prefix, options.num_shards, part
     )
     if options.shard_id is None and num_shards > 1:
-        logging.warning("only shard 0 of %d is labeled; --shard_id=auto: all of them", num_shards)
+        logging.warning(
+            "labeling only shard 0 of %d; --shard_id=auto labels all of them", num_shards
+        )
     info_dir = options.info_dir or options.output_dir
     found = config.override(file_prefix=prefix, num_shards=num_shards, info_dir=info_dir)
     return dataclasses.replace(resolved, config=found)

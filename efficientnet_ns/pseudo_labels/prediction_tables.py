@@ -70,7 +70,7 @@ class Table:
         self.names = self._readers[0].names
         for one, path in zip(self._readers, self.paths):
             if one.names != self.names:
-                raise DataError(f"{path} has other columns than {self.paths[0]}")
+                raise DataError(f"{path} does not have the columns of {self.paths[0]}")
 
     @contextlib.contextmanager
     def _errors(self, path: str) -> Iterator[None]:
@@ -257,7 +257,7 @@ class _Jsonl(_Arrow):
             for name, value in first.items()
         }
         if isinstance(first.get(self._key), (int, float)):
-            raise DataError(f"{self._path}: the keys in {self._key!r} must be texts")
+            raise DataError(f"{self._path}: the keys in {self._key!r} must be strings")
         self._schema = pyarrow.schema(list(types.items()))
         self._columns(self._schema)
 

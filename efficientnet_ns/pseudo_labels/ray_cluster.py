@@ -179,7 +179,7 @@ class _Pool:
         self._losses[unit] += 1
         what = f"shard {unit[1]}" if unit else "loading the teacher"
         if self._losses[unit] >= _LOSSES:
-            raise StepFailed(f"{what} ended {_LOSSES} actors one after the other: {error}")
+            raise StepFailed(f"{what} ended {_LOSSES} actors in a row: {error}")
         logging.warning("an actor was lost at %s", what)
         if unit is not None:
             self._waiting.append(unit)

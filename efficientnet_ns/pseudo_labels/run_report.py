@@ -292,7 +292,7 @@ def _agreement(run: _Run) -> str:
     return (
         report.paragraph(
             f"Labels of this round against those in {run.options.previous_prediction_dir}, by the confidence of "
-            "this round. Where the rounds agree almost everywhere, another round brings little."
+            "this round. If the rounds agree almost everywhere, another round gains little."
         )
         + report.agreement_by_confidence(
             np.arange(1, _AGREEMENT_BINS + 1) / _AGREEMENT_BINS, same, images
@@ -327,9 +327,17 @@ def _quarantine(run: _Run) -> str:
 
 # Title → (kept or rejected, order of confidence, text).
 _GRIDS = {
-    "most confident images kept": (True, "most", "The surest predictions, with their labels."),
-    "least confident images kept": (True, "least", "Near the cut: look for wrong labels here."),
-    "images rejected": (False, "most", "Most confident first: correct labels here are a loss."),
+    "most confident images kept": (
+        True,
+        "most",
+        "The most confident predictions, with their labels.",
+    ),
+    "least confident images kept": (
+        True,
+        "least",
+        "Near the threshold: look for wrong labels here.",
+    ),
+    "images rejected": (False, "most", "Most confident first: correct labels here are lost."),
 }
 
 

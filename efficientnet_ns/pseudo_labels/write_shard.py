@@ -178,7 +178,7 @@ def _examples(config: SelectConfig, chosen: Chosen, shard: int, workers: int) ->
             values = tfexamples.Floats(probs)
             if len(values) != config.num_label_classes or values[label] != prob:
                 raise DataError(
-                    f"{paths[worker]}, record {position} is not what was selected from: "
+                    f"{paths[worker]}, record {position} does not match the selection: "
                     "delete its index and the selection, and select again"
                 )
             if samples[label] < config.num_samples:

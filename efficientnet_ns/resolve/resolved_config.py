@@ -350,7 +350,7 @@ class ResolvedConfig:
         try:
             yield
         except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
-            logging.error("%s\nLooking for the record behind this.", str(e).splitlines()[0])
+            logging.error("%s\nLooking for the record that caused this.", str(e).splitlines()[0])
             checks = [
                 *((s, self._check_labeled) for s in labeled),
                 (unlabeled, self._check_unlabeled),

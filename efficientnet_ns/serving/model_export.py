@@ -56,11 +56,11 @@ def _check(options: ExportConfig) -> None:
     int8 = options.format == "tflite" and options.tflite_type == "int8"
     if int8 and not (options.calibration_data or options.check_data):
         raise ConfigError(
-            "--tflite_type=int8 needs images to learn the ranges of its numbers from: "
+            "--tflite_type=int8 needs images for calibration: "
             "--calibration_data=FOLDER, 100 or more like those that the model will see"
         )
     if options.calibration_data and not int8:
-        raise ConfigError("--calibration_data is of --format=tflite --tflite_type=int8")
+        raise ConfigError("--calibration_data needs --format=tflite --tflite_type=int8")
     if options.format != "savedmodel" and options.serving_dtype != "float32":
         raise ConfigError(
             "--serving_dtype applies to SavedModels; use --tflite_type for a TFLite file"
@@ -152,7 +152,7 @@ def _calibration(resolved: ResolvedConfig, options: ExportConfig, images):
         _, images = _images(resolved, options.calibration_data, options.check_images)
     if len(images) < _FEW_IMAGES:
         logging.warning(
-            "int8 learns the ranges of its numbers from %d images; 100 or more make it more accurate",
+            "int8 is calibrated on %d images; 100 or more make it more accurate",
             len(images),
         )
     return images

@@ -85,8 +85,8 @@ def claim(
     if settings != noted:
         if since:
             logging.warning(
-                "%s was begun in an earlier order of records: it continues at step %d with the next "
-                "epoch, in today's order",
+                "%s was started with an earlier order of records: at step %d, it continues with the next "
+                "epoch, in the current order",
                 folder,
                 since,
             )

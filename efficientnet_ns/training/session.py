@@ -112,7 +112,7 @@ class Session(tf.keras.callbacks.Callback):
                     self._save()
                 self.model.stop_training = True
                 logging.info(
-                    "step %d: %d evaluations brought no better accuracy (--patience): the training ends",
+                    "step %d: no better accuracy in %d evaluations (--patience): stopping",
                     *(step, self._patience),
                 )
         self._progress.update(step - previous, f"loss {values['train/loss']:.3f}")

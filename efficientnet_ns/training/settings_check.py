@@ -60,13 +60,13 @@ def _check_consistency(train: TrainConfig) -> None:
         return
     if train.teacher_model_name or not train.unlabel_ratio:
         raise ConfigError(
-            f"--consistency_threshold={threshold} takes the place of a teacher and needs unlabeled images: "
+            f"--consistency_threshold={threshold} replaces a teacher and needs unlabeled images: "
             "drop --teacher_model_name and set --unlabel_ratio"
         )
     # With smoothed labels, the probability of a perfectly learned label is about 1 - smoothing.
     if threshold >= 1 - smoothing:
         raise ConfigError(
-            f"--consistency_threshold={threshold} is out of reach with --label_smoothing={smoothing}: "
+            f"--consistency_threshold={threshold} cannot be reached with --label_smoothing={smoothing}: "
             "set --label_smoothing=0, or lower the threshold"
         )
 

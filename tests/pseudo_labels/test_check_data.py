@@ -172,7 +172,7 @@ def test_list_of_other_records_is_refused(folder, found, tmp_path):
     )
     from efficientnet_ns.pseudo_labels import index
 
-    with pytest.raises(DataError, match="names no record of the set .* was one of them moved"):
+    with pytest.raises(DataError, match="names records of .*, but none of the set .* run check_data again"):
         index.changes(config)
     (tmp_path / "list.csv").write_text("name\nx\n")
     with pytest.raises(DataError, match="no list with the columns file and record"):

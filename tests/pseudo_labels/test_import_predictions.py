@@ -371,7 +371,7 @@ MALFORMED = {
     ),
     "unknown keys": (
         lambda f, p: (save(f / "p.npz", p, [*NAMES[:-1], "x.png"]), {"key": "name"}),
-        "1 keys are those of no record .* 'x.png', where the records have 'folder/0.png'",
+        "1 keys match no record .* 'x.png', where the records have 'folder/0.png'",
     ),
     "missing rows": (
         lambda f, p: (save(f / "p.npz", p[1:], NAMES[1:]), {"key": "name"}),
@@ -473,7 +473,7 @@ def test_records_without_names(folder, probs, rng):
     path = save(folder / "p.npz", probs[:2], NAMES[:2])
     with pytest.raises(DataError, match="2 of 2 records have no 'image/filename'"):
         run(folder, path, key="name", unlabel_data_dir=folder / "plain")
-    with pytest.raises(DataError, match="1 of 2 records have a hash that occurs before"):
+    with pytest.raises(DataError, match="1 of 2 records have the hash of an earlier one"):
         run(folder, path, "other", key="hash", unlabel_data_dir=folder / "plain")
 
 

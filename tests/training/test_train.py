@@ -520,7 +520,7 @@ def test_checkpoint_of_another_number_of_classes(straight, tmp_path):
         ),
         (
             {"consistency_threshold": 0.95, "unlabel_ratio": 1.0, "unlabel_data_dir": "/u"},
-            "--consistency_threshold=0.95 is out of reach with --label_smoothing=0.1",
+            "--consistency_threshold=0.95 cannot be reached with --label_smoothing=0.1",
         ),
         ({"teacher_model_name": "efficientnet-b0"}, "--teacher_model_path"),
         ({"teacher_model_path": "somewhere"}, "--teacher_model_name"),
