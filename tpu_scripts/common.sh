@@ -1,11 +1,11 @@
-# What the scripts of this folder share. Sourced by them, not run.
+# Functions shared by the scripts in this folder. Sourced by them, not run.
 #
 # Every script takes --dry_run (prints its commands and runs none), --help, and further flags, which go to the program
 # it starts. Its settings are environment variables, listed by --help; these work everywhere:
 #   PYTHON       the interpreter (python, else python3)
 #   HARDWARE     a file of flags/hardware: cpu, gpu, tpu, or tpu_pod, which needs TPU_NAME
-#   EXTRA_FLAGS  more flags for efficientnet_ns.main, separated by blanks
-# Paths may be gs://…; relative ones start at the repository, where all commands run.
+#   EXTRA_FLAGS  more flags for efficientnet_ns.main, separated by spaces
+# Paths may be gs://…; relative ones are relative to the repository, where all commands run.
 # shellcheck shell=bash
 
 set -euo pipefail

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Installs on a TPU VM what fits its Python and TensorFlow (docs/two_stacks.md). `tpu_vm.sh setup` runs it on every worker.
+# Installs the package on a TPU VM by its Python and TensorFlow (docs/two_stacks.md). `tpu_vm.sh setup` runs it on every worker.
 #
 #   tpu_install.sh [--dry_run]
 #
 # Python 3.10 or 3.11 with TensorFlow 2.15, as on Google's images of that name: the reference stack around the image's own
-# TensorFlow, which drives the TPU. Python 3.12 or 3.13: tensorflow-tpu 2.20, the last release there is, with its Keras 2
-# and the libtpu of its time: it would take any later one. Anything else is refused: without TensorFlow 2.15 the older
-# Pythons have no stack.
-# Settings: STACK=current installs Python 3.12 in .venv first, where the machine has an older one.
+# TensorFlow, which drives the TPU. Python 3.12 or 3.13: tensorflow-tpu 2.20, the latest release, with its Keras 2
+# and the libtpu released with it: it would accept any later one. Anything else is rejected: without TensorFlow 2.15, older
+# Python versions have no stack.
+# Settings: STACK=current first installs Python 3.12 in .venv if the machine has an older one.
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -3,31 +3,31 @@
 #
 #   tpu_vm.sh [--dry_run] COMMAND
 #
-#   create             asks for the TPU VM, as a queued resource
-#   state              where that request is: WAITING_FOR_RESOURCES, ACTIVE, SUSPENDED (preempted) …
+#   create             requests the TPU VM, as a queued resource
+#   state              state of that request: WAITING_FOR_RESOURCES, ACTIVE, SUSPENDED (preempted) …
 #   setup              copies the committed files of this repository to every worker and installs them there
 #   run PROGRAM…       runs a program on every worker, in the repository, and waits for it
 #   start PROGRAM…     starts a program on worker 0 (see WORKERS), in the background
 #   train FLAGS…       start python3 -m efficientnet_ns.main FLAGS…
-#   status             of what was started: running, its exit code, or new (nothing was)
+#   status             status of the started program: running, its exit code, or new (not started)
 #   logs               follows its output
-#   stop               asks it to save and end
-#   watch PROGRAM…     keeps it going: creates what is missing or was preempted, sets it up, starts the program, and
-#                      starts it again after every preemption, until it has ended. Start it again at any time.
-#   delete             the TPU VM and the request for it
+#   stop               requests it to save and exit
+#   watch PROGRAM…     keeps it running: creates what is missing or was preempted, sets it up, starts the program, and
+#                      restarts it after every preemption, until it has finished. It can be restarted at any time.
+#   delete             deletes the TPU VM and the request for it
 #
-# TensorFlow is a single-client system: on a pod the program runs on worker 0 only, and reaches the others' chips. So
-# `run` is for installing and looking, `start`, `train` and `watch` are for training. (Machines with GPUs are the other
-# way round: the same program on each, with TF_CONFIG.) With gs:// folders a training that was preempted continues from
-# its last checkpoint, on another machine too. To label, each machine of a slice takes shards of its own instead:
+# TensorFlow is a single-client system: on a pod the program runs only on worker 0, and uses the chips of all workers. So
+# use `run` for installing and inspecting, and `start`, `train` and `watch` for training. (Machines with GPUs work the
+# other way: run the same program on each, with TF_CONFIG.) With gs:// folders, preempted training continues from
+# its last checkpoint, even on another machine. For labeling, each machine of a slice takes its own shards instead:
 # WORKERS=all SHARD_ID=auto tpu_vm.sh watch tpu_scripts/imagenet/predict.sh
 #
 # Settings (environment): TPU_NAME and ZONE (needed), PROJECT, ACCELERATOR_TYPE (v3-8), SPOT=1 for a preemptible one,
 # WORKERS=all to start programs on every machine, each with its own chips only,
 # STACK (reference; current is TensorFlow 2.20 on Python 3.12, not for a slice as one), TF_VERSION (2.15.1), DEVICE_API
-# (pjrt; se is the older one of v2 to v4), RUNTIME (the image: made of these two, the pod variant for a slice as one; of
-# the current stack the image that fits the accelerator), POLL_SECONDS (60) between two looks of watch.
-# Programs that are started get the settings of the scripts in imagenet/ and svhn/ (MODEL, LABEL_DATA_DIR, MODEL_DIR,
+# (pjrt; se is the older one of v2 to v4), RUNTIME (the image; default: by these two, the pod variant for a slice as one; for
+# the current stack, by the accelerator), POLL_SECONDS (60) between two checks of watch.
+# Started programs get the settings of the scripts in imagenet/ and svhn/ (MODEL, LABEL_DATA_DIR, MODEL_DIR,
 # EXTRA_FLAGS …; their --help), and HARDWARE: tpu, or tpu_pod.
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh

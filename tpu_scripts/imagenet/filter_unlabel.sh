@@ -2,7 +2,7 @@
 # Chooses the confident images of each class, balances them, and writes them to PREDICT_DIR/filter_data/data.
 # `filter_unlabel.sh 1` stops after the statistics; `filter_unlabel.sh 0`, and no word, go on to the records.
 # Settings: UNLABEL_DATA_DIR (data/imagenet/proc/unlabeled), PREDICT_DIR (data/imagenet/predict), NUM_SHARDS (128),
-# FILTER_FLAGS: more flags for efficientnet_ns.filter_unlabel, separated by blanks.
+# FILTER_FLAGS: more flags for efficientnet_ns.filter_unlabel, separated by spaces.
 set -euo pipefail
 # shellcheck source=tpu_scripts/imagenet/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"

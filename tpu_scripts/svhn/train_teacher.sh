@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the teacher on labeled images and evaluates it. Stopped at any moment, the same command continues.
+# Trains the teacher on labeled images and evaluates it. If it is stopped, the same command continues.
 # Settings: LABEL_DATA_DIR (data/svhn/proc), TEACHER_CKPT (ckpt/svhn_teacher): the folder it trains in.
 set -euo pipefail
 # shellcheck source=tpu_scripts/svhn/settings.sh
