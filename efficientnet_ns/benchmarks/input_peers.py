@@ -1,4 +1,4 @@
-"""What others take to turn encoded photographs into pixels: PIL, OpenCV, PyTorch.
+"""Time that other libraries take to turn encoded photos into pixels: PIL, OpenCV, PyTorch.
 
 Each peer is a function that handles some images on one thread. Training peers crop at random, flip and
 apply two operations, evaluation peers take the centre crop; all resize bicubically to uint8, timm to

@@ -1,4 +1,4 @@
-"""What `benchmark.py` can measure, and how its results are shown and written."""
+"""What `benchmark.py` can measure, and how its results are printed and written."""
 
 from __future__ import annotations
 

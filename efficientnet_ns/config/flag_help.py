@@ -12,7 +12,7 @@ def short(values: flags.FlagValues, program: str, description: str, names: Seque
 
     Args:
       values: the flags; the program's own are those of module `program: heading`.
-      description: what stands above them.
+      description: shown above them.
       names: of these flags, in order; none: all of the program's.
     """
     own = [flag for _, defined in _sections(values, program) for flag in defined]

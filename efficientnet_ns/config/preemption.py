@@ -137,7 +137,7 @@ class StopRequest:
 
 @functools.cache
 def _leave_children_alone() -> None:
-    """A forked process must not tell its parent which signals it gets."""
+    """A forked process must not report its signals to its parent."""
 
     def forget() -> None:
         with contextlib.suppress(ValueError):  # Not in the main thread.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from efficientnet_ns.config import flag_files
 
-# What most trainings are told.
+# What most trainings set.
 _TRAINING = (
     *("label_data_dir", "unlabel_data_dir", "task_name", "data_source", "model_name"),
     *("input_image_size", "train_steps", "train_batch_size", "base_learning_rate", "bn_momentum"),

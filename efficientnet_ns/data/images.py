@@ -29,8 +29,8 @@ def decode(image_bytes: tf.Tensor) -> tf.Tensor:
     JPEG gives exactly what tf.image.decode_jpeg(channels=3) does, including grayscale and CMYK.
     Gray becomes RGB, palettes are looked up, alpha is dropped, 16-bit channels keep their high
     byte. Orientation tags are ignored. What TensorFlow would misread (most BMPs with palettes,
-    transparent GIFs; see `misread`) is refused as what it cannot decode is; `encoded.prepare`
-    converts both.
+    transparent GIFs; see `misread`) is rejected like what it cannot decode;
+    `image_conversion.prepare` converts both.
     """
     return tf.io.decode_image(misread.refuse(image_bytes), channels=3, expand_animations=False)
 
@@ -176,8 +176,8 @@ def random_crop_box(
         are redrawn whatever the lower end is.
       aspect: range of width / height of the crop.
       max_attempts: draws before giving up, which leaves the whole image.
-      size: if given, the evaluation crop for this size takes the place of the whole image, which
-        would be squeezed into a square.
+      size: if given, the evaluation crop for this size replaces the whole image, which would be
+        distorted to a square.
 
     Returns:
       int32 [4] (y, x, h, w).

@@ -71,7 +71,7 @@ class Source:
 
         Args:
           max_bad_fraction: see `tfrecords.measure_all`; 0 for sets to measure on, which must be whole.
-          spare: where new counts are kept if they cannot be kept beside the files.
+          spare: where new counts are stored if they cannot be stored next to the files.
         """
         paths = shard_names.list_shards(folders, prefixes)
         files = tfrecords.measure_all(paths, max_bad_fraction, spare)
@@ -156,7 +156,7 @@ class Layout:
 
     Args:
       source: the files.
-      pieces: at least so many, if there are records enough; files are cut into equal parts.
+      pieces: minimum number, if there are enough records; files are cut into equal parts.
     """
 
     def __init__(self, source: Source, pieces: int = 1):

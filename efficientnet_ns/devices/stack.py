@@ -24,7 +24,7 @@ _NATIVE_LOG = re.compile(
     rb"|(- [\w.]+: +\d+ occurrences +|  )\(\w+: \d+.*\)$|$"
 )
 # Read when TensorFlow is imported. Lengths of files are not remembered, because other machines rewrite
-# leases and notes; and a reader holds, and asks for, 8 MB at a time instead of 64, most of which a small
+# leases and notes; and a reader holds, and requests, 8 MB at a time instead of 64, most of which a small
 # file or a jump would waste.
 _OBJECT_STORES = {"GCS_STAT_CACHE_MAX_AGE": "0", "GCS_READ_CACHE_BLOCK_SIZE_MB": "8"}
 # The file descriptor is the process': threads take turns.

@@ -281,7 +281,7 @@ def corrupted(
       labeled: the images.
       settings: corruptions and severities.
       submit: corrupts a group of images, usually in another process.
-      details: what determines its results besides the settings, JSON-able.
+      details: what determines its results in addition to the settings, JSON-able.
       ahead: number of groups that may wait for classification; bounds memory.
     """
     errors: dict[str, dict[str, list[float]]] = {}

@@ -83,7 +83,7 @@ def _evaluate_export(resolved: ResolvedConfig, path: str) -> dict[str, dict[str,
 def _report(
     resolved: ResolvedConfig, path: str, results: dict[str, accuracy.Measured], folder: str | None
 ) -> dict[str, dict[str, float]]:
-    """The metrics; they are logged beside published ones, and written to `folder` if there is one."""
+    """The metrics; they are logged next to published ones, and written to `folder` if there is one."""
     if folder:
         names = tasks.class_names(resolved.task)
         accuracy_report.write(folder, resolved.config, path, results, names)

@@ -49,7 +49,7 @@ class Evaluation:
 
         Args:
           name: name of the part.
-          settings: what determines the result besides `identity`, JSON-able.
+          settings: what determines the result in addition to `identity`, JSON-able.
           measure: returns the result, JSON-able.
 
         Raises:

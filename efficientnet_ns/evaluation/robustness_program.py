@@ -65,7 +65,7 @@ def evaluate(config: Config, sets: RobustnessConfig) -> dict[str, dict[str, Any]
     """Measures the sets that are given; writes robustness.json, .md and .html.
 
     Args:
-      config: the model, an ImageNet one; what is not given is read beside its weights.
+      config: the model, an ImageNet one; settings not given are read from files next to its weights.
       sets: the weights, as `stored_model.find` takes them, and the sets.
 
     Returns:

@@ -33,7 +33,7 @@ def temporary_name(path: str) -> str:
 def remove_abandoned(paths: Sequence[str]) -> None:
     """Removes temporary files for `paths` that killed processes left behind.
 
-    Whether a process of another machine is dead cannot be told: its files go when they are a day old.
+    Processes of other machines cannot be checked: their files are removed when they are a day old.
     """
     wanted: dict[str, set[str]] = {}
     for path in paths:

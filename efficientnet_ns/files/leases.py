@@ -144,7 +144,7 @@ class Leases:
 
         Args:
           units: names, usable in file names, in order of preference.
-          done: whether a unit needs no more work. It is asked often, and may know it a little late.
+          done: whether a unit needs no more work. Called often; its result may be slightly out of date.
           still_undone: asked once when the unit is claimed, and knows; None: not `done`.
         """
         undone = still_undone or (lambda unit: not done(unit))
@@ -257,7 +257,7 @@ def _runs(owner: dict[str, Any]) -> bool:
 def _start_of(pid: int) -> str | None:
     """When a process of this machine started, in Linux's clock ticks; "" if it has ended.
 
-    None if that cannot be told: it is gone, or the system has no /proc, or hides it.
+    None if unknown: it has ended, or the system has no /proc, or hides it.
     """
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:

@@ -27,7 +27,7 @@ class OutputConflict(RuntimeError):
 
 
 def fingerprint(paths: Sequence[str], sizes: Sequence[int] | None = None) -> str:
-    """Short hash of the names and sizes of files, order included; None: the sizes are asked for."""
+    """Short hash of the names and sizes of files, order included; None: requests the sizes."""
     if sizes is None:
         sizes = [tf.io.gfile.stat(path).length for path in paths]
     listing = [(os.path.basename(path), size) for path, size in zip(paths, sizes)]

@@ -77,7 +77,7 @@ def make_folder(path: str) -> None:
 
 
 def names(folder: str) -> list[str]:
-    """What lies directly in a folder, sorted, without the slashes of folders; nothing without it."""
+    """Names directly in a folder, sorted, without the slashes of folders; empty if there is no folder."""
     return sorted(filter(None, (name.rstrip("/") for name in _listed(folder))))
 
 
@@ -111,7 +111,7 @@ def _listed(folder: str) -> list[str]:
 
 
 def read(path: str) -> bytes | None:
-    """The content of a file as it is now, even if another machine rewrites it; None without it.
+    """The content of a file as it is now, even if another machine rewrites it; None if it does not exist.
 
     On object stores a single request up to the size of the read-ahead.
     """
@@ -133,7 +133,7 @@ def read(path: str) -> bytes | None:
 
 
 def size(path: str) -> int | None:
-    """Bytes of a file; None without it."""
+    """Bytes of a file; None if it does not exist."""
     try:
         return tf.io.gfile.stat(path).length
     except tf.errors.NotFoundError:

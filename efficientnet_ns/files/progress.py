@@ -110,7 +110,7 @@ class Whole:
         self._within = 0.0
 
     def update(self, part: float, note: str, *, always: bool = False) -> None:
-        """Tells that `part` (0..1) of the stage is done; prints now and then."""
+        """Reports that `part` (0..1) of the stage is done; prints occasionally."""
         self._within = min(part, 1.0) * self._seconds.get(self._stage, 0.0)
         now = time.monotonic()
         between = 1.0 if self._terminal else _SECONDS_BETWEEN_LINES

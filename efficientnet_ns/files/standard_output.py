@@ -17,7 +17,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def quiet_when_unread() -> Iterator[None]:
-    """Ends the program without a trace when the reader of its output, e.g. `head`, has gone.
+    """Ends the program silently when the reader of its output, e.g. `head`, has exited.
 
     A closed standard output or error is replaced by os.devnull; a full one ends the program with
     one line and exit code 2.

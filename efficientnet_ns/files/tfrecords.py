@@ -82,7 +82,7 @@ def _crc_tables(size: int) -> np.ndarray:
 
 
 def payload_at(content: bytes, at: int) -> tuple[bytes, int]:
-    """(payload, end) of the frame that begins at byte `at`; checksums are not looked at."""
+    """(payload, end) of the frame that begins at byte `at`; checksums are not verified."""
     begin = at + HEADER.size
     end = begin + int.from_bytes(content[at : at + 8], "little")
     return content[begin:end], end + FOOTER.size
@@ -172,7 +172,7 @@ class Scanner:
         return Record(position, payload)
 
     def skip_whole(self) -> int | None:
-        """Moves behind the next record and returns the length of its payload.
+        """Moves past the next record and returns the length of its payload.
 
         Returns None, and does not move, when no whole record follows.
         """
@@ -317,7 +317,7 @@ class Marks:
 
 
 def _measure(path: str, least: int = 1) -> tuple[Counted, int]:
-    """(the file with at least so many marks, bytes after its last whole record)."""
+    """(the file with at least `least` marks, bytes after its last whole record)."""
     marks, end = Marks(least), 0
     for start, length in spans(path):
         marks.add(end)
@@ -338,12 +338,12 @@ def measure_all(
 
     What is counted is kept in `counts.json`, so that it is counted once. A file that has another
     size than when it was counted is counted again. On an object store, whose files appear whole or
-    not at all, sizes of files that are named there are not looked at.
+    not at all, the sizes of files that are named there are not checked.
 
     Args:
       max_bad_fraction: how much of all bytes may lie behind damage, which is left out. Damaged
         files are counted each time.
-      spare: folder whose `counts.json` is used for files beside which nothing can be written.
+      spare: folder whose `counts.json` is used for files in folders that are not writable.
 
     Raises:
       DataError: a file is empty, or of another size than its writer noted, or too much is lost.
@@ -374,8 +374,8 @@ def measure_all(
 
 
 def marks_per_file(files: int) -> int:
-    """How many marks, at least, `counts.json` has of each file of a set of so many."""
-    # In all so many that a set can be read from 256 places at the cost of 1 % of it.
+    """The least number of marks that `counts.json` has of each file of a set of `files` files."""
+    # Enough in all to read a set from 256 places at the cost of 1 % of it.
     return max(16, 16384 // files)
 
 
@@ -395,7 +395,7 @@ def _check_damage(
 
 
 def _known(paths: Sequence[str], spare: str | None) -> dict[str, dict]:
-    """Path → its entry in the `counts.json` beside it, else in that of `spare`."""
+    """Path → its entry in the `counts.json` next to it, else in that of `spare`."""
     folders = dict.fromkeys(os.path.dirname(path) for path in paths)
     beside = {folder: _known_counts(os.path.join(folder, COUNTS)) for folder in folders}
     elsewhere = _known_counts(os.path.join(spare, COUNTS)) if spare else {}
@@ -405,7 +405,7 @@ def _known(paths: Sequence[str], spare: str | None) -> dict[str, dict]:
 
 
 def _keep(files: Mapping[str, Counted], spare: str | None) -> None:
-    """Notes what was counted beside the files, or where that cannot be written, in `spare`."""
+    """Stores the counts next to the files, or if that is not writable, in `spare`."""
     folders: dict[str, dict[str, dict]] = {}
     for path, file in files.items():
         folder, name = os.path.split(path)
@@ -490,7 +490,7 @@ def note_counts(paths: Sequence[str], counts: Sequence[Mapping[str, Any]] | None
     """Records the number of records and bytes of files of one folder in its `counts.json`.
 
     Args:
-      counts: of each file what `Marks.noted` says, or at least its `records`; None: counted.
+      counts: for each file the result of `Marks.noted`, or at least its `records`; None: counted.
     """
     least = marks_per_file(len(paths))
     if counts is None:
@@ -502,7 +502,7 @@ def note_counts(paths: Sequence[str], counts: Sequence[Mapping[str, Any]] | None
 
 
 def entries(paths: Sequence[str], files: Sequence[Counted]) -> dict[str, dict]:
-    """What the `counts.json` beside files says of them."""
+    """The entries of files in the `counts.json` next to them."""
     return {os.path.basename(path): _entry(file) for path, file in zip(paths, files)}
 
 

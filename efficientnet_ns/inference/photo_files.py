@@ -37,7 +37,7 @@ def predict_images(
     """Predictions for one photo after the other, each as soon as it is known.
 
     Args:
-      config: what is not given is read beside the weights.
+      config: settings not given are read from files next to the weights.
       weights_path: what `stored_model.find` takes: weights, the folder of a training, of noisy_student,
         or of an export.
       photos: paths of image files: JPEG, PNG, GIF, BMP and others that `image_conversion.prepare` takes;

@@ -132,7 +132,7 @@ def table_row(result: dict[str, Any], labeled: int, num_image: int) -> dict[str,
 
 
 def spread(results: list[list[dict[str, Any]]]) -> list[dict[str, str]]:
-    """Mean and spread over seeds: of each model, and of what the last student is better by.
+    """Mean and spread over seeds: of each model, and of the gain of the last student.
 
     Args:
       results: of `run_seed`, by seed.

@@ -18,8 +18,8 @@ _DEV, _TEST = 500, 1000
 def make_records(folder: str, *, seed: int, labels_per_class: int) -> dict[str, Any]:
     """Writes the digits as labeled (`train`, `dev`, `test`) and unlabeled (`extra`) records.
 
-    `dev` and `test` hold the same pictures for every seed: what is chosen on dev with one seed is
-    measured on pictures that had no part in the choice with every seed.
+    `dev` and `test` hold the same pictures for every seed, so that settings chosen on dev with one
+    seed are measured on unseen pictures with every seed.
 
     Args:
       seed: draws the labeled pictures from those that are left.

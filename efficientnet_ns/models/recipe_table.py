@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from efficientnet_ns.files.text_table import text_table
 from efficientnet_ns.models.recipes import RECIPES, Recipe
 
-# Title of each column and what stands in it; "-" for what a model does not have.
+# Title of each column and its content; "-" for what a model does not have.
 _COLUMNS: dict[str, Callable[[Recipe], str]] = {
     "params": lambda r: f"{r.params / 1e6:.2f}M",
     "mult-adds": lambda r: f"{r.multiply_adds / 1e9:.3g}B",

@@ -99,7 +99,7 @@ def load_weights(
     `efficientnet` package and timm's `tf_efficientnet_*` all expect what the default mean and std
     give; a Keras model made with `weights=None` whose Normalization layer was never adapted
     expects mean 0 and std 1. Only the statistics in a Keras file are not read. Where `stored_settings`
-    are others than the model's, a warning tells how to build it.
+    differ from the model's, a warning states how to build it.
 
     A classifier in the file is passed over when the model has none (`include_top=False`). A model with
     a Dense layer of the user's own on its features has that as its classifier.
@@ -211,9 +211,9 @@ def _object_names(model: tf.keras.Model, above: str = "") -> dict[foreign_weight
 
 
 def stored_settings(path: PathLike) -> dict[str, Any]:
-    """What images the model of these weights expects, as far as what lies there tells.
+    """The input that the model of these weights expects, as far as it is stored with them.
 
-    Files of `save_weights`, folders of trainings and models saved by Keras do.
+    Files of `save_weights`, folders of trainings and models saved by Keras store it.
 
     Returns:
       Some of `variant`, `image_size`, `small_image`, `mean` and `std`.

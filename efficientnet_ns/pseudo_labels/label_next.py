@@ -1,4 +1,4 @@
-"""The unlabeled images whose label would teach most: those between two classes, of every class in turn.
+"""The unlabeled images most worth labeling: those between two classes, from each class in turn.
 
 The margin of an image is its largest probability minus the second largest. Of each predicted class the
 images come by their margin, smallest first; first the first of all classes, then the second ones, and

@@ -1,4 +1,4 @@
-"""Finished parts of an unfinished shard, so that a killed process loses a minute, not a day.
+"""Finished parts of an unfinished shard, so that a killed process loses a minute, not a day of work.
 
 A part is one file, `.part-<task>-<settings>-<first>`: a TFRecord whose first record is a JSON header
 and whose second holds the labels and top-1 probabilities; the records of the output follow. A part

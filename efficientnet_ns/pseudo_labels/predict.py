@@ -52,9 +52,9 @@ def predict(
 
     Waits for shards that another process is working on, and takes them over if it dies.
 
-    One shard of a set on an object store is labeled without a look at the folders, whose listings are
-    thousands of names: its files are asked for. What killed processes left is then removed by a
-    call with all shards.
+    To label one shard of a set on an object store, only its files are requested: listings of the
+    folders have thousands of names. Leftovers of killed processes are then removed by a call with
+    all shards.
 
     Args:
       config: names teacher, input and outputs; see `resolve`.
@@ -92,8 +92,8 @@ def unfinished(config: Config) -> list[int]:
 def resolve(config: Config) -> ResolvedConfig:
     """The settings with teacher and unlabeled set as they were found.
 
-    What is not given about the teacher is read beside its weights; `predict_ckpt_path` is where they
-    are, `file_prefix` and `num_shards` are those of the folder's records.
+    Settings of the teacher that are not given are read from files next to its weights;
+    `predict_ckpt_path` is where these are, `file_prefix` and `num_shards` are those of the records.
 
     Raises:
       ConfigError: a flag is missing or does not fit.
@@ -170,15 +170,15 @@ def _input_dir(config: Config) -> str:
     return folder
 
 
-# A look at the output folder, where others finish shards, is good for so long, or for so many times as
-# long as it took: with thousands of shards it is many requests.
+# How long a listing of the output folder, where others finish shards, is used: in seconds, or in
+# multiples of the time that it took. With thousands of shards it takes many requests.
 _LOOK_SECONDS, _LOOK_TIMES = 1.0, 50
 
 
 class Tasks:
-    """The shards to label. A shard is looked at when its turn comes, the folders once for all.
+    """The shards to label. Each shard is checked when its turn comes; the folders are listed once for all.
 
-    Of a single one of many on an object store its files are looked for instead.
+    For a single shard of many on an object store, its files are requested instead.
 
     Attributes:
       names: of the tasks, in the order in which this process takes them.
@@ -237,11 +237,11 @@ class Tasks:
         return [name for name in self.names if name not in self._finished]
 
     def finish(self, name: str) -> None:
-        """Tells that a task needs no more work."""
+        """Notes that a task needs no more work."""
         self._finished.add(name)
 
     def done(self, name: str) -> bool:
-        """Whether all files of a task were there at the last look."""
+        """Whether all files of a task existed in the last listing."""
         if name not in self._finished:
             if time.monotonic() > self._next_look:
                 self._look()
@@ -320,7 +320,7 @@ def _check_input(config: Config, shard: int, present: Container[str]) -> None:
 
 
 def _note_classes(resolved: ResolvedConfig) -> None:
-    """Leaves the task beside the predictions, for the names of its classes."""
+    """Writes the task next to the predictions, for the names of its classes."""
     options = resolved.config.predict
     path = os.path.join(options.output_dir, TASK_FILE)
     if not options.reassign_label and object_stores.size(path) is None:

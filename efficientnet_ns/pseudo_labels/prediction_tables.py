@@ -1,6 +1,6 @@
 """Rows of numbers in files of other programs: Parquet, NumPy, CSV and JSON lines, block by block.
 
-A table has a row per image. Its numbers stand in one column of lists, or in a column per class, named
+A table has a row per image. Its numbers are in one column of lists, or in a column per class, named
 by the header; NumPy files hold an array [N, K], and `.npz` files an array of keys as well.
 """
 

@@ -50,7 +50,7 @@ def label(prediction: Config, selection: SelectConfig, pool: RayConfig) -> dict[
 
     Raises:
       ConfigError, DataError, manifests.OutputConflict: see `predict.predict`, `selection.select` and
-        `write.write`; existing outputs are checked before the cluster is looked for.
+        `write.write`; existing outputs are checked before connecting to the cluster.
       StepFailed: a unit ended every actor that had it, or no actor can start.
     """
     _resources(pool)

@@ -1,4 +1,4 @@
-"""By what other programs know the images of a set of records: file name, and hash of the content.
+"""How other programs identify the images of a set of records: by file name or hash of the content.
 
 One Parquet file per shard, `keys-00003-of-00128.parquet`, with a row per record: `shard` int32,
 `position` int64, `name` (its `image/filename`) and `hash` (SHA-256 of the encoded image, in

@@ -36,7 +36,7 @@ def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> str
 
     Args:
       config: settings of the selection.
-      options: the path, and what to show besides the run itself.
+      options: the path, and what to show in addition to the run.
 
     Raises:
       DataError: predictions, selection or truth are missing or do not fit.

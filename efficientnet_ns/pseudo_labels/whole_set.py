@@ -79,7 +79,7 @@ def select_shards(refused: list[str], selection: SelectConfig) -> list[int]:
 
 
 def groups(shards: Sequence[int], most: int = 1000) -> list[list[int]]:
-    """Shards that are written by one call, in at most so many groups: each lists the folders of all."""
+    """Shards written by one call, in at most `most` groups: each call lists all folders."""
     number = max(1, -(-len(shards) // most))
     return [list(shards[i : i + number]) for i in range(0, len(shards), number)]
 

@@ -173,7 +173,7 @@ class ResolvedConfig:
         """Labeled images that make an epoch: as configured, the task's, or as many as there are.
 
         Args:
-          labeled: `labeled_source`, where it is at hand; else it is found when needed.
+          labeled: `labeled_source`, if known; else it is found when needed.
         """
         known = self.config.data.num_train_images or self.task.num_train_images
         return known or (labeled or self.labeled_source()).total
@@ -344,7 +344,7 @@ class ResolvedConfig:
         record explains stays as it is.
 
         Args:
-          labeled: sources that the block reads; None stands for no source.
+          labeled: sources that the block reads; None means no source.
           unlabeled: the same, of records that are used without `image/class/label`.
         """
         try:

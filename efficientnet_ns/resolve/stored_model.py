@@ -1,4 +1,4 @@
-"""What lies with a model's weights: variant, image size, normalisation and task. Reads, never writes.
+"""What is stored with a model's weights: variant, image size, normalisation, task. Reads, never writes.
 
 A training folder holds `config.json` (settings), `model.json` (images the model expects) and
 `task.json`; the version of an export holds the last two in `assets`, a TensorFlow Lite file in the
@@ -28,7 +28,7 @@ from efficientnet_ns.models import checkpoint_files, weights
 from efficientnet_ns.models.stored_arrays import WeightsError
 
 SETTINGS = "config.json"
-# Stage of a work_dir made from pictures that tells which model of its `rounds` is the best.
+# Stage of a work_dir made from pictures that names the best model of its `rounds`.
 BEST = "best model"
 # Settings of the training that later programs need, where they are not given.
 _OF_TRAINING = (
@@ -122,10 +122,10 @@ def weights_of(train: TrainConfig) -> str:
 
 
 def find(path: str | os.PathLike) -> str:
-    """The weights or the version of an export that a folder stands for.
+    """The weights, or the version of an export, that a folder refers to.
 
     Of a work_dir of noisy_student that is the best or the last finished model, of a folder of exported versions
-    the highest; any other path stands for itself, and so does "".
+    the highest; any other path, including "", is returned unchanged.
 
     Raises:
       ConfigError: a work_dir without a finished model.
@@ -172,7 +172,7 @@ def _last_of_loop(work_dir: str) -> str:
 
 
 def read(path: str | os.PathLike) -> StoredModel:
-    """What lies with the weights that a path stands for, see `find`; little, if they are not there.
+    """What is stored with the weights that a path refers to (see `find`); little if they do not exist.
 
     Raises:
       ConfigError: see `find`.
@@ -216,7 +216,7 @@ LITE_FACTS = "metadata.json"
 
 
 def _lite_file(path: str) -> StoredModel:
-    """What a TensorFlow Lite file tells.
+    """What is stored in a TensorFlow Lite file.
 
     Raises:
       BrokenFile: `export_model` did not write it.
@@ -247,7 +247,7 @@ _OF_LITE_FILE = ("image_size", "small_image", "mean", "std", "crop_fraction")
 
 
 def _named_in_export(folder: str) -> tasks.Task:
-    """What the class names of an export tell, if it was made before the task was noted."""
+    """The task by the class names of an export that was made before tasks were stored."""
     with tf.io.gfile.GFile(os.path.join(folder, "labels.txt")) as f:
         names = tuple(f.read().split("\n")[:-1])
     return tasks.Task(len(names), class_names=names)

@@ -25,7 +25,7 @@ from efficientnet_ns.resolve.resolved_config import normalization
 from efficientnet_ns.training import checkpoints, preview
 
 SETTINGS, RECORDS, RUNS = stored_model.SETTINGS, "records.json", "runs.jsonl"
-# What a training stores beside its settings: the order of records, and since when it is this one.
+# What a training stores in addition to its settings: the order of records, and since when.
 _ORDER, _SINCE = "input_order", "input_order_since"
 # Fields of the task that a training depends on: the task's file can be edited.
 _TASK_FIELDS = (
@@ -50,7 +50,7 @@ def claim(
       writes: False on all workers but the chief.
 
     Returns:
-      The step since which the training has read its records in today's order; see `streams`.
+      The step since which the training has read its records in the current order; see `streams`.
 
     Raises:
       DirectoryConflict: the folder belongs to a training with other settings or records.

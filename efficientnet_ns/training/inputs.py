@@ -22,7 +22,7 @@ class Inputs:
       unlabeled: (pseudo-labeled) records to train on; None without `unlabel_ratio`.
       evaluation: records to measure on; None: train without evaluation.
       wait: measures how long training steps wait for their batches.
-      order_since: the step since which records are read in today's order, with a new epoch.
+      order_since: the step since which records are read in the current order, with a new epoch.
     """
 
     resolved: ResolvedConfig

@@ -40,7 +40,7 @@ class Session(tf.keras.callbacks.Callback):
       images_per_step: images the student computes, reported as a rate.
       wait: measures the input of the steps; None: it is not measured.
       agree: for several workers, which must stop at the same step to avoid a deadlock. Each calls it
-        at the end of every host loop with its own wish; all get the same decision. None: there is
+        at the end of every host loop with its own request; all get the same decision. None: there is
         one worker.
     """
 
@@ -122,7 +122,7 @@ class Session(tf.keras.callbacks.Callback):
     def ended(self) -> bool:
         """Whether the last `patience` evaluations were no better than the best one before them.
 
-        Read off the log, so that a run that is started again comes to the same decision.
+        Read from the log, so that a restarted run makes the same decision.
         """
         top1 = [row["eval/top1"] for row in self.log.rows if "eval/top1" in row]
         before, last = top1[: -self._patience], top1[-self._patience :]
