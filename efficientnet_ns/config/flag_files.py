@@ -1,4 +1,4 @@
-"""Flag files: arguments, one a line, in place of `--flagfile=PATH`; presets that come with the package."""
+"""Flag files: arguments, one per line, in place of `--flagfile=PATH`; presets that come with the package."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def short(values: flags.FlagValues, program: str, description: str, names: Seque
     rest = len(own) - len(names) if names else 0
     more = f"{rest} more flags of this program, and those of the libraries" if rest else "Others"
     return "\n".join(
-        [*lines, f"{more}: --helpfull", "Flags from a file, one a line: --flagfile=PATH"]
+        [*lines, f"{more}: --helpfull", "Flags from a file, one per line: --flagfile=PATH"]
     )
 
 

@@ -25,7 +25,7 @@ class OwnSetConfig(Settings):
         "Corruptions of ImageNet-C to apply, joined with ','; all: the 15 of its mean. Needs pip "
         "install 'efficientnet-ns[robustness]'.",
     )
-    severities: str = setting("1,2,3,4,5", "Their severities, joined with ','.")
+    severities: str = setting("1,2,3,4,5", "Severities of the corruptions, joined with ','.")
     baseline: str = setting(
         "",
         "Weights of a baseline model, which is measured too; errors are also given relative to its own.",

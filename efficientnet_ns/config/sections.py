@@ -17,8 +17,8 @@ class ModelConfig(Settings):
 
     model_name: str | None = setting(
         None,
-        "Variant: efficientnet-b0 … -b7, -l2, -lite0 … -lite4, -test; default where a trained model is "
-        "read: its own.",
+        "Variant: efficientnet-b0 … -b7, -l2, -lite0 … -lite4, -test; default: that of the trained model, "
+        "if one is used.",
         documented="efficientnet-b0",
     )
     input_image_size: int | None = setting(

@@ -28,21 +28,21 @@ class WorkerLost(RuntimeError):
     """Another worker of the cluster went away, so this one cannot continue."""
 
 
-def get_strategy(hardware: HardwareConfig, *, alone: bool = False) -> tf.distribute.Strategy:
+def get_strategy(hardware: HardwareConfig, *, local_only: bool = False) -> tf.distribute.Strategy:
     """The distribution strategy for the given hardware. Call it before TensorFlow computes anything.
 
     A TPU when one is named; several workers when TF_CONFIG describes a cluster; several local
     devices when `num_replicas` requires it or there are several GPUs; else the one local device.
 
     Args:
-      alone: compute on this machine's devices only, whatever cluster TF_CONFIG describes.
+      local_only: use only this machine's devices, even if TF_CONFIG describes a cluster.
 
     Raises:
       ConfigError: fewer devices than num_replicas, or TF_CONFIG does not describe a cluster.
     """
     if hardware.use_tpu and hardware.tpu:
         return _tpu_strategy(hardware)
-    if not alone and _in_cluster(os.environ.get("TF_CONFIG") or "{}"):
+    if not local_only and _in_cluster(os.environ.get("TF_CONFIG") or "{}"):
         if hardware.num_replicas > 1 and not tf.config.list_physical_devices("GPU"):
             raise ConfigError(
                 f"--num_replicas={hardware.num_replicas}: with TF_CONFIG, a worker without GPUs is "

@@ -54,7 +54,7 @@ class TeacherPredictor:
     def __init__(self, resolved: ResolvedConfig, checkpoint: str):
         config = resolved.config
         # Machines share the work by shards, not by batches.
-        strategy = distribution.get_strategy(config.hardware, alone=True)
+        strategy = distribution.get_strategy(config.hardware, local_only=True)
         distribution.set_precision(config.hardware, strategy)
         with strategy.scope():
             model = resolved.build_model()

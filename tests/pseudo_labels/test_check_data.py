@@ -172,7 +172,9 @@ def test_list_of_other_records_is_refused(folder, found, tmp_path):
     )
     from efficientnet_ns.pseudo_labels import index
 
-    with pytest.raises(DataError, match="names records of .*, but none of the set .* run check_data again"):
+    with pytest.raises(
+        DataError, match="names records of .*, but none of the set .* run check_data again"
+    ):
         index.changes(config)
     (tmp_path / "list.csv").write_text("name\nx\n")
     with pytest.raises(DataError, match="no list with the columns file and record"):
