@@ -1,4 +1,4 @@
-"""Find leaks and duplicates among evaluation, labeled and unlabeled images, and list what to exclude.
+"""Find leaks and duplicates among evaluation, labeled and unlabeled images.
 
 Writes report.html with pairs of pictures, copies.csv, and exclude.csv for `filter_unlabel --exclude`,
 below --output_dir. With --prediction_dir, fingerprints are read from the index that labeling wrote.

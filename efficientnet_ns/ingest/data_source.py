@@ -140,8 +140,8 @@ def _class_names_of_other_sets(config: MakeConfig) -> tuple[str, ...] | None:
         return names
     if names not in (None, tasks.wnids()):
         raise ConfigError(
-            f"--imagenet_labels: the sets in {config.output_dir} have other classes, listed in {path} "
-            "them: choose another folder"
+            f"--imagenet_labels: the sets in {config.output_dir} have other classes, listed in {path}: "
+            "choose another folder"
         )
     return tasks.wnids()
 

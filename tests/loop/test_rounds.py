@@ -394,7 +394,7 @@ def test_decisions_are_those_of_every_selection(folder, config, tmp_path):
     for number in (1, 2):
         assert rounds.stage_configs(config, listed, number)[1].exclude == listed.exclude
     (tmp_path / "list.csv").write_text("file,record\n/elsewhere/extra-00000-of-00001,0\n")
-    with pytest.raises(DataError, match="names no record of the set"):
+    with pytest.raises(DataError, match="names records of .*, but none of the set"):
         rounds.check(config, listed)
     with pytest.raises(DataError, match="--reviewed=x.json: there is no such file"):
         rounds.check(config, dataclasses.replace(loop, reviewed="x.json"))

@@ -515,7 +515,7 @@ def test_classifier_of_ones_own_is_saved(tmp_path, rng, source, make, name):
     [
         ([tf.keras.layers.Dense(8, name="hidden"), tf.keras.layers.Dense(5)], "hidden"),
         ([tf.keras.layers.BatchNormalization(name="norm"), tf.keras.layers.Dense(5)], "norm"),
-        ([tf.keras.layers.Dense(5, activation="softmax", name="d")], "has to give logits"),
+        ([tf.keras.layers.Dense(5, activation="softmax", name="d")], "must give logits"),
         ([tf.keras.layers.Dense(5, use_bias=False, name="d")], "with a bias"),
     ],
 )

@@ -345,7 +345,7 @@ def test_skip_may_be_one_expression(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("skip", "message"), [(".", "leaves no variable"), ("head/[", "no regular expression")]
+    ("skip", "message"), [(".", "leaves no variable"), ("head/[", "not a regular expression")]
 )
 def test_skip_that_cannot_work(checkpoint, model, untouched, skip, message):
     with pytest.raises(weights.WeightsError, match=message):

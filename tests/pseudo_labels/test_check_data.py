@@ -177,7 +177,7 @@ def test_list_of_other_records_is_refused(folder, found, tmp_path):
     ):
         index.changes(config)
     (tmp_path / "list.csv").write_text("name\nx\n")
-    with pytest.raises(DataError, match="no list with the columns file and record"):
+    with pytest.raises(DataError, match="not a list with the columns file and record"):
         index.changes(config)
 
 

@@ -481,5 +481,5 @@ def test_predictions_made_again_after_the_selection_are_noticed(tmp_path):
     path = index.prediction_path(settings, 0, 0)
     rows = [tfexamples.probabilities(r.payload)[::-1] for r in tfrecords.read(path)]
     tfrecords.write(path, [tfexamples.prediction_example(row) for row in rows])
-    with pytest.raises(DataError, match="record 0 is not what was selected from"):
+    with pytest.raises(DataError, match="record 0 does not match the selection"):
         write.write(settings)

@@ -726,7 +726,7 @@ def test_training_begun_in_another_order_continues_with_the_next_epoch(folder, t
     older = {k: v for k, v in json.loads(path.read_text()).items() if "input_order" not in k}
     path.write_text(json.dumps(older))
     assert claimed(config, writes=False) == claimed(config) == 1
-    assert "continues at step 1 with the next epoch" in caplog.text
+    assert "at step 1, it continues with the next epoch" in caplog.text
     (tmp_path / "model" / "model.ckpt-2.index").touch()
     assert claimed(config) == claimed(config, writes=False) == 1
 
