@@ -516,7 +516,7 @@ def test_checkpoint_of_another_number_of_classes(straight, tmp_path):
         ({"label_weight": 0.0}, "--label_weight=0 without --unlabel_ratio"),
         (
             {"consistency_threshold": 0.95},
-            "--consistency_threshold=0.95 takes the place of a teacher",
+            "--consistency_threshold=0.95 replaces a teacher",
         ),
         (
             {"consistency_threshold": 0.95, "unlabel_ratio": 1.0, "unlabel_data_dir": "/u"},
