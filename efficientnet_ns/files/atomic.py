@@ -130,8 +130,14 @@ def atomic_path(path: str) -> Iterator[str]:
         raise
 
 
-def write(path: str, content: str | bytes) -> None:
-    """Writes a file that is either whole or absent."""
+def write(path: str, content: str | bytes, *, clean: bool = False) -> None:
+    """Writes a file that is either whole or absent.
+
+    Args:
+      clean: first remove what killed processes left of it, which lists the folder.
+    """
+    if clean:
+        remove_abandoned([path])
     mode = "w" if isinstance(content, str) else "wb"
     name = (
         contextlib.nullcontext(path) if object_stores.is_object_store(path) else atomic_path(path)

@@ -1,12 +1,20 @@
-"""Lists of records to leave out: CSV with the columns `file` and `record`, as check_data writes them."""
+"""Lists of records: CSV with the columns `file` and `record`, and others that depend on the list.
+
+`--exclude` takes any of them as records to leave out.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import os
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from efficientnet_ns.files import atomic
 from efficientnet_ns.files.errors import DataError
 
 COLUMNS = ("file", "record")
@@ -15,6 +23,20 @@ COLUMNS = ("file", "record")
 def place(path: str) -> str:
     """A path as it is compared: absolute, without what leads nowhere."""
     return path if "://" in path else os.path.abspath(path)
+
+
+def write(path: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a list.
+
+    Args:
+      columns: after `COLUMNS`.
+      rows: path of a file, position of a record, and the values of `columns`.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*COLUMNS, *columns])
+    writer.writerows([place(file), *values] for file, *values in rows)
+    atomic.write(path, text.getvalue(), clean=True)
 
 
 def read(path: str) -> dict[str, np.ndarray]:

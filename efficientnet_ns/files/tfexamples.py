@@ -201,6 +201,22 @@ def image_bytes(record: bytes) -> bytes:
     return values[0]
 
 
+def image_if_any(record: bytes | None) -> bytes:
+    """As `image_bytes`; b"" for a record that cannot be read, or has no image."""
+    try:
+        return image_bytes(record) if record else b""
+    except DataError:
+        return b""
+
+
+def image_at(path: str, position: int) -> bytes:
+    """The encoded image of one record of a file; b"" if it cannot be read, or has none."""
+    with tfrecords.Scanner(path) as scanner:
+        scanner.skip(position)
+        record = scanner.take()
+    return image_if_any(record and record.payload)
+
+
 def _only_image(record: bytes) -> bytes | None:
     """The image of a record with nothing else but its file name, copied once; None for others."""
     features = _content(record, 0, len(record), b"\n")

@@ -8,8 +8,6 @@ if they are copies of any other image.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -20,13 +18,11 @@ from efficientnet_ns import report
 from efficientnet_ns.config import CheckConfig, ConfigError, check, require
 from efficientnet_ns.data import fingerprints, tasks
 from efficientnet_ns.files import (
-    atomic,
     exclusions,
     object_stores,
     parquet_sql,
     shard_names,
     tfexamples,
-    tfrecords,
 )
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import image_marks, unlabeled_set
@@ -155,15 +151,12 @@ def _noted(folder: str, num_shards: int) -> tuple[list[str], int]:
 
 
 def _write_list(path: str, copies: Sequence[Copy]) -> None:
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow([*exclusions.COLUMNS, "set", "of_file", "of_record", "of_set", "distance"])
+    rows = []
     for copy in copies:
-        own = (exclusions.place(copy.file), copy.record, ROLES[copy.role])
+        own = (copy.file, copy.record, ROLES[copy.role])
         other = (exclusions.place(copy.of_file), copy.of_record, ROLES[copy.of_role])
-        rows.writerow([*own, *other, max(copy.distance, 0) if copy.distance >= 0 else "same"])
-    atomic.remove_abandoned([path])
-    atomic.write(path, text.getvalue())
+        rows.append([*own, *other, copy.distance if copy.distance >= 0 else "same"])
+    exclusions.write(path, ["set", "of_file", "of_record", "of_set", "distance"], rows)
 
 
 # --- The page -------------------------------------------------------------------------------------
@@ -216,13 +209,7 @@ def _pairs(copies: Sequence[Copy]) -> str:
         alike = "same file" if copy.distance < 0 else f"{copy.distance} bits"
         for file, record in ((copy.of_file, copy.of_record), (copy.file, copy.record)):
             name = f"{os.path.basename(file)} {record}: {alike}"
-            items.append((report.thumbnail(_image(file, record), _PIXELS), name))
+            image = tfexamples.image_at(file, record)
+            items.append((report.thumbnail(image, _PIXELS), name))
     text = "Pairs of the first image and its copy, those that differ most first."
     return report.paragraph(text) + report.image_grid(items, columns=8, pixel_size=96)
-
-
-def _image(path: str, position: int) -> bytes:
-    with tfrecords.Scanner(path) as scanner:
-        scanner.skip(position)
-        record = scanner.take()
-        return tfexamples.image_bytes(record.payload) if record and record.payload else b""

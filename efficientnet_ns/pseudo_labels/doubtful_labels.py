@@ -9,8 +9,6 @@ predictions, in memory that grows with the classes and the doubtful images only.
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -21,7 +19,7 @@ import numpy as np
 from efficientnet_ns import report
 from efficientnet_ns.config import LabelsConfig, SelectConfig, check, require
 from efficientnet_ns.data import tasks
-from efficientnet_ns.files import atomic, exclusions, object_stores, tfexamples, tfrecords
+from efficientnet_ns.files import exclusions, object_stores, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index, unlabeled_set
 
@@ -154,15 +152,11 @@ def _doubtful(rows: _Rows, thresholds: np.ndarray) -> Iterator[Doubt]:
 
 
 def _write_list(path: str, doubts: Sequence[Doubt], names: Sequence[str]) -> None:
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow([*exclusions.COLUMNS, "label", "suggested", "probability", "margin"])
+    rows = []
     for one in doubts:
         numbers = (f"{one.prob:.4f}", f"{one.margin:.4f}")
-        own = (exclusions.place(one.file), one.record)
-        rows.writerow([*own, names[one.label], names[one.suggested], *numbers])
-    atomic.remove_abandoned([path])
-    atomic.write(path, text.getvalue())
+        rows.append([one.file, one.record, names[one.label], names[one.suggested], *numbers])
+    exclusions.write(path, ["label", "suggested", "probability", "margin"], rows)
 
 
 def _write_report(
@@ -217,10 +211,7 @@ def _most_common(labels: Sequence[int]) -> int:
 def _grid(doubts: Sequence[Doubt], names: Sequence[str]) -> str:
     items = []
     for one in doubts:
-        with tfrecords.Scanner(one.file) as scanner:
-            scanner.skip(one.record)
-            record = scanner.take()
-        image = tfexamples.image_bytes(record.payload) if record and record.payload else b""
+        image = tfexamples.image_at(one.file, one.record)
         caption = f"{names[one.label]} → {names[one.suggested]} {one.prob:.2f}"
         items.append((report.thumbnail(image, _PIXELS), caption))
     return report.image_grid(items)

@@ -17,7 +17,6 @@ import tensorflow as tf
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.data import fingerprints, image_headers, images
 from efficientnet_ns.files import local_files, manifests, tfexamples, tfrecords
-from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.pseudo_labels.index import schema
 
@@ -70,10 +69,7 @@ def _write(source: str, stage: manifests.Stage, look: _Look) -> None:
 def _images(source: str) -> Iterator[tuple[int, bytes]]:
     """(position, encoded image) of the records that have one."""
     for record in tfrecords.read(source):
-        try:
-            image = b"" if record.payload is None else tfexamples.image_bytes(record.payload)
-        except DataError:
-            continue
+        image = tfexamples.image_if_any(record.payload)
         if image and not image_headers.problem(image):
             yield record.position, image
 

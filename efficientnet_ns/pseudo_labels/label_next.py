@@ -8,8 +8,6 @@ out. One pass over the predictions, on every core, in memory that grows with the
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections import deque
 from typing import Any, NamedTuple
@@ -21,7 +19,7 @@ from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.config.processes import run_each
 from efficientnet_ns.data import fingerprints
-from efficientnet_ns.files import atomic, exclusions, object_stores, tfexamples
+from efficientnet_ns.files import exclusions, object_stores, tfexamples
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.pseudo_labels import index, outcome
 from efficientnet_ns.pseudo_labels.selection import class_names_of
@@ -69,20 +67,17 @@ def write(config: SelectConfig, limit: int, folder: str) -> str:
     """
     chosen = choose(config, limit)
     payloads = outcome.read_records(config, {(one.shard, one.record) for one in chosen})
-    names, text, images = class_names_of(config), io.StringIO(), []
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow([*exclusions.COLUMNS, "name", "label", "second", "probability", "margin"])
+    names, rows, images = class_names_of(config), [], []
     for one in chosen:
         payload = payloads[one.shard, one.record]
         place = exclusions.place(index.input_path(config, one.shard)), one.record
         classes = names[one.label], names[one.second]
         name = tfexamples.file_name(payload) if payload else ""
-        rows.writerow([*place, name, *classes, f"{one.prob:.4f}", f"{one.margin:.4f}"])
-        picture = report.thumbnail(outcome.image_of(payload), _PIXELS)
+        rows.append([*place, name, *classes, f"{one.prob:.4f}", f"{one.margin:.4f}"])
+        picture = report.thumbnail(tfexamples.image_if_any(payload), _PIXELS)
         images.append(report.ReviewImage(picture, *place, one.label, one.prob))
     path = os.path.join(folder, LIST)
-    atomic.remove_abandoned([path])
-    atomic.write(path, text.getvalue())
+    exclusions.write(path, ["name", "label", "second", "probability", "margin"], rows)
     report.write_review(os.path.join(folder, "label_next.html"), images, names)
     return path
 

@@ -317,13 +317,7 @@ def read_images(
 ) -> dict[tuple[int, int], bytes]:
     """Encoded images by (shard, record); b"" for images that cannot be read."""
     found = read_records(config, places)
-    return {place: image_of(payload) for place, payload in found.items()}
-
-
-def image_of(payload: bytes) -> bytes:
-    """The encoded image of a record; b"" without."""
-    feature = payload and tfexamples.feature(payload, tfexamples.IMAGE)
-    return tfexamples.bytes_value(feature) if feature else b""
+    return {place: tfexamples.image_if_any(payload) for place, payload in found.items()}
 
 
 def read_records(

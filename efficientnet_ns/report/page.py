@@ -75,5 +75,4 @@ def write_page(
     path = os.fspath(path)
     page = _page(title, intro, sections)
     object_stores.make_folder(os.path.dirname(path))
-    atomic.remove_abandoned([path])
-    atomic.write(path, page)
+    atomic.write(path, page, clean=True)

@@ -45,8 +45,7 @@ def write_review(path: str, images: Sequence[ReviewImage], names: Sequence[str])
     template = Path(__file__).with_name("review.html").read_text(encoding="utf-8")
     from efficientnet_ns.files import atomic  # Loads TensorFlow.
 
-    atomic.remove_abandoned([path])
-    atomic.write(path, template.replace("DATA", data, 1))
+    atomic.write(path, template.replace("DATA", data, 1), clean=True)
 
 
 def _mime(data: bytes) -> str:
