@@ -186,7 +186,9 @@ def _op_stages(encoded: list[bytes], size: int) -> dict[str, Callable[[], int]]:
     pixels = source.map(lambda image: images.to_uint8(images.eval_image(image, size))).cache()
 
     def op(name: str) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
-        args = levels.op_args(name, _MAGNITUDE, 40.0, 100.0, "original")
+        args = levels.op_args(
+            name, _MAGNITUDE, randaugment.CUTOUT_CONST, randaugment.TRANSLATE_CONST, "original"
+        )
 
         def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
             draws = tf.fill([4], tf.cast(seed[0] % 16, tf.float32) / 16)

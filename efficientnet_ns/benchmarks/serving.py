@@ -42,7 +42,7 @@ class Situation(NamedTuple):
     onednn: bool
 
     def __str__(self) -> str:
-        threads = f"{self.threads} thread" + "s" * (self.threads > 1)
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return f"{threads}, oneDNN {'on' if self.onednn else 'off'}"
 
 

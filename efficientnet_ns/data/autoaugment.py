@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from efficientnet_ns.data import augment, images, levels
 
+TRANSLATE_CONST = 250.0  # The original's translation at level 10, in pixels.
 # policy → sub-policies → ops in order: (op, probability, level).
 POLICIES: dict[str, tuple] = {
     # "v0", not the one in the paper; with it the published EfficientNets were trained
@@ -117,7 +118,7 @@ def auto_augment(
     seed: tf.Tensor,
     *,
     policy: str = "imagenet",
-    translate_const: float = 250.0,
+    translate_const: float = TRANSLATE_CONST,
     mode: str = "original",
 ) -> tf.Tensor:
     """Draws one sub-policy and applies each of its ops with its probability.
@@ -193,17 +194,17 @@ class AutoAugment:
     def constants(self, size: int, small: bool) -> dict[str, float]:
         """Reach of Translate at level 10, in pixels, for images of `size`."""
         # Published: 10 pixels at 32, in the search on CIFAR-10 and SVHN.
-        return {"translate_const": size * 10 / 32 if small else 250.0}
+        return {"translate_const": size * 10 / 32 if small else TRANSLATE_CONST}
 
     def apply(
-        self, image: tf.Tensor, seed: tf.Tensor, *, translate_const: float = 250.0
+        self, image: tf.Tensor, seed: tf.Tensor, *, translate_const: float = TRANSLATE_CONST
     ) -> tf.Tensor:
         """Augments one image, uint8 [H, W, 3] → uint8 [H, W, 3]."""
         return auto_augment(
             image, seed, translate_const=translate_const, **dataclasses.asdict(self)
         )
 
-    def describe(self, translate_const: float = 250.0) -> str:
+    def describe(self, translate_const: float = TRANSLATE_CONST) -> str:
         """The policy in one line: `0.8 Equalize + 0.8 ShearY(±0.12) | …`."""
 
         def describe(name: str, probability: float, level: float) -> str:

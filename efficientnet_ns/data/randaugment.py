@@ -9,6 +9,8 @@ import tensorflow as tf
 
 from efficientnet_ns.data import augment, images, levels
 
+# The original's reach at magnitude 10, in pixels.
+CUTOUT_CONST, TRANSLATE_CONST = 40.0, 100.0
 RANDAUGMENT_OPS: tuple[str, ...] = tuple(augment.OPS)
 
 
@@ -29,8 +31,8 @@ def rand_augment(
     *,
     num_layers: int,
     magnitude: float,
-    cutout_const: float = 40.0,
-    translate_const: float = 100.0,
+    cutout_const: float = CUTOUT_CONST,
+    translate_const: float = TRANSLATE_CONST,
     use_cutout: bool = True,
     mode: str = "original",
 ) -> tf.Tensor:
@@ -124,16 +126,18 @@ class RandAugment:
         # At 32 pixels the original's constants, in proportion.
         reach = size // 8
         scale = size / 224 if self.proportional else 1.0
-        cutout_const, translate_const = (reach, reach) if small else (40.0 * scale, 100.0 * scale)
-        return {"cutout_const": cutout_const, "translate_const": translate_const}
+        return {
+            "cutout_const": reach if small else CUTOUT_CONST * scale,
+            "translate_const": reach if small else TRANSLATE_CONST * scale,
+        }
 
     def apply(
         self,
         image: tf.Tensor,
         seed: tf.Tensor,
         *,
-        cutout_const: float = 40.0,
-        translate_const: float = 100.0,
+        cutout_const: float = CUTOUT_CONST,
+        translate_const: float = TRANSLATE_CONST,
     ) -> tf.Tensor:
         """Augments one image, uint8 [H, W, 3] → uint8 [H, W, 3]."""
         return rand_augment(
@@ -147,7 +151,9 @@ class RandAugment:
             use_cutout=self.use_cutout,
         )
 
-    def describe(self, cutout_const: float = 40.0, translate_const: float = 100.0) -> str:
+    def describe(
+        self, cutout_const: float = CUTOUT_CONST, translate_const: float = TRANSLATE_CONST
+    ) -> str:
         """The policy and its ops in one line; in `Solarize(691→179)`, 691 is nominal, 179 acts."""
         policy = _policy(self.magnitude, cutout_const, translate_const, self.use_cutout, self.mode)
         ops = (levels.describe_op(name, args, self.mode) for name, args in policy.items())

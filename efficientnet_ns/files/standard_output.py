@@ -1,4 +1,4 @@
-"""Standard output that nobody reads to the end (`… | head`), or that is closed or full."""
+"""Standard output: what it cannot show, and readers that leave (`… | head`), or that is closed or full."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import os
 import re
 import select
 import sys
-from collections.abc import Iterator
-from typing import NoReturn, TextIO
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TextIO
 
 UNREAD = 141  # Exit code: 128 + SIGPIPE.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -75,6 +75,25 @@ def escaped(text: str) -> str:
         lambda found: found[0].encode("unicode_escape").decode(),
         text,
     )
+
+
+def printable(text: str) -> str:
+    r"""`text` with escapes for what the output cannot encode, e.g. file names that are not UTF-8."""
+    coding = sys.stdout.encoding or "utf-8"
+    return text.encode(coding, "backslashreplace").decode(coding)
+
+
+def photo_block(photo: str, predictions: Sequence[Mapping[str, Any]]) -> str:
+    """A photo's path, and its classes in aligned columns.
+
+    Args:
+      predictions: `name` and `probability` of at least one class, best first.
+    """
+    names = [escaped(guess["name"]) for guess in predictions]
+    width = max(map(len, names))
+    rows = zip(names, predictions)
+    lines = [f"  {name:<{width}}  {guess['probability']:.4f}" for name, guess in rows]
+    return "\n".join([escaped(photo), *lines])
 
 
 def is_unread() -> bool:

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from efficientnet_ns.config import Config, ConfigError, PhotosConfig
 from efficientnet_ns.data import image_conversion, tasks
-from efficientnet_ns.files.standard_output import escaped
+from efficientnet_ns.files.standard_output import escaped, photo_block, printable
 from efficientnet_ns.inference import exported
 from efficientnet_ns.inference import photos as photos_lib
 from efficientnet_ns.ingest import data_source
@@ -128,16 +128,7 @@ def _reason(message: str) -> str:
 def _text(result: dict[str, Any]) -> str:
     if "error" in result:
         return f"{escaped(result['photo'])}\n  cannot be read: {result['error']}"
-    guesses = [(escaped(guess["name"]), guess["probability"]) for guess in result["predictions"]]
-    width = max(len(name) for name, _ in guesses)
-    lines = [f"  {name:<{width}}  {probability:.4f}" for name, probability in guesses]
-    return "\n".join([escaped(result["photo"]), *lines])
-
-
-def _printable(text: str) -> str:
-    r"""What the output's encoding lacks, and bytes of names that are not UTF-8, as \\x and \\u."""
-    coding = sys.stdout.encoding or "utf-8"
-    return text.encode(coding, "backslashreplace").decode(coding)
+    return photo_block(result["photo"], result["predictions"])
 
 
 def print_predictions(config: Config, options: PhotosConfig, photos: Sequence[str]) -> int:
@@ -146,6 +137,6 @@ def print_predictions(config: Config, options: PhotosConfig, photos: Sequence[st
     show = json.dumps if options.json else _text
     failed = False
     for result in predict_images(config, path, photos, options.top, ema=options.ema):
-        print(_printable(show(result)), flush=True)
+        print(printable(show(result)), flush=True)
         failed |= "error" in result
     return int(failed)

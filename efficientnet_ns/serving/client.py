@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from efficientnet_ns.files.standard_output import escaped, quiet_when_unread
+from efficientnet_ns.files.standard_output import escaped, photo_block, printable, quiet_when_unread
 
 _VALID = "valid"
 _TOP = ("top_classes", "top_class_names", "top_probabilities")
@@ -428,18 +428,9 @@ def as_table(results: Sequence[Result]) -> str:
     for result in results:
         if result.error:
             blocks.append(f"{escaped(result.photo)}\n  {escaped(result.error)}")
-            continue
-        guesses = [(escaped(guess["name"]), guess["probability"]) for guess in result.predictions]
-        width = max(len(name) for name, _ in guesses)
-        lines = [f"  {name:<{width}}  {probability:.4f}" for name, probability in guesses]
-        blocks.append("\n".join([escaped(result.photo), *lines]))
+        else:
+            blocks.append(photo_block(result.photo, result.predictions))
     return "\n".join(blocks)
-
-
-def _printable(text: str) -> str:
-    """`text` with escapes for what the output cannot encode, e.g. file names that are not UTF-8."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 FORMATS = {"table": as_table, "json": as_json, "csv": as_csv}
@@ -516,7 +507,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             latencies=latencies,
         )
     )
-    print(_printable(FORMATS[chosen.format](results)))
+    print(printable(FORMATS[chosen.format](results)))
     classified = sum(not result.error for result in results)
     print(summary(latencies, classified, time.perf_counter() - start), file=sys.stderr)
     return int(any(result.error for result in results))

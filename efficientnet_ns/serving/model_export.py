@@ -93,7 +93,7 @@ def _export_options(resolved: ResolvedConfig, path: str, options: ExportConfig):
     names = tasks.class_names(resolved.task) or map(str, range(resolved.num_classes))
     facts = {
         "Task": resolved.config.data.task_name,
-        "Weights": os.path.basename(path.rstrip("/")) + (" (moving averages)" * options.ema),
+        "Weights": f"{os.path.basename(path.rstrip('/'))}{' (moving averages)' if options.ema else ''}",
         "Arithmetic": options.serving_dtype,
         **_provenance(resolved, path),
     }

@@ -19,7 +19,7 @@ from PIL import Image
 from efficientnet_ns import inference
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data import images, pipeline, tasks
-from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files import standard_output, tfexamples, tfrecords
 from efficientnet_ns.inference import photo_files
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
@@ -211,7 +211,7 @@ def test_names_that_are_not_utf8(config, folder, photos, tmp_path, show, monkeyp
         target = io.TextIOWrapper(io.BytesIO(), encoding=coding)
         monkeypatch.setattr(sys, "stdout", target)
         for answer in answers:
-            print(photo_files._printable(show(answer)))
+            print(standard_output.printable(show(answer)))
         target.flush()
         text = target.buffer.getvalue().decode(coding)
         assert r"caf\udce9 \udcff.png" in text and str(photos[1]) in text
