@@ -18,6 +18,8 @@ from efficientnet_ns.config import (
     ReportConfig,
     SelectConfig,
     check,
+    given,
+    mark_given,
     require,
     shard_list,
 )
@@ -70,11 +72,11 @@ def completed(selection: SelectConfig) -> SelectConfig:
       ConfigError: the given number of classes is not the task's.
       DataError: see `unlabeled_set.find`.
     """
-    default = SelectConfig()
+    chosen = given(selection)
     name = selection.task_name or os.path.join(selection.prediction_dir, tasks.TASK_FILE)
     if selection.task_name or tf.io.gfile.exists(name):
         classes = tasks.get_task(name).num_classes
-        if selection.num_label_classes not in (default.num_label_classes, classes):
+        if chosen.get("num_label_classes", classes) != classes:
             raise ConfigError(
                 f"--num_label_classes={selection.num_label_classes}, but task {name!r} has {classes} "
                 "classes"
@@ -85,7 +87,9 @@ def completed(selection: SelectConfig) -> SelectConfig:
     prefix, num_shards = unlabeled_set.find(
         selection.unlabel_data_dir, selection.file_prefix, selection.num_shards
     )
-    return dataclasses.replace(selection, file_prefix=prefix, num_shards=num_shards)
+    selection = dataclasses.replace(selection, file_prefix=prefix, num_shards=num_shards)
+    mark_given(selection, chosen)
+    return selection
 
 
 def label_on_beam(

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns import report
-from efficientnet_ns.config import ConfigError, ReportConfig, SelectConfig
+from efficientnet_ns.config import ConfigError, ReportConfig, SelectConfig, given
 from efficientnet_ns.files import exclusions, manifests
 from efficientnet_ns.pseudo_labels import index, label_next, outcome
 from efficientnet_ns.pseudo_labels.outcome import Outcome, Picture
@@ -134,10 +134,8 @@ def _as_selected(config: SelectConfig) -> SelectConfig:
         return config
     made_with = manifests.read_manifest(manifest)["config"]
     noted = {name: made_with[name] for name in RULE if name in made_with}
-    default = SelectConfig()
-    given = {name: getattr(config, name) for name in noted}
-    given = {name: value for name, value in given.items() if value != getattr(default, name)}
-    difference = manifests.describe_difference({name: noted[name] for name in given}, given)
+    chosen = {name: value for name, value in given(config).items() if name in noted}
+    difference = manifests.describe_difference({name: noted[name] for name in chosen}, chosen)
     if difference:
         raise ConfigError(
             f"the selection in {config.output_dir} was made with other settings ({difference}): "

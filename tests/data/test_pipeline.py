@@ -16,9 +16,10 @@ import pytest
 import tensorflow as tf
 
 from efficientnet_ns.config import Config
-from efficientnet_ns.data import images, pipeline, randaugment
+from efficientnet_ns.data import augment, images, pipeline, randaugment
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.models import efficientnet
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 ROOT = Path(__file__).parents[2]
@@ -235,31 +236,32 @@ def test_sizes_of_joint_batches(folder, labeled, pseudo, ratio, unlabeled_size):
 
 
 def test_joint_batches_are_the_two_streams_side_by_side(folder, labeled, pseudo):
-    changes = {"small_image_model": True, "seed": 3, "shuffle_buffer": 9}
+    changes = {"small_image_model": True, "seed": 3, "shuffle_buffer": 9, "unl_aug": "clean"}
     run = resolved(folder, train_batch_size=4, unlabel_ratio=2.0, **changes)
     found = take(run.training_batches(labeled, pseudo, 2), 3)
-    changes = {
-        "preprocessing": run.preprocessing(),
-        "seed": 3,
-        "shuffle_buffer": 9,
-        "start_step": 2,
-    }
-    for stream, source, size in (
-        (labeled_batches, labeled, 4),
-        (unlabeled_batches, pseudo, 8),
+    changes = {"seed": 3, "shuffle_buffer": 9, "start_step": 2}
+    for stream, source, size, preprocessing in (
+        (labeled_batches, labeled, 4, run.preprocessing()),
+        (unlabeled_batches, pseudo, 8, run.preprocessing("clean")),
     ):
-        alone = take(stream(source, batch_size=size, **changes), 3)
+        alone = take(stream(source, batch_size=size, preprocessing=preprocessing, **changes), 3)
         assert_same([{k: batch[k] for k in alone[0]} for batch in found], alone)
 
 
-def test_settings_of_joint_batches(folder, monkeypatch):
-    """Which noise each stream gets."""
-    calls = []
-    for name in ("labeled_batches", "unlabeled_batches"):
-        monkeypatch.setattr(
-            pipeline, name, lambda source, preprocessing, **_: calls.append(preprocessing)
-        )
-    monkeypatch.setattr(pipeline, "join", lambda *parts: None)
+def test_teacher_on_the_fly_sees_its_own_size(folder, labeled, pseudo):
+    changes = {"teacher_model_name": "efficientnet-test", "unlabel_ratio": 1.0}
+    resolution = efficientnet.get_variant("efficientnet-test").resolution
+    for given, size in ((SIZE + 4, SIZE + 4), (None, resolution)):
+        run = resolved(folder, train_batch_size=4, teacher_image_size=given, **changes)
+        batches = run.training_batches(labeled, pseudo, 0).element_spec
+        assert batches["teacher_image"].shape.as_list() == [4, size, size, 3]
+        assert batches["unl_image"].shape.as_list() == [4, SIZE, SIZE, 3]
+        with tf.Graph().as_default():
+            assert run.build_teacher().input_shape == (None, size, size, 3)
+
+
+def test_settings_of_both_streams(folder):
+    """Which augmentation each gets."""
     settings = {"randaug_mag": 5, "randaug_layer": 3, "randaug_mode": "clipped", "cutout_op": False}
     noise = pipeline.RandAugment(3, 5, "clipped", use_cutout=False)
     for augment_name, unl_aug, expected in (
@@ -269,14 +271,11 @@ def test_settings_of_joint_batches(folder, monkeypatch):
         (None, "default", [None, None]),
     ):
         run = resolved(folder, augment_name=augment_name, unl_aug=unl_aug, **settings)
-        calls.clear()
-        run.training_batches("labeled", "unlabeled", 0)
-        assert calls == [pipeline.Preprocessing(SIZE, augmentation=e) for e in expected]
+        found = [run.labeled_preprocessing, run.unlabeled_preprocessing]
+        assert found == [pipeline.Preprocessing(SIZE, augmentation=e) for e in expected]
     run = resolved(folder, augment_name="v1", unl_aug="clean", **settings)
-    calls.clear()
-    run.training_batches("labeled", "unlabeled", 0)
-    labeled, unlabeled = pipeline.Preprocessing(SIZE), pipeline.Preprocessing(SIZE, clean=True)
-    assert calls == [dataclasses.replace(labeled, augmentation=noise), unlabeled]
+    assert run.labeled_preprocessing == pipeline.Preprocessing(SIZE, augmentation=noise)
+    assert run.unlabeled_preprocessing == pipeline.Preprocessing(SIZE, clean=True)
     run = resolved(folder, augment_name="v1", remove_aug=True, small_image_model=True)
     assert run.preprocessing().clean and run.preprocessing().small_image
 
@@ -378,48 +377,27 @@ def test_small_images_are_shifted_by_reflection():
     )
 
 
-@pytest.mark.parametrize(
-    "small, size, expected",
-    [
-        (False, 224, [("crop", 224), ("randaugment", 40, 100)]),
-        # Order and constants of the original's SVHN training.
-        (True, 32, [("randaugment", 4, 4), ("cutout", 8), ("shift", 4)]),
-    ],
-)
-def test_constants_of_the_noise(monkeypatch, small, size, expected):
-    calls = []
-
-    def rand_augment(image, seed, *, cutout_const, translate_const, **settings):
-        assert settings == {
-            "num_layers": 3,
-            "magnitude": 11,
-            "mode": "clipped",
-            "use_cutout": False,
-        }
-        assert image.dtype == tf.uint8
-        calls.append(("randaugment", cutout_const, translate_const))
-        return image
-
-    def cutout(image, seed, pad_size):
-        calls.append(("cutout", pad_size))
-        return image
-
-    def shift(image, seed, pad):
-        calls.append(("shift", pad))
-        return image
-
-    def crop(image, size, seed, *, flip):
-        calls.append(("crop", size))
-        return tf.zeros([size, size, 3])
-
-    monkeypatch.setattr(randaugment, "rand_augment", rand_augment)
-    monkeypatch.setattr(pipeline.augment, "cutout", cutout)
-    monkeypatch.setattr(pipeline.images, "reflect_pad_crop", shift)
-    monkeypatch.setattr(pipeline.images, "train_image", crop)
-    settings = pipeline.RandAugment(3, 11, "clipped", use_cutout=False)
-    preprocessing = pipeline.Preprocessing(size, small, flip=False, augmentation=settings)
-    preprocessing.train(tf.constant(pictures()[0]), tf.constant([0, 1]))
-    assert calls == expected
+@pytest.mark.parametrize("small", [False, True])
+def test_order_and_constants_of_the_noise(small):
+    """Those of the original: 40 and 100 pixels at any size, and SVHN's own at 32."""
+    policy = pipeline.RandAugment(3, 11, "clipped", use_cutout=False)
+    preprocessing = pipeline.Preprocessing(32, small, flip=False, augmentation=policy)
+    settings = {"num_layers": 3, "magnitude": 11, "mode": "clipped", "use_cutout": False}
+    picture = tf.constant(pictures()[0])
+    for number in range(3):
+        seed = tf.constant([number, 1])
+        crop, _, noise, cutout = images.split_seed(seed, 4)
+        if small:
+            image = images.to_uint8(images.small_eval_image(picture, 32))
+            settings |= {"cutout_const": 4, "translate_const": 4}
+            image = randaugment.rand_augment(image, noise, **settings)
+            image = augment.cutout(image, cutout, 8)
+            expected = images.reflect_pad_crop(image, crop, pad=4)
+        else:
+            image = images.to_uint8(images.train_image(picture, 32, crop, flip=False))
+            settings |= {"cutout_const": 40, "translate_const": 100}
+            expected = randaugment.rand_augment(image, noise, **settings)
+        np.testing.assert_array_equal(preprocessing.train(picture, seed), expected)
 
 
 @pytest.mark.parametrize("small", [False, True])

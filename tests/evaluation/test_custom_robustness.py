@@ -14,6 +14,7 @@ from efficientnet_ns.config import Config, ConfigError, OwnSetConfig, Robustness
 from efficientnet_ns.data import pipeline
 from efficientnet_ns.evaluation import (
     accuracy,
+    adversarial,
     corruptions,
     custom_robustness,
     custom_robustness_report,
@@ -236,6 +237,13 @@ def test_what_is_missing(folder, tmp_path, change, message):
             OwnSetConfig(epsilons="1"),
             RobustnessConfig(weights=path, report_dir=str(tmp_path)),
         )
+
+
+def test_settings_of_the_attack():
+    own = OwnSetConfig(epsilons="4,1", pgd_steps=3, pgd_step_size=1.5)
+    chosen = custom_robustness.Settings.from_config(own, seed=7)
+    assert chosen.epsilons == (1.0, 4.0)
+    assert chosen.pgd == adversarial.Pgd(steps=3, step_size=1.5, seed=7)
 
 
 def test_a_baseline_of_another_size_has_its_own_coefficients(folder):

@@ -11,7 +11,9 @@ from efficientnet_ns.config import (
     PipelineConfig,
     SelectConfig,
     from_flags,
+    mark_given,
 )
+from efficientnet_ns.data import tasks
 from efficientnet_ns.loop import labeling
 
 
@@ -42,3 +44,14 @@ def test_a_report_without_a_selection():
         )
     with pytest.raises(ConfigError, match="--unlabel_data_dir is needed"):
         labeling.select_and_write(SelectConfig(), FilterConfig())
+
+
+def test_the_number_of_classes_is_the_tasks(tmp_path):
+    """Another one that is given is refused, also the default."""
+    path = str(tmp_path / "task.json")
+    tasks.write_task(path, num_classes=7)
+    selection = SelectConfig(task_name=path, only_get_stats=1)
+    assert labeling.completed(selection).num_label_classes == 7
+    mark_given(selection, ["task_name", "num_label_classes"])
+    with pytest.raises(ConfigError, match="--num_label_classes=1000, but task .* has 7 classes"):
+        labeling.completed(selection)

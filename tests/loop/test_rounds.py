@@ -303,9 +303,13 @@ def test_fine_tuning_counts_the_shards_that_are_trained_on(tmp_path, config):
     tfrecords.write_sharded(str(tmp_path), "train", [example] * 15, 2)
     few = config.override(label_data_dir=str(tmp_path), num_train_shards=1)
     loop = dataclasses.replace(
-        loop_in(tmp_path, "w", 1), finetune_resolution=16, finetune_epochs=2.0
+        loop_in(tmp_path, "w", 1),
+        finetune_resolution=16,
+        finetune_epochs=2.0,
+        finetune_fix_layers=3,
     )
     tuned = rounds.finetune_config(few, loop, 1)
+    assert tuned.train.fix_layer_num == 3
     assert tuned.train.train_last_step_num == 4  # 2 passes over 8 images in batches of 4.
 
 

@@ -17,7 +17,7 @@ from fakes import Document, load_outcome, plain_calibration_error
 from PIL import Image
 
 from efficientnet_ns import report
-from efficientnet_ns.config import ConfigError, ReportConfig, SelectConfig
+from efficientnet_ns.config import ConfigError, ReportConfig, SelectConfig, mark_given
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index, outcome, run_report
@@ -330,6 +330,15 @@ def test_command(run, tmp_path):
 def test_settings_of_another_selection_are_refused(run):
     other = dataclasses.replace(run.config, num_image=NUM_IMAGE + 1, min_threshold=0.9)
     with pytest.raises(ConfigError, match=r"min_threshold: .* → 0.9, num_image: "):
+        run_report.sections(other)
+
+
+def test_a_default_that_is_given_is_no_other_setting_by_chance(run):
+    """`--num_image=1300` is refused like any other number, though it is the default."""
+    other = dataclasses.replace(run.config, num_image=SelectConfig().num_image)
+    run_report.sections(other)
+    mark_given(other, ["num_image"])
+    with pytest.raises(ConfigError, match=rf"num_image: {NUM_IMAGE} → 1300\)"):
         run_report.sections(other)
 
 

@@ -7,7 +7,8 @@ import json
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns.config import Config
+from efficientnet_ns.config import Config, ConfigError
+from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.models import heads
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
@@ -54,3 +55,21 @@ def test_normalisation_that_the_task_states_is_every_models(tmp_path):
 @pytest.mark.parametrize("name, size", [("efficientnet-lite1", 240), ("efficientnet-lite4", 300)])
 def test_image_size_of_lite_is_its_resolution(name, size):
     assert ResolvedConfig.from_config(Config().override(model_name=name)).image_size == size
+
+
+def test_evaluation_and_test_set_have_limits_of_their_own(tmp_path):
+    task, examples = tmp_path / "task.json", [tfexamples.labeled_example(b"not decoded here", 0)]
+    task.write_text(json.dumps({"num_classes": 5, "eval_set": "dev", "test_set": "test"}))
+    for prefix in ("dev", "test"):
+        tfrecords.write_sharded(str(tmp_path), prefix, examples * 6, 2)
+    config = Config().override(task_name=str(task), label_data_dir=str(tmp_path))
+
+    def totals(**limits) -> list[int]:
+        resolved = ResolvedConfig.from_config(config.override(**limits))
+        sets = (("dev", "num_eval_images"), ("test", "num_test_images"))
+        return [resolved.evaluation_source(*one).total for one in sets]
+
+    assert totals(num_test_images=4) == [6, 4]
+    assert totals(num_eval_images=5) == [5, 6]
+    with pytest.raises(ConfigError, match="--num_test_images=7: "):
+        totals(num_test_images=7)
