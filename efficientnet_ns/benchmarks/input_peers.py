@@ -2,7 +2,7 @@
 
 Each peer is a function that handles some images on one thread. Training peers crop at random, flip and
 apply two operations, evaluation peers take the centre crop; all resize bicubically to uint8, timm to
-normalized float32 as well, its default. Each library has a process of its own: some crash beside
+normalized float32 as well, its default. Each library has a process of its own: some crash next to
 TensorFlow.
 """
 
