@@ -111,14 +111,10 @@ def _has(folder: str, prefix: str) -> bool:
 
 def _unlabeled(options: CheckConfig, number: int) -> ImageSet:
     folder = options.unlabel_data_dir
-    prefix, total = unlabeled_set.find(folder, options.file_prefix, options.num_shards)
-    names = [shard_names.shard_name(prefix, shard, total) for shard in range(total)]
-    files = [os.path.join(folder, name) for name in names]
-    if lost := [path for path in files if not tf.io.gfile.exists(path)]:
-        raise DataError(f"{len(lost)} shards are missing, the first is {lost[0]}")
+    prefix, files = unlabeled_set.files(folder, options.file_prefix, options.num_shards)
     name = f"{prefix} of {folder}"
     if options.prediction_dir:
-        return ImageSet(UNLABELED, name, files, *_noted(options.prediction_dir, total))
+        return ImageSet(UNLABELED, name, files, *_noted(options.prediction_dir, len(files)))
     marks = os.path.join(options.output_dir, "marks", f"{number}-unlabeled-{prefix}")
     return ImageSet(UNLABELED, name, files, image_marks.write_marks(files, marks, crops=False))
 

@@ -63,13 +63,9 @@ def import_predictions(options: ImportConfig) -> dict[str, Any]:
     if options.combine == "agreement" and ";" not in options.source:
         raise ConfigError("--combine=agreement needs several sources, joined with ';'")
     task = _task(options)
-    prefix, num_shards = unlabeled_set.find(
+    _, sources = unlabeled_set.files(
         options.unlabel_data_dir, options.file_prefix, options.num_shards
     )
-    names = [shard_names.shard_name(prefix, s, num_shards) for s in range(num_shards)]
-    sources = [os.path.join(options.unlabel_data_dir, name) for name in names]
-    if lost := [path for path in sources if not tf.io.gfile.exists(path)]:
-        raise DataError(f"{len(lost)} shards are missing, the first is {lost[0]}")
     counts = tfrecords.count_all(sources, max_bad_fraction=0)
     key = options.key_column if options.key != "position" else ""
     tables = [Table(source, key) for source in options.source.split(";")]

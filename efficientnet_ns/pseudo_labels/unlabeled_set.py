@@ -51,6 +51,21 @@ def find(folder: str, prefix: str, num_shards: int, part: str = "") -> tuple[str
     raise DataError(f"no records {expected}{asked} in {folder}; {described(folder)}")
 
 
+def files(folder: str, prefix: str, num_shards: int) -> tuple[str, list[str]]:
+    """(prefix, paths of all shards) of the set that `find` finds.
+
+    Raises:
+      DataError: see `find`; or a shard is missing.
+    """
+    prefix, num_shards = find(folder, prefix, num_shards)
+    present = set(_names(folder))
+    names = [shard_names.shard_name(prefix, shard, num_shards) for shard in range(num_shards)]
+    if lost := [name for name in names if name not in present]:
+        first = os.path.join(folder, lost[0])
+        raise DataError(f"{len(lost)} of {num_shards} shards are missing, the first is {first}")
+    return prefix, [os.path.join(folder, name) for name in names]
+
+
 def described(folder: str) -> str:
     """What is in a folder, in words."""
     if not tf.io.gfile.isdir(folder):

@@ -32,14 +32,8 @@ def thumbnail(data: bytes, size: int) -> bytes:
 
 def picture(data: bytes, description: str) -> str:
     """One picture, JPEG or PNG, as wide as the page allows."""
-    uri = style.data_uri(data, _mime(data) or "image/png")
+    uri = style.data_uri(data, style.mime(data) or "image/png")
     return f'<img src="{uri}" alt="{tables.escape(description)}" style="max-width: 100%">\n'
-
-
-def _mime(data: bytes) -> str | None:
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "image/png"
-    return "image/jpeg" if data.startswith(b"\xff\xd8\xff") else None
 
 
 def _is_smaller(data: bytes, size: int) -> bool:
@@ -54,7 +48,7 @@ def _is_smaller(data: bytes, size: int) -> bool:
 
 
 def _grid_item(data: bytes, caption: str, size: int) -> str:
-    mime = _mime(data)
+    mime = style.mime(data)
     if mime is None:
         image = '<div class="placeholder" title="unknown image format">?</div>'
     else:

@@ -35,7 +35,7 @@ def write_review(path: str, images: Sequence[ReviewImage], names: Sequence[str])
     """
     rows = [
         {
-            "source": style.data_uri(one.data, _mime(one.data)),
+            "source": style.data_uri(one.data, style.mime(one.data) or "image/jpeg"),
             **{name: getattr(one, name) for name in ("file", "record", "label", "prob")},
         }
         for one in images
@@ -46,7 +46,3 @@ def write_review(path: str, images: Sequence[ReviewImage], names: Sequence[str])
     from efficientnet_ns.files import atomic  # Loads TensorFlow.
 
     atomic.write(path, template.replace("DATA", data, 1), clean=True)
-
-
-def _mime(data: bytes) -> str:
-    return "image/png" if data.startswith(b"\x89PNG") else "image/jpeg"

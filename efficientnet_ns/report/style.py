@@ -112,6 +112,13 @@ def rotation(names: Sequence[str]) -> int:
     return 0 if fits else 90
 
 
+def mime(data: bytes) -> str | None:
+    """The type of a PNG or JPEG file; None for others."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    return "image/jpeg" if data.startswith(b"\xff\xd8\xff") else None
+
+
 def data_uri(data: bytes, mime: str) -> str:
     """A data URI with the bytes of a file."""
     return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"

@@ -47,3 +47,12 @@ def test_messages_name_the_folder_and_what_is_there(tmp_path):
         unlabeled_set.find(folder, "validation", 3)
     with pytest.raises(DataError, match="no such folder"):
         unlabeled_set.find(f"{folder}/none", "train", 128)
+
+
+def test_all_files_of_a_set(tmp_path):
+    folder = touch(tmp_path, ("extra", 3))
+    names = [f"{folder}/extra-0000{shard}-of-00003" for shard in range(3)]
+    assert unlabeled_set.files(folder, "train", 128) == ("extra", names)
+    (tmp_path / "extra-00001-of-00003").unlink()
+    with pytest.raises(DataError, match="1 of 3 shards are missing, .*/extra-00001-of-00003"):
+        unlabeled_set.files(folder, "train", 128)
