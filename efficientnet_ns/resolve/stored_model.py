@@ -33,6 +33,7 @@ BEST = "best model"
 # Settings of the training that later programs need, where they are not given.
 _OF_TRAINING = (
     *("width_coefficient", "depth_coefficient", "dropout_rate", "stochastic_depth_rate"),
+    "crop_fraction",
     # When `--eval_continuously` has seen the last checkpoint.
     *("train_steps", "train_ratio", "train_last_step_num"),
 )

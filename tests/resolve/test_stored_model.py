@@ -33,6 +33,7 @@ def run(tmp_path_factory) -> Path:
         model_name="efficientnet-test",
         width_coefficient=0.5,
         dropout_rate=0.3,
+        crop_fraction=0.875,
         task_name=task,
         label_data_dir="records",
         model_dir=str(folder / "run"),
@@ -50,6 +51,7 @@ def test_nothing_is_given(run):
         model = resolved.config.model
         assert (model.model_name, model.width_coefficient) == ("efficientnet-test", 0.5)
         assert model.dropout_rate == 0.3
+        assert resolved.config.data.crop_fraction == 0.875
         assert (resolved.image_size, resolved.small_image, resolved.num_classes) == (24, True, 3)
         assert resolved.task == tasks.Task(
             3,
