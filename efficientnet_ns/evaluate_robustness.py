@@ -10,14 +10,14 @@ Finished parts are kept in report_dir: run a stopped command again to continue.
 from __future__ import annotations
 
 from efficientnet_ns import config
-from efficientnet_ns.config import Config, OwnSetConfig, RobustnessConfig
+from efficientnet_ns.config import Config, CustomRobustnessConfig, RobustnessConfig
 
 
-def main(settings: Config, own: OwnSetConfig, sets: RobustnessConfig) -> None:
+def main(settings: Config, own: CustomRobustnessConfig, sets: RobustnessConfig) -> None:
     from efficientnet_ns.evaluation import robustness_program
 
     print(robustness_program.evaluate_and_report(settings, own, sets), end="")
 
 
 if __name__ == "__main__":
-    config.run(main, Config, OwnSetConfig, RobustnessConfig)
+    config.run(main, Config, CustomRobustnessConfig, RobustnessConfig)

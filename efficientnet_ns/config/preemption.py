@@ -101,7 +101,7 @@ class StopRequest:
             for number in SIGNALS:
                 # Under nohup a lost terminal is to be survived.
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                    signal.signal(number, self._answer)
+                    signal.signal(number, self._handle)
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
@@ -114,7 +114,7 @@ class StopRequest:
         finally:
             self._cut = outer
 
-    def _answer(self, number: int, frame) -> None:
+    def _handle(self, number: int, frame) -> None:
         name = signal.Signals(number).name
         self._heard_at = time.monotonic()
         if os.getpid() != self._process:

@@ -8,7 +8,7 @@ from efficientnet_ns.config.fields import Settings, setting
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnSetConfig(Settings):
+class CustomRobustnessConfig(Settings):
     """Attacks on, and corruptions of, any labeled set: task_name and label_data_dir."""
 
     epsilons: str = setting(

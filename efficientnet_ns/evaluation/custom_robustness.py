@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.config import Config, ConfigError, OwnSetConfig, as_dict
+from efficientnet_ns.config import Config, ConfigError, CustomRobustnessConfig, as_dict
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.data import image_conversion, pipeline
 from efficientnet_ns.devices import distribution
@@ -58,7 +58,7 @@ class Settings:
     pgd: adversarial.Pgd
 
     @classmethod
-    def from_config(cls, own: OwnSetConfig, seed: int) -> Settings:
+    def from_config(cls, own: CustomRobustnessConfig, seed: int) -> Settings:
         """Parses the flags.
 
         Raises:
@@ -142,7 +142,7 @@ class LabeledSet(NamedTuple):
     identity: dict[str, Any]
 
 
-def measure(config: Config, own: OwnSetConfig, weights_path: str, folder: str) -> Found:
+def measure(config: Config, own: CustomRobustnessConfig, weights_path: str, folder: str) -> Found:
     """Measures what `own` requests on the devices of this machine.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from efficientnet_ns import report
-from efficientnet_ns.config import Config, ConfigError, OwnSetConfig, RobustnessConfig
+from efficientnet_ns.config import Config, ConfigError, CustomRobustnessConfig, RobustnessConfig
 from efficientnet_ns.evaluation import (
     custom_robustness,
     custom_robustness_report,
@@ -30,7 +30,7 @@ from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 _LABELED = ("imagenet_a", "imagenet_r", "imagenet_v2", "imagenet_sketch")
 
 
-def evaluate_and_report(config: Config, own: OwnSetConfig, sets: RobustnessConfig) -> str:
+def evaluate_and_report(config: Config, own: CustomRobustnessConfig, sets: RobustnessConfig) -> str:
     """Measures the paper's sets or the labeled set of `config`; the results as a Markdown table.
 
     Raises:
@@ -45,7 +45,7 @@ def evaluate_and_report(config: Config, own: OwnSetConfig, sets: RobustnessConfi
                 f"--corrupt and --epsilons measure the set of --label_data_dir; {given[0]} needs a "
                 "separate command"
             )
-        found = evaluate_own_set(config, own, sets)
+        found = evaluate_custom_set(config, own, sets)
         return custom_robustness_report.markdown(found)
     if own.baseline:
         raise ConfigError("--baseline is measured with --corrupt or --epsilons, which is not given")
@@ -196,7 +196,9 @@ def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
     )
 
 
-def evaluate_own_set(config: Config, own: OwnSetConfig, sets: RobustnessConfig) -> dict[str, Any]:
+def evaluate_custom_set(
+    config: Config, own: CustomRobustnessConfig, sets: RobustnessConfig
+) -> dict[str, Any]:
     """Attacks and corrupts the labeled set of `config`; writes own_set.json, .md and .html.
 
     Returns:

@@ -143,14 +143,14 @@ class _Pool:
                 for call in finished:
                     actor, unit = self._calls.pop(call)
                     try:
-                        answer = _result(call)
+                        reason = _result(call)
                     except ray.exceptions.RayError as e:
                         self._lose(actor, unit, e)
                         continue
                     if unit is None:
                         self._losses[None] = 0
                     else:
-                        refused.append(answer)
+                        refused.append(reason)
                         progress.update(1, f"{len(self._calls) + 1} actors")
                     if self._waiting:
                         given = self._waiting.popleft()

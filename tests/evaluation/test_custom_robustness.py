@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from fakes import CLASSES, VALIDATION, settings, write_data
 
-from efficientnet_ns.config import Config, ConfigError, OwnSetConfig, RobustnessConfig
+from efficientnet_ns.config import Config, ConfigError, CustomRobustnessConfig, RobustnessConfig
 from efficientnet_ns.data import pipeline
 from efficientnet_ns.evaluation import (
     accuracy,
@@ -212,11 +212,13 @@ def test_mce_relative_to_the_baseline():
 )
 def test_settings_that_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
-        custom_robustness.Settings.from_config(OwnSetConfig(**values), 0)
+        custom_robustness.Settings.from_config(CustomRobustnessConfig(**values), 0)
 
 
 def test_all_are_those_of_the_mean():
-    chosen = custom_robustness.Settings.from_config(OwnSetConfig(corrupt="all", epsilons="16,2"), 0)
+    chosen = custom_robustness.Settings.from_config(
+        CustomRobustnessConfig(corrupt="all", epsilons="16,2"), 0
+    )
     assert chosen.corruptions == tuple(metrics.ALEXNET_ERROR)
     assert (chosen.severities, chosen.epsilons) == ((1, 2, 3, 4, 5), (2, 16))
 
@@ -232,15 +234,15 @@ def test_what_is_missing(folder, tmp_path, change, message):
     path = change.pop("weights", str(folder / "model.safetensors"))
     config = settings(folder, "unused").override(**change)
     with pytest.raises(ConfigError, match=message):
-        robustness_program.evaluate_own_set(
+        robustness_program.evaluate_custom_set(
             config,
-            OwnSetConfig(epsilons="1"),
+            CustomRobustnessConfig(epsilons="1"),
             RobustnessConfig(weights=path, report_dir=str(tmp_path)),
         )
 
 
 def test_settings_of_the_attack():
-    own = OwnSetConfig(epsilons="4,1", pgd_steps=3, pgd_step_size=1.5)
+    own = CustomRobustnessConfig(epsilons="4,1", pgd_steps=3, pgd_step_size=1.5)
     chosen = custom_robustness.Settings.from_config(own, seed=7)
     assert chosen.epsilons == (1.0, 4.0)
     assert chosen.pgd == adversarial.Pgd(steps=3, step_size=1.5, seed=7)
@@ -258,9 +260,9 @@ def test_a_baseline_of_another_size_has_its_own_coefficients(folder):
 def test_several_machines_are_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", '{"cluster": {}}')
     with pytest.raises(ConfigError, match="one machine: unset TF_CONFIG"):
-        robustness_program.evaluate_own_set(
+        robustness_program.evaluate_custom_set(
             settings(folder, "unused"),
-            OwnSetConfig(epsilons="1"),
+            CustomRobustnessConfig(epsilons="1"),
             RobustnessConfig(weights="weights", report_dir=str(tmp_path)),
         )
 
@@ -268,7 +270,7 @@ def test_several_machines_are_refused(folder, tmp_path, monkeypatch):
 def test_baseline_alone():
     sets = RobustnessConfig(weights="w", report_dir="r")
     with pytest.raises(ConfigError, match="--baseline is measured with --corrupt or --epsilons"):
-        robustness_program.evaluate_and_report(Config(), OwnSetConfig(baseline="b"), sets)
+        robustness_program.evaluate_and_report(Config(), CustomRobustnessConfig(baseline="b"), sets)
 
 
 # The whole.
@@ -284,12 +286,12 @@ def test_the_program(folder, tmp_path, monkeypatch):
     )
     config = settings(folder, "unused", num_eval_images=5, inference_engine="tf")
     paths = [str(folder / f"{name}.safetensors") for name in ("model", "baseline")]
-    own = OwnSetConfig(
+    own = CustomRobustnessConfig(
         epsilons="0,4", pgd_steps=2, corrupt="fog,spatter", severities="2,5", baseline=paths[1]
     )
     out = tmp_path / "out"
     sets = RobustnessConfig(weights=paths[0], report_dir=str(out))
-    results = robustness_program.evaluate_own_set(config, own, sets)
+    results = robustness_program.evaluate_custom_set(config, own, sets)
     assert results["examples"] == 5 and list(results["attacks"]) == ["0", "4"]
     # The clean accuracy is that of the model called by hand.
     chosen = ResolvedConfig.from_config(config)
