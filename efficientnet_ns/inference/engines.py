@@ -107,7 +107,7 @@ class TensorFlowEngine:
         return np.concatenate([result.numpy() for result in local])
 
 
-class _CpuEngine:
+class CpuEngine:
     """Workers, as many as run in parallel; each call has one for itself.
 
     Args:
@@ -133,7 +133,7 @@ class _CpuEngine:
             self._free.put(worker)
 
 
-class XnnpackEngine(_CpuEngine):
+class XnnpackEngine(CpuEngine):
     """Runs the model in TensorFlow Lite on CPUs, with batch norm folded into the convolutions.
 
     Each core has a single-threaded interpreter. On EfficientNet this is a third faster than one
@@ -168,7 +168,7 @@ class XnnpackEngine(_CpuEngine):
         super().__init__("xnnpack", batch_size, [worker() for _ in range(number)])
 
 
-class OpenVinoEngine(_CpuEngine):
+class OpenVinoEngine(CpuEngine):
     """Runs the model in OpenVINO on CPUs, one stream of one thread per core.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -54,9 +53,7 @@ def encoded_runner(path: str) -> Callable[[Sequence[bytes]], dict[str, np.ndarra
     with tf.io.gfile.GFile(path, "rb") as f:
         content = f.read()
     cores = available_cpus()
-    free: queue.LifoQueue = queue.LifoQueue()
-    for _ in range(cores):
-        free.put(runner(content, 1))
+    engine = engines.CpuEngine("tflite", 1, [runner(content, 1) for _ in range(cores)])
     pool = ThreadPoolExecutor(cores)
 
     def one(encoded: bytes) -> np.ndarray | None:
@@ -64,11 +61,7 @@ def encoded_runner(path: str) -> Callable[[Sequence[bytes]], dict[str, np.ndarra
             pixels = preprocessing.evaluate(tf.constant(encoded)).numpy()
         except tf.errors.OpError:
             return None
-        run = free.get()
-        try:
-            return run(pixels[None])[0]
-        finally:
-            free.put(run)
+        return engine(pixels[None])[0]
 
     def of_all(encoded: Sequence[bytes]) -> dict[str, np.ndarray]:
         rows = list(pool.map(one, encoded))
