@@ -37,7 +37,7 @@ from efficientnet_ns.files.errors import DataError
 # A training that was begun in an order of another version continues with the next epoch.
 ORDER_VERSION = 2
 _MOST_STREAMS = 256  # Two sets of them stay below the usual limit of 1024 open files.
-# A run takes about a millisecond to begin; but so many hosts should not read small sets twice.
+# A run takes about a millisecond to begin; but many hosts should not read small sets twice.
 _LEAST_RUN, _LEAST_STREAMS = 256, 8
 _LEAST_PIECES = 64
 _READERS = 16  # Streams of a host that are read ahead at the same time.

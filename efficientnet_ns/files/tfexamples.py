@@ -342,8 +342,8 @@ class Floats:
     def __init__(self, feature: bytes):
         self.feature = feature
         # Field 2 (float_list), its length, field 1 (value, packed), its length, the values.
-        self._start = start = 1 + _varint_size(feature, 1)
-        self._start = start + 1 + _varint_size(feature, start + 1)
+        _, start = read_varint(feature, 1)
+        _, self._start = read_varint(feature, start + 1)
 
     def __len__(self) -> int:
         return max(len(self.feature) - self._start, 0) // _FLOAT.size
@@ -351,10 +351,3 @@ class Floats:
     def __getitem__(self, index: int) -> float:
         """A float32 as a Python float."""
         return _FLOAT.unpack_from(self.feature, self._start + _FLOAT.size * index)[0]
-
-
-def _varint_size(data: bytes, at: int) -> int:
-    size = 1
-    while at + size <= len(data) and data[at + size - 1] > 0x7F:
-        size += 1
-    return size

@@ -17,6 +17,7 @@ from efficientnet_ns.files import metrics_log, shard_names, text_table, tfexampl
 from efficientnet_ns.loop import digits, picture_report, rounds, study_results
 from efficientnet_ns.loop.state import State
 from efficientnet_ns.loop.study import chosen_seeds
+from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.serving.model_export import export_model
 
 
@@ -107,8 +108,7 @@ def run_seed(config: DemoConfig) -> list[dict[str, Any]]:
     write_report(report_path, base, loop, rows, finding=finding, truth=data["truth"])
     final = base.override(model_dir=rounds.model_dir(loop, len(trained) - 2))
     export_dir = os.path.join(config.output_dir, "export")
-    # A version appears whole or not at all, so an existing one is what this run would write.
-    if not os.path.exists(os.path.join(export_dir, "1")):
+    if not stored_model.is_export(os.path.join(export_dir, "1")):
         export_model(final, ExportConfig(export_dir=export_dir, version=1))
     print(format_table(rows), finding, sep="\n\n")
     classify_in_fresh_process(config.output_dir, os.path.join(export_dir, "1"))

@@ -395,8 +395,8 @@ class _Run:
         folder = self._in_work("export")
         paths = {"saved_model": os.path.join(folder, "1")}
         options = ExportConfig(export_dir=folder, version=1, top_k=max(1, min(5, classes or 5)))
-        # A version appears whole or not at all.
-        if not tf.io.gfile.exists(paths["saved_model"]):
+        # The upload of a killed export is none: its graph comes last.
+        if not stored_model.is_export(paths["saved_model"]):
             export_model(model, options)
         lite = dataclasses.replace(options, format="tflite")
         file = os.path.join(folder, f"{model.model.model_name}-1-float32.tflite")
