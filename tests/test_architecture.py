@@ -230,8 +230,7 @@ def test_entries_are_the_programs():
 
 def test_flags_are_read_in_one_place():
     readers = {module for module, source in SOURCES.items() if reads_flags(source)}
-    # `fields` names FLAGS only as the default of what it defines flags in.
-    assert readers == {"config.command_line", "config.fields"}
+    assert readers == {"config.command_line"}
     defined = re.compile(r"DEFINE_\w+")
     assert {m for m, source in SOURCES.items() if defined.search(source)} == {"config.fields"}
 

@@ -144,7 +144,7 @@ class _ChoiceOrPattern(flags.EnumParser):
         return super().parse(argument)
 
 
-def define_flags(cls: type, flag_values: flags.FlagValues = flags.FLAGS) -> None:
+def define_flags(cls: type, flag_values: flags.FlagValues) -> None:
     """Defines one absl flag per field of a settings dataclass, or of its sections."""
     for section in _flat(cls):
         hints = typing.get_type_hints(section)
