@@ -1,6 +1,6 @@
 """Fakes and set-ups that several files of tests share; no tests of their own.
 
-Its neighbours: gcs.py (an object store), image_files.py (image files of every kind), unlabeled_sets.py (unlabeled records and a
+Its neighbors: gcs.py (an object store), image_files.py (image files of every kind), unlabeled_sets.py (unlabeled records and a
 teacher for them), torture.py (processes that are killed again and again).
 """
 
@@ -633,28 +633,28 @@ def write_mat(folder: Path) -> None:
 
 # --- Folders of pictures ---------------------------------------------------------------------------
 
-COLOURS = ((210, 40, 50), (50, 190, 70), (60, 70, 220))
+COLORS = ((210, 40, 50), (50, 190, 70), (60, 70, 220))
 
 
-def photo(number: int, colour: tuple[int, int, int]) -> Image.Image:
-    """24 × 30 pixels of about a colour, another picture for each number."""
+def photo(number: int, color: tuple[int, int, int]) -> Image.Image:
+    """24 × 30 pixels of about a color, another picture for each number."""
     rng = np.random.default_rng(number)
-    pixels = np.array(colour) + rng.normal(0, 20, [24, 30, 3]) + rng.normal(0, 15, 3)
+    pixels = np.array(color) + rng.normal(0, 20, [24, 30, 3]) + rng.normal(0, 15, 3)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 def class_folders(folder: Path, classes: dict[str, int], first: int = 0) -> None:
-    """PNG files in a folder per class, each class of a colour."""
+    """PNG files in a folder per class, each class of a color."""
     for number, (name, count) in enumerate(classes.items()):
         (folder / name).mkdir(parents=True)
         for i in range(count):
-            picture = photo(1000 * number + first + i, COLOURS[number % len(COLOURS)])
+            picture = photo(1000 * number + first + i, COLORS[number % len(COLORS)])
             picture.save(folder / name / f"{name} {i}.png")
 
 
 def flat_folder(folder: Path, count: int, classes: int = 2, first: int = 500) -> None:
-    """PNG files of several colours in one folder."""
+    """PNG files of several colors in one folder."""
     folder.mkdir(parents=True)
     for i in range(count):
         number = i % classes
-        photo(1000 * number + first + i, COLOURS[number]).save(folder / f"u{i}.png")
+        photo(1000 * number + first + i, COLORS[number]).save(folder / f"u{i}.png")

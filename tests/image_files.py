@@ -63,12 +63,12 @@ def png(
     interlaced: bool = False,
     transparent: bytes = b"",
     extra: bytes = b"",
-    colours: int = 256,
+    colors: int = 256,
 ) -> bytes:
-    """A PNG of colour type `kind`.
+    """A PNG of color type `kind`.
 
     `transparent` is the body of its tRNS chunk, `extra` are further chunks behind the header;
-    `colours` is the length of a palette, in which some pixels have no place when it is short.
+    `colors` is the length of a palette, in which some pixels have no place when it is short.
     """
     samples = noise(_CHANNELS[kind], depth)
     passes = _ADAM7 if interlaced else [(0, 0, 1, 1)]
@@ -78,7 +78,7 @@ def png(
         for row in _packed_rows(samples[y::down, x::right], depth)
     ]
     header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, depth, kind, 0, 0, int(interlaced))
-    palette = noise(3, seed=1).reshape(-1, 3)[: min(2**depth, colours)].astype(np.uint8)
+    palette = noise(3, seed=1).reshape(-1, 3)[: min(2**depth, colors)].astype(np.uint8)
     return b"".join(
         [
             b"\x89PNG\r\n\x1a\n",
@@ -112,7 +112,7 @@ def _pngs() -> dict[str, Callable[[], bytes]]:
         **found,
         "PNG RGB, gAMA": lambda: png(2, 8, extra=_chunk(b"gAMA", struct.pack(">I", 22_000))),
         "PNG RGB, sBIT": lambda: png(2, 8, extra=_chunk(b"sBIT", bytes([5, 6, 5]))),
-        "PNG palette, some colours missing": lambda: png(3, 8, colours=40),
+        "PNG palette, some colors missing": lambda: png(3, 8, colors=40),
         "PNG animated": lambda: by_pillow(
             noise().astype(np.uint8),
             "PNG",
@@ -144,31 +144,31 @@ def bmp(
     compression: int = 0,
     top_down: bool = False,
     masks: tuple[int, ...] = (),
-    colours: np.ndarray | None = None,
+    colors: np.ndarray | None = None,
     data: bytes | None = None,
     filler: bytes = b"\0",
 ) -> bytes:
     """A BMP; `header` 12 is OS/2's, 40 Windows', 108 and 124 its later ones.
 
-    `colours` uint8 [N, 3] is the palette, whose entries end with `filler`; `data` takes the place
+    `colors` uint8 [N, 3] is the palette, whose entries end with `filler`; `data` takes the place
     of noise.
     """
     width, height = WIDTH, HEIGHT
     rng = np.random.default_rng(3)
     if data is None:
-        limit = len(colours) if colours is not None else 2**bits
+        limit = len(colors) if colors is not None else 2**bits
         samples = rng.integers(0, limit, [height, width, 1], np.uint64).astype(object)
         if bits <= 8:
             samples = samples.astype(np.uint16)
         data = _bmp_rows(samples, bits)
     palette, mask_bytes = b"", b"".join(struct.pack("<I", mask) for mask in masks)
-    if colours is not None:
+    if colors is not None:
         gap = b"" if header == 12 else filler
-        palette = b"".join(bytes(colour[::-1].tolist()) + gap for colour in colours)
+        palette = b"".join(bytes(color[::-1].tolist()) + gap for color in colors)
     if header == 12:
         info = struct.pack("<IHHHH", 12, width, height, 1, bits)
     else:
-        used = len(colours) if colours is not None else 0
+        used = len(colors) if colors is not None else 0
         info = struct.pack(
             "<IiiHHIIiiII",
             *(header, width, -height if top_down else height, 1, bits, compression, len(data)),
@@ -197,27 +197,27 @@ _RLE4 = b"".join(bytes([WIDTH, y * 17 % 256, 0, 0]) for y in range(HEIGHT)) + b"
 _888 = (0xFF0000, 0xFF00, 0xFF)
 
 _BMPS = {
-    "BMP palette 1 bit": lambda: bmp(1, colours=_palette(2)),
-    "BMP palette 4 bit": lambda: bmp(4, colours=_palette(16)),
-    "BMP palette 8 bit": lambda: bmp(8, colours=_palette(256)),
-    "BMP palette 8 bit, 40 colours": lambda: bmp(8, colours=_palette(40)),
-    "BMP palette 8 bit, top-down": lambda: bmp(8, colours=_palette(256), top_down=True),
-    "BMP palette 8 bit, OS/2": lambda: bmp(8, colours=_palette(256), header=12),
-    "BMP palette 8 bit, header 124": lambda: bmp(8, colours=_palette(256), header=124),
-    "BMP gray 8 bit": lambda: bmp(8, colours=_grays(256)),
-    "BMP gray 8 bit, reversed": lambda: bmp(8, colours=_grays(256)[::-1]),
-    "BMP gray 8 bit, 16 grays": lambda: bmp(8, colours=_grays(16)),
-    "BMP gray 1 bit": lambda: bmp(1, colours=_grays(2)),
+    "BMP palette 1 bit": lambda: bmp(1, colors=_palette(2)),
+    "BMP palette 4 bit": lambda: bmp(4, colors=_palette(16)),
+    "BMP palette 8 bit": lambda: bmp(8, colors=_palette(256)),
+    "BMP palette 8 bit, 40 colors": lambda: bmp(8, colors=_palette(40)),
+    "BMP palette 8 bit, top-down": lambda: bmp(8, colors=_palette(256), top_down=True),
+    "BMP palette 8 bit, OS/2": lambda: bmp(8, colors=_palette(256), header=12),
+    "BMP palette 8 bit, header 124": lambda: bmp(8, colors=_palette(256), header=124),
+    "BMP gray 8 bit": lambda: bmp(8, colors=_grays(256)),
+    "BMP gray 8 bit, reversed": lambda: bmp(8, colors=_grays(256)[::-1]),
+    "BMP gray 8 bit, 16 grays": lambda: bmp(8, colors=_grays(16)),
+    "BMP gray 1 bit": lambda: bmp(1, colors=_grays(2)),
     "BMP gray 8 bit, Pillow": lambda: by_pillow(noise(1)[..., 0].astype(np.uint8), "BMP"),
-    "BMP RLE8": lambda: bmp(8, colours=_palette(256), compression=1, data=_RLE8),
-    "BMP RLE4": lambda: bmp(4, colours=_palette(16), compression=2, data=_RLE4),
+    "BMP RLE8": lambda: bmp(8, colors=_palette(256), compression=1, data=_RLE8),
+    "BMP RLE4": lambda: bmp(4, colors=_palette(16), compression=2, data=_RLE4),
     "BMP 16 bit 555": lambda: bmp(16),
     "BMP 16 bit 555 masks": lambda: bmp(16, compression=3, masks=(0x7C00, 0x3E0, 0x1F)),
     "BMP 16 bit 565": lambda: bmp(16, compression=3, masks=(0xF800, 0x7E0, 0x1F)),
     "BMP 24 bit": lambda: bmp(24),
     "BMP 24 bit, top-down": lambda: bmp(24, top_down=True),
     "BMP 24 bit, bytes behind the end": lambda: bmp(24) + bytes(2),
-    "BMP gray 8 bit, alpha in the palette": lambda: bmp(8, colours=_grays(256), filler=b"\xff"),
+    "BMP gray 8 bit, alpha in the palette": lambda: bmp(8, colors=_grays(256), filler=b"\xff"),
     "BMP 24 bit, OS/2": lambda: bmp(24, header=12),
     "BMP 24 bit, header 108": lambda: bmp(24, header=108),
     "BMP 24 bit, header 124": lambda: bmp(24, header=124),
@@ -241,10 +241,10 @@ _BMPS = {
 # GIF.
 
 
-def _paletted(colours: np.ndarray, seed: int = 0) -> Image.Image:
-    index = np.random.default_rng(seed).integers(0, len(colours), [HEIGHT, WIDTH], np.uint8)
+def _paletted(colors: np.ndarray, seed: int = 0) -> Image.Image:
+    index = np.random.default_rng(seed).integers(0, len(colors), [HEIGHT, WIDTH], np.uint8)
     image = Image.frombytes("P", (WIDTH, HEIGHT), index.tobytes())
-    image.putpalette(colours.tobytes())
+    image.putpalette(colors.tobytes())
     return image
 
 
@@ -252,7 +252,7 @@ def gif(
     *,
     screen: tuple[int, int] = (WIDTH, HEIGHT),
     place: tuple[int, int] = (0, 0),
-    colours: int = 16,
+    colors: int = 16,
     local: bool = False,
     table: bool = True,
     transparent: int | None = None,
@@ -262,7 +262,7 @@ def gif(
     background: int = 0,
 ) -> bytes:
     """A GIF of one frame, WIDTH x HEIGHT, on a screen of another size if told so."""
-    index = np.random.default_rng(0).integers(0, colours, [HEIGHT, WIDTH], np.uint8)
+    index = np.random.default_rng(0).integers(0, colors, [HEIGHT, WIDTH], np.uint8)
     whole = by_pillow(
         Image.frombytes("L", (WIDTH, HEIGHT), index.tobytes()), "GIF", interlace=int(interlaced)
     )
@@ -270,7 +270,7 @@ def gif(
     at = whole.index(b"\x2c" + struct.pack("<HHHH", 0, 0, WIDTH, HEIGHT))
     flags = whole[at + 9]
     data = whole[at + 10 + (3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0) :]
-    bits = max(1, (colours - 1).bit_length())
+    bits = max(1, (colors - 1).bit_length())
     entries = _palette(2**bits).tobytes()
     told = 0x80 | bits - 1
     parts = [b"GIF89a", struct.pack("<HH", *screen)]
@@ -292,8 +292,8 @@ def _animated(**options) -> bytes:
 
 _GIFS = {
     "GIF": lambda: gif(),
-    "GIF 2 colours": lambda: gif(colours=2),
-    "GIF 256 colours": lambda: gif(colours=256),
+    "GIF 2 colors": lambda: gif(colors=2),
+    "GIF 256 colors": lambda: gif(colors=256),
     "GIF gray, Pillow": lambda: by_pillow(noise(1)[..., 0].astype(np.uint8), "GIF"),
     "GIF RGB, Pillow": lambda: by_pillow(noise().astype(np.uint8), "GIF"),
     "GIF interlaced": lambda: gif(interlaced=True),
@@ -315,7 +315,7 @@ _GIFS = {
 }
 
 
-# JPEG. All but the colour spaces differ by rounding only.
+# JPEG. All but the color spaces differ by rounding only.
 
 
 def _without_marker(data: bytes, marker: int) -> bytes:

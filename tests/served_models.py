@@ -64,7 +64,7 @@ def elsewhere(command: list[str], folder: Path) -> subprocess.CompletedProcess:
 
 
 def bomb(side: int = 30_000) -> bytes:
-    """A PNG of one colour; its compressed rows are made without the whole of them."""
+    """A PNG of one color; its compressed rows are made without the whole of them."""
     squeeze = zlib.compressobj(9)
     row = bytes(1 + side * 3)
     data = b"".join(squeeze.compress(row) for _ in range(side // 100)) + squeeze.flush()

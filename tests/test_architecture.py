@@ -344,7 +344,7 @@ def test_cores_are_counted_in_one_place():
 
 
 def test_tests_import_no_other_tests():
-    """What several files of tests need is in fakes.py and its neighbours."""
+    """What several files of tests need is in fakes.py and its neighbors."""
     for path in (ROOT / "tests").rglob("*.py"):
         named = {name.split(".")[0] for name in imports(path.read_text())}
         assert not {name for name in named if name.startswith("test_")}, path

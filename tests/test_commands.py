@@ -186,7 +186,7 @@ def pictures(tmp_path_factory) -> Path:
     fakes.class_folders(folder / "photos", {"red": 12, "green": 12, "blue": 12})
     fakes.flat_folder(folder / "more_photos", 24, classes=3)
     for name, number in (("photo", 0), ("another", 1)):
-        fakes.photo(number, fakes.COLOURS[0]).save(folder / f"{name}.jpg")
+        fakes.photo(number, fakes.COLORS[0]).save(folder / f"{name}.jpg")
     shell = Shell(folder)
     module = "python -m efficientnet_ns"
     shell(f"{module}.make_records --source=photos --output_dir=my_data --validation_fraction=0.2")
@@ -268,7 +268,7 @@ def for_published_models(shell: Shell) -> None:
     flowers = ns.build_model("efficientnet-b0", num_classes=5)
     ns.save_weights(flowers, str(shell.folder / "mine.safetensors"))
     for name, number in (("photo", 0), ("another", 1)):
-        fakes.photo(number, fakes.COLOURS[0]).save(shell.folder / f"{name}.jpg")
+        fakes.photo(number, fakes.COLORS[0]).save(shell.folder / f"{name}.jpg")
 
 
 def for_formats(shell: Shell) -> None:
@@ -280,7 +280,7 @@ def for_formats(shell: Shell) -> None:
 
 def for_evaluation(shell: Shell) -> None:
     for_published_models(shell)
-    picture = fakes.photo(0, fakes.COLOURS[0])
+    picture = fakes.photo(0, fakes.COLORS[0])
 
     def save(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

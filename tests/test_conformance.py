@@ -52,7 +52,7 @@ def predict(model: tf.keras.Model, pixels: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def images() -> list[bytes]:
-    """PNG files of coloured squares, of the models' size: every path sees the same pixels."""
+    """PNG files of colored squares, of the models' size: every path sees the same pixels."""
     rng = np.random.default_rng(0)
     squares = rng.integers(0, 256, [5, 4, 4, 3], np.uint8).repeat(8, 1).repeat(8, 2)
     return [tf.io.encode_png(image).numpy() for image in squares]

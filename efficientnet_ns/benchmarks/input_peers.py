@@ -1,7 +1,7 @@
 """Time that other libraries take to turn encoded photos into pixels: PIL, OpenCV, PyTorch.
 
 Each peer is a function that handles some images on one thread. Training peers crop at random, flip and
-apply two operations, evaluation peers take the centre crop; all resize bicubically to uint8, timm to
+apply two operations, evaluation peers take the center crop; all resize bicubically to uint8, timm to
 normalized float32 as well, its default. Each library has a process of its own: some crash next to
 TensorFlow.
 """

@@ -365,7 +365,7 @@ class PredictConfig(Settings):
     test_time_views: int = setting(
         1,
         "Views of each image whose probabilities are averaged: 1; 2 (mirrored); 10 (four corners "
-        "and centre, each also mirrored).",
+        "and center, each also mirrored).",
         low=1,
     )
     noised_teacher: bool = setting(

@@ -1,7 +1,7 @@
 """The operations of AutoAugment and RandAugment (arXiv 1805.09501, 1909.13719) on uint8 images.
 
 Every op takes a uint8 image [H, W, 3] first, H and W static or not, and returns uint8 [H, W, 3].
-The arguments of geometric ops and the cutout centre may be scalar tensors; all others are Python
+The arguments of geometric ops and the cutout center may be scalar tensors; all others are Python
 numbers.
 
 The ops feed accelerators, so they are written for speed on one thread: rows of W * 3 values instead
@@ -62,7 +62,7 @@ def _height_width(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return shape[0], shape[1]
 
 
-# Colour ops.
+# Color ops.
 
 
 def _blend(degenerate: tf.Tensor | float, image: tf.Tensor, factor: float) -> tf.Tensor:
@@ -118,13 +118,13 @@ def sharpness(image: tf.Tensor, factor: float) -> tf.Tensor:
     rows = _rows(image)
     pixels = tf.cast(rows, tf.float32)
     middle = _shifted_left(pixels, 1)
-    edge, centre = pixels * np.float32(-1 / 13), middle * np.float32(-5 / 13)
+    edge, center = pixels * np.float32(-1 / 13), middle * np.float32(-5 / 13)
     edges = [edge, _shifted_left(edge, 1), _shifted_left(edge, 2)]
     # The sum is rounded after each term in row-major order, as a direct 3x3 convolution does it.
     # Negated terms are subtracted because the graph optimizer reorders chains of additions (but
     # not of subtractions), and convolution kernels round differently from CPU to CPU.
     terms = [
-        (centre if (dy, dx) == (1, 1) else edges[dx])[dy : height - 2 + dy]
+        (center if (dy, dx) == (1, 1) else edges[dx])[dy : height - 2 + dy]
         for dy in range(3)
         for dx in range(3)
     ]
@@ -245,7 +245,7 @@ def solarize_add(image: tf.Tensor, addition: int, threshold: int = 128) -> tf.Te
     return images.to_uint8(pixels + _step(threshold % 256 - pixels) * float(addition))
 
 
-# Geometric ops: nearest neighbour, gray where the source lies outside.
+# Geometric ops: nearest neighbor, gray where the source lies outside.
 
 
 # The largest float32 below 0.5. Adding it and dropping the fraction rounds half away from zero, as the
@@ -298,7 +298,7 @@ def _framed(coordinate: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
 
 
 def rotate(image: tf.Tensor, degrees: tf.Tensor | float) -> tf.Tensor:
-    """Rotates about the centre, counterclockwise for positive `degrees`."""
+    """Rotates about the center, counterclockwise for positive `degrees`."""
     return _sample(image, _rotated, degrees)
 
 
@@ -411,7 +411,7 @@ def random_index(draw: tf.Tensor, size: tf.Tensor | int) -> tf.Tensor:
 
 
 def cutout(image: tf.Tensor, seed: tf.Tensor, pad_size: int) -> tf.Tensor:
-    """Grays a square of side 2 * pad_size centred on a random pixel (SVHN recipe: pad_size 8).
+    """Grays a square of side 2 * pad_size centered on a random pixel (SVHN recipe: pad_size 8).
 
     Args:
       image: uint8 [H, W, 3].

@@ -22,7 +22,7 @@ COLUMNS = ("hash", "f0", "f1", "f2", "f3")
 WORDS = 4  # A fingerprint is as many uint64.
 THRESHOLD = 31  # Bits that copies differ in at most.
 _SIDE = 16
-_CENTERS = (0.95, 0.9)  # Sides of centre crops that `crops` adds.
+_CENTERS = (0.95, 0.9)  # Sides of center crops that `crops` adds.
 _LEAST_DEVIATION = 2.0  # Of the brightness: flatter images look alike.
 
 
@@ -49,7 +49,7 @@ def _groups(size: tf.Tensor) -> tf.Tensor:
 
 
 def crops(pixels: tf.Tensor) -> tf.Tensor:
-    """The grids of an image and of its centre crops, float32 [V, GRID, GRID]; the image is first.
+    """The grids of an image and of its center crops, float32 [V, GRID, GRID]; the image is first.
 
     By the crops of one image, copies of it that were cropped are found.
     """

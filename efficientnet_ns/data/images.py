@@ -62,7 +62,7 @@ def decode_reduced(image_bytes: tf.Tensor, size: int, fraction: float | None = N
 def _decode_jpeg_box(image_bytes: tf.Tensor, box: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
     """Decodes `box` of a JPEG `width` pixels wide to the pixels a full decode gives there."""
     y, x, box_height, box_width = tf.unstack(box)
-    # The decoder has no neighbours for the chroma of the first and last column of its window.
+    # The decoder has no neighbors for the chroma of the first and last column of its window.
     left = tf.maximum(x - _CHROMA_REACH, 0)
     right = tf.minimum(x + box_width + _CHROMA_REACH, width)
     window = tf.stack([y, left, box_height, right - left])
@@ -92,7 +92,7 @@ def crop(image: tf.Tensor, choose_box: Callable[[tf.Tensor, tf.Tensor], tf.Tenso
 def resize(image: tf.Tensor, size: int) -> tf.Tensor:
     """Bicubic resize as TF1 defines it; any number type [H, W, 3] to float32 [size, size, 3].
 
-    Neither half-pixel centres nor aligned corners, and no antialiasing: published weights were
+    Neither half-pixel centers nor aligned corners, and no antialiasing: published weights were
     trained on it. Overshoots leave 0..255 by up to about 30.
     """
     # The kernel converts each pixel to float32 every time it meets it, about eight times: to do it
@@ -108,7 +108,7 @@ def resize(image: tf.Tensor, size: int) -> tf.Tensor:
 def center_crop_box(
     height: int | tf.Tensor, width: int | tf.Tensor, size: int, fraction: float | None = None
 ) -> tf.Tensor:
-    """The centred square that fills `fraction` of the shorter side.
+    """The centered square that fills `fraction` of the shorter side.
 
     Args:
       fraction: None: size / (size + CROP_PADDING).
@@ -122,7 +122,7 @@ def center_crop_box(
 
 
 def eval_image(image: tf.Tensor, size: int, fraction: float | None = None) -> tf.Tensor:
-    """Centre crop and bicubic resize, the evaluation preprocessing; see `center_crop_box`.
+    """Center crop and bicubic resize, the evaluation preprocessing; see `center_crop_box`.
 
     Returns float32 [size, size, 3], neither clipped to 0..255 nor normalized.
     """

@@ -2,7 +2,7 @@
 
 AutoAugment and RandAugment name ops with a level on a scale from 0 to 10; the published recipes go
 up to 27. The original code never clips: the numbers in the paper come from what its 8-bit
-arithmetic does out of range. That behaviour is the default here (`mode="original"`);
+arithmetic does out of range. That behavior is the default here (`mode="original"`);
 `mode="clipped"` avoids it.
 """
 

@@ -13,7 +13,7 @@ _BMP, _GIF, _RIFF = b"BM", b"GIF8", b"RIFF"
 SIGNATURES = (_BMP, _GIF, _RIFF)
 
 _FILE_HEADER = 14  # Bytes before the header that gives the size of a BMP.
-_COLOUR_MASKS = (0xFF0000, 0xFF00, 0xFF)
+_COLOR_MASKS = (0xFF0000, 0xFF00, 0xFF)
 _STRING = [tf.TensorSpec([], tf.string)]
 _EXTENSION, _IMAGE, _GRAPHIC_CONTROL = 0x21, 0x2C, 0xF9
 
@@ -66,15 +66,15 @@ def _bmp(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     offset, header = _number(values, 10, 4), _number(values, _FILE_HEADER, 4)
     bits, compression = _number(values, 28, 2), _number(values, 30, 4)
     masks = [_number(values, 54 + 4 * place, 4) for place in range(3)]
-    ordered = tf.reduce_all(tf.equal(masks, tf.constant(_COLOUR_MASKS, tf.int64)))
+    ordered = tf.reduce_all(tf.equal(masks, tf.constant(_COLOR_MASKS, tf.int64)))
 
     # A palette in which color i is gray level i is what TensorFlow takes every palette for.
     start = tf.minimum(_FILE_HEADER + header, longest)
-    colours = tf.clip_by_value((offset - start) // 4, 0, 256)
+    colors = tf.clip_by_value((offset - start) // 4, 0, 256)
     palette = tf.reshape(values[start : start + 256 * 4], [256, 4])[:, :3]
     place = tf.range(256, dtype=tf.int64)[:, None]
     gray = tf.cast(palette, tf.int64) == place
-    gray = (colours > 0) & tf.reduce_all(gray | (place >= colours))
+    gray = (colors > 0) & tf.reduce_all(gray | (place >= colors))
 
     plain = compression == 0
     # Headers of less than 40 bytes have another layout.
@@ -84,7 +84,7 @@ def _bmp(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         | (plain & (bits == 8) & gray)
     )
     return faithful, tf.constant(
-        "TensorFlow does not read BMPs with this palette, compression or order of colours"
+        "TensorFlow does not read BMPs with this palette, compression or order of colors"
     )
 
 

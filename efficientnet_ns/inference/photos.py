@@ -59,7 +59,7 @@ def preprocess(
 ) -> tf.Tensor:
     """Crops and resizes images as evaluation does; see `Preprocessing.evaluate`.
 
-    The result shows the centre of each image, or all of it for models of small images (SVHN,
+    The result shows the center of each image, or all of it for models of small images (SVHN,
     digits). Normalization happens inside the model.
 
     Args:

@@ -90,12 +90,12 @@ def decoder(
 
 
 def _ten(image: tf.Tensor, size: int) -> tf.Tensor:
-    """Squares of the evaluation crop's size in the centre and the four corners, then mirrored."""
+    """Squares of the evaluation crop's size in the center and the four corners, then mirrored."""
     pixels = images.decode(image) if image.dtype == tf.string else image
     height, width = tf.unstack(tf.shape(pixels)[:2])
-    centre = images.center_crop_box(height, width, size)
-    bottom, right = height - centre[2], width - centre[2]
+    center = images.center_crop_box(height, width, size)
+    bottom, right = height - center[2], width - center[2]
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)]
-    boxes = [centre] + [tf.stack([y, x, centre[2], centre[3]]) for y, x in corners]
+    boxes = [center] + [tf.stack([y, x, center[2], center[3]]) for y, x in corners]
     plain = tf.stack([images.crop_and_resize(pixels, box, size) for box in boxes])
     return tf.concat([plain, plain[:, :, ::-1]], 0)

@@ -93,7 +93,7 @@ def _check(config: MakeConfig) -> None:
         )
 
 
-# Prefix by which programs that train and evaluate recognise unlabeled sets.
+# Prefix by which programs that train and evaluate recognize unlabeled sets.
 _UNLABELED = "extra"
 
 

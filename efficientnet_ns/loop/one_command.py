@@ -305,7 +305,7 @@ class _Run:
         known = tasks.get_task(os.path.join(labeled, tasks.TASK_FILE))
         fields = dataclasses.asdict(known)
         if self.plan.chosen["init_weights"]:
-            # Published weights have their own normalisation, and strides for large images.
+            # Published weights have their own normalization, and strides for large images.
             fields = {k: v for k, v in fields.items() if k not in _OF_THE_MODEL}
         tasks.write_task(task, **fields)
         places = {

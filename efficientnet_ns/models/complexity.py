@@ -24,7 +24,7 @@ class Complexity:
     """Counts of one model.
 
     Attributes:
-      multiply_adds: in convolutions and dense layers, for one image. Normalisation, activations,
+      multiply_adds: in convolutions and dense layers, for one image. Normalization, activations,
         pooling and the excitation's product are left out, as in the paper.
       params: values that training can change, including those of frozen layers.
       statistics: moving means and variances of the batch norms.
@@ -70,7 +70,7 @@ def count_variant(
     Args:
       image_size: side of the input in pixels; None takes the variant's resolution.
     """
-    with tf.Graph().as_default():  # Where variables are declared, not initialised.
+    with tf.Graph().as_default():  # Where variables are declared, not initialized.
         model = efficientnet.build_model(variant, num_classes, image_size)
         counted = count(model)
     # In a graph, Keras turns the classes of layers into those of TensorFlow 1, also for models that

@@ -3,7 +3,7 @@
 Lite is the family for phones and Edge TPUs: without squeeze-and-excite, with relu6, and with a stem and
 a head of one size (TensorFlow's TPU repository, `models/official/efficientnet/lite`).
 
-Input is pixels 0..255; normalisation is the first layer. Layer names are stable: `stem_conv`,
+Input is pixels 0..255; normalization is the first layer. Layer names are stable: `stem_conv`,
 `blocks_<i>_{expand,dw,project}_{conv,bn}`, `blocks_<i>_se_{reduce,expand}`, `head_{conv,bn,dense}`.
 """
 
@@ -402,7 +402,7 @@ def num_blocks(model: tf.keras.Model) -> int:
 def freeze(model: tf.keras.Model, blocks: int) -> None:
     """Freezes the stem and the first `blocks` MBConv blocks of a model made by `build_model`.
 
-    Frozen layers get no updates, normalise with their moving statistics, which stay, and drop no
+    Frozen layers get no updates, normalize with their moving statistics, which stay, and drop no
     residual branch, all as the original's `fix_layer_num`.
 
     Raises:

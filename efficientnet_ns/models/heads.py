@@ -127,8 +127,8 @@ def _network(model: tf.keras.Model) -> tf.keras.Model | None:
     return next((network for network in inner if network is not None), None)
 
 
-def take_head(model: tf.keras.Model, standardised: tf.keras.Model) -> None:
+def take_head(model: tf.keras.Model, standardized: tf.keras.Model) -> None:
     """Copies the classifier back from what `standard` made of a model."""
     head = own_head(model)
     if head is not None:
-        head.set_weights(standardised.get_layer("head_dense").get_weights())
+        head.set_weights(standardized.get_layer("head_dense").get_weights())

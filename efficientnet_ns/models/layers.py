@@ -274,7 +274,7 @@ def _group_mean(values: tf.Tensor, context, group: int) -> tf.Tensor:
 
 @tf.keras.utils.register_keras_serializable("efficientnet_ns")
 class BatchNorm(tf.keras.layers.Layer):
-    """Batch normalisation over N, H, W whose moving variance is the biased one, as in the original.
+    """Batch normalization over N, H, W whose moving variance is the biased one, as in the original.
 
     The fused kernel reports the unbiased batch variance (N/(N-1) larger); it is scaled back before
     it enters the moving average. Statistics and parameters are float32 whatever the compute dtype.

@@ -137,7 +137,7 @@ def names(variant: str) -> tuple[str, ...]:
 
 
 def origin(variant: str, path: str = "") -> dict[str, str]:
-    """Where a variant's published weights come from, and their licence, for a model card."""
+    """Where a variant's published weights come from, and their license, for a model card."""
     package = _PACKAGES.get(variant)
     folder = f"lite/{variant}" if package else _FILES[variant][0]
     source = f"{_STORE}/{folder}.tar.gz"
@@ -145,5 +145,5 @@ def origin(variant: str, path: str = "") -> dict[str, str]:
         source += f", converted by the package {package.name} (SHA-256 {package.sha256})"
     return {
         "Source of the weights": source,
-        "Licence of the weights": "Apache-2.0, as TensorFlow's TPU repository, which published them",
+        "License of the weights": "Apache-2.0, as TensorFlow's TPU repository, which published them",
     }

@@ -94,7 +94,7 @@ def load_weights(
 ) -> None:
     """Loads weights from a file into a model made by `build_model`.
 
-    The model's own normalisation stays: pixels 0..255 become (x/255 - mean)/std with the mean and
+    The model's own normalization stays: pixels 0..255 become (x/255 - mean)/std with the mean and
     std it was built with. Files of `tf.keras.applications` with published ImageNet weights, the
     `efficientnet` package and timm's `tf_efficientnet_*` all expect what the default mean and std
     give; a Keras model made with `weights=None` whose Normalization layer was never adapted
@@ -262,8 +262,8 @@ def _skipped(names: Mapping[str, tf.Variable], skip: str | Sequence[str]) -> set
     return kept
 
 
-def _check_neighbours(folder: str, base: str, model: tf.keras.Model) -> None:
-    """Refuses a model that the one `SETTINGS_FILE` of a folder cannot describe with its neighbours."""
+def _check_neighbors(folder: str, base: str, model: tf.keras.Model) -> None:
+    """Refuses a model that the one `SETTINGS_FILE` of a folder cannot describe with its neighbors."""
     others = set(listed(folder, r"[^.].*\.index")) - {os.path.join(folder, f"{base}.index")}
     stored = folder_settings(folder) if others else {}
     difference = manifests.describe_difference(stored, heads.settings(model)) if stored else ""
@@ -333,7 +333,7 @@ def save_weights(
     folder = folder or "."
     suffix = _suffix(path)
     if not suffix:
-        _check_neighbours(folder, base, averages)
+        _check_neighbors(folder, base, averages)
     object_stores.make_folder(folder)
     if suffix == ".safetensors":
         from safetensors import numpy as safetensors

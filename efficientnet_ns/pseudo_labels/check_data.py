@@ -192,7 +192,7 @@ def _write_report(
             "Each image is listed with the first one that it is a copy of: evaluation images come "
             "first, then labeled ones, then unlabeled ones. Near copies have fingerprints of 256 bits "
             f"that differ in at most {fingerprints.THRESHOLD}: recompressed, resized, gray, and of "
-            "evaluation images also centre crops. Look at the pairs before you use exclude.csv."
+            "evaluation images also center crops. Look at the pairs before you use exclude.csv."
         ),
         sections=sections,
     )

@@ -49,7 +49,7 @@ class Spool(contextlib.AbstractContextManager):
     def shuffled(
         self, seed: int, shard: int, number: np.ndarray, copies: np.ndarray
     ) -> Iterator[bytes]:
-        """Yields all copies of all items; neighbours differ unless a bucket has nothing else.
+        """Yields all copies of all items; neighbors differ unless a bucket has nothing else.
 
         The order depends on the arguments, and on the sizes of the items if they exceed a bucket.
 

@@ -52,7 +52,7 @@ def confusion(
         {"truth": names[t], "predicted": names[p], "images": n} for t, p, n in pairs.worst(limit=10)
     ]
     return (
-        style.figure(image, f"{caption} Colour: share of the row.{cells}")
+        style.figure(image, f"{caption} Color: share of the row.{cells}")
         + "<h3>Most frequent confusions</h3>\n"
         + tables.table(worst)
     )
@@ -73,7 +73,7 @@ def _cells(pairs: Confusion, num_classes: int) -> tuple[np.ndarray, int]:
 
 
 def _heat_map(pairs: Confusion, names: Sequence[str], *, alt: str) -> tuple[str, int]:
-    """An image of the counts, coloured by their share of the row, and the classes per column."""
+    """An image of the counts, colored by their share of the row, and the classes per column."""
     counts, together = _cells(pairs, len(names))
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = int(np.clip(140 + 44 * len(names), 360, 760))

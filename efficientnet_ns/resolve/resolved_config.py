@@ -395,7 +395,7 @@ def _limited(
 
 
 def _task(name: str | None, stored: stored_model.StoredModel) -> tasks.Task:
-    """The task that is given, else the model's; normalised as the model, in any case.
+    """The task that is given, else the model's; normalized as the model, in any case.
 
     Raises:
       ConfigError: there is no such task, or it is not one for the model.

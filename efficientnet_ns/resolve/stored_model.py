@@ -1,4 +1,4 @@
-"""What is stored with a model's weights: variant, image size, normalisation, task. Reads, never writes.
+"""What is stored with a model's weights: variant, image size, normalization, task. Reads, never writes.
 
 A training folder holds `config.json` (settings), `model.json` (images the model expects) and
 `task.json`; the version of an export holds the last two in `assets`, a TensorFlow Lite file in the
@@ -85,7 +85,7 @@ class StoredModel:
         return config.override(**missing)
 
     def fit(self, task: tasks.Task, name: str) -> tasks.Task:
-        """`task` with the normalisation and the crop of the model.
+        """`task` with the normalization and the crop of the model.
 
         Args:
           name: of the task, for the message.

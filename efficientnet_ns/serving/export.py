@@ -263,8 +263,8 @@ def _facts(
         "image_size": preprocessing.image_size,
         "small_image": preprocessing.small_image,
         "crop_fraction": preprocessing.crop_fraction,
-        **_normalisation(model),
-        "normalisation": "inside the graph",
+        **_normalization(model),
+        "normalization": "inside the graph",
         **({"eval_set": task.eval_set, "test_set": task.test_set} if task else {}),
         **{str(name): value for name, value in options.facts.items()},
     }
@@ -300,7 +300,7 @@ def _write(path: str, text: str) -> None:
         f.write(text)
 
 
-def _normalisation(model: tf.keras.Model) -> dict[str, list[float]]:
+def _normalization(model: tf.keras.Model) -> dict[str, list[float]]:
     layer = model.get_layer("normalization")
     return {"mean": list(layer.mean), "std": list(layer.std)}
 
@@ -316,7 +316,7 @@ def _card(
     crop = (
         "Resized to the model's size without cropping (small images are taken as they are)."
         if preprocessing.small_image
-        else "Centre crop of size / (size + 32) of the shorter side, then bicubic resize: the "
+        else "Center crop of size / (size + 32) of the shorter side, then bicubic resize: the "
         "function that evaluation uses."
     )
     names = options.outputs.class_names
@@ -331,6 +331,6 @@ def _card(
         "max_pixels": f"{options.outputs.max_pixels:,}",
         "top_k": min(options.outputs.top_k, len(names)),
         "facts": "\n".join(f"- {name}: {value}" for name, value in facts.items()),
-        **_normalisation(model),
+        **_normalization(model),
     }
     return templates.fill("model_card.md", values)

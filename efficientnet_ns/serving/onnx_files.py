@@ -1,4 +1,4 @@
-"""ONNX files: pixels in, probabilities out, with labels and normalisation attached."""
+"""ONNX files: pixels in, probabilities out, with labels and normalization attached."""
 
 from __future__ import annotations
 

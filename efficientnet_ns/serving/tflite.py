@@ -1,4 +1,4 @@
-"""TensorFlow Lite files: pixels in, probabilities out, with labels and normalisation attached."""
+"""TensorFlow Lite files: pixels in, probabilities out, with labels and normalization attached."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.models import weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
-# The decay is for standardised features. On photographs with 15 labels per class, 0.01 to 0.3 are equally
+# The decay is for standardized features. On photographs with 15 labels per class, 0.01 to 0.3 are equally
 # accurate, and 0.1 gives the best probabilities; 0.001 is overconfident.
 _UPDATES, _RATE, _DECAY = 300, 0.01, 0.1
 # More pictures than a classifier needs.
@@ -69,7 +69,7 @@ def linear_classifier(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Kernel [D, C] and bias [C] of a logistic regression on features float32 [N, D].
 
-    Features are standardised first, and the result is converted back.
+    Features are standardized first, and the result is converted back.
     """
     mean, deviation = features.mean(0), features.std(0) + 1e-3
     inputs = tf.constant((features - mean) / deviation, tf.float32)

@@ -295,7 +295,7 @@ def test_blends_follow_their_definition_for_all_pairs_of_value_and_gray():
         return np.clip(degenerate + np.float32(factor) * (image - degenerate), 0, 255)
 
     # One channel and the other two take all pairs of values. So each value of a channel meets every
-    # gray level that colours with it have: a step of the others changes gray by less than one.
+    # gray level that colors with it have: a step of the others changes gray by less than one.
     value, others = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
     channels = [[value if c == one else others for c in range(3)] for one in range(3)]
     image = np.concatenate([np.stack(planes, axis=-1) for planes in channels])
@@ -534,7 +534,7 @@ def test_cutout_grays_a_random_square():
         square[top:bottom, left:right] = 128
         np.testing.assert_array_equal(result, square)
     tops, lefts, bottoms, rights = np.array(boxes).T
-    # Of 32 equally likely centres, 0..8 start at the border, and 24..31 end at it.
+    # Of 32 equally likely centers, 0..8 start at the border, and 24..31 end at it.
     for first, last in ((tops, bottoms), (lefts, rights)):
         assert abs(np.mean(first == 0) - 9 / 32) < 0.1
         assert abs(np.mean(last == 32) - 8 / 32) < 0.1

@@ -20,7 +20,7 @@ NOT_BY_TENSORFLOW = {
     "BMP palette 1 bit",
     "BMP palette 4 bit",
     "BMP palette 8 bit",
-    "BMP palette 8 bit, 40 colours",
+    "BMP palette 8 bit, 40 colors",
     "BMP palette 8 bit, top-down",
     "BMP palette 8 bit, OS/2",
     "BMP palette 8 bit, header 124",
@@ -137,14 +137,14 @@ def test_what_would_be_misread_is_converted_without_a_check_too(name):
 
 
 @pytest.mark.parametrize("name", ["JPEG CMYK", "JPEG CMYK, Adobe", "JPEG gray", "JPEG 4:2:0"])
-def test_shrunk_images_keep_their_colours(name):
+def test_shrunk_images_keep_their_colors(name):
     content = image_files.FILES[name]()
     stored, size = image_conversion.prepare(content, image_conversion.Rules(max_side=32))
     assert size == (24, 32)
     whole = Image.fromarray(by_pillow(name, content))
     expected = np.asarray(whole.resize((32, 24), Image.Resampling.LANCZOS))
     difference = np.abs(decode(tf.constant(stored)).numpy().astype(int) - expected)
-    assert difference.mean() < 4  # Colours at half of the resolution; inverted, it is above 100.
+    assert difference.mean() < 4  # Colors at half of the resolution; inverted, it is above 100.
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_large_photographs_are_decoded_no_larger_than_needed(size, fraction, sha
     assert reduced.shape == (*shape, 3)
     exact = images.eval_image(images.decode(encoded), size, fraction).numpy()
     fast = images.eval_image(reduced, size, fraction).numpy()
-    # Not half-pixel centres: a pixel of the small image is in another place by up to half a pixel of it.
+    # Not half-pixel centers: a pixel of the small image is in another place by up to half a pixel of it.
     assert np.abs(fast - exact).mean() < 6
     assert np.corrcoef(fast.ravel(), exact.ravel())[0, 1] > 0.99
 
@@ -332,31 +332,31 @@ def formats():
     gray_as_rgb = np.repeat(gray[..., None], 3, axis=-1)
     alpha = np.concatenate([rgb, gray[..., None]], axis=-1)
     palette_index = gray // 64
-    colours = noise(1, 4, seed=1)[0]
+    colors = noise(1, 4, seed=1)[0]
     wide = np.random.default_rng(2).integers(0, 65536, (14, 18), np.uint16)
     wide_as_rgb = np.repeat((wide >> 8).astype(np.uint8)[..., None], 3, axis=-1)
     return {
         "png": (encode(rgb, "PNG"), rgb),
         "png, gray": (encode(gray, "PNG"), gray_as_rgb),
         "png, alpha": (encode(alpha, "PNG"), rgb),
-        "png, palette": (encode_palette(palette_index, colours, "PNG"), colours[palette_index]),
+        "png, palette": (encode_palette(palette_index, colors, "PNG"), colors[palette_index]),
         "png, 16 bit": (encode(wide, "PNG"), wide_as_rgb),
-        "gif": (encode_palette(palette_index, colours, "GIF"), colours[palette_index]),
+        "gif": (encode_palette(palette_index, colors, "GIF"), colors[palette_index]),
         "gif, animated": (
-            encode_palette(palette_index, colours, "GIF", frames=[3 - palette_index]),
-            colours[palette_index],
+            encode_palette(palette_index, colors, "GIF", frames=[3 - palette_index]),
+            colors[palette_index],
         ),
         "bmp": (encode(rgb, "BMP"), rgb),
         "bmp, alpha": (encode(alpha, "BMP"), rgb),
     }
 
 
-def encode_palette(index, colours, file_format, frames=()):
+def encode_palette(index, colors, file_format, frames=()):
     from PIL import Image
 
     def paletted(index):
         image = Image.frombytes("P", index.shape[::-1], index.tobytes())
-        image.putpalette(colours.tobytes())
+        image.putpalette(colors.tobytes())
         return image
 
     buffer = io.BytesIO()
@@ -378,13 +378,13 @@ def test_formats_without_loss():
         )
 
 
-def test_jpeg_colour_spaces():
+def test_jpeg_color_spaces():
     pytest.importorskip("PIL")
     rgb = noise(40, 50)
     variants = {
         "gray": encode(rgb, "JPEG", mode="L"),
         "CMYK": encode(rgb, "JPEG", mode="CMYK"),
-        "colour": encode(rgb, "JPEG"),
+        "color": encode(rgb, "JPEG"),
     }
     for name, encoded in variants.items():
         expected = tf.image.decode_jpeg(encoded, channels=3)

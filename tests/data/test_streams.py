@@ -190,7 +190,7 @@ def test_marks_save_reading_files_from_their_start(sets, opened):
 
 
 def test_records_move_as_far_as_in_one_buffer(sets):
-    """Neighbours of a file part by a third of the windows, and files come in another order."""
+    """Neighbors of a file part by a third of the windows, and files come in another order."""
     source, steps = sets(64), COUNT // BATCH
     epochs = read(source, 0, 2 * steps)[..., 1].reshape(2, steps, BATCH)
     for buffer, windows in ((BUFFER, BUFFER / BATCH), (COUNT, steps)):

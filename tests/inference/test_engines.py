@@ -239,7 +239,7 @@ def test_native_code_prints_nothing(model, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_normalisation_and_batch_norm_are_folded(model):
+def test_normalization_and_batch_norm_are_folded(model):
     interpreter = engines.interpreter(engines.convert(model, 2))
     assert interpreter.get_input_details()[0]["shape"].tolist() == [2, SIZE, SIZE, 3]
     names = [op["op_name"] for op in interpreter._get_ops_details()]
@@ -255,7 +255,7 @@ def test_lite_is_convolutions_and_nothing_else(small_lite):
     lite = efficientnet.build_model(small_lite, CLASSES, SIZE)
     interpreter = engines.interpreter(engines.convert(lite, 2))
     names = {op["op_name"] for op in interpreter._get_ops_details()} - {"DELEGATE"}
-    # SUB and MUL normalise, ADD is the shortcut's, MEAN the pooling's; relu6 is part of convolutions.
+    # SUB and MUL normalize, ADD is the shortcut's, MEAN the pooling's; relu6 is part of convolutions.
     assert names == {
         *("SUB", "MUL", "CONV_2D", "DEPTHWISE_CONV_2D", "ADD"),
         *("MEAN", "FULLY_CONNECTED", "SOFTMAX"),

@@ -23,7 +23,7 @@ from efficientnet_ns.pseudo_labels import outcome
 from efficientnet_ns.resolve import stored_model
 
 NAMES = ("Über rot", "grün & gelb", "blue")
-# Small enough for a test, and enough to tell colours apart.
+# Small enough for a test, and enough to tell colors apart.
 QUICK = {
     "models": "efficientnet-test,efficientnet-test",
     "input_image_size": 16,

@@ -73,7 +73,7 @@ class Summary:
 
 @functools.cache
 def summary(name: str, **kwargs) -> Summary:
-    """Builds a model in a graph, where variables are not initialised, and forgets it."""
+    """Builds a model in a graph, where variables are not initialized, and forgets it."""
 
     def zeros(next_creator, **creator):
         shape, dtype = creator["shape"], creator["dtype"]
@@ -439,7 +439,7 @@ def test_other_initial_values(wide):
 
 
 # --------------------------------------------------------------------------------------------------
-# Normalisation layers
+# Normalization layers
 
 
 def test_pixel_normalization():

@@ -50,7 +50,7 @@ def assert_same(values: Mapping[str, np.ndarray], expected: Mapping[str, np.ndar
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
-def randomise(model: tf.keras.Model, rng: np.random.Generator) -> None:
+def randomize(model: tf.keras.Model, rng: np.random.Generator) -> None:
     """Other values for every vector, so that no two can be mistaken."""
     for variable in model.weights:
         shape = variable.shape
@@ -119,7 +119,7 @@ def model() -> tf.keras.Model:
 def source() -> tf.keras.Model:
     """What is in the files."""
     model = tiny()
-    randomise(model, np.random.default_rng(1))
+    randomize(model, np.random.default_rng(1))
     return model
 
 
@@ -928,7 +928,7 @@ def keras_logits(model: tf.keras.Model, path: Path, images: np.ndarray) -> np.nd
 def keras_model(name: str, rng: np.random.Generator, images: np.ndarray) -> tf.keras.Model:
     make = getattr(tf.keras.applications, "EfficientNet" + name[-2:].upper())
     model = make(weights=None, input_shape=(SIZE, SIZE, 3))
-    randomise(model, rng)
+    randomize(model, rng)
     # Its Normalization layer belongs to the input, not to what is imported.
     (layer,) = (la for la in model.layers if isinstance(la, tf.keras.layers.Normalization))
     layer.set_weights([np.zeros(3), np.ones(3), 0])

@@ -51,7 +51,7 @@ def test_names_and_shapes(lite0):
 
 
 def test_values(lite0):
-    """Those of a trained model: neighbouring weights of a filter of the stem are alike.
+    """Those of a trained model: neighboring weights of a filter of the stem are alike.
 
     To a reader that ignored strides they would not be.
     """

@@ -514,7 +514,7 @@ def test_one_folder_describes_one_kind_of_model(tmp_path, model):
 
 @pytest.mark.parametrize("name", ["model.ckpt-1", "model.safetensors"])
 def test_lite_there_and_back(tmp_path, small_lite, name):
-    """Its normalisation is in no flag and no task: it is that of the variant, and of the weights."""
+    """Its normalization is in no flag and no task: it is that of the variant, and of the weights."""
     model = efficientnet.build_model(small_lite, 3, 32)
     weights.save_weights(model, tmp_path / name)
     settings = weights.stored_settings(tmp_path / name)

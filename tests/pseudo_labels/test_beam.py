@@ -123,7 +123,7 @@ def test_finished_shards_are_not_done_again(beam, folder, ordinary, tmp_path, mo
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) > 20
 
 
-def test_what_a_person_and_a_list_decided_is_honoured(beam, folder, tmp_path):
+def test_what_a_person_and_a_list_decided_is_honored(beam, folder, tmp_path):
     """As filter_unlabel does; a list that is missing is refused before the pipeline starts."""
     file = folder / "unlabeled" / shard_names.shard_name("extra", 0, SHARDS)
     decided = [{"file": str(file), "record": 3, "label": 2}]

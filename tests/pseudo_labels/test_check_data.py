@@ -23,7 +23,7 @@ from efficientnet_ns.pseudo_labels import check_data, copies, image_marks, selec
 
 
 def photo(seed: int, width: int = 160, height: int = 120) -> Image.Image:
-    """Smooth random shapes in colour, as different as photographs."""
+    """Smooth random shapes in color, as different as photographs."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, [9, 12, 3], np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)

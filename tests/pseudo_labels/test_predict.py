@@ -808,7 +808,7 @@ def test_number_of_views_that_there_is_not(folder, number):
         predict.predict(settings(folder, "flags", test_time_views=number))
 
 
-def test_ten_views_are_corners_and_centre():
+def test_ten_views_are_corners_and_center():
     rng = np.random.default_rng(0)
     image = tf.constant(png(rng, 20, 30))
     size = 16

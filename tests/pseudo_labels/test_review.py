@@ -57,7 +57,7 @@ def selecting(folder: Path, **values) -> SelectConfig:
     )
 
 
-def test_decisions_are_honoured(folder):
+def test_decisions_are_honored(folder):
     """Rejected images are gone; corrected and confirmed ones come first, with certain labels."""
     changes = {0: None, 1: None, 4: 2, 7: 1, 9: 0}
     labeling.select_and_write(

@@ -492,7 +492,7 @@ def test_seed_decides_only_who_gets_the_extra_copy(goldens, tmp_path):
 
 
 def test_statistics_of_every_bin_edge(tmp_path):
-    """Probabilities at k / 100 and their neighbours below, in bins of float64."""
+    """Probabilities at k / 100 and their neighbors below, in bins of float64."""
     probs = np.float32([k / 100 for k in range(12, 101)])
     probs = np.concatenate([probs, np.nextafter(probs, np.float32(0))])
     make_predictions(tmp_path, [[[one_hot(3, float(p)) for p in probs]]])

@@ -45,7 +45,7 @@ def test_seed_and_shard_matter(copies):
     assert first != shuffled(copies, seed=1) != shuffled(copies, shard=1) != first
 
 
-def test_copies_are_never_neighbours(copies, bucket):
+def test_copies_are_never_neighbors(copies, bucket):
     result = shuffled(copies)
     assert not any(a == b for a, b in zip(result, result[1:]))
 

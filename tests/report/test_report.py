@@ -43,7 +43,7 @@ def plot_sizes(document: Document) -> list[tuple[int, int]]:
 
 
 def ink(document: Document, index: int = 0) -> dict[str, int]:
-    """Opaque pixels of a plot by colour (#rrggbb)."""
+    """Opaque pixels of a plot by color (#rrggbb)."""
     with Image.open(io.BytesIO(document.images()[index][1])) as image:
         pixels = np.asarray(image.convert("RGBA")).reshape(-1, 4)
     colors = pixels[pixels[:, 3] == 255].view(">u4")
@@ -126,7 +126,7 @@ def test_learning_curves_plots_lines_and_last_values():
     ]
     assert len(plot_sizes(document)) == 2
     assert document.text("span") == f"teacher {HOSTILE}"
-    # Both runs are drawn in the colours of the legend, the one of a single point too.
+    # Both runs are drawn in the colors of the legend, the one of a single point too.
     assert len(set(legend_colors(document))) == 2
     assert set(legend_colors(document)) <= ink(document, 0).keys()
 

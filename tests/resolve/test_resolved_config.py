@@ -40,11 +40,11 @@ def normalizations(tmp_path, student: str, teacher: str, **task) -> list[dict]:
         ("efficientnet-test", "efficientnet-lite0", [IMAGENET, LITE]),
     ],
 )
-def test_each_model_keeps_its_own_normalisation(tmp_path, student, teacher, expected):
+def test_each_model_keeps_its_own_normalization(tmp_path, student, teacher, expected):
     assert normalizations(tmp_path, student, teacher) == expected
 
 
-def test_normalisation_that_the_task_states_is_every_models(tmp_path):
+def test_normalization_that_the_task_states_is_every_models(tmp_path):
     found = normalizations(tmp_path, "efficientnet-lite0", "efficientnet-test", **OWN)
     assert found == [OWN, OWN]
     mean = {"mean": OWN["mean"]}

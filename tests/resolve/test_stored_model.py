@@ -71,7 +71,7 @@ def test_flags_override(run, tmp_path):
     given = Config().override(input_image_size=32, task_name=task, dropout_rate=0.1)
     resolved = ResolvedConfig.from_config(given, run)
     assert (resolved.image_size, resolved.config.model.dropout_rate) == (32, 0.1)
-    # Pixels are normalised and cropped as the model needs it, whatever set it is used on.
+    # Pixels are normalized and cropped as the model needs it, whatever set it is used on.
     assert (resolved.task.eval_set, resolved.task.mean) == ("validation", MEAN)
     assert resolved.small_image
 

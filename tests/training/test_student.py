@@ -364,7 +364,7 @@ def restored(large_goldens, ema: bool) -> tf.keras.Model:
 
 
 def has_no_gradient(name: str) -> bool:
-    """Offsets of the normalisations that only others follow: what is left is rounding."""
+    """Offsets of the normalizations that only others follow: what is left is rounding."""
     last = "tpu_batch_normalization_1" if "/blocks_0/" in name else "tpu_batch_normalization_2"
     return name.endswith(f"{last}/beta")
 

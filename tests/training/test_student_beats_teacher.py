@@ -23,7 +23,7 @@ def write_digits(folder: Path, seed: int) -> None:
     pixels = np.round(scans.images[..., None] * (255 / 16)).clip(0, 255).astype(np.uint8)
     encoded, labels = [tf.io.encode_png(image).numpy() for image in pixels], scans.target
     rng = np.random.default_rng(seed)
-    # Neighbouring scans come from the same hands.
+    # Neighboring scans come from the same hands.
     order = np.roll(np.arange(len(labels)), -rng.integers(len(labels)))
     known = np.concatenate([order[labels[order] == c][:LABELS_PER_CLASS] for c in range(10)])
     rest = np.random.default_rng(seed).permutation(np.setdiff1d(order, known))

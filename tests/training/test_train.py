@@ -421,7 +421,7 @@ def test_slash_at_the_end_of_a_path_makes_no_other_training(folder, tmp_path):
         claimed(config.override(label_data_dir=f"{folder}/./labeled"))
 
 
-def test_normalisation_is_noted_whether_the_task_or_the_variant_states_it(folder, tmp_path):
+def test_normalization_is_noted_whether_the_task_or_the_variant_states_it(folder, tmp_path):
     """So that a training begun with one continues with the other if the numbers are the same."""
     task = Path(write_task(tmp_path / "task.json"))
     fields = json.loads(task.read_text())
