@@ -31,6 +31,7 @@ _WITHOUT = {
     "eval_continuously": "checkpoints",
     "inference_dtype": "the precision",
     "fast_decode": "how images are decoded",
+    "crop_fraction": "the crop",
 }
 
 
@@ -122,7 +123,11 @@ def check(config: Config, stored: stored_model.StoredModel) -> None:
       stored: of the export.
     """
     values: dict[str, Any] = config.values()
-    own = {**Config().values(), "input_image_size": stored.images.get("image_size")}
+    own = {
+        **Config().values(),
+        "input_image_size": stored.images.get("image_size"),
+        "crop_fraction": stored.settings.get("crop_fraction", stored.images.get("crop_fraction")),
+    }
     for name, what in _WITHOUT.items():
         if values[name] not in (Config().values()[name], own[name]):
             raise ConfigError(

@@ -89,7 +89,11 @@ def _preprocessing_of(model: str | tf.keras.Model | Preprocessing) -> Preprocess
     if isinstance(model, str):
         return Preprocessing(efficientnet.get_variant(model).resolution)
     settings = heads.settings(model)
-    return Preprocessing(settings["image_size"], settings["small_image"])
+    return Preprocessing(
+        settings["image_size"],
+        settings["small_image"],
+        crop_fraction=settings.get("crop_fraction"),
+    )
 
 
 def top_k(

@@ -305,9 +305,15 @@ def _check(num_classes: int, image_size: int, survival_prob: float, dropout_rate
 def _expected_images(
     spec: Variant, weights: str | os.PathLike | None, **given: Any
 ) -> dict[str, Any]:
-    """`small_image`, `mean` and `std`: as given, else as noted with the weights, else the variant's."""
+    """Each as given, else as noted with the weights, else the variant's."""
     stored = {} if weights is None else stored_settings(weights)
-    known = {"small_image": False, "mean": spec.mean, "std": spec.std, **stored}
+    known = {
+        "small_image": False,
+        "mean": spec.mean,
+        "std": spec.std,
+        "crop_fraction": None,
+        **stored,
+    }
     return {name: known[name] if value is None else value for name, value in given.items()}
 
 
@@ -323,6 +329,7 @@ def build_model(
     survival_prob: float = 0.8,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    crop_fraction: float | None = None,
     bn_momentum: float = 0.99,
     num_shards_per_group: int = -1,
     include_top: bool = True,
@@ -341,6 +348,8 @@ def build_model(
         survival_prob)·i/N.
       mean, std: channel statistics of the training set in units of the full range (0..1). None: as
         noted with `weights`, else the variant's.
+      crop_fraction: fraction of the shorter side that evaluation images keep, which `preprocess`
+        reads from the model. None: as noted with `weights`, else size / (size + 32).
       bn_momentum: decay of the batch-norm moving averages.
       num_shards_per_group: how many replicas share batch statistics while training; see
         `layers.replicas_per_group`.
@@ -360,7 +369,9 @@ def build_model(
     dropout_rate = spec.dropout_rate if dropout_rate is None else dropout_rate
     _check(num_classes, size, survival_prob, dropout_rate)
     width = width_coefficient or spec.width
-    images = _expected_images(spec, weights, small_image=small_image, mean=mean, std=std)
+    images = _expected_images(
+        spec, weights, small_image=small_image, mean=mean, std=std, crop_fraction=crop_fraction
+    )
     blocks = block_table(
         spec.stages,
         width,

@@ -41,19 +41,16 @@ def normalization(model: tf.keras.Model) -> layers.PixelNormalization:
 
 
 def settings(model: tf.keras.Model) -> dict[str, Any]:
-    """The images a model expects, JSON-able: `variant`, `image_size`, `small_image`, `mean`, `std`.
+    """The images a model expects, JSON-able.
+
+    Returns:
+      `variant`, `image_size`, `small_image`, `mean`, `std`; `crop_fraction` unless it is the published
+      one.
 
     Raises:
       ValueError: the model is not made of the layers of `build_model`.
     """
-    layer = normalization(model)
-    return {
-        "variant": layer.variant,
-        "image_size": model.input_shape[1],
-        "small_image": layer.small_image,
-        "mean": list(layer.mean),
-        "std": list(layer.std),
-    }
+    return {"image_size": model.input_shape[1], **normalization(model).settings()}
 
 
 def own_head(model: tf.keras.Model) -> tf.keras.layers.Dense | None:

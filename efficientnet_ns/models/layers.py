@@ -15,7 +15,7 @@ import functools
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -198,6 +198,8 @@ class PixelNormalization(tf.keras.layers.Layer):
       mean, std: per channel, in units of the full pixel range (0..1).
       small_image: images are resized whole, without the evaluation crop (SVHN, digits).
       variant: name of the network.
+      crop_fraction: fraction of the shorter side that the evaluation crop keeps; None: the
+        published one, see `images.center_crop_box`.
     """
 
     def __init__(
@@ -207,11 +209,13 @@ class PixelNormalization(tf.keras.layers.Layer):
         *,
         small_image: bool = False,
         variant: str = "",
+        crop_fraction: float | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.mean, self.std = tuple(mean), tuple(std)
         self.small_image, self.variant = small_image, variant
+        self.crop_fraction = crop_fraction
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Pixels 0..255 [N, H, W, 3] of any dtype → the layer's compute dtype."""
@@ -224,10 +228,18 @@ class PixelNormalization(tf.keras.layers.Layer):
         """The constructor's arguments, for Keras."""
         return {
             **super().get_config(),
-            "mean": self.mean,
-            "std": self.std,
+            **self.settings(),
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """How images become pixels, and the variant, by the constructor's names; JSON-able."""
+        crop = {} if self.crop_fraction is None else {"crop_fraction": self.crop_fraction}
+        return {
+            "mean": list(self.mean),
+            "std": list(self.std),
             "small_image": self.small_image,
             "variant": self.variant,
+            **crop,
         }
 
 

@@ -249,8 +249,8 @@ def _settings(description: Mapping[str, Any]) -> dict[str, Any]:
     for layer in description["config"].get("layers", ()):
         config = layer["config"]
         if layer["class_name"].endswith("PixelNormalization"):
-            names = ("variant", "small_image", "mean", "std")
-            return {name: config[name] for name in names}
+            names = ("variant", "small_image", "mean", "std", "crop_fraction")
+            return {name: config[name] for name in names if name in config}
         if "layers" in config and (found := _settings(layer)):
             return found
     return {}

@@ -216,7 +216,7 @@ def stored_settings(path: PathLike) -> dict[str, Any]:
     Files of `save_weights`, folders of trainings and models saved by Keras store it.
 
     Returns:
-      Some of `variant`, `image_size`, `small_image`, `mean` and `std`.
+      Some of `variant`, `image_size`, `small_image`, `mean`, `std` and `crop_fraction`.
 
     Raises:
       FileNotFoundError, WeightsError: see `load_weights`.

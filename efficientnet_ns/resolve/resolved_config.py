@@ -193,6 +193,7 @@ class ResolvedConfig:
             dropout_rate=model.dropout_rate,
             survival_prob=1.0 - drop_rate,
             **normalization(self.model_name, self.task),
+            crop_fraction=self.config.data.crop_fraction,
             bn_momentum=train.bn_momentum,
             num_shards_per_group=train.num_shards_per_group,
         )

@@ -80,6 +80,7 @@ class StoredModel:
         noted = {name: self.settings[name] for name in _OF_TRAINING if name in self.settings}
         noted["model_name"] = own
         noted["input_image_size"] = self.images.get("image_size")
+        noted.setdefault("crop_fraction", self.images.get("crop_fraction"))
         noted["task_name"] = self.task_name
         missing = {n: v for n, v in noted.items() if v is not None and now[n] == default[n]}
         return config.override(**missing)

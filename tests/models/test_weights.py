@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import efficientnet_ns as ns
+from efficientnet_ns.data import images
 from efficientnet_ns.files import json_files
 from efficientnet_ns.models import efficientnet, weights
 
@@ -523,6 +525,27 @@ def test_lite_there_and_back(tmp_path, small_lite, name):
     images = np.full([1, 32, 32, 3], 200, np.uint8)
     np.testing.assert_array_equal(loaded(images), model(images))
     assert loaded.get_layer("normalization")(images).numpy().max() == (200 - 127) / 128
+
+
+@pytest.mark.parametrize(
+    "name", ["model.ckpt-1", "model.safetensors", "model.keras", "model.h5", "folder"]
+)
+def test_the_crop_travels_with_the_weights(tmp_path, name):
+    """Where `preprocess` shows a model what it was evaluated on, whatever its weights were stored in."""
+    model = tiny(crop_fraction=0.5)
+    if name.endswith((".keras", ".h5")):
+        model.save(tmp_path / name)
+        loaded = ns.load_model(tmp_path / name)
+    else:
+        path = tmp_path / name / "model.ckpt-1" if name == "folder" else tmp_path / name
+        weights.save_weights(model, path)
+        assert weights.stored_settings(path)["crop_fraction"] == 0.5
+        loaded = tiny(weights=path)
+    picture = np.random.default_rng(0).integers(0, 255, [60, 80, 3], np.uint8)
+    seen = ns.preprocess(picture, loaded)
+    size = model.input_shape[1]
+    np.testing.assert_array_equal(seen[0], images.eval_image(picture, size, 0.5))
+    assert np.abs(seen - ns.preprocess(picture, tiny())).max() > 1
 
 
 def test_home_folder(tmp_path, model, monkeypatch):
