@@ -284,41 +284,55 @@ def corrupted(
       details: what determines its results in addition to the settings, JSON-able.
       ahead: number of groups that may wait for classification; bounds memory.
     """
-    errors: dict[str, dict[str, list[float]]] = {}
     todo = [("clean", CLEAN)] + [(n, s) for n in settings.corruptions for s in settings.severities]
-    for name, severity in todo:
-        stages = {
-            subject.name: _stage(
-                folder,
-                f"{name}-{severity}",
-                **subject.identity,
-                **labeled.identity,
-                corruption=name,
-                severity=severity,
-                **(details if severity else {}),
-            )
-            for subject in subjects
-        }
-        lacking = [subject for subject in subjects if not stages[subject.name].done()]
-        if lacking:
-            hits = _count_hits(lacking, labeled, submit, name, severity, ahead)
-            for subject, number in zip(lacking, hits):
-                with stages[subject.name].write() as (_, counts):
-                    counts["error"] = 1 - int(number) / labeled.source.total
-        for model, stage in stages.items():
+    stages = {
+        part: _stages(folder, subjects, labeled, part, details if part[1] else {}) for part in todo
+    }
+    lacking = {
+        part: [subject for subject in subjects if not stages[part][subject.name].done()]
+        for part in todo
+    }
+    finished = [part for part in todo if not lacking[part]]
+    total = labeled.source.total
+    with Progress(
+        len(todo) * total, "corruptions", "images", done=len(finished) * total
+    ) as progress:
+        for part in todo:
+            if not lacking[part]:
+                continue
+            hits = _count_hits(lacking[part], labeled, submit, part, ahead, progress)
+            for subject, number in zip(lacking[part], hits):
+                with stages[part][subject.name].write() as (_, counts):
+                    counts["error"] = 1 - int(number) / total
+    errors: dict[str, dict[str, list[float]]] = {}
+    for (name, _), of_models in stages.items():
+        for model, stage in of_models.items():
             by_severity = errors.setdefault(name, {}).setdefault(model, [])
             by_severity.append(stage.counts()["error"])
     clean = {subject: values[0] for subject, values in errors.pop("clean").items()}
     return {"severities": list(settings.severities), "clean": clean, "corruptions": errors}
 
 
+def _stages(
+    folder: str,
+    subjects: Sequence[Subject],
+    labeled: LabeledSet,
+    part: tuple[str, int],
+    details: Mapping[str, Any],
+) -> dict[str, manifests.Stage]:
+    """The finished work of a corruption at a severity, by model."""
+    name, severity = part
+    how = {**labeled.identity, "corruption": name, "severity": severity, **details}
+    return {s.name: _stage(folder, f"{name}-{severity}", **s.identity, **how) for s in subjects}
+
+
 def _count_hits(
     subjects: Sequence[Subject],
     labeled: LabeledSet,
     submit: Submit,
-    name: str,
-    severity: int,
+    part: tuple[str, int],
     ahead: int,
+    progress: Progress,
 ) -> np.ndarray:
     """Number of correct predictions of each model, int [models]."""
     classifiers = [subject.classify for subject in subjects if subject.classify is not None]
@@ -329,18 +343,17 @@ def _count_hits(
 
     total, seen = np.zeros(len(subjects), int), 0
     waiting: collections.deque = collections.deque()
-    what = f"{name} {severity}" if severity else name
+    name, severity = part
+    job = submit if severity else _unchanged
     with concurrent.futures.ThreadPoolExecutor(available_cpus()) as threads:
-        with Progress(labeled.source.total, what, "images") as progress:
-            for pixels, labels, first in _groups(labeled.groups):
-                job = submit if severity else _unchanged
-                corrupting = job(pixels, name, severity, first)
-                waiting.append(threads.submit(hits, corrupting, labels))
-                if len(waiting) > ahead:
-                    total += waiting.popleft().result()
-                seen += len(labels)
-                progress.update(len(labels))
-            total += sum(future.result() for future in waiting)
+        for pixels, labels, first in _groups(labeled.groups):
+            corrupting = job(pixels, name, severity, first)
+            waiting.append(threads.submit(hits, corrupting, labels))
+            if len(waiting) > ahead:
+                total += waiting.popleft().result()
+            seen += len(labels)
+            progress.update(len(labels), f"{name} {severity}" if severity else name)
+        total += sum(future.result() for future in waiting)
     if seen != labeled.source.total:
         raise accuracy.IncompleteEvaluation(
             f"saw {seen} examples, but the set has {labeled.source.total}"
