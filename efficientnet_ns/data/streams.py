@@ -18,7 +18,8 @@ What it costs: a host reads the files of its runs. A run begins at any record of
 else from its start. That is all that is read in vain: less than 1 % with these marks, half a file
 per run and epoch without them. A host of more hosts than streams, or whose rows are no whole number
 of streams, reads all of each stream it has a row of. To resume, a stream reads its file up to the
-window, and the window.
+window, and the window; both windows if its rows of the batch lie in two. Nothing is read ahead before
+the first batch is complete; from then on, two batches are.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.files import shard_names, tfrecords
+from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.files import object_stores, shard_names, tfrecords
 from efficientnet_ns.files.errors import DataError
 
 # A training that was begun in an order of another version continues with the next epoch.
@@ -40,7 +42,10 @@ _MOST_STREAMS = 256  # Two sets of them stay below the usual limit of 1024 open 
 # A run takes about a millisecond to begin; but many hosts should not read small sets twice.
 _LEAST_RUN, _LEAST_STREAMS = 256, 8
 _LEAST_PIECES = 64
-_READERS = 16  # Streams of a host that are read ahead at the same time.
+_READERS = 16  # Streams of a host that are read ahead at the same time, at most.
+# More than the batches that tf.data reads ahead of each stream, which are two and one record.
+_PAUSE = 3
+_PART = 256  # Records, at most, of which it is known at once whether they are of the pause.
 # Bytes per read of a local file: at most TensorFlow's default.
 _BUFFER, _LEAST_BUFFER = 1 << 18, 1 << 10
 
@@ -253,7 +258,7 @@ class Plan:
     def num_streams(self) -> int:
         """A divisor of the batch, which is what hosts are, too."""
         most = min(_MOST_STREAMS, max(_LEAST_STREAMS, self.source.total // _LEAST_RUN))
-        return max(n for n in range(1, most + 1) if self.batch_size % n == 0)
+        return _divisor(self.batch_size, most)
 
     @property
     def rows(self) -> int:
@@ -340,13 +345,13 @@ class Plan:
         """
         first, end = self.streams(share)
         data = tf.data.Dataset.range(first, end).interleave(
-            functools.partial(self._stream, start=start),
+            functools.partial(self._with_pause, start=start),
             cycle_length=end - first,
             block_length=self.rows,
-            num_parallel_calls=min(_READERS, end - first),
+            num_parallel_calls=min(self._readers, end - first),
             deterministic=True,
         )
-        data = data.enumerate()
+        data = _without_pause(data, (end - first) * self.rows).enumerate()
         low, high = share.rows(self.batch_size)
         if high - low == (end - first) * self.rows:
             return data
@@ -362,7 +367,29 @@ class Plan:
         """Index among the records of all epochs, of the one that `read` numbered so."""
         first, end = self.streams(share)
         width = (end - first) * self.rows
+        if width == self.batch_size:
+            return start + number  # Per record: each operation counts.
         return start + number // width * self.batch_size + first * self.rows + number % width
+
+    @property
+    def _readers(self) -> int:
+        # A store is waited for. Threads without a core of their own make reading a disk slower.
+        if object_stores.is_object_store(self.source.paths[0]):
+            return _READERS
+        return min(_READERS, max(2, available_cpus()))
+
+    def _with_pause(self, stream: tf.Tensor, start: int) -> tf.data.Dataset:
+        """A stream, with empty records of `_PAUSE` batches after its rows of the first batch.
+
+        They are what is read ahead of the first batch: so a training that resumes does not wait for
+        windows of later batches, and who only needs one batch reads no more.
+        """
+        records, empty = (
+            tf.data.Dataset.from_tensors(tf.constant(n, tf.int64)).repeat for n in (0, 1)
+        )
+        which = records(self.rows).concatenate(empty(_PAUSE * self.rows)).concatenate(records())
+        pause = tf.data.Dataset.from_tensors("").repeat()
+        return tf.data.Dataset.choose_from_datasets([self._stream(stream, start), pause], which)
 
     def _stream(self, stream: tf.Tensor, start: int) -> tf.data.Dataset:
         # Functions over epochs and windows, not nested in each other: to prepare one that is made
@@ -396,6 +423,25 @@ class Plan:
                 tf.data.Dataset.range(number, tf.int64.max),
             )
         )
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor up to `most`."""
+    return max(n for n in range(1, most + 1) if number % n == 0)
+
+
+def _without_pause(data: tf.data.Dataset, width: int) -> tf.data.Dataset:
+    """Leaves out what `Plan._with_pause` added to streams with `width` rows of each batch."""
+    # In parts, since a function that looks at each record takes longer than to read a small one.
+    part = _divisor(width, _PART)
+    begin, end = width // part, (1 + _PAUSE) * width // part
+
+    def kept(records: tf.data.Dataset, number: tf.Tensor) -> tf.data.Dataset:
+        paused = (number >= begin) & (number < end)
+        return records.skip(tf.where(paused, tf.constant(part, tf.int64), 0))
+
+    parts = tf.data.Dataset.zip((data.window(part), tf.data.Dataset.range(tf.int64.max)))
+    return parts.flat_map(kept)
 
 
 def _shuffle(data: tf.data.Dataset, buffer_size: int, seed: tf.Tensor) -> tf.data.Dataset:
