@@ -5,28 +5,33 @@ The store counts requests and bytes; `benchmark --what=scale` is held to them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import gcs
 import numpy as np
 import pytest
+from fakes import mostly_slow
 
 from efficientnet_ns.benchmarks import scale
 from efficientnet_ns.config import BenchmarkConfig
 from efficientnet_ns.data.streams import Plan, Share, Source
 from efficientnet_ns.files import tfrecords
 
-HOSTS, WINDOW = 4, 32
-SMALL = BenchmarkConfig(
-    what="scale", hosts=HOSTS, batch_size=32, files=64, records=2068, record_bytes=1000
-)
+WINDOW = 32
+SMALL = BenchmarkConfig(what="scale", batch_size=32, files=64, records=2068, record_bytes=1000)
 # Files of several blocks, of which TensorFlow then reads 1 MB at a time.
 LARGE = dataclasses.replace(SMALL, records=1556, record_bytes=100_000)
+FOLDERS = [str(Path(__file__).parent), str(Path(gcs.__file__).parent)]
 
 
 class Written:
@@ -34,19 +39,20 @@ class Written:
 
     def __init__(self, store: gcs.Store, bucket: str, config: BenchmarkConfig):
         self.config, self.folder = config, f"gs://{bucket}/set"
-        self.expected = scale._Described(config)
-        self.expected._plan = planned(self.expected.source, config)
-        self.file = max(file.size for file in self.expected.source.files)
+        expected = self.expected(1)
+        self.source, self.bytes = expected.source, expected.bytes
+        self.file = max(file.size for file in self.source.files)
         numbers = iter(range(config.records))
-        for path, count in zip(self.expected.source.paths, self.expected.source.counts):
+        for path, count in zip(self.source.paths, self.source.counts):
             payloads = [str(next(numbers)).encode() for _ in range(count)]
             length = config.record_bytes - tfrecords.OVERHEAD
             content = b"".join(tfrecords.frame(p.ljust(length)) for p in payloads)
             store.put(bucket, f"set/{os.path.basename(path)}", content)
 
-    def streams(self, host: int) -> int:
-        first, end = self.expected._hosts[host]
-        return end - first
+    def expected(self, hosts: int) -> scale._Described:
+        described = scale._Described(dataclasses.replace(self.config, hosts=hosts))
+        described._plan = planned(described.source, self.config)
+        return described
 
 
 def planned(source: Source, config: BenchmarkConfig) -> Plan:
@@ -54,21 +60,51 @@ def planned(source: Source, config: BenchmarkConfig) -> Plan:
     return Plan(source, config.batch_size, 0, 8 * WINDOW)
 
 
-def numbers(plan: Plan, host: int, step: int, steps: int) -> list[int]:
-    """Of the records that a host reads in so many steps from one on."""
-    share = Share(host, HOSTS, HOSTS)
+def batches(plan: Plan, hosts: int, host: int, step: int, steps: int) -> Iterator[list[int]]:
+    """Numbers of the records of each of `steps` batches that a host reads from a step on."""
+    share = Share(host, hosts, hosts)
     low, high = share.rows(plan.batch_size)
+    # `take`, since tf.data reads ahead of what is asked for.
     data = plan.read(step * plan.batch_size, share).take(steps * (high - low))
-    return [int(record) for _, record in data.as_numpy_iterator()]
+    records = (int(record) for _, record in data.as_numpy_iterator())
+    for _ in range(steps):
+        yield list(itertools.islice(records, high - low))
 
 
 def serve() -> None:
-    """Replies to each line of arguments of `numbers`; a process with other variables does so."""
+    """Writes the batches that each line of arguments asks for; a process with other variables does."""
     config = BenchmarkConfig(**json.loads(sys.argv[-1]))
     plan = planned(Source.find(sys.argv[-2], "train"), config)
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(numbers(plan, *json.loads(line))), flush=True)
+        for batch in batches(plan, *json.loads(line)):
+            print(json.dumps(batch), flush=True)
+
+
+@contextlib.contextmanager
+def serving(store: gcs.Store, written: Written, client: str) -> Iterator[subprocess.Popen[str]]:
+    """Yields a process that runs `serve`, as a client of the store."""
+    code = f"import sys; sys.path[:0] = {FOLDERS}; import test_streams_on_a_store as t; t.serve()"
+    arguments = [written.folder, json.dumps(dataclasses.asdict(written.config))]
+    command = [sys.executable, "-c", code, *arguments]
+    environment = {**os.environ, **store.environment(client)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as child:
+        assert child.stdin and child.stdout and child.stdout.readline() == "ready\n"
+        yield child
+        child.stdin.close()
+
+
+def ask(child: subprocess.Popen[str], *arguments: int) -> Iterator[list[int]]:
+    """Batches of a process of `serving`, by (hosts, host, step, steps), until it is killed."""
+    assert child.stdin and child.stdout
+    child.stdin.write(json.dumps(arguments) + "\n")
+    child.stdin.flush()
+    for _ in range(arguments[-1]):
+        line = child.stdout.readline()
+        if not line.endswith("\n"):
+            return
+        yield json.loads(line)
 
 
 def test_counts_are_taken_once(store, bucket):
@@ -76,74 +112,100 @@ def test_counts_are_taken_once(store, bucket):
     written = Written(store, bucket, SMALL)
     with gcs.counted(store) as first:
         counted = Source.find(written.folder, "train")
-    size = written.expected.bytes
+    size = written.bytes
     assert size <= first["down"] <= size + 100 and first["upload"] == 1
     assert first["get"] <= SMALL.files + 2 and first["list"] + first["probe"] <= 2
     with gcs.counted(store) as other:
         assert Source.find(written.folder, "train") == counted
     counts = len(store.content(bucket, "set/counts.json"))
     assert other == {"probe": 1, "list": 1, "get": 1, "up": 0, "down": counts}
-    assert counted.counts == written.expected.source.counts
-    assert counted.files == written.expected.source.files
+    assert counted.counts == written.source.counts
+    assert counted.files == written.source.files
 
 
-def check(store: gcs.Store, written: Written, read, client: str = "") -> None:
-    """Reads an epoch on each host, then resumes; `read` has the arguments of `numbers`."""
+def check(store: gcs.Store, written: Written, read, shares, client: str = "") -> list[tuple]:
+    """Reads an epoch and resumes, on some hosts; `read` has the arguments of `ask`.
+
+    Returns:
+      (hosts, host, requests of the epoch, requests of the step that was resumed at) of each.
+    """
     steps, rng = written.config.records // SMALL.batch_size, np.random.default_rng(0)
-    most, all_read = written.expected.epoch()[0], []
-    for host in range(HOSTS):
-        # Each stream begins with the window that comes next.
-        window = WINDOW * written.config.record_bytes + written.file
-        ahead = written.streams(host) * window
+    whole = list(read(1, 0, 0, steps))
+    records = np.concatenate(whole)
+    # All but those of the last, incomplete batch, once.
+    assert len(set(records)) == len(records) == steps * SMALL.batch_size
+    assert set(records) <= set(range(written.config.records))
+    window, found = WINDOW * written.config.record_bytes, []
+    for hosts, host in shares:
+        expected, streams = written.expected(hosts), 8 // hosts
+        rows = slice(*Share(host, hosts, hosts).rows(SMALL.batch_size))
+        own = [batch[rows] for batch in whole]
         with gcs.counted(store, client) as epoch:
-            whole = read(host, 0, steps)
-        assert epoch["down"] <= most + ahead, (host, epoch)
-        assert epoch["stat"] == epoch["list"] == 0
-        all_read += whole
-        rows = len(whole) // steps
+            assert list(read(hosts, host, 0, steps)) == own
+        # A window lies in up to three pieces, of which blocks are read. At the end of the epoch each
+        # stream has begun with the next one.
+        most, requests = expected.epoch()
+        a_window = streams * (window + 3 * min(written.file, scale._block()))
+        assert epoch["down"] <= most + a_window, (hosts, host, epoch)
+        assert epoch["get"] <= requests + streams * (3 + window // scale._block())
+        assert epoch["get"] == epoch.requests
         for step in (int(rng.integers(1, steps)), steps - 1):
             with gcs.counted(store, client) as resumed:
-                assert read(host, step, 1) == whole[step * rows : (step + 1) * rows]
-            needed = written.expected.resume(step)[0]
-            assert needed <= written.streams(host) * window
-            assert resumed["down"] <= needed + ahead, (host, step, resumed)
-    # All but those of the last, incomplete batch, once.
-    assert len(set(all_read)) == len(all_read) == steps * SMALL.batch_size
-    assert set(all_read) <= set(range(written.config.records))
+                assert list(read(hosts, host, step, 1)) == [own[step]]
+            needed, requests = expected.resume(step)
+            # Nothing is read ahead. TensorFlow begins with the byte before a place, and where a place
+            # ends with a block, it may ask for the next one.
+            more = streams if written.file > scale._block() else 0
+            assert resumed.requests == resumed["get"] <= requests + more
+            most = needed + requests + more * scale._block()
+            assert resumed["down"] <= most, (hosts, host, step, resumed)
+            assert needed <= a_window
+        found.append((hosts, host, epoch, resumed))
+    return found
 
 
-def test_a_host_reads_its_part_of_an_epoch_and_a_window_to_resume(store, bucket):
-    written = Written(store, bucket, SMALL)
-    plan = planned(Source.find(written.folder, "train"), SMALL)
+@pytest.mark.parametrize("files", mostly_slow([1, 7, 64], [7]))
+def test_a_host_reads_its_part_of_an_epoch_and_a_window_to_resume(store, bucket, files):
+    """Any number of hosts has the same batches, reads what is planned, and nothing ahead to resume."""
+    written = Written(store, bucket, dataclasses.replace(SMALL, files=files))
+    plan = planned(Source.find(written.folder, "train"), written.config)
     assert plan.num_streams == 8
-    check(store, written, lambda *arguments: numbers(plan, *arguments))
-    # Files are one request here; where runs meet, both streams read one.
-    most = written.streams(0) * written.file
-    assert written.expected.epoch()[0] <= written.expected.bytes / HOSTS + most
+    check(store, written, functools.partial(batches, plan), [(1, 0), (2, 1), (4, 2), (8, 5)])
 
 
 @pytest.mark.slow
-def test_files_of_several_blocks(store, bucket, monkeypatch):
-    written = Written(store, bucket, LARGE)
+@pytest.mark.parametrize("files", [1, 7, 64])
+def test_files_of_several_blocks(store, bucket, monkeypatch, files):
+    written = Written(store, bucket, dataclasses.replace(LARGE, files=files))
     monkeypatch.setenv("GCS_READ_CACHE_BLOCK_SIZE_MB", "1")
     Source.find(written.folder, "train")
-    folders = [str(Path(__file__).parent), str(Path(gcs.__file__).parent)]
-    code = f"import sys; sys.path[:0] = {folders}; import test_streams_on_a_store as t; t.serve()"
-    arguments = [written.folder, json.dumps(dataclasses.asdict(LARGE))]
-    environment = {**os.environ, **store.environment("host")}
-    command = [sys.executable, "-c", code, *arguments]
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as child:
+    shares = [(hosts, host) for hosts in (1, 2, 4, 8) for host in range(hosts)]
+    with serving(store, written, "host") as child:
+        found = check(store, written, functools.partial(ask, child), shares, "host")
+    for hosts in (1, 2, 4, 8):
+        # Where a run begins or ends within a file, part of a block is read in vain.
+        most = (8 // hosts) * 2 << 20
+        assert written.expected(hosts).epoch()[0] <= written.bytes / hosts + most
+        costs = [(epoch, resumed) for n, _, epoch, resumed in found if n == hosts]
+        for what, counts in zip(("epoch", "resume"), zip(*costs)):
+            size, requests = (max(c[key] for c in counts) for key in ("down", "get"))
+            print(f"{files} files, {hosts} hosts, {what}: {size / 1e6:.1f} MB, {requests} requests")
 
-        def read(*arguments: int) -> list[int]:
-            child.stdin.write(json.dumps(arguments) + "\n")
-            child.stdin.flush()
-            return json.loads(child.stdout.readline())
 
-        assert child.stdout.readline() == "ready\n"
-        check(store, written, read, "host")
-        child.stdin.close()
-    # Where a run begins or ends within a file, part of a block is read in vain.
-    most = written.streams(0) * 2 << 20
-    assert written.expected.epoch()[0] <= written.expected.bytes / HOSTS + most
+@pytest.mark.slow
+def test_a_host_is_killed_and_resumes(store, bucket, rng):
+    """While it reads, at any request: another process has the batches that come next."""
+    written = Written(store, bucket, dataclasses.replace(SMALL, files=7))
+    plan = planned(Source.find(written.folder, "train"), written.config)
+    steps, hosts, host = 2 * SMALL.records // SMALL.batch_size, 4, 1
+    expected = list(batches(plan, hosts, host, 0, steps))
+    seen: list[list[int]] = []
+    for skip in [*rng.integers(2, 12, 3).tolist(), None]:
+        with serving(store, written, "host") as child:
+            if skip is not None:
+                store.watch("host", child.pid)
+                store.fail("get .*/train-", skip=skip, client="host")
+            begun = len(seen)
+            seen += ask(child, hosts, host, begun, steps - begun)
+            assert (child.wait() == -signal.SIGKILL) if skip is not None else len(seen) == steps
+    assert seen == expected
