@@ -115,7 +115,8 @@ def read(path: str) -> bytes | None:
 
     On object stores a single request up to the size of the read-ahead.
     """
-    for attempt in range(_REMEMBERED_SECONDS + 1):
+    last = _REMEMBERED_SECONDS + 2  # TensorFlow counts whole seconds, and both ends of them.
+    for attempt in range(last + 1):
         try:
             # With a size: without one the length is asked for first, and the file may grow or shrink.
             parts: list[bytes] = []
@@ -126,7 +127,7 @@ def read(path: str) -> bytes | None:
         except tf.errors.NotFoundError:
             return None
         except tf.errors.InternalError:
-            if attempt == _REMEMBERED_SECONDS or not is_object_store(path):
+            if attempt == last or not is_object_store(path):
                 raise
             time.sleep(1)  # It is shorter than TensorFlow remembers.
     raise AssertionError("unreachable")

@@ -272,7 +272,7 @@ def test_export(home, settings, trained, capsys, caplog):
     )
     assert folder == str(home / "export" / "1")
     assert "against the float32 model" in capsys.readouterr().out
-    assert "move the model before it is served" in caplog.text
+    assert "move the model before serving it" in caplog.text
 
 
 def test_photos(home, settings, trained):
