@@ -461,7 +461,7 @@ def test_machine_of_a_cluster_that_works_alone(monkeypatch):
     """Without it, TensorFlow would wait for the other."""
     workers = {"cluster": {"worker": ["absent:1", "b:1"]}, "task": {"type": "worker", "index": 1}}
     monkeypatch.setenv("TF_CONFIG", json.dumps(workers))
-    strategy = distribution.get_strategy(HardwareConfig(), alone=True)
+    strategy = distribution.get_strategy(HardwareConfig(), local_only=True)
     assert not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
     assert strategy.num_replicas_in_sync == 1
 
@@ -605,6 +605,7 @@ def test_digits_on_four_replicas_and_two_workers(launcher, tmp_path, folder):
         "--model_name=efficientnet-b0",
         "--width_coefficient=0.35",
         "--depth_coefficient=0.25",
+        "--unlabel_data_dir=",
         "--unlabel_ratio=0",
         "--train_batch_size=32",
         "--train_steps=100",

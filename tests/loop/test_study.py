@@ -353,11 +353,10 @@ def finished(config, folder) -> tuple[Path, dict, list[str], list[str]]:
 
 @pytest.mark.slow
 def test_arms_share_what_is_equal(finished):
-    """A teacher, its labels, and two students; a third finds no data. Other arms are one of them."""
+    """A teacher, its labels, and two students; a third has no data. Other arms are one of them."""
     _, _, trained, labeled = finished
-    assert len(trained) == len(set(trained)) == 4
-    done = [(Path(folder) / "result.json").exists() for folder in trained]
-    assert sorted(done) == [False, True, True, True]
+    assert len(trained) == len(set(trained)) == 3
+    assert all((Path(folder) / "result.json").exists() for folder in trained)
     assert len(labeled) == 1
 
 
