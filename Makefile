@@ -10,6 +10,8 @@ ARGS ?=
 # The interpreter .venv is made with; when empty, the newest suitable one on PATH. It decides which TensorFlow is
 # installed (docs/two_stacks.md).
 PYTHON ?=
+# Of make only: the scripts in tpu_scripts read a variable of this name.
+unexport PYTHON
 # TensorFlow's C++ code prints nothing; its errors reach Python as exceptions.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
@@ -53,7 +55,7 @@ measure: venv-run  ## lines per room, lengths of functions, docstrings, comments
 
 .PHONY: benchmark
 benchmark:  ## compare speed with that of other libraries, half an hour on an idle machine; writes runs/benchmark/
-	@$(MAKE) --no-print-directory VENV=.venv-peers compare
+	@$(MAKE) --no-print-directory VENV=.venv-peers PYTHON="$(PYTHON)" compare
 
 .PHONY: compare
 compare: venv-peers

@@ -578,7 +578,7 @@ def write_gif(path, frames) -> None:
 SCRIPT_FOLDER = ROOT / "tpu_scripts"
 # Variables of whoever runs the tests would change what the scripts print.
 SCRIPT_SETTINGS = re.compile(
-    r"MODEL|TEACHER|DATA|DIR|CKPT|SHARD|HARDWARE|TPU|ZONE|SPOT|PROJECT|FLAGS$"
+    r"^PYTHON$|MODEL|TEACHER|DATA|DIR|CKPT|SHARD|HARDWARE|TPU|ZONE|SPOT|PROJECT|FLAGS$"
 )
 
 
@@ -594,6 +594,7 @@ def run_script(script: Path | str, *words: str, check: bool = True, **variables:
         text=True,
         capture_output=True,
         cwd="/",
+        timeout=300,  # A script that waits for a machine never ends by itself.
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
