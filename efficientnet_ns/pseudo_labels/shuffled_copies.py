@@ -61,13 +61,12 @@ class Spool(contextlib.AbstractContextManager):
         self._file.flush()
         items = np.repeat(np.arange(len(number)), copies)
         place = places(seed, shard, number, copies)
-        items = items[np.lexsort((items, place))]
-        place.sort()
-        buckets = self._count_buckets(copies)
-        # The part of the circle: place * buckets / 2**64, without overflow.
-        bucket = ((place >> np.uint64(32)) * np.uint64(buckets)) >> np.uint64(32)
+        order = np.argsort(place, kind="stable")
+        items, place = items[order], place[order]
+        ends = np.searchsorted(place, _bucket_starts(self._count_buckets(copies)))
+        del order, place  # Eight bytes for each copy, each.
         last = -1
-        for part in np.split(items, np.searchsorted(bucket, np.arange(1, buckets))):
+        for part in np.split(items, ends):
             part = _apart(part, last)
             last = part[-1] if len(part) else last
             # Read in the order of the file, for disks that seek.
@@ -83,6 +82,11 @@ class Spool(contextlib.AbstractContextManager):
     def _read(self, item: int) -> bytes:
         start, end = self._ends[item : item + 2]
         return os.pread(self._file.fileno(), end - start, start)
+
+
+def _bucket_starts(buckets: int) -> np.ndarray:
+    """The first place of each of `buckets` equal parts of the circle but the first, uint64."""
+    return np.array([-((-k << 32) // buckets) << 32 for k in range(1, buckets)], np.uint64)
 
 
 def places(seed: int, shard: int, number: np.ndarray, copies: np.ndarray) -> np.ndarray:

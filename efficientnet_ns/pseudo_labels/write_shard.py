@@ -30,6 +30,7 @@ from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index, shuffled_copies
 
 _PICTURES_AT_ONCE = 64
+_ROWS_AT_ONCE = 4096
 
 
 class Lost(RuntimeError):
@@ -134,6 +135,7 @@ class Chosen(NamedTuple):
     @classmethod
     def read(cls, selection: str, shard: int, workers: int) -> Chosen:
         """Reads the rows of a shard; image i was predicted by worker i mod workers."""
+        import pyarrow
         import pyarrow.parquet
 
         columns = ["worker", "position", "label", "prob", "copies"]
@@ -141,9 +143,21 @@ class Chosen(NamedTuple):
             selection, columns=columns, filters=[("shard", "=", shard)]
         )
         worker, position, label, prob, copies = (table[name].to_numpy() for name in columns)
+        del table
         image = position * workers + worker
         order = np.argsort(image)
-        return cls(image[order], label[order], prob[order], copies[order].astype(np.int64))
+        read = cls(image[order], label[order], prob[order], copies[order].astype(np.int64))
+        del worker, position, label, prob, copies
+        pyarrow.default_memory_pool().release_unused()  # Else it is kept to the end.
+        return read
+
+    def rows(self) -> Iterator[tuple[int, int, float]]:
+        """Image, label and probability, image by image."""
+        # In parts: Python's numbers take six times the memory of the arrays.
+        for start in range(0, len(self.image), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            columns = (column[part].tolist() for column in (self.image, self.label, self.prob))
+            yield from zip(*columns)
 
     def labels(self) -> Counter[int]:
         """How many copies of each label are to be written."""
@@ -166,8 +180,7 @@ def _examples(config: SelectConfig, chosen: Chosen, shard: int, workers: int) ->
     with contextlib.ExitStack() as opened:
         images = opened.enter_context(tfrecords.Scanner(source))
         predictions = [opened.enter_context(tfrecords.Scanner(path)) for path in paths]
-        rows = zip(chosen.image.tolist(), chosen.label.tolist(), chosen.prob.tolist())
-        for number, label, prob in rows:
+        for number, label, prob in chosen.rows():
             position, worker = divmod(number, workers)
             image = _feature(images, source, number, tfexamples.IMAGE)
             probs = _feature(predictions[worker], paths[worker], position, tfexamples.PROBABILITIES)
