@@ -44,7 +44,7 @@ def _schedule(resolved: ResolvedConfig, num_images: int) -> str:
 
 def _averages(resolved: ResolvedConfig) -> str:
     train, steps = resolved.config.train, resolved.steps_to_run
-    if train.init_model:  # The statistics begin at those of a trained model.
+    if train.init_model or train.init_weights:  # The statistics begin at those of a trained model.
         return ""
     share = initial_share(train.bn_momentum, train.moving_average_decay, steps)
     if share <= _MAX_SHARE:
