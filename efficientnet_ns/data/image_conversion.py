@@ -90,8 +90,8 @@ def png(pixels: np.ndarray, compression: int = -1) -> bytes:
 
 
 def _first_line(error: Exception) -> str:
-    # TensorFlow puts its kernel's name in front, in double braces.
-    return (str(error).splitlines() or [""])[0].split("}} ")[-1]
+    # TensorFlow puts its kernel's name in front, in double braces, and the op's name at the end.
+    return (str(error).splitlines() or [""])[0].split("}} ")[-1].split(" [Op:")[0]
 
 
 def _by_tensorflow(raw: bytes, decode: bool) -> np.ndarray | None:

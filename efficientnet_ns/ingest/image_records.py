@@ -274,7 +274,7 @@ class _Result:
             raise DataError(
                 f"{bad} of {images} images of {self._set.prefix!r} are unusable, "
                 f"more than --max_bad_fraction allows, for example {name}: {reason}. "
-                f"{path} lists those found so far."
+                f"{path} lists those found so far: repair or remove them, or allow more."
             )
 
     def finish(self) -> Made:

@@ -299,7 +299,8 @@ def _report_classes(where: str, names: Sequence[str], entries: Sequence[Entry]) 
     seen = Counter(entry.label for entry in entries)
     empty = [name for i, name in enumerate(names) if i not in seen]
     if empty:
-        logging.warning("%s: %d classes have no images: %s …", where, len(empty), empty[0])
+        shown = ", ".join(empty[:10]) + (", …" if len(empty) > 10 else "")
+        logging.warning("%s: classes without images (%d): %s", where, len(empty), shown)
     by_case = Counter(name.lower() for name in names)
     alike = [name for name in names if by_case[name.lower()] > 1]
     if alike:

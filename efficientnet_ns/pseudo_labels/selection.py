@@ -637,9 +637,10 @@ def _write_outputs(
         empty = sorted(set(range(config.num_label_classes)) - {label for label, *_ in rows})
         if empty:
             logging.warning(
-                "%d of %d classes have no image at or above --min_threshold=%s, the first are %s",
+                "%d of %d classes have no image at or above --min_threshold=%s: %s",
                 *(len(empty), config.num_label_classes, config.min_threshold),
-                ", ".join(class_names_of(config)[label] for label in empty[:10]),
+                ", ".join(class_names_of(config)[label] for label in empty[:10])
+                + (", …" if len(empty) > 10 else ""),
             )
         # Differs (2): the least kept confidence and the images kept.
         content = {str(c): entry for c, entry in chosen.items()} or summary["classes"]

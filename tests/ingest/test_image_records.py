@@ -173,7 +173,7 @@ def test_class_folders_of_every_kind(tmp_path, caplog):
     labels = {image: label for label, image in contents(tmp_path / "out")}
     assert [labels[picture(i)] for i in range(1, 6)] == [1, 2, 4, 4, 5]
     assert "differ only in case: Ant, ant" in caplog.text
-    assert "1 classes have no images: empty" in caplog.text
+    assert "classes without images (1): empty" in caplog.text
 
 
 def test_other_sets_keep_the_classes_of_the_first(tmp_path):
