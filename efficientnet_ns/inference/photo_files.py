@@ -54,7 +54,10 @@ def predict_images(
       WeightsError, FileNotFoundError: the weights do not fit the model, or are not there.
     """
     if not weights_path or not photos:
-        raise ConfigError("--model_dir (or --weights) and at least one photo are needed")
+        raise ConfigError(
+            "a model and at least one photo are needed: --model_dir=run photo.jpg, or "
+            "--model_name=efficientnet-lite0 --weights=published photo.jpg"
+        )
     path = stored_model.find(weights_path)
     if stored_model.is_export(path):
         classify, names = _exported(config, path)
