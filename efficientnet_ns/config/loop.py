@@ -40,7 +40,9 @@ class PicturesConfig(Settings):
         False, "Only print what was found, the settings and the estimated time; write nothing."
     )
     time_limit: str = setting(
-        "", "Limit for the whole run, such as 30m or 2h; fits updates, image size and rounds to it."
+        "",
+        "Time for the whole run, such as 30m or 2h; fits updates, image size and rounds to it, by a "
+        "measurement before the start; does not stop the run.",
     )
 
 

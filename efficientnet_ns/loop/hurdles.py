@@ -77,7 +77,7 @@ class Watch:
             shown = ", ".join(empty[:10]) + (", …" if len(empty) > 10 else "")
             self._warn(
                 f"round {chosen['round']}: no unlabeled picture was kept for {len(empty)} of "
-                f"{len(kept)} classes ({shown}): students see only their labeled pictures"
+                f"{len(kept)} classes ({shown}): students see only their labeled pictures, if any"
             )
 
     def _name(self, number: int) -> str | int:
@@ -98,7 +98,7 @@ def quarantined(folder: str) -> list[str]:
         bad = json_files.read_json(path)
         first = bad[0]
         lines.append(
-            f"{len(bad)} pictures could not be used, such as {first['path']} ({first['reason']}); "
+            f"pictures that could not be used: {len(bad)}, such as {first['path']} ({first['reason']}); "
             f"{path} lists them"
         )
     return lines

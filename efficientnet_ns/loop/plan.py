@@ -255,7 +255,8 @@ def _described(name: str, place: str, found: Survey) -> list[str]:
     if found.classes is not None:
         notes.append(f"{len(found.classes)} classes")
     if found.ignored:
-        notes.append(f"{ignored} other files ignored ({listing.described(found.ignored)})")
+        files = "file" if ignored == 1 else "files"
+        notes.append(f"{ignored} other {files} ignored ({listing.described(found.ignored)})")
     if found.opened < found.images:
         notes.append(f"{found.opened} of them opened")
     lines = [f"{name + ':':10} {place}: {', '.join(notes)}"]

@@ -153,9 +153,12 @@ RULES: tuple[Rule, ...] = (
         "pretrained features help with only {labeled} labels",
         "arXiv 1805.08974",
     ),
-    Rule("models", _models, "teacher and students, for {cores} cores", _PROTOTYPE),
+    Rule("models", _models, "teacher and students; CPU cores: {cores}", _PROTOTYPE),
     Rule(
-        "input_image_size", _image_size, "pictures of {median_side} px, {cores} cores", _PROTOTYPE
+        "input_image_size",
+        _image_size,
+        "pictures of {median_side} px; CPU cores: {cores}",
+        _PROTOTYPE,
     ),
     Rule(
         "max_side",

@@ -165,5 +165,5 @@ def test_quarantine_is_told(tmp_path):
     listing = [{"path": "a.jpg", "reason": "not a picture"}]
     (tmp_path / "train-quarantine.json").write_text(json.dumps(listing))
     (line,) = hurdles.quarantined(str(tmp_path))
-    assert "1 pictures could not be used, such as a.jpg (not a picture)" in line
+    assert "pictures that could not be used: 1, such as a.jpg (not a picture)" in line
     assert hurdles.quarantined(str(tmp_path / "none")) == []
