@@ -62,7 +62,9 @@ class MakeConfig(Settings):
         True, "Decode every image; images that cannot be decoded are left out and listed."
     )
     max_bad_fraction: float = setting(
-        0.01, "Stop when more than this fraction of the images cannot be used.", low=0
+        0.01,
+        "Stop when more than this fraction of a set's images, and more than one, cannot be used; 0: none may.",
+        low=0,
     )
     num_workers: int | None = setting(None, "Processes; default: one per CPU core.", low=1)
     seed: int = setting(0, "Seed of the order of the images and of the split.", low=0)

@@ -101,7 +101,7 @@ def _check_other_sets(config: MakeConfig) -> None:
     """Labeled and unlabeled sets may share a folder if their names distinguish them.
 
     Raises:
-      ConfigError: they could not.
+      ConfigError: they could not, or the classes of a set are unknown.
     """
     folder = os.path.join(config.output_dir, "manifests")
     names = object_stores.names(folder)
@@ -118,6 +118,15 @@ def _check_other_sets(config: MakeConfig) -> None:
         raise ConfigError(
             f"--output_dir={config.output_dir} contains unlabeled images as {unlabeled[0]}-…, which "
             "would be mistaken for a labeled set: choose another folder"
+        )
+    own = {prefix, config.validation_set} if config.validation_fraction else {prefix}
+    unfinished = sorted(set(labeled) - own)
+    task = os.path.join(config.output_dir, tasks.TASK_FILE)
+    if config.labeled and unfinished and not tf.io.gfile.exists(task):
+        raise ConfigError(
+            f"--output_dir={config.output_dir} contains {unfinished[0]}-… without {tasks.TASK_FILE}, from a run "
+            "that did not finish, so the numbers of its classes are unknown: finish it with its own "
+            "command first, or delete these files"
         )
     if config.labeled or not labeled:
         return

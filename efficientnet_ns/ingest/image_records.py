@@ -268,7 +268,9 @@ class _Result:
         lost = len(self._set.lost)
         bad = len(self._bad) - lost + round(lost * self._set.drawn)
         images = len(self._set.entries) + round(lost * self._set.drawn)
-        if bad > self._allowed * images:
+        # One image of a few is no sign of a wrong source; what cannot even be read may be a folder.
+        least = 1 if self._allowed and not lost else 0
+        if bad > max(self._allowed * images, least):
             path = self._write()
             name, reason = self._bad[0]
             raise DataError(

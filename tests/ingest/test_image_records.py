@@ -192,6 +192,32 @@ def test_other_sets_keep_the_classes_of_the_first(tmp_path):
         run(new, tmp_path / "out", image_set="validation", num_shards=1)
 
 
+def test_no_set_is_added_to_one_whose_classes_are_unknown(tmp_path):
+    """What a run that stopped has written may be of other classes than those of the next source."""
+    folder = write_folder(tmp_path / "in", files())
+    for number in range(2):
+        (folder / f"cat/broken{number}.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="2 of 17 images of 'train' are unusable"):
+        run(folder, tmp_path / "out")
+    run(folder, tmp_path / "out", max_bad_fraction=0.2)
+    (tmp_path / "out" / tasks.TASK_FILE).unlink()
+    with pytest.raises(ConfigError, match=r"contains train-… without task.json.*finish it"):
+        run(folder, tmp_path / "out", max_bad_fraction=0.2, image_set="test")
+    run(folder, tmp_path / "out", max_bad_fraction=0.2)
+    run(folder, tmp_path / "out", max_bad_fraction=0.2, image_set="test")
+
+
+@pytest.mark.parametrize("fraction, accepted", [(0.01, True), (0.0, False)])
+def test_one_broken_image_of_a_few_is_left_out(tmp_path, fraction, accepted):
+    folder = write_folder(tmp_path / "in", files())
+    (folder / "cat/broken.png").write_bytes(b"no image")
+    if accepted:
+        assert run(folder, tmp_path / "out", max_bad_fraction=fraction) == {"train": 15}
+    else:
+        with pytest.raises(DataError, match="1 of 16 images of 'train' are unusable"):
+            run(folder, tmp_path / "out", max_bad_fraction=fraction)
+
+
 def test_labels_of_imagenet_for_some_of_its_classes(tmp_path):
     folder = write_folder(
         tmp_path / "in", {"n01443537/a.png": picture(1), "n15075141/b.png": picture(2)}
