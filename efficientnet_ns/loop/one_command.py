@@ -82,6 +82,7 @@ class Result:
             list(self.rows[0]), [list(row.values()) for row in self.rows], rule=True
         )
         module = "python -m efficientnet_ns"
+        work_dir = os.path.dirname(self.report)  # By which every program finds the best model.
         deploy = os.path.join(os.path.dirname(self.saved_model), "deploy", "start.sh")
         lines = [
             table,
@@ -89,7 +90,7 @@ class Result:
             f"labels:   {self.labels}",
             f"report:   {self.report}",
             f"exported: {self.saved_model} and {self.tflite}",
-            f"predict:  {module}.predict_image --model_dir={shlex.quote(self.best)} photo.jpg",
+            f"predict:  {module}.predict_image --model_dir={shlex.quote(work_dir)} photo.jpg",
             f"serve:    {shlex.quote(deploy)}",
         ]
         return "\n".join(lines)
