@@ -109,11 +109,13 @@ NOT_RUN = {
     r"serving.client": "needs a server; tests/serving/test_client.py has one",
     r"tfds:": "downloads the set; tests/ingest has a prepared one",
     r"DataflowRunner": "needs a Google Cloud project",
+    r"ray_address": "needs a cluster; tests/pseudo_labels/test_ray_cluster.py starts one",
     r"python -m pytest": "a test itself",
 }
 # Pattern → module that the command needs.
 NEEDED = {
     r"label_beam": "apache_beam",
+    r"label_ray": "ray",
     r"--format=onnx": "tf2onnx",
     r"\.demo": "mlxtend",
     r"--corrupt=": "imagecorruptions",
