@@ -416,7 +416,9 @@ def as_csv(results: Sequence[Result]) -> str:
     writer.writerow(["photo", "rank", "index", "name", "probability", "error"])
     for result in results:
         if result.error:
-            writer.writerow([result.photo, "", "", "", "", result.error])
+            # Python 3.10 writes no zero bytes, which servers of other kinds may send.
+            error = result.error.replace("\0", "\\0")
+            writer.writerow([result.photo, "", "", "", "", error])
         for rank, prediction in enumerate(result.predictions, 1):
             writer.writerow([result.photo, rank, *prediction.values(), ""])
     return text.getvalue().rstrip("\n")
