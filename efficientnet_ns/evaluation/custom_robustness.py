@@ -289,19 +289,16 @@ def corrupted(
         part: _stages(folder, subjects, labeled, part, details if part[1] else {}) for part in todo
     }
     lacking = {
-        part: [subject for subject in subjects if not stages[part][subject.name].done()]
-        for part in todo
+        part: left
+        for part, of_models in stages.items()
+        if (left := [subject for subject in subjects if not of_models[subject.name].done()])
     }
-    finished = [part for part in todo if not lacking[part]]
     total = labeled.source.total
-    with Progress(
-        len(todo) * total, "corruptions", "images", done=len(finished) * total
-    ) as progress:
-        for part in todo:
-            if not lacking[part]:
-                continue
-            hits = _count_hits(lacking[part], labeled, submit, part, ahead, progress)
-            for subject, number in zip(lacking[part], hits):
+    done = (len(todo) - len(lacking)) * total
+    with Progress(len(todo) * total, "corruptions", "images", done) as progress:
+        for part, left in lacking.items():
+            hits = _count_hits(left, labeled, submit, part, ahead, progress)
+            for subject, number in zip(left, hits):
                 with stages[part][subject.name].write() as (_, counts):
                     counts["error"] = 1 - int(number) / total
     errors: dict[str, dict[str, list[float]]] = {}

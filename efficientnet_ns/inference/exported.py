@@ -126,7 +126,7 @@ def check(config: Config, stored: stored_model.StoredModel) -> None:
     own = {
         **Config().values(),
         "input_image_size": stored.images.get("image_size"),
-        "crop_fraction": stored.settings.get("crop_fraction", stored.images.get("crop_fraction")),
+        "crop_fraction": stored.crop_fraction,
     }
     for name, what in _WITHOUT.items():
         if values[name] not in (Config().values()[name], own[name]):

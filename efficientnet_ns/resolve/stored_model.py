@@ -33,7 +33,6 @@ BEST = "best model"
 # Settings of the training that later programs need, where they are not given.
 _OF_TRAINING = (
     *("width_coefficient", "depth_coefficient", "dropout_rate", "stochastic_depth_rate"),
-    "crop_fraction",
     # When `--eval_continuously` has seen the last checkpoint.
     *("train_steps", "train_ratio", "train_last_step_num"),
 )
@@ -67,6 +66,12 @@ class StoredModel:
         """Its variant; None: unknown."""
         return self.images.get("variant") or self.settings.get("model_name")
 
+    @property
+    def crop_fraction(self) -> float | None:
+        """Fraction of the shorter side that its evaluation keeps; None: the published one."""
+        # Of trainings of earlier versions only the settings have it.
+        return self.settings.get("crop_fraction", self.images.get("crop_fraction"))
+
     def complete(self, config: Config) -> Config:
         """`config` with what is not given, that is, equals its default, taken from the model.
 
@@ -80,7 +85,7 @@ class StoredModel:
         noted = {name: self.settings[name] for name in _OF_TRAINING if name in self.settings}
         noted["model_name"] = own
         noted["input_image_size"] = self.images.get("image_size")
-        noted.setdefault("crop_fraction", self.images.get("crop_fraction"))
+        noted["crop_fraction"] = self.crop_fraction
         noted["task_name"] = self.task_name
         missing = {n: v for n, v in noted.items() if v is not None and now[n] == default[n]}
         return config.override(**missing)
