@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from absl import logging
 
+from efficientnet_ns.files import name_lists
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_sources
 from efficientnet_ns.ingest.image_sources import Entry, LeftOut
@@ -289,7 +290,7 @@ def _agreed_names(
             )
         raise DataError(
             f"class {new[0]!r} in {where!r} is not one of the {len(known)} classes of the sets in the "
-            f"output folder ({', '.join(known[:10])}{', …' if len(known) > 10 else ''}) listed in "
+            f"output folder ({name_lists.shortened(known)}) listed in "
             f"{names_from}: delete that file if none of these sets is left, or choose another folder"
         )
     return tuple(known)
@@ -299,7 +300,7 @@ def _report_classes(where: str, names: Sequence[str], entries: Sequence[Entry]) 
     seen = Counter(entry.label for entry in entries)
     empty = [name for i, name in enumerate(names) if i not in seen]
     if empty:
-        shown = ", ".join(empty[:10]) + (", …" if len(empty) > 10 else "")
+        shown = name_lists.shortened(empty)
         logging.warning("%s: classes without images (%d): %s", where, len(empty), shown)
     by_case = Counter(name.lower() for name in names)
     alike = [name for name in names if by_case[name.lower()] > 1]

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from efficientnet_ns.config import Config, LoopConfig
-from efficientnet_ns.files import json_files
+from efficientnet_ns.files import json_files, name_lists
 from efficientnet_ns.files.paths import listed
 from efficientnet_ns.loop import rounds
 from efficientnet_ns.pseudo_labels.outcome import Outcome
@@ -74,7 +74,7 @@ class Watch:
             )
         empty = [str(self._name(i)) for i, number in enumerate(kept) if not number]
         if empty:
-            shown = ", ".join(empty[:10]) + (", …" if len(empty) > 10 else "")
+            shown = name_lists.shortened(empty)
             self._warn(
                 f"round {chosen['round']}: no unlabeled picture was kept for {len(empty)} of "
                 f"{len(kept)} classes ({shown}): students see only their labeled pictures, if any"

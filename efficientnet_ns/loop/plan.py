@@ -13,7 +13,14 @@ import tensorflow as tf
 
 from efficientnet_ns.config import Config, ConfigError, LoopConfig, PicturesConfig, given
 from efficientnet_ns.config.cpus import available_cpus
-from efficientnet_ns.files import json_files, manifests, object_stores, progress, text_table
+from efficientnet_ns.files import (
+    json_files,
+    manifests,
+    name_lists,
+    object_stores,
+    progress,
+    text_table,
+)
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_records, listing, survey, tfds_source
 from efficientnet_ns.ingest.survey import Survey
@@ -261,8 +268,8 @@ def _described(name: str, place: str, found: Survey) -> list[str]:
         notes.append(f"{found.opened} of them opened")
     lines = [f"{name + ':':10} {place}: {', '.join(notes)}"]
     if found.classes is not None:
-        shown = [f"{c} {n}" for c, n in list(found.classes.items())[:50]]
-        lines.append(f"{'':10} {', '.join(shown)}{', …' if len(found.classes) > 50 else ''}")
+        shown = [f"{c} {n}" for c, n in found.classes.items()]
+        lines.append(f"{'':10} {name_lists.shortened(shown, 50)}")
     for path, reason in found.refused[:10]:
         lines.append(f"{'':10} refused: {path}: {reason}")
     if len(found.refused) > 10:

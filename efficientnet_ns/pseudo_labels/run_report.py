@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from efficientnet_ns import report
 from efficientnet_ns.config import ConfigError, ReportConfig, SelectConfig, given
-from efficientnet_ns.files import exclusions, manifests
+from efficientnet_ns.files import exclusions, manifests, name_lists
 from efficientnet_ns.pseudo_labels import index, label_next, outcome
 from efficientnet_ns.pseudo_labels.outcome import Outcome, Picture
 from efficientnet_ns.pseudo_labels.selection import RULE, SELECTION, class_names_of
@@ -164,7 +164,7 @@ def _summary(run: _Run) -> str:
     }
     body = report.table([{"": what, "images": totals[k]} for what, k in rows.items()])
     if empty:
-        shown = ", ".join(empty[:20] + (["…"] if len(empty) > 20 else []))
+        shown = name_lists.shortened(empty, 20)
         text = f"{len(empty)} of {len(run.names)} classes have no image kept: {shown}"
         body += report.paragraph(text)
     return body

@@ -38,6 +38,7 @@ from efficientnet_ns.files import (
     json_files,
     local_files,
     manifests,
+    name_lists,
     object_stores,
     tfexamples,
     tfrecords,
@@ -636,11 +637,11 @@ def _write_outputs(
         )
         empty = sorted(set(range(config.num_label_classes)) - {label for label, *_ in rows})
         if empty:
+            names = class_names_of(config)
             logging.warning(
                 "%d of %d classes have no image at or above --min_threshold=%s: %s",
                 *(len(empty), config.num_label_classes, config.min_threshold),
-                ", ".join(class_names_of(config)[label] for label in empty[:10])
-                + (", …" if len(empty) > 10 else ""),
+                name_lists.shortened([names[label] for label in empty]),
             )
         # Differs (2): the least kept confidence and the images kept.
         content = {str(c): entry for c, entry in chosen.items()} or summary["classes"]
