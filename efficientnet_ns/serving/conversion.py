@@ -50,7 +50,7 @@ def convert_checkpoint(
             depth_coefficient=config.depth_coefficient,
             mean=learned.get("mean"),
             std=learned.get("std"),
-            crop_fraction=learned.get("crop_fraction"),
+            crop_fraction=stored.crop_fraction,
         )
     except ValueError as e:
         raise ConfigError(f"no such model: {e}") from e
