@@ -26,7 +26,7 @@ from efficientnet_ns.config import (
 )
 from efficientnet_ns.config.loop import QUICK_STUDENT_STEPS, QUICK_TEACHER_STEPS
 from efficientnet_ns.evaluation import evaluate
-from efficientnet_ns.files import json_files
+from efficientnet_ns.files import manifests
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.ingest import data_source
@@ -216,11 +216,20 @@ def _trainings(student: Config, teacher: Config, method: Method, loop: LoopConfi
 # --- Running pieces -------------------------------------------------------------------------------
 
 
+def _training(config: Config) -> manifests.Stage:
+    """A training with its measurement, whose result stands in the manifest.
+
+    The name of the folder is a hash of the settings, so these need no comparison.
+    """
+    return manifests.Stage(os.path.join(config.train.model_dir or "", "measured.json"), [], {})
+
+
 def _train(config: Config) -> dict[str, Any]:
     """Trains and measures a model; its result, or the recorded one."""
-    path = _result_path(config)
-    if tf.io.gfile.exists(path):
-        return json_files.read_object(path, "measured", "steps")
+    return _training(config).once(lambda: _trained(config))
+
+
+def _trained(config: Config) -> dict[str, Any]:
     started = time.monotonic()
     metrics = train.train_and_evaluate(config, evaluate=False)
     trained = time.monotonic()
@@ -231,12 +240,7 @@ def _train(config: Config) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
     }
     tf.keras.backend.clear_session()
-    json_files.write_json(path, result, indent=1)
     return result
-
-
-def _result_path(config: Config) -> str:
-    return os.path.join(config.train.model_dir or "", "result.json")
 
 
 def _label(config: Config) -> None:
@@ -268,7 +272,7 @@ class Runner:
         trainings = {
             w.config.train.model_dir: w.config for a in arms for w in a if w.kind == "train"
         }
-        done = {f for f, c in trainings.items() if tf.io.gfile.exists(_result_path(c))}
+        done = {f for f, c in trainings.items() if _training(c).done()}
         self._left = {f: _images(c) for f, c in trainings.items() if f not in done}
         finished = sum(_images(c) for f, c in trainings.items() if f in done)
         total = finished + sum(self._left.values())
@@ -281,7 +285,7 @@ class Runner:
         A teacher that cannot be trained is an error, because then no arm can be trained.
         """
         result = None
-        if tf.io.gfile.exists(_result_path(arm[-1].config)):
+        if _training(arm[-1].config).done():
             arm = arm[-1:]
         for work in arm:
             try:

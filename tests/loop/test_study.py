@@ -356,7 +356,7 @@ def test_arms_share_what_is_equal(finished):
     """A teacher, its labels, and two students; a third has no data. Other arms are one of them."""
     _, _, trained, labeled = finished
     assert len(trained) == len(set(trained)) == 3
-    assert all((Path(folder) / "result.json").exists() for folder in trained)
+    assert all((Path(folder) / "measured.json").exists() for folder in trained)
     assert len(labeled) == 1
 
 
@@ -460,10 +460,10 @@ def test_killed_study_continues(finished, folder, config, monkeypatch):
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     work_dir = folder / "killed"
-    teacher = work_dir / "cache" / Path(trained[0]).name / "result.json"
+    teacher = work_dir / "cache" / Path(trained[0]).name / "measured.json"
     before = teacher.stat().st_mtime_ns
     assert not (work_dir / "study.json").exists()
-    assert not (work_dir / "cache" / student / "result.json").exists()
+    assert not (work_dir / "cache" / student / "measured.json").exists()
     monkeypatch.setattr(study, "STUDIES", TABLE)
     again = study.run_study(config, loop_in(work_dir), study.StudyConfig(seeds="3"))
     assert teacher.stat().st_mtime_ns == before
