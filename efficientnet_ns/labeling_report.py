@@ -9,7 +9,7 @@ from efficientnet_ns.config import ReportConfig, SelectConfig
 def main(selection: SelectConfig, options: ReportConfig) -> None:
     from efficientnet_ns.loop import labeling
 
-    print(labeling.report(selection, options))
+    print(*labeling.report(selection, options), sep="\n")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,10 @@ class Progress:
             self._printed = time.monotonic()
             logging.info("%s: %s", self.what, self.line(note))
 
+    def restart_rate(self) -> None:
+        """Leaves what is counted out of the rate, such as a first step that included compilation."""
+        self._first, self._started = self.count, time.monotonic()
+
     def _line_is_due(self, before: int) -> bool:
         if self._line_every is not None:
             return self.count // self._line_every > before // self._line_every

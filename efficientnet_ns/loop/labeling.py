@@ -26,14 +26,15 @@ from efficientnet_ns.config import (
 from efficientnet_ns.data import tasks
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.pseudo_labels import index, predict, run_report, unlabeled_set, write
-from efficientnet_ns.pseudo_labels.selection import select
+from efficientnet_ns.pseudo_labels.selection import class_names_of, select
 
 
 def select_and_write(selection: SelectConfig, options: FilterConfig) -> dict[str, Any]:
     """Statistics, selection and balanced records of all shards, or of `selection.shard_id`.
 
     Returns:
-      What `select` and `write` return, and the path of the `report`, if one was written.
+      What `select` and `write` return, with names for the classes if the task has them, and the path
+      of the `report`, if one was written.
 
     Raises:
       ConfigError: a folder is not given, or settings contradict each other.
@@ -48,13 +49,16 @@ def select_and_write(selection: SelectConfig, options: FilterConfig) -> dict[str
         one = selection.shard_id
         shards = index.shards(selection) if one is None else [one]
         result.update(write.write(selection, shards))
+    if "classes" in result:
+        names = class_names_of(selection)
+        result["classes"] = {names[int(label)]: kept for label, kept in result["classes"].items()}
     if options.report:
-        result["report"] = run_report.write_report(selection)
+        result["report"] = run_report.write_report(selection)[0]
     return result
 
 
-def report(selection: SelectConfig, options: ReportConfig) -> str:
-    """Writes the labeling report of a finished selection; its path.
+def report(selection: SelectConfig, options: ReportConfig) -> list[str]:
+    """Writes the labeling report of a finished selection; see `run_report.write_report`.
 
     Raises:
       ConfigError: a folder is not given.

@@ -43,6 +43,7 @@ from efficientnet_ns.ingest import data_source, duplicates, survey
 from efficientnet_ns.loop import hurdles, judgement, labels_csv, picture_report, plan, rounds, rules
 from efficientnet_ns.loop.plan import Plan
 from efficientnet_ns.loop.state import State
+from efficientnet_ns.models import published
 from efficientnet_ns.pseudo_labels import predict
 from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.serving.model_export import export_model
@@ -150,12 +151,15 @@ def from_pictures(pictures: PicturesConfig, settings: Config, loop: LoopConfig) 
     made = plan.make(pictures, values, work)
     print(plan.describe(made, pictures), file=sys.stderr)
     plan.write(made, pictures, values, work)
+    run = _Run(pictures, made, work)
+    if run.state.finished:
+        print(f"continuing {work}: finished are {', '.join(run.state.finished)}", file=sys.stderr)
     verbosity = logging.get_verbosity()
     try:
         # The progress line shows what matters of each stage's log.
         logging.set_verbosity(logging.WARNING)
         with progress.Whole(_stages(made, pictures)):
-            return _Run(pictures, made, work).result()
+            return run.result()
     finally:
         logging.set_verbosity(verbosity)
 
@@ -396,14 +400,25 @@ class _Run:
         folder = self._in_work("export")
         paths = {"saved_model": os.path.join(folder, "1")}
         options = ExportConfig(export_dir=folder, version=1, top_k=max(1, min(5, classes or 5)))
+        facts = self._facts(model)
         # The upload of a killed export is none: its graph comes last.
         if not stored_model.is_export(paths["saved_model"]):
-            export_model(model, options)
+            export_model(model, options, facts)
         lite = dataclasses.replace(options, format="tflite")
         file = os.path.join(folder, f"{model.model.model_name}-1-float32.tflite")
         if not tf.io.gfile.exists(file):
-            export_model(model, lite)
+            export_model(model, lite, facts)
         return {**paths, "tflite": file}
+
+    def _facts(self, model: Config) -> dict[str, str]:
+        """For the model card, because the names of folders in `work_dir` say nothing."""
+        start = self.plan.chosen["init_weights"]
+        if start == published.OWN_VARIANT:
+            start = f"published weights of {model.model.model_name}"
+        facts = {"Labeled data": self.pictures.labeled, "Started from": start}
+        if model.train.unlabel_ratio:
+            facts["Pseudo-labeled data"] = self.pictures.unlabeled
+        return {k: os.path.basename(place.rstrip("/")) for k, place in facts.items() if place}
 
     def _judged(self, model: Config) -> dict[str, judgement.Judged]:
         task = tasks.get_task(model.data.task_name or "")

@@ -51,6 +51,11 @@ class State:
             )
         self._state["settings"] = stored
 
+    @property
+    def finished(self) -> list[str]:
+        """Names of the recorded stages, in order."""
+        return list(self._state["stages"])
+
     def once(self, name: str, work: Callable[[], dict]) -> dict:
         """The recorded result of stage `name`; does the work first if it is not recorded."""
         stages = self._state["stages"]

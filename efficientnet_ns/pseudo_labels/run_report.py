@@ -31,12 +31,15 @@ _REVIEW_PIXELS = 320
 _DEFAULTS = ReportConfig()
 
 
-def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> str:
-    """Writes the report of a finished selection, and returns its path.
+def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> list[str]:
+    """Writes the report of a finished selection, and what else is asked for.
 
     Args:
       config: settings of the selection.
       options: the path, and what to show in addition to the run.
+
+    Returns:
+      The paths of the report, of the review sheet, and of the list of images to label next.
 
     Raises:
       DataError: predictions, selection or truth are missing or do not fit.
@@ -55,11 +58,13 @@ def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> str
             for title, body in sections(config, options)
         ],
     )
+    written, folder = [path], os.path.dirname(path)
     if options.review_images:
-        _write_review(config, options, os.path.join(os.path.dirname(path), "review.html"))
+        written.append(os.path.join(folder, "review.html"))
+        _write_review(config, options, written[-1])
     if options.label_next:
-        label_next.write(config, options.label_next, os.path.dirname(path))
-    return path
+        written.append(label_next.write(config, options.label_next, folder))
+    return written
 
 
 def _write_review(config: SelectConfig, options: ReportConfig, path: str) -> None:

@@ -313,11 +313,12 @@ def _card(
         "accelerator": "accelerators (batch norm folded, weights in variables)",
         "none": "any device (graph as trained)",
     }
+    part = preprocessing.crop_fraction or "size / (size + 32)"
     crop = (
         "Resized to the model's size without cropping (small images are taken as they are)."
         if preprocessing.small_image
-        else "Center crop of size / (size + 32) of the shorter side, then bicubic resize: the "
-        "function that evaluation uses."
+        else f"Center crop of {part} of the shorter side, then bicubic resize: the function that "
+        "evaluation uses."
     )
     names = options.outputs.class_names
     facts = {"Parameters": f"{model.count_params():,}", **options.facts}

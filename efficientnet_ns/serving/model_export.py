@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -13,6 +15,7 @@ from absl import logging
 from efficientnet_ns import inference
 from efficientnet_ns.config import Config, ConfigError, ExportConfig
 from efficientnet_ns.data import tasks
+from efficientnet_ns.files import name_lists
 from efficientnet_ns.inference import lite_files
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import published, weights
@@ -22,12 +25,15 @@ from efficientnet_ns.serving import check, export, onnx_files, provenance
 from efficientnet_ns.serving.classifier import OutputSpec
 
 
-def export_model(config: Config, options: ExportConfig) -> str:
+def export_model(
+    config: Config, options: ExportConfig, facts: Mapping[str, object] | None = None
+) -> str:
     """Exports the newest checkpoint of `model_dir` (or the one at `init_model_path`).
 
     Args:
       config: names the model, whose other settings are read from its folder unless given.
       options: what to export, and where to.
+      facts: name → value, for the model card; replace those read from the folder of the training.
 
     Returns:
       The folder of the SavedModel, or the path of the file.
@@ -47,8 +53,25 @@ def export_model(config: Config, options: ExportConfig) -> str:
     if number is None:
         pattern = re.escape(_file_name(model, "NUMBER", options)).replace("NUMBER", r"(\d+)")
         number = export.next_version(options.export_dir, pattern)
+    told = _export_options(resolved, options, _facts(resolved, path, options) | dict(facts or {}))
     write = {"savedmodel": _saved_model, "tflite": _tflite, "onnx": _onnx}
-    return write[options.format](resolved, model, path, number, options)
+    return write[options.format](_Job(resolved, path, options, told), model, number)
+
+
+class _Job(NamedTuple):
+    """What is exported, and how.
+
+    Attributes:
+      resolved: settings of the model.
+      path: of its weights.
+      options: as they were given.
+      exported: the same for the writers of files, with the facts for the model card.
+    """
+
+    resolved: ResolvedConfig
+    path: str
+    options: ExportConfig
+    exported: export.Options
 
 
 def _check(options: ExportConfig) -> None:
@@ -89,14 +112,20 @@ def _model(resolved: ResolvedConfig, path: str, options: ExportConfig):
     return model
 
 
-def _export_options(resolved: ResolvedConfig, path: str, options: ExportConfig):
-    names = tasks.class_names(resolved.task) or map(str, range(resolved.num_classes))
-    facts = {
-        "Task": resolved.config.data.task_name,
+def _facts(resolved: ResolvedConfig, path: str, options: ExportConfig) -> dict[str, object]:
+    names = tasks.class_names(resolved.task)
+    return {
+        **({"Classes": name_lists.shortened(names)} if names else {}),
         "Weights": f"{os.path.basename(path.rstrip('/'))}{' (moving averages)' if options.ema else ''}",
         "Arithmetic": options.serving_dtype,
         **_provenance(resolved, path),
     }
+
+
+def _export_options(
+    resolved: ResolvedConfig, options: ExportConfig, facts: Mapping[str, object]
+) -> export.Options:
+    names = tasks.class_names(resolved.task) or map(str, range(resolved.num_classes))
     return export.Options(
         OutputSpec(tuple(names), top_k=options.top_k), options.optimize_for, facts, resolved.task
     )
@@ -120,26 +149,23 @@ def _images(resolved: ResolvedConfig, place: str, limit: int):
     return encoded, inference.preprocess(encoded, resolved.preprocessing()).numpy()
 
 
-def _float32_probabilities(resolved: ResolvedConfig, path: str, options: ExportConfig, images):
+def _float32_probabilities(job: _Job, images):
     """Probabilities of the model as it was trained, in float32."""
-    model = _model(resolved, path, dataclasses.replace(options, serving_dtype="float32"))
+    float32 = dataclasses.replace(job.options, serving_dtype="float32")
+    model = _model(job.resolved, job.path, float32)
     parts = [images[i : i + 8] for i in range(0, len(images), 8)]
     return np.concatenate([tf.nn.softmax(model(part, training=False)) for part in parts])
 
 
-def _saved_model(
-    resolved: ResolvedConfig, model, path: str, version: int, options: ExportConfig
-) -> str:
-    encoded, images = _images(resolved, options.check_data, options.check_images)
-    exported = _export_options(resolved, path, options)
-    folder = export.export(model, resolved.preprocessing(), options.export_dir, version, exported)
-    if encoded:
-        predictions = export.saved_model_runner(folder)(encoded)
-        expected = _float32_probabilities(resolved, path, options, images)
-        print(f"against the float32 model: {check.difference(expected, predictions)}")
+def _saved_model(job: _Job, model, version: int) -> str:
+    options, preprocessing = job.options, job.resolved.preprocessing()
+    encoded, images = _images(job.resolved, options.check_data, options.check_images)
+    folder = export.export(model, preprocessing, options.export_dir, version, job.exported)
+    _compare(job, images, lambda: lambda _: export.saved_model_runner(folder)(encoded))
     return folder
 
 
+_LOW_AGREEMENT = 0.95  # Of int8; more than a twentieth is more than published models lose.
 # Below this the ranges that int8 learns are those of a few images.
 _FEW_IMAGES = 50
 
@@ -158,32 +184,40 @@ def _calibration(resolved: ResolvedConfig, options: ExportConfig, images):
     return images
 
 
-def _tflite(resolved: ResolvedConfig, model, path: str, version: int, options: ExportConfig) -> str:
-    _, images = _images(resolved, options.check_data, options.check_images)
+def _tflite(job: _Job, model, version: int) -> str:
+    options = job.options
+    _, images = _images(job.resolved, options.check_data, options.check_images)
     target = os.path.join(options.export_dir, _file_name(model, version, options))
     content = export.export_tflite(
         model,
-        resolved.preprocessing(),
+        job.resolved.preprocessing(),
         target,
         options.tflite_type,
-        _export_options(resolved, path, options),
-        _calibration(resolved, options, images),
+        job.exported,
+        _calibration(job.resolved, options, images),
     )
-    _compare(resolved, path, options, images, lambda: lite_files.runner(content))
+    _compare(job, images, lambda: lite_files.runner(content))
     return target
 
 
-def _onnx(resolved: ResolvedConfig, model, path: str, version: int, options: ExportConfig) -> str:
-    _, images = _images(resolved, options.check_data, options.check_images)
+def _onnx(job: _Job, model, version: int) -> str:
+    options = job.options
+    _, images = _images(job.resolved, options.check_data, options.check_images)
     target = os.path.join(options.export_dir, _file_name(model, version, options))
-    exported = _export_options(resolved, path, options)
-    content = export.export_onnx(model, resolved.preprocessing(), target, exported)
-    _compare(resolved, path, options, images, lambda: onnx_files.runner(content))
+    content = export.export_onnx(model, job.resolved.preprocessing(), target, job.exported)
+    _compare(job, images, lambda: onnx_files.runner(content))
     return target
 
 
-def _compare(resolved: ResolvedConfig, path: str, options: ExportConfig, images, runner) -> None:
-    """Prints how the probabilities of a file differ from the model's, if there are images."""
-    if len(images):
-        expected = _float32_probabilities(resolved, path, options, images)
-        print(f"against the float32 model: {check.difference(expected, runner()(images))}")
+def _compare(job: _Job, images, runner) -> None:
+    """Prints how the probabilities of an export differ from the model's, if there are images."""
+    if not len(images):
+        return
+    difference = check.difference(_float32_probabilities(job, images), runner()(images))
+    print(f"against the float32 model: {difference}")
+    if job.options.tflite_type == "int8" and difference.agreement < _LOW_AGREEMENT:
+        print(
+            "int8 changes the class of many images: calibrate with more images like those that the model "
+            "will see (--calibration_data, --check_images), or export float32 or float16; Lite variants "
+            "lose less than the others"
+        )

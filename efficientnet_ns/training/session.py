@@ -116,6 +116,8 @@ class Session(tf.keras.callbacks.Callback):
                     *(step, self._patience),
                 )
         self._progress.update(step - previous, f"loss {values['train/loss']:.3f}")
+        if previous == self.start:
+            self._progress.restart_rate()
         self._mark = time.monotonic()
 
     @property

@@ -245,7 +245,7 @@ def test_filter(home, predicted):
     )
     assert selection.select(chosen)["available"] == 8
     assert write.write(chosen)["records"] > 0
-    assert Path(run_report.write_report(chosen)).stat().st_size
+    assert Path(run_report.write_report(chosen)[0]).stat().st_size
 
 
 def test_exported_variables(tmp_path):

@@ -30,6 +30,16 @@ def test_stage_percentage_and_time_left(clock, capsys):
     assert Whole.current is None
 
 
+def test_the_rate_can_leave_out_the_start(clock):
+    bar = Progress(100, "training x", "steps")
+    clock[0] += 60
+    bar.update(10)
+    bar.restart_rate()
+    clock[0] += 5
+    bar.update(10)
+    assert bar.line() == "20/100 steps, 2.0 steps/s, ETA 40 s"
+
+
 def test_finished_stages_count_at_once(capsys):
     with Whole({"teacher": 300, "student": 100}) as whole:
         whole.skip("teacher")

@@ -46,6 +46,22 @@ def test_a_report_without_a_selection():
         labeling.select_and_write(SelectConfig(), FilterConfig())
 
 
+@pytest.mark.parametrize(
+    "task, expected",
+    [
+        ("imagenet", {"goldfish": 1, "crane (bird)": 3, "crane (machine)": 5}),
+        (None, {"1": 1, "134": 3, "517": 5}),
+    ],
+)
+def test_classes_by_name(monkeypatch, task, expected):
+    """Where the task has names."""
+    found = {"1": 1, "134": 3, "517": 5}
+    monkeypatch.setattr(labeling, "select", lambda selection: {"classes": found})
+    places = ("unlabel_data_dir", "prediction_dir", "prelim_stats_dir", "output_dir")
+    selection = SelectConfig(**dict.fromkeys(places, "x"), task_name=task, only_get_stats=1)
+    assert labeling.select_and_write(selection, FilterConfig())["classes"] == expected
+
+
 def test_the_number_of_classes_is_the_tasks(tmp_path):
     """Another one that is given is refused, also the default."""
     path = str(tmp_path / "task.json")

@@ -140,7 +140,7 @@ def test_the_list_and_the_sheet_of_a_run(folder, probs):
     (folder / "review.json").write_text(json.dumps({"decisions": [decided]}))
     given = {"exclude": str(folder / "exclude.csv"), "reviewed": str(folder / "review.json")}
     labeling.select_and_write(selecting(folder, **given), FilterConfig())
-    path = Path(labeling.report(selecting(folder, **given), ReportConfig(label_next=9)))
+    path = Path(labeling.report(selecting(folder, **given), ReportConfig(label_next=9))[0])
     with open(path.parent / "label_next.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     wanted = expected(probs, 9, {first, second})

@@ -103,8 +103,9 @@ def test_labels_out_of_range_are_refused(folder, label):
 def test_sheet_of_a_run(folder):
     (folder / "names").write_text("\n".join(NAMES))
     labeling.select_and_write(selecting(folder), FilterConfig())
-    path = labeling.report(selecting(folder), ReportConfig(review_images=2))
-    page = (Path(path).parent / "review.html").read_text()
+    path, review = labeling.report(selecting(folder), ReportConfig(review_images=2))
+    assert Path(path).name == "report.html"
+    page = Path(review).read_text()
     assert page.count("data:image/png") == 2 * CLASSES
 
 

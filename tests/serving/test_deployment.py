@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,19 @@ def test_start_script_without_a_server_starts_a_container(base, tmp_path):
     assert "--init --entrypoint tensorflow_model_server" in options
     assert arguments.split()[:2] == ["--port=8500", "--rest_api_port=8501"]
     assert arguments.split()[-1] == "--version"
+
+
+def test_start_script_without_server_and_container_says_what_to_install(base, tmp_path):
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    done = subprocess.run(
+        ["bash", str(base / "deploy" / "start.sh")],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 127
+    assert "neither tensorflow_model_server nor docker is installed" in done.stderr
 
 
 def test_files_of_another_model_are_left_with_a_warning(tmp_path, caplog):

@@ -244,13 +244,24 @@ def test_card_tells_recipe_and_accuracy(config, base, tmp_path):
         "Last evaluation in the folder, on dev": "top-1 87.50%, top-5 99.00% of 300 images (moving averages)",
     }
     chosen = ExportConfig(export_dir="unused")
-    options = model_export._export_options(ResolvedConfig.from_config(config), str(folder), chosen)
-    text = export._card(
-        ResolvedConfig.from_config(config).build_model(), Preprocessing(SIZE), 3, options
-    )
-    for name, value in facts.items():
+    resolved = ResolvedConfig.from_config(config)
+    told = {**model_export._facts(resolved, str(folder), chosen), "Labeled data": "flowers"}
+    options = model_export._export_options(resolved, chosen, told)
+    preprocessing = Preprocessing(SIZE, crop_fraction=0.75)
+    text = export._card(resolved.build_model(), preprocessing, 3, options)
+    for name, value in {**facts, "Labeled data": "flowers"}.items():
         assert f"- {name}: {value}\n" in text
+    assert "crop of 0.75 of the shorter side" in text
     assert provenance.of_training(str(tmp_path)) == {}
+
+
+@pytest.mark.parametrize("kind, hint", [("int8", True), ("float16", False)])
+def test_int8_that_changes_classes_gets_a_hint(monkeypatch, capsys, kind, hint):
+    monkeypatch.setattr(model_export, "_float32_probabilities", lambda *_: np.eye(4))
+    job = model_export._Job(None, "", ExportConfig(format="tflite", tflite_type=kind), None)
+    model_export._compare(job, np.eye(4), lambda: lambda _: np.eye(4)[[0, 1, 2, 2]])
+    printed = capsys.readouterr().out
+    assert "top-1 agreement 75.0%" in printed and ("--calibration_data" in printed) == hint
 
 
 def test_card_tells_no_accuracy_of_other_weights(tmp_path):
