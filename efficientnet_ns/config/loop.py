@@ -61,6 +61,11 @@ class LoopConfig(Settings):
     teacher_batch_size: int | None = setting(
         None, "train_batch_size of the first teacher; default: that of the students.", low=1
     )
+    warm_start: bool = setting(
+        False,
+        "Start each student from its teacher's weights; all models must be of one variant. With many "
+        "updates, students from scratch are sometimes better (arXiv 1911.04252).",
+    )
     stop_when_worse: bool = setting(
         False,
         "Stop after a student that is worse than its teacher on the evaluation set.",

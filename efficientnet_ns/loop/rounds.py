@@ -146,7 +146,20 @@ def model_configs(config: Config, loop: LoopConfig) -> list[Config]:
         train_steps=loop.teacher_steps or config.train.train_steps,
         train_batch_size=loop.teacher_batch_size or config.train.train_batch_size,
     )
-    return trainings
+    if not loop.warm_start:
+        return trainings
+    if len(set(models)) > 1:
+        raise ConfigError(
+            f"--warm_start needs students of their teacher's variant, not {loop.models}"
+        )
+    return trainings[:1] + [
+        warm_started(student, teacher) for teacher, student in zip(trainings, trainings[1:])
+    ]
+
+
+def warm_started(student: Config, teacher: Config) -> Config:
+    """The settings of a student that starts from its teacher's weights."""
+    return student.override(init_model=True, init_model_path=teacher.train.model_dir)
 
 
 def _per_model(flag: str, text: str, kind: type, count: int) -> list[Any]:

@@ -199,7 +199,7 @@ def _selection(
 def _trainings(student: Config, teacher: Config, method: Method, loop: LoopConfig) -> list[Config]:
     """Of one student."""
     if method.warm_start:
-        student = student.override(init_model=True, init_model_path=teacher.train.model_dir)
+        student = rounds.warm_started(student, teacher)
     if not method.pretrain:
         return [_placed(student, loop)]
     pretrained = _placed(student.override(label_weight=0.0), loop)

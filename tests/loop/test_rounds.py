@@ -284,6 +284,22 @@ def test_each_model_has_its_image_size_and_ratio(varied):
 
 
 @pytest.mark.slow
+def test_warm_start(config):
+    """Each student begins with its teacher's weights; one of another variant cannot."""
+    loop = LoopConfig(
+        work_dir="w", models="efficientnet-b0," * 2 + "efficientnet-b0", warm_start=True
+    )
+    teacher, *students = rounds.model_configs(config, loop)
+    assert not teacher.train.init_model
+    assert [s.train.init_model_path for s in students] == [
+        rounds.model_dir(loop, n) for n in (0, 1)
+    ]
+    assert all(student.train.init_model for student in students)
+    other = dataclasses.replace(loop, models="efficientnet-b0,efficientnet-b1")
+    with pytest.raises(ConfigError, match="--warm_start needs students of their teacher's variant"):
+        rounds.model_configs(config, other)
+
+
 def test_fine_tuning_is_the_end_of_a_schedule_on_clean_labeled_images(varied):
     loop, rows = varied
     tuned = trained_with(Path(loop.work_dir) / "round-1/finetuned-16")
