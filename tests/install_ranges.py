@@ -92,14 +92,14 @@ def lowest() -> list[str]:
     return sorted(pinned.values())
 
 
-def step(what: str, command: list[str | Path]) -> bool:
-    """Runs a command; prints how long it took, or its output if it failed."""
+def step(what: str, command: list[str | Path], folder: Path) -> bool:
+    """Runs a command in an empty folder; prints how long it took, or its output if it failed."""
     begun = time.monotonic()
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        command, cwd=tempfile.gettempdir(), env=environment, text=True, capture_output=True
-    )
+    # Python imports from where it is started, so there must be nothing.
+    with tempfile.TemporaryDirectory(dir=folder) as empty:
+        done = subprocess.run(command, cwd=empty, env=environment, text=True, capture_output=True)
     word = "passed" if done.returncode == 0 else "FAILED"
     print(f"  {what:<28} {word} {time.monotonic() - begun:6.0f} s", flush=True)
     if done.returncode:
@@ -119,13 +119,13 @@ def check(end: str, folder: Path, tests: list[str]) -> list[bool]:
     for extra, program in PROGRAMS.items():
         name = f"{ROOT}[{extra}]" if extra else str(ROOT)
         results += [
-            step(f"pip install {extra or 'the package'}", [*install, name]),
-            step("  pip check", [python, "-m", "pip", "check"]),
-            step("  runs", [python, "-c", program]),
+            step(f"pip install {extra or 'the package'}", [*install, name], folder),
+            step("  pip check", [python, "-m", "pip", "check"], folder),
+            step("  runs", [python, "-c", program], folder),
         ]
     if tests:
         pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT]
-        results.append(step("tests", [*pytest, *(ROOT / "tests" / name for name in tests)]))
+        results.append(step("tests", [*pytest, *(ROOT / "tests" / name for name in tests)], folder))
     return results
 
 
