@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pip._vendor import tomli
 from pip._vendor.packaging.requirements import Requirement
+from pip._vendor.packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 # Extra → what must run once it is installed.
@@ -80,16 +81,18 @@ def dependencies() -> dict[str, list[str]]:
     return {"": project["dependencies"], **project["optional-dependencies"]}
 
 
-def lowest() -> list[str]:
-    """`name==version` of the lowest version of every requirement that has one, for this Python."""
-    pinned = {}
-    for requirement in map(Requirement, sum(dependencies().values(), [])):
+def lowest(extras: list[str]) -> list[str]:
+    """`name==version` of the lowest versions that the package with some extras accepts, for this Python."""
+    pinned: dict[str, Version] = {}
+    for requirement in map(Requirement, sum((dependencies()[extra] for extra in extras), [])):
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         for bound in requirement.specifier:
             if bound.operator == ">=":
-                pinned[requirement.name] = f"{requirement.name}=={bound.version}"
-    return sorted(pinned.values())
+                # An extra may need a later version than the package itself.
+                version = Version(bound.version)
+                pinned[requirement.name] = max(version, pinned.get(requirement.name, version))
+    return [f"{name}=={version}" for name, version in sorted(pinned.items())]
 
 
 def step(what: str, command: list[str | Path], folder: Path) -> bool:
@@ -113,10 +116,11 @@ def check(end: str, folder: Path, tests: list[str]) -> list[bool]:
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"
     constraints = folder / "constraints.txt"
-    constraints.write_text("\n".join(lowest() if end == "lowest" else []) + "\n")
     install = [python, "-m", "pip", "install", "--quiet", "--no-input", "--constraint", constraints]
     results = []
-    for extra, program in PROGRAMS.items():
+    for number, (extra, program) in enumerate(PROGRAMS.items(), 1):
+        pins = lowest(list(PROGRAMS)[:number]) if end == "lowest" else []
+        constraints.write_text("\n".join(pins) + "\n")
         name = f"{ROOT}[{extra}]" if extra else str(ROOT)
         results += [
             step(f"pip install {extra or 'the package'}", [*install, name], folder),
