@@ -209,14 +209,6 @@ def image_if_any(record: bytes | None) -> bytes:
         return b""
 
 
-def image_at(path: str, position: int) -> bytes:
-    """The encoded image of one record of a file; b"" if it cannot be read, or has none."""
-    with tfrecords.Scanner(path) as scanner:
-        scanner.skip(position)
-        record = scanner.take()
-    return image_if_any(record and record.payload)
-
-
 def _only_image(record: bytes) -> bytes | None:
     """The image of a record with nothing else but its file name, copied once; None for others."""
     features = _content(record, 0, len(record), b"\n")
@@ -258,7 +250,7 @@ def _content(record: bytes, at: int, end: int, tag: bytes) -> tuple[int, int] | 
 
 
 def file_name(record: bytes) -> str:
-    """The file name that a record keeps; "" for none."""
+    """The file name that a record keeps; "" for none, as of an empty record."""
     values = _features(record)[FILE_NAME].bytes_list.value
     return values[0].decode("utf-8", "backslashreplace") if values else ""
 

@@ -248,6 +248,20 @@ def spans(path: str) -> Iterator[tuple[int, int]]:
             yield scanner.offset - FOOTER.size - length, length
 
 
+def chosen(path: str, positions: Iterable[int]) -> dict[int, bytes]:
+    """Payloads of some records of a file, by position; b"" for those that cannot be read.
+
+    The file is read up to the last of them only.
+    """
+    found = {}
+    with Scanner(path) as scanner:
+        for position in sorted(set(positions)):
+            scanner.skip(position - scanner.position)
+            record = scanner.take()
+            found[position] = (record and record.payload) or b""
+    return found
+
+
 @contextlib.contextmanager
 def payloads_at() -> Iterator[Callable[[tuple[str, int, int]], bytes]]:
     """Yields a function: (path, first byte, length) as of `spans` → the payload, unchecked.

@@ -9,7 +9,7 @@ if they are copies of any other image.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -23,6 +23,7 @@ from efficientnet_ns.files import (
     parquet_sql,
     shard_names,
     tfexamples,
+    tfrecords,
 )
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import image_marks, unlabeled_set
@@ -56,15 +57,16 @@ def check_data(options: CheckConfig) -> dict[str, Any]:
     search = Search(sets, near=options.near)
     totals = search.totals()
     object_stores.make_folder(options.output_dir)
-    _write_list(os.path.join(options.output_dir, "copies.csv"), search.copies())
-    excluded = [copy for copy in search.copies() if copy.excluded]
-    _write_list(os.path.join(options.output_dir, "exclude.csv"), excluded)
+    copies = search.copies()
+    names, excluded = _names(copies), [copy for copy in copies if copy.excluded]
+    _write_list(os.path.join(options.output_dir, "copies.csv"), copies, names)
+    _write_list(os.path.join(options.output_dir, "exclude.csv"), excluded, names)
     path = os.path.join(options.output_dir, "report.html")
     _write_report(path, sets, search, totals)
     result: dict[str, Any] = {"copies": {}, "excluded": len(excluded), "report": path}
-    for (role, of_role, _), (copies, _) in totals.items():
+    for (role, of_role, _), (number, _) in totals.items():
         name = f"{ROLES[role]} of {ROLES[of_role]}"
-        result["copies"][name] = result["copies"].get(name, 0) + copies
+        result["copies"][name] = result["copies"].get(name, 0) + number
     return result
 
 
@@ -146,13 +148,30 @@ def _noted(folder: str, num_shards: int) -> tuple[list[str], int]:
     return paths, workers
 
 
-def _write_list(path: str, copies: Sequence[Copy]) -> None:
+def _write_list(path: str, copies: Sequence[Copy], names: Mapping[tuple[str, int], str]) -> None:
     rows = []
     for copy in copies:
         own = (copy.file, copy.record, ROLES[copy.role])
         other = (exclusions.place(copy.of_file), copy.of_record, ROLES[copy.of_role])
-        rows.append([*own, *other, copy.distance if copy.distance >= 0 else "same"])
-    exclusions.write(path, ["set", "of_file", "of_record", "of_set", "distance"], rows)
+        distance = copy.distance if copy.distance >= 0 else "same"
+        both = ((copy.file, copy.record), (copy.of_file, copy.of_record))
+        rows.append([*own, *other, distance, *(names.get(place, "") for place in both)])
+    columns = ["set", "of_file", "of_record", "of_set", "distance", "name", "of_name"]
+    exclusions.write(path, columns, rows)
+
+
+def _names(copies: Sequence[Copy]) -> dict[tuple[str, int], str]:
+    """File names by record, where a person acts on them: of evaluation and labeled images."""
+    wanted: dict[str, set[int]] = {}
+    for copy in copies:
+        for role, file, record in (copy[:3], copy[3:6]):
+            if role != UNLABELED:
+                wanted.setdefault(file, set()).add(record)
+    return {
+        (file, record): tfexamples.file_name(payload)
+        for file, records in wanted.items()
+        for record, payload in tfrecords.chosen(file, records).items()
+    }
 
 
 # --- The page -------------------------------------------------------------------------------------
@@ -204,8 +223,9 @@ def _pairs(copies: Sequence[Copy]) -> str:
     for copy in copies:
         alike = "same file" if copy.distance < 0 else f"{copy.distance} bits"
         for file, record in ((copy.of_file, copy.of_record), (copy.file, copy.record)):
-            name = f"{os.path.basename(file)} {record}: {alike}"
-            image = tfexamples.image_at(file, record)
-            items.append((report.thumbnail(image, _PIXELS), name))
+            payload = tfrecords.chosen(file, [record])[record]
+            name = tfexamples.file_name(payload) or f"{os.path.basename(file)} {record}"
+            picture = report.thumbnail(tfexamples.image_if_any(payload), _PIXELS)
+            items.append((picture, f"{name}: {alike}"))
     text = "Pairs of the first image and its copy, those that differ most first."
     return report.paragraph(text) + report.image_grid(items, columns=8, pixel_size=96)

@@ -24,7 +24,7 @@ from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index, unlabeled_set
 
 _AT_ONCE = 1024
-_PICTURES, _PER_CLASS, _PIXELS = 48, 12, 112
+_PICTURES, _PER_CLASS, _PIXELS = 48, 12, 192
 _LISTED_CLASSES = 30
 
 
@@ -34,6 +34,7 @@ class Doubt(NamedTuple):
     Attributes:
       margin: probability of the label minus that of `suggested` or another class, at most 0.
       file, record: its place.
+      name: of the file that the record was made from, "" if it keeps none.
       label, suggested: classes.
       prob: probability of `suggested`.
     """
@@ -41,18 +42,26 @@ class Doubt(NamedTuple):
     margin: float
     file: str
     record: int
+    name: str
     label: int
     suggested: int
     prob: float
 
 
 class _Rows(NamedTuple):
-    """Some predictions for labeled images: probabilities [N, C], labels and records, int [N]."""
+    """Some predictions for labeled images.
+
+    Attributes:
+      probs: probabilities [N, C].
+      labels, records: int [N].
+      payloads: the N records.
+    """
 
     file: str
     probs: np.ndarray
     labels: np.ndarray
     records: np.ndarray
+    payloads: list[bytes]
 
 
 def check_labels(options: LabelsConfig) -> dict[str, Any]:
@@ -105,21 +114,26 @@ def _rows(places: SelectConfig) -> Iterator[_Rows]:
             if lost := [record.position for record, found in pairs if found is None]:
                 raise DataError(f"{paths[0]} has no prediction for record {lost[0]} of {source}")
             good = [
-                (record.position, tfexamples.label(record.payload), found.payload)
+                (record.payload, record.position, tfexamples.label(record.payload), found.payload)
                 for record, found in pairs
                 if record.payload and found and found.payload
             ]
             if not good:
                 continue
-            positions, labels, payloads = zip(*good)
-            probs = np.stack([tfexamples.probabilities(payload) for payload in payloads])
+            payloads, positions, labels, predicted = zip(*good)
+            probs = np.stack([tfexamples.probabilities(payload) for payload in predicted])
             if probs.shape[1] != places.num_label_classes or max(labels) >= probs.shape[1]:
                 raise DataError(
                     f"{source}: labels up to {max(labels)} and predictions of {probs.shape[1]} classes, but "
                     f"the task has {places.num_label_classes}"
                 )
-            known = (np.array(labels) >= 0) & (probs.max(1) > 0)
-            yield _Rows(source, probs[known], np.array(labels)[known], np.array(positions)[known])
+            known = np.flatnonzero((np.array(labels) >= 0) & (probs.max(1) > 0))
+            own = (
+                np.array(labels)[known],
+                np.array(positions)[known],
+                [payloads[i] for i in known],
+            )
+            yield _Rows(source, probs[known], *own)
         for path, rest in zip(paths, readers):
             if next(rest, None) is not None:
                 raise DataError(
@@ -147,16 +161,18 @@ def _doubtful(rows: _Rows, thresholds: np.ndarray) -> Iterator[Doubt]:
     for row in np.flatnonzero(doubtful).tolist():
         label, probs = int(rows.labels[row]), rows.probs[row]
         margin = float(probs[label] - np.delete(probs, label).max())
-        best = int(suggested[row])
-        yield Doubt(margin, rows.file, int(rows.records[row]), label, best, float(probs[best]))
+        best, name = int(suggested[row]), tfexamples.file_name(rows.payloads[row])
+        record = int(rows.records[row])
+        yield Doubt(margin, rows.file, record, name, label, best, float(probs[best]))
 
 
 def _write_list(path: str, doubts: Sequence[Doubt], names: Sequence[str]) -> None:
     rows = []
     for one in doubts:
         numbers = (f"{one.prob:.4f}", f"{one.margin:.4f}")
-        rows.append([one.file, one.record, names[one.label], names[one.suggested], *numbers])
-    exclusions.write(path, ["label", "suggested", "probability", "margin"], rows)
+        classes = (names[one.label], names[one.suggested])
+        rows.append([one.file, one.record, one.name, *classes, *numbers])
+    exclusions.write(path, ["name", "label", "suggested", "probability", "margin"], rows)
 
 
 def _write_report(
@@ -193,7 +209,7 @@ def _write_report(
         intro=(
             f"{len(doubts)} of {images.sum()} images in {options.label_data_dir} whose label the "
             f"predictions in {options.prediction_dir} contradict, by confident learning. Below each "
-            "picture: its label, and the suggested one. Where the predictions are of a model that "
+            "picture: its label, the suggested one with its probability, and its file. Where the predictions are of a model that "
             "learned from these labels, it repeats most errors: use one that did not."
         ),
         sections=[
@@ -211,7 +227,8 @@ def _most_common(labels: Sequence[int]) -> int:
 def _grid(doubts: Sequence[Doubt], names: Sequence[str]) -> str:
     items = []
     for one in doubts:
-        image = tfexamples.image_at(one.file, one.record)
+        payload = tfrecords.chosen(one.file, [one.record])[one.record]
         caption = f"{names[one.label]} → {names[one.suggested]} {one.prob:.2f}"
-        items.append((report.thumbnail(image, _PIXELS), caption))
-    return report.image_grid(items)
+        caption += f": {one.name}" if one.name else ""
+        items.append((report.thumbnail(tfexamples.image_if_any(payload), _PIXELS), caption))
+    return report.image_grid(items, columns=8, pixel_size=96)

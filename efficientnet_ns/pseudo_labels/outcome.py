@@ -332,11 +332,8 @@ def read_records(
         by_shard[shard].add(number)
     found = {}
     for shard, wanted in sorted(by_shard.items()):
-        with tfrecords.Scanner(index.input_path(config, shard)) as scanner:
-            for number in sorted(wanted):
-                scanner.skip(number - scanner.position)
-                record = scanner.take()
-                found[shard, number] = (record and record.payload) or b""
+        payloads = tfrecords.chosen(index.input_path(config, shard), wanted)
+        found.update({(shard, number): payload for number, payload in payloads.items()})
     return found
 
 

@@ -54,7 +54,10 @@ COPIES = {
 
 def write(folder: Path, prefix: str, images: list[bytes], *, labeled: bool) -> None:
     if labeled:
-        examples = [tfexamples.labeled_example(image, i % 2) for i, image in enumerate(images)]
+        examples = [
+            tfexamples.labeled_example(image, i % 2, f"{prefix} {i}.jpg")
+            for i, image in enumerate(images)
+        ]
     else:
         examples = [tfexamples.unlabeled_example(image) for image in images]
     tfrecords.write_sharded(str(folder), prefix, examples, 2)
@@ -116,6 +119,7 @@ def test_copies_of_every_kind(folder, found):
     assert by_number[list(COPIES).index("same file")]["distance"] == "same"
     (leak,) = [row for row in listed if row["set"] == "labeled"]
     assert (leak["of_set"], leak["record"]) == ("evaluation", "5")
+    assert (leak["name"], leak["of_name"]) == ("train 10.jpg", "validation 3.jpg")
     expected = {"labeled of evaluation": 1, "unlabeled of evaluation": number}
     expected |= {"unlabeled of labeled": 1, "unlabeled of unlabeled": 1}
     assert found["copies"] == expected and found["excluded"] == len(listed)
@@ -125,6 +129,8 @@ def test_report_shows_the_pairs(found):
     page = Path(found["report"]).read_text()
     assert page.count("<img") == 2 * found["excluded"]
     assert "Labeled images that are copies of evaluation images" in page
+    # Files of unlabeled records that keep no name are named by their place.
+    assert "train 10.jpg: " in page and "extra-00000-of-00002 0: " in page
 
 
 def test_equal_files_only(folder):

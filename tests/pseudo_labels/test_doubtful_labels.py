@@ -33,7 +33,10 @@ def labels(truth) -> np.ndarray:
 def folder(tmp_path, rng, truth, labels) -> Path:
     """Labeled records in two files, predictions by two workers, of 98 % accuracy."""
     image = png(rng)
-    examples = [tfexamples.labeled_example(image, int(label)) for label in labels]
+    examples = [
+        tfexamples.labeled_example(image, int(label), f"{n}.png" if n % 2 else "")
+        for n, label in enumerate(labels)
+    ]
     tfrecords.write_sharded(str(tmp_path / "data"), "train", examples, 2)
     guessed = np.where(rng.random(IMAGES) < 0.02, rng.integers(0, CLASSES, IMAGES), truth)
     sureness = np.where(rng.random([IMAGES, 1]) < 0.1, 2, 15)  # Most are sure, as of a network.
@@ -81,12 +84,16 @@ def test_planted_errors_come_first(folder, labels):
         assert (number in found) == (best != labels[number]), number
     margins = [float(row["margin"]) for row in rows]
     assert margins == sorted(margins)
+    assert [row["name"] for row in rows] == [f"{n}.png" if n % 2 else "" for n in found]
 
 
 def test_report_has_pictures_by_class(folder):
     result = doubtful_labels.check_labels(options(folder))
     page = Path(result["report"]).read_text()
     assert "cat, wild" in page and page.count("<img") > result["doubtful"]
+    with (folder / "doubts" / "doubtful.csv").open() as f:
+        first = next(row for row in csv.DictReader(f) if row["name"])
+    assert f"→ {first['suggested']} {float(first['probability']):.2f}: {first['name']}" in page
 
 
 def test_predictions_that_do_not_fit_are_refused(folder):
