@@ -103,6 +103,15 @@ delete() {
   run gcloud compute tpus queued-resources delete "$TPU_NAME" "${where[@]}" --force --quiet
 }
 
+# What `setup` copies is committed here: asked before anything is created.
+in_clone() {
+  if ! git cat-file -e HEAD:./tpu_scripts/tpu_install.sh 2>/dev/null; then
+    echo "tpu_vm.sh: $PWD is not a git clone of this package: start the script in one, whose committed files" \
+      "\`setup\` copies to the machines" >&2
+    exit 2
+  fi
+}
+
 setup() {
   local archive
   archive=$(mktemp -d)/efficientnet_ns.tar.gz
@@ -195,6 +204,9 @@ watch_once() {
   esac
 }
 
+case $command in
+  setup | watch) in_clone ;;
+esac
 case $command in
   create | state | delete | setup | status) "$command" ;;
   run)

@@ -242,7 +242,9 @@ def check_no_file(name: str, path: str) -> None:
     while part and not os.path.lexists(part):
         part = os.path.dirname(part)
     if part and not os.path.isdir(part):
-        raise ConfigError(f"--{name}={path}: {part} is not a folder; choose another path")
+        file = "; a file of weights or of an export: --weights or --init_model_path"
+        hint = file if name == "model_dir" and part == path else "; choose another path"
+        raise ConfigError(f"--{name}={path}: {part} is not a folder{hint}")
 
 
 def check(settings: Any) -> None:

@@ -104,7 +104,7 @@ class Stage:
             raise OutputConflict(
                 f"the outputs of {self.manifest} were made with other settings "
                 f"({describe_difference(made_with, self.config)}). "
-                f"Delete {' and '.join(found or [self.manifest])}, or choose another output folder."
+                f"Choose another output folder, or delete {' and '.join(found or [self.manifest])}."
             )
         for path, size in zip(self.outputs, sizes):
             if size is None:

@@ -59,12 +59,14 @@ _SUPERVISED = {
     "efficientnet-lite4": ("lite/efficientnet-lite4", "tf_efficientnet_lite4.in1k"),
 }
 _FILES = {**_NOISY_STUDENT, **_SUPERVISED}
+# `list_models` shows these names; where nothing of that name is, the archive was not unpacked there.
+_VARIANTS = {os.path.basename(archive): name for name, (archive, _) in _FILES.items()}
 
 
 def is_name(path: str | os.PathLike) -> bool:
     """Whether this is a name of published weights, and no path of a file, folder or checkpoint."""
     path = os.fspath(path)
-    named = path == OWN_VARIANT or path in _PACKAGES or path in _FILES
+    named = path == OWN_VARIANT or path in {*_PACKAGES, *_FILES, *_VARIANTS}
     return named and not any(map(tf.io.gfile.exists, (path, f"{path}.index")))
 
 
@@ -82,6 +84,7 @@ def located(path: str | os.PathLike, variant: str = "") -> str | os.PathLike:
     if not is_name(path):
         return path
     name = variant if os.fspath(path) == OWN_VARIANT else os.fspath(path)
+    name = _VARIANTS.get(name, name)
     if name in _PACKAGES:
         return _installed(name)
     if name not in _FILES:
@@ -92,7 +95,8 @@ def located(path: str | os.PathLike, variant: str = "") -> str | os.PathLike:
     archive, timm = _FILES[name]
     raise FileNotFoundError(
         f"no package contains the published weights of {name}: download {_STORE}/{archive}.tar.gz, unpack it, "
-        f"and give its folder; or download model.safetensors of https://huggingface.co/timm/{timm}"
+        f"and give its folder; or download model.safetensors of https://huggingface.co/timm/{timm}. "
+        f"Packages: {', '.join(_PACKAGES)}"
     )
 
 

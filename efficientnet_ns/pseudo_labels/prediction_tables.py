@@ -82,7 +82,7 @@ class Table:
         except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError) as e:
             if isinstance(e, DataError):
                 raise
-            raise DataError(f"{path} cannot be read: {e}") from e
+            raise DataError(f"{path} cannot be read: {e}{_hint(self._key)}") from e
 
     def rows(self) -> int | None:
         """The number of rows, where no more than headers must be read for it."""
@@ -164,6 +164,7 @@ class _Arrow(_Reader):
                 f"{self._path}: one column of lists of numbers is needed, or a column of numbers per "
                 f"class; {_listed(texts or names)} {'are' if len(texts) > 1 else 'is'} neither. Leave "
                 "other columns out, or name the column of the keys with --key_column"
+                f"{_hint(self._key)}"
             )
         self._values = self.names = others
 
@@ -187,6 +188,11 @@ def _is_list(kind: pyarrow.DataType) -> bool:
     import pyarrow.types as kinds
 
     return kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)
+
+
+def _hint(key: str) -> str:
+    """Ends a message about a table that is read without keys."""
+    return "" if key else ". If it has keys, add --key=name or --key=hash"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -311,6 +317,7 @@ class _Numpy(_Reader):
                 if len(others) != 1:
                     raise DataError(
                         f"{self._path}: one array of numbers is needed, it has {_listed(others)}"
+                        f"{_hint(self._key)}"
                     )
                 yield (stored[self._key] if self._key else None), stored[others[0]]
 

@@ -77,6 +77,7 @@ def test_what_is_there_is_no_name(tmp_path, monkeypatch):
     "name, variant, told",
     [
         ("published", "efficientnet-b0", r"noisystudent/noisy_student_efficientnet-b0\.tar\.gz"),
+        ("noisy_student_efficientnet-b0", "", r"noisy_student_efficientnet-b0\.tar\.gz"),
         ("efficientnet-b7", "", "timm/tf_efficientnet_b7.ns_jft_in1k"),
         ("efficientnet-l2", "", "noisystudent/noisy_student_efficientnet-l2"),
         ("efficientnet-lite3", "", r"efficientnet/lite/efficientnet-lite3\.tar\.gz"),
