@@ -343,6 +343,16 @@ def cloud(tmp_path):
     return tmp_path, call
 
 
+@pytest.mark.parametrize("command", ["setup", "watch ls"])
+def test_outside_a_clone_nothing_is_created(tmp_path, command):
+    """As the scripts of an installed package are."""
+    shutil.copytree(FOLDER, tmp_path / "tpu_scripts")
+    script = tmp_path / "tpu_scripts" / "tpu_vm.sh"
+    refused = run(script, "--dry_run", *command.split(), check=False, **HERE)
+    assert refused.returncode == 2 and not refused.stdout
+    assert f"{tmp_path} is not a git clone" in refused.stderr
+
+
 def wait_for(path: Path, text: str) -> None:
     for _ in range(600):
         if path.exists() and text in path.read_text():

@@ -106,8 +106,8 @@ delete() {
 # What `setup` copies is committed here: asked before anything is created.
 in_clone() {
   if ! git cat-file -e HEAD:./tpu_scripts/tpu_install.sh 2>/dev/null; then
-    echo "tpu_vm.sh: $PWD is not a git clone of this package: start the script in one, whose committed files" \
-      "\`setup\` copies to the machines" >&2
+    echo "tpu_vm.sh: $PWD is not a git clone of this package: use the script of a clone, whose committed files it" \
+      "copies to the machines" >&2
     exit 2
   fi
 }

@@ -24,7 +24,7 @@ from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.pseudo_labels import index, outcome
 from efficientnet_ns.pseudo_labels.selection import class_names_of
 
-LIST = "label_next.csv"
+LIST, SHEET = "label_next.csv", "label_next.html"
 _BYTES_PER_PROCESS = 64 << 20  # A process takes seconds to start.
 _SPARE = 2  # Candidates of a class per image of the list: some are copies.
 _ROWS = 1 << 16  # Candidates that are sorted at once, at least.
@@ -51,7 +51,7 @@ class Candidate(NamedTuple):
     record: Any
 
 
-def write(config: SelectConfig, limit: int, folder: str) -> str:
+def write(config: SelectConfig, limit: int, folder: str) -> list[str]:
     """Writes `label_next.csv`, and `label_next.html`, a review sheet of the same images.
 
     Args:
@@ -60,7 +60,7 @@ def write(config: SelectConfig, limit: int, folder: str) -> str:
       folder: for both files.
 
     Returns:
-      The path of the list.
+      The paths of the list and of the sheet.
 
     Raises:
       DataError: predictions are missing or cannot be read.
@@ -75,11 +75,11 @@ def write(config: SelectConfig, limit: int, folder: str) -> str:
         name = tfexamples.file_name(payload) if payload else ""
         rows.append([*place, name, *classes, f"{one.prob:.4f}", f"{one.margin:.4f}"])
         picture = report.thumbnail(tfexamples.image_if_any(payload), _PIXELS)
-        images.append(report.ReviewImage(picture, *place, one.label, one.prob))
-    path = os.path.join(folder, LIST)
+        images.append(report.ReviewImage(picture, *place, one.label, one.prob, name))
+    path, sheet = os.path.join(folder, LIST), os.path.join(folder, SHEET)
     exclusions.write(path, ["name", "label", "second", "probability", "margin"], rows)
-    report.write_review(os.path.join(folder, "label_next.html"), images, names)
-    return path
+    report.write_review(sheet, images, names, "Label these next")
+    return [path, sheet]
 
 
 def choose(config: SelectConfig, limit: int) -> list[Candidate]:

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from efficientnet_ns import report
 from efficientnet_ns.config import ConfigError, ReportConfig, SelectConfig, given
-from efficientnet_ns.files import exclusions, manifests, name_lists
+from efficientnet_ns.files import exclusions, manifests, name_lists, tfexamples
 from efficientnet_ns.pseudo_labels import index, label_next, outcome
 from efficientnet_ns.pseudo_labels.outcome import Outcome, Picture
 from efficientnet_ns.pseudo_labels.selection import RULE, SELECTION, class_names_of
@@ -39,7 +39,7 @@ def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> lis
       options: the path, and what to show in addition to the run.
 
     Returns:
-      The paths of the report, of the review sheet, and of the list of images to label next.
+      The paths of the report, of the review sheet, and of the list and the sheet of images to label next.
 
     Raises:
       DataError: predictions, selection or truth are missing or do not fit.
@@ -63,7 +63,7 @@ def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> lis
         written.append(os.path.join(folder, "review.html"))
         _write_review(config, options, written[-1])
     if options.label_next:
-        written.append(label_next.write(config, options.label_next, folder))
+        written += label_next.write(config, options.label_next, folder)
     return written
 
 
@@ -75,16 +75,18 @@ def _write_review(config: SelectConfig, options: ReportConfig, path: str) -> Non
     chosen = Outcome(config).pictures(
         kept=True, order="least", limit=limit, shards=shards, labels=classes
     )
-    data = outcome.read_images(config, {(one.shard, one.record) for one in chosen})
+    payloads = outcome.read_records(config, {(one.shard, one.record) for one in chosen})
     images = [
         report.ReviewImage(
-            report.thumbnail(data[one.shard, one.record], _REVIEW_PIXELS),
+            report.thumbnail(tfexamples.image_if_any(payload), _REVIEW_PIXELS),
             exclusions.place(index.input_path(config, one.shard)),
             one.record,
             one.label,
             one.prob,
+            tfexamples.file_name(payload),
         )
         for one in chosen
+        for payload in [payloads[one.shard, one.record]]
     ]
     report.write_review(path, images, class_names_of(config))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from efficientnet_ns.report import style
+from efficientnet_ns.report import style, tables
 
 
 class ReviewImage(NamedTuple):
@@ -18,6 +18,7 @@ class ReviewImage(NamedTuple):
       file, record: its place, which the decision names.
       label: its class, 0-based.
       prob: of the class.
+      name: of its file, "" if unknown.
     """
 
     data: bytes
@@ -25,18 +26,25 @@ class ReviewImage(NamedTuple):
     record: int
     label: int
     prob: float
+    name: str = ""
 
 
-def write_review(path: str, images: Sequence[ReviewImage], names: Sequence[str]) -> None:
+def write_review(
+    path: str,
+    images: Sequence[ReviewImage],
+    names: Sequence[str],
+    title: str = "Review of pseudo labels",
+) -> None:
     """Writes the sheet, whose button saves `review.json`, see `files.reviews`.
 
     Args:
       names: of the classes.
+      title: plain text.
     """
     rows = [
         {
             "source": style.data_uri(one.data, style.mime(one.data) or "image/jpeg"),
-            **{name: getattr(one, name) for name in ("file", "record", "label", "prob")},
+            **{name: getattr(one, name) for name in ("file", "record", "label", "prob", "name")},
         }
         for one in images
     ]
@@ -45,4 +53,5 @@ def write_review(path: str, images: Sequence[ReviewImage], names: Sequence[str])
     template = Path(__file__).with_name("review.html").read_text(encoding="utf-8")
     from efficientnet_ns.files import atomic  # Loads TensorFlow.
 
-    atomic.write(path, template.replace("DATA", data, 1), clean=True)
+    page = template.replace("TITLE", tables.escape(title)).replace("DATA", data, 1)
+    atomic.write(path, page, clean=True)

@@ -332,6 +332,9 @@ def _card(
         "max_pixels": f"{options.outputs.max_pixels:,}",
         "top_k": min(options.outputs.top_k, len(names)),
         "facts": "\n".join(f"- {name}: {value}" for name, value in facts.items()),
-        **_normalization(model),
+        **{
+            name: ", ".join(f"{value:.4g}" for value in values)
+            for name, values in _normalization(model).items()
+        },
     }
     return templates.fill("model_card.md", values)

@@ -140,12 +140,15 @@ def test_the_list_and_the_sheet_of_a_run(folder, probs):
     (folder / "review.json").write_text(json.dumps({"decisions": [decided]}))
     given = {"exclude": str(folder / "exclude.csv"), "reviewed": str(folder / "review.json")}
     labeling.select_and_write(selecting(folder, **given), FilterConfig())
-    path = Path(labeling.report(selecting(folder, **given), ReportConfig(label_next=9))[0])
+    written = labeling.report(selecting(folder, **given), ReportConfig(label_next=9))
+    path, listed, sheet = map(Path, written)
+    assert "<h1>Label these next</h1>" in sheet.read_text() and listed.name == "label_next.csv"
     with open(path.parent / "label_next.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     wanted = expected(probs, 9, {first, second})
     assert [(row["file"], int(row["record"])) for row in rows] == [(files[s], r) for s, r in wanted]
     assert [row["name"] for row in rows] == [f"{s}/{r}.png" for s, r in wanted]
+    assert all(f'"name": "{s}/{r}.png"' in sheet.read_text() for s, r in wanted)
     one = probs[wanted[0]]
     assert int(rows[0]["label"]) == one.argmax()
     assert float(rows[0]["margin"]) == pytest.approx(np.diff(np.sort(one))[-1], abs=1e-4)
