@@ -242,9 +242,10 @@ def check_no_file(name: str, path: str) -> None:
     while part and not os.path.lexists(part):
         part = os.path.dirname(part)
     if part and not os.path.isdir(part):
-        file = "; a file of weights or of an export: --weights or --init_model_path"
-        hint = file if name == "model_dir" and part == path else "; choose another path"
-        raise ConfigError(f"--{name}={path}: {part} is not a folder{hint}")
+        hint = "choose another path"
+        if name == "model_dir" and part == path:
+            hint = "weights or an export in one file are given as --weights or --init_model_path"
+        raise ConfigError(f"--{name}={path}: {part} is not a folder; {hint}")
 
 
 def check(settings: Any) -> None:

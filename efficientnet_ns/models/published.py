@@ -96,7 +96,7 @@ def located(path: str | os.PathLike, variant: str = "") -> str | os.PathLike:
     raise FileNotFoundError(
         f"no package contains the published weights of {name}: download {_STORE}/{archive}.tar.gz, unpack it, "
         f"and give its folder; or download model.safetensors of https://huggingface.co/timm/{timm}. "
-        f"Packages: {', '.join(_PACKAGES)}"
+        f"There are packages for {', '.join(_PACKAGES)}"
     )
 
 

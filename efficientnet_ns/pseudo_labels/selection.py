@@ -95,9 +95,11 @@ def select(config: SelectConfig) -> dict[str, object]:
     predictions = manifests.fingerprint(paths, sizes)
     statistics = _statistics_stage(config, predictions, names)
     stage = _selection_stage(config, predictions)
+    # First, as it may refuse the folder.
+    selected = config.only_get_stats or stage.done()
     counted = _are_counted(statistics)
     wanted = statistics if config.only_get_stats else stage
-    if (config.only_get_stats or stage.done()) and counted:
+    if selected and counted:
         return wanted.counts()
     _check_number_of_classes(config)
     with local_files.local_copies(paths) as local:
@@ -198,10 +200,12 @@ def _statistics_stage(
 
 
 def _are_counted(stage: manifests.Stage) -> bool:
-    """Whether the statistics are finished; False also if the predictions changed since."""
+    """Whether the statistics are finished; False also if what is counted changed since."""
     noted = manifests.manifest_if_any(stage.manifest)
     if noted is not None and noted["config"] != stage.config:
-        logging.info("%s: the predictions changed, counting again", stage.manifest)
+        old, new = noted["config"], stage.config
+        changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+        logging.info("%s: %s changed, counting again", stage.manifest, ", ".join(changed))
         return False
     return stage.done()
 
