@@ -172,8 +172,19 @@ def _exit_code(program: Callable[[], int | None]) -> int | None:
             raise
         if not _is_fixable(e):
             raise
-        logging.error("%s%s", e, _permissions(e))
+        logging.error("%s%s", _message(e), _permissions(e))
         return 2
+
+
+def _message(error: Exception) -> str:
+    """What an error says; where memory ran out, what to do instead of a trace of the graph."""
+    refused = re.search(r"OOM when allocating (tensor with shape ?\S+)", str(error))
+    if refused is None:
+        return str(error)
+    return (
+        f"out of memory for a {refused[1]}: lower the batch size (--train_batch_size, "
+        "--eval_batch_size), then --input_image_size"
+    )
 
 
 def _permissions(error: Exception) -> str:

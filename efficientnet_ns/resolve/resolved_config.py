@@ -65,6 +65,8 @@ class ResolvedConfig:
             )
         stored = stored_model.read(weights_path) if weights_path else stored_model.StoredModel()
         task = _task(config.data.task_name, stored)
+        if config.data.task_name is None and stored.task is None:
+            _check_task_of_records(config.data.label_data_dir or "", task)
         config = stored.complete(config)
         task_name, model_name = (
             as_dict(config.data)["task_name"],
@@ -393,6 +395,20 @@ def _limited(
     except DataError as e:
         folder = os.path.dirname(source.paths[0])
         raise ConfigError(f"--{setting}={number}: {e} in {folder}") from e
+
+
+def _check_task_of_records(folders: str, default: tasks.Task) -> None:
+    """ConfigError if the task next to the labeled records has other classes than the default one."""
+    for folder in filter(None, folders.split(";")):
+        path = os.path.join(folder, tasks.TASK_FILE)
+        if not tf.io.gfile.exists(path):
+            continue
+        classes = tasks.get_task(path).num_classes
+        if classes != default.num_classes:
+            raise ConfigError(
+                f"{path} describes {classes} classes, but the default task has {default.num_classes}: "
+                f"add --task_name={path}"
+            )
 
 
 def _task(name: str | None, stored: stored_model.StoredModel) -> tasks.Task:

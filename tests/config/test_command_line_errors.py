@@ -72,6 +72,18 @@ def test_errors_of_remote_storage_are_one_line_and_others_are_not(error, code):
         assert command_line._exit_code(program) == code
 
 
+def test_memory_that_ran_out_is_one_line(caplog):
+    text = "Graph execution error:\n\n  File main.py\n\nOOM when allocating tensor with shape[9,8] and type"
+
+    def program():
+        raise tf.errors.ResourceExhaustedError(None, None, text)
+
+    assert command_line._exit_code(program) == 2
+    (record,) = caplog.records
+    assert record.getMessage().startswith("out of memory for a tensor with shape[9,8]: lower")
+    assert "\n" not in record.getMessage()
+
+
 def _parsed(tmp_path, content: bytes, *names: str):
     (tmp_path / "inner.flags").write_bytes(content)
     (tmp_path / "outer.flags").write_text(f"# outer\n--flagfile={tmp_path}/inner.flags\n")

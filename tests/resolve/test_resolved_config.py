@@ -73,3 +73,16 @@ def test_evaluation_and_test_set_have_limits_of_their_own(tmp_path):
     assert totals(num_eval_images=5) == [5, 6]
     with pytest.raises(ConfigError, match="--num_test_images=7: "):
         totals(num_test_images=7)
+
+
+def test_task_next_to_the_records_is_not_overlooked(tmp_path):
+    """The default task is ImageNet's, whose classes would be taken for those of the records."""
+    path = tmp_path / "task.json"
+    path.write_text('{"num_classes": 3}')
+    config = Config().override(label_data_dir=f"{tmp_path}/other;{tmp_path}")
+    with pytest.raises(ConfigError, match=f"{path} describes 3 classes.*add --task_name={path}"):
+        ResolvedConfig.from_config(config)
+    assert ResolvedConfig.from_config(config.override(task_name=str(path))).num_classes == 3
+    assert ResolvedConfig.from_config(config.override(task_name="imagenet")).num_classes == 1000
+    path.write_text('{"num_classes": 1000}')
+    assert ResolvedConfig.from_config(config).num_classes == 1000
