@@ -45,6 +45,7 @@ COMMANDS = [
     "main --mode=eval --model_dir=student",
     "export_model --model_dir=student --export_dir=exported",
     "export_model --model_dir=student --export_dir=exported --format=tflite",
+    "export_model --model_dir=student --export_dir=exported --format=tflite --tflite_type=int8 --check_data=photos",
     "predict_image --model_dir=student more/u0.png",
     "predict_image --model_dir=exported more/u0.png",
     "convert_checkpoint --model_dir=student --target=student.safetensors",

@@ -19,6 +19,8 @@ _NATIVE_LOG = re.compile(
     rb"WARNING: All log messages before absl::InitializeLog|[IWE]\d{4} \d\d:\d\d:"
     # The interpreter of TensorFlow Lite.
     rb"|INFO: (Created TensorFlow Lite|Initialized TensorFlow Lite)"
+    # The quantizer.
+    rb"|fully_quantize: \d"
     # The table of the converter of TensorFlow 2.15: "- arith.constant:   35 occurrences  (f32: 34, i32: 1)".
     rb"|Summary on the non-converted ops|-{20,}$| \* (Accepted dialects|Non-Converted Ops|\d+ )"
     rb"|(- [\w.]+: +\d+ occurrences +|  )\(\w+: \d+.*\)$|$"

@@ -104,8 +104,8 @@ def run(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> None:
         print("\n".join(map(json.dumps, rows)))
         return
     if pictures.dry_run:
-        values = _checked(pictures, settings, loop)
-        print(plan.describe(plan.make(pictures, values, loop.work_dir), pictures))
+        _, made = _planned(pictures, settings, loop)
+        print(plan.describe(made, pictures))
         return
     print(from_pictures(pictures, settings, loop))
 
@@ -146,9 +146,8 @@ def from_pictures(pictures: PicturesConfig, settings: Config, loop: LoopConfig) 
       ConfigError, DataError: settings or pictures that cannot work.
       hurdles.CannotWork: the teacher has learned nothing.
     """
-    values = _checked(pictures, settings, loop)
+    values, made = _planned(pictures, settings, loop)
     work = loop.work_dir
-    made = plan.make(pictures, values, work)
     print(plan.describe(made, pictures), file=sys.stderr)
     plan.write(made, pictures, values, work)
     run = _Run(pictures, made, work)
@@ -164,8 +163,18 @@ def from_pictures(pictures: PicturesConfig, settings: Config, loop: LoopConfig) 
         logging.set_verbosity(verbosity)
 
 
+def _planned(
+    pictures: PicturesConfig, settings: Config, loop: LoopConfig
+) -> tuple[dict[str, Any], Plan]:
+    """(the settings that override their rules, the plan); ConfigError for what cannot work."""
+    values = _checked(pictures, settings, loop)
+    made = plan.make(pictures, values, loop.work_dir)
+    rounds.model_configs(*plan.configs(made.chosen))
+    return values, made
+
+
 def _checked(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> dict[str, Any]:
-    """The settings that override their rules; ConfigError for what cannot work."""
+    """The settings that override their rules."""
     for one in (pictures, settings, loop):
         check(one)
     needed = {"labeled": pictures.labeled, "unlabeled": pictures.unlabeled}

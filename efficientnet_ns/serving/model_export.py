@@ -117,7 +117,7 @@ def _facts(resolved: ResolvedConfig, path: str, options: ExportConfig) -> dict[s
     return {
         **({"Classes": name_lists.shortened(names)} if names else {}),
         "Weights": f"{os.path.basename(path.rstrip('/'))}{' (moving averages)' if options.ema else ''}",
-        "Arithmetic": options.serving_dtype,
+        "Arithmetic": options.tflite_type if options.format == "tflite" else options.serving_dtype,
         **_provenance(resolved, path),
     }
 

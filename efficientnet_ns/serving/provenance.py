@@ -49,6 +49,8 @@ def of_training(model_dir: str, checkpoint: str = "") -> dict[str, object]:
         for name, title in {**_RECIPE, **_DATA}.items()
         if settings.get(name) not in (None, "")
     }
+    if not settings.get("unlabel_ratio"):
+        facts.pop(_RECIPE["unlabel_ratio"], None)
     if settings.get("unlabel_data_dir") or settings.get("teacher_model_name"):
         facts["Method"] = NOISY_STUDENT
     if settings.get("augment_name") == "randaugment":

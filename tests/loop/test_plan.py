@@ -52,6 +52,18 @@ def test_dry_run_writes_nothing(folder, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_teacher_without_a_student_is_refused_before_anything_is_done(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(plan.pace, "images_per_second", lambda config: 12.5)
+    loop = LoopConfig(work_dir=str(tmp_path / "run"), models="efficientnet-b0")
+    mark_given(loop, ["models"])
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError, match="name a teacher and at least one student"):
+            one_command.run(pictures(folder, dry_run=dry_run), Config(), loop)
+    assert not list(tmp_path.iterdir())
+
+
 def test_plan_is_kept_and_other_settings_are_refused(folder, tmp_path):
     work, asked = str(tmp_path / "run"), pictures(folder)
     made = plan.make(asked, {"seed": 3}, work)
