@@ -26,7 +26,7 @@ from efficientnet_ns.config import (
 from efficientnet_ns.data import tasks
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.pseudo_labels import index, predict, run_report, unlabeled_set, write
-from efficientnet_ns.pseudo_labels.selection import class_names_of, select
+from efficientnet_ns.pseudo_labels.selection import select
 
 
 def select_and_write(selection: SelectConfig, options: FilterConfig) -> dict[str, Any]:
@@ -40,7 +40,8 @@ def select_and_write(selection: SelectConfig, options: FilterConfig) -> dict[str
       ConfigError: a folder is not given, or settings contradict each other.
     """
     require(selection, "unlabel_data_dir", "prediction_dir", "prelim_stats_dir", "output_dir")
-    selection = completed(selection)
+    task = _task(selection)
+    selection = _completed(selection, task)
     if options.report and selection.only_get_stats:
         raise ConfigError("--report needs a selection: drop --only_get_stats")
     result: dict[str, Any] = {**select(selection)}
@@ -50,8 +51,9 @@ def select_and_write(selection: SelectConfig, options: FilterConfig) -> dict[str
         shards = index.shards(selection) if one is None else [one]
         result.update(write.write(selection, shards))
     if "classes" in result:
-        names = class_names_of(selection)
-        result["classes"] = {names[int(label)]: kept for label, kept in result["classes"].items()}
+        names = tasks.class_names(task) if task else None
+        named = {names[int(k)] if names else k: kept for k, kept in result["classes"].items()}
+        result["classes"] = named
     if options.report:
         result["report"] = run_report.write_report(selection)[0]
     return result
@@ -76,10 +78,23 @@ def completed(selection: SelectConfig) -> SelectConfig:
       ConfigError: the given number of classes is not the task's.
       DataError: see `unlabeled_set.find`.
     """
+    return _completed(selection, _task(selection))
+
+
+def _task_name(selection: SelectConfig) -> str:
+    return selection.task_name or os.path.join(selection.prediction_dir, tasks.TASK_FILE)
+
+
+def _task(selection: SelectConfig) -> tasks.Task | None:
+    """The task that is given, else the teacher's; None without one."""
+    name = _task_name(selection)
+    return tasks.get_task(name) if selection.task_name or tf.io.gfile.exists(name) else None
+
+
+def _completed(selection: SelectConfig, task: tasks.Task | None) -> SelectConfig:
     chosen = given(selection)
-    name = selection.task_name or os.path.join(selection.prediction_dir, tasks.TASK_FILE)
-    if selection.task_name or tf.io.gfile.exists(name):
-        classes = tasks.get_task(name).num_classes
+    if task is not None:
+        name, classes = _task_name(selection), task.num_classes
         if chosen.get("num_label_classes", classes) != classes:
             raise ConfigError(
                 f"--num_label_classes={selection.num_label_classes}, but task {name!r} has {classes} "
