@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -161,7 +161,7 @@ def _saved_model(job: _Job, model, version: int) -> str:
     options, preprocessing = job.options, job.resolved.preprocessing()
     encoded, images = _images(job.resolved, options.check_data, options.check_images)
     folder = export.export(model, preprocessing, options.export_dir, version, job.exported)
-    _compare(job, images, lambda: lambda _: export.saved_model_runner(folder)(encoded))
+    _compare(job, images, lambda: export.saved_model_runner(folder)(encoded))
     return folder
 
 
@@ -196,7 +196,7 @@ def _tflite(job: _Job, model, version: int) -> str:
         job.exported,
         _calibration(job.resolved, options, images),
     )
-    _compare(job, images, lambda: lite_files.runner(content))
+    _compare(job, images, lambda: lite_files.runner(content)(images))
     return target
 
 
@@ -205,15 +205,15 @@ def _onnx(job: _Job, model, version: int) -> str:
     _, images = _images(job.resolved, options.check_data, options.check_images)
     target = os.path.join(options.export_dir, _file_name(model, version, options))
     content = export.export_onnx(model, job.resolved.preprocessing(), target, job.exported)
-    _compare(job, images, lambda: onnx_files.runner(content))
+    _compare(job, images, lambda: onnx_files.runner(content)(images))
     return target
 
 
-def _compare(job: _Job, images, runner) -> None:
-    """Prints how the probabilities of an export differ from the model's, if there are images."""
+def _compare(job: _Job, images, predict: Callable[[], np.ndarray]) -> None:
+    """Prints how an export's probabilities of the images differ from the model's, if there are images."""
     if not len(images):
         return
-    difference = check.difference(_float32_probabilities(job, images), runner()(images))
+    difference = check.difference(_float32_probabilities(job, images), predict())
     print(f"against the float32 model: {difference}")
     if job.options.tflite_type == "int8" and difference.agreement < _LOW_AGREEMENT:
         print(

@@ -259,7 +259,7 @@ def test_card_tells_recipe_and_accuracy(config, base, tmp_path):
 def test_int8_that_changes_classes_gets_a_hint(monkeypatch, capsys, kind, hint):
     monkeypatch.setattr(model_export, "_float32_probabilities", lambda *_: np.eye(4))
     job = model_export._Job(None, "", ExportConfig(format="tflite", tflite_type=kind), None)
-    model_export._compare(job, np.eye(4), lambda: lambda _: np.eye(4)[[0, 1, 2, 2]])
+    model_export._compare(job, np.eye(4), lambda: np.eye(4)[[0, 1, 2, 2]])
     printed = capsys.readouterr().out
     assert "top-1 agreement 75.0%" in printed and ("--calibration_data" in printed) == hint
 
