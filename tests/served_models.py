@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.serving import export
-from efficientnet_ns.serving.classifier import OutputSpec
+from efficientnet_ns.serving.signatures import OutputSpec
 
 CLASSES, SIZE = 5, 32
 

@@ -17,7 +17,7 @@ from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.inference import engines, lite_files
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.serving import export, tflite
-from efficientnet_ns.serving.classifier import OutputSpec
+from efficientnet_ns.serving.signatures import OutputSpec
 
 CLASSES, SIZE = 4, 32
 # Model name → changes of its coefficients.

@@ -117,7 +117,7 @@ def test_exit_codes_are_described():
 
 @pytest.mark.parametrize("page", ["docs/serving.md", "efficientnet_ns/serving/model_card.md"])
 def test_signatures_are_described(page):
-    source = (ROOT / "efficientnet_ns/serving/classifier.py").read_text()
+    source = (ROOT / "efficientnet_ns/serving/signatures.py").read_text()
     names = set(re.findall(r'^ +"(\w+)": \(self\._\w+, "\w+"', source, re.MULTILINE))
     names |= set(re.findall(r'"(\w+)": ', source.split("def _described")[1].split("def ")[0]))
     assert {"serving_default", "top_probabilities", "valid"} <= names

@@ -17,6 +17,7 @@ _MODULES = {
     "select": "selection",
     "serving": "serving",
     "scale": "scale",
+    "compiled": "compiled",
 }
 
 

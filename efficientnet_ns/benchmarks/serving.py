@@ -25,7 +25,7 @@ from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.inference import lite_files
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.serving import export
-from efficientnet_ns.serving.classifier import OutputSpec
+from efficientnet_ns.serving.signatures import OutputSpec
 
 _BATCHES = (1, 8)
 _LATENCIES = 40

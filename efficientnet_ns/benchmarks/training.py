@@ -19,9 +19,12 @@ from efficientnet_ns.benchmarks.tables import Measured, Row
 from efficientnet_ns.config import BenchmarkConfig
 
 _KERAS = keras_peer.NAME
-_SAME_WORK = "forward, backward, RMSProp"
-_WHOLE = "whole step (weight decay, moving average, metrics)"
-_BFLOAT16 = "whole step in mixed_bfloat16"
+# Those of our model: key → name in the results.
+OWN_UPDATES = {
+    "ours": "forward, backward, RMSProp",
+    "whole": "whole step (weight decay, moving average, metrics)",
+    "bfloat16": "whole step in mixed_bfloat16",
+}
 _TURNS = 8
 
 
@@ -37,20 +40,18 @@ def run(config: BenchmarkConfig) -> list[Row]:
       ConfigError: Keras does not have the model.
     """
     keras_peer.class_name(config.model_name)  # The processes would report an unknown one late.
-    contenders = {"keras": _KERAS, "ours": _SAME_WORK, "whole": _WHOLE, "bfloat16": _BFLOAT16}
-    own = [key for key in contenders if key != "keras"]
-    turns = _take_turns(list(contenders), config)
+    turns = _take_turns(["keras", *OWN_UPDATES], config)
     memory = {key: measured[-1]["megabytes"] for key, measured in turns.items()}
     speed = Measured({key: [turn["rate"] for turn in taken] for key, taken in turns.items()})
     what = f"{config.model_name} at {config.image_size}, batch {config.batch_size}"
     rows = [Row(f"{what}: {_KERAS}", speed.rate("keras"), "images/s")]
-    for key in own:
-        name, ratio = f"{what}: {contenders[key]}", speed.ratio(key, "keras")
-        rows.append(Row(name, speed.rate(key), "images/s", ratio, _KERAS))
+    for key, name in OWN_UPDATES.items():
+        ratio = speed.ratio(key, "keras")
+        rows.append(Row(f"{what}: {name}", speed.rate(key), "images/s", ratio, _KERAS))
     rows.append(Row(f"peak memory: {_KERAS}", memory["keras"], "MB"))
-    for key in own:
+    for key, name in OWN_UPDATES.items():
         ratio = memory["keras"] / memory[key]
-        rows.append(Row(f"peak memory: {contenders[key]}", memory[key], "MB", ratio, _KERAS))
+        rows.append(Row(f"peak memory: {name}", memory[key], "MB", ratio, _KERAS))
     return rows
 
 
@@ -107,7 +108,6 @@ def _plain_update(model) -> Callable:
     optimizer = RMSPropTF1(1e-3)
     optimizer.build(model.trainable_variables)
 
-    @tf.function
     def update(batch):
         with tf.GradientTape() as tape:
             logits = model(tf.cast(batch["image"], tf.float32), training=True)
@@ -120,7 +120,6 @@ def _plain_update(model) -> Callable:
 
 
 def _whole_update(config: BenchmarkConfig) -> Callable:
-    import tensorflow as tf
 
     from efficientnet_ns.config import TrainConfig
     from efficientnet_ns.models import efficientnet
@@ -133,7 +132,7 @@ def _whole_update(config: BenchmarkConfig) -> Callable:
     trainer = NoisyStudent(student, ema_student, TrainConfig())
     trainer.compile(RMSPropTF1(1e-3))
     trainer.optimizer.build(student.trainable_variables)
-    return tf.function(trainer.train_step)
+    return trainer.train_step
 
 
 def _bfloat16_update(config: BenchmarkConfig) -> Callable:
@@ -143,12 +142,24 @@ def _bfloat16_update(config: BenchmarkConfig) -> Callable:
     return _whole_update(config)
 
 
-_UPDATES = {
+# Key → function of the settings that returns (batch) → what the update reports.
+UPDATES = {
     "keras": _keras_update,
     "ours": _our_update,
     "whole": _whole_update,
     "bfloat16": _bfloat16_update,
 }
+
+
+def random_batch(config: BenchmarkConfig) -> dict:
+    """Images and labels as the input pipeline gives them to an update: uint8 and int32."""
+    import tensorflow as tf
+
+    shape = [config.batch_size, config.image_size, config.image_size, 3]
+    return {
+        "image": tf.cast(tf.random.uniform(shape, maxval=256, dtype=tf.int32), tf.uint8),
+        "label": tf.random.uniform([config.batch_size], maxval=1000, dtype=tf.int32),
+    }
 
 
 def _work(key: str, config: BenchmarkConfig) -> Iterator[dict[str, float]]:
@@ -159,12 +170,8 @@ def _work(key: str, config: BenchmarkConfig) -> Iterator[dict[str, float]]:
         tf.config.threading.set_intra_op_parallelism_threads(config.threads)
         tf.config.threading.set_inter_op_parallelism_threads(config.threads)
     tf.keras.utils.set_random_seed(0)
-    shape = [config.batch_size, config.image_size, config.image_size, 3]
-    batch = {
-        "image": tf.cast(tf.random.uniform(shape, maxval=256, dtype=tf.int32), tf.uint8),
-        "label": tf.random.uniform([config.batch_size], maxval=1000, dtype=tf.int32),
-    }
-    update = _UPDATES[key](config)
+    batch = random_batch(config)
+    update = tf.function(UPDATES[key](config))
     while True:
         steps, start = 0, time.perf_counter()
         while (elapsed := time.perf_counter() - start) < config.seconds or steps < 2:

@@ -90,7 +90,7 @@ class SvhnConfig(Settings):
     dev_size: int = setting(4000, "Training images kept for the dev set.", low=1)
     image_format: str = setting(
         "jpeg",
-        "jpeg (quality 100, as the original) or png (lossless).",
+        "jpeg (quality 100, as in the original) or png (lossless).",
         choices=("jpeg", "png"),
     )
     num_shards: int | None = setting(

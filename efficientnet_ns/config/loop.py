@@ -68,7 +68,8 @@ class LoopConfig(Settings):
     )
     stop_when_worse: bool = setting(
         False,
-        "Stop after a student that is worse than its teacher on the evaluation set.",
+        "Stop after a student that is worse than its teacher on the evaluation set by more than the "
+        "standard error.",
     )
     published_recipes: bool = setting(
         False,

@@ -45,7 +45,7 @@ class BenchmarkConfig(Settings):
     what: str | None = setting(
         None,
         "What to measure.",
-        choices=("input", "predict", "select", "serving", "train", "scale"),
+        choices=("input", "predict", "select", "serving", "train", "scale", "compiled"),
     )
     data: str = setting("", "Folder of images or of records; default: generated images.")
     model_name: str = setting("efficientnet-b0", "Variant to measure.")

@@ -1,6 +1,6 @@
 """Before a program works on object stores: that its paths can be reached, and what its uploads leave.
 
-Without the check a misspelt bucket, or a missing permission, shows late and in TensorFlow's words.
+Without the check a misspelled bucket, or a missing permission, shows late and in TensorFlow's words.
 """
 
 from __future__ import annotations

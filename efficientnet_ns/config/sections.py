@@ -266,7 +266,11 @@ class TrainConfig(Settings):
         free=True,
     )
     eval_batch_size: int = setting(
-        8, "Images per step of evaluation, and of labeling with --mode=predict.", low=1, free=True
+        8,
+        "Images per step of evaluation; of labeling too, with --inference_engine=tf (the other "
+        "engines choose their own).",
+        low=1,
+        free=True,
     )
     eval_ema: bool = setting(
         True, "With --mode=eval: evaluate the moving-average weights, not the raw ones.", free=True

@@ -291,7 +291,7 @@ def _source_numbers(
 
 
 def _framed(coordinate: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
-    """int32: 0 before the image, 1..size in it, size + 1 behind it."""
+    """int32: 0 before the image, 1..size in it, size + 1 after it."""
     # The maximum also keeps the graph optimizer from joining this addition to earlier ones.
     nearest = tf.floor(tf.maximum(coordinate, -1.0) + _BELOW_HALF)
     return tf.minimum(tf.cast(nearest, tf.int32), size) + 1
@@ -382,6 +382,7 @@ def cutout_at(
     return tf.ensure_shape(result, image.shape)
 
 
+# Name → operation. A new name also needs a row in `levels.LEVEL_TO_ARGS`.
 OPS: dict[str, Callable[..., tf.Tensor]] = {
     "AutoContrast": auto_contrast,
     "Equalize": equalize,

@@ -47,7 +47,7 @@ def _starts_with(text: tf.Tensor, prefix: bytes) -> tf.Tensor:
 
 
 def _bytes(image_bytes: tf.Tensor, padding: int) -> tf.Tensor:
-    """uint8 [length + padding]; zeros behind the end, so that every place can be read."""
+    """uint8 [length + padding]; zeros after the end, so that every place can be read."""
     return tf.pad(tf.io.decode_raw(image_bytes, tf.uint8), [[0, padding]])
 
 
@@ -93,7 +93,7 @@ def _gif(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     values = _bytes(image_bytes, 16)
     end = tf.size(values, tf.int64) - 16
     flags = _number(values, 10, 1)
-    # The palette for all frames, which stands behind 13 bytes of header if the top bit is set.
+    # The palette for all frames, which stands after 13 bytes of header if the top bit is set.
     table = tf.where(flags >= 128, 3 * 2 ** (flags % 8 + 1), tf.zeros([], tf.int64))
 
     # Steps through the extensions before the first image, and in each through its blocks.

@@ -15,9 +15,9 @@ shuffle_buffer / B steps, as far as in a buffer of that many records.
 
 What it costs: a host reads the files of its runs. A run begins at any record of a file; where
 `counts.json` notes bytes at which records begin, the file is read from the last of them before it,
-else from its start. That is all that is read in vain: less than 1 % with these marks, half a file
-per run and epoch without them. A host of more hosts than streams, or whose rows are no whole number
-of streams, reads all of each stream it has a row of. To resume, a stream reads its file up to the
+else from its start. Nothing else is read unnecessarily: less than 1 % with these marks, half a file
+per run and epoch without them. If there are more hosts than streams, or a host's rows are not a whole
+number of streams, it reads all of each stream it has a row of. To resume, a stream reads its file up to the
 window, and the window; both windows if its rows of the batch lie in two. Nothing is read ahead before
 the first batch is complete; from then on, two batches are.
 """
@@ -56,8 +56,8 @@ class Source:
 
     Attributes:
       paths: TFRecord files.
-      counts: whole records in each, of which are used …
-      files: … what is known of each whole file; none: nothing but `counts`.
+      counts: records to use of each file, from its start.
+      files: facts about each whole file; empty: only `counts` are known.
     """
 
     paths: tuple[str, ...]
@@ -72,7 +72,7 @@ class Source:
         max_bad_fraction: float = 0.01,
         spare: str | None = None,
     ) -> Source:
-        """Lists and counts shards; DataError when there are none, one misses or all are empty.
+        """Lists and counts shards; DataError when there are none, one is missing or all are empty.
 
         Args:
           max_bad_fraction: see `tfrecords.measure_all`; 0 for sets to measure on, which must be whole.
@@ -256,7 +256,7 @@ class Plan:
 
     @functools.cached_property
     def num_streams(self) -> int:
-        """A divisor of the batch, which is what hosts are, too."""
+        """A divisor of the batch size, as the number of hosts is."""
         most = min(_MOST_STREAMS, max(_LEAST_STREAMS, self.source.total // _LEAST_RUN))
         return _divisor(self.batch_size, most)
 
@@ -382,7 +382,7 @@ class Plan:
         """A stream, with empty records of `_PAUSE` batches after its rows of the first batch.
 
         They are what is read ahead of the first batch: so a training that resumes does not wait for
-        windows of later batches, and who only needs one batch reads no more.
+        windows of later batches, and a caller that needs only one batch reads no more.
         """
         records, empty = (
             tf.data.Dataset.from_tensors(tf.constant(n, tf.int64)).repeat for n in (0, 1)

@@ -326,7 +326,7 @@ class Marks:
         return Counted(self._records, size, self._every, tuple(self._offsets))
 
     def noted(self) -> dict[str, Any]:
-        """The same, JSON-able, without the size."""
+        """The counts and marks, JSON-able; without the size."""
         return {key: value for key, value in _entry(self.counted(0)).items() if key != "bytes"}
 
 

@@ -1,6 +1,6 @@
 """Exported models, run as they are: encoded images in, probabilities out.
 
-The graph of a SavedModel crops, resizes and normalises; a TensorFlow Lite file names the crop.
+The graph of a SavedModel crops, resizes and normalizes; a TensorFlow Lite file names the crop.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ class TeacherPredictor:
             model = resolved.build_model()
         weights.load_weights(model, checkpoint)
         kind = config.predict.inference_engine
-        prepare: Callable[[tf.Tensor], tf.Tensor] = resolved.preprocessing().evaluate
+        preprocessing = resolved.preprocessing()
+        prepare: Callable[[tf.Tensor], tf.Tensor] = preprocessing.evaluate
         if config.predict.noised_teacher:
             model, kind = _NoisedTeacher(model, config.train.seed), "tf"
             prepare = _augmented(resolved.unlabeled_preprocessing, config.train.seed)
@@ -82,9 +83,10 @@ class TeacherPredictor:
         self.fingerprinted = options.fingerprints and not (
             options.noised_teacher or options.reassign_label
         )
+        self._crop_fraction = preprocessing.crop_fraction
         self._decode_image = None
         if options.fast_decode:
-            fraction = 1.0 if resolved.small_image else resolved.config.data.crop_fraction
+            fraction = 1.0 if resolved.small_image else self._crop_fraction
             self._decode_image = functools.partial(
                 images_lib.decode_reduced, size=self._size, fraction=fraction
             )
@@ -112,6 +114,7 @@ class TeacherPredictor:
             prepare,
             self._size,
             self._views,
+            crop_fraction=self._crop_fraction,
             grids=self.fingerprinted,
             decode_image=self._decode_image,
         )

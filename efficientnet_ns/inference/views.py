@@ -51,6 +51,7 @@ def decoder(
     size: int,
     views: int = 1,
     *,
+    crop_fraction: float | None = None,
     grids: bool = False,
     decode_image: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> Callable:
@@ -65,6 +66,7 @@ def decoder(
         the decoded image themselves.
       size: side of the result in pixels.
       views: V, one of `VIEWS`.
+      crop_fraction: of the squares of ten views; see `images.center_crop_box`.
       grids: also return `fingerprints.grid` of each image, float32 [N, G, G]. Images are then decoded
         whole, also where a crop of them would do; the pixels are the same.
       decode_image: takes the place of `images.decode`; images are then decoded whole.
@@ -78,7 +80,7 @@ def decoder(
     def one(image: tf.Tensor) -> Any:
         if grids or decode_image:
             image = (decode_image or images.decode)(image)
-        found = _ten(image, size) if views == 10 else of_crops(prepare(image), views)
+        found = _ten(image, size, crop_fraction) if views == 10 else of_crops(prepare(image), views)
         found = tf.ensure_shape(found, pixels_shape)
         return (found, fingerprints.grid(image)) if grids else found
 
@@ -89,11 +91,11 @@ def decoder(
     return decode.get_concrete_function()
 
 
-def _ten(image: tf.Tensor, size: int) -> tf.Tensor:
+def _ten(image: tf.Tensor, size: int, crop_fraction: float | None) -> tf.Tensor:
     """Squares of the evaluation crop's size in the center and the four corners, then mirrored."""
     pixels = images.decode(image) if image.dtype == tf.string else image
     height, width = tf.unstack(tf.shape(pixels)[:2])
-    center = images.center_crop_box(height, width, size)
+    center = images.center_crop_box(height, width, size, crop_fraction)
     bottom, right = height - center[2], width - center[2]
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)]
     boxes = [center] + [tf.stack([y, x, center[2], center[3]]) for y, x in corners]

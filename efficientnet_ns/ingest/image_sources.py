@@ -42,7 +42,7 @@ _SYSTEM_FOLDERS = {
     *("network trash folder", "system volume information", "temporary items"),
 }
 # Kinds of ignored entries.
-HIDDEN = "hidden or of the system"
+HIDDEN = "hidden or system files"
 AGAIN = "folders read by another name"
 RECORDS = "folders of records"
 

@@ -40,7 +40,7 @@ from efficientnet_ns.data import tasks
 from efficientnet_ns.evaluation import evaluate
 from efficientnet_ns.files import object_stores, progress, text_table
 from efficientnet_ns.ingest import data_source, duplicates, survey
-from efficientnet_ns.loop import hurdles, judgement, labels_csv, picture_report, plan, rounds, rules
+from efficientnet_ns.loop import hurdles, labels_csv, mistakes, picture_report, plan, rounds, rules
 from efficientnet_ns.loop.plan import Plan
 from efficientnet_ns.loop.state import State
 from efficientnet_ns.models import published
@@ -385,6 +385,9 @@ class _Run:
         config = rounds.model_configs(base, loop)[0].override(
             model_dir=self._in_work("control", "model"),
             train_steps=sum(row["steps"] for row in trained),
+            # These are the updates that were made: as stretched as they were, and all of them.
+            train_ratio=1.0,
+            train_last_step_num=-1,
         )
         name = "control: labeled pictures only, as many updates"
         return {"round": "control", **rounds.train_and_measure(self.state, name, config)}
@@ -429,8 +432,8 @@ class _Run:
             facts["Pseudo-labeled data"] = self.pictures.unlabeled
         return {k: os.path.basename(place.rstrip("/")) for k, place in facts.items() if place}
 
-    def _judged(self, model: Config) -> dict[str, judgement.Judged]:
+    def _judged(self, model: Config) -> dict[str, mistakes.Judged]:
         task = tasks.get_task(model.data.task_name or "")
         sets = {"held-out": task.eval_set, "test": task.test_set}
-        judge = judgement.Judge(model)
+        judge = mistakes.Judge(model)
         return {name: judge(prefix) for name, prefix in sets.items() if prefix}

@@ -13,7 +13,7 @@ from efficientnet_ns.config import Config, LoopConfig, ReportConfig
 from efficientnet_ns.data import tasks
 from efficientnet_ns.files import metrics_log
 from efficientnet_ns.loop import rounds
-from efficientnet_ns.loop.judgement import Judged
+from efficientnet_ns.loop.mistakes import Judged
 from efficientnet_ns.loop.plan import Plan
 from efficientnet_ns.pseudo_labels import outcome, run_report
 from efficientnet_ns.report.pictures import picture
@@ -86,7 +86,7 @@ def write(
         sections.append(report.Section("What to look at", text))
     sections.append(report.Section("Learning curves", _curves(loop, rows, control)))
     for title, one in judged.items():
-        sections += _judgement(f"{title}, {name_of(best)}", one, names)
+        sections += _predictions(f"{title}, {name_of(best)}", one, names)
     for number in students:
         sections += round_sections(config, loop, number, names)
     sections.append(report.Section("Augmented pictures", _augmented(loop, students)))
@@ -119,7 +119,7 @@ def _curves(loop: LoopConfig, rows: Sequence[Mapping[str, Any]], control: str) -
     return report.learning_curves(runs, metrics=_CURVES)
 
 
-def _judgement(title: str, judged: Judged, names: Sequence[str]) -> list[report.Section]:
+def _predictions(title: str, judged: Judged, names: Sequence[str]) -> list[report.Section]:
     """Accuracy by class, confusions, calibration and the worst mistakes on one set."""
     right = judged.truth == judged.predicted
     by_class: list[dict[str, Any]] = []

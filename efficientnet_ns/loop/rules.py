@@ -113,10 +113,15 @@ def _steps(pretrained: int, scratch: int, passes: int, batch: str) -> Callable:
     return steps
 
 
+def _updates(chosen: Chosen, name: str) -> int:
+    """Updates of `teacher_steps` or `train_steps`, which a given `train_ratio` stretches."""
+    return int(chosen[name] * chosen.get("train_ratio", 1.0))
+
+
 def _warmup(facts: Facts, chosen: Chosen) -> float:
     """A twentieth of a student's updates, in passes over the labeled pictures."""
     images = facts.labeled * (1 - chosen["held_out"])
-    return round(0.05 * chosen["train_steps"] * chosen["train_batch_size"] / images, 2)
+    return round(0.05 * _updates(chosen, "train_steps") * chosen["train_batch_size"] / images, 2)
 
 
 def _frozen_blocks(facts: Facts, chosen: Chosen) -> int:
@@ -299,17 +304,18 @@ def seconds(facts: Facts, chosen: Chosen, pace: float, *, control: bool) -> dict
     """
     students = chosen["models"].count(",")
     labeled = 1 + chosen["unlabel_ratio"]
+    teacher_updates, student_updates = (
+        _updates(chosen, name) for name in ("teacher_steps", "train_steps")
+    )
     parts = {
-        "teacher": chosen["teacher_steps"] * chosen["teacher_batch_size"] / pace,
-        "students": students
-        * (chosen["train_steps"] * chosen["train_batch_size"] * labeled)
-        / pace,
+        "teacher": teacher_updates * chosen["teacher_batch_size"] / pace,
+        "students": students * student_updates * chosen["train_batch_size"] * labeled / pace,
         "labeling": (students + 1) * facts.unlabeled * _LABELING / pace,
         "other": _OVERHEAD_SECONDS + (1 + students + control) * STARTUP_SECONDS,
     }
     if control:
-        steps = chosen["teacher_steps"] + students * chosen["train_steps"]
-        parts["control"] = steps * chosen["teacher_batch_size"] / pace
+        updates = teacher_updates + students * student_updates
+        parts["control"] = updates * chosen["teacher_batch_size"] / pace
     return parts
 
 
@@ -362,7 +368,7 @@ def fit(
 def warnings(facts: Facts, chosen: Chosen) -> list[str]:
     """What is likely to go wrong with these settings, and what to do about it."""
     found = []
-    decay, steps = chosen["bn_momentum"], chosen["teacher_steps"]
+    decay, steps = chosen["bn_momentum"], _updates(chosen, "teacher_steps")
     # The average of the weights ramps up by itself, from (1 + t) / (10 + t).
     if not chosen["keep_bn_statistics"] and decay**steps > 0.01:
         found.append(
@@ -370,7 +376,7 @@ def warnings(facts: Facts, chosen: Chosen) -> list[str]:
             "statistics used for evaluation will still be their initial values; lower it to "
             f"{0.001 ** (1 / steps):.2f} or less"
         )
-    passes = chosen["teacher_steps"] * chosen["teacher_batch_size"] / facts.labeled
+    passes = steps * chosen["teacher_batch_size"] / facts.labeled
     if passes > 2000:
         found.append(
             f"--teacher_steps={chosen['teacher_steps']} are {passes:.0f} passes over {facts.labeled} "

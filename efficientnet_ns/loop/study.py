@@ -197,7 +197,7 @@ def _selection(
 
 
 def _trainings(student: Config, teacher: Config, method: Method, loop: LoopConfig) -> list[Config]:
-    """Of one student."""
+    """The trainings of one student, in order."""
     if method.warm_start:
         student = rounds.warm_started(student, teacher)
     if not method.pretrain:

@@ -278,7 +278,7 @@ def _classifier(x, num_classes: int, dropout_rate: float):
     x = layers.Dropout(dropout_rate, name="head_dropout")(x)
     x = tf.keras.layers.Dense(
         num_classes,
-        # Uniform in ±1/sqrt(num_classes), as the original.
+        # Uniform in ±1/sqrt(num_classes), as in the original.
         kernel_initializer=tf.keras.initializers.VarianceScaling(1 / 3, "fan_out", "uniform"),
         name="head_dense",
     )(x)
@@ -353,7 +353,7 @@ def build_model(
       bn_momentum: decay of the batch-norm moving averages.
       num_shards_per_group: how many replicas share batch statistics while training; see
         `layers.replicas_per_group`.
-      include_top: False leaves out dropout and classifier; num_classes then has no meaning.
+      include_top: False leaves out dropout and classifier; num_classes is then ignored.
       weights: file or checkpoint to load, see `load_weights`; None: random initial values.
 
     Returns:

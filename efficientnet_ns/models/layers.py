@@ -76,7 +76,7 @@ class Noise:
         return tf.concat([noised[: self.quiet_from], inputs[self.quiet_from :]], 0)
 
 
-# Keras calls layers without a place for the noise's arguments, so that a layer finds them here.
+# Keras cannot pass the noise's arguments to a layer, so layers read them here.
 # Local to the thread, since the replica functions of a step run in threads of their own.
 _scope = threading.local()
 
@@ -248,7 +248,7 @@ def replicas_per_group(num_shards_per_group: int, num_replicas: int) -> int:
 
     Args:
       num_shards_per_group: number of replicas; -1: one up to 8 replicas, else
-        max(8, num_replicas / 8), as the original; -2: all replicas.
+        max(8, num_replicas / 8), as in the original; -2: all replicas.
       num_replicas: of the strategy.
 
     Raises:

@@ -27,7 +27,7 @@ import tensorflow as tf
 
 
 class Refused(ValueError):
-    """A file, not known to be damaged, with something else than tensors."""
+    """A file, not known to be damaged, that holds anything other than tensors."""
 
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -163,13 +163,13 @@ _STORAGES: dict[tuple[str, str], np.dtype] = {
 def _counts(value: Any, what: str) -> tuple[int, ...]:
     """A tuple of numbers that are at least 0, as shapes and strides are."""
     if not isinstance(value, tuple) or not all(type(n) is int and n >= 0 for n in value):
-        raise ValueError(f"{what} of a tensor is no tuple of numbers from 0")
+        raise ValueError(f"{what} of a tensor is not a tuple of non-negative integers")
     return value
 
 
 def _tensor(part: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
     if not isinstance(part, _Part):
-        raise ValueError("a tensor is not of a storage")
+        raise ValueError("a tensor does not refer to a storage")
     shape, strides = _counts(shape, "the shape"), _counts(strides, "the strides")
     if len(shape) != len(strides):
         raise ValueError(f"a tensor of shape {list(shape)} has strides {list(strides)}")
@@ -182,7 +182,7 @@ def _dictionary(items: Any = ()) -> dict:
 
 
 def _key(key: Any) -> Any:
-    # Others may take for ever to hash: a tuple of two tuples of two tuples …
+    # Others may take forever to hash: a tuple of two tuples of two tuples …
     if not isinstance(key, (str, bytes, int, float, type(None))):
         raise ValueError(f"a dictionary has a {type(key).__name__} as a key")
     return key
@@ -309,7 +309,7 @@ class _Pickle:
     def _call(self, _: Any) -> None:
         called, arguments = self._pop(2)
         if not isinstance(called, _Global) or not isinstance(arguments, tuple):
-            raise ValueError("its pickle calls what is no function")
+            raise ValueError("its pickle calls something that is not a function")
         compute = _CALLS.get((called.module, called.name))
         self._push(Opaque() if compute is None else compute(*arguments))
 
@@ -317,12 +317,12 @@ class _Pickle:
         # Attributes, such as the versions of modules with a state dict, are dropped.
         (built, _state) = self._pop(2)
         if not isinstance(built, (dict, Opaque, Tensor)):
-            raise ValueError("its pickle sets attributes of what has none")
+            raise ValueError("its pickle sets attributes of an object without any")
         self._push(built)
 
     def _persistent(self, _: Any) -> None:
         if self._storages is None:
-            raise ValueError("its pickle has a storage where none can be")
+            raise ValueError("its pickle has a storage where none is allowed")
         self._push(self._storages.part(*self._pop()))
 
     def _set_items(self, items: list[Any]) -> None:
@@ -330,14 +330,14 @@ class _Pickle:
         if isinstance(target, dict):
             target.update(_pairs(items))
         elif not isinstance(target, Opaque):
-            raise ValueError("its pickle sets items of what has none")
+            raise ValueError("its pickle sets items of an object without any")
 
     def _extend(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if isinstance(target, list):
             target.extend(items)
         elif not isinstance(target, Opaque):
-            raise ValueError("its pickle extends what is no list")
+            raise ValueError("its pickle extends something that is not a list")
 
     def _put(self, number: int | None) -> None:
         self._memo[len(self._memo) if number is None else number] = self._stack[-1]
@@ -452,7 +452,7 @@ def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _other_size(storage: _Storage, found: int) -> str:
-    return f"storage {storage.key} has {found} bytes, and should have {storage.num_bytes}"
+    return f"storage {storage.key} has {found} bytes, but should have {storage.num_bytes}"
 
 
 def _read_old(content: bytes) -> Any:
@@ -463,7 +463,7 @@ def _read_old(content: bytes) -> Any:
     if version != _VERSION:
         raise Refused(f"its format has version {version!r}, not {_VERSION}: {_SAVE_THE_STATE}")
     if not isinstance(machine, dict):
-        raise ValueError("it does not tell the byte order of its numbers")
+        raise ValueError("it does not state the byte order of its numbers")
     _check_byte_order(machine.get("little_endian") is True)
     result, keys = _Pickle(storages).load(file), _Pickle().load(file)
     if not isinstance(keys, list) or sorted(keys) != sorted(storages.by_key):

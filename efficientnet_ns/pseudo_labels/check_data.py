@@ -27,7 +27,7 @@ from efficientnet_ns.files import (
 )
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import image_marks, unlabeled_set
-from efficientnet_ns.pseudo_labels.copies import (
+from efficientnet_ns.pseudo_labels.near_copies import (
     EVALUATION,
     LABELED,
     ROLES,

@@ -3,8 +3,9 @@
 One Parquet file per prediction file, with a row per prediction in the same order: `shard` int32,
 `worker` int32, `position` int64 (in the prediction file), `label` int32 (-1: unreadable), `prob`
 float32 (top-1 probability), and from a teacher of this package the `fingerprints.COLUMNS` of the
-image, uint64: `hash` of the content and the words `f0`–`f3` of its fingerprint. A selection therefore never reads the probabilities of all classes.
-Readers scan row groups on every core, in bounded memory.
+image, uint64: `hash` of the content and the words `f0`–`f3` of its fingerprint. A selection therefore
+never reads the probabilities of all classes. Readers scan row groups on every core, in bounded
+memory.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ _DEFAULTS = ReportConfig()
 
 
 def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> list[str]:
-    """Writes the report of a finished selection, and what else is asked for.
+    """Writes the report of a finished selection, and the other files requested.
 
     Args:
       config: settings of the selection.

@@ -651,7 +651,7 @@ def _write_outputs(
         content = {str(c): entry for c, entry in chosen.items()} or summary["classes"]
         json_files.write_json(threshold_path, content)
         across = sum(min(images, config.num_image) for _, images in chosen.values())
-        # The key is misspelt in the original, whose readers expect it so.
+        # The key is misspelled in the original, whose readers expect it so.
         across_classes = {"num_image_acorss_cat": across if original else summary["unique"]}
         json_files.write_json(total, across_classes)
 

@@ -2,8 +2,8 @@
 
 A training folder holds `config.json` (settings), `model.json` (images the model expects) and
 `task.json`; the version of an export holds the last two in `assets`, a TensorFlow Lite file in the
-archive attached to it; files of weights hold the second in their metadata. Folders of earlier trainings have no `task.json`: the task is then the one that
-`config.json` names, or its fields there.
+archive attached to it; files of weights hold the second in their metadata. Folders of earlier
+trainings have no `task.json`: the task is then the one that `config.json` names, or its fields there.
 """
 
 from __future__ import annotations

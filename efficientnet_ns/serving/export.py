@@ -26,7 +26,7 @@ from efficientnet_ns.serving import (
     tflite_metadata,
     warmup,
 )
-from efficientnet_ns.serving.classifier import Classifier, OutputSpec
+from efficientnet_ns.serving.signatures import Classifier, OutputSpec
 
 # A graph with its constants is one protocol buffer, which ends at 2 GB.
 _MAX_FROZEN_PARAMETERS = 450_000_000

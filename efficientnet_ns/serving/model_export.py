@@ -22,7 +22,7 @@ from efficientnet_ns.models import published, weights
 from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.serving import check, export, onnx_files, provenance
-from efficientnet_ns.serving.classifier import OutputSpec
+from efficientnet_ns.serving.signatures import OutputSpec
 
 
 def export_model(

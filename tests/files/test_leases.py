@@ -68,7 +68,7 @@ def test_every_unit_is_done_once(folder):
 
     def worker():
         try:
-            mine = Leases(folder, lease_seconds=5, settle_seconds=0.05)
+            mine = Leases(folder, lease_seconds=60, settle_seconds=0.05)
             for unit, lease in mine.claims(units, finished.__contains__):
                 work[unit] += 1
                 lease.check()

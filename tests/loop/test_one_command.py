@@ -57,7 +57,8 @@ def write_pictures(folder: Path) -> dict[str, str]:
 def test_killed_and_continued(tmp_path):
     """Killed once in every part: the same files as an undisturbed run, and nothing done twice."""
     places, work = write_pictures(tmp_path), tmp_path / "run"
-    arguments = {**places, **QUICK, "work_dir": str(work)}
+    stretched = {**QUICK, "train_ratio": 1.5}
+    arguments = {**places, **stretched, "work_dir": str(work)}
     command = [sys.executable, "-m", "efficientnet_ns.noisy_student", "--control"]
     command += [f"--{name}={value}" for name, value in arguments.items()]
     for killed_when in ("round 0: teacher", "round 1: student", "control", "labels"):
@@ -74,18 +75,24 @@ def test_killed_and_continued(tmp_path):
     assert done.returncode == 0, done.stderr
     for word in ("teacher", "student 1", "control", "predict_image", "start.sh", "left out"):
         assert word in done.stdout
-    result = ns.noisy_student(**places, work_dir=tmp_path / "again", control=True, **QUICK)
+    result = ns.noisy_student(**places, work_dir=tmp_path / "again", control=True, **stretched)
     assert result.accuracy["test"] > 0.6
     for name in ("labels.csv", "report.html"):
         assert (work / name).exists()
     assert (work / "labels.csv").read_bytes() == Path(result.labels).read_bytes()
     mine, theirs = (
-        json.loads((folder / "rounds" / "state.json").read_text())["stages"]
+        {
+            name: stage
+            for file in ("rounds/state.json", "state.json")
+            for name, stage in json.loads((folder / file).read_text())["stages"].items()
+        }
         for folder in (work, tmp_path / "again")
     )
     assert [mine[k] for k in mine if k.endswith("measure")] == [
         theirs[k] for k in theirs if k.endswith("measure")
     ]
+    updates = {name.split(":")[0]: stage["step"] for name, stage in mine.items() if "step" in stage}
+    assert updates == {"round 0": 60, "round 1": 30, "control": 90}
     rows = list(csv.DictReader((work / "labels.csv").open()))
     assert len(rows) == 12 and {row["label"] for row in rows} <= set(NAMES)
     assert "leak.png" not in {row["file"] for row in rows}

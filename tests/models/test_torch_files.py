@@ -267,7 +267,7 @@ def one(*arguments, **described) -> dict[str, Tensor]:
         ((0, (2, 3), (2, 1)), "beyond its storage"),
         ((0, (2**40, 2**40), (2**40, 1)), "beyond its storage"),
         ((2**80, (1,), (1,)), "beyond its storage"),
-        ((0, (2,), (-1,)), "the strides of a tensor is no tuple"),
+        ((0, (2,), (-1,)), "the strides of a tensor is not a tuple"),
         ((-1, (2,), (1,)), "the offset of a tensor"),
         ((0, (-1,), (1,)), "the shape of a tensor"),
         ((0, (2, 2), (1,)), "has strides"),

@@ -19,7 +19,7 @@ from efficientnet_ns.config import CheckConfig, ConfigError, SelectConfig
 from efficientnet_ns.data import fingerprints
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.pseudo_labels import check_data, copies, image_marks, selection
+from efficientnet_ns.pseudo_labels import check_data, image_marks, near_copies, selection
 
 
 def photo(seed: int, width: int = 160, height: int = 120) -> Image.Image:
@@ -216,25 +216,25 @@ def test_near_prints_are_those_of_all_pairs(tmp_path, rng):
     opposite = np.concatenate([evaluation[40:, :1], ~evaluation[40:, 1:]], 1)
     training = np.concatenate([*copied, others, opposite, flipped(rng, others[:10], 4)])
     sets = []
-    for role, prints in ((copies.EVALUATION, evaluation), (copies.UNLABELED, training)):
+    for role, prints in ((near_copies.EVALUATION, evaluation), (near_copies.UNLABELED, training)):
         path = tmp_path / f"{role}.parquet"
         numbers = np.arange(len(prints))
         hashes = rng.integers(0, 2**64, len(prints), np.uint64)
         columns = [numbers, np.zeros(len(prints), np.int32), hashes, *prints.T]
         pyarrow.parquet.write_table(pyarrow.table(dict(zip(image_marks.COLUMNS, columns))), path)
-        sets.append(copies.ImageSet(role, "", [str(role)], [str(path)]))
-    found = {one.record: one for one in copies.Search(sets).copies()}
+        sets.append(near_copies.ImageSet(role, "", [str(role)], [str(path)]))
+    found = {one.record: one for one in near_copies.Search(sets).copies()}
     distances = {
         record: (one.of_role, one.of_record, one.distance) for record, one in found.items()
     }
     for record, (role, of, distance) in distances.items():
-        other = (evaluation if role == copies.EVALUATION else training)[of]
+        other = (evaluation if role == near_copies.EVALUATION else training)[of]
         differing = np.unpackbits((other ^ training[record]).view(np.uint8)).sum()
         assert differing == distance <= 31
     for record in range(20):
-        assert distances[record] == (copies.EVALUATION, record, 0 if record < 10 else 6)
+        assert distances[record] == (near_copies.EVALUATION, record, 0 if record < 10 else 6)
     for number in range(10):
-        assert distances[150 + number] == (copies.UNLABELED, 40 + number, 4)
+        assert distances[150 + number] == (near_copies.UNLABELED, 40 + number, 4)
     assert not set(range(30, 150)) & set(distances)
 
 

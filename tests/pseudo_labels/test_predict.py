@@ -808,16 +808,20 @@ def test_number_of_views_that_there_is_not(folder, number):
         predict.predict(settings(folder, "flags", test_time_views=number))
 
 
-def test_ten_views_are_corners_and_center():
+@pytest.mark.parametrize("fraction", [None, 0.875])
+def test_ten_views_are_corners_and_center(fraction):
     rng = np.random.default_rng(0)
     image = tf.constant(png(rng, 20, 30))
     size = 16
-    found = views.decoder(lambda i: images.eval_image(i, size), size, 10)(image[None])[0].numpy()
+    decode = views.decoder(
+        lambda i: images.eval_image(i, size, fraction), size, 10, crop_fraction=fraction
+    )
+    found = decode(image[None])[0].numpy()
     pixels = tf.io.decode_png(image)
-    side = int(images.center_crop_box(20, 30, size)[2])
+    side = int(images.center_crop_box(20, 30, size, fraction)[2])
     places = [(0, 0), (0, 30 - side), (20 - side, 0), (20 - side, 30 - side)]
     crops = [images.crop_and_resize(pixels, [y, x, side, side], size) for y, x in places]
-    expected = np.stack([images.eval_image(image, size), *crops])
+    expected = np.stack([images.eval_image(image, size, fraction), *crops])
     np.testing.assert_array_equal(found[:5], expected)
     np.testing.assert_array_equal(found[5:], expected[:, :, ::-1])
 

@@ -19,7 +19,7 @@ from efficientnet_ns.files import manifests
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.serving import export, model_export, provenance
-from efficientnet_ns.serving.classifier import OutputSpec
+from efficientnet_ns.serving.signatures import OutputSpec
 
 CLASSES, SIZE = 5, 32
 

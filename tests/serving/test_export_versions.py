@@ -22,7 +22,7 @@ from served_models import (
 )
 
 from efficientnet_ns.serving import deployment, export, warmup
-from efficientnet_ns.serving.classifier import OutputSpec
+from efficientnet_ns.serving.signatures import OutputSpec
 
 
 @pytest.mark.slow

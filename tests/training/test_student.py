@@ -278,6 +278,36 @@ def test_replicas_draw_different_noise(two_replicas):
     assert not differs(trainer.student.get_layer("head_conv").kernel)
 
 
+class CountingReductions(tf.distribute.ReductionToOneDevice):
+    """Notes the shapes that replicas exchange, reduction by reduction."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes: list[list[tuple[int, ...]]] = []
+
+    def reduce(self, reduce_op, per_replica_value, *args, **kwargs):
+        self.shapes.append([tuple(per_replica_value.values[0].shape)])
+        return super().reduce(reduce_op, per_replica_value, *args, **kwargs)
+
+    def batch_reduce(self, reduce_op, value_destination_pairs, *args, **kwargs):
+        self.shapes.append([tuple(value.values[0].shape) for value, _ in value_destination_pairs])
+        return super().batch_reduce(reduce_op, value_destination_pairs, *args, **kwargs)
+
+
+def test_replicas_exchange_gradients_once():
+    """One reduction of all gradients, and nothing else: no statistics, averages or metrics."""
+    reductions = CountingReductions()
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], cross_device_ops=reductions)
+    with strategy.scope():
+        trainer = make_trainer(unlabel_ratio=RATIO, temperature=1.0, **NO_NOISE)
+        trainer.optimizer.build(trainer.student.trainable_variables)
+    reductions.shapes.clear()
+    update = tf.function(lambda batch: strategy.run(trainer.train_step, args=(batch,)))
+    update.get_concrete_function(make_batch(4, 4))
+    gradients = [tuple(v.shape) for v in trainer.student.trainable_variables]
+    assert [sorted(shapes) for shapes in reductions.shapes] == [sorted(gradients)]
+
+
 # --------------------------------------------------------------------------------------------------
 # Compiled by XLA
 
