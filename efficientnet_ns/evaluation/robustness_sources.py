@@ -49,7 +49,7 @@ class Records:
     @contextlib.contextmanager
     def reader(self, entries: Sequence[image_sources.Entry]) -> Iterator[image_sources.Reader]:
         """See `image_sources.Source`."""
-        with tfrecords.payloads_at() as payload:
+        with tfrecords.payload_reader() as payload:
             yield lambda entry: image_sources.Loaded(
                 tfexamples.image_bytes(payload(entry.place)), entry.label
             )

@@ -33,6 +33,18 @@ def index_name(shard: int, num_shards: int, worker: int) -> str:
     return f"{shard_name('index', shard, num_shards)}-{worker:05d}.parquet"
 
 
+def prediction_paths(
+    shard: int, num_shards: int, worker: int, *, output_dir: str, info_dir: str
+) -> list[str]:
+    """Paths of a shard's predictions, of their index and of their info file; `info_dir` may be ""."""
+    key = (shard, num_shards, worker)
+    return [
+        os.path.join(output_dir, prediction_name(*key)),
+        os.path.join(output_dir, index_name(*key)),
+        os.path.join(info_dir or output_dir, info_name(*key)),
+    ]
+
+
 def pseudo_label_name(task: int, shard: int, num_shards: int) -> str:
     """`train-0-00003-of-00128`."""
     return shard_name(f"train-{task}", shard, num_shards)

@@ -98,13 +98,10 @@ def placeholder_example(image: bytes, label: int, num_classes: int) -> bytes:
     )
 
 
-def prediction_example(probabilities: Sequence[float]) -> bytes:
-    """A prediction; `classes` is the argmax, 0-based. All zeros stand for an unreadable image."""
-    return prediction_examples(np.asarray([probabilities], np.float32))[0]
-
-
 def prediction_examples(probabilities: np.ndarray) -> list[bytes]:
     """A serialized prediction for every row.
+
+    `classes` is the argmax, 0-based. A row of zeros stands for an unreadable image.
 
     Args:
       probabilities: float32 [N, C].

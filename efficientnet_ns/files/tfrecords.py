@@ -81,7 +81,7 @@ def _crc_tables(size: int) -> np.ndarray:
     return tables
 
 
-def payload_at(content: bytes, at: int) -> tuple[bytes, int]:
+def payload_in(content: bytes, at: int) -> tuple[bytes, int]:
     """(payload, end) of the frame that begins at byte `at`; checksums are not verified."""
     begin = at + HEADER.size
     end = begin + int.from_bytes(content[at : at + 8], "little")
@@ -248,7 +248,7 @@ def spans(path: str) -> Iterator[tuple[int, int]]:
             yield scanner.offset - FOOTER.size - length, length
 
 
-def chosen(path: str, positions: Iterable[int]) -> dict[int, bytes]:
+def payloads_of(path: str, positions: Iterable[int]) -> dict[int, bytes]:
     """Payloads of some records of a file, by position; b"" for those that cannot be read.
 
     The file is read up to the last of them only.
@@ -263,7 +263,7 @@ def chosen(path: str, positions: Iterable[int]) -> dict[int, bytes]:
 
 
 @contextlib.contextmanager
-def payloads_at() -> Iterator[Callable[[tuple[str, int, int]], bytes]]:
+def payload_reader() -> Iterator[Callable[[tuple[str, int, int]], bytes]]:
     """Yields a function: (path, first byte, length) as of `spans` → the payload, unchecked.
 
     Files stay open until the block ends.
@@ -425,11 +425,11 @@ def _keep(files: Mapping[str, Counted], spare: str | None) -> None:
         folder, name = os.path.split(path)
         folders.setdefault(folder, {})[name] = {**_entry(file), "counted": True}
     for folder, entries in folders.items():
-        if not _could_note(folder, entries) and spare:
-            _could_note(spare, {os.path.join(folder, name): entries[name] for name in entries})
+        if not _try_to_note(folder, entries) and spare:
+            _try_to_note(spare, {os.path.join(folder, name): entries[name] for name in entries})
 
 
-def _could_note(folder: str, entries: Mapping[str, dict]) -> bool:
+def _try_to_note(folder: str, entries: Mapping[str, dict]) -> bool:
     try:
         object_stores.make_folder(folder)
         _note(folder, entries)

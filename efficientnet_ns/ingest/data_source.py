@@ -70,9 +70,9 @@ def _check(config: MakeConfig) -> None:
         raise ConfigError("--source and --output_dir are needed")
     for flag in ("source", "subfolder", "output_dir"):
         value = getattr(config, flag)
-        if value != image_sources.printable(value):
+        if value != image_sources.readable(value):
             raise ConfigError(
-                f"--{flag}={image_sources.printable(value)} is not UTF-8, which TensorFlow requires of paths: "
+                f"--{flag}={image_sources.readable(value)} is not UTF-8, which TensorFlow requires of paths: "
                 "rename the folder"
             )
     if tf.io.gfile.exists(config.output_dir) and not tf.io.gfile.isdir(config.output_dir):

@@ -35,7 +35,7 @@ from efficientnet_ns.files import (
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.paths import listed
 from efficientnet_ns.files.progress import Progress
-from efficientnet_ns.ingest.image_sources import Entry, LeftOut, Reader, Source, printable
+from efficientnet_ns.ingest.image_sources import Entry, LeftOut, Reader, Source, readable
 
 _IMAGES_PER_SHARD, _MAX_SHARDS = 1024, 1024
 # In the configuration of a shard: detects images replaced by others of the same size.
@@ -331,10 +331,10 @@ def _write_shard(source: Source, shard: _Shard, rules: image_conversion.Rules) -
                 _check_label(entry.name, loaded.label, of.num_classes)
                 image, shape = image_conversion.prepare(loaded.image, rules)
             except (image_conversion.Unusable, *_UNREADABLE) as e:
-                bad.append([printable(entry.name), str(e).replace("\n", " ")])
+                bad.append([readable(entry.name), str(e).replace("\n", " ")])
                 continue
             shapes.add(shape)
-            name = (printable(entry.name),) if of.keep_names else ()
+            name = (readable(entry.name),) if of.keep_names else ()
             yield of.record(image, loaded.label, *name)
 
     with source.reader(entries) as read, stage.write(clean=False) as (temporary, counts):
@@ -350,4 +350,4 @@ _UNREADABLE = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError, FileNot
 
 def _check_label(name: str, label: int, num_classes: int | None) -> None:
     if num_classes is not None and not 0 <= label < num_classes:
-        raise DataError(f"{printable(name)} has label {label}, but labels are 0..{num_classes - 1}")
+        raise DataError(f"{readable(name)} has label {label}, but labels are 0..{num_classes - 1}")

@@ -123,7 +123,7 @@ class ListedSource(Source, Protocol):
 # --- Names ----------------------------------------------------------------------------------------
 
 
-def printable(name: str) -> str:
+def readable(name: str) -> str:
     r"""`name` as Unicode that can be stored anywhere; bytes that are no UTF-8 become `\\xe9`."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
@@ -131,7 +131,7 @@ def printable(name: str) -> str:
 def tidy(name: str) -> str:
     """`name` normalized: without `/x`, `./x` or `a/../x`, printable, in one Unicode form."""
     plain = posixpath.normpath("/" + name.replace("\\", "/")).lstrip("/")
-    return unicodedata.normalize("NFC", printable(plain))
+    return unicodedata.normalize("NFC", readable(plain))
 
 
 def is_image(name: str) -> bool:
@@ -285,7 +285,7 @@ def _sort_in(item: os.DirEntry, name: str, contents: Contents) -> bool:
     except OSError as e:
         lost = LeftOut(_maybe_folder(name), f"cannot be read: {e.strerror}")
         if item.is_symlink():
-            target = printable(os.readlink(item.path))
+            target = readable(os.readlink(item.path))
             lost = lost._replace(reason=f"a link to {target}: {e.strerror}")
         contents.lost.append(lost)
         return False
@@ -390,7 +390,7 @@ def _zip_target(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str | None:
     try:
         return _from_link(info.filename, archive.read(info).decode("utf-8", "surrogateescape"))
     except Exception as e:  # As for images.
-        logging.warning("cannot unpack the link %s: %s", printable(info.filename), e)
+        logging.warning("cannot unpack the link %s: %s", readable(info.filename), e)
         return None
 
 
@@ -463,7 +463,7 @@ def _members(
         stem, extension = posixpath.splitext(name)
         if member.isreg() and extension.lower() == ".tar":
             inner = _Window(window.file, window.start + member.offset_data, member.size)
-            yield from _members(inner, f"{path}, {printable(name)} in it", stem)
+            yield from _members(inner, f"{path}, {readable(name)} in it", stem)
         else:
             yield folder, member, window.start
 

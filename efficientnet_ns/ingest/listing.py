@@ -87,7 +87,7 @@ def list_images(
     numbers = {name: i for i, name in enumerate(agreed)}
     labels = [numbers.get(_class_of(name, depth)) for name in names]
     loose = [
-        LeftOut(image_sources.printable(entry.name), "in no class folder")
+        LeftOut(image_sources.readable(entry.name), "in no class folder")
         for entry, label in zip(entries, labels)
         if label is None
     ]
@@ -116,7 +116,7 @@ def _sorted_out(contents: image_sources.Contents, prefix: str) -> _Found:
             ignored["replaced by a later one of the same name"] += 1
             logging.warning(
                 "%s: using the last of several entries with this name",
-                image_sources.printable(name),
+                image_sources.readable(name),
             )
         elif kind := _kind(name):
             ignored[kind] += 1
@@ -127,7 +127,7 @@ def _sorted_out(contents: image_sources.Contents, prefix: str) -> _Found:
         if kind == image_sources.HIDDEN or kind and not item.name.endswith("/"):
             ignored[kind] += 1
         else:
-            lost.append(LeftOut(image_sources.printable(item.name), item.reason))
+            lost.append(LeftOut(image_sources.readable(item.name), item.reason))
     for name, item in _pairs(contents.ignored, prefix):
         ignored[image_sources.HIDDEN if image_sources.is_hidden(name) else item.reason] += 1
     images.sort(key=lambda pair: (pair[0], pair[1].name))

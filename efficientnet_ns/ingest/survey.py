@@ -89,7 +89,7 @@ def _look_at(
                 image = read(entry).image
                 _, shape = image_conversion.prepare(image, image_conversion.Rules())
             except image_conversion.Unusable as e:
-                refused.append((image_sources.printable(entry.name), str(e)))
+                refused.append((image_sources.readable(entry.name), str(e)))
                 continue
             size = shape or image_headers.declared_size(image)
             sides += [min(size)] if size else []

@@ -180,7 +180,7 @@ class Tfds:
         skip_decoding = {}
         if isinstance(features[self._image], tfds.features.Image):
             skip_decoding = {self._image: tfds.decode.SkipDecoding()}
-        with tfrecords.payloads_at() as payload:
+        with tfrecords.payload_reader() as payload:
 
             def read(entry: Entry) -> Loaded:
                 example = features.deserialize_example_np(

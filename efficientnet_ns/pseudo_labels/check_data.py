@@ -170,7 +170,7 @@ def _names(copies: Sequence[Copy]) -> dict[tuple[str, int], str]:
     return {
         (file, record): tfexamples.file_name(payload)
         for file, records in wanted.items()
-        for record, payload in tfrecords.chosen(file, records).items()
+        for record, payload in tfrecords.payloads_of(file, records).items()
     }
 
 
@@ -223,7 +223,7 @@ def _pairs(copies: Sequence[Copy]) -> str:
     for copy in copies:
         alike = "same file" if copy.distance < 0 else f"{copy.distance} bits"
         for file, record in ((copy.of_file, copy.of_record), (copy.file, copy.record)):
-            payload = tfrecords.chosen(file, [record])[record]
+            payload = tfrecords.payloads_of(file, [record])[record]
             name = tfexamples.file_name(payload) or f"{os.path.basename(file)} {record}"
             picture = report.thumbnail(tfexamples.image_if_any(payload), _PIXELS)
             items.append((picture, f"{name}: {alike}"))

@@ -227,7 +227,7 @@ def _most_common(labels: Sequence[int]) -> int:
 def _grid(doubts: Sequence[Doubt], names: Sequence[str]) -> str:
     items = []
     for one in doubts:
-        payload = tfrecords.chosen(one.file, [one.record])[one.record]
+        payload = tfrecords.payloads_of(one.file, [one.record])[one.record]
         caption = f"{names[one.label]} → {names[one.suggested]} {one.prob:.2f}"
         caption += f": {one.name}" if one.name else ""
         items.append((report.thumbnail(tfexamples.image_if_any(payload), _PIXELS), caption))

@@ -102,12 +102,9 @@ def _stages(
         settings["class_map"] = manifests.content_hash(options.class_map)
     stages = []
     for shard, path in enumerate(sources):
-        key = (shard, len(sources), 0)
-        outputs = [
-            os.path.join(options.output_dir, shard_names.prediction_name(*key)),
-            os.path.join(options.output_dir, shard_names.index_name(*key)),
-            os.path.join(options.info_dir or options.output_dir, shard_names.info_name(*key)),
-        ]
+        outputs = shard_names.prediction_paths(
+            shard, len(sources), 0, output_dir=options.output_dir, info_dir=options.info_dir
+        )
         own = {
             **settings,
             "input": manifests.fingerprint([path]),

@@ -332,7 +332,7 @@ def read_records(
         by_shard[shard].add(number)
     found = {}
     for shard, wanted in sorted(by_shard.items()):
-        payloads = tfrecords.chosen(index.input_path(config, shard), wanted)
+        payloads = tfrecords.payloads_of(index.input_path(config, shard), wanted)
         found.update({(shard, number): payload for number, payload in payloads.items()})
     return found
 

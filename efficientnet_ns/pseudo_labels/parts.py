@@ -107,7 +107,7 @@ class Parts:
         content = object_stores.read(self._path(first))
         if content is None:
             return None
-        header, body = tfrecords.payload_at(content, 0)
+        header, body = tfrecords.payload_in(content, 0)
         try:
             stored = json.loads(header)
             good = stored.pop("settings") == self._settings and stored["first"] == first
@@ -116,7 +116,7 @@ class Parts:
                 return None
         except (ValueError, KeyError):
             return None
-        numbers, end = tfrecords.payload_at(content, body)
+        numbers, end = tfrecords.payload_in(content, body)
         # Labels, int32, as many probabilities, float32, and the marks, if any.
         half = 4 * (count := stored["records"])
         stored["place"] = tuple(stored["place"])

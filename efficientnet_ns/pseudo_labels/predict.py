@@ -291,11 +291,9 @@ def _outputs(config: Config, shard: int) -> list[str]:
     if options.reassign_label:
         return [os.path.join(options.output_dir, os.path.basename(_input_path(config, shard)))]
     key = (shard, options.num_shards, options.worker_id)
-    return [
-        os.path.join(options.output_dir, shard_names.prediction_name(*key)),
-        os.path.join(options.output_dir, shard_names.index_name(*key)),
-        os.path.join(options.info_dir or options.output_dir, shard_names.info_name(*key)),
-    ]
+    return shard_names.prediction_paths(
+        *key, output_dir=options.output_dir, info_dir=options.info_dir
+    )
 
 
 def _manifest(outputs: Sequence[str]) -> str:

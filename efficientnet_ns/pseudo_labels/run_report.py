@@ -19,7 +19,7 @@ from efficientnet_ns.config import ConfigError, ReportConfig, SelectConfig, give
 from efficientnet_ns.files import exclusions, manifests, name_lists, tfexamples
 from efficientnet_ns.pseudo_labels import index, label_next, outcome
 from efficientnet_ns.pseudo_labels.outcome import Outcome, Picture
-from efficientnet_ns.pseudo_labels.selection import RULE, SELECTION, class_names_of
+from efficientnet_ns.pseudo_labels.selection import RULE_SETTINGS, SELECTION, class_names_of
 
 _PICTURES = 36  # Of a grid over all classes.
 _PICTURES_PER_CLASS = 8
@@ -140,7 +140,7 @@ def _as_selected(config: SelectConfig) -> SelectConfig:
     if not tf.io.gfile.exists(manifest):
         return config
     made_with = manifests.read_manifest(manifest)["config"]
-    noted = {name: made_with[name] for name in RULE if name in made_with}
+    noted = {name: made_with[name] for name in RULE_SETTINGS if name in made_with}
     chosen = {name: value for name, value in given(config).items() if name in noted}
     difference = manifests.describe_difference({name: noted[name] for name in chosen}, chosen)
     if difference:

@@ -53,11 +53,11 @@ TOTAL, RUNNING_SUM = "total_counts.json", "total_counts_sum.json"
 # Version of the function `draws`; raise it when the function changes.
 DRAWS = 2
 # The settings that determine the selection: the rule, and what it is applied to.
-RULE = (
+RULE_SETTINGS = (
     *("selection", "num_image", "min_threshold", "max_prob", "upsample", "use_top", "use_all"),
     "seed",
 )
-_DECISIVE = (*RULE, "num_shards", "num_label_classes", "only_use_num_shards", "debug")
+_DECISIVE = (*RULE_SETTINGS, "num_shards", "num_label_classes", "only_use_num_shards", "debug")
 _ROW_GROUP = 1 << 20
 
 
@@ -345,7 +345,7 @@ _IMAGE = np.dtype(
 _ORDER = ("key", "shard", "position", "worker")
 
 
-_RULE = np.dtype(
+_CLASS_RULE = np.dtype(
     [
         ("least", "f8"),  # The least probability kept.
         ("kind", "i4"),  # Which key orders the images; _ALIKE: all get the same copies.
@@ -363,12 +363,12 @@ class Rules:
     Attributes:
       seed: of the draws.
       highest: the greatest probability kept, float32.
-      of_class: `_RULE` [classes].
+      of_class: `_CLASS_RULE` [classes].
     """
 
     def __init__(self, config: SelectConfig):
         self.seed, self.highest = config.seed, _at_most(config.max_prob)
-        self.of_class = np.zeros(config.num_label_classes, _RULE)
+        self.of_class = np.zeros(config.num_label_classes, _CLASS_RULE)
         self.of_class["least"] = np.inf
 
     def __getitem__(self, name: str) -> np.ndarray:

@@ -550,7 +550,7 @@ def test_pseudo_label_out_of_range(tmp_path, label):
         tfexamples.labeled_example(b"not a picture", 0),
         tfexamples.labeled_example(b"", 0),
         tfexamples.labeled_example(b"\x89PNG\r\n\x1a\n" + bytes(20), 0),
-        tfexamples.prediction_example([0.5, 0.5]),
+        tfexamples.prediction_examples(np.array([[0.5, 0.5]], np.float32))[0],
         b"not an example",
     ],
     ids=["text", "nothing", "broken PNG", "no image", "no example"],

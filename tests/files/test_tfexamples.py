@@ -25,7 +25,10 @@ def test_pseudo_labeled_examples_are_the_same_bytes(size, classes, rng):
     image, probs = rng.bytes(size), rng.random(classes).astype(np.float32)
     feature = tfexamples.feature(tfexamples.unlabeled_example(image), tfexamples.IMAGE)
     floats = tfexamples.Floats(
-        tfexamples.feature(tfexamples.prediction_example(probs), tfexamples.PROBABILITIES)
+        tfexamples.feature(
+            tfexamples.prediction_examples(np.asarray([probs], np.float32))[0],
+            tfexamples.PROBABILITIES,
+        )
     )
     assert tfexamples.bytes_value(feature) == image
     assert [floats[i] for i in range(len(floats))] == probs.tolist()

@@ -222,13 +222,13 @@ def test_predictions_equal_the_originals():
         assert stored["probabilities"] == ("float_list", probs.tolist())
         assert stored["classes"] == ("int64_list", [int(probs.argmax())])
         assert tfexamples.label(theirs) == probs.argmax()
-        assert same_bytes(tfexamples.prediction_example(probs), theirs)
+        assert same_bytes(tfexamples.prediction_examples(probs[None])[0], theirs)
         labels.add(tfexamples.label(theirs))
     assert len(labels) > 2
 
 
 def test_prediction_of_an_unreadable_image():
-    stored = content(tfexamples.prediction_example(np.zeros(3, np.float32)))
+    stored = content(tfexamples.prediction_examples(np.zeros([1, 3], np.float32))[0])
     assert stored == {
         "probabilities": ("float_list", [0.0, 0.0, 0.0]),
         "classes": ("int64_list", [0]),
@@ -280,7 +280,9 @@ def test_payload_that_is_no_example():
     with pytest.raises(DataError, match="not a tf.train.Example"):
         tfexamples.image_bytes(b"\xff\xff\xff")
     with pytest.raises(DataError, match="image/encoded"):
-        tfexamples.image_bytes(tfexamples.prediction_example([0.5, 0.5]))
+        tfexamples.image_bytes(
+            tfexamples.prediction_examples(np.array([[0.5, 0.5]], np.float32))[0]
+        )
 
 
 # Reading past damage.
@@ -657,7 +659,7 @@ def test_many_predictions_at_once_are_the_same_bytes(classes):
     probs = np.random.default_rng(0).random([40, classes]).astype(np.float32)
     probs[0] = 0
     assert tfexamples.prediction_examples(probs) == [
-        tfexamples.prediction_example(p) for p in probs
+        tfexamples.prediction_examples(np.asarray([p], np.float32))[0] for p in probs
     ]
 
 
@@ -686,7 +688,7 @@ def test_image_of_a_record_with_nothing_else_but_its_name(name, size, rng):
     assert tfexamples._only_image(record) == tfexamples.image_bytes(record) == image
     for other in (
         tfexamples.labeled_example(image, 3),
-        tfexamples.prediction_example([0.5, 0.5]),
+        tfexamples.prediction_examples(np.array([[0.5, 0.5]], np.float32))[0],
     ):
         assert tfexamples._only_image(other) is None
     for _ in range(300):
@@ -714,7 +716,7 @@ def plainly_read(content: bytes) -> list[tfrecords.Record]:
             if header[8:] != tfrecords.FOOTER.pack(tfrecords.masked_crc(header[:8])):
                 problem = f"damaged length at byte {at}: the rest is lost"
             elif length + 16 <= lost:
-                payload, end = tfrecords.payload_at(content, at)
+                payload, end = tfrecords.payload_in(content, at)
                 good = content[end - 4 : end] == tfrecords.FOOTER.pack(
                     tfrecords.masked_crc(payload)
                 )

@@ -82,7 +82,7 @@ def make_set(folder: Path) -> Config:
         images = [png(1000 * shard + i) for i in range(ROWS - 7 * shard)]
         images[17] += b"?"
         payloads = [tfexamples.unlabeled_example(image) for image in images]
-        payloads[40] = tfexamples.prediction_example([0.5, 0.5])
+        payloads[40] = tfexamples.prediction_examples(np.array([[0.5, 0.5]], np.float32))[0]
         name = shard_names.shard_name("train", shard, SHARDS)
         tfrecords.write(str(folder / "unlabeled" / name), payloads)
     return Config().override(

@@ -77,7 +77,7 @@ def make(
     config = SelectConfig(**settings)
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.full(classes, 0.1), 500).astype(np.float32)
-    examples = [tfexamples.prediction_example(row) for row in probs]
+    examples = tfexamples.prediction_examples(np.asarray(probs, np.float32))
     inputs = [tfexamples.unlabeled_example(data) for data in picture]
     for shard in range(shards):
         chosen = rng.integers(len(probs), size=images // shards)

@@ -412,7 +412,7 @@ def damaged(folder) -> Path:
     images[4] = images[4][:40]
     images[5] = b""
     payloads = [tfexamples.unlabeled_example(image) for image in images]
-    payloads[7] = tfexamples.prediction_example([0.5, 0.5])
+    payloads[7] = tfexamples.prediction_examples(np.array([[0.5, 0.5]], np.float32))[0]
     write_shards(folder / "damaged", [[tfexamples.unlabeled_example(png(rng))], payloads])
     path = folder / "damaged" / shard_names.shard_name("extra", 1, 2)
     flip_payload(path, 2)

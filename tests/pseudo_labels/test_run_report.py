@@ -52,7 +52,7 @@ def predict(config: SelectConfig, probs: np.ndarray, workers: int) -> None:
         for worker in range(workers):
             rows = probs[shard, worker::workers]
             path = index.prediction_path(config, shard, worker)
-            tfrecords.write(path, [tfexamples.prediction_example(row) for row in rows])
+            tfrecords.write(path, tfexamples.prediction_examples(np.asarray(rows, np.float32)))
 
 
 @pytest.fixture(scope="module")

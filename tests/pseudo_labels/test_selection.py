@@ -70,7 +70,7 @@ def make_predictions(folder: Path, table: list[list[list[list[float]]]]) -> None
     for shard, workers in enumerate(table):
         for worker, rows in enumerate(workers):
             name = shard_names.prediction_name(shard, len(table), worker)
-            examples = [tfexamples.prediction_example(row) for row in rows]
+            examples = tfexamples.prediction_examples(np.asarray(rows, np.float32))
             tfrecords.write(str(folder / "predictions" / name), examples)
 
 

@@ -322,7 +322,7 @@ def make_small(folder: Path, workers: int = 1, **values) -> SelectConfig:
     for worker in range(workers):
         path = index.prediction_path(settings, 0, worker)
         tfrecords.write(
-            path, [tfexamples.prediction_example(row) for row in probs[worker::workers]]
+            path, tfexamples.prediction_examples(np.asarray(probs[worker::workers], np.float32))
         )
     select(settings)
     return settings
@@ -480,6 +480,6 @@ def test_predictions_made_again_after_the_selection_are_noticed(tmp_path):
     settings = make_small(tmp_path)
     path = index.prediction_path(settings, 0, 0)
     rows = [tfexamples.probabilities(r.payload)[::-1] for r in tfrecords.read(path)]
-    tfrecords.write(path, [tfexamples.prediction_example(row) for row in rows])
+    tfrecords.write(path, tfexamples.prediction_examples(np.asarray(rows, np.float32)))
     with pytest.raises(DataError, match="record 0 does not match the selection"):
         write.write(settings)

@@ -69,7 +69,8 @@ def test_check_data_takes_what_records_take(tmp_path):
 
 def test_records_without_images_are_named(tmp_path):
     tfrecords.write(
-        str(tmp_path / "train-00000-of-00001"), [tfexamples.prediction_example([0.5, 0.5])]
+        str(tmp_path / "train-00000-of-00001"),
+        tfexamples.prediction_examples(np.array([[0.5, 0.5]], np.float32)),
     )
     with pytest.raises(DataError, match="train-00000-of-00001, record 0: .*image/encoded"):
         check.encoded_images(str(tmp_path), 3)

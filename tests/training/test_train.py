@@ -602,7 +602,7 @@ BROKEN_RECORDS = {
     ),
     "no image": (
         "train-00000-of-00002",
-        tfexamples.prediction_example([1.0]),
+        tfexamples.prediction_examples(np.array([[1.0]], np.float32))[0],
         "the record has no 'image/encoded'",
     ),
     "pseudo label above the classes": (
