@@ -163,7 +163,7 @@ _STORAGES: dict[tuple[str, str], np.dtype] = {
 def _counts(value: Any, what: str) -> tuple[int, ...]:
     """A tuple of numbers that are at least 0, as shapes and strides are."""
     if not isinstance(value, tuple) or not all(type(n) is int and n >= 0 for n in value):
-        raise ValueError(f"{what} of a tensor is not a tuple of non-negative integers")
+        raise ValueError(f"{what} of a tensor does not consist of non-negative integers")
     return value
 
 
@@ -401,6 +401,8 @@ class _Storages:
         """
         if not isinstance(described, tuple) or described[:1] != ("storage",):
             raise Refused(f"it holds a whole model, which is code: {_SAVE_THE_STATE}")
+        if len(described) < 5:
+            raise ValueError(f"its pickle describes a storage by {len(described)} values, not 5")
         _, kind, key, _, size, *parts = described
         dtype = _STORAGES.get((kind.module, kind.name)) if isinstance(kind, _Global) else None
         if dtype is None or not isinstance(key, str):
@@ -445,6 +447,8 @@ def _read_zip(content: bytes) -> Any:
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
+    if name not in archive.namelist():
+        raise ValueError(f"its entry {name} is missing")
     # PyTorch compresses nothing, so that no entry is larger than the file.
     if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
         raise Refused(f"its entry {name} is compressed: unpack it, and zip it without compression")

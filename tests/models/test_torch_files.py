@@ -267,7 +267,7 @@ def one(*arguments, **described) -> dict[str, Tensor]:
         ((0, (2, 3), (2, 1)), "beyond its storage"),
         ((0, (2**40, 2**40), (2**40, 1)), "beyond its storage"),
         ((2**80, (1,), (1,)), "beyond its storage"),
-        ((0, (2,), (-1,)), "the strides of a tensor is not a tuple"),
+        ((0, (2,), (-1,)), "the strides of a tensor does not consist of"),
         ((-1, (2,), (1,)), "the offset of a tensor"),
         ((0, (-1,), (1,)), "the shape of a tensor"),
         ((0, (2, 2), (1,)), "has strides"),
@@ -366,7 +366,7 @@ def test_zip_that_is_not_right():
     content = new_file(one(0, (4,), (1,)))
     with pytest.raises(torch_files.Refused, match="is compressed"):
         torch_files.read(rezipped(content, lambda name: True, zipfile.ZIP_DEFLATED))
-    with pytest.raises(KeyError, match="archive/data/0"):
+    with pytest.raises(ValueError, match="its entry archive/data/0 is missing"):
         arrays(rezipped(content, lambda name: "data/0" not in name))
     two = new_file({}, **{"../b/data.pkl": b"."}).replace(b"archive/../b", b"archive_dir2")
     with pytest.raises(ValueError, match="2 files data.pkl"):
@@ -379,7 +379,7 @@ def test_zip_that_is_not_right():
 def test_cut_off_anywhere(write):
     content = write(torch_saver.state_dict({"a": ONES, "b": ONES}))
     for length in range(40, len(content)):
-        with pytest.raises((ValueError, EOFError, zipfile.BadZipFile, KeyError)):
+        with pytest.raises((ValueError, EOFError, zipfile.BadZipFile)):
             arrays(content[:length])
 
 
