@@ -43,6 +43,7 @@ from efficientnet_ns.config.programs import (
 from efficientnet_ns.config.sections import (
     Config,
     DataConfig,
+    EvalConfig,
     HardwareConfig,
     LegacyConfig,
     ModelConfig,
@@ -57,6 +58,7 @@ __all__ = [
     "ConfigError",
     "ConvertConfig",
     "DataConfig",
+    "EvalConfig",
     "DemoConfig",
     "ExportConfig",
     "FilterConfig",

@@ -265,33 +265,6 @@ class TrainConfig(Settings):
         low=0,
         free=True,
     )
-    eval_batch_size: int = setting(
-        8,
-        "Images per step of evaluation; of labeling too, with --inference_engine=tf (the other "
-        "engines choose their own).",
-        low=1,
-        free=True,
-    )
-    eval_ema: bool = setting(
-        True, "With --mode=eval: evaluate the moving-average weights, not the raw ones.", free=True
-    )
-    eval_image_size: int | None = setting(
-        None,
-        "With --mode=eval: image side in pixels; default: that of the training.",
-        low=8,
-        free=True,
-    )
-    eval_views: int = setting(
-        1,
-        "With --mode=eval: 2 averages the probabilities with those of the mirrored image.",
-        low=1,
-        free=True,
-    )
-    eval_dir: str | None = setting(
-        None,
-        "With --mode=eval: folder of eval.json and eval_report.html; default: eval in model_dir.",
-        free=True,
-    )
     save_checkpoints_steps: int = setting(1000, "Save every N steps.", low=1, free=True)
     keep_checkpoint_max: int = setting(5, "Checkpoints kept.", low=1, free=True)
     iterations_per_loop: int = setting(
@@ -313,16 +286,45 @@ class TrainConfig(Settings):
     debug: int = setting(
         0, "1: log the whole configuration, the model and the first batch.", low=0, free=True
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig(Settings):
+    """How a trained model is evaluated."""
+
+    eval_batch_size: int = setting(
+        8,
+        "Images per step of evaluation; of labeling too, with --inference_engine=tf (the other "
+        "engines choose their own).",
+        low=1,
+    )
+    eval_ema: bool = setting(
+        True,
+        "With --mode=eval: evaluate the moving-average weights, not the raw ones.",
+    )
+    eval_image_size: int | None = setting(
+        None,
+        "With --mode=eval: image side in pixels; default: that of the training.",
+        low=8,
+    )
+    eval_views: int = setting(
+        1,
+        "With --mode=eval: 2 averages the probabilities with those of the mirrored image.",
+        low=1,
+    )
+    eval_dir: str | None = setting(
+        None,
+        "With --mode=eval: folder of eval.json and eval_report.html; default: eval in model_dir.",
+    )
     eval_continuously: bool = setting(
         False,
         "With --mode=eval: evaluate every new checkpoint in model_dir until the last step.",
-        free=True,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictConfig(Settings):
-    """Which shards a teacher labels, and where it writes predictions."""
+    """How a teacher labels: which shards, by which engine, and where it writes predictions."""
 
     predict_ckpt_path: str = setting(
         "",
@@ -481,6 +483,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    evaluation: EvalConfig = EvalConfig()
     predict: PredictConfig = PredictConfig()
     hardware: HardwareConfig = HardwareConfig()
     legacy: LegacyConfig = LegacyConfig()

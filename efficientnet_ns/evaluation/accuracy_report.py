@@ -59,8 +59,8 @@ def write(
     names = class_names or [str(i) for i in range(first.num_classes)]
     contents = {
         "weights": weights_path,
-        "ema": config.train.eval_ema,
-        "views": config.train.eval_views,
+        "ema": config.evaluation.eval_ema,
+        "views": config.evaluation.eval_views,
         "sets": {name: _plain(measured, names) for name, measured in results.items()},
     }
     json_files.write_json(os.path.join(folder, "eval.json"), contents, indent=1)

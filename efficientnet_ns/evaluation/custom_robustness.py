@@ -232,7 +232,7 @@ def _subject(
     weights.load_weights(model, path)
     engine = None
     if classifies:
-        kind, batch = config.predict.inference_engine, config.train.eval_batch_size
+        kind, batch = config.predict.inference_engine, config.evaluation.eval_batch_size
         engine = engines.make(kind, model, batch, strategy, dtype=config.predict.inference_dtype)
     identity = {
         "weights": weights.fingerprint(path, resolved.model_name),

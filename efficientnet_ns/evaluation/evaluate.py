@@ -42,8 +42,8 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     stored = stored_model.read(path)
     if stored.exported:
         exported.check(config, stored)
-    if config.train.eval_image_size:
-        config = config.override(input_image_size=config.train.eval_image_size)
+    if config.evaluation.eval_image_size:
+        config = config.override(input_image_size=config.evaluation.eval_image_size)
     if not config.data.label_data_dir:
         config = config.override(label_data_dir=stored.settings.get("label_data_dir"))
     resolved = ResolvedConfig.from_config(config, path)
@@ -55,15 +55,15 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     distribution.set_precision(config.hardware, strategy)
     with strategy.scope():
         model = resolved.build_model()
-    if config.train.eval_continuously:
-        evaluator = accuracy.Evaluator(model, strategy, views=config.train.eval_views)
+    if config.evaluation.eval_continuously:
+        evaluator = accuracy.Evaluator(model, strategy, views=config.evaluation.eval_views)
         return _evaluate_each(resolved, model, evaluator)
-    weights.load_weights(model, path, ema=config.train.eval_ema)
+    weights.load_weights(model, path, ema=config.evaluation.eval_ema)
     evaluator = accuracy.Evaluator(
-        model, strategy, views=config.train.eval_views, engine=_engine(config, model, strategy)
+        model, strategy, views=config.evaluation.eval_views, engine=_engine(config, model, strategy)
     )
     results = _measure_sets(resolved, evaluator, path)
-    folder = config.train.eval_dir
+    folder = config.evaluation.eval_dir
     if not folder and config.train.model_dir:
         folder = os.path.join(stored_model.find(config.train.model_dir), "eval")
     return _report(resolved, path, results, folder if distribution.is_chief(strategy) else None)
@@ -77,7 +77,7 @@ def _evaluate_export(resolved: ResolvedConfig, path: str) -> dict[str, dict[str,
         cast(tf.keras.Model, model), engine=cast(Callable[[np.ndarray], np.ndarray], model)
     )
     results = _measure_sets(resolved, evaluator, path, exported.Encoded(resolved.image_size))
-    return _report(resolved, path, results, resolved.config.train.eval_dir)
+    return _report(resolved, path, results, resolved.config.evaluation.eval_dir)
 
 
 def _report(
@@ -94,7 +94,8 @@ def _report(
 
 def _weights_path(config: Config) -> str:
     train = config.train
-    path = train.model_dir if train.eval_continuously else stored_model.weights_of(train)
+    continuous = config.evaluation.eval_continuously
+    path = train.model_dir if continuous else stored_model.weights_of(train)
     if not path:
         raise ConfigError(
             "--model_dir (or --init_model_path) is needed: the model to evaluate, a folder of a "
@@ -105,12 +106,11 @@ def _weights_path(config: Config) -> str:
 
 def _check(config: Config) -> None:
     """ConfigError for settings that cannot work."""
-    train = config.train
+    evaluation, kind = config.evaluation, config.predict.inference_engine
     needed(config.data.label_data_dir, "label_data_dir", "the folder with the labeled records")
-    if train.eval_views not in (1, 2):
-        raise ConfigError(f"--eval_views={train.eval_views} must be 1 or 2 (mirrored)")
-    kind = config.predict.inference_engine
-    if train.eval_continuously and kind in engines.CPU_ENGINES:
+    if evaluation.eval_views not in (1, 2):
+        raise ConfigError(f"--eval_views={evaluation.eval_views} must be 1 or 2 (mirrored)")
+    if evaluation.eval_continuously and kind in engines.CPU_ENGINES:
         raise ConfigError(
             f"--eval_continuously computes with TensorFlow: leave out --inference_engine={kind}"
         )
@@ -123,7 +123,7 @@ def _engine(config: Config, model: tf.keras.Model, strategy: tf.distribute.Strat
         raise ConfigError(
             f"--inference_engine={kind} evaluates on one device: leave --num_replicas at 0"
         )
-    engine = engines.make(kind, model, config.train.eval_batch_size, strategy, dtype=dtype)
+    engine = engines.make(kind, model, config.evaluation.eval_batch_size, strategy, dtype=dtype)
     return None if isinstance(engine, engines.TensorFlowEngine) else engine
 
 
@@ -168,7 +168,7 @@ def _evaluate_each(
         try:
             # The last one is measured even if an earlier run logged it: its metrics are returned.
             if step not in logged or step == total:
-                weights.load_weights(model, path, ema=resolved.config.train.eval_ema)
+                weights.load_weights(model, path, ema=resolved.config.evaluation.eval_ema)
                 measured = _measure_sets(resolved, evaluator, path)
                 results = {name: one.metrics for name, one in measured.items()}
         except (FileNotFoundError, tf.errors.NotFoundError):

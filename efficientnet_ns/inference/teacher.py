@@ -68,7 +68,7 @@ class TeacherPredictor:
         self.engine = engines.make(
             kind,
             model,
-            config.train.eval_batch_size,
+            config.evaluation.eval_batch_size,
             strategy,
             dtype=config.predict.inference_dtype,
         )

@@ -358,7 +358,7 @@ def _task(
         settings["noised_teacher"] = {
             "seed": resolved.config.train.seed,
             # The noise of an image is drawn with that of the others in its batch.
-            "batch_size": resolved.config.train.eval_batch_size,
+            "batch_size": resolved.config.evaluation.eval_batch_size,
             "images": resolved.unlabeled_preprocessing.describe(),
             "dropout_rate": model.dropout_rate,
             "stochastic_depth_rate": model.stochastic_depth_rate,

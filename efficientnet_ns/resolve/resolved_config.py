@@ -326,7 +326,7 @@ class ResolvedConfig:
         Args:
           preprocessing: None: `self.preprocessing()`.
         """
-        per_replica = math.ceil(self.config.train.eval_batch_size / share.replicas)
+        per_replica = math.ceil(self.config.evaluation.eval_batch_size / share.replicas)
         return pipeline.eval_batches(
             source,
             preprocessing or self.preprocessing(),

@@ -22,6 +22,7 @@ from efficientnet_ns.config import (
     CustomRobustnessConfig,
     DataConfig,
     DemoConfig,
+    EvalConfig,
     ExportConfig,
     FilterConfig,
     HardwareConfig,
@@ -53,6 +54,7 @@ SECTIONS = {
     "model": ModelConfig,
     "data": DataConfig,
     "train": TrainConfig,
+    "evaluation": EvalConfig,
     "predict": PredictConfig,
     "hardware": HardwareConfig,
     "legacy": LegacyConfig,
@@ -441,14 +443,8 @@ def test_identity():
         "log_step_count_steps",
         "preview_images",
         "debug",
-        "eval_continuously",
-        "eval_ema",
-        "eval_image_size",
-        "eval_views",
-        "eval_dir",
         "steps_per_eval",
         "patience",
-        "eval_batch_size",
         "save_checkpoints_steps",
         "keep_checkpoint_max",
         "iterations_per_loop",
@@ -552,7 +548,15 @@ def test_shards_named_twice_count_once():
 
 def test_paths_become_strings(tmp_path):
     """Every dataclass of settings takes `pathlib.Path` for a path."""
-    classes = [ModelConfig, DataConfig, TrainConfig, PredictConfig, SelectConfig, LoopConfig]
+    classes = [
+        ModelConfig,
+        DataConfig,
+        TrainConfig,
+        EvalConfig,
+        PredictConfig,
+        SelectConfig,
+        LoopConfig,
+    ]
     classes += [MakeConfig, SvhnConfig, ExportConfig]
     for cls in classes:
         names = [f.name for f in dataclasses.fields(cls) if f.name.endswith(("_dir", "_path"))]
