@@ -15,11 +15,11 @@ shuffle_buffer / B steps, as far as in a buffer of that many records.
 
 What it costs: a host reads the files of its runs. A run begins at any record of a file; where
 `counts.json` notes bytes at which records begin, the file is read from the last of them before it,
-else from its start. Nothing else is read unnecessarily: less than 1 % with these marks, half a file
-per run and epoch without them. If there are more hosts than streams, or a host's rows are not a whole
-number of streams, it reads all of each stream it has a row of. To resume, a stream reads its file up to the
-window, and the window; both windows if its rows of the batch lie in two. Nothing is read ahead before
-the first batch is complete; from then on, two batches are.
+else from its start. The bytes before the run are all that is read unnecessarily: less than 1 % with
+these marks, half a file per run and epoch without them. If there are more hosts than streams, or a
+host's rows are not a whole number of streams, it reads all of each stream it has a row of. To resume,
+a stream reads its file up to the window, and the window; both windows if its rows of the batch lie in
+two. Nothing is read ahead before the first batch is complete; from then on, two batches are.
 """
 
 from __future__ import annotations
