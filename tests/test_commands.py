@@ -94,6 +94,11 @@ QUICK = (
     ),
     Quick(r"benchmark --what=(input|train)", "--seconds=0.1 --image_size=32", "a try"),
     Quick(r"benchmark --what=(predict|serving)", "--seconds=0.1 --image_size=32", "a try"),
+    Quick(
+        r"benchmark --what=compiled",
+        "--model_name=efficientnet-test --image_size=32 --batch_size=4",
+        "B0 takes minutes to compile",
+    ),
     Quick(r"benchmark --what=select", "--rows=20000 --classes=10", "30 million rows take a while"),
     Quick(r"proc_svhn", "--dev_size=40 --num_shards=4", "fewer pictures than SVHN has"),
 )
