@@ -13,7 +13,7 @@ from efficientnet_ns.config import CheckConfig
 
 
 def main(options: CheckConfig) -> None:
-    from efficientnet_ns.pseudo_labels import check_data
+    from efficientnet_ns.hygiene import check_data
 
     print(json.dumps(check_data.check_data(options)))
 

@@ -13,7 +13,7 @@ from efficientnet_ns.config import LabelsConfig
 
 
 def main(options: LabelsConfig) -> None:
-    from efficientnet_ns.pseudo_labels import doubtful_labels
+    from efficientnet_ns.hygiene import doubtful_labels
 
     print(json.dumps(doubtful_labels.check_labels(options)))
 

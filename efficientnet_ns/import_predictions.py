@@ -14,7 +14,7 @@ from efficientnet_ns.config import ImportConfig
 
 
 def main(options: ImportConfig) -> None:
-    from efficientnet_ns.pseudo_labels.import_predictions import import_predictions
+    from efficientnet_ns.imported.import_predictions import import_predictions
 
     print(json.dumps(import_predictions(options)))
 

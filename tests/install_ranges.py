@@ -49,8 +49,8 @@ from efficientnet_ns.models import published
 for number in range(3):
     published.located(f"efficientnet-lite{number}")
 """,
-    "beam": "from efficientnet_ns.pseudo_labels import beam",
-    "ray": "from efficientnet_ns.pseudo_labels import ray_cluster",
+    "beam": "from efficientnet_ns.pipelines import beam",
+    "ray": "from efficientnet_ns.pipelines import ray_cluster",
     "onnx": "import tf2onnx, onnxruntime",
     "openvino": """
 import numpy as np

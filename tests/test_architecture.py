@@ -46,6 +46,10 @@ ENTRIES = {
 FLOORS = (
     "loop",
     "benchmarks",
+    "outcomes",
+    "pipelines",
+    "hygiene",
+    "imported",
     "pseudo_labels",
     "training",
     "evaluation",

@@ -114,7 +114,7 @@ NOT_RUN = {
     r"serving.client": "needs a server; tests/serving/test_client.py has one",
     r"tfds:": "downloads the set; tests/ingest has a prepared one",
     r"DataflowRunner": "needs a Google Cloud project",
-    r"ray_address": "needs a cluster; tests/pseudo_labels/test_ray_cluster.py starts one",
+    r"ray_address": "needs a cluster; tests/pipelines/test_ray_cluster.py starts one",
     r"python -m pytest": "a test itself",
 }
 # Pattern → module that the command needs.

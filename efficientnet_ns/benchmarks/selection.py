@@ -22,7 +22,8 @@ from efficientnet_ns.benchmarks.tables import Row
 from efficientnet_ns.config import BenchmarkConfig, ConfigError, ReportConfig, SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.files import shard_names, tfexamples, tfrecords
-from efficientnet_ns.pseudo_labels import index, run_report
+from efficientnet_ns.outcomes import run_report
+from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import SELECTION, select
 
 _SHARDS = 128

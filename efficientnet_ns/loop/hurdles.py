@@ -12,7 +12,7 @@ from efficientnet_ns.config import Config, LoopConfig
 from efficientnet_ns.files import json_files, name_lists
 from efficientnet_ns.files.paths import listed
 from efficientnet_ns.loop import rounds
-from efficientnet_ns.pseudo_labels.outcome import Outcome
+from efficientnet_ns.outcomes.outcome import Outcome
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 # Below this share of confident pictures, most show none of the classes.

@@ -25,7 +25,8 @@ from efficientnet_ns.config import (
 )
 from efficientnet_ns.data import tasks
 from efficientnet_ns.ingest import data_source
-from efficientnet_ns.pseudo_labels import index, predict, run_report, unlabeled_set, write
+from efficientnet_ns.outcomes import run_report
+from efficientnet_ns.pseudo_labels import index, predict, unlabeled_set, write
 from efficientnet_ns.pseudo_labels.selection import select
 
 
@@ -132,7 +133,7 @@ def label_on_beam(
             f"unexpected argument {beam_options[0]!r}; every setting is a --flag=value"
         )
     _check_whole(config, job)
-    from efficientnet_ns.pseudo_labels import beam  # Beam is optional.
+    from efficientnet_ns.pipelines import beam  # Beam is optional.
 
     return beam.label(*pipeline_stages(data_source.with_records(config), job), beam_options)
 
@@ -152,7 +153,7 @@ def label_on_ray(config: Config, job: PipelineConfig, pool: RayConfig) -> dict[s
     """
     _check_whole(config, job)
     check(pool)
-    from efficientnet_ns.pseudo_labels import ray_cluster  # Ray is optional.
+    from efficientnet_ns.pipelines import ray_cluster  # Ray is optional.
 
     return ray_cluster.label(*pipeline_stages(data_source.with_records(config), job), pool)
 

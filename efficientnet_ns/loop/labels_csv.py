@@ -11,7 +11,8 @@ import tensorflow as tf
 
 from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.files import atomic, tfexamples, tfrecords
-from efficientnet_ns.pseudo_labels import index, outcome
+from efficientnet_ns.outcomes import outcome
+from efficientnet_ns.pseudo_labels import index
 
 COLUMNS = ("file", "label", "probability", "kept")
 

@@ -15,7 +15,7 @@ from efficientnet_ns.files import metrics_log
 from efficientnet_ns.loop import rounds
 from efficientnet_ns.loop.mistakes import Judged
 from efficientnet_ns.loop.plan import Plan
-from efficientnet_ns.pseudo_labels import outcome, run_report
+from efficientnet_ns.outcomes import outcome, run_report
 from efficientnet_ns.report.pictures import picture
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training import preview

@@ -18,7 +18,8 @@ from efficientnet_ns.files.paths import listed
 from efficientnet_ns.inference import photo_files
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import weights
-from efficientnet_ns.pseudo_labels import predict, run_report, selection, write
+from efficientnet_ns.outcomes import run_report
+from efficientnet_ns.pseudo_labels import predict, selection, write
 from efficientnet_ns.serving import export, model_export
 from efficientnet_ns.training import train
 

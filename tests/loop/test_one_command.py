@@ -19,7 +19,7 @@ from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.loop import hurdles, labels_csv, plan, rules
 from efficientnet_ns.models import weights
-from efficientnet_ns.pseudo_labels import outcome
+from efficientnet_ns.outcomes import outcome
 from efficientnet_ns.resolve import stored_model
 
 NAMES = ("Über rot", "grün & gelb", "blue")

@@ -25,11 +25,12 @@ from efficientnet_ns.config import Config, ConfigError, SelectConfig
 from efficientnet_ns.data import fingerprints, images
 from efficientnet_ns.files import json_files, manifests, shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.hygiene import image_marks
 from efficientnet_ns.inference import views
 from efficientnet_ns.inference.teacher import TeacherPredictor
 from efficientnet_ns.models import weights
-from efficientnet_ns.pseudo_labels import image_marks, label_shard, parts, predict, write
 from efficientnet_ns.pseudo_labels import index as index_lib
+from efficientnet_ns.pseudo_labels import label_shard, parts, predict, write
 from efficientnet_ns.pseudo_labels.selection import select
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 

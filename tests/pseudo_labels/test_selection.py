@@ -31,8 +31,8 @@ from efficientnet_ns.files import (
     tfrecords,
 )
 from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.outcomes.outcome import Outcome
 from efficientnet_ns.pseudo_labels import index, selection
-from efficientnet_ns.pseudo_labels.outcome import Outcome
 
 CLASSES = 10
 

@@ -17,8 +17,9 @@ import tensorflow as tf
 from efficientnet_ns import report
 from efficientnet_ns.config import ConfigError, ReportConfig, SelectConfig, given
 from efficientnet_ns.files import exclusions, manifests, name_lists, tfexamples
-from efficientnet_ns.pseudo_labels import index, label_next, outcome
-from efficientnet_ns.pseudo_labels.outcome import Outcome, Picture
+from efficientnet_ns.outcomes import label_next, outcome
+from efficientnet_ns.outcomes.outcome import Outcome, Picture
+from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import RULE_SETTINGS, SELECTION, class_names_of
 
 _PICTURES = 36  # Of a grid over all classes.

@@ -21,7 +21,8 @@ from efficientnet_ns.config.processes import run_each
 from efficientnet_ns.data import fingerprints
 from efficientnet_ns.files import exclusions, object_stores, tfexamples
 from efficientnet_ns.files.progress import Progress
-from efficientnet_ns.pseudo_labels import index, outcome
+from efficientnet_ns.outcomes import outcome
+from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import class_names_of
 
 LIST, SHEET = "label_next.csv", "label_next.html"

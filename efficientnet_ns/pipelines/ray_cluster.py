@@ -21,8 +21,9 @@ from absl import logging
 from efficientnet_ns.config import Config, ConfigError, RayConfig, SelectConfig
 from efficientnet_ns.config.cpus import limit_cpus
 from efficientnet_ns.files.progress import Progress
-from efficientnet_ns.pseudo_labels import whole_set, write
-from efficientnet_ns.pseudo_labels.whole_set import StepFailed, Unit
+from efficientnet_ns.pipelines import whole_set
+from efficientnet_ns.pipelines.whole_set import StepFailed, Unit
+from efficientnet_ns.pseudo_labels import write
 
 try:
     import ray

@@ -26,8 +26,8 @@ from efficientnet_ns.files import (
     tfrecords,
 )
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.pseudo_labels import image_marks, unlabeled_set
-from efficientnet_ns.pseudo_labels.near_copies import (
+from efficientnet_ns.hygiene import image_marks
+from efficientnet_ns.hygiene.near_copies import (
     EVALUATION,
     LABELED,
     ROLES,
@@ -36,6 +36,7 @@ from efficientnet_ns.pseudo_labels.near_copies import (
     ImageSet,
     Search,
 )
+from efficientnet_ns.pseudo_labels import unlabeled_set
 
 _PAIRS = 24  # Pictures of pairs per section.
 _PIXELS = 192

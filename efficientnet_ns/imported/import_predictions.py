@@ -32,10 +32,11 @@ from efficientnet_ns.files import (
 )
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
-from efficientnet_ns.pseudo_labels import record_keys, unlabeled_set
+from efficientnet_ns.imported import record_keys
+from efficientnet_ns.imported.prediction_tables import Table
+from efficientnet_ns.imported.probability_rows import Conversion, target_classes
+from efficientnet_ns.pseudo_labels import unlabeled_set
 from efficientnet_ns.pseudo_labels.index import IndexWriter, top_one
-from efficientnet_ns.pseudo_labels.prediction_tables import Table
-from efficientnet_ns.pseudo_labels.probability_rows import Conversion, target_classes
 
 _ROWS = 1 << 15  # Written at once; bounds memory.
 # Why a record has no prediction.

@@ -27,10 +27,11 @@ from efficientnet_ns.config import (
 )
 from efficientnet_ns.files import manifests, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
+from efficientnet_ns.imported import import_predictions as imported
+from efficientnet_ns.imported import prediction_tables
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.loop import labeling
-from efficientnet_ns.pseudo_labels import import_predictions as imported
-from efficientnet_ns.pseudo_labels import predict, prediction_tables
+from efficientnet_ns.pseudo_labels import predict
 from efficientnet_ns.training import train
 
 CLASSES = ("hen", "owl", "7")

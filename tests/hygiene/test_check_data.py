@@ -19,7 +19,8 @@ from efficientnet_ns.config import CheckConfig, ConfigError, SelectConfig
 from efficientnet_ns.data import fingerprints
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.pseudo_labels import check_data, image_marks, near_copies, selection
+from efficientnet_ns.hygiene import check_data, image_marks, near_copies
+from efficientnet_ns.pseudo_labels import selection
 
 
 def photo(seed: int, width: int = 160, height: int = 120) -> Image.Image:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from efficientnet_ns.config import ImportConfig
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.pseudo_labels.prediction_tables import Block, Table
+from efficientnet_ns.imported.prediction_tables import Block, Table
 
 _NONE = "-"  # In a class map: not one of ours.
 # How far the sum of a row may be from one: 16-bit probabilities of a thousand classes are this far.

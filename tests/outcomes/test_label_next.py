@@ -15,7 +15,8 @@ from efficientnet_ns.data import fingerprints
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.loop import labeling
-from efficientnet_ns.pseudo_labels import index, label_next
+from efficientnet_ns.outcomes import label_next
+from efficientnet_ns.pseudo_labels import index
 
 SHARDS, WORKERS, IMAGES, CLASSES = 3, 2, 40, 4
 

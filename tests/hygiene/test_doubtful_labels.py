@@ -13,7 +13,7 @@ from unlabeled_sets import png
 from efficientnet_ns.config import ConfigError, LabelsConfig
 from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.pseudo_labels import doubtful_labels
+from efficientnet_ns.hygiene import doubtful_labels
 
 CLASSES, IMAGES = 4, 400
 

@@ -20,8 +20,9 @@ from efficientnet_ns import report
 from efficientnet_ns.config import ConfigError, ReportConfig, SelectConfig, mark_given
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.pseudo_labels import index, outcome, run_report
-from efficientnet_ns.pseudo_labels.outcome import Outcome
+from efficientnet_ns.outcomes import outcome, run_report
+from efficientnet_ns.outcomes.outcome import Outcome
+from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import select
 
 ROOT = Path(__file__).parents[2]

@@ -36,7 +36,7 @@ from efficientnet_ns.pseudo_labels import predict, write
 from efficientnet_ns.pseudo_labels.selection import select
 
 ROOT = Path(__file__).parents[2]
-MODULE = "efficientnet_ns.pseudo_labels.ray_cluster"
+MODULE = "efficientnet_ns.pipelines.ray_cluster"
 SHARDS = 64
 NODE = {"num_cpus": 1, "resources": {"teacher": 1}, "object_store_memory": 80 * 2**20}
 

@@ -26,7 +26,8 @@ from efficientnet_ns.config import Config, ConfigError, SelectConfig
 from efficientnet_ns.files import manifests, shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.inference.teacher import TeacherPredictor
-from efficientnet_ns.pseudo_labels import label_shard, predict, whole_set, write
+from efficientnet_ns.pipelines import whole_set
+from efficientnet_ns.pseudo_labels import label_shard, predict, write
 from efficientnet_ns.pseudo_labels.selection import select
 
 SHARDS = 3
@@ -40,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def beam():
     pytest.importorskip("apache_beam")
-    from efficientnet_ns.pseudo_labels import beam
+    from efficientnet_ns.pipelines import beam
 
     return beam
 
@@ -294,6 +295,6 @@ def test_command_with_several_processes(beam, folder, ordinary, tmp_path):
 
 def test_without_beam_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    monkeypatch.delitem(sys.modules, "efficientnet_ns.pseudo_labels.beam", raising=False)
+    monkeypatch.delitem(sys.modules, "efficientnet_ns.pipelines.beam", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'efficientnet-ns\[beam\]'"):
-        import efficientnet_ns.pseudo_labels.beam  # noqa: F401
+        import efficientnet_ns.pipelines.beam  # noqa: F401

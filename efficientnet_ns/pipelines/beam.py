@@ -14,8 +14,9 @@ import re
 from collections.abc import Iterator, Sequence
 
 from efficientnet_ns.config import Config, ConfigError, SelectConfig
-from efficientnet_ns.pseudo_labels import whole_set, write
-from efficientnet_ns.pseudo_labels.whole_set import StepFailed
+from efficientnet_ns.pipelines import whole_set
+from efficientnet_ns.pipelines.whole_set import StepFailed
+from efficientnet_ns.pseudo_labels import write
 
 try:
     import apache_beam

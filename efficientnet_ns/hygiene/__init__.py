@@ -1,0 +1,1 @@
+"""Leaks, duplicates and doubtful labels in sets of images."""

@@ -1,0 +1,1 @@
+"""Predictions of other models, made into those of a teacher."""
