@@ -61,6 +61,12 @@ class LoopConfig(Settings):
     teacher_batch_size: int | None = setting(
         None, "train_batch_size of the first teacher; default: that of the students.", low=1
     )
+    teacher_initial_share: float | None = setting(
+        None,
+        "ema_initial_share of the first teacher; default: that of the students.",
+        low=0,
+        high=1,
+    )
     warm_start: bool = setting(
         False,
         "Start each student from its teacher's weights; all models must be of one variant. With many "

@@ -245,6 +245,14 @@ class TrainConfig(Settings):
         "Weights to start from, as with --init_model --init_model_path: a path, published (those of "
         "the variant in an installed package), or the name of a variant.",
     )
+    ema_initial_share: float = setting(
+        0.0,
+        "Share of the initial weights in the moving averages: what is evaluated, exported and teaches lies "
+        "between the trained and the initial weights (WiSE-FT, arXiv 2109.01903). Needs --init_weights or "
+        "--init_model, and --keep_bn_statistics.",
+        low=0,
+        high=1,
+    )
     fix_layer_num: int = setting(
         -1,
         "Freeze the stem and the first N blocks: no updates, batch norm with its moving "

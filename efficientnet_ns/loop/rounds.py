@@ -140,8 +140,10 @@ def model_configs(config: Config, loop: LoopConfig) -> list[Config]:
         if ratios and number:
             training = training.override(unlabel_ratio=ratios[number - 1])
         trainings.append(training.override(unlabel_data_dir=_pseudo_labeled_dir(loop, number)))
+    share = loop.teacher_initial_share
     trainings[0] = trainings[0].override(
         unlabel_data_dir="",
+        ema_initial_share=config.train.ema_initial_share if share is None else share,
         unlabel_ratio=0.0,
         train_steps=loop.teacher_steps or config.train.train_steps,
         train_batch_size=loop.teacher_batch_size or config.train.train_batch_size,

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 # Models with published weights as packages, the smallest first.
 PUBLISHED = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
+# Labels per class below which the fine-tuned teacher is not much better than the linear probe.
+_FEW_PER_CLASS = 50
 # Square pictures up to this side are trained on as they are, by the small-image model.
 SMALL_SIDE = 40
 
@@ -124,6 +126,12 @@ def _warmup(facts: Facts, chosen: Chosen) -> float:
     return round(0.05 * _updates(chosen, "train_steps") * chosen["train_batch_size"] / images, 2)
 
 
+def _initial_share(facts: Facts, chosen: Chosen) -> float:
+    """Of the first teacher. Students, which see more pictures, are better without it."""
+    few = facts.labeled < _FEW_PER_CLASS * facts.classes
+    return 0.5 if _pretrained(chosen) and chosen["keep_bn_statistics"] and few else 0.0
+
+
 def _frozen_blocks(facts: Facts, chosen: Chosen) -> int:
     """The stem and the first stages of published weights on CPUs; they process most of the pixels."""
     return 5 if _pretrained(chosen) and not facts.accelerators else -1
@@ -204,6 +212,12 @@ RULES: tuple[Rule, ...] = (
         _either(True, False),
         "a few pictures give worse statistics than the published ones",
         "keras.io: BatchNormalization in fine-tuning",
+    ),
+    Rule(
+        "teacher_initial_share",
+        _initial_share,
+        "with few labels, a model between the probe and the fine-tuned one is better",
+        "arXiv 2109.01903; measured on TrashNet and CIFAR-10",
     ),
     Rule(
         "fix_layer_num",

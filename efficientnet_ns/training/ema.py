@@ -17,27 +17,42 @@ def ramped_decay(decay: float, num_updates: tf.Tensor) -> tf.Tensor:
     return tf.minimum(decay, (1.0 + n) / (10.0 + n))
 
 
-def update(copies: Sequence[tf.Variable], sources: Sequence[tf.Variable], decay: tf.Tensor) -> None:
+def update(
+    copies: Sequence[tf.Variable],
+    sources: Sequence[tf.Variable],
+    decay: tf.Tensor,
+    *,
+    anchors: Sequence[tf.Variable] | None = None,
+    share: float = 0.0,
+) -> None:
     """Copy ← copy - (1 - decay)·(copy - source), pairwise. Call in replica context.
+
+    With `anchors`, share·anchor + (1 - share)·source takes the place of the source. Copies that start at
+    their anchors are then always that share of the anchor and the rest of the average of the sources:
+    averaging is linear.
 
     Batch-norm statistics live per replica and are averaged when read; averaging is linear, so each
     replica updates its own copy. Mirrored variables are updated once, across replicas.
     """
     mirrored = []
-    for copy, source in zip(copies, sources):
+    for copy, source, anchor in zip(copies, sources, anchors or sources):
         if copy.synchronization == tf.VariableSynchronization.ON_READ:
-            _move(copy, source, decay)
+            _move(copy, source, anchor, share, decay)
         else:
-            mirrored.append((copy, source))
+            mirrored.append((copy, source, anchor))
 
     def update_all(strategy, decay):
-        for copy, source in mirrored:
-            strategy.extended.update(copy, _move, args=(source, decay), group=False)
+        for copy, source, anchor in mirrored:
+            arguments = (source, anchor, share, decay)
+            strategy.extended.update(copy, _move, args=arguments, group=False)
 
     # As Keras' optimizers do: a step that XLA compiles for several GPUs has no `merge_call`.
     strategy = tf.distribute.get_strategy()
     tf.__internal__.distribute.interim.maybe_merge_call(update_all, strategy, decay)
 
 
-def _move(copy: tf.Variable, source: tf.Variable, decay: tf.Tensor) -> None:
-    copy.assign_sub((copy - source) * (1.0 - decay))
+def _move(
+    copy: tf.Variable, source: tf.Variable, anchor: tf.Variable, share: float, decay: tf.Tensor
+) -> None:
+    target = source + share * (anchor - source) if share else source
+    copy.assign_sub((copy - target) * (1.0 - decay))

@@ -83,6 +83,12 @@ def _check_initial_weights(train: TrainConfig) -> None:
         raise ConfigError(
             "--keep_bn_statistics needs --init_weights or --init_model: new weights have none to keep"
         )
+    if train.ema_initial_share and not train.keep_bn_statistics:
+        # Statistics of mixed weights are not the mix of the statistics.
+        raise ConfigError(
+            f"--ema_initial_share={train.ema_initial_share} needs --keep_bn_statistics, and --init_weights or "
+            "--init_model"
+        )
     for pattern in train.init_skip.split(","):
         try:
             re.compile(pattern)

@@ -25,6 +25,8 @@ class NoisyStudent(tf.keras.Model):
       settings: factors of the loss, decay of the average, and the seed, which together with the step
         number determines all noise.
       teacher: frozen model that labels `teacher_image`; None uses the stored labels.
+      initial: model of the same architecture with the weights that the training started from; needed
+        with `settings.ema_initial_share`.
     """
 
     def __init__(
@@ -33,14 +35,17 @@ class NoisyStudent(tf.keras.Model):
         ema_student: tf.keras.Model,
         settings: TrainConfig,
         teacher: tf.keras.Model | None = None,
+        initial: tf.keras.Model | None = None,
     ):
         super().__init__(name="noisy_student")
         self.student, self.ema_student, self.teacher = student, ema_student, teacher
+        self.initial = initial
         self.settings = settings
         self._means: dict[str, tf.keras.metrics.Mean] = {}
         ema_student.trainable = False
-        if teacher is not None:
-            teacher.trainable = False
+        for frozen in (teacher, initial):
+            if frozen is not None:
+                frozen.trainable = False
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Logits of the student; images [N, S, S, 3] → [N, C]."""
@@ -87,8 +92,7 @@ class NoisyStudent(tf.keras.Model):
         # --- Update of the student, then of the averages
         gradients = tape.gradient(scaled_loss, variables)
         self.optimizer.apply_gradients(zip(gradients, variables))
-        ema_decay = ema.ramped_decay(settings.moving_average_decay, self.optimizer.iterations)
-        ema.update(self.ema_student.weights, self.student.weights, ema_decay)
+        self._update_averages()
         # --- Logs
         logs |= {"train/data_loss": data_loss, "train/loss": loss}
         logs |= _confidence(labeled_logits, labels, "lab", "lab/acc")
@@ -147,6 +151,17 @@ class NoisyStudent(tf.keras.Model):
         starts = [replicas * sum(sizes[:part]) for part in range(len(sizes))]
         rows = [layers.Rows(start + replica * size, size) for start, size in zip(starts, sizes)]
         return layers.noise_seed(seed, rows, replicas * sum(sizes), quiet_from)
+
+    def _update_averages(self) -> None:
+        """Moves the averages toward the student's weights, or to between them and the initial ones."""
+        decay = ema.ramped_decay(self.settings.moving_average_decay, self.optimizer.iterations)
+        ema.update(
+            self.ema_student.weights,
+            self.student.weights,
+            decay,
+            anchors=self.initial.weights if self.initial else None,
+            share=self.settings.ema_initial_share,
+        )
 
     def _averaged(self, logs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         for name, value in logs.items():

@@ -21,7 +21,7 @@ from absl import logging
 
 from efficientnet_ns.config import preemption
 from efficientnet_ns.config.fields import ConfigError, needed
-from efficientnet_ns.config.sections import Config
+from efficientnet_ns.config.sections import Config, TrainConfig
 from efficientnet_ns.data import pipeline
 from efficientnet_ns.devices import distribution
 from efficientnet_ns.evaluation import accuracy
@@ -120,6 +120,12 @@ def _build(
     """Student, averages and teacher, compiled with the optimizer and its schedule."""
     train = resolved.config.train
     student, ema_student = build_student(resolved), resolved.build_model()
+    initial = None
+    if train.ema_initial_share:
+        initial = resolved.build_model()
+        # What `init_skip` leaves out starts at the random values of the student, which the seed fixes.
+        _assign(initial, student)
+        _load_initial(initial, train)
     teacher = None
     if train.teacher_model_name and train.unlabel_ratio:
         teacher = resolved.build_teacher()
@@ -138,7 +144,7 @@ def _build(
         kind=train.lr_schedule,
         scaled=train.optimizer != "adam",
     )
-    model = NoisyStudent(student, ema_student, train, teacher)
+    model = NoisyStudent(student, ema_student, train, teacher, initial)
     model.compile(
         OPTIMIZERS[train.optimizer](schedule),
         steps_per_execution=loop_steps(train, resolved.steps_to_run),
@@ -168,18 +174,25 @@ def build_student(resolved: ResolvedConfig) -> tf.keras.Model:
 
 def _initialize(model: NoisyStudent, config: Config) -> None:
     """Loads the weights to start from, if any, and starts the averages at the student's weights."""
-    train = config.train
+    _load_initial(model.student, config.train)
+    _assign(model.ema_student, model.student)
+
+
+def _load_initial(network: tf.keras.Model, train: TrainConfig) -> None:
     path = train.init_weights or (train.init_model_path if train.init_model else None)
     if path:
         skip = [pattern for pattern in train.init_skip.split(",") if pattern]
-        weights.load_weights(model.student, path, skip=skip)
+        weights.load_weights(network, path, skip=skip)
     elif train.init_model_path:
         logging.warning(
             "--init_model_path=%s is ignored without --init_model: training starts from new weights",
             train.init_model_path,
         )
-    for average, variable in zip(model.ema_student.weights, model.student.weights):
-        average.assign(variable)
+
+
+def _assign(target: tf.keras.Model, source: tf.keras.Model) -> None:
+    for variable, value in zip(target.weights, source.weights):
+        variable.assign(value)
 
 
 def _session(

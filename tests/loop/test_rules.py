@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from efficientnet_ns.config import Config, LoopConfig, PicturesConfig, check
-from efficientnet_ns.loop import plan, rules
+from efficientnet_ns.loop import plan, rounds, rules
 
 FEW = rules.Facts(
     labeled=300,
@@ -55,6 +55,16 @@ def test_published_weights_decide_the_start():
     scratch = chosen(dataclasses.replace(FEW, published=()))
     assert not scratch["keep_bn_statistics"] and scratch["init_weights"] == ""
     assert scratch["train_steps"] > chosen()["train_steps"]
+
+
+def test_few_labels_keep_the_teacher_near_the_probe():
+    assert chosen()["teacher_initial_share"] == 0.5
+    many = dataclasses.replace(FEW, labeled=2000, smallest_class=200)
+    assert chosen(many)["teacher_initial_share"] == 0
+    assert chosen(dataclasses.replace(FEW, published=()))["teacher_initial_share"] == 0
+    config, loop = plan.configs(chosen())
+    teacher, student = rounds.model_configs(config, loop)
+    assert (teacher.train.ema_initial_share, student.train.ema_initial_share) == (0.5, 0)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,17 @@ def test_update_by_hand():
     np.testing.assert_array_equal(source, [3.0, -2.0])
 
 
+def test_anchors_hold_a_share_of_the_average():
+    """Copies that start at their anchors: a quarter of the anchor, three of the average without it."""
+    anchor, source = tf.constant([1.0, -2.0]), tf.Variable([0.0, 0.0])
+    plain, mixed = tf.Variable(anchor), tf.Variable(anchor)
+    for values in ([3.0, 5.0], [-1.0, 2.0], [4.0, 4.0]):
+        source.assign(values)
+        ema.update([plain], [source], tf.constant(0.75))
+        ema.update([mixed], [source], tf.constant(0.75), anchors=[anchor], share=0.25)
+    np.testing.assert_allclose(mixed, 0.25 * anchor + 0.75 * plain, rtol=1e-6)
+
+
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_inside_a_function(jit_compile):
     copy, source = tf.Variable([1.0, 2.0]), tf.Variable([3.0, -2.0])
@@ -87,6 +98,7 @@ def test_two_replicas(two_replicas):
 
     with two_replicas.scope():
         source, copy = tf.Variable([3.0, -2.0]), tf.Variable([1.0, 2.0])
+        anchor, mixed = tf.Variable([1.0, 2.0]), tf.Variable([1.0, 2.0])
         statistic_source, statistic_copy = statistic(), statistic()
 
     @tf.function
@@ -97,6 +109,7 @@ def test_two_replicas(two_replicas):
             ema.update(
                 [statistic_copy, copy], [statistic_source, source], tf.constant(0.75, tf.float32)
             )
+            ema.update([mixed], [source], tf.constant(0.75), anchors=[anchor], share=0.5)
 
         two_replicas.run(replica)
 
@@ -104,6 +117,8 @@ def test_two_replicas(two_replicas):
     # Each copy moved once, by a quarter of the way; with a move per replica it would be 1.875 and 0.25.
     for local in two_replicas.experimental_local_results(copy):
         np.testing.assert_array_equal(local, [1.5, 1.0])
+    for local in two_replicas.experimental_local_results(mixed):
+        np.testing.assert_array_equal(local, [1.25, 1.5])
     # Every replica averages its own statistic; what is read is the mean over replicas.
     locals_ = two_replicas.experimental_local_results(statistic_copy)
     np.testing.assert_array_equal([float(v[0]) for v in locals_], [1.0, 2.0])

@@ -82,6 +82,7 @@ def test_kept_statistics_stay_and_scales_learn(rng):
     "values, message",
     [
         ({"keep_bn_statistics": True}, "--keep_bn_statistics needs"),
+        ({"ema_initial_share": 0.5}, "--ema_initial_share=0.5 needs --keep_bn_statistics"),
         ({"lr_schedule": "cosine", "final_base_lr": 0.1}, "a cosine ends at 0"),
     ],
 )
@@ -96,6 +97,39 @@ def test_statistics_of_any_initial_weights_are_kept(folder, how):
     values = {"init_model_path": "absent", **how, "keep_bn_statistics": True}
     with pytest.raises(FileNotFoundError, match="absent"):
         train.train_and_evaluate(settings(folder, "absent", **values))
+
+
+@pytest.mark.slow
+def test_share_of_the_initial_weights(folder):
+    """The weights learn as without it; the averages lie between them and the start, also when resumed."""
+    start = settings(folder, "before", train_steps=1)
+    train.train_and_evaluate(start)
+    values = {"init_weights": start.train.model_dir, "init_skip": "head/dense/", **ADAM}
+    values |= {"keep_bn_statistics": True, "train_steps": 3, "keep_checkpoint_max": 9}
+    plain = settings(folder, "plain", **values)
+    mixed = settings(folder, "mixed", **values, ema_initial_share=0.25)
+    for config in (plain, mixed):
+        train.train_and_evaluate(config)
+    without, found = (tensors(config.train.model_dir, 3) for config in (plain, mixed))
+    initial = train.ResolvedConfig.from_config(plain).build_model()
+    weights.load_weights(initial, start.train.model_dir)
+    initial = {name: v.numpy() for name, v in weights.variable_names(initial).items()}
+    averages = [name for name in found if name.endswith(weights.EMA_SUFFIX)]
+    assert len(averages) == len(initial)
+    for name in averages:
+        raw = name.removesuffix(weights.EMA_SUFFIX)
+        np.testing.assert_array_equal(found[raw], without[raw])
+        if "head/dense" not in name:  # It starts at random values.
+            expected = 0.25 * initial[raw] + 0.75 * without[name]
+            np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
+    kernel = "efficientnet-test/head/dense/kernel" + weights.EMA_SUFFIX
+    assert not np.allclose(found[kernel], without[kernel])
+    resumed = mixed.override(model_dir=str(folder / "mixed again"))
+    shutil.copytree(folder / "mixed", folder / "mixed again")
+    for path in (folder / "mixed again").glob("model.ckpt-[23].*"):
+        path.unlink()
+    train.train_and_evaluate(resumed)
+    assert_same_training(mixed.train.model_dir, resumed.train.model_dir, 3)
 
 
 def test_a_linear_classifier_separates_what_can_be_separated(rng):
