@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 # Models with published weights as packages, the smallest first.
 PUBLISHED = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
 # Labels per class below which the fine-tuned teacher is not much better than the linear probe.
-_FEW_PER_CLASS = 50
+_FEW_PER_CLASS = 40
 # Square pictures up to this side are trained on as they are, by the small-image model.
 SMALL_SIDE = 40
 

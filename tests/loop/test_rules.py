@@ -59,7 +59,7 @@ def test_published_weights_decide_the_start():
 
 def test_few_labels_keep_the_teacher_near_the_probe():
     assert chosen()["teacher_initial_share"] == 0.5
-    many = dataclasses.replace(FEW, labeled=2000, smallest_class=200)
+    many = dataclasses.replace(FEW, labeled=400, smallest_class=40)
     assert chosen(many)["teacher_initial_share"] == 0
     assert chosen(dataclasses.replace(FEW, published=()))["teacher_initial_share"] == 0
     config, loop = plan.configs(chosen())
