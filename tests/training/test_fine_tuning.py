@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from fakes import assert_same_training, settings, tensors, tiny, write_data
 
-from efficientnet_ns.config import ConfigError
+from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.data.randaugment import RandAugment
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.training import probe, schedules, train
@@ -25,17 +26,23 @@ def folder(tmp_path_factory):
 ADAM = {"optimizer": "adam", "lr_schedule": "cosine", "base_learning_rate": 1e-3}
 
 
+def assert_resumes(whole: Config, lost: str) -> None:
+    """A copy of a finished training that has lost its last checkpoints trains to the same end."""
+    folder = Path(whole.train.model_dir)
+    resumed = whole.override(model_dir=f"{folder} resumed")
+    shutil.copytree(folder, resumed.train.model_dir)
+    for path in Path(resumed.train.model_dir).glob(lost):
+        path.unlink()
+    train.train_and_evaluate(resumed)
+    assert_same_training(str(folder), resumed.train.model_dir, whole.train.train_steps)
+
+
 @pytest.mark.slow
 def test_adam_resumes_to_the_same_weights(folder):
     whole = settings(folder, "whole", train_steps=4, keep_checkpoint_max=9, **ADAM)
     metrics = train.train_and_evaluate(whole)
     assert 0 < metrics["train/lr"] < 1e-3
-    resumed = whole.override(model_dir=str(folder / "resumed"))
-    shutil.copytree(folder / "whole", folder / "resumed")
-    for path in (folder / "resumed").glob("model.ckpt-[34].*"):
-        path.unlink()
-    train.train_and_evaluate(resumed)
-    assert_same_training(whole.train.model_dir, resumed.train.model_dir, 4)
+    assert_resumes(whole, "model.ckpt-[34].*")
     names = tensors(whole.train.model_dir, 4)
     assert sum(name.endswith("/Adam") for name in names) == sum(
         n.endswith("/Adam_1") for n in names
@@ -124,12 +131,7 @@ def test_share_of_the_initial_weights(folder):
             np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
     kernel = "efficientnet-test/head/dense/kernel" + weights.EMA_SUFFIX
     assert not np.allclose(found[kernel], without[kernel])
-    resumed = mixed.override(model_dir=str(folder / "mixed again"))
-    shutil.copytree(folder / "mixed", folder / "mixed again")
-    for path in (folder / "mixed again").glob("model.ckpt-[23].*"):
-        path.unlink()
-    train.train_and_evaluate(resumed)
-    assert_same_training(mixed.train.model_dir, resumed.train.model_dir, 3)
+    assert_resumes(mixed, "model.ckpt-[23].*")
 
 
 def test_a_linear_classifier_separates_what_can_be_separated(rng):
