@@ -120,7 +120,6 @@ def _plain_update(model) -> Callable:
 
 
 def _whole_update(config: BenchmarkConfig) -> Callable:
-
     from efficientnet_ns.config import TrainConfig
     from efficientnet_ns.models import efficientnet
     from efficientnet_ns.training.optimizers import RMSPropTF1

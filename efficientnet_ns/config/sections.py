@@ -249,7 +249,7 @@ class TrainConfig(Settings):
         0.0,
         "Share of the initial weights in the moving averages: what is evaluated, exported and teaches lies "
         "between the trained and the initial weights (WiSE-FT, arXiv 2109.01903). Needs --init_weights or "
-        "--init_model, and --keep_bn_statistics.",
+        "--init_model, and --keep_bn_statistics; the initial weights must not change until training ends.",
         low=0,
         high=1,
     )

@@ -42,7 +42,7 @@ _SYSTEM_FOLDERS = {
     *("network trash folder", "system volume information", "temporary items"),
 }
 # Kinds of ignored entries.
-HIDDEN = "hidden or system files"
+HIDDEN = "hidden or system"
 AGAIN = "folders read by another name"
 RECORDS = "folders of records"
 

@@ -385,7 +385,7 @@ class _Run:
         config = rounds.model_configs(base, loop)[0].override(
             model_dir=self._in_work("control", "model"),
             train_steps=sum(row["steps"] for row in trained),
-            # These are the updates that were made: as stretched as they were, and all of them.
+            # The updates that were made: --train_ratio has stretched them already.
             train_ratio=1.0,
             train_last_step_num=-1,
         )

@@ -117,7 +117,7 @@ def _steps(pretrained: int, scratch: int, passes: int, batch: str) -> Callable:
 
 def _updates(chosen: Chosen, name: str) -> int:
     """Updates of `teacher_steps` or `train_steps`, which a given `train_ratio` stretches."""
-    return int(chosen[name] * chosen.get("train_ratio", 1.0))
+    return max(1, int(chosen[name] * chosen.get("train_ratio", 1.0)))
 
 
 def _warmup(facts: Facts, chosen: Chosen) -> float:
@@ -128,6 +128,8 @@ def _warmup(facts: Facts, chosen: Chosen) -> float:
 
 def _initial_share(facts: Facts, chosen: Chosen) -> float:
     """Of the first teacher. Students, which see more pictures, are better without it."""
+    if "ema_initial_share" in chosen:
+        return chosen["ema_initial_share"]
     few = facts.labeled < _FEW_PER_CLASS * facts.classes
     return 0.5 if _pretrained(chosen) and chosen["keep_bn_statistics"] and few else 0.0
 
@@ -250,7 +252,7 @@ RULES: tuple[Rule, ...] = (
     Rule("eval_batch_size", _always(64), "no influence on results", "speed"),
     Rule(
         "steps_per_eval",
-        lambda _, chosen: max(chosen["train_steps"] // 4, 25),
+        lambda _, chosen: max(_updates(chosen, "train_steps") // 4, 25),
         "four points of a learning curve",
         "no influence on results",
     ),

@@ -353,6 +353,10 @@ def _task(
         settings["test_time_views"] = options.test_time_views
     if resolved.config.data.crop_fraction is not None:
         settings["crop_fraction"] = resolved.config.data.crop_fraction
+        if (
+            options.test_time_views == 10
+        ):  # Earlier versions noted the fraction but cropped without it.
+            settings["ten_views_cropped"] = True
     if options.noised_teacher:
         model = resolved.config.model
         settings["noised_teacher"] = {

@@ -28,8 +28,8 @@ def update(
     """Copy ← copy - (1 - decay)·(copy - source), pairwise. Call in replica context.
 
     With `anchors`, share·anchor + (1 - share)·source takes the place of the source. Copies that start at
-    their anchors are then always that share of the anchor and the rest of the average of the sources:
-    averaging is linear.
+    their anchors then always equal share·anchor + (1 - share)·(average of the sources), because averaging
+    is linear.
 
     Batch-norm statistics live per replica and are averaged when read; averaging is linear, so each
     replica updates its own copy. Mirrored variables are updated once, across replicas.

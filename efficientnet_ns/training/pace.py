@@ -25,7 +25,7 @@ def images_per_second(config: Config, seconds: float = 6.0, batch_size: int = 16
       seconds: how long to measure, after the graph is built.
       batch_size: pictures per update.
     """
-    resolved = ResolvedConfig.from_config(config.override(unlabel_ratio=0.0))
+    resolved = ResolvedConfig.from_config(config.override(unlabel_ratio=0.0, ema_initial_share=0.0))
     distribution.get_strategy(config.hardware)
     student = NoisyStudent(build_student(resolved), resolved.build_model(), resolved.config.train)
     student.compile(OPTIMIZERS[config.train.optimizer](1e-4))

@@ -38,6 +38,8 @@ class NoisyStudent(tf.keras.Model):
         initial: tf.keras.Model | None = None,
     ):
         super().__init__(name="noisy_student")
+        if settings.ema_initial_share and initial is None:
+            raise ValueError("ema_initial_share needs the initial model")
         self.student, self.ema_student, self.teacher = student, ema_student, teacher
         self.initial = initial
         self.settings = settings
@@ -153,7 +155,7 @@ class NoisyStudent(tf.keras.Model):
         return layers.noise_seed(seed, rows, replicas * sum(sizes), quiet_from)
 
     def _update_averages(self) -> None:
-        """Moves the averages toward the student's weights, or to between them and the initial ones."""
+        """Moves the averages toward the student's weights, or toward a mix of them and the initial ones."""
         decay = ema.ramped_decay(self.settings.moving_average_decay, self.optimizer.iterations)
         ema.update(
             self.ema_student.weights,

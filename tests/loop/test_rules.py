@@ -65,6 +65,12 @@ def test_few_labels_keep_the_teacher_near_the_probe():
     config, loop = plan.configs(chosen())
     teacher, student = rounds.model_configs(config, loop)
     assert (teacher.train.ema_initial_share, student.train.ema_initial_share) == (0.5, 0)
+    assert chosen(ema_initial_share=0.25)["teacher_initial_share"] == 0.25
+
+
+def test_a_schedule_stretched_to_nothing_is_left_to_its_check():
+    values = chosen(dataclasses.replace(FEW, published=()), train_ratio=0.0)
+    assert rules.warnings(FEW, values)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ def test_two_replicas(two_replicas):
         source, copy = tf.Variable([3.0, -2.0]), tf.Variable([1.0, 2.0])
         anchor, mixed = tf.Variable([1.0, 2.0]), tf.Variable([1.0, 2.0])
         statistic_source, statistic_copy = statistic(), statistic()
+        statistic_anchor, statistic_mixed = statistic(), statistic()
 
     @tf.function
     def step():
@@ -109,7 +110,13 @@ def test_two_replicas(two_replicas):
             ema.update(
                 [statistic_copy, copy], [statistic_source, source], tf.constant(0.75, tf.float32)
             )
-            ema.update([mixed], [source], tf.constant(0.75), anchors=[anchor], share=0.5)
+            ema.update(
+                [statistic_mixed, mixed],
+                [statistic_source, source],
+                tf.constant(0.75),
+                anchors=[statistic_anchor, anchor],
+                share=0.5,
+            )
 
         two_replicas.run(replica)
 
@@ -119,6 +126,8 @@ def test_two_replicas(two_replicas):
         np.testing.assert_array_equal(local, [1.5, 1.0])
     for local in two_replicas.experimental_local_results(mixed):
         np.testing.assert_array_equal(local, [1.25, 1.5])
+    locals_ = two_replicas.experimental_local_results(statistic_mixed)
+    np.testing.assert_array_equal([float(v[0]) for v in locals_], [0.5, 1.0])
     # Every replica averages its own statistic; what is read is the mean over replicas.
     locals_ = two_replicas.experimental_local_results(statistic_copy)
     np.testing.assert_array_equal([float(v[0]) for v in locals_], [1.0, 2.0])
