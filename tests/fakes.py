@@ -150,7 +150,13 @@ def assert_same_training(one: str, other: str, step: int) -> None:
     for row in rows[0] + rows[1]:
         for name in PACE:
             row.pop(name, None)
-    assert rows[0] == rows[1]
+    different = [
+        (ours["step"], name, ours.get(name), theirs.get(name))
+        for ours, theirs in zip(*rows)
+        for name in {**ours, **theirs}
+        if ours.get(name) != theirs.get(name)
+    ]
+    assert not different and len(rows[0]) == len(rows[1]), different
 
 
 def saved_steps(model_dir: str) -> list[int]:
@@ -209,18 +215,8 @@ train.train_and_evaluate(Config().override(**json.loads(sys.argv[1])))
 
 def changed_settings(config: Config) -> str:
     """JSON of every setting that is not at its default."""
-    pairs = zip(
-        (getattr(config, section) for section in ("model", "data", "train")),
-        (getattr(Config(), section) for section in ("model", "data", "train")),
-    )
-    return json.dumps(
-        {
-            name: value
-            for ours, defaults in pairs
-            for name, value in vars(ours).items()
-            if value != getattr(defaults, name)
-        }
-    )
+    defaults = Config().values()
+    return json.dumps({n: v for n, v in config.values().items() if v != defaults[n]})
 
 
 # --- One step of a student -------------------------------------------------------------------------
