@@ -126,6 +126,10 @@ def _warmup(facts: Facts, chosen: Chosen) -> float:
     return round(0.05 * _updates(chosen, "train_steps") * chosen["train_batch_size"] / images, 2)
 
 
+def _steps_per_eval(_: Facts, chosen: Chosen) -> int:
+    return max(_updates(chosen, "train_steps") // 4, 25)
+
+
 def _initial_share(facts: Facts, chosen: Chosen) -> float:
     """Of the first teacher. Students, which see more pictures, are better without it."""
     if "ema_initial_share" in chosen:
@@ -252,7 +256,7 @@ RULES: tuple[Rule, ...] = (
     Rule("eval_batch_size", _always(64), "no influence on results", "speed"),
     Rule(
         "steps_per_eval",
-        lambda _, chosen: max(_updates(chosen, "train_steps") // 4, 25),
+        _steps_per_eval,
         "four points of a learning curve",
         "no influence on results",
     ),
@@ -369,7 +373,7 @@ def fit(
     shorten(0.05)
     changed = {name: value for name, value in changed.items() if value != chosen[name]}
     if "train_steps" in changed and "steps_per_eval" not in given:
-        changed["steps_per_eval"] = max(changed["train_steps"] // 4, 25)
+        changed["steps_per_eval"] = _steps_per_eval(facts, {**chosen, **changed})
     return [
         s._replace(value=changed[s.name], reason="fits --time_limit", source="measured pace")
         if s.name in changed

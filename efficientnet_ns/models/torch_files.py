@@ -447,10 +447,12 @@ def _read_zip(content: bytes) -> Any:
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
-    if name not in archive.namelist():
-        raise ValueError(f"its entry {name} is missing")
+    try:
+        entry = archive.getinfo(name)
+    except KeyError:
+        raise ValueError(f"its entry {name} is missing") from None
     # PyTorch compresses nothing, so that no entry is larger than the file.
-    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+    if entry.compress_type != zipfile.ZIP_STORED:
         raise Refused(f"its entry {name} is compressed: unpack it, and zip it without compression")
     return archive.read(name)
 

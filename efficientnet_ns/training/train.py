@@ -174,7 +174,10 @@ def build_student(resolved: ResolvedConfig) -> tf.keras.Model:
 
 def _initialize(model: NoisyStudent, config: Config) -> None:
     """Loads the weights to start from, if any, and starts the averages at the student's weights."""
-    _load_initial(model.student, config.train)
+    if model.initial is None:
+        _load_initial(model.student, config.train)
+    else:  # It has read them.
+        _assign(model.student, model.initial)
     _assign(model.ema_student, model.student)
 
 
