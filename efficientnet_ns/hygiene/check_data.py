@@ -46,11 +46,13 @@ def check_data(options: CheckConfig) -> dict[str, Any]:
     """Looks for copies among evaluation, labeled and unlabeled images, and writes what was found.
 
     Returns:
-      `copies` and `excluded` images, by `<role> of <role>`, and the path of the `report`.
+      `copies`: number of images by `<role> of <role>`; `excluded`: how many images `exclude.csv`
+      lists; `report`: path of the page.
 
     Raises:
-      ConfigError: no set is given.
-      DataError: a set has no records.
+      ConfigError: no set is given, or no task tells the sets of a labeled folder apart.
+      DataError: shards of a set are missing, or predictions that cannot be used.
+      manifests.OutputConflict: the fingerprints in the output folder are of other records.
     """
     check(options)
     require(options, "output_dir")
@@ -65,6 +67,7 @@ def check_data(options: CheckConfig) -> dict[str, Any]:
     path = os.path.join(options.output_dir, "report.html")
     _write_report(path, sets, search, totals)
     result: dict[str, Any] = {"copies": {}, "excluded": len(excluded), "report": path}
+    # Equal files and near copies, which the report lists apart, are added up.
     for (role, of_role, _), (number, _) in totals.items():
         name = f"{ROLES[role]} of {ROLES[of_role]}"
         result["copies"][name] = result["copies"].get(name, 0) + number
@@ -76,20 +79,25 @@ def _sets(options: CheckConfig) -> list[ImageSet]:
 
     def add(role: int, folder: str, prefix: str) -> None:
         files = shard_names.list_shards(folder, prefix)
+        # Numbered, because sets of several folders may have the same prefix.
         name = f"{len(sets)}-{ROLES[role]}-{prefix}"
         marks = os.path.join(options.output_dir, "marks", name)
+        # A cropped copy is found by crops of its original. As these triple the work, only
+        # evaluation images have them.
         made = image_marks.write_marks(files, marks, crops=role == EVALUATION)
         sets.append(ImageSet(role, f"{prefix} of {folder}", files, made))
 
     for folder in filter(None, options.label_data_dir.split(";")):
         task = _task(options, folder)
         held_out = [name for name in (task.eval_set, task.test_set) if name]
+        # Without repetition: one set may serve for evaluation and test.
         for prefix in dict.fromkeys(held_out):
             if _has(folder, prefix):
                 add(EVALUATION, folder, prefix)
         if _has(folder, task.train_set):
             add(LABELED, folder, task.train_set)
     for folder in filter(None, options.eval_data_dir.split(";")):
+        # Including `train`, as make_records calls a labeled set unless --image_set is given.
         for prefix in ("validation", "dev", "test", "train"):
             if _has(folder, prefix):
                 add(EVALUATION, folder, prefix)
@@ -126,6 +134,7 @@ def _noted(folder: str, num_shards: int) -> tuple[list[str], int]:
     """The indexes of a labeling, with fingerprints, and how many workers there are per shard."""
     shards = range(num_shards)
     workers = 0
+    # The number of workers is not stored in an index: that of the first shard holds for all.
     while tf.io.gfile.exists(os.path.join(folder, shard_names.index_name(0, num_shards, workers))):
         workers += 1
     paths = [
@@ -139,6 +148,7 @@ def _noted(folder: str, num_shards: int) -> tuple[list[str], int]:
             f"--prediction_dir={folder} lacks the index of a shard, for example "
             f"{(missing or [shard_names.index_name(0, num_shards, 0)])[0]}: label all shards first"
         )
+    # One labeling writes all of its indexes with the same columns, so the first one shows them.
     db = parquet_sql.connect(1, first=paths[:1])
     columns = {name for name, *_ in db.execute("DESCRIBE first").fetchall()}
     if not set(fingerprints.COLUMNS) <= columns:
@@ -153,6 +163,7 @@ def _write_list(path: str, copies: Sequence[Copy], names: Mapping[tuple[str, int
     rows = []
     for copy in copies:
         own = (copy.file, copy.record, ROLES[copy.role])
+        # `exclusions.write` makes only the first path of a row absolute.
         other = (exclusions.place(copy.of_file), copy.of_record, ROLES[copy.of_role])
         distance = copy.distance if copy.distance >= 0 else "same"
         both = ((copy.file, copy.record), (copy.of_file, copy.of_record))
@@ -201,6 +212,7 @@ def _write_report(
         report.Section("Copies", report.table(rows)),
         report.Section("Sets", report.table(listed)),
     ]
+    # Leaks of evaluation images first, whatever they leaked into.
     for role, of_role in sorted({key[:2] for key in totals}, key=lambda pair: (pair[1], pair[0])):
         where = f"place.role = {role} AND origin.role = {of_role}"
         title = f"{ROLES[role].capitalize()} images that are copies of {ROLES[of_role]} images"

@@ -23,16 +23,18 @@ from efficientnet_ns.files import exclusions, object_stores, tfexamples, tfrecor
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index, unlabeled_set
 
-_AT_ONCE = 1024
+_AT_ONCE = 1024  # Records.
+# The page embeds its pictures, of at most _PIXELS each way: so many in all, and of each class.
 _PICTURES, _PER_CLASS, _PIXELS = 48, 12, 192
-_LISTED_CLASSES = 30
+_LISTED_CLASSES = 30  # With pictures; the table lists all.
 
 
 class Doubt(NamedTuple):
     """A doubtful image.
 
     Attributes:
-      margin: probability of the label minus that of `suggested` or another class, at most 0.
+      margin: probability of the label minus the largest of the other classes, in -1..1. It is
+        positive where the label is the most probable class but misses its threshold.
       file, record: its place.
       name: of the file that the record was made from, "" if it keeps none.
       label, suggested: classes.
@@ -68,10 +70,12 @@ def check_labels(options: LabelsConfig) -> dict[str, Any]:
     """Writes `doubtful.csv` and `report.html`, the most doubtful first.
 
     Returns:
-      `images` with a label and a prediction, `doubtful` ones, `report`.
+      `images`: number with a label and a prediction; `doubtful`: how many of them are doubtful;
+      `report`: path of the page.
 
     Raises:
       ConfigError: a folder is not given.
+      tasks.TaskError: there is no such task, or none next to the predictions.
       DataError: predictions are missing, or do not fit the records.
     """
     check(options)
@@ -82,6 +86,7 @@ def check_labels(options: LabelsConfig) -> dict[str, Any]:
     prefix, num_shards = unlabeled_set.find(
         options.label_data_dir, options.file_prefix, options.num_shards
     )
+    # `index` finds files by the settings of a selection; the labeled set is its unlabeled one here.
     places = SelectConfig(
         unlabel_data_dir=options.label_data_dir,
         prediction_dir=options.prediction_dir,
@@ -89,9 +94,11 @@ def check_labels(options: LabelsConfig) -> dict[str, Any]:
         num_shards=num_shards,
         num_label_classes=task.num_classes,
     )
+    # --- Two passes, because every threshold depends on all images
     thresholds, images = _thresholds(places)
     doubts = [doubt for rows in _rows(places) for doubt in _doubtful(rows, thresholds)]
     doubts.sort()
+    # --- List and page
     object_stores.make_folder(options.output_dir)
     names = tasks.class_names(task) or [str(label) for label in range(task.num_classes)]
     _write_list(os.path.join(options.output_dir, "doubtful.csv"), doubts, names)
@@ -107,9 +114,11 @@ def _rows(places: SelectConfig) -> Iterator[_Rows]:
         source = index.input_path(places, shard)
         paths = [index.prediction_path(places, shard, worker) for worker in range(workers)]
         readers = [tfrecords.read(path) for path in paths]
+        # Of W workers, w predicted the records w, w + W, w + 2W …: by turns they are in order.
         predictions = itertools.cycle(readers)
         records = tfrecords.read(source)
         while some := list(itertools.islice(records, _AT_ONCE)):
+            # Damaged records and images keep their places on both sides, so the pairs stay in step.
             pairs = [(record, next(next(predictions), None)) for record in some]
             if lost := [record.position for record, found in pairs if found is None]:
                 raise DataError(f"{paths[0]} has no prediction for record {lost[0]} of {source}")
@@ -127,6 +136,7 @@ def _rows(places: SelectConfig) -> Iterator[_Rows]:
                     f"{source}: labels up to {max(labels)} and predictions of {probs.shape[1]} classes, but "
                     f"the task has {places.num_label_classes}"
                 )
+            # A label of -1 is none; zeros stand for an image that the model could not read.
             known = np.flatnonzero((np.array(labels) >= 0) & (probs.max(1) > 0))
             own = (
                 np.array(labels)[known],
@@ -151,10 +161,12 @@ def _thresholds(places: SelectConfig) -> tuple[np.ndarray, np.ndarray]:
         images += np.bincount(rows.labels, minlength=len(total))
     if not images.any():
         raise DataError(f"no record of {places.unlabel_data_dir} has a label and a prediction")
+    # A class that no image is labeled with has no mean: inf keeps it from being suggested.
     return np.where(images > 0, total / np.maximum(images, 1), np.inf), images
 
 
 def _doubtful(rows: _Rows, thresholds: np.ndarray) -> Iterator[Doubt]:
+    # -1 for classes below their thresholds. Where all are, nothing contradicts the label.
     reached = np.where(rows.probs >= thresholds, rows.probs, -1)
     suggested = reached.argmax(1)
     doubtful = (reached.max(1, initial=-1) >= 0) & (suggested != rows.labels)
@@ -185,6 +197,7 @@ def _write_report(
     by_class: dict[int, list[Doubt]] = {}
     for one in doubts:
         by_class.setdefault(one.label, []).append(one)
+    # Never a division by 0: a doubtful image has its label from among `images`.
     order = sorted(by_class, key=lambda label: -len(by_class[label]) / images[label])
     rows = [
         {

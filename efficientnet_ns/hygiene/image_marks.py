@@ -28,16 +28,21 @@ def write_marks(sources: Sequence[str], folder: str, *, crops: bool) -> list[str
     """Writes the marks of each file below `folder`; finished ones are verified and skipped.
 
     Args:
+      sources: record files, with different names.
       crops: also of `fingerprints.crops` of each image.
 
     Returns:
-      The paths of the Parquet files.
+      The paths of the Parquet files, in the order of `sources`.
+
+    Raises:
+      manifests.OutputConflict: marks in `folder` are of other records or settings.
     """
     made = []
     look = _Look(crops)
     with Progress(len(sources), f"looking at the images of {folder}", "files") as progress:
         for source in sources:
             path = os.path.join(folder, f"{os.path.basename(source)}.parquet")
+            # By names and sizes: the images are not read again to see that they are the same.
             settings = {"input": manifests.fingerprint([source]), "crops": crops}
             stage = manifests.Stage(f"{path}.manifest.json", [path], settings)
             if not stage.done():
@@ -51,6 +56,8 @@ def _write(source: str, stage: manifests.Stage, look: _Look) -> None:
     import pyarrow
     import pyarrow.parquet
 
+    # Closed in reverse order: the footer is written and the file is whole before the stage takes
+    # its size and renames it.
     with (
         stage.write() as (temporary, counts),
         local_files.FileSink(temporary[stage.outputs[0]]) as sink,
@@ -59,6 +66,7 @@ def _write(source: str, stage: manifests.Stage, look: _Look) -> None:
     ):
         records, total = _images(source), 0
         while some := list(itertools.islice(records, _AT_ONCE)):
+            # `map` keeps the order of the records, so that equal records make equal files.
             found = [rows for rows in pool.map(look, some) if rows is not None]
             for columns in found:
                 writer.write_table(pyarrow.table(dict(zip(COLUMNS, columns))))
@@ -70,6 +78,7 @@ def _images(source: str) -> Iterator[tuple[int, bytes]]:
     """(position, encoded image) of the records that have one."""
     for record in tfrecords.read(source):
         image = tfexamples.image_if_any(record.payload)
+        # What claims too many pixels must not reach a decoder, which would allocate them.
         if image and not image_headers.problem(image):
             yield record.position, image
 
@@ -83,6 +92,7 @@ class _Look:
             pixels = images.decode(encoded)
             return fingerprints.crops(pixels) if crops else fingerprints.grid(pixels)[tf.newaxis]
 
+        # Traced now: the calls come from many threads at once.
         self._grids = grids.get_concrete_function()
 
     def __call__(self, record: tuple[int, bytes]) -> list[np.ndarray] | None:

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 EVALUATION, LABELED, UNLABELED = range(3)  # In the order in which images are kept.
 ROLES = ("evaluation", "labeled", "unlabeled")
 _WORDS = fingerprints.COLUMNS[1:]
+# Prints that differ in at most 15 bits (training images: 7) certainly share a band. With 16 bits,
+# each of 10^8 training images would share one with 1,500 others by chance; with 24, with 6.
 _EVALUATION_BANDS = [(word, shift, 16) for word in _WORDS for shift in (0, 16, 32, 48)]
 _TRAINING_BANDS = [(word, shift, 24) for word in _WORDS for shift in (0, 20, 40)]
+# Prints of one band are compared in pairs: half a million of this many.
 _CROWD = 1000
 
 
@@ -68,7 +71,8 @@ class Copy(NamedTuple):
     excluded: bool
 
 
-# `place` orders images: by role, then by set, file and record.
+# `place` orders images: by role, then by set, file and record, because DuckDB compares structs
+# field by field. Queries come before the DELETE: crops search, but are not images to be found.
 _IMAGES = """
 CREATE TABLE images AS {};
 CREATE TABLE queries AS SELECT DISTINCT place, {words} FROM images WHERE place.role = 0 AND {structured};
@@ -81,10 +85,12 @@ CREATE TABLE near (first STRUCT(role INT, file INT, record BIGINT),
 _OF_MARKS = """
 SELECT {{'role': {role}, 'file': {file}, 'record': record}} AS place, crop, hash, {words} FROM {view}
 """
+# The inverse of how W workers share a shard: record i is in place i // W of worker i mod W.
 _OF_INDEX = """
 SELECT {{'role': {role}, 'file': {first} + shard, 'record': position * {workers} + worker}} AS place,
 0 AS crop, hash, {words} FROM {view} WHERE label >= 0
 """
+# `<` takes each pair once, and keeps an image from being a copy of itself or of its own crops.
 _COMPARE = """
 INSERT INTO near
 WITH a AS (SELECT {key} AS band, {first} AS place, {words} FROM {table_a}),
@@ -92,7 +98,8 @@ b AS (SELECT {key} AS band, first AS place, {words} FROM prints)
 SELECT a.place, b.place, {distance} AS distance FROM a JOIN b USING (band)
 WHERE a.place < b.place AND distance <= {threshold} {crowd}
 """
-# Each image with the first that it is a copy of: by content, by fingerprint, or near.
+# Each image with the first that it is a copy of: by content, by fingerprint, or near. Origin
+# comes before distance in arg_min: the role of the first one decides what is left out.
 _COPIES = """
 CREATE TABLE origins AS SELECT other AS later, arg_min(first, (first, distance)) AS origin,
 arg_min(distance, (first, distance)) AS distance FROM near GROUP BY other;
@@ -128,6 +135,8 @@ class Search:
         selects, words, first = [], ", ".join(_WORDS), 0
         for number, one in enumerate(sets):
             values = {"role": one.role, "words": words, "first": first, "workers": one.workers}
+            # A row of an index says which shard it is of. Rows of `image_marks` do not, so that
+            # each of its files is a view of its own.
             for place, marks in enumerate([one.marks] if one.workers else [[m] for m in one.marks]):
                 view = f"marks_{number}_{place}"
                 tables[view] = marks
@@ -155,6 +164,7 @@ class Search:
                     crowded.add(
                         self._db.execute(f"SELECT count(*) FROM ({counted})").fetchall()[0][0]
                     )
+                # Evaluation images are few enough to be compared with crowds, too.
                 crowd = f"AND band NOT IN ({counted})" if table == "prints" else ""
                 self._db.execute(
                     _COMPARE.format(
@@ -168,6 +178,8 @@ class Search:
                     )
                 )
                 progress.update(1)
+        # Bands group the same prints in different ways, so that a sum over them would count prints
+        # twice.
         if any(crowded):
             logging.warning(
                 "up to %d groups of more than %d similar images are compared by equal fingerprints only",
@@ -183,10 +195,11 @@ class Search:
         return {(a, b, same): (copies, out) for a, b, same, copies, out in rows}
 
     def copies(self, where: str = "true", limit: int | None = None) -> list[Copy]:
-        """The copies, the closest of the first roles first.
+        """The copies by role of the first and of the copy, in each the most different ones first.
 
         Args:
           where: condition of SQL on `place`, `origin` and `distance`.
+          limit: how many at most; None: all.
         """
         end = "" if limit is None else f"LIMIT {limit}"
         rows = self._db.execute(
