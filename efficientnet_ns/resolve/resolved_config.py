@@ -56,6 +56,7 @@ class ResolvedConfig:
 
         Raises:
           ConfigError: names the flag that does not fit.
+          json_files.BrokenFile, tasks.TaskError: a file next to weights or records cannot be used.
         """
         check(config)
         if config.data.data_source:
@@ -63,16 +64,20 @@ class ResolvedConfig:
                 f"--data_source={config.data.data_source} has no records yet; data_source.with_records "
                 "makes them"
             )
+        # --- What is not given: the model's, else the default
         stored = stored_model.read(weights_path) if weights_path else stored_model.StoredModel()
         task = _task(config.data.task_name, stored)
+        # Asked before the name is filled in below: only a task that nobody chose is questioned.
         if config.data.task_name is None and stored.task is None:
             _check_task_of_records(config.data.label_data_dir or "", task)
         config = stored.complete(config)
+        # None means not given. From here on a documented default is a setting like any other.
         task_name, model_name = (
             as_dict(config.data)["task_name"],
             as_dict(config.model)["model_name"],
         )
         config = config.override(task_name=task_name, model_name=model_name)
+        # --- Cross-checks
         try:
             variant = efficientnet.get_variant(model_name)
         except ValueError as e:
@@ -84,6 +89,7 @@ class ResolvedConfig:
             )
         for name in ("dropout_rate", "stochastic_depth_rate"):
             rate = getattr(config.model, name)
+            # The bound of the flags includes 1, but what is kept is divided by 1 - rate.
             if rate is not None and rate >= 1:
                 raise ConfigError(f"--{name}={rate} must be below 1")
         return cls(
@@ -152,6 +158,7 @@ class ResolvedConfig:
         """
         # Accuracy on a part of a damaged set would not be comparable: no record may be missing.
         prefix, folders = prefix or self.task.eval_set, self._label_data_dir
+        # Asked first, because the message for a missing evaluation set names ways out.
         pattern = rf"{re.escape(prefix)}-\d.*"
         if not any(listed(folder, pattern) for folder in folders.split(";")):
             raise DataError(
@@ -236,6 +243,7 @@ class ResolvedConfig:
         data = self.config.data
         if name in (None, "none", "clean"):
             return None
+        # The original calls RandAugment v1.
         if name in ("randaugment", "v1"):
             return RandAugment(
                 num_layers=data.randaug_layer,
@@ -297,11 +305,13 @@ class ResolvedConfig:
         if unlabeled is not None:
             teacher = None
             if train.teacher_model_name:
+                # The evaluation crop without augmentation: only the student is noised (paper, 3.1).
                 teacher = dataclasses.replace(
                     self.preprocessing(), image_size=self.teacher_image_size
                 )
             weak = None
             if train.consistency_threshold:
+                # Weak augmentation as in FixMatch: the student's crop or shift, and flip only.
                 weak = dataclasses.replace(self.unlabeled_preprocessing, augmentation=None)
             parts.append(
                 pipeline.unlabeled_batches(
@@ -326,6 +336,7 @@ class ResolvedConfig:
         Args:
           preprocessing: None: `self.preprocessing()`.
         """
+        # Rounded up, because the replicas must divide the batch.
         per_replica = math.ceil(self.config.evaluation.eval_batch_size / share.replicas)
         return pipeline.eval_batches(
             source,
@@ -352,6 +363,7 @@ class ResolvedConfig:
         """
         try:
             yield
+        # An image, a label or a shape that cannot be used; a damaged record.
         except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
             logging.error("%s\nLooking for the record that caused this.", str(e).splitlines()[0])
             checks = [
@@ -372,6 +384,7 @@ class ResolvedConfig:
 
     def _check_unlabeled(self, payload: bytes) -> None:
         pipeline.check_image(payload)
+        # A teacher on the fly and FixMatch read only the image: such records need no pseudo labels.
         if not (self.config.train.teacher_model_name or self.config.train.consistency_threshold):
             tfexamples.parse_pseudo_labeled(tf.constant(payload), self.num_classes)
             self._check_labeled(payload)
@@ -389,7 +402,11 @@ def _limited(
     setting: str,
     number: int | None,
 ) -> pipeline.Source:
-    """`take(number)`, the number being a setting's; all of `source` if that is None."""
+    """`take(number)`; all of `source` if the number is None.
+
+    Raises:
+      ConfigError: `take` raises DataError for this number; names `setting`.
+    """
     try:
         return source if number is None else take(number)
     except DataError as e:

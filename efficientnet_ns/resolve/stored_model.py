@@ -81,6 +81,7 @@ class StoredModel:
         own, given = self.variant, config.model.model_name
         if own and given not in (None, own):
             raise ConfigError(f"--model_name={given}, but the model in {self.path} is {own}")
+        # Raw values, where None is not given: `as_dict` has defaults in their place.
         default, now = _raw(Config()), _raw(config)
         noted = {name: self.settings[name] for name in _OF_TRAINING if name in self.settings}
         noted["model_name"] = own
@@ -109,7 +110,7 @@ class StoredModel:
         own = {n: tuple(v) if isinstance(v, list) else v for n, v in own.items()}
         if all(getattr(task, n) == v for n, v in own.items()):
             return task
-        # ImageNet's names are those of the task as it is.
+        # Names first: those of ImageNet are found only by the unchanged task.
         return dataclasses.replace(task, class_names=tasks.class_names(task), **own)
 
 
@@ -141,6 +142,7 @@ def find(path: str | os.PathLike) -> str:
     if path and tf.io.gfile.exists(os.path.join(path, "state.json")):
         return _last_of_loop(path)
     versions = [v for v in paths.listed(path, r"\d+") if is_export(v)] if path else []
+    # As numbers: in the order of texts, version 2 would be above 10.
     return max(versions, key=lambda v: int(os.path.basename(v)), default=path)
 
 
@@ -155,6 +157,7 @@ def is_lite_file(path: str) -> bool:
     if not tf.io.gfile.exists(path) or tf.io.gfile.isdir(path):
         return False
     with tf.io.gfile.GFile(path, "rb") as f:
+        # The identifier of the FlatBuffer, after the offset of its root table.
         return f.read(8)[4:] == b"TFL3"
 
 
@@ -171,6 +174,7 @@ def _last_of_loop(work_dir: str) -> str:
         match = re.fullmatch(r"round (\d+): (?:teacher|student|fine-tune \S+ at (\d+)).*", stage)
         if match and not stage.endswith(": measure"):
             name = f"finetuned-{match[2]}" if match[2] else "model"
+            # In a round, the fine-tuned model comes after its student.
             key = int(match[1]), match[2] is not None
             finished[key] = os.path.join(work_dir, f"round-{match[1]}", name)
     if not finished:
@@ -231,6 +235,7 @@ def _lite_file(path: str) -> StoredModel:
     with tf.io.gfile.GFile(path, "rb") as f:
         content = f.read()
     try:
+        # A ZIP archive may follow other bytes: it is found from the end of the file.
         with zipfile.ZipFile(io.BytesIO(content)) as attached:
             facts = json.loads(attached.read(LITE_FACTS))
             labels = attached.read("labels.txt").decode()
@@ -265,6 +270,7 @@ def _noted_task(settings: Mapping[str, Any]) -> tasks.Task | None:
     with contextlib.suppress(tasks.TaskError):
         if settings.get("task_name"):
             return tasks.get_task(settings["task_name"])
+    # Trainings note the fields of their task as `task.<field>`, tuples as lists.
     noted = {k.removeprefix("task."): v for k, v in settings.items() if k.startswith("task.")}
     tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in noted.items()}
     return tasks.Task(**tuples) if "num_classes" in tuples else None
