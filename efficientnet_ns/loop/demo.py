@@ -34,6 +34,7 @@ def settings(config: DemoConfig) -> tuple[Config, LoopConfig]:
         train_batch_size=16,
         unlabel_ratio=4.0,
         teacher_softmax_temp=1.0,
+        # Learning rate and RandAugment were chosen on dev, the batch to save time (docs/demo.md).
         optimizer="adam",
         lr_schedule="cosine",
         base_learning_rate=0.01,
@@ -85,11 +86,13 @@ def run_demo(config: DemoConfig) -> None:
 def run_seed(config: DemoConfig) -> list[dict[str, Any]]:
     """Runs the demo with one seed; returns the results of teacher, students and control."""
     base, loop = settings(config)
+    # Folders older than --seeds have no such setting in their state.
     state = State(config.output_dir, dataclasses.asdict(config), {"seeds": ""})
     folder = os.path.join(config.output_dir, "data")
     chosen = {"seed": config.seed, "labels_per_class": config.labels_per_class}
     data = state.once("data", lambda: digits.make_records(folder, **chosen))
     trained = rounds.run_loop(base, loop)
+    # --- Control: the same labels and recipe, without unlabeled pictures
     control = rounds.train_and_measure(
         state,
         "control: labels only, all the steps",
@@ -102,10 +105,12 @@ def run_seed(config: DemoConfig) -> list[dict[str, Any]]:
         ),
     )
     trained.append({"round": "control", **control})
+    # --- Results
     rows = [table_row(row, data["train"], loop.num_image) for row in trained]
     finding = what_came_out(trained)
     report_path = os.path.join(config.output_dir, "report.html")
     write_report(report_path, base, loop, rows, finding=finding, truth=data["truth"])
+    # The control is the last of `trained`, and the last student before it.
     final = base.override(model_dir=rounds.model_dir(loop, len(trained) - 2))
     export_dir = os.path.join(config.output_dir, "export")
     if not stored_model.is_export(os.path.join(export_dir, "1")):
@@ -119,6 +124,7 @@ def run_seed(config: DemoConfig) -> list[dict[str, Any]]:
 def table_row(result: dict[str, Any], labeled: int, num_image: int) -> dict[str, Any]:
     """One row of the printed table."""
     kept = [images for _, images in result.get("kept", {}).values()]
+    # Of each class that has any, copies make `num_image` records.
     pseudo = f" + {num_image * len(kept)} pseudo" if kept else ""
     return {
         "round": picture_report.name_of(result["round"]),
@@ -149,6 +155,7 @@ def spread(results: list[list[dict[str, Any]]]) -> list[dict[str, str]]:
     for name, place in (("teacher", 0), ("control", -1)):
         cells = {}
         for part in ("dev", "test"):
+            # Paired by seed, which both models share: its draw of the labels cancels.
             pairs = zip(_top1(results, part, -2), _top1(results, part, place))
             cells[part] = _mean_and_interval([student - other for student, other in pairs])
         table.append({title: f"last student - {name}", **cells})
@@ -260,6 +267,7 @@ def classify_in_fresh_process(folder: str, saved_model: str) -> None:
     picture = os.path.join(folder, "test_image.png")
     with open(picture, "wb") as f:
         f.write(tfexamples.image_bytes(first))
+    # Flushed, because the other process ends this line on the same output.
     print(f"{picture} shows a {tfexamples.label(first)}; ", end="", flush=True)
     command = [sys.executable, "-c", _FRESH_PROCESS, saved_model, picture]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)

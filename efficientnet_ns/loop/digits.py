@@ -31,11 +31,13 @@ def make_records(folder: str, *, seed: int, labels_per_class: int) -> dict[str, 
     """
     pixels, labels = load()
     pictures = [tf.io.encode_png(image[..., None]).numpy() for image in pixels]
+    # Of a constant seed: it decides dev and test.
     order = np.random.default_rng(0).permutation(len(labels))
     test, dev, rest = np.split(order, [_TEST, _TEST + _DEV])
     rest = np.random.default_rng(seed).permutation(rest)
     by_class = [rest[labels[rest] == c] for c in range(10)]
-    # Class after class in turn, so that both shards hold all classes.
+    # The classes in turn. Records are dealt to the two shards in turn, too: the first one holds the
+    # even digits, the second one the odd ones.
     train = np.stack([indices[:labels_per_class] for indices in by_class], axis=1).ravel()
     unlabeled = rest[~np.isin(rest, train)]
     for prefix, indices in (("train", train), ("dev", dev), ("test", test)):
@@ -47,6 +49,7 @@ def make_records(folder: str, *, seed: int, labels_per_class: int) -> dict[str, 
         [tfexamples.unlabeled_example(pictures[i]) for i in unlabeled],
         _SHARDS,
     )
+    # As `write_sharded` deals the records.
     truth = [labels[unlabeled[shard::_SHARDS]].tolist() for shard in range(_SHARDS)]
     return {"truth": truth, "train": len(train), "unlabeled": len(unlabeled)}
 

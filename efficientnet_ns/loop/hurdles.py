@@ -50,6 +50,7 @@ class Watch:
 
     def _model(self, row: dict[str, Any]) -> None:
         metrics = row["measured"][self._set]
+        # Students are not judged here: a bad one does not become the best model.
         if row["round"] == 0 and is_chance(metrics["top1"], metrics["examples"], self._classes):
             text = (
                 f"the teacher is right on {metrics['top1']:.1%} of {metrics['examples']} held-out "

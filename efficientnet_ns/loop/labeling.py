@@ -53,6 +53,7 @@ def select_and_write(selection: SelectConfig, options: FilterConfig) -> dict[str
         result.update(write.write(selection, shards))
     if "classes" in result:
         names = tasks.class_names(task) if task else None
+        # The numbers of classes are texts: they come from a manifest, which is JSON.
         named = {names[int(k)] if names else k: kept for k, kept in result["classes"].items()}
         result["classes"] = named
     if options.report:
@@ -108,6 +109,7 @@ def _completed(selection: SelectConfig, task: tasks.Task | None) -> SelectConfig
         selection.unlabel_data_dir, selection.file_prefix, selection.num_shards
     )
     selection = dataclasses.replace(selection, file_prefix=prefix, num_shards=num_shards)
+    # `dataclasses.replace` loses which settings were given.
     mark_given(selection, chosen)
     return selection
 
@@ -168,6 +170,7 @@ def _check_whole(config: Config, job: PipelineConfig) -> None:
             raise ConfigError(
                 f"--{name} does not apply to a pipeline, which labels everything below --work_dir"
             )
+    # Not given, it means shard 0 to main, but all of them here: `pipeline_stages` sets `auto`.
     if options.shard_id is None:
         return
     if len(shard_list(options.shard_id, options.num_shards)) < options.num_shards:

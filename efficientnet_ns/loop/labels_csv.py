@@ -54,4 +54,5 @@ def _names(config: SelectConfig, shard: int) -> Iterator[str]:
     path = index.input_path(config, shard)
     for number, record in enumerate(tfrecords.read(path)):
         name = tfexamples.file_name(record.payload) if record.payload is not None else ""
+        # Records may keep no names: then shard and position say which picture it is.
         yield name or f"{path}#{number}"

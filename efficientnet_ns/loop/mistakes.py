@@ -67,6 +67,7 @@ class Judge:
             for record in tfrecords.read(path):
                 if record.payload is not None:
                     group.append(record.payload)
+                # Groups of equal pictures have bit-identical predictions in every run.
                 if len(group) == self._teacher.group:
                     self._judge(group, truth, probs, mistakes)
                     group = []
@@ -84,6 +85,7 @@ class Judge:
             if row.argmax() != label:
                 name = tfexamples.file_name(payload)
                 mistakes.append(Mistake(name, image, label, int(row.argmax()), float(row.max())))
+        # Cut after each group, because mistakes hold their pictures.
         mistakes.sort(key=lambda mistake: -mistake.prob)
         del mistakes[self._most :]
         truth += labels

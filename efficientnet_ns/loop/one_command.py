@@ -62,7 +62,7 @@ class Result:
     Attributes:
       rows: a row per model, as in the printed table.
       best: folder of the best model's checkpoint.
-      accuracy: of the best model, by set: `held-out`, `test`.
+      accuracy: of the best model, 0..1, by set: `held-out`, and `test` if there is one.
       warnings: problems to look at.
       labels, report, saved_model, tflite: paths.
       settings: every setting.
@@ -134,6 +134,7 @@ def noisy_student(
     rest = {k: v for k, v in values.items() if k not in {**frame, **of_loop}}
     loop = LoopConfig(work_dir=os.fspath(work_dir), **of_loop)
     settings = Config().override(**rest)
+    # Even a value that equals the default is given, and overrides its rule.
     mark_given(settings, rest)
     mark_given(loop, of_loop)
     return from_pictures(PicturesConfig(**frame), settings, loop)
@@ -149,6 +150,7 @@ def from_pictures(pictures: PicturesConfig, settings: Config, loop: LoopConfig) 
     values, made = _planned(pictures, settings, loop)
     work = loop.work_dir
     print(plan.describe(made, pictures), file=sys.stderr)
+    # Before any work: after a kill, the plan is read, even where the machine would suggest another.
     plan.write(made, pictures, values, work)
     run = _Run(pictures, made, work)
     if run.state.finished:
@@ -169,6 +171,7 @@ def _planned(
     """(the settings that override their rules, the plan); ConfigError for what cannot work."""
     values = _checked(pictures, settings, loop)
     made = plan.make(pictures, values, loop.work_dir)
+    # Only for its errors, before records are made.
     rounds.model_configs(*plan.configs(made.chosen))
     return values, made
 
@@ -189,6 +192,7 @@ def _checked(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> di
 def _stages(made: Plan, pictures: PicturesConfig) -> dict[str, float]:
     """Stage → estimated seconds."""
     chosen, facts = made.chosen, made.facts
+    # The names are those that `State.once` is called with, here and in `rounds`.
     parts = rules.seconds(facts, chosen, made.pace, control=pictures.control)
     models = [name.strip() for name in chosen["models"].split(",")]
     students = len(models) - 1
@@ -229,11 +233,13 @@ class _Run:
     def result(self) -> Result:
         """Runs all unfinished stages."""
         chosen = self.plan.chosen
+        # --- Records
         data = self.state.once("records", self._make_records)
         self._tell_of_records(data)
         base, loop = plan.configs(chosen)
         base = base.override(**data["places"])
         loop = dataclasses.replace(loop, work_dir=self._in_work("rounds"))
+        # --- Probe, rounds, control
         rows = []
         if chosen["init_weights"]:
             rows.append(self._probe(base, loop))
@@ -244,6 +250,7 @@ class _Run:
         rows += trained
         if self.pictures.control:
             rows.append(self._control(base, loop, trained))
+        # --- Best model: labels and export
         sets = tasks.get_task(base.data.task_name or "")
         tops = [row["measured"][sets.eval_set]["top1"] for row in trained]
         best = rounds.best_model(base, trained)
@@ -253,9 +260,11 @@ class _Run:
                 f"{picture_report.name_of(best)} ({tops[best]:.1%}), which is kept as the best model"
             )
         model = rounds.model_configs(base, loop)[best]
+        # By this note, `stored_model.find` takes `work_dir` for the best model.
         self.state.once(stored_model.BEST, lambda: {"round": best})
         self.state.once("labels", lambda: self._label(base, loop, model, best, len(trained)))
         exported = self.state.once("export", lambda: self._export(model, len(names)))
+        # --- Report
         table = picture_report.table(rows, sets, data["counts"], base, best)
         judged = self._judged(model)
         with progress.stage("report"):
@@ -316,6 +325,7 @@ class _Run:
             unlabeled = folder
         task = self._in_work("data", tasks.TASK_FILE)
         object_stores.make_folder(os.path.dirname(task))
+        # Written anew: records that were given, and their task, stay as they are.
         known = tasks.get_task(os.path.join(labeled, tasks.TASK_FILE))
         fields = dataclasses.asdict(known)
         if self.plan.chosen["init_weights"]:
@@ -333,6 +343,7 @@ class _Run:
         """Unlabeled pictures that are also labeled or test pictures: students must not see those."""
         places = [self.pictures.unlabeled, self.pictures.labeled, self.pictures.test]
         plain = [place for place in places if place and plan.is_pictures(place)]
+        # Only pictures in files can be compared; records and TFDS sets are not read for this.
         if plain[:1] != places[:1]:
             return []
         return duplicates.among(plain[0], plain[1:])
@@ -401,6 +412,7 @@ class _Run:
             folder = os.path.join(loop.work_dir, f"round-{best + 1}")
         prediction = rounds.prediction_config(model, base.data.unlabel_data_dir, folder)
         predict.predict(prediction)
+        # `kept` tells of the last selection, whichever model is the best.
         _, selection = rounds.stage_configs(base, loop, models - 1)
         return labels_csv.write(
             self._in_work("labels.csv"),
@@ -417,6 +429,7 @@ class _Run:
         if not stored_model.is_export(paths["saved_model"]):
             export_model(model, options, facts)
         lite = dataclasses.replace(options, format="tflite")
+        # As `export_model` calls the file of version 1.
         file = os.path.join(folder, f"{model.model.model_name}-1-float32.tflite")
         if not tf.io.gfile.exists(file):
             export_model(model, lite, facts)

@@ -79,6 +79,7 @@ def write(
     """Writes the report; returns its path."""
     names = tasks.class_names(tasks.get_task(config.data.task_name or "")) or ()
     names = names or tuple(map(str, range(plan.facts.classes)))
+    # Probe and control have words as their rounds, and round 0 is the teacher.
     students = [row["round"] for row in rows if isinstance(row["round"], int) and row["round"]]
     sections = [report.Section("Results", report.table(table))]
     if warnings:
@@ -111,6 +112,7 @@ def _curves(loop: LoopConfig, rows: Sequence[Mapping[str, Any]], control: str) -
     folders = {
         name_of(row["round"]): rounds.model_dir(loop, row["round"])
         for row in rows
+        # The probe has no curves: it is fitted at once.
         if isinstance(row["round"], int)
     }
     if any(row["round"] == "control" for row in rows):
@@ -177,6 +179,7 @@ def round_sections(
 
 def _augmented(loop: LoopConfig, students: Sequence[int]) -> str:
     path = os.path.join(rounds.model_dir(loop, max(students, default=0)), preview.FILE)
+    # With --preview_images=0 there is none.
     if not tf.io.gfile.exists(path):
         return ""
     with tf.io.gfile.GFile(path, "rb") as f:

@@ -97,11 +97,13 @@ def make(pictures: PicturesConfig, values: Mapping[str, Any], work_dir: str) -> 
     settings = rules.choose(facts, values)
     chosen = rules.values(settings)
     limit = seconds_of(pictures.time_limit) if pictures.time_limit else None
+    # A measurement builds and runs a model: only where somebody asked about the time.
     measure = bool(limit or pictures.dry_run)
     speed = _measured_pace(chosen, facts) if measure else _guessed_pace(chosen, facts)
     if limit:
         settings = rules.fit(settings, facts, values, speed, limit, pictures.control)
         size = rules.values(settings)["input_image_size"]
+        # Measured at the size by rule; the time of a convolution goes with the number of pixels.
         speed *= (chosen["input_image_size"] / size) ** 2 if size else 1.0
     return Plan(facts, settings, speed, measure, found)
 
@@ -145,6 +147,7 @@ def _continued(path: str, pictures: PicturesConfig, values: Mapping[str, Any]) -
             f"{os.path.dirname(path)} was started with other settings ({difference}). Choose another "
             "--work_dir, or use the settings it was started with."
         )
+    # JSON has made a list of the tuple.
     facts = {**noted["facts"], "published": tuple(noted["facts"]["published"])}
     settings = [Setting(**setting) for setting in noted["settings"]]
     return Plan(Facts(**facts), settings, noted["pace"], noted["measured"])
@@ -216,6 +219,7 @@ def published_models() -> tuple[str, ...]:
 def _measured_pace(chosen: Mapping[str, Any], facts: Facts) -> float:
     config, _ = configs(chosen)
     model = chosen["models"].split(",")[0]
+    # The task file is not written yet. Any task will do: a classifier takes little of the time.
     with_task = config.override(
         model_name=model.strip(),
         task_name="imagenet",
@@ -236,6 +240,7 @@ def _guessed_pace(chosen: Mapping[str, Any], facts: Facts) -> float:
 def configs(chosen: Mapping[str, Any]) -> tuple[Config, LoopConfig]:
     """The settings of trainings and of rounds; others are left out."""
     known, of_loop = Config().values(), {f.name for f in dataclasses.fields(LoopConfig)}
+    # The probe starts from `init_weights`, and the trainings from the probe.
     settings = {k: v for k, v in chosen.items() if k in known and k != "init_weights"}
     loop = {k: v for k, v in chosen.items() if k in of_loop}
     return Config().override(**settings), LoopConfig(**loop)

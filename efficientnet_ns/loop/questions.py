@@ -134,6 +134,7 @@ STUDIES: dict[str, Study] = {
         "More is better; a sixteenth of 130 million is still nearly as good as all (B4).",
         {
             "all": Arm({}, "84.0"),
+            # A random part (use_top=0): the most confident images would be another question.
             "a quarter": Arm({"images": 1 / 4, "use_top": 0}, "83.8", -1, quick=False),
             "a sixteenth": Arm({"images": 1 / 16, "use_top": 0}, "83.9", -1, quick=False),
             "none: labels only, as many steps": Arm({"labels_only": True}, "83.2", -1),

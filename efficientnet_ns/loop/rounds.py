@@ -85,6 +85,7 @@ def run_loop(
             )
             break
     if loop.finetune_resolution:
+        # `number` is that of the last student, after an early stop as well.
         rows.append(_finetune(state, config, loop, number))
     return rows
 
@@ -99,13 +100,19 @@ def best_model(config: Config, rows: Sequence[Mapping[str, Any]]) -> int:
     found = [row["measured"][name] for row in rows]
     for number, one in enumerate(found):
         top1 = found[best]["top1"]
+        # Of equal models the later one.
         if one["top1"] >= top1 - math.sqrt(top1 * (1 - top1) / one["examples"]):
             best = number
     return best
 
 
 def check(config: Config, loop: LoopConfig) -> list[Config]:
-    """`model_configs`, checked now for what would otherwise fail after the teacher's training."""
+    """`model_configs`, checked now for what would otherwise fail after the teacher's training.
+
+    Raises:
+      ConfigError: settings that cannot work.
+      DataError: there are no unlabeled records, or lists that name other records.
+    """
     trainings = model_configs(config, loop)
     if not (loop.work_dir and config.data.unlabel_data_dir):
         raise ConfigError("--work_dir and --unlabel_data_dir are needed")
@@ -114,6 +121,7 @@ def check(config: Config, loop: LoopConfig) -> list[Config]:
         ResolvedConfig.from_config(training)
     if any(training.train.unlabel_ratio <= 0 for training in trainings[1:]):
         raise ConfigError("a positive --unlabel_ratio is needed for every student")
+    # Only for their errors: missing shards, and lists that name other records or classes.
     _unlabeled_set(config.data.unlabel_data_dir, config)
     index.decisions(stage_configs(config, loop, 1)[1])
     return trainings
@@ -133,6 +141,7 @@ def model_configs(config: Config, loop: LoopConfig) -> list[Config]:
     trainings = []
     for number, name in enumerate(models):
         training = config.override(model_name=name, model_dir=model_dir(loop, number))
+        # First, because the lists of the loop take precedence.
         if loop.published_recipes:
             training = _as_published(training)
         if sizes:
@@ -172,6 +181,7 @@ def _per_model(flag: str, text: str, kind: type, count: int) -> list[Any]:
         values = [kind(part) for part in text.split(",")]
     except ValueError:
         values = []
+    # `float` takes nan and inf for numbers, too.
     if len(values) != count or not all(0 < value < float("inf") for value in values):
         raise ConfigError(f"--{flag}={text} should be {count} positive numbers joined with ','")
     return values
@@ -187,6 +197,7 @@ def _as_published(config: Config) -> Config:
     magnitude = recipe.randaugment_magnitude
     return config.override(
         input_image_size=config.model.input_image_size or recipe.train_resolution,
+        # B0 and B1 are published without RandAugment.
         augment_name="randaugment" if magnitude else None,
         randaug_mag=magnitude or config.data.randaug_mag,
         train_ratio=recipe.epochs / EPOCHS_OF_TRAIN_STEPS,
@@ -200,6 +211,7 @@ def _unlabeled_set(folder: str, config: Config) -> tuple[str, int]:
         raise ConfigError(f"--unlabel_data_dir={folder}: the loop labels one folder")
     options = config.predict
     found = unlabeled_set.find(folder, options.file_prefix, options.num_shards)
+    # Raises DataError if a shard is missing.
     shard_names.list_shards(folder, found[0])
     return found
 
@@ -220,6 +232,7 @@ def _round(
     prediction, selection = stage_configs(config, loop, number)
     state.once(f"round {number}: predict", lambda: predict.predict(prediction))
     chosen = state.once(f"round {number}: select", lambda: select(selection))
+    # Before the records are written and learned from: it may end the loop.
     watch("selection", {"round": number, **chosen})
     state.once(f"round {number}: write", lambda: write.write(selection))
     student = model_configs(config, loop)[number]
@@ -301,6 +314,7 @@ def finetune_config(config: Config, loop: LoopConfig, number: int) -> Config:
         unlabel_data_dir="",
         # These steps are the last of the schedule, which must have at least as many.
         train_steps=max(steps, config.train.train_steps),
+        # `steps` are updates that are taken, not to be stretched.
         train_ratio=1.0,
         train_last_step_num=steps,
     )
@@ -309,5 +323,6 @@ def finetune_config(config: Config, loop: LoopConfig, number: int) -> Config:
 def train_and_measure(state: State, name: str, config: Config) -> dict[str, Any]:
     """Trains one model and measures it on the task's evaluation and test sets."""
     metrics = state.once(name, lambda: train.train_and_evaluate(config))
+    # A stage of its own: the training evaluates on the evaluation set only.
     measured = state.once(f"{name}: measure", lambda: evaluate.evaluate(config))
     return {"model": config.model.model_name, "steps": metrics["step"], "measured": measured}

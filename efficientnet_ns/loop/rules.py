@@ -29,7 +29,7 @@ class Facts:
       unlabeled: unlabeled pictures.
       median_side: shorter side of the median picture in pixels.
       cores: CPU cores that may be used.
-      accelerators: GPUs and TPUs.
+      accelerators: GPUs.
       published: models whose published weights are installed.
     """
 
@@ -94,6 +94,7 @@ def _models(facts: Facts, chosen: Chosen) -> str:
 
 def _image_size(facts: Facts, chosen: Chosen) -> int | None:
     if not _pretrained(chosen):
+        # None: the size of their task, which make_records takes from small pictures.
         return None if facts.median_side <= SMALL_SIDE else 224 if facts.accelerators else 96
     if facts.accelerators:
         return 224
@@ -132,6 +133,7 @@ def _steps_per_eval(_: Facts, chosen: Chosen) -> int:
 
 def _initial_share(facts: Facts, chosen: Chosen) -> float:
     """Of the first teacher. Students, which see more pictures, are better without it."""
+    # Given for all trainings, it is that of the teacher, too.
     if "ema_initial_share" in chosen:
         return chosen["ema_initial_share"]
     few = facts.labeled < _FEW_PER_CLASS * facts.classes
@@ -140,6 +142,7 @@ def _initial_share(facts: Facts, chosen: Chosen) -> float:
 
 def _frozen_blocks(facts: Facts, chosen: Chosen) -> int:
     """The stem and the first stages of published weights on CPUs; they process most of the pixels."""
+    # Five blocks are the first three stages of EfficientNet-Lite0.
     return 5 if _pretrained(chosen) and not facts.accelerators else -1
 
 
@@ -149,6 +152,7 @@ def _per_class(facts: Facts, _: Chosen) -> int:
 
 def _published(facts: Facts, chosen: Chosen) -> str:
     """Published weights, if the models that the user gave have some."""
+    # Published weights fit only the published shapes.
     other_shape = any(chosen.get(f"{side}_coefficient") for side in ("width", "depth"))
     models = [name for name in chosen.get("models", "").split(",") if name]
     fit = not other_shape and all(name in facts.published for name in models)
@@ -323,6 +327,7 @@ def seconds(facts: Facts, chosen: Chosen, pace: float, *, control: bool) -> dict
       pace: pictures per second of a training at the chosen size.
     """
     students = chosen["models"].count(",")
+    # Pictures in a batch for each labeled one.
     labeled = 1 + chosen["unlabel_ratio"]
     teacher_updates, student_updates = (
         _updates(chosen, name) for name in ("teacher_steps", "train_steps")
@@ -330,6 +335,7 @@ def seconds(facts: Facts, chosen: Chosen, pace: float, *, control: bool) -> dict
     parts = {
         "teacher": teacher_updates * chosen["teacher_batch_size"] / pace,
         "students": students * student_updates * chosen["train_batch_size"] * labeled / pace,
+        # Once for each student, and at the end with the best model.
         "labeling": (students + 1) * facts.unlabeled * _LABELING / pace,
         "other": _OVERHEAD_SECONDS + (1 + students + control) * STARTUP_SECONDS,
     }
@@ -359,6 +365,7 @@ def fit(
     def shorten(least: float) -> None:
         names = [n for n in ("teacher_steps", "train_steps") if n not in given]
         start = {name: {**chosen, **changed}[name] for name in names}
+        # By search, because parts of the estimate do not depend on the updates.
         factor = 1.0
         while names and estimate() > limit and factor > least:
             factor = max(least, factor * 0.95)

@@ -33,6 +33,7 @@ class State:
         self, folder: str, settings: dict[str, Any], defaults: dict[str, Any] | None = None
     ):
         self._path = os.path.join(folder, "state.json")
+        # As they will be read again: tuples become lists.
         settings = json.loads(json.dumps(settings))
         if not tf.io.gfile.exists(self._path):
             object_stores.make_folder(folder)
@@ -63,6 +64,7 @@ class State:
             logging.info("--- %s", name)
             with progress.stage(name):
                 stages[name] = work()
+            # Only now: the work of a killed stage is started again, and continues by its own notes.
             json_files.write_json(self._path, self._state, indent=1)
         elif progress.Whole.current is not None:
             progress.Whole.current.skip(name)

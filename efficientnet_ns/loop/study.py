@@ -122,11 +122,13 @@ def pieces(config: Config, loop: LoopConfig, changes: Mapping[str, Any]) -> list
     if method.labels_only or method.own_labels:
         changed = {"unlabel_ratio": 0.0, "unlabel_data_dir": ""}
         if method.own_labels:
+            # The unlabeled records themselves, of which no teacher selects any.
             changed = {**_FIXMATCH, "unlabel_data_dir": config.data.unlabel_data_dir}
         student = student.override(train_steps=teacher.train.train_steps + steps, **changed)
         return [Work("train", _placed(student, loop))]
     work = [Work("train", _placed(_widened(teacher, method.teacher_width), loop))]
     for _ in range(method.rounds):
+        # The last piece so far trains the model that labels now.
         labeling = _labeling(work[-1].config, config, loop, settings)
         selection = _selection(labeling, loop, method, selecting)
         pseudo_labeled = student.override(
@@ -176,6 +178,7 @@ _OF_LABELING = ("noised_teacher", "test_time_views")
 def _labeling(teacher: Config, config: Config, loop: LoopConfig, settings: dict) -> Config:
     own = {name: value for name, value in settings.items() if name in _OF_LABELING}
     teacher = teacher.override(**own)
+    # Only what changes labels, so that arms which differ otherwise share them.
     decisive = {name: getattr(teacher.predict, name) for name in _OF_LABELING}
     unlabeled = config.data.unlabel_data_dir
     decisive.update(teacher=teacher.train.model_dir, unlabeled=unlabeled)
@@ -188,6 +191,7 @@ def _selection(
     labeling: Config, loop: LoopConfig, method: Method, selecting: dict[str, Any]
 ) -> SelectConfig:
     images = max(1, round(loop.num_image * method.images))
+    # Without folders first: their names are a hash of all other settings.
     plain = rounds.selection_config(labeling, dataclasses.replace(loop, num_image=images), "")
     chosen = dataclasses.replace(plain, **selecting)
     folder = _folder("selected", as_dict(chosen), loop)
@@ -239,6 +243,7 @@ def _trained(config: Config) -> dict[str, Any]:
         "train_seconds": trained - started,
         "seconds": time.monotonic() - started,
     }
+    # Keras' global state grows with every model.
     tf.keras.backend.clear_session()
     return result
 
@@ -269,6 +274,7 @@ class Runner:
     """
 
     def __init__(self, arms: list[list[Work]]):
+        # By folder, because arms share trainings.
         trainings = {
             w.config.train.model_dir: w.config for a in arms for w in a if w.kind == "train"
         }
@@ -286,6 +292,7 @@ class Runner:
         """
         result = None
         if _training(arm[-1].config).done():
+            # A recorded result does not need what it was made from.
             arm = arm[-1:]
         for work in arm:
             try:
@@ -324,6 +331,7 @@ def run_study(config: Config, loop: LoopConfig, options: StudyConfig) -> dict[st
     _check_loop(loop)
     if options.quick:
         config, loop = _shortened(config, loop)
+    # --- All arms are laid out and checked before the first is trained
     arms: dict[tuple[int, str, str], list[Work]] = {}
     for seed in seeds:
         seeded = _with_data(config.override(seed=seed), loop)
@@ -332,9 +340,11 @@ def run_study(config: Config, loop: LoopConfig, options: StudyConfig) -> dict[st
             for arm in study.arms:
                 arms[seed, name, arm] = pieces(seeded, loop, study.arms[arm].changes)
     _check_trainings(arms)
+    # --- Trainings, seed after seed
     runner, found = Runner(list(arms.values())), {}
     for (seed, name, arm), work in arms.items():
         found[seed, name, arm] = runner.result(f"{name}: {arm}, seed {seed}", work)
+        # After the last arm of each seed, so that a killed study leaves the results of whole seeds.
         if (seed, name, arm) == [key for key in arms if key[0] == seed][-1]:
             done = seeds[: seeds.index(seed) + 1]
             results = study_results.summary(studies, done, found)

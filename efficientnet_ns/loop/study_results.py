@@ -86,6 +86,7 @@ def summary(
             "arms": {
                 label: {
                     "changes": dict(arm.changes),
+                    # Texts, as JSON would make of the numbers.
                     "top1": dict(zip(map(str, seeds), top1[label])),
                     "seconds": [result and result["seconds"] for result in results[label]],
                     **_row(arm, top1[label], top1[arm.against or first], label == first),
@@ -197,6 +198,7 @@ def plot(overview: Mapping[str, Any]):
 
     studies = overview["studies"]
     heights = [len(study["arms"]) + 1 for study in studies.values()]
+    # Not by pyplot, which keeps its figures until they are closed.
     figure = Figure(figsize=(style.PAGE_WIDTH / 100, 0.32 * sum(heights) + 0.6), dpi=100)
     figure.set_layout_engine("constrained")
     panels = figure.subplots(
@@ -210,6 +212,7 @@ def plot(overview: Mapping[str, Any]):
                 color = style.MARK if place else style.KEPT
                 axes.errorbar(arm["mean"], place, xerr=arm["sd"], fmt="D", color=color, capsize=3)
         axes.set_yticks(range(len(study["arms"])), list(study["arms"]), **style.PLAIN_TEXT)
+        # From the top down, as in the tables.
         axes.set_ylim(len(study["arms"]) - 0.5, -0.5)
         axes.set_title(name, loc="left", fontsize=9, color=style.INK)
         axes.tick_params(colors=style.INK, labelsize=8)
