@@ -15,6 +15,8 @@ from efficientnet_ns.report.measures import Calibration, Confusion
 # Of `pipeline.eval_batches`.
 Batches: TypeAlias = tf.data.Dataset | Callable[[tf.distribute.InputContext], tf.data.Dataset]
 
+# Keeps logarithms finite. An export returns zeros for padding, whose loss would be NaN, also after
+# it is multiplied by the mask.
 _TINY = 1e-30
 # Outputs of a step that have one row per image; all other outputs are sums over the batch.
 _PREDICTIONS, _CONFIDENCE = "predictions", "confidence"
@@ -53,6 +55,7 @@ class Measured(NamedTuple):
         return np.where(self.images > 0, right / np.maximum(self.images, 1), np.nan)
 
     def _by_class(self, images: np.ndarray) -> np.ndarray:
+        # Weighted counts are float64.
         return np.bincount(self.confusion.truth, images, self.num_classes).astype(np.int64)
 
 
@@ -91,6 +94,7 @@ class Evaluator:
             return _measures(_logits(logits, batch["image"], views), batch)
 
         gathered = (_PREDICTIONS, _CONFIDENCE)
+        # An engine is a NumPy function, which tf.function cannot trace: its step runs eagerly.
         self._step = by_engine if engine else replicated(self._strategy, compiled, gathered)
         self._num_classes = model.output_shape[-1]
 
@@ -113,12 +117,15 @@ class Evaluator:
 
         def step(batch):
             sums = dict(self._step(batch))
+            # Of each image: `add_up` sums the rest. Two int64 and a float32 are the 20 bytes.
             predictions.append(sums.pop(_PREDICTIONS).numpy())
             confidence.append(sums.pop(_CONFIDENCE).numpy())
             return sums
 
+        # Fills the two lists above, by way of `step`.
         metrics = means(add_up(self._strategy, step, batches), num_examples)
         truth, predicted = np.concatenate(predictions).T
+        # `_measures` sets the truth of padding to -1.
         real = truth >= 0
         truth, predicted = truth[real], predicted[real]
         return Measured(
@@ -143,6 +150,7 @@ def replicated(
     @tf.function
     def step(batch, *more):
         partial = strategy.run(measures, args=(batch, *more))
+        # Over replicas only (axis None): `measures` has summed over the rows.
         total = tf.distribute.ReduceOp.SUM
         return {
             key: strategy.gather(value, 0)
@@ -157,7 +165,13 @@ def replicated(
 def add_up(
     strategy: tf.distribute.Strategy, step: Callable, batches: Batches
 ) -> dict[str, np.ndarray]:
-    """Sums the values of `step(batch)` over all batches, in float64."""
+    """Sums the values of `step(batch)` over all batches, in float64.
+
+    Args:
+      strategy: the replicas that the batches are distributed to.
+      step: maps a distributed batch to values by name; see `replicated`.
+      batches: see `Evaluator.measure`.
+    """
     sums: dict[str, np.ndarray] = {}
     if callable(batches):
         distributed = strategy.distribute_datasets_from_function(batches)
@@ -165,6 +179,7 @@ def add_up(
         distributed = strategy.experimental_distribute_dataset(batches)
     for batch in distributed:
         for key, value in step(batch).items():
+            # A sum in float32 would stop counting at 2**24.
             sums[key] = sums.get(key, 0.0) + np.asarray(value, np.float64)
     return sums
 
@@ -182,6 +197,7 @@ def means(sums: dict[str, np.ndarray], num_examples: int) -> dict[str, float]:
 
 
 def _logits(forward, pixels: tf.Tensor, views: int) -> tf.Tensor:
+    # The detour over probabilities would cut off the loss of confident mistakes at _TINY.
     if views == 1:
         return forward(pixels)
     probabilities = views_lib.average(

@@ -134,10 +134,12 @@ def loss_gradient(model: Callable[..., tf.Tensor], pixels: tf.Tensor, labels: tf
       pixels: float32 [B, S, S, 3].
       labels: true classes, int32 [B].
     """
+    # Only the gradient by the pixels is needed, not those by the weights.
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(pixels)
         logits = tf.cast(model(pixels, training=False), tf.float32)
         own = tf.one_hot(labels, logits.shape[-1], on_value=True, off_value=False)
+        # The lowest float32 takes the true class out of the sum: its exponential underflows to 0.
         others = tf.reduce_logsumexp(tf.where(own, logits.dtype.min, logits), -1)
         margin = others - tf.gather(logits, labels, axis=-1, batch_dims=1)
         # Without batch statistics images are independent, so the gradient of the sum is per image.
@@ -189,6 +191,7 @@ def projected_descent(
         return done + 1, project(moved, clean, epsilon)
 
     first = (tf.constant(0), project(start, clean, epsilon))
+    # A loop in the graph: one unrolled by Python would grow with the number of steps.
     return tf.while_loop(lambda done, _: done < steps, step, first)[1]
 
 

@@ -42,6 +42,7 @@ def check_installed() -> str:
             "libgl1, or replace opencv-python by opencv-python-headless."
         ) from e
     try:
+        # The package imagecorruptions installs a module of the same name.
         return metadata.version("imagecorruptions-imaug")
     except metadata.PackageNotFoundError:
         raise ConfigError(
@@ -56,8 +57,10 @@ def image_seeds(name: str, severity: int, first: int, count: int, seed: int) -> 
 
     They depend only on the seed, the corruption, the severity and the index of the image.
     """
+    # Not hash(): that of a string differs from process to process.
     salt = zlib.crc32(name.encode())
     return [
+        # One uint32: np.random.seed takes no larger numbers.
         int(np.random.SeedSequence([seed, salt, severity, place]).generate_state(1)[0])
         for place in range(first, first + count)
     ]
@@ -80,6 +83,7 @@ def corrupt(pixels: np.ndarray, name: str, severity: int, seeds: Sequence[int]) 
 
     missing = max(0, _LEAST_SIDE - pixels.shape[1])
     before, size = missing // 2, pixels.shape[1]
+    # Mirrored, because constant pixels would change the mean, which `contrast` depends on.
     border = [(before, missing - before)] * 2 + [(0, 0)]
     corrupted = np.empty_like(pixels)
     for place, (image, seed) in enumerate(zip(pixels, seeds)):
@@ -125,5 +129,6 @@ def _start_worker() -> None:
     """Limits OpenCV to one thread, and ends the process when its parent ends."""
     import cv2
 
+    # There is already a process per core.
     cv2.setNumThreads(1)
     preemption.end_with_parent()

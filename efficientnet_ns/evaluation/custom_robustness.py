@@ -131,7 +131,7 @@ class LabeledSet(NamedTuple):
 
     Attributes:
       source: the records.
-      batches: batches for the attacks; see `accuracy.add_up`.
+      batches: batches for the attacks; see `accuracy.Evaluator.measure`.
       groups: batches for the corruptions, on one host.
       identity: what determines the images, JSON-able.
     """
@@ -154,6 +154,7 @@ def measure(config: Config, own: CustomRobustnessConfig, weights_path: str, fold
     Raises:
       ConfigError, DataError: invalid settings or data, before anything is measured.
     """
+    # --- Settings and data, checked before a model is built
     if os.environ.get("TF_CONFIG"):
         raise ConfigError("--corrupt and --epsilons work on one machine: unset TF_CONFIG")
     if not config.data.label_data_dir:
@@ -169,6 +170,7 @@ def measure(config: Config, own: CustomRobustnessConfig, weights_path: str, fold
         )
     library = corruptions.check_installed() if settings.corruptions else None
     labeled = _labeled_set(resolved, own.image_set)
+    # --- Models
     chosen = {MODEL: (resolved.config, weights_path)}
     if own.baseline:
         baseline = stored_model.find(own.baseline)
@@ -183,6 +185,7 @@ def measure(config: Config, own: CustomRobustnessConfig, weights_path: str, fold
         "image_size": resolved.image_size,
         "models": {name: path for name, (_, path) in chosen.items()},
     }
+    # --- Measurements
     parts, pictures = os.path.join(folder, "own_set"), []
     with resolved.naming_bad_records(labeled.source):
         if settings.epsilons:
@@ -190,7 +193,9 @@ def measure(config: Config, own: CustomRobustnessConfig, weights_path: str, fold
             results["attacks"] = _attacks(parts, subjects, labeled, settings, strategy, compiled)
         if settings.corruptions:
             seed = resolved.config.train.seed
+            # Another version of the library may corrupt in another way.
             details = {"library": library, "seed": seed}
+            # Needed even if every part is stored: the pictures are not.
             with corruptions.Corruptor(seed) as corruptor:
                 submit, ahead = corruptor.submit, 2 * corruptor.workers
                 found = corrupted(parts, subjects, labeled, settings, submit, details, ahead)
@@ -217,6 +222,8 @@ def _labeled_set(resolved: ResolvedConfig, prefix: str) -> LabeledSet:
 def _baseline_config(resolved: ResolvedConfig, name: str, path: str) -> Config:
     config, stored = resolved.config, stored_model.read(path)
     name = name or stored.variant or ""
+    # Weights of the same variant without stored settings: the coefficients of the flags hold for
+    # them, too.
     if name in ("", config.model.model_name) and not stored.settings:
         return config
     # Coefficients that flags set belong to the other model.
@@ -226,6 +233,7 @@ def _baseline_config(resolved: ResolvedConfig, name: str, path: str) -> Config:
 def _subject(
     name: str, config: Config, path: str, image_size: int, strategy, classifies: bool
 ) -> Subject:
+    # Both models see the same pixels, whatever sizes they were trained at.
     resolved = ResolvedConfig.from_config(config.override(input_image_size=image_size), path)
     with strategy.scope():
         model = resolved.build_model()
@@ -235,6 +243,7 @@ def _subject(
         kind, batch = config.predict.inference_engine, config.evaluation.eval_batch_size
         engine = engines.make(kind, model, batch, strategy, dtype=config.predict.inference_dtype)
     identity = {
+        # By content: a training may go on in the same folder.
         "weights": weights.fingerprint(path, resolved.model_name),
         **as_dict(resolved.config.model),
         "precision": tf.keras.mixed_precision.global_policy().name,
@@ -243,6 +252,7 @@ def _subject(
 
 
 def _stage(folder: str, name: str, **identity: Any) -> manifests.Stage:
+    # With this hash in the name, a part of other settings is another file, not a conflict.
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     return manifests.Stage(os.path.join(folder, f"{name}-{digest}.json"), [], identity)
 
@@ -284,6 +294,7 @@ def corrupted(
       details: what determines its results in addition to the settings, JSON-able.
       ahead: number of groups that may wait for classification; bounds memory.
     """
+    # Clean images depend neither on the library nor on the seed, so they get no `details`.
     todo = [("clean", CLEAN)] + [(n, s) for n in settings.corruptions for s in settings.severities]
     stages = {
         part: _stages(folder, subjects, labeled, part, details if part[1] else {}) for part in todo
@@ -299,6 +310,7 @@ def corrupted(
         for part, left in lacking.items():
             hits = _count_hits(left, labeled, submit, part, ahead, progress)
             for subject, number in zip(left, hits):
+                # Stored part by part: a killed run loses the part it was at.
                 with stages[part][subject.name].write() as (_, counts):
                     counts["error"] = 1 - int(number) / total
     errors: dict[str, dict[str, list[float]]] = {}
@@ -306,6 +318,7 @@ def corrupted(
         for model, stage in of_models.items():
             by_severity = errors.setdefault(name, {}).setdefault(model, [])
             by_severity.append(stage.counts()["error"])
+    # They were measured like a corruption of one severity.
     clean = {subject: values[0] for subject, values in errors.pop("clean").items()}
     return {"severities": list(settings.severities), "clean": clean, "corruptions": errors}
 
@@ -335,6 +348,7 @@ def _count_hits(
     classifiers = [subject.classify for subject in subjects if subject.classify is not None]
 
     def hits(corrupting, labels: np.ndarray) -> np.ndarray:
+        # Waits in its thread, while the main thread submits further groups.
         pixels = corrupting.result().astype(np.float32)
         return np.array([_right(classify(pixels), labels) for classify in classifiers])
 
@@ -342,10 +356,12 @@ def _count_hits(
     waiting: collections.deque = collections.deque()
     name, severity = part
     job = submit if severity else _unchanged
+    # Engines compute several calls at once; see `inference.engines`.
     with concurrent.futures.ThreadPoolExecutor(available_cpus()) as threads:
         for pixels, labels, first in _groups(labeled.groups):
             corrupting = job(pixels, name, severity, first)
             waiting.append(threads.submit(hits, corrupting, labels))
+            # Bounds the pixels in memory. Errors of the threads and processes are raised here, too.
             if len(waiting) > ahead:
                 total += waiting.popleft().result()
             seen += len(labels)
@@ -373,7 +389,9 @@ def _groups(batches: tf.data.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, 
     """(pixels uint8 [N, S, S, 3], labels [N], index of the first image in the set)."""
     for batch in batches.as_numpy_iterator():
         real = batch["mask"] > 0
+        # Bicubic resizing overshoots 0..255, and astype would wrap around and truncate.
         pixels = np.rint(np.clip(batch["image"][real], 0, 255)).astype(np.uint8)
+        # Padding comes last, so the first row is always an image.
         yield pixels, batch["label"][real], int(batch["index"][0])
 
 

@@ -57,6 +57,7 @@ def corruption_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     if BASELINE in models:
         relative = relative_errors(errors)
         for entry in rows:
+            # None in the row of clean images, which no CE is defined for.
             entry[_RELATIVE] = _percent(relative.get(entry["corruption"]))
         last[_RELATIVE] = _percent(mean_relative_error(errors))
     return [*rows, last] if counted else rows

@@ -52,6 +52,7 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     if stored.exported:
         return _evaluate_export(resolved, path)
     strategy = distribution.get_strategy(config.hardware)
+    # Before the model is built, whose layers take the policy that they find.
     distribution.set_precision(config.hardware, strategy)
     with strategy.scope():
         model = resolved.build_model()
@@ -95,6 +96,7 @@ def _report(
 def _weights_path(config: Config) -> str:
     train = config.train
     continuous = config.evaluation.eval_continuously
+    # Checkpoints that do not exist yet can only be named by their folder.
     path = train.model_dir if continuous else stored_model.weights_of(train)
     if not path:
         raise ConfigError(
@@ -124,6 +126,7 @@ def _engine(config: Config, model: tf.keras.Model, strategy: tf.distribute.Strat
             f"--inference_engine={kind} evaluates on one device: leave --num_replicas at 0"
         )
     engine = engines.make(kind, model, config.evaluation.eval_batch_size, strategy, dtype=dtype)
+    # The evaluator itself computes with TensorFlow, compiled and on all replicas.
     return None if isinstance(engine, engines.TensorFlowEngine) else engine
 
 
@@ -159,10 +162,12 @@ def _evaluate_each(
     """Measures every new checkpoint in model_dir until that of the last step."""
     folder = needed(resolved.config.train.model_dir, "model_dir", "the folder of the checkpoints")
     total = resolved.steps_to_run
+    # Keeps all rows that an interrupted evaluation logged, so that it is continued.
     log = MetricsLog(os.path.join(folder, "eval"), start=total)
     logged = {row["step"] for row in log.rows}
     results: dict[str, dict[str, float]] = {}
     for path in _each_new_checkpoint(folder):
+        # Here, because the training may be started after its evaluation.
         _check_length(folder, resolved.config)
         step = _step_of(path)
         try:
@@ -221,6 +226,7 @@ def _each_new_checkpoint(folder: str, seconds: float = 1.0) -> Iterator[str]:
         logging.info("waiting for the first checkpoint in %s", folder)
     while True:
         newest = checkpoint_files.newest_checkpoint(folder)
+        # Of checkpoints written while one is measured, only the newest is measured.
         if newest is not None and newest != last:
             yield newest
             last = newest

@@ -102,6 +102,7 @@ class Evaluation:
         def measure() -> dict:
             best = functools.partial(metrics.best, classes=among)
             predicted = self.predictions(images.read(name), best, cropped)
+            # [N, k]: whether each of the best classes is the true one.
             right = predicted == np.array([[entry.label] for entry in images.entries])
             return {
                 "top1": float(np.mean(right[:, 0])),
@@ -146,6 +147,7 @@ class Evaluation:
             errors.setdefault(name, []).append(1 - part["top1"])
         means = {name: float(np.mean(values)) for name, values in errors.items()}
         result: dict[str, Any] = {"errors": means, "ce": metrics.corruption_errors(means)}
+        # The same in all parts: `check_equal_classes` has seen to that.
         result["classes"] = part["classes"]
         if all(name in means for name in metrics.ALEXNET_ERROR):
             result["top1"] = 1 - float(np.mean([means[n] for n in metrics.ALEXNET_ERROR]))
@@ -170,6 +172,7 @@ class Evaluation:
         result: dict[str, Any] = {
             "flips": {name: part["fp"] for name, part in parts.items()},
             "distances": {name: part["ut5d"] for name, part in parts.items()},
+            # Where classes may be missing, the perturbations may have different ones.
             "classes": min(part["classes"] for part in parts.values()),
         }
         if all(name in parts for name in metrics.ALEXNET_FLIPS):
@@ -181,6 +184,7 @@ class Evaluation:
     def _stability(self, perturbation: str, clips: Clips) -> dict:
         frames = clips.frames(f"imagenet-p/{perturbation}")
         predicted = self.predictions(frames, metrics.best, cropped=True)
+        # [clips, frames, 5]; `Clips.frames` raises unless all clips are equally long.
         predicted = predicted.reshape(len(clips.names), -1, predicted.shape[1])
         right = predicted[..., 0] == np.array(clips.labels)[:, np.newaxis]
         return {
@@ -208,6 +212,7 @@ def rows(results: dict[str, dict], image_size: int, model: str = "") -> list[dic
         for method in (published.BASELINE, published.STUDENT):
             row[method] = published.paper(name, method, image_size).get(key)
         summary.append(row)
+    # Every row gets every column: a value of timm is known for some sets only.
     columns = dict.fromkeys(column for row in summary for column in row)
     return [{column: row.get(column) for column in columns} for row in summary]
 

@@ -46,6 +46,7 @@ class Clips(NamedTuple):
                 for frame in _frames(path):
                     yield f"{path}, frame {count}", frame
                     count += 1
+                # Known only now: the frames of a video are decoded as they are read.
                 length = length or count
                 if count < 2 or count != length:
                     raise DataError(
@@ -78,9 +79,11 @@ def clips(path: str, classes: Mapping[str, int]) -> Clips:
         path, "class folders without clips", [n for n, inside in found.items() if not inside]
     )
     listed = [f"{name}/{clip}" for name, inside in found.items() for clip in inside]
+    # A video next to the folder it was unpacked into would count twice.
     stems = Counter(os.path.splitext(c)[0] if videos.is_clip(c) else c for c in listed)
     sets.refuse(path, "duplicate clips", sorted(s for s, n in stems.items() if n > 1))
     videos.check_readable(listed)
+    # Of folders only: counting the frames of a video means decoding it.
     _check_folders(path, [clip for clip in listed if not videos.is_clip(clip)])
     labels = [classes[name] for name, inside in found.items() for _ in inside]
     return Clips(path, listed, labels)
@@ -103,6 +106,7 @@ def _check_folders(path: str, names: Sequence[str]) -> None:
 
 def _frames(path: str) -> Iterator[bytes]:
     if videos.is_clip(path):
+        # Predictors take encoded images. These are decoded again at once, so compression is wasted.
         yield from (image_conversion.png(frame, compression=0) for frame in videos.frames(path))
         return
     for name in sorted(sets.image_files(path), key=_numeric):

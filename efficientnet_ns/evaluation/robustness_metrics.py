@@ -15,7 +15,8 @@ import numpy as np
 
 SEVERITIES = ("1", "2", "3", "4", "5")
 
-# Top-1 error of AlexNet, mean over the five severities.
+# Top-1 error of AlexNet, mean over the five severities (github.com/google-research/augmix,
+# imagenet.py).
 ALEXNET_ERROR = {
     "gaussian_noise": 0.886428,
     "shot_noise": 0.894468,
@@ -33,14 +34,14 @@ ALEXNET_ERROR = {
     "pixelate": 0.717840,
     "jpeg_compression": 0.606500,
 }
-# Not in the mean: meant for tuning.
+# Not in the mean: meant for tuning (github.com/clovaai/assembled-cnn, mce/eval_robustness.py).
 ALEXNET_ERROR_EXTRA = {
     "speckle_noise": 0.8454,
     "gaussian_blur": 0.7871,
     "spatter": 0.7175,
     "saturate": 0.6583,
 }
-# Probability that AlexNet's prediction flips between frames.
+# Probability that AlexNet's prediction flips between frames (the same file).
 ALEXNET_FLIPS = {
     "gaussian_noise": 0.23653,
     "shot_noise": 0.30062,
@@ -129,7 +130,9 @@ def top5_distance(predicted: np.ndarray, perturbation: str) -> float:
     if predicted.ndim != 3 or predicted.shape[1] < 2 or predicted.shape[2] != 5:
         raise ValueError(f"predicted has shape {predicted.shape}; expected [N, T, 5], T at least 2")
     before = _reference(predicted, perturbation)
+    # [N, T - 1, 5, 5]: whether class i of the reference is class j of the frame.
     same = before[..., :, np.newaxis] == predicted[:, 1:, np.newaxis, :]
+    # argmax finds the one match; a class that left the five has rank 5, however far it fell.
     place = np.where(same.any(-1), same.argmax(-1), 5)
     return float(np.mean(np.abs(place - np.arange(5)).sum(-1)))
 
@@ -158,10 +161,12 @@ def best(probs: np.ndarray, k: int = 5, classes: Sequence[int] | None = None) ->
     """
     probs = np.asarray(probs)
     if classes is not None:
+        # -inf, so that a class that is not allowed loses even to one of probability 0.
         allowed = np.full(probs.shape[1], -np.inf)
         allowed[np.asarray(classes)] = 0
         probs = probs + allowed
         k = min(k, len(set(classes)))
+    # np.argpartition would leave the order of ties open.
     found = np.argsort(-probs, axis=1, kind="stable")[:, :k].astype(np.int32)
     found[np.isnan(probs).any(1)] = -1
     return found

@@ -144,6 +144,7 @@ def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | Non
             name = flag.replace("_", "-")
             classes = robustness_sets.classes_of(name)
             images = robustness_sources.open_images(folders[flag], classes, *options)
+            # Predictions on ImageNet-A and -R are restricted to their 200 classes.
             among = list(classes.values()) if len(classes) < 1000 else None
             work[name] = methodcaller("accuracy", name, images, among)
     if "real_labels" in folders:
@@ -153,6 +154,7 @@ def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | Non
         images = robustness_sources.open_images(
             folders["imagenet_c"], robustness_sets.classes_of(), *options
         )
+        # A single part has no CE, which is a mean over severities: it is a set of its own.
         name = f"imagenet-c/{part}"
         work[name] = methodcaller("accuracy", name, images, cropped=True)
     elif "imagenet_c" in folders:

@@ -89,6 +89,7 @@ def paper(name: str, method: str, image_size: int) -> dict[str, float]:
 
 def table(name: str, result: Mapping[str, Any], model: str, image_size: int) -> list[dict]:
     """The set's table as in the paper: one row per method, the measured one last; percent or None."""
+    # A single part of ImageNet-C is in none of the paper's tables: top-1 only.
     columns = COLUMNS.get(name, COLUMNS["imagenet-real"])
     keys = [key for key, _ in columns]
     rows = [(m, size, dict(zip(keys, values))) for m, size, *values in PAPER.get(name, ())]

@@ -94,6 +94,7 @@ def folders(path: str) -> list[str]:
     """
     if not tf.io.gfile.isdir(path):
         raise DataError(f"{path!r} is not a folder")
+    # On object stores, names of folders end with a slash.
     names = (name.rstrip("/") for name in tf.io.gfile.listdir(path))
     names = (name for name in names if not image_sources.is_hidden(name))
     return sorted(n for n in names if tf.io.gfile.isdir(os.path.join(path, n)))
@@ -119,6 +120,7 @@ def class_folders(path: str, classes: Mapping[str, int]) -> Images:
     if not names:
         raise DataError(f"{path!r} has no class folders")
     refuse(path, "unknown class folders", [n for n in names if n not in classes])
+    # By class: as text, folder 10 of ImageNet-V2 comes before folder 2.
     names.sort(key=classes.__getitem__)
     files = {name: image_files(os.path.join(path, name)) for name in names}
     refuse(path, "class folders without images", [n for n, found in files.items() if not found])
@@ -215,4 +217,5 @@ def real_labels(labels_path: str, images_path: str) -> tuple[Images, list[list[i
             f"{len(right)}: numbers 1 to {len(right)} are needed"
         )
     entries = [by_place[i] for i in sorted(by_place)]
+    # Without classes: an image may be of several, or of none.
     return Images(image_sources.Folder(images_path), entries, []), right

@@ -37,6 +37,8 @@ class Records:
         """
         found = []
         for path in shard_names.list_shards(self.path, self._prefix):
+            # `read` checks each record, `spans` tells its place. The two stay in step, because the
+            # first damaged record raises.
             spans = tfrecords.spans(path)
             for record in tfrecords.read(path):
                 name = f"{os.path.basename(path)}#{record.position}"
@@ -49,6 +51,7 @@ class Records:
     @contextlib.contextmanager
     def reader(self, entries: Sequence[image_sources.Entry]) -> Iterator[image_sources.Reader]:
         """See `image_sources.Source`."""
+        # It does not check the payloads; `labeled_entries` has done that.
         with tfrecords.payload_reader() as payload:
             yield lambda entry: image_sources.Loaded(
                 tfexamples.image_bytes(payload(entry.place)), entry.label
@@ -131,6 +134,7 @@ def open_corruptions(
         part: open_images(of_part, sets.classes_of(), tfds_data_dir, allow_missing)
         for part, of_part in places.items()
     }
+    # Even with allow_missing: parts of different classes have no meaningful mean.
     sets.check_equal_classes({places[part]: found for part, found in images.items()})
     return images
 

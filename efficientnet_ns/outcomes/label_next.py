@@ -32,6 +32,7 @@ _ROWS = 1 << 16  # Candidates that are sorted at once, at least.
 _PIXELS = 320
 
 
+# Of the fields of a `Candidate`, for one of no images.
 _KINDS = (np.int64, np.int64, np.float32, np.float32, np.int64, np.int64)
 
 
@@ -40,8 +41,9 @@ class Candidate(NamedTuple):
 
     Attributes:
       label, second: the most probable class and the next.
-      margin, prob: of `label`.
-      shard, record: the place; record of the input file.
+      margin: probability of `label` minus that of `second`.
+      prob: probability of `label`.
+      shard, record: the place in the unlabeled set; records count from 0 in the input file.
     """
 
     label: Any
@@ -89,7 +91,9 @@ def choose(config: SelectConfig, limit: int) -> list[Candidate]:
     workers = index.count_workers(config)
     jobs = []
     for shard in index.shards(config):
+        # Positions only, whatever was decided.
         decided = [changes.get((shard, worker), ((),))[0] for worker in range(workers)]
+        # As many of each class as of the whole list: the other classes may have no images.
         jobs.append((config, shard, decided, _SPARE * limit))
     files = [index.prediction_path(config, s, w) for _, s, d, _ in jobs for w in range(len(d))]
     size = sum(filter(None, object_stores.sizes(files)))
@@ -114,17 +118,21 @@ def _candidates(config: SelectConfig, shard: int, decided: list, limit: int) -> 
         for probs in index.read_predictions(path, config.num_label_classes):
             positions = np.arange(start, start + len(probs))
             start += len(probs)
+            # Unreadable images have zeros only.
             undecided = (probs.max(1) > 0) & ~np.isin(positions, places)
             probs, positions = probs[undecided], positions[undecided]
             best = probs.argmax(1)
             rows = np.arange(len(probs))
             top = probs[rows, best]
+            # The mask above has made a copy, so this changes no array of the reader.
             probs[rows, best] = -1
             second = probs.argmax(1)
             margin = top - probs[rows, second]
+            # Worker w of n predicts records w, w + n, w + 2n … of a shard.
             record = positions * len(decided) + worker
             new = Candidate(best, second, margin, top, np.full(len(best), shard), record)
             found.append(new)
+            # Sorts only once there are as many new candidates as kept ones, which bounds the cost.
             if sum(len(some.label) for some in found[1:]) > max(_ROWS, len(found[0].label)):
                 found = [_smallest(found, limit)]
     return _smallest(found, limit)
@@ -133,6 +141,7 @@ def _candidates(config: SelectConfig, shard: int, decided: list, limit: int) -> 
 def _smallest(found: list[Candidate], limit: int) -> Candidate:
     """Up to `limit` candidates of each class, sorted by class, then by margin."""
     joined = Candidate(*map(np.concatenate, zip(*found)))
+    # The last key is the first to sort by. Ties go by place, because shards finish in any order.
     order = np.lexsort([joined.record, joined.shard, joined.margin, joined.label])
     kept = order[_ranks(joined.label[order]) < limit]
     return Candidate(*(values[kept] for values in joined))
@@ -140,6 +149,7 @@ def _smallest(found: list[Candidate], limit: int) -> Candidate:
 
 def _ranks(labels: np.ndarray) -> np.ndarray:
     """The place of each within its class, from 0, of sorted labels."""
+    # searchsorted finds the first of equal labels: where the class begins.
     return np.arange(len(labels)) - np.searchsorted(labels, labels)
 
 
@@ -148,12 +158,14 @@ def _in_turn(classes: list[deque[Candidate]], copies: _Copies, limit: int) -> li
     chosen: list[Candidate] = []
     while classes and len(chosen) < limit:
         turn = []
+        # In this order, so that of near copies in two classes that with the smaller margin stays.
         for own in sorted(classes, key=lambda own: own[0].margin):
             while own:
                 one = own.popleft()
                 if not copies.is_one(one.shard, one.record):
                     turn.append(one)
                     break
+        # Again, since leaving out copies may have changed the order.
         chosen += sorted(turn, key=lambda one: one.margin)
         classes = [own for own in classes if own]
     return chosen[:limit]

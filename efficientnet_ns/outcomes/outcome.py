@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 RECORDS = "records"
 _NO_LABEL = -2  # Below -1, which marks an image of no class.
 
+# Ties by place, so that every report of a run shows the same pictures.
 _ORDERS = {"most": "prob DESC, shard, record", "least": "prob, shard, record"}
 
 # Shard and record identify an image in every round and in the truth; worker and position depend on the
@@ -42,6 +43,7 @@ _IMAGES = """
 CREATE VIEW {} AS SELECT *, position * {} + worker AS record FROM {} WHERE label >= 0
 """
 # Labels joined with those of `other`: the truth, or an earlier round.
+# `copies` is NULL for rejected images, which the selection does not list.
 _COMPARED = """
 CREATE VIEW {view} AS
 SELECT {other}.label AS {column}, images.label, images.prob, copies IS NOT NULL AS kept
@@ -82,6 +84,7 @@ class Outcome:
         tables = {"predictions": _indexes(config), "selection": [selection]}
         views = {"images": ("predictions", config), "chosen": ("selection", config)}
         if previous_dir:
+            # Detected: the earlier round may have had another number of workers.
             earlier = dataclasses.replace(
                 config, prediction_dir=previous_dir, total_label_replicas=-1
             )
@@ -104,6 +107,7 @@ class Outcome:
 
         Confident images are at or above the threshold; records are the kept images with copies.
         """
+        # In float64, as the selection compares: the float32 nearest to 0.7 is below 0.7.
         found = self._columns(
             "SELECT * FROM (SELECT count(*) AS images, count_if(label < 0) AS unreadable, "
             "count_if(label >= 0 AND prob::DOUBLE >= $1) AS confident FROM predictions), "
@@ -148,6 +152,7 @@ class Outcome:
         columns = {name: np.zeros(count, np.int64) for name in counted}
         columns["lowest"] = np.full(count, np.nan)
         columns["quantiles"] = np.full((count, 3), np.nan)
+        # Approximate quantiles need bounded memory; exact ones would hold every probability.
         predicted = self._query(
             "SELECT label, count(*), count_if(prob::DOUBLE >= $1), "
             "approx_quantile(prob, [0.1, 0.5, 0.9]) FROM images GROUP BY ALL",
@@ -253,6 +258,7 @@ class Outcome:
         )
 
     def _columns(self, query: str, *values: object) -> dict[str, np.ndarray]:
+        # DuckDB's threads return groups in any order.
         return self._db.execute(f"{query} ORDER BY ALL", list(values)).fetchnumpy()
 
 
@@ -284,6 +290,7 @@ def read_truth(config: SelectConfig, truth: Truth) -> pyarrow.Table:
         truth = carried
     if isinstance(truth, str):
         with tf.io.gfile.GFile(truth, "rb") as f:
+            # Arrow does not know TensorFlow's file systems.
             source = pyarrow.BufferReader(f.read())
         csv = truth.endswith(".csv")
         table = pyarrow.csv.read_csv(source) if csv else pyarrow.parquet.read_table(source)
@@ -304,6 +311,7 @@ def _labels(path: str) -> np.ndarray:
     labels = []
     with tfrecords.Scanner(path) as scanner:
         while (record := scanner.take()) is not None:
+            # A damaged record keeps its place, without a label.
             feature = record.payload and tfexamples.feature(
                 record.payload, tfexamples.LABEL_ONE_BASED
             )
@@ -364,6 +372,7 @@ def read_quarantine(config: SelectConfig, limit: int = 20) -> Quarantine:
             result.unknown.append(manifest)
             continue
         listed = manifests.read_manifest(manifest)["counts"].get("quarantine", {})
+        # Keys of JSON objects are text, which would sort 10 before 2.
         for position, reason in sorted((int(p), r) for p, r in listed.items()):
             result.reasons[reason.split(" at byte ")[0]] += 1
             result.files[name] += 1

@@ -69,7 +69,7 @@ def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> lis
 
 
 def _write_review(config: SelectConfig, options: ReportConfig, path: str) -> None:
-    """The least confident images kept of each class, classes in turn."""
+    """Writes a sheet of the least confident images kept of each class, least confident first."""
     config = _as_selected(config)
     shards = min(options.report_shards, config.num_shards)
     limit, classes = options.review_images, list(range(config.num_label_classes))
@@ -179,6 +179,7 @@ def _summary(run: _Run) -> str:
 
 
 def _confidence(run: _Run) -> str:
+    # Counted by SQL: each entry stands for all images of a bin.
     counts = run.outcome.confidence(report.HISTOGRAM_BINS)
     return report.paragraph(
         "The teacher's confidence in its labels. Rejected images above the threshold belong to "
@@ -208,6 +209,7 @@ def _by_coverage(run: _Run) -> np.ndarray:
     """Classes with predictions, int [P], those with the fewest confident images first."""
     predicted = np.flatnonzero(run.classes["predicted"])
     keys = (predicted, run.classes["predicted"][predicted], run.classes["confident"][predicted])
+    # The last key is the first to sort by: confident images, then all images, then the number.
     return predicted[np.lexsort(keys)]
 
 
@@ -259,6 +261,7 @@ def _truth(run: _Run) -> str:
         )
     # Bins are (lower, upper], from 1.
     sums = (
+        # `known` leaves out images of no class, which a label is neither right nor wrong for.
         np.bincount(bins["bin"] - 1, known * images * values, report.CALIBRATION_BINS)
         for values in (1, bins["prob"], correct)
     )
@@ -361,6 +364,7 @@ def _pictures(run: _Run) -> dict[str, str]:
         for limit, labels in ((_PICTURES, None), (_PICTURES_PER_CLASS, chosen))
     )
     shown = [picture for grid in (*overall.values(), *by_class.values()) for picture in grid]
+    # All grids at once, so that every shard is read only once.
     found = outcome.read_images(run.config, {(p.shard, p.record) for p in shown})
     data = {place: report.thumbnail(image, _PIXELS) for place, image in found.items()}
     note = f"Pictures are taken from {shards} of {run.config.num_shards} shards."

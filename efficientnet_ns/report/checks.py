@@ -11,7 +11,11 @@ if TYPE_CHECKING:
 
 
 def vector(values: ArrayLike, name: str, length: int | None = None) -> np.ndarray:
-    """The values as an array [N], of that length if given."""
+    """The values as an array [N], of that length if given.
+
+    Raises:
+      ValueError: another number of dimensions or entries. The other checks raise it, too.
+    """
     array = np.asarray(values)
     if array.ndim != 1:
         raise ValueError(f"{name} must have one dimension, not shape {list(array.shape)}")
@@ -50,6 +54,7 @@ def integers(
 ) -> np.ndarray:
     """int64 [N] of values in low..high."""
     array = vector(values, name, length)
+    # NaN fails here; the cast below would make a number of it.
     if not (np.mod(array, 1) == 0).all():
         raise ValueError(f"{name} must be integers")
     array = array.astype(np.int64)

@@ -9,6 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+# As in Guo et al. 2017.
 CALIBRATION_BINS = 15
 
 
@@ -40,8 +41,10 @@ class Confusion(NamedTuple):
         """
         truth, predicted = np.asarray(truth, np.int64), np.asarray(predicted, np.int64)
         classes = predicted.max(initial=0) + 1
+        # One int64 per pair: with 46,341 classes and more, the largest exceeds int32.
         keys, place = np.unique(truth * classes + predicted, return_inverse=True)
         total = np.bincount(place, images, len(keys)).astype(np.int64)
+        # Both round down, so that a truth of -1 comes back as -1.
         return cls(keys // classes, keys % classes, total)
 
     def worst(self, limit: int) -> list[tuple[int, int, int]]:
@@ -84,6 +87,7 @@ class Calibration(NamedTuple):
           bins: number of intervals, at least 1.
         """
         probs = np.asarray(probs, np.float64)
+        # Without the outer ends: a probability that rounding carried past 1 stays in the last bin.
         index = np.searchsorted(np.arange(1, bins) / bins, probs, side="left")
         values = (np.ones_like(probs), probs, np.asarray(correct))
         return cls(*(np.bincount(index, value * images, bins) for value in values))
@@ -96,5 +100,6 @@ class Calibration(NamedTuple):
         without images.
         """
         images = self.images.sum()
+        # Of sums, not means: the number of images in a bin cancels against its weight.
         gaps = np.abs(self.confidence - self.correct).sum()
         return float(gaps / images) if images else float("nan")

@@ -22,9 +22,12 @@ def thumbnail(data: bytes, size: int) -> bytes:
     buffer = io.BytesIO()
     try:
         with Image.open(io.BytesIO(data)) as image:
+            # Decodes a JPEG at 1/2, 1/4 or 1/8, as far as that is not below `size`.
             image.draft("RGB", (size, size))
             image.thumbnail((size, size))
+            # JPEG has neither transparency nor palettes.
             image.convert("RGB").save(buffer, "JPEG", quality=80)
+    # SyntaxError is what PIL raises for damaged PNGs.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return b""
     return buffer.getvalue()

@@ -54,6 +54,7 @@ def learning_curves(
         skips rows without its metric; a value that is not finite interrupts it.
       metrics: keys of the rows; metrics that no row has are left out.
     """
+    # One key per run, so that a run looks the same in all plots.
     keys = []
     for index, name in enumerate(runs):
         line = style.LINE_STYLES[index // len(style.PALETTE) % len(style.LINE_STYLES)]
@@ -65,6 +66,7 @@ def learning_curves(
     curves = {metric: lines for metric, lines in curves.items() if lines}
     if not curves:
         return tables.NOTHING
+    # Two or three in a row, minus the gap of `.row` in page.css.
     width = style.PAGE_WIDTH // min(max(len(curves), 2), 3) - 12
     plots = "".join(_metric_plot(lines, metric, width) for metric, lines in curves.items())
     return f'{style.legend(keys)}<div class="row">\n{plots}</div>\n'
@@ -183,6 +185,7 @@ def confidence_by_class(quantiles: ArrayLike, class_names: Sequence[str]) -> str
         were never predicted, are left out.
       class_names: C names.
     """
+    # Without classes, the array has one dimension.
     quantiles = np.asarray(quantiles, np.float64).reshape(-1, 3)
     names = [str(name) for name in class_names]
     if len(quantiles) != len(names):

@@ -16,9 +16,9 @@ class ReviewImage(NamedTuple):
     Attributes:
       data: JPEG or PNG.
       file, record: its place, which the decision names.
-      label: its class, 0-based.
-      prob: of the class.
-      name: of its file, "" if unknown.
+      label: its pseudo label, 0-based.
+      prob: probability of `label`, in [0, 1].
+      name: name of its file; "" if unknown.
     """
 
     data: bytes
@@ -38,7 +38,9 @@ def write_review(
     """Writes the sheet, whose button saves `review.json`, see `files.reviews`.
 
     Args:
-      names: of the classes.
+      path: path of the HTML file; its folder must exist.
+      images: the images, in the order shown.
+      names: a name per class.
       title: plain text.
     """
     rows = [
@@ -53,5 +55,6 @@ def write_review(
     template = Path(__file__).with_name("review.html").read_text(encoding="utf-8")
     from efficientnet_ns.files import atomic  # Loads TensorFlow.
 
+    # The data comes last, since a name in it may contain TITLE.
     page = template.replace("TITLE", tables.escape(title)).replace("DATA", data, 1)
     atomic.write(path, page, clean=True)

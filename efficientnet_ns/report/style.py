@@ -56,6 +56,7 @@ def axes_of(width: int, height: int) -> tuple[Figure, Axes]:
     """An empty plot of `width` x `height` CSS pixels in the style of the page."""
     from matplotlib.figure import Figure
 
+    # Not by pyplot, which keeps every figure in memory. An inch is 100 CSS pixels.
     figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)

@@ -29,8 +29,10 @@ def format_value(value: object) -> str:
         return "yes" if value else "no"
     if not isinstance(value, float):
         return str(value)
+    # Four significant digits would need an exponent from 10,000 on.
     if 1e3 <= abs(value) < 1e7:
         return f"{value:.1f}"
+    # "#" keeps trailing zeros, but also the point of "1000.".
     return f"{value:#.4g}".rstrip(".")
 
 
@@ -75,5 +77,10 @@ def paragraph(text: str) -> str:
 
 
 def details(summary: str, body: str) -> str:
-    """HTML that opens on demand."""
+    """HTML that opens on demand.
+
+    Args:
+      summary: what is always shown, plain text.
+      body: HTML.
+    """
     return f"<details><summary>{escape(summary)}</summary>\n{body}</details>\n"

@@ -63,11 +63,13 @@ def _cells(pairs: Confusion, num_classes: int) -> tuple[np.ndarray, int]:
 
     Images of no class, if any, have an additional last row.
     """
+    # Both are rounded up: the last cell may stand for fewer classes.
     together = -(-num_classes // MAX_CELLS)
     columns = -(-num_classes // together)
     unknown = pairs.truth == OUT_OF_DISTRIBUTION
     counts = np.zeros((columns + bool(unknown.any()), columns), np.int64)
     rows = np.where(unknown, columns, pairs.truth // together)
+    # counts[...] += would add only one of several pairs in the same cell.
     np.add.at(counts, (rows, pairs.predicted // together), pairs.images)
     return counts, together
 
@@ -82,6 +84,7 @@ def _heat_map(pairs: Confusion, names: Sequence[str], *, alt: str) -> tuple[str,
     shown = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="predicted", ylabel="truth")
     if len(names) <= style.MAX_CLASSES_AS_BARS:
+        # The last row is there only if images of no class are.
         rows = [*names, "(no class)"][: len(counts)]
         letters = 8 if len(rows) <= 30 else 6
         style.name_ticks(axes.xaxis, range(len(names)), names, rotation=90, fontsize=letters)
@@ -126,6 +129,7 @@ def reliability(sums: Calibration) -> str:
     ]
     keys = (
         style.Key("accuracy in the bin", style.KEPT),
+        # Keys are lines: this one stands for the points.
         style.Key("at its mean confidence", style.PALETTE[1], "dotted"),
         style.Key("perfect calibration", style.INK, "dashed"),
     )
