@@ -19,6 +19,7 @@ from efficientnet_ns.config import BenchmarkConfig
 # Instructions that name or rename memory; every other one of the entry computation is a kernel.
 _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
 _TRANSFERS = {"infeed", "outfeed", "send", "recv"}
+# `  ROOT %name = f32[8,64]{1,0} add(%a, %b), …`; the type of a tuple is in parentheses.
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?(%[\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)")
 _ARRAY = re.compile(r"([a-z]+\d*)\w*\[([\d,]*)\]")
 _BYTES = {"pred": 1, "bf16": 2}
@@ -48,6 +49,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
     (plain_name, plain), (name, whole) = (
         (training.OWN_UPDATES[key], count(optimized_hlo(key, config))) for key in ("ours", "whole")
     )
+    # uint8 pixels, and an int32 label each.
     images = config.batch_size * (3 * config.image_size**2 + 4)
     return [
         Row(f"{what}: {plain_name}", plain.kernels, "kernels"),
@@ -76,6 +78,7 @@ def count(hlo: str) -> Counted:
     """Counts the instructions of the entry computation of an HLO module in text form."""
     sizes: dict[str, float] = {}
     kernels, transfers, moved = 0, 0, 0.0
+    # What comes before the entry are the insides of fused kernels and of loops.
     for line in hlo[hlo.index("\nENTRY") :].splitlines():
         found = _INSTRUCTION.match(line)
         if not found:

@@ -42,6 +42,7 @@ def installed(
     peers: dict[str, Callable[[], int]] = {}
     with contextlib.ExitStack() as stack:
         for library in _LIBRARIES:
+            # Spawned, because a fork would bring TensorFlow along.
             process = concurrent.futures.ProcessPoolExecutor(
                 1, mp_context=multiprocessing.get_context("spawn")
             )
@@ -123,6 +124,7 @@ def _torchvision(size: int) -> dict[str, Prepare]:
     evaluate = v2.Compose([v2.Resize(resized, interpolation=cubic), v2.CenterCrop(size)])
 
     def decoded(image: bytes) -> torch.Tensor:
+        # PyTorch warns about buffers that cannot be written, which bytes are.
         content = torch.frombuffer(bytearray(image), dtype=torch.uint8)
         return decode_jpeg(content, mode=ImageReadMode.RGB)
 
@@ -135,6 +137,7 @@ def _albumentations(size: int) -> dict[str, Prepare]:
     import simplejpeg
 
     cv2.setNumThreads(1)
+    # What RandAugment's operations correspond to, in their order; there is no SolarizeAdd.
     operations = [
         A.AutoContrast(p=1),
         A.Equalize(p=1),

@@ -87,6 +87,7 @@ def encoded_images(folder: str) -> tuple[list[str], list[bytes]]:
     if not folder:
         return [], _made_images()
     above = listed(folder, r"[^.].*")
+    # The folder and those in it, such as class folders.
     paths = sorted(itertools.chain(above, *(listed(f, r"[^.].*") for f in above)))
     shards = [path for path in paths if _SHARD.fullmatch(path)]
     pictures = [path for path in paths if path.lower().endswith(_SUFFIXES)]
@@ -137,6 +138,7 @@ def _worker(data: tf.data.Dataset, function: Callable[..., tf.Tensor]) -> Callab
     """
     mapped = data.repeat().enumerate().map(lambda index, x: function(x, tf.stack([index, 0])))
     batches = mapped.batch(_CHUNK, drop_remainder=True).with_options(_one_thread())
+    # Begun by the first call, which warms up.
     iterator: list[Iterator] = []
 
     def work() -> int:
@@ -191,6 +193,7 @@ def _op_stages(encoded: list[bytes], size: int) -> dict[str, Callable[[], int]]:
         )
 
         def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+            # They differ from image to image, but take no time to draw.
             draws = tf.fill([4], tf.cast(seed[0] % 16, tf.float32) / 16)
             return levels.apply_op(name, args, "original", image, draws)
 

@@ -123,6 +123,7 @@ class _Work:
         tf.io.gfile.makedirs(folder)
         weights.save_weights(self.model, settings.predict.predict_ckpt_path)
         self.teacher = predict.TeacherPredictor(self._resolved, settings.predict.predict_ckpt_path)
+        # Pixels for the bare engine, which decodes nothing.
         self._ready = np.random.default_rng(0).uniform(
             0, 255, [self.teacher.group, *self.model.input_shape[1:]]
         )
@@ -142,6 +143,7 @@ class _Work:
         """Labels the shard into a new folder; the first, short one determines the size of the next."""
         self._runs += 1
         folder = os.path.join(self._folder, str(self._runs))
+        # In the folder of another run, the shard would be finished and skipped.
         settings = self._settings.override(output_dir=folder, info_dir=folder)
         start = time.perf_counter()
         images = predict.predict(settings, teacher=self.teacher)["records"]
@@ -169,6 +171,7 @@ def _in_threads(threads: int, rounds: int, work: Callable[[], np.ndarray]) -> in
 def _keras(model_name: str, pixels: np.ndarray) -> Callable[[], int]:
     """Inference of the same network of Keras."""
     model = keras_peer.build(model_name)
+    # Keras builds the variant at its own resolution.
     batch = tf.image.resize(pixels, model.input_shape[1:3])
     step = tf.function(lambda x: model(x, training=False))
 
@@ -185,6 +188,7 @@ def _without_onednn(model_name: str, pixels: np.ndarray) -> Iterator[Callable[[]
     with concurrent.futures.ProcessPoolExecutor(
         1, mp_context=context, initializer=_start_peer, initargs=(model_name, pixels)
     ) as pool:
+        # The process starts with its first task, and takes the environment over then.
         with tables.environment(**{tables.ONEDNN: "0"}):
             pool.submit(_peer_works).result()
         yield lambda: pool.submit(_peer_works).result()

@@ -68,6 +68,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
 
 
 def _block() -> int:
+    # Unless told otherwise, TensorFlow reads 64 MB.
     return int(os.environ.get("GCS_READ_CACHE_BLOCK_SIZE_MB", "64")) << 20
 
 
@@ -113,6 +114,7 @@ class _Described:
 
     def _most(self, part) -> tuple[float, float]:
         """(bytes, requests) of the host that reads most of the parts of its streams' runs."""
+        # The order of one epoch stands for that of all.
         order = self._plan.order(tf.constant(0, tf.int64))
         places = tf.function(lambda stream: self._plan.layout.places(order, *part(stream)))
         streams = tf.range(self._plan.num_streams, dtype=tf.int64)
@@ -135,4 +137,5 @@ def _checkpoint_bytes(model_name: str) -> int:
         sum(int(np.prod(w.shape)) for w in some)
         for some in (model.weights, model.trainable_weights)
     )
+    # float32, and everything twice: weights and averages, two slots.
     return 4 * 2 * (weights + trained)

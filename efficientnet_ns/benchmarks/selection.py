@@ -108,6 +108,7 @@ def _in_own_process(
     work: Callable[[SelectConfig], object], settings: SelectConfig
 ) -> tuple[Any, float, float, float]:
     """(result, seconds, peak of memory in MB before and after)."""
+    # Spawned, since TensorFlow's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_watched, work, settings).result()
@@ -158,6 +159,7 @@ def make_index(settings: SelectConfig, rows: int) -> None:
         path = os.path.join(settings.prediction_dir, name)
         with index.IndexWriter(path, shard, 0) as writer:
             writer.add(labels, probs)
+        # It only has to be there: what is selected from is the index.
         open(index.prediction_path(settings, shard, 0), "wb").close()
 
     with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:

@@ -32,6 +32,7 @@ _LATENCIES = 40
 _TURNS = 15
 _KERAS, _LITE = keras_peer.NAME, "TFLite float32"
 _CPU, _NONE, _BFLOAT16 = "SavedModel cpu", "SavedModel none", "SavedModel cpu bfloat16"
+# Contender → what it is compared with.
 _PEERS = {_CPU: _NONE, _LITE: _KERAS, _BFLOAT16: _CPU}
 
 
@@ -66,10 +67,11 @@ def _situations(config: BenchmarkConfig) -> list[Situation]:
 
 
 def _export(config: BenchmarkConfig, folder: str) -> None:
-    """A folder per contender, with random weights."""
+    """Writes a folder or file per contender, with random weights."""
     settings = Config().override(model_name=config.model_name, input_image_size=config.image_size)
     resolved = ResolvedConfig.from_config(settings)
     model = resolved.build_model()
+    # Layers take the policy that is global when they are made.
     tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
     reduced = resolved.build_model()
     tf.keras.mixed_precision.set_global_policy("float32")
@@ -101,6 +103,7 @@ def _export_keras(config: BenchmarkConfig, folder: str) -> None:
     shape = (config.image_size, config.image_size, 3)
     model = keras_peer.build(config.model_name, input_shape=shape)
     holder = tf.Module()
+    # The variables of a function must belong to the object that is saved.
     holder.held = model.variables
 
     @tf.function(input_signature=[tf.TensorSpec([None, *shape], tf.float32)])
@@ -127,6 +130,7 @@ def _measure(config: BenchmarkConfig, folder: str, situation: Situation) -> list
         work: dict[str, Callable[[], int]] = {
             name: functools.partial(_count, call, pixels) for name, call in calls.items()
         }
+        # Whatever the batch, an interpreter computes one image at a time.
         work[_LITE] = functools.partial(lite, pixels[0])
         rows += _throughput(work, f", batch {batch}, {situation}", config.seconds / len(batches))
     for batch in _BATCHES:
@@ -155,11 +159,13 @@ def session(
         meta = tf.compat.v1.saved_model.loader.load(loaded, ["serve"], folder)
     chosen = meta.signature_def[signature]
     (source,) = (info.name for info in chosen.inputs.values())
+    # Cheaper per call than `run`, which looks its arguments up each time.
     return loaded.make_callable(chosen.outputs["probabilities"].name, [source])
 
 
 def _lite(content: bytes, threads: int) -> Callable[[np.ndarray], int]:
     """Runs an interpreter per thread, each on its own images; returns the number of images."""
+    # Threads cannot share an interpreter.
     runners = [lite_files.runner(content, 1) for _ in range(threads)]
     pool = ThreadPoolExecutor(threads)
 

@@ -119,6 +119,7 @@ def machine() -> str:
     lines: list[str] = []
     with contextlib.suppress(OSError):  # Not Linux.
         lines = Path("/proc/cpuinfo").read_text().splitlines()
+    # Those of the last processor stand for all.
     facts = dict(
         re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if " :" in line or "\t:" in line
     )

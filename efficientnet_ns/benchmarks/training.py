@@ -67,6 +67,7 @@ def _take_turns(keys: list[str], config: BenchmarkConfig) -> dict[str, list[dict
             pipe = subprocess.PIPE
             process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
             running[key] = stack.enter_context(process)
+            # Runs first: leaving the process' own block waits for its end.
             stack.callback(process.kill)
             _ask(process)  # Builds, compiles and warms up.
         results: dict[str, list[dict[str, float]]] = {key: [] for key in keys}
@@ -96,6 +97,7 @@ def _keras_update(config: BenchmarkConfig) -> Callable:
 def _our_update(config: BenchmarkConfig) -> Callable:
     from efficientnet_ns.models import efficientnet
 
+    # As many classes as Keras' model has.
     return _plain_update(efficientnet.build_model(config.model_name, 1000, config.image_size))
 
 
@@ -162,7 +164,7 @@ def random_batch(config: BenchmarkConfig) -> dict:
 
 
 def _work(key: str, config: BenchmarkConfig) -> Iterator[dict[str, float]]:
-    """Rate and peak memory of this process, turn by turn."""
+    """Yields images per second and peak memory of this process, turn by turn."""
     import tensorflow as tf
 
     if config.threads:
@@ -174,6 +176,7 @@ def _work(key: str, config: BenchmarkConfig) -> Iterator[dict[str, float]]:
     while True:
         steps, start = 0, time.perf_counter()
         while (elapsed := time.perf_counter() - start) < config.seconds or steps < 2:
+            # To the host, which waits for the device.
             tf.nest.map_structure(lambda x: x.numpy(), update(batch))
             steps += 1
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kilobytes on Linux

@@ -103,8 +103,10 @@ def _tpu_strategy(hardware: HardwareConfig) -> tf.distribute.Strategy:
             f"--tpu={hardware.tpu} cannot be found ({e}): check --tpu, --tpu_zone={hardware.tpu_zone} "
             f"and --gcp_project={hardware.gcp_project}"
         ) from e
+    # `local` is the TPU of this very machine, to which there is nothing to connect.
     if hardware.tpu != "local":
         tf.config.experimental_connect_to_cluster(resolver)
+    # Must come before the strategy.
     tf.tpu.experimental.initialize_tpu_system(resolver)
     return tf.distribute.TPUStrategy(resolver)
 
@@ -117,12 +119,14 @@ def _local_devices(num_replicas: int) -> list[str]:
     available = len(tf.config.list_logical_devices(kind))
     if num_replicas > available:
         raise ConfigError(f"--num_replicas={num_replicas}, but there are {available} {kind}s")
+    # All GPUs unless told otherwise; but one CPU, whose parts would share its cores.
     count = num_replicas or (available if kind == "GPU" else 1)
     return [f"{kind}:{i}" for i in range(count)] if count > 1 else []
 
 
 def _split_cpu(count: int) -> None:
     cpu = tf.config.list_physical_devices("CPU")[0]
+    # Divided already, as by an earlier training in this process.
     if len(tf.config.get_logical_device_configuration(cpu) or []) >= count:
         return
     try:
@@ -148,6 +152,7 @@ def set_precision(hardware: HardwareConfig, strategy: tf.distribute.Strategy) ->
     if policy == "auto":
         on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
         policy = "mixed_bfloat16" if on_tpu and hardware.use_bfloat16 else "float32"
+    # Layers take the policy that is global when they are made.
     tf.keras.mixed_precision.set_global_policy(policy)
 
 
@@ -165,6 +170,7 @@ def check(resolved: ResolvedConfig, strategy: tf.distribute.Strategy) -> None:
                 f"shares: choose a multiple of {replicas}"
             )
     try:
+        # Its message begins with the name of the setting, hence the dashes below.
         layers.replicas_per_group(train.num_shards_per_group, replicas)
     except ValueError as e:
         raise ConfigError(f"--{e}") from e
@@ -209,6 +215,7 @@ def eval_share(
 
 def check_agreement(strategy: tf.distribute.Strategy, step: int) -> None:
     """Raises ConfigError when the workers would continue from different steps."""
+    # One process drives all replicas of any other strategy.
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return
 
@@ -237,6 +244,7 @@ def agreement(strategy: tf.distribute.Strategy) -> Callable[[bool], bool] | None
     def wishes(own: tf.Tensor) -> tf.Tensor:
         return strategy.reduce("SUM", strategy.run(tf.identity, args=(own,)), axis=None)
 
+    # Not compared with 1: every replica of a worker adds its wish.
     return lambda wish: int(wishes(tf.constant(int(wish)))) > 0
 
 
@@ -251,6 +259,7 @@ def chief_first(strategy: tf.distribute.Strategy, make: Callable[[], T]) -> T:
     try:
         return make()
     finally:
+        # Even after an error: the others would wait without end.
         meet(False)
 
 
@@ -268,6 +277,7 @@ def noticing_lost_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
     try:
         yield
     except _LOST as e:
+        # Without other workers, the error means something else.
         if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
             raise
         raise WorkerLost(

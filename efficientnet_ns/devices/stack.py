@@ -83,6 +83,7 @@ class _QuietImport(importlib.abc.MetaPathFinder):
             load = spec.loader.exec_module
 
             def load_quietly(module) -> None:
+                # It is for one import.
                 sys.meta_path.remove(self)
                 if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "3":
                     with without_native_log():
@@ -105,6 +106,7 @@ def without_native_log() -> Iterator[None]:
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
+            # Line by line, since Python and other libraries wrote to it, too.
             written.seek(0)
             for line in written:
                 if not _NATIVE_LOG.match(line):

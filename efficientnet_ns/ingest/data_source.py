@@ -104,6 +104,7 @@ def _check_other_sets(config: MakeConfig) -> None:
       ConfigError: they could not, or the classes of a set are unknown.
     """
     folder = os.path.join(config.output_dir, "manifests")
+    # Each shard has a manifest here, named after it; one of each set tells what the set is.
     names = object_stores.names(folder)
     parsed = {name: shard_names.parse(name.removesuffix(".json")) for name in names}
     one_of = {found[0]: name for name, found in parsed.items() if found}
@@ -111,6 +112,7 @@ def _check_other_sets(config: MakeConfig) -> None:
         prefix: manifests.read_manifest(os.path.join(folder, name))["config"].get("labeled")
         for prefix, name in one_of.items()
     }
+    # `labeled` is True or False; None in manifests of proc_svhn, which do not state it.
     labeled = [prefix for prefix, value in others.items() if value]
     unlabeled = [p for p, value in others.items() if value is False and p != _UNLABELED]
     prefix = _prefix(config)
@@ -120,6 +122,7 @@ def _check_other_sets(config: MakeConfig) -> None:
             "would be mistaken for a labeled set: choose another folder"
         )
     own = {prefix, config.validation_set} if config.validation_fraction else {prefix}
+    # task.json is written last: labeled sets without it are not finished.
     unfinished = sorted(set(labeled) - own)
     task = os.path.join(config.output_dir, tasks.TASK_FILE)
     if config.labeled and unfinished and not tf.io.gfile.exists(task):
@@ -164,6 +167,7 @@ def _make(config: MakeConfig, source: Source, found: Listing) -> dict[str, image
     entries = image_records.shuffled(found.entries, config.seed, config.limit)
     parts = {_prefix(config): entries}
     if config.validation_fraction:
+        # After shuffling, the first images of a class are random ones.
         rest, chosen = image_records.split(entries, config.validation_fraction)
         parts = {_prefix(config): rest, config.validation_set: chosen}
     sets = [
@@ -218,6 +222,7 @@ def _image_set(
             "seed": config.seed,
             "check": config.check,
             "max_side": config.max_side,
+            # Only if set, so that records of earlier versions still match.
             **({"keep_names": True} if config.keep_names else {}),
         },
         num_classes=len(class_names) if config.labeled else None,
@@ -250,6 +255,7 @@ def _write_task(config: MakeConfig, made: dict[str, image_records.Made], fields:
 def _from_tfds(config: MakeConfig) -> dict[str, int]:
     name, split = tfds_source.parse(config.source)
     builder = tfds_source.load_builder(name, config.tfds_data_dir)
+    # One set is wanted, so its name is that of the split, such as SVHN's `extra`.
     if split is None and (config.image_set or not config.labeled):
         split = _prefix(config)
     chosen = {_prefix(config): split} if split else tfds_source.sets_of(builder)
@@ -266,6 +272,7 @@ def _from_tfds(config: MakeConfig) -> dict[str, int]:
         one = dataclasses.replace(config, image_set=prefix)
         if prefix != next(iter(chosen)) or config.validation_set in chosen:
             one = dataclasses.replace(one, validation_fraction=0.0)  # It is cut only from train.
+        # A stratified part needs the labels, for which every example is read.
         entries = source.labeled_entries() if one.validation_fraction else source.entries()
         made.update(_make(one, source, Listing(entries, source.class_names)))
     if config.labeled:

@@ -27,6 +27,7 @@ def among(place: str, others: Sequence[str]) -> list[str]:
         theirs = [
             (source, listing.list_images(source, labeled=False).entries) for source in sources
         ]
+        # Known from the listing: most files need not be read.
         sizes = {entry.size for entry in entries} & {e.size for _, found in theirs for e in found}
         known = {
             content for source, found in theirs for _, content in _hashed(source, found, sizes)

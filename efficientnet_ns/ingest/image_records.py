@@ -75,6 +75,7 @@ class ImageSet:
 
     def shards(self, number: int) -> list[_Shard]:
         """The contents of each file; `number` is that of the set."""
+        # Shards differ by one image at most.
         bounds = np.linspace(0, len(self.entries), self.num_shards + 1).astype(int)
         made = dataclasses.replace(self, entries=(), lost=())  # Processes need no other entries.
         return [
@@ -152,6 +153,7 @@ def split(entries: Sequence[Entry], fraction: float) -> tuple[list[Entry], list[
     chosen: list[Entry] = []
     for entry in entries:
         (chosen if left[entry.label] else rest).append(entry)
+        # Counts down to 0, from where on all are in the rest.
         left[entry.label] -= bool(left[entry.label])
     return rest, chosen
 
@@ -193,12 +195,14 @@ def make_sets(
     total, left = (sum(len(shard.entries) for shard in some) for some in (shards, pending))
     workers = num_workers or min(available_cpus(), 1 + left // _IMAGES_PER_WORKER)
     processes = min(workers, len(pending))
+    # A generator: pixels are attached when a process is about to take the shard.
     jobs = ((source, _attached(source, shard), rules) for shard in pending)
     with Progress(total, f"records in {sets[0].folder}", "images", done=total - left) as progress:
         for job, counts in run_each(_write_shard, jobs, processes, initializer=_start_worker):
             results[job[1].number].add(counts)
             progress.update(len(job[1].entries))
     made = [result.finish() for result in results]
+    # Last, so that counts.json describes whole sets only.
     for number in range(len(sets)):
         own = [shard.stage for shard in shards if shard.number == number]
         tfrecords.note_counts(
@@ -254,6 +258,7 @@ class _Result:
         self._records = 0
         self._shapes: set[tuple[int, int] | None] = set()
         self._bad = [list(item) for item in one.lost]
+        # What is lost may be too much, which is known before anything is written.
         self._check()
 
     def add(self, counts: dict) -> None:
@@ -280,6 +285,7 @@ class _Result:
             )
 
     def finish(self) -> Made:
+        # Shards finish in any order.
         self._bad.sort()
         if self._bad:
             path = self._write()
@@ -313,6 +319,7 @@ def _start_worker() -> None:
     """One CPU thread, no accelerator; ends with the parent."""
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
+    # Otherwise every process would reserve memory of the GPU.
     for kind in ("GPU", "TPU"):
         tf.config.set_visible_devices([], kind)
     preemption.end_with_parent()
@@ -340,11 +347,14 @@ def _write_shard(source: Source, shard: _Shard, rules: image_conversion.Rules) -
     with source.reader(entries) as read, stage.write(clean=False) as (temporary, counts):
         marks = tfrecords.Marks()
         tfrecords.write(temporary[stage.outputs[0]], payloads(read), marks)
+        # Writing has run `payloads`, which fills `bad` and `shapes`.
         shape = next(iter(shapes)) if len(shapes) == 1 else None
         counts.update(**marks.noted(), bad=bad, shape=shape)
+    # As the manifest gives them when the shard is skipped: lists instead of tuples.
     return json.loads(json.dumps(counts))
 
 
+# What concerns one file; other errors of a file system end the work.
 _UNREADABLE = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError, FileNotFoundError)
 
 

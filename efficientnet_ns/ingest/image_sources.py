@@ -140,7 +140,7 @@ def is_image(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden, or in a folder reserved by a system."""
+    """Whether a path contains a hidden name, or a folder reserved by a system."""
     return any(part[:1] == "." or part.lower() in _SYSTEM_FOLDERS for part in name.split("/"))
 
 
@@ -163,6 +163,7 @@ class Folder:
 
     def __init__(self, path: str, subfolder: str = "", output: str = ""):
         self.path, self._output = path, output
+        # From the root, so that `..` does not lead out of the folder.
         self._start = posixpath.normpath(f"/{subfolder}").lstrip("/")
 
     def entries(self) -> Contents:
@@ -233,6 +234,8 @@ _OF_THE_FILE = {
 def _walk(path: str, start: str, output: str) -> Contents:
     """Walks real folders before links, so that the name under which a folder is read does not vary."""
     contents = Contents([], [], [], [])
+    # The output may lie in the tree: its records are no images. If it is the top itself, the tree
+    # is walked all the same.
     ours = {_identity(output), _identity(os.path.join(output, "manifests"))} if output else set()
     ours -= {None, _identity(os.path.join(path, start))}
     seen, folders = set(ours), [start]
@@ -279,8 +282,9 @@ def _holds_records(names: Iterable[str]) -> bool:
 
 
 def _sort_in(item: os.DirEntry, name: str, contents: Contents) -> bool:
-    """Adds an entry of a folder to the contents; returns whether it is a folder to walk."""
+    """Adds an item of a folder to the contents; returns whether it is a folder to walk."""
     try:
+        # That of the target, if it is a link; a broken one fails.
         status = item.stat()
     except OSError as e:
         lost = LeftOut(_maybe_folder(name), f"cannot be read: {e.strerror}")
@@ -309,10 +313,12 @@ def _walk_remote(path: str, start: str, output: str) -> Contents:
         inside = os.path.relpath(folder, path).replace(os.sep, "/")
         inside = "" if inside == "." else inside
         if folder.rstrip("/") in ours:
+            # Also keeps the walk out of the folders below.
             below.clear()
             contents.ignored.append(LeftOut(f"{inside}/", RECORDS))
             continue
         contents.folders.append(inside)
+        # Without sizes: each would take a request.
         contents.entries.extend(Entry(posixpath.join(inside, name)) for name in names)
     contents.lost.extend(LeftOut("/", f"a folder cannot be listed: {reason}") for reason in lost)
     return contents
@@ -343,7 +349,9 @@ class Zip:
         contents = Contents([], [], [], [])
         links: dict[str, str | None] = {}
         with self._open() as archive:
+            # By number, since several entries may have one name.
             for i, info in enumerate(archive.infolist()):
+                # The upper half holds the mode of Unix, which marks links.
                 mode = info.external_attr >> 16
                 if info.is_dir():
                     contents.folders.append(info.filename)
@@ -437,6 +445,7 @@ class _Window:
     def seek(self, offset: int) -> int:
         try:
             self.file.seek(self.start + offset)
+        # TensorFlow does not seek beyond the end of a file; tarfile expects an error of its own.
         except tf.errors.OutOfRangeError as e:
             raise tarfile.ReadError("unexpected end of data") from e
         return offset
@@ -522,6 +531,7 @@ def _sort_member_in(
     name = _in_folder(folder, member)
     if member.isdir():
         contents.folders.append(name)
+    # The archive holds the file without its holes.
     elif member.issparse():
         contents.lost.append(LeftOut(name, "stored as a sparse file"))
     elif member.isreg():
@@ -544,9 +554,11 @@ def _from_link(name: str, target: str) -> str | None:
 def _follow(contents: Contents, links: Mapping[str, str | None]) -> None:
     """Adds the links of an archive (name → tidy target path) to its contents."""
     files, folders = {}, {""}
+    # Only links need the tables.
     for entry in contents.entries if links else ():
         name = tidy(entry.name)
         files[name] = entry
+        # Archives may lack entries for folders.
         while (name := posixpath.dirname(name)) not in folders:
             folders.add(name)
     folders.update(map(tidy, contents.folders))
@@ -608,6 +620,7 @@ def open_source(path: str, subfolder: str = "", output: str = "") -> Iterator[Li
             start = f.read(_TAR_MAGIC_AT + len(_TAR_MAGIC))
     unpack = [opener for magic, opener in _UNPACK.items() if start.startswith(magic)]
     named = [kind for end, kind in ARCHIVES.items() if path.lower().endswith(end)]
+    # The second begins an archive without entries.
     if start.startswith((b"PK\3\4", b"PK\5\6")):
         with local_files.local_copies([path]) as local:
             yield Zip(path, local[path])
@@ -616,6 +629,7 @@ def open_source(path: str, subfolder: str = "", output: str = "") -> Iterator[Li
             plain = os.path.join(folder, "plain.tar")
             _decompress(path, unpack[0], plain)
             yield Tar(path, plain)
+    # Tar files from before POSIX have no magic number: there the name decides.
     elif start.endswith(_TAR_MAGIC) or (named and not tf.io.gfile.isdir(path)):
         kind = Tar if start.endswith(_TAR_MAGIC) else named[0]
         with local_files.local_copies([path]) as local:

@@ -22,6 +22,8 @@ _SETS = {
     **dict.fromkeys(("test", "testing", "tst"), "test"),
     **dict.fromkeys(("dev", "extra"), None),
 }
+# Splits seg_train, SegTrain and train2017 into words; then takes off what may follow the word of a
+# set, as in trainset and valimages.
 _OWN_WORD = re.compile(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z]+")
 _OF_A_SET = re.compile(r"(\w+?)(?:sets?|data|images|imgs)?")
 
@@ -81,6 +83,7 @@ def list_images(
     ]
     depth = _wrapper_depth(source, names)
     classes = sorted({_class_of(name, depth) for name in [*folders, *names]} - {""})
+    # Classes that another set already has are right.
     if not (accept_classes or set(classes) <= set(class_names or ())):
         _check_classes(where, prefix, names, depth, single_allowed=class_names is not None)
     agreed = _agreed_names(where, classes, class_names, names_from)
@@ -124,12 +127,14 @@ def _sorted_out(contents: image_sources.Contents, prefix: str) -> _Found:
             images.append((name, entry))
     for name, item in _pairs(contents.lost, prefix):
         kind = _kind(name)
+        # A folder may have held images, whatever its name ends in.
         if kind == image_sources.HIDDEN or kind and not item.name.endswith("/"):
             ignored[kind] += 1
         else:
             lost.append(LeftOut(image_sources.readable(item.name), item.reason))
     for name, item in _pairs(contents.ignored, prefix):
         ignored[image_sources.HIDDEN if image_sources.is_hidden(name) else item.reason] += 1
+    # Tidy names may be equal; the order must not depend on the disk.
     images.sort(key=lambda pair: (pair[0], pair[1].name))
     if lost:
         logging.warning("cannot read %d entries, for example %s: %s", len(lost), *min(lost))
@@ -211,6 +216,7 @@ def _check_classes(
       prefix: the subfolder that `names` are relative to.
       single_allowed: whether a single class is right.
     """
+    # Class → levels from it down to its nearest image; 1: directly in it.
     heights: dict[str, int] = {}
     for name in names:
         if top := _class_of(name, depth):
@@ -218,6 +224,7 @@ def _check_classes(
             heights[top] = min(below, heights.get(top, below))
     of_sets = sorted(top for top in heights if _set_in(top) is not None)
     deep = sorted(top for top, height in heights.items() if height > 1)
+    # At least half of the names; among several folders, a single `test` may be a class.
     if 2 * len(of_sets) >= len(heights) and len(of_sets) > (len(heights) > 1):
         what = f"are sets, not classes: {', '.join(of_sets)}"
     elif deep:
@@ -248,11 +255,13 @@ def _better_folders(names: list[str]) -> list[str]:
 
     The training set comes first, because it defines the classes; then those with the most images.
     """
+    # Folder → its subfolders with images directly in them, and how many.
     below: dict[str, Counter] = {}
     for name in names:
         folder = posixpath.dirname(name)
         below.setdefault(posixpath.dirname(folder), Counter())[folder] += 1
     below.pop("", None)
+    # A folder with one subfolder would give one class only.
     several = {folder: found for folder, found in below.items() if len(found) > 1} or below
     images = {folder: sum(found.values()) for folder, found in several.items()}
     return sorted(

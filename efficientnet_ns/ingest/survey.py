@@ -91,12 +91,14 @@ def _look_at(
             except image_conversion.Unusable as e:
                 refused.append((image_sources.readable(entry.name), str(e)))
                 continue
+            # There is no shape if the image was not decoded.
             size = shape or image_headers.declared_size(image)
             sides += [min(size)] if size else []
     return sides, refused
 
 
 def _spread(items: Sequence) -> list:
+    # `unique` because numbers repeat if there are fewer items.
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, _SAMPLE).astype(int))]
 
 
@@ -120,6 +122,7 @@ def _of_records(folder: str, labeled: bool) -> Survey:
             if record.payload is None:
                 continue
             labels[tfexamples.label(record.payload) if labeled else 0] += 1
+            # From the beginning of each file, since make_records shuffles.
             if number < _SAMPLE // len(paths) + 1:
                 size = image_headers.declared_size(tfexamples.image_bytes(record.payload))
                 sides += [min(size)] if size else []

@@ -27,6 +27,7 @@ from efficientnet_ns.ingest.image_sources import Entry, Loaded, Reader
 
 URL = "http://ufldl.stanford.edu/housenumbers/{}_32x32.mat"
 _DOWNLOADS = "downloaded_data"
+# Images per file, as published; files per set, as in the 2019 program.
 _PUBLISHED = {"train": 73257, "test": 26032, "extra": 531131}
 _NUM_SHARDS = {"train": 128, "extra": 128, "dev": 64, "test": 64}
 _SIDE, _CLASSES = 32, 10
@@ -60,6 +61,7 @@ class MatFile:
         self.labels = labels.astype(np.int64) % _CLASSES
 
     def __getstate__(self) -> dict:
+        # Pickled for each shard, whose entries bring their pixels and labels.
         return {**self.__dict__, "_pixels": None, "labels": None}
 
     def _variable(self, name: str) -> np.ndarray:
@@ -89,6 +91,7 @@ class MatFile:
                     f"{self.path}: `X` is {loaded.dtype} {loaded.shape}, not uint8 {expected}"
                 )
             self._pixels = loaded
+        # [32, 32, 3, n] → [n, 32, 32, 3].
         pixels = self._pixels[..., [entry.place for entry in entries]].transpose(3, 0, 1, 2)
         return [e._replace(place=one) for e, one in zip(entries, np.ascontiguousarray(pixels))]
 
@@ -153,6 +156,7 @@ def _sets(config: SvhnConfig, files: dict[str, MatFile]) -> dict[str, tuple[MatF
     rng.shuffle(extra)
     sets = {"test": (files["test"], test), "extra": (files["extra"], extra)}
     if config.full_train_data:
+        # No training images are left for a dev set.
         return {"train": (files["train"], train), "dev": sets["test"], **sets}
     if config.dev_size >= sizes["train"]:
         raise ConfigError(

@@ -22,6 +22,7 @@ from efficientnet_ns.files.paths import listed
 from efficientnet_ns.ingest.image_sources import Entry, Loaded, Reader
 
 PREFIX = "tfds:"
+# A version begins with a digit or an asterisk, a split with a letter or an underscore.
 _SPEC = re.compile(r"tfds:(?P<name>[\w/-]+(:[\d*][\w.*]*)?)(:(?P<split>[A-Za-z_].*))?")
 
 # Sets whose statistics and other constants are those of a task.
@@ -136,6 +137,8 @@ class Tfds:
             )
         try:
             self._files = [
+                # TFDS cuts parts such as train[:90%] out of files by records; a `take` of -1 is the
+                # rest.
                 (str(f.filename), int(f.skip), None if f.take < 0 else int(f.take))
                 for f in builder.info.splits[split].file_instructions
             ]
@@ -178,6 +181,7 @@ class Tfds:
 
         features = tfds.builder_from_directory(self._folder).info.features
         skip_decoding = {}
+        # Other pictures are tensors of pixels, which become PNG below.
         if isinstance(features[self._image], tfds.features.Image):
             skip_decoding = {self._image: tfds.decode.SkipDecoding()}
         with tfrecords.payload_reader() as payload:
@@ -203,6 +207,7 @@ def _keys(builder, path: str) -> tuple[str, str | None]:
     pictures = [key for key, feature in top.items() if _is_picture(feature)]
     labels = [key for key, f in top.items() if isinstance(f, tfds.features.ClassLabel)]
     supervised = builder.info.supervised_keys or ()
+    # Of several, the supervised keys decide.
     image = next((key for key in supervised if key in pictures), None)
     label = next((key for key in supervised if key in labels), None)
     image = image or (pictures[0] if len(pictures) == 1 else None)
@@ -231,6 +236,7 @@ def sets_of(builder) -> dict[str, str]:
       DataError: no split called train.
     """
     splits = builder.info.splits
+    # Reversed, so that of several names for a set the first in SPLITS counts.
     found = {prefix: name for name, prefix in reversed(SPLITS.items()) if name in splits}
     if "train" not in found:
         raise DataError(

@@ -15,7 +15,7 @@ from efficientnet_ns.files.errors import DataError
 
 
 def is_clip(name: str) -> bool:
-    """Whether a file name is that of a clip."""
+    """Whether a file name has the extension of a clip."""
     return _extension(name) in _READERS
 
 

@@ -98,6 +98,7 @@ def count_workers(config: SelectConfig) -> int:
     workers = config.total_label_replicas
     manifest = prediction_path(config, 0, 0) + ".manifest.json"
     found = _predicted(config)
+    # Our predictions state the number; those of the original come without manifests.
     if os.path.basename(manifest) in found:
         predicted_by = manifests.read_manifest(manifest)["config"].get("total_replicas", 1)
         if workers not in (-1, predicted_by):
@@ -107,6 +108,7 @@ def count_workers(config: SelectConfig) -> int:
             )
         workers = predicted_by
     if workers < 1:
+        # By the file names: gaps are reported as missing below.
         name = re.compile(rf"train-info-\d{{5}}-of-{config.num_shards:05d}-(\d{{5}})")
         numbers = [int(match[1]) for match in map(name.fullmatch, found) if match]
         workers = 1 + max(numbers, default=0)
@@ -132,6 +134,7 @@ def index_files(config: SelectConfig) -> dict[int, list[str]]:
     files: dict[int, list[str]] = {}
     missing = []
     for shard in shards(config):
+        # --debug=1 reads one worker of one shard.
         for worker in range(1 if config.debug == 1 else workers):
             name = shard_names.index_name(shard, config.num_shards, worker)
             path = os.path.join(config.prediction_dir, name)
@@ -151,7 +154,7 @@ COLUMNS = dict(zip(_NAMES, (np.int32, np.int32, np.int64, np.int32, np.float32))
 
 
 def schema(columns: Mapping[str, type]) -> pyarrow.Schema:
-    """The schema of a Parquet file with these columns: name → NumPy type."""
+    """The schema of a Parquet file with these columns, {name: NumPy type}."""
     import pyarrow
 
     return pyarrow.schema([(n, pyarrow.from_numpy_dtype(kind)) for n, kind in columns.items()])
@@ -205,6 +208,7 @@ class IndexWriter(contextlib.AbstractContextManager):
 
         position = np.arange(self._rows, self._rows + n, dtype=np.int64)
         places = (np.full(n, self._shard, np.int32), np.full(n, self._worker, np.int32), position)
+        # Without marks, the transposed array [0, N] adds no column.
         columns = (*places, self._labels[:n], self._probs[:n], *self._marks[:n].T)
         self._writer.write_table(pyarrow.table(dict(zip(self._columns, columns))))
         self._labels, self._probs, self._marks = self._labels[n:], self._probs[n:], self._marks[n:]
@@ -312,6 +316,7 @@ def _parts(paths: Sequence[str]) -> Iterator[list[RowGroup]]:
     part: list[RowGroup] = []
     rows = 0
     for worker, path in enumerate(paths):
+        # Reads the footer only.
         metadata = pyarrow.parquet.read_metadata(path)
         start = 0
         for group in range(metadata.num_row_groups):
@@ -358,6 +363,7 @@ def changes(config: SelectConfig) -> Changes:
     for shard, by_record in decisions(config).items():
         records, labels = reviews.arrays(by_record)
         for worker in range(workers):
+            # Worker w predicted the records w, w + workers, w + 2 * workers …, in this order.
             own = records % workers == worker
             found[shard, worker] = records[own] // workers, labels[own]
     return found
@@ -374,6 +380,7 @@ def _chunks(shard: int, part: Sequence[RowGroup], changes: Changes) -> Iterator[
                 _ROWS_AT_ONCE,
                 [g.number for g in groups],
                 columns=["label", "prob"],
+                # Parts already run on all cores.
                 use_threads=False,
             ):
                 labels, probs = (batch.column(k).to_numpy() for k in range(2))
@@ -381,6 +388,7 @@ def _chunks(shard: int, part: Sequence[RowGroup], changes: Changes) -> Iterator[
                 positions = np.arange(start, start + size)
                 if changed := changes.get((shard, worker)):
                     labels, probs = _changed(labels, probs, start, *changed)
+                # Unreadable, or left out by a decision.
                 if size and labels.min() < 0:
                     known = labels >= 0
                     labels, probs, positions = labels[known], probs[known], positions[known]
@@ -394,6 +402,7 @@ def _changed(
     """Labels and probabilities of the rows from `start` on, with what was decided about some."""
     first, last = np.searchsorted(places, [start, start + len(labels)])
     rows, decided = places[first:last] - start, decided[first:last]
+    # Arrow's arrays are read-only.
     labels, probs = labels.copy(), probs.copy()
     labels[rows], probs[rows] = decided, 1
     return labels, probs
@@ -432,6 +441,7 @@ class IndexScan:
         ):
             for shard, part in self._parts:
                 waiting.append((shard, pool.submit(self._run, work, shard, part)))
+                # Results come in order, so a fast part may wait for a slow one before it.
                 if len(waiting) > available_cpus():
                     shard, future = waiting.popleft()
                     yield shard, future.result()

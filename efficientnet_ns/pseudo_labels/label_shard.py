@@ -101,6 +101,7 @@ def _read_batches(task: ShardTask, size: int, place: tuple[int, int]) -> Iterato
             batch.images.append(image)
             batch.positions.append(record.position)
         batch.place = (record.position + 1, end)
+        # A lost tail is the last record of a file, and is reported with the last batch.
         if len(batch.images) == size and not batch.lost:
             yield batch
             batch = EncodedBatch(place=batch.place)
@@ -138,8 +139,11 @@ class ShardLabeling:
         lease: Lease,
     ):
         self._teacher, self._task, self._options, self._lease = teacher, task, options, lease
+        # What changes the bits of predictions without being a setting of the outputs. Fingerprints
+        # are noted only if they are made, so that parts of earlier versions stay valid.
         engine = teacher.engine
         settings = {**task.stage.config, "engine": engine.name, "batch": engine.batch_size}
+        # Exported models make none.
         self._marked = getattr(teacher, "fingerprinted", False)
         if self._marked:
             settings["fingerprints"] = True
@@ -153,6 +157,7 @@ class ShardLabeling:
           TooManyBadRecords: the parts are kept, for a run with another limit.
           LeaseLost: another process continues with the task.
         """
+        # Again if a part proves damaged when the outputs are assembled.
         while True:
             done, place, bad, last = 0, (0, 0), [], False
             for part, _ in self._parts.chain():
@@ -177,6 +182,7 @@ class ShardLabeling:
             Progress(total or 0, self._task.name, "images", done) as progress,
         ):
             ready: list[PartFile] = []
+            # A task that is done, so that there is always one to wait for.
             began, writing = time.monotonic(), disk.submit(lambda: None)
 
             def collect() -> None:
@@ -207,6 +213,7 @@ class ShardLabeling:
             writing.result()
 
     def _publish(self, part: PartFile) -> None:
+        # LeaseLost reaches the caller's thread through the future.
         self._lease.check()
         self._parts.write(part)
 
@@ -226,6 +233,7 @@ class ShardLabeling:
             # An unreadable tail counts as one more record.
             total = expected + 1
         limit, source = self._options.max_bad_fraction, self._task.source
+        # By bytes, since the number of records in a lost tail is unknown.
         lost = part.lost / max(1, tf.io.gfile.stat(source).length) if part.lost else 0
         if len(bad) <= limit * total and lost <= limit:
             return
@@ -241,6 +249,7 @@ class ShardLabeling:
         task, stage = self._task, self._task.stage
         quarantine: list[list] = []
         firsts: list[int] = []
+        # What killed processes left is removed once for all tasks, by `Tasks.remove_left_behind`.
         with stage.write(clean=False) as (temporary, counts), contextlib.ExitStack() as opened:
             index = None
             if not task.reassign:
@@ -258,6 +267,7 @@ class ShardLabeling:
                     firsts.append(part.first)
             if not whole:
                 raise Broken(f"{task.name}: a part was damaged or replaced")
+            # The index is whole only when it is closed, and the stage notes its size.
             opened.close()
             if not task.reassign:
                 json_files.write_json(temporary[stage.outputs[2]], {"image_num": total})
@@ -265,6 +275,7 @@ class ShardLabeling:
             # After this, two owners may overlap: they write the same bytes.
             _write_quarantine(task, quarantine, total)
             counts.update(records=total, quarantine={str(n): why for n, _, why in quarantine})
+        # Last: a kill before this leaves parts behind, which the next run removes.
         self._parts.remove(firsts)
 
 

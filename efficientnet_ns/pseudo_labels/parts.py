@@ -92,6 +92,7 @@ class Parts:
         numbers = part.labels.astype("<i4").tobytes() + part.top_probs.astype("<f4").tobytes()
         numbers += part.marks.astype("<u8").tobytes()
         body = b"".join(tfrecords.frame(p) for p in [numbers, *part.payloads])
+        # One checksum for all: those of the frames are not verified when a part is read.
         stored.update(settings=self._settings, bytes=len(body), crc=google_crc32c.value(body))
         header = tfrecords.frame(json.dumps(stored).encode())
         atomic.write(self._path(part.first), header + body)
@@ -99,6 +100,7 @@ class Parts:
     def chain(self) -> Iterator[tuple[PartFile, bytes]]:
         """Yields the finished parts from the first record on, with the bytes of their records."""
         first, last = 0, False
+        # A part that is missing, damaged or of other settings ends the chain.
         while not last and (found := self._read(first)) is not None:
             yield found
             first, last = first + found[0].records, found[0].last
@@ -114,6 +116,7 @@ class Parts:
             good = good and stored.pop("bytes") == len(content) - body
             if not good or stored.pop("crc") != google_crc32c.value(content[body:]):
                 return None
+        # Not JSON, or without one of the fields.
         except (ValueError, KeyError):
             return None
         numbers, end = tfrecords.payload_in(content, body)
@@ -125,6 +128,7 @@ class Parts:
             **stored,
             labels=np.frombuffer(numbers[:half], "<i4"),
             top_probs=np.frombuffer(numbers[half : 2 * half], "<f4"),
+            # NumPy cannot infer a dimension of an array without elements.
             marks=marks.reshape(count, -1) if count else np.zeros([0, 0], np.uint64),
         )
         return part, content[end:]

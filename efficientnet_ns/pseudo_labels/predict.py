@@ -71,6 +71,7 @@ def predict(
     resolved = resolve(config)
     tasks = Tasks(resolved)
     labeled = 0
+    # A finished call loads no teacher.
     if tasks.unfinished():
         labeled = _work(resolved, tasks, teacher)
     _note_classes(resolved)
@@ -189,6 +190,7 @@ class Tasks:
         shards = shard_list(options.shard_id, options.num_shards)
         if options.shard_id == "auto":
             # Processes that start together should begin with different shards.
+            # The factor is prime, so successive process numbers give different shards.
             start = (os.getpid() * 7919) % len(shards)
             shards = shards[start:] + shards[:start]
         self._resolved = resolved
@@ -231,6 +233,7 @@ class Tasks:
           manifests.OutputConflict: outputs of other settings.
         """
         self._look()
+        # The others cannot be finished, nor conflict with anything.
         begun = [n for n in self.names if self._present & self._basenames(n)]
         done = object_stores.each(lambda name: self[name].stage.done(), begun)
         self._finished.update(name for name, whole in zip(begun, done) if whole)
@@ -245,12 +248,14 @@ class Tasks:
         if name not in self._finished:
             if time.monotonic() > self._next_look:
                 self._look()
+            # By name only. Whoever claims the task then verifies it; see `_work`.
             if self._basenames(name) <= self._present:
                 self._finished.add(name)
         return name in self._finished
 
     def remove_left_behind(self) -> None:
         """Removes parts, leases and temporary files of killed and slower processes, if all is finished."""
+        # Another process may still need its parts.
         if self._finished < set(self.names) or not self._lists:
             return
         self._look()
@@ -345,6 +350,8 @@ def _task(
         **normalization(resolved.model_name, resolved.task),
         "total_replicas": replicas,
     }
+    # Settings that came later are noted only if they differ from their defaults, so that outputs of
+    # earlier versions still match.
     if options.inference_dtype != "float32":
         settings["inference_dtype"] = options.inference_dtype
     if options.fast_decode:
@@ -353,9 +360,8 @@ def _task(
         settings["test_time_views"] = options.test_time_views
     if resolved.config.data.crop_fraction is not None:
         settings["crop_fraction"] = resolved.config.data.crop_fraction
-        if (
-            options.test_time_views == 10
-        ):  # Earlier versions noted the fraction but cropped without it.
+        # Earlier versions noted the fraction but cropped without it.
+        if options.test_time_views == 10:
             settings["ten_views_cropped"] = True
     if options.noised_teacher:
         model = resolved.config.model
@@ -394,12 +400,14 @@ def _work(
         lambda name: name in failed or tasks.done(name),
         lambda name: not tasks[name].stage.done(),
     )
+    # Closed even after an error, which releases the lease at once.
     with contextlib.closing(claimed) as claims:  # type: ignore[type-var]  # A generator.
         for name, lease in claims:
             try:
                 ShardLabeling(teacher, tasks[name], options, lease).run()
                 labeled += 1
                 tasks.finish(name)
+            # The task comes again, until this or the other process has finished it.
             except LeaseLost as e:
                 logging.warning("%s", e)
             except TooManyBadRecords as e:

@@ -132,6 +132,7 @@ def _decisions(config: SelectConfig) -> dict[str, str]:
 
 
 def _check_number_of_classes(config: SelectConfig) -> None:
+    # One record, for an early error; `write_shard` checks every record that it writes.
     path = index.prediction_path(config, index.shards(config)[0], 0)
     first = next(tfrecords.read(path), None)
     if first is None or first.payload is None:
@@ -203,6 +204,7 @@ def _are_counted(stage: manifests.Stage) -> bool:
     """Whether the statistics are finished; False also if what is counted changed since."""
     noted = manifests.manifest_if_any(stage.manifest)
     if noted is not None and noted["config"] != stage.config:
+        # Not a conflict, as for a selection: statistics follow from the predictions alone.
         old, new = noted["config"], stage.config
         changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
         logging.info("%s: %s changed, counting again", stage.manifest, ", ".join(changed))
@@ -427,6 +429,7 @@ def exact_rules(scan: IndexScan, counts: Counts, config: SelectConfig) -> Rules:
     # Differs (1): exactly the top images, and copies by a seed.
     rules, wanted = Rules(config), config.num_image
     n = len(rules["least"])
+    # Empty ranges: without a cut, all images of a class get the same number of copies.
     keys = _KeyRange(np.zeros(n, np.int64), np.full(n, -1), np.zeros(n, np.int64))
     from_top = counts.eligible[:, ::-1].cumsum(1)[:, ::-1]
     for label, size in enumerate(counts.eligible.sum(1).tolist()):
@@ -440,8 +443,10 @@ def exact_rules(scan: IndexScan, counts: Counts, config: SelectConfig) -> Rules:
             k = int(np.flatnonzero(from_top[label] >= wanted)[-1])
             rules["kind"][label], rules["first"][label] = _BY_PROB, 1
             keys.low[label], keys.high[label] = _keys_of_bin(k)
+            # Of this bin, as many as the bins above it leave.
             keys.places[label] = wanted - (from_top[label, k] - counts.eligible[label, k])
         else:
+            # Copies for too few images; or a random part of too many, where the quotient is 0.
             rules["others"][label], rest = divmod(wanted, size)
             rules["first"][label] = rules["others"][label] + 1
             if rest:
@@ -464,6 +469,7 @@ def _between(rules: Rules, keys: _KeyRange, chunk: RowChunk) -> tuple[np.ndarray
     floor, ceiling = _at_least(rules["least"]), np.full(len(rules["least"]), rules.highest)
     by_prob = rules["kind"] == _BY_PROB
     for bound, key, narrower in ((floor, keys.high, np.maximum), (ceiling, keys.low, np.minimum)):
+        # Keys are negated bits, so the greatest key gives the least probability.
         bits = -key[by_prob].astype(np.int32)
         bound[by_prob] = narrower(bound[by_prob], bits.view(np.float32))
     floor[rules["kind"] == _ALIKE] = np.inf
@@ -477,6 +483,7 @@ def _between(rules: Rules, keys: _KeyRange, chunk: RowChunk) -> tuple[np.ndarray
 def _narrowed(scan: IndexScan, rules: Rules, keys: _KeyRange) -> _KeyRange:
     """Step 2: the part, of up to 128, of each range that contains the cut."""
     width = (keys.high - keys.low).clip(0).tolist()
+    # A part is 2**shift keys wide, the least power of two that makes at most 128 parts.
     shift = np.array([max(w.bit_length() - _PART_BITS, 0) for w in width], np.int64)
     shape = (len(shift), 1 << _PART_BITS)
 
@@ -494,6 +501,7 @@ def _narrowed(scan: IndexScan, rules: Rules, keys: _KeyRange) -> _KeyRange:
     table = np.zeros(shape, np.int64)
     for _, found in scan.each("narrowing the cut", count):
         table += found
+    # [classes, 128]: images up to the end of each part. The first part with enough has the cut.
     upto = table.cumsum(1)
     part = (upto < keys.places[:, None]).sum(1).clip(0, shape[1] - 1)
     before = (upto - table)[np.arange(shape[0]), part]
@@ -530,6 +538,7 @@ def _find_cuts(scan: IndexScan, rules: Rules, keys: _KeyRange) -> None:
 def _first(tables: Sequence[np.ndarray], places: np.ndarray) -> np.ndarray:
     """The first `places` images of each class, in order of `_ORDER`."""
     table = np.concatenate(tables)
+    # The last column is the first to sort by.
     table = table[np.lexsort([table[name] for name in (*reversed(_ORDER), "label")])]
     starts = np.searchsorted(table["label"], np.arange(len(places)))
     place = np.arange(len(table)) - starts[table["label"]]
@@ -591,7 +600,7 @@ def _kept(rules: Rules, chunk: RowChunk) -> dict[str, np.ndarray]:
     copies[before] = rules["first"][labels[before]]
     split = np.flatnonzero(rules["fraction"][labels] > 0)
     if len(split):
-        # Draws have 63 bits: in [0, 1).
+        # In [0, 1]: draws have 63 bits, of which the greatest round up to 1.
         draw = draws(rules.seed, chunk.shard, chunk.worker, positions[split]) / 2.0**63
         copies[split] += draw < rules["fraction"][labels[split]]
     some = np.flatnonzero(copies)
@@ -622,6 +631,7 @@ def _write_outputs(
     scan: IndexScan, counts: Counts, config: SelectConfig, stage: manifests.Stage
 ) -> None:
     original = config.selection == "threshold"
+    # First, as it may refuse the settings.
     chosen = thresholds(counts.total, config) if original else {}
     with stage.write() as (temporary, summary):
         selection, threshold_path, total = (temporary[path] for path in stage.outputs)
@@ -688,6 +698,7 @@ def _write_selection(scan: IndexScan, rules: Rules, path: str) -> list[tuple[int
             labels = table["label"]
             if not len(labels):
                 continue
+            # Not `lowest[labels] = …`, which takes only one of several images of a class.
             np.minimum.at(lowest, labels, table["prob"])
             images += np.bincount(labels, minlength=classes)
             copies += np.bincount(labels, table["copies"], classes).astype(np.int64)

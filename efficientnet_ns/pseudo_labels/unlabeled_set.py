@@ -26,7 +26,9 @@ def find(folder: str, prefix: str, num_shards: int, part: str = "") -> tuple[str
       DataError: there is none, or several are possible; names the folder and what is there.
     """
     default = PredictConfig()
+    # The default also finds extra-…, the name that make_records gives to unlabeled sets.
     prefixes = ("train", "extra") if prefix == default.file_prefix else (prefix,)
+    # One question instead of a listing, of a request per thousand names.
     if num_shards != default.num_shards and object_stores.is_object_store(folder):
         for name in prefixes:
             first = shard_names.shard_name(f"{name}{part}", 0, num_shards)

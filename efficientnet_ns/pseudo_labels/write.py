@@ -55,6 +55,7 @@ def write(config: SelectConfig, shards: Sequence[int] | None = None) -> dict[str
     selection_hash = _selection_hash(config)
     chosen = everything if shards is None else shards
     written = write_shards(config, chosen, selection_hash)
+    # Of all shards: the process that ends last writes what sums them up.
     stages = object_stores.each(lambda shard: stage(config, selection_hash, shard), everything)
     if all(object_stores.each(manifests.Stage.done, stages)):
         _write_final_stats(config, stages)
@@ -62,7 +63,10 @@ def write(config: SelectConfig, shards: Sequence[int] | None = None) -> dict[str
 
 
 def write_shards(config: SelectConfig, shards: Sequence[int], selection_hash: str = "") -> int:
-    """As `write`, but leaves all other shards and the statistics of all to `write`.
+    """Like `write`, without the statistics of all shards and `counts.json`.
+
+    Args:
+      selection_hash: hash of the selection file; empty: computed.
 
     Returns:
       Records written, over the requested shards.
@@ -74,6 +78,7 @@ def write_shards(config: SelectConfig, shards: Sequence[int], selection_hash: st
     done = object_stores.each(manifests.Stage.done, made)
     todo = {shard: stages[shard] for shard, whole in zip(shards, done) if not whole}
     files = [p for s in stages.values() for p in (s.manifest, *s.outputs)]
+    # Here for all shards, each of which would list the folders; see `manifests.Stage.write`.
     atomic.remove_abandoned(files)
     path = os.path.join(config.output_dir, SELECTION)
     with local_files.local_copies([path]) as local:
@@ -128,6 +133,7 @@ def _scratch_bytes(
     counts = manifests.read_manifest(manifest)["counts"]
     sizes = object_stores.sizes([index.input_path(config, shard) for shard in shards])
     records = counts["available"] * len(shards) / len(index.shards(config))
+    # Images of the largest shards written at a time, times the mean bytes of a record.
     return sum(sorted(images[shards])[-processes:]) * sum(filter(None, sizes)) / max(records, 1)
 
 
@@ -138,6 +144,7 @@ def _write_final_stats(config: SelectConfig, stages: Sequence[manifests.Stage]) 
     pairs = sorted(total.items(), key=lambda pair: -pair[1])
     path = os.path.join(config.output_dir, "stats", "final_stats.json")
     counts_path = os.path.join(config.output_dir, "data", tfrecords.COUNTS)
+    # Several processes may come here; all write the same content.
     atomic.remove_abandoned([path, counts_path])
     json_files.write_json(
         path,

@@ -29,6 +29,7 @@ from efficientnet_ns.files import (
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index, shuffled_copies
 
+# Sample pictures that are written together: on an object store each takes requests.
 _PICTURES_AT_ONCE = 64
 _ROWS_AT_ONCE = 4096
 
@@ -139,6 +140,7 @@ class Chosen(NamedTuple):
         import pyarrow.parquet
 
         columns = ["worker", "position", "label", "prob", "copies"]
+        # Each row group has rows of one shard, so the others are not read.
         table = pyarrow.parquet.read_table(
             selection, columns=columns, filters=[("shard", "=", shard)]
         )
@@ -180,6 +182,7 @@ def _examples(config: SelectConfig, chosen: Chosen, shard: int, workers: int) ->
     with contextlib.ExitStack() as opened:
         images = opened.enter_context(tfrecords.Scanner(source))
         predictions = [opened.enter_context(tfrecords.Scanner(path)) for path in paths]
+        # In ascending order: scanners go forward only.
         for number, label, prob in chosen.rows():
             position, worker = divmod(number, workers)
             image = _feature(images, source, number, tfexamples.IMAGE)
@@ -187,7 +190,9 @@ def _examples(config: SelectConfig, chosen: Chosen, shard: int, workers: int) ->
             if image is None or probs is None:
                 break  # A file ended early; `_check_number` names it.
             if (worker, position) in decided:
+                # A person's label has the probability 1, in the selection as well.
                 probs = tfexamples.certain(label, config.num_label_classes)
+            # Exactly equal, unless the shard was predicted again after the selection.
             values = tfexamples.Floats(probs)
             if len(values) != config.num_label_classes or values[label] != prob:
                 raise DataError(

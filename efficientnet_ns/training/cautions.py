@@ -27,6 +27,7 @@ def _schedule(resolved: ResolvedConfig, num_images: int) -> str:
     images = train.train_batch_size * train.label_data_sample_prob
     epochs = resolved.steps_to_run * images / num_images
     default = TrainConfig()
+    # The default is 350 epochs of ImageNet; whoever never set it should learn whose schedule it is.
     whose = "ImageNet's, " if train.train_steps == default.train_steps else ""
     if epochs > _MANY_EPOCHS:
         return (
@@ -75,5 +76,6 @@ def initial_share(bn_momentum: float, moving_average_decay: float, steps: int) -
 
 def _momentum_for(steps: int) -> float:
     """The largest usual decay whose averages converge within `steps`."""
+    # Tried for statistics and average alike: both go into the advice.
     usual = (0.99, 0.97, 0.95, 0.9, 0.8)
     return next((m for m in usual if initial_share(m, m, steps) <= _MAX_SHARE), 0.5)

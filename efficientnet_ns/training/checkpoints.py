@@ -30,6 +30,7 @@ class NothingLoads(RuntimeError):
 def saved_steps(folder: str) -> list[int]:
     """Steps of the checkpoints in a model_dir, newest first."""
     names = object_stores.names(folder)
+    # By the `.index`, which is written last: a save that was cut off has none.
     matches = [re.fullmatch(re.escape(_PREFIX) + r"(\d+)\.index", name) for name in names]
     return sorted((int(m[1]) for m in matches if m), reverse=True)
 
@@ -72,6 +73,7 @@ class Checkpoints:
             if id(variable) in trainable:
                 for slot, value in zip(optimizer.SLOTS, optimizer.slots(variable)):
                     self.variables[f"{name}/{slot}"] = value
+            # Batch-norm statistics have no slots, frozen or not.
             elif not name.endswith(("/moving_mean", "/moving_variance")):
                 for slot, initial in optimizer.SLOTS.items():
                     self._fresh_slots[f"{name}/{slot}"] = np.full(
@@ -106,8 +108,10 @@ class Checkpoints:
         values = {name: tf.convert_to_tensor(self.variables[name]) for name in self.variables}
         if not self._writes:
             return prefix
+        # Another process may have taken the folder over while this one stood still.
         self._before_write()
         try:
+            # First, so that no checkpoint is ever without its settings.
             checkpoint_files.write_settings(self.folder, self._model)
             checkpoint_files.write_checkpoint(prefix, {**values, **self._fresh_slots})
         except (tf.errors.OpError, OSError) as e:
@@ -119,8 +123,10 @@ class Checkpoints:
             ) from e
         # Later ones did not load; they are ignored until training reaches those steps again.
         reached = [saved for saved in self.steps() if saved <= step]
+        # Before files are removed: the `checkpoint` file never names one that is gone.
         self._note(reached[: self.keep])
         for old in reached[self.keep :]:
+            # With the dot: a name of step 10 is not one of step 100.
             own = re.escape(os.path.basename(self.prefix(old))) + r"\..*"
             for path in listed(self.folder, own):
                 object_stores.remove(path)
@@ -137,6 +143,7 @@ class Checkpoints:
             return
         names = [os.path.basename(self.prefix(step)) for step in steps]
         lines = [f'model_checkpoint_path: "{names[0]}"']
+        # TensorFlow lists them from the oldest to the newest.
         lines += [f'all_model_checkpoint_paths: "{name}"' for name in reversed(names)]
         atomic.write(os.path.join(self.folder, "checkpoint"), "\n".join(lines) + "\n")
 
@@ -153,6 +160,7 @@ class Checkpoints:
         for step in self.steps():
             try:
                 checkpoint_files.read_checkpoint(self.prefix(step), self.variables)
+            # Damage only: the WeightsError of another model is a ValueError, and ends the run.
             except (tf.errors.OpError, RuntimeError) as e:
                 reasons.append(str(e).splitlines()[0])
                 logging.warning("cannot load %s: %s", self.prefix(step), reasons[-1])

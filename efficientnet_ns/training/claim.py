@@ -68,6 +68,7 @@ def claim(
     listing = {name: _listing(source) for name, source in sources.items() if source is not None}
     if begun:
         _check_records(folder, listing)
+    # A training that noted another order, or none, changes to this one at its newest checkpoint.
     since = begun[0] if begun else 0
     if begun and noted.get(_ORDER) == streams.ORDER_VERSION:
         since = noted[_SINCE]
@@ -91,6 +92,7 @@ def claim(
                 since,
             )
         json_files.write_json(os.path.join(folder, SETTINGS), settings, indent=1)
+    # Also if the user deleted the list to continue with new records.
     if not begun or object_stores.size(os.path.join(folder, RECORDS)) is None:
         json_files.write_json(os.path.join(folder, RECORDS), listing, indent=1)
     # As it is now: class names may have been added.
@@ -100,7 +102,7 @@ def claim(
 
 @contextlib.contextmanager
 def expecting_other_records(folder: str) -> Iterator[None]:
-    """Forgets the records listed in `folder` if one of them proves unusable inside the block.
+    """Forgets the list of records in `folder` if a record proves unusable inside the block.
 
     The user repairs or removes it and runs again, which must not be refused.
     """
@@ -130,6 +132,7 @@ def note_start(folder: str, start: int, flags: Mapping[str, Any]) -> None:
         "flags": flags,
     }
     path = os.path.join(folder, RUNS)
+    # Written whole: object stores cannot append, and a kill must not leave half a line.
     json_files.write_json_lines(path, [*json_files.read_json_lines(path), row])
 
 

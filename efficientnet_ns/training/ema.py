@@ -35,6 +35,7 @@ def update(
     replica updates its own copy. Mirrored variables are updated once, across replicas.
     """
     mirrored = []
+    # Without anchors the sources only fill the place: `_move` ignores it if the share is 0.
     for copy, source, anchor in zip(copies, sources, anchors or sources):
         if copy.synchronization == tf.VariableSynchronization.ON_READ:
             _move(copy, source, anchor, share, decay)

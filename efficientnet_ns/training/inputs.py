@@ -46,8 +46,10 @@ class Inputs:
         config, unlabeled, evaluation = resolved.config, None, None
         labeled = resolved.labeled_source()
         if config.train.unlabel_ratio:
+            # Keeps the counts if the folder of the records is not writable.
             spare = config.train.model_dir
-            # Without a limit on the number of images, as in the original.
+            # Pseudo-labeled records are named train-<task>-…, unlabeled ones extra-…. Without a
+            # limit on the number of images, as in the original.
             unlabeled = pipeline.Source.find(
                 config.data.unlabel_data_dir, ("train", "extra"), spare=spare
             )

@@ -30,6 +30,7 @@ def smoothed_cross_entropy(logits: tf.Tensor, labels: tf.Tensor, smoothing: floa
 
 def soft_cross_entropy(logits: tf.Tensor, probs: tf.Tensor) -> tf.Tensor:
     """Cross entropy per example against full distributions; [N, C], [N, C] → float32 [N]."""
+    # Not the log of a softmax, which is -inf where a probability underflows to 0.
     return -tf.reduce_sum(probs * tf.nn.log_softmax(logits), axis=-1)
 
 
@@ -62,6 +63,8 @@ def pseudo_label_loss(
 
 def decayed_variables(variables: Iterable[tf.Variable]) -> list[tf.Variable]:
     """The variables subject to weight decay: kernels and biases, except those of batch norm."""
+    # Keras' names end in `/gamma:0`. The original decides by the layer's name, with the same
+    # result: it leaves out batch norm, and no other layer has a gamma or a beta.
     return [v for v in variables if v.name.split("/")[-1].split(":")[0] not in ("gamma", "beta")]
 
 

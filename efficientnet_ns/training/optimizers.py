@@ -46,6 +46,7 @@ class RMSPropTF1(tf.keras.optimizers.Optimizer):
 
     def build(self, var_list: list[tf.Variable]) -> None:
         super().build(var_list)
+        # Keras calls `build` in every `apply_gradients`; the slots are made once.
         if getattr(self, "_built", False):
             return
         self._built = True
@@ -59,6 +60,7 @@ class RMSPropTF1(tf.keras.optimizers.Optimizer):
 
     def update_step(self, gradient: tf.Tensor, variable: tf.Variable) -> None:
         index = self._index_dict[self._var_key(variable)]
+        # The kernel of TensorFlow 1's RMSPropOptimizer: differences (2) and (3) above.
         tf.raw_ops.ResourceApplyRMSProp(
             var=variable.handle,
             ms=self.mean_squares[index].handle,

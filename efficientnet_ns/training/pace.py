@@ -18,14 +18,19 @@ _INPUT_SHARE = 0.15
 
 
 def images_per_second(config: Config, seconds: float = 6.0, batch_size: int = 16) -> float:
-    """Pictures per second of updates of `config`'s model, with averages, on random pixels.
+    """Images per second that training `config`'s model would take in, measured on random pixels.
+
+    Updates are measured, with their averages; the share of decoding and augmentation is estimated.
 
     Args:
       config: a training.
       seconds: how long to measure, after the graph is built.
-      batch_size: pictures per update.
+      batch_size: images per update.
     """
+    # There are neither unlabeled images nor initial weights to average with.
     resolved = ResolvedConfig.from_config(config.override(unlabel_ratio=0.0, ema_initial_share=0.0))
+    # For its side effect: once something is computed, the CPU can no longer be divided into the
+    # replicas that the training may want.
     distribution.get_strategy(config.hardware)
     student = NoisyStudent(build_student(resolved), resolved.build_model(), resolved.config.train)
     student.compile(OPTIMIZERS[config.train.optimizer](1e-4))
@@ -36,9 +41,11 @@ def images_per_second(config: Config, seconds: float = 6.0, batch_size: int = 16
         "image": tf.random.stateless_uniform([batch_size, side, side, 3], [0, 0], 0, 255),
         "label": tf.zeros([batch_size], tf.int32),
     }
+    # Builds the graph, which is not measured.
     update(batch)
     steps, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds or steps < 2:
+        # As a float, to wait for the result: devices compute asynchronously.
         float(update(batch)["train/loss"])
         steps += 1
     return steps * batch_size / elapsed * (1 - _INPUT_SHARE)

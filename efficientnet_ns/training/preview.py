@@ -28,9 +28,12 @@ def draw(
     unlabeled: pipeline.Source | None,
     number: int,
 ) -> np.ndarray:
-    """Draws `number` labeled and as many unlabeled images, and writes the picture to model_dir.
+    """Draws labeled and, if there are any, unlabeled images; writes the picture to model_dir.
 
     The images come from a separate dataset, so the training's is not affected.
+
+    Args:
+      number: labeled images, and about as many unlabeled ones.
 
     Returns:
       uint8 [H, W, 3].
@@ -88,9 +91,11 @@ def _pseudo_titles(batch: dict[str, tf.Tensor], names: Sequence[str] | None) -> 
 
 def _png(sections: Sequence[tuple[str, np.ndarray, Sequence[str]]]) -> bytes:
     """PNG of (heading, images [N, S, S, 3] in 0..255, titles) below each other."""
+    # Not pyplot, which looks for a display and keeps every figure in memory.
     from matplotlib.figure import Figure
 
     rows = [-(-len(images) // _COLUMNS) for _, images, _ in sections]
+    # Inches: 1.85 for a row of images with their titles, 0.45 for a heading.
     figure = Figure(figsize=(1.5 * _COLUMNS, sum(1.85 * r + 0.45 for r in rows)), dpi=100)
     parts = figure.subfigures(len(sections), 1, squeeze=False, height_ratios=rows)[:, 0]
     for part, number, (heading, images, titles) in zip(parts, rows, sections):
@@ -99,9 +104,11 @@ def _png(sections: Sequence[tuple[str, np.ndarray, Sequence[str]]]) -> bytes:
         part.subplots_adjust(
             left=0.02, right=0.98, bottom=0.02, top=1 - 0.75 / (1.85 * number + 0.45), hspace=0.42
         )
+        # All of them: the last row may not be full.
         for axis in axes:
             axis.set_axis_off()
         for axis, image, title in zip(axes, images, titles):
+            # Bicubic interpolation exceeds 0..255 slightly.
             axis.imshow(np.clip(np.round(image), 0, 255).astype(np.uint8), interpolation="nearest")
             # Class names are arbitrary text: a dollar sign in one must not start a formula.
             axis.set_title(title, fontsize=9, pad=3, parse_math=False)
@@ -111,7 +118,7 @@ def _png(sections: Sequence[tuple[str, np.ndarray, Sequence[str]]]) -> bytes:
 
 
 def log_batch(batch: dict[str, tf.Tensor]) -> None:
-    """Logs shape, type and range of every tensor of a batch, and the count of each class."""
+    """Logs dtype, shape, range and mean of every tensor of a batch, and the count of each class."""
     for name, value in sorted(batch.items()):
         numbers = value.numpy()
         logging.info(

@@ -25,7 +25,7 @@ _MOST = 20_000
 
 
 def fit(config: Config, initial: str, folder: str) -> dict[str, float]:
-    """Writes `folder/model.ckpt-0`: the weights of `initial` with a classifier for the task.
+    """Writes `folder/model.ckpt-0`: the weights of `initial` with a new classifier for the task.
 
     Args:
       config: model and labeled records, of which the first 20,000 are used, as evaluation shows them.
@@ -57,6 +57,7 @@ def _features(resolved: ResolvedConfig, model: tf.keras.Model) -> tuple[np.ndarr
     features, labels = [], []
     with Progress(source.total, "features", "pictures") as progress:
         for batch in resolved.eval_batches(source):
+            # The last batch is filled up; the mask tells which rows are pictures.
             real = batch["mask"].numpy() > 0
             features.append(forward(batch["image"]).numpy()[real])
             labels.append(batch["label"].numpy()[real])
@@ -71,6 +72,7 @@ def linear_classifier(
 
     Features are standardized first, and the result is converted back.
     """
+    # With a minimum, since a feature may be constant.
     mean, deviation = features.mean(0), features.std(0) + 1e-3
     inputs = tf.constant((features - mean) / deviation, tf.float32)
     kernel = tf.Variable(tf.zeros([features.shape[1], num_classes]))
@@ -89,5 +91,6 @@ def linear_classifier(
 
     for _ in range(_UPDATES):
         update()
+    # kernel · (x - mean) / deviation + bias = plain · x + (bias - plain · mean).
     plain = kernel.numpy() / deviation[:, None]
     return plain, bias.numpy() - mean @ plain

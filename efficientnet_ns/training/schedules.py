@@ -69,6 +69,7 @@ class WarmupCosine(tf.keras.optimizers.schedules.LearningRateSchedule):
 
     def __call__(self, step: tf.Tensor) -> tf.Tensor:
         step = tf.cast(step, tf.float32) + float(self.start_step)
+        # Beyond the end the cosine would rise again.
         done = tf.minimum(step / float(self.total_steps), 1.0)
         curve = self.peak * 0.5 * (1.0 + tf.cos(math.pi * done))
         # The first update, at step 0, must not be lost.
@@ -118,6 +119,7 @@ def learning_rate(
     steps_per_epoch = num_train_images / counted_batch_size
     decay_epochs = DECAY_EPOCHS * train_ratio
     if final_base_lr is not None:
+        # The number of stairs, each a factor of 0.97, from the first rate to the last.
         stairs = math.log(final_base_lr / base_learning_rate) / math.log(DECAY_FACTOR)
         epochs = train_steps * labeled_batch_size / num_train_images
         decay_epochs = (epochs - warmup_epochs) / stairs

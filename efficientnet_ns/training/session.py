@@ -83,14 +83,17 @@ class Session(tf.keras.callbacks.Callback):
         evaluated = self.log.last("eval/").get("step") == self.start
         if 0 < self.start < self.total and self._evaluation_due(self.start) and not evaluated:
             self._evaluate(self.start)
+        # Building the model, and this evaluation, are not time of the first host loop.
         self._mark = time.monotonic()
 
     def _evaluation_due(self, step: int) -> bool:
+        """Whether a multiple of steps_per_eval lies in the host loop that ends at `step`."""
         return step // self._eval_every > (step - self.chunk) // self._eval_every
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         step, previous = int(tf.convert_to_tensor(self.saver.optimizer.iterations)), self._seen
         values = {name: float(value) for name, value in (logs or {}).items()}
+        # Before anything that may raise on one worker only: the others would wait for its answer.
         stopping = self._agree(self._stop.requested) if self._agree else self._stop.requested
         save = step // self._save_every > previous // self._save_every
         save = save or stopping or step == self.total
@@ -105,6 +108,7 @@ class Session(tf.keras.callbacks.Callback):
             self._save()
         if stopping:
             raise Preempted(f"stopped at step {step}; the checkpoint is saved")
+        # After saving, as an evaluation may be interrupted. `finish` makes the last one.
         if step < self.total and step // self._eval_every > previous // self._eval_every:
             self._evaluate(step, saved=save)
             if self.ended:
@@ -116,6 +120,7 @@ class Session(tf.keras.callbacks.Callback):
                     *(step, self._patience),
                 )
         self._progress.update(step - previous, f"loss {values['train/loss']:.3f}")
+        # The first host loop includes the compilation.
         if previous == self.start:
             self._progress.restart_rate()
         self._mark = time.monotonic()
@@ -136,6 +141,7 @@ class Session(tf.keras.callbacks.Callback):
         values = {"train/epoch": step / self._steps_per_epoch}
         values["images_per_second"] = (step - self._seen) * self._images_per_step / elapsed
         if self._wait is not None:
+            # With several replicas, a buffer may have waited longer than the steps did.
             values["input_wait"] = min(self._wait.take() / elapsed, 1.0)
         return values
 

@@ -97,6 +97,7 @@ def _check_initial_weights(train: TrainConfig) -> None:
 
 
 def _check_schedule(train: TrainConfig) -> None:
+    # Rounded as by ResolvedConfig: a small train_ratio may leave 0.
     steps = int(train.train_steps * train.train_ratio)
     last = int(train.train_last_step_num * train.train_ratio)
     if steps < 1 or last == 0 or last > steps:

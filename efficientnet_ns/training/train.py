@@ -52,6 +52,9 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
     Raises:
       ConfigError, DataError: settings or data that cannot work, before training starts.
       session.TrainingDiverged: NaN or infinite loss; the last good checkpoint is kept.
+      checkpoints.SaveFailed, checkpoints.NothingLoads: the storage of model_dir fails.
+      leases.LeaseLost: another process trains in model_dir since this one was suspended.
+      distribution.WorkerLost: another worker of the cluster stopped.
       preemption.Preempted: a request to stop came; the state of the running host loop is saved.
     """
     resolved = ResolvedConfig.from_config(config)
@@ -68,7 +71,8 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
             distribution.start_xla()
             writes = distribution.is_chief(strategy)
 
-            # --- Records, and model_dir as the folder of this training.
+            # --- Records, and model_dir as the folder of this training. The chief counts the
+            # records, and the other workers read what it noted.
             inputs = distribution.chief_first(
                 strategy, functools.partial(Inputs.find, resolved, evaluate=evaluate)
             )
@@ -81,12 +85,15 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
             inputs = dataclasses.replace(inputs, order_since=since)
 
         with (
+            # From the inside out: TensorFlow's input error becomes a DataError that names the
+            # record, and a DataError makes the folder forget its list of records.
             expecting_other_records(model_dir),
             distribution.noticing_lost_workers(strategy),
             inputs.naming_bad_records(),
         ):
             with stop.immediate():
                 # --- Model: restored, or initialized.
+                # Keras draws initial weights from the global generator, layer after layer.
                 tf.keras.utils.set_random_seed(config.train.seed)
                 with strategy.scope():
                     model = _build(resolved, resolved.epoch_images(inputs.labeled), strategy)
@@ -100,7 +107,9 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
                     _initialize(model, config)
 
                 if writes:
+                    # A lost machine's lease has had the time of the building to run out.
                     turn.take()
+                    # Only now: until here, another process might have been saving.
                     saver.remove_unfinished()
 
                 # --- Logs; the session logs, saves and evaluates between host loops.
@@ -147,6 +156,7 @@ def _build(
     model = NoisyStudent(student, ema_student, train, teacher, initial)
     model.compile(
         OPTIMIZERS[train.optimizer](schedule),
+        # All steps of a host loop are one call of the compiled function.
         steps_per_execution=loop_steps(train, resolved.steps_to_run),
         jit_compile=distribution.compiles(resolved.config.hardware, strategy),
     )
@@ -252,6 +262,7 @@ def _log_start(
     note_start(folder, start, config.values())
     if start == total:
         return
+    # A new training replaces the picture that an earlier one may have left.
     drawn = start and tf.io.gfile.exists(os.path.join(folder, preview.FILE))
     number = config.train.preview_images
     if number and not drawn:
@@ -277,6 +288,7 @@ def _fit(
         (session.start, whole, session.chunk),
         (session.total - rest, 1 if rest else 0, rest),
     ):
+        # `ended` holds from the beginning if --patience has stopped an earlier run.
         if epochs and not session.ended:
             batches = functools.partial(inputs.training_batches, first)
             model.fit(

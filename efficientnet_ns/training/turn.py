@@ -13,6 +13,7 @@ from absl import logging
 from efficientnet_ns.files import leases
 from efficientnet_ns.training.claim import DirectoryConflict
 
+# A process that lives writes a heartbeat five times as often.
 LEASE_SECONDS = 10.0
 _UNIT = "training"
 
@@ -29,9 +30,15 @@ class Turn:
         return self
 
     def ask(self) -> None:
-        """Checks who trains in the folder; DirectoryConflict if a process of this machine does."""
+        """Claims the folder if no lease on it is alive.
+
+        Raises:
+          DirectoryConflict: a process of this machine trains there; those of other machines are
+            left to `take`.
+        """
         self._leases = leases.Leases(self._folder, LEASE_SECONDS)
         self._lease = self._leases.claim(_UNIT)
+        # It runs for certain: `take` refuses at its next heartbeat, before a model is built.
         if self._lease is None and self._leases.is_held_here(_UNIT):
             self.take()
 
@@ -65,5 +72,6 @@ class Turn:
             return
         try:
             self._lease.release()
+        # The training is over, or has its own error, which this one must not replace.
         except leases.STORE_ERRORS as e:
             logging.warning("cannot remove %s: %s", self._lease.path, e)
