@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One whole round with stored labels: predict.sh, filter_unlabel.sh (statistics, then records), train_offline.sh,
+# Runs a whole round with stored labels: predict.sh, filter_unlabel.sh (statistics, then records), train_offline.sh,
 # eval.sh. Settings: theirs. TEACHER_CKPT must exist: train_teacher.sh trains it. If it is stopped, the same command continues.
 set -euo pipefail
 # shellcheck source=tpu_scripts/svhn/settings.sh
