@@ -1,16 +1,16 @@
-# Every target creates .venv and fills it by itself. `make help` lists the targets.
+# Every target creates and fills .venv if necessary. `make help` lists the targets.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
 
-# Arguments for the program a target runs: make test ARGS="-x -k resume"
+# Arguments for the program that a target runs: make test ARGS="-x -k resume"
 ARGS ?=
-# The interpreter .venv is made with; when empty, the newest suitable one on PATH. It decides which TensorFlow is
-# installed (docs/two_stacks.md).
+# The interpreter of .venv; if empty, the newest suitable one on PATH. It determines which TensorFlow is installed
+# (docs/two_stacks.md).
 PYTHON ?=
-# Of make only: the scripts in tpu_scripts read a variable of this name.
+# For make only: the scripts in tpu_scripts read a variable of the same name.
 unexport PYTHON
 # TensorFlow's C++ code prints nothing; its errors reach Python as exceptions.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
@@ -20,7 +20,7 @@ RUN := $(VENV)/bin/python -m
 PIP_INSTALL := $(RUN) pip install --quiet --disable-pip-version-check --no-input --use-pep517
 
 .PHONY: help
-help:  ## this list
+help:  ## show this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3.11]'
 	sed -n 's/^\([a-z-]*\):[^#]*##  *\(.*\)/\1@\2/p' $(firstword $(MAKEFILE_LIST)) |
 	  while IFS=@ read -r target text; do printf '  %-12s %s\n' "$$target" "$$text"; done
@@ -34,11 +34,11 @@ test: venv-dev  ## run the quick tests
 	@$(RUN) pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 .PHONY: test-all
-test-all: venv-dev  ## run all tests, the slow ones too
+test-all: venv-dev  ## run all tests, including slow ones
 	@$(RUN) pytest -m "" $(ARGS)
 
 .PHONY: test-install
-test-install:  ## install the package and each extra, lowest and highest versions
+test-install:  ## install the package and each extra in the lowest and highest versions
 	@$(shell_functions)
 	find_python
 	"$$python" tests/install_ranges.py $(ARGS)
@@ -50,11 +50,11 @@ lint: venv-dev  ## check style, import order, format and types
 	$(RUN) mypy
 
 .PHONY: measure
-measure: venv-run  ## lines per room, lengths of functions, docstrings, comments
+measure: venv-run  ## print lines per room, lengths of functions, docstrings, comments
 	@$(VENV)/bin/python tests/code_measures.py $(ARGS)
 
 .PHONY: benchmark
-benchmark:  ## compare speed with that of other libraries, half an hour on an idle machine; writes runs/benchmark/
+benchmark:  ## compare speed with other libraries (half an hour on an idle machine); writes runs/benchmark/
 	@$(MAKE) --no-print-directory VENV=.venv-peers PYTHON="$(PYTHON)" compare
 
 .PHONY: compare
@@ -66,7 +66,7 @@ compare: venv-peers
 	done
 
 .PHONY: docs
-docs: venv-docs  ## build the pages as a site, in site/; docs-serve shows it while you write
+docs: venv-docs  ## build the pages as a site in site/; docs-serve previews it while you edit
 	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet
 	echo "site/index.html"
 
@@ -75,19 +75,19 @@ docs-serve: venv-docs
 	@$(RUN) mkdocs serve $(ARGS)
 
 .PHONY: install
-install: venv-run  ## put the package into .venv, for use from any folder
+install: venv-run  ## install the package into .venv, for use from any folder
 	@echo "Installing the package into $(VENV)"
 	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 
 .PHONY: clean
-clean:  ## remove .venv, caches and build products; runs/ stays
+clean:  ## remove .venv, caches and build products; keep runs/
 	@rm -rf .venv .venv-* build dist site *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ----------------------------------------------------------------------------------------------
-# The virtual environment. An installation that finished has a stamp, an empty file in .venv that
-# is named by the content of its requirements. One that broke off has left .venv/unfinished behind
-# and is started over, because any of its packages may be half written.
+# The virtual environment. A finished installation has a stamp: an empty file in .venv that is
+# named by the content of its requirements. An interrupted one leaves .venv/unfinished behind and is
+# started over, because any of its packages may be incomplete.
 
 .PHONY: venv-run venv-dev venv-docs venv-peers
 venv-run: REQUIREMENTS := requirements.txt
@@ -111,7 +111,7 @@ venv-run venv-dev venv-docs venv-peers:
 	fi
 	stamp=$(VENV)/$@-$$(cat $(REQUIREMENTS) | cksum | tr ' ' -)
 	if [[ -e $$stamp ]]; then exit; fi
-	echo "Installing $(lastword $(REQUIREMENTS)) into $(VENV) (minutes the first time)"
+	echo "Installing $(lastword $(REQUIREMENTS)) into $(VENV) (takes minutes the first time)"
 	touch $(VENV)/unfinished
 	rm -f $(VENV)/$@-*
 	$(RUN) pip --version &> /dev/null || $(RUN) ensurepip > /dev/null
@@ -120,12 +120,12 @@ venv-run venv-dev venv-docs venv-peers:
 	touch $$stamp
 
 define shell_functions
-# Version of an interpreter; empty when it does not run, as the shims of pyenv may not.
+# Prints the version of an interpreter; empty if it does not run, as pyenv shims may not.
 version() {
   "$$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null || true
 }
 
-# The interpreter of that name. A shim of pyenv does not run unless its version is chosen; the installed one does.
+# Prints the interpreter of that name. A pyenv shim runs only if its version is selected; the installed interpreter always does.
 resolve() {
   local prefix
   if [[ -z "$$(version "$$1")" ]] && prefix=$$(pyenv prefix "$${1#python}" 2> /dev/null); then
@@ -144,11 +144,11 @@ usable() {
     [[ -z "$(PYTHON)" || $$(version $(VENV)/bin/python) == $$(version "$$(resolve "$(PYTHON)")") ]]
 }
 
-# Two makes in one folder install one after the other.
+# Processes of make in one folder install one after the other.
 lock() {
   exec 9< $(firstword $(MAKEFILE_LIST))
   if ! command -v flock > /dev/null || flock --nonblock 9; then return; fi
-  echo "Waiting for another make that is installing here"
+  echo "Waiting for another make to finish its installation here"
   flock 9 || true
 }
 
@@ -168,14 +168,14 @@ find_python() {
   done
   {
     if [[ -n $$without_venv ]]; then
-      echo "Python $$without_venv is here, but without what makes virtual environments. Install it:"
+      echo "Python $$without_venv was found, but it cannot create virtual environments. Install what is missing:"
       echo
       echo "  sudo apt-get install python$$without_venv-venv"
     else
-      echo "Python 3.10, 3.11, 3.12 or 3.13 is needed: TensorFlow 2.15 and 2.21 have no packages for other versions."
+      echo "Python 3.10, 3.11, 3.12 or 3.13 is required: TensorFlow 2.15 and 2.21 have no packages for other versions."
       echo "Found:"
       echo -n "$$seen"
-      echo "Any one of these provides it:"
+      echo "Install one with any of these:"
       echo
       echo "  Debian 13:     sudo apt-get install python3.13 python3.13-venv"
       echo "  Ubuntu 24.04:  sudo apt-get install python3.12 python3.12-venv"

@@ -1,4 +1,4 @@
-"""What `make docs` adds to the pages: every program's flags; file names in place of links to files; flags in one piece."""
+"""Extends the pages for `make docs`: lists every program's flags, unlinks source files, keeps flags on one line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mkdocs.structure.files import File, Files
 
 from efficientnet_ns.config.program_table import PROGRAMS
 
-# In the repository these lead to the source, which is not part of the site.
+# In the repository, these lead to the source, which is not part of the site.
 _OUTWARD = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")
 _INLINE_CODE = re.compile(r"<code>[^<]*</code>")
 _FLAG = re.compile(r"(?<![\w-])--\w+")
 
 
 def on_page_markdown(markdown: str, **_) -> str:
-    """Replaces links that lead out of `docs` by the names they show."""
+    """Replaces links that lead out of `docs` with their text."""
     return _OUTWARD.sub(lambda match: f"`{match[1].strip('`')}`", markdown)
 
 
@@ -33,14 +33,14 @@ def on_page_content(html: str, **_) -> str:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the page with the flags of every program."""
-    libraries = "Those of the libraries, which `--helpfull` lists as well, are left out.\n"
+    libraries = "Library flags, which `--helpfull` also lists, are omitted.\n"
     text = "\n".join(["# Flags by program", "", libraries, *map(_flags_of, PROGRAMS)])
     files.append(File.generated(config, "flags.md", content=text))
     return files
 
 
 def _flags_of(program: str) -> str:
-    # The client needs only the standard library, and has no flags of absl.
+    # The client needs only the standard library, and has no absl flags.
     option = "--help" if program == "serving.client" else "--helpfull"
     command = [sys.executable, "-m", f"efficientnet_ns.{program}", option]
     shown = subprocess.run(command, capture_output=True, text=True).stdout

@@ -219,7 +219,7 @@ def test_notebook_runs_on_small_data(tmp_path, notebook):
         tfrecords.read(shard_names.list_shards(f"{tmp_path}/data/proc", "test")[0])
     ).payload
     said = re.search(
-        r"says (\d) \(probability (0\.\d+)\); .* is (\d)", text_of(cells["predict-one"])
+        r"predicts (\d) \(probability (0\.\d+)\); .* is (\d)", text_of(cells["predict-one"])
     )
     assert int(said[3]) == tfexamples.label(first) and 0.1 <= float(said[2]) <= 1
     assert (tmp_path / "data" / "digit.jpg").read_bytes() == tfexamples.image_bytes(first)

@@ -1,8 +1,8 @@
 # Functions shared by the scripts in this folder. Sourced by them, not run.
 #
-# Every script takes --dry_run (prints its commands and runs none), --help, and further flags, which go to the program
-# it starts. Its settings are environment variables, listed by --help; these work everywhere:
-#   PYTHON       the interpreter (python, else python3)
+# Every script accepts --dry_run (prints its commands without running them), --help, and further flags, which are passed
+# to the program that it starts. Its settings are environment variables, listed by --help; these work everywhere:
+#   PYTHON       the interpreter (default: python, otherwise python3)
 #   HARDWARE     a file of flags/hardware: cpu, gpu, tpu, or tpu_pod, which needs TPU_NAME
 #   EXTRA_FLAGS  more flags for efficientnet_ns.main, separated by spaces
 # Paths may be gs://…; relative ones are relative to the repository, where all commands run.
@@ -18,7 +18,7 @@ fi
 dry_run=
 arguments=()
 
-# Reads --dry_run and --help; leaves the other words in `arguments`.
+# Reads --dry_run and --help; stores the other words in `arguments`.
 parse_arguments() {
   local word
   for word in "$@"; do
@@ -30,7 +30,7 @@ parse_arguments() {
   done
 }
 
-# The comment at the top of the script.
+# Prints the comment at the top of the script.
 usage() {
   awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$script"
 }
@@ -45,7 +45,7 @@ run() {
   fi
 }
 
-# efficientnet_ns.main with flags, then those of the hardware and of the user.
+# Runs efficientnet_ns.main with the given flags, then those of the hardware and of the user.
 main() {
   local device=("--flagfile=flags/hardware/$HARDWARE.flags") extra
   if [[ $HARDWARE == tpu_pod ]]; then
@@ -56,7 +56,7 @@ main() {
     ${extra[@]+"${extra[@]}"} ${arguments[@]+"${arguments[@]}"}
 }
 
-# Runs other scripts of the same folder in turn, each with its words in one argument.
+# Runs other scripts of the same folder in turn; each argument holds a script and its words.
 run_scripts() {
   local folder line words
   folder=$(dirname "$script")
@@ -66,8 +66,8 @@ run_scripts() {
   done
 }
 
-# Filtering and balancing. Takes the preset; FILTER_FLAGS and the script's words follow. A first word 1 stops after the
-# statistics, 0 does not, as in the original's scripts.
+# Filters and balances with the given preset, then FILTER_FLAGS and the script's words. As in the original's scripts, a
+# first word of 1 stops after the statistics; 0 does not.
 filter() {
   local extra
   read -r -a extra <<<"${FILTER_FLAGS:-}"

@@ -1,34 +1,34 @@
 #!/usr/bin/env bash
-# Creates, prepares, uses and deletes a Cloud TPU VM or a slice of a pod. Needs gcloud, logged in, and a git clone.
+# Creates, prepares, uses and deletes a Cloud TPU VM or a slice of a pod. Requires a logged-in gcloud and a git clone.
 #
 #   tpu_vm.sh [--dry_run] COMMAND
 #
 #   create             requests the TPU VM, as a queued resource
-#   state              state of that request: WAITING_FOR_RESOURCES, ACTIVE, SUSPENDED (preempted) …
+#   state              prints the state of that request: WAITING_FOR_RESOURCES, ACTIVE, SUSPENDED (preempted) …
 #   setup              copies the committed files of this repository to every worker and installs them there
 #   run PROGRAM…       runs a program on every worker, in the repository, and waits for it
 #   start PROGRAM…     starts a program on worker 0 (see WORKERS), in the background
-#   train FLAGS…       start python3 -m efficientnet_ns.main FLAGS…
-#   status             status of the started program: running, its exit code, or new (not started)
+#   train FLAGS…       starts python3 -m efficientnet_ns.main FLAGS…
+#   status             prints the status of the started program: running, its exit code, or new (not started)
 #   logs               follows its output
-#   stop               requests it to save and exit
+#   stop               makes it save and exit
 #   watch PROGRAM…     keeps it running: creates what is missing or was preempted, sets it up, starts the program, and
 #                      restarts it after every preemption, until it has finished. It can be restarted at any time.
 #   delete             deletes the TPU VM and the request for it
 #
-# TensorFlow is a single-client system: on a pod the program runs only on worker 0, and uses the chips of all workers. So
-# use `run` for installing and inspecting, and `start`, `train` and `watch` for training. (Machines with GPUs work the
+# TensorFlow is a single-client system: on a pod, the program runs only on worker 0 and uses the chips of all workers.
+# Therefore, use `run` for installing and inspecting, and `start`, `train` and `watch` for training. (Machines with GPUs work the
 # other way: run the same program on each, with TF_CONFIG.) With gs:// folders, preempted training continues from
 # its last checkpoint, even on another machine. For labeling, each machine of a slice takes its own shards instead:
 # WORKERS=all SHARD_ID=auto tpu_vm.sh watch tpu_scripts/imagenet/predict.sh
 #
-# Settings (environment): TPU_NAME and ZONE (needed), PROJECT, ACCELERATOR_TYPE (v3-8), SPOT=1 for a preemptible one,
+# Settings (environment): TPU_NAME and ZONE (required), PROJECT, ACCELERATOR_TYPE (v3-8), SPOT=1 for a preemptible one,
 # WORKERS=all to start programs on every machine, each with its own chips only,
-# STACK (reference; current is TensorFlow 2.20 on Python 3.12, not for a slice as one), TF_VERSION (2.15.1), DEVICE_API
-# (pjrt; se is the older one of v2 to v4), RUNTIME (the image; default: by these two, the pod variant for a slice as one; for
-# the current stack, by the accelerator), POLL_SECONDS (60) between two checks of watch.
+# STACK (reference; current is TensorFlow 2.20 on Python 3.12, not for training on a slice), TF_VERSION (2.15.1), DEVICE_API
+# (pjrt; se is the older one of v2 to v4), RUNTIME (the image; default: by these two, the pod variant for training on a slice;
+# for the current stack, by the accelerator), POLL_SECONDS (60) between two checks of watch.
 # Started programs get the settings of the scripts in imagenet/ and svhn/ (MODEL, LABEL_DATA_DIR, MODEL_DIR,
-# EXTRA_FLAGS …; their --help), and HARDWARE: tpu, or tpu_pod.
+# EXTRA_FLAGS …; see their --help), and HARDWARE: tpu or tpu_pod.
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -52,8 +52,8 @@ if [[ -n ${PROJECT:-} ]]; then where+=(--project="$PROJECT"); fi
 workers=${WORKERS:-0}
 stack=${STACK:-reference}
 
-# Types with all chips on one machine; all others are slices, whose runtime is the pod variant. It runs a server of
-# TensorFlow on the other machines, which holds their chips: not where each has a program of its own.
+# Types with all chips on one machine; all others are slices, whose runtime is the pod variant. It runs a TensorFlow
+# server on the other machines, which holds their chips, so it cannot be used if each runs its own program.
 case $accelerator_type in
   v2-8 | v3-8 | v4-8 | v5p-8 | v5litepod-[148] | v6e-[148]) slice= ;;
   *) slice=1 ;;
@@ -61,7 +61,7 @@ esac
 pod=
 if [[ -n $slice && $workers != all ]]; then pod=-pod; fi
 
-# Images with neither framework: their Python is 3.10, so that tpu_install.sh adds another.
+# Images without a framework. Their Python is 3.10; tpu_install.sh adds another.
 base_image() {
   case $accelerator_type in
     v5p-*) echo v2-alpha-tpuv5 ;;
@@ -76,15 +76,15 @@ case $stack in
   current)
     runtime=${RUNTIME:-$(base_image)}
     if [[ -n $pod ]]; then
-      echo "STACK=current: no image has the server of TensorFlow 2.20 that the machines of a $accelerator_type need to" \
-        "train as one. Take STACK=reference, an accelerator on one machine, or WORKERS=all." >&2
+      echo "STACK=current: no image has the TensorFlow 2.20 server that the machines of a $accelerator_type need to" \
+        "train together. Use STACK=reference, an accelerator on one machine, or WORKERS=all." >&2
       exit 2
     fi
     ;;
-  *) echo "STACK=$stack: one of reference and current is needed" >&2 && exit 2 ;;
+  *) echo "STACK=$stack: must be one of reference and current" >&2 && exit 2 ;;
 esac
 
-on_workers() { # which workers, then the command line
+on_workers() { # the workers, then the command line
   run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --worker="$1" --command="$2"
 }
 
@@ -103,7 +103,7 @@ delete() {
   run gcloud compute tpus queued-resources delete "$TPU_NAME" "${where[@]}" --force --quiet
 }
 
-# What `setup` copies is committed here: asked before anything is created.
+# `setup` copies the committed files of a clone; checked before anything is created.
 in_clone() {
   if ! git cat-file -e HEAD:./tpu_scripts/tpu_install.sh 2>/dev/null; then
     echo "tpu_vm.sh: $PWD is not a git clone of this package: use the script of a clone, whose committed files it" \
@@ -122,8 +122,8 @@ setup() {
     STACK='"$stack"' efficientnet_ns/tpu_scripts/tpu_install.sh'
 }
 
-# The settings of the scripts in this folder that are set here, as words for `env` over there. Their hardware is this TPU,
-# whatever the scripts' own default.
+# Prints the scripts' settings that are set here, as words for `env` on the worker. HARDWARE is this TPU, regardless of the
+# scripts' default.
 script_settings() {
   local name HARDWARE=${HARDWARE:-${pod:+tpu_pod}}
   HARDWARE=${HARDWARE:-tpu}
@@ -139,17 +139,17 @@ is_running='[ "$(cat ~/efficientnet_ns.exit 2> /dev/null)" = running ] && kill -
 
 start() {
   local program environment="TPU_NAME=$TPU_NAME"
-  # The older interface finds the other workers only when the library is not loaded at import.
+  # The older interface finds the other workers only if the library is not loaded at import.
   if [[ $device_api == se && -n $pod ]]; then environment+=" TPU_LOAD_LIBRARY=0"; fi
-  # A machine of a slice has four chips. That they are all there is, it is told so: else it waits for the others.
+  # A machine of a slice has four chips. These variables limit it to them; otherwise, it waits for the other machines.
   if [[ -n $slice && $workers == all ]]; then
     environment+=" TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1 CLOUD_TPU_TASK_ID=0"
   fi
   printf -v program '%q ' "$@"
-  # SIGTERM to the group reaches the program; the shell around it stays to write down the exit code.
+  # SIGTERM to the group reaches the program; the shell around it survives to record the exit code.
   program="trap : TERM; PATH=\$PWD/.venv/bin:\$PATH
     env $environment $(script_settings)$program; echo \$? > ~/efficientnet_ns.exit"
-  # Of several programs one is started again while the others run.
+  # With several programs, one may be restarted while the others run.
   on_workers "$workers" "if $is_running; then
       if [ $workers = all ]; then exit 0; fi
       echo 'a program is running: stop it first' >&2; exit 1
@@ -159,14 +159,14 @@ start() {
       echo \$! > ~/efficientnet_ns.pid; }"
 }
 
-# A program whose machine was restarted says running, but is not there: as good as preempted (exit code 75).
+# After a restart of its machine, a program is recorded as running but does not exist: treated as preempted (exit code 75).
 status() {
   on_workers "$workers" "status=\$(cat ~/efficientnet_ns.exit 2> /dev/null || echo new)
     if [ \$status = running ] && ! { $is_running; }; then status=75; fi
     echo \$status"
 }
 
-# What the states of all workers call for: what failed is told, what is missing started, and all must have ended.
+# Reduces the states of all workers to the most urgent: a failure is reported, a missing program started, and all must have ended.
 most_urgent() {
   local found one
   found=$(cat)
@@ -179,14 +179,14 @@ say() {
   echo "$(date +%T) $TPU_NAME: $*" >&2
 }
 
-# One look, and what it calls for.
+# Checks the state once, and acts on it.
 watch_once() {
   local now
   now=$(state 2>/dev/null || echo MISSING)
   case $now in
     ACTIVE) now=$(status 2>/dev/null | most_urgent || true) ;;
     SUSPENDED | FAILED)
-      say "$now: deleting it and asking for another"
+      say "$now: deleting it and requesting another"
       delete
       now=MISSING
       ;;
@@ -194,10 +194,10 @@ watch_once() {
   case $now in
     MISSING) say "creating it" && create ;;
     new) say "setting it up" && setup && say "starting" && start "$@" ;;
-    75) say "the program was interrupted: starting it again" && start "$@" ;;
-    0) say "the program has ended; the TPU VM is still there: tpu_vm.sh delete" && exit 0 ;;
+    75) say "the program was interrupted: restarting it" && start "$@" ;;
+    0) say "the program has finished; to delete the TPU VM, run tpu_vm.sh delete" && exit 0 ;;
     [1-9] | [1-9][0-9] | [1-9][0-9][0-9])
-      say "the program failed with exit code $now: tpu_vm.sh logs"
+      say "the program failed with exit code $now: see tpu_vm.sh logs"
       exit "$now"
       ;;
     *) say "${now:-not reachable}" ;;
@@ -221,12 +221,12 @@ case $command in
     on_workers "$workers" 'kill -TERM -- "-$(cat ~/efficientnet_ns.pid)"'
     ;;
   watch)
-    if [[ -n $dry_run ]]; then # What follows a preemption.
+    if [[ -n $dry_run ]]; then # The commands after a preemption.
       state && delete && create && setup && start "$@" && status
       exit
     fi
     while true; do
-      watch_once "$@" || say "that failed; trying again"
+      watch_once "$@" || say "that failed; retrying"
       sleep "${POLL_SECONDS:-60}"
     done
     ;;

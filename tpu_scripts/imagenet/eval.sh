@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures the model in MODEL_DIR on every image of the evaluation sets.
+# Evaluates the model in MODEL_DIR on every image of the evaluation sets.
 # Settings: MODEL (b0; b0 to b7, l2), LABEL_DATA_DIR (data/imagenet/proc), MODEL_DIR (ckpt/imagenet).
 set -euo pipefail
 # shellcheck source=tpu_scripts/imagenet/settings.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Converts folders of images to records: RAW_DATA_DIR/train and RAW_DATA_DIR/validation, with one folder per class, and
-# UNLABELED_RAW_DIR, any tree or archive of images, when it is set. If it is stopped, the same command continues.
+# UNLABELED_RAW_DIR, any tree or archive of images, if set. If it is stopped, the same command continues.
 # Settings: DATA_DIR (data/imagenet), RAW_DATA_DIR (DATA_DIR/raw), LABEL_DATA_DIR (DATA_DIR/proc),
 # UNLABEL_DATA_DIR (DATA_DIR/proc/unlabeled), NUM_SHARDS (128) of the unlabeled images.
 set -euo pipefail

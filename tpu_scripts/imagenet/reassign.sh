@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Gives the filtered images the labels of another teacher, in PREDICT_DIR/reassign; see FILTERED_DATA_DIR of
+# Relabels the filtered images with another teacher, into PREDICT_DIR/reassign; see FILTERED_DATA_DIR in
 # train_offline.sh. It skips finished shards when started again.
 # Settings: TEACHER_MODEL (MODEL, b0), TEACHER_CKPT (ckpt/imagenet_teacher), PREDICT_DIR (data/imagenet/predict),
 # NUM_SHARDS (128), SHARD_ID (all: 0-127).

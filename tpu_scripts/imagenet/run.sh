@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# train.sh, then eval.sh: a student of a teacher that labels inside the training step. Settings: theirs.
-# TEACHER_CKPT is required: train_teacher.sh makes one.
+# Runs train.sh, then eval.sh: a student whose teacher labels inside the training step. Settings: theirs.
+# TEACHER_CKPT must exist: train_teacher.sh trains it.
 set -euo pipefail
 # shellcheck source=tpu_scripts/imagenet/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"

@@ -1,4 +1,4 @@
-# Settings of the ImageNet scripts and their defaults, which are the paths of the original's. Sourced by them, not run.
+# Settings of the ImageNet scripts and their defaults, which are the original's paths. Sourced by them, not run.
 # shellcheck shell=bash disable=SC2034
 
 # shellcheck source=tpu_scripts/common.sh

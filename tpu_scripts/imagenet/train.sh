@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a student of a teacher that labels inside the training step. If it is stopped, the same command continues.
+# Trains a student whose teacher labels inside the training step. If it is stopped, the same command continues.
 # Settings: MODEL (b0; b0 to b7, l2), LABEL_DATA_DIR (data/imagenet/proc), UNLABEL_DATA_DIR (data/imagenet/proc/unlabeled),
 # TEACHER_MODEL (MODEL), TEACHER_CKPT (ckpt/imagenet_teacher), MODEL_DIR (ckpt/imagenet).
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures the model in MODEL_DIR on every image of the evaluation sets.
+# Evaluates the model in MODEL_DIR on every image of the evaluation sets.
 # Settings: LABEL_DATA_DIR (data/svhn/proc), MODEL_DIR (ckpt/exp_1).
 set -euo pipefail
 # shellcheck source=tpu_scripts/svhn/settings.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Labels the unlabeled images with the teacher, shard by shard; it skips finished shards when started again.
-# Machines with access to the same folders share the work with SHARD_ID=auto, or with a range each.
+# Machines with access to the same folders share the work with SHARD_ID=auto, or with one range each.
 # Settings: TEACHER_CKPT (ckpt/svhn_teacher), UNLABEL_DATA_DIR (data/svhn/proc/unlabeled),
 # PREDICT_DIR (data/svhn/predict), NUM_SHARDS (128), SHARD_ID (all: 0-127).
 set -euo pipefail

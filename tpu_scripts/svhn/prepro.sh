@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Turns the .mat files of SVHN (cropped digits) in RAW_DATA_DIR into records; missing ones are downloaded.
-# FETCH_TEACHER=1 also downloads the original's teacher to ckpt/teacher_ckpt: use it with
+# Converts the .mat files of SVHN (cropped digits) in RAW_DATA_DIR to records; downloads missing ones.
+# FETCH_TEACHER=1 also downloads the original's teacher to ckpt/teacher_ckpt; use it with
 # TEACHER_CKPT=ckpt/teacher_ckpt/model.ckpt, or train one with train_teacher.sh.
 # Settings: DATA_DIR (data/svhn), RAW_DATA_DIR (DATA_DIR/raw), LABEL_DATA_DIR (DATA_DIR/proc).
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a student of a teacher that labels inside the training step. If it is stopped, the same command continues.
+# Trains a student whose teacher labels inside the training step. If it is stopped, the same command continues.
 # Settings: LABEL_DATA_DIR (data/svhn/proc), UNLABEL_DATA_DIR (data/svhn/proc/unlabeled),
 # TEACHER_CKPT (ckpt/svhn_teacher), MODEL_DIR (ckpt/exp_1).
 set -euo pipefail

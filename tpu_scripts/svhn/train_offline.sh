@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a student on the stored labels that filter_unlabel.sh left. If it is stopped, the same command continues.
+# Trains a student on the stored labels that filter_unlabel.sh wrote. If it is stopped, the same command continues.
 # Settings: LABEL_DATA_DIR (data/svhn/proc), PREDICT_DIR (data/svhn/predict), MODEL_DIR (ckpt/exp_1),
 # FILTERED_DATA_DIR (PREDICT_DIR/filter_data/data; PREDICT_DIR/reassign after reassign.sh).
 set -euo pipefail
