@@ -259,7 +259,7 @@ class _Jsonl(_Arrow):
         first: Any = json.loads(line)
         if not isinstance(first, dict):
             raise DataError(f"{self._path}: each line must be an object, not {line.strip()[:40]}")
-        # Also of whole ones: where a first block has no others, Arrow would expect integers.
+        # Even for whole numbers: Arrow would expect integers after a first block of nothing else.
         number = pyarrow.float64()
         types = {
             name: pyarrow.list_(number)

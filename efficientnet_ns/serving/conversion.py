@@ -34,7 +34,7 @@ def convert_checkpoint(
     source, target = stored_model.find(source), os.fspath(target)
     # Before the source is read, which takes longer.
     weights.check_target(target)
-    # A checkpoint is a prefix, under which itself no file exists.
+    # A checkpoint is the prefix of its files: that of the index always exists.
     for path in (target, f"{target}.index"):
         if tf.io.gfile.exists(path):
             raise ConfigError(f"--target: {path} already exists; remove it, or choose another name")
