@@ -56,6 +56,7 @@ def run(main: Callable[..., int | None], *settings: type, words: bool = False) -
     for cls in settings:
         fields.define_flags(cls, values)
     with standard_output.quiet_when_unread():
+        # absl takes a value for a flag without one: --help=1.
         given = {re.sub("=(1|true)$", "", argument) for argument in sys.argv[1:]}
         about = sys.modules["__main__"].__doc__ or ""
         if given & _HELP_FULL:
@@ -65,6 +66,7 @@ def run(main: Callable[..., int | None], *settings: type, words: bool = False) -
             names = program_table.PROGRAMS.get(Path(sys.argv[0]).stem, ())
             print(flag_help.short(values, sys.argv[0], about, names))
             sys.exit(0)
+        # Before `main` imports TensorFlow, which reads the level of its native log then.
         log_lines.begin()
         app.run(
             lambda argv: _exit_code(
@@ -90,6 +92,7 @@ def _refuse_shell_habits(values: flags.FlagValues, arguments: Sequence[str]) -> 
     Two flags in a line, of which the first would swallow the second; quotes around a value.
     """
     for argument in arguments:
+        # `--a=1 --b=2`, and `--a=1 --nob`.
         match = re.match(r"--?(\w+)=(.*?\s--?(?:no)?(\w+)(?:=.*|\s*))$", argument, re.DOTALL)
         if match and match[1] in values and match[3] in values:
             raise fields.ConfigError(
@@ -168,6 +171,7 @@ def _exit_code(program: Callable[[], int | None]) -> int | None:
         logging.warning("%s: start the same command again to continue", e)
         return preemption.EXIT_CODE
     except Exception as e:
+        # For `quiet_when_unread`, which ends the program with 141.
         if isinstance(e, BrokenPipeError) and standard_output.is_unread():
             raise
         if not _is_fixable(e):

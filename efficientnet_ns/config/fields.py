@@ -74,6 +74,7 @@ class Settings:
             plain = os.fspath(value) if isinstance(value, os.PathLike) else value
             if isinstance(plain, str) and _is_path(name):
                 plain = ";".join(map(os.path.expanduser, plain.split(";")))
+            # The dataclasses are frozen.
             if plain is not value:
                 object.__setattr__(self, name, plain)
 
@@ -200,6 +201,7 @@ def mark_given(settings: Any, names: Collection[str]) -> None:
     for section in subsections(type(settings)) or [""]:
         one = getattr(settings, section) if section else settings
         chosen = frozenset(names) & frozenset(one.__dataclass_fields__)
+        # No field, so `dataclasses.replace` drops it, and `given` compares the copy with defaults.
         object.__setattr__(one, _GIVEN, chosen)
 
 
@@ -224,6 +226,7 @@ def _value(field: dataclasses.Field, flag: flags.Flag) -> Any:
     documented = field.metadata["documented"]
     if field.default is None and documented is not None and not flag.present:
         return None
+    # Where a default is documented, as of unl_aug, `none` is a choice like any other.
     nothing = field.metadata["choices"] and documented is None and flag.value in ("", "none")
     return None if nothing else flag.value
 
@@ -239,6 +242,7 @@ _FOLDERS_WRITTEN = {
 def check_no_file(name: str, path: str) -> None:
     """Raises ConfigError if the folder of flag `name` cannot be made because a file is there."""
     part = path.rstrip("/")
+    # The nearest of its parents that exists; of a path on an object store, none does.
     while part and not os.path.lexists(part):
         part = os.path.dirname(part)
     if part and not os.path.isdir(part):
@@ -268,6 +272,7 @@ def check(settings: Any) -> None:
             _check_text(field, value) if isinstance(value, str) else _check_bounds(field, value)
 
 
+# Abstract, so that numbers of NumPy are numbers, too.
 _KINDS: dict[type, tuple[str, Any]] = {
     str: ("a text", str),
     int: ("a whole number", numbers.Integral),

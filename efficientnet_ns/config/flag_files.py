@@ -36,6 +36,7 @@ def expanded(arguments: Sequence[str], outer: tuple[Path, ...] = ()) -> list[str
     while rest:
         argument = rest.pop(0)
         if argument == "--":
+            # absl, too, takes what follows for words.
             return [*result, argument, *rest]
         match = _FLAG.fullmatch(argument)
         if not match:
@@ -60,6 +61,7 @@ def _found(name: str) -> Path:
 
 def _lines(path: Path) -> list[str]:
     try:
+        # A byte order mark would become a part of the first flag.
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise ConfigError(f"--flagfile={path} is not UTF-8 text") from e

@@ -54,13 +54,13 @@ def _sections(values: flags.FlagValues, program: str) -> list[tuple[str, list[fl
 
 
 def _described(flag: flags.Flag) -> list[str]:
+    # absl begins the help of a flag with choices by `<a|b>: `, which `_usage` shows.
     words = flag.help.split(">: ", 1)[-1] if _choices(flag) else flag.help
     return [_usage(flag), flags.text_wrap(words or "", indent="      "), ""]
 
 
 def _choices(flag: flags.Flag) -> list[str]:
-    # absl puts them before the help of such a flag as well.
-    # The empty one takes back a preset's.
+    # Without the empty one, which takes back a preset's.
     return [value for value in getattr(flag.parser, "enum_values", []) if value]
 
 

@@ -74,21 +74,25 @@ class StopRequest:
         """Starts the thread that hears signals while the main thread is held up."""
         _leave_children_alone()
         read, write = os.pipe()
+        # As set_wakeup_fd demands: a handler must not wait for a full pipe.
         os.set_blocking(write, False)
         before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        # Python writes the number of every signal to it; its end ends the thread.
+        # Python writes the number of every signal to it; its end ends the thread. The order is
+        # reversed when undone, so that Python never writes to a number that is another file's.
         self._undo.callback(os.close, write)
         self._undo.callback(signal.set_wakeup_fd, before)
 
         def hear() -> None:
             while number := os.read(read, 1):
                 began = time.monotonic()
+                # Until `_handle` has run in the main thread, perhaps before this thread woke up.
                 while number[0] in SIGNALS and self._heard_at < began - SAME_REQUEST_SECONDS:
                     time.sleep(0.1)
                     held_up = time.monotonic() > began + HELD_UP_SECONDS
                     if held_up and (self._cut or self.requested):
                         os.write(2, _HELD_UP)  # The main thread may hold the lock of the log.
                         os._exit(EXIT_CODE)
+                    # A first request in a host loop, which is saved when the loop returns.
                     if held_up:
                         break
             os.close(read)
@@ -125,7 +129,7 @@ class StopRequest:
             if time.monotonic() - self._requested_at < SAME_REQUEST_SECONDS:
                 return
             logging.warning("%s again: ending without saving", name)
-            os._exit(128 + number)
+            os._exit(128 + number)  # What a shell reports of a process that a signal ended.
         self.requested, self._requested_at = True, time.monotonic()
         logging.warning(
             "%s: stopping once everything is saved; send it again to stop at once", name

@@ -49,6 +49,7 @@ def run_each(
 
     try:
         for job in jobs:
+            # One job per process runs and one waits, so that no process is idle in between.
             if len(waiting) >= 2 * processes:
                 yield from finished()
             waiting[pool.submit(function, *job)] = job

@@ -43,6 +43,7 @@ def prepared(paths: Mapping[str, str]) -> Iterator[None]:
     _check(remote)
     before = os.environ.get("TMPDIR")
     with atomic.scratch_folder("uploads") as folder:
+        # Only TensorFlow follows: Python's `tempfile` has noted its folder by now.
         os.environ["TMPDIR"] = folder
         try:
             yield

@@ -96,6 +96,7 @@ def _task(options: ImportConfig) -> tasks.Task:
 def _stages(
     options: ImportConfig, task: tasks.Task, tables: Sequence[Table], sources: Sequence[str]
 ) -> list[manifests.Stage]:
+    # Not the allowances: they decide whether predictions are written, not which.
     rules = ("key", "values", "temperature", "min_mass", "combine")
     settings = {name: getattr(options, name) for name in rules}
     settings["imported"] = [[manifests.content_hash(p) for p in table.paths] for table in tables]
@@ -172,6 +173,7 @@ def _write_shard(
                 without.update(why[why != _FOUND].tolist())
         if last:
             for teacher in teachers:
+                # A stream shows its length at its end: rows left over leave the set incomplete.
                 teacher.finish()  # Before the last shard appears.
         json_files.write_json(info, {"image_num": count})
         missing = {name: without[code] for code, name in _REASONS.items()}
@@ -186,10 +188,13 @@ def _combined(
         return parts[0]
     found = np.stack([why == _FOUND for _, why in parts])
     total = np.sum([probs for probs, _ in parts], 0, dtype=np.float64)
+    # Over the teachers that have a prediction: the others' rows are zeros.
     mean = (total / found.sum(0).clip(1)[:, None]).astype(np.float32)
+    # Where several reasons apply, the last in `_REASONS` counts.
     why = np.where(found.any(0), _FOUND, np.max([w for _, w in parts], 0)).astype(np.int8)
     if how == "agreement":
         labels = np.stack([probs.argmax(1) for probs, _ in parts])
+        # A teacher without a prediction does not agree; its zeros would seem to be class 0.
         differ = (labels != labels[0]).any(0) | ~found.all(0)
         why[differ & (why == _FOUND)] = _DISAGREEING
         mean[why != _FOUND] = 0
@@ -201,6 +206,7 @@ class _InOrder:
 
     def __init__(self, table: Table, convert: Conversion, total: int):
         self._table, self._total, self._done = table, total, 0
+        # Before anything is written, for the kinds of files that state it.
         rows = table.rows()
         if rows is not None and rows != total:
             raise self._wrong_number(str(rows))
@@ -249,6 +255,8 @@ class _InOrder:
             raise self._wrong_number(f"more than {self._total}")
 
 
+# A full join keeps rows without a record and records without a row, which `_check_join` counts.
+# Keys that are null match nothing.
 _JOIN = """
 CREATE TABLE joined AS SELECT row, key, place FROM source FULL JOIN
 (SELECT {key} AS key, first + position AS place FROM records JOIN firsts USING (shard)) AS known
@@ -270,6 +278,7 @@ class _ByKey:
     ):
         total = sum(counts)
         places = _joined(table, options, keys, counts)
+        # A new file is all zeros, which is what a record without a row gets; it cannot be empty.
         self._probs = np.memmap(path, np.float32, "w+", shape=(max(total, 1), convert.num_classes))
         self._why = np.full(total, _MISSING, np.int8)
         self._at, first = 0, 0
@@ -278,6 +287,7 @@ class _ByKey:
             place = places[first : first + len(probs)]
             first += len(probs)
             known = place >= 0
+            # Each place is written once, as `_joined` has refused keys that occur twice.
             self._probs[place[known]] = probs[known]
             self._why[place[known]] = np.where(outside[known], _OUTSIDE, _FOUND)
 
@@ -301,7 +311,8 @@ def _joined(
     """The number of the record of each row of a table, int64 [rows]; -1: of none.
 
     Raises:
-      DataError: keys that are null or occur twice, and without leave rows or records without partner.
+      DataError: a key is null or occurs twice, or a row or a record has no partner, which the
+        options do not allow.
     """
     import pyarrow
 
@@ -312,6 +323,7 @@ def _joined(
     ((named, unique, total),) = db.execute(
         f"SELECT count({column}), count(DISTINCT {column}), count(*) FROM records"
     ).fetchall()
+    # Before the join, in which a key that two records share would give two places to one row.
     _check_records(db, column, named, unique, total)
     db.execute("CREATE TABLE source (row BIGINT, key VARCHAR)")
     first = 0
@@ -326,7 +338,9 @@ def _joined(
     db.execute(_JOIN.format(key=column))
     _check_join(db, table, options)
     found = db.execute("SELECT row, place FROM joined WHERE row IS NOT NULL").fetchnumpy()
+    # DuckDB masks nulls: the places of rows without a record.
     row, place = found["row"], np.ma.filled(np.ma.asarray(found["place"]), -1)
+    # The join has an order of its own.
     places = np.full(len(row), -1, np.int64)
     places[np.asarray(row, np.int64)] = place
     return places

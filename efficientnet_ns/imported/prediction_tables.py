@@ -80,6 +80,7 @@ class Table:
         try:
             yield
         except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError) as e:
+            # A ValueError, too, but of this module: it names the file.
             if isinstance(e, DataError):
                 raise
             raise DataError(f"{path} cannot be read: {e}{_hint(self._key)}") from e
@@ -150,6 +151,7 @@ class _Arrow(_Reader):
                 f"{self._path} has no column {self._key!r} (--key_column); it has {_listed(names)}"
             )
         others = [name for name in names if name != self._key]
+        # One column of lists can only be the values; other columns are then ignored.
         lists = [n for n in others if _is_list(schema.field(n).type)]
         if len(lists) == 1:
             self._values, self.names = lists, None
@@ -174,12 +176,14 @@ class _Arrow(_Reader):
             columns = [batch.column(name).to_numpy(zero_copy_only=False) for name in self.names]
             return keys, np.stack(columns, 1)
         (column,) = (batch.column(name) for name in self._values)
+        # With nulls, an array of floats: their length NaN equals no other and is refused below.
         lengths = column.value_lengths().to_numpy(zero_copy_only=False)
         if len(lengths) and not (lengths == lengths[0]).all():
             other = int(np.flatnonzero(lengths != lengths[0])[0])
             raise DataError(
                 f"{self._path}: lists of {lengths[0]:g} and of {lengths[other]:g} numbers in one column"
             )
+        # Not `column.values`, which ignores that a batch may be a slice of a longer array.
         values = column.flatten().to_numpy(zero_copy_only=False)
         return keys, values.reshape(len(column), -1)
 
@@ -255,6 +259,7 @@ class _Jsonl(_Arrow):
         first: Any = json.loads(line)
         if not isinstance(first, dict):
             raise DataError(f"{self._path}: each line must be an object, not {line.strip()[:40]}")
+        # Even for whole numbers: Arrow would expect integers after a first block of nothing else.
         number = pyarrow.float64()
         types = {
             name: pyarrow.list_(number)
@@ -307,6 +312,7 @@ class _Numpy(_Reader):
                     )
                 yield None, np.load(path, mmap_mode="r")
                 return
+            # Only `.npy` files can be mapped: arrays of a `.npz` file are in memory as a whole.
             with np.load(path) as stored:
                 if self._key and self._key not in stored:
                     raise DataError(
@@ -328,6 +334,7 @@ class _Numpy(_Reader):
         with self._arrays() as (keys, values):
             for start in range(0, len(values), _ROWS):
                 part = slice(start, start + _ROWS)
+                # astype: keys may be bytes or numbers.
                 named = None if keys is None else pyarrow.array(keys[part].astype(str))
                 yield named, np.asarray(values[part])
 

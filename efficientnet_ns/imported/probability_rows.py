@@ -12,7 +12,8 @@ from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.imported.prediction_tables import Block, Table
 
 _NONE = "-"  # In a class map: not one of ours.
-# How far the sum of a row may be from one: 16-bit probabilities of a thousand classes are this far.
+# How far the sum of a row may be from one. Rounded to 16 bits (bfloat16), each probability may be
+# off by 0.4 % of itself, and so the sum.
 _TOLERANCE = 0.01
 
 
@@ -69,6 +70,8 @@ class Conversion:
         if targets is not None:
             # Columns in the order of their classes, so that reduceat adds those of a class.
             order = np.argsort(targets, kind="stable")
+            # [K'], the columns of our classes, and [C], where those of each class begin. Each class
+            # has a column (see `target_classes`): of none, reduceat would not make 0.
             self._order = order[targets[order] >= 0]
             self._starts = np.searchsorted(targets[self._order], np.arange(num_classes))
             self._whole = (targets >= 0).all()
@@ -90,6 +93,7 @@ class Conversion:
                     else f"there are {expected} classes in the class map"
                 )
             )
+        # Probabilities that are float32 already are stored as they are.
         if values.dtype != np.float32 or self._options.values == "logits":
             values = values.astype(np.float64)
         _refuse(block, ~np.isfinite(values).all(1), "NaN, infinite or empty numbers", values)
@@ -110,6 +114,7 @@ class Conversion:
         temperature = self._options.temperature
         if temperature == 1:
             return values
+        # The logarithm of 0 is -inf, which softmax makes 0 again.
         with np.errstate(divide="ignore"):
             return _softmax(np.log(values.astype(np.float64)) / temperature)
 
@@ -119,6 +124,7 @@ class Conversion:
             return values, np.zeros(len(values), bool)
         mass = values.sum(1, dtype=np.float64)
         outside = mass < self._options.min_mass
+        # The quotient is computed for rows outside as well, whose mass may be 0.
         return np.where(outside[:, None], 0, values / mass.clip(1e-30)[:, None]), outside
 
 

@@ -56,6 +56,7 @@ def _write(source: str, shard: int, stage: manifests.Stage) -> None:
         try:
             if record.payload is not None:
                 content = hashlib.sha256(tfexamples.image_bytes(record.payload)).hexdigest()
+                # "" would be the key of all records without a name; null is that of none.
                 name = tfexamples.file_name(record.payload) or None
         except DataError:
             pass  # Labeling says why; here it is a record without keys.

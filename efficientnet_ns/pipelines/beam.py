@@ -99,6 +99,7 @@ class _Predict(apache_beam.DoFn):
 
     def process(self, unit: whole_set.Unit) -> Iterator[str]:
         if self._teacher is None:
+            # Not in `setup`, which Beam calls before there is a unit.
             self._teacher = self._shared.acquire(lambda: whole_set.load_teacher(self._prediction))
         yield whole_set.label(self._prediction, unit, self._teacher)
         for name, count in self._teacher.meter.take().items():

@@ -66,7 +66,7 @@ def label(prediction: Config, selection: SelectConfig, pool: RayConfig) -> dict[
 def _connected(address: str) -> Iterator[None]:
     """Within it, this process is connected to the cluster."""
     if ray.is_initialized():
-        yield
+        yield  # Whoever connected also disconnects.
         return
     handler = signal.getsignal(signal.SIGTERM)
     # Ray prints there what it notices, such as the death of a node.
@@ -89,6 +89,7 @@ def _resources(pool: RayConfig) -> dict[str, float]:
             needed[name] = float(amount)
         except ValueError:
             needed[name] = math.nan
+        # Not `<= 0`, which is false for NaN.
         if not needed[name] > 0 or name in ("", "CPU", "GPU"):
             raise ConfigError(
                 f"--resources_per_actor={pool.resources_per_actor}: {part!r} is not name=amount of a "
@@ -148,6 +149,7 @@ class _Pool:
                     except ray.exceptions.RayError as e:
                         self._lose(actor, unit, e)
                         continue
+                    # Losses count in a row, and loading works: this actor has the teacher.
                     if unit is None:
                         self._losses[None] = 0
                     else:
@@ -158,6 +160,7 @@ class _Pool:
                         self._calls[actor.label.remote(given)] = actor, given
                     else:
                         ray.kill(actor)
+        # Actors that still load, or wait for a place.
         for actor, _ in self._calls.values():
             ray.kill(actor)
         return refused
@@ -168,6 +171,7 @@ class _Pool:
     def _grow(self) -> None:
         """Requests the least number of actors, and more where there is room."""
         actors, working = len(self._calls), self._working()
+        # Those that Ray has not placed yet will take room as well.
         room = _places(ray.available_resources(), self._needed) - (actors - working)
         limit = min(self._options.max_actors or math.inf, len(self._waiting) + working)
         for _ in range(actors, int(min(max(self._options.min_actors, actors + room), limit))):
@@ -204,6 +208,7 @@ def _result(call: Any) -> Any:
     try:
         return ray.get(call)
     except ray.exceptions.RayTaskError as e:
+        # It is a RayError, too: as such, it would pass for the loss of an actor.
         raise e.cause from e
 
 

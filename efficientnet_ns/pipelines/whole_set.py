@@ -37,6 +37,7 @@ def unfinished(prediction: Config, selection: SelectConfig) -> list[Unit]:
     Raises:
       ConfigError, DataError, manifests.OutputConflict: see `predict.predict` and `index.decisions`.
     """
+    # Read for its errors only: a missing list is told before hours of labeling, not after.
     index.decisions(selection)
     parts = _parts(prediction)
     units = [(part.predict.worker_id, s) for part in parts for s in predict.unfinished(part)]
@@ -73,6 +74,7 @@ def select_shards(refused: list[str], selection: SelectConfig) -> list[int]:
       TooManyBadRecords: of the first shard with too many.
     """
     if messages := list(filter(None, refused)):
+        # Units finish in any order; the message is to be the same in every run.
         raise TooManyBadRecords(min(messages))
     select(selection)
     return index.shards(selection)

@@ -53,11 +53,13 @@ def encoded_images(path: str, limit: int) -> list[bytes]:
     """
     if not tf.io.gfile.exists(path):
         raise DataError(f"{path} does not exist")
+    # Empty for an archive, which `_listed` opens.
     names = object_stores.names(path)
     shards = [name for name in names if shard_names.parse(name)]
     # Images next to records take precedence over the records; images in subfolders do not.
     pictures = any(map(image_sources.is_image, names))
     found = _recorded(path, shards) if shards and not pictures else _listed(path)
+    # All of these are generators: no more images are read and decoded than are needed.
     images = list(itertools.islice(_decodable(found), limit))
     if not images:
         raise DataError(
@@ -70,6 +72,8 @@ def _recorded(path: str, shards: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     for name in shards:
         for record in tfrecords.read(os.path.join(path, name)):
             where = f"{os.path.join(path, name)}, record {record.position}"
+            # One damaged record is left out. A whole one without an image, below, means records of
+            # another kind, such as predictions: all of them would fail.
             if record.payload is None:
                 logging.warning("skipping %s in the comparison: %s", where, record.problem)
                 continue
@@ -98,6 +102,7 @@ def _in_turn(entries: Sequence[image_sources.Entry]) -> list[image_sources.Entry
         folder = posixpath.dirname(entry.name)
         places.append(seen[folder])
         seen[folder] += 1
+    # The sort is stable, so folders keep their order within each turn.
     return [entries[i] for i in sorted(range(len(entries)), key=places.__getitem__)]
 
 

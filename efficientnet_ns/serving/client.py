@@ -84,12 +84,15 @@ class RestServer:
     def __init__(self, url: str, model: str, version: int | None = None, timeout: float = 30.0):
         kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
         try:
+            # Without `//`, urlsplit takes `localhost:8501` for a scheme and a path.
             parts = urlsplit(url if "//" in url else f"http://{url}")
             self._connect = functools.partial(
                 kinds[parts.scheme], parts.hostname, parts.port, timeout=timeout
             )
             if "@" in parts.netloc or parts.query or parts.fragment:
                 raise ValueError("parts that would not be sent")
+            # Raises now what requests would raise: for ports out of range, labels that DNS cannot
+            # hold, and control characters. `_connect` makes an object, no connection.
             usable = (parts.hostname or "").encode("idna") and parts.port != 0 and self._connect()
         except (KeyError, ValueError, http.client.HTTPException):
             usable = False
@@ -100,6 +103,7 @@ class RestServer:
             )
         self._address, self._timeout = parts.netloc, timeout
         chosen = "" if version is None else f"/versions/{version}"
+        # % stays, because the path of an address may be quoted already.
         base = quote(parts.path.rstrip("/"), safe="/%")
         self._path = f"{base}/v1/models/{quote(model, safe='')}{chosen}:predict"
 
@@ -110,10 +114,12 @@ class RestServer:
           RequestFailed: no connection, an HTTP error, or a response of another kind.
         """
         encoded = [{"b64": base64.b64encode(image).decode()} for image in images]
+        # The columnar format: with `instances`, the response would be an object per image.
         body = json.dumps({"inputs": {"image_bytes": encoded}})
         connection = self._connect()
         start = time.monotonic()
         try:
+            # First, because the timer needs the socket; what connecting took is not granted again.
             connection.connect()
             with _shut_after(start + self._timeout - time.monotonic(), connection.sock):
                 connection.request("POST", self._path, body, {"Content-Type": "application/json"})
@@ -162,10 +168,12 @@ def _shut_after(seconds: float, sock: socket.socket) -> Iterator[None]:
         yield
     except (OSError, http.client.HTTPException) as e:
         if late.is_set():
+            # The reader saw only that the connection was closed.
             raise TimeoutError("timed out") from e
         raise
     finally:
         timer.cancel()
+    # A response without a length ends where the connection does, so a cut one looks complete.
     if late.is_set():
         raise TimeoutError("timed out")
 
@@ -175,6 +183,7 @@ def _explanation(content: bytes) -> str:
     text = content.decode("utf-8", "replace")
     try:
         text = str(json.loads(text)["error"])
+    # RecursionError: JSON that is nested thousands of levels deep.
     except (ValueError, LookupError, TypeError, RecursionError):
         title = re.search(r"<title[^>]*>(.*?)</title", text, re.DOTALL | re.IGNORECASE)
         if title or re.match(r"\s*<(!doctype|html)", text, re.IGNORECASE):
@@ -195,6 +204,7 @@ class GrpcServer:
 
     def __init__(self, address: str, model: str, version: int | None = None, timeout: float = 30.0):
         try:
+            # Not at the top: REST needs nothing but the standard library.
             import grpc
             import tensorflow as tf
             from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
@@ -205,6 +215,7 @@ class GrpcServer:
             ) from e
         self._grpc, self._tf, self._messages = grpc, tf, predict_pb2
         self._model, self._version, self._timeout = model, version, timeout
+        # By default, gRPC refuses responses above 4 MB.
         unlimited = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
         channel = grpc.insecure_channel(address, unlimited)
         self._stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
@@ -284,7 +295,7 @@ def classify(
       batch_size: photos per request.
       concurrency: number of simultaneous requests.
       retries: see `with_retries`.
-      top: classes per photo.
+      top: maximum number of classes per photo; the model returns its own `top_k` at most.
       latencies: receives the seconds of every successful request, including retries.
     """
 
@@ -292,6 +303,8 @@ def classify(
         images, results = {}, {}
         for path in paths:
             try:
+                # By path: a photo given twice is sent once. Read in the thread that sends it, so no
+                # more than `concurrency` batches are in memory.
                 images[path] = Path(path).read_bytes()
             except OSError as e:
                 results[path] = Result(path, error=e.strerror or str(e))
@@ -452,6 +465,7 @@ def _at_least(low: int) -> Callable[[str], int]:
 
 
 def _seconds(text: str) -> float:
+    # A chain that NaN fails, too.
     if not 0 < float(text) <= _MAX_TIMEOUT:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most {_MAX_TIMEOUT}")
     return float(text)

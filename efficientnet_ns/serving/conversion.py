@@ -32,7 +32,9 @@ def convert_checkpoint(
     if not source or not target:
         raise ConfigError("--source (or --model_dir) and --target are needed")
     source, target = stored_model.find(source), os.fspath(target)
+    # Before the source is read, which takes longer.
     weights.check_target(target)
+    # A checkpoint is the prefix of its files: that of the index always exists.
     for path in (target, f"{target}.index"):
         if tf.io.gfile.exists(path):
             raise ConfigError(f"--target: {path} already exists; remove it, or choose another name")
@@ -48,6 +50,7 @@ def convert_checkpoint(
             small_image=config.small_image_model or learned.get("small_image", False),
             width_coefficient=config.width_coefficient,
             depth_coefficient=config.depth_coefficient,
+            # Saved with the weights, so later programs normalize and crop as the training did.
             mean=learned.get("mean"),
             std=learned.get("std"),
             crop_fraction=stored.crop_fraction,

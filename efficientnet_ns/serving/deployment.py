@@ -15,6 +15,7 @@ from efficientnet_ns.files import object_stores
 from efficientnet_ns.serving import templates
 
 FOLDER = "deploy"
+# The server pads a batch to the next of these. The last must be its `max_batch_size`.
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 
 

@@ -22,6 +22,7 @@ def num_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
     """
     start = tf.strings.substr(image_bytes, 0, _HEADER)
     header = tf.cast(tf.io.decode_raw(start, tf.uint8), tf.int64)
+    # Zeros after the end of a short file, which thus has no pixels; the decoder rejects it.
     header = tf.pad(header, [[0, _HEADER - tf.size(header)]])
 
     def number(first: int, size: int, little_endian: bool) -> tf.Tensor:
@@ -35,6 +36,8 @@ def num_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
     # The height of a BMP is negative (two's complement) if its rows are stored from top to bottom.
     bmp_height = number(22, 4, True)
     bmp_height = tf.where(bmp_height < 2**31, bmp_height, 2**32 - bmp_height)
+    # Functions, because extract_jpeg_shape fails on other formats: only the op of the case runs. In
+    # PNG the sides are big-endian, after 8 bytes of signature and 8 of length and name of a chunk.
     cases = [
         (tf.io.is_jpeg(image_bytes), jpeg),
         (_starts_with(start, _PNG), lambda: number(16, 4, False) * number(20, 4, False)),

@@ -51,6 +51,7 @@ def export_model(
     model = _model(resolved, path, options)
     number = options.version
     if number is None:
+        # Files of each model and type have numbers of their own.
         pattern = re.escape(_file_name(model, "NUMBER", options)).replace("NUMBER", r"(\d+)")
         number = export.next_version(options.export_dir, pattern)
     told = _export_options(resolved, options, _facts(resolved, path, options) | dict(facts or {}))
@@ -101,6 +102,8 @@ def _file_name(model, version: int | str, options: ExportConfig) -> str:
 
 
 def _model(resolved: ResolvedConfig, path: str, options: ExportConfig):
+    # Layers take the global policy when they are built. It is put back, because `_compare` builds
+    # the model again in float32.
     before = tf.keras.mixed_precision.global_policy()
     if options.serving_dtype == "bfloat16" and options.format == "savedmodel":
         tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
@@ -135,7 +138,7 @@ def _provenance(resolved: ResolvedConfig, path: str) -> dict[str, object]:
     """Recipe, data and accuracy, if the weights are those of a training's folder or published ones."""
     place = (path,) if tf.io.gfile.isdir(path) else os.path.split(path)
     if facts := provenance.of_training(*place):
-        return facts  # Whatever the name of its folder.
+        return facts  # First: the folder of a training may have the name of a published model.
     if provenance.is_published(path, resolved.model_name):
         return provenance.of_publication(resolved.model_name, path)
     return {}
@@ -151,6 +154,7 @@ def _images(resolved: ResolvedConfig, place: str, limit: int):
 
 def _float32_probabilities(job: _Job, images):
     """Probabilities of the model as it was trained, in float32."""
+    # Built anew: the exported model may compute in bfloat16.
     float32 = dataclasses.replace(job.options, serving_dtype="float32")
     model = _model(job.resolved, job.path, float32)
     parts = [images[i : i + 8] for i in range(0, len(images), 8)]
@@ -159,8 +163,10 @@ def _float32_probabilities(job: _Job, images):
 
 def _saved_model(job: _Job, model, version: int) -> str:
     options, preprocessing = job.options, job.resolved.preprocessing()
+    # Before the export, so that unusable images are named before a version exists.
     encoded, images = _images(job.resolved, options.check_data, options.check_images)
     folder = export.export(model, preprocessing, options.export_dir, version, job.exported)
+    # From the encoded images: the graph's own decoding and cropping are compared, too.
     _compare(job, images, lambda: export.saved_model_runner(folder)(encoded))
     return folder
 

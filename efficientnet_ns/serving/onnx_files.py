@@ -46,6 +46,7 @@ def convert(model: tf.keras.Model, facts: Mapping[str, object], labels: Sequence
     finally:
         logging.set_verbosity(verbosity)
     for key, value in {"facts": dict(facts), "labels": list(labels)}.items():
+        # Values are strings only.
         made.metadata_props.add(key=key, value=json.dumps(value))
     return made.SerializeToString(deterministic=True)
 

@@ -23,6 +23,7 @@ _RECIPE = {
     "label_smoothing": "Label smoothing",
     "moving_average_decay": "Decay of the moving averages",
     "teacher_model_name": "Teacher on the fly",
+    # Two flags for the same; a card has one line.
     "init_model_path": "Started from",
     "init_weights": "Started from",
     "seed": "Seed",
@@ -49,6 +50,7 @@ def of_training(model_dir: str, checkpoint: str = "") -> dict[str, object]:
         for name, title in {**_RECIPE, **_DATA}.items()
         if settings.get(name) not in (None, "")
     }
+    # The default, 0, is no part of a recipe.
     if not settings.get("unlabel_ratio"):
         facts.pop(_RECIPE["unlabel_ratio"], None)
     if settings.get("unlabel_data_dir") or settings.get("teacher_model_name"):
@@ -57,12 +59,14 @@ def of_training(model_dir: str, checkpoint: str = "") -> dict[str, object]:
         facts["Augmentation"] = (
             f"RandAugment, {settings['randaug_layer']} operations of magnitude {settings['randaug_mag']}"
         )
+    # Of an earlier checkpoint, later evaluations are those of other weights.
     step = checkpoint.rpartition("-")[2]
     row = _last_evaluation(
         os.path.join(model_dir, "metrics.jsonl"), float(step) if step.isdigit() else float("inf")
     )
     if row:
         facts[f"Evaluation during the training, after {row['step']} steps"] = (
+            # Training evaluates no other weights, whichever are exported.
             _accuracy(row, "eval/") + " (moving averages)"
         )
     measured = _read(os.path.join(model_dir, "eval", "eval.json"), *_MEASURED)

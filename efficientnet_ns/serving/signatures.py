@@ -82,6 +82,7 @@ class Classifier(tf.Module):
         size = [None, None, None, 3]
         specs = {
             "serving_default": (self._image_bytes, "image_bytes", strings),
+            # Two, because an input of a signature has one dtype.
             "predict_images": (self._pixels, "images", tf.TensorSpec(size, tf.float32)),
             "predict_images_uint8": (self._pixels, "images", tf.TensorSpec(size, tf.uint8)),
             "features": (self._features, "image_bytes", strings),
@@ -89,6 +90,7 @@ class Classifier(tf.Module):
         }
         return {
             name: tf.function(function, autograph=False).get_concrete_function(
+                # Requests name the input as its spec is named.
                 tf.TensorSpec(spec.shape, spec.dtype, name=argument)
             )
             for name, (function, argument, spec) in specs.items()
@@ -142,11 +144,14 @@ class Classifier(tf.Module):
         ).ignore_errors()
         # One extra element in front, so that there is a batch even if every image fails.
         first = tf.data.Dataset.from_tensors((-1, tf.zeros(self._image_spec.shape)))
+        # One batch of all that are left; rows are numbers in `inputs`.
         batch = first.concatenate(good).batch(tf.cast(count, tf.int64) + 1)
         rows, images = batch.get_single_element()
+        # [M, 1], as scatter_nd takes indices, and [M, S, S, 3] for M decoded images.
         rows, images = rows[1:, None], images[1:]
         valid = tf.scatter_nd(rows, tf.ones_like(rows[:, 0]), count[None]) > 0
         shape = tf.concat([count[None], self._image_spec.shape], 0)
+        # Usually all are valid, and the copy is saved.
         images = tf.cond(
             tf.reduce_all(valid), lambda: images, lambda: tf.scatter_nd(rows, images, shape)
         )
@@ -163,6 +168,7 @@ class Classifier(tf.Module):
         probabilities = _only(valid, tf.nn.softmax(logits))
         k = min(self._outputs.top_k, len(self._outputs.class_names))
         top_probabilities, top = tf.math.top_k(probabilities, k)
+        # Of an invalid image all probabilities are 0, and the "best" classes just the first ones.
         top_names = tf.where(valid[:, None], tf.gather(names, top), "")
         top_classes = tf.where(valid[:, None], tf.cast(top, tf.int64), -1)
         return {

@@ -38,11 +38,13 @@ def convert(model: tf.keras.Model, kind: str, representative: Sequence[np.ndarra
     def configure(converter: tf.lite.TFLiteConverter) -> None:
         if kind == "float32":
             return
+        # `dynamic` is this default: weights of 8 bits, activations quantized as they are computed.
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
         if kind == "float16":
             converter.target_spec.supported_types = [tf.float16]
         elif kind == "int8":
             converter.representative_dataset = lambda: _calibration(representative)
+            # An op without an integer kernel fails the conversion instead of staying in float32.
             converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
             converter.inference_input_type = tf.uint8
             converter.inference_output_type = tf.uint8
@@ -81,6 +83,7 @@ def with_metadata(
       described: content of TensorFlow Lite's metadata.
     """
     content = tflite_metadata.attach(content, tflite_metadata.encode(described))
+    # A flatbuffer is read from its beginning and a ZIP archive from its end: one file can be both.
     archive = io.BytesIO(content)
     with zipfile.ZipFile(archive, "a") as files:
         # ZipInfo has a fixed date, so equal models give equal files.

@@ -45,6 +45,7 @@ class _Builder(flatbuffers.Builder):
 
     def table(self, fields: Mapping[int, int], scalars: Mapping[int, tuple] = {}) -> int:  # noqa: B006
         """Writes a table of field position → offset and field position → (type, value)."""
+        # A flatbuffer cannot nest: what `fields` point to has been written before.
         self.StartObject(max([*fields, *scalars]) + 1)
         for slot, offset in fields.items():
             self.PrependUOffsetTRelativeSlot(slot, offset, 0)
@@ -60,6 +61,7 @@ class _Builder(flatbuffers.Builder):
 
     def floats(self, *values: float) -> int:
         self.StartVector(4, len(values), 4)
+        # Flatbuffers grow toward their beginning.
         for value in reversed(values):
             self.PrependFloat32(value)
         return self.EndVector()
@@ -75,7 +77,9 @@ def encode(described: Description) -> bytes:
     must not do so again.
     """
     b = _Builder(1024)
+    # SubGraphMetadata: input_tensor_metadata, output_tensor_metadata.
     graph = b.table({2: b.tables(_input(b, described)), 3: b.tables(_output(b, described))})
+    # ModelMetadata: name, description, subgraph_metadata, min_parser_version.
     fields = {
         0: b.CreateString(described.model),
         1: b.CreateString(f"EfficientNet classifier of images, {described.kind}"),
@@ -88,11 +92,16 @@ def encode(described: Description) -> bytes:
 
 def _input(b: _Builder, described: Description) -> int:
     side = (_uint, described.image_size)
+    # ImageProperties: color_space, default_size.
     image = b.table({1: b.table({}, {0: side, 1: side})}, {0: (_byte, _RGB)})
+    # A union has two fields: the type, and the table of that type.
     content = b.table({1: image}, {0: (_byte, _IMAGE_PROPERTIES)})
+    # NormalizationOptions: mean, std.
     scaling = b.table({0: b.floats(0.0), 1: b.floats(1.0)})
     unit = b.table({1: scaling}, {0: (_byte, _NORMALIZATION)})
+    # Stats: max, min.
     limits = b.table({0: b.floats(255.0), 1: b.floats(0.0)})
+    # TensorMetadata: name, description, content, process_units, stats.
     return b.table(
         {
             0: b.CreateString("image"),
@@ -105,11 +114,13 @@ def _input(b: _Builder, described: Description) -> int:
 
 
 def _output(b: _Builder, described: Description) -> int:
+    # AssociatedFile: name, description, type.
     labels = b.table(
         {0: b.CreateString(described.labels_file), 1: b.CreateString("class names, one per line")},
         {2: (_byte, _AXIS_LABELS)},
     )
     limits = b.table({0: b.floats(1.0), 1: b.floats(0.0)})
+    # TensorMetadata: name, description, stats, associated_files.
     return b.table(
         {
             0: b.CreateString("probability"),
@@ -128,8 +139,10 @@ def attach(content: bytes, metadata: bytes) -> bytes:
     stored = schema.BufferT()
     stored.data = np.frombuffer(metadata, np.uint8)
     entry = schema.MetadataT()
+    # By the number of the buffer, which is appended next.
     entry.name, entry.buffer = NAME, len(model.buffers)
     model.buffers.append(stored)
+    # Names that were read from a flatbuffer are bytes.
     others = [kept for kept in model.metadata or [] if kept.name != NAME.encode()]
     model.metadata = [*others, entry]
     b = _Builder(len(content) + len(metadata))

@@ -32,6 +32,7 @@ def _model_spec(model: str, signature: str) -> bytes:
 def predict_log(model: str, signature: str, argument: str, value: np.ndarray) -> bytes:
     """A serialized PredictionLog of one Predict request."""
     proto = tf.make_tensor_proto(value).SerializeToString()
+    # An entry of a map: key, value.
     entry = field(1, argument.encode()) + field(2, proto)
     request = field(_MODEL_SPEC, _model_spec(model, signature)) + field(_INPUTS, entry)
     return field(_PREDICT_LOG, field(_REQUEST, request))
