@@ -19,7 +19,7 @@ from efficientnet_ns.ingest.image_sources import Source
 from efficientnet_ns.ingest.listing import Listing
 
 # Square images up to this side get the small-image model, as SVHN's 32 pixels do.
-_SMALL_SIDE, _FIXED_SIDE = 40, 64
+SMALL_SIDE, _FIXED_SIDE = 40, 64
 
 
 def make_records(config: MakeConfig, leave_out: Collection[str] = ()) -> dict[str, int]:
@@ -237,7 +237,7 @@ def _write_task(config: MakeConfig, made: dict[str, image_records.Made], fields:
         fields["num_train_images"] = made["train"].records
         shape = made["train"].shape
         if shape and shape[0] == shape[1] <= _FIXED_SIDE and "image_size" not in fields:
-            fields.update(image_size=shape[0], small_image=shape[0] <= _SMALL_SIDE)
+            fields.update(image_size=shape[0], small_image=shape[0] <= SMALL_SIDE)
     evaluation = [prefix for prefix in ("validation", "dev") if prefix in made]
     # If there are only a training and a test set, the latter is used for evaluation.
     only_test = "test" in made and "train" in made and not evaluation

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns import report
@@ -265,7 +266,7 @@ def classify_in_fresh_process(folder: str, saved_model: str) -> None:
     test_set = shard_names.list_shards(os.path.join(folder, "data", "labeled"), "test")
     first = next(tfrecords.read(test_set[0])).payload or b""
     picture = os.path.join(folder, "test_image.png")
-    with open(picture, "wb") as f:
+    with tf.io.gfile.GFile(picture, "wb") as f:
         f.write(tfexamples.image_bytes(first))
     # Flushed, because the other process ends this line on the same output.
     print(f"{picture} shows a {tfexamples.label(first)}; ", end="", flush=True)

@@ -34,6 +34,7 @@ from efficientnet_ns.config import (
     MakeConfig,
     PicturesConfig,
     check,
+    given,
     mark_given,
 )
 from efficientnet_ns.data import tasks
@@ -100,6 +101,8 @@ class Result:
 def run(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> None:
     """The program: with --labeled from pictures, else `rounds.run_loop` on records; prints results."""
     if not (pictures.labeled or pictures.unlabeled):
+        if unused := sorted(given(pictures)):
+            raise ConfigError(f"--{unused[0]} requires --labeled and --unlabeled")
         rows = rounds.run_loop(settings, loop)
         print("\n".join(map(json.dumps, rows)))
         return
@@ -243,7 +246,7 @@ class _Run:
         rows = []
         if chosen["init_weights"]:
             rows.append(self._probe(base, loop))
-            base = base.override(init_model=True, init_model_path=self._in_work("probe"))
+            base = rounds.started_from(base, self._in_work("probe"))
         names = tasks.class_names(tasks.get_task(base.data.task_name or "")) or ()
         watch = hurdles.Watch(base, loop, names, self._warn)
         trained = rounds.run_loop(base, loop, watch)
@@ -263,9 +266,9 @@ class _Run:
         # By this note, `stored_model.find` takes `work_dir` for the best model.
         self.state.once(stored_model.BEST, lambda: {"round": best})
         self.state.once("labels", lambda: self._label(base, loop, model, best, len(trained)))
-        exported = self.state.once("export", lambda: self._export(model, len(names)))
+        exported = self.state.once("export", lambda: self._export(model))
         # --- Report
-        table = picture_report.table(rows, sets, data["counts"], base, best)
+        table = picture_report.table(rows, sets, base, best)
         judged = self._judged(model)
         with progress.stage("report"):
             path = picture_report.write(
@@ -295,7 +298,7 @@ class _Run:
     def _probe(self, base: Config, loop: LoopConfig) -> dict[str, Any]:
         """Fits and measures the linear probe from which every training starts; its row."""
         folder, weights = self._in_work("probe"), self.plan.chosen["init_weights"]
-        first = rounds.model_configs(base, loop)[0].override(keep_bn_statistics=False)
+        first = rounds.model_configs(base, loop)[0]
         self.state.once("probe", lambda: probe.fit(first, weights, folder))
         measure = first.override(init_model_path=folder, model_dir=None, eval_dir=folder)
         measured = self.state.once("probe: measure", lambda: evaluate.evaluate(measure))
@@ -420,10 +423,10 @@ class _Run:
             tasks.class_names(tasks.get_task(base.data.task_name or "")),
         )
 
-    def _export(self, model: Config, classes: int) -> dict[str, str]:
+    def _export(self, model: Config) -> dict[str, str]:
         folder = self._in_work("export")
         paths = {"saved_model": os.path.join(folder, "1")}
-        options = ExportConfig(export_dir=folder, version=1, top_k=max(1, min(5, classes or 5)))
+        options = ExportConfig(export_dir=folder, version=1)
         facts = self._facts(model)
         # The upload of a killed export is none: its graph comes last.
         if not stored_model.is_export(paths["saved_model"]):

@@ -33,7 +33,6 @@ def name_of(number: int | str) -> str:
 def table(
     rows: Sequence[Mapping[str, Any]],
     task: tasks.Task,
-    counts: Mapping[str, int],
     config: Config,
     best: int,
 ) -> list[dict[str, str]]:
@@ -41,7 +40,6 @@ def table(
 
     Args:
       rows: of `rounds.run_loop`, with those of probe and control.
-      counts: records of each set.
       best: `round` of the best model.
     """
     labeled = ResolvedConfig.from_config(config).epoch_images()

@@ -76,6 +76,15 @@ def chosen_by_user(pictures: PicturesConfig, settings: Config, loop: LoopConfig)
                 f"--{name}={values[name]} cannot be combined with --labeled: pass folders of records as "
                 "--labeled and --unlabeled, too; --work_dir holds all models"
             )
+    for name in ("init_model", "init_model_path"):
+        if values.get(name):
+            raise ConfigError(
+                f"--{name} cannot be combined with --labeled: name the weights with --init_weights"
+            )
+    if values.get("finetune_resolution"):
+        raise ConfigError(
+            "--finetune_resolution cannot be combined with --labeled: fine-tune the best model with main.py"
+        )
     return {name: value for name, value in values.items() if name not in _FRAME}
 
 

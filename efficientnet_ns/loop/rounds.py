@@ -170,7 +170,12 @@ def model_configs(config: Config, loop: LoopConfig) -> list[Config]:
 
 def warm_started(student: Config, teacher: Config) -> Config:
     """The settings of a student that starts from its teacher's weights."""
-    return student.override(init_model=True, init_model_path=teacher.train.model_dir)
+    return started_from(student, teacher.train.model_dir)
+
+
+def started_from(config: Config, folder: str | None) -> Config:
+    """The settings of a training that starts from all weights in `folder`, and from no others."""
+    return config.override(init_model=True, init_model_path=folder, init_weights=None, init_skip="")
 
 
 def _per_model(flag: str, text: str, kind: type, count: int) -> list[Any]:
@@ -303,11 +308,9 @@ def finetune_config(config: Config, loop: LoopConfig, number: int) -> Config:
     folder = os.path.join(loop.work_dir, f"round-{number}", f"finetuned-{loop.finetune_resolution}")
     images = ResolvedConfig.from_config(config).epoch_images()
     steps = max(1, round(loop.finetune_epochs * images / config.train.train_batch_size))
-    return student.override(
+    return started_from(student, student.train.model_dir).override(
         model_dir=folder,
         input_image_size=loop.finetune_resolution,
-        init_model=True,
-        init_model_path=student.train.model_dir,
         fix_layer_num=loop.finetune_fix_layers,
         remove_aug=True,
         unlabel_ratio=0.0,

@@ -10,12 +10,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from efficientnet_ns.ingest import data_source
+
 # Models with published weights as packages, the smallest first.
 PUBLISHED = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
 # Labels per class below which the fine-tuned teacher is not much better than the linear probe.
 _FEW_PER_CLASS = 40
-# Square pictures up to this side are trained on as they are, by the small-image model.
-SMALL_SIDE = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,13 @@ def _models(facts: Facts, chosen: Chosen) -> str:
 def _image_size(facts: Facts, chosen: Chosen) -> int | None:
     if not _pretrained(chosen):
         # None: the size of their task, which make_records takes from small pictures.
-        return None if facts.median_side <= SMALL_SIDE else 224 if facts.accelerators else 96
+        return (
+            None
+            if facts.median_side <= data_source.SMALL_SIDE
+            else 224
+            if facts.accelerators
+            else 96
+        )
     if facts.accelerators:
         return 224
     return 160 if facts.median_side > 64 else 128
@@ -154,8 +160,9 @@ def _published(facts: Facts, chosen: Chosen) -> str:
     """Published weights, if the models that the user gave have some."""
     # Published weights fit only the published shapes.
     other_shape = any(chosen.get(f"{side}_coefficient") for side in ("width", "depth"))
-    models = [name for name in chosen.get("models", "").split(",") if name]
-    fit = not other_shape and all(name in facts.published for name in models)
+    models = {name.strip() for name in chosen.get("models", "").split(",")} - {""}
+    # All models start from one probe, so they must be of one variant.
+    fit = not other_shape and len(models) <= 1 and models <= set(facts.published)
     # With enough pictures, initial weights help little.
     return "published" if facts.published and fit and facts.labeled < 200_000 else ""
 
@@ -379,8 +386,10 @@ def fit(
             changed["input_image_size"] = smaller
     shorten(0.05)
     changed = {name: value for name, value in changed.items() if value != chosen[name]}
-    if "train_steps" in changed and "steps_per_eval" not in given:
-        changed["steps_per_eval"] = _steps_per_eval(facts, {**chosen, **changed})
+    if "train_steps" in changed:
+        for name, value in (("warmup_epochs", _warmup), ("steps_per_eval", _steps_per_eval)):
+            if name not in given:
+                changed[name] = value(facts, {**chosen, **changed})
     return [
         s._replace(value=changed[s.name], reason="fits --time_limit", source="measured pace")
         if s.name in changed

@@ -207,11 +207,9 @@ def _trainings(student: Config, teacher: Config, method: Method, loop: LoopConfi
     if not method.pretrain:
         return [_placed(student, loop)]
     pretrained = _placed(student.override(label_weight=0.0), loop)
-    tuned = student.override(
+    tuned = rounds.started_from(student, pretrained.train.model_dir).override(
         unlabel_ratio=0.0,
         unlabel_data_dir="",
-        init_model=True,
-        init_model_path=pretrained.train.model_dir,
         train_last_step_num=max(1, student.train.train_steps // 4),
     )
     return [pretrained, _placed(tuned, loop)]
@@ -298,7 +296,7 @@ class Runner:
             try:
                 result = _DO[work.kind](work.config)
             except (DataError, TrainingDiverged) as e:
-                if work is arm[0]:
+                if work is arm[0] and arm[1:]:
                     raise
                 logging.error("%s has no result: %s", name, e)
                 return None
