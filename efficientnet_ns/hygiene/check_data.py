@@ -8,6 +8,7 @@ if they are copies of any other image.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,9 +80,7 @@ def _sets(options: CheckConfig) -> list[ImageSet]:
 
     def add(role: int, folder: str, prefix: str) -> None:
         files = shard_names.list_shards(folder, prefix)
-        # Numbered, because sets of several folders may have the same prefix.
-        name = f"{len(sets)}-{ROLES[role]}-{prefix}"
-        marks = os.path.join(options.output_dir, "marks", name)
+        marks = _marks_folder(options, ROLES[role], prefix, folder)
         # A cropped copy is found by crops of its original. As these triple the work, only
         # evaluation images have them.
         made = image_marks.write_marks(files, marks, crops=role == EVALUATION)
@@ -97,12 +96,17 @@ def _sets(options: CheckConfig) -> list[ImageSet]:
         if _has(folder, task.train_set):
             add(LABELED, folder, task.train_set)
     for folder in filter(None, options.eval_data_dir.split(";")):
+        before = len(sets)
         # Including `train`, as make_records calls a labeled set unless --image_set is given.
         for prefix in ("validation", "dev", "test", "train"):
             if _has(folder, prefix):
                 add(EVALUATION, folder, prefix)
+        if len(sets) == before:
+            raise DataError(
+                f"--eval_data_dir={folder} has no records of a set; {unlabeled_set.described(folder)}"
+            )
     if options.unlabel_data_dir:
-        sets.append(_unlabeled(options, len(sets)))
+        sets.append(_unlabeled(options))
     if not sets:
         raise ConfigError("--label_data_dir, --eval_data_dir or --unlabel_data_dir is needed")
     return sorted(sets, key=lambda one: one.role)
@@ -120,13 +124,20 @@ def _has(folder: str, prefix: str) -> bool:
     return any((parsed := shard_names.parse(name)) and parsed[0] == prefix for name in names)
 
 
-def _unlabeled(options: CheckConfig, number: int) -> ImageSet:
+def _marks_folder(options: CheckConfig, role: str, prefix: str, folder: str) -> str:
+    """Named after the set only, so that marks are found again when other sets are added."""
+    # Sets of several folders may have the same prefix.
+    place = hashlib.sha256(exclusions.place(folder).encode()).hexdigest()[:8]
+    return os.path.join(options.output_dir, "marks", f"{role}-{prefix}-{place}")
+
+
+def _unlabeled(options: CheckConfig) -> ImageSet:
     folder = options.unlabel_data_dir
     prefix, files = unlabeled_set.files(folder, options.file_prefix, options.num_shards)
     name = f"{prefix} of {folder}"
     if options.prediction_dir:
         return ImageSet(UNLABELED, name, files, *_noted(options.prediction_dir, len(files)))
-    marks = os.path.join(options.output_dir, "marks", f"{number}-unlabeled-{prefix}")
+    marks = _marks_folder(options, ROLES[UNLABELED], prefix, folder)
     return ImageSet(UNLABELED, name, files, image_marks.write_marks(files, marks, crops=False))
 
 

@@ -121,7 +121,8 @@ def _rows(places: SelectConfig) -> Iterator[_Rows]:
             # Damaged records and images keep their places on both sides, so the pairs stay in step.
             pairs = [(record, next(next(predictions), None)) for record in some]
             if lost := [record.position for record, found in pairs if found is None]:
-                raise DataError(f"{paths[0]} has no prediction for record {lost[0]} of {source}")
+                path = paths[lost[0] % workers]
+                raise DataError(f"{path} has no prediction for record {lost[0]} of {source}")
             good = [
                 (record.payload, record.position, tfexamples.label(record.payload), found.payload)
                 for record, found in pairs
@@ -169,7 +170,7 @@ def _doubtful(rows: _Rows, thresholds: np.ndarray) -> Iterator[Doubt]:
     # -1 for classes below their thresholds. Where all are, nothing contradicts the label.
     reached = np.where(rows.probs >= thresholds, rows.probs, -1)
     suggested = reached.argmax(1)
-    doubtful = (reached.max(1, initial=-1) >= 0) & (suggested != rows.labels)
+    doubtful = (reached.max(1) >= 0) & (suggested != rows.labels)
     for row in np.flatnonzero(doubtful).tolist():
         label, probs = int(rows.labels[row]), rows.probs[row]
         margin = float(probs[label] - np.delete(probs, label).max())

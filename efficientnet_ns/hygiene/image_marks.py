@@ -68,7 +68,8 @@ def _write(source: str, stage: manifests.Stage, look: _Look) -> None:
         while some := list(itertools.islice(records, _AT_ONCE)):
             # `map` keeps the order of the records, so that equal records make equal files.
             found = [rows for rows in pool.map(look, some) if rows is not None]
-            for columns in found:
+            if found:
+                columns = map(np.concatenate, zip(*found))
                 writer.write_table(pyarrow.table(dict(zip(COLUMNS, columns))))
             total += len(found)
         counts.update(images=total)
