@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,6 @@ from efficientnet_ns.files import exclusions, object_stores, tfexamples
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.outcomes import outcome
 from efficientnet_ns.pseudo_labels import index
-from efficientnet_ns.pseudo_labels.selection import class_names_of
 
 LIST, SHEET = "label_next.csv", "label_next.html"
 _BYTES_PER_PROCESS = 64 << 20  # A process takes seconds to start.
@@ -54,13 +54,14 @@ class Candidate(NamedTuple):
     record: Any
 
 
-def write(config: SelectConfig, limit: int, folder: str) -> list[str]:
+def write(config: SelectConfig, limit: int, folder: str, names: Sequence[str]) -> list[str]:
     """Writes `label_next.csv`, and `label_next.html`, a review sheet of the same images.
 
     Args:
       config: names predictions and records, and the decisions that are made already.
       limit: images on the list, at most.
       folder: for both files.
+      names: one per class.
 
     Returns:
       The paths of the list and of the sheet.
@@ -70,7 +71,7 @@ def write(config: SelectConfig, limit: int, folder: str) -> list[str]:
     """
     chosen = choose(config, limit)
     payloads = outcome.read_records(config, {(one.shard, one.record) for one in chosen})
-    names, rows, images = class_names_of(config), [], []
+    rows, images = [], []
     for one in chosen:
         payload = payloads[one.shard, one.record]
         place = exclusions.place(index.input_path(config, one.shard)), one.record
@@ -107,7 +108,7 @@ def choose(config: SelectConfig, limit: int) -> list[Candidate]:
     by_class: dict[int, deque[Candidate]] = {}
     for row in zip(*(values.tolist() for values in joined)):
         by_class.setdefault(row[0], deque()).append(Candidate(*row))
-    return _in_turn(list(by_class.values()), _Copies(joined, index_files), limit)
+    return _in_turn(list(by_class.values()), _Copies(joined, index_files, workers), limit)
 
 
 def _candidates(config: SelectConfig, shard: int, decided: list, limit: int) -> Candidate:
@@ -179,17 +180,17 @@ class _Copies:
       index_files: by shard, which may have fingerprints; without, no image is a copy.
     """
 
-    def __init__(self, candidates: Candidate, index_files: dict[int, list[str]]):
+    def __init__(self, candidates: Candidate, index_files: dict[int, list[str]], workers: int):
         self._marks: dict[tuple[int, int], np.ndarray] = {}
         self._seen = np.zeros([0, len(fingerprints.COLUMNS)], np.uint64)
         for shard, paths in index_files.items():
             records = candidates.record[candidates.shard == shard]
             for worker, path in enumerate(paths):
-                own = records[records % len(paths) == worker]
+                own = records[records % workers == worker]
                 marks = index.read_marks(path) if len(own) else None
                 if marks is not None:
                     keys = ((shard, record) for record in own.tolist())
-                    self._marks.update(zip(keys, marks[own // len(paths)]))
+                    self._marks.update(zip(keys, marks[own // workers]))
 
     def is_one(self, shard: int, record: int) -> bool:
         """Whether an image is a copy of another one before; if not, the next ones may be of it."""

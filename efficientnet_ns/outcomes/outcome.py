@@ -1,8 +1,8 @@
 """Queries of a labeling run: SQL over the indexes and the selection, and its quarantine lists.
 
 No result grows with the number of images. Rejected images are counted as all images minus the kept
-ones, which needs no join over the whole set; comparisons with true labels and with an earlier round
-do join, out of core.
+ones, so only the kept ones are held for a join; comparisons with true labels and with an earlier
+round join the whole set, out of core.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ class Outcome:
             "SELECT images.prob, kept, CASE WHEN kept THEN coalesce(chosen.images, 0) "
             "ELSE images.images - coalesce(chosen.images, 0) END AS images "
             f"FROM {counted.format('images')} AS images "
-            f"LEFT JOIN {counted.format('chosen')} AS chosen USING (bin, confident) "
+            # By their predictions: what a person decided has the probability 1 in the selection.
+            f"LEFT JOIN {counted.format('images SEMI JOIN chosen USING (shard, record)')} AS chosen "
+            "USING (bin, confident) "
             "CROSS JOIN (VALUES (true), (false)) AS sides(kept)"
         )
 
@@ -280,8 +282,10 @@ def read_truth(config: SelectConfig, truth: Truth) -> pyarrow.Table:
     import pyarrow.csv
     import pyarrow.parquet
 
+    numbers: Sequence[int] | None = None
     if truth == RECORDS:
-        carried = [_labels(index.input_path(config, s)) for s in index.shards(config)]
+        numbers = index.shards(config)
+        carried = [_labels(index.input_path(config, s)) for s in numbers]
         if not any((labels > _NO_LABEL).any() for labels in carried):
             raise DataError(
                 f"no record of {config.unlabel_data_dir} has {tfexamples.LABEL_ONE_BASED!r}: "
@@ -299,7 +303,9 @@ def read_truth(config: SelectConfig, truth: Truth) -> pyarrow.Table:
         return table
     labels = [np.asarray(part, np.int32) for part in truth]
     columns = {
-        "shard": np.repeat(np.arange(len(labels), dtype=np.int32), [len(part) for part in labels]),
+        "shard": np.repeat(
+            np.asarray(numbers or range(len(labels)), np.int32), [len(part) for part in labels]
+        ),
         "record": np.concatenate([np.arange(len(part)) for part in labels]),
         "label": np.concatenate(labels),
     }

@@ -64,13 +64,14 @@ def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> lis
         written.append(os.path.join(folder, "review.html"))
         _write_review(config, options, written[-1])
     if options.label_next:
-        written += label_next.write(config, options.label_next, folder)
+        names = _names(config, options)
+        written += label_next.write(config, options.label_next, folder, names)
     return written
 
 
 def _write_review(config: SelectConfig, options: ReportConfig, path: str) -> None:
     """Writes a sheet of the least confident images kept of each class, least confident first."""
-    config = _as_selected(config)
+    names, config = _names(config, options), _as_selected(config)
     shards = min(options.report_shards, config.num_shards)
     limit, classes = options.review_images, list(range(config.num_label_classes))
     chosen = Outcome(config).pictures(
@@ -89,7 +90,24 @@ def _write_review(config: SelectConfig, options: ReportConfig, path: str) -> Non
         for one in chosen
         for payload in [payloads[one.shard, one.record]]
     ]
-    report.write_review(path, images, class_names_of(config))
+    report.write_review(path, images, names)
+
+
+def _names(
+    config: SelectConfig, options: ReportConfig, given: Sequence[str] | None = None
+) -> list[str]:
+    """One name per class: `given`, those of the file that `options` names, or the task's.
+
+    Raises:
+      ConfigError: another number of names.
+    """
+    if given is None and options.class_names:
+        with tf.io.gfile.GFile(options.class_names) as f:
+            given = f.read().splitlines()
+    names = list(given or class_names_of(config))
+    if len(names) != config.num_label_classes:
+        raise ConfigError(f"{len(names)} class names for {config.num_label_classes} classes")
+    return names
 
 
 def sections(
@@ -105,13 +123,7 @@ def sections(
       truth: true labels by shard and record, instead of the file that `options` names.
       class_names: one per class, instead of the file that `options` names; by default the task's.
     """
-    if class_names is None and options.class_names:
-        with tf.io.gfile.GFile(options.class_names) as f:
-            class_names = f.read().splitlines()
-    names = list(class_names or class_names_of(config))
-    if len(names) != config.num_label_classes:
-        raise ConfigError(f"{len(names)} class names for {config.num_label_classes} classes")
-    config = _as_selected(config)
+    names, config = _names(config, options, class_names), _as_selected(config)
     truth = options.truth if truth is None else truth
     known = None if isinstance(truth, str) and not truth else outcome.read_truth(config, truth)
     previous = options.previous_prediction_dir
