@@ -215,6 +215,9 @@ def _labeled_set(resolved: ResolvedConfig, prefix: str) -> LabeledSet:
         "input": manifests.fingerprint(source.paths),
         "examples": source.total,
     }
+    # This and `inference_dtype` below: only if not the default, so that parts of earlier versions match.
+    if resolved.config.data.crop_fraction is not None:
+        identity["crop_fraction"] = resolved.config.data.crop_fraction
     batches = functools.partial(distribution.eval_share, resolved, source)
     return LabeledSet(source, batches, groups, identity)
 
@@ -248,6 +251,8 @@ def _subject(
         **as_dict(resolved.config.model),
         "precision": tf.keras.mixed_precision.global_policy().name,
     }
+    if config.predict.inference_dtype != "float32":
+        identity["inference_dtype"] = config.predict.inference_dtype
     return Subject(name, model, engine, identity)
 
 

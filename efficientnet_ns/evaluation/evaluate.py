@@ -112,6 +112,8 @@ def _check(config: Config) -> None:
     needed(config.data.label_data_dir, "label_data_dir", "the folder with the labeled records")
     if evaluation.eval_views not in (1, 2):
         raise ConfigError(f"--eval_views={evaluation.eval_views} must be 1 or 2 (mirrored)")
+    if evaluation.eval_continuously and os.environ.get("TF_CONFIG"):
+        raise ConfigError("--eval_continuously works on one machine: unset TF_CONFIG")
     if evaluation.eval_continuously and kind in engines.CPU_ENGINES:
         raise ConfigError(
             f"--eval_continuously computes with TensorFlow: leave out --inference_engine={kind}"
@@ -123,7 +125,8 @@ def _engine(config: Config, model: tf.keras.Model, strategy: tf.distribute.Strat
     kind, dtype = config.predict.inference_engine, config.predict.inference_dtype
     if kind in engines.CPU_ENGINES and strategy.num_replicas_in_sync > 1:
         raise ConfigError(
-            f"--inference_engine={kind} evaluates on one device: leave --num_replicas at 0"
+            f"--inference_engine={kind} evaluates on one device: give --num_replicas=1, "
+            "and unset TF_CONFIG"
         )
     engine = engines.make(kind, model, config.evaluation.eval_batch_size, strategy, dtype=dtype)
     # The evaluator itself computes with TensorFlow, compiled and on all replicas.
@@ -176,7 +179,9 @@ def _evaluate_each(
                 weights.load_weights(model, path, ema=resolved.config.evaluation.eval_ema)
                 measured = _measure_sets(resolved, evaluator, path)
                 results = {name: one.metrics for name, one in measured.items()}
-        except (FileNotFoundError, tf.errors.NotFoundError):
+        except (FileNotFoundError, tf.errors.NotFoundError, tf.errors.DataLossError):
+            if checkpoint_files.newest_checkpoint(folder) == path:
+                raise  # It is still there: something else is missing or damaged.
             # Training keeps only the newest checkpoints.
             logging.warning("%s was removed before it could be measured", path)
             continue

@@ -102,6 +102,7 @@ def evaluate(config: Config, sets: RobustnessConfig) -> dict[str, dict[str, Any]
         # By their content: a training may go on in the same folder.
         {
             **identity,
+            **_not_default(resolved.config),
             "weights": weights.fingerprint(sets.weights, resolved.model_name),
         },
         predictor.of_whole_images().label if whole else None,
@@ -109,6 +110,13 @@ def evaluate(config: Config, sets: RobustnessConfig) -> dict[str, dict[str, Any]
     results = {name: measure(evaluation) for name, measure in measurements.items()}
     _write(sets.report_dir, identity, results)
     return results
+
+
+def _not_default(config: Config) -> dict[str, Any]:
+    """Other settings that change predictions, unless they are the defaults: earlier parts lack them."""
+    values, defaults = config.values(), Config().values()
+    names = ("crop_fraction", "precision", "inference_dtype", "fast_decode")
+    return {name: values[name] for name in names if values[name] != defaults[name]}
 
 
 def _given(sets: RobustnessConfig) -> dict[str, str]:
