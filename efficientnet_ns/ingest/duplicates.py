@@ -28,7 +28,10 @@ def among(place: str, others: Sequence[str]) -> list[str]:
             (source, listing.list_images(source, labeled=False).entries) for source in sources
         ]
         # Known from the listing: most files need not be read.
-        sizes = {entry.size for entry in entries} & {e.size for _, found in theirs for e in found}
+        sizes = {entry.size for entry in entries}
+        their_sizes = {entry.size for _, found in theirs for entry in found}
+        # 0: unknown, as on object stores.
+        sizes = sizes | their_sizes if 0 in sizes | their_sizes else sizes & their_sizes
         known = {
             content for source, found in theirs for _, content in _hashed(source, found, sizes)
         }

@@ -67,6 +67,8 @@ def survey(place: str, *, labeled: bool, class_names: Sequence[str] | None = Non
         raise DataError(f"{place} does not exist: expected a folder or archive of pictures")
     with image_sources.open_source(place) as source:
         found = listing.list_images(source, labeled, class_names)
+        if not found.entries:
+            raise DataError(f"none of the pictures in {place} is in the folder of a class")
         entries = _spread(found.entries)
         sides, damaged = _look_at(source, entries)
     classes = None

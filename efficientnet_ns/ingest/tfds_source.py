@@ -7,6 +7,7 @@ here, and only when it is used.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -153,19 +154,12 @@ class Tfds:
 
     def entries(self) -> list[Entry]:
         """All examples in the order of the files; labels become known when they are read."""
-        found = []
-        for path, skip, take in self._files:
-            spans = list(tfrecords.spans(path))[skip : None if take is None else skip + take]
-            name = os.path.basename(path)
-            found += [
-                Entry(f"{name}#{skip + i}", size=length, place=(path, start, length))
-                for i, (start, length) in enumerate(spans)
-            ]
-        return found
+        return list(itertools.chain.from_iterable(map(_entries_of, self._files)))
 
     def is_unlabeled(self) -> bool:
         """Whether the first example has no true label, as in test sets of competitions."""
-        first = self.entries()[:1]
+        # Scans the files only up to the first one with an example.
+        first = next(filter(None, map(_entries_of, self._files)), [])[:1]
         with self.reader(first) as read:
             return bool(self._label and first) and read(first[0]).label < 0
 
@@ -196,6 +190,17 @@ class Tfds:
                 return Loaded(image, int(example[self._label]) if self._label else -1)
 
             yield read
+
+
+def _entries_of(file: tuple[str, int, int | None]) -> list[Entry]:
+    """The examples of a file, without the first `skip` ones, `take` of them (None: all)."""
+    path, skip, take = file
+    spans = list(tfrecords.spans(path))[skip : None if take is None else skip + take]
+    name = os.path.basename(path)
+    return [
+        Entry(f"{name}#{skip + i}", size=length, place=(path, start, length))
+        for i, (start, length) in enumerate(spans)
+    ]
 
 
 def _keys(builder, path: str) -> tuple[str, str | None]:
