@@ -97,8 +97,10 @@ def _stages(
     options: ImportConfig, task: tasks.Task, tables: Sequence[Table], sources: Sequence[str]
 ) -> list[manifests.Stage]:
     # Not the allowances: they decide whether predictions are written, not which.
-    rules = ("key", "values", "temperature", "min_mass", "combine")
+    rules = ("key", "key_column", "values", "temperature", "min_mass", "combine")
     settings = {name: getattr(options, name) for name in rules}
+    # In another order, the same columns are other labels.
+    settings["class_names"] = tasks.class_names(task)
     settings["imported"] = [[manifests.content_hash(p) for p in table.paths] for table in tables]
     if options.class_map:
         settings["class_map"] = manifests.content_hash(options.class_map)

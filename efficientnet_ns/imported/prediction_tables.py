@@ -10,6 +10,7 @@ import contextlib
 import csv
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,9 +65,11 @@ class Table:
     def __init__(self, source: str, key: str = ""):
         self.source, self._key = source, key
         self.paths = _files(source)
-        with self._errors(self.paths[0]):
-            readers = [_READERS[os.path.splitext(path)[1].lower()] for path in self.paths]
-            self._readers = [read(path, key) for read, path in zip(readers, self.paths)]
+        self._readers: list[_Reader] = []
+        for path in self.paths:
+            read = _READERS[os.path.splitext(path)[1].lower()]
+            with self._errors(path):
+                self._readers.append(read(path, key))
         self.names = self._readers[0].names
         for one, path in zip(self._readers, self.paths):
             if one.names != self.names:
@@ -79,7 +82,11 @@ class Table:
 
         try:
             yield
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError) as e:
+        except (
+            *(pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError),
+            # NumPy's, of files that are empty or cut off.
+            *(ValueError, EOFError, zipfile.BadZipFile),
+        ) as e:
             # A ValueError, too, but of this module: it names the file.
             if isinstance(e, DataError):
                 raise

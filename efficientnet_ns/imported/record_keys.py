@@ -13,7 +13,14 @@ from collections.abc import Sequence
 
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.config.processes import run_each
-from efficientnet_ns.files import local_files, manifests, shard_names, tfexamples, tfrecords
+from efficientnet_ns.files import (
+    local_files,
+    manifests,
+    object_stores,
+    shard_names,
+    tfexamples,
+    tfrecords,
+)
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
 
@@ -38,7 +45,7 @@ def write_keys(sources: Sequence[str], folder: str) -> list[str]:
         for shard, (source, stage) in enumerate(zip(sources, stages))
         if not stage.done()
     ]
-    size = sum(os.stat(source).st_size for source, *_ in todo if "://" not in source)
+    size = sum(filter(None, object_stores.sizes([source for source, *_ in todo])))
     processes = min(len(todo), available_cpus(), size // _BYTES_PER_PROCESS)
     with Progress(len(todo), "reading names and hashes", "shards") as progress:
         for _ in run_each(_write, todo, processes):
