@@ -11,7 +11,7 @@ import re
 import tensorflow as tf
 from absl import logging
 
-from efficientnet_ns.files import object_stores
+from efficientnet_ns.files import atomic, object_stores
 from efficientnet_ns.serving import templates
 
 FOLDER = "deploy"
@@ -53,8 +53,7 @@ def write(base: str, model: str) -> None:
                     logging.warning(
                         "keeping %s, which differs from the template for %s", path, model
                     )
-            continue
-        with tf.io.gfile.GFile(path, "w") as f:
-            f.write(text)
+        else:
+            atomic.write(path, text)
         if name.endswith(".sh") and os.path.exists(path):  # Buckets have no permission bits.
             os.chmod(path, 0o755)

@@ -189,7 +189,8 @@ def export(
         _note_settings(os.path.join(folder, "assets"), model, options.task)
         warmup.write(folder, model.name, preprocessing.image_size)
         _write(os.path.join(folder, "README.md"), _card(model, preprocessing, version, options))
-    deployment.write(base, model.name)
+        # Before the version appears: a killed export is then repeated as a whole.
+        deployment.write(base, model.name)
     # Frozen weights are in the graph, which is found by its name.
     if paths.is_pattern(base) and not freeze:
         logging.warning(

@@ -46,16 +46,20 @@ def of_training(model_dir: str, checkpoint: str = "") -> dict[str, object]:
     """
     settings = _read(os.path.join(model_dir, "config.json"))
     facts: dict[str, object] = {
-        title: os.path.basename(str(settings[name]).rstrip("/"))
+        title: ", ".join(
+            os.path.basename(part.rstrip("/")) for part in str(settings[name]).split(";")
+        )
         for name, title in {**_RECIPE, **_DATA}.items()
         if settings.get(name) not in (None, "")
     }
     # The default, 0, is no part of a recipe.
     if not settings.get("unlabel_ratio"):
         facts.pop(_RECIPE["unlabel_ratio"], None)
-    if settings.get("unlabel_data_dir") or settings.get("teacher_model_name"):
+    if settings.get("consistency_threshold"):
+        facts["Method"] = "FixMatch (arXiv 2001.07685)"
+    elif settings.get("unlabel_data_dir") or settings.get("teacher_model_name"):
         facts["Method"] = NOISY_STUDENT
-    if settings.get("augment_name") == "randaugment":
+    if settings.get("augment_name") in ("randaugment", "v1"):
         facts["Augmentation"] = (
             f"RandAugment, {settings['randaug_layer']} operations of magnitude {settings['randaug_mag']}"
         )
@@ -70,7 +74,7 @@ def of_training(model_dir: str, checkpoint: str = "") -> dict[str, object]:
             _accuracy(row, "eval/") + " (moving averages)"
         )
     measured = _read(os.path.join(model_dir, "eval", "eval.json"), *_MEASURED)
-    if not _same(measured.get("weights", ""), os.path.join(model_dir, checkpoint)):
+    if not measured or not _same(measured["weights"], os.path.join(model_dir, checkpoint)):
         return facts
     how = "moving averages" if measured["ema"] else "raw weights"
     if measured["views"] > 1:
