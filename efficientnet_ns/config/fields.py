@@ -66,6 +66,17 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# Paths that have other names.
+_PATHS = frozenset(
+    (
+        *("task_name", "baseline", "json_file", "weights", "init_weights"),
+        *("source", "target", "labeled", "unlabeled", "test"),
+        *("check_data", "calibration_data", "class_map", "class_names"),
+        *("exclude", "reviewed", "truth"),
+    )
+)
+
+
 class Settings:
     """Base of the settings dataclasses: paths may be `pathlib.Path`, and may begin with `~`."""
 
@@ -81,7 +92,7 @@ class Settings:
 
 def _is_path(name: str) -> bool:
     """Whether the setting of this name is a path, or several joined with ';'."""
-    return name.endswith(("_dir", "_path")) or name in ("task_name", "baseline", "json_file")
+    return name.endswith(("_dir", "_path")) or name in _PATHS
 
 
 def subsections(cls: type) -> dict[str, type]:

@@ -61,5 +61,11 @@ def run_each(
             "Finished work is kept: start the same command again to continue, with a smaller "
             "--num_workers if memory was the cause"
         ) from e
+    except preemption.Preempted:
+        # Running jobs may take longer than a machine that is about to end waits. They may be
+        # interrupted anywhere: what is half done is done again.
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
