@@ -40,6 +40,12 @@ def _schedule(resolved: ResolvedConfig, num_images: int) -> str:
             f"--train_batch_size={train.train_batch_size} is more than the {num_images} labeled images: "
             "use a smaller batch, e.g. 32"
         )
+    warmup = round(train.warmup_epochs * num_images / images)
+    if train.train_last_step_num < 0 and warmup > resolved.steps_to_run / 2:
+        return (
+            f"--warmup_epochs={train.warmup_epochs:g} are {warmup} of {resolved.steps_to_run} steps, in which "
+            "the learning rate only rises: use --warmup_epochs=0, or more --train_steps"
+        )
     return ""
 
 

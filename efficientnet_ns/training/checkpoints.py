@@ -103,7 +103,9 @@ class Checkpoints:
           SaveFailed: it could not be written; earlier checkpoints are untouched.
         """
         step = int(tf.convert_to_tensor(self.optimizer.iterations))
-        prefix, earlier = self.prefix(step), self.steps()
+        prefix = self.prefix(step)
+        # Later ones did not load.
+        earlier = [saved for saved in self.steps() if saved <= step]
         # Batch-norm statistics are averaged over replicas as they are read, by all workers together.
         values = {name: tf.convert_to_tensor(self.variables[name]) for name in self.variables}
         if not self._writes:

@@ -33,14 +33,17 @@ def draw(
     The images come from a separate dataset, so the training's is not affected.
 
     Args:
-      number: labeled images, and about as many unlabeled ones.
+      number: labeled images, and as many unlabeled ones.
 
     Returns:
       uint8 [H, W, 3].
     """
     ratio = 1.0 if unlabeled is not None else 0.0
     small = resolved.config.override(
-        train_batch_size=number, unlabel_ratio=ratio, shuffle_buffer=_SHUFFLE_BUFFER
+        train_batch_size=number,
+        unlabel_ratio=ratio,
+        label_data_sample_prob=1.0,
+        shuffle_buffer=_SHUFFLE_BUFFER,
     )
     sample = ResolvedConfig.from_config(small).training_batches(labeled, unlabeled, 0)
     batch = next(iter(sample))

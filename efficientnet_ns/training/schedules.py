@@ -9,6 +9,8 @@ import math
 
 import tensorflow as tf
 
+from efficientnet_ns.config import ConfigError
+
 WARMUP_EPOCHS = 5.0
 DECAY_FACTOR = 0.97
 DECAY_EPOCHS = 2.4
@@ -122,6 +124,11 @@ def learning_rate(
         # The number of stairs, each a factor of 0.97, from the first rate to the last.
         stairs = math.log(final_base_lr / base_learning_rate) / math.log(DECAY_FACTOR)
         epochs = train_steps * labeled_batch_size / num_train_images
+        if last_steps not in (None, train_steps) and epochs <= warmup_epochs:
+            raise ConfigError(
+                f"--final_base_lr and --train_last_step_num need a schedule longer than its warm-up of "
+                f"{warmup_epochs:g} epochs, but it has {epochs:g}"
+            )
         decay_epochs = (epochs - warmup_epochs) / stairs
     start_step = 0 if last_steps is None else train_steps - last_steps
     peak = base_learning_rate * (counted_batch_size / 256.0 if scaled else 1.0)

@@ -34,8 +34,15 @@ def test_batch_of_more_than_all_images():
     assert "--train_batch_size=32 is more than the 20" in line
 
 
+def test_warm_up_longer_than_half_of_the_schedule():
+    (line,) = told(5000, **{**GOOD, "train_steps": 1000})
+    assert "--warmup_epochs=5 are 781 of 1000 steps" in line
+    assert told(5000, **{**GOOD, "train_steps": 1000}, warmup_epochs=1) == []
+    assert told(5000, **{**GOOD, "train_steps": 1000}, train_last_step_num=500) == []
+
+
 def test_averages_that_do_not_converge():
-    (line,) = told(1000, **{**GOOD, "train_steps": 300, "bn_momentum": 0.99})
+    (line,) = told(1000, **{**GOOD, "train_steps": 300, "bn_momentum": 0.99}, warmup_epochs=0)
     assert "--bn_momentum=0.97 (now 0.99)" in line
     # Of trained weights they are good from the beginning.
     given = {"init_model": True, "init_model_path": "w", "train_steps": 300, "bn_momentum": 0.99}
