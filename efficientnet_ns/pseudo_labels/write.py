@@ -82,7 +82,10 @@ def write_shards(config: SelectConfig, shards: Sequence[int], selection_hash: st
     atomic.remove_abandoned(files)
     path = os.path.join(config.output_dir, SELECTION)
     with local_files.local_copies([path]) as local:
-        jobs = [(config, local[path], todo[shard], shard, workers) for shard in todo]
+        # Once for all shards, because decisions are read from lists and listings of whole folders.
+        changes = index.changes(config) if todo else {}
+        own = {shard: {k: v for k, v in changes.items() if k[0] == shard} for shard in todo}
+        jobs = [(config, local[path], todo[shard], shard, workers, own[shard]) for shard in todo]
         processes = _processes(config, list(todo))
         if todo:
             needed = _scratch_bytes(config, local[path], list(todo), processes)

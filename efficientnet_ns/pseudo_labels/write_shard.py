@@ -64,13 +64,19 @@ def stage(config: SelectConfig, selection_hash: str, shard: int) -> manifests.St
 
 
 def write_shard(
-    config: SelectConfig, selection: str, stage: manifests.Stage, shard: int, workers: int
+    config: SelectConfig,
+    selection: str,
+    stage: manifests.Stage,
+    shard: int,
+    workers: int,
+    changes: index.Changes,
 ) -> None:
     """Writes the records of a shard, reads them back, and commits them with their statistics.
 
     Args:
       selection: the file of `selection.select`, on this machine.
       workers: how many predicted the shard.
+      changes: of `index.changes`, at least those of the shard.
 
     Raises:
       DataError: a selected record cannot be read, or is not the one that was selected.
@@ -82,7 +88,7 @@ def write_shard(
     logging.info("%s: writing %d records of %d images", data_path, total, images)
     with stage.write(clean=False) as (temporary, counts):
         with shuffled_copies.Spool() as spool:
-            for example in _examples(config, chosen, shard, workers):
+            for example in _examples(config, chosen, shard, workers, changes):
                 spool.append(example)
             copies = spool.shuffled(config.seed, shard, chosen.image, chosen.copies)
             tfrecords.write(temporary[data_path], copies)
@@ -167,13 +173,14 @@ class Chosen(NamedTuple):
         return Counter({label: n for label, n in enumerate(copies.tolist()) if n})
 
 
-def _examples(config: SelectConfig, chosen: Chosen, shard: int, workers: int) -> Iterator[bytes]:
+def _examples(
+    config: SelectConfig, chosen: Chosen, shard: int, workers: int, changes: index.Changes
+) -> Iterator[bytes]:
     """The selected images of a shard as pseudo-labeled records, in the order of the shard."""
     paths = [index.prediction_path(config, shard, worker) for worker in range(workers)]
     source = index.input_path(config, shard)
     samples: Counter[int] = Counter()
     pictures: list[tuple[str, bytes]] = []
-    changes = index.changes(config)
     decided = {
         (worker, position): label
         for worker in range(workers)
