@@ -39,7 +39,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
     described = _Described(config)
     steps = max(1, config.records // config.batch_size)
     rng = np.random.default_rng(0)
-    resumes = [described.resume(int(step)) for step in rng.integers(1, steps, _RESUMES)]
+    resumes = [described.resume(int(step)) for step in rng.integers(1, max(2, steps), _RESUMES)]
     epoch = described.epoch()
     even = described.bytes / config.hosts
     pages = -(-config.files // _PAGE)

@@ -7,9 +7,7 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
-import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from efficientnet_ns.benchmarks import tables
 from efficientnet_ns.benchmarks.tables import Row
 from efficientnet_ns.config import BenchmarkConfig, ConfigError, ReportConfig, SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
@@ -115,15 +114,9 @@ def _in_own_process(
 
 
 def _watched(work: Callable[[SelectConfig], object], settings: SelectConfig):
-    before, start = _peak_memory(), time.perf_counter()
+    before, start = tables.peak_memory(), time.perf_counter()
     result = work(settings)
-    return result, time.perf_counter() - start, before, _peak_memory()
-
-
-def _peak_memory() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Bytes on macOS, KiB elsewhere.
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+    return result, time.perf_counter() - start, before, tables.peak_memory()
 
 
 def _shard_rows(rows: int, shard: int) -> int:

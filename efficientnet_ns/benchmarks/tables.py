@@ -9,7 +9,9 @@ import importlib.util
 import os
 import platform
 import re
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,3 +139,15 @@ def machine() -> str:
 def as_json(rows: list[Row]) -> list[dict[str, Any]]:
     """The rows as JSON-able objects."""
     return [row._asdict() for row in rows]
+
+
+def peak_memory() -> float:
+    """Peak memory of this process in MB (10^6 bytes)."""
+    with contextlib.suppress(OSError, StopIteration):  # Not Linux.
+        # Not ru_maxrss, which begins at the memory of the process that started this one.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = next(line for line in lines if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024 / 1e6
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Bytes on macOS, KiB elsewhere.
+    return used * (1 if sys.platform == "darwin" else 1024) / 1e6

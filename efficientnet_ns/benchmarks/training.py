@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 
-from efficientnet_ns.benchmarks import keras_peer
+from efficientnet_ns.benchmarks import keras_peer, tables
 from efficientnet_ns.benchmarks.tables import Measured, Row
 from efficientnet_ns.config import BenchmarkConfig
 
@@ -179,8 +178,7 @@ def _work(key: str, config: BenchmarkConfig) -> Iterator[dict[str, float]]:
             # To the host, which waits for the device.
             tf.nest.map_structure(lambda x: x.numpy(), update(batch))
             steps += 1
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kilobytes on Linux
-        yield {"rate": steps * config.batch_size / elapsed, "megabytes": peak}
+        yield {"rate": steps * config.batch_size / elapsed, "megabytes": tables.peak_memory()}
 
 
 def contend(key: str, settings: str) -> None:
