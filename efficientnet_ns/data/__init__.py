@@ -1,1 +1,1 @@
-"""Input side: tasks, records, images, augmentation and the datasets built from them."""
+"""The input pipeline: tasks, records, images, augmentation and the datasets built from them."""

@@ -1,7 +1,7 @@
 """AutoAugment (arXiv 1805.09501): learned sub-policies of two ops, one drawn for each image.
 
-Levels rise from 0 to 10 as in the code that EfficientNet was trained with, for all policies alike:
-Posterize keeps 0.4 * level bits and Solarize inverts from 25.6 * level up, so that both do more at
+All policies use levels from 0 to 10 as in the code that EfficientNet was trained with: Posterize
+keeps 0.4 * level bits and Solarize inverts values from 25.6 * level, so both have more effect at
 lower levels.
 """
 
@@ -14,10 +14,10 @@ import tensorflow as tf
 
 from efficientnet_ns.data import augment, images, levels
 
-TRANSLATE_CONST = 250.0  # The original's translation at level 10, in pixels.
+TRANSLATE_CONST = 250.0  # Translation at level 10 in the original code, in pixels.
 # policy → sub-policies → ops in order: (op, probability, level).
 POLICIES: dict[str, tuple] = {
-    # "v0", not the one in the paper; with it the published EfficientNets were trained
+    # "v0", not the policy in the paper; the published EfficientNets were trained with it
     # (github.com/tensorflow/tpu, models/official/efficientnet/autoaugment.py).
     "imagenet": (
         (("Equalize", 0.8, 1), ("ShearY", 0.8, 4)),
@@ -46,7 +46,7 @@ POLICIES: dict[str, tuple] = {
         (("Solarize", 0.6, 8), ("Equalize", 0.6, 1)),
         (("Color", 0.8, 6), ("Rotate", 0.4, 5)),
     ),
-    # Found on reduced SVHN; table of the paper's appendix.
+    # Found on reduced SVHN; from the table in the paper's appendix.
     "svhn": (
         (("ShearX", 0.9, 4), ("Invert", 0.2, 3)),
         (("ShearY", 0.9, 8), ("Invert", 0.7, 5)),
@@ -74,7 +74,7 @@ POLICIES: dict[str, tuple] = {
         (("ShearY", 0.8, 5), ("AutoContrast", 0.7, 3)),
         (("ShearX", 0.7, 2), ("Invert", 0.1, 5)),
     ),
-    # Found on reduced CIFAR-10; table of the paper's appendix.
+    # Found on reduced CIFAR-10; from the table in the paper's appendix.
     "cifar10": (
         (("Invert", 0.1, 7), ("Contrast", 0.2, 6)),
         (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
@@ -125,21 +125,21 @@ def auto_augment(
 
     Args:
       image: uint8 [H, W, 3].
-      seed: int32 or int64 [2]; equal seeds give equal results. Another random op on the same image
-        needs another seed.
+      seed: int32 or int64 [2]; equal seeds give equal results. Every other random op on the same
+        image needs a different seed.
       policy: name in `POLICIES`.
       translate_const: translation at level 10, in pixels.
-      mode: "original" or "clipped"; see `randaugment.rand_augment`. No level is above 10, so they
-        differ in one place only: Solarize at level 10 inverts everything or nothing.
+      mode: "original" or "clipped"; see `randaugment.rand_augment`. No level is above 10, so the
+        modes differ only in Solarize at level 10, which inverts everything or nothing.
 
     Returns:
       uint8 [H, W, 3], with the static shape of `image`.
 
     Raises:
-      ValueError: unknown policy or mode.
+      ValueError: If the policy or mode is unknown.
     """
     sub_policies = _sub_policies(policy)
-    # Many sub-policies share an op at a level: each is built once.
+    # Many sub-policies share an op at the same level, so each is built once.
     ops: dict[tuple, int] = {("Identity", ()): 0}
 
     def number(name: str, level: float) -> int:
@@ -149,7 +149,7 @@ def auto_augment(
     numbers = [[number(name, level) for name, _, level in sub] for sub in sub_policies]
     probabilities = [[probability for _, probability, _ in sub] for sub in sub_policies]
     depth = len(sub_policies[0])
-    # One row for the choice of the sub-policy, then for each op: whether, sign, two unused.
+    # The first row selects the sub-policy. Row of each op: whether to apply it, sign, two unused.
     draws = tf.unstack(images.uniform(seed, [1 + depth, 4]))
     chosen = augment.random_index(draws[0][0], len(sub_policies))
     number_of, probability_of = tf.constant(numbers)[chosen], tf.constant(probabilities)[chosen]
@@ -165,17 +165,17 @@ _FORM = re.compile(r"autoaugment\((\w+)(?:, mode=(\w+))?\)")
 
 @dataclasses.dataclass(frozen=True)
 class AutoAugment:
-    """A policy; see `auto_augment`."""
+    """An AutoAugment policy; see `auto_augment`."""
 
     policy: str = "imagenet"
     mode: str = "original"
 
     @classmethod
     def parse(cls, text: str) -> AutoAugment:
-        """The policy of which `text` is `str(policy)`, such as `autoaugment(svhn)`.
+        """Parses the `str` of a policy, such as `autoaugment(svhn)`.
 
         Raises:
-          ValueError: another form, or an unknown policy or mode.
+          ValueError: If `text` has another form, or the policy or mode is unknown.
         """
         found = _FORM.fullmatch(text)
         if not found or found[1] not in POLICIES or (found[2] or "original") not in levels.MODES:
@@ -184,7 +184,7 @@ class AutoAugment:
 
     @staticmethod
     def forms() -> str:
-        """What `parse` accepts, for help and error messages."""
+        """Forms that `parse` accepts, for help and error messages."""
         return f"autoaugment({'|'.join(POLICIES)}[, mode=clipped])"
 
     def __str__(self) -> str:
@@ -192,8 +192,8 @@ class AutoAugment:
         return f"autoaugment({self.policy}{mode})"
 
     def constants(self, size: int, small: bool) -> dict[str, float]:
-        """Reach of Translate at level 10, in pixels, for images of `size`."""
-        # Published: 10 pixels at 32, in the search on CIFAR-10 and SVHN.
+        """Returns the Translate distance at level 10, in pixels, for images of `size`."""
+        # The published search on CIFAR-10 and SVHN used 10 pixels at size 32.
         return {"translate_const": size * 10 / 32 if small else TRANSLATE_CONST}
 
     def apply(
@@ -205,7 +205,7 @@ class AutoAugment:
         )
 
     def describe(self, translate_const: float = TRANSLATE_CONST) -> str:
-        """The policy in one line: `0.8 Equalize + 0.8 ShearY(±0.12) | …`."""
+        """Describes the policy in one line: `0.8 Equalize + 0.8 ShearY(±0.12) | …`."""
 
         def describe(name: str, probability: float, level: float) -> str:
             args = levels.op_args(name, level, 0.0, translate_const, self.mode)

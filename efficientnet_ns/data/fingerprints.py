@@ -1,10 +1,10 @@
-"""Perceptual fingerprints: 256 bits that copies of a photograph share, and other photographs do not.
+"""Perceptual fingerprints: 256 bits that copies of a photograph share and other photographs do not.
 
-As PDQ (Facebook 2019, "The TMK+PDQF video-hashing algorithm and the PDQ image-hashing algorithm"):
-brightness on a grid of 64 x 64, its 16 x 16 lowest frequencies by the discrete cosine transform
-without the constant ones, a bit for each above their median; copies differ in at most 31. In place of
-PDQ's filter each point of the grid is the mean of its area, of whole numbers, so that every machine gets
-the same. The bits are in the order of their frequency, the most robust ones first.
+Like PDQ (Facebook 2019, "The TMK+PDQF video-hashing algorithm and the PDQ image-hashing algorithm"),
+this takes the discrete cosine transform of the brightness on a 64 x 64 grid and sets one bit for each
+of the 16 x 16 lowest non-constant frequencies that is above their median. Copies differ in at most
+31 bits. Instead of applying PDQ's filter, each grid point is the mean of whole numbers over its area,
+so all machines get the same result. The bits are in order of frequency, the most robust first.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ import numpy as np
 import tensorflow as tf
 
 GRID = 64
-# The columns of an image: `hash` of the content, then the words of the fingerprint.
+# Columns of an image: `hash` of the content, then the words of the fingerprint.
 COLUMNS = ("hash", "f0", "f1", "f2", "f3")
-WORDS = 4  # A fingerprint is as many uint64.
-THRESHOLD = 31  # Bits that copies differ in at most.
+WORDS = 4  # Number of uint64 values in a fingerprint.
+THRESHOLD = 31  # Maximum number of bits in which copies differ.
 _SIDE = 16
-_CENTERS = (0.95, 0.9)  # Sides of center crops that `crops` adds.
-_LEAST_DEVIATION = 2.0  # Of the brightness: flatter images look alike.
+_CENTERS = (0.95, 0.9)  # Relative sides of the center crops that `crops` adds.
+_LEAST_DEVIATION = 2.0  # Minimum standard deviation of the brightness; flatter images look alike.
 
 
 def grid(pixels: tf.Tensor) -> tf.Tensor:
-    """Decoded pixels, uint8 [H, W, 3] → brightness, float32 [GRID, GRID] in 0..255."""
-    # Of large images every n-th row and column is enough, and a fraction of the work. A slice with
-    # strides would copy pixel by pixel in general code, four times as slow.
+    """Converts decoded pixels, uint8 [H, W, 3], to brightness, float32 [GRID, GRID] in 0..255."""
+    # For large images, every n-th row and column is enough and takes a fraction of the work. A
+    # strided slice would copy pixel by pixel in generic code, which is four times slower.
     for axis in (0, 1):
         size = tf.shape(pixels)[axis]
         pixels = tf.gather(pixels, tf.range(0, size, tf.maximum(size // (2 * GRID), 1)), axis=axis)
-    # Whole numbers below 2**24, of which sums of floats are exact, in whatever order.
+    # Float sums of whole numbers are exact below 2**24, regardless of their order.
     gray = tf.tensordot(tf.cast(pixels, tf.float32), tf.constant([299.0, 587.0, 114.0]), 1)
-    for axis in (0, 1):  # Images smaller than the grid are enlarged by a whole number.
+    for axis in (0, 1):  # Images smaller than the grid are enlarged by an integer factor.
         gray = tf.repeat(gray, (GRID - 1) // tf.shape(gray)[axis] + 1, axis=axis)
     down, across = (_groups(tf.shape(gray)[axis]) for axis in (0, 1))
     sums = tf.matmul(tf.matmul(down, gray), across, transpose_b=True)
@@ -44,14 +44,14 @@ def grid(pixels: tf.Tensor) -> tf.Tensor:
 
 
 def _groups(size: tf.Tensor) -> tf.Tensor:
-    """Which of `size` lines are in which of GRID groups, 0 or 1, float32 [GRID, size]."""
+    """Assigns `size` lines to GRID groups: 0 or 1, float32 [GRID, size]."""
     return tf.one_hot((tf.range(size) * GRID) // size, GRID, axis=0)
 
 
 def crops(pixels: tf.Tensor) -> tf.Tensor:
-    """The grids of an image and of its center crops, float32 [V, GRID, GRID]; the image is first.
+    """Returns the grids of an image and of its center crops, in this order, [V, GRID, GRID].
 
-    By the crops of one image, copies of it that were cropped are found.
+    The float32 grids of an image's crops identify copies that were cropped.
     """
     shape = tf.shape(pixels)[:2]
     grids = [grid(pixels)]
@@ -63,7 +63,7 @@ def crops(pixels: tf.Tensor) -> tf.Tensor:
 
 
 def marks(images: Sequence[bytes | None], grids: np.ndarray) -> np.ndarray:
-    """`COLUMNS` of images, uint64 [N, 5]: the first 64 bits of the SHA-256, and the fingerprint."""
+    """Returns `COLUMNS`, uint64 [N, 5]: the first 64 bits of the SHA-256 and the fingerprint."""
     hashes = [hashlib.sha256(image or b"").digest()[:8] for image in images]
     first = np.array([int.from_bytes(digest, "big") for digest in hashes], np.uint64)
     return np.concatenate([first[:, None], fingerprints(grids)], 1)
@@ -71,22 +71,22 @@ def marks(images: Sequence[bytes | None], grids: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _cosines() -> np.ndarray:
-    """float64 [_SIDE, GRID]: the cosines of the frequencies 1.._SIDE."""
+    """Returns the cosines of the frequencies 1.._SIDE, float64 [_SIDE, GRID]."""
     frequency, place = np.arange(1, _SIDE + 1)[:, None], np.arange(GRID)[None]
     return np.cos(np.pi * frequency * (2 * place + 1) / (2 * GRID))
 
 
 @functools.cache
 def _order() -> np.ndarray:
-    """Places of the frequencies in a 16 x 16 table, the lowest first."""
+    """Returns the indices of the frequencies in a 16 x 16 table, the lowest first."""
     down, across = np.divmod(np.arange(_SIDE**2), _SIDE)
     return np.lexsort([down, np.maximum(down, across)])
 
 
 def fingerprints(grids: np.ndarray) -> np.ndarray:
-    """Grids float32 [N, GRID, GRID] → uint64 [N, WORDS]; zeros for images without structure."""
+    """Converts float32 [N, GRID, GRID] to uint64 [N, WORDS]; zeros for images without structure."""
     table = _cosines() @ grids.astype(np.float64) @ _cosines().T
-    # Rounded, so that the order of additions, which depends on the machine, decides nothing.
+    # Rounding hides the order of additions, which depends on the machine.
     values = np.round(table.reshape(len(grids), -1), 3)[:, _order()]
     bits = values > np.median(values, 1, keepdims=True)
     bits[grids.reshape(len(grids), -1).std(1) < _LEAST_DEVIATION] = False
@@ -95,11 +95,11 @@ def fingerprints(grids: np.ndarray) -> np.ndarray:
 
 
 def are_copies(marks: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Whether an image is a copy of others: equal content, or fingerprints that are near.
+    """Checks which others an image is a copy of, by equal content or similar fingerprints.
 
     Args:
-      marks: of the image, uint64 [5].
-      others: uint64 [N, 5].
+      marks: marks of the image, uint64 [5].
+      others: marks of the others, uint64 [N, 5].
 
     Returns:
       bool [N].

@@ -1,6 +1,6 @@
 """Prepares encoded images for records.
 
-They are checked, converted when TensorFlow cannot decode the format, and shrunk on request.
+Images are checked, converted if TensorFlow cannot decode the format, and shrunk on request.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from efficientnet_ns.data import images, misread
 
 JPEG_QUALITY = 95
 
-# How the formats that TensorFlow decodes begin.
+# Signatures of the formats that TensorFlow decodes.
 _KNOWN = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM")
-# Formats that throw detail away as JPEG does; from all others a PNG is made.
+# Lossy formats, which become JPEG; all others become PNG.
 _LOSSY = frozenset({"JPEG", "MPO", "HEIF", "AVIF", "JPEG2000"})
-# Formats whose samples Pillow scales to 16 bits when it opens them with 32.
+# Formats whose samples Pillow scales to 16 bits when it opens them in its 32-bit mode.
 _SIXTEEN_BITS = frozenset({"PNG", "PPM"})
 
 # Brands at the start of files in the HEIF container.
@@ -30,24 +30,24 @@ _HEIC = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1"
 
 _TURNS = re.compile(rb"\0\0\0\x09i(?:rot|mir).", re.DOTALL)
 
-# Tags of TIFF, and their values.
+# TIFF tags and their values.
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO = 0
 _SAMPLE_KINDS = {2: "signed integer", 3: "floating-point", 5: "complex", 6: "complex"}
 
 
 class Unusable(ValueError):
-    """These bytes cannot be made into an image; the message gives the reason."""
+    """The bytes cannot be converted to an image; the message gives the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What is done to each image.
+    """Rules for preparing each image.
 
     Attributes:
-      check: decode every image, so that none in the records is broken.
-      max_side: images with a longer side are shrunk to it, aspect ratio kept, and become JPEG; None
-        leaves all sizes.
+      check: whether to decode every image, so that the records contain no broken ones.
+      max_side: images with a longer side are shrunk to it, keeping the aspect ratio, and become
+        JPEG; None keeps all sizes.
     """
 
     check: bool = True
@@ -55,15 +55,15 @@ class Rules:
 
 
 def prepare(raw: bytes, rules: Rules) -> tuple[bytes, tuple[int, int] | None]:
-    """The bytes to store for an image file's bytes, and its (height, width) when it was decoded.
+    """Returns the bytes to store for an image file, and its (height, width) if it was decoded.
 
-    JPEG, PNG, GIF and BMP pass through unchanged unless they are to be shrunk or TensorFlow would
-    misread them (`misread`). Those and other formats that Pillow opens become JPEG when they are
-    lossy and PNG when not: first frame, without alpha, the high byte of 16 bits. HEIC needs the
-    package pillow-heif. Pixels stay as they are stored: no orientation is applied.
+    JPEG, PNG, GIF and BMP pass through unchanged unless they must be shrunk or TensorFlow would
+    misread them (`misread`). Those and other formats that Pillow opens become JPEG if lossy and PNG
+    if not: first frame, no alpha, high byte of 16-bit samples. HEIC requires the package
+    pillow-heif. Pixels stay as they are stored: no orientation is applied.
 
     Raises:
-      Unusable: neither TensorFlow nor Pillow can decode it, or its pixels have no known range.
+      Unusable: If neither TensorFlow nor Pillow can decode it, or its pixels have no known range.
     """
     from PIL import Image
 
@@ -76,7 +76,7 @@ def prepare(raw: bytes, rules: Rules) -> tuple[bytes, tuple[int, int] | None]:
     else:
         if pixels is None:
             return raw, None
-        # Not Pillow's: it inverts every JPEG in CMYK, TensorFlow only those marked as inverted.
+        # Not from Pillow, which inverts every CMYK JPEG, not only those marked as inverted.
         image, lossy = Image.fromarray(pixels), None
     if rules.max_side and max(image.size) > rules.max_side:
         image.thumbnail((rules.max_side, rules.max_side), Image.Resampling.LANCZOS)
@@ -85,7 +85,7 @@ def prepare(raw: bytes, rules: Rules) -> tuple[bytes, tuple[int, int] | None]:
 
 
 def png(pixels: np.ndarray, compression: int = -1) -> bytes:
-    """PNG of uint8 [H, W, 1 or 3] pixels; zlib's level, 0 for what is soon decoded again."""
+    """Encodes uint8 [H, W, 1 or 3] as PNG; zlib level 0 suits images that are soon decoded again."""
     return tf.io.encode_png(pixels, compression=compression).numpy()
 
 
@@ -95,7 +95,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _by_tensorflow(raw: bytes, decode: bool) -> np.ndarray | None:
-    """uint8 [H, W, 3], or None for bytes that look decodable; InvalidArgumentError if not."""
+    """Returns uint8 [H, W, 3] or, for bytes that look decodable, None; else InvalidArgumentError."""
     if not raw.startswith(_KNOWN):
         raise tf.errors.InvalidArgumentError(None, None, "not a format TensorFlow decodes")
     if decode:
@@ -106,12 +106,12 @@ def _by_tensorflow(raw: bytes, decode: bool) -> np.ndarray | None:
 
 
 def _open(raw: bytes, reason: str):
-    """(Pillow image in RGB or L, whether its format is lossy)."""
+    """Returns (Pillow image in RGB or L, whether its format is lossy)."""
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Of large images and odd metadata.
+            warnings.simplefilter("ignore")  # About large images and odd metadata.
             _need_heif_decoder(raw)
             raw = _without_turns(raw)
             tags = _tiff_tags(raw)
@@ -126,7 +126,7 @@ def _open(raw: bytes, reason: str):
 
 
 def _need_heif_decoder(raw: bytes) -> None:
-    """Raises Unusable when `raw` is HEIC or AVIF and what decodes it is not installed."""
+    """Raises Unusable if `raw` is HEIC or AVIF and its decoder is not installed."""
     if raw[4:8] != b"ftyp":
         return
     length = int.from_bytes(raw[:4], "big")
@@ -136,27 +136,27 @@ def _need_heif_decoder(raw: bytes) -> None:
 
         if not features.check("avif"):
             raise Unusable(
-                "AVIF, which this build of Pillow cannot decode; that of PyPI can: "
+                "AVIF, which this build of Pillow cannot decode; install the build from PyPI: "
                 "pip install --force-reinstall pillow"
             )
     elif brands & _HEIC:
         try:
             import pillow_heif
         except ImportError as e:
-            raise Unusable("HEIC needs pillow-heif: pip install pillow-heif") from e
+            raise Unusable("HEIC requires pillow-heif: pip install pillow-heif") from e
         pillow_heif.register_heif_opener()
 
 
 def _without_turns(raw: bytes) -> bytes:
-    """HEIC with its rotations and reflections, which its decoder would apply, made ones by 0 degrees.
+    """Replaces a HEIC's rotations and reflections, which its decoder would apply, by 0 degrees.
 
-    ISO/IEC 23008-12, 6.5.10 and 6.5.12: boxes of nine bytes, the last of which holds the turn.
+    ISO/IEC 23008-12, 6.5.10 and 6.5.12: boxes of nine bytes, of which the last holds the turn.
     """
     return _TURNS.sub(b"\0\0\0\x09irot\0", raw) if raw[4:8] == b"ftyp" else raw
 
 
 def _tiff_tags(raw: bytes) -> dict[int, int]:
-    """Of the first page of a TIFF; of several values the first. Empty for other formats."""
+    """Returns the first value of each tag of a TIFF's first page; empty for other formats."""
     if raw[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return {}
     from PIL import TiffImagePlugin
@@ -182,12 +182,12 @@ def _unknown_range(samples: str) -> Unusable:
 
 
 def _eight_bit(image, tags: dict[int, int]):
-    """In RGB or L; of wider samples the high byte is kept, as TensorFlow does."""
+    """Converts to RGB or L; keeps the high byte of wider samples, as TensorFlow does."""
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
         high = np.asarray(image).astype(np.uint16) >> (tags.get(_BITS, 16) - 8)
-        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts only 8 bits.
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts only 8-bit samples.
             high = 255 - high
         return Image.fromarray(high.astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -198,18 +198,18 @@ def _eight_bit(image, tags: dict[int, int]):
 def _is_lossy(image_format: str, raw: bytes) -> bool:
     if image_format != "WEBP":
         return image_format in _LOSSY
-    at = 12  # Behind RIFF, length and WEBP; then chunks of a name, a length and even many bytes.
+    at = 12  # After RIFF, length and WEBP. A chunk has a name, a length and evenly padded bytes.
     while at + 8 <= len(raw):
         name, length = raw[at : at + 4], int.from_bytes(raw[at + 4 : at + 8], "little")
         if name in (b"VP8 ", b"VP8L"):
             return name == b"VP8 "
-        # A frame of an animation has chunks of its own behind its 16 bytes.
+        # An animation frame has its own chunks after its 16 bytes.
         at += 8 + (16 if name == b"ANMF" else length + length % 2)
     return True
 
 
 def _without_address(error: Exception) -> str:
-    # "cannot identify image file <_io.BytesIO object at 0x…>" must not differ from run to run.
+    # "cannot identify image file <_io.BytesIO object at 0x…>" must not vary between runs.
     return str(error).split(" <_io")[0] or type(error).__name__
 
 

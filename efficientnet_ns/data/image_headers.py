@@ -1,20 +1,20 @@
-"""What an image file declares in its first bytes, before anything is decoded."""
+"""Reads the size that the header of an image file declares, without decoding the image."""
 
 from __future__ import annotations
 
 import struct
 
-# Decoded, 600 MB. A small file can claim any size, and decoders allocate what it claims.
+# 600 MB when decoded. A small file can claim any size, and decoders allocate what it claims.
 MAX_PIXELS = 200_000_000
 
-_OS2_HEADER = 12  # Bytes; the first version of BMP, with sides of 16 bits.
+_OS2_HEADER = 12  # Header size in bytes of the first BMP version, which has 16-bit sides.
 
 # Start-of-frame markers of JPEG: C0..CF without the tables C4, C8, CC.
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def declared_size(image: bytes) -> tuple[int, int] | None:
-    """(width, height) in pixels that a JPEG, PNG, GIF or BMP declares; None if it declares none."""
+    """Returns the (width, height) in pixels that a JPEG, PNG, GIF or BMP declares, or None."""
     try:
         for signature, read in _READERS.items():
             if image.startswith(signature):
@@ -25,7 +25,7 @@ def declared_size(image: bytes) -> tuple[int, int] | None:
 
 
 def problem(image: bytes) -> str:
-    """Why the image must not be given to a decoder, or an empty string."""
+    """Returns why the image must not be decoded, or an empty string."""
     size = declared_size(image)
     if size is None or size[0] * size[1] <= MAX_PIXELS:
         return ""

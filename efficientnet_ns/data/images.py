@@ -1,10 +1,10 @@
 """Decoding, cropping and resizing of single images (arXiv 1905.11946; 1911.04252, section 3.1).
 
-`eval_image` is the one preprocessing for evaluation, prediction and serving; `train_image` and
-`reflect_pad_crop` are those of training. Pixels stay on the 0..255 scale: the model normalizes.
+Evaluation, prediction and serving all use `eval_image`; training uses `train_image` and
+`reflect_pad_crop`. Pixels stay on the 0..255 scale: the model normalizes them.
 
-Functions that take an `image` accept either the encoded bytes, a scalar string, or the decoded
-pixels, uint8 [H, W, 3]. Undecodable bytes raise tf.errors.InvalidArgumentError when the op runs.
+Functions that take an `image` accept either encoded bytes (scalar string) or decoded pixels
+(uint8 [H, W, 3]). Undecodable bytes raise tf.errors.InvalidArgumentError when the op runs.
 """
 
 from __future__ import annotations
@@ -16,39 +16,40 @@ import tensorflow as tf
 
 from efficientnet_ns.data import misread
 
-# Pixels around the evaluation crop at its own scale: 224 of 256, 299 of 331 and so on.
+# Padding of the evaluation crop, in pixels at its scale: 224 of 256, 299 of 331 and so on.
 CROP_PADDING = 32
 
-# Smoothed chroma upsampling looks one chroma sample, two pixels, to each side.
+# Smooth chroma upsampling reads one chroma sample (two pixels) on each side.
 _CHROMA_REACH = 2
 
 
 def decode(image_bytes: tf.Tensor) -> tf.Tensor:
     """Decodes JPEG, PNG, GIF (first frame) or BMP bytes, scalar string, to uint8 [H, W, 3].
 
-    JPEG gives exactly what tf.image.decode_jpeg(channels=3) does, including grayscale and CMYK.
-    Gray becomes RGB, palettes are looked up, alpha is dropped, 16-bit channels keep their high
-    byte. Orientation tags are ignored. What TensorFlow would misread (most BMPs with palettes,
-    transparent GIFs; see `misread`) is rejected like what it cannot decode;
+    JPEG gives exactly the pixels of tf.image.decode_jpeg(channels=3), including grayscale and CMYK.
+    Gray becomes RGB, palettes are looked up, alpha is dropped, and 16-bit channels keep their high
+    byte. Orientation tags are ignored. Images that TensorFlow would misread (most BMPs with
+    palettes, transparent GIFs; see `misread`) are rejected like undecodable ones;
     `image_conversion.prepare` converts both.
     """
     return tf.io.decode_image(misread.refuse(image_bytes), channels=3, expand_animations=False)
 
 
 def decode_reduced(image_bytes: tf.Tensor, size: int, fraction: float | None = None) -> tf.Tensor:
-    """As `decode`, but of a large JPEG only as many pixels as its evaluation crop needs.
+    """Like `decode`, but decodes only as many pixels of a large JPEG as its evaluation crop needs.
 
-    The decoder leaves out high frequencies: the image has 1/2, 1/4 or 1/8 of its height and width,
-    the smallest whose evaluation crop still has `size` pixels. Differs from resizing the whole image.
+    The decoder omits high frequencies: the result has 1/2, 1/4 or 1/8 of the height and width, the
+    smallest for which the evaluation crop still has `size` pixels. It differs from resizing the
+    whole image.
 
     Args:
-      size, fraction: of the evaluation crop; see `center_crop_box`.
+      size, fraction: parameters of the evaluation crop; see `center_crop_box`.
     """
 
     def from_jpeg() -> tf.Tensor:
         shorter = tf.reduce_min(tf.image.extract_jpeg_shape(image_bytes)[:2])
         side = center_crop_box(shorter, shorter, size, fraction)[2]
-        # Integers: the logarithm of an exact power of two may be rounded to either side.
+        # Compares integers, because the logarithm of an exact power of two may round either way.
         halvings = sum(tf.cast(side >= size * 2**n, tf.int32) for n in (1, 2, 3))
         ratios = [
             functools.partial(tf.io.decode_jpeg, image_bytes, channels=3, ratio=2**n)
@@ -60,9 +61,9 @@ def decode_reduced(image_bytes: tf.Tensor, size: int, fraction: float | None = N
 
 
 def _decode_jpeg_box(image_bytes: tf.Tensor, box: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
-    """Decodes `box` of a JPEG `width` pixels wide to the pixels a full decode gives there."""
+    """Decodes `box` of a JPEG that is `width` pixels wide, with the pixels of a full decode."""
     y, x, box_height, box_width = tf.unstack(box)
-    # The decoder has no neighbors for the chroma of the first and last column of its window.
+    # The decoder has no chroma neighbors for the first and last column of its window.
     left = tf.maximum(x - _CHROMA_REACH, 0)
     right = tf.minimum(x + box_width + _CHROMA_REACH, width)
     window = tf.stack([y, left, box_height, right - left])
@@ -71,9 +72,9 @@ def _decode_jpeg_box(image_bytes: tf.Tensor, box: tf.Tensor, width: tf.Tensor) -
 
 
 def crop(image: tf.Tensor, choose_box: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]) -> tf.Tensor:
-    """Cuts out the box (y, x, h, w) that `choose_box(height, width)` names; uint8 [h, w, 3].
+    """Cuts out the box (y, x, h, w) that `choose_box(height, width)` returns; uint8 [h, w, 3].
 
-    Of a JPEG only the box is decoded.
+    For a JPEG, only the box is decoded.
     """
     image = tf.convert_to_tensor(image)
     if image.dtype != tf.string:
@@ -90,13 +91,13 @@ def crop(image: tf.Tensor, choose_box: Callable[[tf.Tensor, tf.Tensor], tf.Tenso
 
 
 def resize(image: tf.Tensor, size: int) -> tf.Tensor:
-    """Bicubic resize as TF1 defines it; any number type [H, W, 3] to float32 [size, size, 3].
+    """Resizes with TF1's bicubic method; any numeric type [H, W, 3] to float32 [size, size, 3].
 
-    Neither half-pixel centers nor aligned corners, and no antialiasing: published weights were
-    trained on it. Overshoots leave 0..255 by up to about 30.
+    Uses neither half-pixel centers nor aligned corners nor antialiasing, because the published
+    weights were trained this way. Overshoots exceed 0..255 by up to about 30.
     """
-    # The kernel converts each pixel to float32 every time it meets it, about eight times: to do it
-    # once before takes a third off.
+    # The kernel converts a pixel to float32 each time it reads it, about eight times. Converting
+    # once beforehand saves a third of the time.
     return tf.raw_ops.ResizeBicubic(
         images=tf.cast(image, tf.float32)[tf.newaxis],
         size=[size, size],
@@ -108,10 +109,10 @@ def resize(image: tf.Tensor, size: int) -> tf.Tensor:
 def center_crop_box(
     height: int | tf.Tensor, width: int | tf.Tensor, size: int, fraction: float | None = None
 ) -> tf.Tensor:
-    """The centered square that fills `fraction` of the shorter side.
+    """Returns the centered square that fills `fraction` of the shorter side.
 
     Args:
-      fraction: None: size / (size + CROP_PADDING).
+      fraction: None means size / (size + CROP_PADDING).
 
     Returns int32 [4] (y, x, h, w); at least one pixel.
     """
@@ -122,7 +123,7 @@ def center_crop_box(
 
 
 def eval_image(image: tf.Tensor, size: int, fraction: float | None = None) -> tf.Tensor:
-    """Center crop and bicubic resize, the evaluation preprocessing; see `center_crop_box`.
+    """Applies the evaluation preprocessing: center crop (`center_crop_box`) and bicubic resize.
 
     Returns float32 [size, size, 3], neither clipped to 0..255 nor normalized.
     """
@@ -132,7 +133,7 @@ def eval_image(image: tf.Tensor, size: int, fraction: float | None = None) -> tf
 
 
 def whole_image(image: tf.Tensor, size: int) -> tf.Tensor:
-    """Bicubic resize of the whole image, for pictures that are evaluation crops already.
+    """Resizes the whole image (bicubic), for images that are already evaluation crops.
 
     Returns float32 [size, size, 3], neither clipped to 0..255 nor normalized.
     """
@@ -141,7 +142,7 @@ def whole_image(image: tf.Tensor, size: int) -> tf.Tensor:
 
 
 def small_eval_image(image: tf.Tensor, size: int) -> tf.Tensor:
-    """The evaluation preprocessing for small images (SVHN, 32 x 32): a cast.
+    """Applies the evaluation preprocessing for small images (SVHN, 32 x 32): a cast.
 
     An image of another size is resized (bicubic, without cropping) and clipped.
     Returns float32 [size, size, 3] in 0..255.
@@ -167,15 +168,15 @@ def random_crop_box(
     max_attempts: int = 10,
     size: int | None = None,
 ) -> tf.Tensor:
-    """Draws the Inception-style random crop of training.
+    """Draws the Inception-style random crop for training.
 
     Args:
       height, width: size of the image in pixels, int32.
       seed: int32 or int64 [2]; equal seeds give equal boxes.
-      area: range of the part of the image that the crop covers. As in the original, crops below 0.1
-        are redrawn whatever the lower end is.
+      area: range of the fraction of the image that the crop covers. As in the original code, crops
+        below 0.1 are redrawn regardless of the lower end.
       aspect: range of width / height of the crop.
-      max_attempts: draws before giving up, which leaves the whole image.
+      max_attempts: maximum number of draws; if all fail, the whole image is returned.
       size: if given, the evaluation crop for this size replaces the whole image, which would be
         distorted to a square.
 
@@ -208,12 +209,12 @@ def crop_and_resize(image: tf.Tensor, box: tf.Tensor, size: int) -> tf.Tensor:
 
 def to_uint8(image: tf.Tensor) -> tf.Tensor:
     """Clips to 0..255 and drops the fraction; float32 to uint8 of the same shape."""
-    # Two kernels that take many numbers at once, where that of tf.clip_by_value takes one.
+    # These two kernels are vectorized, unlike the kernel of tf.clip_by_value.
     return tf.cast(tf.minimum(tf.maximum(image, 0.0), 255.0), tf.uint8)
 
 
 def train_image(image: tf.Tensor, size: int, seed: tf.Tensor, *, flip: bool = True) -> tf.Tensor:
-    """Random crop, bicubic resize and random horizontal flip, the training preprocessing.
+    """Applies the training preprocessing: random crop, bicubic resize, random horizontal flip.
 
     Args:
       image: encoded bytes or uint8 [H, W, 3].
@@ -233,7 +234,7 @@ def train_image(image: tf.Tensor, size: int, seed: tf.Tensor, *, flip: bool = Tr
 
 
 def random_flip(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Mirrors half of the images; [H, W, 3] of any number type, same shape and type.
+    """Mirrors half of the images; [H, W, 3] of any numeric type, same shape and type.
 
     Args:
       seed: int32 or int64 [2]; equal seeds give equal results.
@@ -243,22 +244,22 @@ def random_flip(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 
 
 def uniform(seed: tf.Tensor, shape: list[int]) -> tf.Tensor:
-    """float32 in [0, 1), fixed by `seed`, int32 or int64 [2].
+    """Draws float32 in [0, 1), determined by `seed`, int32 or int64 [2].
 
-    The numbers of `tf.random.stateless_uniform(alg="philox")`, which scrambles the seed in a dozen
-    operations of the graph; here the kernel does.
+    The numbers equal those of `tf.random.stateless_uniform(alg="philox")`, which scrambles the seed
+    with a dozen graph operations; here the kernel scrambles it.
     """
     return tf.raw_ops.StatelessRandomUniform(shape=shape, seed=seed, dtype=tf.float32)
 
 
 def split_seed(seed: tf.Tensor, count: int) -> list[tf.Tensor]:
-    """`count` seeds, int [2] each, from one, int [2]; the first is `seed` itself.
+    """Derives `count` seeds, int [2] each, from one, int [2]; the first is `seed` itself.
 
-    Two operations, where tf.random's split draws numbers, which takes as long as flipping an image.
-    The seed is a key of a cipher: streams of keys that differ in any bit are independent.
+    This takes two operations. The split of tf.random draws numbers, which takes as long as flipping
+    an image. The seed is a cipher key: streams of keys that differ in any bit are independent.
     """
     seed = tf.convert_to_tensor(seed)
-    # Multiples of a large odd number are far from the seeds next to this one, which others may use.
+    # Multiples of a large number are far from the adjacent seeds, which other code may use.
     salts = [[0, number * 0x3C6EF372 % 2**31] for number in range(count)]
     return tf.unstack(tf.bitwise.bitwise_xor(seed, tf.constant(salts, seed.dtype)))
 
@@ -266,10 +267,10 @@ def split_seed(seed: tf.Tensor, count: int) -> list[tf.Tensor]:
 def reflect_pad_crop_at(
     image: tf.Tensor, dy: tf.Tensor | int, dx: tf.Tensor | int, pad: int = 4
 ) -> tf.Tensor:
-    """The part of the reflect-padded image that starts at row `dy`, column `dx`.
+    """Crops the reflect-padded image, starting at row `dy`, column `dx`.
 
     Args:
-      image: [H, W, 3] of any number type, H and W above `pad`.
+      image: [H, W, 3] of any numeric type, with H and W greater than `pad`.
       dy, dx: offsets in 0..2*pad; `pad` gives the image itself.
       pad: pixels added to each side, mirrored without repeating the border.
 
@@ -277,9 +278,9 @@ def reflect_pad_crop_at(
       Same shape and type as `image`.
 
     Raises:
-      ValueError: H or W is not above `pad`; InvalidArgumentError if known only at run time.
+      ValueError: If H or W is not greater than `pad`; InvalidArgumentError if known only at run time.
     """
-    message = f"reflect padding by {pad} needs an image of at least {pad + 1} x {pad + 1} pixels"
+    message = f"reflect padding by {pad} requires an image of at least {pad + 1} x {pad + 1} pixels"
     known = [side for side in image.shape[:2] if side is not None]
     if any(side <= pad for side in known):
         raise ValueError(f"{message}, got shape {image.shape}")
@@ -290,10 +291,10 @@ def reflect_pad_crop_at(
 
 
 def reflect_pad_crop(image: tf.Tensor, seed: tf.Tensor, pad: int = 4) -> tf.Tensor:
-    """Shifts a small image by up to `pad` pixels each way, the SVHN training crop.
+    """Shifts a small image by up to `pad` pixels in each direction, the SVHN training crop.
 
     Args:
-      image: [H, W, 3] of any number type, H and W above `pad`.
+      image: [H, W, 3] of any numeric type, with H and W greater than `pad`.
       seed: int32 or int64 [2]; equal seeds give equal shifts.
       pad: largest shift in pixels; all (2 * pad + 1) ** 2 shifts are equally likely.
 

@@ -1,8 +1,8 @@
-"""From levels to what an op does: arguments, random signs and places, one branch executed.
+"""Converts levels to op arguments, draws random signs and positions, and runs one op.
 
-AutoAugment and RandAugment name ops with a level on a scale from 0 to 10; the published recipes go
-up to 27. The original code never clips: the numbers in the paper come from what its 8-bit
-arithmetic does out of range. That behavior is the default here (`mode="original"`);
+AutoAugment and RandAugment specify ops with a level on a scale from 0 to 10; the published recipes
+use up to 27. The original code never clips, so the numbers in the paper include the out-of-range
+behavior of its 8-bit arithmetic. That behavior is the default here (`mode="original"`);
 `mode="clipped"` avoids it.
 """
 
@@ -27,7 +27,7 @@ SIGNED_OPS = frozenset({"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"
 
 
 def _f32(value: float) -> float:
-    """Rounds to float32, in which the original carries the signed arguments."""
+    """Rounds to float32, the type of signed arguments in the original code."""
     return float(np.float32(value))
 
 
@@ -67,7 +67,7 @@ LEVEL_TO_ARGS: dict[str, Callable[[float, float, float], tuple]] = {
     "Cutout": lambda m, cutout, _translate: (int(m / 10 * cutout),),
 }
 
-# mode="clipped": (args, cutout_const, translate_const) -> args in a range that keeps an image.
+# mode="clipped": (args, cutout_const, translate_const) -> args in a range that preserves an image.
 _CLIP_ARGS: dict[str, Callable[[tuple, float, float], tuple]] = {
     "Posterize": lambda args, _cutout, _translate: (min(max(args[0], 1), 8),),
     "Solarize": lambda args, _cutout, _translate: (min(max(args[0], 0), 256),),
@@ -77,21 +77,21 @@ _CLIP_ARGS: dict[str, Callable[[tuple, float, float], tuple]] = {
     "Cutout": lambda args, cutout, _translate: (min(args[0], int(cutout)),),
 }
 
-# A clipped threshold of 256 means "invert nothing", where the original wraps it to 0.
+# A clipped threshold of 256 means "invert nothing"; the original code wraps it to 0.
 _CLIPPED_OPS = {"Solarize": augment.invert_from}
 
 
 def op_args(
     name: str, level: float, cutout_const: float, translate_const: float, mode: str
 ) -> tuple:
-    """The (positive) arguments of an op at a level.
+    """Returns the (positive) arguments of an op at a level.
 
     Args:
-      mode: "original" passes the arguments of `LEVEL_TO_ARGS` on unclipped; "clipped" limits them
-        to what keeps an image, see `randaugment.rand_augment`.
+      mode: "original" does not clip the arguments of `LEVEL_TO_ARGS`; "clipped" limits them to a
+        range that preserves an image, see `randaugment.rand_augment`.
 
     Raises:
-      ValueError: unknown mode.
+      ValueError: If the mode is unknown.
     """
     if mode not in MODES:
         raise ValueError(f"augmentation mode {mode!r} is unknown; allowed: {', '.join(MODES)}")
@@ -102,13 +102,13 @@ def op_args(
 
 
 def apply_op(name: str, args: tuple, mode: str, image: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
-    """Applies an op, completing its arguments by random ones.
+    """Applies an op with its arguments and, for Cutout, a random center.
 
     Args:
-      args, mode: of `op_args`.
+      args, mode: see `op_args`.
       image: uint8 [H, W, 3].
-      draws: float32 [4] in [0, 1). The first two are for the caller, who chose the op and the sign
-        of its argument; the others give cutout row and cutout column.
+      draws: float32 [4] in [0, 1). The caller chooses the op and the sign of its argument with the
+        first two; the others determine the cutout row and column.
 
     Returns:
       uint8 [H, W, 3].
@@ -116,21 +116,21 @@ def apply_op(name: str, args: tuple, mode: str, image: tf.Tensor, draws: tf.Tens
     if name == "Cutout":
         height, width = tf.unstack(tf.shape(image)[:2])
         args += (augment.random_index(draws[2], height), augment.random_index(draws[3], width))
-    # Differs (7), on request only: levels above 10 are clipped.
+    # Differs (7) in docs/differences.md, only on request: levels above 10 are clipped.
     clipped = _CLIPPED_OPS if mode == "clipped" else {}
     return {"Identity": tf.identity, **augment.OPS, **clipped}[name](image, *args)
 
 
 class Branches:
-    """Ops for images of one shape, one of which is run."""
+    """Ops for images of one shape; each call runs one of them."""
 
     def __init__(self, ops: Sequence[tuple[str, tuple]], mode: str, image: tf.Tensor):
-        """Builds each op, and each that is signed with the negated argument as well.
+        """Builds each op, and each signed op also with the negated argument.
 
         Args:
           ops: names and (positive) arguments, see `op_args`; "Identity" does nothing.
-          mode: of `op_args`.
-          image: an image of the shape and type of all that will come.
+          mode: see `op_args`.
+          image: an image with the shape and dtype of all images to augment.
         """
         signed = [name in SIGNED_OPS for name, _ in ops]
         negated = [(name, (-args[0],)) for name, args in ops if name in SIGNED_OPS]
@@ -138,7 +138,7 @@ class Branches:
             functools.partial(apply_op, name, args, mode) for name, args in [*ops, *negated]
         ]
         positions = itertools.count(len(ops))
-        # Number of the op with the negated argument; of an op without a sign, its own.
+        # Index of the op with the negated argument; an unsigned op has its own index.
         self._negated = [next(positions) if s else number for number, s in enumerate(signed)]
         # Traced once per op, not once per layer of RandAugment.
         if not tf.executing_eagerly():
@@ -149,12 +149,12 @@ class Branches:
             ]
 
     def run(self, index: tf.Tensor, image: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
-        """Runs op number `index`, with the random parts that `draws`, float32 [4], give it."""
+        """Runs op number `index` with the random values of `draws`, float32 [4]."""
         index = tf.where(draws[1] < 0.5, tf.gather(self._negated, index), index)
         if tf.executing_eagerly():
             return self._functions[int(index)](image, draws)
-        # tf.switch_case would copy all branches into the caller's graph, where passing over the
-        # nodes of those not taken costs more than most ops.
+        # tf.switch_case would copy all branches into the caller's graph, where skipping the nodes
+        # of the branches not taken costs more than most ops.
         (result,) = tf.raw_ops.Case(
             branch_index=index,
             input=[image, draws],
@@ -165,7 +165,7 @@ class Branches:
         return tf.ensure_shape(result, image.shape)
 
 
-# What an argument out of range comes to in mode "original", for the log line.
+# Effective value of an out-of-range argument in mode "original", for the log line.
 _EFFECTIVE: dict[str, Callable[[int], int]] = {
     "Posterize": augment.kept_bits,
     "Solarize": lambda threshold: threshold % 256,
@@ -174,7 +174,7 @@ _EFFECTIVE: dict[str, Callable[[int], int]] = {
 
 
 def describe_op(name: str, args: tuple, mode: str) -> str:
-    """For logs; `Solarize(691→179)` means that 691 is the nominal value and 179 the effective one."""
+    """Describes an op for logs; in `Solarize(691→179)`, 691 is nominal and 179 effective."""
     if not args:
         return name
     sign = "±" if name in SIGNED_OPS else ""

@@ -1,8 +1,8 @@
-"""Image files that TensorFlow decodes without complaint to other pixels than they show.
+"""Rejects image files that TensorFlow silently decodes to wrong pixels.
 
-TensorFlow takes the indices of 8-bit BMPs for gray values, every 32-bit BMP for blue, green and
-red in this order, transparent pixels of GIFs for black and the first frame of a GIF for the whole
-picture. What it does with PNG and JPEG is right.
+TensorFlow interprets the indices of 8-bit BMPs as gray values, the channels of all 32-bit BMPs as
+blue, green and red in this order, transparent GIF pixels as black, and the first frame of a GIF as
+the whole image. It decodes PNG and JPEG correctly.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _EXTENSION, _IMAGE, _GRAPHIC_CONTROL = 0x21, 0x2C, 0xF9
 
 
 def refuse(image_bytes: tf.Tensor) -> tf.Tensor:
-    """The same bytes, scalar string, unless TensorFlow's decoder would misread them.
+    """Returns the same bytes, scalar string, unless TensorFlow's decoder would misread them.
 
-    Raises tf.errors.InvalidArgumentError when the op runs on such an image. Damaged files
-    pass: the decoder has the better message.
+    Raises tf.errors.InvalidArgumentError when the op runs on such an image. Damaged files pass,
+    because the decoder's message is better.
     """
     faithful, message = tf.case(
         [
             (_starts_with(image_bytes, _BMP), lambda: _bmp(image_bytes)),
             (_starts_with(image_bytes, _GIF), lambda: _gif(image_bytes)),
-            # Later releases than 2.15 read WebP; records and predictions must not depend on the release.
+            # Releases after 2.15 read WebP; records and predictions must not depend on the release.
             (
                 _starts_with(image_bytes, _RIFF),
                 lambda: (tf.constant(False), tf.constant("not all TensorFlow releases read WebP")),
@@ -47,12 +47,12 @@ def _starts_with(text: tf.Tensor, prefix: bytes) -> tf.Tensor:
 
 
 def _bytes(image_bytes: tf.Tensor, padding: int) -> tf.Tensor:
-    """uint8 [length + padding]; zeros after the end, so that every place can be read."""
+    """Returns uint8 [length + padding] with zeros after the end, so every offset can be read."""
     return tf.pad(tf.io.decode_raw(image_bytes, tf.uint8), [[0, padding]])
 
 
 def _number(values: tf.Tensor, first: int | tf.Tensor, size: int) -> tf.Tensor:
-    """int64; the little-endian integer of `size` bytes at `first`."""
+    """Returns the little-endian integer of `size` bytes at `first`, int64."""
     weights = tf.constant([256**place for place in range(size)], tf.int64)
     return tf.reduce_sum(tf.cast(values[first : first + size], tf.int64) * weights)
 
@@ -61,14 +61,14 @@ def _number(values: tf.Tensor, first: int | tf.Tensor, size: int) -> tf.Tensor:
 def _bmp(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     longest = _FILE_HEADER + 124 + 256 * 4
     values = _bytes(tf.strings.substr(image_bytes, 0, longest), longest)
-    # Of the file header: where the pixels begin. Of the second header: its size, bits per pixel,
-    # compression, and from byte 54 the masks of the channels.
+    # File header: offset of the pixels. Second header: its size, bits per pixel, compression and,
+    # from byte 54, the channel masks.
     offset, header = _number(values, 10, 4), _number(values, _FILE_HEADER, 4)
     bits, compression = _number(values, 28, 2), _number(values, 30, 4)
     masks = [_number(values, 54 + 4 * place, 4) for place in range(3)]
     ordered = tf.reduce_all(tf.equal(masks, tf.constant(_COLOR_MASKS, tf.int64)))
 
-    # A palette in which color i is gray level i is what TensorFlow takes every palette for.
+    # TensorFlow assumes that every palette is the identity gray map.
     start = tf.minimum(_FILE_HEADER + header, longest)
     colors = tf.clip_by_value((offset - start) // 4, 0, 256)
     palette = tf.reshape(values[start : start + 256 * 4], [256, 4])[:, :3]
@@ -77,14 +77,14 @@ def _bmp(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     gray = (colors > 0) & tf.reduce_all(gray | (place >= colors))
 
     plain = compression == 0
-    # Headers of less than 40 bytes have another layout.
+    # Headers of fewer than 40 bytes have a different layout.
     faithful = (header >= 40) & (
         (plain & (bits == 24))
         | ((plain | ((compression == 3) & ordered)) & (bits == 32))
         | (plain & (bits == 8) & gray)
     )
     return faithful, tf.constant(
-        "TensorFlow does not read BMPs with this palette, compression or order of colors"
+        "TensorFlow does not read BMPs with this palette, compression or color order"
     )
 
 
@@ -93,10 +93,10 @@ def _gif(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     values = _bytes(image_bytes, 16)
     end = tf.size(values, tf.int64) - 16
     flags = _number(values, 10, 1)
-    # The palette for all frames, which stands after 13 bytes of header if the top bit is set.
+    # The global palette, which follows the 13-byte header if the top bit is set.
     table = tf.where(flags >= 128, 3 * 2 ** (flags % 8 + 1), tf.zeros([], tf.int64))
 
-    # Steps through the extensions before the first image, and in each through its blocks.
+    # Steps through the extensions before the first image and through the blocks of each.
     def more(at: tf.Tensor, within: tf.Tensor, _transparent: tf.Tensor) -> tf.Tensor:
         return (at < end) & (within | (values[at] == _EXTENSION))
 
@@ -114,5 +114,5 @@ def _gif(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     whole = (left + top == 0) & (width >= _number(values, 6, 2)) & (height >= _number(values, 8, 2))
     faithful = (values[at] != _IMAGE) | (whole & ~transparent)
     return faithful, tf.constant(
-        "TensorFlow does not read GIFs with transparency or a first frame that leaves a part free"
+        "TensorFlow does not read GIFs with transparency or a first frame that is not the whole image"
     )

@@ -1,8 +1,8 @@
-"""Datasets: records in, batches of preprocessed images out.
+"""Builds datasets that convert records to batches of preprocessed images.
 
 Order, augmentation and batches depend only on (seed, position), never on what was read before: a
-dataset started at step n continues exactly where an uninterrupted one would be. The order, and which
-host reads what, is that of `streams`.
+dataset started at step n continues exactly where an uninterrupted one would be. `streams` defines
+the order and which records each host reads.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Augmentation = RandAugment | AutoAugment
 
 
 def parse_augmentation(text: str, size: int, small: bool) -> Augmentation:
-    """The policy that the log prints as `text`, with or without its list of ops.
+    """Parses a policy as the log prints it, with or without its list of ops.
 
     Args:
-      size, small: of the images, which the arguments of some ops depend on.
+      size, small: size and kind of the images, which affect the arguments of some ops.
 
     Raises:
-      ValueError: not a known form, or the ops are not those of the policy at this size.
+      ValueError: If the form is unknown, or the ops are not those of the policy at this size.
     """
     head, _, ops = text.partition(": ")
     kind = AutoAugment if head.startswith("autoaugment") else RandAugment
@@ -46,24 +46,24 @@ def parse_augmentation(text: str, size: int, small: bool) -> Augmentation:
         ) from e
     if ops and policy.describe(**policy.constants(size, small)) != text:
         raise ValueError(
-            f"the operations listed in {text!r} are not those of {policy} at {size} pixels; give "
-            f"{str(policy)!r} only"
+            f"the operations listed in {text!r} are not those of {policy} at {size} pixels; pass only "
+            f"{str(policy)!r}"
         )
     return policy
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """From encoded bytes to model input.
+    """Converts encoded bytes to model input.
 
     Attributes:
       image_size: side of the result in pixels.
-      small_image: no resizing crop; shift by reflection instead (SVHN, CIFAR, digits).
-      flip: mirror half of the training images.
+      small_image: shift with reflection padding instead of a resized crop (SVHN, CIFAR, digits).
+      flip: whether to mirror half of the training images.
       augmentation: policy applied to training images; None for crop (or shift) and flip only.
-      clean: train on evaluation crops (FixRes fine-tuning).
-      crop_fraction: part of the shorter side that evaluation shows; None: see
-        `images.center_crop_box`. Small images are shown whole.
+      clean: whether to train on evaluation crops (FixRes fine-tuning).
+      crop_fraction: fraction of the shorter side that the evaluation crop covers; for None, see
+        `images.center_crop_box`. Small images are not cropped.
     """
 
     image_size: int
@@ -74,32 +74,34 @@ class Preprocessing:
     crop_fraction: float | None = None
 
     def evaluate(self, image: tf.Tensor) -> tf.Tensor:
-        """Encoded scalar string (or uint8 [H, W, 3]) → float32 [S, S, 3] in about 0..255."""
+        """Converts a scalar string (or uint8 [H, W, 3]) to float32 [S, S, 3] in about 0..255."""
         if self.small_image:
             return images.small_eval_image(image, self.image_size)
         return images.eval_image(image, self.image_size, self.crop_fraction)
 
     def train(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        """Encoded scalar string → [S, S, 3]; uint8 when augmented or small, else float32.
+        """Converts a scalar string to [S, S, 3]; uint8 if augmented or small, else float32.
 
         Args:
-          seed: int [2]; fixes every random choice.
+          seed: int [2]; determines every random choice.
         """
+        # An undecodable image stops training with an error that names the record (DataError, see
+        # resolve/resolved_config.py); labeling keeps going (pseudo_labels/label_shard.py).
         if self.clean:
             return self.evaluate(image)
         crop_seed, flip_seed, augment_seed, cutout_seed = images.split_seed(seed, 4)
         if not self.small_image:
             image = images.train_image(image, self.image_size, crop_seed, flip=False)
             if self.augmentation is not None:
-                # The ops take bytes. Without them, the overshoots of the bicubic resize stay.
+                # The ops take bytes. Without ops, the overshoots of the bicubic resize remain.
                 image = images.to_uint8(image)
-            # The augmentation comes last, in the order of the original.
+            # The augmentation comes last, as in the original code.
             return self._augment(self._flip(image, flip_seed), augment_seed)
         image = images.to_uint8(images.small_eval_image(image, self.image_size))
         image = self._augment(image, augment_seed)
         if self.augmentation is not None:
             image = augment.cutout(image, cutout_seed, self.image_size // 4)
-        # The original's shift of 4 at 32 pixels, in proportion.
+        # In proportion to the original code's shift of 4 at 32 pixels.
         image = images.reflect_pad_crop(image, crop_seed, pad=self.image_size // 8)
         return self._flip(image, flip_seed)
 
@@ -113,7 +115,7 @@ class Preprocessing:
         return self.augmentation.apply(image, seed, **constants)
 
     def describe(self) -> str:
-        """What is done to training images, in one line for logs."""
+        """Describes the preprocessing of training images in one line for logs."""
         size = self.image_size
         if self.clean:
             return f"evaluation crop at {size} px, no augmentation"
@@ -132,13 +134,14 @@ class Preprocessing:
         return "; ".join(steps + flip if self.small_image else steps + flip + augmented)
 
 
-# Differs (8): every draw is a function of the seed and the example, here of its place in the stream.
+# Differs (8) in docs/differences.md: every draw is a function of the seed and the example, here of
+# its position in the stream.
 def _sample_seed(seed: int, salt: int, index: tf.Tensor) -> tf.Tensor:
     return tf.random.experimental.stateless_fold_in(tf.constant([seed, salt], tf.int64), index)
 
 
 def _checked_label(label: tf.Tensor, num_classes: int) -> tf.Tensor:
-    # One-hot encoding would silently turn such a label into no class at all.
+    # One-hot encoding would silently map such a label to no class.
     check = tf.debugging.Assert(
         (label >= 0) & (label < num_classes),
         [f"label out of range 0..{num_classes - 1} (0-based):", label],
@@ -159,10 +162,10 @@ def labeled_batches(
     shuffle_buffer: int = 10000,
     share: Share = WHOLE,
 ) -> tf.data.Dataset:
-    """Endless training batches.
+    """Returns endless training batches.
 
     Args:
-      batch_size: over all replicas.
+      batch_size: number of examples over all replicas.
       order_since: see `streams.Plan.step`.
       share: the rows of each batch to prepare.
 
@@ -193,14 +196,14 @@ def unlabeled_batches(
     weak_preprocessing: Preprocessing | None = None,
     share: Share = WHOLE,
 ) -> tf.data.Dataset:
-    """Endless training batches of pseudo-labeled records.
+    """Returns endless training batches of pseudo-labeled records.
 
     Args:
-      batch_size: over all replicas.
-      teacher_preprocessing: when given, records need no stored labels and each image also comes
-        clean, at the teacher's resolution.
-      weak_preprocessing: when given, records need no stored labels and each image also comes from
-        it, drawn independently.
+      batch_size: number of examples over all replicas.
+      teacher_preprocessing: if given, records need no stored labels, and each image is also
+        included clean, at the teacher's resolution.
+      weak_preprocessing: if given, records need no stored labels, and each image is also included
+        with this preprocessing, drawn independently.
       order_since, share: see `labeled_batches`.
 
     Yields:
@@ -231,7 +234,7 @@ def unlabeled_batches(
             "unl_probs": example["probs"],
         }
 
-    # Another seed than the labeled set's, since both may be the same files.
+    # The seed differs from the labeled set's because both may be the same files.
     plan = Plan(source, batch_size, seed + 1, shuffle_buffer)
     return _batches(plan, prepare, plan.step(start_step, order_since), share)
 
@@ -254,7 +257,7 @@ def join(*datasets: tf.data.Dataset) -> tf.data.Dataset:
         data = tf.data.Dataset.zip(datasets).map(
             lambda *parts: {key: value for part in parts for key, value in part.items()}
         )
-    # Several workers have static shapes only where no end can come.
+    # With several workers, shapes are static only if the dataset is known to be infinite.
     endless = tf.data.experimental.assert_cardinality(tf.data.experimental.INFINITE_CARDINALITY)
     return data.apply(endless).prefetch(tf.data.AUTOTUNE)
 
@@ -267,17 +270,17 @@ def eval_batches(
     batch_size: int,
     share: Share = WHOLE,
 ) -> tf.data.Dataset:
-    """Every record once, in file order; the last batches are padded.
+    """Returns every record once, in file order; the last batches are padded.
 
     Args:
-      batch_size: over all replicas.
-      share: which part of the set to prepare: each host a run of as many records as it has rows in
-        all batches, so that it reads these only.
+      batch_size: number of examples over all replicas.
+      share: which part of the set to prepare. Each host prepares, and reads only, a run of as many
+        records as it has rows in all batches.
 
     Yields:
-      `image` float32 [B, S, S, 3], `label` int32 [B], `index` int32 [B]: place in the set, `mask`
-      float32 [B]: 1 for an example, 0 for padding; B = batch_size / replicas. Every replica gets
-      the same number of batches.
+      `image` float32 [B, S, S, 3], `label` int32 [B], `index` int32 [B] (position in the set) and
+      `mask` float32 [B] (1 for an example, 0 for padding); B = batch_size / replicas. Every replica
+      gets the same number of batches.
     """
 
     def prepare(index: tf.Tensor, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -294,9 +297,9 @@ def eval_batches(
     data = in_order(source, begin, end).enumerate(begin)
     data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE)
     size = share.per_replica(batch_size)
-    # Differs (4): padded, not dropped.
+    # Differs (4): the last batch is padded, not dropped.
     data = data.batch(size).map(lambda batch: pad_batch(batch, size))
-    # All replicas take part in all steps: hosts without records of their own add padding.
+    # All replicas take part in all steps, so hosts that run out of records add padding.
     pieces = steps * (share.replicas // share.num_hosts)
     nothing = tf.nest.map_structure(lambda s: tf.zeros(s.shape, s.dtype), data.element_spec)
     padding = tf.data.Dataset.from_tensors(nothing).repeat(pieces)
@@ -315,13 +318,13 @@ def pad_batch(batch: dict[str, tf.Tensor], batch_size: int) -> dict[str, tf.Tens
 
 
 def name_bad_record(source: Source, check: Callable[[bytes], None]) -> str | None:
-    """Finds the first record that cannot be used, for an error message; None when all are fine.
+    """Finds the first record that cannot be used, for an error message; None if all are usable.
 
     Args:
-      check: raises for a payload that cannot be used.
+      check: function that raises if a payload cannot be used.
     """
     for path, count in zip(source.paths, source.counts):
-        # A truncated tail is not counted: it is left out, so it is never what went wrong.
+        # A truncated tail is neither counted nor read, so it is never the cause.
         for record in itertools.islice(tfrecords.read(path), count):
             problem = record.problem
             if record.payload is not None:
@@ -329,7 +332,7 @@ def name_bad_record(source: Source, check: Callable[[bytes], None]) -> str | Non
                     check(record.payload)
                 except (
                     Exception
-                ) as e:  # whatever is wrong with it, its place is what the user needs
+                ) as e:  # Any error: the user needs the location of the record.
                     problem = str(e).splitlines()[0]
             if problem:
                 return f"{path}, record {record.position}: {problem}"
@@ -342,7 +345,7 @@ def check_image(payload: bytes) -> None:
 
 
 def check_trainable(payload: bytes, num_classes: int) -> None:
-    """Raises DataError or a TensorFlow error unless image and label can be used."""
+    """Raises DataError or a TensorFlow error unless the image and label are usable."""
     check_image(payload)
     label = tfexamples.label(payload)
     if not 0 <= label < num_classes:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from efficientnet_ns.data import augment, images, levels
 
-# The original's reach at magnitude 10, in pixels.
+# Constants of the original code at magnitude 10, in pixels.
 CUTOUT_CONST, TRANSLATE_CONST = 40.0, 100.0
 RANDAUGMENT_OPS: tuple[str, ...] = tuple(augment.OPS)
 
@@ -17,7 +17,7 @@ RANDAUGMENT_OPS: tuple[str, ...] = tuple(augment.OPS)
 def _policy(
     magnitude: float, cutout_const: float, translate_const: float, use_cutout: bool, mode: str
 ) -> dict[str, tuple]:
-    """The ops to draw from, in order, with their (positive) arguments."""
+    """Returns the ops to draw from, in order, with their (positive) arguments."""
     return {
         name: levels.op_args(name, magnitude, cutout_const, translate_const, mode)
         for name in RANDAUGMENT_OPS
@@ -40,17 +40,16 @@ def rand_augment(
 
     Args:
       image: uint8 [H, W, 3].
-      seed: int32 or int64 [2]; equal seeds give equal results. Another random op on the same image
-        needs another seed.
-      num_layers: ops applied one after the other (N of RandAugment).
-      magnitude: M of RandAugment; 10 is the nominal maximum, the published recipes go up to 27.
+      seed: int32 or int64 [2]; equal seeds give equal results. Every other random op on the same
+        image needs a different seed.
+      num_layers: number of ops applied one after the other (N of RandAugment).
+      magnitude: M of RandAugment; 10 is the nominal maximum, but published recipes use up to 27.
       cutout_const: half side of the Cutout square at magnitude 10, in pixels.
       translate_const: translation at magnitude 10, in pixels.
-      use_cutout: include Cutout in the ops (16 ops, otherwise 15).
-      mode: "original" passes the arguments of `levels.LEVEL_TO_ARGS` on unclipped. Posterize then
-        leaves a single bit from magnitude 22.5 up, Solarize uses its threshold modulo 256,
-        SolarizeAdd merges all dark pixels into white, Translate and Cutout may gray the whole
-        image. "clipped" limits Posterize to 1..8 bits, the Solarize threshold to 0..256 (256
+      use_cutout: whether to include Cutout in the ops (16 ops, otherwise 15).
+      mode: "original" does not clip the arguments of `levels.LEVEL_TO_ARGS`. Posterize then keeps a
+        single bit from magnitude 22.5 up, Solarize uses its threshold modulo 256, SolarizeAdd
+        merges all dark pixels into white, and Translate and Cutout may gray the whole image. "clipped" limits Posterize to 1..8 bits, the Solarize threshold to 0..256 (256
         inverts nothing), the SolarizeAdd addition to 128 (dark pixels stay distinct), and Translate
         and Cutout to their size at magnitude 10. Rotate, Shear and the four blending ops are the
         same in both modes.
@@ -59,7 +58,7 @@ def rand_augment(
       uint8 [H, W, 3], with the static shape of `image`.
 
     Raises:
-      ValueError: unknown mode.
+      ValueError: If the mode is unknown.
     """
     policy = _policy(magnitude, cutout_const, translate_const, use_cutout, mode)
     if not num_layers:
@@ -80,15 +79,15 @@ _FORM = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """A policy; see `rand_augment`. The defaults of training are those of the flags.
+    """A RandAugment policy; see `rand_augment`. Training uses the defaults of the flags.
 
     Attributes:
-      num_layers: ops applied one after the other (N).
+      num_layers: number of ops applied one after the other (N).
       magnitude: level of all ops (M).
       mode: "original" or "clipped".
       use_cutout: whether Cutout is one of the ops.
-      proportional: whether Translate and Cutout reach as far, in parts of the image, as at 224
-        pixels; else they reach as many pixels. Small images: always.
+      proportional: whether Translate and Cutout cover the same fraction of the image as at 224
+        pixels, not the same number of pixels. Small images are always scaled.
     """
 
     num_layers: int
@@ -99,10 +98,10 @@ class RandAugment:
 
     @classmethod
     def parse(cls, text: str) -> RandAugment:
-        """The policy of which `text` is `str(policy)`, such as `randaugment(N=2, M=27)`.
+        """Parses the `str` of a policy, such as `randaugment(N=2, M=27)`.
 
         Raises:
-          ValueError: another form, or an unknown mode.
+          ValueError: If `text` has another form, or the mode is unknown.
         """
         found = _FORM.fullmatch(text)
         if not found or (found[3] or "original") not in levels.MODES:
@@ -112,7 +111,7 @@ class RandAugment:
 
     @staticmethod
     def forms() -> str:
-        """What `parse` accepts, for help and error messages."""
+        """Forms that `parse` accepts, for help and error messages."""
         return "randaugment(N=2, M=27[, mode=clipped][, cutout=no][, reach=proportional])"
 
     def __str__(self) -> str:
@@ -122,8 +121,8 @@ class RandAugment:
         return f"randaugment(N={self.num_layers}, M={self.magnitude}{mode}{cutout}{reach})"
 
     def constants(self, size: int, small: bool) -> dict[str, float]:
-        """Reach of Cutout and Translate at magnitude 10, in pixels, for images of `size`."""
-        # At 32 pixels the original's constants, in proportion.
+        """Returns the Cutout and Translate constants, in pixels, for images of `size`."""
+        # In proportion to the original code's constants at 32 pixels.
         reach = size // 8
         scale = size / 224 if self.proportional else 1.0
         return {
@@ -154,7 +153,7 @@ class RandAugment:
     def describe(
         self, cutout_const: float = CUTOUT_CONST, translate_const: float = TRANSLATE_CONST
     ) -> str:
-        """The policy and its ops in one line; in `Solarize(691→179)`, 691 is nominal, 179 acts."""
+        """Describes the policy and its ops in one line; for arguments, see `levels.describe_op`."""
         policy = _policy(self.magnitude, cutout_const, translate_const, self.use_cutout, self.mode)
         ops = (levels.describe_op(name, args, self.mode) for name, args in policy.items())
         return f"{self}: {', '.join(ops)}"

@@ -1,25 +1,26 @@
-"""Which records a host reads, and in which order: streams of a batch, defined without hosts.
+"""Defines which records a host reads, and in which order, by streams that do not depend on hosts.
 
 The rows of a batch of B belong to V streams: rows v·B/V … (v+1)·B/V - 1 of every batch are the next
-records of stream v. V is the largest divisor of B up to 256, and of a set of few records up to
-max(8, N / 256). An epoch holds each of the N records once: it shuffles the files, lays them end to
-end and cuts the result into one run per stream, as long as the stream has rows in the epoch. So
-streams never hold unequal shares. Runs differ by the rows of one batch at most; an epoch ends after
-exactly N rows, in the middle of a batch if need be, and the next one begins there. Sets of fewer than
-64 files are laid out in pieces of files, so that a run is not always the same part of one file.
+records of stream v. V is the largest divisor of B up to 256, or up to max(8, N / 256) for small sets.
+An epoch contains each of the N records once: it shuffles the files, concatenates them and cuts the
+result into one run per stream, with as many records as the stream has rows in the epoch. Streams
+therefore never have unequal shares. Run lengths differ by at most the rows of one batch; an epoch
+ends after exactly N rows, in the middle of a batch if necessary, and the next one begins there. Sets
+of fewer than 64 files are split into pieces of files, so that a run is not always the same part of
+one file.
 
-A run is read from beginning to end, in windows of shuffle_buffer / V records that are shuffled by
-(seed, epoch, stream, window); the first window of a stream is shorter, the more so the higher its
-number, so that streams do not all fill a window at once. A record thus moves up to
-shuffle_buffer / B steps, as far as in a buffer of that many records.
+A run is read from beginning to end in windows of shuffle_buffer / V records, which are shuffled by
+(seed, epoch, stream, window). The higher the number of a stream, the shorter its first window, so
+that streams do not all fill a window at once. A record moves by up to shuffle_buffer / B steps, as in
+a buffer of that many records.
 
-What it costs: a host reads the files of its runs. A run begins at any record of a file; where
-`counts.json` notes bytes at which records begin, the file is read from the last of them before it,
-else from its start. The bytes before the run are all that is read unnecessarily: less than 1 % with
-these marks, half a file per run and epoch without them. If there are more hosts than streams, or a
-host's rows are not a whole number of streams, it reads all of each stream it has a row of. To resume,
-a stream reads its file up to the window, and the window; both windows if its rows of the batch lie in
-two. Nothing is read ahead before the first batch is complete; from then on, two batches are.
+Cost: a host reads the files of its runs. A run can begin at any record of a file. If `counts.json`
+lists byte offsets at which records begin (marks), the file is read from the last mark before the run,
+otherwise from its start. Only the bytes before the run are read unnecessarily: less than 1 % with
+marks, half a file per run and epoch without them. If there are more hosts than streams, or a host's
+rows are not a whole number of streams, it reads all of each stream that it has a row of. To resume, a
+stream reads its file up to the window, and the window, or both windows if its rows of the batch are
+in two. Nothing is read ahead before the first batch is complete; after that, two batches are.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.files import object_stores, shard_names, tfrecords
 from efficientnet_ns.files.errors import DataError
 
-# A training that was begun in an order of another version continues with the next epoch.
+# A training run that began with another version of the order continues with the next epoch.
 ORDER_VERSION = 2
-_MOST_STREAMS = 256  # Two sets of them stay below the usual limit of 1024 open files.
-# A run takes about a millisecond to begin; but many hosts should not read small sets twice.
+_MOST_STREAMS = 256  # Streams of two sets stay below the usual limit of 1024 open files.
+# Beginning a run takes about a millisecond, but many hosts should not read small sets twice.
 _LEAST_RUN, _LEAST_STREAMS = 256, 8
 _LEAST_PIECES = 64
-_READERS = 16  # Streams of a host that are read ahead at the same time, at most.
-# More than the batches that tf.data reads ahead of each stream, which are two and one record.
+_READERS = 16  # Maximum number of a host's streams that are read ahead at the same time.
+# In batches; more than tf.data reads ahead of each stream, which is two batches and one record.
 _PAUSE = 3
-_PART = 256  # Records, at most, of which it is known at once whether they are of the pause.
+_PART = 256  # Maximum number of records that are removed together as part of the pause.
 # Bytes per read of a local file: at most TensorFlow's default.
 _BUFFER, _LEAST_BUFFER = 1 << 18, 1 << 10
 
@@ -56,8 +57,8 @@ class Source:
 
     Attributes:
       paths: TFRecord files.
-      counts: records to use of each file, from its start.
-      files: facts about each whole file; empty: only `counts` are known.
+      counts: number of records to use from the start of each file.
+      files: facts about each whole file; empty if only `counts` are known.
     """
 
     paths: tuple[str, ...]
@@ -72,11 +73,11 @@ class Source:
         max_bad_fraction: float = 0.01,
         spare: str | None = None,
     ) -> Source:
-        """Lists and counts shards; DataError when there are none, one is missing or all are empty.
+        """Lists and counts shards; DataError if there are none, one is missing or all are empty.
 
         Args:
-          max_bad_fraction: see `tfrecords.measure_all`; 0 for sets to measure on, which must be whole.
-          spare: where new counts are stored if they cannot be stored next to the files.
+          max_bad_fraction: see `tfrecords.measure_all`; 0 for evaluation sets, which must be complete.
+          spare: where to store new counts if they cannot be stored next to the files.
         """
         paths = shard_names.list_shards(folders, prefixes)
         files = tfrecords.measure_all(paths, max_bad_fraction, spare)
@@ -91,7 +92,7 @@ class Source:
         return sum(self.counts)
 
     def shards(self, number: int) -> Source:
-        """The first `number` files; DataError when there are fewer, or they are empty."""
+        """Returns the first `number` files; DataError if there are fewer or they are empty."""
         if number > len(self.paths):
             raise DataError(f"{number} shards are requested, but there are {len(self.paths)}")
         first = Source(self.paths[:number], self.counts[:number], self.files[:number])
@@ -100,7 +101,7 @@ class Source:
         return first
 
     def examples(self, number: int) -> Source:
-        """The first `number` records, in file order; DataError when there are fewer."""
+        """Returns the first `number` records in file order; DataError if there are fewer."""
         if number > self.total:
             raise DataError(f"{number} records are requested, but there are {self.total}")
         ends = np.minimum(np.cumsum(self.counts), number)
@@ -111,13 +112,13 @@ class Source:
 class Share:
     """The rows of every batch that one host prepares, and in how many pieces.
 
-    The batch is defined once, for all hosts: host h of H prepares rows h·B/H … (h+1)·B/H - 1, and
-    hands them on in order, B/replicas at a time, one piece to each of its replicas. So a batch holds
+    The batch is defined once for all hosts: host h of H prepares rows h·B/H … (h+1)·B/H - 1 and
+    passes them in order to its replicas, in pieces of B/replicas rows. A batch therefore contains
     the same examples with the same augmentation on any number of hosts and replicas.
 
     Attributes:
-      host, num_hosts: which host of how many.
-      replicas: of all hosts together; a multiple of num_hosts that divides the batch.
+      host, num_hosts: index of this host, and number of hosts.
+      replicas: number of replicas of all hosts; a multiple of num_hosts that divides the batch.
     """
 
     host: int = 0
@@ -125,13 +126,13 @@ class Share:
     replicas: int = 1
 
     def per_replica(self, batch_size: int) -> int:
-        """Rows of one replica; ValueError unless the replicas divide the batch."""
+        """Returns the rows of one replica; ValueError unless the replicas divide the batch."""
         if batch_size % self.replicas:
-            raise ValueError(f"a batch of {batch_size} does not divide by {self.replicas} replicas")
+            raise ValueError(f"a batch of {batch_size} is not divisible by {self.replicas} replicas")
         return batch_size // self.replicas
 
     def rows(self, batch_size: int) -> tuple[int, int]:
-        """(first, end) of this host's rows."""
+        """Returns (first, end) of this host's rows."""
         rows = self.per_replica(batch_size) * (self.replicas // self.num_hosts)
         return self.host * rows, (self.host + 1) * rows
 
@@ -143,9 +144,9 @@ class Places(NamedTuple):
     """Parts of files to read one after the other, int64 [n] each.
 
     Attributes:
-      file: number of the file.
-      offset: byte to read from, where a record begins.
-      skip, take: records to pass over from there, and to take then.
+      file: index of the file.
+      offset: byte at which to start reading, where a record begins.
+      skip, take: number of records to skip from there, then to take.
       buffer: bytes per read.
     """
 
@@ -157,11 +158,11 @@ class Places(NamedTuple):
 
 
 class Layout:
-    """Places of records in files: a sequence of pieces of files, any range of which can be read.
+    """A sequence of pieces of files, of which any range of records can be read.
 
     Args:
       source: the files.
-      pieces: minimum number, if there are enough records; files are cut into equal parts.
+      pieces: minimum number of pieces if there are enough records; files are cut into equal parts.
     """
 
     def __init__(self, source: Source, pieces: int = 1):
@@ -179,22 +180,22 @@ class Layout:
         marks = [file.marks or (0,) for file in files]
         self._marks = tf.constant(np.concatenate(marks), tf.int64)
         self._mark = tf.constant(np.cumsum([0, *map(len, marks)])[:-1], tf.int64)
-        # Without marks, all records of a file come after its start.
+        # Without marks, all records of a file are located from its start.
         every = [file.every or max(file.records, 1) for file in files]
         self._every = tf.constant(every, tf.int64)
         means = [file.size / max(file.records, 1) or _BUFFER for file in files]
         self._bytes = tf.constant(means, tf.float64)
 
     def shuffled(self, seed: tf.Tensor) -> tf.Tensor:
-        """The pieces in random order, by int [2]."""
+        """Returns the pieces in random order; `seed` is int [2]."""
         pieces = tf.range(self._count.shape[0], dtype=tf.int64)
         return tf.random.experimental.stateless_shuffle(pieces, seed)
 
     def places(self, order: tf.Tensor | None, begin: tf.Tensor, end: tf.Tensor) -> Places:
-        """Where the records `begin` … `end` - 1 are.
+        """Locates the records `begin` … `end` - 1.
 
         Args:
-          order: of the pieces; None: as they are in the files.
+          order: order of the pieces; None is their order in the files.
         """
         count = self._count if order is None else tf.gather(self._count, order)
         ends = tf.cumsum(count)
@@ -208,13 +209,13 @@ class Layout:
         every = tf.gather(self._every, file)
         mark, skipped = (record + skip) // every, (record + skip) % every
         offset = tf.gather(self._marks, tf.gather(self._mark, file) + mark)
-        # Reads of equal length, none longer than the default, so that little is read in vain.
+        # Reads of equal length, none longer than the default, limit unnecessary reading.
         size = tf.cast(skipped + take, tf.float64) * tf.gather(self._bytes, file)
         buffer = tf.cast(size / tf.math.ceil(size / _BUFFER), tf.int64) + _LEAST_BUFFER
         return Places(file, offset, skipped, take, buffer)
 
     def read(self, order: tf.Tensor | None, begin: tf.Tensor, end: tf.Tensor) -> tf.data.Dataset:
-        """The records `begin` … `end` - 1, serialized."""
+        """Reads the records `begin` … `end` - 1, serialized."""
         places = self.places(order, begin, end)
         return tf.data.Dataset.from_tensor_slices(places).flat_map(self._read_place)
 
@@ -228,7 +229,7 @@ class Layout:
         )
         spec = tf.TensorSpec([], tf.string)
         found = tf.data.experimental.from_variant(records, spec).skip(place.skip).take(place.take)
-        # A file with fewer records than were counted would shift all that follow.
+        # A file with fewer records than were counted would shift all records that follow.
         return found.apply(tf.data.experimental.assert_cardinality(place.take))
 
 
@@ -238,9 +239,9 @@ class Plan:
 
     Attributes:
       source: the files.
-      batch_size: over all replicas.
-      seed: of the order.
-      shuffle_buffer: records in the windows of all streams together.
+      batch_size: number of examples over all replicas.
+      seed: seed of the order.
+      shuffle_buffer: total number of records in the windows of all streams.
     """
 
     source: Source
@@ -251,23 +252,23 @@ class Plan:
     @functools.cached_property
     def layout(self) -> Layout:
         """The pieces that each epoch shuffles."""
-        with tf.init_scope():  # Functions of datasets share it.
+        with tf.init_scope():  # Dataset functions share it.
             return Layout(self.source, _LEAST_PIECES)
 
     @functools.cached_property
     def num_streams(self) -> int:
-        """A divisor of the batch size, as the number of hosts is."""
+        """Number of streams; like the number of hosts, it divides the batch size."""
         most = min(_MOST_STREAMS, max(_LEAST_STREAMS, self.source.total // _LEAST_RUN))
         return _divisor(self.batch_size, most)
 
     @property
     def rows(self) -> int:
-        """Rows of a stream in each batch."""
+        """Number of rows of a stream in each batch."""
         return self.batch_size // self.num_streams
 
     @property
     def window(self) -> int:
-        """Records of a stream that are shuffled together: a whole run if all records may be held."""
+        """Number of records of a stream that are shuffled together; a whole run if all fit."""
         if self._holds_all:
             return self.source.total // self.num_streams + self.rows
         return -(-self.shuffle_buffer // self.num_streams)
@@ -277,11 +278,12 @@ class Plan:
         return self.shuffle_buffer >= self.source.total
 
     def step(self, step: int, since: int) -> int:
-        """The batch to read at a step of a training.
+        """Returns the batch to read at a training step.
 
         Args:
-          since: the step at which a training that was begun in another order came to this one. It
-            goes on with the first whole batch of the next epoch, of this set; 0: begun in this one.
+          since: the step at which a training run that began with another order switched to this one.
+            It continues with the first whole batch of the next epoch of this set. 0 if it began
+            with this order.
         """
         if not since:
             return step
@@ -289,26 +291,26 @@ class Plan:
         return step - since - (-epochs * self.source.total // self.batch_size)
 
     def streams(self, share: Share) -> tuple[int, int]:
-        """(first, end) of the streams of which a host prepares rows."""
+        """Returns (first, end) of the streams of which a host prepares rows."""
         first, end = share.rows(self.batch_size)
         return first // self.rows, -(-end // self.rows)
 
     def run(self, stream: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """(begin, end) of a stream's run among the records of an epoch."""
+        """Returns (begin, end) of a stream's run among the records of an epoch."""
         total = self.layout.total
         edges = self._before(stream, tf.stack([epoch * total, (epoch + 1) * total]))
         begin, end = tf.unstack(edges[:, 1] - edges[:, 0])
         return begin, end
 
     def _before(self, stream: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-        """How many records come before a stream's rows, and before their end, up to each index.
+        """Counts the records before a stream's rows, and before their end, up to each index.
 
         Args:
           stream: int64 scalar.
           index: int64 [n], among the records of all epochs.
 
         Returns:
-          int64 [2, n]: of the streams before this one, and of these and this one.
+          int64 [2, n]: records of the streams before this one, and of these and this one.
         """
         rows = tf.stack([stream, stream + 1])[:, None] * self.rows
         whole, rest = index // self.batch_size, index % self.batch_size
@@ -317,10 +319,10 @@ class Plan:
     def windows(
         self, stream: tf.Tensor, epoch: tf.Tensor, start: int
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Where a stream continues in an epoch at record `start` of all epochs.
+        """Finds where a stream continues in an epoch at record `start` of all epochs.
 
         Returns:
-          (number of the window, its first record in the run, records to pass over from there).
+          (number of the window, its first record in the run, records to skip from there).
         """
         before = epoch * self.layout.total
         edges = self._before(stream, tf.stack([before, tf.maximum(before, start)]))
@@ -330,15 +332,15 @@ class Plan:
         return number, first, done - first
 
     def missing(self, stream: tf.Tensor) -> tf.Tensor:
-        """By how many records the first window of a stream is shorter than the others."""
+        """Returns by how many records a stream's first window is shorter than the others."""
         return stream * (0 if self._holds_all else self.window) // self.num_streams
 
     def order(self, epoch: tf.Tensor) -> tf.Tensor:
-        """The pieces of an epoch."""
+        """Returns the pieces of an epoch in order."""
         return self.layout.shuffled(tf.stack([tf.constant(self.seed, tf.int64), epoch]))
 
     def read(self, start: int, share: Share) -> tf.data.Dataset:
-        """Endless (number among them, record) of the records of a host's streams.
+        """Reads (number, record) of the records of a host's streams, endlessly.
 
         Args:
           start: index of the first record of all hosts, at the beginning of a batch.
@@ -355,7 +357,7 @@ class Plan:
         low, high = share.rows(self.batch_size)
         if high - low == (end - first) * self.rows:
             return data
-        # Of streams with rows of other hosts, too.
+        # Some streams also have rows of other hosts.
         row = functools.partial(self.index, start=0, share=share)
         return data.filter(
             lambda number, _: (
@@ -364,25 +366,25 @@ class Plan:
         )
 
     def index(self, number: tf.Tensor, start: int, share: Share) -> tf.Tensor:
-        """Index among the records of all epochs, of the one that `read` numbered so."""
+        """Returns the index, among the records of all epochs, of a record numbered by `read`."""
         first, end = self.streams(share)
         width = (end - first) * self.rows
         if width == self.batch_size:
-            return start + number  # Per record: each operation counts.
+            return start + number  # Runs for each record, so each operation counts.
         return start + number // width * self.batch_size + first * self.rows + number % width
 
     @property
     def _readers(self) -> int:
-        # A store is waited for. Threads without a core of their own make reading a disk slower.
+        # Reads from a store mostly wait. On a disk, more threads than cores slow down reading.
         if object_stores.is_object_store(self.source.paths[0]):
             return _READERS
         return min(_READERS, max(2, available_cpus()))
 
     def _with_pause(self, stream: tf.Tensor, start: int) -> tf.data.Dataset:
-        """A stream, with empty records of `_PAUSE` batches after its rows of the first batch.
+        """Adds empty records for `_PAUSE` batches after a stream's rows of the first batch.
 
-        They are what is read ahead of the first batch: so a training that resumes does not wait for
-        windows of later batches, and a caller that needs only one batch reads no more.
+        Only these are read ahead of the first batch, so a training run that resumes does not wait
+        for windows of later batches, and a caller that needs only one batch reads no more.
         """
         records, empty = (
             tf.data.Dataset.from_tensors(tf.constant(n, tf.int64)).repeat for n in (0, 1)
@@ -392,8 +394,8 @@ class Plan:
         return tf.data.Dataset.choose_from_datasets([self._stream(stream, start), pause], which)
 
     def _stream(self, stream: tf.Tensor, start: int) -> tf.data.Dataset:
-        # Functions over epochs and windows, not nested in each other: to prepare one that is made
-        # anew in every epoch takes longer than to read a hundred records.
+        # The functions over epochs and windows are not nested: preparing a function that is created
+        # again in every epoch takes longer than reading a hundred records.
         epochs = tf.data.Dataset.range(start // self.layout.total, tf.int64.max)
         windows = epochs.flat_map(lambda epoch: self._windows(stream, epoch, start))
 
@@ -405,15 +407,15 @@ class Plan:
             return _shuffle(kept, self.window, seed)
 
         first = tf.constant(start // self.layout.total, tf.int64)
-        # What is skipped is read, but neither decoded nor augmented.
+        # Skipped records are read, but neither decoded nor augmented.
         return windows.flat_map(shuffled).skip(self.windows(stream, first, start)[2])
 
     def _windows(self, stream: tf.Tensor, epoch: tf.Tensor, start: int) -> tf.data.Dataset:
-        """(records, epoch, number) of the windows of a stream in an epoch, from where it continues."""
+        """Returns (records, epoch, number) of a stream's remaining windows in an epoch."""
         begin, end = self.run(stream, epoch)
         number, first, _ = self.windows(stream, epoch, start)
         records = self.layout.read(self.order(epoch), begin + first, end)
-        # What the first window lacks is filled up, and taken out again when it is shuffled.
+        # The first window is filled with empty records, which are removed before it is shuffled.
         missing = tf.where(number == 0, self.missing(stream), 0)
         filled = tf.data.Dataset.from_tensors("").repeat(missing).concatenate(records)
         return tf.data.Dataset.zip(
@@ -426,13 +428,13 @@ class Plan:
 
 
 def _divisor(number: int, most: int) -> int:
-    """The largest divisor up to `most`."""
+    """Returns the largest divisor of `number` up to `most`."""
     return max(n for n in range(1, most + 1) if number % n == 0)
 
 
 def _without_pause(data: tf.data.Dataset, width: int) -> tf.data.Dataset:
-    """Leaves out what `Plan._with_pause` added to streams with `width` rows of each batch."""
-    # In parts, since a function that looks at each record takes longer than to read a small one.
+    """Removes what `Plan._with_pause` added to streams with `width` rows of each batch."""
+    # In parts, because calling a function for each record takes longer than reading a small one.
     part = _divisor(width, _PART)
     begin, end = width // part, (1 + _PAUSE) * width // part
 
@@ -445,7 +447,7 @@ def _without_pause(data: tf.data.Dataset, width: int) -> tf.data.Dataset:
 
 
 def _shuffle(data: tf.data.Dataset, buffer_size: int, seed: tf.Tensor) -> tf.data.Dataset:
-    # `Dataset.shuffle` takes no seed that is a tensor, and here the seed depends on the epoch.
+    # `Dataset.shuffle` does not accept a tensor as seed, and this seed depends on the epoch.
     spec = data.element_spec
     shuffled = tf.raw_ops.ShuffleDataset(
         input_dataset=tf.data.experimental.to_variant(data),
@@ -460,5 +462,5 @@ def _shuffle(data: tf.data.Dataset, buffer_size: int, seed: tf.Tensor) -> tf.dat
 
 
 def in_order(source: Source, begin: int, end: int) -> tf.data.Dataset:
-    """The records `begin` … `end` - 1 of a set, serialized, in the order of the files."""
+    """Reads the records `begin` … `end` - 1 of a set, serialized, in file order."""
     return Layout(source).read(None, tf.constant(begin, tf.int64), tf.constant(end, tf.int64))

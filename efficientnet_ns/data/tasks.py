@@ -1,4 +1,4 @@
-"""What is classified: classes, channel statistics, image size and the sets of each task."""
+"""Classification tasks: classes, channel statistics, image size and the sets of each task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from efficientnet_ns.files import json_files
 
-# What describes the task of a folder of records, of a training, of predictions or of an export.
+# Describes the task of a folder of records, a training run, predictions or an export.
 TASK_FILE = "task.json"
 
 
@@ -25,11 +25,11 @@ class Task:
 
     Attributes:
       num_classes: number of classes.
-      mean, std: channel statistics in units of the full range (0..1); None: the model's own.
+      mean, std: channel statistics in units of the full range (0..1); None for the model's own.
       image_size: side in pixels, or None for the model's own resolution.
       small_image: train with the small-image model variant and its preprocessing.
       flip: whether a mirrored image keeps its class (house numbers and digits do not).
-      train_set, eval_set, test_set: prefixes of the record files; no test set when None.
+      train_set, eval_set, test_set: prefixes of the record files; no test set if None.
       num_train_images: size of the training set, which defines an epoch; None counts the records.
       class_names: one per class, or None.
     """
@@ -51,7 +51,7 @@ _DIGIT_NAMES = tuple(str(i) for i in range(10))
 
 TASKS: dict[str, Task] = {
     "imagenet": Task(num_classes=1000, num_train_images=1281167),
-    # Statistics of the SVHN training set, as the original's.
+    # Statistics of the SVHN training set, as in the original code.
     "svhn": Task(
         num_classes=10,
         mean=(0.4376821, 0.4437697, 0.47280442),
@@ -64,7 +64,7 @@ TASKS: dict[str, Task] = {
         num_train_images=69257,
         class_names=_DIGIT_NAMES,
     ),
-    # The demo's 5,000 digits of MNIST, 28 pixels wide; at 20, training takes half the time.
+    # The demo's 5,000 MNIST digits, 28 pixels wide; at 20 pixels, training takes half the time.
     "digits": Task(
         num_classes=10,
         mean=(0.131, 0.131, 0.131),
@@ -80,11 +80,11 @@ TASKS: dict[str, Task] = {
 
 
 class TaskError(ValueError):
-    """There is no such task, or its file cannot be used; the message names file and field."""
+    """The task is unknown or its file cannot be used; the message names the file and field."""
 
 
 class _Rule(NamedTuple):
-    """What a field may hold, in words and as a test."""
+    """The allowed values of a field, in words and as a test."""
 
     needed: str
     holds: Callable[[Any], bool]
@@ -95,7 +95,7 @@ def _is_positive(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    # JSON can spell halves of surrogate pairs, which neither files nor TensorFlow take.
+    # JSON can encode lone surrogates, which neither files nor TensorFlow accept.
     return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
@@ -115,7 +115,7 @@ def _is_list(value: Any) -> bool:
 _POSITIVE = _Rule("a whole number of at least 1", _is_positive)
 _SWITCH = _Rule("true or false", lambda value: isinstance(value, bool))
 _PREFIX = _Rule(
-    "the beginning of the names of record files, without a folder",
+    "the prefix of the names of record files, without a folder",
     lambda value: _is_text(value) and value != "" and "/" not in value,
 )
 _RULES = {
@@ -136,17 +136,17 @@ _RULES = {
     "test_set": _PREFIX,
     "num_train_images": _POSITIVE,
     "class_names": _Rule(
-        "a list of texts, none of them empty",
+        "a list of non-empty strings",
         lambda value: _is_list(value) and all(_is_text(v) and v.strip() for v in value),
     ),
 }
 
 
 def get_task(name: str | os.PathLike) -> Task:
-    """The task called `name`, or that of the JSON file at this path, with the fields of `Task`.
+    """Returns the task called `name` or read from this JSON file, which has the fields of `Task`.
 
     Raises:
-      TaskError: neither, or a file with unknown, missing or wrong fields.
+      TaskError: If `name` is neither, or the file has unknown, missing or invalid fields.
     """
     name = os.path.expanduser(name)
     if name in TASKS:
@@ -164,10 +164,10 @@ def get_task(name: str | os.PathLike) -> Task:
 
 
 def _checked(path: str, fields: Any) -> Task:
-    """The task of these fields, which are, or are to be, in the file at `path`."""
+    """Returns the task with these fields, which are, or will be, in the file at `path`."""
     if not isinstance(fields, Mapping):
         raise TaskError(
-            f'{path} holds {_shown(fields)}; an object is needed, e.g. {{"num_classes": 5}}'
+            f'{path} contains {_shown(fields)}; expected an object, e.g. {{"num_classes": 5}}'
         )
     unknown = sorted(set(fields) - set(_RULES))
     if unknown or "num_classes" not in fields:
@@ -175,12 +175,12 @@ def _checked(path: str, fields: Any) -> Task:
             f"{path}: unknown fields {unknown}; allowed: {sorted(_RULES)}; num_classes is required"
         )
     defaults = {f.name: f.default for f in dataclasses.fields(Task)}
-    # null is as good as nothing where nothing has a meaning.
+    # null is treated as a missing field if the default is None.
     fields = {k: v for k, v in fields.items() if v is not None or defaults[k] is not None}
     for name, value in fields.items():
         rule = _RULES[name]
         if not rule.holds(value):
-            raise TaskError(f"{path}: {name} is {_shown(value)}; needed: {rule.needed}")
+            raise TaskError(f"{path}: {name} is {_shown(value)}; expected {rule.needed}")
     _check_names(path, fields.get("class_names"), fields["num_classes"])
     values: dict[str, Any] = {k: tuple(v) if _is_list(v) else v for k, v in fields.items()}
     return Task(**values)
@@ -207,10 +207,10 @@ def _shown(value: Any) -> str:
 
 
 def write_task(path: str | os.PathLike, **fields) -> None:
-    """Writes a task file, or replaces these fields of the one that is there.
+    """Writes a task file, or replaces these fields of an existing one.
 
     Raises:
-      TaskError: see `get_task`; nothing is written.
+      TaskError: See `get_task`. Nothing is written.
     """
     path = os.path.expanduser(path)
     existing = dataclasses.asdict(get_task(path)) if tf.io.gfile.exists(path) else {}
@@ -219,24 +219,24 @@ def write_task(path: str | os.PathLike, **fields) -> None:
 
 
 def label_lines(names: Sequence[str]) -> str:
-    """A text file with one line per class, whatever is in its name."""
+    """Returns a text with exactly one line per class, even if a name has several lines."""
     return "".join(f"{' '.join(name.splitlines())}\n" for name in names)
 
 
-# Names that are too many for the table: one per line, in a file next to this one.
+# Files, next to this one, with names that are too many for the table, one per line.
 _NAME_FILES = {TASKS["imagenet"]: "imagenet_classes.txt"}
 
 
 def class_names(task: str | os.PathLike | Task) -> tuple[str, ...] | None:
-    """Short names of a task's classes, in order of their labels; None when it has none.
+    """Returns the short names of a task's classes in label order, or None if it has none.
 
     ImageNet's are in the order of the sorted WordNet ids.
 
     Args:
-      task: or what `get_task` takes.
+      task: a task, or an argument of `get_task`.
 
     Raises:
-      TaskError: see `get_task`.
+      TaskError: See `get_task`.
     """
     task = task if isinstance(task, Task) else get_task(task)
     if task.class_names is None and task in _NAME_FILES:
@@ -250,9 +250,9 @@ def _names_from(file_name: str) -> tuple[str, ...]:
 
 
 def wnids(name: str = "imagenet") -> tuple[str, ...]:
-    """WordNet ids of the classes of `imagenet`, `imagenet_a` or `imagenet_r`, in label order.
+    """Returns the WordNet ids of `imagenet`, `imagenet_a` or `imagenet_r` in label order.
 
-    Sources of the last two, which have 200 classes each: `eval.py` in
+    The last two have 200 classes each. Their sources are `eval.py` in
     github.com/hendrycks/natural-adv-examples and github.com/hendrycks/imagenet-r.
     """
     return _names_from(f"{name}_wnids.txt")
