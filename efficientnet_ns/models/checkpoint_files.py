@@ -1,7 +1,7 @@
-"""TensorFlow checkpoints with the original's names: finding, reading and writing them.
+"""Finds, reads and writes TensorFlow checkpoints with the names of the original code.
 
-A checkpoint holds `<variant>/stem/conv2d/kernel` …, the moving-average copy of each variable under
-`…/ExponentialMovingAverage`, and the optimizer's slots under `…/RMSProp` and `…/RMSProp_1`.
+A checkpoint contains `<variant>/stem/conv2d/kernel` …, the moving-average copy of each variable
+under `…/ExponentialMovingAverage`, and the optimizer's slots under `…/RMSProp` and `…/RMSProp_1`.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from efficientnet_ns.models.stored_arrays import (
     damage_named,
 )
 
-# A local path, or one of any file system of TensorFlow.
+# A local path, or a path of any file system that TensorFlow supports.
 PathLike = str | os.PathLike
 
 EMA_SUFFIX = "/ExponentialMovingAverage"
-# What the original calls the teacher inside a student's checkpoint.
+# The original code's scope for the teacher inside a student's checkpoint.
 TEACHER_SCOPE = "teacher_model"
-# What the files of a checkpoint end in.
+# The endings of a checkpoint's files.
 CHECKPOINT_FILE = re.compile(r"\.(index|meta|data-\d{5}-of-\d{5})$")
-# What images the model of the weights in a folder expects.
+# Describes the images that the model of the weights in a folder expects.
 SETTINGS_FILE = "model.json"
 
 
 def variable_names(model: tf.keras.Model) -> dict[str, tf.Variable]:
-    """TF1 name → variable for every weight of a model made by `build_model`.
+    """Maps the TF1 name of every weight of a model made by `build_model` to its variable.
 
-    With a classifier of the user's own its variables are copies.
+    For a model with a custom classifier, its variables are copies.
     """
     model = heads.standard(model)
     names = foreign_weights.stored_names(model, foreign_weights.TF1)
@@ -55,15 +55,15 @@ def variable_names(model: tf.keras.Model) -> dict[str, tf.Variable]:
 
 
 def checkpoint_prefix(path: PathLike) -> str:
-    """The prefix of the checkpoint that `path` means: a prefix, a file of it, or a folder.
+    """Returns the prefix of the checkpoint at `path`: a prefix, a file of a checkpoint or a folder.
 
-    In a folder the newest entry of its `checkpoint` file counts, else a single `*.index` file,
-    there or in the folders inside (those of the published archives have various names). In the
-    folder of a SavedModel it is that of its variables.
+    In a folder, this is the newest entry of its `checkpoint` file, else a single `*.index` file in
+    the folder or its subfolders (published archives name these differently). For the folder of a
+    SavedModel, it is the checkpoint of its variables.
 
     Raises:
-      FileNotFoundError: nothing there is a checkpoint.
-      WeightsError: a folder with several checkpoints and no `checkpoint` file to choose one.
+      FileNotFoundError: If there is no checkpoint.
+      WeightsError: If a folder has several checkpoints and no `checkpoint` file that selects one.
     """
     path = CHECKPOINT_FILE.sub("", os.path.expanduser(path).rstrip("/"))
     if tf.io.gfile.exists(path + ".index"):
@@ -72,8 +72,8 @@ def checkpoint_prefix(path: PathLike) -> str:
         if tf.io.gfile.exists(path + "/variables/variables.index"):
             return path + "/variables/variables"
         raise WeightsError(
-            f"{path} is an exported model, whose weights are constants of its graph: give the "
-            "checkpoint it was made of"
+            f"{path} is an exported model, whose weights are constants of its graph: pass the "
+            "checkpoint it was made from"
         )
     if tf.io.gfile.isdir(path):
         latest = newest_checkpoint(path)
@@ -86,16 +86,16 @@ def checkpoint_prefix(path: PathLike) -> str:
         if len(found) == 1:
             return found[0][: -len(".index")]
         if found:
-            raise WeightsError(f"{path} holds {len(found)} checkpoints: name one, e.g. {found[0]}")
+            raise WeightsError(f"{path} contains {len(found)} checkpoints: pass one, e.g. {found[0]}")
     raise FileNotFoundError(
-        f"no checkpoint at {path!r}: expected a folder with one, or a prefix like model.ckpt-1000"
+        f"no checkpoint at {path!r}: expected a folder with one or a prefix like model.ckpt-1000"
     )
 
 
 def newest_checkpoint(folder: str) -> str | None:
-    """The prefix of the checkpoint that the `checkpoint` file of a folder names as the newest.
+    """Returns the prefix of the newest checkpoint according to the `checkpoint` file of a folder.
 
-    None without such a file, or when that checkpoint is gone.
+    Returns None if there is no such file or the checkpoint no longer exists.
     """
     state = tf.train.get_checkpoint_state(folder)
     prefix = state.model_checkpoint_path if state else ""
@@ -103,13 +103,13 @@ def newest_checkpoint(folder: str) -> str | None:
 
 
 def open_checkpoint(prefix: str) -> StoredFile:
-    """The checkpoint of a prefix, with whatever names; DamagedFile if it cannot be read."""
+    """Opens the checkpoint of a prefix, with any names; DamagedFile if it cannot be read."""
     with damage_named(prefix), contextlib.ExitStack() as stack:
         reader = tf.train.load_checkpoint(
             stack.enter_context(local_files.without_wildcards(prefix))
         )
         file = StoredFile(prefix, reader.get_variable_to_shape_map(), reader.get_tensor)
-        # Arrays are read one by one, as long as the file is in use.
+        # Arrays are read one by one while the file is in use.
         weakref.finalize(file, stack.pop_all().close)
         return file
 
@@ -118,9 +118,9 @@ def read_checkpoint(prefix: str, names: Mapping[str, tf.Variable]) -> None:
     """Assigns each variable the value stored under its name; nothing is assigned unless all fit.
 
     Raises:
-      WeightsError: names missing from the file, in the file only, or of another shape, each listed.
-        The file may also hold the optimizer's slots and an on-the-fly teacher.
-      DamagedFile: the file is damaged.
+      WeightsError: If names are missing from the file, only in the file, or have a different shape;
+        lists each. The file may also contain the optimizer's slots and an on-the-fly teacher.
+      DamagedFile: If the file is damaged.
     """
     targets = {
         name: Target(variable, tuple(range(variable.shape.rank)))
@@ -131,7 +131,7 @@ def read_checkpoint(prefix: str, names: Mapping[str, tf.Variable]) -> None:
 
 
 def is_extra(naming: foreign_weights.Naming, name: str, scope: str | None = None) -> bool:
-    """Whether a file may hold `name` in addition to the variables of the model under `scope`."""
+    """Checks whether a file may contain `name` besides the model's variables under `scope`."""
     if re.fullmatch(naming.ignored, name):
         return True
     if scope is None:
@@ -140,7 +140,7 @@ def is_extra(naming: foreign_weights.Naming, name: str, scope: str | None = None
 
 
 def write_checkpoint(prefix: str, tensors: Mapping[str, tf.Tensor]) -> None:
-    """Writes a TF1-style checkpoint; its `.index` appears last, so a whole one has it."""
+    """Writes a TF1-style checkpoint; `.index` is written last and marks it as complete."""
     names = sorted(tensors)
     tf.raw_ops.SaveV2(
         prefix=prefix,
@@ -151,11 +151,11 @@ def write_checkpoint(prefix: str, tensors: Mapping[str, tf.Tensor]) -> None:
 
 
 def folder_settings(folder: str) -> dict[str, Any]:
-    """What `write_settings` wrote to a folder; empty if nothing is there."""
+    """Returns what `write_settings` wrote to a folder; empty if it wrote nothing."""
     path = os.path.join(folder, SETTINGS_FILE)
     return json_files.read_object_if_any(path) or {}
 
 
 def write_settings(folder: str, model: tf.keras.Model) -> None:
-    """Writes what images a model expects next to its checkpoints, where `stored_settings` looks."""
+    """Writes the images a model expects next to its checkpoints, for `stored_settings`."""
     json_files.write_json(os.path.join(folder, SETTINGS_FILE), heads.settings(model), indent=1)

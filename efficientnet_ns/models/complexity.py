@@ -1,4 +1,4 @@
-"""What a model costs: multiply-adds of one image, parameters, batch-norm statistics."""
+"""Counts a model's multiply-adds for one image, parameters and batch-norm statistics."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from efficientnet_ns.models import efficientnet
 
-# The layers that multiply an image by a kernel. Each value of the kernel is used once per position of
-# the output, in every layout of the kernel.
+# Layers that multiply an image by a kernel. In every kernel layout, each value of the kernel is used
+# once per output position.
 _KERNELS = {
     tf.keras.layers.Conv2D: "kernel",
     tf.keras.layers.DepthwiseConv2D: "depthwise_kernel",
@@ -24,10 +24,10 @@ class Complexity:
     """Counts of one model.
 
     Attributes:
-      multiply_adds: in convolutions and dense layers, for one image. Normalization, activations,
-        pooling and the excitation's product are left out, as in the paper.
-      params: values that training can change, including those of frozen layers.
-      statistics: moving means and variances of the batch norms.
+      multiply_adds: in convolutions and dense layers, for one image. As in the paper, this excludes
+        normalization, activations, pooling and the excitation's product.
+      params: number of trainable values, including those of frozen layers.
+      statistics: number of moving means and variances of the batch norms.
     """
 
     multiply_adds: int
@@ -41,7 +41,7 @@ def _layer_multiply_adds(layer: tf.keras.layers.Layer) -> int:
         return 0
     positions = layer.output_shape[1:-1]
     if None in positions:
-        raise ValueError(f"{layer.name}: the size of its output is not known; fix the image size")
+        raise ValueError(f"{layer.name}: the output size is unknown; set a fixed image size")
     return math.prod(positions) * math.prod(getattr(layer, kernel).shape)
 
 
@@ -50,10 +50,10 @@ def _size(variables: list[tf.Variable]) -> int:
 
 
 def count(model: tf.keras.Model) -> Complexity:
-    """Counts a functional model of fixed image size, such as `build_model` makes.
+    """Counts a functional model of fixed image size, such as one made by `build_model`.
 
     Raises:
-      ValueError: the image size is not fixed.
+      ValueError: If the image size is not fixed.
     """
     return Complexity(
         multiply_adds=sum(_layer_multiply_adds(layer) for layer in model.layers),
@@ -65,16 +65,16 @@ def count(model: tf.keras.Model) -> Complexity:
 def count_variant(
     variant: str, num_classes: int = 1000, image_size: int | None = None
 ) -> Complexity:
-    """Counts a model by its name, without memory for its weights.
+    """Counts a model by its name, without allocating memory for its weights.
 
     Args:
-      image_size: side of the input in pixels; None takes the variant's resolution.
+      image_size: side of the input in pixels; None uses the variant's resolution.
     """
     with tf.Graph().as_default():  # Where variables are declared, not initialized.
         model = efficientnet.build_model(variant, num_classes, image_size)
         counted = count(model)
-    # In a graph, Keras turns the classes of layers into those of TensorFlow 1, also for models that
-    # exist; the next layer that is made of a class turns it back.
+    # In a graph, Keras switches layer classes to their TensorFlow 1 versions, also for existing
+    # models; the next layer that is created from a class switches it back.
     kinds: set[Any] = {type(model), *map(type, model.layers)}
     for kind in kinds:
         kind.__new__(kind)

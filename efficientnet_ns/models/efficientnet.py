@@ -1,9 +1,9 @@
 """EfficientNet B0–B7 (arXiv 1905.11946, table 1), L2 (1911.04252, table 7) and Lite0–4 in Keras.
 
-Lite is the family for phones and Edge TPUs: without squeeze-and-excite, with relu6, and with a stem and
-a head of one size (TensorFlow's TPU repository, `models/official/efficientnet/lite`).
+Lite is the family for phones and Edge TPUs: it has no squeeze-and-excite, uses relu6, and does not
+scale the stem and head (TensorFlow's TPU repository, `models/official/efficientnet/lite`).
 
-Input is pixels 0..255; normalization is the first layer. Layer names are stable: `stem_conv`,
+Inputs are pixels 0..255; normalization is the first layer. Layer names are stable: `stem_conv`,
 `blocks_<i>_{expand,dw,project}_{conv,bn}`, `blocks_<i>_se_{reduce,expand}`, `head_{conv,bn,dense}`.
 """
 
@@ -25,7 +25,7 @@ from efficientnet_ns.models.weights import load_weights, stored_settings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_LAYERS_PER_BLOCK = 20  # At most, on the longest path through a block.
+_LAYERS_PER_BLOCK = 20  # Upper bound, on the longest path through a block.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +57,20 @@ _TEST_STAGES = (
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One model of the family: its compound-scaling coefficients, and what else differs.
+    """One model of the family: its compound-scaling coefficients and other differences.
 
     Attributes:
       width, depth: multipliers of channels and of block repeats.
       resolution: image side in pixels at which the published model is evaluated.
-      dropout_rate: of the head.
+      dropout_rate: dropout rate of the head.
       stages: the unscaled block table.
       head_filters: unscaled channels of the last convolution.
       activation: a key of `layers.ACTIVATIONS`.
       squeeze_excite: whether blocks weight their channels.
-      scale_stem_and_head: whether `width` multiplies the channels of stem and last convolution.
-      deepen_ends: whether `depth` multiplies the repeats of the first and the last stage.
-      mean, std: of the pixels the published weights were trained on, per channel, in units of the full
-        range (0..1).
+      scale_stem_and_head: whether `width` multiplies the channels of the stem and last convolution.
+      deepen_ends: whether `depth` multiplies the repeats of the first and last stage.
+      mean, std: channel statistics of the pixels on which the published weights were trained, in
+        units of the full range (0..1).
     """
 
     width: float
@@ -112,13 +112,13 @@ VARIANTS: dict[str, Variant] = {
     "efficientnet-lite2": _lite(1.1, 1.2, 260, 0.3),
     "efficientnet-lite3": _lite(1.2, 1.4, 280, 0.3),
     "efficientnet-lite4": _lite(1.4, 1.8, 300, 0.3),
-    # Not a published model: the same family, small enough for tests that train.
+    # Not a published model: small enough for tests that train.
     "efficientnet-test": Variant(1.0, 1.0, 32, 0.2, _TEST_STAGES, head_filters=32),
 }
 
 
 def round_filters(filters: int, width: float, divisor: int = 8) -> int:
-    """Nearest multiple of `divisor` to the product, never more than 10 % below it."""
+    """Returns the multiple of `divisor` nearest to the product, at most 10 % below it."""
     if width == 1.0:
         return filters
     exact = filters * width
@@ -127,7 +127,7 @@ def round_filters(filters: int, width: float, divisor: int = 8) -> int:
 
 
 def round_repeats(repeats: int, depth: float) -> int:
-    """Scaled number of blocks of a stage, rounded up."""
+    """Returns the scaled number of blocks of a stage, rounded up."""
     return int(math.ceil(depth * repeats))
 
 
@@ -143,9 +143,9 @@ def block_table(
     """Expands scaled stages into one `Stage(repeats=1)` per MBConv block.
 
     Args:
-      small_image: strides of stages 2 and 3 are 1 (the 32-pixel variant for SVHN and CIFAR).
-      scale_stem: whether `width` multiplies the channels that enter the first block.
-      deepen_ends: whether `depth` multiplies the repeats of the first and the last stage.
+      small_image: whether stages 2 and 3 have stride 1 (32-pixel variant for SVHN and CIFAR).
+      scale_stem: whether `width` multiplies the input channels of the first block.
+      deepen_ends: whether `depth` multiplies the repeats of the first and last stage.
     """
     blocks = []
     for number, stage in enumerate(stages, start=1):
@@ -168,7 +168,7 @@ def block_table(
 
 
 def get_variant(name: str) -> Variant:
-    """The table row of `name`; ValueError listing the known names otherwise."""
+    """Returns the variant called `name`; ValueError with the known names if there is none."""
     if name not in VARIANTS:
         raise ValueError(f"unknown model {name!r}; known models: {', '.join(VARIANTS)}")
     return VARIANTS[name]
@@ -176,7 +176,7 @@ def get_variant(name: str) -> Variant:
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """What the layers of one model have in common."""
+    """Settings that the layers of one model share."""
 
     batch_norm: Callable[..., layers.BatchNorm]
     activation: str
@@ -202,13 +202,13 @@ def _conv(x, filters: int, kernel: int, stride: int, name: str, use_bias: bool =
 
 
 def _conv_initializer() -> tf.keras.initializers.Initializer:
-    # Normal with variance 2 / (k·k·filters_out); for depthwise kernels Keras' fan_out is k·k, as
-    # the original.
+    # Normal with variance 2 / (k·k·filters_out); for depthwise kernels, Keras' fan_out is k·k, as in
+    # the original code.
     return tf.keras.initializers.VarianceScaling(2.0, "fan_out", "untruncated_normal")
 
 
 def _squeeze_excite(x, filters_in: int, name: str, parts: _Parts):
-    # The squeeze width comes from the block's input filters, not from the expanded ones.
+    # The squeeze width depends on the block's input filters, not on the expanded ones.
     squeezed = max(1, int(filters_in * 0.25))
     s = tf.keras.layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_se_pool")(x)
     s = _conv(s, squeezed, 1, 1, f"{name}_se_reduce", use_bias=True)
@@ -251,7 +251,7 @@ def _features(
     survival_prob: float,
     parts: _Parts,
 ):
-    """Normalized pixels → pooled features."""
+    """Maps normalized pixels to pooled features."""
     x = _conv(x, blocks[0].filters_in, 3, 2, "stem_conv")
     x = parts.normalize_and_activate(x, "stem")
     for index, block in enumerate(blocks):
@@ -263,13 +263,13 @@ def _features(
     return tf.keras.layers.GlobalAveragePooling2D(name="head_pool")(x)
 
 
-# Blocks of L2.
+# Number of blocks of L2.
 _DEEPEST = 88
 
 
 def _allow_depth(num_blocks: int) -> None:
-    # Keras walks through a model by recursion, a level per layer of the longest path, while it is
-    # built and whenever another one is made of its layers. L2 has nearly as many as Python allows.
+    # Keras traverses a model recursively, one level per layer of the longest path, when the model is
+    # built or its layers are reused in another model. L2 has nearly as many as Python allows.
     needed = 1000 + _LAYERS_PER_BLOCK * num_blocks
     sys.setrecursionlimit(max(sys.getrecursionlimit(), needed))
 
@@ -278,7 +278,7 @@ def _classifier(x, num_classes: int, dropout_rate: float):
     x = layers.Dropout(dropout_rate, name="head_dropout")(x)
     x = tf.keras.layers.Dense(
         num_classes,
-        # Uniform in ±1/sqrt(num_classes), as in the original.
+        # Uniform in ±1/sqrt(num_classes), as in the original code.
         kernel_initializer=tf.keras.initializers.VarianceScaling(1 / 3, "fan_out", "uniform"),
         name="head_dense",
     )(x)
@@ -286,14 +286,14 @@ def _classifier(x, num_classes: int, dropout_rate: float):
 
 
 def _float32(x, name: str):
-    # Outputs are float32 whatever the compute dtype.
+    # Outputs are float32 regardless of the compute dtype.
     return tf.keras.layers.Activation("linear", dtype="float32", name=name)(x)
 
 
 def _check(num_classes: int, image_size: int, survival_prob: float, dropout_rate: float) -> None:
     for name, value in (("num_classes", num_classes), ("image_size", image_size)):
         if not isinstance(value, numbers.Integral):
-            raise ValueError(f"{name} is {value!r}; a whole number is needed")
+            raise ValueError(f"{name} is {value!r}; it must be an integer")
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     if not 0.0 < survival_prob <= 1.0:
@@ -305,7 +305,7 @@ def _check(num_classes: int, image_size: int, survival_prob: float, dropout_rate
 def _expected_images(
     spec: Variant, weights: str | os.PathLike | None, **given: Any
 ) -> dict[str, Any]:
-    """Each as given, else as noted with the weights, else the variant's."""
+    """Returns each setting as given, else as stored with the weights, else as in the variant."""
     stored = {} if weights is None else stored_settings(weights)
     known = {
         "small_image": False,
@@ -340,29 +340,29 @@ def build_model(
     Args:
       variant: a key of `VARIANTS`; also the model's name and the variable scope of its checkpoints.
       num_classes: width of the logits.
-      image_size: side of the input in pixels; None takes the variant's resolution.
-      small_image: strides of stages 2 and 3 are 1, for images of 32 pixels and less, which are not
-        cropped. None: as noted with `weights`, else False.
+      image_size: side of the input in pixels; None uses the variant's resolution.
+      small_image: whether stages 2 and 3 have stride 1, for images of up to 32 pixels, which are not
+        cropped. If None, as stored with `weights`, else False.
       width_coefficient, depth_coefficient, dropout_rate: override the variant's.
-      survival_prob: of the last block's residual branch; block i of N gets 1 - (1 -
-        survival_prob)·i/N.
-      mean, std: channel statistics of the training set in units of the full range (0..1). None: as
-        noted with `weights`, else the variant's.
+      survival_prob: survival probability of the last block's residual branch; that of block i of N
+        is 1 - (1 - survival_prob)·i/N.
+      mean, std: channel statistics of the training set in units of the full range (0..1). If None,
+        as stored with `weights`, else the variant's.
       crop_fraction: fraction of the shorter side that evaluation images keep, which `preprocess`
-        reads from the model. None: as noted with `weights`, else size / (size + 32).
+        reads from the model. If None, as stored with `weights`, else size / (size + 32).
       bn_momentum: decay of the batch-norm moving averages.
-      num_shards_per_group: how many replicas share batch statistics while training; see
+      num_shards_per_group: number of replicas that share batch statistics during training; see
         `layers.replicas_per_group`.
-      include_top: False leaves out dropout and classifier; num_classes is then ignored.
-      weights: file or checkpoint to load, see `load_weights`; None: random initial values.
+      include_top: whether to include dropout and the classifier; if False, num_classes is ignored.
+      weights: file or checkpoint to load, see `load_weights`; None for random initial values.
 
     Returns:
       A model: float or uint8 [N, image_size, image_size, 3] in 0..255 → float32 [N, num_classes],
       or [N, channels] without the top.
 
     Raises:
-      ValueError: unknown variant, or a value out of range.
-      WeightsError, FileNotFoundError: the weights do not fit, or are not there.
+      ValueError: If the variant is unknown or a value is out of range.
+      WeightsError, FileNotFoundError: If the weights do not fit or do not exist.
     """
     spec = get_variant(variant)
     size = spec.resolution if image_size is None else image_size
@@ -396,9 +396,9 @@ def build_model(
 
 
 def load_model(path: str | os.PathLike) -> tf.keras.Model:
-    """A model with layers of this package that Keras saved: `.keras`, `.h5`, or a SavedModel.
+    """Loads a model with layers of this package that Keras saved: `.keras`, `.h5` or SavedModel.
 
-    `tf.keras.models.load_model` does the same where this module is imported and the model is not as
+    `tf.keras.models.load_model` does the same if this module is imported and the model is not as
     deep as L2.
     """
     _allow_depth(_DEEPEST)
@@ -406,18 +406,18 @@ def load_model(path: str | os.PathLike) -> tf.keras.Model:
 
 
 def num_blocks(model: tf.keras.Model) -> int:
-    """Number of MBConv blocks of a model made by `build_model`."""
+    """Returns the number of MBConv blocks of a model made by `build_model`."""
     return sum(layer.name.endswith("_dw_conv") for layer in model.layers)
 
 
 def freeze(model: tf.keras.Model, blocks: int) -> None:
     """Freezes the stem and the first `blocks` MBConv blocks of a model made by `build_model`.
 
-    Frozen layers get no updates, normalize with their moving statistics, which stay, and drop no
-    residual branch, all as the original's `fix_layer_num`.
+    Frozen layers get no updates, normalize with their moving statistics, which do not change, and
+    drop no residual branches, like `fix_layer_num` in the original code.
 
     Raises:
-      ValueError: the model has fewer blocks.
+      ValueError: If the model has fewer blocks.
     """
     if not 0 <= blocks <= num_blocks(model):
         raise ValueError(f"{blocks} blocks cannot be frozen: {model.name} has {num_blocks(model)}")
@@ -428,10 +428,10 @@ def freeze(model: tf.keras.Model, blocks: int) -> None:
 
 
 def keep_statistics(model: tf.keras.Model) -> None:
-    """Makes batch norm use its moving statistics in training too; scale and offset still learn.
+    """Makes batch norm use its moving statistics also in training; scale and offset still learn.
 
-    For fine-tuning on few images, whose own statistics say little (arXiv 1912.11370 avoids batch
-    norm for that reason).
+    Use it to fine-tune on few images, whose own statistics are unreliable (arXiv 1912.11370 avoids
+    batch norm for that reason).
     """
     for layer in model.layers:
         if isinstance(layer, layers.BatchNorm):
@@ -439,11 +439,11 @@ def keep_statistics(model: tf.keras.Model) -> None:
 
 
 def endpoints(model: tf.keras.Model) -> dict[str, tf.Tensor]:
-    """Symbolic intermediate outputs of a model made by `build_model`.
+    """Returns the symbolic intermediate outputs of a model made by `build_model`.
 
     Returns:
       `stem`; `reduction_1` … (the last map before each halving of the resolution; five for
-      224-pixel models); `features` (after the head convolution); `pooled` [N, channels]; `logits`,
+      224-pixel models); `features` (after the head convolution); `pooled` [N, channels]; `logits`
       unless the model was built without the top.
     """
     names = {layer.name for layer in model.layers}

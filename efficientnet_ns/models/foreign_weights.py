@@ -1,8 +1,8 @@
 """The names of an EfficientNet's variables in files of other programs.
 
-There are five naming schemes: the original's TF1 checkpoints, Keras files of `tf.keras.applications`
-and the `efficientnet` package, Keras files of `build_model`'s models, timm's `tf_efficientnet_*`, and
-the `efficientnet_pytorch` package, whose names files of EfficientNet-Lite have, too.
+There are five naming schemes: TF1 checkpoints of the original code, Keras files of
+`tf.keras.applications` and the `efficientnet` package, Keras files of `build_model`'s models, timm's
+`tf_efficientnet_*`, and the `efficientnet_pytorch` package, whose names EfficientNet-Lite files use.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from efficientnet_ns.models import heads
 
-# A variable of our model: the name of its layer, and its name inside the layer.
+# A variable of our model: the name of its layer and its name inside the layer.
 Key = tuple[str, str]
 
 HEAD: tuple[Key, ...] = (("head_dense", "kernel"), ("head_dense", "bias"))
@@ -29,14 +29,14 @@ class Naming:
     Attributes:
       ends: our layer outside the blocks → theirs.
       block: our layer inside a block, without `blocks_<i>_` → theirs.
-      scope: prefix of the layers of a block; a format of `index` (of the block in the network),
-        `stage` and `repeat` (of the block in its stage), all from 0, and of `number`, the stage
-        from 1, and `letter`, the repeat from a.
-      ignored: pattern of whole names in such files that are not the model's.
-      separator: between layer and variable.
+      scope: prefix of the layers of a block; a format string with `index` (of the block in the
+        network), `stage` and `repeat` (of the block in its stage), all from 0, `number` (the stage
+        from 1) and `letter` (the repeat from a).
+      ignored: pattern of complete names in such files that do not belong to the model.
+      separator: separates layer and variable.
       block_without_expansion: the entries of `block` that differ in blocks without expansion.
-      leaves: our variable inside a layer → theirs, where they differ.
-      axes: (our variable, its rank) → the axes of theirs in our order, where they differ.
+      leaves: our variable inside a layer → theirs, if they differ.
+      axes: (our variable, its rank) → the axes of theirs in our order, if they differ.
     """
 
     ends: Mapping[str, str]
@@ -57,7 +57,7 @@ TF1 = Naming(
         "head_bn": "head/tpu_batch_normalization",
         "head_dense": "head/dense",
     },
-    # TF1 numbers the layers of one class inside a block, in order of creation.
+    # TF1 numbers the layers of a class inside a block in order of creation.
     block={
         "expand_conv": "conv2d",
         "expand_bn": "tpu_batch_normalization",
@@ -96,7 +96,7 @@ KERAS = Naming(
         "project_bn": "project_bn",
     },
     scope="block{number}{letter}_",
-    # Statistics of the input, which are constants in our model.
+    # Input statistics, which are constants in our model.
     ignored=r"normalization(_\d+)?/(mean|variance|count)",
 )
 
@@ -137,7 +137,7 @@ TIMM = Naming(
     },
 )
 
-# Layouts and variables inside layers are PyTorch's, as in timm.
+# Layouts and variable names inside layers are PyTorch's, as in timm.
 EFFICIENTNET_PYTORCH = dataclasses.replace(
     TIMM,
     ends={
@@ -171,7 +171,7 @@ OWN = Naming(
 
 
 def layer_variables(model: tf.keras.Model) -> dict[Key, tf.Variable]:
-    """(layer, variable inside it) → variable, for every weight of a model."""
+    """Maps (layer, variable name inside it) to the variable for every weight of a model."""
     return {
         (layer.name, weight.name.split("/")[-1].split(":")[0]): weight
         for layer in heads.flat_layers(model)
@@ -180,12 +180,12 @@ def layer_variables(model: tf.keras.Model) -> dict[Key, tf.Variable]:
 
 
 def stored_names(model: tf.keras.Model, naming: Naming) -> dict[Key, str]:
-    """The name in a file for every weight of a model made by `build_model`.
+    """Returns the name in a file for every weight of a model made by `build_model`.
 
-    The classifier's (`HEAD`) are included even if the model has none.
+    Names of the classifier (`HEAD`) are included even if the model has none.
 
     Raises:
-      ValueError: the model has a layer that no EfficientNet has.
+      ValueError: If the model has a layer that no EfficientNet has.
     """
     scopes = _block_scopes(model, naming)
     names = {}
@@ -210,9 +210,9 @@ def _block_scopes(model: tf.keras.Model, naming: Naming) -> dict[str, str]:
 
 
 def _block_positions(model: tf.keras.Model) -> list[tuple[int, int, bool]]:
-    """(stage, repeat in it, whether it expands) of each block.
+    """Returns (stage, repeat in the stage, whether the block expands) of each block.
 
-    Within a stage only the first block's stride and input width differ, while consecutive stages
+    Within a stage, only the first block's stride and input width differ, while consecutive stages
     differ in kernel, expansion or stride.
     """
     layers = {layer.name: layer for layer in heads.flat_layers(model)}
@@ -229,17 +229,17 @@ def _block_positions(model: tf.keras.Model) -> list[tuple[int, int, bool]]:
 
 
 def axes(naming: Naming, leaf: str, rank: int) -> tuple[int, ...]:
-    """The axes of a stored array in the order of ours: `ours = stored.transpose(axes)`."""
+    """Returns the axes of a stored array in our order: `ours = stored.transpose(axes)`."""
     return naming.axes.get((leaf, rank), tuple(range(rank)))
 
 
 def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    """`stored = ours.transpose(inverse(axes))`."""
+    """Inverts `axes`: `stored = ours.transpose(inverse(axes))`."""
     return tuple(int(axis) for axis in np.argsort(order))
 
 
 def timm_tensors(model: tf.keras.Model) -> dict[str, np.ndarray]:
-    """The model's weights with timm's names, layout and batch counters; float32."""
+    """Returns the model's weights, float32, with timm's names, layout and batch counters."""
     names, tensors = stored_names(model, TIMM), {}
     for (layer, leaf), variable in layer_variables(model).items():
         order = inverse(axes(TIMM, leaf, variable.shape.rank))

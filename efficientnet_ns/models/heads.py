@@ -1,4 +1,4 @@
-"""Models made of an EfficientNet's layers: with a classifier of the user's own, flat or nested."""
+"""Models made from an EfficientNet's layers: with a custom classifier, flat or nested."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _STANDARD = re.compile(r"image|normalization|stem_.*|blocks_\d+_.*|head_.*|poole
 
 
 def is_standard(layer_name: str) -> bool:
-    """Whether a layer of `build_model` may have this name."""
+    """Checks whether a layer of `build_model` may have this name."""
     return _STANDARD.fullmatch(layer_name) is not None
 
 
 def flat_layers(model: tf.keras.Model) -> Iterator[tf.keras.layers.Layer]:
-    """The layers of a model, with nested models replaced by their layers."""
+    """Yields the layers of a model, replacing nested models by their layers."""
     for layer in model.layers:
         if isinstance(layer, tf.keras.Model):
             yield from flat_layers(layer)
@@ -29,10 +29,10 @@ def flat_layers(model: tf.keras.Model) -> Iterator[tf.keras.layers.Layer]:
 
 
 def normalization(model: tf.keras.Model) -> layers.PixelNormalization:
-    """The first layer of the EfficientNet that `model` is made of.
+    """Returns the first layer of the EfficientNet that `model` is made from.
 
     Raises:
-      ValueError: there is none.
+      ValueError: If there is none.
     """
     for layer in flat_layers(model):
         if isinstance(layer, layers.PixelNormalization):
@@ -41,23 +41,23 @@ def normalization(model: tf.keras.Model) -> layers.PixelNormalization:
 
 
 def settings(model: tf.keras.Model) -> dict[str, Any]:
-    """The images a model expects, JSON-able.
+    """Describes the images that a model expects, as JSON-serializable values.
 
     Returns:
-      `variant`, `image_size`, `small_image`, `mean`, `std`; `crop_fraction` unless it is the published
-      one.
+      `variant`, `image_size`, `small_image`, `mean`, `std`; `crop_fraction` unless it is the
+      published one.
 
     Raises:
-      ValueError: the model is not made of the layers of `build_model`.
+      ValueError: If the model is not made from the layers of `build_model`.
     """
     return {"image_size": model.input_shape[1], **normalization(model).settings()}
 
 
 def own_head(model: tf.keras.Model) -> tf.keras.layers.Dense | None:
-    """The user's classifier on top of an EfficientNet; None: the model has its own, or none.
+    """Returns the custom classifier on an EfficientNet; None if the model has its own or none.
 
     Raises:
-      ValueError: the model has other layers on top that change their input.
+      ValueError: If the model has other layers on top that change their input.
     """
     added = [layer for layer in flat_layers(model) if not is_standard(layer.name)]
     dense = [layer for layer in added if isinstance(layer, tf.keras.layers.Dense)]
@@ -67,19 +67,19 @@ def own_head(model: tf.keras.Model) -> tf.keras.layers.Dense | None:
         names = ", ".join(other or [layer.name for layer in dense])
         raise ValueError(
             f"{model.name} was not made by build_model: it has a layer {names}. On the features "
-            "one Dense layer is expected, with dropout before it. Keep this model with "
+            "one Dense layer is expected, with optional dropout before it. Save this model with "
             "model.save('<name>.keras')"
         )
     if dense and (dense[0].activation is not tf.keras.activations.linear or not dense[0].use_bias):
         raise ValueError(
-            f"{model.name}: the layer {dense[0].name} must give logits: without activation (train "
-            "with from_logits=True), and with a bias"
+            f"{model.name}: the layer {dense[0].name} must return logits: no activation (train "
+            "with from_logits=True), and a bias"
         )
     return dense[0] if dense else None
 
 
 def _passes(layer: tf.keras.layers.Layer) -> bool:
-    """Whether a layer passes its input on unchanged at inference."""
+    """Checks whether a layer returns its input unchanged at inference."""
     if isinstance(layer, tf.keras.layers.Activation):
         return layer.activation is tf.keras.activations.linear
     # Flatten: features are flat.
@@ -95,13 +95,12 @@ def _passes(layer: tf.keras.layers.Layer) -> bool:
 
 
 def standard(model: tf.keras.Model) -> tf.keras.Model:
-    """The model in the layout of `build_model`; the model itself if it has that layout.
+    """Returns the model in the layout of `build_model`; the model itself if it has that layout.
 
-    For a model with a classifier of the user, the convolutions are shared and the classifier is
-    copied.
+    For a model with a custom classifier, the convolutions are shared and the classifier is copied.
 
     Raises:
-      ValueError: the model has layers that no EfficientNet has.
+      ValueError: If the model has layers that no EfficientNet has.
     """
     head, network = own_head(model), _network(model)
     if network is None:
@@ -117,7 +116,7 @@ def standard(model: tf.keras.Model) -> tf.keras.Model:
 
 
 def _network(model: tf.keras.Model) -> tf.keras.Model | None:
-    """The model, nested or not, whose own layers include an EfficientNet's first one."""
+    """Finds the model, nested or not, whose direct layers include an EfficientNet's first one."""
     if any(isinstance(layer, layers.PixelNormalization) for layer in model.layers):
         return model
     inner = (_network(layer) for layer in model.layers if isinstance(layer, tf.keras.Model))
@@ -125,7 +124,7 @@ def _network(model: tf.keras.Model) -> tf.keras.Model | None:
 
 
 def take_head(model: tf.keras.Model, standardized: tf.keras.Model) -> None:
-    """Copies the classifier back from what `standard` made of a model."""
+    """Copies the classifier back from the result of `standard` for a model."""
     head = own_head(model)
     if head is not None:
         head.set_weights(standardized.get_layer("head_dense").get_weights())

@@ -1,10 +1,10 @@
-"""Layers that Keras does not have in the form EfficientNet was trained with.
+"""Layers that Keras does not have in the form in which EfficientNet was trained.
 
 All noise is stateless. A training step opens `noise_seed(seed, …)` around the forward pass; every
 layer that adds noise reads it with `current_noise` and folds its own name into the seed, so the same
-(seed, step) always draws the same noise, whatever ran before. The noise of an example depends on its
-row in the global batch, so it is the same on one device and on many. Outside such a scope (plain
-`model.fit`) the seed comes from TensorFlow's global generator.
+(seed, step) always draws the same noise, regardless of what ran before. The noise of an example
+depends on its row in the global batch, so it is the same on one device and on many. Outside such a
+scope (plain `model.fit`), the seed comes from TensorFlow's global generator.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-_PHILOX, _PHILOX_GROUP = 1, 4  # TensorFlow's number of the algorithm; numbers per counter value.
+_PHILOX, _PHILOX_GROUP = 1, 4  # TensorFlow's ID of the algorithm; numbers per counter value.
 
 
 class Rows(NamedTuple):
-    """Consecutive rows of the global batch (that of all replicas): `size` rows from `first` on.
+    """Consecutive rows of the global batch (over all replicas): `size` rows from `first` on.
 
-    `first` is an int or an int32 scalar tensor (on a TPU the replica's number is one); `size` is an
-    int, so that shapes are static.
+    `first` is an int or an int32 scalar tensor (on a TPU, the replica's number is a tensor); `size`
+    is an int, so that shapes are static.
     """
 
     first: int | tf.Tensor
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """What the noise of a forward pass is drawn from; see `noise_seed` for the attributes."""
+    """The source of the noise of a forward pass; see `noise_seed` for the attributes."""
 
     seed: tf.Tensor
     rows: tuple[Rows, ...] = ()
@@ -45,23 +45,23 @@ class Noise:
     def uniform(
         self, inputs: tf.Tensor, width: int, layer: str, *, blocks: int | None = None
     ) -> tf.Tensor:
-        """Numbers in [0, 1), float32 [rows of inputs, width].
+        """Draws numbers in [0, 1), float32 [rows of inputs, width].
 
-        Row r of the global batch gets the numbers r·width … (r+1)·width - 1 of one stream, whichever
-        replica draws them.
+        Row r of the global batch gets the numbers r·width … (r+1)·width - 1 of one stream,
+        regardless of which replica draws them.
 
         Args:
           inputs: the batch of this replica, [N, …].
           width: numbers per row.
           layer: name that is folded into the seed, so that layers draw independently.
-          blocks: `inputs` holds only the first `blocks` entries of `rows`; None: all.
+          blocks: number of entries of `rows` that `inputs` contains, from the first; None for all.
         """
         stream = _stream(fold_in(self.seed, zlib.crc32(layer.encode()) & 0x7FFFFFFF))
         rows = self.rows[:blocks]
         if not rows:
             return _draw(stream, 0, [tf.shape(inputs)[0], width])
         if width % _PHILOX_GROUP:
-            # A row may begin inside a counter value: draw the rows of all replicas, take ours.
+            # A row may begin inside a counter value: draw the rows of all replicas and take ours.
             whole = _draw(stream, 0, [self.total, width])
             parts = [tf.slice(whole, [first, 0], [size, width]) for first, size in rows]
         else:
@@ -70,14 +70,14 @@ class Noise:
         return tf.concat(parts, 0)
 
     def keep_quiet_rows(self, noised: tf.Tensor, inputs: tf.Tensor) -> tf.Tensor:
-        """`noised`, but with the rows from `quiet_from` on as they are in `inputs`; [N, …]."""
+        """Returns `noised`, [N, …], with the rows of `inputs` from `quiet_from` on."""
         if self.quiet_from is None:
             return noised
         return tf.concat([noised[: self.quiet_from], inputs[self.quiet_from :]], 0)
 
 
 # Keras cannot pass the noise's arguments to a layer, so layers read them here.
-# Local to the thread, since the replica functions of a step run in threads of their own.
+# Thread-local, because the replica functions of a step run in separate threads.
 _scope = threading.local()
 
 
@@ -92,10 +92,11 @@ def noise_seed(
 
     Args:
       seed: int32 [2].
-      rows: which rows of the global batch this replica's batch consists of, in order; empty: this
+      rows: the rows of the global batch that form this replica's batch, in order; empty if this
         batch is the global batch.
       total: number of rows of the global batch; required with `rows`.
-      quiet_from: rows of this replica's batch from this one on get no noise; None: all rows do.
+      quiet_from: first row of this replica's batch that gets no noise, like all rows after it; None
+        adds noise to all rows.
     """
     outer = getattr(_scope, "noise", None)
     _scope.noise = Noise(seed, tuple(rows), total, quiet_from)
@@ -106,27 +107,27 @@ def noise_seed(
 
 
 def current_noise() -> Noise:
-    """The noise of the innermost `noise_seed` block; outside of one, with a seed of its own."""
+    """Returns the noise of the innermost `noise_seed` block; outside of one, with a new seed."""
     noise = getattr(_scope, "noise", None)
     return noise or Noise(tf.random.uniform([2], maxval=tf.int32.max, dtype=tf.int32))
 
 
 def fold_in(seed: tf.Tensor, salt: int) -> tf.Tensor:
-    """A new seed int32 [2] from an integer one [2]; the same on all devices and under XLA."""
-    # Without a name, TensorFlow chooses an algorithm that differs from device to device.
+    """Derives a seed, int32 [2], from an integer one [2]; the same on all devices and under XLA."""
+    # If `alg` is not set, TensorFlow's algorithm depends on the device.
     return tf.random.experimental.stateless_fold_in(seed, salt, alg="philox")
 
 
 def bernoulli(inputs: tf.Tensor, probability: float, name: str) -> tf.Tensor:
-    """1 with `probability`, else 0, per row of the first block of rows; the dtype of `inputs` [N]."""
+    """Draws 1 with `probability`, else 0, [N], for each of the first block's rows `inputs`."""
     draw = current_noise().uniform(inputs, 1, name, blocks=1)
     return tf.cast(draw[:, 0] < probability, inputs.dtype)
 
 
 def _stream(seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Key uint64 [1] and first counter uint64 [2] of a seed, as in TensorFlow's stateless functions.
+    """Returns a seed's key, uint64 [1], and first counter, uint64 [2], as TensorFlow does.
 
-    Its own `StatelessRandomGetKeyCounter` is not used because XLA reads negative seeds differently.
+    `StatelessRandomGetKeyCounter` is not used because XLA reads negative seeds differently.
     """
     mixed = tf.raw_ops.StatelessRandomUniformFullIntV2(
         shape=[4],
@@ -142,7 +143,7 @@ def _stream(seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 def _draw(
     stream: tuple[tf.Tensor, tf.Tensor], skip: int | tf.Tensor, shape: Sequence[int | tf.Tensor]
 ) -> tf.Tensor:
-    """Numbers of a stream in [0, 1), float32, after `skip` counter values."""
+    """Draws the numbers of a stream after `skip` counter values, float32 in [0, 1)."""
     key, counter = stream
     skipped = tf.stack([tf.cast(skip, tf.uint64), tf.zeros([], tf.uint64)])
     bits = tf.raw_ops.StatelessRandomUniformFullIntV2(
@@ -154,7 +155,7 @@ def _draw(
 
 
 # Compiled as one kernel: separate operations would each pass over feature maps larger than the cache,
-# which takes a sixth of a training step on a CPU.
+# which takes a sixth of the time of a training step on a CPU.
 @tf.function(jit_compile=True)
 def _swish_gradient(dy: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     gate = 0.5 * tf.tanh(0.5 * x) + 0.5  # sigmoid(x); XLA's tanh is faster than its exp.
@@ -163,7 +164,7 @@ def _swish_gradient(dy: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
 
 @tf.custom_gradient
 def swish(x: tf.Tensor) -> tf.Tensor:
-    """x·sigmoid(x), whose gradient reads and writes memory once."""
+    """Computes x·sigmoid(x); its gradient reads and writes memory once."""
     return x * tf.sigmoid(x), lambda dy: _swish_gradient(dy, x)
 
 
@@ -171,12 +172,12 @@ def swish(x: tf.Tensor) -> tf.Tensor:
 class Swish(tf.keras.layers.Layer):
     """The activation `swish`.
 
-    A layer, because Keras restores a saved activation function named swish as its own, whose gradient
-    is slower.
+    It is a layer because Keras restores a saved activation function named swish as its own, whose
+    gradient is slower.
     """
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Any float shape → the same shape."""
+        """Maps floats of any shape to the same shape."""
         return swish(inputs)
 
 
@@ -191,14 +192,14 @@ ACTIVATIONS: Mapping[str, Callable[..., tf.keras.layers.Layer]] = {
 class PixelNormalization(tf.keras.layers.Layer):
     """(x - 255·mean) / (255·std) per channel: pixels 0..255 to about zero mean, unit variance.
 
-    As the first layer of every EfficientNet it also stores how images become these pixels and the
-    variant of the network, for programs that load a saved model.
+    As the first layer of every EfficientNet, it also stores the preprocessing of images and the
+    variant of the network for programs that load a saved model.
 
     Args:
-      mean, std: per channel, in units of the full pixel range (0..1).
-      small_image: images are resized whole, without the evaluation crop (SVHN, digits).
+      mean, std: channel statistics in units of the full pixel range (0..1).
+      small_image: whether images are resized whole, without the evaluation crop (SVHN, digits).
       variant: name of the network.
-      crop_fraction: fraction of the shorter side that the evaluation crop keeps; None: the
+      crop_fraction: fraction of the shorter side that the evaluation crop keeps; None for the
         published one, see `images.center_crop_box`.
     """
 
@@ -218,7 +219,7 @@ class PixelNormalization(tf.keras.layers.Layer):
         self.crop_fraction = crop_fraction
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Pixels 0..255 [N, H, W, 3] of any dtype → the layer's compute dtype."""
+        """Normalizes pixels 0..255 [N, H, W, 3] of any dtype, in the layer's compute dtype."""
         dtype = self.compute_dtype
         offset = tf.constant([255.0 * m for m in self.mean], dtype)
         scale = tf.constant([255.0 * s for s in self.std], dtype)
@@ -232,7 +233,7 @@ class PixelNormalization(tf.keras.layers.Layer):
         }
 
     def settings(self) -> dict[str, Any]:
-        """How images become pixels, and the variant, by the constructor's names; JSON-able."""
+        """Returns the constructor's arguments as JSON-serializable values."""
         crop = {} if self.crop_fraction is None else {"crop_fraction": self.crop_fraction}
         return {
             "mean": list(self.mean),
@@ -244,15 +245,15 @@ class PixelNormalization(tf.keras.layers.Layer):
 
 
 def replicas_per_group(num_shards_per_group: int, num_replicas: int) -> int:
-    """How many consecutive replicas share batch statistics.
+    """Returns how many consecutive replicas share batch statistics.
 
     Args:
-      num_shards_per_group: number of replicas; -1: one up to 8 replicas, else
-        max(8, num_replicas / 8), as in the original; -2: all replicas.
-      num_replicas: of the strategy.
+      num_shards_per_group: number of replicas. As in the original code, -1 is one for up to 8
+        replicas, else max(8, num_replicas / 8). -2 is all replicas.
+      num_replicas: number of replicas of the strategy.
 
     Raises:
-      ValueError: the groups do not divide the replicas.
+      ValueError: If the group size does not divide the number of replicas.
     """
     if num_shards_per_group == -2:
         return num_replicas
@@ -270,14 +271,14 @@ def replicas_per_group(num_shards_per_group: int, num_replicas: int) -> int:
 
 
 def _group_mean(values: tf.Tensor, context, group: int) -> tf.Tensor:
-    """Mean of a tensor over the replica's group, with gradients to every replica of it."""
+    """Averages a tensor over the replica's group, with gradients to all its replicas."""
     replicas = context.num_replicas_in_sync
     if group == replicas:
         return context.all_reduce(tf.distribute.ReduceOp.SUM, values) / group
     if isinstance(context.strategy, tf.distribute.TPUStrategy):
         groups = [list(range(first, first + group)) for first in range(0, replicas, group)]
         return tf.raw_ops.CrossReplicaSum(input=values, group_assignment=groups) / group
-    # Other strategies can only add over all replicas: give each group its own slot of the sum.
+    # Other strategies can only sum over all replicas, so each group gets its own slot of the sum.
     own = context.replica_id_in_sync_group // group
     place = tf.reshape(tf.one_hot(own, replicas // group), [-1] + [1] * values.shape.rank)
     sums = context.all_reduce(tf.distribute.ReduceOp.SUM, place * values)
@@ -286,12 +287,12 @@ def _group_mean(values: tf.Tensor, context, group: int) -> tf.Tensor:
 
 @tf.keras.utils.register_keras_serializable("efficientnet_ns")
 class BatchNorm(tf.keras.layers.Layer):
-    """Batch normalization over N, H, W whose moving variance is the biased one, as in the original.
+    """Batch normalization over N, H, W with a biased moving variance, as in the original code.
 
-    The fused kernel reports the unbiased batch variance (N/(N-1) larger); it is scaled back before
-    it enters the moving average. Statistics and parameters are float32 whatever the compute dtype.
+    The fused kernel returns the unbiased batch variance (larger by N/(N-1)), which is scaled back
+    before it enters the moving average. Statistics and parameters are always float32.
 
-    Where a group of replicas shares batch statistics, these are mean and E[x²] - mean² of averages
+    If a group of replicas shares batch statistics, these are mean and E[x²] - mean² of averages
     over the group, and the fused kernel is not used.
 
     Args:
@@ -310,7 +311,7 @@ class BatchNorm(tf.keras.layers.Layer):
         super().__init__(**kwargs)
         self.momentum, self.epsilon = momentum, epsilon
         self.num_shards_per_group = num_shards_per_group
-        # Set by a training that keeps the moving statistics of its initial weights.
+        # Set by training that keeps the moving statistics of its initial weights.
         self.keep_statistics = False
 
     def build(self, input_shape: tf.TensorShape) -> None:
@@ -340,7 +341,7 @@ class BatchNorm(tf.keras.layers.Layer):
         super().build(input_shape)
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        """[N, H, W, C] → the same; a frozen layer uses its moving statistics even in training."""
+        """Normalizes [N, H, W, C]; a frozen layer uses its moving statistics even in training."""
         if self.keep_statistics or not (training and self.trainable):
             outputs, *_ = tf.compat.v1.nn.fused_batch_norm(
                 inputs,
@@ -352,7 +353,7 @@ class BatchNorm(tf.keras.layers.Layer):
                 is_training=False,
             )
             return outputs
-        # Keras builds a model's graph outside of any replica.
+        # Keras builds the graph of a model outside any replica.
         context = tf.distribute.get_replica_context()
         replicas = 1 if context is None else context.num_replicas_in_sync
         group = replicas_per_group(self.num_shards_per_group, replicas)
@@ -394,9 +395,9 @@ class BatchNorm(tf.keras.layers.Layer):
 class StochasticDepth(tf.keras.layers.Layer):
     """Drops the whole residual branch of an example, scaling survivors by 1/survival_prob.
 
-    One draw per example, from `current_noise`; a frozen layer drops nothing. Reference: Huang et al.,
-    "Deep Networks with Stochastic Depth" (2016). Noisy Student (section 3.1) uses survival probability
-    0.8 at the last block, falling linearly from 1.
+    There is one draw per example from `current_noise`; a frozen layer drops nothing. Reference: Huang
+    et al., "Deep Networks with Stochastic Depth" (2016). Noisy Student (section 3.1) uses a survival
+    probability that falls linearly from 1 to 0.8 at the last block.
 
     Args:
       survival_prob: probability in (0, 1] that the branch is kept.
@@ -407,7 +408,7 @@ class StochasticDepth(tf.keras.layers.Layer):
         self.survival_prob = survival_prob
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        """[N, …] → the same shape; without `training` the inputs."""
+        """Maps [N, …] to the same shape; returns the inputs if not `training`."""
         if not (training and self.trainable) or self.survival_prob >= 1.0:
             return inputs
         noise = current_noise()
@@ -434,7 +435,7 @@ class Dropout(tf.keras.layers.Layer):
         self.rate = rate
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        """[N, C] → [N, C]; without `training` the inputs."""
+        """Maps [N, C] to [N, C]; returns the inputs if not `training`."""
         if not training or self.rate == 0.0:
             return inputs
         noise = current_noise()

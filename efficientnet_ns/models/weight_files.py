@@ -1,7 +1,7 @@
-"""Weight files of other programs: their kind, detected by content, and their arrays.
+"""Reads weight files of other programs; their kind is detected by their content.
 
-File names do not matter: `.pth.tar`, `.pt` and `.bin` are usually PyTorch's, `.h5`, `.hdf5` and `.keras`
-Keras', but any of them may be something else, which the error message then names.
+File names do not matter: `.pth.tar`, `.pt` and `.bin` are usually PyTorch files, `.h5`, `.hdf5` and
+`.keras` Keras files, but any of them may be something else, which the error message then names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Content(NamedTuple):
 
     Attributes:
       naming: the naming scheme of its variables.
-      arrays: by these names.
+      arrays: name in this scheme → array.
       settings: the images that its model expects, see `heads.settings`; empty if not stored.
     """
 
@@ -37,34 +37,34 @@ class Content(NamedTuple):
     settings: Mapping[str, Any]
 
 
-# Usual endings of such files; checkpoints saved here never get one by mistake.
+# Usual endings of such files; checkpoints saved here never get one of them by mistake.
 SUFFIXES = (".h5", ".hdf5", ".keras", ".safetensors", ".pth", ".pt", ".bin", ".tar")
 
 _HDF5, _ZIP = b"\x89HDF\r\n\x1a\n", b"PK\x03\x04"
-# First bytes → what the file is, and what to do.
+# (First bytes, what the file is and what to do).
 _OTHERS = (
-    (b"\x1f\x8b", "a gzip archive: unpack it (tar -xzf, or gunzip), and give what is in it"),
-    (b"BZh", "a bzip2 archive: unpack it (tar -xjf), and give what is in it"),
-    (b"\xfd7zXZ", "an xz archive: unpack it (tar -xJf), and give what is in it"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file: fetch it with git lfs pull"),
-    (b"<", "a web page or XML, not the file: download it again, and look at what it contains"),
-    (b"model_checkpoint_path", "a list of checkpoints: give its folder, or a checkpoint in it"),
-    (b"\x93NUMPY", "one NumPy array: weights of a whole model are needed"),
+    (b"\x1f\x8b", "a gzip archive: unpack it (tar -xzf or gunzip) and pass its content"),
+    (b"BZh", "a bzip2 archive: unpack it (tar -xjf) and pass its content"),
+    (b"\xfd7zXZ", "an xz archive: unpack it (tar -xJf) and pass its content"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file: fetch the file with git lfs pull"),
+    (b"<", "a web page or XML, not the file: download it again and check its content"),
+    (b"model_checkpoint_path", "a list of checkpoints: pass its folder or a checkpoint in it"),
+    (b"\x93NUMPY", "one NumPy array: weights of a whole model are required"),
     (b"\x80", "a Python pickle, which can run code when it is read: save the state dict"),
 )
 
 
 def read(content: bytes, model: tf.keras.Model, *, ema: bool = True) -> Content:
-    """The arrays in a file.
+    """Reads the arrays in a file.
 
     Args:
-      content: of the file.
+      content: content of the file.
       model: the target; Keras files that do not name layers are read in its order.
-      ema: whether to take the moving averages of files that hold both sets.
+      ema: whether to take the moving averages from files that contain both sets.
 
     Raises:
-      UnusableFile: the file is of another kind; the message names it, and what to do.
-      Exception: from the library that reads the file, if it is damaged.
+      UnusableFile: If the file is of another kind; the message names it and what to do.
+      Exception: If the file is damaged; raised by the library that reads it.
     """
     if not content.strip(b"\0"):
         raise EOFError("it is empty: copy or download it again")
@@ -76,7 +76,7 @@ def read(content: bytes, model: tf.keras.Model, *, ema: bool = True) -> Content:
             return _read_keras(content)
         if torch_files.is_new(names):
             return _read_torch(content, ema)
-        raise UnusableFile("it is a zip archive without weights: unpack it, and give what is in it")
+        raise UnusableFile("it is a zip archive without weights: unpack it and pass its content")
     if torch_files.is_old(content):
         return _read_torch(content, ema)
     if content[8:9] == b"{":
@@ -85,7 +85,7 @@ def read(content: bytes, model: tf.keras.Model, *, ema: bool = True) -> Content:
 
 
 def settings(content: bytes) -> Mapping[str, Any]:
-    """The stored `heads.settings` of the model of a file; empty if there are none."""
+    """Returns the `heads.settings` stored in a file; empty if there are none."""
     if content.startswith(_HDF5):
         with h5py.File(io.BytesIO(content), "r") as f:
             return _hdf5_settings(f)
@@ -107,21 +107,21 @@ def _zip_names(content: bytes) -> list[str]:
 
 def _described(content: bytes) -> str:
     if content[257:262] == b"ustar":
-        return "a tar archive: unpack it (tar -xf), and give what is in it"
+        return "a tar archive: unpack it (tar -xf) and pass its content"
     if content[4:8] == b"TFL3":
-        return "a TFLite file, which is an export: give the weights it was made of"
+        return "a TFLite file, which is an export: pass the weights it was made from"
     for magic, words in _OTHERS:
         if content.startswith(magic):
             return words
     return (
-        f"of no known kind (it begins with {content[:8]!r}), or damaged. Weights are checkpoints of "
-        "TensorFlow, .h5, .keras, .safetensors, and .pth files"
+        f"of no known kind (it begins with {content[:8]!r}) or damaged. Weights are TensorFlow "
+        "checkpoints, .h5, .keras, .safetensors and .pth files"
     )
 
 
 # Keras.
 
-# Variables of a layer in the order in which Keras 3's format numbers them.
+# Variables of a layer in the order in which the Keras 3 format numbers them.
 _LEAVES = {
     "Conv2D": ("kernel", "bias"),
     "Dense": ("kernel", "bias"),
@@ -147,7 +147,7 @@ def _hdf5_settings(f: h5py.File) -> dict[str, Any]:
 
 
 def _read_keras(content: bytes) -> Content:
-    """A `.keras` file: its description names the layers."""
+    """Reads a `.keras` file, whose description names the layers."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         description = json.loads(archive.read("config.json"))
         with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as f:
@@ -160,7 +160,7 @@ def _keras_content(arrays: Arrays, described: Mapping[str, Any]) -> Content:
     if not any(re.match(r"blocks_\d+_", layer) for layer in layers):
         # The `efficientnet` package calls its head `probs`.
         return Content(foreign_weights.KERAS, _renamed(arrays, "probs", "predictions"), described)
-    # The classifier may have been called by the user.
+    # The user may have named the classifier.
     added = [layer for layer in layers if not heads.is_standard(layer)]
     if len(added) == 1 and "head_dense" not in layers:
         arrays = _renamed(arrays, added[0], "head_dense")
@@ -172,17 +172,17 @@ def _renamed(arrays: Arrays, layer: str, new: str) -> Arrays:
 
 
 def _by_layer(root: h5py.Group) -> Arrays:
-    """`<layer>/<variable>` → array of a file that names its layers (`.h5`).
+    """Reads `<layer>/<variable>` → array from a file that names its layers (`.h5`).
 
     Raises:
-      UnusableFile: two layers of one name.
+      UnusableFile: If two layers have the same name.
     """
     arrays: Arrays = {}
 
     def take(path: str, item: Any) -> None:
         if not isinstance(item, h5py.Dataset) or path.split("/")[0] == "optimizer_weights":
             return
-        # `stem_conv/stem_conv_1/kernel:0`: first the layer, then TensorFlow's unique name for it. In a
+        # `stem_conv/stem_conv_1/kernel:0`: the layer, then TensorFlow's unique name for it. In a
         # nested model: `efficientnet-b0/stem_conv_1/kernel:0`.
         parts = path.split("/")
         leaf = parts[-1].split(":")[0]
@@ -202,7 +202,7 @@ def _by_layer(root: h5py.Group) -> Arrays:
 
 
 def _numbered(root: h5py.Group, layers: list[_Layer]) -> Arrays:
-    """`<layer>/<variable>` → array of a file in which layers are numbered by class (`.weights.h5`)."""
+    """Reads `<layer>/<variable>` → array from a file that numbers layers by class (`.weights.h5`)."""
     arrays: Arrays = {}
     group = root.get("layers", root.get("_layer_checkpoint_dependencies"))
     counts: dict[str, int] = {}
@@ -225,7 +225,7 @@ def _numbered(root: h5py.Group, layers: list[_Layer]) -> Arrays:
     if unknown:
         raise UnusableFile(
             "it does not name its layers, and they are not those of this model; save the model again "
-            "with model.save('<name>.keras'), or with model.save_weights('<name>.h5')"
+            "with model.save('<name>.keras') or model.save_weights('<name>.h5')"
         )
     return arrays
 
@@ -245,7 +245,7 @@ def _described_layers(description: Mapping[str, Any]) -> list[_Layer]:
 
 
 def _settings(description: Mapping[str, Any]) -> dict[str, Any]:
-    """`heads.settings` from Keras' description of a model; empty for models of other packages."""
+    """Reads `heads.settings` from Keras' description of a model; empty for other packages."""
     for layer in description["config"].get("layers", ()):
         config = layer["config"]
         if layer["class_name"].endswith("PixelNormalization"):
@@ -293,18 +293,18 @@ def _safetensors_settings(content: bytes) -> dict[str, Any]:
 
 # Keys of the weights in checkpoints of training scripts, by `ema`.
 _STATES = {True: ("state_dict_ema", "model_ema"), False: ("state_dict", "model")}
-# What DistributedDataParallel and torch.compile put before every name.
+# Prefixes that DistributedDataParallel and torch.compile add to every name.
 _WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
 def _read_torch(content: bytes, ema: bool) -> Content:
-    """A state dict saved by PyTorch, or a checkpoint of a training script that has one."""
+    """Reads a state dict saved by PyTorch or a training script's checkpoint that contains one."""
     try:
         state = torch_files.read(content)
     except torch_files.Refused as error:
         raise UnusableFile(str(error)) from error
     if not isinstance(state, Mapping):
-        raise UnusableFile(f"it holds a {type(state).__name__}: save the state dict of the model")
+        raise UnusableFile(f"it contains a {type(state).__name__}: save the state dict of the model")
     for key in (*(_STATES[True] if ema else ()), *_STATES[False]):
         if isinstance(state.get(key), Mapping):
             state = state[key]
@@ -316,7 +316,7 @@ def _read_torch(content: bytes, ema: bool) -> Content:
     }
     if not arrays:
         raise UnusableFile(
-            f"it holds no tensors, but {', '.join(map(str, state)) or 'nothing'}: save the state dict "
+            f"it contains no tensors, but {', '.join(map(str, state)) or 'nothing'}: save the state dict "
             "of the model"
         )
     return Content(_torch_naming(arrays), arrays, {})

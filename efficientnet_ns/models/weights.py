@@ -1,7 +1,7 @@
-"""`load_weights` and `save_weights`: files of this and other programs, of any kind.
+"""`load_weights` and `save_weights` for all kinds of files of this and other programs.
 
-Checkpoints of the original: see `checkpoint_files`. Files of Keras, timm and PyTorch: see
-`weight_files` and `foreign_weights`. Published weights by name: see `published`.
+For checkpoints of the original code, see `checkpoint_files`; for files of Keras, timm and PyTorch,
+`weight_files` and `foreign_weights`; for published weights by name, `published`.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ from efficientnet_ns.models.stored_arrays import (
 
 
 def fingerprint(path: PathLike, variant: str = "") -> str:
-    """Short hash of the content of weights of any kind that `load_weights` takes.
+    """Returns a short hash of the content of any weights that `load_weights` accepts.
 
     Args:
-      variant: of the model, for `published`.
+      variant: variant of the model, for `published`.
 
     Raises:
-      FileNotFoundError: nothing there.
-      WeightsError: see `checkpoint_prefix`.
+      FileNotFoundError: If the weights do not exist.
+      WeightsError: See `checkpoint_prefix`.
     """
     path = published.located(path, variant)
-    # The index of a checkpoint holds the checksum of every tensor.
+    # The index of a checkpoint contains the checksum of every tensor.
     return manifests.content_hash(file_path(path) or checkpoint_prefix(path) + ".index")
 
 
 def file_path(path: PathLike) -> str | None:
-    """The path, if it is a file of its own; None if it means a checkpoint.
+    """Returns the path if it is a single weight file, or None if it refers to a checkpoint.
 
     Raises:
-      FileNotFoundError: it is not there, and is called as a file of Keras or timm.
+      FileNotFoundError: If it does not exist and is named like a file of Keras or timm.
     """
     path = os.path.expanduser(path)
     if tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path):
@@ -94,33 +94,34 @@ def load_weights(
 ) -> None:
     """Loads weights from a file into a model made by `build_model`.
 
-    The model's own normalization stays: pixels 0..255 become (x/255 - mean)/std with the mean and
+    The model keeps its own normalization: pixels 0..255 become (x/255 - mean)/std with the mean and
     std it was built with. Files of `tf.keras.applications` with published ImageNet weights, the
-    `efficientnet` package and timm's `tf_efficientnet_*` all expect what the default mean and std
-    give; a Keras model made with `weights=None` whose Normalization layer was never adapted
-    expects mean 0 and std 1. Only the statistics in a Keras file are not read. Where `stored_settings`
-    differ from the model's, a warning states how to build it.
+    `efficientnet` package and timm's `tf_efficientnet_*` all expect the default mean and std; a
+    Keras model made with `weights=None` whose Normalization layer was never adapted expects mean 0
+    and std 1. Only the statistics in a Keras file are not read. If `stored_settings` differ from the
+    model's, a warning states how to build it.
 
-    A classifier in the file is passed over when the model has none (`include_top=False`). A model with
-    a Dense layer of the user's own on its features has that as its classifier.
+    A classifier in the file is ignored if the model has none (`include_top=False`). In a model with
+    a custom Dense layer on its features, this layer is the classifier.
 
     Args:
-      path: a file of Keras (`.h5`, `.keras`), of timm or `efficientnet_pytorch` (`.safetensors`, `.pth`)
-        or of this package, of the model's variant, under any name; or a checkpoint of this package, of
-        the original, or of Keras, see `checkpoint_prefix`; or `published`, or the name of a variant, for
+      path: a file of Keras (`.h5`, `.keras`), timm or `efficientnet_pytorch` (`.safetensors`, `.pth`)
+        or this package, for the model's variant, with any name; or a checkpoint of this package, the
+        original code or Keras, see `checkpoint_prefix`; or `published` or the name of a variant, for
         the weights in an installed package, see `published`.
-      ema: take the moving-average copies, which is what evaluation and teachers use. Files that
-        have a single set of weights give that.
-      scope: above the model's variables in a checkpoint, e.g. `teacher_model`; None: they are at
-        the top.
-      skip: a regular expression or several, searched for in the names of `variable_names`; what they match
-        keeps its values, e.g. `["head/dense/"]` for a new classifier. Nothing else may be missing.
+      ema: whether to load the moving averages, which evaluation and teachers use. Ignored for files
+        that have a single set of weights.
+      scope: scope of the model's variables in a checkpoint, e.g. `teacher_model`; None if they are
+        at the top level.
+      skip: one or several regular expressions, searched for in the names of `variable_names`.
+        Matching variables keep their values, e.g. `["head/dense/"]` for a new classifier. No other
+        variable may be missing.
 
     Raises:
-      FileNotFoundError: nothing there.
-      WeightsError: the file does not fit, an expression in `skip` is none or matches nothing,
+      FileNotFoundError: If the weights do not exist.
+      WeightsError: If the file does not fit, an expression in `skip` is invalid or matches nothing,
         or nothing is left to load.
-      DamagedFile: the file cannot be read to its end.
+      DamagedFile: If the file cannot be read completely.
     """
     _check_arguments("load_weights", model, path)
     standard = heads.standard(model)
@@ -154,7 +155,7 @@ def load_weights(
 def _check_arguments(function: str, model: object, path: object) -> None:
     if not isinstance(model, tf.keras.Model) or not isinstance(path, (str, os.PathLike)):
         raise TypeError(
-            f"{function}(model, path) needs a model and a path, not {type(model).__name__} and "
+            f"{function}(model, path) requires a model and a path, not {type(model).__name__} and "
             f"{type(path).__name__}"
         )
 
@@ -169,7 +170,7 @@ def _checkpoint_names(
     ema: bool,
     scope: str | None,
 ) -> tuple[StoredFile, Names, Callable[[str], bool]]:
-    """A checkpoint, what it calls the variables, and what else may be in it."""
+    """Returns a checkpoint, its names of the variables, and a check for other names in it."""
     file = open_checkpoint(checkpoint_prefix(path))
     above = "" if scope is None else f"{scope}/"
     if _OBJECT_GRAPH in file.shapes:
@@ -177,7 +178,7 @@ def _checkpoint_names(
         return file, paths_of_layers, lambda n: not n.startswith(f"{above}layer_with_weights")
     above += f"{standard.name}/"
     plain = foreign_weights.stored_names(standard, foreign_weights.TF1)
-    # The other copy of a variable, what is skipped, and a classifier that the model lacks.
+    # Includes the other copy of a variable, skipped ones, and a classifier that the model lacks.
     ours = {above + name + copy for name in plain.values() for copy in ("", EMA_SUFFIX)}
     names = {key: above + name + (EMA_SUFFIX if ema else "") for key, name in plain.items()}
     return file, names, functools.partial(_known, foreign_weights.TF1, ours, scope)
@@ -189,12 +190,12 @@ def _known(
     return name in ours or is_extra(naming, name, scope)
 
 
-# In a checkpoint of Keras' own, whose names are paths through the layers.
+# An entry of checkpoints written by Keras, whose names are paths through the layers.
 _OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
 
 def _object_names(model: tf.keras.Model, above: str = "") -> dict[foreign_weights.Key, str]:
-    """What `model.save_weights(<prefix>)` of Keras calls the variables of the same model."""
+    """Returns the names that Keras' `model.save_weights(<prefix>)` gives the same variables."""
     names: dict[foreign_weights.Key, str] = {}
     head = heads.own_head(model) if not above else None
     weighted = [layer for layer in model.layers if layer.weights]
@@ -211,15 +212,15 @@ def _object_names(model: tf.keras.Model, above: str = "") -> dict[foreign_weight
 
 
 def stored_settings(path: PathLike) -> dict[str, Any]:
-    """The input that the model of these weights expects, as far as it is stored with them.
+    """Returns what is stored with weights about the input that their model expects.
 
-    Files of `save_weights`, folders of trainings and models saved by Keras store it.
+    Files of `save_weights`, training folders and models saved by Keras store it.
 
     Returns:
       Some of `variant`, `image_size`, `small_image`, `mean`, `std` and `crop_fraction`.
 
     Raises:
-      FileNotFoundError, WeightsError: see `load_weights`.
+      FileNotFoundError, WeightsError: See `load_weights`.
     """
     if published.is_name(path):
         return {}  # The variant itself determines them.
@@ -238,14 +239,14 @@ def _warn_of_other_settings(model: tf.keras.Model, stored: Mapping[str, Any], pa
     if other:
         told = ", ".join(f"{name}={stored[name]}" for name in other)
         logging.warning(
-            "%s: these weights belong to a model with %s: build the model with these, unless you retrain it",
+            "%s: these weights belong to a model with %s: build the model with these values unless you retrain it",
             path,
             told,
         )
 
 
 def _skipped(names: Mapping[str, tf.Variable], skip: str | Sequence[str]) -> set[int]:
-    """Ids of the variables whose name one of the expressions matches."""
+    """Returns the ids of the variables whose name matches one of the expressions."""
     kept = set()
     for pattern in [skip] if isinstance(skip, str) else skip:
         try:
@@ -263,31 +264,31 @@ def _skipped(names: Mapping[str, tf.Variable], skip: str | Sequence[str]) -> set
 
 
 def _check_neighbors(folder: str, base: str, model: tf.keras.Model) -> None:
-    """Refuses a model that the one `SETTINGS_FILE` of a folder cannot describe with its neighbors."""
+    """Rejects a model that differs from what the `SETTINGS_FILE` of its folder describes."""
     others = set(listed(folder, r"[^.].*\.index")) - {os.path.join(folder, f"{base}.index")}
     stored = folder_settings(folder) if others else {}
     difference = manifests.describe_difference(stored, heads.settings(model)) if stored else ""
     if difference:
         raise WeightsError(
-            f"{folder} holds a checkpoint of a model that expects other images ({difference}), "
-            f"which its {SETTINGS_FILE} describes: save to another folder, or to a .safetensors file"
+            f"{folder} contains a checkpoint of a model that expects other images ({difference}), "
+            f"which its {SETTINGS_FILE} describes: save to another folder or to a .safetensors file"
         )
 
 
 def check_target(path: PathLike) -> None:
-    """Raises WeightsError when `save_weights` cannot write to this path whatever the model is."""
+    """Raises WeightsError if `save_weights` cannot write any model to this path."""
     path = os.path.expanduser(path)
     suffix = _suffix(path)
     if suffix not in ("", ".safetensors"):
         raise WeightsError(
-            f"{path}: {suffix} files are read, not written (Keras writes its own: model.save, "
-            "model.save_weights); "
-            "end the name in .safetensors, or give the prefix of a checkpoint like model.ckpt-0"
+            f"{path}: {suffix} files can be read, but not written (use model.save or "
+            "model.save_weights of Keras); "
+            "use a name that ends in .safetensors or the prefix of a checkpoint like model.ckpt-0"
         )
     folder, base = os.path.split(path)
     if not base or tf.io.gfile.isdir(path):
         raise WeightsError(
-            f"{path} is a folder: give the name of a file or the prefix of a checkpoint in it, e.g. "
+            f"{path} is a folder: pass the name of a file or the prefix of a checkpoint in it, e.g. "
             f"{os.path.join(path, 'model.ckpt-0')}"
         )
     while folder and not tf.io.gfile.exists(folder):
@@ -307,22 +308,22 @@ def save_weights(
     ema_model: tf.keras.Model | None = None,
     step: int = 0,
 ) -> None:
-    """Writes the weights of a model made by `build_model`; a file is either whole or absent.
+    """Writes the weights of a model made by `build_model`; files are written atomically.
 
-    A model with a Dense layer of the user's own on its features has that as its classifier. What
-    images the model expects is written too, into the file or next to the checkpoint.
+    In a model with a custom Dense layer on its features, this layer is the classifier. The images
+    that the model expects are also described, in the file or next to the checkpoint.
 
     Args:
-      path: ending in `.safetensors`: timm's names and layout, one set of weights (the averages,
-        when both are given). Else the prefix of a checkpoint as the original's.
-      ema_model: of the same architecture, holds the moving averages; None: the model's own values
-        are written for both.
+      path: a path that ends in `.safetensors`, for timm's names and layout and one set of weights
+        (the averages if both are given), else the prefix of a checkpoint like the original code's.
+      ema_model: a model of the same architecture with the moving averages; if None, the model's own
+        values are written for both.
       step: the value of `global_step` in the checkpoint.
 
     Raises:
-      WeightsError: the path ends as a file of another kind, is a folder, or the other checkpoints
-        in its folder are of a model that expects other images.
-      ValueError: the model has layers that EfficientNets do not have.
+      WeightsError: If the path ends like a file of another kind or is a folder, or the other
+        checkpoints in its folder are of a model that expects other images.
+      ValueError: If the model has layers that EfficientNets do not have.
     """
     _check_arguments("save_weights", model, path)
     check_target(path)
