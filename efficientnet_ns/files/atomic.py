@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, and temporary files that do not outlive their process.
+"""Atomic writes, and temporary files that do not outlive their process.
 
-A temporary name holds machine and process, so that what a killed process left behind is recognized
-and removed by the next one on that machine.
+A temporary name contains the machine and the process, so that the next process on a machine can
+recognize and remove what a killed one left behind.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _OLD_SECONDS = 24 * 3600
 
 
 def temporary_name(path: str) -> str:
-    """A name in the same folder that no record pattern matches, private to this process."""
+    """Returns a name in the same folder that no record pattern matches, private to this process."""
     folder, base = os.path.split(path)
     return os.path.join(folder, f"{_temporary_prefix()}{os.getpid()}-{base}")
 
@@ -33,7 +33,7 @@ def temporary_name(path: str) -> str:
 def remove_abandoned(paths: Sequence[str]) -> None:
     """Removes temporary files for `paths` that killed processes left behind.
 
-    Processes of other machines cannot be checked: their files are removed when they are a day old.
+    Processes of other machines cannot be checked; their files are removed when they are a day old.
     """
     wanted: dict[str, set[str]] = {}
     for path in paths:
@@ -54,12 +54,12 @@ def _is_old(path: str) -> bool:
 
 
 def remove_abandoned_folders(parent: str) -> None:
-    """Removes temporary folders directly in `parent` of killed processes of this machine."""
+    """Removes temporary folders of this machine's killed processes directly in `parent`."""
     for name in object_stores.names(parent):
         path = os.path.join(parent, name)
         if _abandoned(name) is not None and tf.io.gfile.isdir(path):
-            # Another process may remove it at the same time, and in a TMPDIR that users share it may
-            # be another one's.
+            # Another process may remove it at the same time, and in a TMPDIR that users share, it
+            # may belong to another user.
             gone_or_foreign = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError)
             with contextlib.suppress(*gone_or_foreign):
                 tf.io.gfile.rmtree(path)
@@ -70,25 +70,25 @@ def _temporary_prefix() -> str:
 
 
 def is_temporary(name: str, of: Container[str]) -> bool:
-    """Whether `name` is a temporary one of any process of any machine for a file name in `of`."""
-    # Names of machines have numbers, too.
+    """Checks whether `name` is any process's temporary name for a file name in `of`."""
+    # Machine names may also contain numbers.
     places = (match.end() for match in re.finditer(r"-\d+(?=-)", name))
     return name.startswith(_PREFIX) and any(name[place + 1 :] in of for place in places)
 
 
 def _abandoned(name: str) -> str | None:
-    """What the temporary `name` of a dead process of this machine was for; None for other names."""
+    """Returns the file name that a dead process's temporary `name` was for; None for other names."""
     if not name.startswith(_temporary_prefix()):
         return None
-    # Without a number there it is not one of ours.
+    # If there is no number, the name is not one of ours.
     pid, _, base = name[len(_temporary_prefix()) :].partition("-")
     return base if pid.isdigit() and not is_running(int(pid)) else None
 
 
 def scratch_name(purpose: str) -> str:
-    """A new name below TMPDIR for files that are needed while this process runs.
+    """Returns a new name in TMPDIR for files that are needed while this process runs.
 
-    Removes those that killed processes left there.
+    Removes files that killed processes left there.
     """
     parent = tempfile.gettempdir()
     remove_abandoned_folders(parent)
@@ -98,7 +98,7 @@ def scratch_name(purpose: str) -> str:
 
 @contextlib.contextmanager
 def scratch_folder(purpose: str) -> Iterator[str]:
-    """Yields a folder of that kind, which is removed when the block ends."""
+    """Yields a folder with a `scratch_name` and removes it when the block ends."""
     folder = scratch_name(purpose)
     tf.io.gfile.makedirs(folder)
     try:
@@ -108,7 +108,7 @@ def scratch_folder(purpose: str) -> Iterator[str]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether this machine has a process of that number."""
+    """Checks whether this machine has a process with this ID."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -131,10 +131,10 @@ def atomic_path(path: str) -> Iterator[str]:
 
 
 def write(path: str, content: str | bytes, *, clean: bool = False) -> None:
-    """Writes a file that is either whole or absent.
+    """Writes a file atomically.
 
     Args:
-      clean: first remove what killed processes left of it, which lists the folder.
+      clean: whether to first remove its temporary files of killed processes; lists the folder.
     """
     if clean:
         remove_abandoned([path])

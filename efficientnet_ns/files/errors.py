@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class DataError(ValueError):
-    """Input files that cannot be used as they are; the message names file, record and value."""
+    """Input files cannot be used as they are; the message names the file, record and value."""

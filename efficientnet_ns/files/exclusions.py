@@ -1,6 +1,6 @@
 """Lists of records: CSV with the columns `file` and `record`, and others that depend on the list.
 
-`--exclude` takes any of them as records to leave out.
+`--exclude` accepts any of them as records to leave out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLUMNS = ("file", "record")
 
 
 def place(path: str) -> str:
-    """A path as it is compared: absolute, without what leads nowhere."""
+    """Returns a path in the form that is compared: absolute and normalized."""
     return path if "://" in path else os.path.abspath(path)
 
 
@@ -29,7 +29,7 @@ def write(path: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> N
     """Writes a list.
 
     Args:
-      columns: after `COLUMNS`.
+      columns: names of the columns after `COLUMNS`.
       rows: path of a file, position of a record, and the values of `columns`.
     """
     text = io.StringIO()
@@ -40,16 +40,16 @@ def write(path: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> N
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-    """Absolute path of a file → positions of its records, int64, ascending.
+    """Reads absolute path of a file → positions of its records, int64, ascending.
 
     Raises:
-      DataError: there is no such list, or it lacks a column.
+      DataError: If the list does not exist or lacks a column.
     """
     import pyarrow
     import pyarrow.csv
 
     if not tf.io.gfile.exists(path):
-        raise DataError(f"--exclude={path}: there is no such file")
+        raise DataError(f"--exclude={path}: the file does not exist")
     with tf.io.gfile.GFile(path, "rb") as f:
         source = pyarrow.BufferReader(f.read())
     types = {"file": pyarrow.string(), "record": pyarrow.int64()}
@@ -69,10 +69,10 @@ def read(path: str) -> dict[str, np.ndarray]:
 
 
 def of_files(path: str, files: list[str]) -> dict[int, np.ndarray]:
-    """Number in `files` → positions to leave out, of those that a list names.
+    """Returns index in `files` → positions to leave out, for the files that a list names.
 
     Raises:
-      DataError: see `read`; or the list names none of the files.
+      DataError: If `read` raises it or the list names none of the files.
     """
     listed = read(path)
     found = {i: listed[at] for i, at in enumerate(map(place, files)) if at in listed}

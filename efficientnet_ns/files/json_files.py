@@ -1,4 +1,4 @@
-"""JSON files: written whole or not at all; errors of reading name the file."""
+"""Atomic writing of JSON files, and reading with errors that name the file."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from efficientnet_ns.files import atomic, object_stores
 
 
 class BrokenFile(ValueError):
-    """A JSON file that cannot be parsed, or holds something else than it should."""
+    """The JSON file cannot be parsed or has unexpected content."""
 
 
 def write_json(path: str, value: object, *, indent: int | None = None) -> None:
-    """Writes JSON that is either whole or absent."""
+    """Writes a JSON file atomically."""
     atomic.write(path, json.dumps(value, indent=indent))
 
 
 def write_json_lines(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one JSON object per line; the file is either whole or absent."""
+    """Writes one JSON object per line, atomically."""
     atomic.write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_json(path: str):
-    """The parsed file, with or without a byte order mark; BrokenFile naming it when it is not JSON."""
+    """Parses a file, with or without a byte order mark; BrokenFile names it if it is not JSON."""
     text = object_stores.read(path)
     if text is None:
         raise tf.errors.NotFoundError(None, None, f"{path} does not exist")
@@ -37,17 +37,17 @@ def read_json(path: str):
 def _parsed(path: str, text: bytes):
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as e:  # Of bytes that are no text, too.
-        raise BrokenFile(f"{path} is not valid JSON: {e}. Fix it, or delete it.") from e
+    except (ValueError, RecursionError) as e:  # Also for bytes that are not text.
+        raise BrokenFile(f"{path} is not valid JSON: {e}. Fix it or delete it.") from e
 
 
 def read_object(path: str, *keys: str) -> dict:
-    """The object of a JSON file; BrokenFile naming it when it is none, or lacks one of the keys."""
+    """Reads the object of a JSON file; BrokenFile if it is not an object or lacks a key."""
     return _object(path, read_json(path), keys)
 
 
 def read_object_if_any(path: str, *keys: str) -> dict | None:
-    """As `read_object`; None when there is no such file, which takes no further request."""
+    """Like `read_object`, but None if the file does not exist; makes no additional request."""
     text = object_stores.read(path)
     return None if text is None else _object(path, _parsed(path, text), keys)
 
@@ -55,25 +55,25 @@ def read_object_if_any(path: str, *keys: str) -> dict | None:
 def _object(path: str, value: Any, keys: Sequence[str]) -> dict:
     if not isinstance(value, dict):
         raise BrokenFile(
-            f"{path} should hold a JSON object, but holds a {type(value).__name__}. Fix it, or "
+            f"{path} should contain a JSON object, but contains a {type(value).__name__}. Fix it or "
             "delete it."
         )
     missing = [key for key in keys if key not in value]
     if missing:
         raise BrokenFile(
-            f"{path} lacks {', '.join(missing)}: it was not written by this program. Delete it, or "
+            f"{path} lacks {', '.join(missing)}: it was not written by this program. Delete it or "
             "move it away."
         )
     return value
 
 
 def read_json_lines(path: str, *keys: str) -> list[dict]:
-    """Objects of a file with one JSON object per line; none when it does not exist.
+    """Reads the objects of a file with one JSON object per line; none if it does not exist.
 
-    A last line that is not whole, which a killed writer leaves behind, is left out, with a warning.
+    Skips an incomplete last line, which a killed writer leaves behind, and logs a warning.
 
     Raises:
-      BrokenFile: another line is no JSON object, or lacks one of the keys.
+      BrokenFile: If another line is not a JSON object or lacks one of the keys.
     """
     text = object_stores.read(path)
     if text is None:
@@ -94,7 +94,7 @@ def read_json_lines(path: str, *keys: str) -> list[dict]:
                 "that line."
             )
         elif line:
-            logging.warning("%s: the last line is cut off and left out: %s", path, _start(line))
+            logging.warning("%s: skipping the last line, which is truncated: %s", path, _start(line))
     return rows
 
 

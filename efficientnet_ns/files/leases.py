@@ -1,17 +1,17 @@
-"""Who works on which unit, agreed through one shared folder, without a coordinator.
+"""Assigns units of work to processes through one shared folder, without a coordinator.
 
 A process that works on a unit, such as a shard, keeps a lease in the folder: the file
-`.lease-<unit>` with its owner and a counter, the heartbeat, which a thread counts up. A lease is dead
-if it does not change for `lease_seconds` of the observer's own monotonic clock (so no two clocks are
-compared), or if its process is gone from this machine (another process with its number is not it).
+`.lease-<unit>` with its owner and a counter, the heartbeat, which a thread increments. A lease is
+dead if it does not change for `lease_seconds` of the observer's own monotonic clock (so clocks are
+never compared), or if its process on this machine has ended (its ID may belong to a new process).
 
-To claim a unit without a living lease, a process writes its own, waits until others that looked at
-the same moment have written theirs, and reads it again: the last writer has the unit. So a store
-needs neither atomic renames nor exclusive creation: local folders, NFS and `gs://` all do.
+To claim a unit without a live lease, a process writes its own lease, waits until others that looked
+at the same moment have written theirs, and reads it again: the last writer has the unit. Stores
+therefore need neither atomic renames nor exclusive creation: local folders, NFS and `gs://` all work.
 
-If a process stalls for too long, two may work on one unit. That only costs time: every output is
-written under a private name, appears whole, and has the same content whoever made it. The process
-that finds another's lease in place of its own gives the unit up.
+If a process stalls for too long, two may work on one unit. This only costs time: every output is
+written under a private name, is published atomically, and has the same content regardless of who
+made it. A process that finds another lease in place of its own gives up the unit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from absl import logging
 
 from efficientnet_ns.files import atomic, object_stores
 
-# What storage raises.
+# Errors that storage raises.
 STORE_ERRORS = (OSError, tf.errors.OpError)
 
 
@@ -39,49 +39,49 @@ _NAME = ".lease-"
 
 
 def unit_of(name: str) -> str | None:
-    """The unit whose lease has this file name; None for other names."""
+    """Returns the unit whose lease has this file name; None for other names."""
     return name.removeprefix(_NAME) if name.startswith(_NAME) else None
 
 
 class LeaseLost(RuntimeError):
-    """Another process has taken the unit over."""
+    """Another process has taken over the unit."""
 
 
 class UnitHeld(RuntimeError):
-    """Another process, which is alive, works on the unit."""
+    """Another live process works on the unit."""
 
 
 class Lease:
     """The right to work on one unit, kept alive by a thread until it is released.
 
     Args:
-      path: of the lease file.
-      seconds: between two heartbeats.
+      path: path of the lease file.
+      seconds: interval between two heartbeats.
 
     Attributes:
-      heartbeat: a thread; to be started when the claim has succeeded.
+      heartbeat: a thread; start it when the claim has succeeded.
     """
 
     def __init__(self, path: str, seconds: float):
         self.path, self._seconds, self._beat = path, seconds, 0
         self._owner = {**_this_process(), "token": secrets.token_hex(8)}
         self._stop, self._lock = threading.Event(), threading.Lock()
-        # A daemon: a lease must not keep a process alive that ends with an error.
+        # A daemon, because a lease must not keep a process alive that ends with an error.
         self.heartbeat = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._write()
 
     def is_mine(self) -> bool:
-        """Whether the file is still the one that this lease wrote."""
+        """Checks whether the file is still the one that this lease wrote."""
         with self._lock:  # The heartbeat may be writing it.
             return _parse(_read(self.path) or "").get("token") == self._owner["token"]
 
     def check(self) -> None:
-        """Raises LeaseLost if the unit was taken over; to be called before results are published."""
+        """Raises LeaseLost if the unit was taken over; call it before publishing results."""
         if not self.is_mine():
             raise LeaseLost(f"{self.path}: another process took this work over")
 
     def check_not_taken(self) -> None:
-        """Like `check`, except that a lease file that was deleted is no sign of another process."""
+        """Like `check`, but does not interpret a deleted lease file as a takeover."""
         owner = _parse(_read(self.path))
         if owner and not self.is_mine():
             raise LeaseLost(f"{self.path}: {_described(owner)} took this work over")
@@ -90,7 +90,7 @@ class Lease:
         """Gives the unit back."""
         self._stop.set()
         if self.heartbeat.ident is not None:
-            # It must not write the file again once that is removed.
+            # It must not write the file again after it is removed.
             self.heartbeat.join()
         if self.is_mine():
             object_stores.remove(self.path)
@@ -108,7 +108,7 @@ class Lease:
             except LeaseLost:
                 return
             except STORE_ERRORS as e:
-                # A hiccup of the store: there is time for several more attempts.
+                # A temporary store error: there is time for several more attempts.
                 logging.warning("%s could not be renewed: %s", self.path, e)
 
 
@@ -116,9 +116,10 @@ class Leases:
     """Units of work that processes with the same `folder` divide among themselves.
 
     Args:
-      folder: where the leases lie.
-      lease_seconds: after which a lease without a heartbeat is dead.
-      settle_seconds: longest time until a write is seen by everybody; None: by the kind of path.
+      folder: folder of the leases.
+      lease_seconds: time after which a lease without a heartbeat is dead.
+      settle_seconds: maximum time until a write is visible to all processes; None chooses it by the
+        kind of path.
     """
 
     def __init__(self, folder: str, lease_seconds: float, settle_seconds: float | None = None):
@@ -127,7 +128,7 @@ class Leases:
             # Object stores may return an old version for a moment.
             settle_seconds = 2.0 if object_stores.is_object_store(folder) else 0.02
         self._settle = settle_seconds
-        # Path → (content, since when it has been the same by the clock of this process).
+        # Path → (content, time of its last change by the clock of this process).
         self._seen: dict[str, tuple[str, float]] = {}
         object_stores.make_folder(folder)
 
@@ -137,15 +138,16 @@ class Leases:
         done: Callable[[str], bool],
         still_undone: Callable[[str], bool] | None = None,
     ) -> Iterator[tuple[str, Lease]]:
-        """Yields units that are not done with a lease on each; returns when all are done.
+        """Yields each unit that is not done with a lease on it; returns when all are done.
 
-        The consumer works on the unit before it requests the next; one that is not done then
-        comes again. Units that others hold are waited for, and taken over when their owners die.
+        The consumer works on the unit before it requests the next one. A unit that is not done by
+        then is yielded again. Waits for units that others hold and takes them over if the owners die.
 
         Args:
           units: names, usable in file names, in order of preference.
-          done: whether a unit needs no more work. Called often; its result may be slightly out of date.
-          still_undone: asked once when the unit is claimed, and knows; None: not `done`.
+          done: checks whether a unit needs no more work. Called often; may be slightly out of date.
+          still_undone: an up-to-date check, called once when the unit is claimed; None for not
+            `done`.
         """
         undone = still_undone or (lambda unit: not done(unit))
         waiting, logged = list(units), False
@@ -160,7 +162,7 @@ class Leases:
                     continue
                 claimed, logged = True, False
                 try:
-                    # It may have been finished between the two looks.
+                    # It may have been finished between the two checks.
                     if undone(unit):
                         yield unit, lease
                 finally:
@@ -169,11 +171,11 @@ class Leases:
                 if not logged:
                     logging.info("waiting for %s, which other processes hold", ", ".join(waiting))
                 logged = True
-                # At random, so that those who wait for one unit do not all write at once.
+                # Random, so that processes that wait for one unit do not all write at once.
                 time.sleep(min(5.0, self._lease_seconds / 5) * random.uniform(0.5, 1))
 
     def claim(self, unit: str) -> Lease | None:
-        """A lease on the unit, or None when another process has it."""
+        """Claims the unit; returns None if another process has it."""
         path = self._path(unit)
         if self._is_alive(path):
             return None
@@ -185,12 +187,12 @@ class Leases:
         return lease
 
     def claim_or_refuse(self, unit: str) -> Lease:
-        """A lease on the unit, at the latest when that of another process is dead.
+        """Claims the unit, waiting if needed until another process's lease expires.
 
-        The time since this object first saw the other's lease counts.
+        The wait includes the time since this object first saw the other lease.
 
         Raises:
-          UnitHeld: the other process shows that it is alive.
+          UnitHeld: If the other process shows that it is alive.
         """
         path = self._path(unit)
         while True:
@@ -204,7 +206,7 @@ class Leases:
             time.sleep(self._lease_seconds / 50)
 
     def is_held_here(self, unit: str) -> bool:
-        """Whether the lease is that of another process of this machine that runs."""
+        """Checks whether a running process of this machine has the lease."""
         owner = _parse(_read(self._path(unit)))
         return bool(owner) and _is_here(owner) and _runs(owner)
 
@@ -212,7 +214,7 @@ class Leases:
         return os.path.join(self._folder, f"{_NAME}{unit}")
 
     def _is_alive(self, path: str) -> bool:
-        """Whether there is a lease, with a heartbeat and, on this machine, a running process."""
+        """Checks whether there is a lease with a heartbeat and, on this machine, a live process."""
         content, now = _read(path), time.monotonic()
         if content is None:
             self._seen.pop(path, None)
@@ -222,7 +224,7 @@ class Leases:
             self._seen[path] = (content, now)
         elif now - since > self._lease_seconds:
             return False
-        # A lease that is being written is not readable yet, and alive.
+        # A lease that is being written cannot be parsed yet, but is alive.
         owner = _parse(content)
         return not _is_here(owner) or _runs(owner)
 
@@ -233,7 +235,7 @@ def _read(path: str) -> str | None:
 
 
 def _parse(content: str | None) -> dict[str, Any]:
-    # The last line: some stores (`ram://`) append when an existing file is written.
+    # Uses the last line, because some stores (`ram://`) append to an existing file.
     try:
         return json.loads((content or "").splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
@@ -245,9 +247,9 @@ def _is_here(owner: dict[str, Any]) -> bool:
 
 
 def _runs(owner: dict[str, Any]) -> bool:
-    """Whether a process of this machine runs; another one may have its number by now.
+    """Checks whether a process of this machine runs, even if its ID was reused.
 
-    In a container that was started again, this very process often has.
+    In a restarted container, this very process often has the same ID.
     """
     pid, started = owner["pid"], owner.get("started")
     found = _start_of(pid) if started else None
@@ -255,16 +257,16 @@ def _runs(owner: dict[str, Any]) -> bool:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process of this machine started, in Linux's clock ticks; "" if it has ended.
+    """Returns when a process of this machine started, in Linux clock ticks; "" if it has ended.
 
-    None if unknown: it has ended, or the system has no /proc, or hides it.
+    Returns None if unknown: the process has ended, or the system has no /proc or hides it.
     """
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
             state, *values = f.read().rpartition(")")[2].split()
     except OSError:
         return None
-    # A killed process is a zombie until its parent takes notice.
+    # A killed process is a zombie until its parent waits for it.
     return "" if state in ("Z", "X") else values[18]
 
 
@@ -273,7 +275,7 @@ def _described(owner: dict[str, Any]) -> str:
 
 
 def _this_process() -> dict[str, Any]:
-    """What identifies this process; `machine` differs between machines, containers and reboots."""
+    """Identifies this process; `machine` differs between machines, containers and reboots."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as f:
             boot = f.read().strip()

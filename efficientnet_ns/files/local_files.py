@@ -1,4 +1,4 @@
-"""Files of any file system and name for libraries that take only some of them."""
+"""Files of any file system and name for libraries that support only some of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from efficientnet_ns.files.paths import is_pattern, listed
 
 
 class FileSink(io.RawIOBase):
-    """A file of any file system to write, with the interface of Python's files."""
+    """A writable file of any file system with the interface of Python's files."""
 
     def __init__(self, path: str):
         super().__init__()
@@ -43,7 +43,7 @@ class FileSink(io.RawIOBase):
 
 @contextlib.contextmanager
 def local_copies(paths: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Yields path → path on this machine; files of other file systems are copied below TMPDIR."""
+    """Yields path → path on this machine; copies files of other file systems to TMPDIR."""
     with contextlib.ExitStack() as stack:
         local = {path: path for path in paths}
         remote = [path for path in paths if "://" in path]
@@ -62,29 +62,29 @@ def require_space(paths: Sequence[str]) -> None:
 
 
 def require_bytes(needed: float, what: str) -> None:
-    """Raises OSError if TMPDIR has less space than that, before hours of work end with a full disk."""
+    """Raises OSError if TMPDIR has less space, before hours of work end with a full disk."""
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"{what}: {needed / 1e9:.1f} GB are needed in {folder}, where {free / 1e9:.1f} GB are free. "
+            f"{what}: {needed / 1e9:.1f} GB are required in {folder}, where {free / 1e9:.1f} GB are free. "
             "Set TMPDIR to a folder on a larger disk."
         )
 
 
 @contextlib.contextmanager
 def without_wildcards(path: str) -> Iterator[str]:
-    """Yields a path for readers of TensorFlow that take paths for patterns, to the same files.
+    """Yields a path to the same files for TensorFlow readers that interpret paths as patterns.
 
-    It is `path` itself unless that has wildcards or lies on an object store. Else there are links below
-    TMPDIR while the block runs, or copies: TensorFlow jumps in the files, and a store would send most of
-    them several times.
+    This is `path` itself unless it has wildcards or is on an object store. Otherwise, TMPDIR has links
+    or, for a store, copies while the block runs: TensorFlow reads with random access, and a store
+    would send most of the data several times.
 
     Args:
-      path: a folder, or the prefix of a checkpoint.
+      path: a folder or the prefix of a checkpoint.
 
     Raises:
-      OSError: TMPDIR has wildcards, too.
+      OSError: If TMPDIR also has wildcards.
     """
     remote = object_stores.is_object_store(path)
     if not (is_pattern(path) or remote):
@@ -93,8 +93,8 @@ def without_wildcards(path: str) -> Iterator[str]:
     with atomic.scratch_folder("paths") as scratch:
         if is_pattern(scratch):
             raise OSError(
-                f"TensorFlow treats {path} as a pattern, and the folder for temporary files, "
-                f"{os.path.dirname(scratch)}, as well: set TMPDIR to one without * ? [ and \\"
+                f"TensorFlow interprets {path} as a pattern, and also the folder for temporary files, "
+                f"{os.path.dirname(scratch)}: set TMPDIR to a folder without * ? [ and \\"
             )
         targets = {file: os.path.join(scratch, "at" + file[len(path) :]) for file in _files(path)}
         if remote:
@@ -113,7 +113,7 @@ def _files(path: str) -> list[str]:
 
 
 def _link(source: str, target: str) -> None:
-    # Never a linked folder: what removes abandoned folders would follow it.
+    # Never links a folder, because the removal of abandoned folders would follow the link.
     if "://" in source:
         tf.io.gfile.copy(source, target)
     else:

@@ -1,9 +1,8 @@
-"""Finished work that is never lost and never done twice.
+"""Ensures that finished work is never lost and never done twice.
 
 A stage writes its outputs under temporary names, then a manifest with their sizes and its
-configuration, then renames the outputs. Started again, a stage whose outputs match its manifest is
-skipped; one that was interrupted is done again; files that no manifest vouches for are never
-overwritten.
+configuration, then renames the outputs. After a restart, a stage whose outputs match its manifest is
+skipped, and an interrupted stage is done again. Files without a manifest are never overwritten.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class OutputConflict(RuntimeError):
 
 
 def fingerprint(paths: Sequence[str], sizes: Sequence[int] | None = None) -> str:
-    """Short hash of the names and sizes of files, order included; None: requests the sizes."""
+    """Hashes the names, sizes and order of files; `sizes` None requests the sizes."""
     if sizes is None:
         sizes = [tf.io.gfile.stat(path).length for path in paths]
     listing = [(os.path.basename(path), size) for path, size in zip(paths, sizes)]
@@ -35,7 +34,7 @@ def fingerprint(paths: Sequence[str], sizes: Sequence[int] | None = None) -> str
 
 
 def read_manifest(path: str, outputs: Sequence[str] = ()) -> dict:
-    """The manifest at `path`; OutputConflict when it is absent, empty, cut or no manifest."""
+    """Reads a manifest; OutputConflict if it is absent, empty, truncated or not a manifest."""
     manifest = manifest_if_any(path, outputs)
     if manifest is None:
         raise OutputConflict(f"{path} does not exist")
@@ -43,7 +42,7 @@ def read_manifest(path: str, outputs: Sequence[str] = ()) -> dict:
 
 
 def manifest_if_any(path: str, outputs: Sequence[str] = ()) -> dict | None:
-    """As `read_manifest`; None when there is no such file."""
+    """Like `read_manifest`, but returns None if the file does not exist."""
     try:
         manifest = read_object_if_any(path, "config", "sizes", "counts")
         if manifest is None or all(isinstance(value, dict) for value in manifest.values()):
@@ -51,14 +50,14 @@ def manifest_if_any(path: str, outputs: Sequence[str] = ()) -> dict | None:
     except BrokenFile as e:
         logging.info("%s", e)
     raise OutputConflict(
-        f"{path} is damaged, perhaps cut off. Delete it and "
-        f"{' and '.join(outputs) or 'the files it vouches for'}, and start the command that made them "
+        f"{path} is damaged, perhaps truncated. Delete it and "
+        f"{' and '.join(outputs) or 'the files it describes'}, and run the command that made them "
         "again."
     )
 
 
 def content_hash(path: str) -> str:
-    """Short hash of a file's bytes."""
+    """Returns a short hash of a file's bytes."""
     digest = hashlib.sha256()
     with tf.io.gfile.GFile(path, "rb") as f:
         while block := f.read(1 << 24):
@@ -71,20 +70,20 @@ class Stage:
 
     Args:
       manifest: path of the JSON manifest.
-      outputs: paths the work produces; created together.
-      config: everything that determines the outputs' content, JSON-able.
+      outputs: paths that the work produces; created together.
+      config: everything that determines the outputs' content, JSON-serializable.
     """
 
     def __init__(self, manifest: str, outputs: Sequence[str], config: Mapping[str, object]):
         self.manifest, self.outputs = manifest, list(outputs)
         self.config = json.loads(json.dumps(config))
-        self._manifest: dict | None = None  # As it was last read or written.
+        self._manifest: dict | None = None  # As last read or written.
 
     def done(self) -> bool:
-        """Whether the outputs are there and whole.
+        """Checks whether the outputs exist and are complete.
 
         Raises:
-          OutputConflict: files are in the way that this stage did not make with this configuration.
+          OutputConflict: If this stage did not make the existing files with this configuration.
         """
         self._manifest = manifest_if_any(self.manifest, self.outputs)
         sizes = object_stores.sizes(self.outputs)
@@ -92,19 +91,19 @@ class Stage:
         if self._manifest is None:
             if found:
                 raise OutputConflict(
-                    f"{found[0]} exists but {self.manifest} does not: how was it made? "
-                    "It is not overwritten: move it away, or choose another output folder."
+                    f"{found[0]} exists but {self.manifest} does not, so its origin is unknown. "
+                    "Move it away or choose another output folder."
                 )
             return False
         made_with = self._manifest["config"]
         if made_with != self.config:
-            # A result that stands in the manifest itself is never made anew silently.
+            # A result that is stored in the manifest itself is never replaced silently.
             if self.outputs and not found:
                 return False
             raise OutputConflict(
                 f"the outputs of {self.manifest} were made with other settings "
                 f"({describe_difference(made_with, self.config)}). "
-                f"Choose another output folder, or delete {' and '.join(found or [self.manifest])}."
+                f"Choose another output folder or delete {' and '.join(found or [self.manifest])}."
             )
         for path, size in zip(self.outputs, sizes):
             if size is None:
@@ -113,20 +112,20 @@ class Stage:
             if size != expected:
                 raise OutputConflict(
                     f"{path} has {size} bytes, but {expected} in its manifest: "
-                    "it was changed or truncated. Delete it to have it made again."
+                    "it was changed or truncated. Delete it to regenerate it."
                 )
         return True
 
     def counts(self) -> dict:
-        """What the finished stage reported about itself."""
+        """Returns what the finished stage reported about itself."""
         self._manifest = self._manifest or read_manifest(self.manifest, self.outputs)
         return self._manifest["counts"]
 
     def once(self, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """For a stage without outputs: what it stored, or `work()`, JSON-able, which it then stores.
+        """For a stage without outputs, returns the stored result or stores that of `work()`.
 
         Raises:
-          OutputConflict: the stored result has another configuration.
+          OutputConflict: If the stored result has another configuration.
         """
         if not self.done():
             result = work()
@@ -136,11 +135,11 @@ class Stage:
 
     @contextlib.contextmanager
     def write(self, *, clean: bool = True) -> Iterator[tuple[dict[str, str], dict]]:
-        """Yields ({output: temporary name}, counts) to fill; then commits all together.
+        """Yields ({output: temporary name}, counts) to fill, then commits them together.
 
         Args:
-          clean: first remove what killed processes left, which lists the folders; False: the caller
-            does that once for all of its stages.
+          clean: whether to first remove temporary files of killed processes, which lists the
+            folders; if False, the caller does this once for all of its stages.
         """
         for path in [self.manifest, *self.outputs]:
             object_stores.make_folder(os.path.dirname(path))
@@ -151,8 +150,8 @@ class Stage:
         try:
             yield temporary, counts
             sizes = {os.path.basename(p): tf.io.gfile.stat(t).length for p, t in temporary.items()}
-            # First: outputs without a manifest are refused, while after a manifest without outputs
-            # the work is merely done again.
+            # The manifest comes first: outputs without a manifest are rejected, while a manifest
+            # without outputs only repeats the work.
             written = {"config": self.config, "counts": counts, "sizes": sizes}
             write_json(self.manifest, written, indent=1)
             for path, name in temporary.items():
@@ -165,7 +164,7 @@ class Stage:
 
 
 def describe_difference(old: Mapping[str, object], new: Mapping[str, object]) -> str:
-    """`field: old → new` for every field that differs."""
+    """Returns `field: old → new` for every field that differs."""
     keys = sorted(set(old) | set(new))
     return ", ".join(
         f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)

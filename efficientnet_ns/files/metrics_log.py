@@ -1,8 +1,8 @@
-"""`metrics.jsonl` and TensorBoard scalars: the metrics of a training or of its evaluation.
+"""`metrics.jsonl` and TensorBoard scalars: the metrics of a training run or its evaluation.
 
-On a local disk each row is appended as it is logged. Object stores cannot append (TensorFlow's `a`
-mode reads and writes the whole object for each line), so there the file is written whole before each
-checkpoint; a run that continues from the checkpoint before logs the missing rows again.
+On a local disk, each row is appended as it is logged. Object stores cannot append (TensorFlow's `a`
+mode reads and writes the whole object for each line), so the whole file is written before each
+checkpoint. A run that continues from the previous checkpoint logs the missing rows again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(folder: str) -> list[dict[str, float]]:
-    """Rows of the `metrics.jsonl` in `folder`, by increasing step; empty if there is no file."""
+    """Reads the rows of `metrics.jsonl` in `folder` by increasing step; empty without a file."""
     return json_files.read_json_lines(os.path.join(folder, METRICS), "step")
 
 
@@ -28,14 +28,14 @@ class MetricsLog:
     """Writes `metrics.jsonl` and TensorBoard scalars.
 
     Args:
-      folder: where both are written.
+      folder: folder for both.
       start: step from which the run continues. Rows of later steps, which an interrupted run left
         behind, are dropped.
-      writes: False on all workers but the chief, which keep the rows in memory only.
+      writes: False on all workers except the chief; they keep the rows only in memory.
 
     Attributes:
       rows: all rows so far, `step` and metrics by name.
-      writer: TensorBoard's.
+      writer: TensorBoard writer.
     """
 
     def __init__(self, folder: str, start: int, writes: bool = True):
@@ -53,7 +53,7 @@ class MetricsLog:
         self.writer = tf.summary.create_file_writer(folder)
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """Appends one row, and writes the same scalars for TensorBoard."""
+        """Appends one row and writes the same scalars for TensorBoard."""
         self.rows.append({"step": step, **values})
         if self._lines is not None:
             self._lines.write(json.dumps(self.rows[-1]) + "\n")
@@ -61,7 +61,7 @@ class MetricsLog:
             self._draw(self.rows[-1:])
 
     def _draw(self, rows: Sequence[dict[str, float]]) -> None:
-        """Writes rows for TensorBoard; an object store takes the whole file every time."""
+        """Writes rows for TensorBoard; an object store receives the whole file every time."""
         with self.writer.as_default():
             for row in rows:
                 for name, value in row.items():
@@ -71,12 +71,12 @@ class MetricsLog:
     def flush(self) -> None:
         """Ensures that every row is on the disk; call it before writing a checkpoint."""
         if self._lines is not None:
-            # Else a machine that loses power may keep the checkpoint without its row.
+            # Otherwise, a power failure may leave the checkpoint without its row.
             os.fsync(self._lines.fileno())
         elif self._writes and self._written < len(self.rows):
             json_files.write_json_lines(self.path, self.rows)
             self._wait()
-            # The training goes on meanwhile.
+            # Training continues meanwhile.
             self._drawing = threading.Thread(target=self._draw, args=(self.rows[self._written :],))
             self._drawing.start()
             self._written = len(self.rows)
@@ -86,7 +86,7 @@ class MetricsLog:
             self._drawing.join()
 
     def last(self, prefix: str) -> dict[str, float]:
-        """The newest row with a metric whose name starts with `prefix`; empty if there is none."""
+        """Returns the newest row with a metric whose name starts with `prefix`, or an empty row."""
         for row in reversed(self.rows):
             if any(key.startswith(prefix) for key in row):
                 return row

@@ -1,4 +1,4 @@
-"""Lists of names in messages, which must stay readable when there are thousands."""
+"""Lists of names in messages, which must stay readable with thousands of names."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from collections.abc import Sequence
 
 
 def shortened(names: Sequence[str], most: int = 10) -> str:
-    """`a, b, …`: the first `most` names; the mark only if there are more."""
+    """Returns `a, b, …`: the first `most` names, and the ellipsis only if there are more."""
     return ", ".join([*names[:most], *(["…"] if len(names) > most else [])])

@@ -1,13 +1,13 @@
-"""What differs on object stores, `gs://`, from disks. Other modules need not know.
+"""Hides the differences between object stores, `gs://`, and disks from other modules.
 
-* A file appears whole when it is closed, in place of an earlier one: content that is in memory needs no
-  temporary name. A rename is a copy and a delete; that of a folder moves one file after the other.
-* There are no folders, only names with slashes. TensorFlow makes empty objects to stand for folders, and
-  where the bucket does not exist it tries so without end.
-* Every question is a request, of tens of milliseconds: whether a file exists, its size, a page of 1000
+* A file is created or replaced atomically when it is closed: content that is in memory needs no
+  temporary name. A rename is a copy and a delete; renaming a folder moves one file after the other.
+* There are no folders, only names with slashes. TensorFlow creates empty objects to represent
+  folders, and retries forever if the bucket does not exist.
+* Every query takes a request of tens of milliseconds: whether a file exists, its size, a page of 1000
   names. An absent file takes two.
-* TensorFlow reads ahead, and remembers lengths, so that a file that another machine has rewritten is read
-  at its old length, or not at all. `devices.stack` sets both before TensorFlow is imported.
+* TensorFlow reads ahead and caches lengths, so a file that another machine has rewritten is read with
+  its old length, or not at all. `devices.stack` sets both before TensorFlow is imported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 _BLOCK = 1 << 20
 _REQUESTS_AT_ONCE = 32
-# For how long TensorFlow may remember the length of a file, if it was imported before this package.
+# How long TensorFlow may cache the length of a file if it was imported before this package.
 _REMEMBERED_SECONDS = 5
 
 
@@ -39,17 +39,17 @@ class NotAllowed(Exception):
 
 
 def probe(path: str, *, write: bool) -> None:
-    """Looks for a path, and with `write` writes and removes a file there.
+    """Looks up a path and, if `write`, writes and removes a file there.
 
     Raises:
-      NoBucket, NotAllowed: it cannot work. Whether there is anything at the path does not matter.
+      NoBucket, NotAllowed: If access is impossible. The path itself need not exist.
     """
     bucket, _, name = path.removeprefix("gs://").partition("/")
     folder = f"gs://{bucket}/{name.rstrip('/') or '.'}"
     try:
         tf.io.gfile.stat(f"{folder}/")
     except tf.errors.NotFoundError as e:
-        # An absent object is described otherwise.
+        # The error for an absent object differs.
         if "HTTP response code 404" in str(e):
             raise NoBucket from e
     except tf.errors.PermissionDeniedError as e:
@@ -66,25 +66,25 @@ def probe(path: str, *, write: bool) -> None:
 
 
 def is_object_store(path: str | os.PathLike) -> bool:
-    """Whether a path lies on an object store."""
+    """Checks whether a path is on an object store."""
     return os.fspath(path).startswith("gs://")
 
 
 def make_folder(path: str) -> None:
-    """Makes a folder and those above it, where there are folders."""
+    """Makes a folder and its parents if the file system has folders."""
     if not is_object_store(path):
         tf.io.gfile.makedirs(path or ".")
 
 
 def names(folder: str) -> list[str]:
-    """Names directly in a folder, sorted, without the slashes of folders; empty if there is no folder."""
+    """Lists the sorted names directly in a folder, without slashes; empty if it does not exist."""
     return sorted(filter(None, (name.rstrip("/") for name in _listed(folder))))
 
 
 def walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """(folder, folders in it, files in it) of a tree, as `tf.io.gfile.walk`, from the top down.
+    """Yields (folder, folders in it, files in it) from the top down, like `tf.io.gfile.walk`.
 
-    Only for object stores, whose listings tell folders from files; those of a level are made at once.
+    Only for object stores, whose listings distinguish folders from files. Lists each level at once.
     """
     found: dict[str, tuple[list[str], list[str]]] = {}
     level = [top.rstrip("/")]
@@ -93,7 +93,7 @@ def walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
             below = sorted(name.rstrip("/") for name in listed if name.endswith("/"))
             found[folder] = below, sorted(n for n in listed if n and not n.endswith("/"))
         level = [f"{folder}/{name}" for folder in level for name in found[folder][0]]
-    # The caller may take folders out of a list, to leave out what is below them.
+    # The caller may remove folders from a list to skip their content.
     waiting = [top.rstrip("/")]
     while waiting:
         folder = waiting.pop()
@@ -111,14 +111,14 @@ def _listed(folder: str) -> list[str]:
 
 
 def read(path: str) -> bytes | None:
-    """The content of a file as it is now, even if another machine rewrites it; None if it does not exist.
+    """Reads a file's current content, even if another machine rewrites it; None if it does not exist.
 
-    On object stores a single request up to the size of the read-ahead.
+    On object stores, this takes a single request up to the size of the read-ahead.
     """
-    last = _REMEMBERED_SECONDS + 2  # TensorFlow counts whole seconds, and both ends of them.
+    last = _REMEMBERED_SECONDS + 2  # TensorFlow counts whole seconds and includes both ends.
     for attempt in range(last + 1):
         try:
-            # With a size: without one the length is asked for first, and the file may grow or shrink.
+            # Passes a size, because TensorFlow else requests the length first, which may change.
             parts: list[bytes] = []
             with tf.io.gfile.GFile(path, "rb") as f:
                 while part := f.read(_BLOCK):
@@ -129,12 +129,12 @@ def read(path: str) -> bytes | None:
         except tf.errors.InternalError:
             if attempt == last or not is_object_store(path):
                 raise
-            time.sleep(1)  # It is shorter than TensorFlow remembers.
+            time.sleep(1)  # The file is shorter than its cached length.
     raise AssertionError("unreachable")
 
 
 def size(path: str) -> int | None:
-    """Bytes of a file; None if it does not exist."""
+    """Returns the size of a file in bytes, or None if it does not exist."""
     try:
         return tf.io.gfile.stat(path).length
     except tf.errors.NotFoundError:
@@ -142,9 +142,9 @@ def size(path: str) -> int | None:
 
 
 def each(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """The results of a function that waits for requests, with many items at once.
+    """Maps a function that waits for requests over items, many at once.
 
-    The first error is raised when all have ended.
+    Raises the first error when all calls have ended.
     """
     if len(items) < 2:
         return list(map(function, items))
@@ -153,11 +153,11 @@ def each(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Resu
 
 
 def sizes(paths: Sequence[str]) -> list[int | None]:
-    """`size` of each, many requests at once."""
+    """Returns the `size` of each file, with many requests at once."""
     return each(size, paths) if any(map(is_object_store, paths)) else list(map(size, paths))
 
 
 def remove(path: str) -> None:
-    """Removes a file if it is there; another process may do so at the same time."""
+    """Removes a file if it exists; another process may do so at the same time."""
     with contextlib.suppress(tf.errors.NotFoundError):
         tf.io.gfile.remove(path)

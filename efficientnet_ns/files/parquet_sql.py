@@ -17,9 +17,9 @@ _MEMORY = "2GB"
 
 
 def database(threads: int) -> duckdb.DuckDBPyConnection:
-    """An empty DuckDB database: up to 2 GB in memory, the rest on disk below TMPDIR.
+    """Opens an empty DuckDB database with up to 2 GB in memory and the rest in TMPDIR.
 
-    Files that killed processes left there are removed.
+    Removes files that killed processes left there.
     """
     import duckdb
 
@@ -27,27 +27,27 @@ def database(threads: int) -> duckdb.DuckDBPyConnection:
     db.execute("SET enable_progress_bar = false")
     db.execute(f"SET threads = {threads}")
     db.execute(f"SET memory_limit = '{_MEMORY}'")
-    # DuckDB creates the folder when it needs it, and removes it at the end.
+    # DuckDB creates the folder when needed and removes it at the end.
     db.execute(f"SET temp_directory = {_quoted(atomic.scratch_name('duckdb'))}")
     return db
 
 
 def _quoted(text: str) -> str:
-    """A string literal of SQL."""
+    """Returns an SQL string literal."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def connect(threads: int, **tables: Sequence[str]) -> duckdb.DuckDBPyConnection:
-    """A `database` with a view per keyword, over the Parquet files given for it.
+    """Opens a `database` with one view per keyword over the Parquet files given for it.
 
-    Remote files are copied below TMPDIR for the lifetime of the connection.
+    Remote files are copied to TMPDIR for the lifetime of the connection.
     """
     db = database(threads)
     copies = contextlib.ExitStack()
     weakref.finalize(db, copies.close)
     for name, paths in tables.items():
         local = copies.enter_context(local_files.local_copies(paths))
-        # DuckDB expands wildcards in paths, so that `run[1]/x` would read `run1/x`.
+        # DuckDB expands wildcards in paths, so `run[1]/x` would read `run1/x`.
         literal = (re.sub(r"[*?\[]", r"[\g<0>]", path) for path in local.values())
         files = ", ".join(map(_quoted, literal))
         db.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet([{files}])")

@@ -1,8 +1,8 @@
-"""Paths as they are: `[`, `]`, `*`, `?` and backslashes in a folder's name mean themselves.
+"""Literal paths: `[`, `]`, `*`, `?` and backslashes in a folder's name have no special meaning.
 
-Nothing in this package expands a pattern over a path that a user gave: folders are listed, and
-names matched. Where TensorFlow does so itself, `local_files.without_wildcards` gives it another path
-to the same files.
+This package never expands patterns in a path given by the user: it lists folders and matches names.
+If TensorFlow itself expands patterns, `local_files.without_wildcards` gives it another path to the
+same files.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import re
 
 from efficientnet_ns.files import object_stores
 
-# What makes TensorFlow take a path for a pattern.
+# Characters that make TensorFlow interpret a path as a pattern.
 _WILDCARDS = re.compile(r"[*?\[\\]")
 
 
 def is_pattern(path: str | os.PathLike) -> bool:
-    """Whether TensorFlow takes a path for a pattern where it reads variables."""
+    """Checks whether TensorFlow interprets a path as a pattern when it reads variables."""
     return bool(_WILDCARDS.search(os.fspath(path)))
 
 
 def listed(folder: str, pattern: str) -> list[str]:
-    """Sorted paths of what lies in `folder` under names that match the whole regular expression.
+    """Lists the sorted paths in `folder` whose complete names match the regular expression.
 
-    Unlike a glob it takes the folder's name as it is, whatever characters are in it.
+    Unlike a glob, it interprets the folder's name literally.
 
     Returns:
-      Nothing when there is no such folder.
+      The paths; empty if the folder does not exist.
     """
     found = object_stores.names(folder)
     return [os.path.join(folder, name) for name in found if re.fullmatch(pattern, name)]

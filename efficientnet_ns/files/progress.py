@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and ETA on a terminal, plain log lines elsewhere."""
+"""Shows the progress of long work: a bar with rate and ETA on a terminal, else log lines."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Progress:
     """Counts units of work towards a total.
 
     Args:
-      total: units of the whole work.
+      total: number of units of the whole work.
       what: short description.
       unit: name of a unit.
-      done: units finished earlier, which do not count towards the rate.
-      line_every: units between two log lines; None: a line every 15 seconds.
+      done: number of units finished earlier, which do not count towards the rate.
+      line_every: units between two log lines; None logs a line every 15 seconds.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Progress:
             logging.info("%s: %s", self.what, self.line(note))
 
     def restart_rate(self) -> None:
-        """Leaves what is counted out of the rate, such as a first step that included compilation."""
+        """Excludes the units so far from the rate, such as a first step that includes compilation."""
         self._first, self._started = self.count, time.monotonic()
 
     def _line_is_due(self, before: int) -> bool:
@@ -58,7 +58,7 @@ class Progress:
         return time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES
 
     def line(self, note: str = "", *, eta: bool = True) -> str:
-        """`400/1000 steps, 12.3 steps/s, ETA 49 s`."""
+        """Returns a line such as `400/1000 steps, 12.3 steps/s, ETA 49 s`."""
         rate = (self.count - self._first) / max(time.monotonic() - self._started, 1e-9)
         left = f", ETA {(self.total - self.count) / rate:.0f} s" if rate > 0 and eta else ""
         tail = f", {note}" if note else ""
@@ -76,26 +76,26 @@ class Progress:
 
 
 class Whole:
-    """One line for a long run of many stages: stage, percentage and time left of the whole.
+    """Shows one line for a run of many stages: stage, percentage and remaining time.
 
     While it is entered, every `Progress` reports to it and prints nothing itself.
 
     Args:
-      seconds: stage → estimated seconds; the part of the whole that it makes up.
+      seconds: stage → estimated seconds, its share of the whole.
     """
 
     current: Whole | None = None
 
     def __init__(self, seconds: Mapping[str, float]):
         self._seconds, self._stage = dict(seconds), ""
-        # Estimated seconds of what is done: all of it, and what this process did.
+        # Estimated seconds of the finished work: in total and by this process.
         self._done = self._own = self._within = 0.0
         self._started, self._printed = time.monotonic(), -_SECONDS_BETWEEN_LINES
         self._terminal = sys.stderr.isatty()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """The block is the stage `name`; a stage within a stage is part of that."""
+        """Runs the block as the stage `name`; a nested stage is part of the outer one."""
         if self._stage:
             yield
             return
@@ -129,14 +129,14 @@ class Whole:
             print(line, file=sys.stderr, flush=True)
 
     def percentage(self) -> float:
-        """Of the whole, as estimated."""
+        """Returns the estimated percentage of the whole."""
         return 100 * (self._done + self._within) / max(sum(self._seconds.values()), 1e-9)
 
     def time_left(self) -> str:
-        """`12 min left`, by the estimates until enough of the run has shown how long it takes."""
+        """Returns a text such as `12 min left`, at first based mostly on the estimates."""
         left = sum(self._seconds.values()) - self._done - self._within
         own, elapsed = self._own + self._within, time.monotonic() - self._started
-        # Estimates of the first seconds say more than what they took.
+        # For the first seconds, the estimates are more reliable than the measured time.
         slowness = (elapsed + 60) / (own + 60)
         return f"{duration(max(left, 0.0) * slowness)} left"
 
@@ -152,13 +152,13 @@ class Whole:
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """A stage of the `Whole` that is entered, if one is."""
+    """Runs the block as a stage of the current `Whole`, if there is one."""
     with Whole.current.stage(name) if Whole.current else contextlib.nullcontext():
         yield
 
 
 def duration(seconds: float) -> str:
-    """`40 s`, `12 min`, `3.5 h`."""
+    """Formats a duration, e.g. `40 s`, `12 min` or `3.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,14 +1,14 @@
-"""Protocol buffers at the level of bytes: the few kinds of fields that this package writes.
+"""Encodes the few kinds of protocol buffer fields that this package writes as bytes.
 
-For loops over hundreds of millions of records, where building a message per record is too slow, and
-for messages whose Python classes are in no package that this one needs.
+It is used in loops over hundreds of millions of records, where building a message per record is too
+slow, and for messages whose Python classes are not in a required package.
 """
 
 from __future__ import annotations
 
 
 def varint(value: int) -> bytes:
-    """A variable-length integer: 7 bits per byte, lowest first; negative ones as 64 bits."""
+    """Encodes a variable-length integer: 7 bits per byte, lowest first; 64 bits if negative."""
     value &= (1 << 64) - 1
     groups = bytearray()
     while value > 0x7F:
@@ -19,7 +19,7 @@ def varint(value: int) -> bytes:
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """(value, end) of the variable-length integer at byte `at`; the value is -1 if there is none."""
+    """Decodes (value, end) of the variable-length integer at byte `at`; value -1 if there is none."""
     value = 0
     for shift, byte in zip(range(0, 70, 7), data[at : at + 10]):
         value |= (byte & 0x7F) << shift
@@ -29,6 +29,6 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def field(number: int, content: bytes) -> bytes:
-    """A length-delimited field: a string, a message, or packed numbers. `number` is below 16."""
+    """Encodes a length-delimited field: a string, message or packed numbers; `number` < 16."""
     # Wire type 2 in the lowest three bits of the tag.
     return b"".join((bytes((number << 3 | 2,)), varint(len(content)), content))

@@ -1,6 +1,6 @@
-"""What a person decided about pseudo-labeled images: the JSON file that a review sheet saves.
+"""Reads human decisions about pseudo-labeled images from the JSON file that a review sheet saves.
 
-`{"decisions": [{"file": path, "record": position, "label": class, or null: rejected}, …]}`
+`{"decisions": [{"file": path, "record": position, "label": class, or null if rejected}, …]}`
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ REJECTED = -1
 
 
 def read(path: str, num_classes: int) -> dict[str, dict[int, int]]:
-    """Absolute path of a file → position of a record → its label, or REJECTED.
+    """Reads absolute path of a file → position of a record → its label, or REJECTED.
 
     Raises:
-      DataError: there is no such file, or a decision is not of that form.
+      DataError: If the file does not exist or a decision has another form.
     """
     if not tf.io.gfile.exists(path):
-        raise DataError(f"--reviewed={path}: there is no such file")
+        raise DataError(f"--reviewed={path}: the file does not exist")
     decisions = json_files.read_object(path, "decisions")["decisions"]
     found: dict[str, dict[int, int]] = {}
     for number, one in enumerate(decisions):
@@ -32,30 +32,30 @@ def read(path: str, num_classes: int) -> dict[str, dict[int, int]]:
             good = False
         if not good:
             raise DataError(
-                f"--reviewed={path}, decision {number}: file, record and a label of "
-                f"0..{num_classes - 1} or null are needed, not {one!r}"
+                f"--reviewed={path}, decision {number}: expected file, record and a label of "
+                f"0..{num_classes - 1} or null, not {one!r}"
             )
         found.setdefault(exclusions.place(file), {})[record] = REJECTED if label is None else label
     return found
 
 
 def of_files(path: str, files: list[str], num_classes: int) -> dict[int, dict[int, int]]:
-    """Number in `files` → the decisions about its records.
+    """Returns index in `files` → the decisions about its records.
 
     Raises:
-      DataError: see `read`; or no decision is about one of the files.
+      DataError: If `read` raises it or no decision is about one of the files.
     """
     decided = read(path, num_classes)
     found = {i: decided[at] for i, at in enumerate(map(exclusions.place, files)) if at in decided}
     if decided and not found:
         raise DataError(
-            f"--reviewed={path} is about no record of the set with {files[0]}, but about such of "
+            f"--reviewed={path} has no decisions about the set with {files[0]}, but about records of "
             f"{min(decided)}: was one of them moved?"
         )
     return found
 
 
 def arrays(decisions: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Positions int64, ascending, and labels int32."""
+    """Converts decisions to positions, int64, ascending, and labels, int32."""
     positions = np.array(sorted(decisions), np.int64)
     return positions, np.array([decisions[p] for p in positions.tolist()], np.int32)

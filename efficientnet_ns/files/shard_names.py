@@ -1,6 +1,6 @@
-"""Names of record files and of what belongs to them, and finding all shards of a set.
+"""Names record files and the files that belong to them, and finds all shards of a set.
 
-They are those of the original code base, so that its data works here and ours there.
+The names are those of the original code, so both programs can use each other's data.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from efficientnet_ns.files.errors import DataError
 
 
 def shard_name(prefix: str, shard: int, num_shards: int) -> str:
-    """`train-00003-of-00128`."""
+    """Returns e.g. `train-00003-of-00128`."""
     return f"{prefix}-{shard:05d}-of-{num_shards:05d}"
 
 
 def prediction_name(shard: int, num_shards: int, worker: int) -> str:
-    """`train-info-00003-of-00128-00000`, whatever the prefix of the input."""
+    """Returns e.g. `train-info-00003-of-00128-00000`, regardless of the input's prefix."""
     return f"{shard_name('train-info', shard, num_shards)}-{worker:05d}"
 
 
 def info_name(shard: int, num_shards: int, worker: int) -> str:
-    """`info-00003-of-00128-00000.txt`."""
+    """Returns e.g. `info-00003-of-00128-00000.txt`."""
     return f"{shard_name('info', shard, num_shards)}-{worker:05d}.txt"
 
 
 def index_name(shard: int, num_shards: int, worker: int) -> str:
-    """`index-00003-of-00128-00000.parquet`, next to the prediction file it describes."""
+    """Returns e.g. `index-00003-of-00128-00000.parquet`, for the index of a prediction file."""
     return f"{shard_name('index', shard, num_shards)}-{worker:05d}.parquet"
 
 
 def prediction_paths(
     shard: int, num_shards: int, worker: int, *, output_dir: str, info_dir: str
 ) -> list[str]:
-    """Paths of a shard's predictions, of their index and of their info file; `info_dir` may be ""."""
+    """Returns the paths of a shard's predictions, index and info file; `info_dir` may be ""."""
     key = (shard, num_shards, worker)
     return [
         os.path.join(output_dir, prediction_name(*key)),
@@ -46,7 +46,7 @@ def prediction_paths(
 
 
 def pseudo_label_name(task: int, shard: int, num_shards: int) -> str:
-    """`train-0-00003-of-00128`."""
+    """Returns e.g. `train-0-00003-of-00128`."""
     return shard_name(f"train-{task}", shard, num_shards)
 
 
@@ -54,13 +54,13 @@ _SHARD = re.compile(r"(?P<group>[^.].*)-(?P<shard>\d+)-of-(?P<total>\d+)")
 
 
 def parse(name: str) -> tuple[str, int, int] | None:
-    """`train-00003-of-00128` → ("train", 3, 128); None for names of other files, and hidden ones."""
+    """Parses `train-00003-of-00128` to ("train", 3, 128); None for other and hidden files."""
     match = _SHARD.fullmatch(name.rstrip("/"))
     return (match["group"], int(match["shard"]), int(match["total"])) if match else None
 
 
 def list_shards(folders: str, prefixes: str | Sequence[str]) -> list[str]:
-    """All shards with one of the prefixes in one or several folders.
+    """Lists all shards with one of the prefixes in one or several folders.
 
     Args:
       folders: paths joined with `;`.
@@ -70,7 +70,7 @@ def list_shards(folders: str, prefixes: str | Sequence[str]) -> list[str]:
       Sorted paths.
 
     Raises:
-      DataError: nothing matches, a folder is given twice, or a shard of a set is missing.
+      DataError: If nothing matches, a folder is given twice, or a shard of a set is missing.
     """
     prefixes = (prefixes,) if isinstance(prefixes, str) else tuple(prefixes)
     paths: list[str] = []
@@ -88,7 +88,7 @@ def list_shards(folders: str, prefixes: str | Sequence[str]) -> list[str]:
             raise DataError(f"no record files in {folder!r}: expected names such as {names}")
         paths += found
     if not paths:
-        raise DataError("no data folder given; expected one path, or several joined with ';'")
+        raise DataError("no data folder given; expected one path or several joined with ';'")
     return paths
 
 
@@ -102,7 +102,7 @@ def _shards_in(folder: str, prefixes: tuple[str, ...]) -> list[str]:
         totals = sorted(t for g, t in groups if g == group)
         if len(totals) > 1:
             raise DataError(
-                f"{folder} holds two sets of {group!r}, of {totals[0]} and of {totals[1]} shards: "
+                f"{folder} contains two sets of {group!r}, of {totals[0]} and {totals[1]} shards: "
                 "the same images would count twice. Move one away."
             )
         missing = [i for i in range(total) if i not in shards]

@@ -1,4 +1,4 @@
-"""Standard output: what it cannot show, and readers that leave (`… | head`), or that is closed or full."""
+"""Handles characters that standard output cannot show, exited readers, and closed or full output."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def quiet_when_unread() -> Iterator[None]:
         _discard_rest()
         sys.exit(UNREAD)
     except OSError as e:
-        # Errors of files name them.
+        # Errors of other files have a file name.
         if e.errno not in _FULL or e.filename is not None:
             raise
         _end_full(e)
@@ -46,7 +46,7 @@ def _nobody() -> TextIO:
 
 
 def flush() -> None:
-    """Writes what standard output still holds."""
+    """Writes what standard output still buffers."""
     if sys.stdout is None:  # It was closed before the program began.
         return
     try:
@@ -64,12 +64,12 @@ def _end_full(error: OSError) -> NoReturn:
 
 
 def _discard_rest() -> None:
-    # Python writes what is left when it ends.
+    # Python writes the remaining output when it exits.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def escaped(text: str) -> str:
-    """`text` with control characters, which could move the cursor or end the line, as escapes."""
+    """Escapes control characters, which could move the cursor or end the line."""
     return re.sub(
         r"[\x00-\x1f\x7f-\x9f\u2028\u2029]",
         lambda found: found[0].encode("unicode_escape").decode(),
@@ -78,13 +78,13 @@ def escaped(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    r"""`text` with escapes for what the output cannot encode, e.g. file names that are not UTF-8."""
+    r"""Escapes what the output cannot encode, e.g. file names that are not UTF-8."""
     coding = sys.stdout.encoding or "utf-8"
     return text.encode(coding, "backslashreplace").decode(coding)
 
 
 def photo_block(photo: str, predictions: Sequence[Mapping[str, Any]]) -> str:
-    """A photo's path, and its classes in aligned columns.
+    """Formats a photo's path and its classes in aligned columns.
 
     Args:
       predictions: `name` and `probability` of at least one class, best first.
@@ -97,7 +97,7 @@ def photo_block(photo: str, predictions: Sequence[Mapping[str, Any]]) -> str:
 
 
 def is_unread() -> bool:
-    """Whether it is standard output, and not another pipe, that nobody reads."""
+    """Checks whether it is standard output, and not another pipe, that nobody reads."""
     look = select.poll()
     look.register(sys.stdout.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in look.poll(0))

@@ -1,4 +1,4 @@
-"""Tables as text: for the terminal, and in Markdown."""
+"""Formats tables as text for the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def text_table(
     """Formats aligned columns, two spaces apart, without trailing spaces.
 
     Args:
-      titles: of the columns.
+      titles: titles of the columns.
       rows: cells, one per title.
       right: titles of the columns to align to the right; the others align to the left.
       rule: whether a line of dashes follows the titles.
@@ -33,7 +33,7 @@ def text_table(
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows that share their columns, as a Markdown table; None becomes a dash."""
+    """Formats rows with the same columns as a Markdown table; None becomes a dash."""
     columns = list(rows[0])
     lines = [columns, ["---"] * len(columns)]
     lines += [["–" if row[c] is None else str(row[c]) for c in columns] for row in rows]

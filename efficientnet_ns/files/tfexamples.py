@@ -4,16 +4,16 @@
 |----------------|-----------------------------------------------------------------|
 | labeled        | `image/encoded`, `image/class/label` (1-based)                  |
 | unlabeled      | `image/encoded`                                                 |
-| either of them | `image/filename`: path in the source, unless it was not wanted    |
+| either of them | `image/filename`: path in the source, optional                  |
 | prediction     | `probabilities` float [C], `classes` (argmax, 0-based)          |
 | pseudo-labeled | `image/encoded`, `probabilities`, `label` (0-based), `prob`     |
 
-They are those of the original code base, so that its data works here and ours there. Examples are
+The keys are those of the original code, so both programs can use each other's data. Examples are
 encoded as bytes, without a protocol buffer per record: selection rewrites hundreds of millions.
 
-An Example is field 1, the features, each of which is an entry (field 1) of key (1) and Feature (2);
-a Feature is a bytes list (1), float list (2) or int64 list (3), whose values are field 1, numbers
-packed.
+An Example has field 1, the features, each of which is an entry (field 1) with key (1) and Feature
+(2). A Feature is a bytes list (1), float list (2) or int64 list (3), whose values are field 1;
+numbers are packed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FILE_NAME = "image/filename"
 PROBABILITIES, CLASSES, LABEL, PROB = "probabilities", "classes", "label", "prob"
 
 _FLOAT = struct.Struct("<f")
-_FEW_BYTES = 400  # Of a row: below, NumPy's copies of many rows cost less than Python's loop.
+_FEW_BYTES = 400  # Below this row size, NumPy's copies of many rows cost less than a Python loop.
 
 
 # --- Encoding -------------------------------------------------------------------------------------
@@ -56,25 +56,25 @@ def _entry(key: str, feature: bytes) -> bytes:
 
 
 def _example(features: dict[str, bytes]) -> bytes:
-    """A serialized Example of serialized Features, in the order given.
+    """Serializes an Example with serialized Features in the order given.
 
-    Every format gives its keys in the order of protobuf's deterministic serialization, in which a key
-    comes after those that it is the beginning of: `probabilities`, `prob`.
+    All formats have their keys in the order of protobuf's deterministic serialization, in which a key
+    comes after those that it is a prefix of: `probabilities`, `prob`.
     """
     return field(1, b"".join(_entry(key, feature) for key, feature in features.items()))
 
 
 def labeled_example(image: bytes, label: int, name: str = "") -> bytes:
-    """A labeled record from encoded image bytes and a 0-based label, which is stored 1-based.
+    """Makes a labeled record from encoded image bytes and a 0-based label, stored 1-based.
 
     Args:
-      name: file name to keep; "": none.
+      name: file name to store, or "".
     """
     return _example({LABEL_ONE_BASED: _int(label + 1), IMAGE: _bytes(image), **_named(name)})
 
 
 def unlabeled_example(image: bytes, name: str = "") -> bytes:
-    """An unlabeled record from encoded image bytes, with its file name unless that is empty."""
+    """Makes an unlabeled record from encoded image bytes and its file name unless empty."""
     return _example({IMAGE: _bytes(image), **_named(name)})
 
 
@@ -83,9 +83,9 @@ def _named(name: str) -> dict[str, bytes]:
 
 
 def placeholder_example(image: bytes, label: int, num_classes: int) -> bytes:
-    """A labeled record that also has the keys of a pseudo-labeled one, all zero.
+    """Makes a labeled record that also has the keys of a pseudo-labeled one, all zero.
 
-    SVHN's unlabeled records are of this kind; readers of unlabeled records ignore all but the image.
+    SVHN's unlabeled records are of this kind; readers of unlabeled records use only the image.
     """
     return _example(
         {
@@ -99,16 +99,16 @@ def placeholder_example(image: bytes, label: int, num_classes: int) -> bytes:
 
 
 def prediction_examples(probabilities: np.ndarray) -> list[bytes]:
-    """A serialized prediction for every row.
+    """Serializes a prediction for every row.
 
-    `classes` is the argmax, 0-based. A row of zeros stands for an unreadable image.
+    `classes` is the argmax, 0-based. A row of zeros represents an unreadable image.
 
     Args:
       probabilities: float32 [N, C].
     """
     rows = np.ascontiguousarray(probabilities, "<f4")
     size = 4 * rows.shape[1]
-    # The numbers come last, so that all rows of a class share the bytes before them.
+    # The numbers come last, so all rows of a class share the bytes before them.
     starts: dict[int, bytes] = {}
     for k in set(classes := rows.argmax(1).tolist()):
         zeros = np.zeros(rows.shape[1], np.float32)
@@ -117,7 +117,7 @@ def prediction_examples(probabilities: np.ndarray) -> list[bytes]:
 
 
 def framed_predictions(probabilities: np.ndarray) -> bytes:
-    """`prediction_examples` as the bytes of a TFRecord file, several times as fast for few classes.
+    """Returns `prediction_examples` as TFRecord bytes, several times faster for few classes.
 
     Args:
       probabilities: float32 [N, C].
@@ -132,7 +132,7 @@ def framed_predictions(probabilities: np.ndarray) -> bytes:
     examples = prediction_examples(np.eye(rows.shape[1], dtype=np.float32)[classes])
     lengths = np.array([len(example) for example in examples])
     pieces: list = [b""] * len(rows)
-    # Numbers of classes take one byte or several, so that a file has records of few lengths.
+    # Class numbers take one or more bytes, so a file has records of only a few lengths.
     for length in np.unique(lengths):
         prefixes = np.zeros([len(examples), length - size], np.uint8)
         for place in np.flatnonzero(lengths == length):
@@ -148,7 +148,7 @@ def framed_predictions(probabilities: np.ndarray) -> bytes:
 
 
 def pseudo_labeled_example(image: bytes, probabilities: Sequence[float], label: int) -> bytes:
-    """A pseudo-labeled record: image, class probabilities, 0-based label and its probability."""
+    """Makes a pseudo-labeled record: image, class probabilities, 0-based label, its probability."""
     return pseudo_labeled_from_features(
         _bytes(image), _floats(probabilities), label, probabilities[label]
     )
@@ -157,11 +157,11 @@ def pseudo_labeled_example(image: bytes, probabilities: Sequence[float], label: 
 def pseudo_labeled_from_features(
     image: bytes, probabilities: bytes, label: int, prob: float
 ) -> bytes:
-    """A pseudo-labeled record from the Features of two other records, which are copied unread.
+    """Makes a pseudo-labeled record from Features of two other records, copied without parsing.
 
     Args:
       image, probabilities: serialized Features.
-      label: 0-based.
+      label: 0-based label.
       prob: probability of the label.
     """
     # The order of the keys is part of the files' bytes: it must not change.
@@ -176,7 +176,7 @@ def pseudo_labeled_from_features(
 
 
 def certain(label: int, num_classes: int) -> bytes:
-    """The Feature of probabilities that are all in one class."""
+    """Returns the Feature of probabilities that are 1 for one class and else 0."""
     return _floats(np.eye(num_classes, dtype=np.float32)[label])
 
 
@@ -184,10 +184,10 @@ def certain(label: int, num_classes: int) -> bytes:
 
 
 def image_bytes(record: bytes) -> bytes:
-    """The encoded image of any record.
+    """Returns the encoded image of any record.
 
     Raises:
-      DataError: not an Example, or one without `image/encoded`.
+      DataError: If the record is not an Example or has no `image/encoded`.
     """
     image = _only_image(record)
     if image is not None:
@@ -199,7 +199,7 @@ def image_bytes(record: bytes) -> bytes:
 
 
 def image_if_any(record: bytes | None) -> bytes:
-    """As `image_bytes`; b"" for a record that cannot be read, or has no image."""
+    """Like `image_bytes`, but b"" for a record that cannot be read or has no image."""
     try:
         return image_bytes(record) if record else b""
     except DataError:
@@ -207,7 +207,7 @@ def image_if_any(record: bytes | None) -> bytes:
 
 
 def _only_image(record: bytes) -> bytes | None:
-    """The image of a record with nothing else but its file name, copied once; None for others."""
+    """Returns the image of a record with only an image and file name, copied once; else None."""
     features = _content(record, 0, len(record), b"\n")
     if not features or features[1] != len(record):
         return None
@@ -223,13 +223,13 @@ def _only_image(record: bytes) -> bytes | None:
 
 
 def _bytes_entry(record: bytes, at: int, end: int, key: str) -> tuple[int, int] | None:
-    """(start, end) of the only value of an entry that begins at a byte, and ends with it."""
+    """Returns (start, end) of the only value of the entry at a byte; the entry ends with it."""
     entry = _content(record, at, end, b"\n")
     before = field(1, key.encode())
     if not entry or not record.startswith(before, entry[0]):
         return None
     start, stop = entry[0] + len(before), entry[1]
-    # Feature, bytes list, value: each fills what holds it.
+    # Feature, bytes list, value: each fills its container.
     for tag in (b"\x12", b"\n", b"\n"):
         found = _content(record, start, stop, tag)
         if not found or found[1] != stop:
@@ -239,7 +239,7 @@ def _bytes_entry(record: bytes, at: int, end: int, key: str) -> tuple[int, int] 
 
 
 def _content(record: bytes, at: int, end: int, tag: bytes) -> tuple[int, int] | None:
-    """(start, end) of the content of a field with this tag, if it is there and ends by `end`."""
+    """Returns (start, end) of the content of a field with this tag if it is there, up to `end`."""
     if not record.startswith(tag, at):
         return None
     size, start = read_varint(record, at + 1)
@@ -247,18 +247,18 @@ def _content(record: bytes, at: int, end: int, tag: bytes) -> tuple[int, int] | 
 
 
 def file_name(record: bytes) -> str:
-    """The file name that a record keeps; "" for none, as of an empty record."""
+    """Returns the file name stored in a record; "" if there is none, as in an empty record."""
     values = _features(record)[FILE_NAME].bytes_list.value
     return values[0].decode("utf-8", "backslashreplace") if values else ""
 
 
 def probabilities(record: bytes) -> np.ndarray:
-    """Class probabilities, float32 [C], of a prediction or pseudo-labeled record."""
+    """Returns the class probabilities, float32 [C], of a prediction or pseudo-labeled record."""
     return np.asarray(_features(record)[PROBABILITIES].float_list.value, np.float32)
 
 
 def label(record: bytes) -> int:
-    """The 0-based label of a labeled, prediction or pseudo-labeled record; -1 for none."""
+    """Returns the 0-based label of a labeled, prediction or pseudo-labeled record, or -1."""
     features = _features(record)
     if features[LABEL_ONE_BASED].int64_list.value:
         return features[LABEL_ONE_BASED].int64_list.value[0] - 1
@@ -276,7 +276,7 @@ def _features(record: bytes):
 
 
 def parse_labeled(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
-    """Scalar string → `image` (encoded, scalar string) and `label` (0-based, int32)."""
+    """Parses a scalar string to `image` (encoded, scalar string) and `label` (0-based, int32)."""
     spec = {
         IMAGE: tf.io.FixedLenFeature([], tf.string),
         LABEL_ONE_BASED: tf.io.FixedLenFeature([], tf.int64),
@@ -286,14 +286,14 @@ def parse_labeled(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
 
 
 def parse_unlabeled(serialized: tf.Tensor) -> tf.Tensor:
-    """Scalar string → encoded image, scalar string."""
+    """Parses a scalar string to the encoded image, scalar string."""
     return tf.io.parse_single_example(serialized, {IMAGE: tf.io.FixedLenFeature([], tf.string)})[
         IMAGE
     ]
 
 
 def parse_pseudo_labeled(serialized: tf.Tensor, num_classes: int) -> dict[str, tf.Tensor]:
-    """Scalar string → `image`, `label` (0-based, int32), `probs` float32 [num_classes]."""
+    """Parses a scalar string to `image`, `label` (0-based, int32), `probs` float32 [num_classes]."""
     spec = {
         IMAGE: tf.io.FixedLenFeature([], tf.string),
         LABEL: tf.io.FixedLenFeature([], tf.int64),
@@ -308,24 +308,24 @@ def parse_pseudo_labeled(serialized: tf.Tensor, num_classes: int) -> dict[str, t
 
 
 def feature(record: bytes, key: str) -> bytes:
-    """The serialized tf.train.Feature of a record under a key; empty if it has none.
+    """Returns a record's serialized tf.train.Feature for a key; empty if it has none.
 
     Raises:
-      DataError: the record is not an Example.
+      DataError: If the record is not an Example.
     """
     return _features(record)[key].SerializeToString()
 
 
 def bytes_value(feature: bytes) -> bytes:
-    """The only value of a serialized Feature of bytes."""
+    """Returns the only value of a serialized bytes Feature."""
     return tf.train.Feature.FromString(feature).bytes_list.value[0]
 
 
 class Floats:
-    """A serialized Feature of floats, whose values are read singly.
+    """A serialized Feature of floats whose values are read individually.
 
     Attributes:
-      feature: all of it.
+      feature: the whole Feature.
     """
 
     def __init__(self, feature: bytes):
@@ -338,5 +338,5 @@ class Floats:
         return max(len(self.feature) - self._start, 0) // _FLOAT.size
 
     def __getitem__(self, index: int) -> float:
-        """A float32 as a Python float."""
+        """Returns a float32 as a Python float."""
         return _FLOAT.unpack_from(self.feature, self._start + _FLOAT.size * index)[0]

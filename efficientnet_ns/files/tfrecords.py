@@ -1,7 +1,7 @@
-"""TFRecord files: reading past damage, counting, writing.
+"""Reads TFRecord files past damage, counts their records, and writes them.
 
-A file is a sequence of frames: the length (8 bytes), its checksum, the payload, its checksum. TensorFlow's
-own reader stops at the first damage; this one continues where that is possible and reports what is lost.
+A file is a sequence of frames: the length (8 bytes), its checksum, the payload, its checksum.
+TensorFlow's own reader stops at the first damage; this one continues if possible and reports losses.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ HEADER, FOOTER = struct.Struct("<QI"), struct.Struct("<I")
 OVERHEAD = HEADER.size + FOOTER.size
 COUNTS = "counts.json"
 _BLOCK = 4 << 20  # Bytes per read.
-_THREADS = 32  # For what waits: sizes, and counting on an object store.
+_THREADS = 32  # For work that waits: requesting sizes and counting on an object store.
 
 
 # --- Frames ---------------------------------------------------------------------------------------
 
 
 def masked_crc(data: bytes) -> int:
-    """The checksum of a TFRecord: CRC-32C, rotated and shifted."""
+    """Returns the checksum of a TFRecord: CRC-32C, rotated and shifted."""
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def frame(payload: bytes) -> bytes:
-    """A payload with length and checksums, as in a TFRecord file."""
+    """Adds length and checksums to a payload, as in a TFRecord file."""
     length = len(payload).to_bytes(8, "little")
     return b"".join(
         (length, FOOTER.pack(masked_crc(length)), payload, FOOTER.pack(masked_crc(payload)))
@@ -50,7 +50,7 @@ def frame(payload: bytes) -> bytes:
 
 
 def frames(payloads: np.ndarray) -> np.ndarray:
-    """Payloads of one length, uint8 [N, L], each with length and checksums, uint8 [N, L + 16]."""
+    """Adds length and checksums to payloads of one length, uint8 [N, L]; uint8 [N, L + 16]."""
     count, size = payloads.shape
     length = size.to_bytes(8, "little")
     made = np.empty([count, size + OVERHEAD], np.uint8)
@@ -58,7 +58,7 @@ def frames(payloads: np.ndarray) -> np.ndarray:
     made[:, HEADER.size : -FOOTER.size] = payloads
     crc = np.full(count, google_crc32c.value(bytes(size)), np.uint32)
     for table, column in zip(_crc_tables(size), np.ascontiguousarray(payloads.T)):
-        # Most bytes around the numbers are the same in all records.
+        # Most bytes around the numbers are equal in all records.
         crc ^= table[column[0]] if (column == column[0]).all() else table[column]
     masked = ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
     made[:, -FOOTER.size :] = masked.astype("<u4")[:, None].view(np.uint8)
@@ -67,9 +67,9 @@ def frames(payloads: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(4)
 def _crc_tables(size: int) -> np.ndarray:
-    """What each value of each byte changes in the CRC-32C of `size` bytes, uint32 [size, 256].
+    """Returns the change of a CRC-32C of `size` bytes by each value of each byte, [size, 256].
 
-    The checksum is linear: that of any content is that of zeros, with the changes of all bytes.
+    The uint32 checksum is linear: that of any content is that of zeros with the changes of all bytes.
     """
     zeros = google_crc32c.value(bytes(size))
     tables = np.zeros([size, 256], np.uint32)
@@ -82,7 +82,7 @@ def _crc_tables(size: int) -> np.ndarray:
 
 
 def payload_in(content: bytes, at: int) -> tuple[bytes, int]:
-    """(payload, end) of the frame that begins at byte `at`; checksums are not verified."""
+    """Returns (payload, end) of the frame that begins at byte `at`, without verifying checksums."""
     begin = at + HEADER.size
     end = begin + int.from_bytes(content[at : at + 8], "little")
     return content[begin:end], end + FOOTER.size
@@ -95,10 +95,10 @@ class Record(NamedTuple):
     """One record of a file.
 
     Attributes:
-      position: in the file, from 0.
-      payload: None when it could not be read.
-      problem: why not.
-      lost: bytes from here to the end of the file, when all of them are lost.
+      position: position in the file, from 0.
+      payload: None if it could not be read.
+      problem: why it could not be read.
+      lost: number of bytes from here to the end of the file if all of them are lost.
     """
 
     position: int
@@ -108,27 +108,27 @@ class Record(NamedTuple):
 
 
 class Scanner:
-    """A TFRecord file read in order, in which records can be skipped at the cost of their header.
+    """Reads a TFRecord file in order; skipping a record costs only reading its header.
 
-    A record whose payload fails its checksum is reported, and the next one is read. When a length
-    cannot be trusted, or the file ends inside a record, the rest of the file is one last
-    unreadable record. Payloads of skipped records are not checked.
+    A record whose payload fails its checksum is reported, and the next one is read. If a length
+    is damaged or the file ends inside a record, the rest of the file is one last unreadable record.
+    Payloads of skipped records are not checked.
 
-    It is a context manager, which closes the file.
+    It is a context manager that closes the file.
 
     Args:
-      path: of the file.
-      position: number of the record that begins at byte `offset`, where reading starts.
+      path: path of the file.
+      position: position of the record that begins at byte `offset`, where reading starts.
 
     Attributes:
-      position: of the next record.
+      position: position of the next record.
     """
 
     def __init__(self, path: str, position: int = 0, offset: int = 0):
         self.position = position
         self._size = tf.io.gfile.stat(path).length
         self._file = tf.io.gfile.GFile(path, "rb")
-        # The block starts at byte `_start` of the file, the next record at byte `_at` of it.
+        # The block starts at byte `_start` of the file, the next record at byte `_at` of the block.
         self._block, self._start, self._at = b"", offset, 0
         self._ended = False
 
@@ -144,7 +144,7 @@ class Scanner:
         return self._size if self._ended else self._start + self._at
 
     def skip(self, count: int | None = None) -> int:
-        """Passes over `count` records, default all; returns how many there were to pass."""
+        """Skips `count` records, by default all, and returns how many it skipped."""
         first = self.position
         while count is None or self.position - first < count:
             if self.skip_whole() is None and not self._give_up():
@@ -152,7 +152,7 @@ class Scanner:
         return self.position - first
 
     def take(self) -> Record | None:
-        """The next record; None at the end of the file."""
+        """Returns the next record, or None at the end of the file."""
         position, offset = self.position, self.offset
         length = self.skip_whole()
         if length is None:
@@ -160,7 +160,7 @@ class Scanner:
             if not self._give_up():
                 return None
             return Record(position, None, problem, self._size - offset)
-        # `skip_whole` has moved behind the record, which may reach beyond the block.
+        # `skip_whole` has moved past the record, which may extend beyond the block.
         end = self._at
         if end > len(self._block) or end < length + OVERHEAD:
             self._load(offset, length + OVERHEAD)
@@ -174,7 +174,7 @@ class Scanner:
     def skip_whole(self) -> int | None:
         """Moves past the next record and returns the length of its payload.
 
-        Returns None, and does not move, when no whole record follows.
+        Returns None and does not move if no complete record follows.
         """
         if self._ended:
             return None
@@ -187,7 +187,7 @@ class Scanner:
             return None
         length, crc = HEADER.unpack_from(block, at)
         end = at + length + OVERHEAD
-        # Checked before it is used: a damaged length could lead anywhere.
+        # Checked before it is used, because a damaged length could point anywhere.
         if self._start + end > self._size or masked_crc(block[at : at + 8]) != crc:
             return None
         self._at = end
@@ -195,16 +195,16 @@ class Scanner:
         return length
 
     def _load(self, offset: int, least: int) -> None:
-        """Makes the block start at byte `offset` of the file, with `least` bytes if it has them."""
+        """Makes the block start at byte `offset` of the file, with at least `least` bytes if any."""
         known = self._block[offset - self._start :] if offset >= self._start else b""
-        # Otherwise the file is read up to the end of the block, which is what follows.
+        # Otherwise, the file position is the end of the block, where reading continues.
         if not known:
             self._file.seek(offset)
         more = self._file.read(max(_BLOCK, least - len(known)))
         self._block, self._start, self._at = known + more, offset, 0
 
     def _problem(self, offset: int) -> str:
-        """Why no whole record begins at byte `offset`."""
+        """Returns why no complete record begins at byte `offset`."""
         header = self._block[self._at : self._at + HEADER.size]
         damaged = len(header) == HEADER.size and masked_crc(header[:8]) != HEADER.unpack(header)[1]
         if damaged:
@@ -212,19 +212,19 @@ class Scanner:
         return f"truncated at byte {offset}"
 
     def _give_up(self) -> bool:
-        """Counts what is left of the file as one unreadable record; False if nothing is."""
+        """Counts the rest of the file as one unreadable record; False if there is no rest."""
         left = self.offset < self._size
         self._ended = True
-        # A boolean: one record, or none.
+        # A boolean: one record or none.
         self.position += left
         return left
 
 
 def read(path: str) -> Iterator[Record]:
-    """Reads a TFRecord file past damage, as `Scanner` does.
+    """Reads a TFRecord file past damage, like `Scanner`.
 
     Yields:
-      Records in file order, positions counting unreadable ones.
+      Records in file order; positions include unreadable ones.
     """
     for record, _ in read_from(path):
         yield record
@@ -242,16 +242,16 @@ def read_from(path: str, position: int = 0, offset: int = 0) -> Iterator[tuple[R
 
 
 def spans(path: str) -> Iterator[tuple[int, int]]:
-    """(first byte, length) of the payload of each whole record; only headers are checked."""
+    """Yields (first byte, length) of each complete record's payload; checks only headers."""
     with Scanner(path) as scanner:
         while (length := scanner.skip_whole()) is not None:
             yield scanner.offset - FOOTER.size - length, length
 
 
 def payloads_of(path: str, positions: Iterable[int]) -> dict[int, bytes]:
-    """Payloads of some records of a file, by position; b"" for those that cannot be read.
+    """Reads the payloads of some records of a file by position; b"" if one cannot be read.
 
-    The file is read up to the last of them only.
+    The file is read only up to the last of them.
     """
     found = {}
     with Scanner(path) as scanner:
@@ -264,7 +264,7 @@ def payloads_of(path: str, positions: Iterable[int]) -> dict[int, bytes]:
 
 @contextlib.contextmanager
 def payload_reader() -> Iterator[Callable[[tuple[str, int, int]], bytes]]:
-    """Yields a function: (path, first byte, length) as of `spans` → the payload, unchecked.
+    """Yields a function: (path, first byte, length) as in `spans` → the payload, unchecked.
 
     Files stay open until the block ends.
     """
@@ -282,17 +282,17 @@ def payload_reader() -> Iterator[Callable[[tuple[str, int, int]], bytes]]:
 
 
 def count(path: str) -> int:
-    """Number of whole records of a file by its headers; a truncated tail is left out."""
+    """Counts the complete records of a file by its headers, excluding a truncated tail."""
     return _measure(path)[0].records
 
 
 class Counted(NamedTuple):
-    """What is known of a file without reading it.
+    """Facts about a file that are known without reading it.
 
     Attributes:
-      records: whole ones.
-      size: in bytes.
-      every, marks: the bytes at which record 0, `every`, 2·`every` … begin; none: unknown.
+      records: number of complete records.
+      size: size in bytes.
+      every, marks: the bytes at which record 0, `every`, 2·`every` … begin; empty if unknown.
     """
 
     records: int
@@ -302,10 +302,10 @@ class Counted(NamedTuple):
 
 
 class Marks:
-    """Notes where records of a file begin, from its first to its last one.
+    """Notes where the records of a file begin, from the first to the last one.
 
     Args:
-      least: marks that are kept, if there are records enough; up to twice as many.
+      least: minimum number of marks to keep if there are enough records; up to twice as many.
     """
 
     def __init__(self, least: int = 256):
@@ -313,7 +313,7 @@ class Marks:
         self._offsets: list[int] = []
 
     def add(self, offset: int) -> None:
-        """The next record begins at byte `offset`."""
+        """Notes that the next record begins at byte `offset`."""
         if self._records % self._every == 0:
             self._offsets.append(offset)
         self._records += 1
@@ -322,16 +322,16 @@ class Marks:
             self._every *= 2
 
     def counted(self, size: int) -> Counted:
-        """Of the whole file, of `size` bytes."""
+        """Returns the facts about the whole file of `size` bytes."""
         return Counted(self._records, size, self._every, tuple(self._offsets))
 
     def noted(self) -> dict[str, Any]:
-        """The counts and marks, JSON-able; without the size."""
+        """Returns the counts and marks without the size, JSON-serializable."""
         return {key: value for key, value in _entry(self.counted(0)).items() if key != "bytes"}
 
 
 def _measure(path: str, least: int = 1) -> tuple[Counted, int]:
-    """(the file with at least `least` marks, bytes after its last whole record)."""
+    """Returns (the file with at least `least` marks, bytes after its last complete record)."""
     marks, end = Marks(least), 0
     for start, length in spans(path):
         marks.add(end)
@@ -341,31 +341,32 @@ def _measure(path: str, least: int = 1) -> tuple[Counted, int]:
 
 
 def count_all(paths: Sequence[str], max_bad_fraction: float = 0.01) -> list[int]:
-    """Records per file; see `measure_all`."""
+    """Returns the number of records per file; see `measure_all`."""
     return [file.records for file in measure_all(paths, max_bad_fraction)]
 
 
 def measure_all(
     paths: Sequence[str], max_bad_fraction: float = 0.01, spare: str | None = None
 ) -> list[Counted]:
-    """Records per file, from the folder's `counts.json` where it names the file, else counted.
+    """Returns the counts of files, from the folder's `counts.json` if listed there, else counted.
 
-    What is counted is kept in `counts.json`, so that it is counted once. A file that has another
-    size than when it was counted is counted again. On an object store, whose files appear whole or
-    not at all, the sizes of files that are named there are not checked.
+    New counts are stored in `counts.json`, so that files are counted once. A file whose size has
+    changed since it was counted is counted again. On an object store, which writes files
+    atomically, the sizes of files that are listed there are not checked.
 
     Args:
-      max_bad_fraction: how much of all bytes may lie behind damage, which is left out. Damaged
+      max_bad_fraction: fraction of all bytes that may follow damage; they are left out. Damaged
         files are counted each time.
       spare: folder whose `counts.json` is used for files in folders that are not writable.
 
     Raises:
-      DataError: a file is empty, or of another size than its writer noted, or too much is lost.
+      DataError: If a file is empty or differs in size from what its writer noted, or too much is
+        lost.
     """
     known = _known(paths, spare)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
         sizes = {path: entry["bytes"] for path, entry in known.items()}
-        # On an object store a file appears whole or not at all; to ask for each would take minutes.
+        # An object store writes files atomically; requesting every size would take minutes.
         asked = [path for path in paths if path not in known or "://" not in path]
         sizes.update(zip(asked, threads.map(lambda path: tf.io.gfile.stat(path).length, asked)))
         new = []
@@ -388,15 +389,15 @@ def measure_all(
 
 
 def marks_per_file(files: int) -> int:
-    """The least number of marks that `counts.json` has of each file of a set of `files` files."""
-    # Enough in all to read a set from 256 places at the cost of 1 % of it.
+    """Returns the minimum number of marks in `counts.json` per file of a set of `files` files."""
+    # Enough in total to read a set from 256 places at the cost of 1 % of it.
     return max(16, 16384 // files)
 
 
 def _check_damage(
     measured: Mapping[str, tuple[Counted, int]], total: int, max_fraction: float
 ) -> None:
-    """Logs files with a rest that is left out; DataError if it is too much of `total` bytes."""
+    """Logs files with a rest that is left out; DataError if too much of `total` bytes is."""
     damage = [
         f"{path} is damaged after record {file.records}: {rest} bytes left out"
         for path, (file, rest) in measured.items()
@@ -409,7 +410,7 @@ def _check_damage(
 
 
 def _known(paths: Sequence[str], spare: str | None) -> dict[str, dict]:
-    """Path → its entry in the `counts.json` next to it, else in that of `spare`."""
+    """Returns path → its entry in the `counts.json` next to it, else in that of `spare`."""
     folders = dict.fromkeys(os.path.dirname(path) for path in paths)
     beside = {folder: _known_counts(os.path.join(folder, COUNTS)) for folder in folders}
     elsewhere = _known_counts(os.path.join(spare, COUNTS)) if spare else {}
@@ -419,7 +420,7 @@ def _known(paths: Sequence[str], spare: str | None) -> dict[str, dict]:
 
 
 def _keep(files: Mapping[str, Counted], spare: str | None) -> None:
-    """Stores the counts next to the files, or if that is not writable, in `spare`."""
+    """Stores the counts next to the files or, if that is not writable, in `spare`."""
     folders: dict[str, dict[str, dict]] = {}
     for path, file in files.items():
         folder, name = os.path.split(path)
@@ -435,13 +436,13 @@ def _try_to_note(folder: str, entries: Mapping[str, dict]) -> bool:
         _note(folder, entries)
     except (tf.errors.OpError, OSError) as e:
         reason = str(e).splitlines()[0]
-        logging.warning("counts cannot be kept in %s: %s", os.path.join(folder, COUNTS), reason)
+        logging.warning("counts cannot be stored in %s: %s", os.path.join(folder, COUNTS), reason)
         return False
     return True
 
 
 def _entry(file: Counted) -> dict[str, Any]:
-    # As text: a number per line would make a long file.
+    # As text, because one number per line would make a long file.
     marks = {"every": file.every, "marks": " ".join(map(str, file.marks))} if file.marks else {}
     return {"records": file.records, "bytes": file.size, **marks}
 
@@ -458,12 +459,12 @@ def write(path: str, payloads: Iterable[bytes], marks: Marks | None = None) -> i
     """Writes one TFRecord file under exactly this name and returns the number of records.
 
     Args:
-      marks: notes where they begin.
+      marks: notes where the records begin.
     """
     total = size = 0
-    # Not with TensorFlow's writer, which holds Python's lock while it uploads: heartbeats would cease.
+    # TensorFlow's writer would hold Python's lock while it uploads and thus stop heartbeats.
     with tf.io.gfile.GFile(path, "wb") as f:
-        f.write(b"")  # The file is there even without records.
+        f.write(b"")  # Creates the file even if there are no records.
         for payload in payloads:
             f.write(frame(payload))
             if marks is not None:
@@ -475,7 +476,7 @@ def write(path: str, payloads: Iterable[bytes], marks: Marks | None = None) -> i
 def write_sharded(
     folder: str, prefix: str, payloads: Sequence[bytes], num_shards: int
 ) -> list[str]:
-    """Writes `payloads` round-robin to `num_shards` files; each appears by rename when whole.
+    """Writes `payloads` round-robin to `num_shards` files, each atomically.
 
     Returns:
       The paths.
@@ -490,21 +491,21 @@ def write_sharded(
 
 
 def _known_counts(sidecar: str) -> dict:
-    """What a `counts.json` has, nothing if it does not exist; DataError if it is damaged."""
+    """Reads a `counts.json`; empty if it does not exist, DataError if it is damaged."""
     try:
         return read_object_if_any(sidecar) or {}
     except BrokenFile as e:
         raise DataError(
-            f"{sidecar} is damaged, perhaps cut off. Delete it: it holds only the numbers of records, "
+            f"{sidecar} is damaged, perhaps truncated. Delete it: it contains only record counts, "
             "which are then counted again."
         ) from e
 
 
 def note_counts(paths: Sequence[str], counts: Sequence[Mapping[str, Any]] | None = None) -> None:
-    """Records the number of records and bytes of files of one folder in its `counts.json`.
+    """Stores the number of records and bytes of files of one folder in its `counts.json`.
 
     Args:
-      counts: for each file the result of `Marks.noted`, or at least its `records`; None: counted.
+      counts: for each file, the result of `Marks.noted` or at least its `records`; None counts them.
     """
     least = marks_per_file(len(paths))
     if counts is None:
@@ -516,7 +517,7 @@ def note_counts(paths: Sequence[str], counts: Sequence[Mapping[str, Any]] | None
 
 
 def entries(paths: Sequence[str], files: Sequence[Counted]) -> dict[str, dict]:
-    """The entries of files in the `counts.json` next to them."""
+    """Returns the entries of files for the `counts.json` next to them."""
     return {os.path.basename(path): _entry(file) for path, file in zip(paths, files)}
 
 

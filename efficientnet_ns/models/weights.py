@@ -308,7 +308,7 @@ def save_weights(
     ema_model: tf.keras.Model | None = None,
     step: int = 0,
 ) -> None:
-    """Writes the weights of a model made by `build_model`; files are written atomically.
+    """Writes the weights of a model made by `build_model`; a file is either complete or absent.
 
     In a model with a custom Dense layer on its features, this layer is the classifier. The images
     that the model expects are also described, in the file or next to the checkpoint.
