@@ -49,9 +49,9 @@ def _groups(size: tf.Tensor) -> tf.Tensor:
 
 
 def crops(pixels: tf.Tensor) -> tf.Tensor:
-    """Returns the grids of an image and of its center crops, in this order, [V, GRID, GRID].
+    """Returns the grids of an image and then its center crops, float32 [V, GRID, GRID].
 
-    The float32 grids of an image's crops identify copies that were cropped.
+    The grids of the crops identify copies of the image that were cropped.
     """
     shape = tf.shape(pixels)[:2]
     grids = [grid(pixels)]

@@ -330,9 +330,7 @@ def name_bad_record(source: Source, check: Callable[[bytes], None]) -> str | Non
             if record.payload is not None:
                 try:
                     check(record.payload)
-                except (
-                    Exception
-                ) as e:  # Any error: the user needs the location of the record.
+                except Exception as e:  # Any error: the user needs the location of the record.
                     problem = str(e).splitlines()[0]
             if problem:
                 return f"{path}, record {record.position}: {problem}"

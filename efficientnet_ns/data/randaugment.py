@@ -49,10 +49,11 @@ def rand_augment(
       use_cutout: whether to include Cutout in the ops (16 ops, otherwise 15).
       mode: "original" does not clip the arguments of `levels.LEVEL_TO_ARGS`. Posterize then keeps a
         single bit from magnitude 22.5 up, Solarize uses its threshold modulo 256, SolarizeAdd
-        merges all dark pixels into white, and Translate and Cutout may gray the whole image. "clipped" limits Posterize to 1..8 bits, the Solarize threshold to 0..256 (256
-        inverts nothing), the SolarizeAdd addition to 128 (dark pixels stay distinct), and Translate
-        and Cutout to their size at magnitude 10. Rotate, Shear and the four blending ops are the
-        same in both modes.
+        merges all dark pixels into white, and Translate and Cutout may gray the whole image.
+        "clipped" limits Posterize to 1..8 bits, the Solarize threshold to 0..256 (256 inverts
+        nothing), the SolarizeAdd addition to 128 (dark pixels stay distinct), and Translate and
+        Cutout to their size at magnitude 10. Rotate, Shear and the four blending ops are the same in
+        both modes.
 
     Returns:
       uint8 [H, W, 3], with the static shape of `image`.

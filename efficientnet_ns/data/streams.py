@@ -128,7 +128,9 @@ class Share:
     def per_replica(self, batch_size: int) -> int:
         """Returns the rows of one replica; ValueError unless the replicas divide the batch."""
         if batch_size % self.replicas:
-            raise ValueError(f"a batch of {batch_size} is not divisible by {self.replicas} replicas")
+            raise ValueError(
+                f"a batch of {batch_size} is not divisible by {self.replicas} replicas"
+            )
         return batch_size // self.replicas
 
     def rows(self, batch_size: int) -> tuple[int, int]:

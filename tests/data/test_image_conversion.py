@@ -46,7 +46,7 @@ NOT_BY_TENSORFLOW = {
 }
 # Refused → a part of the reason.
 UNUSABLE = {
-    "BMP 32 bit, masks BGR": "does not read BMPs with this palette, compression or order",
+    "BMP 32 bit, masks BGR": "does not read BMPs with this palette, compression or color order",
     "BMP with a JPEG inside": "Unsupported BMP pixel depth",
     "BMP with a PNG inside": "Unsupported BMP pixel depth",
     "TIFF gray 8 bit, signed": "8-bit signed integer pixels have no known range",
@@ -190,7 +190,7 @@ def box(brand: bytes, *compatible: bytes) -> bytes:
 def test_heic_without_its_package(monkeypatch, content):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(
-        image_conversion.Unusable, match="HEIC needs pillow-heif: pip install pillow-heif"
+        image_conversion.Unusable, match="HEIC requires pillow-heif: pip install pillow-heif"
     ):
         image_conversion.prepare(content, image_conversion.Rules())
 

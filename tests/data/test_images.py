@@ -291,7 +291,7 @@ def test_reflect_pad_crop_draws_every_offset():
 
 
 def test_reflect_pad_crop_refuses_images_that_are_too_small():
-    message = "reflect padding by 4 needs an image of at least 5 x 5 pixels"
+    message = "reflect padding by 4 requires an image of at least 5 x 5 pixels"
     with pytest.raises(ValueError, match=message):
         images.reflect_pad_crop(tf.zeros([4, 32, 3]), [0, 0])
     unknown = tf.function(

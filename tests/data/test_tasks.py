@@ -127,7 +127,7 @@ def test_path_of_a_task_file(tmp_path):
 @pytest.mark.parametrize("fields", [[], "5", [{"num_classes": 5}], "null", "7"])
 def test_a_file_without_an_object_is_named(tmp_path, fields):
     path = write(tmp_path, fields)
-    with pytest.raises(tasks.TaskError, match=f"{path} holds .*; an object is needed"):
+    with pytest.raises(tasks.TaskError, match=f"{path} contains .*; expected an object"):
         tasks.get_task(path)
 
 
@@ -173,7 +173,7 @@ def test_wrong_values_are_named(tmp_path, name):
         with pytest.raises(tasks.TaskError) as e:
             tasks.get_task(path)
         shown = json.dumps(value)
-        assert str(e.value).startswith(f"{path}: {name} is {shown}; needed: "), value
+        assert str(e.value).startswith(f"{path}: {name} is {shown}; expected "), value
 
 
 @pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "c", "d"], []])
