@@ -86,7 +86,9 @@ def checkpoint_prefix(path: PathLike) -> str:
         if len(found) == 1:
             return found[0][: -len(".index")]
         if found:
-            raise WeightsError(f"{path} contains {len(found)} checkpoints: pass one, e.g. {found[0]}")
+            raise WeightsError(
+                f"{path} contains {len(found)} checkpoints: pass one, e.g. {found[0]}"
+            )
     raise FileNotFoundError(
         f"no checkpoint at {path!r}: expected a folder with one or a prefix like model.ckpt-1000"
     )

@@ -293,7 +293,7 @@ def _float32(x, name: str):
 def _check(num_classes: int, image_size: int, survival_prob: float, dropout_rate: float) -> None:
     for name, value in (("num_classes", num_classes), ("image_size", image_size)):
         if not isinstance(value, numbers.Integral):
-            raise ValueError(f"{name} is {value!r}; it must be an integer")
+            raise ValueError(f"{name} is {value!r}; it must be a whole number")
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     if not 0.0 < survival_prob <= 1.0:

@@ -24,8 +24,8 @@ _NEW_HEAD = (
     "--init_skip=head/dense/.\n"
 )
 _OTHER_MODEL = (
-    "  The model must be the one that these weights belong to: use the name, size and classes of "
-    "their training.\n"
+    "  The model must be the one that these weights belong to: set the name, size and classes as in "
+    "the flags of their training.\n"
 )
 
 

@@ -46,7 +46,7 @@ _OTHERS = (
     (b"\x1f\x8b", "a gzip archive: unpack it (tar -xzf or gunzip) and pass its content"),
     (b"BZh", "a bzip2 archive: unpack it (tar -xjf) and pass its content"),
     (b"\xfd7zXZ", "an xz archive: unpack it (tar -xJf) and pass its content"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file: fetch the file with git lfs pull"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file: fetch it with git lfs pull"),
     (b"<", "a web page or XML, not the file: download it again and check its content"),
     (b"model_checkpoint_path", "a list of checkpoints: pass its folder or a checkpoint in it"),
     (b"\x93NUMPY", "one NumPy array: weights of a whole model are required"),
@@ -304,7 +304,9 @@ def _read_torch(content: bytes, ema: bool) -> Content:
     except torch_files.Refused as error:
         raise UnusableFile(str(error)) from error
     if not isinstance(state, Mapping):
-        raise UnusableFile(f"it contains a {type(state).__name__}: save the state dict of the model")
+        raise UnusableFile(
+            f"it contains a {type(state).__name__}: save the state dict of the model"
+        )
     for key in (*(_STATES[True] if ema else ()), *_STATES[False]):
         if isinstance(state.get(key), Mapping):
             state = state[key]

@@ -515,8 +515,8 @@ def test_classifier_of_ones_own_is_saved(tmp_path, rng, source, make, name):
     [
         ([tf.keras.layers.Dense(8, name="hidden"), tf.keras.layers.Dense(5)], "hidden"),
         ([tf.keras.layers.BatchNormalization(name="norm"), tf.keras.layers.Dense(5)], "norm"),
-        ([tf.keras.layers.Dense(5, activation="softmax", name="d")], "must give logits"),
-        ([tf.keras.layers.Dense(5, use_bias=False, name="d")], "with a bias"),
+        ([tf.keras.layers.Dense(5, activation="softmax", name="d")], "must return logits"),
+        ([tf.keras.layers.Dense(5, use_bias=False, name="d")], "and a bias"),
     ],
 )
 def test_heads_that_no_file_has_names_for(tmp_path, layers, told):
@@ -577,7 +577,7 @@ def test_unexpected_variable(foreign, model, untouched):
     write({**values, extra: np.zeros(3, np.float32)})
     error = refusal(model, path)
     assert (error.missing, error.unexpected, error.shapes) == ([], [extra], [])
-    assert f"in the file only (1):\n    {extra}\n" in str(error)
+    assert f"only in the file (1):\n    {extra}\n" in str(error)
 
 
 def test_another_shape(foreign, model, untouched):
@@ -650,9 +650,9 @@ def test_file_is_not_there(tmp_path, model, untouched, suffix):
 @pytest.mark.parametrize(
     "content, told",
     [
-        ([1], "it holds a list"),
-        ({"epoch": 3, "state_dict": {}}, "it holds no tensors, but nothing"),
-        ({"epoch": 3, "lr": 0.1}, "it holds no tensors, but epoch, lr"),
+        ([1], "it contains a list"),
+        ({"epoch": 3, "state_dict": {}}, "it contains no tensors, but nothing"),
+        ({"epoch": 3, "lr": 0.1}, "it contains no tensors, but epoch, lr"),
         ({"args": torch_saver.Named("os", "system")}, "it names os.system"),
     ],
 )
@@ -838,7 +838,7 @@ def test_interrupted_writing_leaves_what_was_there(tmp_path, model, target, monk
 
 @pytest.mark.parametrize("suffix", [".h5", ".pth", ".keras", ".PT", ".pth.tar"])
 def test_kinds_that_are_not_written(tmp_path, model, suffix):
-    with pytest.raises(weights.WeightsError, match=f"a{suffix}: .* files are read"):
+    with pytest.raises(weights.WeightsError, match=f"a{suffix}: .* files can be read"):
         weights.save_weights(model, str(tmp_path / f"a{suffix}"))
 
 

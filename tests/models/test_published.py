@@ -81,7 +81,7 @@ def test_what_is_there_is_no_name(tmp_path, monkeypatch):
         ("efficientnet-b7", "", "timm/tf_efficientnet_b7.ns_jft_in1k"),
         ("efficientnet-l2", "", "noisystudent/noisy_student_efficientnet-l2"),
         ("efficientnet-lite3", "", r"efficientnet/lite/efficientnet-lite3\.tar\.gz"),
-        ("published", "efficientnet-test", "no published weights of efficientnet-test, only of"),
+        ("published", "efficientnet-test", "no published weights for efficientnet-test, only for"),
         ("published", "", "a model without a name"),
     ],
 )

@@ -168,7 +168,7 @@ def test_counting_leaves_models_as_they_are():
 def test_unknown_size_is_refused():
     inputs = tf.keras.Input((None, None, 3))
     model = tf.keras.Model(inputs, tf.keras.layers.Conv2D(4, 3, name="first")(inputs))
-    with pytest.raises(ValueError, match="first.*fix the image size"):
+    with pytest.raises(ValueError, match="first.*set a fixed image size"):
         complexity.count(model)
 
 

@@ -66,10 +66,10 @@ def test_converter_needs_both_paths(source, target):
 @pytest.mark.parametrize(
     "target, message",
     [
-        ("new/", "new/ is a folder: give the name of a file"),
+        ("new/", "new/ is a folder: pass the name of a file"),
         ("", "is a folder"),
         ("file/model.ckpt-0", "file is a file, not a folder"),
-        ("a.keras", ".keras files are read, not written"),
+        ("a.keras", ".keras files can be read, but not written"),
     ],
 )
 def test_converter_looks_at_the_target_first(tmp_path, target, message):
