@@ -40,7 +40,7 @@ def write(path: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> N
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-    """Reads absolute path of a file → positions of its records, int64, ascending.
+    """Reads a list: absolute path of a file → positions of its records, int64, ascending.
 
     Raises:
       DataError: If the list does not exist or lacks a column.

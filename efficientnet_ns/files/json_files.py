@@ -94,7 +94,9 @@ def read_json_lines(path: str, *keys: str) -> list[dict]:
                 "that line."
             )
         elif line:
-            logging.warning("%s: skipping the last line, which is truncated: %s", path, _start(line))
+            logging.warning(
+                "%s: skipping the last line, which is truncated: %s", path, _start(line)
+            )
     return rows
 
 

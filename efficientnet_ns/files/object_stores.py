@@ -118,7 +118,7 @@ def read(path: str) -> bytes | None:
     last = _REMEMBERED_SECONDS + 2  # TensorFlow counts whole seconds and includes both ends.
     for attempt in range(last + 1):
         try:
-            # Passes a size, because TensorFlow else requests the length first, which may change.
+            # Without a size, TensorFlow would request the length first, which may then change.
             parts: list[bytes] = []
             with tf.io.gfile.GFile(path, "rb") as f:
                 while part := f.read(_BLOCK):

@@ -15,7 +15,7 @@ REJECTED = -1
 
 
 def read(path: str, num_classes: int) -> dict[str, dict[int, int]]:
-    """Reads absolute path of a file → position of a record → its label, or REJECTED.
+    """Reads decisions: absolute path of a file → position of a record → its label, or REJECTED.
 
     Raises:
       DataError: If the file does not exist or a decision has another form.

@@ -50,7 +50,7 @@ def frame(payload: bytes) -> bytes:
 
 
 def frames(payloads: np.ndarray) -> np.ndarray:
-    """Adds length and checksums to payloads of one length, uint8 [N, L]; uint8 [N, L + 16]."""
+    """Converts payloads, uint8 [N, L], to frames with length and checksums, uint8 [N, L + 16]."""
     count, size = payloads.shape
     length = size.to_bytes(8, "little")
     made = np.empty([count, size + OVERHEAD], np.uint8)
@@ -67,9 +67,9 @@ def frames(payloads: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(4)
 def _crc_tables(size: int) -> np.ndarray:
-    """Returns the change of a CRC-32C of `size` bytes by each value of each byte, [size, 256].
+    """Returns how each value of each byte changes the CRC-32C of `size` bytes, uint32 [size, 256].
 
-    The uint32 checksum is linear: that of any content is that of zeros with the changes of all bytes.
+    The checksum is linear: that of any content is that of zeros with the changes of all bytes.
     """
     zeros = google_crc32c.value(bytes(size))
     tables = np.zeros([size, 256], np.uint32)

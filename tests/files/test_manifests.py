@@ -253,7 +253,10 @@ def test_json_round_trip(tmp_path):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("[]", "should hold a JSON object, but holds a list"), ('{"a": 1}', "x.json lacks b, c:")],
+    [
+        ("[]", "should contain a JSON object, but contains a list"),
+        ('{"a": 1}', "x.json lacks b, c:"),
+    ],
 )
 def test_json_of_another_kind_is_named(tmp_path, text, message):
     path = tmp_path / "x.json"

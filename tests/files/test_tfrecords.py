@@ -619,7 +619,7 @@ def test_two_sets_of_one_prefix_are_refused(tmp_path):
     folder = str(tmp_path)
     for shards in (2, 3):
         tfrecords.write_sharded(folder, "train", [tfexamples.unlabeled_example(b"x")] * 6, shards)
-    with pytest.raises(DataError, match="two sets of 'train', of 2 and of 3 shards"):
+    with pytest.raises(DataError, match="two sets of 'train', of 2 and 3 shards"):
         shard_names.list_shards(folder, "train")
 
 

@@ -416,7 +416,7 @@ def test_decisions_are_those_of_every_selection(folder, config, tmp_path):
     (tmp_path / "list.csv").write_text("file,record\n/elsewhere/extra-00000-of-00001,0\n")
     with pytest.raises(DataError, match="names records of .*, but none of the set"):
         rounds.check(config, listed)
-    with pytest.raises(DataError, match="--reviewed=x.json: there is no such file"):
+    with pytest.raises(DataError, match="--reviewed=x.json: the file does not exist"):
         rounds.check(config, dataclasses.replace(loop, reviewed="x.json"))
 
 
@@ -517,7 +517,7 @@ def test_state_records_a_result_once(tmp_path):
 @pytest.mark.parametrize("text", ["{}", "[]"])
 def test_state_of_another_kind_is_named(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
-    with pytest.raises(json_files.BrokenFile, match="state.json (should hold|lacks settings)"):
+    with pytest.raises(json_files.BrokenFile, match="state.json (should contain|lacks settings)"):
         State(str(tmp_path), {})
 
 

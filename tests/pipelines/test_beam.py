@@ -147,7 +147,7 @@ def test_what_a_person_and_a_list_decided_is_honored(beam, folder, tmp_path):
     kept = {r["position"] * 2 + r["worker"]: r for r in rows if r["shard"] == 0}
     assert (kept[3]["label"], kept[3]["prob"]) == (2, 1) and not {5, 8} & set(kept)
     given["exclude"] = "missing.csv"
-    with pytest.raises(DataError, match="--exclude=missing.csv: there is no such file"):
+    with pytest.raises(DataError, match="--exclude=missing.csv: the file does not exist"):
         beam.label(*stages(folder, tmp_path / "other", **given), [RUNNER])
     assert not (tmp_path / "other").exists()
 
