@@ -1,4 +1,4 @@
-"""Predictions of trained models: classes of photos, and pseudo labels of a teacher."""
+"""Predictions of trained models: classes of photos and pseudo labels of a teacher."""
 
 from efficientnet_ns.inference.photos import Image, Prediction, preprocess, top_k
 

@@ -1,7 +1,7 @@
-"""Engines compute a model's probabilities: TensorFlow on any device, XNNPACK or OpenVINO on CPUs.
+"""Engines that compute a model's probabilities: TensorFlow, and XNNPACK or OpenVINO on CPUs.
 
 An engine maps pixels, float32 [N, S, S, 3] in about 0..255 with any N, to probabilities, float32
-[N, C]. Internally it processes batches of one static shape and pads the last one. The last bits of a
+[N, C]. Internally, it processes batches of one static shape and pads the last one. The last bits of a
 row may depend on the engine and on `batch_size`, but never on the other rows.
 
 Calls from several threads are safe; up to `concurrency` calls run in parallel.
@@ -33,10 +33,10 @@ except ImportError:  # With TensorFlow 2.15, whose built-in interpreter is not d
 
 # Limit for the packed weights of all interpreters; above it, cores share interpreters.
 _MAX_INTERPRETER_BYTES = 4 * 2**30
-# A flatbuffer is limited to 2 GB; the rest is for the graph.
+# A flatbuffer is limited to 2 GB, of which the graph uses the rest.
 _MAX_PARAMETERS = 2**31 // 4 - 2**22
-# `auto` takes OpenVINO only where it wins by this factor: a tie must not change sides between two runs, because
-# predictions of another engine do not continue a shard.
+# `auto` uses OpenVINO only if it is faster by this factor, so that a tie gives the same engine in every run:
+# predictions of another engine cannot continue a shard.
 _CLEARLY_FASTER = 1.1
 
 
@@ -51,8 +51,8 @@ class TensorFlowEngine:
 
     Args:
       model: pixels → logits, built under `strategy`.
-      batch_size: images over all replicas; rounded up to a multiple of their number.
-      strategy: the replicas; None: the current strategy.
+      batch_size: number of images over all replicas; rounded up to a multiple of their number.
+      strategy: distribution strategy; None for the current one.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class TensorFlowEngine:
         self._per_replica = -(-batch_size // self._strategy.num_replicas_in_sync)
         self.name = "tf"
         self.batch_size = self._per_replica * self._strategy.num_replicas_in_sync
-        # A call each that prepares, transfers, computes and fetches. Batches are large here, so that more
-        # of them would need memory without keeping the devices busier.
+        # One call each to prepare, transfer, compute and fetch. Batches are large here, so more of them
+        # would use memory without keeping the devices busier.
         self.concurrency = 4
         self._lock = threading.Lock()
 
@@ -90,7 +90,7 @@ class TensorFlowEngine:
         return self._fetch(results)
 
     def _transfer(self, pixels: np.ndarray) -> tf.Tensor | tf.distribute.DistributedValues:
-        """Each replica's part, on its device."""
+        """Copies each replica's part to its device."""
         if self._strategy.num_replicas_in_sync == 1:
             return tf.constant(pixels)
         devices = self._strategy.extended.worker_devices
@@ -108,11 +108,11 @@ class TensorFlowEngine:
 
 
 class CpuEngine:
-    """Workers, as many as run in parallel; each call has one for itself.
+    """Runs calls in parallel, each with a separate worker.
 
     Args:
-      name: of the engine.
-      batch_size: images that a worker computes at a time.
+      name: name of the engine.
+      batch_size: number of images that a worker computes at a time.
       workers: functions of pixels float32 [batch_size, S, S, 3] → probabilities float32 [batch_size, C].
     """
 
@@ -120,7 +120,7 @@ class CpuEngine:
         self, name: str, batch_size: int, workers: list[Callable[[np.ndarray], np.ndarray]]
     ):
         self.name, self.batch_size, self.concurrency = name, batch_size, len(workers)
-        # Last in, first out: the tensors of the worker used last are still in the cache.
+        # Last in, first out: the tensors of the last worker used are still in the cache.
         self._free: queue.LifoQueue = queue.LifoQueue()
         for worker in workers:
             self._free.put(worker)
@@ -136,15 +136,15 @@ class CpuEngine:
 class XnnpackEngine(CpuEngine):
     """Runs the model in TensorFlow Lite on CPUs, with batch norm folded into the convolutions.
 
-    Each core has a single-threaded interpreter. On EfficientNet this is a third faster than one
+    Each core has a single-threaded interpreter. For EfficientNet, this is a third faster than one
     interpreter on all cores, whose threads synchronize after every layer.
 
     Args:
       model: pixels → logits.
-      threads: total number of CPU threads; None: one per available core.
+      threads: total number of CPU threads; None for one per available core.
 
     Raises:
-      ValueError: see `convert`.
+      ValueError: See `convert`.
     """
 
     def __init__(self, model: tf.keras.Model, threads: int | None = None):
@@ -173,12 +173,12 @@ class OpenVinoEngine(CpuEngine):
 
     Args:
       model: pixels → logits.
-      threads: total number of CPU threads; None: one per available core.
-      dtype: `float32`, or `bfloat16` for CPUs that compute it (AVX512_BF16, AMX).
+      threads: total number of CPU threads; None for one per available core.
+      dtype: `float32`, or `bfloat16` for CPUs that support it (AVX512_BF16, AMX).
 
     Raises:
-      ValueError: see `convert`.
-      EngineError: OpenVINO is not installed, or the CPU does not compute in `dtype`.
+      ValueError: See `convert`.
+      EngineError: If OpenVINO is not installed or the CPU does not support `dtype`.
     """
 
     def __init__(self, model: tf.keras.Model, threads: int | None = None, dtype: str = "float32"):
@@ -190,18 +190,19 @@ class OpenVinoEngine(CpuEngine):
             raise EngineError(
                 "--inference_dtype=bfloat16: this CPU does not support bfloat16 (AVX512_BF16 or AMX); use float32"
             )
-        # With B0 at 224 pixels 2 to 8 are fastest: fewer start each layer too often, more leave the cache.
+        # For B0 at 224 pixels, 2 to 8 are fastest: smaller batches pay per-layer overhead, larger ones
+        # exceed the cache.
         batch_size = max(1, min(16, 4 * 224**2 // model.input_shape[1] ** 2))
         threads = threads or available_cpus()
         settings = {
             "INFERENCE_PRECISION_HINT": "f32" if dtype == "float32" else "bf16",
             "NUM_STREAMS": threads,
             "INFERENCE_NUM_THREADS": threads,
-            # Pinned threads of two processes would share a core while others are idle.
+            # Pinned threads of two processes would share a core while other cores are idle.
             "ENABLE_CPU_PINNING": False,
         }
         with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "model.tflite")  # OpenVINO reads this kind from files only.
+            path = os.path.join(folder, "model.tflite")  # OpenVINO reads it only from files.
             with open(path, "wb") as f:
                 f.write(convert(model, batch_size))
             compiled = core.compile_model(path, "CPU", settings)
@@ -215,10 +216,10 @@ class OpenVinoEngine(CpuEngine):
 
 
 def _openvino():
-    """The module.
+    """Imports the module.
 
     Raises:
-      EngineError: it is not installed.
+      EngineError: If it is not installed.
     """
     try:
         import openvino
@@ -230,11 +231,11 @@ def _openvino():
 
 
 def interpreter(content: bytes, threads: int | None = None) -> Interpreter:
-    """An interpreter of a .tflite file, with its tensors allocated.
+    """Makes an interpreter of a .tflite file and allocates its tensors.
 
     Args:
-      content: the file.
-      threads: number of CPU threads; None: TensorFlow Lite's default.
+      content: content of the file.
+      threads: number of CPU threads; None for TensorFlow Lite's default.
     """
     with stack.without_native_log():
         made = Interpreter(model_content=content, num_threads=threads)
@@ -254,7 +255,7 @@ def _by_batches(compute, pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def _cache_sized_batch(image_size: int) -> int:
-    """Images per invocation, few enough that the activations stay in a core's cache."""
+    """Returns the images per invocation, so few that activations stay in a core's cache."""
     return max(1, min(16, 64 * 64 // image_size**2))
 
 
@@ -268,10 +269,10 @@ def convert(
     Args:
       model: pixels → logits.
       batch_size: static batch size of the result.
-      configure: sets options of the converter, e.g. quantization.
+      configure: function that sets options of the converter, e.g. quantization.
 
     Raises:
-      ValueError: the model is too large for a flatbuffer or computes in bfloat16.
+      ValueError: If the model is too large for a flatbuffer or computes in bfloat16.
     """
     if model.count_params() > _MAX_PARAMETERS:
         raise ValueError(f"{model.name} does not fit into a flatbuffer, which is limited to 2 GB")
@@ -286,7 +287,7 @@ def convert(
         return tf.nn.softmax(model(pixels, training=False))
 
     # Given the Keras model, the converter would first save it with a trace of every layer, which
-    # takes a minute. Of this holder it saves only the one function.
+    # takes a minute. For this holder, it saves only the one function.
     holder = tf.Module()
     holder.variables_in_use = list(model.variables)
     converter = tf.lite.TFLiteConverter.from_concrete_functions(
@@ -304,7 +305,7 @@ def convert(
 
 
 def has_accelerator(strategy: tf.distribute.Strategy | None = None) -> bool:
-    """Whether a TPU, a GPU or several replicas compute."""
+    """Checks whether there is a TPU, a GPU or more than one replica."""
     if strategy is not None and strategy.num_replicas_in_sync > 1:
         return True
     return bool(tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))
@@ -315,7 +316,7 @@ Engine = TensorFlowEngine | XnnpackEngine | OpenVinoEngine
 
 
 def has_choice(dtype: str = "float32") -> bool:
-    """Whether `auto` may have to measure which engine is faster."""
+    """Checks whether `auto` may have to measure which engine is faster."""
     return dtype == "float32" and importlib.util.find_spec("openvino") is not None
 
 
@@ -331,15 +332,15 @@ def make(
 
     Args:
       kind: `tf`, `xnnpack`, `openvino`, or `auto`: a CPU engine if there is no accelerator and it can
-        compute the model, else tf. Of the CPU engines `auto` takes xnnpack, or openvino if that is
-        installed and clearly faster here.
+        compute the model, else tf. The CPU engine of `auto` is xnnpack, or openvino if that is
+        installed and clearly faster on this machine.
       model: pixels → logits, with its weights loaded.
       batch_size: batch size of the tf engine; the others choose their own.
-      strategy: the strategy under which the model was built; None: the current one.
-      dtype: what to compute in: float32, or bfloat16, which only openvino can.
+      strategy: the strategy under which the model was built; None for the current one.
+      dtype: dtype of the computation: float32, or bfloat16, which only openvino supports.
 
     Raises:
-      EngineError: the engine cannot compute the model, or not in `dtype`, or is not installed.
+      EngineError: If the engine is not installed or cannot compute the model in `dtype`.
     """
     if dtype != "float32":
         if kind not in ("auto", "openvino"):
@@ -364,7 +365,7 @@ def make(
 
 
 def _faster(model: tf.keras.Model) -> XnnpackEngine | OpenVinoEngine:
-    """XNNPACK, unless OpenVINO is installed and clearly faster on this machine."""
+    """Returns XNNPACK unless OpenVINO is installed and clearly faster on this machine."""
     xnnpack = XnnpackEngine(model)
     if not has_choice():
         return xnnpack
@@ -380,7 +381,7 @@ def _faster(model: tf.keras.Model) -> XnnpackEngine | OpenVinoEngine:
 
 
 def _rate(engine: XnnpackEngine | OpenVinoEngine, shape: tuple[int, ...]) -> float:
-    """Images per second on all cores, in the better of three short turns."""
+    """Measures images per second on all cores in the best of three short runs."""
     pixels = np.zeros([16 * engine.batch_size, *shape], np.float32)
     best = 0.0
     with ThreadPoolExecutor(engine.concurrency) as pool:

@@ -1,6 +1,6 @@
-"""Exported models, run as they are: encoded images in, probabilities out.
+"""Runs exported models as they are: encoded images in, probabilities out.
 
-The graph of a SavedModel crops, resizes and normalizes; a TensorFlow Lite file names the crop.
+The graph of a SavedModel crops, resizes and normalizes; a TensorFlow Lite file specifies the crop.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from efficientnet_ns.inference.meter import Meter
 from efficientnet_ns.resolve import stored_model
 
 _BATCH = 8
-# Settings that an exported graph does not have → what they choose.
+# Settings that an exported graph does not have → what they control.
 _WITHOUT = {
     "input_image_size": "the image size",
     "eval_image_size": "the image size",
@@ -40,7 +40,7 @@ def runner(
 ) -> Callable[[Sequence[bytes]], dict[str, np.ndarray]]:
     """Loads an export as a function: N encoded images → outputs by name, each [N, …].
 
-    Those of a TensorFlow Lite file are `probabilities` and `valid`.
+    The outputs of a TensorFlow Lite file are `probabilities` and `valid`.
     """
     if stored_model.is_lite_file(os.fspath(folder)):
         return lite_files.encoded_runner(os.fspath(folder))
@@ -58,18 +58,18 @@ def runner(
 
 
 class ExportedModel:
-    """What `export_model` wrote, as a function of N encoded images.
+    """A model written by `export_model`, as a function of N encoded images.
 
     Safe to call from several threads.
 
     Args:
-      folder: of the version, or a TensorFlow Lite file.
+      folder: folder of the version, or a TensorFlow Lite file.
 
     Attributes:
-      output_shape: (None, C), as that of a Keras model.
-      name, batch_size, concurrency, group, meter: as those of an engine and of a `TeacherPredictor`;
+      output_shape: (None, C), as for a Keras model.
+      name, batch_size, concurrency, group, meter: as for an engine and a `TeacherPredictor`;
         decoding is part of the inference.
-      num_classes: C.
+      num_classes: number of classes, C.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -81,15 +81,15 @@ class ExportedModel:
         self.concurrency, self.engine, self.meter = max(2, available_cpus()), self, Meter()
 
     def run(self, encoded: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities float32 [N, C], and whether each image could be decoded, bool [N]."""
+        """Returns probabilities float32 [N, C] and whether each image could be decoded, bool [N]."""
         found = self._run(encoded)
         return found["probabilities"], found["valid"]
 
     def __call__(self, encoded: Sequence[bytes], training: bool = False) -> np.ndarray:
-        """Probabilities float32 [N, C] of encoded images; zeros for "", which fills up batches.
+        """Returns probabilities float32 [N, C] of encoded images; zeros for "", which pads batches.
 
         Raises:
-          tf.errors.InvalidArgumentError: an image cannot be decoded.
+          tf.errors.InvalidArgumentError: If an image cannot be decoded.
         """
         del training
         probabilities, valid = self.run(encoded)
@@ -98,7 +98,7 @@ class ExportedModel:
         return probabilities
 
     def label(self, images: Sequence[bytes | None]) -> tuple[np.ndarray, dict[int, str]]:
-        """As `TeacherPredictor.label`."""
+        """See `TeacherPredictor.label`."""
         if not images:
             return np.zeros([0, self.num_classes], np.float32), {}
         with self.meter.timed("inference_us"):
@@ -109,18 +109,18 @@ class ExportedModel:
 
 
 class Encoded(Preprocessing):
-    """Leaves images encoded, as an exported model takes them."""
+    """Leaves images encoded, as an exported model expects them."""
 
     def evaluate(self, image: tf.Tensor) -> tf.Tensor:
-        """The encoded scalar string itself."""
+        """Returns the encoded scalar string itself."""
         return image
 
 
 def check(config: Config, stored: stored_model.StoredModel) -> None:
-    """Raises ConfigError for settings that an exported graph cannot follow; names the flag.
+    """Raises ConfigError for settings that an exported graph cannot apply; names the flag.
 
     Args:
-      stored: of the export.
+      stored: description of the export.
     """
     values: dict[str, Any] = config.values()
     own = {
@@ -131,8 +131,8 @@ def check(config: Config, stored: stored_model.StoredModel) -> None:
     for name, what in _WITHOUT.items():
         if values[name] not in (Config().values()[name], own[name]):
             raise ConfigError(
-                f"--{name}={values[name]}: {what} of an exported model cannot be changed; leave it "
-                "out, or give the folder of the training"
+                f"--{name}={values[name]}: {what} of an exported model cannot be changed; omit the "
+                "flag or pass the training folder"
             )
     kind = config.predict.inference_engine
     if kind in engines.CPU_ENGINES:
@@ -140,7 +140,7 @@ def check(config: Config, stored: stored_model.StoredModel) -> None:
 
 
 def fingerprint(folder: str) -> str:
-    """Short hash of the graph and the weights of an export."""
+    """Returns a short hash of the graph and weights of an export."""
     if stored_model.is_lite_file(folder):
         return manifests.content_hash(folder)
     files = [os.path.join(folder, name) for name in _CONTENT]

@@ -1,4 +1,4 @@
-"""A model rearranged for inference: batch norm and pixel scaling folded into convolutions."""
+"""Optimizes models for inference: folds batch norm and pixel scaling into convolutions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CONVOLVED_WIDTH = 56
 
 
 def fold_batch_norm(model: tf.keras.Model, *, for_cpu: bool = False) -> tf.keras.Model:
-    """A model for inference that computes the same function without batch norm.
+    """Returns a model for inference that computes the same function without batch norm.
 
     Every `<name>_conv` absorbs the scale γ/√(σ² + ε) and the shift β - μ·γ/√(σ² + ε) of its
     `<name>_bn`, which becomes the identity. The stem also absorbs the division of the pixels by
@@ -23,8 +23,9 @@ def fold_batch_norm(model: tf.keras.Model, *, for_cpu: bool = False) -> tf.keras
     zero. Layer names are kept, so `endpoints` works on the result.
 
     Args:
-      model: made by `efficientnet.build_model`.
-      for_cpu: compute 1 x 1 convolutions of small maps as matrix products; see `Pointwise`.
+      model: a model made by `efficientnet.build_model`.
+      for_cpu: whether to compute 1 x 1 convolutions of small maps as matrix products; see
+        `Pointwise`.
 
     Returns:
       A model with the same input and outputs and no batch norm; its weights are copies.
@@ -32,7 +33,7 @@ def fold_batch_norm(model: tf.keras.Model, *, for_cpu: bool = False) -> tf.keras
     clone = functools.partial(_clone, for_cpu=for_cpu)
     folded = tf.keras.models.clone_model(model, clone_function=clone)
     for layer in model.layers:
-        # Batch norm: its values go into the convolution before it.
+        # Batch norm has no weights in the result: the preceding convolution absorbs its values.
         if isinstance(layer, layers.BatchNorm) or not layer.weights:
             continue
         values = _folded(layer, model) if layer.name.endswith(_CONV) else layer.get_weights()
@@ -42,7 +43,7 @@ def fold_batch_norm(model: tf.keras.Model, *, for_cpu: bool = False) -> tf.keras
 
 @tf.keras.utils.register_keras_serializable("efficientnet_ns")
 class Centering(layers.PixelNormalization):
-    """x - 255·mean per channel."""
+    """Computes x - 255·mean per channel."""
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         dtype = self.compute_dtype
@@ -50,7 +51,7 @@ class Centering(layers.PixelNormalization):
 
 
 def swish(x: tf.Tensor) -> tf.Tensor:
-    """x·σ(x) for inference."""
+    """Computes x·σ(x) for inference."""
     # tf.nn.silu has a custom gradient, whose ops prevent kernels from being fused.
     return x * tf.sigmoid(x)
 
@@ -65,10 +66,10 @@ class PlainSwish(tf.keras.layers.Layer):
 
 @tf.keras.utils.register_keras_serializable("efficientnet_ns")
 class Pointwise(tf.keras.layers.Conv2D):
-    """A 1 x 1 convolution, computed as a product of matrices on small maps.
+    """A 1 x 1 convolution that is computed as a matrix product on small maps.
 
-    TensorFlow's CPU kernels start a product faster than a convolution. On large maps, where the
-    start does not matter, the convolution wins because oneDNN fuses the activation into it.
+    TensorFlow's CPU kernels start a matrix product faster than a convolution. On large maps, where
+    the start does not matter, the convolution is faster because oneDNN fuses the activation into it.
     """
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:

@@ -1,4 +1,4 @@
-"""TensorFlow Lite files: pixels in, probabilities out."""
+"""Runs TensorFlow Lite files: pixels in, probabilities out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from efficientnet_ns.resolve import stored_model
 
 
 def runner(content: bytes, threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """A function that runs a file: pixels float32 [N, S, S, 3] → probabilities float32 [N, C]."""
+    """Returns a function that runs a file: pixels float32 [N, S, S, 3] → probabilities [N, C]."""
     interpreter = engines.interpreter(content, threads)
     source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
 
@@ -35,13 +35,13 @@ def runner(content: bytes, threads: int | None = None) -> Callable[[np.ndarray],
 
 
 def encoded_runner(path: str) -> Callable[[Sequence[bytes]], dict[str, np.ndarray]]:
-    """A function that runs a file of `export_model` on encoded images.
+    """Returns a function that runs a file of `export_model` on encoded images.
 
-    Safe to call from several threads: there is an interpreter of one thread per core.
+    Safe to call from several threads: each core has a single-threaded interpreter.
 
     Returns:
-      N encoded images → `probabilities` float32 [N, C], and `valid` bool [N], whether each can be
-      decoded; the probabilities of those that cannot are 0.
+      N encoded images → `probabilities` float32 [N, C] and `valid` bool [N], whether each can be
+      decoded; the probabilities of undecodable images are 0.
     """
     stored = stored_model.read(path)
     images, classes = stored.images, stored.task.num_classes if stored.task else 0

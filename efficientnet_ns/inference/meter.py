@@ -1,4 +1,4 @@
-"""What a teacher has done: images, their bytes, and the time that decoding and inference took."""
+"""Measures a teacher's work: images, their bytes, and the time for decoding and inference."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from collections.abc import Iterator, Sequence
 
 
 class Meter:
-    """Counts; several threads may use it.
+    """Thread-safe counts.
 
-    The counts are `images`, `bytes`, `unreadable`, and microseconds of all threads: `decode_us` and
-    `inference_us`.
+    The counts are `images`, `bytes`, `unreadable`, and the microseconds of all threads, `decode_us`
+    and `inference_us`.
     """
 
     def __init__(self) -> None:
         self._lock, self._counts = threading.Lock(), Counter[str]()
 
     def add(self, **counts: int) -> None:
-        """Counts more."""
+        """Adds to the counts."""
         with self._lock:
             self._counts.update(counts)
 
     def add_images(self, images: Sequence[bytes | None], unreadable: int) -> None:
-        """Counts encoded images, of which some are None or cannot be decoded."""
+        """Counts encoded images, some of which are None or cannot be decoded."""
         size = sum(len(image) for image in images if image is not None)
         self.add(images=len(images), bytes=size, unreadable=unreadable)
 
@@ -39,7 +39,7 @@ class Meter:
             self.add(**{name: (time.perf_counter_ns() - began) // 1000})
 
     def take(self) -> dict[str, int]:
-        """The counts since the last call."""
+        """Returns the counts since the last call."""
         with self._lock:
             taken, self._counts = dict(self._counts), Counter()
         return taken

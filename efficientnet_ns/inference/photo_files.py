@@ -1,4 +1,4 @@
-"""Files of photos, classified one after the other."""
+"""Classifies photo files one after the other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from efficientnet_ns.models import weights
 from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
-# Up to this many photos the model runs eagerly: tracing it takes as long as a dozen of them.
+# For up to this many photos, the model runs eagerly: tracing it takes as long as a dozen photos.
 _FEW = 8
 
 
@@ -34,28 +34,28 @@ def predict_images(
     *,
     ema: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """Predictions for one photo after the other, each as soon as it is known.
+    """Yields the predictions for one photo after the other, each as soon as it is known.
 
     Args:
-      config: settings not given are read from files next to the weights.
-      weights_path: what `stored_model.find` takes: weights, the folder of a training, of noisy_student,
-        or of an export.
-      photos: paths of image files: JPEG, PNG, GIF, BMP and others that `image_conversion.prepare` takes;
-        `-` is standard input.
-      top: classes per photo.
-      ema: take the moving-average weights.
+      config: settings that are not given are read from files next to the weights.
+      weights_path: a path that `stored_model.find` accepts: weights, or the folder of a training run,
+        of noisy_student or of an export.
+      photos: paths of image files: JPEG, PNG, GIF, BMP and others that `image_conversion.prepare`
+        accepts; `-` is standard input.
+      top: number of classes per photo.
+      ema: whether to use the moving-average weights.
 
     Yields:
       `photo`, and either `predictions`, a list of {`index`, `name`, `probability`}, best first, or
-      `error`, when the photo cannot be read.
+      `error` if the photo cannot be read.
 
     Raises:
-      ConfigError: no weights, no photos, or a setting that does not fit.
-      WeightsError, FileNotFoundError: the weights do not fit the model, or are not there.
+      ConfigError: If there are no weights or no photos, or a setting does not fit.
+      WeightsError, FileNotFoundError: If the weights do not fit the model or do not exist.
     """
     if not weights_path or not photos:
         raise ConfigError(
-            "a model and at least one photo are needed: --model_dir=run photo.jpg, or "
+            "a model and at least one photo are required: --model_dir=run photo.jpg, or "
             "--model_name=efficientnet-lite0 --weights=published photo.jpg"
         )
     path = stored_model.find(weights_path)
@@ -68,7 +68,7 @@ def predict_images(
             probabilities = _classified(_content(photo), classify)
         except (tf.errors.OpError, image_conversion.Unusable) as error:
             yield {"photo": photo, "error": _reason(getattr(error, "message", str(error)))}
-        except UnicodeDecodeError as error:  # TensorFlow's message, with such a name in it.
+        except UnicodeDecodeError as error:  # The message contains a name that is not UTF-8.
             yield {"photo": photo, "error": error.object.decode(errors="backslashreplace")}
         else:
             best = cast(list[photos_lib.Prediction], photos_lib.top_k(probabilities, names, top))
@@ -80,7 +80,7 @@ _Classify = Callable[[tf.Tensor], tf.Tensor | np.ndarray]
 
 
 def _exported(config: Config, path: str) -> tuple[_Classify, Sequence[str] | None]:
-    """An exported model and its class names."""
+    """Loads an exported model and its class names."""
     exported.check(config, stored_model.read(path))
     resolved = ResolvedConfig.from_config(config, path)
     model = exported.ExportedModel(path)
@@ -90,7 +90,7 @@ def _exported(config: Config, path: str) -> tuple[_Classify, Sequence[str] | Non
 def _built(
     config: Config, path: str, *, ema: bool, compiled: bool
 ) -> tuple[_Classify, Sequence[str] | None]:
-    """The model of these weights, and the class names of its task."""
+    """Builds the model of these weights and returns it with the class names of its task."""
     resolved = ResolvedConfig.from_config(data_source.with_records(config), path)
     model = resolved.build_model()
     weights.load_weights(model, path, ema=ema)
@@ -100,22 +100,22 @@ def _built(
         return tf.nn.softmax(model(image[tf.newaxis], training=False))[0]
 
     if compiled:
-        run = tf.function(run)  # All images have one shape: traced once.
+        run = tf.function(run)  # All images have one shape, so it is traced once.
     return lambda raw: run(prepare(raw)), tasks.class_names(resolved.task)
 
 
 def _content(photo: str) -> tf.Tensor:
-    """The bytes of a file, of standard input for `-`, or of a pipe, which has no size to read."""
+    """Reads a file, standard input for `-`, or a pipe, whose size is unknown."""
     if photo == "-":
         return tf.constant(sys.stdin.buffer.read())
     if os.path.exists(photo) and not os.path.isfile(photo) and not os.path.isdir(photo):
         with open(photo, "rb") as f:
             return tf.constant(f.read())
-    return tf.io.read_file(os.fsencode(photo))  # Names that are not UTF-8 too.
+    return tf.io.read_file(os.fsencode(photo))  # Also supports names that are not UTF-8.
 
 
 def _classified(raw: tf.Tensor, classify: _Classify) -> tf.Tensor | np.ndarray:
-    """`classify` of the bytes, converted as records are made when TensorFlow cannot decode them."""
+    """Classifies the bytes; converts them as for records if TensorFlow cannot decode them."""
     try:
         return classify(raw)
     except tf.errors.InvalidArgumentError:
@@ -124,7 +124,7 @@ def _classified(raw: tf.Tensor, classify: _Classify) -> tf.Tensor | np.ndarray:
 
 
 def _reason(message: str) -> str:
-    """TensorFlow's message without the names of its ops."""
+    """Returns TensorFlow's message without the names of its ops."""
     return re.sub(r"\{\{.*?\}\}|\[Op:.*", "", message, flags=re.DOTALL).strip()
 
 
@@ -135,7 +135,7 @@ def _text(result: dict[str, Any]) -> str:
 
 
 def print_predictions(config: Config, options: PhotosConfig, photos: Sequence[str]) -> int:
-    """Prints what each photo shows as soon as it is known; exit code: 1 if any cannot be read."""
+    """Prints each photo's predictions as soon as known; returns exit code 1 if any is unreadable."""
     path = options.weights or config.train.model_dir or ""
     show = json.dumps if options.json else _text
     failed = False

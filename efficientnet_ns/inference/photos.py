@@ -1,4 +1,4 @@
-"""Images in, named classes out: the short way from a few pictures to predictions."""
+"""Maps a few images to named classes in a few lines of code."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class Prediction(NamedTuple):
     """One class and its probability.
 
     Attributes:
-      index: of the class, from 0.
-      name: of the class.
+      index: index of the class, from 0.
+      name: name of the class.
       probability: 0..1.
     """
 
-    index: int  # type: ignore[assignment]  # Hides tuple's method, of no use in this one.
+    index: int  # type: ignore[assignment]  # Hides tuple's method, which is not used here.
     name: str
     probability: float
 
 
 def _file_or_pixels(image: Image) -> tf.Tensor:
-    """What `Preprocessing.evaluate` takes: encoded bytes, scalar string, or uint8 [H, W, 3]."""
+    """Converts to the input of `Preprocessing.evaluate`: encoded scalar string or uint8 [H, W, 3]."""
     if isinstance(image, (str, os.PathLike)):
         return tf.io.read_file(os.fspath(image))
     if isinstance(image, bytes):
@@ -57,24 +57,24 @@ def preprocess(
     images: Image | Sequence[Image],
     model: str | tf.keras.Model | Preprocessing = "efficientnet-b0",
 ) -> tf.Tensor:
-    """Crops and resizes images as evaluation does; see `Preprocessing.evaluate`.
+    """Crops and resizes images as in evaluation; see `Preprocessing.evaluate`.
 
-    The result shows the center of each image, or all of it for models of small images (SVHN,
-    digits). Normalization happens inside the model.
+    The result shows the center of each image, or the whole image for models for small images (SVHN,
+    digits). Normalization is part of the model.
 
     Args:
-      images: one or several, of any sizes: paths, bytes of image files, or pixels, uint8 [H, W, 3]
-        in 0..255; arrays of one size may come as one array [N, H, W, 3].
-      model: a model made by `build_model` or of its layers; the name of an ImageNet variant; or
+      images: one or several images of any sizes: paths, bytes of image files, or pixels, uint8
+        [H, W, 3] in 0..255; arrays of one size may be passed as one array [N, H, W, 3].
+      model: a model made by `build_model` or from its layers, the name of an ImageNet variant, or
         the preprocessing itself.
 
     Returns:
       float32 [N, S, S, 3] in about 0..255.
 
     Raises:
-      ValueError: there are no images, pixels have another type or shape, the variant is unknown, or
-        the model has other layers.
-      tf.errors.OpError: a file does not exist or cannot be decoded.
+      ValueError: If there are no images, pixels have another dtype or shape, the variant is unknown,
+        or the model has other layers.
+      tf.errors.OpError: If a file does not exist or cannot be decoded.
     """
     preprocessing = _preprocessing_of(model)
     several = _as_list(images)
@@ -99,15 +99,15 @@ def _preprocessing_of(model: str | tf.keras.Model | Preprocessing) -> Preprocess
 def top_k(
     probabilities: np.ndarray | tf.Tensor, names: Sequence[str] | None = None, k: int = 5
 ) -> list[Prediction] | list[list[Prediction]]:
-    """The most probable classes, best first; ties go to the lower index.
+    """Returns the most probable classes, best first; ties go to the lower index.
 
     Args:
       probabilities: float [C], or [N, C] for one list per image.
-      names: C class names; None: each class is named by its index.
-      k: length of a list; if there are fewer classes, all of them.
+      names: C class names; if None, each class is named by its index.
+      k: length of a list; all classes if there are fewer.
 
     Raises:
-      ValueError: the number of names differs from C, or k is below 1.
+      ValueError: If the number of names differs from C or k is less than 1.
     """
     probabilities = np.asarray(probabilities)
     num_classes = probabilities.shape[-1]

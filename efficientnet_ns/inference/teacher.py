@@ -1,8 +1,8 @@
 """A teacher as a predictor: encoded images in, probabilities out, safe to call from many threads.
 
-`--noised_teacher` adds noise while labeling, which the paper's ablation advises against (section
-4.1). Every draw depends only on the seed and on the images of a batch, so the labels repeat if the
-batch size does.
+`--noised_teacher` adds noise during labeling, which the paper's ablation advises against (section
+4.1). Every draw depends only on the seed and the images of a batch, so the labels are reproducible
+with the same batch size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from efficientnet_ns.models import layers, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 _IMAGES, _MODEL = 1, 2  # Salts of the draws.
-# A core that decodes several images before it does anything else keeps the code and data of each step in its cache.
+# A core that decodes several images in a row keeps the code and data of each step in its cache.
 _PIECE = 16
 
 
@@ -35,8 +35,8 @@ class TeacherPredictor:
     """The teacher's model, compiled once for all shards.
 
     Callers' threads decode for the engines that compute on the caller's core. For TensorFlow, whose
-    batches are for devices, all cores decode each group together: so a shard of few groups, and few
-    groups in memory, keep them busy.
+    batches are for devices, all cores decode each group together, so that even shards with few groups,
+    and few groups in memory, keep them busy.
 
     Args:
       resolved: sizes and preprocessing.
@@ -45,10 +45,10 @@ class TeacherPredictor:
     Attributes:
       engine: computes the probabilities.
       num_classes: C, length of a prediction.
-      fingerprinted: whether `marked` gives fingerprints, too.
-      group: the largest number of images per call of `label`. Predictions are bit-identical if
-        groups start at the same images.
-      meter: counts what it does.
+      fingerprinted: whether `marked` also returns fingerprints.
+      group: maximum number of images per call of `label`. Predictions are bit-identical if groups
+        start at the same images.
+      meter: counts the teacher's work.
     """
 
     def __init__(self, resolved: ResolvedConfig, checkpoint: str):
@@ -79,7 +79,7 @@ class TeacherPredictor:
         images = max(batch, min(64, _PIECE * 224**2 // self._size**2))
         self.group = -(-images // batch) * batch
         options = config.predict
-        # Noise is drawn by the encoded bytes, and records with new labels have no index.
+        # Noise depends on the encoded bytes, and records with new labels have no index.
         self.fingerprinted = options.fingerprints and not (
             options.noised_teacher or options.reassign_label
         )
@@ -97,14 +97,14 @@ class TeacherPredictor:
         logging.info("labeling on %s, %d at a time", self.engine.name, self.engine.concurrency)
 
     def of_whole_images(self) -> TeacherPredictor:
-        """The same teacher for images that are already cropped: it resizes without cropping.
+        """Returns the same teacher for images that are already cropped: it resizes without cropping.
 
         Raises:
-          ConfigError: `--test_time_views` is 10; those views are crops.
+          ConfigError: If `--test_time_views` is 10, because those views are crops.
         """
         if self._views > 2:
-            raise ConfigError(f"--test_time_views={self._views}: these pictures are already crops")
-        # The engine is shared: only the way from bytes to pixels differs.
+            raise ConfigError(f"--test_time_views={self._views}: these images are already crops")
+        # The engine is shared; only the conversion from bytes to pixels differs.
         whole = copy.copy(self)
         whole._decode = self._decoder(lambda image: images_lib.whole_image(image, self._size))
         return whole
@@ -123,11 +123,11 @@ class TeacherPredictor:
         """Predicts up to `group` images.
 
         Args:
-          images: N encoded images; None stands for an unreadable record.
+          images: N encoded images; None represents an unreadable record.
 
         Returns:
-          Probabilities float32 [N, C], zeros where there is no prediction; {index: reason} for
-          images that cannot be decoded and for predictions that are not finite.
+          Probabilities float32 [N, C], zeros if there is no prediction; {index: reason} for images
+          that cannot be decoded and predictions that are not finite.
         """
         probs, problems, _ = self.marked(images)
         return probs, problems
@@ -135,7 +135,7 @@ class TeacherPredictor:
     def marked(
         self, images: Sequence[bytes | None]
     ) -> tuple[np.ndarray, dict[int, str], np.ndarray]:
-        """As `label`, and the images' `fingerprints.marks`, uint64 [N, 5]; [N, 0] without."""
+        """Like `label`, and returns `fingerprints.marks`, uint64 [N, 5], or [N, 0] if disabled."""
         if not images:
             return np.zeros([0, self.num_classes], np.float32), {}, self._marks([], None)
         with self.meter.timed("decode_us"):
@@ -158,7 +158,7 @@ class TeacherPredictor:
     def _pixels(
         self, images: Sequence[bytes | None]
     ) -> tuple[np.ndarray, np.ndarray | None, dict[int, str]]:
-        """float32 [N, V, S, S, 3], zeros where decoding fails; grids if wanted; {index: reason}."""
+        """Decodes to float32 [N, V, S, S, 3], zeros on failure; grids if enabled; {index: reason}."""
         if self._cores is None or len(images) <= _PIECE:
             return self._piece(images)
         pixels, grids = self._empty(len(images))
@@ -182,13 +182,13 @@ class TeacherPredictor:
     def _piece(
         self, images: Sequence[bytes | None]
     ) -> tuple[np.ndarray, np.ndarray | None, dict[int, str]]:
-        """As `_pixels`, on the calling thread."""
+        """Like `_pixels`, on the calling thread."""
         if all(image is not None for image in images):
             try:
-                # Not `.numpy()`, which copies: 10 MB per group.
+                # Not `.numpy()`, which would copy 10 MB per group.
                 return *self._decoded(images), {}
             except tf.errors.OpError:
-                pass  # Decoded one by one below, to find out which.
+                pass  # Decoded one by one below to find out which images fail.
         pixels, grids = self._empty(len(images))
         problems = {}
         for place, image in enumerate(images):
@@ -214,20 +214,20 @@ def check_views(resolved: ResolvedConfig) -> None:
     # Small images are not cropped, so there is no crop to move.
     known = [n for n in views.VIEWS if n <= 2 or not resolved.small_image]
     if number not in known:
-        raise ConfigError(f"--test_time_views={number}: one of {known} is needed")
+        raise ConfigError(f"--test_time_views={number}: it must be one of {known}")
     options = resolved.config.predict
     other_engine = options.inference_engine in engines.CPU_ENGINES
     if options.noised_teacher and (number > 1 or other_engine or options.fast_decode):
         raise ConfigError(
-            "--noised_teacher needs one view (--test_time_views=1), TensorFlow as the engine, and images "
-            "that are decoded as for training (no --fast_decode)"
+            "--noised_teacher requires one view (--test_time_views=1), TensorFlow as the engine, and "
+            "images decoded as for training (no --fast_decode)"
         )
 
 
 def _augmented(
     preprocessing: pipeline.Preprocessing, seed: int
 ) -> Callable[[tf.Tensor], tf.Tensor]:
-    """A function: encoded image → float32 [S, S, 3], augmented by a draw that its bytes decide."""
+    """Returns a function: encoded image → float32 [S, S, 3], augmented as its bytes determine."""
 
     def prepare(image: tf.Tensor) -> tf.Tensor:
         number = tf.strings.to_hash_bucket_fast(image, 2**31 - 1)
@@ -243,7 +243,7 @@ class _NoisedTeacher:
 
     Args:
       model: pixels → logits; its batch norm is frozen.
-      seed: of the noise, with the pixels of the batch.
+      seed: with the pixels of the batch, determines the noise.
     """
 
     def __init__(self, model: tf.keras.Model, seed: int):
@@ -253,7 +253,7 @@ class _NoisedTeacher:
                 layer.trainable = False
 
     def __call__(self, pixels: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Pixels float32 [N, S, S, 3] → logits [N, C]; noised regardless of `training`."""
+        """Maps pixels float32 [N, S, S, 3] to logits [N, C], noised regardless of `training`."""
         del training
         # Integers, because their sum does not depend on the order of addition.
         batch = tf.reduce_sum(tf.cast(pixels, tf.int32))

@@ -1,7 +1,7 @@
-"""Several views of one image for test-time augmentation; their probabilities are averaged.
+"""Averages the probabilities of several views of an image for test-time augmentation.
 
-The only implementation: evaluation (`--eval_views`) starts from evaluation crops, labeling
-(`--test_time_views`) from encoded images, which ten views need.
+Evaluation (`--eval_views`) starts from evaluation crops, labeling (`--test_time_views`) from encoded
+images, which ten views require.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import tensorflow as tf
 from efficientnet_ns.data import fingerprints, images
 
 VIEWS = (1, 2, 10)
-# Views that a crop is enough for: itself, and mirrored. Ten views need the whole image.
+# Numbers of views that only need the crop: itself, and also mirrored. Ten need the whole image.
 CROP_VIEWS = (1, 2)
 
 Array = TypeVar("Array", np.ndarray, tf.Tensor)
 
 
 def of_crops(crops: tf.Tensor, views: int) -> tf.Tensor:
-    """Evaluation crops [..., S, S, 3] → their views [..., V, S, S, 3]; V is one of `CROP_VIEWS`."""
+    """Maps evaluation crops [..., S, S, 3] to V views [..., V, S, S, 3]; V is in `CROP_VIEWS`."""
     if views == 1:
         return tf.expand_dims(crops, -4)
     return tf.stack([crops, crops[..., ::-1, :]], -4)
 
 
 def average(classify: Callable[[Array], Array], pixels: Array) -> Array:
-    """Mean of the probabilities over the views of each image.
+    """Averages the probabilities over the views of each image.
 
     Args:
       classify: pixels float32 [N, S, S, 3] → probabilities float32 [N, C].
@@ -38,7 +38,7 @@ def average(classify: Callable[[Array], Array], pixels: Array) -> Array:
     Returns:
       float32 [N, C].
     """
-    # One view at a time: memory is that of a batch, not of all views.
+    # One view at a time uses the memory of one batch, not of all views.
     number = pixels.shape[1]
     total = classify(pixels[:, 0])
     for view in range(1, number):
@@ -57,19 +57,19 @@ def decoder(
 ) -> Callable:
     """Compiles a function: encoded images, string [N] → pixels float32 [N, V, size, size, 3].
 
-    The function processes its images one after the other on the calling thread: callers with
-    several cores call it from several threads. It raises tf.errors.InvalidArgumentError for an
-    image that cannot be decoded.
+    The function processes its images one after the other on the calling thread; to use several
+    cores, call it from several threads. It raises tf.errors.InvalidArgumentError for an image that
+    cannot be decoded.
 
     Args:
       prepare: the evaluation preprocessing of one image, `Preprocessing.evaluate`; ten views crop
         the decoded image themselves.
       size: side of the result in pixels.
       views: V, one of `VIEWS`.
-      crop_fraction: of the squares of ten views; see `images.center_crop_box`.
-      grids: also return `fingerprints.grid` of each image, float32 [N, G, G]. Images are then decoded
-        whole, also where a crop of them would do; the pixels are the same.
-      decode_image: takes the place of `images.decode`; images are then decoded whole.
+      crop_fraction: crop fraction of the squares of ten views; see `images.center_crop_box`.
+      grids: whether to also return `fingerprints.grid` of each image, float32 [N, G, G]. Images are
+        then decoded completely, even if a crop would suffice; the pixels are the same.
+      decode_image: replaces `images.decode`; images are then decoded completely.
     """
     signature: Any = tf.TensorSpec([views, size, size, 3], tf.float32)
     pixels_shape = signature.shape
@@ -92,7 +92,7 @@ def decoder(
 
 
 def _ten(image: tf.Tensor, size: int, crop_fraction: float | None) -> tf.Tensor:
-    """Squares of the evaluation crop's size in the center and the four corners, then mirrored."""
+    """Cuts squares of the evaluation crop's size at the center and corners, then mirrors them."""
     pixels = images.decode(image) if image.dtype == tf.string else image
     height, width = tf.unstack(tf.shape(pixels)[:2])
     center = images.center_crop_box(height, width, size, crop_fraction)

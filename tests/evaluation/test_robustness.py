@@ -296,7 +296,7 @@ def test_ten_views_are_crops():
 
     predictor = TeacherPredictor.__new__(TeacherPredictor)
     predictor._views = 10
-    with pytest.raises(ConfigError, match="--test_time_views=10: these pictures are already crops"):
+    with pytest.raises(ConfigError, match="--test_time_views=10: these images are already crops"):
         predictor.of_whole_images()
 
 
