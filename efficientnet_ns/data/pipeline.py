@@ -86,7 +86,8 @@ class Preprocessing:
           seed: int [2]; determines every random choice.
         """
         # An undecodable image stops training with an error that names the record (DataError, see
-        # resolve/resolved_config.py); labeling keeps going (pseudo_labels/label_shard.py).
+        # resolve/resolved_config.py). Labeling keeps going, up to --max_bad_fraction of a shard
+        # (pseudo_labels/label_shard.py).
         if self.clean:
             return self.evaluate(image)
         crop_seed, flip_seed, augment_seed, cutout_seed = images.split_seed(seed, 4)
