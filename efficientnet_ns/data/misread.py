@@ -111,7 +111,8 @@ def _gif(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     )
     at = tf.minimum(at, end)
     left, top, width, height = [_number(values, at + 1 + 2 * place, 2) for place in range(4)]
-    whole = (left + top == 0) & (width >= _number(values, 6, 2)) & (height >= _number(values, 8, 2))
+    # Not larger either: the header is what limits on the size of images look at.
+    whole = (left + top == 0) & (width == _number(values, 6, 2)) & (height == _number(values, 8, 2))
     faithful = (values[at] != _IMAGE) | (whole & ~transparent)
     return faithful, tf.constant(
         "TensorFlow does not read GIFs with transparency or a first frame that is not the whole image"

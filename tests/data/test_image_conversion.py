@@ -171,6 +171,12 @@ def test_files_cut_off_are_refused_and_nothing_else(name):
             decode(tf.constant(content[:cut]))
 
 
+def test_gif_frame_that_takes_more_memory_than_the_header_declares_is_refused():
+    content = image_files.FILES["GIF frame beyond its screen"]()
+    with pytest.raises(tf.errors.InvalidArgumentError, match="not the whole image"):
+        decode(tf.constant(content))
+
+
 def test_random_bytes_behind_a_signature_are_refused(rng):
     for start in (b"BM", b"GIF89a"):
         for _ in range(50):
