@@ -1,7 +1,7 @@
-"""Find labels that are probably wrong, by predictions of a model that was not trained on them.
+"""Find labels that are probably wrong, from predictions of a model that was not trained on them.
 
 Predictions for the labeled records come from `main --mode=predict` or `import_predictions`. Writes
-report.html with pictures and doubtful.csv, the most doubtful first, below --output_dir.
+report.html with pictures, and doubtful.csv, to --output_dir, the most doubtful first.
 """
 
 from __future__ import annotations

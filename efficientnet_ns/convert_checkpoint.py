@@ -1,8 +1,8 @@
 """Convert weights: `python -m efficientnet_ns.convert_checkpoint --model_dir=… --target=…`.
 
-Reads a checkpoint of the original, a Keras `.h5` or `.keras` file, or timm's `.safetensors` or `.pth`;
-writes timm's `.safetensors`, or, for any other name, a checkpoint that the original can read too. The
-flags of the model must match the source.
+Reads a checkpoint of the original code, a Keras `.h5` or `.keras` file, or timm's `.safetensors` or
+`.pth`. Writes timm's `.safetensors` or, for any other name, a checkpoint that the original code can
+also read. The flags of the model must match the source.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Run the method on real images in a few minutes: 5,000 of MNIST's handwritten digits.
 
-A teacher is trained on five labels per class and labels 3,450 other pictures; two noised students in
-turn are trained on both. A control is trained on the labels only, with as many updates as all three.
+A teacher is trained on five labels per class and labels 3,450 other pictures; two noised students
+are trained on both, in turn. A control is trained on the labels only, with as many updates as all
+three.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Evaluate robustness: on the paper's sets, or under attacks on and corruptions of your own set.
+"""Evaluate robustness: on the paper's sets, or on your set, attacked and corrupted.
 
 `python -m efficientnet_ns.evaluate_robustness --model_dir=DIR --imagenet_c=DIR … --report_dir=DIR`.
 `python -m efficientnet_ns.evaluate_robustness --model_dir=DIR --corrupt=all --epsilons=2,4

@@ -2,7 +2,7 @@
 
 `--format=savedmodel` writes a version for TensorFlow Serving, `--format=tflite` a file for TensorFlow
 Lite, `--format=onnx` one for ONNX Runtime. `--init_model_path` takes weights in any supported format: a
-checkpoint of this package or of the original, .h5, .safetensors.
+checkpoint of this package or of the original code, .h5, .safetensors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Filter and balance pseudo labels: predictions → statistics → selection → balanced records.
 
 One call handles all shards. Scripts that call it once per shard, with --shard_id, produce the same
-files: the first call makes statistics and selection, and each call writes the records of its shard.
+files: the first call computes statistics and selection; each call writes the records of its shard.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Import predictions of any model for unlabeled records, to filter and train on.
 
 `--source` is a .parquet, .npy, .npz, .csv or .jsonl file of probabilities or logits, or a folder of
-such files; several teachers are joined with ';'. Rows are matched to records by position, by file name
-or by a hash of the image; see `--key`.
+such files; separate several teachers with ';'. Rows are matched to records by position, file name or
+a hash of the image; see `--key`.
 """
 
 from __future__ import annotations

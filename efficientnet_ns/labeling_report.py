@@ -1,4 +1,4 @@
-"""Write `report.html` of a labeling run, from its predictions and its selection."""
+"""Write `report.html` for a labeling run, from its predictions and its selection."""
 
 from __future__ import annotations
 

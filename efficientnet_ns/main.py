@@ -1,6 +1,6 @@
 """Train, evaluate or predict: `python -m efficientnet_ns.main --mode=train --flagfile=flags/…`.
 
-Exit codes: 0 done; 2 a wrong flag or unusable data; 75 stopped by SIGTERM or Ctrl-C after saving:
+Exit codes: 0 done; 2 invalid flag or unusable data; 75 stopped by SIGTERM or Ctrl-C after saving:
 run the same command again to continue.
 """
 

@@ -1,4 +1,4 @@
-"""Two folders of pictures in, a good model out.
+"""Train a good model from two folders of pictures.
 
     python -m efficientnet_ns.noisy_student --labeled=photos --unlabeled=more_photos --work_dir=run
 
@@ -7,7 +7,7 @@ are trained on both. Rules derive every setting from the pictures and the machin
 settings and the estimated time); each flag overrides its rule. If killed, the same command continues.
 
 With folders of records instead (--label_data_dir, --task_name, --unlabel_data_dir), all settings come
-from the flags; prints one line of JSON per model.
+from the flags, and the output is one line of JSON per model.
 """
 
 from __future__ import annotations

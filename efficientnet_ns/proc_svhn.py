@@ -1,4 +1,4 @@
-"""Convert SVHN's .mat files to records, like the original's program of this name."""
+"""Convert SVHN's .mat files to records, like the original program of this name."""
 
 from __future__ import annotations
 

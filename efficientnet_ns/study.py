@@ -2,7 +2,7 @@
 
 `python -m efficientnet_ns.study --flagfile=flags/run/study/quick.flags --work_dir=runs/study`
 
-Every training, labeling and selection has a folder in `--work_dir` whose name is a hash of its
+Every training, labeling and selection run has a folder in `--work_dir` whose name is a hash of its
 settings, so work that arms and studies share is done once, and a killed study continues with
 the same command. Results: `study.json`, `study.md`, `study.png`, `study.html`.
 """

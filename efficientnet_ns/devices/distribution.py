@@ -25,20 +25,20 @@ T = TypeVar("T")
 
 
 class WorkerLost(RuntimeError):
-    """Another worker of the cluster went away, so this one cannot continue."""
+    """Another worker of the cluster was lost, so this one cannot continue."""
 
 
 def get_strategy(hardware: HardwareConfig, *, local_only: bool = False) -> tf.distribute.Strategy:
-    """The distribution strategy for the given hardware. Call it before TensorFlow computes anything.
+    """Returns the strategy for the given hardware. Call it before TensorFlow computes anything.
 
-    A TPU when one is named; several workers when TF_CONFIG describes a cluster; several local
-    devices when `num_replicas` requires it or there are several GPUs; else the one local device.
+    Uses a TPU if one is named, several workers if TF_CONFIG describes a cluster, several local
+    devices if `num_replicas` requires them or there are several GPUs, and otherwise one local device.
 
     Args:
       local_only: use only this machine's devices, even if TF_CONFIG describes a cluster.
 
     Raises:
-      ConfigError: fewer devices than num_replicas, or TF_CONFIG does not describe a cluster.
+      ConfigError: If there are fewer devices than num_replicas, or TF_CONFIG is invalid.
     """
     if hardware.use_tpu and hardware.tpu:
         return _tpu_strategy(hardware)
@@ -48,15 +48,15 @@ def get_strategy(hardware: HardwareConfig, *, local_only: bool = False) -> tf.di
                 f"--num_replicas={hardware.num_replicas}: with TF_CONFIG, a worker without GPUs is "
                 "one replica. Start more workers, or unset TF_CONFIG."
             )
-        # Without a timeout for its collectives: for each, TensorFlow would keep a thread asleep until
-        # then. Lost workers are noticed by their connections and heartbeats.
+        # No timeout for collectives: TensorFlow would keep a sleeping thread for each until it
+        # expires. Connections and heartbeats reveal lost workers.
         return tf.distribute.MultiWorkerMirroredStrategy()
     devices = _local_devices(hardware.num_replicas)
     return tf.distribute.MirroredStrategy(devices) if devices else tf.distribute.get_strategy()
 
 
 def _in_cluster(tf_config: str) -> bool:
-    """Whether TF_CONFIG describes a cluster; ConfigError when the description cannot be used."""
+    """Returns whether TF_CONFIG describes a cluster; raises ConfigError if it is invalid."""
     try:
         described = json.loads(tf_config)
         problem = None if isinstance(described, dict) else "it is not a JSON object"
@@ -69,7 +69,7 @@ def _in_cluster(tf_config: str) -> bool:
         problem = _cluster_problem(cluster, described.get("task"))
     if problem is not None:
         raise ConfigError(
-            f"the environment variable TF_CONFIG is wrong: {problem}. Expected: "
+            f"the environment variable TF_CONFIG is invalid: {problem}. Expected: "
             '{"cluster": {"worker": ["host:port", …]}, "task": {"type": "worker", "index": 0}}. '
             "Unset it to use one machine."
         )
@@ -82,9 +82,9 @@ def _cluster_problem(cluster: Any, task: Any) -> str | None:
     for job, addresses in cluster.items():
         is_list = isinstance(addresses, list)
         if not is_list or not all(re.fullmatch(r".+:\d+", str(a)) for a in addresses):
-            return f"{job} should be a list of host:port, but is {addresses!r}"
+            return f"{job} must be a list of host:port, but is {addresses!r}"
     if not isinstance(task, dict):
-        return "there is no task, which identifies this worker"
+        return "the task, which identifies this worker, is missing"
     kind, index = str(task.get("type")), str(task.get("index"))
     if kind not in cluster:
         return f"the task's type is {kind!r}, but the cluster has {', '.join(cluster)}"
@@ -98,35 +98,35 @@ def _tpu_strategy(hardware: HardwareConfig) -> tf.distribute.Strategy:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
             hardware.tpu, zone=hardware.tpu_zone, project=hardware.gcp_project
         )
-    except Exception as e:  # Of the network, of the TPU's service, or of credentials.
+    except Exception as e:  # Errors of the network, the TPU service or the credentials.
         raise ConfigError(
             f"--tpu={hardware.tpu} cannot be found ({e}): check --tpu, --tpu_zone={hardware.tpu_zone} "
             f"and --gcp_project={hardware.gcp_project}"
         ) from e
-    # `local` is the TPU of this very machine, to which there is nothing to connect.
+    # `local` is the TPU of this machine, which needs no connection.
     if hardware.tpu != "local":
         tf.config.experimental_connect_to_cluster(resolver)
-    # Must come before the strategy.
+    # Required before the strategy is created.
     tf.tpu.experimental.initialize_tpu_system(resolver)
     return tf.distribute.TPUStrategy(resolver)
 
 
 def _local_devices(num_replicas: int) -> list[str]:
-    """Names of the devices of a MirroredStrategy; none when one device does everything."""
+    """Returns the device names for a MirroredStrategy; [] if one device suffices."""
     kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
     if kind == "CPU" and num_replicas > 1:
         _split_cpu(num_replicas)
     available = len(tf.config.list_logical_devices(kind))
     if num_replicas > available:
         raise ConfigError(f"--num_replicas={num_replicas}, but there are {available} {kind}s")
-    # All GPUs unless told otherwise; but one CPU, whose parts would share its cores.
+    # By default all GPUs, but only one CPU, because its parts would share the cores.
     count = num_replicas or (available if kind == "GPU" else 1)
     return [f"{kind}:{i}" for i in range(count)] if count > 1 else []
 
 
 def _split_cpu(count: int) -> None:
     cpu = tf.config.list_physical_devices("CPU")[0]
-    # Divided already, as by an earlier training in this process.
+    # Already divided, e.g. by an earlier training run in this process.
     if len(tf.config.get_logical_device_configuration(cpu) or []) >= count:
         return
     try:
@@ -147,17 +147,17 @@ def start_xla() -> None:
 
 
 def set_precision(hardware: HardwareConfig, strategy: tf.distribute.Strategy) -> None:
-    """mixed_bfloat16 or float32, as `precision` and, on a TPU, `use_bfloat16` require."""
+    """Sets mixed_bfloat16 or float32, as `precision` and, on a TPU, `use_bfloat16` require."""
     policy = hardware.precision
     if policy == "auto":
         on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
         policy = "mixed_bfloat16" if on_tpu and hardware.use_bfloat16 else "float32"
-    # Layers take the policy that is global when they are made.
+    # Layers use the policy that is global when they are created.
     tf.keras.mixed_precision.set_global_policy(policy)
 
 
 def check(resolved: ResolvedConfig, strategy: tf.distribute.Strategy) -> None:
-    """Raises ConfigError unless the batches and the batch-norm groups divide the replicas evenly."""
+    """Raises ConfigError unless batches and batch-norm groups divide evenly among the replicas."""
     replicas, train = strategy.num_replicas_in_sync, resolved.config.train
     batches = {f"--train_batch_size={train.train_batch_size}": train.train_batch_size}
     if train.unlabel_ratio:
@@ -166,8 +166,8 @@ def check(resolved: ResolvedConfig, strategy: tf.distribute.Strategy) -> None:
     for name, size in batches.items():
         if size % replicas:
             raise ConfigError(
-                f"{name} does not divide by {replicas} replicas, so that they cannot have equal "
-                f"shares: choose a multiple of {replicas}"
+                f"{name} is not divisible by {replicas} replicas, which need equal shares: "
+                f"choose a multiple of {replicas}"
             )
     try:
         # Its message begins with the name of the setting, hence the dashes below.
@@ -176,28 +176,28 @@ def check(resolved: ResolvedConfig, strategy: tf.distribute.Strategy) -> None:
         raise ConfigError(f"--{e}") from e
     on_cpu = replicas > 1 and not tf.config.list_physical_devices("GPU")
     if compiles(resolved.config.hardware, strategy) and on_cpu:
-        raise ConfigError("--jit_compile: several CPU replicas cannot be compiled together by XLA")
+        raise ConfigError("--jit_compile: XLA cannot compile several CPU replicas together")
 
 
 def compiles(hardware: HardwareConfig, strategy: tf.distribute.Strategy) -> bool:
-    """Whether Keras must compile the step with XLA; on a TPU it is always compiled."""
+    """Returns whether Keras must compile the step with XLA; on a TPU it is always compiled."""
     return hardware.jit_compile and not isinstance(strategy, tf.distribute.TPUStrategy)
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process writes checkpoints, logs and results."""
+    """Returns whether this process writes checkpoints, logs and results."""
     return strategy.extended.should_checkpoint
 
 
 def distribute(
     strategy: tf.distribute.Strategy, make: Callable[[pipeline.Share], tf.data.Dataset]
 ) -> tf.distribute.DistributedDataset:
-    """The dataset of all hosts; each makes its own share of every batch, by `make(share)`."""
+    """Returns the dataset of all hosts; each makes its share of every batch with `make(share)`."""
     return strategy.distribute_datasets_from_function(lambda context: make(share(context)))
 
 
 def share(context: tf.distribute.InputContext) -> pipeline.Share:
-    """The share of each batch that a host prepares."""
+    """Returns the share of each batch that a host prepares."""
     return pipeline.Share(
         context.input_pipeline_id, context.num_input_pipelines, context.num_replicas_in_sync
     )
@@ -209,13 +209,13 @@ def eval_share(
     context: tf.distribute.InputContext,
     preprocessing: pipeline.Preprocessing | None = None,
 ) -> tf.data.Dataset:
-    """A host's share of the batches that evaluate on `source`; see `ResolvedConfig.eval_batches`."""
+    """Returns a host's share of `ResolvedConfig.eval_batches` of `source`."""
     return resolved.eval_batches(source, share(context), preprocessing)
 
 
 def check_agreement(strategy: tf.distribute.Strategy, step: int) -> None:
-    """Raises ConfigError when the workers would continue from different steps."""
-    # One process drives all replicas of any other strategy.
+    """Raises ConfigError if the workers would continue from different steps."""
+    # With any other strategy, one process drives all replicas.
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return
 
@@ -233,9 +233,9 @@ def check_agreement(strategy: tf.distribute.Strategy, step: int) -> None:
 
 
 def agreement(strategy: tf.distribute.Strategy) -> Callable[[bool], bool] | None:
-    """A function that all workers call at one point, and that is true for all if for any of them.
+    """Returns a function that all workers call together; it is True for all if for any of them.
 
-    None when there is one worker.
+    Returns None if there is only one worker.
     """
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return None
@@ -244,12 +244,12 @@ def agreement(strategy: tf.distribute.Strategy) -> Callable[[bool], bool] | None
     def wishes(own: tf.Tensor) -> tf.Tensor:
         return strategy.reduce("SUM", strategy.run(tf.identity, args=(own,)), axis=None)
 
-    # Not compared with 1: every replica of a worker adds its wish.
+    # The sum may exceed 1, because every replica of a worker adds its wish.
     return lambda wish: int(wishes(tf.constant(int(wish)))) > 0
 
 
 def chief_first(strategy: tf.distribute.Strategy, make: Callable[[], T]) -> T:
-    """`make()` of every worker, of the chief before the others, which find what it left."""
+    """Calls `make()` on the chief, then on the other workers, which can read what it wrote."""
     meet = agreement(strategy)
     if meet is None:
         return make()
@@ -259,7 +259,7 @@ def chief_first(strategy: tf.distribute.Strategy, make: Callable[[], T]) -> T:
     try:
         return make()
     finally:
-        # Even after an error: the others would wait without end.
+        # Even after an error, because the others would wait forever.
         meet(False)
 
 
@@ -273,7 +273,7 @@ _LOST = (
 
 @contextlib.contextmanager
 def noticing_lost_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
-    """Turns TensorFlow's error when another worker goes away into `WorkerLost`."""
+    """Turns TensorFlow's error about a lost worker into `WorkerLost`."""
     try:
         yield
     except _LOST as e:

@@ -1,4 +1,4 @@
-"""What must be settled before TensorFlow is imported: its Keras, its log, how it reads object stores."""
+"""Prepares the import of TensorFlow: which Keras it uses, its log, how it reads object stores."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from contextlib import contextmanager
 
 _LEGACY = "TF_USE_LEGACY_KERAS"
 _NATIVE_LOG = re.compile(
-    # TensorFlow's log of infos, warnings and errors, and the line that precedes it.
+    # TensorFlow's infos, warnings and errors, and the line that precedes them.
     rb"WARNING: All log messages before absl::InitializeLog|[IWE]\d{4} \d\d:\d\d:"
     # The interpreter of TensorFlow Lite.
     rb"|INFO: (Created TensorFlow Lite|Initialized TensorFlow Lite)"
     # The quantizer.
     rb"|fully_quantize: \d"
-    # The table of the converter of TensorFlow 2.15: "- arith.constant:   35 occurrences  (f32: 34, i32: 1)".
+    # The converter's table in TensorFlow 2.15: "- arith.constant:   35 occurrences  (f32: 34, i32: 1)".
     rb"|Summary on the non-converted ops|-{20,}$| \* (Accepted dialects|Non-Converted Ops|\d+ )"
     rb"|(- [\w.]+: +\d+ occurrences +|  )\(\w+: \d+.*\)$|$"
 )
-# Read when TensorFlow is imported. Lengths of files are not remembered, because other machines rewrite
-# leases and notes; and a reader holds, and requests, 8 MB at a time instead of 64, most of which a small
-# file or a jump would waste.
+# TensorFlow reads these on import. File sizes are not cached, because other machines rewrite leases
+# and notes. Readers request and buffer 8 MB at a time instead of 64, most of which small files and
+# seeks would waste.
 _OBJECT_STORES = {"GCS_STAT_CACHE_MAX_AGE": "0", "GCS_READ_CACHE_BLOCK_SIZE_MB": "8"}
-# The file descriptor is the process': threads take turns.
+# The file descriptor belongs to the whole process, so threads take turns.
 _STDERR = threading.RLock()
 
 
 def prepare() -> None:
-    """Makes `tf.keras` Keras 2, and the import of TensorFlow respect TF_CPP_MIN_LOG_LEVEL=3.
+    """Makes `tf.keras` Keras 2, and makes TensorFlow's import respect TF_CPP_MIN_LOG_LEVEL=3.
 
     Also sets how TensorFlow reads `gs://`, unless the environment does.
 
-    TensorFlow 2.15 contains only Keras 2. Later releases take it from the package
+    TensorFlow 2.15 contains only Keras 2. Later releases import it from the package
     tf_keras if TF_USE_LEGACY_KERAS is set.
 
     Raises:
-      ImportError: Keras 3 is selected, or `tf.keras` has been used and is Keras 3.
+      ImportError: If Keras 3 is selected, or `tf.keras` has already been used and is Keras 3.
     """
     if importlib.util.find_spec("tf_keras") is not None:
         if os.environ.setdefault(_LEGACY, "1") not in ("1", "true", "True"):
@@ -63,10 +63,10 @@ def prepare() -> None:
 
 def _keras_3_is_used() -> bool:
     keras = vars(sys.modules.get("tensorflow", os)).get("keras")
-    # TensorFlow decides at the first use; merely looking at an attribute would be one.
+    # TensorFlow decides at the first use, and even reading an attribute counts as one.
     if keras is None or vars(keras).get("_tfll_initialized") is False:
         return False
-    return getattr(keras, "__version__", "2").startswith("3")  # tf_keras has none here.
+    return getattr(keras, "__version__", "2").startswith("3")  # tf_keras has no version here.
 
 
 class _QuietImport(importlib.abc.MetaPathFinder):
@@ -83,7 +83,7 @@ class _QuietImport(importlib.abc.MetaPathFinder):
             load = spec.loader.exec_module
 
             def load_quietly(module) -> None:
-                # It is for one import.
+                # Needed for one import only.
                 sys.meta_path.remove(self)
                 if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "3":
                     with without_native_log():
@@ -106,7 +106,7 @@ def without_native_log() -> Iterator[None]:
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-            # Line by line, since Python and other libraries wrote to it, too.
+            # Line by line, because Python and other libraries also wrote to it.
             written.seek(0)
             for line in written:
                 if not _NATIVE_LOG.match(line):

@@ -316,7 +316,7 @@ def test_the_chief_counts_before_the_others(monkeypatch, fails):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"train_batch_size": 6}, "--train_batch_size=6 does not divide by 4 replicas"),
+        ({"train_batch_size": 6}, "--train_batch_size=6 is not divisible by 4 replicas"),
         ({"unlabel_ratio": 1.5, "train_batch_size": 4}, "--unlabel_ratio=1.5 .a batch of 6."),
         ({"num_shards_per_group": 3}, "--num_shards_per_group=3 does not divide 4 replicas"),
         ({"jit_compile": True}, "--jit_compile"),
@@ -438,9 +438,9 @@ COMMON = {
         ("{'cluster': 1}", "it is not JSON"),
         ("[]", "it is not a JSON object"),
         ('{"cluster": ["a:1"]}', "the cluster is not a JSON object"),
-        ('{"cluster": {"worker": "a:1"}}', "worker should be a list of host:port, but is 'a:1'"),
-        ('{"cluster": {"worker": ["a"]}}', "worker should be a list of host:port"),
-        ('{"cluster": {"worker": ["a:1"]}}', "there is no task"),
+        ('{"cluster": {"worker": "a:1"}}', "worker must be a list of host:port, but is 'a:1'"),
+        ('{"cluster": {"worker": ["a"]}}', "worker must be a list of host:port"),
+        ('{"cluster": {"worker": ["a:1"]}}', "the task, which identifies this worker, is missing"),
         (
             '{"cluster": {"worker": ["a:1"]}, "task": {"type": "chief", "index": 0}}',
             "the task's type is 'chief', but the cluster has worker",
@@ -453,7 +453,7 @@ COMMON = {
 )
 def test_wrong_descriptions_of_a_cluster(monkeypatch, text, problem):
     monkeypatch.setenv("TF_CONFIG", text)
-    with pytest.raises(ConfigError, match=f"TF_CONFIG is wrong: {problem}.*Unset it"):
+    with pytest.raises(ConfigError, match=f"TF_CONFIG is invalid: {problem}.*Unset it"):
         distribution.get_strategy(HardwareConfig())
 
 
