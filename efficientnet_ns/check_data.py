@@ -1,7 +1,8 @@
 """Find leaks and duplicates among evaluation, labeled and unlabeled images.
 
 Writes to --output_dir: report.html with pairs of pictures, copies.csv, and exclude.csv for
-`filter_unlabel --exclude`. With --prediction_dir, fingerprints are read from the index that labeling wrote.
+`filter_unlabel --exclude`. With --prediction_dir, fingerprints are read from the index that
+labeling wrote.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Settings resolved against task and model."""
+"""Resolves settings against task and model."""

@@ -27,7 +27,7 @@ from efficientnet_ns.resolve import stored_model
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedConfig:
-    """What a run works on.
+    """Resolved settings of a run.
 
     Attributes:
       config: the settings.
@@ -47,31 +47,31 @@ class ResolvedConfig:
     def from_config(
         cls, config: Config, weights_path: str | os.PathLike | None = None
     ) -> ResolvedConfig:
-        """Resolves and cross-checks; reads the task's file, and writes nothing.
+        """Resolves and cross-checks settings; reads the task's file and writes nothing.
 
         Args:
           config: without a `data_source`; see `ingest.data_source.with_records`.
-          weights_path: of the trained model that is used, see `stored_model.find`; what the settings
-            leave open is read there.
+          weights_path: path of the trained model, see `stored_model.find`; supplies the settings
+            that are not given.
 
         Raises:
-          ConfigError: names the flag that does not fit.
-          json_files.BrokenFile, tasks.TaskError: a file next to weights or records cannot be used.
+          ConfigError: If a setting is invalid; the message names its flag.
+          json_files.BrokenFile, tasks.TaskError: If a file next to weights or records is invalid.
         """
         check(config)
         if config.data.data_source:
             raise ConfigError(
-                f"--data_source={config.data.data_source} has no records yet; data_source.with_records "
-                "makes them"
+                f"--data_source={config.data.data_source} has no records yet; create them with "
+                "data_source.with_records"
             )
-        # --- What is not given: the model's, else the default
+        # --- Settings that are not given: the model's, else the default
         stored = stored_model.read(weights_path) if weights_path else stored_model.StoredModel()
         task = _task(config.data.task_name, stored)
-        # Asked before the name is filled in below: only a task that nobody chose is questioned.
+        # Before the name is filled in below, because only a default task needs this check.
         if config.data.task_name is None and stored.task is None:
             _check_task_of_records(config.data.label_data_dir or "", task)
         config = stored.complete(config)
-        # None means not given. From here on a documented default is a setting like any other.
+        # None means not given. From here on, documented defaults are settings like any other.
         task_name, model_name = (
             as_dict(config.data)["task_name"],
             as_dict(config.model)["model_name"],
@@ -89,7 +89,7 @@ class ResolvedConfig:
             )
         for name in ("dropout_rate", "stochastic_depth_rate"):
             rate = getattr(config.model, name)
-            # The bound of the flags includes 1, but what is kept is divided by 1 - rate.
+            # The flags accept 1, but what is kept is divided by 1 - rate.
             if rate is not None and rate >= 1:
                 raise ConfigError(f"--{name}={rate} must be below 1")
         return cls(
@@ -102,7 +102,7 @@ class ResolvedConfig:
 
     @property
     def model_name(self) -> str:
-        """The variant."""
+        """Name of the variant."""
         return needed(self.config.model.model_name, "model_name")
 
     @property
@@ -112,13 +112,13 @@ class ResolvedConfig:
 
     @property
     def steps_to_run(self) -> int:
-        """Update steps that are taken: all of the schedule, or its last `train_last_step_num`."""
+        """Update steps to run: the whole schedule, or its last `train_last_step_num`."""
         last = self.config.train.train_last_step_num
         return self.train_steps if last < 0 else int(last * self.config.train.train_ratio)
 
     @property
     def images_per_step(self) -> int:
-        """Images the student computes per update, over all replicas."""
+        """Images that the student processes per update, over all replicas."""
         return self.config.train.train_batch_size + self.unlabeled_batch_size
 
     @property
@@ -132,11 +132,12 @@ class ResolvedConfig:
         return self.config.train.train_batch_size * self.config.train.label_data_sample_prob
 
     def labeled_source(self) -> pipeline.Source:
-        """The labeled records to train on: the first `num_train_shards`, or all.
+        """Returns the labeled records to train on: the first `num_train_shards` shards, or all.
 
         Raises:
-          DataError: there are none, or they cannot be counted.
-          ConfigError: no `label_data_dir`, or fewer shards than `num_train_shards`.
+          DataError: If there are none, or they cannot be counted.
+          ConfigError: If there is no `label_data_dir`, or there are fewer shards than
+            `num_train_shards`.
         """
         spare = self.config.train.model_dir
         source = pipeline.Source.find(self._label_data_dir, self.task.train_set, spare=spare)
@@ -146,25 +147,25 @@ class ResolvedConfig:
     def evaluation_source(
         self, prefix: str | None = None, limit: str = "num_eval_images"
     ) -> pipeline.Source:
-        """The labeled records to measure on, all of them or the first.
+        """Returns the labeled records to evaluate on: all of them, or the first.
 
         Args:
-          prefix: of the set; None: the task's evaluation set.
-          limit: the setting that states how many.
+          prefix: prefix of the set; None: the task's evaluation set.
+          limit: name of the setting that states how many.
 
         Raises:
-          DataError: there are none, or one is damaged.
-          ConfigError: no `label_data_dir`, or fewer records than the limit.
+          DataError: If there are none, or one is damaged.
+          ConfigError: If there is no `label_data_dir`, or there are fewer records than the limit.
         """
-        # Accuracy on a part of a damaged set would not be comparable: no record may be missing.
+        # No record may be missing: accuracy on part of a damaged set would not be comparable.
         prefix, folders = prefix or self.task.eval_set, self._label_data_dir
-        # Asked first, because the message for a missing evaluation set names ways out.
+        # Checked first, because the message for a missing evaluation set lists alternatives.
         pattern = rf"{re.escape(prefix)}-\d.*"
         if not any(listed(folder, pattern) for folder in folders.split(";")):
             raise DataError(
                 f"no records {prefix}-00000-of-… to evaluate on in {folders}. Make them with make_records "
-                "(--validation_fraction=0.1, or --image_set=validation of other images), name a set "
-                "that is there as eval_set in the task's file (--task_name), or train without "
+                "(--validation_fraction=0.1, or --image_set=validation of other images), name an "
+                "existing set as eval_set in the task's file (--task_name), or train without "
                 "evaluation: --mode=train"
             )
         spare = self.config.train.model_dir
@@ -179,18 +180,18 @@ class ResolvedConfig:
         return needed(folder, "label_data_dir", "the folder with the labeled records")
 
     def epoch_images(self, labeled: pipeline.Source | None = None) -> int:
-        """Labeled images that make an epoch: as configured, the task's, or as many as there are.
+        """Returns the labeled images per epoch: as configured, the task's, or as many as there are.
 
         Args:
-          labeled: `labeled_source`, if known; else it is found when needed.
+          labeled: `labeled_source`, if known; otherwise it is found if necessary.
         """
         known = self.config.data.num_train_images or self.task.num_train_images
         return known or (labeled or self.labeled_source()).total
 
     def build_model(self) -> tf.keras.Model:
-        """A new student, of which nothing is frozen yet."""
+        """Builds a new student, with nothing frozen."""
         model, train = self.config.model, self.config.train
-        # Below, the quantity is the survival probability; only the flag states its complement.
+        # Only the flag states the drop rate; the model takes the survival probability.
         drop_rate = 0.2 if model.stochastic_depth_rate is None else model.stochastic_depth_rate
         return efficientnet.build_model(
             self.model_name,
@@ -210,7 +211,7 @@ class ResolvedConfig:
     @property
     def teacher_image_size(self) -> int:
         """Resolution of the on-the-fly teacher."""
-        # Differs (6): it can be chosen.
+        # Differs (6): it is configurable.
         if self.config.train.teacher_image_size:
             return self.config.train.teacher_image_size
         if self.small_image:
@@ -218,7 +219,7 @@ class ResolvedConfig:
         return efficientnet.get_variant(self.config.train.teacher_model_name or "").resolution
 
     def build_teacher(self) -> tf.keras.Model:
-        """A new on-the-fly teacher, at its variant's own width and depth."""
+        """Builds a new on-the-fly teacher with its variant's width and depth."""
         name = self.config.train.teacher_model_name or ""
         return efficientnet.build_model(
             name,
@@ -229,7 +230,7 @@ class ResolvedConfig:
         )
 
     def preprocessing(self, augment_name: str | None = None) -> pipeline.Preprocessing:
-        """Preprocessing at the student's resolution, augmented when `augment_name` is given."""
+        """Returns preprocessing at the student's resolution, augmented if a name is given."""
         return pipeline.Preprocessing(
             image_size=self.image_size,
             small_image=self.small_image,
@@ -243,7 +244,7 @@ class ResolvedConfig:
         data = self.config.data
         if name in (None, "none", "clean"):
             return None
-        # The original calls RandAugment v1.
+        # "v1" is the original's name for RandAugment.
         if name in ("randaugment", "v1"):
             return RandAugment(
                 num_layers=data.randaug_layer,
@@ -262,12 +263,12 @@ class ResolvedConfig:
 
     @property
     def labeled_preprocessing(self) -> pipeline.Preprocessing:
-        """What training does to labeled images."""
+        """Preprocessing of labeled images in training."""
         return self.preprocessing(self.config.data.augment_name)
 
     @property
     def unlabeled_preprocessing(self) -> pipeline.Preprocessing:
-        """What training does to unlabeled images."""
+        """Preprocessing of unlabeled images in training."""
         data = self.config.data
         return self.preprocessing(data.augment_name if data.unl_aug == "default" else data.unl_aug)
 
@@ -279,10 +280,10 @@ class ResolvedConfig:
         share: pipeline.Share = pipeline.WHOLE,
         order_since: int = 0,
     ) -> tf.data.Dataset:
-        """Endless joint batches beginning at update `start_step`; see `student.NoisyStudent`.
+        """Returns endless joint batches from update `start_step` on; see `student.NoisyStudent`.
 
         Args:
-          share: which rows of each batch, and how many at a time.
+          share: which rows of each batch to prepare, and how many at a time.
           order_since: see `streams.Plan.step`.
         """
         data, train = self.config.data, self.config.train
@@ -311,7 +312,7 @@ class ResolvedConfig:
                 )
             weak = None
             if train.consistency_threshold:
-                # Weak augmentation as in FixMatch: the student's crop or shift, and flip only.
+                # Weak augmentation as in FixMatch: only the student's crop or shift, and flip.
                 weak = dataclasses.replace(self.unlabeled_preprocessing, augmentation=None)
             parts.append(
                 pipeline.unlabeled_batches(
@@ -331,12 +332,12 @@ class ResolvedConfig:
         share: pipeline.Share = pipeline.WHOLE,
         preprocessing: pipeline.Preprocessing | None = None,
     ) -> tf.data.Dataset:
-        """Every record of `source` once; see `pipeline.eval_batches`.
+        """Returns batches of every record of `source`, once each; see `pipeline.eval_batches`.
 
         Args:
           preprocessing: None: `self.preprocessing()`.
         """
-        # Rounded up, because the replicas must divide the batch.
+        # Rounded up, because the batch must be divisible by the number of replicas.
         per_replica = math.ceil(self.config.evaluation.eval_batch_size / share.replicas)
         return pipeline.eval_batches(
             source,
@@ -352,18 +353,18 @@ class ResolvedConfig:
         *labeled: pipeline.Source | None,
         unlabeled: pipeline.Source | None = None,
     ) -> Iterator[None]:
-        """Turns an input error inside the block into DataError that names the record behind it.
+        """Turns an input error inside the block into a DataError that names the record.
 
-        TensorFlow's own message does not. The records are read again to find it; an error that no
-        record explains stays as it is.
+        TensorFlow's message does not name it, so the records are read again to find it. An error
+        that no record explains is left unchanged.
 
         Args:
           labeled: sources that the block reads; None means no source.
-          unlabeled: the same, of records that are used without `image/class/label`.
+          unlabeled: the same, for records whose `image/class/label` is not used.
         """
         try:
             yield
-        # An image, a label or a shape that cannot be used; a damaged record.
+        # An invalid image, label or shape; a damaged record.
         except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
             logging.error("%s\nLooking for the record that caused this.", str(e).splitlines()[0])
             checks = [
@@ -375,7 +376,7 @@ class ResolvedConfig:
                 if place:
                     raise DataError(
                         f"a record cannot be used: {place}. Repair or remove it, and start the same "
-                        "command again; what is finished is kept."
+                        "command again; finished work is kept."
                     ) from e
             raise
 
@@ -384,14 +385,14 @@ class ResolvedConfig:
 
     def _check_unlabeled(self, payload: bytes) -> None:
         pipeline.check_image(payload)
-        # A teacher on the fly and FixMatch read only the image: such records need no pseudo labels.
+        # An on-the-fly teacher and FixMatch read only the image, so records need no pseudo labels.
         if not (self.config.train.teacher_model_name or self.config.train.consistency_threshold):
             tfexamples.parse_pseudo_labeled(tf.constant(payload), self.num_classes)
             self._check_labeled(payload)
 
 
 def normalization(model_name: str, task: tasks.Task) -> dict[str, Any]:
-    """`mean` and `std` of a model's pixels: the task's where it states them, else the variant's."""
+    """Returns `mean` and `std` of a model's pixels: the task's if given, else the variant's."""
     variant = efficientnet.get_variant(model_name)
     return {"mean": task.mean or variant.mean, "std": task.std or variant.std}
 
@@ -402,10 +403,10 @@ def _limited(
     setting: str,
     number: int | None,
 ) -> pipeline.Source:
-    """`take(number)`; all of `source` if the number is None.
+    """Returns `take(number)`, or all of `source` if the number is None.
 
     Raises:
-      ConfigError: `take` raises DataError for this number; names `setting`.
+      ConfigError: If `take` raises DataError for this number; the message names `setting`.
     """
     try:
         return source if number is None else take(number)
@@ -415,7 +416,7 @@ def _limited(
 
 
 def _check_task_of_records(folders: str, default: tasks.Task) -> None:
-    """ConfigError if the task next to the labeled records has other classes than the default one."""
+    """Raises ConfigError if the task next to the labeled records has another number of classes."""
     for folder in filter(None, folders.split(";")):
         path = os.path.join(folder, tasks.TASK_FILE)
         if not tf.io.gfile.exists(path):
@@ -429,10 +430,10 @@ def _check_task_of_records(folders: str, default: tasks.Task) -> None:
 
 
 def _task(name: str | None, stored: stored_model.StoredModel) -> tasks.Task:
-    """The task that is given, else the model's; normalized as the model, in any case.
+    """Returns the given task, else the model's, in both cases with the model's normalization.
 
     Raises:
-      ConfigError: there is no such task, or it is not one for the model.
+      ConfigError: If there is no such task, or it does not fit the model.
     """
     if name is None and stored.task is not None:
         task = stored.task
@@ -441,7 +442,7 @@ def _task(name: str | None, stored: stored_model.StoredModel) -> tasks.Task:
         try:
             task = tasks.get_task(name)
         except tasks.TaskError as e:
-            # The task of the training, whose file may have gone.
+            # The task of the training run, whose file may no longer exist.
             if name != stored.task_name or stored.task is None:
                 raise ConfigError(f"--task_name: {e}") from e
             task = stored.task
