@@ -1,8 +1,8 @@
-"""Leaks and duplicates: images that are in several sets, or several times in one.
+"""Finds leaks and duplicates: images that are in several sets, or several times in one set.
 
-Writes, below the output folder: `report.html` with totals and pairs of pictures, `copies.csv` with
-every image that is a copy of an earlier one, and `exclude.csv`, the part of it to leave out. Evaluation
-images always stay; labeled ones are left out if they are copies of evaluation images, unlabeled ones
+Writes to the output folder: `report.html` with totals and pairs of pictures, `copies.csv` with
+every image that is a copy of an earlier one, and `exclude.csv`, the copies to exclude. Evaluation images
+are always kept; labeled ones are excluded if they are copies of evaluation images, unlabeled ones
 if they are copies of any other image.
 """
 
@@ -44,16 +44,16 @@ _PIXELS = 192
 
 
 def check_data(options: CheckConfig) -> dict[str, Any]:
-    """Looks for copies among evaluation, labeled and unlabeled images, and writes what was found.
+    """Finds copies among evaluation, labeled and unlabeled images, and writes the results.
 
     Returns:
-      `copies`: number of images by `<role> of <role>`; `excluded`: how many images `exclude.csv`
-      lists; `report`: path of the page.
+      `copies`: number of images by `<role> of <role>`; `excluded`: number of images in
+      `exclude.csv`; `report`: path of the page.
 
     Raises:
-      ConfigError: no set is given, or no task tells the sets of a labeled folder apart.
-      DataError: shards of a set are missing, or predictions that cannot be used.
-      manifests.OutputConflict: the fingerprints in the output folder are of other records.
+      ConfigError: If no set is given, or no task identifies the sets of a labeled folder.
+      DataError: If shards of a set are missing, or predictions cannot be used.
+      manifests.OutputConflict: If the fingerprints in the output folder are of other records.
     """
     check(options)
     require(options, "output_dir")
@@ -68,7 +68,7 @@ def check_data(options: CheckConfig) -> dict[str, Any]:
     path = os.path.join(options.output_dir, "report.html")
     _write_report(path, sets, search, totals)
     result: dict[str, Any] = {"copies": {}, "excluded": len(excluded), "report": path}
-    # Equal files and near copies, which the report lists apart, are added up.
+    # Sums equal files and near copies, which the report lists separately.
     for (role, of_role, _), (number, _) in totals.items():
         name = f"{ROLES[role]} of {ROLES[of_role]}"
         result["copies"][name] = result["copies"].get(name, 0) + number
@@ -81,15 +81,15 @@ def _sets(options: CheckConfig) -> list[ImageSet]:
     def add(role: int, folder: str, prefix: str) -> None:
         files = shard_names.list_shards(folder, prefix)
         marks = _marks_folder(options, ROLES[role], prefix, folder)
-        # A cropped copy is found by crops of its original. As these triple the work, only
-        # evaluation images have them.
+        # Crops of an image find its cropped copies. They triple the work, so only evaluation
+        # images have them.
         made = image_marks.write_marks(files, marks, crops=role == EVALUATION)
         sets.append(ImageSet(role, f"{prefix} of {folder}", files, made))
 
     for folder in filter(None, options.label_data_dir.split(";")):
         task = _task(options, folder)
         held_out = [name for name in (task.eval_set, task.test_set) if name]
-        # Without repetition: one set may serve for evaluation and test.
+        # No repetition: one set may serve as evaluation and test set.
         for prefix in dict.fromkeys(held_out):
             if _has(folder, prefix):
                 add(EVALUATION, folder, prefix)
@@ -97,7 +97,7 @@ def _sets(options: CheckConfig) -> list[ImageSet]:
             add(LABELED, folder, task.train_set)
     for folder in filter(None, options.eval_data_dir.split(";")):
         before = len(sets)
-        # Including `train`, as make_records calls a labeled set unless --image_set is given.
+        # Includes `train`, the name of a labeled set in make_records unless --image_set is given.
         for prefix in ("validation", "dev", "test", "train"):
             if _has(folder, prefix):
                 add(EVALUATION, folder, prefix)
@@ -108,14 +108,14 @@ def _sets(options: CheckConfig) -> list[ImageSet]:
     if options.unlabel_data_dir:
         sets.append(_unlabeled(options))
     if not sets:
-        raise ConfigError("--label_data_dir, --eval_data_dir or --unlabel_data_dir is needed")
+        raise ConfigError("--label_data_dir, --eval_data_dir or --unlabel_data_dir is required")
     return sorted(sets, key=lambda one: one.role)
 
 
 def _task(options: CheckConfig, folder: str) -> tasks.Task:
     path = options.task_name or os.path.join(folder, tasks.TASK_FILE)
     if not options.task_name and not tf.io.gfile.exists(path):
-        raise ConfigError(f"--task_name is needed, to tell the sets in {folder} apart")
+        raise ConfigError(f"--task_name is required to identify the sets in {folder}")
     return tasks.get_task(path)
 
 
@@ -142,10 +142,10 @@ def _unlabeled(options: CheckConfig) -> ImageSet:
 
 
 def _noted(folder: str, num_shards: int) -> tuple[list[str], int]:
-    """The indexes of a labeling, with fingerprints, and how many workers there are per shard."""
+    """Returns the indexes of a labeling run, with fingerprints, and the workers per shard."""
     shards = range(num_shards)
     workers = 0
-    # The number of workers is not stored in an index: that of the first shard holds for all.
+    # Indexes do not store the number of workers; the first shard's applies to all.
     while tf.io.gfile.exists(os.path.join(folder, shard_names.index_name(0, num_shards, workers))):
         workers += 1
     paths = [
@@ -159,13 +159,13 @@ def _noted(folder: str, num_shards: int) -> tuple[list[str], int]:
             f"--prediction_dir={folder} lacks the index of a shard, for example "
             f"{(missing or [shard_names.index_name(0, num_shards, 0)])[0]}: label all shards first"
         )
-    # One labeling writes all of its indexes with the same columns, so the first one shows them.
+    # A labeling run writes all indexes with the same columns, so the first one is enough.
     db = parquet_sql.connect(1, first=paths[:1])
     columns = {name for name, *_ in db.execute("DESCRIBE first").fetchall()}
     if not set(fingerprints.COLUMNS) <= columns:
         raise DataError(
-            f"the index in --prediction_dir={folder} has no fingerprints (of an import, an exported "
-            "model, or an earlier version): drop --prediction_dir to read the images"
+            f"the index in --prediction_dir={folder} has no fingerprints (it is of an import, an "
+            "exported model, or an earlier version): drop --prediction_dir to read the images"
         )
     return paths, workers
 
@@ -184,7 +184,7 @@ def _write_list(path: str, copies: Sequence[Copy], names: Mapping[tuple[str, int
 
 
 def _names(copies: Sequence[Copy]) -> dict[tuple[str, int], str]:
-    """File names by record, where a person acts on them: of evaluation and labeled images."""
+    """Returns file names by record, for the images that users act on: evaluation and labeled."""
     wanted: dict[str, set[int]] = {}
     for copy in copies:
         for role, file, record in (copy[:3], copy[3:6]):
@@ -223,7 +223,7 @@ def _write_report(
         report.Section("Copies", report.table(rows)),
         report.Section("Sets", report.table(listed)),
     ]
-    # Leaks of evaluation images first, whatever they leaked into.
+    # Leaks of evaluation images first, in every set.
     for role, of_role in sorted({key[:2] for key in totals}, key=lambda pair: (pair[1], pair[0])):
         where = f"place.role = {role} AND origin.role = {of_role}"
         title = f"{ROLES[role].capitalize()} images that are copies of {ROLES[of_role]} images"
@@ -232,17 +232,18 @@ def _write_report(
         path,
         title="Leaks and duplicates",
         intro=(
-            "Each image is listed with the first one that it is a copy of: evaluation images come "
-            "first, then labeled ones, then unlabeled ones. Near copies have fingerprints of 256 bits "
-            f"that differ in at most {fingerprints.THRESHOLD}: recompressed, resized, gray, and of "
-            "evaluation images also center crops. Look at the pairs before you use exclude.csv."
+            "Each image is listed with the first image that it is a copy of: evaluation images "
+            "come first, then labeled ones, then unlabeled ones. Near copies have 256-bit "
+            f"fingerprints that differ in at most {fingerprints.THRESHOLD} bits: recompressed, resized "
+            "or gray copies, and center crops of evaluation images. Review the pairs before you use "
+            "exclude.csv."
         ),
         sections=sections,
     )
 
 
 def _pairs(copies: Sequence[Copy]) -> str:
-    """Pictures of the pairs, the most different first."""
+    """Renders the pairs as pictures, the most different first."""
     items = []
     for copy in copies:
         alike = "same file" if copy.distance < 0 else f"{copy.distance} bits"
@@ -251,5 +252,5 @@ def _pairs(copies: Sequence[Copy]) -> str:
             name = tfexamples.file_name(payload) or f"{os.path.basename(file)} {record}"
             picture = report.thumbnail(tfexamples.image_if_any(payload), _PIXELS)
             items.append((picture, f"{name}: {alike}"))
-    text = "Pairs of the first image and its copy, those that differ most first."
+    text = "Pairs of the first image and its copy, the most different first."
     return report.paragraph(text) + report.image_grid(items, columns=8, pixel_size=96)

@@ -1,10 +1,10 @@
-"""Labeled images whose label is probably wrong, by confident learning (arXiv 1911.00068).
+"""Finds labels that are probably wrong, by confident learning (arXiv 1911.00068).
 
-From predictions of a model that did not learn from these labels: the threshold of a class is the mean
-probability of the class over the images labeled so. An image is doubtful if, of the classes whose
-probability reaches their threshold, the most probable is not its label. The order is that of the
-margin: the label's probability minus the largest of the other classes. Two passes over the
-predictions, in memory that grows with the classes and the doubtful images only.
+Uses predictions of a model that was not trained on these labels. The threshold of a class is its
+mean probability over the images with that label. An image is doubtful if, among the classes whose
+probability reaches their threshold, the most probable is not its label. Images are sorted by
+margin: the label's probability minus the largest of the other classes. Takes two passes over the
+predictions; memory grows only with the classes and the doubtful images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index, unlabeled_set
 
 _AT_ONCE = 1024  # Records.
-# The page embeds its pictures, of at most _PIXELS each way: so many in all, and of each class.
+# The page embeds at most this many pictures in all and per class, of at most _PIXELS per side.
 _PICTURES, _PER_CLASS, _PIXELS = 48, 12, 192
 _LISTED_CLASSES = 30  # With pictures; the table lists all.
 
@@ -34,9 +34,9 @@ class Doubt(NamedTuple):
 
     Attributes:
       margin: probability of the label minus the largest of the other classes, in -1..1. It is
-        positive where the label is the most probable class but misses its threshold.
-      file, record: its place.
-      name: of the file that the record was made from, "" if it keeps none.
+        positive if the label is the most probable class but below its threshold.
+      file, record: its position.
+      name: name of the file that the record was made from; "" if it stores none.
       label, suggested: classes.
       prob: probability of `suggested`.
     """
@@ -51,7 +51,7 @@ class Doubt(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Some predictions for labeled images.
+    """A group of predictions for labeled images.
 
     Attributes:
       probs: probabilities [N, C].
@@ -74,9 +74,9 @@ def check_labels(options: LabelsConfig) -> dict[str, Any]:
       `report`: path of the page.
 
     Raises:
-      ConfigError: a folder is not given.
-      tasks.TaskError: there is no such task, or none next to the predictions.
-      DataError: predictions are missing, or do not fit the records.
+      ConfigError: If a folder is not given.
+      tasks.TaskError: If there is no such task, or none next to the predictions.
+      DataError: If predictions are missing, or do not match the records.
     """
     check(options)
     require(options, "label_data_dir", "prediction_dir", "output_dir")
@@ -86,7 +86,7 @@ def check_labels(options: LabelsConfig) -> dict[str, Any]:
     prefix, num_shards = unlabeled_set.find(
         options.label_data_dir, options.file_prefix, options.num_shards
     )
-    # `index` finds files by the settings of a selection; the labeled set is its unlabeled one here.
+    # `index` finds files by selection settings; here, the labeled set acts as the unlabeled one.
     places = SelectConfig(
         unlabel_data_dir=options.label_data_dir,
         prediction_dir=options.prediction_dir,
@@ -108,17 +108,17 @@ def check_labels(options: LabelsConfig) -> dict[str, Any]:
 
 
 def _rows(places: SelectConfig) -> Iterator[_Rows]:
-    """The labeled images that have a prediction, in order."""
+    """Yields the labeled images that have a prediction, in order."""
     workers = index.count_workers(places)
     for shard in index.shards(places):
         source = index.input_path(places, shard)
         paths = [index.prediction_path(places, shard, worker) for worker in range(workers)]
         readers = [tfrecords.read(path) for path in paths]
-        # Of W workers, w predicted the records w, w + W, w + 2W …: by turns they are in order.
+        # Worker w of W predicted records w, w + W, w + 2W, …: cycling restores their order.
         predictions = itertools.cycle(readers)
         records = tfrecords.read(source)
         while some := list(itertools.islice(records, _AT_ONCE)):
-            # Damaged records and images keep their places on both sides, so the pairs stay in step.
+            # Damaged records and images keep their places in both files, so the pairs stay aligned.
             pairs = [(record, next(next(predictions), None)) for record in some]
             if lost := [record.position for record, found in pairs if found is None]:
                 path = paths[lost[0] % workers]
@@ -137,7 +137,7 @@ def _rows(places: SelectConfig) -> Iterator[_Rows]:
                     f"{source}: labels up to {max(labels)} and predictions of {probs.shape[1]} classes, but "
                     f"the task has {places.num_label_classes}"
                 )
-            # A label of -1 is none; zeros stand for an image that the model could not read.
+            # -1 means no label; zeros mean an image that the model could not read.
             known = np.flatnonzero((np.array(labels) >= 0) & (probs.max(1) > 0))
             own = (
                 np.array(labels)[known],
@@ -149,25 +149,25 @@ def _rows(places: SelectConfig) -> Iterator[_Rows]:
             if next(rest, None) is not None:
                 raise DataError(
                     f"{path} has predictions for more records than {source} holds: they belong to another "
-                    "set. --file_prefix names the one that was predicted"
+                    "set. Set --file_prefix to the one that was predicted"
                 )
 
 
 def _thresholds(places: SelectConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Of each class: the mean probability over the images labeled so (inf without), and how many."""
+    """Returns, per class, the mean probability over its images (inf if none), and their number."""
     total, images = np.zeros(places.num_label_classes), np.zeros(places.num_label_classes, np.int64)
     for rows in _rows(places):
         own = rows.probs[np.arange(len(rows.labels)), rows.labels]
         total += np.bincount(rows.labels, own, len(total))
         images += np.bincount(rows.labels, minlength=len(total))
     if not images.any():
-        raise DataError(f"no record of {places.unlabel_data_dir} has a label and a prediction")
-    # A class that no image is labeled with has no mean: inf keeps it from being suggested.
+        raise DataError(f"no record in {places.unlabel_data_dir} has a label and a prediction")
+    # A class without labeled images has no mean; inf keeps it from being suggested.
     return np.where(images > 0, total / np.maximum(images, 1), np.inf), images
 
 
 def _doubtful(rows: _Rows, thresholds: np.ndarray) -> Iterator[Doubt]:
-    # -1 for classes below their thresholds. Where all are, nothing contradicts the label.
+    # -1 for classes below their thresholds. If all are below, nothing contradicts the label.
     reached = np.where(rows.probs >= thresholds, rows.probs, -1)
     suggested = reached.argmax(1)
     doubtful = (reached.max(1) >= 0) & (suggested != rows.labels)
@@ -198,7 +198,7 @@ def _write_report(
     by_class: dict[int, list[Doubt]] = {}
     for one in doubts:
         by_class.setdefault(one.label, []).append(one)
-    # Never a division by 0: a doubtful image has its label from among `images`.
+    # No division by 0: every doubtful image is counted in `images`.
     order = sorted(by_class, key=lambda label: -len(by_class[label]) / images[label])
     rows = [
         {
@@ -221,10 +221,11 @@ def _write_report(
         path,
         title="Doubtful labels",
         intro=(
-            f"{len(doubts)} of {images.sum()} images in {options.label_data_dir} whose label the "
-            f"predictions in {options.prediction_dir} contradict, by confident learning. Below each "
-            "picture: its label, the suggested one with its probability, and its file. Where the predictions are of a model that "
-            "learned from these labels, it repeats most errors: use one that did not."
+            f"{len(doubts)} of {images.sum()} images in {options.label_data_dir} have a label that "
+            f"the predictions in {options.prediction_dir} contradict, by confident learning. Below "
+            "each picture: its label, the suggested one with its probability, and its file. A model "
+            "trained on these labels repeats most of their errors: use predictions of one that was "
+            "not."
         ),
         sections=[
             report.Section("Most doubtful", _grid(doubts[:_PICTURES], names)),

@@ -1,6 +1,6 @@
-"""Hashes and fingerprints of the images in record files, where no labeling has noted them.
+"""Hashes and fingerprints of the images in record files, if no labeling run stored them.
 
-One Parquet file per file of records, with a row per image and crop: `record` int64, `crop` int32 (0:
+One Parquet file per record file, with a row per image and crop: `record` int64, `crop` int32 (0:
 the image itself), and `fingerprints.COLUMNS`. Images that cannot be read have no row.
 """
 
@@ -25,24 +25,24 @@ _AT_ONCE = 256  # Images.
 
 
 def write_marks(sources: Sequence[str], folder: str, *, crops: bool) -> list[str]:
-    """Writes the marks of each file below `folder`; finished ones are verified and skipped.
+    """Writes the marks of each file to `folder`; finished ones are verified and skipped.
 
     Args:
-      sources: record files, with different names.
-      crops: also of `fingerprints.crops` of each image.
+      sources: record files, with distinct names.
+      crops: whether to also mark `fingerprints.crops` of each image.
 
     Returns:
       The paths of the Parquet files, in the order of `sources`.
 
     Raises:
-      manifests.OutputConflict: marks in `folder` are of other records or settings.
+      manifests.OutputConflict: If marks in `folder` are of other records or settings.
     """
     made = []
     look = _Look(crops)
     with Progress(len(sources), f"looking at the images of {folder}", "files") as progress:
         for source in sources:
             path = os.path.join(folder, f"{os.path.basename(source)}.parquet")
-            # By names and sizes: the images are not read again to see that they are the same.
+            # Compared by names and sizes, so that the images are not read again.
             settings = {"input": manifests.fingerprint([source]), "crops": crops}
             stage = manifests.Stage(f"{path}.manifest.json", [path], settings)
             if not stage.done():
@@ -56,7 +56,7 @@ def _write(source: str, stage: manifests.Stage, look: _Look) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    # Closed in reverse order: the footer is written and the file is whole before the stage takes
+    # Closed in reverse order: the file is complete, including its footer, before the stage records
     # its size and renames it.
     with (
         stage.write() as (temporary, counts),
@@ -66,7 +66,7 @@ def _write(source: str, stage: manifests.Stage, look: _Look) -> None:
     ):
         records, total = _images(source), 0
         while some := list(itertools.islice(records, _AT_ONCE)):
-            # `map` keeps the order of the records, so that equal records make equal files.
+            # `map` keeps the order of the records, so equal records produce equal files.
             found = [rows for rows in pool.map(look, some) if rows is not None]
             if found:
                 columns = map(np.concatenate, zip(*found))
@@ -76,16 +76,16 @@ def _write(source: str, stage: manifests.Stage, look: _Look) -> None:
 
 
 def _images(source: str) -> Iterator[tuple[int, bytes]]:
-    """(position, encoded image) of the records that have one."""
+    """Yields (position, encoded image) of the records that contain an image."""
     for record in tfrecords.read(source):
         image = tfexamples.image_if_any(record.payload)
-        # What claims too many pixels must not reach a decoder, which would allocate them.
+        # An image that claims too many pixels must not reach a decoder, which would allocate them.
         if image and not image_headers.problem(image):
             yield record.position, image
 
 
 class _Look:
-    """(record, image) → the columns of its rows; None if it cannot be decoded."""
+    """Maps (record, image) to the columns of its rows; None if it cannot be decoded."""
 
     def __init__(self, crops: bool):
         @tf.function(input_signature=[tf.TensorSpec([], tf.string)])
@@ -93,7 +93,7 @@ class _Look:
             pixels = images.decode(encoded)
             return fingerprints.crops(pixels) if crops else fingerprints.grid(pixels)[tf.newaxis]
 
-        # Traced now: the calls come from many threads at once.
+        # Traced now, because many threads call it concurrently.
         self._grids = grids.get_concrete_function()
 
     def __call__(self, record: tuple[int, bytes]) -> list[np.ndarray] | None:

@@ -1,10 +1,10 @@
-"""Exact and near copies among the images of several sets: SQL over their marks, out of core.
+"""Finds exact and near copies among images of several sets, with out-of-core SQL over their marks.
 
-Images with equal fingerprints are one *print*. Two prints are near when they differ in at most
-`fingerprints.THRESHOLD` bits. They are found by bands: prints are compared that have the same bits in
-one of them. Of evaluation images 16 bands of 16 bits, of training images 12 of 24, which overlap: so
-that 100 million images are compared with 50,000 of an evaluation set, and with each other, in some 10^9
-pairs each. In bands of training images that more than `_CROWD` prints share, only equal ones are found.
+Images with equal fingerprints form one *print*. Two prints are near if they differ in at most
+`fingerprints.THRESHOLD` bits. The search uses bands: it compares prints that have the same bits in
+a band. Evaluation images have 16 bands of 16 bits; training images, 12 overlapping bands of 24 bits.
+Thus, 100 million images are compared with 50,000 of an evaluation set, and with each other, in some
+10^9 pairs each. If more than `_CROWD` training prints share a band, only equal ones are found.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 EVALUATION, LABELED, UNLABELED = range(3)  # In the order in which images are kept.
 ROLES = ("evaluation", "labeled", "unlabeled")
 _WORDS = fingerprints.COLUMNS[1:]
-# Prints that differ in at most 15 bits (training images: 7) certainly share a band. With 16 bits,
-# each of 10^8 training images would share one with 1,500 others by chance; with 24, with 6.
+# Prints that differ in at most 15 bits (training images: 7) always share a band. With 16 bits, each
+# of 10^8 training images would share one with 1,500 others by chance; with 24, with 6.
 _EVALUATION_BANDS = [(word, shift, 16) for word in _WORDS for shift in (0, 16, 32, 48)]
 _TRAINING_BANDS = [(word, shift, 24) for word in _WORDS for shift in (0, 20, 40)]
-# Prints of one band are compared in pairs: half a million of this many.
+# Prints of one band are compared pairwise: half a million pairs for this many prints.
 _CROWD = 1000
 
 
@@ -38,10 +38,10 @@ class ImageSet(NamedTuple):
 
     Attributes:
       role: EVALUATION, LABELED or UNLABELED.
-      name: for the report.
-      files: of the records.
-      marks: Parquet files with the marks: one per file, or the indexes of a labeling.
-      workers: of the labeling, whose indexes `marks` are; 0: they are of `image_marks`.
+      name: name in the report.
+      files: record files.
+      marks: Parquet files with the marks: one per file, or the indexes of a labeling run.
+      workers: workers of the labeling run whose indexes `marks` are; 0: `image_marks` wrote them.
     """
 
     role: int
@@ -52,13 +52,13 @@ class ImageSet(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """An image, and the first one that it is a copy of.
+    """An image, and the first image that it is a copy of.
 
     Attributes:
       role, file, record: of the copy.
-      of_role, of_file, of_record: of the other.
+      of_role, of_file, of_record: of the first image.
       distance: bits in which the fingerprints differ; -1: equal content.
-      excluded: whether the copy should be left out.
+      excluded: whether the copy should be excluded.
     """
 
     role: int
@@ -71,8 +71,8 @@ class Copy(NamedTuple):
     excluded: bool
 
 
-# `place` orders images: by role, then by set, file and record, because DuckDB compares structs
-# field by field. Queries come before the DELETE: crops search, but are not images to be found.
+# `place` orders images by role, set, file and record, because DuckDB compares structs field by
+# field. `queries` is created before the DELETE: crops are search terms, but never results.
 _IMAGES = """
 CREATE TABLE images AS {};
 CREATE TABLE queries AS SELECT DISTINCT place, {words} FROM images WHERE place.role = 0 AND {structured};
@@ -85,12 +85,12 @@ CREATE TABLE near (first STRUCT(role INT, file INT, record BIGINT),
 _OF_MARKS = """
 SELECT {{'role': {role}, 'file': {file}, 'record': record}} AS place, crop, hash, {words} FROM {view}
 """
-# The inverse of how W workers share a shard: record i is in place i // W of worker i mod W.
+# Inverts how W workers share a shard: record i is at position i // W of worker i mod W.
 _OF_INDEX = """
 SELECT {{'role': {role}, 'file': {first} + shard, 'record': position * {workers} + worker}} AS place,
 0 AS crop, hash, {words} FROM {view} WHERE label >= 0
 """
-# `<` takes each pair once, and keeps an image from being a copy of itself or of its own crops.
+# `<` selects each pair once, and keeps an image from being a copy of itself or of its own crops.
 _COMPARE = """
 INSERT INTO near
 WITH a AS (SELECT {key} AS band, {first} AS place, {words} FROM {table_a}),
@@ -98,8 +98,8 @@ b AS (SELECT {key} AS band, first AS place, {words} FROM prints)
 SELECT a.place, b.place, {distance} AS distance FROM a JOIN b USING (band)
 WHERE a.place < b.place AND distance <= {threshold} {crowd}
 """
-# Each image with the first that it is a copy of: by content, by fingerprint, or near. Origin
-# comes before distance in arg_min: the role of the first one decides what is left out.
+# Each image with the first that it is a copy of: by content, by fingerprint, or near. Origin comes
+# before distance in arg_min, because the role of the first image decides what is excluded.
 _COPIES = """
 CREATE TABLE origins AS SELECT other AS later, arg_min(first, (first, distance)) AS origin,
 arg_min(distance, (first, distance)) AS distance FROM near GROUP BY other;
@@ -115,11 +115,11 @@ distance FROM found WHERE origin < place GROUP BY place;
 
 
 class Search:
-    """The copies among the images of some sets.
+    """Finds the copies among the images of several sets.
 
     Args:
-      sets: those of one role may follow each other in any order.
-      near: whether to look for near copies, too.
+      sets: the sets; those of one role may be in any order.
+      near: whether to also find near copies.
     """
 
     def __init__(self, sets: Sequence[ImageSet], *, near: bool = True):
@@ -135,8 +135,8 @@ class Search:
         selects, words, first = [], ", ".join(_WORDS), 0
         for number, one in enumerate(sets):
             values = {"role": one.role, "words": words, "first": first, "workers": one.workers}
-            # A row of an index says which shard it is of. Rows of `image_marks` do not, so that
-            # each of its files is a view of its own.
+            # A row of an index names its shard. Rows of `image_marks` do not, so each of its files
+            # has a separate view.
             for place, marks in enumerate([one.marks] if one.workers else [[m] for m in one.marks]):
                 view = f"marks_{number}_{place}"
                 tables[view] = marks
@@ -144,7 +144,7 @@ class Search:
                 selects.append(template.format(view=view, file=first + place, **values))
             first += len(one.files)
         db = parquet_sql.connect(available_cpus(), **tables)
-        # Images without structure have no bits; without near copies, no image counts as having any.
+        # Images without structure have only zero bits; if `near` is False, no image has structure.
         structured = " OR ".join(f"{word} != 0" for word in _WORDS) if near else "false"
         db.execute(
             _IMAGES.format(" UNION ALL ".join(selects), words=words, structured=f"({structured})")
@@ -164,7 +164,7 @@ class Search:
                     crowded.add(
                         self._db.execute(f"SELECT count(*) FROM ({counted})").fetchall()[0][0]
                     )
-                # Evaluation images are few enough to be compared with crowds, too.
+                # Evaluation images are few enough to be compared with crowds as well.
                 crowd = f"AND band NOT IN ({counted})" if table == "prints" else ""
                 self._db.execute(
                     _COMPARE.format(
@@ -178,7 +178,7 @@ class Search:
                     )
                 )
                 progress.update(1)
-        # Bands group the same prints in different ways, so that a sum over them would count prints
+        # Bands group the same prints in different ways, so a sum over them would count prints
         # twice.
         if any(crowded):
             logging.warning(
@@ -187,7 +187,7 @@ class Search:
             )
 
     def totals(self) -> dict[tuple[int, int, bool], tuple[int, int]]:
-        """(role, role of the first, equal content) → (copies, of them to leave out)."""
+        """Returns {(role, role of the first image, equal content): (copies, excluded copies)}."""
         rows = self._db.execute(
             "SELECT place.role, origin.role, distance < 0, count(*), "
             f"count_if({_EXCLUDED})::BIGINT FROM copies GROUP BY ALL ORDER BY ALL"
@@ -195,11 +195,11 @@ class Search:
         return {(a, b, same): (copies, out) for a, b, same, copies, out in rows}
 
     def copies(self, where: str = "true", limit: int | None = None) -> list[Copy]:
-        """The copies by role of the first and of the copy, in each the most different ones first.
+        """Returns the copies by role of the first image and of the copy, the most different first.
 
         Args:
-          where: condition of SQL on `place`, `origin` and `distance`.
-          limit: how many at most; None: all.
+          where: SQL condition on `place`, `origin` and `distance`.
+          limit: maximum number; None: all.
         """
         end = "" if limit is None else f"LIMIT {limit}"
         rows = self._db.execute(
@@ -212,6 +212,6 @@ class Search:
         ]
 
 
-# What is kept: evaluation images, all; labeled ones unless they are evaluation images; unlabeled ones
-# that are no copy.
+# Kept are all evaluation images, labeled ones that are not copies of evaluation images, and
+# unlabeled ones that are not copies.
 _EXCLUDED = f"(place.role = {UNLABELED} OR (place.role = {LABELED} AND origin.role = {EVALUATION}))"
