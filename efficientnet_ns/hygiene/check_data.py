@@ -1,9 +1,9 @@
 """Finds leaks and duplicates: images that are in several sets, or several times in one set.
 
 Writes to the output folder: `report.html` with totals and pairs of pictures, `copies.csv` with
-every image that is a copy of an earlier one, and `exclude.csv`, the copies to exclude. Evaluation images
-are always kept; labeled ones are excluded if they are copies of evaluation images, unlabeled ones
-if they are copies of any other image.
+every image that is a copy of an earlier one, and `exclude.csv`, the copies to exclude. Evaluation
+images are always kept; labeled ones are excluded if they are copies of evaluation images, unlabeled
+ones if they are copies of any other image.
 """
 
 from __future__ import annotations
@@ -234,9 +234,9 @@ def _write_report(
         intro=(
             "Each image is listed with the first image that it is a copy of: evaluation images "
             "come first, then labeled ones, then unlabeled ones. Near copies have 256-bit "
-            f"fingerprints that differ in at most {fingerprints.THRESHOLD} bits: recompressed, resized "
-            "or gray copies, and center crops of evaluation images. Review the pairs before you use "
-            "exclude.csv."
+            f"fingerprints that differ in at most {fingerprints.THRESHOLD} bits: recompressed, "
+            "resized or gray copies, and center crops of evaluation images. Review the pairs before "
+            "you use exclude.csv."
         ),
         sections=sections,
     )

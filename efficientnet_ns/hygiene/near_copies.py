@@ -2,7 +2,7 @@
 
 Images with equal fingerprints form one *print*. Two prints are near if they differ in at most
 `fingerprints.THRESHOLD` bits. The search uses bands: it compares prints that have the same bits in
-a band. Evaluation images have 16 bands of 16 bits; training images, 12 overlapping bands of 24 bits.
+a band. Evaluation images have 16 bands of 16 bits; training images, 12 overlapping bands of 24.
 Thus, 100 million images are compared with 50,000 of an evaluation set, and with each other, in some
 10^9 pairs each. If more than `_CROWD` training prints share a band, only equal ones are found.
 """

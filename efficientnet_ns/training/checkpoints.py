@@ -28,25 +28,25 @@ class NothingLoads(RuntimeError):
 
 
 def saved_steps(folder: str) -> list[int]:
-    """Steps of the checkpoints in a model_dir, newest first."""
+    """Returns the steps of the checkpoints in a model_dir, newest first."""
     names = object_stores.names(folder)
-    # By the `.index`, which is written last: a save that was cut off has none.
+    # By the `.index`, which is written last: an interrupted save has none.
     matches = [re.fullmatch(re.escape(_PREFIX) + r"(\d+)\.index", name) for name in names]
     return sorted((int(m[1]) for m in matches if m), reverse=True)
 
 
 class Checkpoints:
-    """Saves and restores one training.
+    """Saves and restores a training run.
 
     Args:
       folder: model_dir.
       trainer: student, averages, and an optimizer built for the student's trainable variables. For
-        frozen ones, which have no slots, those of a new optimizer are written, so that every
-        checkpoint has the same names.
-      keep: number of checkpoints kept.
+        frozen ones, which have no slots, initial slots are written, so that every checkpoint has
+        the same names.
+      keep: number of checkpoints to keep.
       writes: False on all workers but the chief. They read, and take part in gathering values that
         differ between replicas, but do not write to the folder.
-      before_write: called before a checkpoint is written; raises when it must not be.
+      before_write: called before a checkpoint is written; raises if it must not be.
     """
 
     def __init__(
@@ -81,15 +81,15 @@ class Checkpoints:
                     )
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints in the folder, newest first."""
+        """Returns the steps of the checkpoints in the folder, newest first."""
         return saved_steps(self.folder)
 
     def prefix(self, step: int) -> str:
-        """Path of the checkpoint of a step, without its suffixes."""
+        """Returns the path of the checkpoint of a step, without its suffixes."""
         return os.path.join(self.folder, f"{_PREFIX}{step}")
 
     def finite(self) -> bool:
-        """Whether no value that `save` would write is NaN or infinite."""
+        """Returns whether all values that `save` would write are finite."""
         return all(
             bool(tf.reduce_all(tf.math.is_finite(variable)))
             for variable in self.variables.values()
@@ -100,20 +100,20 @@ class Checkpoints:
         """Writes a checkpoint of the current step, then removes the oldest beyond `keep`.
 
         Raises:
-          SaveFailed: it could not be written; earlier checkpoints are untouched.
+          SaveFailed: If it could not be written; earlier checkpoints are untouched.
         """
         step = int(tf.convert_to_tensor(self.optimizer.iterations))
         prefix = self.prefix(step)
         # Later ones did not load.
         earlier = [saved for saved in self.steps() if saved <= step]
-        # Batch-norm statistics are averaged over replicas as they are read, by all workers together.
+        # Reading batch-norm statistics averages them over replicas, by all workers together.
         values = {name: tf.convert_to_tensor(self.variables[name]) for name in self.variables}
         if not self._writes:
             return prefix
-        # Another process may have taken the folder over while this one stood still.
+        # Another process may have taken over the folder while this one was suspended.
         self._before_write()
         try:
-            # First, so that no checkpoint is ever without its settings.
+            # First, so that no checkpoint ever lacks its settings.
             checkpoint_files.write_settings(self.folder, self._model)
             checkpoint_files.write_checkpoint(prefix, {**values, **self._fresh_slots})
         except (tf.errors.OpError, OSError) as e:
@@ -125,17 +125,17 @@ class Checkpoints:
             ) from e
         # Later ones did not load; they are ignored until training reaches those steps again.
         reached = [saved for saved in self.steps() if saved <= step]
-        # Before files are removed: the `checkpoint` file never names one that is gone.
+        # Before files are removed, so that the `checkpoint` file never names a missing one.
         self._note(reached[: self.keep])
         for old in reached[self.keep :]:
-            # With the dot: a name of step 10 is not one of step 100.
+            # With the dot, so that step 10 does not match step 100.
             own = re.escape(os.path.basename(self.prefix(old))) + r"\..*"
             for path in listed(self.folder, own):
                 object_stores.remove(path)
         return prefix
 
     def remove_unfinished(self) -> None:
-        """Removes what TensorFlow left behind when a process was killed while it saved."""
+        """Removes the files that TensorFlow leaves if a process is killed while it saves."""
         unfinished = re.escape(_PREFIX) + r"\d+\..*tempstate\d+"
         object_stores.each(object_stores.remove, listed(self.folder, unfinished))
 
@@ -150,24 +150,24 @@ class Checkpoints:
         atomic.write(os.path.join(self.folder, "checkpoint"), "\n".join(lines) + "\n")
 
     def restore_latest(self) -> int:
-        """Restores the newest checkpoint that loads whole; returns its step, 0 without one.
+        """Restores the newest checkpoint that loads completely; returns its step, or 0 if none.
 
-        A preempted machine can leave a damaged file: such a checkpoint is skipped with a warning.
+        A preempted machine can leave a damaged checkpoint, which is skipped with a warning.
 
         Raises:
-          stored_arrays.WeightsError: a checkpoint of another model.
-          NothingLoads: checkpoints exist, but none loads; a new start would overwrite them.
+          stored_arrays.WeightsError: If a checkpoint is of another model.
+          NothingLoads: If checkpoints exist, but none loads; starting over would overwrite them.
         """
         reasons = []
         for step in self.steps():
             try:
                 checkpoint_files.read_checkpoint(self.prefix(step), self.variables)
-            # Damage only: the WeightsError of another model is a ValueError, and ends the run.
+            # Damage only: a WeightsError (another model) is a ValueError and ends the run.
             except (tf.errors.OpError, RuntimeError) as e:
                 reasons.append(str(e).splitlines()[0])
                 logging.warning("cannot load %s: %s", self.prefix(step), reasons[-1])
                 continue
-            # A kill may have come between a checkpoint and the file that names it as the newest.
+            # A kill may have come between a checkpoint and the file that names it the newest.
             self._note([saved for saved in self.steps() if saved <= step][: self.keep])
             return step
         if reasons:

@@ -1,4 +1,4 @@
-"""Which training a model_dir belongs to: the settings and the records it was started with."""
+"""Binds a model_dir to a training run: the settings and records that it was started with."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from efficientnet_ns.resolve.resolved_config import normalization
 from efficientnet_ns.training import checkpoints, preview
 
 SETTINGS, RECORDS, RUNS = stored_model.SETTINGS, "records.json", "runs.jsonl"
-# What a training stores in addition to its settings: the order of records, and since when.
+# Stored in addition to the settings: the order of records, and since which step it applies.
 _ORDER, _SINCE = "input_order", "input_order_since"
-# Fields of the task that a training depends on: the task's file can be edited.
+# Task fields that training depends on; stored because the task's file can be edited.
 _TASK_FIELDS = (
     *("num_classes", "mean", "std", "image_size", "small_image", "flip"),
     *("train_set", "num_train_images"),
@@ -35,32 +35,32 @@ _TASK_FIELDS = (
 
 
 class DirectoryConflict(ConfigError):
-    """model_dir belongs to another training."""
+    """model_dir belongs to another training run."""
 
 
 def claim(
     config: Config, sources: Mapping[str, pipeline.Source | None], *, writes: bool = True
 ) -> int:
-    """Records settings and data in model_dir, or checks that they are those recorded there.
+    """Records settings and data in model_dir, or checks that they match those recorded there.
 
-    A folder without a checkpoint holds nothing that could be lost, so it is taken over.
+    A folder without a checkpoint contains nothing to lose, so it is taken over.
 
     Args:
-      sources: records to train on, by the name of the set; None: there is no such set.
+      sources: records to train on, by name of the set; None: there is no such set.
       writes: False on all workers but the chief.
 
     Returns:
-      The step since which the training has read its records in the current order; see `streams`.
+      The step since which records have been read in the current order; see `streams`.
 
     Raises:
-      DirectoryConflict: the folder belongs to a training with other settings or records.
+      DirectoryConflict: If the folder belongs to a run with other settings or records.
     """
     folder = needed(config.train.model_dir, "model_dir")
     begun, noted = checkpoints.saved_steps(folder), _noted_settings(folder)
     difference = _changed_settings(noted, config)
     if difference and begun:
         raise DirectoryConflict(
-            f"{folder} belongs to a training with other settings ({difference}). "
+            f"{folder} belongs to a training run with other settings ({difference}). "
             "Choose another --model_dir, or use the settings it was started with."
         )
     task = tasks.get_task(needed(config.data.task_name, "task_name"))
@@ -68,7 +68,7 @@ def claim(
     listing = {name: _listing(source) for name, source in sources.items() if source is not None}
     if begun:
         _check_records(folder, listing)
-    # A training that noted another order, or none, changes to this one at its newest checkpoint.
+    # A run that stored another order, or none, changes to this one at its newest checkpoint.
     since = begun[0] if begun else 0
     if begun and noted.get(_ORDER) == streams.ORDER_VERSION:
         since = noted[_SINCE]
@@ -79,7 +79,7 @@ def claim(
     object_stores.make_folder(folder)
     written = (SETTINGS, tasks.TASK_FILE, RECORDS, preview.FILE, metrics_log.METRICS, RUNS)
     atomic.remove_abandoned([os.path.join(folder, name) for name in (*written, "checkpoint")])
-    # The settings a training was started with stay as they were written.
+    # The settings that a run was started with stay unchanged.
     stays = noted and not difference
     settings = noted if stays else {**config.identity(), **_task_fields(config)}
     settings = {**settings, _ORDER: streams.ORDER_VERSION, _SINCE: since}
@@ -95,16 +95,16 @@ def claim(
     # Also if the user deleted the list to continue with new records.
     if not begun or object_stores.size(os.path.join(folder, RECORDS)) is None:
         json_files.write_json(os.path.join(folder, RECORDS), listing, indent=1)
-    # As it is now: class names may have been added.
+    # The current task, because class names may have been added.
     tasks.write_task(os.path.join(folder, tasks.TASK_FILE), **dataclasses.asdict(task))
     return since
 
 
 @contextlib.contextmanager
 def expecting_other_records(folder: str) -> Iterator[None]:
-    """Forgets the list of records in `folder` if a record proves unusable inside the block.
+    """Deletes the list of records in `folder` if a record proves unusable inside the block.
 
-    The user repairs or removes it and runs again, which must not be refused.
+    The user then repairs or removes it and runs again, which must not be rejected.
     """
     try:
         yield
@@ -114,7 +114,7 @@ def expecting_other_records(folder: str) -> Iterator[None]:
 
 
 def note_start(folder: str, start: int, flags: Mapping[str, Any]) -> None:
-    """Adds this start, with every flag, to `runs.jsonl`: who changed what, and when.
+    """Appends this start, with every flag, to `runs.jsonl`, to show who changed what, and when.
 
     Args:
       folder: model_dir.
@@ -132,7 +132,7 @@ def note_start(folder: str, start: int, flags: Mapping[str, Any]) -> None:
         "flags": flags,
     }
     path = os.path.join(folder, RUNS)
-    # Written whole: object stores cannot append, and a kill must not leave half a line.
+    # Rewritten completely: object stores cannot append, and a kill must not leave half a line.
     json_files.write_json_lines(path, [*json_files.read_json_lines(path), row])
 
 
@@ -142,10 +142,10 @@ def _noted_settings(folder: str) -> dict[str, Any]:
 
 
 def _changed_settings(noted: Mapping[str, Any], config: Config) -> str:
-    """How the settings differ from those recorded; empty if they do not, or if none are recorded."""
+    """Describes how settings differ from the recorded ones; "" if they do not, or there are none."""
     if not noted:
         return ""
-    # Settings added since had their defaults; earlier versions did not record the task.
+    # Settings added since then had their defaults; earlier versions did not record the task.
     task = _task_fields(config)
     noted = comparable({**Config().identity(), **task, **noted})
     noted = {name: value for name, value in noted.items() if name not in (_ORDER, _SINCE)}
@@ -155,19 +155,19 @@ def _changed_settings(noted: Mapping[str, Any], config: Config) -> str:
 
 
 def _check_task_file(folder: str, task: tasks.Task) -> None:
-    """DirectoryConflict for a task file of a folder without a training: it would be overwritten."""
+    """Raises DirectoryConflict if a task file that is not of a run would be overwritten."""
     path, settings = (os.path.join(folder, name) for name in (tasks.TASK_FILE, SETTINGS))
     if not tf.io.gfile.exists(path) or tf.io.gfile.exists(settings):
         return
     if tasks.get_task(path) != task:
         raise DirectoryConflict(
-            f"{path} describes a task other than --task_name and does not belong to a training: choose "
-            "another --model_dir"
+            f"{path} describes a task other than --task_name and does not belong to a training "
+            "run: choose another --model_dir"
         )
 
 
 def _task_fields(config: Config) -> dict[str, Any]:
-    """`task.<field>` → its value, as read back from JSON."""
+    """Returns {`task.<field>`: value}, as read back from JSON."""
     task = tasks.get_task(needed(config.data.task_name, "task_name"))
     values = {name: getattr(task, name) for name in _TASK_FIELDS}
     values |= normalization(needed(config.model.model_name, "model_name"), task)
@@ -175,7 +175,7 @@ def _task_fields(config: Config) -> dict[str, Any]:
 
 
 def _listing(source: pipeline.Source) -> dict[str, dict[str, int]]:
-    """Sizes and counts, which reveal replaced files without reading them."""
+    """Returns sizes and counts, which reveal replaced files without reading them."""
     return {
         path: {"bytes": file.size, "records": count}
         for path, count, file in zip(source.paths, source.counts, source.files, strict=True)
@@ -196,7 +196,7 @@ def _check_records(folder: str, listing: Mapping[str, Mapping[str, Any]]) -> Non
     if changes:
         more = f", and {len(changes) - 1} more files" if len(changes) > 1 else ""
         raise DirectoryConflict(
-            f"the records of the training in {folder} have changed since it was started "
+            f"the records of the training run in {folder} have changed since it was started "
             f"({changes[0]}{more}). Restore them, choose another --model_dir, or delete "
             f"{noted_in} to continue with the new records."
         )

@@ -1,7 +1,7 @@
-"""Exponential moving average of weights, kept as the weights of a second model.
+"""Exponential moving average of weights, stored as the weights of a second model.
 
-The copies cover trainable variables and batch-norm statistics; evaluation, teachers and export
-read them.
+The copies include trainable variables and batch-norm statistics; evaluation, teachers and export
+use them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tensorflow as tf
 
 
 def ramped_decay(decay: float, num_updates: tf.Tensor) -> tf.Tensor:
-    """min(decay, (1 + n) / (10 + n)): short memory at the start; n counts the step just taken."""
+    """Returns min(decay, (1 + n) / (10 + n)): short memory at first; n includes this step."""
     n = tf.cast(num_updates, tf.float32)
     return tf.minimum(decay, (1.0 + n) / (10.0 + n))
 
@@ -27,15 +27,15 @@ def update(
 ) -> None:
     """Copy ← copy - (1 - decay)·(copy - source), pairwise. Call in replica context.
 
-    With `anchors`, share·anchor + (1 - share)·source takes the place of the source. Copies that start at
+    With `anchors`, share·anchor + (1 - share)·source replaces the source. Copies that start at
     their anchors then always equal share·anchor + (1 - share)·(average of the sources), because averaging
     is linear.
 
-    Batch-norm statistics live per replica and are averaged when read; averaging is linear, so each
-    replica updates its own copy. Mirrored variables are updated once, across replicas.
+    Batch-norm statistics are stored per replica and averaged when read; averaging is linear, so
+    each replica updates its own copy. Mirrored variables are updated once, across replicas.
     """
     mirrored = []
-    # Without anchors the sources only fill the place: `_move` ignores it if the share is 0.
+    # Without anchors, the sources are placeholders: `_move` ignores them if the share is 0.
     for copy, source, anchor in zip(copies, sources, anchors or sources):
         if copy.synchronization == tf.VariableSynchronization.ON_READ:
             _move(copy, source, anchor, share, decay)
@@ -47,7 +47,7 @@ def update(
             arguments = (source, anchor, share, decay)
             strategy.extended.update(copy, _move, args=arguments, group=False)
 
-    # As Keras' optimizers do: a step that XLA compiles for several GPUs has no `merge_call`.
+    # As in Keras' optimizers: a step that XLA compiles for several GPUs has no `merge_call`.
     strategy = tf.distribute.get_strategy()
     tf.__internal__.distribute.interim.maybe_merge_call(update_all, strategy, decay)
 

@@ -1,4 +1,4 @@
-"""How long the training steps waited for their data."""
+"""Measures how long training steps wait for their data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class InputWait:
         self._read = 0.0
 
     def measure(self, batches: tf.data.Dataset) -> tf.data.Dataset:
-        """The same batches, timed; nothing may be prefetched after this."""
+        """Returns the same batches, timed; nothing may be prefetched after this."""
         requested = tf.data.Dataset.range(tf.int64.max).map(lambda _: tf.timestamp())
 
         def add(asked_at: tf.Tensor, batch):
@@ -29,7 +29,7 @@ class InputWait:
         # Zip reads its inputs in turn: the clock is read just before the batch is requested.
         data = tf.data.Dataset.zip((requested, batches)).map(add)
         if batches.cardinality() == tf.data.INFINITE_CARDINALITY:
-            # The range of the clock is finite, the batches are not, and several workers can infer
+            # The clock's range is finite, unlike the batches, and several workers can infer
             # shapes only of infinite datasets.
             data = data.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
         options = tf.data.Options()
@@ -37,7 +37,7 @@ class InputWait:
         return data.with_options(options)
 
     def take(self) -> float:
-        """Seconds waited since the last call."""
+        """Returns the seconds waited since the last call."""
         total = float(self._seconds)
         waited, self._read = total - self._read, total
         return waited

@@ -1,4 +1,4 @@
-"""The records of one training run, and the batches that every host makes of them."""
+"""The records of one training run, and the batches that every host makes from them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Inputs:
     Attributes:
       resolved: the settings.
       labeled: records to train on.
-      unlabeled: (pseudo-labeled) records to train on; None without `unlabel_ratio`.
-      evaluation: records to measure on; None: train without evaluation.
+      unlabeled: (pseudo-labeled) records to train on; None if `unlabel_ratio` is 0.
+      evaluation: records to evaluate on; None: train without evaluation.
       wait: measures how long training steps wait for their batches.
-      order_since: the step since which records are read in the current order, with a new epoch.
+      order_since: the step since which records are read in the current order, from a new epoch on.
     """
 
     resolved: ResolvedConfig
@@ -37,19 +37,19 @@ class Inputs:
         """Lists and counts the record files.
 
         Args:
-          evaluate: also find the evaluation set.
+          evaluate: whether to also find the evaluation set.
 
         Raises:
-          DataError: a set is missing, incomplete, empty, or damaged beyond the limit.
-          ConfigError: a set is smaller than a flag requires.
+          DataError: If a set is missing, incomplete, empty, or damaged beyond the limit.
+          ConfigError: If a set is smaller than a flag requires.
         """
         config, unlabeled, evaluation = resolved.config, None, None
         labeled = resolved.labeled_source()
         if config.train.unlabel_ratio:
-            # Keeps the counts if the folder of the records is not writable.
+            # Stores the counts if the records' folder is not writable.
             spare = config.train.model_dir
-            # Pseudo-labeled records are named train-<task>-…, unlabeled ones extra-…. Without a
-            # limit on the number of images, as in the original.
+            # Pseudo-labeled records are named train-<task>-…, unlabeled ones extra-…. The number of
+            # images is not limited, as in the original.
             unlabeled = pipeline.Source.find(
                 config.data.unlabel_data_dir, ("train", "extra"), spare=spare
             )
@@ -58,7 +58,7 @@ class Inputs:
         return cls(resolved, labeled, unlabeled, evaluation, InputWait())
 
     def training_batches(self, step: int, share: pipeline.Share) -> tf.data.Dataset:
-        """A host's share of the endless batches from update `step` on."""
+        """Returns a host's share of the endless batches from update `step` on."""
         batches = self.resolved.training_batches(
             self.labeled, self.unlabeled, step, share, self.order_since
         )

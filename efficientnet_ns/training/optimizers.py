@@ -1,6 +1,6 @@
-"""RMSProp as TensorFlow 1 computes it, which is what the published EfficientNets were trained with.
+"""RMSProp as in TensorFlow 1, with which the published EfficientNets were trained, and Adam.
 
-And Adam, for fine-tuning. Both name their slots as TensorFlow 1 does in checkpoints.
+Adam is for fine-tuning. Both name their slots in checkpoints as TensorFlow 1 does.
 
 RMSProp differs from `tf.keras.optimizers.RMSprop`: (1) the mean square starts at 1, not 0; (2) epsilon is
 inside the square root; (3) the learning rate enters the momentum buffer, so a change of the rate
@@ -27,7 +27,7 @@ class RMSPropTF1(tf.keras.optimizers.Optimizer):
       epsilon: added to the mean square inside the root.
     """
 
-    # Names of the slots in a checkpoint, with the value that each begins with.
+    # Names of the slots in a checkpoint, with their initial values.
     SLOTS = {"RMSProp": 1.0, "RMSProp_1": 0.0}
 
     def __init__(
@@ -39,14 +39,14 @@ class RMSPropTF1(tf.keras.optimizers.Optimizer):
         name: str = "RMSProp",
         **kwargs,
     ):
-        # Keras' own defaults would decay every weight by 0 and make an XLA cluster per variable.
+        # Keras' own defaults would decay every weight by 0 and create an XLA cluster per variable.
         super().__init__(name=name, **{"weight_decay": None, "jit_compile": False, **kwargs})
         self._learning_rate = self._build_learning_rate(learning_rate)
         self.rho, self.momentum, self.epsilon = rho, momentum, epsilon
 
     def build(self, var_list: list[tf.Variable]) -> None:
         super().build(var_list)
-        # Keras calls `build` in every `apply_gradients`; the slots are made once.
+        # Keras calls `build` in every `apply_gradients`; the slots are created once.
         if getattr(self, "_built", False):
             return
         self._built = True
@@ -74,7 +74,7 @@ class RMSPropTF1(tf.keras.optimizers.Optimizer):
         )
 
     def slots(self, variable: tf.Variable) -> tuple[tf.Variable, tf.Variable]:
-        """(mean square, momentum) of a variable given to `build`."""
+        """Returns (mean square, momentum) of a variable given to `build`."""
         index = self._index_dict[self._var_key(variable)]
         return self.mean_squares[index], self.momentums[index]
 
@@ -90,7 +90,7 @@ class RMSPropTF1(tf.keras.optimizers.Optimizer):
 
 @tf.keras.utils.register_keras_serializable("efficientnet_ns")
 class Adam(tf.keras.optimizers.Adam):
-    """Adam (arXiv 1412.6980) with Keras' defaults, whose slots are in checkpoints."""
+    """Adam (arXiv 1412.6980) with Keras' defaults; its slots are stored in checkpoints."""
 
     SLOTS = {"Adam": 0.0, "Adam_1": 0.0}
 
@@ -98,7 +98,7 @@ class Adam(tf.keras.optimizers.Adam):
         super().__init__(learning_rate, name=name, **{"jit_compile": False, **kwargs})
 
     def slots(self, variable: tf.Variable) -> tuple[tf.Variable, tf.Variable]:
-        """(first moment, second moment) of a variable given to `build`."""
+        """Returns (first moment, second moment) of a variable given to `build`."""
         index = self._index_dict[self._var_key(variable)]
         return self._momentums[index], self._velocities[index]
 

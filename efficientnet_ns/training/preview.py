@@ -18,7 +18,7 @@ from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 FILE = "augmented.png"
 _COLUMNS = 8
 _TITLE_WIDTH = 17
-# Records to choose from: filling the training's own buffer would take long on large images.
+# Records to choose from: filling the training buffer would take long for large images.
 _SHUFFLE_BUFFER = 256
 
 
@@ -30,10 +30,10 @@ def draw(
 ) -> np.ndarray:
     """Draws labeled and, if there are any, unlabeled images; writes the picture to model_dir.
 
-    The images come from a separate dataset, so the training's is not affected.
+    The images come from a separate dataset, so the training dataset is not affected.
 
     Args:
-      number: labeled images, and as many unlabeled ones.
+      number: number of labeled images, and of unlabeled ones.
 
     Returns:
       uint8 [H, W, 3].
@@ -93,7 +93,7 @@ def _pseudo_titles(batch: dict[str, tf.Tensor], names: Sequence[str] | None) -> 
 
 
 def _png(sections: Sequence[tuple[str, np.ndarray, Sequence[str]]]) -> bytes:
-    """PNG of (heading, images [N, S, S, 3] in 0..255, titles) below each other."""
+    """Renders sections (heading, images [N, S, S, 3] in 0..255, titles) as a PNG, top to bottom."""
     # Not pyplot, which looks for a display and keeps every figure in memory.
     from matplotlib.figure import Figure
 
@@ -107,7 +107,7 @@ def _png(sections: Sequence[tuple[str, np.ndarray, Sequence[str]]]) -> bytes:
         part.subplots_adjust(
             left=0.02, right=0.98, bottom=0.02, top=1 - 0.75 / (1.85 * number + 0.45), hspace=0.42
         )
-        # All of them: the last row may not be full.
+        # All axes, because the last row may not be full.
         for axis in axes:
             axis.set_axis_off()
         for axis, image, title in zip(axes, images, titles):

@@ -1,8 +1,8 @@
-"""A linear probe: learns only the classifier, on the features of a frozen network.
+"""A linear probe: trains only the classifier, on the features of a frozen network.
 
 It costs one forward pass over the labeled pictures, is hard to beat with few labels, and is the best
-start for fine-tuning the whole network: gradients of a random classifier would first distort the
-features (arXiv 2202.10054).
+start for fine-tuning the whole network, because gradients of a random classifier would first
+distort the features (arXiv 2202.10054).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.models import weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
-# The decay is for standardized features. On photographs with 15 labels per class, 0.01 to 0.3 are equally
-# accurate, and 0.1 gives the best probabilities; 0.001 is overconfident.
+# The decay applies to standardized features. On photographs with 15 labels per class, 0.01 to 0.3
+# are equally accurate, and 0.1 gives the best probabilities; 0.001 is overconfident.
 _UPDATES, _RATE, _DECAY = 300, 0.01, 0.1
-# More pictures than a classifier needs.
+# Maximum number of pictures, more than a classifier needs.
 _MOST = 20_000
 
 
@@ -28,7 +28,7 @@ def fit(config: Config, initial: str, folder: str) -> dict[str, float]:
     """Writes `folder/model.ckpt-0`: the weights of `initial` with a new classifier for the task.
 
     Args:
-      config: model and labeled records, of which the first 20,000 are used, as evaluation shows them.
+      config: model and labeled records; the first 20,000 are used, preprocessed as in evaluation.
       initial: weights that `weights.load_weights` takes; their classifier is skipped.
 
     Returns:
@@ -49,7 +49,7 @@ def fit(config: Config, initial: str, folder: str) -> dict[str, float]:
 
 
 def _features(resolved: ResolvedConfig, model: tf.keras.Model) -> tuple[np.ndarray, np.ndarray]:
-    """Pooled features float32 [N, D] and labels int [N] of the labeled pictures."""
+    """Returns pooled features float32 [N, D] and labels int [N] of the labeled pictures."""
     source = resolved.labeled_source()
     source = source.examples(min(source.total, _MOST))
     network = tf.keras.Model(model.input, model.get_layer("head_pool").output)
@@ -57,7 +57,7 @@ def _features(resolved: ResolvedConfig, model: tf.keras.Model) -> tuple[np.ndarr
     features, labels = [], []
     with Progress(source.total, "features", "pictures") as progress:
         for batch in resolved.eval_batches(source):
-            # The last batch is filled up; the mask tells which rows are pictures.
+            # The last batch is padded; the mask marks the rows that are pictures.
             real = batch["mask"].numpy() > 0
             features.append(forward(batch["image"]).numpy()[real])
             labels.append(batch["label"].numpy()[real])
@@ -68,11 +68,11 @@ def _features(resolved: ResolvedConfig, model: tf.keras.Model) -> tuple[np.ndarr
 def linear_classifier(
     features: np.ndarray, labels: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel [D, C] and bias [C] of a logistic regression on features float32 [N, D].
+    """Returns kernel [D, C] and bias [C] of a logistic regression on features float32 [N, D].
 
     Features are standardized first, and the result is converted back.
     """
-    # With a minimum, since a feature may be constant.
+    # The added constant avoids a division by 0 for constant features.
     mean, deviation = features.mean(0), features.std(0) + 1e-3
     inputs = tf.constant((features - mean) / deviation, tf.float32)
     kernel = tf.Variable(tf.zeros([features.shape[1], num_classes]))

@@ -1,6 +1,6 @@
 """Learning-rate schedules: linear warm-up, then a staircase exponential decay (paper section 3.1).
 
-Or, for short trainings, half a cosine (arXiv 1608.03983), which ends at 0.
+The alternative for short training is half a cosine (arXiv 1608.03983), which ends at 0.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ DECAY_EPOCHS = 2.4
 class WarmupStaircase(tf.keras.optimizers.schedules.LearningRateSchedule):
     """lr(step) = peak · 0.97^⌊step / decay_steps⌋ after a linear ramp from 0 to `peak`.
 
-    Decay counts from step 0, so the ramp ends above the staircase and falls onto it; `decay_steps`
-    is not rounded. Both are the original's. With `start_step` > 0 (fine-tuning at the end of a
+    Decay counts from step 0, so the ramp ends above the staircase and drops onto it; `decay_steps`
+    is not rounded. Both are as in the original. With `start_step` > 0 (fine-tuning at the end of a
     schedule) there is no ramp.
 
     Args:
       peak: learning rate at the end of the ramp.
-      decay_steps: length of one stair in update steps, may be fractional.
+      decay_steps: length of one stair in update steps; may be fractional.
       warmup_steps: length of the ramp.
       start_step: added to the optimizer's step.
     """
@@ -71,10 +71,10 @@ class WarmupCosine(tf.keras.optimizers.schedules.LearningRateSchedule):
 
     def __call__(self, step: tf.Tensor) -> tf.Tensor:
         step = tf.cast(step, tf.float32) + float(self.start_step)
-        # Beyond the end the cosine would rise again.
+        # Beyond the end, the cosine would rise again.
         done = tf.minimum(step / float(self.total_steps), 1.0)
         curve = self.peak * 0.5 * (1.0 + tf.cos(math.pi * done))
-        # The first update, at step 0, must not be lost.
+        # The rate of the first update, at step 0, must not be 0.
         return curve * tf.minimum((step + 1.0) / float(self.warmup_steps + 1), 1.0)
 
     def get_config(self) -> dict:
@@ -100,7 +100,7 @@ def learning_rate(
     kind: str = "staircase",
     scaled: bool = True,
 ) -> WarmupStaircase | WarmupCosine:
-    """The schedule of one run.
+    """Returns the schedule of a run.
 
     Args:
       base_learning_rate: per 256 labeled images; 0.016 in the paper.
@@ -108,11 +108,11 @@ def learning_rate(
       num_train_images: size of the labeled set; defines an epoch.
       train_steps: update steps of the whole schedule.
       train_ratio: stretches the decay period (2 for the 700-epoch recipes).
-      final_base_lr: when given, the decay period is chosen so that the schedule ends at this rate
+      final_base_lr: if given, the decay period is chosen so that the schedule ends at this rate
         per 256.
       last_steps: train only the last `last_steps` steps of the schedule, without warm-up.
       warmup_epochs: length of the ramp.
-      label_data_sample_prob: fraction of the labeled images that enters the loss; only these count,
+      label_data_sample_prob: fraction of the labeled images that enter the loss; only these count,
         except in the length of a schedule that ends at `final_base_lr`, as in the original.
       kind: staircase or cosine, which always ends at 0.
       scaled: whether `base_learning_rate` is per 256 images; else it is the rate itself.

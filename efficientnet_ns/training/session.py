@@ -20,25 +20,25 @@ from efficientnet_ns.training.input_wait import InputWait
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss or a weight is no longer finite."""
 
 
 def loop_steps(train: TrainConfig, total: int) -> int:
-    """Steps of one host loop: checkpoints and evaluations fall on its ends."""
+    """Returns the steps of one host loop; checkpoints and evaluations fall on its ends."""
     return min(train.iterations_per_loop, train.save_checkpoints_steps, train.steps_per_eval, total)
 
 
 class Session(tf.keras.callbacks.Callback):
-    """One run of a training, from step `start` on; one Keras epoch is one host loop.
+    """A run of training from step `start` on; one Keras epoch is one host loop.
 
     Args:
       saver, log: where checkpoints and metrics go.
-      measure: evaluates the moving-average weights; None: there is nothing to measure on.
+      measure: evaluates the moving-average weights; None: there is no evaluation set.
       stop: checked between host loops, and obeyed immediately during evaluation.
       start, total: steps.
       steps_per_epoch: converts steps to passes over the labeled set, reported as `train/epoch`.
-      images_per_step: images the student computes, reported as a rate.
-      wait: measures the input of the steps; None: it is not measured.
+      images_per_step: images that the student processes per update, reported as a rate.
+      wait: measures how long steps wait for input; None: not measured.
       agree: for several workers, which must stop at the same step to avoid a deadlock. Each calls it
         at the end of every host loop with its own request; all get the same decision. None: there is
         one worker.
@@ -83,23 +83,23 @@ class Session(tf.keras.callbacks.Callback):
         evaluated = self.log.last("eval/").get("step") == self.start
         if 0 < self.start < self.total and self._evaluation_due(self.start) and not evaluated:
             self._evaluate(self.start)
-        # Building the model, and this evaluation, are not time of the first host loop.
+        # The time of the first host loop excludes building the model and this evaluation.
         self._mark = time.monotonic()
 
     def _evaluation_due(self, step: int) -> bool:
-        """Whether a multiple of steps_per_eval lies in the host loop that ends at `step`."""
+        """Returns whether a multiple of steps_per_eval is in the host loop that ends at `step`."""
         return step // self._eval_every > (step - self.chunk) // self._eval_every
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         step, previous = int(tf.convert_to_tensor(self.saver.optimizer.iterations)), self._seen
         values = {name: float(value) for name, value in (logs or {}).items()}
-        # Before anything that may raise on one worker only: the others would wait for its answer.
+        # Before anything that may raise on only one worker, because the others would wait for it.
         stopping = self._agree(self._stop.requested) if self._agree else self._stop.requested
         save = step // self._save_every > previous // self._save_every
         save = save or stopping or step == self.total
         if not math.isfinite(values["train/loss"]):
             raise self._diverged(f"the loss became {values['train/loss']}", step)
-        # A step's loss is from before its update, and it can be the last update that went wrong.
+        # A step's loss precedes its update, so the last update may have gone wrong unnoticed.
         if save and not self.saver.finite():
             raise self._diverged("a weight became NaN or infinite", step)
         self.log.add(step, {**values, **self._pace(step)})
@@ -108,7 +108,7 @@ class Session(tf.keras.callbacks.Callback):
             self._save()
         if stopping:
             raise Preempted(f"stopped at step {step}; the checkpoint is saved")
-        # After saving, as an evaluation may be interrupted. `finish` makes the last one.
+        # After saving, because an evaluation may be interrupted. `finish` runs the last one.
         if step < self.total and step // self._eval_every > previous // self._eval_every:
             self._evaluate(step, saved=save)
             if self.ended:
@@ -116,7 +116,7 @@ class Session(tf.keras.callbacks.Callback):
                     self._save()
                 self.model.stop_training = True
                 logging.info(
-                    "step %d: no better accuracy in %d evaluations (--patience): stopping",
+                    "step %d: no improvement in %d evaluations (--patience): stopping",
                     *(step, self._patience),
                 )
         self._progress.update(step - previous, f"loss {values['train/loss']:.3f}")
@@ -136,7 +136,7 @@ class Session(tf.keras.callbacks.Callback):
         return bool(self._patience and before) and max(last) <= max(before)
 
     def _pace(self, step: int) -> dict[str, float]:
-        """Passes over the labeled set, and how fast the last host loop was."""
+        """Returns the passes over the labeled set, and the speed of the last host loop."""
         elapsed = max(time.monotonic() - self._mark, 1e-9)
         values = {"train/epoch": step / self._steps_per_epoch}
         values["images_per_second"] = (step - self._seen) * self._images_per_step / elapsed
@@ -146,7 +146,7 @@ class Session(tf.keras.callbacks.Callback):
         return values
 
     def _save(self) -> None:
-        # Before the checkpoint, so that whoever continues from it finds every row before it.
+        # Before the checkpoint, so that a run that continues from it finds every earlier row.
         self.log.flush()
         self.saver.save()
 
@@ -162,7 +162,7 @@ class Session(tf.keras.callbacks.Callback):
         """Measures the moving-average weights, if there is an evaluation set."""
         if self._measure is None:
             return
-        # A single worker must not leave the others waiting for it in the middle of a sum.
+        # One of several workers must not leave the others waiting in the middle of a sum.
         cut = self._stop.immediate() if self._agree is None else contextlib.nullcontext()
         try:
             with cut:

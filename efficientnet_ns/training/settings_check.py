@@ -1,4 +1,4 @@
-"""Settings of a training that contradict each other, refused before any work."""
+"""Rejects training settings that contradict each other, before any work."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from efficientnet_ns.config.sections import Config, TrainConfig
 
 
 def check(config: Config) -> str:
-    """The model_dir of a training.
+    """Checks training settings; returns model_dir.
 
     Raises:
-      ConfigError: names the flags that do not fit, and what to do.
+      ConfigError: If settings conflict; the message names the flags and what to do.
     """
     model_dir = needed(config.train.model_dir, "model_dir", "the folder for checkpoints and logs")
     _check_data(config)
@@ -22,7 +22,7 @@ def check(config: Config) -> str:
 
 
 def _check_data(config: Config) -> None:
-    """Labeled records, and unlabeled ones exactly if there is a ratio for them."""
+    """Requires labeled records, and unlabeled ones if and only if there is a ratio for them."""
     train, data = config.train, config.data
     needed(data.label_data_dir, "label_data_dir", "the folder with the labeled records")
     if train.unlabel_ratio and not data.unlabel_data_dir:
@@ -36,7 +36,7 @@ def _check_data(config: Config) -> None:
             "teacher"
         )
     if bool(train.teacher_model_name) != bool(train.teacher_model_path):
-        raise ConfigError("--teacher_model_name and --teacher_model_path go together")
+        raise ConfigError("--teacher_model_name and --teacher_model_path must be given together")
     if train.teacher_model_name and not train.unlabel_ratio:
         raise ConfigError(
             f"--teacher_model_name={train.teacher_model_name} has no effect without --unlabel_ratio: "
@@ -97,7 +97,7 @@ def _check_initial_weights(train: TrainConfig) -> None:
 
 
 def _check_schedule(train: TrainConfig) -> None:
-    # Rounded as by ResolvedConfig: a small train_ratio may leave 0.
+    # Rounded as in ResolvedConfig: a small train_ratio may leave 0.
     steps = int(train.train_steps * train.train_ratio)
     last = int(train.train_last_step_num * train.train_ratio)
     if steps < 1 or last == 0 or last > steps:

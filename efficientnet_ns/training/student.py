@@ -25,8 +25,8 @@ class NoisyStudent(tf.keras.Model):
       settings: factors of the loss, decay of the average, and the seed, which together with the step
         number determines all noise.
       teacher: frozen model that labels `teacher_image`; None uses the stored labels.
-      initial: model of the same architecture with the weights that the training started from; needed
-        with `settings.ema_initial_share`.
+      initial: model of the same architecture with the initial weights; required with
+        `settings.ema_initial_share`.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class NoisyStudent(tf.keras.Model):
     ):
         super().__init__(name="noisy_student")
         if settings.ema_initial_share and initial is None:
-            raise ValueError("ema_initial_share needs the initial model")
+            raise ValueError("ema_initial_share requires the initial model")
         self.student, self.ema_student, self.teacher = student, ema_student, teacher
         self.initial = initial
         self.settings = settings
@@ -50,11 +50,11 @@ class NoisyStudent(tf.keras.Model):
                 frozen.trainable = False
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Logits of the student; images [N, S, S, 3] → [N, C]."""
+        """Returns the student's logits; images [N, S, S, 3] → [N, C]."""
         return self.student(images, training=training)
 
     def train_step(self, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        """Updates student and averages; returns the means of what is logged since the last reset."""
+        """Updates student and averages; returns the means of logged values since the last reset."""
         settings, labels = self.settings, batch["label"]
         parts = [batch["image"]]
         if settings.unlabel_ratio:
@@ -86,7 +86,7 @@ class NoisyStudent(tf.keras.Model):
                 )
                 logs["ext/loss"] = tf.reduce_mean(unlabeled)
                 data_loss += settings.unlabel_ratio * logs["ext/loss"]
-            # Differs (3): decays the student's weights only, without a teacher's.
+            # Differs (3): decays only the student's weights, not a teacher's.
             decay = losses.half_squared_norm(losses.decayed_variables(variables))
             loss = data_loss + settings.weight_decay * decay
             # Gradients are summed over replicas; each replica's loss is a mean over its own share.
@@ -99,25 +99,25 @@ class NoisyStudent(tf.keras.Model):
         logs |= {"train/data_loss": data_loss, "train/loss": loss}
         logs |= _confidence(labeled_logits, labels, "lab", "lab/acc")
         if settings.unlabel_ratio:
-            # The original compares with the stored label even when a teacher labels on the fly.
+            # The original compares with the stored label even if a teacher labels on the fly.
             reference = batch.get("unl_label", pseudo_labels)
             logs |= _confidence(strong_logits, reference, "unl", "unl/acc_to_dump")
             if weak_logits:
                 logs["unl/used"] = tf.reduce_mean(weight)
             if pseudo_probs is not None:
                 logs["unl/target_prob"] = tf.reduce_mean(tf.reduce_max(pseudo_probs, -1))
-        # Keras evaluates the schedule in apply_gradients; earlier, this reads the previous step's rate.
+        # Keras evaluates the schedule in apply_gradients; before, this is the previous step's rate.
         logs["train/lr"] = tf.identity(self.optimizer.learning_rate)
         return self._averaged(logs)
 
     def _pseudo_labels(
         self, batch: dict[str, tf.Tensor], weak_logits: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor | float]:
-        """Hard labels int32 [U]; at a positive temperature also soft ones float32 [U, C]; weights.
+        """Returns hard labels int32 [U]; at a positive temperature, soft ones [U, C]; weights.
 
         Args:
-          weak_logits: of the student for `weak_image`, [U, C]; then only hard labels, with weight 0
-            where it is not sure.
+          weak_logits: the student's logits for `weak_image`, [U, C]; then, labels are only hard,
+            with weight 0 if the confidence is below the threshold.
         """
         if weak_logits is not None:
             probs = tf.nn.softmax(tf.stop_gradient(weak_logits))
@@ -133,10 +133,10 @@ class NoisyStudent(tf.keras.Model):
         return tf.argmax(logits, -1, output_type=tf.int32), soft, 1.0
 
     def _noise(self, sizes: list[int]) -> contextlib.AbstractContextManager[None]:
-        """Noise determined by seed, step and row in the global batch: part after part, labeled first.
+        """Returns noise determined by seed, step and row in the global batch, labeled rows first.
 
-        The layers of the student read it from the context, because Keras passes nothing but `training`
-        through a functional model.
+        The student's layers read it from the context, because Keras passes only `training` through
+        a functional model.
 
         Args:
           sizes: rows of each part of a replica's batch.
@@ -192,7 +192,7 @@ class NoisyStudent(tf.keras.Model):
 def _confidence(
     logits: tf.Tensor, labels: tf.Tensor, prefix: str, accuracy_name: str
 ) -> dict[str, tf.Tensor]:
-    """Accuracy against `labels`, and the mean probability of the predicted class."""
+    """Returns accuracy against `labels`, and the mean probability of the predicted class."""
     hits = tf.argmax(logits, -1, output_type=tf.int32) == tf.cast(labels, tf.int32)
     return {
         accuracy_name: tf.reduce_mean(tf.cast(hits, tf.float32)),

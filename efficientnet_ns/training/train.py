@@ -1,10 +1,10 @@
 """Training of one model: `train_and_evaluate(config) -> metrics`.
 
 Resuming, in this order:
-  1. model_dir holds checkpoints of this training: continue from the newest that loads completely.
-  2. It holds checkpoints of another configuration, or of records that have been replaced since:
-     refuse and name the difference. A folder without a checkpoint is taken over. Also refuse while
-     another process trains there.
+  1. model_dir contains checkpoints of this run: continue from the newest that loads completely.
+  2. It contains checkpoints of another configuration, or of records that have been replaced since:
+     raise an error that names the difference. A folder without a checkpoint is taken over. Also
+     raise an error while another process trains there.
   3. --init_weights, or --init_model: weights from there or from --init_model_path, a new optimizer,
      step 0.
   4. Random weights from --seed.
@@ -47,15 +47,15 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
         steps and at the end.
 
     Returns:
-      `step`, the last training metrics, and with `evaluate` `eval/top1`, `eval/top5`, `eval/loss`.
+      `step`, the last training metrics and, with `evaluate`, `eval/top1`, `eval/top5`, `eval/loss`.
 
     Raises:
-      ConfigError, DataError: settings or data that cannot work, before training starts.
-      session.TrainingDiverged: NaN or infinite loss; the last good checkpoint is kept.
-      checkpoints.SaveFailed, checkpoints.NothingLoads: the storage of model_dir fails.
-      leases.LeaseLost: another process trains in model_dir since this one was suspended.
-      distribution.WorkerLost: another worker of the cluster stopped.
-      preemption.Preempted: a request to stop came; the state of the running host loop is saved.
+      ConfigError, DataError: If settings or data cannot work, before training starts.
+      session.TrainingDiverged: If the loss is NaN or infinite; the last good checkpoint is kept.
+      checkpoints.SaveFailed, checkpoints.NothingLoads: If the storage of model_dir fails.
+      leases.LeaseLost: If another process trains in model_dir since this one was suspended.
+      distribution.WorkerLost: If another worker of the cluster stopped.
+      preemption.Preempted: On a request to stop; the state of the running host loop is saved.
     """
     resolved = ResolvedConfig.from_config(config)
     config = resolved.config
@@ -63,22 +63,22 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
     with preemption.StopRequest() as stop, Turn(model_dir) as turn:
         with stop.immediate():
             # --- Devices. They come first: after TensorFlow's first computation, CPUs can no longer be
-            # divided into replicas, and no other workers can be joined.
+            # divided into replicas, and other workers can no longer be joined.
             strategy = distribution.get_strategy(config.hardware)
-            stop.take_signals()  # TensorFlow takes SIGTERM when it joins other workers.
+            stop.take_signals()  # TensorFlow takes over SIGTERM when it joins other workers.
             distribution.check(resolved, strategy)
             distribution.set_precision(config.hardware, strategy)
             distribution.start_xla()
             writes = distribution.is_chief(strategy)
 
-            # --- Records, and model_dir as the folder of this training. The chief counts the
-            # records, and the other workers read what it noted.
+            # --- Records, and model_dir as the folder of this run. The chief counts the
+            # records, and the other workers read its counts.
             inputs = distribution.chief_first(
                 strategy, functools.partial(Inputs.find, resolved, evaluate=evaluate)
             )
             if writes:
                 turn.ask()
-                if not saved_steps(model_dir):  # Notes of a training that never began are replaced.
+                if not saved_steps(model_dir):  # Files of a run that never began are replaced.
                     turn.take()
             sources = {"labeled": inputs.labeled, "unlabeled": inputs.unlabeled}
             since = claim(config, sources, writes=writes)
@@ -86,14 +86,14 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
 
         with (
             # From the inside out: TensorFlow's input error becomes a DataError that names the
-            # record, and a DataError makes the folder forget its list of records.
+            # record, and a DataError deletes the folder's list of records.
             expecting_other_records(model_dir),
             distribution.noticing_lost_workers(strategy),
             inputs.naming_bad_records(),
         ):
             with stop.immediate():
                 # --- Model: restored, or initialized.
-                # Keras draws initial weights from the global generator, layer after layer.
+                # Keras draws initial weights from the global generator, layer by layer.
                 tf.keras.utils.set_random_seed(config.train.seed)
                 with strategy.scope():
                     model = _build(resolved, resolved.epoch_images(inputs.labeled), strategy)
@@ -107,9 +107,9 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
                     _initialize(model, config)
 
                 if writes:
-                    # A lost machine's lease has had the time of the building to run out.
+                    # A lost machine's lease could expire while the model was built.
                     turn.take()
-                    # Only now: until here, another process might have been saving.
+                    # Only now, because another process might have been saving until here.
                     saver.remove_unfinished()
 
                 # --- Logs; the session logs, saves and evaluates between host loops.
@@ -126,13 +126,13 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
 def _build(
     resolved: ResolvedConfig, num_train_images: int, strategy: tf.distribute.Strategy | None = None
 ) -> NoisyStudent:
-    """Student, averages and teacher, compiled with the optimizer and its schedule."""
+    """Builds student, averages and teacher, compiled with the optimizer and its schedule."""
     train = resolved.config.train
     student, ema_student = build_student(resolved), resolved.build_model()
     initial = None
     if train.ema_initial_share:
         initial = resolved.build_model()
-        # What `init_skip` leaves out starts at the random values of the student, which the seed fixes.
+        # Variables that `init_skip` excludes start from the student's values, set by the seed.
         _assign(initial, student)
         _load_initial(initial, train)
     teacher = None
@@ -166,10 +166,10 @@ def _build(
 
 
 def build_student(resolved: ResolvedConfig) -> tf.keras.Model:
-    """A new network, with the layers and statistics frozen that the settings name.
+    """Builds a new network and freezes the layers and statistics that the settings name.
 
     Raises:
-      ConfigError: the network has fewer blocks than `fix_layer_num`.
+      ConfigError: If the network has fewer blocks than `fix_layer_num`.
     """
     student, train = resolved.build_model(), resolved.config.train
     if train.fix_layer_num >= 0:
@@ -183,10 +183,10 @@ def build_student(resolved: ResolvedConfig) -> tf.keras.Model:
 
 
 def _initialize(model: NoisyStudent, config: Config) -> None:
-    """Loads the weights to start from, if any, and starts the averages at the student's weights."""
+    """Loads the initial weights, if any, and starts the averages at the student's weights."""
     if model.initial is None:
         _load_initial(model.student, config.train)
-    else:  # It has read them.
+    else:  # `initial` has already loaded them.
         _assign(model.student, model.initial)
     _assign(model.ema_student, model.student)
 
@@ -217,7 +217,7 @@ def _session(
     stop: preemption.StopRequest,
     start: int,
 ) -> Session:
-    """What happens between host loops; evaluates the averages if there is an evaluation set."""
+    """Creates the session, which evaluates the averages if there is an evaluation set."""
     resolved, strategy, measure = inputs.resolved, model.distribute_strategy, None
     if inputs.evaluation is not None:
         evaluator = accuracy.Evaluator(model.ema_student, strategy)
@@ -262,7 +262,7 @@ def _log_start(
     note_start(folder, start, config.values())
     if start == total:
         return
-    # A new training replaces the picture that an earlier one may have left.
+    # A new run replaces the picture that an earlier one may have left.
     drawn = start and tf.io.gfile.exists(os.path.join(folder, preview.FILE))
     number = config.train.preview_images
     if number and not drawn:
@@ -279,16 +279,16 @@ def _log_start(
 def _fit(
     model: NoisyStudent, strategy: tf.distribute.Strategy, inputs: Inputs, session: Session
 ) -> None:
-    """Runs Keras' `fit`, in which one epoch is one host loop so that resuming counts in steps.
+    """Runs Keras' `fit` with one host loop per epoch, so that resuming counts in steps.
 
-    The last loop may be shorter, and `fit` knows only one length: it is a second call.
+    The last loop may be shorter; `fit` supports only one length, so that loop is a second call.
     """
     whole, rest = divmod(session.total - session.start, session.chunk)
     for first, epochs, steps in (
         (session.start, whole, session.chunk),
         (session.total - rest, 1 if rest else 0, rest),
     ):
-        # `ended` holds from the beginning if --patience has stopped an earlier run.
+        # `ended` is True from the beginning if --patience stopped an earlier run.
         if epochs and not session.ended:
             batches = functools.partial(inputs.training_batches, first)
             model.fit(

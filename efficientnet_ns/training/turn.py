@@ -1,9 +1,9 @@
-"""One process at a time trains in a model_dir: two would overwrite each other's logs and checkpoints.
+"""Lets only one process train in a model_dir; two would overwrite each other's files.
 
 The process holds a lease there while it trains (see `files.leases`). After a process of this machine
-is killed, the next one takes over at once. A process lost with its machine looks like one that still
-trains elsewhere until its heartbeat has been missing for `LEASE_SECONDS`. The model is built in the
-meantime, so most restarts do not wait.
+is killed, the next one takes over at once. A process lost with its machine appears to still train
+until its heartbeat has been missing for `LEASE_SECONDS`. The model is built in the meantime, so
+most restarts do not wait.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from absl import logging
 from efficientnet_ns.files import leases
 from efficientnet_ns.training.claim import DirectoryConflict
 
-# A process that lives writes a heartbeat five times as often.
+# A live process writes heartbeats five times as often.
 LEASE_SECONDS = 10.0
 _UNIT = "training"
 
@@ -30,15 +30,15 @@ class Turn:
         return self
 
     def ask(self) -> None:
-        """Claims the folder if no lease on it is alive.
+        """Claims the folder if it has no live lease.
 
         Raises:
-          DirectoryConflict: a process of this machine trains there; those of other machines are
-            left to `take`.
+          DirectoryConflict: If a process of this machine trains there; `take` handles those of
+            other machines.
         """
         self._leases = leases.Leases(self._folder, LEASE_SECONDS)
         self._lease = self._leases.claim(_UNIT)
-        # It runs for certain: `take` refuses at its next heartbeat, before a model is built.
+        # It certainly runs, so `take` raises at its next heartbeat, before a model is built.
         if self._lease is None and self._leases.is_held_here(_UNIT):
             self.take()
 
@@ -46,7 +46,7 @@ class Turn:
         """Claims the folder; call it after `ask`, before anything is written.
 
         Raises:
-          DirectoryConflict: another process is alive and trains in the folder.
+          DirectoryConflict: If another live process trains in the folder.
         """
         if self._leases is None:
             raise RuntimeError("call ask before take")
@@ -60,9 +60,9 @@ class Turn:
             ) from e
 
     def check(self) -> None:
-        """Raises leases.LeaseLost if another process has taken the folder over.
+        """Raises leases.LeaseLost if another process has taken over the folder.
 
-        That happens when this one was suspended for more than `LEASE_SECONDS`.
+        That happens if this one was suspended for more than `LEASE_SECONDS`.
         """
         if self._lease is not None:
             self._lease.check_not_taken()
@@ -72,6 +72,6 @@ class Turn:
             return
         try:
             self._lease.release()
-        # The training is over, or has its own error, which this one must not replace.
+        # Training is over, or has raised its own error, which this one must not replace.
         except leases.STORE_ERRORS as e:
             logging.warning("cannot remove %s: %s", self._lease.path, e)

@@ -25,13 +25,13 @@ def test_nothing_to_tell():
 
 def test_imagenets_schedule_for_few_images():
     (line,) = told(300)
-    assert "--train_steps=109474" in line and "ImageNet's, 1,494,685 passes" in line
+    assert "--train_steps=109474" in line and "ImageNet's schedule, 1,494,685 passes" in line
     assert "300 labeled images" in line
 
 
 def test_batch_of_more_than_all_images():
     (line,) = told(20, **GOOD)
-    assert "--train_batch_size=32 is more than the 20" in line
+    assert "--train_batch_size=32 exceeds the 20" in line
 
 
 def test_warm_up_longer_than_half_of_the_schedule():
