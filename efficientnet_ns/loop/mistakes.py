@@ -44,10 +44,10 @@ class Judged(NamedTuple):
 
 
 class Judge:
-    """Classifies labeled sets with the newest weights of a training.
+    """Classifies labeled sets with the newest weights of a training run.
 
     Args:
-      config: of the training.
+      config: settings of the training run.
       mistakes: number to keep per set.
     """
 
@@ -57,7 +57,7 @@ class Judge:
         self._most = mistakes
 
     def __call__(self, prefix: str) -> Judged:
-        """Predictions for the set of this prefix."""
+        """Returns predictions for the set with this prefix."""
         source = Source.find(self._resolved.config.data.label_data_dir or "", prefix)
         truth: list[int] = []
         probs: list[np.ndarray] = []
@@ -67,7 +67,7 @@ class Judge:
             for record in tfrecords.read(path):
                 if record.payload is not None:
                     group.append(record.payload)
-                # Groups of equal pictures have bit-identical predictions in every run.
+                # The same groups of pictures have bit-identical predictions in every run.
                 if len(group) == self._teacher.group:
                     self._judge(group, truth, probs, mistakes)
                     group = []
@@ -85,7 +85,7 @@ class Judge:
             if row.argmax() != label:
                 name = tfexamples.file_name(payload)
                 mistakes.append(Mistake(name, image, label, int(row.argmax()), float(row.max())))
-        # Cut after each group, because mistakes hold their pictures.
+        # Truncated after each group, because mistakes hold their pictures.
         mistakes.sort(key=lambda mistake: -mistake.prob)
         del mistakes[self._most :]
         truth += labels

@@ -22,10 +22,10 @@ _MODES: dict[str, Callable[[Config], dict[str, Any]]] = {
 
 
 def run(mode: str, config: Config) -> dict[str, Any]:
-    """Trains, evaluates or predicts; the result of the mode's function, JSON-able.
+    """Trains, evaluates or predicts; returns the JSON-serializable result of the mode's function.
 
     Raises:
-      ConfigError, DataError: settings or data that cannot work, before work begins.
+      ConfigError, DataError: If settings or data cannot work, before work begins.
     """
     for argument in config.legacy.without_effect():
         logging.warning("%s has no effect; see its help", argument)

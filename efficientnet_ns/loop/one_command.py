@@ -1,15 +1,15 @@
-"""Two sets of pictures in, a good model out: records, probe, rounds, control, labels, export, report.
+"""Trains a model on two sets of pictures: records, probe, rounds, control, labels, export, report.
 
 Layout of `work_dir`:
 
 settings.json              every setting with its reason, and the facts behind them
 data/{labeled,unlabeled}   records, and data/task.json
-probe                      a linear probe on the published weights, from which every training starts
+probe                      a linear probe on the published weights, from which all training starts
 rounds                     teacher and students; see `rounds`
 control/model              with --control
 labels, labels.csv         the best model's label of every unlabeled picture
 export                     SavedModel and TensorFlow Lite file of the best model
-report.html                everything to look at
+report.html                results, curves, predictions and settings
 state.json                 which of these are finished
 """
 
@@ -50,7 +50,7 @@ from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.serving.model_export import export_model
 from efficientnet_ns.training import probe
 
-# A few broken files in a folder of pictures are no reason to stop: they are listed.
+# A few broken files in a folder of pictures do not stop the run; they are listed.
 _MAX_BAD_FRACTION = 0.5
 # Fields of a task that trained weights determine.
 _OF_THE_MODEL = ("mean", "std", "small_image", "image_size")
@@ -64,7 +64,7 @@ class Result:
       rows: a row per model, as in the printed table.
       best: folder of the best model's checkpoint.
       accuracy: of the best model, 0..1, by set: `held-out`, and `test` if there is one.
-      warnings: problems to look at.
+      warnings: problems to review.
       labels, report, saved_model, tflite: paths.
       settings: every setting.
     """
@@ -84,7 +84,7 @@ class Result:
             list(self.rows[0]), [list(row.values()) for row in self.rows], rule=True
         )
         module = "python -m efficientnet_ns"
-        work_dir = os.path.dirname(self.report)  # By which every program finds the best model.
+        work_dir = os.path.dirname(self.report)  # Every program finds the best model by it.
         deploy = os.path.join(os.path.dirname(self.saved_model), "deploy", "start.sh")
         lines = [
             table,
@@ -99,7 +99,7 @@ class Result:
 
 
 def run(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> None:
-    """The program: with --labeled from pictures, else `rounds.run_loop` on records; prints results."""
+    """Runs the program on pictures if given, else `rounds.run_loop` on records; prints results."""
     if not (pictures.labeled or pictures.unlabeled):
         if unused := sorted(given(pictures)):
             raise ConfigError(f"--{unused[0]} requires --labeled and --unlabeled")
@@ -129,7 +129,7 @@ def noisy_student(
         which overrides its rule.
 
     Raises:
-      ConfigError, DataError: settings or pictures that cannot work.
+      ConfigError, DataError: If settings or pictures cannot work.
     """
     frame: dict[str, Any] = {"labeled": os.fspath(labeled), "unlabeled": os.fspath(unlabeled)}
     frame |= {k: v for k, v in values.items() if k in PicturesConfig.__dataclass_fields__}
@@ -137,7 +137,7 @@ def noisy_student(
     rest = {k: v for k, v in values.items() if k not in {**frame, **of_loop}}
     loop = LoopConfig(work_dir=os.fspath(work_dir), **of_loop)
     settings = Config().override(**rest)
-    # Even a value that equals the default is given, and overrides its rule.
+    # Even a value that equals the default counts as given and overrides its rule.
     mark_given(settings, rest)
     mark_given(loop, of_loop)
     return from_pictures(PicturesConfig(**frame), settings, loop)
@@ -147,20 +147,20 @@ def from_pictures(pictures: PicturesConfig, settings: Config, loop: LoopConfig) 
     """Runs everything, continuing where an earlier run stopped.
 
     Raises:
-      ConfigError, DataError: settings or pictures that cannot work.
-      hurdles.CannotWork: the teacher has learned nothing.
+      ConfigError, DataError: If settings or pictures cannot work.
+      hurdles.CannotWork: If the teacher has learned nothing.
     """
     values, made = _planned(pictures, settings, loop)
     work = loop.work_dir
     print(plan.describe(made, pictures), file=sys.stderr)
-    # Before any work: after a kill, the plan is read, even where the machine would suggest another.
+    # Before any work: after a kill, the plan is read, even if the machine would suggest another.
     plan.write(made, pictures, values, work)
     run = _Run(pictures, made, work)
     if run.state.finished:
         print(f"continuing {work}: finished are {', '.join(run.state.finished)}", file=sys.stderr)
     verbosity = logging.get_verbosity()
     try:
-        # The progress line shows what matters of each stage's log.
+        # The progress line shows the essentials of each stage's log.
         logging.set_verbosity(logging.WARNING)
         with progress.Whole(_stages(made, pictures)):
             return run.result()
@@ -171,16 +171,16 @@ def from_pictures(pictures: PicturesConfig, settings: Config, loop: LoopConfig) 
 def _planned(
     pictures: PicturesConfig, settings: Config, loop: LoopConfig
 ) -> tuple[dict[str, Any], Plan]:
-    """(the settings that override their rules, the plan); ConfigError for what cannot work."""
+    """Returns (settings that override their rules, plan); raises ConfigError if it cannot work."""
     values = _checked(pictures, settings, loop)
     made = plan.make(pictures, values, loop.work_dir)
-    # Only for its errors, before records are made.
+    # Called only for its errors, before records are made.
     rounds.model_configs(*plan.configs(made.chosen))
     return values, made
 
 
 def _checked(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> dict[str, Any]:
-    """The settings that override their rules."""
+    """Checks settings; returns those that override their rules."""
     for one in (pictures, settings, loop):
         check(one)
     needed = {"labeled": pictures.labeled, "unlabeled": pictures.unlabeled}
@@ -188,12 +188,12 @@ def _checked(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> di
         needed["work_dir"] = loop.work_dir
     for name, value in needed.items():
         if not value:
-            raise ConfigError(f"--{name} is needed")
+            raise ConfigError(f"--{name} is required")
     return plan.chosen_by_user(pictures, settings, loop)
 
 
 def _stages(made: Plan, pictures: PicturesConfig) -> dict[str, float]:
-    """Stage → estimated seconds."""
+    """Returns {stage: estimated seconds}."""
     chosen, facts = made.chosen, made.facts
     # The names are those that `State.once` is called with, here and in `rounds`.
     parts = rules.seconds(facts, chosen, made.pace, control=pictures.control)
@@ -226,7 +226,7 @@ class _Run:
         self.pictures, self.plan, self.work = pictures, made, work_dir
         chosen = made.chosen
         frame = {k: getattr(pictures, k).rstrip("/") for k in ("labeled", "unlabeled", "test")}
-        # Reasons may be worded differently by another version.
+        # Without reasons, whose wording another version may change.
         self.state = State(work_dir, {**frame, **chosen})
         self.warnings: list[str] = rules.warnings(made.facts, chosen)
 
@@ -263,7 +263,7 @@ class _Run:
                 f"{picture_report.name_of(best)} ({tops[best]:.1%}), which is kept as the best model"
             )
         model = rounds.model_configs(base, loop)[best]
-        # By this note, `stored_model.find` takes `work_dir` for the best model.
+        # With this entry, `stored_model.find` resolves `work_dir` to the best model.
         self.state.once(stored_model.BEST, lambda: {"round": best})
         self.state.once("labels", lambda: self._label(base, loop, model, best, len(trained)))
         exported = self.state.once("export", lambda: self._export(model))
@@ -296,7 +296,7 @@ class _Run:
         )
 
     def _probe(self, base: Config, loop: LoopConfig) -> dict[str, Any]:
-        """Fits and measures the linear probe from which every training starts; its row."""
+        """Fits and measures the linear probe from which all training starts; returns its row."""
         folder, weights = self._in_work("probe"), self.plan.chosen["init_weights"]
         first = rounds.model_configs(base, loop)[0]
         self.state.once("probe", lambda: probe.fit(first, weights, folder))
@@ -328,7 +328,7 @@ class _Run:
             unlabeled = folder
         task = self._in_work("data", tasks.TASK_FILE)
         object_stores.make_folder(os.path.dirname(task))
-        # Written anew: records that were given, and their task, stay as they are.
+        # A new file, so that given records and their task stay unchanged.
         known = tasks.get_task(os.path.join(labeled, tasks.TASK_FILE))
         fields = dataclasses.asdict(known)
         if self.plan.chosen["init_weights"]:
@@ -343,7 +343,7 @@ class _Run:
         return {"places": places, "counts": counts}
 
     def _duplicates(self) -> list[str]:
-        """Unlabeled pictures that are also labeled or test pictures: students must not see those."""
+        """Returns unlabeled copies of labeled or test pictures, which students must not see."""
         places = [self.pictures.unlabeled, self.pictures.labeled, self.pictures.test]
         plain = [place for place in places if place and plan.is_pictures(place)]
         # Only pictures in files can be compared; records and TFDS sets are not read for this.
@@ -386,8 +386,8 @@ class _Run:
             self.warnings += hurdles.quarantined(self._in_work("data", name))
         if number := data["counts"].get("duplicates"):
             self.warnings.append(
-                f"{number} unlabeled pictures are exact copies of labeled or test pictures and were left "
-                "out"
+                f"{number} unlabeled pictures are exact copies of labeled or test pictures and "
+                "were excluded"
             )
 
     # --- After the rounds
@@ -399,7 +399,7 @@ class _Run:
         config = rounds.model_configs(base, loop)[0].override(
             model_dir=self._in_work("control", "model"),
             train_steps=sum(row["steps"] for row in trained),
-            # The updates that were made: --train_ratio has stretched them already.
+            # `steps` are actual updates, which --train_ratio has already stretched.
             train_ratio=1.0,
             train_last_step_num=-1,
         )
@@ -409,13 +409,13 @@ class _Run:
     def _label(
         self, base: Config, loop: LoopConfig, model: Config, best: int, models: int
     ) -> dict[str, Any]:
-        """`labels.csv`: what the best model predicts for every unlabeled picture."""
+        """Writes `labels.csv`: the best model's prediction for every unlabeled picture."""
         folder = self._in_work("labels")
         if best + 1 < models:  # It has already labeled them as a teacher.
             folder = os.path.join(loop.work_dir, f"round-{best + 1}")
         prediction = rounds.prediction_config(model, base.data.unlabel_data_dir, folder)
         predict.predict(prediction)
-        # `kept` tells of the last selection, whichever model is the best.
+        # `kept` refers to the last selection, regardless of which model is the best.
         _, selection = rounds.stage_configs(base, loop, models - 1)
         return labels_csv.write(
             self._in_work("labels.csv"),
@@ -428,18 +428,18 @@ class _Run:
         paths = {"saved_model": os.path.join(folder, "1")}
         options = ExportConfig(export_dir=folder, version=1)
         facts = self._facts(model)
-        # The upload of a killed export is none: its graph comes last.
+        # A killed export does not count as one, because its graph is written last.
         if not stored_model.is_export(paths["saved_model"]):
             export_model(model, options, facts)
         lite = dataclasses.replace(options, format="tflite")
-        # As `export_model` calls the file of version 1.
+        # The name that `export_model` gives the file of version 1.
         file = os.path.join(folder, f"{model.model.model_name}-1-float32.tflite")
         if not tf.io.gfile.exists(file):
             export_model(model, lite, facts)
         return {**paths, "tflite": file}
 
     def _facts(self, model: Config) -> dict[str, str]:
-        """For the model card, because the names of folders in `work_dir` say nothing."""
+        """Returns facts for the model card, where names of folders in `work_dir` mean nothing."""
         start = self.plan.chosen["init_weights"]
         if start == published.OWN_VARIANT:
             start = f"published weights of {model.model.model_name}"

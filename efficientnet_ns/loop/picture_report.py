@@ -25,7 +25,7 @@ _PIXELS = 128
 
 
 def name_of(number: int | str) -> str:
-    """`teacher`, `student 1`, `linear probe` … for the `round` of a row."""
+    """Returns `teacher`, `student 1`, `linear probe`, … for the `round` of a row."""
     known = {0: "teacher", "probe": "linear probe", "control": "control"}
     return known.get(number, f"student {number}")
 
@@ -36,10 +36,10 @@ def table(
     config: Config,
     best: int,
 ) -> list[dict[str, str]]:
-    """A row per model: its data, and its accuracy.
+    """Returns a row per model, with its data and its accuracy.
 
     Args:
-      rows: of `rounds.run_loop`, with those of probe and control.
+      rows: rows of `rounds.run_loop`, with those of probe and control.
       best: `round` of the best model.
     """
     labeled = ResolvedConfig.from_config(config).epoch_images()
@@ -77,7 +77,7 @@ def write(
     """Writes the report; returns its path."""
     names = tasks.class_names(tasks.get_task(config.data.task_name or "")) or ()
     names = names or tuple(map(str, range(plan.facts.classes)))
-    # Probe and control have words as their rounds, and round 0 is the teacher.
+    # The `round` of probe and control is a string, and round 0 is the teacher.
     students = [row["round"] for row in rows if isinstance(row["round"], int) and row["round"]]
     sections = [report.Section("Results", report.table(table))]
     if warnings:
@@ -110,7 +110,7 @@ def _curves(loop: LoopConfig, rows: Sequence[Mapping[str, Any]], control: str) -
     folders = {
         name_of(row["round"]): rounds.model_dir(loop, row["round"])
         for row in rows
-        # The probe has no curves: it is fitted at once.
+        # The probe has no learning curves.
         if isinstance(row["round"], int)
     }
     if any(row["round"] == "control" for row in rows):
@@ -120,7 +120,7 @@ def _curves(loop: LoopConfig, rows: Sequence[Mapping[str, Any]], control: str) -
 
 
 def _predictions(title: str, judged: Judged, names: Sequence[str]) -> list[report.Section]:
-    """Accuracy by class, confusions, calibration and the worst mistakes on one set."""
+    """Reports accuracy by class, confusions, calibration and the worst mistakes on one set."""
     right = judged.truth == judged.predicted
     by_class: list[dict[str, Any]] = []
     for i, name in enumerate(names):
@@ -132,7 +132,7 @@ def _predictions(title: str, judged: Judged, names: Sequence[str]) -> list[repor
     grid = [
         (
             report.thumbnail(m.image, _PIXELS),
-            f"{names[m.truth]}, taken for {names[m.predicted]} {m.prob:.2f}: {m.name}",
+            f"{names[m.truth]}, predicted {names[m.predicted]} {m.prob:.2f}: {m.name}",
         )
         for m in judged.mistakes
     ]
@@ -157,11 +157,11 @@ def round_sections(
     names: Sequence[str],
     truth: outcome.Truth | None = None,
 ) -> list[report.Section]:
-    """What the labeling report shows of one round.
+    """Returns the sections of the labeling report for one round.
 
     Args:
-      names: of the classes.
-      truth: true classes of the unlabeled pictures by shard and record, where they are known.
+      names: class names.
+      truth: true classes of the unlabeled pictures by shard and record, if known.
     """
     _, selection = rounds.stage_configs(config, loop, number)
     previous = ""
@@ -177,7 +177,7 @@ def round_sections(
 
 def _augmented(loop: LoopConfig, students: Sequence[int]) -> str:
     path = os.path.join(rounds.model_dir(loop, max(students, default=0)), preview.FILE)
-    # With --preview_images=0 there is none.
+    # With --preview_images=0, there is none.
     if not tf.io.gfile.exists(path):
         return ""
     with tf.io.gfile.GFile(path, "rb") as f:

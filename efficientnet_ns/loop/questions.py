@@ -1,10 +1,10 @@
-"""The paper's ablations as a table: each a question, what the paper found, and arms to compare.
+"""The paper's ablations as a table: questions, what the paper found, and arms to compare.
 
-An arm is the loop's settings with changes. Their names are fields of `Method`, of `Config` (of the
-students' training, and of the labeling) or of `SelectConfig`. The first arm of a study is the one
-that the others are compared with; `{}` is the loop as it is.
+An arm changes settings of the loop: fields of `Method`, of `Config` (of the students' training, and
+of labeling) or of `SelectConfig`. The first arm of a study is the baseline that the others are
+compared with; `{}` is the unchanged loop.
 
-Figures are ImageNet top-1 in percent, from arXiv 1911.04252, where this table has a source for them.
+Figures are ImageNet top-1 in percent, from the section of arXiv 1911.04252 that `source` names.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What an arm can change besides settings of trainings, labeling and selection.
+    """What an arm can change besides settings of training, labeling and selection.
 
     Attributes:
-      rounds: number of students, each of which labels for the next one; 0: the teacher.
-      student_width, teacher_width: factor of the number of channels.
-      steps: factor of the students' update steps.
-      images: factor of the pseudo-labeled images per class.
-      warm_start: the student begins with its teacher's weights.
+      rounds: number of students, each of which labels for the next one; 0: only the teacher.
+      student_width, teacher_width: factor for the number of channels.
+      steps: factor for the students' update steps.
+      images: factor for the pseudo-labeled images per class.
+      warm_start: the student starts from its teacher's weights.
       pretrain: the student learns from pseudo labels only, then repeats the last quarter of the
         schedule with labels only.
       labels_only: a single model learns from labels only, for the steps of teacher plus student.
@@ -69,7 +69,7 @@ class Study:
       question: of the study.
       source: section of the paper.
       finding: what the paper found.
-      arms: name → arm, the one to compare with first.
+      arms: name → arm; the baseline comes first.
     """
 
     question: str
@@ -79,7 +79,7 @@ class Study:
 
 
 _UNSURE, _SURE = {"min_threshold": 0.0, "max_prob": 0.7}, {"min_threshold": 0.7}
-# Both are explicit, since the loop's own labels may be either.
+# Both are explicit, because the loop's labels may be either.
 _SOFT, _HARD = {"teacher_softmax_temp": 1.0}, {"teacher_softmax_temp": -1.0}
 _CLEAN = {"unl_aug": "clean"}
 
@@ -134,7 +134,7 @@ STUDIES: dict[str, Study] = {
         "More is better; a sixteenth of 130 million is still nearly as good as all (B4).",
         {
             "all": Arm({}, "84.0"),
-            # A random part (use_top=0): the most confident images would be another question.
+            # A random part (use_top=0); the most confident images would be a different question.
             "a quarter": Arm({"images": 1 / 4, "use_top": 0}, "83.8", -1, quick=False),
             "a sixteenth": Arm({"images": 1 / 16, "use_top": 0}, "83.9", -1, quick=False),
             "none: labels only, as many steps": Arm({"labels_only": True}, "83.2", -1),
@@ -198,7 +198,7 @@ STUDIES: dict[str, Study] = {
     "rounds": Study(
         "Does the student make a better teacher for the next one?",
         "§4.2",
-        "B7 teaches an L2 of 87.6, which teaches one of 88.1, and that one (at 28:1) one of 88.4.",
+        "B7 teaches an L2 with 87.6; that, one with 88.1; and that, at 28:1, one with 88.4.",
         {
             "1 round": Arm({"rounds": 1}, "87.6"),
             "the teacher": Arm({"rounds": 0}, "85.0", -1),

@@ -4,9 +4,9 @@ Layout of `work_dir`:
 
 round-0/model                       the first teacher
 round-<r>/{predictions,info}        labels given by the model of round r-1
-round-<r>/{statistics,selected}     what was chosen of them, and the balanced records
+round-<r>/{statistics,selected}     the selection from them, and the balanced records
 round-<r>/model                     the student, teacher of round r+1
-round-<last>/finetuned-<size>       the last student, with --finetune_resolution
+round-<last>/finetuned-<size>       the fine-tuned last student, with --finetune_resolution
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from efficientnet_ns.pseudo_labels.selection import select
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training import train
 
-# Settings of the loop that may change between two runs of it.
+# Settings of the loop that may change between two runs.
 _MAY_GROW = (
     "work_dir",
     "models",
@@ -53,7 +53,7 @@ def run_loop(
     """Runs all rounds.
 
     Args:
-      config: settings of every training; `unlabel_data_dir` holds the unlabeled records.
+      config: settings of all training runs; `unlabel_data_dir` holds the unlabeled records.
       loop: the rounds.
       watch: called with `model` and its row, and with `selection` and the result of `select`, as soon
         as each is available; may raise to end the loop.
@@ -64,11 +64,11 @@ def run_loop(
       images]}). The fine-tuned last student is one more row, with `finetuned` (its image size).
 
     Raises:
-      ConfigError, DataError: settings or data that cannot work, before anything is done.
+      ConfigError, DataError: If settings or data cannot work, before anything is done.
     """
     config = data_source.with_records(config)
     trainings = check(config, loop)
-    # Models may be added later; every training guards its own folder.
+    # Models may be added later; each training run protects its own folder.
     settings = {**config.identity(), **dataclasses.asdict(loop)}
     defaults = {**Config().identity(), **dataclasses.asdict(LoopConfig())}
     fixed = {k: v for k, v in settings.items() if k not in _MAY_GROW}
@@ -85,53 +85,53 @@ def run_loop(
             )
             break
     if loop.finetune_resolution:
-        # `number` is that of the last student, after an early stop as well.
+        # `number` is that of the last student, even after an early stop.
         rows.append(_finetune(state, config, loop, number))
     return rows
 
 
 def best_model(config: Config, rows: Sequence[Mapping[str, Any]]) -> int:
-    """Round of the best model: the last that is not clearly worse on the evaluation set.
+    """Returns the round of the best model: the last not clearly worse on the evaluation set.
 
     "Clearly" means by more than the standard error of an accuracy on that many images. A few held-out
-    images cannot separate models that are closer, and a student has usually seen more.
+    images cannot separate closer models, and a student has usually seen more.
     """
     name, best = ResolvedConfig.from_config(config).task.eval_set, 0
     found = [row["measured"][name] for row in rows]
     for number, one in enumerate(found):
         top1 = found[best]["top1"]
-        # Of equal models the later one.
+        # Of equal models, the later one.
         if one["top1"] >= top1 - math.sqrt(top1 * (1 - top1) / one["examples"]):
             best = number
     return best
 
 
 def check(config: Config, loop: LoopConfig) -> list[Config]:
-    """`model_configs`, checked now for what would otherwise fail after the teacher's training.
+    """Returns `model_configs`, after checks that would otherwise fail after the teacher's training.
 
     Raises:
-      ConfigError: settings that cannot work.
-      DataError: there are no unlabeled records, or lists that name other records.
+      ConfigError: If settings cannot work.
+      DataError: If there are no unlabeled records, or lists name other records.
     """
     trainings = model_configs(config, loop)
     if not (loop.work_dir and config.data.unlabel_data_dir):
-        raise ConfigError("--work_dir and --unlabel_data_dir are needed")
+        raise ConfigError("--work_dir and --unlabel_data_dir are required")
     check_values(loop)
     for training in trainings:
         ResolvedConfig.from_config(training)
     if any(training.train.unlabel_ratio <= 0 for training in trainings[1:]):
-        raise ConfigError("a positive --unlabel_ratio is needed for every student")
-    # Only for their errors: missing shards, and lists that name other records or classes.
+        raise ConfigError("a positive --unlabel_ratio is required for every student")
+    # Called only for their errors: missing shards, and lists that name other records or classes.
     _unlabeled_set(config.data.unlabel_data_dir, config)
     index.decisions(stage_configs(config, loop, 1)[1])
     return trainings
 
 
 def model_configs(config: Config, loop: LoopConfig) -> list[Config]:
-    """Settings of the training of each model: the first teacher, then the students.
+    """Returns the training settings of each model: the first teacher, then the students.
 
     Raises:
-      ConfigError: the lists of the loop have different lengths, or name no published model.
+      ConfigError: If the loop's lists have different lengths, or name an unpublished model.
     """
     models = [name.strip() for name in loop.models.split(",")]
     if len(models) < 2:
@@ -161,7 +161,7 @@ def model_configs(config: Config, loop: LoopConfig) -> list[Config]:
         return trainings
     if len(set(models)) > 1:
         raise ConfigError(
-            f"--warm_start needs students of their teacher's variant, not {loop.models}"
+            f"--warm_start requires students of their teacher's variant, not {loop.models}"
         )
     return trainings[:1] + [
         warm_started(student, teacher) for teacher, student in zip(trainings, trainings[1:])
@@ -169,31 +169,31 @@ def model_configs(config: Config, loop: LoopConfig) -> list[Config]:
 
 
 def warm_started(student: Config, teacher: Config) -> Config:
-    """The settings of a student that starts from its teacher's weights."""
+    """Returns the settings of a student that starts from its teacher's weights."""
     return started_from(student, teacher.train.model_dir)
 
 
 def started_from(config: Config, folder: str | None) -> Config:
-    """The settings of a training that starts from all weights in `folder`, and from no others."""
+    """Returns training settings that start from all weights in `folder`, and from no others."""
     return config.override(init_model=True, init_model_path=folder, init_weights=None, init_skip="")
 
 
 def _per_model(flag: str, text: str, kind: type, count: int) -> list[Any]:
-    """The values of a list flag; none when it is empty."""
+    """Returns the values of a list flag; [] if it is empty."""
     if not text:
         return []
     try:
         values = [kind(part) for part in text.split(",")]
     except ValueError:
         values = []
-    # `float` takes nan and inf for numbers, too.
+    # `float` also accepts nan and inf.
     if len(values) != count or not all(0 < value < float("inf") for value in values):
-        raise ConfigError(f"--{flag}={text} should be {count} positive numbers joined with ','")
+        raise ConfigError(f"--{flag}={text} must be {count} positive numbers separated by ','")
     return values
 
 
 def _as_published(config: Config) -> Config:
-    """With the settings of the published model of this size; a given image size stays."""
+    """Applies the settings of the published model of this size; keeps a given image size."""
     recipe = RECIPES.get(config.model.model_name or "")
     if recipe is None:
         raise ConfigError(
@@ -211,7 +211,7 @@ def _as_published(config: Config) -> Config:
 
 
 def _unlabeled_set(folder: str, config: Config) -> tuple[str, int]:
-    """(prefix, number of shards) of the complete unlabeled set in a folder."""
+    """Returns (prefix, number of shards) of the complete unlabeled set in a folder."""
     if ";" in folder:
         raise ConfigError(f"--unlabel_data_dir={folder}: the loop labels one folder")
     options = config.predict
@@ -237,7 +237,7 @@ def _round(
     prediction, selection = stage_configs(config, loop, number)
     state.once(f"round {number}: predict", lambda: predict.predict(prediction))
     chosen = state.once(f"round {number}: select", lambda: select(selection))
-    # Before the records are written and learned from: it may end the loop.
+    # Before the records are written and used, because it may end the loop.
     watch("selection", {"round": number, **chosen})
     state.once(f"round {number}: write", lambda: write.write(selection))
     student = model_configs(config, loop)[number]
@@ -247,9 +247,9 @@ def _round(
 
 
 def stage_configs(config: Config, loop: LoopConfig, number: int) -> tuple[Config, SelectConfig]:
-    """Settings of the prediction and of the selection of round `number`.
+    """Returns the settings of prediction and selection in round `number`.
 
-    The teacher labels at the resolution it was trained at.
+    The teacher labels at the resolution at which it was trained.
     """
     folder = os.path.join(loop.work_dir, f"round-{number}")
     teacher = model_configs(config, loop)[number - 1]
@@ -258,7 +258,7 @@ def stage_configs(config: Config, loop: LoopConfig, number: int) -> tuple[Config
 
 
 def prediction_config(teacher: Config, unlabeled: str, folder: str) -> Config:
-    """Settings of labeling the whole folder `unlabeled` with the model of the training `teacher`."""
+    """Returns the settings for labeling the whole folder `unlabeled` with `teacher`'s model."""
     prefix, num_shards = _unlabeled_set(unlabeled, teacher)
     return teacher.override(
         unlabel_data_dir=unlabeled,
@@ -272,7 +272,7 @@ def prediction_config(teacher: Config, unlabeled: str, folder: str) -> Config:
 
 
 def selection_config(prediction: Config, loop: LoopConfig, folder: str) -> SelectConfig:
-    """Settings of the selection among predictions; records are written to `folder/selected/data`."""
+    """Returns the settings of selection; records are written to `folder/selected/data`."""
     options = prediction.predict
     return SelectConfig(
         unlabel_data_dir=prediction.data.unlabel_data_dir,
@@ -299,10 +299,11 @@ def _finetune(state: State, config: Config, loop: LoopConfig, number: int) -> di
 
 
 def finetune_config(config: Config, loop: LoopConfig, number: int) -> Config:
-    """Settings of the fine-tuning of the student of round `number`.
+    """Returns the settings for fine-tuning the student of round `number`.
 
-    The train-test resolution fix of arXiv 1911.04252 §3.1: `finetune_epochs` more at a higher
-    resolution, on labeled images without augmentation, at the end of the learning rate schedule.
+    The train-test resolution fix of arXiv 1911.04252 §3.1: `finetune_epochs` more epochs at a
+    higher resolution, on labeled images without augmentation, at the end of the learning rate
+    schedule.
     """
     student = model_configs(config, loop)[number]
     folder = os.path.join(loop.work_dir, f"round-{number}", f"finetuned-{loop.finetune_resolution}")
@@ -317,7 +318,7 @@ def finetune_config(config: Config, loop: LoopConfig, number: int) -> Config:
         unlabel_data_dir="",
         # These steps are the last of the schedule, which must have at least as many.
         train_steps=max(steps, config.train.train_steps),
-        # `steps` are updates that are taken, not to be stretched.
+        # `steps` are actual updates, not to be stretched.
         train_ratio=1.0,
         train_last_step_num=steps,
     )
@@ -326,6 +327,6 @@ def finetune_config(config: Config, loop: LoopConfig, number: int) -> Config:
 def train_and_measure(state: State, name: str, config: Config) -> dict[str, Any]:
     """Trains one model and measures it on the task's evaluation and test sets."""
     metrics = state.once(name, lambda: train.train_and_evaluate(config))
-    # A stage of its own: the training evaluates on the evaluation set only.
+    # A separate stage, because training evaluates only on the evaluation set.
     measured = state.once(f"{name}: measure", lambda: evaluate.evaluate(config))
     return {"model": config.model.model_name, "steps": metrics["step"], "measured": measured}

@@ -1,4 +1,4 @@
-"""Settings by rule: one table from facts about the pictures and the machine to every setting.
+"""Settings by rule: one table derives every setting from facts about pictures and machine.
 
 A row may use the settings of the rows above it and every given one, so a value given by the user affects
 everything that depends on it. To change a rule, change its row: nothing else in the package decides a setting.
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from efficientnet_ns.ingest import data_source
 
-# Models with published weights as packages, the smallest first.
+# Models whose published weights are available as packages, the smallest first.
 PUBLISHED = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
 # Labels per class below which the fine-tuned teacher is not much better than the linear probe.
 _FEW_PER_CLASS = 40
@@ -23,13 +23,13 @@ class Facts:
     """Inputs of the rules.
 
     Attributes:
-      labeled: labeled pictures, including those to be held out.
-      classes: their classes.
-      smallest_class: pictures of the class with the fewest.
-      unlabeled: unlabeled pictures.
+      labeled: number of labeled pictures, including those to be held out.
+      classes: number of their classes.
+      smallest_class: number of pictures in the smallest class.
+      unlabeled: number of unlabeled pictures.
       median_side: shorter side of the median picture in pixels.
-      cores: CPU cores that may be used.
-      accelerators: GPUs.
+      cores: number of CPU cores that may be used.
+      accelerators: number of GPUs.
       published: models whose published weights are installed.
     """
 
@@ -50,9 +50,9 @@ class Rule(NamedTuple):
     """A row of the table.
 
     Attributes:
-      name: of the setting: the flag.
+      name: name of the setting: the flag.
       value: (facts, settings of the rows above) → value.
-      reason: why, in a few words; with `{}`, formatted with the fields of the facts.
+      reason: why, briefly; a format string for the fields of the facts.
       source: where the value comes from.
     """
 
@@ -63,7 +63,7 @@ class Rule(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A setting as it was decided."""
+    """A chosen setting."""
 
     name: str
     value: Any
@@ -76,7 +76,7 @@ def _pretrained(chosen: Chosen) -> bool:
 
 
 def _either(pretrained: Any, scratch: Any) -> Callable[[Facts, Chosen], Any]:
-    """One value for published weights, another one for training from scratch."""
+    """Makes a rule with one value for published weights, another for training from scratch."""
     return lambda _, chosen: pretrained if _pretrained(chosen) else scratch
 
 
@@ -94,7 +94,7 @@ def _models(facts: Facts, chosen: Chosen) -> str:
 
 def _image_size(facts: Facts, chosen: Chosen) -> int | None:
     if not _pretrained(chosen):
-        # None: the size of their task, which make_records takes from small pictures.
+        # None: the size in the task, which make_records derives from small pictures.
         return (
             None
             if facts.median_side <= data_source.SMALL_SIDE
@@ -112,7 +112,7 @@ def _held_out(facts: Facts, _: Chosen) -> float:
 
 
 def _steps(pretrained: int, scratch: int, passes: int, batch: str) -> Callable:
-    """At least this many updates, and this many passes over the labeled pictures; 20,000 at most."""
+    """Makes a rule: at least this many updates, and passes over the labels; at most 20,000."""
 
     def steps(facts: Facts, chosen: Chosen) -> int:
         least = pretrained if _pretrained(chosen) else scratch
@@ -123,12 +123,12 @@ def _steps(pretrained: int, scratch: int, passes: int, batch: str) -> Callable:
 
 
 def _updates(chosen: Chosen, name: str) -> int:
-    """Updates of `teacher_steps` or `train_steps`, which a given `train_ratio` stretches."""
+    """Returns the updates of `teacher_steps` or `train_steps`, stretched by `train_ratio`."""
     return max(1, int(chosen[name] * chosen.get("train_ratio", 1.0)))
 
 
 def _warmup(facts: Facts, chosen: Chosen) -> float:
-    """A twentieth of a student's updates, in passes over the labeled pictures."""
+    """Returns a twentieth of a student's updates, in passes over the labeled pictures."""
     images = facts.labeled * (1 - chosen["held_out"])
     return round(0.05 * _updates(chosen, "train_steps") * chosen["train_batch_size"] / images, 2)
 
@@ -138,8 +138,8 @@ def _steps_per_eval(_: Facts, chosen: Chosen) -> int:
 
 
 def _initial_share(facts: Facts, chosen: Chosen) -> float:
-    """Of the first teacher. Students, which see more pictures, are better without it."""
-    # Given for all trainings, it is that of the teacher, too.
+    """Returns the first teacher's share. Students, which see more pictures, are better at 0."""
+    # A value given for all training runs also applies to the teacher.
     if "ema_initial_share" in chosen:
         return chosen["ema_initial_share"]
     few = facts.labeled < _FEW_PER_CLASS * facts.classes
@@ -147,7 +147,7 @@ def _initial_share(facts: Facts, chosen: Chosen) -> float:
 
 
 def _frozen_blocks(facts: Facts, chosen: Chosen) -> int:
-    """The stem and the first stages of published weights on CPUs; they process most of the pixels."""
+    """On CPUs, freezes the stem and first stages of published weights: they process most pixels."""
     # Five blocks are the first three stages of EfficientNet-Lite0.
     return 5 if _pretrained(chosen) and not facts.accelerators else -1
 
@@ -157,7 +157,7 @@ def _per_class(facts: Facts, _: Chosen) -> int:
 
 
 def _published(facts: Facts, chosen: Chosen) -> str:
-    """Published weights, if the models that the user gave have some."""
+    """Chooses published weights if the models that the user gave have some."""
     # Published weights fit only the published shapes.
     other_shape = any(chosen.get(f"{side}_coefficient") for side in ("width", "depth"))
     models = {name.strip() for name in chosen.get("models", "").split(",")} - {""}
@@ -167,7 +167,7 @@ def _published(facts: Facts, chosen: Chosen) -> str:
     return "published" if facts.published and fit and facts.labeled < 200_000 else ""
 
 
-_PROTOTYPE = "measured with published weights; from scratch, a first value"
+_PROTOTYPE = "measured with published weights; from scratch, an initial guess"
 _PAPER = "arXiv 1911.04252"
 
 RULES: tuple[Rule, ...] = (
@@ -292,7 +292,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def choose(facts: Facts, given: Chosen) -> list[Setting]:
-    """Every setting of the table, and the other given ones.
+    """Chooses every setting of the table; appends the other given ones.
 
     Args:
       given: the user's settings, which override their rows.
@@ -313,7 +313,7 @@ def choose(facts: Facts, given: Chosen) -> list[Setting]:
 
 
 def values(settings: list[Setting]) -> dict[str, Any]:
-    """Name → value."""
+    """Returns {name: value}."""
     return {setting.name: setting.value for setting in settings}
 
 
@@ -321,17 +321,17 @@ def values(settings: list[Setting]) -> dict[str, Any]:
 
 # A forward pass on XNNPACK takes about this fraction of an update on the same picture.
 _LABELING = 0.25
-# Until the graph of a training is built and its first batch is ready.
+# Time until a training run's graph is built and its first batch is ready.
 STARTUP_SECONDS = 30.0
 # Records, probe, export and report.
 _OVERHEAD_SECONDS = 60.0
 
 
 def seconds(facts: Facts, chosen: Chosen, pace: float, *, control: bool) -> dict[str, float]:
-    """Estimated seconds of each part of the run.
+    """Estimates the seconds of each part of the run.
 
     Args:
-      pace: pictures per second of a training at the chosen size.
+      pace: pictures per second in training at the chosen size.
     """
     students = chosen["models"].count(",")
     # Pictures in a batch for each labeled one.
@@ -360,7 +360,7 @@ _SIZES = (128, 96, 64)
 def fit(
     settings: list[Setting], facts: Facts, given: Chosen, pace: float, limit: float, control: bool
 ) -> list[Setting]:
-    """Settings that let the run end within `limit` seconds, as far as possible."""
+    """Reduces settings so that the run ends within `limit` seconds, as far as possible."""
     chosen, size = values(settings), values(settings)["input_image_size"]
     changed: dict[str, Any] = {}
 
@@ -402,10 +402,10 @@ def fit(
 
 
 def warnings(facts: Facts, chosen: Chosen) -> list[str]:
-    """What is likely to go wrong with these settings, and what to do about it."""
+    """Returns what is likely to go wrong with these settings, and what to do about it."""
     found = []
     decay, steps = chosen["bn_momentum"], _updates(chosen, "teacher_steps")
-    # The average of the weights ramps up by itself, from (1 + t) / (10 + t).
+    # The average of the weights needs no check: its decay ramps up, as (1 + t) / (10 + t).
     if not chosen["keep_bn_statistics"] and decay**steps > 0.01:
         found.append(
             f"{steps} updates are too few for --bn_momentum={decay}: {decay**steps:.0%} of the "

@@ -22,18 +22,18 @@ class State:
 
     Args:
       folder: work_dir.
-      settings: configuration of the whole run, JSON-able; a folder with another one is refused.
-      defaults: of the settings, for a folder older than these settings.
+      settings: JSON-serializable configuration of the run; a folder with another one is rejected.
+      defaults: defaults of the settings, for a folder older than these settings.
 
     Raises:
-      ConfigError: the folder was started with other settings.
+      ConfigError: If the folder was started with other settings.
     """
 
     def __init__(
         self, folder: str, settings: dict[str, Any], defaults: dict[str, Any] | None = None
     ):
         self._path = os.path.join(folder, "state.json")
-        # As they will be read again: tuples become lists.
+        # As they will be read back: tuples become lists.
         settings = json.loads(json.dumps(settings))
         if not tf.io.gfile.exists(self._path):
             object_stores.make_folder(folder)
@@ -58,13 +58,13 @@ class State:
         return list(self._state["stages"])
 
     def once(self, name: str, work: Callable[[], dict]) -> dict:
-        """The recorded result of stage `name`; does the work first if it is not recorded."""
+        """Returns the recorded result of stage `name`; does the work first if there is none."""
         stages = self._state["stages"]
         if name not in stages:
             logging.info("--- %s", name)
             with progress.stage(name):
                 stages[name] = work()
-            # Only now: the work of a killed stage is started again, and continues by its own notes.
+            # Only now: a killed stage starts again, and its work continues from its own files.
             json_files.write_json(self._path, self._state, indent=1)
         elif progress.Whole.current is not None:
             progress.Whole.current.skip(name)

@@ -1,4 +1,4 @@
-"""Studies: arms made of trainings, labelings and selections, each done once in a hashed folder."""
+"""Studies: arms of training, labeling and selection runs, each done once in a hashed folder."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class Work:
 
 
 def chosen_studies(names: str, quick: bool) -> dict[str, Study]:
-    """The named studies, with the arms that are to be run.
+    """Returns the named studies, with the arms to run.
 
     Raises:
-      ConfigError: a name that no study has.
+      ConfigError: If there is no study of a given name.
     """
     wanted = list(STUDIES) if names == "all" else [name.strip() for name in names.split(",")]
     unknown = [name for name in wanted if name not in STUDIES]
@@ -77,15 +77,15 @@ def chosen_studies(names: str, quick: bool) -> dict[str, Study]:
 
 
 def chosen_seeds(text: str) -> list[int]:
-    """`"0,1,2"` → [0, 1, 2]; ConfigError unless they are different whole numbers from 0 on."""
+    """Parses `"0,1,2"`; raises ConfigError unless it lists different non-negative integers."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() for part in parts) or len({int(p) for p in parts}) < len(parts):
-        raise ConfigError(f"--seeds={text} should be different whole numbers joined with ','")
+        raise ConfigError(f"--seeds={text} must be different whole numbers separated by ','")
     return [int(part) for part in parts]
 
 
 def split_changes(changes: Mapping[str, Any]) -> tuple[Method, dict[str, Any], dict[str, Any]]:
-    """(method, changes of `Config`, changes of `SelectConfig`); ConfigError for other names."""
+    """Returns (method, changes of `Config`, of `SelectConfig`); ConfigError for other names."""
     method, settings, selecting = {}, {}, {}
     for name, value in changes.items():
         if name in Method.__dataclass_fields__:
@@ -104,15 +104,15 @@ _FIXMATCH = {"consistency_threshold": 0.95, "label_smoothing": 0.0}
 
 
 def pieces(config: Config, loop: LoopConfig, changes: Mapping[str, Any]) -> list[Work]:
-    """The pieces of an arm, in order; the last one trains the model that is its result.
+    """Returns the pieces of an arm, in order; the last one trains the resulting model.
 
     Arms share equal pieces: the name of a folder is a hash of everything that determines its content,
     including the names of the folders it is made from.
 
     Args:
-      config: settings of every training, with the seed; see `rounds.run_loop`.
+      config: settings of all training runs, with the seed; see `rounds.run_loop`.
       loop: the teacher and the student, and the selection.
-      changes: of an arm.
+      changes: changes of the arm.
     """
     method, settings, selecting = split_changes(changes)
     teacher, student = rounds.model_configs(config, loop)
@@ -122,7 +122,7 @@ def pieces(config: Config, loop: LoopConfig, changes: Mapping[str, Any]) -> list
     if method.labels_only or method.own_labels:
         changed = {"unlabel_ratio": 0.0, "unlabel_data_dir": ""}
         if method.own_labels:
-            # The unlabeled records themselves, of which no teacher selects any.
+            # The unlabeled records themselves, without a teacher's selection.
             changed = {**_FIXMATCH, "unlabel_data_dir": config.data.unlabel_data_dir}
         student = student.override(train_steps=teacher.train.train_steps + steps, **changed)
         return [Work("train", _placed(student, loop))]
@@ -149,21 +149,21 @@ def _widened(config: Config, factor: float) -> Config:
 
 
 def _placed(config: Config, loop: LoopConfig) -> Config:
-    """With the model_dir that its settings determine; defaults are left out, so that new ones may come."""
+    """Sets model_dir by a hash of the settings without defaults, so that new settings may come."""
     defaults = Config().identity()
     settings = {k: v for k, v in config.identity().items() if v != defaults[k]}
     return config.override(model_dir=_folder("train", settings, loop))
 
 
 def _folder(kind: str, settings: Mapping[str, Any], loop: LoopConfig) -> str:
-    # Relative to work_dir, so that it may be moved, and be given with a trailing slash.
+    # Relative to work_dir, so that it may be moved, or given with a trailing slash.
     plain = {k: _relative(v, loop.work_dir.rstrip("/")) for k, v in comparable(settings).items()}
     key = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
     return os.path.join(loop.work_dir, "cache", f"{kind}-{key}")
 
 
 def _relative(value: Any, work_dir: str) -> Any:
-    """A setting without `work_dir` at the beginning of paths, which are joined with `;`."""
+    """Removes `work_dir` from the beginning of a setting's paths, which are joined with `;`."""
     if not isinstance(value, str):
         return value
     return ";".join(
@@ -178,7 +178,7 @@ _OF_LABELING = ("noised_teacher", "test_time_views")
 def _labeling(teacher: Config, config: Config, loop: LoopConfig, settings: dict) -> Config:
     own = {name: value for name, value in settings.items() if name in _OF_LABELING}
     teacher = teacher.override(**own)
-    # Only what changes labels, so that arms which differ otherwise share them.
+    # Only settings that change labels, so that arms that differ otherwise share them.
     decisive = {name: getattr(teacher.predict, name) for name in _OF_LABELING}
     unlabeled = config.data.unlabel_data_dir
     decisive.update(teacher=teacher.train.model_dir, unlabeled=unlabeled)
@@ -191,7 +191,7 @@ def _selection(
     labeling: Config, loop: LoopConfig, method: Method, selecting: dict[str, Any]
 ) -> SelectConfig:
     images = max(1, round(loop.num_image * method.images))
-    # Without folders first: their names are a hash of all other settings.
+    # Without folders at first, because their names are a hash of all other settings.
     plain = rounds.selection_config(labeling, dataclasses.replace(loop, num_image=images), "")
     chosen = dataclasses.replace(plain, **selecting)
     folder = _folder("selected", as_dict(chosen), loop)
@@ -201,7 +201,7 @@ def _selection(
 
 
 def _trainings(student: Config, teacher: Config, method: Method, loop: LoopConfig) -> list[Config]:
-    """The trainings of one student, in order."""
+    """Returns the training runs of one student, in order."""
     if method.warm_start:
         student = rounds.warm_started(student, teacher)
     if not method.pretrain:
@@ -219,7 +219,7 @@ def _trainings(student: Config, teacher: Config, method: Method, loop: LoopConfi
 
 
 def _training(config: Config) -> manifests.Stage:
-    """A training with its measurement, whose result stands in the manifest.
+    """Returns the stage of training and measurement, whose manifest stores the result.
 
     The name of the folder is a hash of the settings, so these need no comparison.
     """
@@ -227,7 +227,7 @@ def _training(config: Config) -> manifests.Stage:
 
 
 def _train(config: Config) -> dict[str, Any]:
-    """Trains and measures a model; its result, or the recorded one."""
+    """Trains and measures a model, or returns the recorded result."""
     return _training(config).once(lambda: _trained(config))
 
 
@@ -259,7 +259,7 @@ _DO: dict[str, Callable[[Any], Any]] = {"train": _train, "label": _label, "selec
 
 
 def _images(config: Config) -> int:
-    """Images that a training computes, which its time is estimated from."""
+    """Returns the images that training processes, from which its time is estimated."""
     resolved = ResolvedConfig.from_config(config)
     return resolved.steps_to_run * resolved.images_per_step
 
@@ -272,7 +272,7 @@ class Runner:
     """
 
     def __init__(self, arms: list[list[Work]]):
-        # By folder, because arms share trainings.
+        # By folder, because arms share training runs.
         trainings = {
             w.config.train.model_dir: w.config for a in arms for w in a if w.kind == "train"
         }
@@ -280,17 +280,17 @@ class Runner:
         self._left = {f: _images(c) for f, c in trainings.items() if f not in done}
         finished = sum(_images(c) for f, c in trainings.items() if f in done)
         total = finished + sum(self._left.values())
-        logging.info("study: %d trainings, %d of them done", len(trainings), len(done))
+        logging.info("study: %d training runs, %d of them done", len(trainings), len(done))
         self._progress = Progress(total, "study", "images", done=finished, line_every=1)
 
     def result(self, name: str, arm: list[Work]) -> dict[str, Any] | None:
-        """The result of the arm's last model; None if it cannot be trained, which is logged.
+        """Returns the result of the arm's last model; None, logged, if it cannot be trained.
 
-        A teacher that cannot be trained is an error, because then no arm can be trained.
+        A teacher that cannot be trained raises, because then no arm can be trained.
         """
         result = None
         if _training(arm[-1].config).done():
-            # A recorded result does not need what it was made from.
+            # A recorded result does not need the pieces that it was made from.
             arm = arm[-1:]
         for work in arm:
             try:
@@ -313,16 +313,16 @@ def run_study(config: Config, loop: LoopConfig, options: StudyConfig) -> dict[st
     """Runs the chosen studies and writes their results to `loop.work_dir`.
 
     Args:
-      config: settings of every training. For the task digits without a `label_data_dir`, the demo's
-        data are made for each seed.
+      config: settings of all training runs. For the task digits without a `label_data_dir`, the
+        demo's data are made for each seed.
       loop: `models` names the teacher and the student.
       options: which questions and seeds.
 
     Returns:
-      What `study.json` holds; see `study_results.summary`.
+      The contents of `study.json`; see `study_results.summary`.
 
     Raises:
-      ConfigError, DataError: settings or data that cannot work, before anything is trained.
+      ConfigError, DataError: If settings or data cannot work, before anything is trained.
     """
     studies = chosen_studies(options.studies, options.quick)
     seeds = chosen_seeds(options.seeds)
@@ -338,11 +338,11 @@ def run_study(config: Config, loop: LoopConfig, options: StudyConfig) -> dict[st
             for arm in study.arms:
                 arms[seed, name, arm] = pieces(seeded, loop, study.arms[arm].changes)
     _check_trainings(arms)
-    # --- Trainings, seed after seed
+    # --- Training, seed by seed
     runner, found = Runner(list(arms.values())), {}
     for (seed, name, arm), work in arms.items():
         found[seed, name, arm] = runner.result(f"{name}: {arm}, seed {seed}", work)
-        # After the last arm of each seed, so that a killed study leaves the results of whole seeds.
+        # After the last arm of each seed, so that a killed study leaves results of complete seeds.
         if (seed, name, arm) == [key for key in arms if key[0] == seed][-1]:
             done = seeds[: seeds.index(seed) + 1]
             results = study_results.summary(studies, done, found)
@@ -352,7 +352,7 @@ def run_study(config: Config, loop: LoopConfig, options: StudyConfig) -> dict[st
 
 def _check_loop(loop: LoopConfig) -> None:
     if not loop.work_dir:
-        raise ConfigError("--work_dir is needed: the folder for all runs and their results")
+        raise ConfigError("--work_dir is required: the folder for all runs and their results")
     if len(loop.models.split(",")) != 2:
         raise ConfigError(
             f"--models={loop.models}: expected two models, the teacher and the student"
@@ -369,7 +369,7 @@ def _shortened(config: Config, loop: LoopConfig) -> tuple[Config, LoopConfig]:
 
 
 def _with_data(config: Config, loop: LoopConfig) -> Config:
-    """With the demo's data for that seed, if the task is digits and no data are given."""
+    """Adds the demo's data for the seed if the task is digits and no data are given."""
     config = data_source.with_records(config)
     if config.data.task_name != "digits" or config.data.label_data_dir:
         return config

@@ -20,15 +20,15 @@ _READINGS = {True: "as in the paper", False: "not as in the paper", None: "not s
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation (of a sample: n - 1); None if there are too few values."""
+    """Returns mean and sample standard deviation (n - 1); None if there are too few values."""
     mean = float(np.mean(values)) if len(values) else None
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def noise(differences: Sequence[float]) -> float | None:
-    """How far from 0 a mean difference must be to count: half its 95 % interval (Student's t).
+    """Returns the least absolute mean difference that counts: half its 95 % interval (Student's t).
 
-    None for fewer than two differences.
+    Returns None for fewer than two differences.
     """
     from scipy import stats
 
@@ -40,7 +40,7 @@ def noise(differences: Sequence[float]) -> float | None:
 
 
 def reading(differences: Sequence[float], expected: int | None) -> str:
-    """A difference to another arm in words.
+    """Describes a difference to another arm in words.
 
     Args:
       differences: by seed.
@@ -61,15 +61,15 @@ def summary(
     seeds: Sequence[int],
     found: Mapping[tuple[int, str, str], Mapping[str, Any] | None],
 ) -> dict[str, Any]:
-    """What `study.json` holds.
+    """Returns the contents of `study.json`.
 
     Args:
       studies: by name.
       seeds: those that every arm was run with.
-      found: (seed, study, arm) → `measured` (set → metrics), `seconds` …; None: it has no result.
+      found: (seed, study, arm) → `measured` (set → metrics), `seconds`, …; None: no result.
 
     Returns:
-      `set` (the one measured on: the last, which is the test set where there is one), `seeds`, and
+      `set` (the last one measured on, which is the test set if there is one), `seeds`, and
       `studies`: name → question, source, finding and `arms`: name → `top1` by seed (fractions, None
       without a result), `seconds` of its last training by seed, and the columns of `_row`.
     """
@@ -86,7 +86,7 @@ def summary(
             "arms": {
                 label: {
                     "changes": dict(arm.changes),
-                    # Texts, as JSON would make of the numbers.
+                    # Keys are strings, as JSON would make them.
                     "top1": dict(zip(map(str, seeds), top1[label])),
                     "seconds": [result and result["seconds"] for result in results[label]],
                     **_row(arm, top1[label], top1[arm.against or first], label == first),
@@ -108,7 +108,7 @@ def _row(
     others: Sequence[float | None],
     is_first: bool,
 ) -> dict[str, Any]:
-    """Mean, sd and the differences by seed of an arm, in percent; the paper's figure; the reading."""
+    """Returns an arm's mean, sd and differences by seed, in percent; paper's figure; reading."""
     own = [100 * value for value in values if value is not None]
     pairs = [(v, o) for v, o in zip(values, others) if v is not None and o is not None]
     differences = [] if is_first else [100 * (v - o) for v, o in pairs]
@@ -126,7 +126,7 @@ def _row(
 
 
 def table(overview: Mapping[str, Any], name: str) -> list[dict[str, str]]:
-    """The rows of a study, as texts."""
+    """Returns the rows of a study, as strings."""
     measure = f"{overview['set']} top-1, %"
     rows = []
     for label, arm in overview["studies"][name]["arms"].items():
@@ -145,7 +145,7 @@ def table(overview: Mapping[str, Any], name: str) -> list[dict[str, str]]:
 
 
 def with_spread(mean: float | None, sd: float | None, sign: str = "") -> str:
-    """`mean ± sd` as text; the spread is left out where it is None."""
+    """Formats `mean ± sd`; omits the spread if it is None."""
     if mean is None:
         return "–"
     return f"{mean:{sign}.1f}" + ("" if sd is None else f" ± {sd:.1f}")
@@ -159,7 +159,7 @@ _LEGEND = (
 
 
 def markdown(overview: Mapping[str, Any]) -> str:
-    """All studies as tables in Markdown."""
+    """Formats all studies as Markdown tables."""
     parts = [f"{_LEGEND}\n"]
     for name, study in overview["studies"].items():
         head = f"**{name}** {study['question']} The paper ({study['source']}): {study['finding']}"
@@ -193,12 +193,12 @@ def write(folder: str, overview: Mapping[str, Any]) -> None:
 
 
 def plot(overview: Mapping[str, Any]):
-    """A matplotlib figure: a panel per study, an arm per line, a point per seed, mean ± sd."""
+    """Draws a matplotlib figure: a panel per study, a line per arm, a point per seed, mean ± sd."""
     from matplotlib.figure import Figure
 
     studies = overview["studies"]
     heights = [len(study["arms"]) + 1 for study in studies.values()]
-    # Not by pyplot, which keeps its figures until they are closed.
+    # Not pyplot, which keeps its figures until they are closed.
     figure = Figure(figsize=(style.PAGE_WIDTH / 100, 0.32 * sum(heights) + 0.6), dpi=100)
     figure.set_layout_engine("constrained")
     panels = figure.subplots(

@@ -182,7 +182,10 @@ def test_table_rows():
 def test_finding_compares_the_last_student():
     results = [{"measured": {"test": {"top1": top1}}} for top1 in (0.8, 0.93, 0.9, 0.87)]
     finding = demo.what_came_out(results)
-    assert "last student names 90.0 % correctly: 10.0 points more than its first teacher" in finding
+    assert (
+        "last student classifies 90.0 % correctly: 10.0 points more than its first teacher"
+        in finding
+    )
     assert "3.0 points more than the control" in finding
     results[3]["measured"]["test"]["top1"] = 0.915
     assert "1.5 points fewer than the control" in demo.what_came_out(results)

@@ -20,10 +20,10 @@ from efficientnet_ns.loop import labeling
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "--work_dir and --unlabel_data_dir are needed"),
+        ([], "--work_dir and --unlabel_data_dir are required"),
         (["--output_dir=x"], "--output_dir does not apply to a pipeline"),
         (["--worker_id=1"], "--worker_id does not apply"),
-        (["--shard_id=3"], "--shard_id=3: drop it, a pipeline labels all 128"),
+        (["--shard_id=3"], "--shard_id=3: drop it; a pipeline labels all 128"),
     ],
 )
 def test_flags_that_would_change_nothing(entry_flags, arguments, message):

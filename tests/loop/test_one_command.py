@@ -73,7 +73,7 @@ def test_killed_and_continued(tmp_path):
         assert process.wait() == -signal.SIGKILL, killed_when
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for word in ("teacher", "student 1", "control", "predict_image", "start.sh", "left out"):
+    for word in ("teacher", "student 1", "control", "predict_image", "start.sh", "were excluded"):
         assert word in done.stdout
     result = ns.noisy_student(**places, work_dir=tmp_path / "again", control=True, **stretched)
     assert result.accuracy["test"] > 0.6

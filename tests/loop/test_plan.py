@@ -115,9 +115,9 @@ def test_one_class_and_sets_for_classes(tmp_path):
 
 
 def test_places_are_needed():
-    with pytest.raises(ConfigError, match="--unlabeled is needed"):
+    with pytest.raises(ConfigError, match="--unlabeled is required"):
         one_command.run(PicturesConfig(labeled="x"), Config(), LoopConfig(work_dir="run"))
-    with pytest.raises(ConfigError, match="--work_dir is needed"):
+    with pytest.raises(ConfigError, match="--work_dir is required"):
         frame = PicturesConfig(labeled="x", unlabeled="y")
         one_command.run(frame, Config(), LoopConfig())
     with pytest.raises(DataError, match="nowhere does not exist"):

@@ -296,7 +296,9 @@ def test_warm_start(config):
     ]
     assert all(student.train.init_model for student in students)
     other = dataclasses.replace(loop, models="efficientnet-b0,efficientnet-b1")
-    with pytest.raises(ConfigError, match="--warm_start needs students of their teacher's variant"):
+    with pytest.raises(
+        ConfigError, match="--warm_start requires students of their teacher's variant"
+    ):
         rounds.model_configs(config, other)
 
 
@@ -482,12 +484,12 @@ def test_unknown_models_are_refused_before_any_work(config, tmp_path, models, me
     [
         ({}, {"models": "efficientnet-test"}, "--models=efficientnet-test: "),
         ({}, {"work_dir": ""}, "--work_dir"),
-        ({}, {"unlabel_ratios": "1"}, "--unlabel_ratios=1 should be 2 "),
-        ({}, {"unlabel_ratios": "1,0"}, "--unlabel_ratios=1,0 should be 2 positive"),
-        ({}, {"unlabel_ratios": "1,nan"}, "--unlabel_ratios=1,nan should be 2 positive"),
+        ({}, {"unlabel_ratios": "1"}, "--unlabel_ratios=1 must be 2 "),
+        ({}, {"unlabel_ratios": "1,0"}, "--unlabel_ratios=1,0 must be 2 positive"),
+        ({}, {"unlabel_ratios": "1,nan"}, "--unlabel_ratios=1,nan must be 2 positive"),
         ({}, {"image_sizes": "8,8,4"}, "--input_image_size=4 is too small"),
         ({}, {"min_threshold": 2.0}, "--min_threshold=2.0 is too large"),
-        ({}, {"image_sizes": "8,8,large"}, "--image_sizes=8,8,large should be 3 "),
+        ({}, {"image_sizes": "8,8,large"}, "--image_sizes=8,8,large must be 3 "),
         ({}, {"published_recipes": True}, "none for 'efficientnet-test'"),
         ({"unlabel_data_dir": ""}, {}, "--unlabel_data_dir"),
         ({"unlabel_ratio": 0.0}, {}, "--unlabel_ratio"),
