@@ -125,7 +125,7 @@ def _has(folder: str, prefix: str) -> bool:
 
 
 def _marks_folder(options: CheckConfig, role: str, prefix: str, folder: str) -> str:
-    """Named after the set only, so that marks are found again when other sets are added."""
+    """Returns a path that depends only on the set, so that adding sets does not move marks."""
     # Sets of several folders may have the same prefix.
     place = hashlib.sha256(exclusions.place(folder).encode()).hexdigest()[:8]
     return os.path.join(options.output_dir, "marks", f"{role}-{prefix}-{place}")

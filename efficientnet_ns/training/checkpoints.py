@@ -104,7 +104,7 @@ class Checkpoints:
         """
         step = int(tf.convert_to_tensor(self.optimizer.iterations))
         prefix = self.prefix(step)
-        # Later ones did not load.
+        # Later checkpoints did not load.
         earlier = [saved for saved in self.steps() if saved <= step]
         # Reading batch-norm statistics averages them over replicas, by all workers together.
         values = {name: tf.convert_to_tensor(self.variables[name]) for name in self.variables}
