@@ -1,4 +1,4 @@
-"""How many CPU cores this process may use, which on shared machines is fewer than there are."""
+"""Number of CPU cores that this process may use: on shared machines, fewer than exist."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _limit = math.inf
 
 
 def limit_cpus(cores: float) -> None:
-    """Makes `available_cpus` of this process at most `cores`: what a scheduler reserved for it."""
+    """Limits `available_cpus` of this process to `cores`, which a scheduler reserved for it."""
     global _limit
     _limit = cores
 
 
 def available_cpus(groups: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgroup") -> int:
-    """CPU cores that this process may use, at least 1.
+    """Returns the number of CPU cores that this process may use, at least 1.
 
-    The smallest of its affinity (taskset, Slurm), the CPU quota of its control groups (containers)
-    and `limit_cpus`, rounded up.
+    This is the minimum of its affinity (taskset, Slurm), the CPU quota of its control groups
+    (containers) and `limit_cpus`, rounded up.
 
     Args:
-      groups: lists the control groups of the process.
-      mounted: where their settings are.
+      groups: file that lists the control groups of the process.
+      mounted: folder of their settings.
     """
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
@@ -34,7 +34,7 @@ def available_cpus(groups: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cg
 
 
 def _quotas(groups: str, mounted: Path) -> Iterator[float]:
-    """Cores that each limited group allows: those of the process, and all above."""
+    """Yields the cores that each limited group of the process, or parent group, allows."""
     lines: list[str] = []
     with contextlib.suppress(OSError):  # Not Linux.
         lines = Path(groups).read_text().splitlines()
@@ -45,7 +45,7 @@ def _quotas(groups: str, mounted: Path) -> Iterator[float]:
             continue
         for root in [mounted / "cpu", mounted / controllers] if controllers else [mounted]:
             folder = root / group.lstrip("/")
-            # In a container the path may be that on the host, of which only the root is there.
+            # In a container, the path may be the host's, of which only the root is mounted.
             for level in (folder, *folder.parents):
                 if level.is_relative_to(root):
                     yield from _quota(level)

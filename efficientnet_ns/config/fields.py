@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A flag has a value that cannot work; the message names it."""
+    """A flag has an invalid value; the message names the flag."""
 
 
 def setting(
@@ -37,22 +37,22 @@ def setting(
     pattern: str | None = None,
     alias: str | None = None,
 ) -> Any:
-    """A dataclass field that is also a flag.
+    """Defines a dataclass field that is also a flag.
 
     Args:
-      default: of the field, and of the flag unless `documented` is given.
-      help: of the flag.
+      default: default of the field, and of the flag unless `documented` is given.
+      help: help text of the flag.
       choices: allowed values.
       low: smallest allowed value.
       high: largest allowed value.
-      free: may change between the runs that continue one model_dir.
+      free: whether the value may change between runs that continue one model_dir.
       documented: default that the flag shows. The field is None unless the flag is given, so code
         can distinguish "not given" from "given, and equal to the default".
       pattern: regular expression of values allowed in addition to `choices`.
-      alias: earlier name of the flag, which old command lines still give.
+      alias: earlier name of the flag, which old command lines still use.
     """
     if documented is not None and default is not None:
-        raise TypeError("a setting with a documented default is None unless given")
+        raise TypeError("a setting with a documented default must default to None")
     metadata = {
         "help": help,
         "choices": choices,
@@ -66,7 +66,7 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# Paths that have other names.
+# Paths whose names do not end in _dir or _path.
 _PATHS = frozenset(
     (
         *("task_name", "baseline", "json_file", "weights", "init_weights"),
@@ -91,12 +91,12 @@ class Settings:
 
 
 def _is_path(name: str) -> bool:
-    """Whether the setting of this name is a path, or several joined with ';'."""
+    """Checks whether the setting of this name is a path, or several paths joined with ';'."""
     return name.endswith(("_dir", "_path")) or name in _PATHS
 
 
 def subsections(cls: type) -> dict[str, type]:
-    """Field name → dataclass, for the fields of a dataclass that are dataclasses themselves."""
+    """Returns field name → dataclass for the fields of a dataclass that are also dataclasses."""
     return {
         field.name: type(field.default)
         for field in dataclasses.fields(cls)
@@ -105,15 +105,15 @@ def subsections(cls: type) -> dict[str, type]:
 
 
 def _flat(cls: type) -> list[type]:
-    """The dataclasses whose fields are flags: the sections, or `cls` itself when it has none."""
+    """Returns the dataclasses whose fields are flags: the sections, or `cls` if it has none."""
     return list(subsections(cls).values()) or [cls]
 
 
 def as_dict(settings: Any) -> dict[str, Any]:
-    """The values by flag name, JSON-able; a flag not given has the default it documents.
+    """Returns the values by flag name, JSON-serializable; omitted flags have the documented default.
 
-    Stored settings are compared with these, so `--num_label_classes=1000` and its absence are the
-    same training.
+    Stored settings are compared with these values, so `--num_label_classes=1000` and omitting the
+    flag give the same training run.
     """
     return {
         field.name: field.metadata["documented"] if value is None else value
@@ -123,7 +123,7 @@ def as_dict(settings: Any) -> dict[str, Any]:
 
 
 def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with trailing slashes stripped from paths, which do not make another training."""
+    """Returns settings without trailing slashes in paths, which do not affect training."""
 
     def plain(name: str, value: Any) -> Any:
         if not _is_path(name) or value is None:
@@ -144,7 +144,7 @@ _DEFINE: dict[type, Callable[..., Any]] = {
 
 
 class _ChoiceOrPattern(flags.EnumParser):
-    """Parses one of the choices, or a text that matches a pattern."""
+    """Parses one of the choices, or a string that matches a pattern."""
 
     def __init__(self, choices: list[str], pattern: str):
         super().__init__(choices)
@@ -164,11 +164,11 @@ def define_flags(cls: type, flag_values: flags.FlagValues) -> None:
         group = f"{sys.argv[0]}: {(section.__doc__ or '').splitlines()[0]}"
         for field in dataclasses.fields(section):
             default, choices = field.metadata["documented"], field.metadata["choices"]
-            # `int | None` is defined as int: absl flags take None as a default of any type.
+            # `int | None` is defined as int: absl flags of any type accept None as the default.
             kinds = [a for a in typing.get_args(hints[field.name]) if a is not type(None)]
             define = _DEFINE[kinds[0] if kinds else hints[field.name]]
             if choices:
-                # Without a default, an empty value takes back that of a preset.
+                # Without a default, an empty value resets the value of a preset.
                 values = [*choices, ""] if default is None else [*choices]
                 define = functools.partial(flags.DEFINE_enum, enum_values=values)
                 if pattern := field.metadata["pattern"]:
@@ -189,7 +189,7 @@ def from_flags(cls: type[T], values: flags.FlagValues) -> T:
     """Builds and checks the dataclass from parsed flags.
 
     Raises:
-      ConfigError: a value is out of range, or a file is where a folder would be made.
+      ConfigError: If a value is out of range, or a file blocks the path of an output folder.
     """
     sections = subsections(cls)
     if sections:
@@ -203,25 +203,25 @@ def from_flags(cls: type[T], values: flags.FlagValues) -> T:
     return result
 
 
-# What `mark_given` notes in a dataclass: names.
+# Attribute in which `mark_given` stores names of fields.
 _GIVEN = "_given"
 
 
 def mark_given(settings: Any, names: Collection[str]) -> None:
-    """Notes in a settings dataclass, or in its sections, which fields somebody chose; see `given`."""
+    """Records in a settings dataclass, or its sections, which fields were set; see `given`."""
     for section in subsections(type(settings)) or [""]:
         one = getattr(settings, section) if section else settings
         chosen = frozenset(names) & frozenset(one.__dataclass_fields__)
-        # No field, so `dataclasses.replace` drops it, and `given` compares the copy with defaults.
+        # Not a field: `dataclasses.replace` drops it, and `given` compares the copy with defaults.
         object.__setattr__(one, _GIVEN, chosen)
 
 
 def given(settings: Any) -> dict[str, Any]:
-    """The values that somebody chose, by name, even where they are the defaults.
+    """Returns the values that were set explicitly, by name, even if they equal the defaults.
 
     Args:
-      settings: of `from_flags`: the flags given on the command line or in flag files; see
-        `mark_given`. Others: the values that are not the defaults.
+      settings: if built by `from_flags`, set explicitly means given on the command line or in flag
+        files; see `mark_given`. Otherwise, it means different from the default.
     """
     if sections := subsections(type(settings)):
         return {k: v for name in sections for k, v in given(getattr(settings, name)).items()}
@@ -233,11 +233,11 @@ def given(settings: Any) -> dict[str, Any]:
 
 
 def _value(field: dataclasses.Field, flag: flags.Flag) -> Any:
-    """The field's value; None where the flag was not given or takes back that of a preset."""
+    """Returns the field's value; None if the flag was not given or resets the value of a preset."""
     documented = field.metadata["documented"]
     if field.default is None and documented is not None and not flag.present:
         return None
-    # Where a default is documented, as of unl_aug, `none` is a choice like any other.
+    # With a documented default, as for unl_aug, `none` is a choice like any other.
     nothing = field.metadata["choices"] and documented is None and flag.value in ("", "none")
     return None if nothing else flag.value
 
@@ -251,15 +251,15 @@ _FOLDERS_WRITTEN = {
 
 
 def check_no_file(name: str, path: str) -> None:
-    """Raises ConfigError if the folder of flag `name` cannot be made because a file is there."""
+    """Raises ConfigError if the folder of flag `name` cannot be created because a file exists."""
     part = path.rstrip("/")
-    # The nearest of its parents that exists; of a path on an object store, none does.
+    # The nearest existing parent; a path on an object store has none.
     while part and not os.path.lexists(part):
         part = os.path.dirname(part)
     if part and not os.path.isdir(part):
         hint = "choose another path"
         if name == "model_dir" and part == path:
-            hint = "weights or an export in one file are given as --weights or --init_model_path"
+            hint = "to use weights or an export in one file, set --weights or --init_model_path"
         raise ConfigError(f"--{name}={path}: {part} is not a folder; {hint}")
 
 
@@ -267,11 +267,11 @@ def check(settings: Any) -> None:
     """Checks type, bounds and choices of every value; numbers must be finite.
 
     Raises:
-      ConfigError: the first value that cannot be used, by the name of its flag.
+      ConfigError: If a value is invalid; names the flag of the first one.
     """
     if not dataclasses.is_dataclass(settings) or isinstance(settings, type):
         raise ConfigError(
-            f"settings are needed, such as Config().override(train_steps=10), not {settings!r}"
+            f"settings are required, such as Config().override(train_steps=10), not {settings!r}"
         )
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
@@ -283,9 +283,9 @@ def check(settings: Any) -> None:
             _check_text(field, value) if isinstance(value, str) else _check_bounds(field, value)
 
 
-# Abstract, so that numbers of NumPy are numbers, too.
+# Abstract, so that NumPy's numbers are accepted.
 _KINDS: dict[type, tuple[str, Any]] = {
-    str: ("a text", str),
+    str: ("a string", str),
     int: ("a whole number", numbers.Integral),
     float: ("a number", numbers.Real),
     bool: ("True or False", (bool, numbers.Integral)),
@@ -296,15 +296,15 @@ def _check_type(field: dataclasses.Field, value: Any, hint: Any) -> None:
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     needed, types = _KINDS[kinds[0] if kinds else hint]
     if not isinstance(value, types):
-        raise ConfigError(f"--{field.name}={value!r}: {needed} is needed")
+        raise ConfigError(f"--{field.name}={value!r}: {needed} is required")
 
 
 def _check_text(field: dataclasses.Field, value: str) -> None:
     choices, pattern = field.metadata["choices"], field.metadata["pattern"]
     known = not choices or value in choices or (pattern and re.fullmatch(pattern, value))
     if not known:
-        raise ConfigError(f"--{field.name}={value!r}: one of {', '.join(choices)} is needed")
-    # How Python represents bytes of the command line that are not UTF-8; TensorFlow rejects them.
+        raise ConfigError(f"--{field.name}={value!r}: must be one of {', '.join(choices)}")
+    # How Python represents command-line bytes that are not UTF-8, which TensorFlow rejects.
     if any("\ud800" <= c <= "\udfff" for c in value):
         raise ConfigError(f"--{field.name}={value!r} is not UTF-8: rename it, or choose another")
 
@@ -312,21 +312,21 @@ def _check_text(field: dataclasses.Field, value: str) -> None:
 def _check_bounds(field: dataclasses.Field, value: float) -> None:
     low, high = field.metadata["low"], field.metadata["high"]
     if not math.isfinite(value):
-        raise ConfigError(f"--{field.name}={value}: a finite number is needed")
+        raise ConfigError(f"--{field.name}={value}: a finite number is required")
     if low is not None and value < low:
-        raise ConfigError(f"--{field.name}={value} is too small: at least {low} is needed")
+        raise ConfigError(f"--{field.name}={value} is too small: must be at least {low}")
     if high is not None and value > high:
-        raise ConfigError(f"--{field.name}={value} is too large: at most {high} is possible")
+        raise ConfigError(f"--{field.name}={value} is too large: must be at most {high}")
 
 
 def require(settings: Any, *names: str) -> None:
-    """Raises ConfigError naming the first of these settings that is not given."""
+    """Raises ConfigError for the first of these settings that is not given."""
     for name in names:
         needed(getattr(settings, name), name)
 
 
 def needed(value: str | None, name: str, meaning: str = "") -> str:
-    """`value`, of the setting `name`; ConfigError, with its meaning, if it is not given."""
+    """Returns the value of setting `name`; raises ConfigError, with its meaning, if not given."""
     if not value:
-        raise ConfigError(f"--{name} is needed{meaning and f': {meaning}'}")
+        raise ConfigError(f"--{name} is required{meaning and f': {meaning}'}")
     return value

@@ -1,4 +1,4 @@
-"""Flag files: arguments, one per line, in place of `--flagfile=PATH`; presets that come with the package."""
+"""Flag files, whose lines replace `--flagfile=PATH`, and the presets that come with the package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FLAG = re.compile(r"--?flagfile(?:=(.*))?", re.DOTALL)
 
 
 def presets() -> Path:
-    """The folder that holds `flags` and `tpu_scripts`: the repository, or where pip put them."""
+    """Returns the folder with `flags` and `tpu_scripts`: the repository or pip's data folder."""
     repository = Path(__file__).parents[2]
     if (repository / "flags").is_dir():
         return repository
@@ -21,29 +21,29 @@ def presets() -> Path:
 
 
 def expanded(arguments: Sequence[str], outer: tuple[Path, ...] = ()) -> list[str]:
-    """The arguments with the lines of flag files, and of those that these name, in their places.
+    """Returns the arguments with flag files, including nested ones, replaced by their lines.
 
-    Empty lines and lines beginning with `#` or `//` are left out. After `--`, nothing is a flag.
+    Skips empty lines and lines that begin with `#` or `//`. Arguments after `--` are not flags.
 
     Args:
-      outer: files that are being read, which are not read again.
+      outer: files that are already being read, which are skipped.
 
     Raises:
-      ConfigError: a flag file does not exist, cannot be read, or is not UTF-8 text.
+      ConfigError: If a flag file does not exist, cannot be read, or is not UTF-8 text.
     """
     result: list[str] = []
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
         if argument == "--":
-            # absl, too, takes what follows for words.
+            # absl also treats what follows as positional arguments.
             return [*result, argument, *rest]
         match = _FLAG.fullmatch(argument)
         if not match:
             result.append(argument)
             continue
         if match[1] is None and not rest:
-            raise ConfigError("--flagfile needs the path of a file")
+            raise ConfigError("--flagfile requires the path of a file")
         path = _found(match[1] if match[1] is not None else rest.pop(0))
         if path not in outer:
             result += expanded(_lines(path), (*outer, path))
@@ -51,7 +51,7 @@ def expanded(arguments: Sequence[str], outer: tuple[Path, ...] = ()) -> list[str
 
 
 def _found(name: str) -> Path:
-    """The file at that path; if there is none, the preset of that name."""
+    """Returns the file at that path or, if there is none, the preset of that name."""
     given, preset = Path(name).expanduser(), presets() / name
     for path in (given, preset):
         if path.is_file():
@@ -61,7 +61,7 @@ def _found(name: str) -> Path:
 
 def _lines(path: Path) -> list[str]:
     try:
-        # A byte order mark would become a part of the first flag.
+        # A byte order mark would become part of the first flag.
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise ConfigError(f"--flagfile={path} is not UTF-8 text") from e

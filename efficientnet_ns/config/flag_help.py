@@ -1,4 +1,4 @@
-"""What `--help` and `--helpfull` print: a program's main flags, and all of them by section."""
+"""Output of `--help`, a program's main flags, and of `--helpfull`, all flags by section."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from absl import flags
 
 
 def short(values: flags.FlagValues, program: str, description: str, names: Sequence[str]) -> str:
-    """The help of one program with its most important flags.
+    """Returns the help of a program with its most important flags.
 
     Args:
-      values: the flags; the program's own are those of module `program: heading`.
-      description: shown above them.
-      names: of these flags, in order; none: all of the program's.
+      values: flags; the program's own are those of module `program: heading`.
+      description: text shown above the flags.
+      names: names of the flags to show, in order; if empty, all flags of the program.
     """
     own = [flag for _, defined in _sections(values, program) for flag in defined]
     by_name = {flag.name: flag for flag in own}
@@ -21,14 +21,14 @@ def short(values: flags.FlagValues, program: str, description: str, names: Seque
     for flag in [by_name[name] for name in names] or own:
         lines += _described(flag)
     rest = len(own) - len(names) if names else 0
-    more = f"{rest} more flags of this program, and those of the libraries" if rest else "Others"
+    more = f"{rest} more flags of this program, and those of libraries" if rest else "Other flags"
     return "\n".join(
         [*lines, f"{more}: --helpfull", "Flags from a file, one per line: --flagfile=PATH"]
     )
 
 
 def full(values: flags.FlagValues, program: str, description: str) -> str:
-    """The help of one program with all its flags by section, then those of the libraries."""
+    """Returns the help of a program with all its flags by section, then those of libraries."""
     lines = [description.strip(), ""]
     for heading, defined in _sections(values, program):
         lines += [heading, ""]
@@ -43,7 +43,7 @@ def full(values: flags.FlagValues, program: str, description: str) -> str:
 
 
 def _sections(values: flags.FlagValues, program: str) -> list[tuple[str, list[flags.Flag]]]:
-    """(heading, flags) of each section of the program's own flags, without their earlier names."""
+    """Returns (heading, flags) of each section of the program's own flags, without aliases."""
     found = []
     for module, defined in values.flags_by_module_dict().items():
         owner, _, heading = module.partition(": ")
@@ -54,13 +54,13 @@ def _sections(values: flags.FlagValues, program: str) -> list[tuple[str, list[fl
 
 
 def _described(flag: flags.Flag) -> list[str]:
-    # absl begins the help of a flag with choices by `<a|b>: `, which `_usage` shows.
+    # absl prefixes the help of a flag that has choices with `<a|b>: `, which `_usage` shows.
     words = flag.help.split(">: ", 1)[-1] if _choices(flag) else flag.help
     return [_usage(flag), flags.text_wrap(words or "", indent="      "), ""]
 
 
 def _choices(flag: flags.Flag) -> list[str]:
-    # Without the empty one, which takes back a preset's.
+    # Without the empty choice, which resets the value of a preset.
     return [value for value in getattr(flag.parser, "enum_values", []) if value]
 
 

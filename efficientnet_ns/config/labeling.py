@@ -1,4 +1,4 @@
-"""Settings of selection and writing, of the labeling report, and of labeling by many machines."""
+"""Settings of selection and writing, the labeling report, and labeling on many machines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SelectConfig(Settings):
         "predictions.",
     )
     prelim_stats_dir: str = setting("", "Folder of the statistics.")
-    output_dir: str = setting("", "Folder of the selection and of the balanced records.")
+    output_dir: str = setting("", "Folder of the selection and the balanced records.")
     num_shards: int = setting(
         128, "Number of shards of the unlabeled set; default: detected.", low=1
     )
@@ -29,52 +29,52 @@ class SelectConfig(Settings):
     )
     shard_id: int | None = setting(
         None,
-        "Write only the records of this shard; if omitted, those of all shards. Statistics and "
-        "selection always cover all shards; the first call makes them and later calls reuse them.",
+        "Write only the records of this shard; if omitted, of all shards. Statistics and selection "
+        "always cover all shards; the first call computes them and later calls reuse them.",
         low=0,
         documented=0,
     )
     total_replicas: int = setting(
         1,
-        "Tasks that share the workers of a shard: the statistics have a file for each, but task 0 "
-        "writes the records of all, so calls with a --task above 0 write none.",
+        "Number of tasks that share the workers of a shard. Statistics have a file for each task, but "
+        "task 0 writes all records; calls with a --task above 0 write none.",
         low=1,
     )
     total_label_replicas: int = setting(
-        -1, "Workers that predicted each shard (their total_replicas); -1: detected."
+        -1, "Number of workers that predicted each shard (their total_replicas); -1: detected."
     )
     task: int = setting(-1, "Number in the names of the output files; -1: 0.")
     debug: int = setting(
-        0, "1: statistics and selection of only the first worker's part of --shard_id."
+        0, "1: compute statistics and selection for only the first worker's part of --shard_id."
     )
     num_image: int = setting(1300, "Images per class.", low=0)
-    min_threshold: float = setting(0.0, "Lowest confidence that is kept.", low=0, high=1)
+    min_threshold: float = setting(0.0, "Minimum confidence to keep.", low=0, high=1)
     max_prob: float = setting(
         2.0,
-        "Highest confidence that is kept; the default is above 1 because rounding may exceed 1.",
+        "Maximum confidence to keep; the default is above 1 because rounded values may exceed 1.",
         low=0,
     )
     task_name: str | None = setting(
-        None, "Task of the classes; default: the one stored with the predictions."
+        None, "Task that defines the classes; default: the one stored with the predictions."
     )
     num_label_classes: int = setting(1000, "Number of classes; known tasks set it.", low=1)
-    upsample: int = setting(1, "Fill classes below num_image with copies: 1 or 0.", low=0)
+    upsample: int = setting(1, "1: fill classes below num_image with copies; 0: do not.", low=0)
     use_top: int = setting(
         1,
-        "Of classes with more than num_image images, keep 1: the most confident; 0: a random sample "
-        "of those at or above min_threshold.",
+        "For classes with more than num_image images, 1: keep the most confident; 0: keep a random "
+        "sample of those at or above min_threshold.",
         low=0,
     )
     use_all: bool = setting(
-        False, "Keep every image at or above min_threshold, once; num_image is ignored."
+        False, "Keep every image at or above min_threshold once; ignore num_image."
     )
     selection: str = setting(
         "exact",
         "exact: num_image images per class. threshold: as in the 2019 code, thresholds in steps of "
-        "0.01, and copies drawn so that about num_image are expected.",
+        "0.01 and randomly drawn copies, for an expected total of about num_image.",
         choices=("exact", "threshold"),
     )
-    only_get_stats: int = setting(0, "Stop after the statistics: 1 or 0.", low=0)
+    only_get_stats: int = setting(0, "1: stop after the statistics; 0: do not.", low=0)
     file_prefix: str = setting(
         "train", "Prefix of the unlabeled files: train or extra; default: detected."
     )
@@ -84,21 +84,21 @@ class SelectConfig(Settings):
         choices=("tfrecord",),
     )
     eval_imagenet_p: bool = setting(
-        False, "Accepted for old scripts, without effect; the 2019 code did not use it either."
+        False, "Accepted for old scripts but ignored; the 2019 code did not use it either."
     )
     exclude: str = setting(
-        "", "List of records never to select, such as exclude.csv of check_data."
+        "", "List of records never to select, such as exclude.csv from check_data."
     )
     reviewed: str = setting(
         "",
         "Decisions saved by a review sheet: rejected images are never selected; the others get the "
         "reviewer's label with probability 1.",
     )
-    seed: int = setting(0, "Seed of the choice of copies and of the order of records.", low=0)
-    num_samples: int = setting(5, "Sample pictures kept per class and shard.", low=0)
+    seed: int = setting(0, "Random seed for the choice of copies and the order of records.", low=0)
+    num_samples: int = setting(5, "Number of sample pictures to keep per class and shard.", low=0)
     num_workers: int = setting(
         -1,
-        "Processes that write shards in parallel; -1: one per core, fewer if there is little to write.",
+        "Number of processes that write shards; -1: one per core, fewer if there is little to write.",
     )
 
 
@@ -106,7 +106,7 @@ class SelectConfig(Settings):
 class FilterConfig(Settings):
     """What `filter_unlabel.py` does in addition to selecting and writing."""
 
-    report: bool = setting(False, "Write report.html, as labeling_report does, at the end.")
+    report: bool = setting(False, "At the end, write report.html as labeling_report does.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +120,10 @@ class ReportConfig(Settings):
     truth: str = setting(
         "",
         "True labels: a CSV or Parquet file with the columns shard, record and label (0-based; -1: "
-        "of no class), or `records`: the image/class/label of the unlabeled records.",
+        "no class), or `records`: the image/class/label of the unlabeled records.",
     )
     class_names: str = setting(
-        "", "Text file with the name of a class per line; default: the task's names."
+        "", "Text file with one class name per line; default: the task's names."
     )
     report_classes: int = setting(
         10, "How many worst-covered, best-covered and other classes to show pictures of.", low=0
@@ -140,11 +140,11 @@ class ReportConfig(Settings):
         "worth labeling, by the margin between two classes, from all classes, without near copies.",
         low=0,
     )
-    report_shards: int = setting(4, "Shards to take pictures from.", low=1)
+    report_shards: int = setting(4, "Number of shards to take pictures from.", low=1)
 
 
 def of_selection(name: str) -> Any:
-    """The setting that filter_unlabel has under that name."""
+    """Returns the setting of that name in `SelectConfig`."""
     field = SelectConfig.__dataclass_fields__[name]
     return dataclasses.field(default=field.default, metadata=field.metadata)
 
@@ -164,7 +164,7 @@ class ImportConfig(Settings):
     output_dir: str = setting("", "Folder of the predictions.")
     info_dir: str = setting("", "Folder of the counts; default: output_dir.")
     task_name: str | None = setting(
-        None, "Task of the classes; default: task.json next to the unlabeled records."
+        None, "Task that defines the classes; default: task.json next to the unlabeled records."
     )
     key: str = setting(
         "position",
@@ -172,36 +172,38 @@ class ImportConfig(Settings):
         "record's image/filename; hash: SHA-256 of the image, in hexadecimal digits.",
         choices=("position", "name", "hash"),
     )
-    key_column: str = setting("key", "Column, or array of a .npz file, of the keys.")
+    key_column: str = setting("key", "Column, or array in a .npz file, with the keys.")
     values: str = setting(
-        "probabilities", "Kind of the numbers.", choices=("probabilities", "logits")
+        "probabilities", "Kind of values in the source.", choices=("probabilities", "logits")
     )
     temperature: float = setting(
-        1.0, "Divides the logits: above 1 for softer predictions.", low=1e-3
+        1.0, "Divisor of the logits; above 1 makes predictions softer.", low=1e-3
     )
     class_map: str = setting(
         "",
         "Text file with one line per class of the source: the name or number of the task's class, or - "
-        "for none. Classes with the same line are added. Default: columns matched by class name, else "
-        "the task's order.",
+        "for none. Probabilities of classes with the same line are added. Default: columns are matched "
+        "by class name, else in the task's order.",
     )
     min_mass: float = setting(
         0.5,
-        "If --class_map leaves classes out: images with less than this probability in the task's "
-        "classes get no label; the probabilities of the others are renormalized.",
+        "If --class_map omits classes, images with less than this probability in the task's classes "
+        "get no label; the probabilities of other images are renormalized.",
         low=0,
         high=1,
     )
     combine: str = setting(
         "mean",
         "How to combine several teachers. mean: average their probabilities; agreement: the same, but "
-        "images on whose class they disagree get no label.",
+        "images on whose class the teachers disagree get no label.",
         choices=("mean", "agreement"),
     )
     allow_missing: bool = setting(
-        False, "Leave records without a row unlabeled; default: an error."
+        False, "Leave records without a row unlabeled; by default, they are an error."
     )
-    allow_unknown: bool = setting(False, "Ignore rows without a record; default: an error.")
+    allow_unknown: bool = setting(
+        False, "Ignore rows without a record; by default, they are an error."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,8 +223,8 @@ class CheckConfig(Settings):
     num_shards: int = of_selection("num_shards")
     prediction_dir: str = setting(
         "",
-        "Predictions for the unlabeled records, whose index holds the fingerprints; default: read the "
-        "images.",
+        "Predictions for the unlabeled records, whose index contains the fingerprints; default: read "
+        "the images.",
     )
     task_name: str | None = setting(
         None, "Task that names the sets; default: task.json next to the labeled records."
@@ -242,7 +244,7 @@ class LabelsConfig(Settings):
     file_prefix: str = setting("train", "Prefix of the labeled files.")
     num_shards: int = setting(128, "Number of shards of the labeled set; default: detected.", low=1)
     task_name: str | None = setting(
-        None, "Task of the labels; default: the one stored with the predictions."
+        None, "Task that defines the labels; default: the one stored with the predictions."
     )
     output_dir: str = setting("", "Folder of the report and the list.")
 
@@ -253,7 +255,7 @@ class PipelineConfig(Settings):
 
     work_dir: str = setting(
         "",
-        "Folder for `predictions`, `info`, `statistics` and `selected`; all workers must see it.",
+        "Folder for `predictions`, `info`, `statistics` and `selected`; all workers must have access.",
     )
     selection: str = of_selection("selection")
     num_image: int = of_selection("num_image")
@@ -278,7 +280,7 @@ class RayConfig(Settings):
     )
     min_actors: int = setting(
         1,
-        "Actors to request at once, so that an autoscaling cluster adds nodes for them.",
+        "Number of actors to request at the start, so that an autoscaling cluster adds nodes for them.",
         low=1,
     )
     max_actors: int = setting(
@@ -292,10 +294,10 @@ class RayConfig(Settings):
 
 
 def shard_list(text: str | None, num_shards: int) -> list[int]:
-    """`"0,3,8-11"` → [0, 3, 8, 9, 10, 11]; `"auto"` → all; None (not given) → [0].
+    """Parses shards: `"0,3,8-11"` → [0, 3, 8, 9, 10, 11]; `"auto"` → all; None (not given) → [0].
 
     Raises:
-      ConfigError: not numbers and ranges, or outside 0..num_shards-1.
+      ConfigError: If a part is not a number or range, or is outside 0..num_shards-1.
     """
     if text is None:
         return [0]

@@ -1,4 +1,4 @@
-"""Log lines for people: `I 12:34:56 message`."""
+"""Human-readable log lines: `I 12:34:56 message`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 from absl import logging
 
-# The initial, as absl's.
+# Initials of the levels, as in absl.
 _INITIALS = {
     std_logging.DEBUG: "D",
     std_logging.INFO: "I",
@@ -18,21 +18,21 @@ _INITIALS = {
 
 
 class LineFormatter(std_logging.Formatter):
-    """Initial of the level, time, message."""
+    """Formats a record as the level's initial, the time and the message."""
 
     def format(self, record: std_logging.LogRecord) -> str:
-        """The initial of the level, the time, and the message with its stack, if it has one."""
+        """Returns the level's initial, the time, and the message with its stack trace, if any."""
         initial = _INITIALS.get(record.levelno, record.levelname[:1])
         return f"{initial} {self.formatTime(record, '%H:%M:%S')} {super().format(record)}"
 
 
 def begin() -> None:
-    """Gives the log of this process its form and its level, and hides what libraries would add."""
+    """Sets the format and level of this process's log, and hides messages of libraries."""
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().setFormatter(LineFormatter())
     # Errors of TensorFlow's C++ code reach Python as exceptions; the rest of its log is noise here.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # With several replicas TensorFlow logs how it adds up each variable.
+    # With several replicas, TensorFlow logs how it reduces each variable.
     std_logging.getLogger("tensorflow").addFilter(
         lambda entry: entry.module != "cross_device_ops" or entry.levelno >= std_logging.WARNING
     )

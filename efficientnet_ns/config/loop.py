@@ -1,4 +1,4 @@
-"""Settings of the rounds, with and without rules, of studies, and of the demo."""
+"""Settings of the training rounds (with and without rules), the studies and the demo."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from efficientnet_ns.config.labeling import of_selection
 
 @dataclasses.dataclass(frozen=True)
 class PicturesConfig(Settings):
-    """Two sets of pictures, from which everything else follows; every other flag overrides its rule."""
+    """Two sets of pictures, from which rules derive all other settings; flags override the rules."""
 
     labeled: str = setting(
         "",
-        "Labeled pictures: a folder or archive whose topmost folders are the classes, tfds:<name>, or a "
-        "folder of records with task.json.",
+        "Labeled pictures: a folder or archive whose top-level folders are the classes, tfds:<name>, or "
+        "a folder of records with task.json.",
     )
     unlabeled: str = setting(
         "", "Unlabeled pictures: a folder, archive, tfds:<name>[:split], or a folder of records."
     )
     test: str = setting(
-        "", "Labeled pictures used only to measure the models: as --labeled, with the same classes."
+        "",
+        "Labeled pictures used only to measure the models; formats and classes as for --labeled.",
     )
     held_out: float | None = setting(
         None,
@@ -34,21 +35,21 @@ class PicturesConfig(Settings):
     )
     control: bool = setting(
         False,
-        "Also train on the labeled pictures only, with as many updates as all models together.",
+        "Also train on the labeled pictures only, with as many updates as all models combined.",
     )
     dry_run: bool = setting(
         False, "Only print what was found, the settings and the estimated time; write nothing."
     )
     time_limit: str = setting(
         "",
-        "Time for the whole run, such as 30m or 2h; fits updates, image size and rounds to it, by a "
-        "measurement before the start; does not stop the run.",
+        "Time budget for the whole run, such as 30m or 2h. A measurement before the start determines "
+        "the updates, image size and rounds that fit; the run is not stopped.",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig(Settings):
-    """The rounds of `noisy_student.py`; `Config` has the settings of its trainings."""
+    """The rounds of `noisy_student.py`; `Config` has the settings of its training runs."""
 
     work_dir: str = setting("", "Folder of all outputs of the loop.")
     models: str = setting(
@@ -69,7 +70,7 @@ class LoopConfig(Settings):
     )
     warm_start: bool = setting(
         False,
-        "Start each student from its teacher's weights; all models must be of one variant. With many "
+        "Start each student from its teacher's weights; all models must be the same variant. With many "
         "updates, students from scratch are sometimes better (arXiv 1911.04252).",
     )
     stop_when_worse: bool = setting(
@@ -100,26 +101,26 @@ class LoopConfig(Settings):
     finetune_fix_layers: int = setting(-1, "fix_layer_num of the fine-tuning; -1: none.", low=-1)
     num_image: int = setting(1300, "Pseudo-labeled images per class.", low=1)
     min_threshold: float = setting(
-        0.3, "Lowest confidence of a pseudo label that is kept.", low=0, high=1
+        0.3, "Minimum confidence of pseudo labels to keep.", low=0, high=1
     )
     exclude: str = of_selection("exclude")
     reviewed: str = of_selection("reviewed")
 
 
-# Update steps in a quick study, at most. With fewer, the teacher of the digits has learned too little.
+# Maximum update steps in a quick study. With fewer, the teacher learns too little on the digits.
 QUICK_TEACHER_STEPS, QUICK_STUDENT_STEPS = 400, 300
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig(Settings):
-    """Which questions are studied, and with how many seeds."""
+    """Which questions to study, and with which seeds."""
 
     studies: str = setting(
         "all",
         "Studies to run, joined with ',', or all: noise, labels, ratio, amount, size, balance, joint, "
         "start, teaching, rounds.",
     )
-    seeds: str = setting("0,1,2", "Seeds, joined with ','; every arm is run with each.")
+    seeds: str = setting("0,1,2", "Seeds, joined with ','; every arm runs with each seed.")
     quick: bool = setting(
         False,
         f"Only the most informative arms, and at most {QUICK_TEACHER_STEPS} update steps of the teacher "
@@ -132,7 +133,7 @@ class DemoConfig(Settings):
     """Settings of the demo."""
 
     output_dir: str = setting("runs/demo", "Folder of all outputs of the demo.")
-    seed: int = setting(0, "Seed of the split, the initial weights and all noise.", low=0)
+    seed: int = setting(0, "Random seed for the split, the initial weights and all noise.", low=0)
     seeds: str = setting(
         "", "Seeds, joined with ',', to run in turn; the final table shows their mean and spread."
     )

@@ -3,12 +3,12 @@
 The first signal is a request: work that can be interrupted anywhere ends at once, and work that has
 something to save ends after saving it. The program then exits with code 75 (EX_TEMPFAIL of
 sysexits.h: try again), which distinguishes it from a failure. A later signal ends the process
-without saving. Signals that follow within a second count as the same request: GNU timeout, for one,
+without saving. Signals within a second count as the same request, because GNU timeout, for example,
 signals both the process and its group.
 
-Python runs handlers between two bytecodes of the main thread, so inside a host loop of the device a
-signal waits until the loop returns. Where work can be interrupted anywhere, a thread ends the process if
-the main thread is held up for longer, as by a store that TensorFlow asks again for minutes.
+Python runs handlers between bytecodes of the main thread, so a signal during a host loop waits until
+the loop returns. For work that can be interrupted anywhere, a thread ends the process if the main
+thread is blocked for longer, e.g. while TensorFlow retries requests to an object store for minutes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HELD_UP = b"stopped while it waited: start the same command again to continue\n
 
 
 class Preempted(BaseException):
-    """The process received a request to stop, and has saved its state.
+    """The process received a request to stop and has saved its state.
 
     Like KeyboardInterrupt, not an `Exception`, so that error handlers do not swallow it.
     """
@@ -43,9 +43,9 @@ class Preempted(BaseException):
 
 
 class StopRequest:
-    """Takes the signals while the block runs; blocks may be nested; the innermost one handles them.
+    """Handles the signals while the block runs; of nested blocks, the innermost one handles them.
 
-    Outside the main thread, where signals cannot be taken, the block changes nothing.
+    Outside the main thread, where signals cannot be handled, the block has no effect.
 
     Attributes:
       requested: whether to stop as soon as everything is saved.
@@ -71,14 +71,14 @@ class StopRequest:
         self._undo.close()
 
     def _watch(self) -> None:
-        """Starts the thread that hears signals while the main thread is held up."""
+        """Starts the thread that receives signals while the main thread is blocked."""
         _leave_children_alone()
         read, write = os.pipe()
-        # As set_wakeup_fd demands: a handler must not wait for a full pipe.
+        # Required by set_wakeup_fd: a handler must not wait for a full pipe.
         os.set_blocking(write, False)
         before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        # Python writes the number of every signal to it; its end ends the thread. The order is
-        # reversed when undone, so that Python never writes to a number that is another file's.
+        # Python writes the number of every signal to the pipe; closing it ends the thread. Callbacks
+        # run in reverse order, so that Python never writes to a descriptor reused for another file.
         self._undo.callback(os.close, write)
         self._undo.callback(signal.set_wakeup_fd, before)
 
@@ -92,7 +92,7 @@ class StopRequest:
                     if held_up and (self._cut or self.requested):
                         os.write(2, _HELD_UP)  # The main thread may hold the lock of the log.
                         os._exit(EXIT_CODE)
-                    # A first request in a host loop, which is saved when the loop returns.
+                    # A first request during a host loop: the state is saved when the loop returns.
                     if held_up:
                         break
             os.close(read)
@@ -100,16 +100,16 @@ class StopRequest:
         threading.Thread(target=hear, name="signals", daemon=True).start()
 
     def take_signals(self) -> None:
-        """Takes them back from native code that took them for itself inside the block."""
+        """Reinstalls the handlers after native code has replaced them inside the block."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                # Under nohup a lost terminal is to be survived.
+                # Under nohup, the process must survive a lost terminal.
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     signal.signal(number, self._handle)
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
-        """For work that can be interrupted anywhere: a request raises `Preempted` inside the block."""
+        """Makes requests raise `Preempted` in the block, which can be interrupted anywhere."""
         outer, self._cut = self._cut, True
         try:
             if self.requested:
@@ -129,7 +129,9 @@ class StopRequest:
             if time.monotonic() - self._requested_at < SAME_REQUEST_SECONDS:
                 return
             logging.warning("%s again: ending without saving", name)
-            os._exit(128 + number)  # What a shell reports of a process that a signal ended.
+            os._exit(
+                128 + number
+            )  # The status that shells report for a process killed by a signal.
         self.requested, self._requested_at = True, time.monotonic()
         logging.warning(
             "%s: stopping once everything is saved; send it again to stop at once", name
@@ -141,7 +143,7 @@ class StopRequest:
 
 @functools.cache
 def _leave_children_alone() -> None:
-    """A forked process must not report its signals to its parent."""
+    """Prevents forked processes from reporting their signals to the parent."""
 
     def forget() -> None:
         with contextlib.suppress(ValueError):  # Not in the main thread.
@@ -151,7 +153,7 @@ def _leave_children_alone() -> None:
 
 
 def end_with_parent() -> None:
-    """In a worker process: ends it when its parent ends, even by SIGKILL."""
+    """Ends this worker process when its parent ends, even by SIGKILL."""
     parent = multiprocessing.parent_process()
     if parent is None:
         raise RuntimeError("end_with_parent is for worker processes")

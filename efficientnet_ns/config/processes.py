@@ -1,4 +1,4 @@
-"""Work in several processes of this machine."""
+"""Runs jobs in several processes on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from efficientnet_ns.config import preemption
 
 
 class ProcessDied(RuntimeError):
-    """A process was ended from outside."""
+    """A process was killed."""
 
 
 def run_each(
@@ -27,12 +27,12 @@ def run_each(
     by SIGKILL.
 
     Args:
-      function: a function of a module's top level.
-      jobs: may be large, because few wait at a time.
-      initializer: runs first in each process; includes `preemption.end_with_parent`.
+      function: function at the top level of a module.
+      jobs: arguments of the calls; they may be large, because only a few are queued at a time.
+      initializer: runs first in each process; must call `preemption.end_with_parent`.
 
     Raises:
-      ProcessDied: a process was killed.
+      ProcessDied: If a process was killed.
     """
     if processes < 2:
         yield from ((job, function(*job)) for job in jobs)
@@ -62,8 +62,8 @@ def run_each(
             "--num_workers if memory was the cause"
         ) from e
     except preemption.Preempted:
-        # Running jobs may take longer than a machine that is about to end waits. They may be
-        # interrupted anywhere: what is half done is done again.
+        # Running jobs may take longer than a preempted machine waits. They can be interrupted
+        # anywhere: unfinished work is redone.
         for process in multiprocessing.active_children():
             process.kill()
         raise

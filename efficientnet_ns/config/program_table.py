@@ -1,4 +1,4 @@
-"""The programs in the order of their use, and the flags that `--help` of each begins with."""
+"""The programs in order of use, and the flags that `--help` shows for each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from efficientnet_ns.config import flag_files
 
-# What most trainings set.
+# Flags that most training runs set.
 _TRAINING = (
     *("label_data_dir", "unlabel_data_dir", "task_name", "data_source", "model_name"),
     *("input_image_size", "train_steps", "train_batch_size", "base_learning_rate", "bn_momentum"),
@@ -113,7 +113,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
 
 
 def listing() -> str:
-    """Each program with what it does, a line each."""
+    """Returns one line per program with its name and purpose."""
     width = max(map(len, PROGRAMS))
     lines = [f"  {name:<{width}}  {_summary(name)}" for name in PROGRAMS]
     return "\n".join(
@@ -129,7 +129,7 @@ def listing() -> str:
 
 
 def _summary(program: str) -> str:
-    """The first line of a program's docstring, without the command line that may end it."""
+    """Returns the first line of a program's docstring, without any command line at its end."""
     source = Path(__file__).parents[1].joinpath(*program.split(".")).with_suffix(".py")
     described = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
     return described.splitlines()[0].partition(": `")[0].rstrip(".:")

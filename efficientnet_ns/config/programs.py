@@ -1,4 +1,4 @@
-"""Settings of programs about one model: robustness, export, photos, conversion, benchmarks."""
+"""Settings of programs for a single model: robustness, export, photos, conversion, benchmarks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from efficientnet_ns.config.fields import Settings, setting
 
 @dataclasses.dataclass(frozen=True)
 class CustomRobustnessConfig(Settings):
-    """Attacks on, and corruptions of, any labeled set: task_name and label_data_dir."""
+    """Attacks and corruptions for any labeled set, given by task_name and label_data_dir."""
 
     epsilons: str = setting(
         "",
@@ -22,18 +22,18 @@ class CustomRobustnessConfig(Settings):
     )
     corrupt: str = setting(
         "",
-        "Corruptions of ImageNet-C to apply, joined with ','; all: the 15 of its mean. Needs pip "
-        "install 'efficientnet-ns[robustness]'.",
+        "Corruptions of ImageNet-C to apply, joined with ','; all: the 15 that its mean covers. "
+        "Requires pip install 'efficientnet-ns[robustness]'.",
     )
     severities: str = setting("1,2,3,4,5", "Severities of the corruptions, joined with ','.")
     baseline: str = setting(
         "",
-        "Weights of a baseline model, which is measured too; errors are also given relative to its own.",
+        "Weights of a baseline model to measure as well; errors are also reported relative to it.",
     )
     baseline_model_name: str = setting("", "Variant of the baseline; default: the same model.")
     image_set: str = setting(
         "",
-        "Prefix of the records to measure on; default: the task's evaluation set. num_eval_images "
+        "Prefix of the records to evaluate on; default: the task's evaluation set. num_eval_images "
         "limits it to the first N.",
     )
 
@@ -74,24 +74,24 @@ class ModeConfig(Settings):
     )
 
 
-# What a flag for weights takes.
-_WEIGHTS = "a path; published, those of --model_name in an installed package; or a variant's name"
+# Values that a flag for weights accepts.
+_WEIGHTS = "a path; published (those of --model_name in an installed package); or a variant's name"
 _PLACES = "; or a folder of records, or tfds:<name>."
 
 
 @dataclasses.dataclass(frozen=True)
 class RobustnessConfig(Settings):
-    """The paper's robustness sets; each one given is measured."""
+    """The paper's robustness sets; each set given is measured."""
 
     weights: str = setting("", f"Weights of the model: {_WEIGHTS}; default: those in model_dir.")
     report_dir: str = setting("", "Folder of the results.")
     allow_missing: bool = setting(
-        False, "Measure sets with missing parts too; no mean is then reported."
+        False, "Also measure sets with missing parts, without reporting their mean."
     )
     imagenet_a: str = setting("", f"ImageNet-A: <wnid>/*{_PLACES} Predicts only its 200 classes.")
     imagenet_r: str = setting("", f"ImageNet-R: <wnid>/*{_PLACES} Predicts only its 200 classes.")
     imagenet_v2: str = setting(
-        "", f"ImageNet-V2, matched frequency: <number of the class>/* or <wnid>/*{_PLACES}"
+        "", f"ImageNet-V2, matched frequency: <class number>/* or <wnid>/*{_PLACES}"
     )
     imagenet_sketch: str = setting("", f"ImageNet-Sketch: <wnid>/*{_PLACES}")
     imagenet_c: str = setting(
@@ -108,7 +108,7 @@ class RobustnessConfig(Settings):
     real_labels: str = setting("", "real.json, the ReaL labels of the validation images.")
 
     def places(self) -> dict[str, str]:
-        """Flag → folder or other place of each set; "" for those not given."""
+        """Returns flag → location of each set; "" for sets not given."""
         names = ["imagenet_a", "imagenet_r", "imagenet_v2", "imagenet_sketch"]
         names += ["imagenet_c", "imagenet_p", "imagenet_val", "real_labels"]
         return {name: getattr(self, name) for name in names}
@@ -116,14 +116,14 @@ class RobustnessConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig(Settings):
-    """What is exported."""
+    """What to export."""
 
     export_dir: str = setting("", "Folder for the version's folder or file.")
     version: int | None = setting(
-        None, "Number of the version; servers take the highest. Default: the next one.", low=1
+        None, "Version number; servers load the highest one. Default: the next one.", low=1
     )
     ema: bool = setting(True, "Export the moving-average weights, not the raw ones.")
-    format: str = setting("savedmodel", "Kind of file.", choices=("savedmodel", "tflite", "onnx"))
+    format: str = setting("savedmodel", "File format.", choices=("savedmodel", "tflite", "onnx"))
     optimize_for: str = setting(
         "cpu",
         "cpu: batch norm folded, weights frozen; accelerator: folded; none: as trained.",
@@ -134,7 +134,7 @@ class ExportConfig(Settings):
     )
     tflite_type: str = setting(
         "float32",
-        "Number type of the TFLite file; int8 needs --calibration_data or --check_data.",
+        "Number type of the TFLite file; int8 requires --calibration_data or --check_data.",
         choices=("float32", "float16", "dynamic", "int8"),
     )
     top_k: int = setting(5, "Number of classes in the top-K outputs.", low=1)
@@ -148,8 +148,8 @@ class ExportConfig(Settings):
     )
     calibration_data: str = setting(
         "",
-        "Images for calibrating int8, in the formats of --check_data: at least 100, of the kind that the "
-        "model will see; default: those of --check_data.",
+        "Images for calibrating int8, in the formats of --check_data: at least 100, similar to those "
+        "that the model will see; default: those of --check_data.",
     )
 
 
@@ -158,8 +158,8 @@ class PhotosConfig(Settings):
     """How `predict_image.py` classifies."""
 
     weights: str = setting("", f"Weights of the model: {_WEIGHTS}; default: those in model_dir.")
-    top: int = setting(5, "Classes per photo.", low=1)
-    json: bool = setting(False, "Print one JSON object per photo and line.")
+    top: int = setting(5, "Number of classes per photo.", low=1)
+    json: bool = setting(False, "Print one JSON object per photo, one per line.")
     ema: bool = setting(True, "Use the moving-average weights, not the raw ones.")
 
 
@@ -168,7 +168,7 @@ class ListConfig(Settings):
     """How `list_models.py` lists the models."""
 
     count: bool = setting(
-        False, "Count parameters and multiply-adds from the graphs instead (a minute)."
+        False, "Count parameters and multiply-adds from the graphs instead (takes a minute)."
     )
     json: bool = setting(False, "Print a JSON list of objects instead of the table.")
 
@@ -180,6 +180,8 @@ class ConvertConfig(Settings):
     source: str = setting(
         "", "Checkpoint, .h5, .keras, .safetensors or .pth file to read; or published."
     )
-    model_dir: str = setting("", "Instead of source: folder of a training, or of noisy_student.")
-    target: str = setting("", "A .safetensors file, or the prefix of a checkpoint.")
+    model_dir: str = setting(
+        "", "Instead of source: training folder, or work_dir of noisy_student."
+    )
+    target: str = setting("", "A .safetensors file or the prefix of a checkpoint to write.")
     ema: bool = setting(True, "Read the moving-average weights, not the raw ones.")

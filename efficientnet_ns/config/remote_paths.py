@@ -1,6 +1,6 @@
-"""Before a program works on object stores: that its paths can be reached, and what its uploads leave.
+"""Prepares programs for object stores: checks access to paths and cleans up after uploads.
 
-Without the check a misspelled bucket, or a missing permission, shows late and in TensorFlow's words.
+Without the check, a misspelled bucket or a missing permission causes a late, obscure TensorFlow error.
 """
 
 from __future__ import annotations
@@ -11,39 +11,39 @@ from collections.abc import Iterator, Mapping
 
 from efficientnet_ns.config.fields import ConfigError
 
-# Flags whose folders every program that has them writes to.
+# Flags whose folders are written by every program that has them.
 _WRITTEN = frozenset(
     "output_dir info_dir prelim_stats_dir export_dir work_dir report_dir report_path".split()
 )
 PERMISSIONS = (
     "storage.objects.get and storage.objects.list to read, storage.objects.create and "
-    "storage.objects.delete to write; the role roles/storage.objectUser has them"
+    "storage.objects.delete to write; the role roles/storage.objectUser includes them"
 )
 
 
 @contextlib.contextmanager
 def prepared(paths: Mapping[str, str]) -> Iterator[None]:
-    """Checks every bucket once; while the block runs, TensorFlow keeps its uploads in a scratch folder.
+    """Checks every bucket once and keeps TensorFlow's uploads in a scratch folder during the block.
 
-    It would leave them in TMPDIR, a whole checkpoint for example, when the process is killed; a scratch
-    folder is removed by the next start.
+    Otherwise, a killed process would leave them, e.g. a whole checkpoint, in TMPDIR. A scratch folder is
+    removed by the next start.
 
     Args:
       paths: path → flag.
 
     Raises:
-      ConfigError: a bucket does not exist, or may not be read or written.
+      ConfigError: If a bucket does not exist, or access to it is denied.
     """
     remote = {path: flag for path, flag in paths.items() if path.startswith("gs://")}
     if not remote:
         yield
         return
-    from efficientnet_ns.files import atomic  # It needs TensorFlow, as will the program.
+    from efficientnet_ns.files import atomic  # Imports TensorFlow, which the program also needs.
 
     _check(remote)
     before = os.environ.get("TMPDIR")
     with atomic.scratch_folder("uploads") as folder:
-        # Only TensorFlow follows: Python's `tempfile` has noted its folder by now.
+        # Affects only TensorFlow: Python's `tempfile` has already cached its folder.
         os.environ["TMPDIR"] = folder
         try:
             yield

@@ -40,13 +40,16 @@ class ModelConfig(Settings):
         None, "Overrides the variant's head dropout.", low=0, high=1
     )
     stochastic_depth_rate: float | None = setting(
-        None, "Drop probability of the last block, linear from 0; default 0.2.", low=0, high=1
+        None,
+        "Drop probability of the last block, rising linearly from 0; default: 0.2.",
+        low=0,
+        high=1,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Settings):
-    """Which images, and what is done to them."""
+    """Which images to use, and how to process them."""
 
     task_name: str | None = setting(
         None,
@@ -55,7 +58,7 @@ class DataConfig(Settings):
     )
     data_source: str = setting(
         "",
-        "tfds:<name>: a set of TensorFlow Datasets as labeled images and task, instead of "
+        "tfds:<name>: a TensorFlow Datasets dataset that provides labeled images and task, instead of "
         "label_data_dir and task_name. Converted to records on first use.",
         free=True,  # The records made from it, in label_data_dir, are not.
     )
@@ -83,14 +86,14 @@ class DataConfig(Settings):
         free=True,
     )
     num_test_images: int | None = setting(
-        None, "num_eval_images for the test set, if the task has one.", low=1, free=True
+        None, "As num_eval_images, for the test set if the task has one.", low=1, free=True
     )
     num_train_shards: int | None = setting(
         None, "Train on only the first N shards of the labeled set; default: all.", low=1
     )
     augment_name: str | None = setting(
         None,
-        "Augmentation of training images: randaugment (v1 in the original), autoaugment, none (also "
+        "Augmentation of training images: randaugment (v1 in the original code), autoaugment, none (also "
         "overrides a preset), or a policy as the log prints it, which overrides the flags below: "
         "'randaugment(N=2, M=27, mode=clipped)', 'autoaugment(svhn)'.",
         choices=("randaugment", "v1", "autoaugment", "none"),
@@ -120,7 +123,7 @@ class DataConfig(Settings):
     randaug_reach: str = setting(
         "fixed",
         "RandAugment's translation and Cutout size at magnitude 10: fixed (100 and 40 pixels, as "
-        "published) or proportional (the fraction of the image that these are at 224 pixels).",
+        "published) or proportional (the same fractions of the image as at 224 pixels).",
         choices=("fixed", "proportional"),
     )
     cutout_op: bool = setting(True, "Include Cutout among RandAugment's operations.")
@@ -136,7 +139,7 @@ class DataConfig(Settings):
     )
     shuffle_buffer: int = setting(
         10000,
-        "Undecoded records in the shuffle buffer, over all hosts; a record moves up to this many places.",
+        "Undecoded records in the shuffle buffer, over all hosts; limits how far a record can move.",
         low=1,
     )
 
@@ -147,13 +150,14 @@ class TrainConfig(Settings):
 
     model_dir: str | None = setting(
         None,
-        "Folder of checkpoints and logs of a training. Programs that use a trained model also accept the "
-        "work_dir of noisy_student, and some an exported SavedModel; settings not given are read there.",
+        "Training folder, with checkpoints and logs. Programs that use a trained model also accept the "
+        "work_dir of noisy_student, and some accept an exported SavedModel; settings not given are read "
+        "from it.",
         free=True,
     )
     train_steps: int = setting(109474, "Update steps of the whole schedule.", low=1)
     train_ratio: float = setting(
-        1.0, "Stretches train_steps and the decay period (2 for the 700-epoch recipes).", low=0
+        1.0, "Multiplies train_steps and the decay period (2 for the 700-epoch recipes).", low=0
     )
     train_last_step_num: int = setting(
         -1, "Train only the last N steps of the schedule, without warm-up; -1: all."
@@ -168,8 +172,8 @@ class TrainConfig(Settings):
     )
     num_shards_per_group: int = setting(
         -1,
-        "Replicas that share batch-norm statistics: -1: one up to 8 replicas, else groups of "
-        "max(8, replicas/8); 1: one; k: groups of k; -2: all.",
+        "Number of replicas that share batch-norm statistics. -1: one for up to 8 replicas, else groups "
+        "of max(8, replicas/8); 1: one; k: groups of k; -2: all.",
         low=-2,
     )
     optimizer: str = setting(
@@ -190,7 +194,7 @@ class TrainConfig(Settings):
         low=0,
     )
     final_base_lr: float | None = setting(
-        None, "When given, the decay period is chosen to end at this rate per 256."
+        None, "If given, the decay period is chosen to end at this rate per 256 images."
     )
     warmup_epochs: float = setting(5.0, "Length of the linear warm-up.", low=0)
     moving_average_decay: float = setting(
@@ -211,8 +215,8 @@ class TrainConfig(Settings):
     )
     unl_model_noise: bool = setting(
         True,
-        "Dropout and stochastic depth for unlabeled images too; --nounl_model_noise: only for labeled "
-        "images, an ablation of the paper.",
+        "Apply dropout and stochastic depth to unlabeled images as well; --nounl_model_noise: only to "
+        "labeled images, an ablation of the paper.",
     )
     label_weight: float = setting(
         1.0,
@@ -228,13 +232,13 @@ class TrainConfig(Settings):
     teacher_model_path: str | None = setting(None, "Checkpoint of the on-the-fly teacher.")
     teacher_image_size: int | None = setting(
         None,
-        "Resolution of the on-the-fly teacher; default: its variant's (the task's when small).",
+        "Resolution of the on-the-fly teacher; default: its variant's, or the student's for small images.",
     )
     consistency_threshold: float = setting(
         0.0,
-        "Without a teacher: the student's prediction for an unlabeled image that is only cropped and "
-        "flipped is the hard label of the augmented image if its probability reaches this (FixMatch: "
-        "0.95); 0: use a teacher's pseudo labels.",
+        "Without a teacher: minimum probability at which the student's prediction for an unlabeled image "
+        "that is only cropped and flipped becomes the hard label of the augmented image (FixMatch: 0.95); "
+        "0: use a teacher's pseudo labels.",
         low=0,
         high=1,
     )
@@ -247,9 +251,9 @@ class TrainConfig(Settings):
     )
     ema_initial_share: float = setting(
         0.0,
-        "Share of the initial weights in the moving averages: what is evaluated, exported and teaches lies "
-        "between the trained and the initial weights (WiSE-FT, arXiv 2109.01903). Needs --init_weights or "
-        "--init_model, and --keep_bn_statistics; the initial weights must not change until training ends.",
+        "Share of the initial weights in the moving averages: the weights for evaluation, export and teaching "
+        "interpolate between trained and initial weights (WiSE-FT, arXiv 2109.01903). Requires --init_weights "
+        "or --init_model, and --keep_bn_statistics; the initial weights must not change until training ends.",
         low=0,
         high=1,
     )
@@ -262,9 +266,11 @@ class TrainConfig(Settings):
     init_skip: str = setting(
         "",
         "Regular expressions, joined with ',', of variables that keep their initial values with "
-        "--init_weights or --init_model: head/dense/ for other classes.",
+        "--init_weights or --init_model, e.g. head/dense/ for different classes.",
     )
-    seed: int = setting(0, "Seed of initial weights, data order, augmentation and noise.", low=0)
+    seed: int = setting(
+        0, "Random seed for initial weights, data order, augmentation and noise.", low=0
+    )
     steps_per_eval: int = setting(3000, "Evaluate every N steps.", low=1, free=True)
     patience: int = setting(
         0,
@@ -274,7 +280,7 @@ class TrainConfig(Settings):
         free=True,
     )
     save_checkpoints_steps: int = setting(1000, "Save every N steps.", low=1, free=True)
-    keep_checkpoint_max: int = setting(5, "Checkpoints kept.", low=1, free=True)
+    keep_checkpoint_max: int = setting(5, "Number of checkpoints to keep.", low=1, free=True)
     iterations_per_loop: int = setting(
         1000,
         "Steps per host loop. The host logs and reacts to a request to stop (SIGTERM) only between "
@@ -302,8 +308,8 @@ class EvalConfig(Settings):
 
     eval_batch_size: int = setting(
         8,
-        "Images per step of evaluation; of labeling too, with --inference_engine=tf (the other "
-        "engines choose their own).",
+        "Images per evaluation step and, with --inference_engine=tf, per labeling step (other engines "
+        "choose their own batch size).",
         low=1,
     )
     eval_ema: bool = setting(
@@ -312,7 +318,7 @@ class EvalConfig(Settings):
     )
     eval_image_size: int | None = setting(
         None,
-        "With --mode=eval: image side in pixels; default: that of the training.",
+        "With --mode=eval: image side in pixels; default: as in training.",
         low=8,
     )
     eval_views: int = setting(
@@ -336,8 +342,8 @@ class PredictConfig(Settings):
 
     predict_ckpt_path: str = setting(
         "",
-        "Weights of the teacher: checkpoint, folder with one, file of Keras (.h5) or PyTorch "
-        "(.safetensors, .pth), or published; default: the model in model_dir.",
+        "Weights of the teacher: checkpoint, folder with one, Keras (.h5) or PyTorch (.safetensors, "
+        ".pth) file, or published; default: the model in model_dir.",
     )
     output_dir: str = setting("", "Folder of the prediction records.")
     info_dir: str = setting("", "Folder of the per-shard counts; default: output_dir.")
@@ -350,12 +356,12 @@ class PredictConfig(Settings):
         "processes started with the same output_dir.",
         documented="0",
     )
-    total_replicas: int = setting(1, "Workers that share each shard.", low=1)
-    worker_id: int = setting(0, "This worker among total_replicas.", low=0)
+    total_replicas: int = setting(1, "Number of workers that share each shard.", low=1)
+    worker_id: int = setting(0, "Index of this worker among total_replicas.", low=0)
     file_prefix: str = setting(
         "train",
-        "Prefix of the unlabeled files: train or extra; default: detected. Needed only if the folder "
-        "also holds other sets.",
+        "Prefix of the unlabeled files: train or extra; default: detected. Required only if the folder "
+        "also contains other sets.",
     )
     data_type: str = setting("tfrecord", "Format of the input files.", choices=("tfrecord",))
     reassign_label: bool = setting(
@@ -401,7 +407,7 @@ class PredictConfig(Settings):
         0.01, "Stop when more than this fraction of a shard's records is unreadable.", low=0, high=1
     )
     part_seconds: float = setting(
-        60.0, "Maximum seconds of work on a shard that a killed process loses.", low=0
+        60.0, "Maximum seconds of work on a shard that are lost if a process is killed.", low=0
     )
     lease_seconds: float = setting(
         300.0, "Seconds without a heartbeat before another worker takes over the shard.", low=1
@@ -430,14 +436,14 @@ class HardwareConfig(Settings):
     )
     num_replicas: int = setting(
         0,
-        "Local devices that share each batch: GPUs, or logical CPU devices if there are none; 0: all "
+        "Number of local devices that share each batch: GPUs, or logical CPU devices if there are none; 0: all "
         "GPUs, or one CPU. With TF_CONFIG, per worker.",
         low=0,
         free=True,
     )
     jit_compile: bool = setting(
         False,
-        "Compile the training step with XLA on one device or on GPUs; TPUs always do.",
+        "Compile the training step with XLA on one device or on GPUs; TPUs always use XLA.",
         free=True,
     )
 
@@ -476,7 +482,7 @@ class LegacyConfig(Settings):
     )
 
     def without_effect(self) -> list[str]:
-        """`--name=value` of each setting that is not at its default."""
+        """Returns `--name=value` for each setting that differs from its default."""
         return [
             f"--{field.name}={getattr(self, field.name)}"
             for field in dataclasses.fields(self)
@@ -497,10 +503,10 @@ class Config:
     legacy: LegacyConfig = LegacyConfig()
 
     def override(self, **values: Any) -> Config:
-        """A copy with fields of any section replaced: `config.override(train_steps=…)`.
+        """Returns a copy with fields of any section replaced: `config.override(train_steps=…)`.
 
         Raises:
-          ConfigError: no section has a field of that name.
+          ConfigError: If no section has a field of that name.
         """
         changed = {name: getattr(self, name) for name in subsections(Config)}
         for key, value in values.items():
@@ -509,11 +515,11 @@ class Config:
                     changed[name] = dataclasses.replace(section, **{key: value})
                     break
             else:
-                raise ConfigError(f"no setting is called {key!r}")
+                raise ConfigError(f"there is no setting {key!r}")
         return Config(**changed)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that make two trainings the same training; JSON-able."""
+        """Returns the settings that identify a training run; JSON-serializable."""
         return {
             name: value
             for section in (self.model, self.data, self.train)
@@ -522,6 +528,6 @@ class Config:
         }
 
     def values(self) -> dict[str, Any]:
-        """Every setting by its flag's name; JSON-able."""
+        """Returns every setting by flag name; JSON-serializable."""
         sections = [getattr(self, name) for name in subsections(Config)]
         return {name: value for section in sections for name, value in as_dict(section).items()}

@@ -1,1 +1,1 @@
-"""Predictions of other models, made into those of a teacher."""
+"""Converts predictions of other models to those of a teacher."""

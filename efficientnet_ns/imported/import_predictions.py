@@ -1,8 +1,8 @@
-"""Predictions of any model, as if the teacher had labeled the records itself.
+"""Imports predictions of any model, as if it had labeled the records as the teacher.
 
 Rows of probabilities or logits become prediction files, indexes and counts in the formats of
-`predict`. Rows that belong to records by position are streamed; those with a key are joined with the
-records' keys by SQL, out of core, and laid out in a temporary file of the size of the predictions.
+`predict`. Rows that match records by position are streamed. Rows with keys are joined with the
+records' keys by out-of-core SQL and arranged in a temporary file of the size of the predictions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from efficientnet_ns.imported.probability_rows import Conversion, target_classes
 from efficientnet_ns.pseudo_labels import unlabeled_set
 from efficientnet_ns.pseudo_labels.index import IndexWriter, top_one
 
-_ROWS = 1 << 15  # Written at once; bounds memory.
+_ROWS = 1 << 15  # Rows written at once; bounds memory.
 # Why a record has no prediction.
 _FOUND, _MISSING, _OUTSIDE, _DISAGREEING = range(4)
 _REASONS = {_MISSING: "missing", _OUTSIDE: "outside", _DISAGREEING: "disagreeing"}
@@ -47,22 +47,22 @@ _REASONS = {_MISSING: "missing", _OUTSIDE: "outside", _DISAGREEING: "disagreeing
 def import_predictions(options: ImportConfig) -> dict[str, Any]:
     """Writes predictions, indexes and counts from the rows of `options.source`.
 
-    Finished shards are verified and skipped. Records without a prediction keep their place: all-zero
-    probabilities, label -1 in the index.
+    Verifies and skips finished shards. Records without a prediction keep their position, with
+    all-zero probabilities and label -1 in the index.
 
     Returns:
-      `records`, and how many of them have no prediction: `missing` in the source, `outside` of the
-      task's classes, `disagreeing` teachers.
+      The number of `records`, and of those without a prediction: `missing` from the source,
+      `outside` the task's classes, or with `disagreeing` teachers.
 
     Raises:
-      ConfigError: a flag is missing or does not fit.
-      DataError: rows and records do not match, or rows are no probabilities.
-      manifests.OutputConflict: an output was made with other settings.
+      ConfigError: If a flag is missing or invalid.
+      DataError: If rows and records do not match, or rows are not probabilities.
+      manifests.OutputConflict: If an output was made with other settings.
     """
     check(options)
     require(options, "source", "unlabel_data_dir", "output_dir")
     if options.combine == "agreement" and ";" not in options.source:
-        raise ConfigError("--combine=agreement needs several sources, joined with ';'")
+        raise ConfigError("--combine=agreement requires several sources, joined with ';'")
     task = _task(options)
     _, sources = unlabeled_set.files(
         options.unlabel_data_dir, options.file_prefix, options.num_shards
@@ -87,19 +87,17 @@ def import_predictions(options: ImportConfig) -> dict[str, Any]:
 def _task(options: ImportConfig) -> tasks.Task:
     beside = os.path.join(options.unlabel_data_dir, tasks.TASK_FILE)
     if not options.task_name and not tf.io.gfile.exists(beside):
-        raise ConfigError(
-            f"--task_name is needed: the task of the classes; {beside} does not exist"
-        )
+        raise ConfigError(f"--task_name is required to define the classes: {beside} does not exist")
     return tasks.get_task(options.task_name or beside)
 
 
 def _stages(
     options: ImportConfig, task: tasks.Task, tables: Sequence[Table], sources: Sequence[str]
 ) -> list[manifests.Stage]:
-    # Not the allowances: they decide whether predictions are written, not which.
+    # Not the --allow_* flags: they decide whether predictions are written, not which.
     rules = ("key", "key_column", "values", "temperature", "min_mass", "combine")
     settings = {name: getattr(options, name) for name in rules}
-    # In another order, the same columns are other labels.
+    # In another order, the same columns mean other labels.
     settings["class_names"] = tasks.class_names(task)
     settings["imported"] = [[manifests.content_hash(p) for p in table.paths] for table in tables]
     if options.class_map:
@@ -166,7 +164,7 @@ def _write_shard(
             tf.io.gfile.GFile(predictions, "wb") as f,
             IndexWriter(indexes, shard, 0) as index,
         ):
-            f.write(b"")  # Makes the file of an empty shard.
+            f.write(b"")  # Creates the file even if the shard is empty.
             for start in range(0, count, _ROWS):
                 size = min(_ROWS, count - start)
                 probs, why = _combined([t.read(size) for t in teachers], options.combine)
@@ -175,8 +173,9 @@ def _write_shard(
                 without.update(why[why != _FOUND].tolist())
         if last:
             for teacher in teachers:
-                # A stream shows its length at its end: rows left over leave the set incomplete.
-                teacher.finish()  # Before the last shard appears.
+                # The length of a stream is known only at its end; if rows are left, the set must
+                # stay incomplete.
+                teacher.finish()  # Before the last shard becomes visible.
         json_files.write_json(info, {"image_num": count})
         missing = {name: without[code] for code, name in _REASONS.items()}
         summary.update(records=count, **missing, quarantine={})
@@ -185,18 +184,18 @@ def _write_shard(
 def _combined(
     parts: Sequence[tuple[np.ndarray, np.ndarray]], how: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities float32 [N, C], zeros where there is none, and why not, int8 [N]."""
+    """Returns probabilities float32 [N, C], zeros if there are none, and the reason, int8 [N]."""
     if len(parts) == 1:
         return parts[0]
     found = np.stack([why == _FOUND for _, why in parts])
     total = np.sum([probs for probs, _ in parts], 0, dtype=np.float64)
-    # Over the teachers that have a prediction: the others' rows are zeros.
+    # Averages only teachers that have a prediction; the rows of others are zeros.
     mean = (total / found.sum(0).clip(1)[:, None]).astype(np.float32)
-    # Where several reasons apply, the last in `_REASONS` counts.
+    # If several reasons apply, the last one in `_REASONS` counts.
     why = np.where(found.any(0), _FOUND, np.max([w for _, w in parts], 0)).astype(np.int8)
     if how == "agreement":
         labels = np.stack([probs.argmax(1) for probs, _ in parts])
-        # A teacher without a prediction does not agree; its zeros would seem to be class 0.
+        # A teacher without a prediction counts as disagreeing; its zeros would look like class 0.
         differ = (labels != labels[0]).any(0) | ~found.all(0)
         why[differ & (why == _FOUND)] = _DISAGREEING
         mean[why != _FOUND] = 0
@@ -208,12 +207,12 @@ class _InOrder:
 
     def __init__(self, table: Table, convert: Conversion, total: int):
         self._table, self._total, self._done = table, total, 0
-        # Before anything is written, for the kinds of files that state it.
+        # Before anything is written, if the file format states the number.
         rows = table.rows()
         if rows is not None and rows != total:
             raise self._wrong_number(str(rows))
         self._rows = self._converted(convert)
-        # Of a block that is used in part.
+        # Remaining rows of the current block.
         self._probs: np.ndarray = np.zeros((0, convert.num_classes), np.float32)
         self._why: np.ndarray = np.zeros(0, np.int8)
 
@@ -224,13 +223,13 @@ class _InOrder:
 
     def _wrong_number(self, rows: str) -> DataError:
         return DataError(
-            f"{self._table.source} has {rows} rows, but there are {self._total} records: rows belong to "
-            "records by position, so their numbers must be the same. Give --key=name or hash to join "
-            "by a column of keys"
+            f"{self._table.source} has {rows} rows, but there are {self._total} records: rows match "
+            "records by position, so their numbers must be equal. Set --key=name or --key=hash to join "
+            "by a key column"
         )
 
     def read(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next rows: probabilities float32 [size, C], and why there is none, int8 [size]."""
+        """Returns the next rows: probabilities float32 [size, C] and reasons, int8 [size]."""
         parts = []
         while size:
             if not len(self._why):
@@ -247,7 +246,7 @@ class _InOrder:
         return np.concatenate([p for p, _ in parts]), np.concatenate([w for _, w in parts])
 
     def skip(self, size: int) -> None:
-        """Passes over rows of a finished shard."""
+        """Skips rows of a finished shard."""
         for start in range(0, size, _ROWS):
             self.read(min(_ROWS, size - start))
 
@@ -258,7 +257,7 @@ class _InOrder:
 
 
 # A full join keeps rows without a record and records without a row, which `_check_join` counts.
-# Keys that are null match nothing.
+# Null keys match nothing.
 _JOIN = """
 CREATE TABLE joined AS SELECT row, key, place FROM source FULL JOIN
 (SELECT {key} AS key, first + position AS place FROM records JOIN firsts USING (shard)) AS known
@@ -267,7 +266,7 @@ USING (key)
 
 
 class _ByKey:
-    """A teacher whose rows have keys; laid out in the order of the records in the file `path`."""
+    """A teacher whose rows have keys; they are arranged in record order in the file `path`."""
 
     def __init__(
         self,
@@ -280,7 +279,7 @@ class _ByKey:
     ):
         total = sum(counts)
         places = _joined(table, options, keys, counts)
-        # A new file is all zeros, which is what a record without a row gets; it cannot be empty.
+        # A new file is all zeros, the values for records without a row; it cannot be empty.
         self._probs = np.memmap(path, np.float32, "w+", shape=(max(total, 1), convert.num_classes))
         self._why = np.full(total, _MISSING, np.int8)
         self._at, first = 0, 0
@@ -289,32 +288,32 @@ class _ByKey:
             place = places[first : first + len(probs)]
             first += len(probs)
             known = place >= 0
-            # Each place is written once, as `_joined` has refused keys that occur twice.
+            # Each position is written once, because `_joined` rejects keys that occur twice.
             self._probs[place[known]] = probs[known]
             self._why[place[known]] = np.where(outside[known], _OUTSIDE, _FOUND)
 
     def read(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `_InOrder.read`."""
+        """See `_InOrder.read`."""
         part = slice(self._at, self._at + size)
         self._at += size
         return np.asarray(self._probs[part]), self._why[part]
 
     def skip(self, size: int) -> None:
-        """As `_InOrder.skip`."""
+        """See `_InOrder.skip`."""
         self._at += size
 
     def finish(self) -> None:
-        """All rows have been placed."""
+        """Does nothing: all rows have been placed."""
 
 
 def _joined(
     table: Table, options: ImportConfig, keys: Sequence[str], counts: Sequence[int]
 ) -> np.ndarray:
-    """The number of the record of each row of a table, int64 [rows]; -1: of none.
+    """Returns the record number of each row of a table, int64 [rows]; -1 without a record.
 
     Raises:
-      DataError: a key is null or occurs twice, or a row or a record has no partner, which the
-        options do not allow.
+      DataError: If a key is null or occurs twice, or a row or record has no match although the
+        options require one.
     """
     import pyarrow
 
@@ -325,12 +324,12 @@ def _joined(
     ((named, unique, total),) = db.execute(
         f"SELECT count({column}), count(DISTINCT {column}), count(*) FROM records"
     ).fetchall()
-    # Before the join, in which a key that two records share would give two places to one row.
+    # Before the join, in which a key shared by two records would give one row two positions.
     _check_records(db, column, named, unique, total)
     db.execute("CREATE TABLE source (row BIGINT, key VARCHAR)")
     first = 0
     for block in table.blocks():
-        # Registered batch by batch: errors inside a stream would come back as DuckDB's own.
+        # Registered batch by batch: DuckDB would replace errors inside a stream by its own.
         keys_of = pyarrow.table(
             {"row": np.arange(first, first + len(block.values)), "key": block.keys}
         )
@@ -340,9 +339,9 @@ def _joined(
     db.execute(_JOIN.format(key=column))
     _check_join(db, table, options)
     found = db.execute("SELECT row, place FROM joined WHERE row IS NOT NULL").fetchnumpy()
-    # DuckDB masks nulls: the places of rows without a record.
+    # DuckDB masks nulls, the positions of rows without a record.
     row, place = found["row"], np.ma.filled(np.ma.asarray(found["place"]), -1)
-    # The join has an order of its own.
+    # The join does not preserve the order.
     places = np.full(len(row), -1, np.int64)
     places[np.asarray(row, np.int64)] = place
     return places
@@ -351,16 +350,16 @@ def _joined(
 def _check_records(db, column: str, named: int, unique: int, total: int) -> None:
     if column == "name" and named < total:
         raise DataError(
-            f"{total - named} of {total} records have no {tfexamples.FILE_NAME!r}, by which --key=name "
-            "finds them: make them again with make_records, or use --key=hash or position"
+            f"{total - named} of {total} records have no {tfexamples.FILE_NAME!r}, which --key=name "
+            "requires: recreate them with make_records, or use --key=hash or --key=position"
         )
     if unique < named:
         twice = _examples(
             db, f"SELECT {column} FROM records GROUP BY 1 HAVING count({column}) > 1 ORDER BY 1"
         )
         raise DataError(
-            f"{named - unique} of {total} records have the {column} of an earlier one, for example "
-            f"{twice}: a row would match several. Remove the copies, or use another --key"
+            f"{named - unique} of {total} records have the {column} of an earlier record, for example "
+            f"{twice}: a row would match several records. Remove the copies, or use another --key"
         )
 
 
@@ -381,14 +380,14 @@ def _check_join(db, table: Table, options: ImportConfig) -> None:
         known = _examples(db, f"SELECT {options.key} FROM records ORDER BY shard, position")
         raise DataError(
             f"{source}: {count} keys match no record in {folder}, for example "
-            f"{_examples(db, unknown)}, where the records have {known}. Give --allow_unknown if the "
-            "table holds more images than the records"
+            f"{_examples(db, unknown)}, but the records have {known}. Set --allow_unknown if the "
+            "table contains more images than the records"
         )
     missing = "SELECT key FROM joined WHERE row IS NULL AND key IS NOT NULL ORDER BY place"
     if count := number(missing):
         text = f"{source}: {count} records of {folder} have no row, for example {_examples(db, missing)}"
         if not options.allow_missing:
-            raise DataError(f"{text}. Give --allow_missing to leave them without a label")
+            raise DataError(f"{text}. Set --allow_missing to leave them unlabeled")
         logging.warning("%s", text)
 
 

@@ -1,7 +1,7 @@
-"""Rows of numbers in files of other programs: Parquet, NumPy, CSV and JSON lines, block by block.
+"""Reads rows of numbers in files of other programs: Parquet, NumPy, CSV and JSON Lines, by block.
 
-A table has a row per image. Its numbers are in one column of lists, or in a column per class, named
-by the header; NumPy files hold an array [N, K], and `.npz` files an array of keys as well.
+A table has one row per image. Its numbers are in a single column of lists, or in one column per class,
+named by the header. NumPy files contain an array [N, K]; `.npz` files may also contain keys.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from efficientnet_ns.files.paths import listed
 if TYPE_CHECKING:
     import pyarrow
 
-_ROWS = 1 << 16  # Of a block, about.
+_ROWS = 1 << 16  # Approximate rows of a block.
 _CSV_BYTES = 16 << 20
 
 
@@ -34,8 +34,8 @@ class Block(NamedTuple):
     Attributes:
       file: path.
       first: number of the first row in the file, from 0.
-      keys: pyarrow strings [N]; None without a column of keys.
-      values: [N, K], of the file's number type.
+      keys: pyarrow strings [N]; None without a key column.
+      values: [N, K], in the file's number type.
     """
 
     file: str
@@ -44,22 +44,22 @@ class Block(NamedTuple):
     values: np.ndarray
 
     def row(self, place: int) -> str:
-        """The file and number of a row, for messages."""
+        """Returns the file and number of a row, for messages."""
         return f"{self.file}, row {self.first + place}"
 
 
 class Table:
-    """The rows of a file, or of all such files of a folder in the order of their names.
+    """The rows of a file, or of all supported files in a folder, ordered by name.
 
     Args:
-      source: path.
-      key: column of the keys; "": there is none.
+      source: path of the file or folder.
+      key: name of the key column; "" for none.
 
     Attributes:
-      names: header of the columns of a table with a column per class; else None.
+      names: column names of a table with one column per class; otherwise None.
 
     Raises:
-      DataError: there is no such file, it is of another kind, or it has no such column.
+      DataError: If there is no such file, its type is unsupported, or it has no such column.
     """
 
     def __init__(self, source: str, key: str = ""):
@@ -73,32 +73,32 @@ class Table:
         self.names = self._readers[0].names
         for one, path in zip(self._readers, self.paths):
             if one.names != self.names:
-                raise DataError(f"{path} does not have the columns of {self.paths[0]}")
+                raise DataError(f"{path} does not have the same columns as {self.paths[0]}")
 
     @contextlib.contextmanager
     def _errors(self, path: str) -> Iterator[None]:
-        """Errors of the libraries, which do not name the file, as DataError."""
+        """Converts errors of the libraries, which do not name the file, to DataError."""
         import pyarrow
 
         try:
             yield
         except (
             *(pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError),
-            # NumPy's, of files that are empty or cut off.
+            # Raised by NumPy for empty or truncated files.
             *(ValueError, EOFError, zipfile.BadZipFile),
         ) as e:
-            # A ValueError, too, but of this module: it names the file.
+            # Also a ValueError, but raised by this module: it names the file.
             if isinstance(e, DataError):
                 raise
             raise DataError(f"{path} cannot be read: {e}{_hint(self._key)}") from e
 
     def rows(self) -> int | None:
-        """The number of rows, where no more than headers must be read for it."""
+        """Returns the number of rows if reading headers is sufficient; otherwise None."""
         counts = [reader.rows for reader in self._readers]
         return sum(n for n in counts if n is not None) if None not in counts else None
 
     def blocks(self) -> Iterator[Block]:
-        """The rows in order; raises DataError for what is no table of numbers."""
+        """Yields the rows in order; raises DataError if a file is not a table of numbers."""
         for path, reader in zip(self.paths, self._readers):
             first = 0
             with self._errors(path):
@@ -112,12 +112,12 @@ def _files(source: str) -> list[str]:
     if tf.io.gfile.isdir(source):
         found = listed(source, r"[^.].*(" + "|".join(k.replace(".", r"\.") for k in _READERS) + ")")
         if not found:
-            raise DataError(f"{source} holds no {kinds} file")
+            raise DataError(f"{source} contains no {kinds} file")
         return sorted(found)
     if not tf.io.gfile.exists(source):
-        raise DataError(f"{source}: there is no such file or folder")
+        raise DataError(f"{source}: no such file or folder")
     if os.path.splitext(source)[1].lower() not in _READERS:
-        raise DataError(f"{source}: a file of one of these kinds is needed: {kinds}")
+        raise DataError(f"{source}: must be a file of one of these types: {kinds}")
     return [source]
 
 
@@ -128,7 +128,7 @@ def _local(path: str) -> Iterator[str]:
 
 
 class _Reader:
-    """A file; subclasses fill `rows`, `names` and `blocks`."""
+    """Reads one file; subclasses define `rows`, `names` and `blocks`."""
 
     rows: int | None = None
     names: list[str] | None = None
@@ -141,12 +141,12 @@ class _Reader:
         """Reads the header."""
 
     def blocks(self) -> Iterator[tuple[pyarrow.Array | None, np.ndarray]]:
-        """(keys or None, values [N, K])."""
+        """Yields (keys or None, values [N, K])."""
         raise NotImplementedError
 
 
 class _Arrow(_Reader):
-    """What Arrow reads as batches of named columns."""
+    """Files that Arrow reads as batches of named columns."""
 
     def _columns(self, schema: pyarrow.Schema) -> None:
         """Finds the columns of the values in a schema."""
@@ -158,7 +158,7 @@ class _Arrow(_Reader):
                 f"{self._path} has no column {self._key!r} (--key_column); it has {_listed(names)}"
             )
         others = [name for name in names if name != self._key]
-        # One column of lists can only be the values; other columns are then ignored.
+        # A single column of lists must be the values; other columns are then ignored.
         lists = [n for n in others if _is_list(schema.field(n).type)]
         if len(lists) == 1:
             self._values, self.names = lists, None
@@ -170,9 +170,9 @@ class _Arrow(_Reader):
         ]
         if texts or not others:
             raise DataError(
-                f"{self._path}: one column of lists of numbers is needed, or a column of numbers per "
-                f"class; {_listed(texts or names)} {'are' if len(texts) > 1 else 'is'} neither. Leave "
-                "other columns out, or name the column of the keys with --key_column"
+                f"{self._path}: expected one column of lists of numbers, or one column of numbers per "
+                f"class; {_listed(texts or names)} {'are' if len(texts) > 1 else 'is'} neither. Remove "
+                "other columns, or name the key column with --key_column"
                 f"{_hint(self._key)}"
             )
         self._values = self.names = others
@@ -183,7 +183,7 @@ class _Arrow(_Reader):
             columns = [batch.column(name).to_numpy(zero_copy_only=False) for name in self.names]
             return keys, np.stack(columns, 1)
         (column,) = (batch.column(name) for name in self._values)
-        # With nulls, an array of floats: their length NaN equals no other and is refused below.
+        # With nulls, an array of floats: the length of a null, NaN, equals no other and is rejected.
         lengths = column.value_lengths().to_numpy(zero_copy_only=False)
         if len(lengths) and not (lengths == lengths[0]).all():
             other = int(np.flatnonzero(lengths != lengths[0])[0])
@@ -202,7 +202,7 @@ def _is_list(kind: pyarrow.DataType) -> bool:
 
 
 def _hint(key: str) -> str:
-    """Ends a message about a table that is read without keys."""
+    """Returns the end of a message about a table that is read without keys."""
     return "" if key else ". If it has keys, add --key=name or --key=hash"
 
 
@@ -240,7 +240,7 @@ class _Csv(_Arrow):
             raise DataError(f"{self._path}: the first line must name the columns, not {header[:4]}")
         if len(set(header)) < len(header):
             raise DataError(f"{self._path}: two columns have the same name")
-        # Given, since "0" and "1" alone would make a column of integers.
+        # Explicit, because Arrow would infer integers from a column of only "0" and "1".
         self._types = {n: pyarrow.string() if n == self._key else pyarrow.float64() for n in header}
         self._columns(pyarrow.schema(list(self._types.items())))
 
@@ -266,7 +266,7 @@ class _Jsonl(_Arrow):
         first: Any = json.loads(line)
         if not isinstance(first, dict):
             raise DataError(f"{self._path}: each line must be an object, not {line.strip()[:40]}")
-        # Even for whole numbers: Arrow would expect integers after a first block of nothing else.
+        # Even for integers: after a first block of only integers, Arrow would expect no other numbers.
         number = pyarrow.float64()
         types = {
             name: pyarrow.list_(number)
@@ -286,7 +286,7 @@ class _Jsonl(_Arrow):
         parse = pyarrow.json.ParseOptions(
             explicit_schema=self._schema, unexpected_field_behavior="error"
         )
-        # Blocks must hold whole lines.
+        # Blocks must contain whole lines.
         read = pyarrow.json.ReadOptions(block_size=_CSV_BYTES)
         with (
             _local(self._path) as path,
@@ -296,14 +296,18 @@ class _Jsonl(_Arrow):
 
 
 class _Numpy(_Reader):
-    """`.npy`: an array [N, K]. `.npz`: the array of two dimensions, and one of keys by name."""
+    """`.npy`: an array [N, K]. `.npz`: the two-dimensional array and, by name, an array of keys."""
 
     def _open(self) -> None:
         with self._arrays() as (keys, values):
             if values.ndim != 2:
-                raise DataError(f"{self._path}: an array [images, classes], not {values.shape}")
+                raise DataError(
+                    f"{self._path}: expected an array [images, classes], not {values.shape}"
+                )
             if values.dtype.kind not in "fiu":
-                raise DataError(f"{self._path}: an array of numbers, not of {values.dtype}")
+                raise DataError(
+                    f"{self._path}: expected an array of numbers, not of {values.dtype}"
+                )
             if keys is not None and keys.shape != (len(values),):
                 raise DataError(f"{self._path}: {keys.shape} keys for {len(values)} rows")
             self.rows = len(values)
@@ -315,11 +319,11 @@ class _Numpy(_Reader):
                 if self._key:
                     raise DataError(
                         f"{self._path} has no keys: save them with the array in a .npz file, as "
-                        f"{self._key!r}, or drop --key"
+                        f"{self._key!r}, or omit --key"
                     )
                 yield None, np.load(path, mmap_mode="r")
                 return
-            # Only `.npy` files can be mapped: arrays of a `.npz` file are in memory as a whole.
+            # Only `.npy` files can be mapped; arrays of a `.npz` file are loaded as a whole.
             with np.load(path) as stored:
                 if self._key and self._key not in stored:
                     raise DataError(
@@ -329,7 +333,7 @@ class _Numpy(_Reader):
                 others = [name for name in stored.files if name != self._key]
                 if len(others) != 1:
                     raise DataError(
-                        f"{self._path}: one array of numbers is needed, it has {_listed(others)}"
+                        f"{self._path}: expected one array of numbers, found {_listed(others)}"
                         f"{_hint(self._key)}"
                     )
                 yield (stored[self._key] if self._key else None), stored[others[0]]

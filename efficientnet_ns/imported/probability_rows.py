@@ -1,4 +1,4 @@
-"""From the rows of a table to probabilities of a task's classes, with every check of them."""
+"""Validates the rows of a table and converts them to probabilities of a task's classes."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from efficientnet_ns.config import ImportConfig
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.imported.prediction_tables import Block, Table
 
-_NONE = "-"  # In a class map: not one of ours.
-# How far the sum of a row may be from one. Rounded to 16 bits (bfloat16), each probability may be
-# off by 0.4 % of itself, and so the sum.
+_NONE = "-"  # In a class map: not a class of the task.
+# Maximum deviation of a row's sum from 1. Rounding to 16 bits (bfloat16) changes each probability by
+# up to 0.4%, and thus the sum as well.
 _TOLERANCE = 0.01
 
 
 def target_classes(
     path: str, table: Table, names: Sequence[str] | None, num_classes: int
 ) -> np.ndarray | None:
-    """The class of ours that each column is, int64 [K]; -1: none. None: column k is class k.
+    """Returns the task's class of each column, int64 [K]; -1 for none. None: column k is class k.
 
     Args:
-      path: of the class map, a text with a line per column: name or number of the class, or `-`;
-        "": columns with the names of the classes are those, and others are in the order of ours.
-      names: of the classes, if they are known.
+      path: path of the class map, a text file with one line per column: name or number of the class,
+        or `-`. If "", columns named like the classes are matched by name; others are in task order.
+      names: names of the classes, if known.
 
     Raises:
-      DataError: a line that names no class.
+      DataError: If a line names no class, or a class has no line.
     """
     if not path:
         header = table.names
@@ -36,31 +36,31 @@ def target_classes(
             return None
         return np.array([list(names).index(name) for name in header])
     numbers = {name: label for label, name in enumerate(names or ())}
-    # Where a class is called by a number, its name counts.
+    # If the name of a class is a number, the name takes precedence.
     numbers = {**{str(label): label for label in range(num_classes)}, **numbers, _NONE: -1}
     with tf.io.gfile.GFile(path) as f:
         lines = [line.strip() for line in f.read().removeprefix("\ufeff").splitlines()]
     if wrong := [(i, line) for i, line in enumerate(lines, 1) if line not in numbers]:
         raise DataError(
-            f"{path}: {len(wrong)} lines name no class of the task, the first is line {wrong[0][0]}, "
-            f"{wrong[0][1]!r}; a line is a class's name, its number 0..{num_classes - 1}, or - for none"
+            f"{path}: {len(wrong)} lines name no class of the task; the first is line {wrong[0][0]}, "
+            f"{wrong[0][1]!r}; a line must be a class name, a number 0..{num_classes - 1}, or - for none"
         )
     targets = np.array([numbers[line] for line in lines], np.int64)
     if (lacking := np.setdiff1d(np.arange(num_classes), targets)).size:
         raise DataError(
-            f"{path}: no line is class {lacking[0]}"
+            f"{path}: no line maps to class {lacking[0]}"
             + (f" ({names[lacking[0]]!r})" if names else "")
-            + f", nor are {lacking.size - 1} others: no image could get its label"
+            + f", nor to {lacking.size - 1} others: no image could get these labels"
         )
     return targets
 
 
 class Conversion:
-    """Checks the rows of a block and makes them probabilities of the task's classes.
+    """Validates the rows of a block and converts them to probabilities of the task's classes.
 
     Args:
       options: `values`, `temperature` and `min_mass`.
-      num_classes: C.
+      num_classes: number of classes, C.
       targets: see `target_classes`.
     """
 
@@ -68,19 +68,19 @@ class Conversion:
         self.num_classes = num_classes
         self._options, self._targets = options, targets
         if targets is not None:
-            # Columns in the order of their classes, so that reduceat adds those of a class.
+            # Columns sorted by class, so that reduceat adds those of a class.
             order = np.argsort(targets, kind="stable")
-            # [K'], the columns of our classes, and [C], where those of each class begin. Each class
-            # has a column (see `target_classes`): of none, reduceat would not make 0.
+            # [K'], the columns of the task's classes, and [C], where each class begins. Each class has
+            # a column (see `target_classes`), because reduceat does not return 0 for no columns.
             self._order = order[targets[order] >= 0]
             self._starts = np.searchsorted(targets[self._order], np.arange(num_classes))
             self._whole = (targets >= 0).all()
 
     def __call__(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
-        """A block as (probabilities float32 [N, C], bool [N]: is of no class of ours, then zeros).
+        """Returns (probabilities float32 [N, C], bool [N]: of no class of the task, then zeros).
 
         Raises:
-          DataError: a wrong number of columns, NaN, or rows that are no probabilities.
+          DataError: If the number of columns is wrong, or rows contain NaN or are not probabilities.
         """
         values, targets = block.values, self._targets
         expected = self.num_classes if targets is None else len(targets)
@@ -88,12 +88,12 @@ class Conversion:
             raise DataError(
                 f"{block.file} has {values.shape[1]} numbers per row, but "
                 + (
-                    f"the task has {expected} classes: give --class_map, or another --task_name"
+                    f"the task has {expected} classes: set --class_map or another --task_name"
                     if targets is None
                     else f"there are {expected} classes in the class map"
                 )
             )
-        # Probabilities that are float32 already are stored as they are.
+        # Probabilities that are already float32 are stored unchanged.
         if values.dtype != np.float32 or self._options.values == "logits":
             values = values.astype(np.float64)
         _refuse(block, ~np.isfinite(values).all(1), "NaN, infinite or empty numbers", values)
@@ -109,12 +109,12 @@ class Conversion:
     def _probabilities(self, block: Block, values: np.ndarray) -> np.ndarray:
         sums = values.sum(1, dtype=np.float64)
         wrong = (values.min(1, initial=0) < 0) | (np.abs(sums - 1) > _TOLERANCE)
-        what = "numbers that are no probabilities: below 0, or with a sum that is not 1"
-        _refuse(block, wrong, what, values, "; logits need --values=logits")
+        what = "numbers that are not probabilities: below 0, or with a sum other than 1"
+        _refuse(block, wrong, what, values, "; for logits, set --values=logits")
         temperature = self._options.temperature
         if temperature == 1:
             return values
-        # The logarithm of 0 is -inf, which softmax makes 0 again.
+        # The logarithm of 0 is -inf, which softmax maps back to 0.
         with np.errstate(divide="ignore"):
             return _softmax(np.log(values.astype(np.float64)) / temperature)
 
@@ -124,7 +124,7 @@ class Conversion:
             return values, np.zeros(len(values), bool)
         mass = values.sum(1, dtype=np.float64)
         outside = mass < self._options.min_mass
-        # The quotient is computed for rows outside as well, whose mass may be 0.
+        # The quotient is also computed for rows outside, whose mass may be 0.
         return np.where(outside[:, None], 0, values / mass.clip(1e-30)[:, None]), outside
 
 
@@ -140,6 +140,6 @@ def _refuse(block: Block, wrong: np.ndarray, what: str, values: np.ndarray, hint
     row = values[first]
     shown = ", ".join(f"{v:.4g}" for v in row[:4]) + (", …" if len(row) > 4 else "")
     raise DataError(
-        f"{block.row(first)} has {what}: [{shown}], sum {row.sum():.4g}; so have {wrong.sum() - 1} "
+        f"{block.row(first)} has {what}: [{shown}], sum {row.sum():.4g}; as do {wrong.sum() - 1} "
         f"more of the {len(wrong)} rows from {block.first} on{hint}"
     )

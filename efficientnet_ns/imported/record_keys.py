@@ -1,8 +1,8 @@
-"""How other programs identify the images of a set of records: by file name or hash of the content.
+"""Keys by which other programs identify the images of a set of records: file name or content hash.
 
-One Parquet file per shard, `keys-00003-of-00128.parquet`, with a row per record: `shard` int32,
+One Parquet file per shard, `keys-00003-of-00128.parquet`, with one row per record: `shard` int32,
 `position` int64, `name` (its `image/filename`) and `hash` (SHA-256 of the encoded image, in
-hexadecimal digits, as `sha256sum` prints it); null where a record has none.
+hexadecimal digits, as `sha256sum` prints it); null if a record has none.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BYTES_PER_PROCESS = 256 << 20
 
 
 def write_keys(sources: Sequence[str], folder: str) -> list[str]:
-    """Writes the keys of each shard of a set below `folder`; finished ones are verified and skipped.
+    """Writes the keys of each shard of a set to `folder`; verifies and skips finished shards.
 
     Returns:
       The paths of the Parquet files.
@@ -63,10 +63,10 @@ def _write(source: str, shard: int, stage: manifests.Stage) -> None:
         try:
             if record.payload is not None:
                 content = hashlib.sha256(tfexamples.image_bytes(record.payload)).hexdigest()
-                # "" would be the key of all records without a name; null is that of none.
+                # "" would be a key shared by all records without a name; null is no key.
                 name = tfexamples.file_name(record.payload) or None
         except DataError:
-            pass  # Labeling says why; here it is a record without keys.
+            pass  # Labeling reports the reason; here, the record has no keys.
         names.append(name)
         hashes.append(content)
     columns = {

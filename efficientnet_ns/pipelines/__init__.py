@@ -1,1 +1,1 @@
-"""Labeling, selection and writing by many machines: a Beam pipeline, a Ray cluster."""
+"""Labeling, selection and writing on many machines: a Beam pipeline, a Ray cluster."""

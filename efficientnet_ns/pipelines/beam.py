@@ -1,10 +1,10 @@
 """Labeling, selection and writing as one Apache Beam pipeline (Dataflow, Flink, Spark, one machine).
 
-  shards not yet predicted ─► predict ─► (all are there) ─► select ─► shards ─► write
+  shards not yet predicted ─► predict ─► (all predicted) ─► select ─► shards ─► write
 
-The steps call the functions of `whole_set`: labeling and writing for one shard, the selection once,
-since one machine selects from 300 million images in a minute. A runner may retry or duplicate a
-bundle. The steps share nothing but files: all workers must see the folders.
+The steps call the functions of `whole_set`: labeling and writing per shard, selection only once,
+because one machine selects from 300 million images in a minute. A runner may retry or duplicate a
+bundle. The steps share only files, so all workers must have access to the folders.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ except ImportError as e:
 def label(
     prediction: Config, selection: SelectConfig, beam_arguments: Sequence[str] = ()
 ) -> dict[str, object]:
-    """Labels all shards, selects, and writes the balanced records; finished work is skipped.
+    """Labels all shards, selects, and writes the balanced records; skips finished work.
 
     Args:
       prediction: see `whole_set.unfinished`.
-      selection: from these predictions.
-      beam_arguments: for Beam's PipelineOptions, such as `--runner=DataflowRunner`.
+      selection: settings of the selection from these predictions.
+      beam_arguments: arguments of Beam's PipelineOptions, such as `--runner=DataflowRunner`.
 
     Returns:
       See `whole_set.finish`.
 
     Raises:
-      ConfigError, DataError, manifests.OutputConflict: see `predict.predict`; existing
+      ConfigError, DataError, manifests.OutputConflict: See `predict.predict`; existing
         outputs are checked before the pipeline starts.
-      StepFailed: the same errors and those of `selection.select` and `write.write`, in a worker of
+      StepFailed: If one of these errors, or one of `selection.select` or `write.write`, occurs in
         another process.
     """
     units = whole_set.unfinished(prediction, selection)
@@ -67,9 +67,9 @@ def _build(
     prediction: Config,
     selection: SelectConfig,
 ) -> None:
-    """Adds the steps."""
-    # A reshuffle spreads elements made in one place over the workers. The combined list is one
-    # element, which appears only after every unit is finished: a barrier.
+    """Adds the steps to the pipeline."""
+    # A reshuffle distributes elements created in one place over the workers. The combined list is one
+    # element, available only after every unit is finished, so it acts as a barrier.
     refused = (
         pipeline
         | "units" >> apache_beam.Create(list(units))
@@ -89,8 +89,8 @@ def _build(
 class _Predict(apache_beam.DoFn):
     """Labels a unit; yields what `whole_set.label` returns.
 
-    The model is loaded for the first unit, once for all threads of a process. Beam's counters have
-    what was computed, see `inference.meter`; what a failed bundle did is in those of another one.
+    Loads the model for the first unit, once for all threads of a process. Beam's counters include all
+    computed work, see `inference.meter`; the work of a failed bundle is counted with another bundle.
     """
 
     def __init__(self, prediction: Config):
@@ -112,12 +112,12 @@ _OURS = re.compile(r"^efficientnet_ns[\w.]*: (.*?)(?: \[while running '|\Z)", re
 
 @contextlib.contextmanager
 def _errors_of_workers() -> Iterator[None]:
-    """Raises the message of our code from an error that another process sent as text."""
+    """Converts an error that another process sent as text to StepFailed with our code's message."""
     try:
         yield
     except Exception as e:  # Every runner has its own type.
         found = _OURS.search(str(e))
-        # Raised in this process, it has its own type.
+        # An error raised in this process has its own type.
         if type(e).__module__.startswith("efficientnet_ns") or found is None:
             raise
         raise StepFailed(found[1].strip()) from e

@@ -1,8 +1,8 @@
 """Labeling, selection and writing on a Ray cluster: one task per unit, on actors that hold the teacher.
 
-This process hands out the units of `whole_set`, selects, and lets Ray write shards as tasks. An actor
-that Ray cannot place yet waits until a node has room; a unit whose actor or node is lost goes back to
-the others. Nothing but files is shared: all nodes must see the folders.
+This process distributes the units of `whole_set`, selects, and writes shards as Ray tasks. An actor
+that Ray cannot place yet waits until a node has room; a unit whose actor or node is lost is requeued.
+Only files are shared, so all nodes must have access to the folders.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ except ImportError as e:
         "pip install -r requirements-ray.txt"
     ) from e
 
-_TICK = 1.0  # Seconds between two looks at what has joined.
-_LOSSES = 10  # Actors that one unit may cost: what ends each of them is not the node.
+_TICK = 1.0  # Seconds between checks for new resources.
+_LOSSES = 10  # Actors lost in a row at one unit; then, the cause is not their nodes.
 
 
 def label(prediction: Config, selection: SelectConfig, pool: RayConfig) -> dict[str, object]:
-    """Labels all shards, selects, and writes the balanced records; finished work is skipped.
+    """Labels all shards, selects, and writes the balanced records; skips finished work.
 
     Args:
       prediction: see `whole_set.unfinished`.
-      selection: from these predictions.
-      pool: the cluster, and what actors there are.
+      selection: settings of the selection from these predictions.
+      pool: settings of the cluster and its actors.
 
     Returns:
       See `whole_set.finish`.
 
     Raises:
-      ConfigError, DataError, manifests.OutputConflict: see `predict.predict`, `selection.select` and
+      ConfigError, DataError, manifests.OutputConflict: See `predict.predict`, `selection.select` and
         `write.write`; existing outputs are checked before connecting to the cluster.
-      StepFailed: a unit ended every actor that had it, or no actor can start.
+      StepFailed: If a unit ends every actor that it is assigned to, or no actor can start.
     """
     _resources(pool)
     units = whole_set.unfinished(prediction, selection)
@@ -64,24 +64,24 @@ def label(prediction: Config, selection: SelectConfig, pool: RayConfig) -> dict[
 
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[None]:
-    """Within it, this process is connected to the cluster."""
+    """Connects this process to the cluster while the block runs."""
     if ray.is_initialized():
-        yield  # Whoever connected also disconnects.
+        yield  # The code that connected also disconnects.
         return
     handler = signal.getsignal(signal.SIGTERM)
-    # Ray prints there what it notices, such as the death of a node.
+    # Ray prints events there, such as the death of a node.
     with contextlib.redirect_stdout(sys.stderr):
         try:
             ray.init(address=address or None, log_to_driver=False, logging_level="ERROR")
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, handler)  # Ray takes it.
+                signal.signal(signal.SIGTERM, handler)  # Ray replaces it.
             yield
         finally:
             ray.shutdown()
 
 
 def _resources(pool: RayConfig) -> dict[str, float]:
-    """What an actor reserves, by Ray's names."""
+    """Returns the resources that an actor reserves, by Ray's names."""
     needed = {"CPU": pool.cpus_per_actor, "GPU": pool.gpus_per_actor}
     for part in filter(None, pool.resources_per_actor.split(",")):
         name, _, amount = part.strip().partition("=")
@@ -93,13 +93,13 @@ def _resources(pool: RayConfig) -> dict[str, float]:
         if not needed[name] > 0 or name in ("", "CPU", "GPU"):
             raise ConfigError(
                 f"--resources_per_actor={pool.resources_per_actor}: {part!r} is not name=amount of a "
-                "resource that is neither CPU nor GPU"
+                "resource other than CPU and GPU"
             )
     return {name: amount for name, amount in needed.items() if amount}
 
 
 class _Labeler:
-    """An actor: the teacher, on the cores that were reserved for it."""
+    """An actor that runs the teacher on the cores reserved for it."""
 
     def __init__(self, prediction: Config, cpus: float):
         limit_cpus(cpus)
@@ -115,10 +115,10 @@ class _Labeler:
 
 
 class _Pool:
-    """Labels units on as many actors as there are places for.
+    """Labels units on as many actors as there is room for.
 
-    Every actor has a call: it loads the teacher, which waits until Ray has placed it, or labels a
-    unit. One without work is dropped.
+    Every actor has one call, which loads the teacher (this waits until Ray has placed the actor) or
+    labels a unit. Actors without work are removed.
     """
 
     def __init__(self, prediction: Config, options: RayConfig, units: list[Unit]):
@@ -129,12 +129,12 @@ class _Pool:
             num_cpus=options.cpus_per_actor, num_gpus=options.gpus_per_actor, resources=others
         )
         self._waiting = deque(units)
-        # Call → (actor, its unit; None: it loads the teacher).
+        # Call → (actor, its unit; None while it loads the teacher).
         self._calls: dict[Any, tuple[Any, Unit | None]] = {}
         self._losses: Counter[Unit | None] = Counter()
 
     def run(self) -> list[str]:
-        """Labels all; returns the messages of `whole_set.label`."""
+        """Labels all units; returns the messages of `whole_set.label`."""
         refused = []
         if not _places(ray.cluster_resources(), self._needed):
             logging.warning("no node has room for an actor, which needs %s: waiting", self._needed)
@@ -149,7 +149,7 @@ class _Pool:
                     except ray.exceptions.RayError as e:
                         self._lose(actor, unit, e)
                         continue
-                    # Losses count in a row, and loading works: this actor has the teacher.
+                    # Only losses in a row count: this actor has loaded the teacher.
                     if unit is None:
                         self._losses[None] = 0
                     else:
@@ -160,7 +160,7 @@ class _Pool:
                         self._calls[actor.label.remote(given)] = actor, given
                     else:
                         ray.kill(actor)
-        # Actors that still load, or wait for a place.
+        # Actors that are still loading the teacher or waiting to be placed.
         for actor, _ in self._calls.values():
             ray.kill(actor)
         return refused
@@ -169,9 +169,9 @@ class _Pool:
         return sum(unit is not None for _, unit in self._calls.values())
 
     def _grow(self) -> None:
-        """Requests the least number of actors, and more where there is room."""
+        """Requests the minimum number of actors, and more if there is room."""
         actors, working = len(self._calls), self._working()
-        # Those that Ray has not placed yet will take room as well.
+        # Actors that Ray has not placed yet will also need room.
         room = _places(ray.available_resources(), self._needed) - (actors - working)
         limit = min(self._options.max_actors or math.inf, len(self._waiting) + working)
         for _ in range(actors, int(min(max(self._options.min_actors, actors + room), limit))):
@@ -179,7 +179,7 @@ class _Pool:
             self._calls[actor.load.remote()] = actor, None
 
     def _lose(self, actor: Any, unit: Unit | None, error: Exception) -> None:
-        """Another actor does the unit of a lost one, last of all: others may hold its lease a while."""
+        """Requeues the unit of a lost actor as the last one, because its lease may still be held."""
         ray.kill(actor)
         self._losses[unit] += 1
         what = f"shard {unit[1]}" if unit else "loading the teacher"
@@ -191,24 +191,24 @@ class _Pool:
 
 
 def _places(resources: dict[str, float], needed: dict[str, float]) -> int:
-    """How many actors fit into resources, as if these were of one node."""
+    """Returns how many actors fit into resources, as if one node had them all."""
     return int(min(resources.get(name, 0.0) / amount for name, amount in needed.items()))
 
 
 def _wait(calls: list[Any]) -> tuple[list[Any], list[Any]]:
-    """(a call that has finished, if one has within a tick; the others)."""
+    """Returns (the call that finished within a tick, if any; the other calls)."""
     try:
         return ray.wait(calls, timeout=_TICK)
-    except SystemError as e:  # What a signal raises within Ray's native code is the cause.
+    except SystemError as e:  # The cause is what a signal handler raised in Ray's native code.
         raise e.__cause__ or e from None
 
 
 def _result(call: Any) -> Any:
-    """The result of a call that has finished; raises what our code raised, as it was."""
+    """Returns the result of a finished call; raises errors of our code unchanged."""
     try:
         return ray.get(call)
     except ray.exceptions.RayTaskError as e:
-        # It is a RayError, too: as such, it would pass for the loss of an actor.
+        # It is also a RayError, so it would be treated as the loss of an actor.
         raise e.cause from e
 
 

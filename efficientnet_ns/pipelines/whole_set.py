@@ -1,8 +1,8 @@
-"""Labeling, selection and writing of a whole set by many machines, as units of work.
+"""Labeling, selection and writing of a whole set on many machines, as units of work.
 
-A unit is one shard by one of the workers that share it. Whatever spreads the units, such as Beam or
-Ray, calls these functions: those of the ordinary commands, for one unit each. So the files are the
-same to the last byte, finished units are skipped, and a unit may be tried again, or done twice.
+A unit is the part of one shard for one of the workers that share it. Schedulers such as Beam and Ray
+call these functions, which run the code of the ordinary commands for one unit. Therefore, the files
+are byte-identical, finished units are skipped, and a unit may be retried or processed twice.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class StepFailed(RuntimeError):
 
 
 def unfinished(prediction: Config, selection: SelectConfig) -> list[Unit]:
-    """The units to label, after a look at what would stop the work later.
+    """Returns the units to label, after checking for errors that would stop the work later.
 
     Args:
-      prediction: of all `num_shards` shards by all `total_replicas` workers; its shard_id and
-        worker_id are ignored.
-      selection: from these predictions.
+      prediction: settings for all `num_shards` shards and all `total_replicas` workers; shard_id
+        and worker_id are ignored.
+      selection: settings of the selection from these predictions.
 
     Raises:
-      ConfigError, DataError, manifests.OutputConflict: see `predict.predict` and `index.decisions`.
+      ConfigError, DataError, manifests.OutputConflict: See `predict.predict` and `index.decisions`.
     """
-    # Read for its errors only: a missing list is told before hours of labeling, not after.
+    # Read only for its errors: a missing list is reported before hours of labeling, not after.
     index.decisions(selection)
     parts = _parts(prediction)
     units = [(part.predict.worker_id, s) for part in parts for s in predict.unfinished(part)]
@@ -46,14 +46,14 @@ def unfinished(prediction: Config, selection: SelectConfig) -> list[Unit]:
 
 
 def load_teacher(prediction: Config) -> Teacher:
-    """The teacher for all units."""
+    """Loads the teacher for all units."""
     return predict.load_teacher(predict.resolve(prediction))
 
 
 def label(prediction: Config, unit: Unit, teacher: Teacher) -> str:
-    """Labels a unit; the message if too many of its records are unreadable, else "".
+    """Labels a unit; returns an error message if too many records are unreadable, else "".
 
-    That is not raised: whoever spreads the units would try it again, and stop the others.
+    The error is not raised, because a scheduler would retry the unit and stop the others.
     """
     worker, shard = unit
     try:
@@ -68,39 +68,40 @@ def select_shards(refused: list[str], selection: SelectConfig) -> list[int]:
     """Selects from all predictions; returns the shards to write.
 
     Args:
-      refused: the messages that `label` returned.
+      refused: messages that `label` returned.
 
     Raises:
-      TooManyBadRecords: of the first shard with too many.
+      TooManyBadRecords: If a shard has too many; names the first one.
     """
     if messages := list(filter(None, refused)):
-        # Units finish in any order; the message is to be the same in every run.
+        # Units finish in any order, but the message must be the same in every run.
         raise TooManyBadRecords(min(messages))
     select(selection)
     return index.shards(selection)
 
 
 def groups(shards: Sequence[int], most: int = 1000) -> list[list[int]]:
-    """Shards written by one call, in at most `most` groups: each call lists all folders."""
+    """Groups shards to write in one call, in at most `most` groups: each call lists all folders."""
     number = max(1, -(-len(shards) // most))
     return [list(shards[i : i + number]) for i in range(0, len(shards), number)]
 
 
 def finish(prediction: Config, selection: SelectConfig) -> dict[str, object]:
-    """Verifies that everything is finished, and returns the totals.
+    """Verifies that everything is finished and returns the totals.
 
     Returns:
-      What `selection.select` and `write.write` return, and `unreadable` images.
+      The values that `selection.select` and `write.write` return, and the number of `unreadable`
+      images.
     """
     unreadable = sum(predict.predict(part)["unreadable"] for part in _parts(prediction))
     return {"unreadable": unreadable, **select(selection), **write.write(selection)}
 
 
 def _parts(prediction: Config) -> list[Config]:
-    """All shards, by each worker."""
+    """Returns the settings for all shards, one per worker."""
     options = prediction.predict
     if options.reassign_label:
-        raise ConfigError("--reassign_label selects nothing: use main --mode=predict")
+        raise ConfigError("--reassign_label does not select records: use main --mode=predict")
     return [
         prediction.override(worker_id=worker, shard_id=f"0-{options.num_shards - 1}")
         for worker in range(options.total_replicas)

@@ -1,4 +1,4 @@
-"""Compares the predictions of an exported model with those of the original."""
+"""Compares the predictions of an exported model with those of the original model."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"top-1 agreement {self.agreement:.1%}, largest difference of a probability "
-            f"{self.largest:.2g}, of that of the first class {self.mean:.2g} on average, on "
+            f"top-1 agreement {self.agreement:.1%}, largest difference between probabilities "
+            f"{self.largest:.2g}, mean difference for the top class {self.mean:.2g}, on "
             f"{self.images} images"
         )
 
 
 def encoded_images(path: str, limit: int) -> list[bytes]:
-    """Up to `limit` encoded images of a folder, class folders, an archive, or record files.
+    """Returns up to `limit` encoded images of a folder, class folders, an archive or record files.
 
     Takes images from all folders in turn. An image that cannot be decoded is skipped with a
     warning.
 
     Raises:
-      DataError: the path does not exist or has no usable image.
+      DataError: If the path does not exist or has no usable image.
     """
     if not tf.io.gfile.exists(path):
         raise DataError(f"{path} does not exist")
@@ -59,7 +59,7 @@ def encoded_images(path: str, limit: int) -> list[bytes]:
     # Images next to records take precedence over the records; images in subfolders do not.
     pictures = any(map(image_sources.is_image, names))
     found = _recorded(path, shards) if shards and not pictures else _listed(path)
-    # All of these are generators: no more images are read and decoded than are needed.
+    # All of these are generators, so only the required images are read and decoded.
     images = list(itertools.islice(_decodable(found), limit))
     if not images:
         raise DataError(
@@ -72,8 +72,8 @@ def _recorded(path: str, shards: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     for name in shards:
         for record in tfrecords.read(os.path.join(path, name)):
             where = f"{os.path.join(path, name)}, record {record.position}"
-            # One damaged record is left out. A whole one without an image, below, means records of
-            # another kind, such as predictions: all of them would fail.
+            # A damaged record is skipped. An intact record without an image, below, means records of
+            # another kind, such as predictions, which would all fail.
             if record.payload is None:
                 logging.warning("skipping %s in the comparison: %s", where, record.problem)
                 continue
@@ -95,7 +95,7 @@ def _listed(path: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _in_turn(entries: Sequence[image_sources.Entry]) -> list[image_sources.Entry]:
-    """The first entry of every folder, then the second of every folder, and so on."""
+    """Returns the first entry of every folder, then the second of every folder, and so on."""
     seen: Counter[str] = Counter()
     places = []
     for entry in entries:
@@ -107,7 +107,7 @@ def _in_turn(entries: Sequence[image_sources.Entry]) -> list[image_sources.Entry
 
 
 def _decodable(images: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
-    """The images that can be decoded, converted as records are written."""
+    """Yields the images that can be decoded, converted as for records."""
     for name, image in images:
         try:
             yield image_conversion.prepare(image, image_conversion.Rules())[0]

@@ -2,8 +2,8 @@
 
 REST needs only the standard library; `--protocol=grpc` needs tensorflow-serving-api. The output names
 every photo that the server cannot decode, every request that fails after all retries and every
-response that does not come from a model exported by this package; the exit code is then 1. Wrong
-usage exits with 2.
+response that does not come from a model exported by this package; the exit code is then 1. For
+invalid usage, it is 2.
 """
 
 from __future__ import annotations
@@ -78,21 +78,21 @@ class RestServer:
       timeout: seconds per request.
 
     Raises:
-      ValueError: `url` is not an address.
+      ValueError: If `url` is not an address.
     """
 
     def __init__(self, url: str, model: str, version: int | None = None, timeout: float = 30.0):
         kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
         try:
-            # Without `//`, urlsplit takes `localhost:8501` for a scheme and a path.
+            # Without `//`, urlsplit interprets `localhost:8501` as a scheme and a path.
             parts = urlsplit(url if "//" in url else f"http://{url}")
             self._connect = functools.partial(
                 kinds[parts.scheme], parts.hostname, parts.port, timeout=timeout
             )
             if "@" in parts.netloc or parts.query or parts.fragment:
                 raise ValueError("parts that would not be sent")
-            # Raises now what requests would raise: for ports out of range, labels that DNS cannot
-            # hold, and control characters. `_connect` makes an object, no connection.
+            # Raises errors now rather than in requests: for ports out of range, invalid DNS labels
+            # and control characters. `_connect` only creates an object, without connecting.
             usable = (parts.hostname or "").encode("idna") and parts.port != 0 and self._connect()
         except (KeyError, ValueError, http.client.HTTPException):
             usable = False
@@ -103,23 +103,23 @@ class RestServer:
             )
         self._address, self._timeout = parts.netloc, timeout
         chosen = "" if version is None else f"/versions/{version}"
-        # % stays, because the path of an address may be quoted already.
+        # % is kept, because the path of an address may already be quoted.
         base = quote(parts.path.rstrip("/"), safe="/%")
         self._path = f"{base}/v1/models/{quote(model, safe='')}{chosen}:predict"
 
     def predict(self, images: Sequence[bytes]) -> Any:
-        """The outputs of `serving_default` for encoded images; see `_results`.
+        """Returns the outputs of `serving_default` for encoded images; see `_results`.
 
         Raises:
-          RequestFailed: no connection, an HTTP error, or a response of another kind.
+          RequestFailed: If there is no connection, an HTTP error, or an unexpected response.
         """
         encoded = [{"b64": base64.b64encode(image).decode()} for image in images]
-        # The columnar format: with `instances`, the response would be an object per image.
+        # The columnar format: with `instances`, the response would contain one object per image.
         body = json.dumps({"inputs": {"image_bytes": encoded}})
         connection = self._connect()
         start = time.monotonic()
         try:
-            # First, because the timer needs the socket; what connecting took is not granted again.
+            # First, because the timer needs the socket; the timeout includes the connection time.
             connection.connect()
             with _shut_after(start + self._timeout - time.monotonic(), connection.sock):
                 connection.request("POST", self._path, body, {"Content-Type": "application/json"})
@@ -149,9 +149,9 @@ class RestServer:
 
 @contextlib.contextmanager
 def _shut_after(seconds: float, sock: socket.socket) -> Iterator[None]:
-    """Ends the block with TimeoutError after `seconds`, however often the other side sends a little.
+    """Ends the block with TimeoutError after `seconds`, even if the server keeps sending data.
 
-    The timeout of the socket is that of each read.
+    The timeout of the socket applies to each read.
     """
     late = threading.Event()
 
@@ -173,13 +173,13 @@ def _shut_after(seconds: float, sock: socket.socket) -> Iterator[None]:
         raise
     finally:
         timer.cancel()
-    # A response without a length ends where the connection does, so a cut one looks complete.
+    # A response without a length ends with the connection, so a truncated one looks complete.
     if late.is_set():
         raise TimeoutError("timed out")
 
 
 def _explanation(content: bytes) -> str:
-    """The body of a response in one line: its `error`, its HTML title, or its beginning."""
+    """Returns the body of a response on one line: its `error`, HTML title, or beginning."""
     text = content.decode("utf-8", "replace")
     try:
         text = str(json.loads(text)["error"])
@@ -199,12 +199,12 @@ class GrpcServer:
       model, version, timeout: see `RestServer`.
 
     Raises:
-      ValueError: tensorflow-serving-api is not installed.
+      ValueError: If tensorflow-serving-api is not installed.
     """
 
     def __init__(self, address: str, model: str, version: int | None = None, timeout: float = 30.0):
         try:
-            # Not at the top: REST needs nothing but the standard library.
+            # Not at the top, because REST needs only the standard library.
             import grpc
             import tensorflow as tf
             from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
@@ -215,13 +215,13 @@ class GrpcServer:
             ) from e
         self._grpc, self._tf, self._messages = grpc, tf, predict_pb2
         self._model, self._version, self._timeout = model, version, timeout
-        # By default, gRPC refuses responses above 4 MB.
+        # By default, gRPC rejects responses above 4 MB.
         unlimited = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
         channel = grpc.insecure_channel(address, unlimited)
         self._stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
 
     def predict(self, images: Sequence[bytes]) -> Any:
-        """The outputs of `serving_default` for encoded images; see `RestServer.predict`."""
+        """Returns the outputs of `serving_default` for encoded images; see `RestServer.predict`."""
         request = self._messages.PredictRequest()
         request.model_spec.name = self._model
         request.model_spec.signature_name = "serving_default"
@@ -244,7 +244,7 @@ class GrpcServer:
 
 
 def _texts(value: Any) -> Any:
-    """`value` with all bytes in its nested lists decoded to text."""
+    """Returns `value` with all bytes in its nested lists decoded to text."""
     if isinstance(value, list):
         return [_texts(item) for item in value]
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
@@ -256,17 +256,17 @@ def with_retries(
     backoff: float = 0.2,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Any:
-    """Calls `request`, and calls it again after failures that may be temporary.
+    """Calls `request` and retries it after failures that may be temporary.
 
     Args:
-      request: raises `RequestFailed` on failure.
-      retries: further attempts after the first.
+      request: function that raises `RequestFailed` on failure.
+      retries: maximum number of attempts after the first.
       backoff: seconds before the second attempt, doubled for each further one. A random addition of
         up to half of it keeps many clients from retrying at the same time.
-      sleep: waits for a number of seconds.
+      sleep: function that waits for a number of seconds.
 
     Raises:
-      RequestFailed: of the last attempt.
+      RequestFailed: If the last attempt fails.
     """
     for attempt in range(retries + 1):
         try:
@@ -295,7 +295,7 @@ def classify(
       batch_size: photos per request.
       concurrency: number of simultaneous requests.
       retries: see `with_retries`.
-      top: maximum number of classes per photo; the model returns its own `top_k` at most.
+      top: maximum number of classes per photo; the model returns at most its own `top_k`.
       latencies: receives the seconds of every successful request, including retries.
     """
 
@@ -328,16 +328,16 @@ def classify(
 
 
 def _results(photos: Sequence[str], outputs: Any, top: int) -> list[Result]:
-    """One result per photo.
+    """Returns one result per photo.
 
     Args:
       photos: paths.
-      outputs: name → one entry per photo: `valid`, and of the best classes `top_classes`,
+      outputs: name → one entry per photo: `valid`, and for the best classes `top_classes`,
         `top_class_names` and `top_probabilities`. Other models may return anything.
       top: classes per photo.
 
     Raises:
-      RequestFailed: the outputs come from another model.
+      RequestFailed: If the outputs come from another model.
     """
     _check_names(outputs)
     try:
@@ -383,23 +383,23 @@ def _check_names(outputs: Any) -> None:
 def _prediction(index: Any, name: Any, probability: Any) -> dict[str, Any]:
     if not isinstance(name, str):
         raise TypeError(f"{name!r} as the name of a class")
-    # Of bool, too, which Python takes for int.
+    # Also rejects bool, a subclass of int.
     if type(index) is not int or index < 0:
         raise TypeError(f"{index!r} as the index of a class")
-    # Rounding in the model may end just above 1.
+    # Rounding in the model may give values just above 1.
     if type(probability) not in (int, float) or not 0 <= probability <= 1.001:
         raise TypeError(f"{probability!r} as a probability")
     return {"index": index, "name": name, "probability": float(probability)}
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The percentile of the values, `percent` in 0..100, by the nearest-rank method."""
+    """Returns a percentile of the values, `percent` in 0..100, by the nearest-rank method."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
 
 
 def summary(latencies: Sequence[float], photos: int, seconds: float) -> str:
-    """`12 photos in 0.8 s (15.0 photos/s); request p50 61 ms, p90 70 ms, p99 82 ms`.
+    """Returns `12 photos in 0.8 s (15.0 photos/s); request p50 61 ms, p90 70 ms, p99 82 ms`.
 
     Args:
       latencies: seconds of every successful request.
@@ -414,7 +414,7 @@ def summary(latencies: Sequence[float], photos: int, seconds: float) -> str:
 
 
 def as_json(results: Sequence[Result]) -> str:
-    """One JSON object per line: `photo` with `predictions` or `error`."""
+    """Formats results as one JSON object per line: `photo` with `predictions` or `error`."""
     lines = []
     for result in results:
         known = {"error": result.error} if result.error else {"predictions": result.predictions}
@@ -423,13 +423,13 @@ def as_json(results: Sequence[Result]) -> str:
 
 
 def as_csv(results: Sequence[Result]) -> str:
-    """CSV with one line per photo and class."""
+    """Formats results as CSV with one line per photo and class."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["photo", "rank", "index", "name", "probability", "error"])
     for result in results:
         if result.error:
-            # Python 3.10 writes no zero bytes, which servers of other kinds may send.
+            # Python 3.10 cannot write null characters, which other servers may send.
             error = result.error.replace("\0", "\\0")
             writer.writerow([result.photo, "", "", "", "", error])
         for rank, prediction in enumerate(result.predictions, 1):
@@ -438,7 +438,7 @@ def as_csv(results: Sequence[Result]) -> str:
 
 
 def as_table(results: Sequence[Result]) -> str:
-    """A text block per photo with its classes in aligned columns."""
+    """Formats results as one text block per photo with its classes in aligned columns."""
     blocks = []
     for result in results:
         if result.error:
@@ -465,7 +465,7 @@ def _at_least(low: int) -> Callable[[str], int]:
 
 
 def _seconds(text: str) -> float:
-    # A chain that NaN fails, too.
+    # A comparison that also fails for NaN.
     if not 0 < float(text) <= _MAX_TIMEOUT:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most {_MAX_TIMEOUT}")
     return float(text)
@@ -495,14 +495,14 @@ def _parser() -> argparse.ArgumentParser:
         "--retries",
         type=_at_least(0),
         default=5,
-        help="further attempts, with exponential back-off",
+        help="maximum number of retries, with exponential backoff",
     )
     add("--timeout", type=_seconds, default=30.0, help="seconds per request")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     parser = _parser()
     chosen = parser.parse_args(arguments)
     kind, address = _SERVERS[chosen.protocol]

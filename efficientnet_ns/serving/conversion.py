@@ -1,4 +1,4 @@
-"""Weights read in one format and written in another."""
+"""Converts weights from one format to another."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ def convert_checkpoint(
     Args:
       config: settings that are not given are read from the source.
       source: weights, as for `stored_model.find`.
-      ema: of a checkpoint with two sets of weights, read the moving averages.
+      ema: whether to read the moving averages if a checkpoint has two sets of weights.
 
     Returns:
       The target.
 
     Raises:
-      ConfigError: a path is missing or taken, or no such model can be built.
-      WeightsError, FileNotFoundError: the source does not fit the model, or is not there; the
-        target is a folder or of a kind that is not written.
+      ConfigError: If a path is missing or already exists, or the model cannot be built.
+      WeightsError, FileNotFoundError: If the source does not match the model or does not exist, or
+        the target is a folder or has an unsupported format.
     """
     if not source or not target:
-        raise ConfigError("--source (or --model_dir) and --target are needed")
+        raise ConfigError("--source (or --model_dir) and --target are required")
     source, target = stored_model.find(source), os.fspath(target)
-    # Before the source is read, which takes longer.
+    # Before reading the source, which takes longer.
     weights.check_target(target)
-    # A checkpoint is the prefix of its files: that of the index always exists.
+    # A checkpoint is the prefix of its files, of which the index always exists.
     for path in (target, f"{target}.index"):
         if tf.io.gfile.exists(path):
-            raise ConfigError(f"--target: {path} already exists; remove it, or choose another name")
+            raise ConfigError(f"--target: {path} already exists; remove it or choose another name")
     stored = stored_model.read(source)
     learned = stored.images
     config = stored.complete(Config(model=config)).model
@@ -50,7 +50,7 @@ def convert_checkpoint(
             small_image=config.small_image_model or learned.get("small_image", False),
             width_coefficient=config.width_coefficient,
             depth_coefficient=config.depth_coefficient,
-            # Saved with the weights, so later programs normalize and crop as the training did.
+            # Saved with the weights, so that later programs normalize and crop as in training.
             mean=learned.get("mean"),
             std=learned.get("std"),
             crop_fraction=stored.crop_fraction,

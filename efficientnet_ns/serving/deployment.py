@@ -15,12 +15,12 @@ from efficientnet_ns.files import atomic, object_stores
 from efficientnet_ns.serving import templates
 
 FOLDER = "deploy"
-# The server pads a batch to the next of these. The last must be its `max_batch_size`.
+# The server pads a batch to the next of these sizes. The last must be its `max_batch_size`.
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 
 
 def texts(model: str) -> dict[str, str]:
-    """File name → content, for a model of that name."""
+    """Returns file name → content for a model of that name."""
     values = {
         "model": model,
         # The server of this version reads every SavedModel that this TensorFlow writes.
@@ -36,9 +36,9 @@ def texts(model: str) -> dict[str, str]:
 
 
 def write(base: str, model: str) -> None:
-    """Writes the deployment files of `<base>/deploy/`; a file that exists is never overwritten.
+    """Writes the deployment files to `<base>/deploy/`; never overwrites an existing file.
 
-    If an existing file differs from what would be written, a warning names it.
+    If an existing file differs from the new content, a warning names it.
 
     Args:
       base: the folder of the versions.

@@ -1,4 +1,4 @@
-"""Versions of SavedModels for TensorFlow Serving, TFLite and ONNX files; each appears only once complete."""
+"""Atomically writes SavedModel versions for TensorFlow Serving, TFLite files and ONNX files."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from efficientnet_ns.serving import (
 )
 from efficientnet_ns.serving.signatures import Classifier, OutputSpec
 
-# A graph with its constants is one protocol buffer, which ends at 2 GB; these take 1.8 GB. Of the
-# variants only L2 (480 million) has more.
+# A graph with its constants is one protocol buffer, which is limited to 2 GB; these take 1.8 GB. Only
+# the variant L2 (480 million) has more.
 _MAX_FROZEN_PARAMETERS = 450_000_000
 
 
@@ -43,7 +43,7 @@ class Options:
         maps as matrix products and freezes the weights; `accelerator` folds and keeps variables;
         `none` leaves the graph as it was trained.
       facts: lines of the model card, name → value.
-      task: what the model was trained for, written next to the graph; None: unknown.
+      task: the task the model was trained for, written next to the graph; None if unknown.
     """
 
     outputs: OutputSpec
@@ -53,14 +53,14 @@ class Options:
 
 
 def next_version(base: str, pattern: str = r"(\d+)") -> int:
-    """One above the highest whole version in `base`, 1 when there is none.
+    """Returns one above the highest complete version in `base`, or 1 if there is none.
 
     Args:
-      pattern: of the names that are versions, with the number as its group.
+      pattern: regular expression of version names, with the number as its group.
     """
     names = object_stores.names(base)
     if object_stores.is_object_store(base):
-        # The number of a killed export is given again: `_version` removes what it left.
+        # The number of a killed export is reused: `_version` removes its files.
         names = sorted(set(names) - set(_incomplete(base, names)))
     found = [re.fullmatch(pattern, name) for name in names]
     return max([int(match[1]) for match in found if match], default=0) + 1
@@ -70,8 +70,8 @@ def next_version(base: str, pattern: str = r"(\d+)") -> int:
 def _version(base: str, version: int) -> Iterator[str]:
     """Yields a temporary folder that becomes `<base>/<version>` when the block succeeds.
 
-    On object stores, where a folder cannot be renamed at once, its files are uploaded with the graph
-    last: without that a version is none, to a server as to the next export, which removes it.
+    On object stores, where a folder cannot be renamed atomically, its files are uploaded with the graph
+    last. Without the graph, servers ignore the version, and the next export removes it.
     """
     folder = os.path.join(base, str(version))
     remote = object_stores.is_object_store(base)
@@ -87,8 +87,8 @@ def _version(base: str, version: int) -> Iterator[str]:
         temporary = atomic.scratch_name("export")
     else:
         object_stores.make_folder(base)
-        # Next to the versions, since a rename works within one file system only. Servers ignore the
-        # folder, whose name is no number.
+        # Next to the versions, because a rename works only within one file system. Servers ignore the
+        # folder, because its name is not a number.
         atomic.remove_abandoned_folders(base)
         temporary = atomic.temporary_name(folder)
     verbosity = logging.get_verbosity()
@@ -102,7 +102,7 @@ def _version(base: str, version: int) -> Iterator[str]:
             tf.io.gfile.rename(temporary, folder)
     finally:
         logging.set_verbosity(verbosity)
-        # After a rename it is gone; here it is that of a failed export, or was uploaded.
+        # It still exists if the export failed or the folder was uploaded rather than renamed.
         if tf.io.gfile.exists(temporary):
             tf.io.gfile.rmtree(temporary)
 
@@ -111,7 +111,7 @@ _GRAPH = "saved_model.pb"
 
 
 def _incomplete(base: str, names: Sequence[str]) -> list[str]:
-    """Those of `names` that are versions without a graph: their export was killed."""
+    """Returns the versions in `names` without a graph, whose export was killed."""
     versions = filter(str.isdigit, names)
     return [v for v in versions if object_stores.size(os.path.join(base, v, _GRAPH)) is None]
 
@@ -126,7 +126,7 @@ def _upload(source: str, folder: str) -> None:
 
 
 def optimized(model: tf.keras.Model, optimize_for: str) -> tuple[tf.keras.Model, bool]:
-    """The model to serve, and whether to freeze its weights."""
+    """Returns the model to serve, and whether to freeze its weights."""
     if optimize_for == "none":
         return model, False
     for_cpu = optimize_for == "cpu"
@@ -147,9 +147,9 @@ def export(
     version: int,
     options: Options | None = None,
 ) -> str:
-    """Writes `<base>/<version>/`; a server never loads a part of it.
+    """Writes `<base>/<version>/` atomically, so that servers never load a part of it.
 
-    It appears by rename, or on object stores with its last file, the graph `saved_model.pb`.
+    The folder is renamed when complete; on object stores, the graph `saved_model.pb` is uploaded last.
 
     The version contains the SavedModel, labels, warm-up requests and a model card; `<base>/deploy/`
     contains the files that start a server.
@@ -158,15 +158,15 @@ def export(
       model: pixels → logits, with the weights to serve.
       preprocessing: the evaluation preprocessing of that model.
       version: number of the version.
-      options: None: classes are named by their index.
+      options: see `Options`; if None, classes are named by their index.
 
     Returns:
       The folder.
 
     Raises:
-      manifests.OutputConflict: that version exists.
+      manifests.OutputConflict: If that version exists.
     """
-    # A user's own Dense layer becomes the layer `logits` that `signatures` looks for.
+    # A custom Dense layer becomes the layer `logits` that `signatures` looks for.
     base, model = os.fspath(base), heads.standard(model)
     if options is None:
         names = tuple(str(index) for index in range(model.output_shape[-1]))
@@ -178,7 +178,7 @@ def export(
             classifier,
             folder,
             signatures=classifier.signatures(),
-            # The gradients of swish cannot be saved from a frozen graph, which is not trained anyway.
+            # Gradients of swish cannot be saved from a frozen graph, which is never trained.
             options=tf.saved_model.SaveOptions(experimental_custom_gradients=False),
         )
         _set_classify_method(folder)
@@ -189,9 +189,9 @@ def export(
         _note_settings(os.path.join(folder, "assets"), model, options.task)
         warmup.write(folder, model.name, preprocessing.image_size)
         _write(os.path.join(folder, "README.md"), _card(model, preprocessing, version, options))
-        # Before the version appears: a killed export is then repeated as a whole.
+        # Before the version becomes visible, so that a killed export is repeated completely.
         deployment.write(base, model.name)
-    # Frozen weights are in the graph, which is found by its name.
+    # Frozen weights are in the graph, which is opened by name.
     if paths.is_pattern(base) and not freeze:
         logging.warning(
             "%s: TensorFlow and its server treat a path with * ? [ or \\ as a pattern and cannot find the "
@@ -212,10 +212,10 @@ def export_tflite(
     """Writes a TFLite file; see `tflite.convert` and `tflite.with_metadata`.
 
     Returns:
-      Its content.
+      The content of the file.
 
     Raises:
-      manifests.OutputConflict: the file exists.
+      manifests.OutputConflict: If the file exists.
     """
     model = heads.standard(model)
     _check_new(path)
@@ -232,13 +232,13 @@ def export_tflite(
 def export_onnx(
     model: tf.keras.Model, preprocessing: Preprocessing, path: str, options: Options
 ) -> bytes:
-    """Writes an ONNX file, batch norm folded unless `optimize_for` is `none`; see `onnx_files.convert`.
+    """Writes an ONNX file, with batch norm folded unless `optimize_for` is `none`; see `onnx_files`.
 
     Returns:
-      Its content.
+      The content of the file.
 
     Raises:
-      manifests.OutputConflict: the file exists.
+      manifests.OutputConflict: If the file exists.
     """
     model = heads.standard(model)
     _check_new(path)
@@ -261,7 +261,7 @@ def _check_new(path: str) -> None:
 def _facts(
     model: tf.keras.Model, preprocessing: Preprocessing, kind: str, options: Options
 ) -> dict[str, object]:
-    """What an application must know about a file of a model, JSON-able."""
+    """Returns what an application must know about a model file, JSON-serializable."""
     crop = "without crop," if preprocessing.small_image else "evaluation crop and"
     task = options.task
     return {
@@ -287,7 +287,7 @@ def saved_model_runner(folder: str) -> Callable[[Sequence[bytes]], np.ndarray]:
 def _set_classify_method(folder: str) -> None:
     """Sets the method name of `classify`: `tf.saved_model.save` always writes Predict.
 
-    TensorFlow Serving refuses Classify requests to signatures of another method.
+    TensorFlow Serving rejects Classify requests to signatures of another method.
     """
     path = os.path.join(folder, "saved_model.pb")
     with tf.io.gfile.GFile(path, "rb") as f:
@@ -295,7 +295,7 @@ def _set_classify_method(folder: str) -> None:
     signature = saved.meta_graphs[0].signature_def["classify"]
     signature.method_name = tf.compat.v1.saved_model.signature_constants.CLASSIFY_METHOD_NAME
     with tf.io.gfile.GFile(path, "wb") as f:
-        # Maps of protocol buffers have no order otherwise; equal models give equal graphs.
+        # Maps of protocol buffers are otherwise unordered; equal models must give equal graphs.
         f.write(saved.SerializeToString(deterministic=True))
 
 
@@ -327,10 +327,10 @@ def _card(
     }
     part = preprocessing.crop_fraction or "size / (size + 32)"
     crop = (
-        "Resized to the model's size without cropping (small images are taken as they are)."
+        "Resized to the model's size without cropping (small images remain unchanged)."
         if preprocessing.small_image
-        else f"Center crop of {part} of the shorter side, then bicubic resize: the function that "
-        "evaluation uses."
+        else f"Center crop of {part} of the shorter side, then bicubic resize: the same "
+        "function as in evaluation."
     )
     names = options.outputs.class_names
     facts = {"Parameters": f"{model.count_params():,}", **options.facts}

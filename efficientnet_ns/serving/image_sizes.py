@@ -1,7 +1,7 @@
-"""The size of an image from the first bytes of its file, in the graph, before it is decoded.
+"""Reads the size of an image from the first bytes of its file, in the graph, before decoding.
 
-A file of a few kilobytes can claim billions of pixels, so a server that accepts images from strangers
-must check what decoding would allocate. `data.image_headers` does the same outside graphs.
+A file of a few kilobytes can claim billions of pixels, so a server that accepts untrusted images must
+check what decoding would allocate. `data.image_headers` does the same outside graphs.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _PNG, _GIF, _BMP = b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM"
 
 
 def num_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
-    """Height times width of an encoded image, scalar string → int64 scalar.
+    """Returns height times width of an encoded image, scalar string → int64 scalar.
 
     Returns 0 for an unknown format, which no decoder accepts. For a JPEG without a readable header,
     the op raises tf.errors.InvalidArgumentError when it runs.
     """
     start = tf.strings.substr(image_bytes, 0, _HEADER)
     header = tf.cast(tf.io.decode_raw(start, tf.uint8), tf.int64)
-    # Zeros after the end of a short file, which thus has no pixels; the decoder rejects it.
+    # Pads a short file with zeros, so that it has no pixels; the decoder rejects it.
     header = tf.pad(header, [[0, _HEADER - tf.size(header)]])
 
     def number(first: int, size: int, little_endian: bool) -> tf.Tensor:
@@ -37,7 +37,7 @@ def num_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
     bmp_height = number(22, 4, True)
     bmp_height = tf.where(bmp_height < 2**31, bmp_height, 2**32 - bmp_height)
     # Functions, because extract_jpeg_shape fails on other formats: only the op of the case runs. In
-    # PNG the sides are big-endian, after 8 bytes of signature and 8 of length and name of a chunk.
+    # PNG, the sides are big-endian, after an 8-byte signature and the 8-byte length and name of a chunk.
     cases = [
         (tf.io.is_jpeg(image_bytes), jpeg),
         (_starts_with(start, _PNG), lambda: number(16, 4, False) * number(20, 4, False)),

@@ -1,4 +1,4 @@
-"""A trained model as a SavedModel, a TensorFlow Lite or ONNX file, compared with the model on real images."""
+"""Exports a trained model as a SavedModel, TensorFlow Lite or ONNX file and compares both on images."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ def export_model(
     """Exports the newest checkpoint of `model_dir` (or the one at `init_model_path`).
 
     Args:
-      config: names the model, whose other settings are read from its folder unless given.
-      options: what to export, and where to.
-      facts: name → value, for the model card; replace those read from the folder of the training.
+      config: identifies the model, whose other settings are read from its folder unless given.
+      options: what to export, and where.
+      facts: name → value, for the model card; override those read from the training folder.
 
     Returns:
       The folder of the SavedModel, or the path of the file.
 
     Raises:
-      ConfigError: a path is missing, or a setting does not fit.
-      manifests.OutputConflict: that version exists.
+      ConfigError: If a path is missing, or settings are incompatible.
+      manifests.OutputConflict: If that version exists.
     """
     path = stored_model.find(stored_model.weights_of(config.train))
     if not path or not options.export_dir:
-        raise ConfigError("--export_dir and --model_dir (or --init_model_path) are needed")
+        raise ConfigError("--export_dir and --model_dir (or --init_model_path) are required")
     _check(options)
     resolved = ResolvedConfig.from_config(data_source.with_records(config), path)
     path = os.fspath(published.located(path, resolved.model_name))
     model = _model(resolved, path, options)
     number = options.version
     if number is None:
-        # Files of each model and type have numbers of their own.
+        # Files of each model and type are numbered separately.
         pattern = re.escape(_file_name(model, "NUMBER", options)).replace("NUMBER", r"(\d+)")
         number = export.next_version(options.export_dir, pattern)
     told = _export_options(resolved, options, _facts(resolved, path, options) | dict(facts or {}))
@@ -60,13 +60,13 @@ def export_model(
 
 
 class _Job(NamedTuple):
-    """What is exported, and how.
+    """What to export, and how.
 
     Attributes:
       resolved: settings of the model.
-      path: of its weights.
-      options: as they were given.
-      exported: the same for the writers of files, with the facts for the model card.
+      path: path of its weights.
+      options: options as given.
+      exported: options for the file writers, including the facts for the model card.
     """
 
     resolved: ResolvedConfig
@@ -76,12 +76,12 @@ class _Job(NamedTuple):
 
 
 def _check(options: ExportConfig) -> None:
-    """Raises ConfigError for settings that do not go together."""
+    """Raises ConfigError for incompatible settings."""
     int8 = options.format == "tflite" and options.tflite_type == "int8"
     if int8 and not (options.calibration_data or options.check_data):
         raise ConfigError(
             "--tflite_type=int8 needs images for calibration: "
-            "--calibration_data=FOLDER, 100 or more like those that the model will see"
+            "--calibration_data=FOLDER, 100 or more similar to those that the model will see"
         )
     if options.calibration_data and not int8:
         raise ConfigError("--calibration_data needs --format=tflite --tflite_type=int8")
@@ -102,8 +102,8 @@ def _file_name(model, version: int | str, options: ExportConfig) -> str:
 
 
 def _model(resolved: ResolvedConfig, path: str, options: ExportConfig):
-    # Layers take the global policy when they are built. It is put back, because `_compare` builds
-    # the model again in float32.
+    # Layers use the global policy when they are built. It is restored, because `_compare` rebuilds
+    # the model in float32.
     before = tf.keras.mixed_precision.global_policy()
     if options.serving_dtype == "bfloat16" and options.format == "savedmodel":
         tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
@@ -135,17 +135,17 @@ def _export_options(
 
 
 def _provenance(resolved: ResolvedConfig, path: str) -> dict[str, object]:
-    """Recipe, data and accuracy, if the weights are those of a training's folder or published ones."""
+    """Returns recipe, data and accuracy if the weights are from a training folder or published."""
     place = (path,) if tf.io.gfile.isdir(path) else os.path.split(path)
     if facts := provenance.of_training(*place):
-        return facts  # First: the folder of a training may have the name of a published model.
+        return facts  # First, because a training folder may have the name of a published model.
     if provenance.is_published(path, resolved.model_name):
         return provenance.of_publication(resolved.model_name, path)
     return {}
 
 
 def _images(resolved: ResolvedConfig, place: str, limit: int):
-    """Encoded images of a place, and the same prepared; nothing without a place."""
+    """Returns the encoded and the prepared images at `place`; none if `place` is empty."""
     if not place:
         return [], []
     encoded = check.encoded_images(place, limit)
@@ -153,8 +153,8 @@ def _images(resolved: ResolvedConfig, place: str, limit: int):
 
 
 def _float32_probabilities(job: _Job, images):
-    """Probabilities of the model as it was trained, in float32."""
-    # Built anew: the exported model may compute in bfloat16.
+    """Returns the probabilities of the model as it was trained, in float32."""
+    # Rebuilt, because the exported model may compute in bfloat16.
     float32 = dataclasses.replace(job.options, serving_dtype="float32")
     model = _model(job.resolved, job.path, float32)
     parts = [images[i : i + 8] for i in range(0, len(images), 8)]
@@ -163,21 +163,21 @@ def _float32_probabilities(job: _Job, images):
 
 def _saved_model(job: _Job, model, version: int) -> str:
     options, preprocessing = job.options, job.resolved.preprocessing()
-    # Before the export, so that unusable images are named before a version exists.
+    # Before the export, so that unusable images are reported before a version exists.
     encoded, images = _images(job.resolved, options.check_data, options.check_images)
     folder = export.export(model, preprocessing, options.export_dir, version, job.exported)
-    # From the encoded images: the graph's own decoding and cropping are compared, too.
+    # From the encoded images, to include the graph's own decoding and cropping.
     _compare(job, images, lambda: export.saved_model_runner(folder)(encoded))
     return folder
 
 
-_LOW_AGREEMENT = 0.95  # Of int8; more than a twentieth is more than published models lose.
-# Below this the ranges that int8 learns are those of a few images.
+_LOW_AGREEMENT = 0.95  # For int8; published models lose at most a twentieth.
+# With fewer images, int8 calibrates its ranges for only these.
 _FEW_IMAGES = 50
 
 
 def _calibration(resolved: ResolvedConfig, options: ExportConfig, images):
-    """Prepared images for int8: those of --calibration_data, else `images`."""
+    """Returns the prepared images for int8: those of --calibration_data, else `images`."""
     if options.tflite_type != "int8":
         return []
     if options.calibration_data:
@@ -216,14 +216,14 @@ def _onnx(job: _Job, model, version: int) -> str:
 
 
 def _compare(job: _Job, images, predict: Callable[[], np.ndarray]) -> None:
-    """Prints how an export's probabilities of the images differ from the model's, if there are images."""
+    """Prints how an export's probabilities for the images, if any, differ from the model's."""
     if not len(images):
         return
     difference = check.difference(_float32_probabilities(job, images), predict())
     print(f"against the float32 model: {difference}")
     if job.options.tflite_type == "int8" and difference.agreement < _LOW_AGREEMENT:
         print(
-            "int8 changes the class of many images: calibrate with more images like those that the model "
-            "will see (--calibration_data, --check_images), or export float32 or float16; Lite variants "
+            "int8 changes the class of many images: calibrate with more images similar to those that the "
+            "model will see (--calibration_data, --check_images), or export float32 or float16; Lite variants "
             "lose less than the others"
         )

@@ -13,22 +13,24 @@ from absl import logging
 from efficientnet_ns.config import ConfigError
 
 _OPSET = 17
-_MAX_BYTES = 2**31 - 2**24  # A file is one protocol buffer; the rest is for the graph.
+_MAX_BYTES = (
+    2**31 - 2**24
+)  # A file is one protocol buffer of up to 2 GB; the rest is for the graph.
 _BATCH = 8
 INPUT, OUTPUT = "pixels", "probabilities"
 
 
 def convert(model: tf.keras.Model, facts: Mapping[str, object], labels: Sequence[str]) -> bytes:
-    """A file of pixels float32 [N, S, S, 3] in 0..255 → probabilities float32 [N, C], any N.
+    """Converts to pixels float32 [N, S, S, 3] in 0..255 → probabilities float32 [N, C], any N.
 
     Args:
       model: pixels → logits.
-      facts: become the file's `metadata_props`, as JSON under `facts`.
-      labels: class names in order, as JSON under `labels`.
+      facts: stored in the file's `metadata_props` as JSON under `facts`.
+      labels: class names in order, stored as JSON under `labels`.
 
     Raises:
-      ConfigError: tf2onnx is not installed.
-      ValueError: the model is too large for one file.
+      ConfigError: If tf2onnx is not installed.
+      ValueError: If the model is too large for one file.
     """
     converter = _imported("tf2onnx").convert
     if 4 * model.count_params() > _MAX_BYTES:
@@ -46,16 +48,16 @@ def convert(model: tf.keras.Model, facts: Mapping[str, object], labels: Sequence
     finally:
         logging.set_verbosity(verbosity)
     for key, value in {"facts": dict(facts), "labels": list(labels)}.items():
-        # Values are strings only.
+        # Values must be strings.
         made.metadata_props.add(key=key, value=json.dumps(value))
     return made.SerializeToString(deterministic=True)
 
 
 def runner(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
-    """A file as a function: pixels float32 [N, S, S, 3] → probabilities float32 [N, C].
+    """Loads a file as a function: pixels float32 [N, S, S, 3] → probabilities float32 [N, C].
 
     Raises:
-      ConfigError: onnxruntime is not installed.
+      ConfigError: If onnxruntime is not installed.
     """
     session = _imported("onnxruntime").InferenceSession(content, providers=["CPUExecutionProvider"])
 

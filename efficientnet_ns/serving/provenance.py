@@ -13,7 +13,7 @@ from efficientnet_ns.models.recipes import RECIPES, Recipe
 
 # Setting in config.json → its name in the card.
 _RECIPE = {
-    "train_steps": "Update steps of the whole training",
+    "train_steps": "Update steps of the whole schedule",
     "train_batch_size": "Labeled images per update",
     "unlabel_ratio": "Unlabeled images per labeled one",
     "input_image_size": "Training resolution",
@@ -23,26 +23,26 @@ _RECIPE = {
     "label_smoothing": "Label smoothing",
     "moving_average_decay": "Decay of the moving averages",
     "teacher_model_name": "Teacher on the fly",
-    # Two flags for the same; a card has one line.
+    # Two flags with the same meaning share a line of the card.
     "init_model_path": "Started from",
     "init_weights": "Started from",
     "seed": "Seed",
 }
 NOISY_STUDENT = "Noisy Student Training (arXiv 1911.04252)"
-# Of eval.json.
+# Required keys of eval.json.
 _MEASURED = ("weights", "ema", "views", "sets")
 _DATA = {"label_data_dir": "Labeled data", "unlabel_data_dir": "Pseudo-labeled data"}
 
 
 def of_training(model_dir: str, checkpoint: str = "") -> dict[str, object]:
-    """Settings, data and measured accuracy of a training, name → value; {} without its files.
+    """Returns settings, data and accuracy of a training run, name → value; {} without its files.
 
-    Reads `config.json` and `metrics.jsonl` of the training, and `eval/eval.json` of the last
-    `--mode=eval` if it measured these weights (of a folder, possibly an earlier checkpoint).
+    Reads `config.json` and `metrics.jsonl` of the run, and `eval/eval.json` of the last
+    `--mode=eval` if it measured these weights (for a folder, possibly an earlier checkpoint).
 
     Args:
-      model_dir: folder of the training.
-      checkpoint: name of the exported checkpoint, `model.ckpt-<step>`; empty: the newest.
+      model_dir: training folder.
+      checkpoint: name of the exported checkpoint, `model.ckpt-<step>`; empty for the newest.
     """
     settings = _read(os.path.join(model_dir, "config.json"))
     facts: dict[str, object] = {
@@ -52,7 +52,7 @@ def of_training(model_dir: str, checkpoint: str = "") -> dict[str, object]:
         for name, title in {**_RECIPE, **_DATA}.items()
         if settings.get(name) not in (None, "")
     }
-    # The default, 0, is no part of a recipe.
+    # The default, 0, is not part of a recipe.
     if not settings.get("unlabel_ratio"):
         facts.pop(_RECIPE["unlabel_ratio"], None)
     if settings.get("consistency_threshold"):
@@ -63,14 +63,14 @@ def of_training(model_dir: str, checkpoint: str = "") -> dict[str, object]:
         facts["Augmentation"] = (
             f"RandAugment, {settings['randaug_layer']} operations of magnitude {settings['randaug_mag']}"
         )
-    # Of an earlier checkpoint, later evaluations are those of other weights.
+    # For an earlier checkpoint, later evaluations measured other weights.
     step = checkpoint.rpartition("-")[2]
     row = _last_evaluation(
         os.path.join(model_dir, "metrics.jsonl"), float(step) if step.isdigit() else float("inf")
     )
     if row:
-        facts[f"Evaluation during the training, after {row['step']} steps"] = (
-            # Training evaluates no other weights, whichever are exported.
+        facts[f"Evaluation during training, after {row['step']} steps"] = (
+            # Training evaluates only these weights, whichever are exported.
             _accuracy(row, "eval/") + " (moving averages)"
         )
     measured = _read(os.path.join(model_dir, "eval", "eval.json"), *_MEASURED)
@@ -90,7 +90,7 @@ def _accuracy(metrics: Mapping[str, float], prefix: str = "") -> str:
 
 
 def _same(path: str, other: str) -> bool:
-    """Whether two paths name the same file or folder."""
+    """Checks whether two paths name the same file or folder."""
     first, second = (
         name.rstrip("/") if "://" in name else os.path.abspath(name) for name in (path, other)
     )
@@ -98,18 +98,18 @@ def _same(path: str, other: str) -> bool:
 
 
 def _last_evaluation(path: str, end: float) -> Mapping[str, Any] | None:
-    """The last row of a training's log with an evaluation, up to step `end`."""
+    """Returns the last row of a training log that has an evaluation, up to step `end`."""
     rows = json_files.read_json_lines(path, "step")
     found = [row for row in rows if "eval/top1" in row and row["step"] <= end]
     return found[-1] if found else None
 
 
 def of_publication(variant: str, path: str = "") -> dict[str, object]:
-    """Training data, settings and accuracy of a published model, and where it comes from.
+    """Returns training data, settings, accuracy and origin of a published model.
 
     Args:
-      variant: one with published weights.
-      path: of the weights.
+      variant: variant with published weights.
+      path: path of the weights.
     """
     recipe, origin = RECIPES.get(variant), published.origin(variant, path)
     if recipe is None:  # B8.
@@ -152,10 +152,10 @@ def _of_recipe(recipe: Recipe) -> dict[str, object]:
 
 
 def is_published(path: str, variant: str) -> bool:
-    """Whether a path has the name of the published weights of a variant, with any file extension.
+    """Checks whether a path has the name of a variant's published weights, with any extension.
 
     PyTorch appends a dash and 8 digits of a hash by convention. A longer name denotes other weights: L2
-    before its fine-tuning (`…-l2_475`), or a training that started from the published ones.
+    before fine-tuning (`…-l2_475`), or a training run that started from the published ones.
     """
     names = set(published.names(variant))
     recipe = RECIPES.get(variant)

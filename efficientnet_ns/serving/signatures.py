@@ -27,7 +27,7 @@ class OutputSpec:
     """Settings of a served model's outputs.
 
     Attributes:
-      class_names: one per class, in order of the logits.
+      class_names: one name per class, in order of the logits.
       top_k: length of the `top_*` outputs and of `classify`.
       max_pixels: an image whose header states more pixels is invalid and never decoded.
     """
@@ -44,8 +44,8 @@ class Classifier(tf.Module):
       model: pixels → logits, with the weights to serve.
       preprocessing: the evaluation preprocessing of that model.
       outputs: see `OutputSpec`.
-      freeze: make the weights constants of the graph, which TensorFlow can then rearrange at load
-        time for the kernels that it has.
+      freeze: whether to make the weights constants of the graph, which TensorFlow can rearrange for
+        its kernels at load time.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class Classifier(tf.Module):
             self._model = both  # tf.Module saves the variables of its attributes.
 
     def _forward(self, images: tf.Tensor) -> list[tf.Tensor]:
-        """Logits [N, C] and pooled features [N, D] of prepared images [N, S, S, 3], N ≥ 0."""
+        """Returns logits [N, C] and pooled features [N, D] of prepared images [N, S, S, 3], N ≥ 0."""
         count = tf.shape(images)[0]
-        # Some CPU kernels reject an empty batch, so it gets one image, whose row is cut off again.
+        # Some CPU kernels reject an empty batch, so one image is added and its row removed.
         missing = tf.cast(count == 0, tf.int32)
         images = tf.pad(images, [[0, missing], [0, 0], [0, 0], [0, 0]])
         logits, pooled = self._run(tf.ensure_shape(images, [None, *self._image_spec.shape]))
         return [tf.cast(values[:count], tf.float32) for values in (logits, pooled)]
 
     def signatures(self) -> dict[str, Callable]:
-        """Signature name → function, for `tf.saved_model.save`."""
+        """Returns signature name → function, for `tf.saved_model.save`."""
         strings = tf.TensorSpec([None], tf.string)
         size = [None, None, None, 3]
         specs = {
@@ -90,7 +90,7 @@ class Classifier(tf.Module):
         }
         return {
             name: tf.function(function, autograph=False).get_concrete_function(
-                # Requests name the input as its spec is named.
+                # Requests refer to the input by the name of its spec.
                 tf.TensorSpec(spec.shape, spec.dtype, name=argument)
             )
             for name, (function, argument, spec) in specs.items()
@@ -144,21 +144,21 @@ class Classifier(tf.Module):
         ).ignore_errors()
         # One extra element in front, so that there is a batch even if every image fails.
         first = tf.data.Dataset.from_tensors((-1, tf.zeros(self._image_spec.shape)))
-        # One batch of all that are left; rows are numbers in `inputs`.
+        # One batch of all remaining images; rows are indices into `inputs`.
         batch = first.concatenate(good).batch(tf.cast(count, tf.int64) + 1)
         rows, images = batch.get_single_element()
-        # [M, 1], as scatter_nd takes indices, and [M, S, S, 3] for M decoded images.
+        # [M, 1], as scatter_nd expects indices, and [M, S, S, 3] for M decoded images.
         rows, images = rows[1:, None], images[1:]
         valid = tf.scatter_nd(rows, tf.ones_like(rows[:, 0]), count[None]) > 0
         shape = tf.concat([count[None], self._image_spec.shape], 0)
-        # Usually all are valid, and the copy is saved.
+        # Usually, all images are valid and no copy is made.
         images = tf.cond(
             tf.reduce_all(valid), lambda: images, lambda: tf.scatter_nd(rows, images, shape)
         )
         return tf.ensure_shape(images, [None, *self._image_spec.shape]), valid
 
     def _described(self, logits: tf.Tensor, valid: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Outputs by name for logits [N, C] and a mask of decoded images [N].
+        """Returns outputs by name for logits [N, C] and a mask of decoded images [N].
 
         `classes` int64 [N], `class_names` string [N], `probabilities` float32 [N, C]; best first,
         `top_classes` int64, `top_class_names` string, `top_probabilities` float32 [N, top_k]; and
@@ -168,7 +168,7 @@ class Classifier(tf.Module):
         probabilities = _only(valid, tf.nn.softmax(logits))
         k = min(self._outputs.top_k, len(self._outputs.class_names))
         top_probabilities, top = tf.math.top_k(probabilities, k)
-        # Of an invalid image all probabilities are 0, and the "best" classes just the first ones.
+        # All probabilities of an invalid image are 0, so its "best" classes are just the first ones.
         top_names = tf.where(valid[:, None], tf.gather(names, top), "")
         top_classes = tf.where(valid[:, None], tf.cast(top, tf.int64), -1)
         return {
@@ -183,7 +183,7 @@ class Classifier(tf.Module):
 
 
 def _frozen(run: Callable, spec: tf.TensorSpec) -> Callable:
-    """`run` as one graph whose variables are constants."""
+    """Returns `run` as one graph whose variables are constants."""
     function = tf.function(run, autograph=False).get_concrete_function(spec)
     return convert_variables_to_constants_v2(function)
 

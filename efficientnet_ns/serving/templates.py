@@ -1,4 +1,4 @@
-"""Text files that an export writes, filled in from the template files of this folder."""
+"""Text files that an export writes, filled in from the template files in this folder."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class _Template(string.Template):
 
 
 def names(folder: str) -> list[str]:
-    """Names of the template files in a subfolder of this one, sorted."""
+    """Returns the sorted names of the template files in a subfolder of this folder."""
     return sorted(path.name for path in (_ROOT / folder).iterdir() if path.is_file())
 
 
 def fill(name: str, values: Mapping[str, object]) -> str:
-    """The text of a template with every `%{key}` replaced by `values[key]`.
+    """Returns the text of a template with every `%{key}` replaced by `values[key]`.
 
     Args:
       name: path of the template, relative to this folder.
       values: key → value; must contain every key that the template uses.
 
     Raises:
-      KeyError: a key of the template is missing.
+      KeyError: If a key of the template is missing.
     """
     return _Template((_ROOT / name).read_text(encoding="utf-8")).substitute(values)

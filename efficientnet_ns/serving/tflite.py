@@ -19,7 +19,7 @@ TYPES = ("float32", "float16", "dynamic", "int8")
 
 
 def convert(model: tf.keras.Model, kind: str, representative: Sequence[np.ndarray] = ()) -> bytes:
-    """A flatbuffer of pixels [1, S, S, 3] in 0..255 → probabilities [1, C].
+    """Converts a model to a flatbuffer of pixels [1, S, S, 3] in 0..255 → probabilities [1, C].
 
     Args:
       model: pixels → logits.
@@ -28,7 +28,7 @@ def convert(model: tf.keras.Model, kind: str, representative: Sequence[np.ndarra
         its ranges.
 
     Raises:
-      ValueError: an unknown kind, `int8` without images, or a model above 2 GB.
+      ValueError: If the kind is unknown, `int8` has no images, or the model exceeds 2 GB.
     """
     if kind not in TYPES:
         raise ValueError(f"unknown TFLite type {kind!r}; known: {', '.join(TYPES)}")
@@ -38,7 +38,7 @@ def convert(model: tf.keras.Model, kind: str, representative: Sequence[np.ndarra
     def configure(converter: tf.lite.TFLiteConverter) -> None:
         if kind == "float32":
             return
-        # `dynamic` is this default: weights of 8 bits, activations quantized as they are computed.
+        # This default is `dynamic`: 8-bit weights, activations quantized at run time.
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
         if kind == "float16":
             converter.target_spec.supported_types = [tf.float16]
@@ -53,11 +53,11 @@ def convert(model: tf.keras.Model, kind: str, representative: Sequence[np.ndarra
 
 
 def _calibration(images: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Images as the calibration takes them, with pixels that a byte can hold.
+    """Yields images in the format of the calibration, with pixels in the range of a byte.
 
-    The range of the input becomes exactly 0..255, so scale 1 and offset 0: applications pass bytes
-    as they are, whatever a file says. Bicubic resizing leaves this range, and dark or pale images do
-    not fill it; therefore two values of the first image are set to its ends.
+    The input range becomes exactly 0..255, that is, scale 1 and offset 0, because applications pass
+    bytes unchanged regardless of a file's settings. Bicubic resizing exceeds this range, and dark or
+    pale images do not fill it, so two values of the first image are set to its limits.
     """
     for number, image in enumerate(images):
         image = np.clip(image, 0, 255)
@@ -72,7 +72,7 @@ def with_metadata(
     facts: dict,
     described: tflite_metadata.Description,
 ) -> bytes:
-    """Adds TensorFlow Lite's own metadata, and `labels.txt` and `metadata.json` as a ZIP archive.
+    """Adds TensorFlow Lite metadata, and `labels.txt` and `metadata.json` as a ZIP archive.
 
     Interpreters ignore both. `zipfile.ZipFile(path)` and `unzip` read the attached files.
 
@@ -83,7 +83,7 @@ def with_metadata(
       described: content of TensorFlow Lite's metadata.
     """
     content = tflite_metadata.attach(content, tflite_metadata.encode(described))
-    # A flatbuffer is read from its beginning and a ZIP archive from its end: one file can be both.
+    # A flatbuffer is read from its start and a ZIP archive from its end, so a file can be both.
     archive = io.BytesIO(content)
     with zipfile.ZipFile(archive, "a") as files:
         # ZipInfo has a fixed date, so equal models give equal files.

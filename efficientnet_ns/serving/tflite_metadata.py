@@ -1,8 +1,8 @@
-"""Metadata that TensorFlow Lite's own tools read: image properties, normalization, labels.
+"""Metadata that TensorFlow Lite's tools read: image properties, normalization, labels.
 
 A flatbuffer of the public schema `metadata_schema.fbs` (file identifier M001, version 1.1.0), stored
-as the model's buffer `TFLITE_METADATA`. This module writes its few tables by the positions of their
-fields, so that exporting needs no extra package.
+as the model's buffer `TFLITE_METADATA`. This module writes its few tables by field position, so that
+exporting requires no extra package.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Builder(flatbuffers.Builder):
 
     def table(self, fields: Mapping[int, int], scalars: Mapping[int, tuple] = {}) -> int:  # noqa: B006
         """Writes a table of field position → offset and field position → (type, value)."""
-        # A flatbuffer cannot nest: what `fields` point to has been written before.
+        # Flatbuffers cannot be built nested: everything that `fields` refer to is already written.
         self.StartObject(max([*fields, *scalars]) + 1)
         for slot, offset in fields.items():
             self.PrependUOffsetTRelativeSlot(slot, offset, 0)
@@ -71,7 +71,7 @@ _byte, _uint = flatbuffers.Builder.PrependUint8Slot, flatbuffers.Builder.Prepend
 
 
 def encode(described: Description) -> bytes:
-    """The flatbuffer of a description.
+    """Encodes a description as a flatbuffer.
 
     It states mean 0 and standard deviation 1, because the graph normalizes pixels itself and readers
     must not do so again.
@@ -132,14 +132,14 @@ def _output(b: _Builder, described: Description) -> int:
 
 
 def attach(content: bytes, metadata: bytes) -> bytes:
-    """The TFLite file `content` with this metadata, which replaces any that it had."""
+    """Returns the TFLite file `content` with this metadata, which replaces any existing metadata."""
     from tensorflow.lite.python import schema_py_generated as schema
 
     model = schema.ModelT.InitFromPackedBuf(content)
     stored = schema.BufferT()
     stored.data = np.frombuffer(metadata, np.uint8)
     entry = schema.MetadataT()
-    # By the number of the buffer, which is appended next.
+    # Refers to the buffer by its number; the buffer is appended next.
     entry.name, entry.buffer = NAME, len(model.buffers)
     model.buffers.append(stored)
     # Names that were read from a flatbuffer are bytes.

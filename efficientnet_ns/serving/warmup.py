@@ -30,7 +30,7 @@ def _model_spec(model: str, signature: str) -> bytes:
 
 
 def predict_log(model: str, signature: str, argument: str, value: np.ndarray) -> bytes:
-    """A serialized PredictionLog of one Predict request."""
+    """Returns a serialized PredictionLog of one Predict request."""
     proto = tf.make_tensor_proto(value).SerializeToString()
     # An entry of a map: key, value.
     entry = field(1, argument.encode()) + field(2, proto)
@@ -39,7 +39,7 @@ def predict_log(model: str, signature: str, argument: str, value: np.ndarray) ->
 
 
 def classify_log(model: str, examples: Sequence[bytes]) -> bytes:
-    """A serialized PredictionLog of one Classify request with serialized tf.Examples."""
+    """Returns a serialized PredictionLog of one Classify request with serialized tf.Examples."""
     listed = b"".join(field(_EXAMPLES, example) for example in examples)
     request = field(_MODEL_SPEC, _model_spec(model, "classify"))
     request += field(_INPUTS, field(_EXAMPLE_LIST, listed))
@@ -47,7 +47,7 @@ def classify_log(model: str, examples: Sequence[bytes]) -> bytes:
 
 
 def requests(model: str, size: int, batch_sizes: Sequence[int]) -> list[bytes]:
-    """One PredictionLog per signature and batch size, on a gray image of side `size`."""
+    """Returns one PredictionLog per signature and batch size, for a gray image of side `size`."""
     pixels = np.full([size, size, 3], 128, np.uint8)
     image = tf.io.encode_jpeg(pixels).numpy()
     logs = []
@@ -65,7 +65,7 @@ def requests(model: str, size: int, batch_sizes: Sequence[int]) -> list[bytes]:
 
 
 def write(folder: str, model: str, size: int, batch_sizes: Sequence[int] = (1, 8)) -> None:
-    """Writes the file into a SavedModel's folder."""
+    """Writes the file to a SavedModel's folder."""
     path = os.path.join(folder, FILE)
     object_stores.make_folder(os.path.dirname(path))
     tfrecords.write(path, requests(model, size, batch_sizes))

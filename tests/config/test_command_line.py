@@ -145,7 +145,7 @@ def test_leftover_words_end_the_program(entry):
     [
         ("main", ["--train_steps=0"], "--train_steps=0 is too small"),
         ("noisy_student", ["--teacher_steps=0"], "--teacher_steps=0 is too small"),
-        ("filter_unlabel", [], "--unlabel_data_dir is needed"),
+        ("filter_unlabel", [], "--unlabel_data_dir is required"),
         (
             "filter_unlabel",
             [f"--{k}_dir=x" for k in ("input", "prediction", "prelim_stats", "output")]

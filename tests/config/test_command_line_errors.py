@@ -121,7 +121,7 @@ def test_flag_files_are_read_where_they_stand(tmp_path, monkeypatch):
     assert flag_files.expanded(words) == expected
     with pytest.raises(ConfigError, match="--flagfile=flags/pat.flags: no such file, here or in"):
         flag_files.expanded(["--flagfile=flags/pat.flags"])
-    with pytest.raises(ConfigError, match="--flagfile needs the path"):
+    with pytest.raises(ConfigError, match="--flagfile requires the path"):
         flag_files.expanded(["--flagfile"])
 
 
@@ -136,7 +136,7 @@ def test_two_flags_on_one_line_are_refused_by_name(tmp_path, capsys):
     with pytest.raises(SystemExit):
         _parsed(tmp_path, b"--source=photos --output_dir=records\n")
     told = capsys.readouterr().err
-    assert "--output_dir is not on a line of its own" in told
+    assert "--output_dir is not on a separate line" in told
     assert "--source, 'photos --output_dir=records'" in told
 
 

@@ -226,7 +226,7 @@ def test_all_are_those_of_the_mean():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"label_data_dir": None}, "--label_data_dir is needed"),
+        ({"label_data_dir": None}, "--label_data_dir is required"),
         ({"weights": "", "model_dir": None}, "--report_dir are needed"),
     ],
 )

@@ -97,7 +97,7 @@ def test_report_has_pictures_by_class(folder):
 
 
 def test_predictions_that_do_not_fit_are_refused(folder):
-    with pytest.raises(ConfigError, match="--prediction_dir is needed"):
+    with pytest.raises(ConfigError, match="--prediction_dir is required"):
         doubtful_labels.check_labels(options(folder, prediction_dir=""))
     (folder / "task.json").write_text('{"num_classes": 3}')
     with pytest.raises(DataError, match="predictions of 4 classes, but the task has 3"):

@@ -322,9 +322,9 @@ def changed(probs: np.ndarray, row: int, values) -> np.ndarray:
 
 # What is wrong → (function of folder and probabilities that returns source and settings, message).
 MALFORMED = {
-    "no file": (lambda f, p: ("none.npy", {}), "there is no such file or folder"),
-    "another kind": (lambda f, p: (_text(f / "p.txt", "0.5"), {}), "one of these kinds is needed"),
-    "empty folder": (lambda f, p: (_folder(f / "empty"), {}), r"holds no \.parquet, \.npy"),
+    "no file": (lambda f, p: ("none.npy", {}), "no such file or folder"),
+    "another kind": (lambda f, p: (_text(f / "p.txt", "0.5"), {}), "one of these types"),
+    "empty folder": (lambda f, p: (_folder(f / "empty"), {}), r"contains no \.parquet, \.npy"),
     "damaged Parquet": (
         lambda f, p: (_cut(f, save(f / "p.parquet", p)), {}),
         "p.parquet cannot be read",
@@ -342,13 +342,13 @@ MALFORMED = {
     ),
     "NaN": (
         lambda f, p: (save(f / "p.npy", changed(p, 6, np.nan)), {}),
-        "row 6 has NaN, .* so have 0 more of the 9 rows",
+        "row 6 has NaN, .* as do 0 more of the 9 rows",
     ),
     "no sum of one": (
         lambda f, p: (save(f / "p.npy", changed(p, 2, [0.5, 0.2, 0.2])), {}),
-        r"row 2 has numbers that are no probabilities.*\[0.5, 0.2, 0.2\], sum 0.9",
+        r"row 2 has numbers that are not probabilities.*\[0.5, 0.2, 0.2\], sum 0.9",
     ),
-    "logits": (lambda f, p: (save(f / "p.npy", 5 * p - 2), {}), "logits need --values=logits"),
+    "logits": (lambda f, p: (save(f / "p.npy", 5 * p - 2), {}), "for logits, set --values=logits"),
     "too few rows": (lambda f, p: (save(f / "p.npy", p[:-1]), {}), "8 rows, .* 9 records"),
     "too many rows": (
         lambda f, p: (save(f / "p.csv", np.vstack([p, p]), wide=CLASSES), {}),
@@ -372,7 +372,7 @@ MALFORMED = {
     ),
     "unknown keys": (
         lambda f, p: (save(f / "p.npz", p, [*NAMES[:-1], "x.png"]), {"key": "name"}),
-        "1 keys match no record .* 'x.png', where the records have 'folder/0.png'",
+        "1 keys match no record .* 'x.png', but the records have 'folder/0.png'",
     ),
     "missing rows": (
         lambda f, p: (save(f / "p.npz", p[1:], NAMES[1:]), {"key": "name"}),
@@ -417,11 +417,11 @@ MALFORMED = {
     "an array, not objects": (lambda f, p: (_text(f / "p.jsonl", "[1]\n"), {}), "an object, not"),
     "a class map of no class": (
         lambda f, p: (save(f / "p.npy", p), {"class_map": _path(f / "map", "hen\nowls\n7\n")}),
-        "1 lines name no class of the task, the first is line 2, 'owls'",
+        "1 lines name no class of the task; the first is line 2, 'owls'",
     ),
     "a class map without a class": (
         lambda f, p: (save(f / "p.npy", p), {"class_map": _path(f / "map", "hen\nhen\n7\n")}),
-        "no line is class 1 .'owl'.",
+        "no line maps to class 1 .'owl'.",
     ),
     "a class map of other length": (
         lambda f, p: (save(f / "p.npy", p), {"class_map": _path(f / "map", "hen\n-\n7\nowl\n")}),
@@ -480,8 +480,8 @@ def test_records_without_names(folder, probs, rng):
 
 def test_settings_that_do_not_fit(folder, probs):
     path = save(folder / "p.npy", probs)
-    with pytest.raises(ConfigError, match="--combine=agreement needs several sources"):
+    with pytest.raises(ConfigError, match="--combine=agreement requires several sources"):
         run(folder, path, combine="agreement")
     (folder / "records" / "task.json").unlink()
-    with pytest.raises(ConfigError, match="--task_name is needed"):
+    with pytest.raises(ConfigError, match="--task_name is required"):
         run(folder, path)

@@ -42,7 +42,7 @@ def test_a_report_without_a_selection():
         labeling.select_and_write(
             SelectConfig(**folders, only_get_stats=1), FilterConfig(report=True)
         )
-    with pytest.raises(ConfigError, match="--unlabel_data_dir is needed"):
+    with pytest.raises(ConfigError, match="--unlabel_data_dir is required"):
         labeling.select_and_write(SelectConfig(), FilterConfig())
 
 

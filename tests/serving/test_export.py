@@ -235,12 +235,12 @@ def test_card_tells_recipe_and_accuracy(config, base, tmp_path):
     )
     facts = provenance.of_training(str(folder))
     assert facts == {
-        "Update steps of the whole training": "700",
+        "Update steps of the whole schedule": "700",
         "Unlabeled images per labeled one": "3.0",
         "Augmentation": "RandAugment, 2 operations of magnitude 9",
         "Labeled data": "photos",
         "Seed": "0",
-        "Evaluation during the training, after 2 steps": "top-1 90.00%, top-5 100.00% of 40 images (moving averages)",
+        "Evaluation during training, after 2 steps": "top-1 90.00%, top-5 100.00% of 40 images (moving averages)",
         "Last evaluation in the folder, on dev": "top-1 87.50%, top-5 99.00% of 300 images (moving averages)",
     }
     chosen = ExportConfig(export_dir="unused")
@@ -271,7 +271,7 @@ def test_card_tells_no_accuracy_of_other_weights(tmp_path):
     dev = {"top1": 0.25, "top5": 0.5, "examples": 9}
     measured = {"weights": "runs/teacher", "ema": True, "views": 2, "sets": {"dev": dev}}
     (tmp_path / "eval" / "eval.json").write_text(json.dumps(measured))
-    during = "Evaluation during the training, after {} steps"
+    during = "Evaluation during training, after {} steps"
     assert list(provenance.of_training(str(tmp_path))) == [during.format(7)]
     assert list(provenance.of_training(str(tmp_path), "model.ckpt-6")) == [during.format(5)]
     measured["weights"] = f"{tmp_path}/model.ckpt-6"

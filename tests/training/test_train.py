@@ -503,8 +503,8 @@ def test_checkpoint_of_another_number_of_classes(straight, tmp_path):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"model_dir": None}, "--model_dir is needed"),
-        ({"label_data_dir": None}, "--label_data_dir is needed"),
+        ({"model_dir": None}, "--model_dir is required"),
+        ({"label_data_dir": None}, "--label_data_dir is required"),
         ({"unlabel_ratio": 1.0}, "--unlabel_ratio=1.0 needs --unlabel_data_dir"),
         ({"unlabel_data_dir": "/u"}, "--unlabel_data_dir=/u has no effect without"),
         (

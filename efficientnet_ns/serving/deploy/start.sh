@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Serves the newest version: gRPC on 8500, REST on 8501. Stops with Ctrl-C.
 set -euo pipefail
-# oneDNN's kernels are faster with AVX2 too; by itself TensorFlow takes them with AVX-512 VNNI.
+# oneDNN kernels are also faster with AVX2; by default, TensorFlow uses them only with AVX-512 VNNI.
 export TF_ENABLE_ONEDNN_OPTS="${TF_ENABLE_ONEDNN_OPTS:-1}"
 base="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if command -v tensorflow_model_server >/dev/null; then
@@ -13,7 +13,7 @@ if ! command -v docker >/dev/null; then
   echo "start.sh: neither tensorflow_model_server nor docker is installed; Docker: https://docs.docker.com/engine/install" >&2
   exit 127
 fi
-# The image's own entrypoint is a script that does not hand on signals.
+# The image's own entrypoint is a script that does not forward signals.
 exec docker run --rm --init --entrypoint tensorflow_model_server -p 8500:8500 -p 8501:8501 -v "$base:/models/%{model}:ro" \
   -e TF_ENABLE_ONEDNN_OPTS tensorflow/serving:%{server} --port=8500 --rest_api_port=8501 \
   --model_config_file='/models/%{model}/deploy/models.config' \
