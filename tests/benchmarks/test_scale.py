@@ -36,6 +36,22 @@ def test_a_host_reads_its_part(monkeypatch):
     assert rows["predict, start, requests"].value == 6
 
 
+def test_a_set_of_a_single_batch(monkeypatch):
+    monkeypatch.setattr(scale, "_RESUMES", 1)
+    monkeypatch.setattr(scale, "_checkpoint_bytes", lambda model_name: 1)
+    options = BenchmarkConfig(
+        what="scale",
+        model_name="efficientnet-test",
+        hosts=1,
+        files=4,
+        records=64,
+        record_bytes=1000,
+        batch_size=64,
+    )
+    rows = {row.name: row.value for row in scale.run(options)}
+    assert 0 < rows["resume, most, bytes"] <= rows["epoch, bytes"]
+
+
 def test_hosts_that_do_not_divide_the_batch():
     with pytest.raises(ConfigError, match="--batch_size=1024 does not divide by --hosts=3"):
         scale.run(BenchmarkConfig(what="scale", hosts=3, batch_size=1024))

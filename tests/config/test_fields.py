@@ -366,6 +366,30 @@ def test_home_folders_are_expanded(monkeypatch):
     assert Config().override(unlabel_data_dir="~/u").data.unlabel_data_dir == "/somewhere/me/u"
 
 
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (PicturesConfig, "labeled"),
+        (PicturesConfig, "unlabeled"),
+        (PicturesConfig, "test"),
+        (SelectConfig, "exclude"),
+        (SelectConfig, "reviewed"),
+        (ReportConfig, "truth"),
+        (RobustnessConfig, "weights"),
+        (ImportConfig, "source"),
+        (ImportConfig, "class_map"),
+        (ConvertConfig, "target"),
+        (Config, "init_weights"),
+    ],
+)
+def test_home_folders_are_expanded_in_paths_of_any_name(cls, name, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere/me")
+    values = config.as_dict if cls is not Config else Config.identity
+    assert values(parse(cls, f"--{name}=~/a"))[name] == "/somewhere/me/a"
+    # Not of a word that stands for a place.
+    assert values(parse(cls, f"--{name}=published"))[name] == "published"
+
+
 def test_there_are_bounds():
     names = {name for _, name, _ in BOUNDED}
     assert {"train_steps", "train_batch_size", "num_shards", "seed", "unlabel_ratio"} <= names

@@ -221,6 +221,23 @@ def test_other_rows_do_not_replace_finished_ones(folder, probs):
         run(folder, "p.npy")
 
 
+def test_keys_of_another_column_do_not_replace_finished_rows(folder, probs):
+    columns = {"first": NAMES, "second": NAMES[::-1], "p": list(probs)}
+    path = _parquet(folder / "p.parquet", **columns)
+    run(folder, path, key="name", key_column="first")
+    with pytest.raises(manifests.OutputConflict, match="key_column"):
+        run(folder, path, key="name", key_column="second")
+
+
+def test_another_order_of_classes_does_not_replace_finished_labels(folder, probs):
+    path = save(folder / "p.csv", probs, wide=CLASSES)
+    run(folder, path)
+    task = {"num_classes": len(CLASSES), "class_names": CLASSES[::-1]}
+    (folder / "records" / "task.json").write_text(json.dumps(task))
+    with pytest.raises(manifests.OutputConflict, match="class_names"):
+        run(folder, path)
+
+
 class Teacher:
     """Labels the image of `folder` with the rows of `probs`, in order."""
 
@@ -330,6 +347,15 @@ MALFORMED = {
         "p.parquet cannot be read",
     ),
     "cut array": (lambda f, p: (_cut(f, save(f / "p.npy", p)), {}), "p.npy cannot be read"),
+    "empty array": (lambda f, p: (_text(f / "p.npy", ""), {}), "p.npy cannot be read"),
+    "cut archive of arrays": (
+        lambda f, p: (_cut(f, save(f / "p.npz", p, NAMES)), {"key": "name"}),
+        "p.npz cannot be read",
+    ),
+    "damaged second file of a folder": (
+        lambda f, p: (_parts(f / "parts", p), {}),
+        "parts/b.parquet cannot be read",
+    ),
     "pickled array": (
         lambda f, p: (save(f / "p.npy", p.astype(object)), {}),
         "p.npy cannot be read: .*Python objects",
@@ -449,6 +475,13 @@ def _cut(folder: Path, name: str) -> str:
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[:-9])
     return name
+
+
+def _parts(folder: Path, values: np.ndarray) -> str:
+    folder.mkdir()
+    save(folder / "a.npy", values[:7])
+    _cut(folder, save(folder / "b.parquet", values[7:]))
+    return folder.name
 
 
 def _parquet(path: Path, **columns) -> str:

@@ -267,6 +267,17 @@ def test_a_label_out_of_range_is_named(tmp_path, data_dir):
         run("tfds:tiny_tensors:test", tmp_path, data_dir)
 
 
+def test_one_file_tells_whether_a_set_is_unlabeled(data_dir, monkeypatch):
+    scanned, spans = [], tfrecords.spans
+    monkeypatch.setattr(tfrecords, "spans", lambda path: (scanned.append(path), spans(path))[1])
+    builder = tfds.builder("tiny_tensors", data_dir=data_dir)
+    for split, unlabeled in (("test+train", True), ("train+test", False)):
+        scanned.clear()
+        assert tfds_source.Tfds(builder, split).is_unlabeled() == unlabeled
+        assert len(scanned) == 1
+    assert len(tfds_source.Tfds(builder, "train+test").entries()) == 10
+
+
 def test_a_limit(tmp_path, data_dir):
     assert run("tfds:tiny_arrows:train", tmp_path, data_dir, limit=5) == {"train": 5}
     some = contents(tmp_path, "train")

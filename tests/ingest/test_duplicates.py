@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import zipfile
 
+import tensorflow as tf
 from fakes import class_folders, flat_folder
 
 from efficientnet_ns.config.ingest import MakeConfig
@@ -29,6 +30,22 @@ def test_archives(tmp_path):
         archive.write(tmp_path / "photos" / "b" / "b 0.png", "x/y.png")
     found = duplicates.among(str(tmp_path / "more.zip"), [str(tmp_path / "photos")])
     assert found == ["x/y.png"]
+
+
+def test_object_stores_which_tell_no_sizes(tmp_path):
+    """TensorFlow's file system in memory stands for them."""
+    class_folders(tmp_path / "photos", {"a": 2, "b": 1})
+    flat_folder(tmp_path / "more", 2)
+    shutil.copy(tmp_path / "photos" / "b" / "b 0.png", tmp_path / "more" / "copy.png")
+    remote = {}
+    for path in tmp_path.rglob("*.png"):
+        place = path.relative_to(tmp_path)
+        remote[place.parts[0]] = f"ram://duplicates/{place.parts[0]}"
+        target = f"ram://duplicates/{place}"
+        tf.io.gfile.makedirs(target.rpartition("/")[0])
+        tf.io.gfile.copy(str(path), target)
+    assert duplicates.among(str(tmp_path / "more"), [remote["photos"]]) == ["copy.png"]
+    assert duplicates.among(remote["more"], [str(tmp_path / "photos")]) == ["copy.png"]
 
 
 def test_they_are_left_out_of_the_records_and_names_are_kept(tmp_path):

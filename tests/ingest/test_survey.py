@@ -40,3 +40,11 @@ def test_records_without_a_task_have_no_classes(tmp_path):
     assert survey(folder, labeled=False).images == 2
     with pytest.raises(DataError, match="records without task.json"):
         survey(folder, labeled=True)
+
+
+def test_pictures_beside_empty_class_folders_are_refused(tmp_path):
+    flat_folder(tmp_path / "photos", 2)
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir()
+    with pytest.raises(DataError, match="none of the pictures in .*photos is in the folder of a"):
+        survey(str(tmp_path / "photos"), labeled=True)

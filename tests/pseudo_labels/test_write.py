@@ -267,6 +267,17 @@ def test_a_call_per_shard_is_one_call_over_all(inputs, by_command, entry_flags):
         assert found == expected and len(found) > SHARDS
 
 
+def test_decisions_are_read_once_for_all_shards(inputs, monkeypatch):
+    settings = config(inputs, "decisions", exclude=str(inputs / "exclude.csv"))
+    rows = [f"{index.input_path(settings, shard)},{shard}\n" for shard in range(SHARDS)]
+    (inputs / "exclude.csv").write_text("".join(["file,record\n", *rows]))
+    select(settings)
+    calls, changes = [], index.changes
+    monkeypatch.setattr(index, "changes", lambda *args: (calls.append(args), changes(*args))[1])
+    assert write.write(settings, shards=[1, 3])["records"] > 0
+    assert len(calls) == 1
+
+
 KILLED_AT_ITS_THIRD_SHARD = """
 import os, runpy, signal
 import tensorflow as tf

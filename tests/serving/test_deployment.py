@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tensorflow as tf
 import yaml
 from google.protobuf import (
@@ -29,6 +30,31 @@ def test_changed_deployment_files_stay(base, model):
     deployment.write(str(base), model.name)
     assert path.read_text() == "mine"
     path.write_text(before)
+
+
+def test_start_script_of_a_killed_run_becomes_executable(tmp_path):
+    """The run ended between writing it and changing its mode."""
+    deployment.write(str(tmp_path), "m")
+    script = tmp_path / "deploy" / "start.sh"
+    script.chmod(0o644)
+    deployment.write(str(tmp_path), "m")
+    assert os.access(script, os.X_OK)
+
+
+def test_deployment_files_appear_whole(tmp_path, monkeypatch):
+    """A run that ends before a file is renamed leaves nothing of it under its name."""
+
+    def killed(*unused, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.io.gfile, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            deployment.write(str(tmp_path), "m")
+    assert not set(os.listdir(tmp_path / "deploy")) & set(deployment.texts("m"))
+    deployment.write(str(tmp_path), "m")
+    for name, text in deployment.texts("m").items():
+        assert (tmp_path / "deploy" / name).read_text() == text
 
 
 def batching_parameters():

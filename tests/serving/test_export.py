@@ -255,6 +255,39 @@ def test_card_tells_recipe_and_accuracy(config, base, tmp_path):
     assert provenance.of_training(str(tmp_path)) == {}
 
 
+@pytest.mark.parametrize(
+    ("settings", "title", "value"),
+    [
+        ({"label_data_dir": "/a/photos/;b/more"}, "Labeled data", "photos, more"),
+        (
+            {"unlabel_data_dir": "u", "consistency_threshold": 0.95},
+            "Method",
+            "FixMatch (arXiv 2001.07685)",
+        ),
+        (
+            {"unlabel_data_dir": "u", "consistency_threshold": 0.0},
+            "Method",
+            provenance.NOISY_STUDENT,
+        ),
+        (
+            {"augment_name": "v1", "randaug_layer": 2, "randaug_mag": 9},
+            "Augmentation",
+            "RandAugment, 2 operations of magnitude 9",
+        ),
+    ],
+)
+def test_card_tells_the_method_and_its_data(tmp_path, settings, title, value):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert provenance.of_training(str(tmp_path))[title] == value
+
+
+def test_card_of_the_current_folder_without_an_evaluation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text('{"seed": 3}')
+    for folder in ("", "."):
+        assert provenance.of_training(folder) == {"Seed": "3"}
+
+
 @pytest.mark.parametrize("kind, hint", [("int8", True), ("float16", False)])
 def test_int8_that_changes_classes_gets_a_hint(monkeypatch, capsys, kind, hint):
     monkeypatch.setattr(model_export, "_float32_probabilities", lambda *_: np.eye(4))

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from served_models import (
     NAMES,
     OPTIONS,
@@ -56,6 +58,23 @@ def test_files_of_a_version(base):
 def test_next_version(base, tmp_path):
     assert export.next_version(str(base)) == 2
     assert export.next_version(str(tmp_path / "none")) == 1
+
+
+def test_version_appears_after_its_deployment_files(model, tmp_path, monkeypatch):
+    """So an export that ends before they are written is repeated as a whole."""
+
+    def killed(*unused):
+        raise KeyboardInterrupt
+
+    # What is saved does not matter here.
+    monkeypatch.setattr(export, "Classifier", Mock())
+    monkeypatch.setattr(tf.saved_model, "save", lambda *unused, **options: None)
+    monkeypatch.setattr(export, "_set_classify_method", lambda folder: None)
+    monkeypatch.setattr(warmup, "write", lambda *unused: None)
+    monkeypatch.setattr(deployment, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export.export(model, PREPROCESSING, str(tmp_path), 1, OPTIONS)
+    assert export.next_version(str(tmp_path)) == 1
 
 
 SLOW_EXPORT = """

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from efficientnet_ns.config import ConfigError
 from efficientnet_ns.training import schedules
 
 SETTINGS = (
@@ -109,6 +110,21 @@ def test_final_rate_is_reached_at_the_end(labeled_batch_size):
     assert schedule.decay_steps == pytest.approx(
         (20_000 - schedule.warmup_steps) / stairs, rel=1e-3
     )
+
+
+@pytest.mark.parametrize("train_steps", [300, 400])
+def test_the_end_of_a_schedule_that_is_all_warm_up_is_refused(train_steps):
+    """Its 5 epochs are 400 steps, after which no step is left for the decay."""
+    settings = {
+        "base_learning_rate": 0.016,
+        "labeled_batch_size": 128,
+        "num_train_images": 10_240,
+        "final_base_lr": 0.0002,
+        "last_steps": 100,
+    }
+    with pytest.raises(ConfigError, match="longer than its warm-up of 5 epochs"):
+        schedules.learning_rate(train_steps=train_steps, **settings)
+    assert schedules.learning_rate(train_steps=401, **settings).decay_steps > 0
 
 
 def test_last_step_of_a_long_schedule_is_exact_enough():

@@ -43,7 +43,7 @@ from efficientnet_ns.evaluation import accuracy, evaluate
 from efficientnet_ns.files import json_files, metrics_log, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.leases import LeaseLost
-from efficientnet_ns.models import efficientnet, weights
+from efficientnet_ns.models import checkpoint_files, efficientnet, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training import checkpoints, claim, inputs, preview, train, turn
 from efficientnet_ns.training.input_wait import InputWait
@@ -269,6 +269,29 @@ def test_saving_below_a_damaged_checkpoint(model, tmp_path):
     model.optimizer.iterations.assign(0)
 
 
+def test_failed_save_names_no_later_damaged_checkpoint(model, tmp_path, monkeypatch):
+    saver = checkpoints.Checkpoints(str(tmp_path), model)
+    save_below_damage(saver, model)
+
+    def full(*unused):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint_files, "write_checkpoint", full)
+    with pytest.raises(checkpoints.SaveFailed, match="Last good checkpoint: .*/model.ckpt-2. Free"):
+        saver.save()
+    model.optimizer.iterations.assign(0)
+
+
+def save_below_damage(saver: checkpoints.Checkpoints, model: NoisyStudent) -> None:
+    """Checkpoints of step 2 and, damaged, 8; the training is at step 4."""
+    for step in (2, 8):
+        model.optimizer.iterations.assign(step)
+        damaged = saver.save()
+    Path(f"{damaged}.data-00000-of-00001").write_bytes(b"cut")
+    assert saver.restore_latest() == 2
+    model.optimizer.iterations.assign(4)
+
+
 def test_kill_between_a_checkpoint_and_its_mention(model, tmp_path):
     """Who asks TensorFlow for the newest checkpoint must get the one that training goes on from."""
     saver = checkpoints.Checkpoints(str(tmp_path), model, keep=3)
@@ -356,6 +379,12 @@ def test_weights_that_break_after_the_last_loss(session, model, tmp_path, broken
         session.on_epoch_end(1, {"train/loss": 1.0})
     assert saved_steps(str(tmp_path)) == [1]
     bias.assign(tf.zeros(bias.shape))
+
+
+def test_last_good_checkpoint_is_no_later_damaged_one(session, model):
+    save_below_damage(session.saver, model)
+    with pytest.raises(TrainingDiverged, match="Last good checkpoint: .*/model.ckpt-2. Lower"):
+        session.on_epoch_end(0, {"train/loss": np.nan})
 
 
 def test_folder_of_another_training(straight):
@@ -1060,3 +1089,16 @@ def test_preview_shows_the_images_and_their_labels(tmp_path):
     np.testing.assert_array_equal(picture, stored)
     for color in colors:
         assert (picture == color).all(-1).sum() > 5000, color
+
+
+def test_preview_shows_as_many_unlabeled_as_labeled_images(folder, tmp_path, monkeypatch):
+    """Also for a training that drops half of the labeled ones."""
+    sections, picture = [], pictures(1, 0)[0]
+    monkeypatch.setattr(preview, "_png", lambda parts: (sections.extend(parts), picture)[1])
+    unlabeled = {"unlabel_data_dir": str(folder / "pseudo")}
+    config = settings(folder, tmp_path, label_data_sample_prob=0.5, remove_aug=True, **unlabeled)
+    resolved = ResolvedConfig.from_config(config)
+    labeled = pipeline.Source.find(config.data.label_data_dir, "train")
+    unlabeled = pipeline.Source.find(config.data.unlabel_data_dir, "train-0")
+    preview.draw(resolved, labeled, unlabeled, 4)
+    assert [len(images) for _, images, _ in sections] == [4, 4]
