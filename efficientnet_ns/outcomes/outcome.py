@@ -230,7 +230,7 @@ class Outcome:
         """Compares labels with the truth, by confidence in `bins` intervals (lower, upper].
 
         Returns:
-          Columns `known`, `correct`, `kept` bool, `bin` int from 1, mean `prob` and `images`, one row
+          Columns `known`, `correct`, `kept` bool, `bin` int from 1, mean `prob` and `images`, a row
           per existing combination.
         """
         return self._columns(
