@@ -1,1 +1,1 @@
-"""Measuring models: accuracy over every example exactly once."""
+"""Evaluation of models, which counts every example exactly once."""

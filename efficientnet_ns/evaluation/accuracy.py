@@ -1,4 +1,4 @@
-"""Accuracy over every example exactly once."""
+"""Measures accuracy, counting every example exactly once."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import tensorflow as tf
 from efficientnet_ns.inference import views as views_lib
 from efficientnet_ns.report.measures import Calibration, Confusion
 
-# Of `pipeline.eval_batches`.
+# As returned by `pipeline.eval_batches`.
 Batches: TypeAlias = tf.data.Dataset | Callable[[tf.distribute.InputContext], tf.data.Dataset]
 
-# Keeps logarithms finite. An export returns zeros for padding, whose loss would be NaN, also after
-# it is multiplied by the mask.
+# Keeps logarithms finite. An export returns zeros for padding, whose loss would be NaN even after
+# multiplication by the mask.
 _TINY = 1e-30
 # Outputs of a step that have one row per image; all other outputs are sums over the batch.
 _PREDICTIONS, _CONFIDENCE = "predictions", "confidence"
 
 
 class IncompleteEvaluation(RuntimeError):
-    """The number of examples seen differs from the size of the set."""
+    """Raised if the number of examples seen differs from the size of the set."""
 
 
 class Measured(NamedTuple):
@@ -34,7 +34,7 @@ class Measured(NamedTuple):
         cross-entropy without label smoothing), `examples`.
       confusion: images by true class and prediction.
       calibration: images, confidence and correct predictions by top-1 probability.
-      num_classes: C, number of the model's classes.
+      num_classes: C, the number of the model's classes.
     """
 
     metrics: dict[str, float]
@@ -60,13 +60,13 @@ class Measured(NamedTuple):
 
 
 class Evaluator:
-    """Top-1, top-5 and loss of a model; may be called repeatedly while the model trains.
+    """Computes top-1, top-5 and loss of a model; may be called repeatedly while the model trains.
 
     Args:
       model: pixels → logits.
       strategy: the strategy under which the model was built.
-      views: 1, or 2 to average the probabilities with those of the mirrored image.
-      engine: computes the probabilities instead of the model, on one device; see
+      views: 1, or 2 to average the probabilities of the image and its mirror image.
+      engine: computes the probabilities on one device instead of the model; see
         `inference.engines`.
     """
 
@@ -94,35 +94,35 @@ class Evaluator:
             return _measures(_logits(logits, batch["image"], views), batch)
 
         gathered = (_PREDICTIONS, _CONFIDENCE)
-        # An engine is a NumPy function, which tf.function cannot trace: its step runs eagerly.
+        # An engine is a NumPy function, which tf.function cannot trace, so its step runs eagerly.
         self._step = by_engine if engine else replicated(self._strategy, compiled, gathered)
         self._num_classes = model.output_shape[-1]
 
     def __call__(self, batches: Batches, num_examples: int) -> dict[str, float]:
-        """The `metrics` of `measure`."""
+        """Returns the `metrics` of `measure`."""
         return self.measure(batches, num_examples).metrics
 
     def measure(self, batches: Batches, num_examples: int) -> Measured:
-        """Measures one set, in 20 bytes of memory per image, whatever the number of classes.
+        """Measures one set, using 20 bytes per image regardless of the number of classes.
 
         Args:
-          batches: padded batches with a mask; see `pipeline.eval_batches`. Either a dataset of whole
-            batches, on one host, or a function that makes one host's share of them.
+          batches: padded batches with a mask; see `pipeline.eval_batches`. Either a dataset of all
+            batches, on one host, or a function that returns one host's share of them.
           num_examples: size of the set.
 
         Raises:
-          IncompleteEvaluation: the batches held more or fewer examples.
+          IncompleteEvaluation: If the batches contain more or fewer examples.
         """
         predictions, confidence = [], []
 
         def step(batch):
             sums = dict(self._step(batch))
-            # Of each image: `add_up` sums the rest. Two int64 and a float32 are the 20 bytes.
+            # Kept per image: two int64 and a float32, 20 bytes. `add_up` sums all other values.
             predictions.append(sums.pop(_PREDICTIONS).numpy())
             confidence.append(sums.pop(_CONFIDENCE).numpy())
             return sums
 
-        # Fills the two lists above, by way of `step`.
+        # Also fills the two lists above, through `step`.
         metrics = means(add_up(self._strategy, step, batches), num_examples)
         truth, predicted = np.concatenate(predictions).T
         # `_measures` sets the truth of padding to -1.
@@ -139,18 +139,18 @@ class Evaluator:
 def replicated(
     strategy: tf.distribute.Strategy, measures: Callable, gathered: Collection[str] = ()
 ) -> Callable:
-    """A compiled step: runs `measures(batch, *more)` on every replica and sums each of its values.
+    """Compiles a step that runs `measures(batch, *more)` on every replica and sums each value.
 
     Args:
       strategy: the replicas.
       measures: returns values by name.
-      gathered: names of the values whose rows are concatenated instead.
+      gathered: names of values whose rows are concatenated instead.
     """
 
     @tf.function
     def step(batch, *more):
         partial = strategy.run(measures, args=(batch, *more))
-        # Over replicas only (axis None): `measures` has summed over the rows.
+        # Over replicas only (axis None), because `measures` has summed over the rows.
         total = tf.distribute.ReduceOp.SUM
         return {
             key: strategy.gather(value, 0)
@@ -179,7 +179,7 @@ def add_up(
         distributed = strategy.experimental_distribute_dataset(batches)
     for batch in distributed:
         for key, value in step(batch).items():
-            # A sum in float32 would stop counting at 2**24.
+            # A float32 sum of ones stops growing at 2**24.
             sums[key] = sums.get(key, 0.0) + np.asarray(value, np.float64)
     return sums
 
@@ -188,7 +188,7 @@ def means(sums: dict[str, np.ndarray], num_examples: int) -> dict[str, float]:
     """Divides every sum by the sum `examples`.
 
     Raises:
-      IncompleteEvaluation: `examples` differs from `num_examples`.
+      IncompleteEvaluation: If `examples` differs from `num_examples`.
     """
     seen = round(float(sums.pop("examples")))
     if seen != num_examples:
@@ -197,7 +197,7 @@ def means(sums: dict[str, np.ndarray], num_examples: int) -> dict[str, float]:
 
 
 def _logits(forward, pixels: tf.Tensor, views: int) -> tf.Tensor:
-    # The detour over probabilities would cut off the loss of confident mistakes at _TINY.
+    # Converting to probabilities and back would limit the loss of confident mistakes at _TINY.
     if views == 1:
         return forward(pixels)
     probabilities = views_lib.average(
@@ -207,7 +207,7 @@ def _logits(forward, pixels: tf.Tensor, views: int) -> tf.Tensor:
 
 
 def _measures(logits: tf.Tensor, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """Sums over the batch and two values per image.
+    """Returns sums over the batch and two values per image.
 
     Per image: (truth, prediction), int64 [B, 2], where the truth of padding is -1; and the
     confidence, float32 [B].
@@ -232,7 +232,7 @@ def _measures(logits: tf.Tensor, batch: dict[str, tf.Tensor]) -> dict[str, tf.Te
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """`top-1 88.6%, top-5 99.6%, loss 0.566 on 500 examples`."""
+    """Formats metrics: `top-1 88.6%, top-5 99.6%, loss 0.566 on 500 examples`."""
     return (
         f"top-1 {metrics['top1']:.1%}, top-5 {metrics['top5']:.1%}, "
         f"loss {metrics['loss']:.3f} on {metrics['examples']} examples"

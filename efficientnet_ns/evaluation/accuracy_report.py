@@ -1,4 +1,4 @@
-"""Results of an evaluation as `eval.json` and as an HTML page."""
+"""Writes the results of an evaluation as `eval.json` and as an HTML page."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from efficientnet_ns.evaluation.accuracy import Measured
 from efficientnet_ns.files import json_files, object_stores
 from efficientnet_ns.models.recipes import RECIPES, Recipe
 
-# Size of ImageNet's validation set; published values are comparable only on all of it.
+# Size of ImageNet's validation set; published values are comparable only on the complete set.
 _IMAGENET_VALIDATION = 50_000
 
 
 def beside_published(config: Config, results: Mapping[str, Measured]) -> list[str]:
-    """Lines that compare measured with published top-1 accuracy; none for other models and sets.
+    """Compares measured and published top-1 accuracy, in lines; [] for other models and sets.
 
     Args:
       config: names the model and the task.
@@ -57,7 +57,7 @@ def write(
       config: settings of the evaluation.
       weights_path: path of the evaluated weights.
       results: prefix of the set → measurements.
-      class_names: names of all classes; None: classes are named by their indices.
+      class_names: names of all classes; None names classes by their indices.
     """
     object_stores.make_folder(folder)
     first = next(iter(results.values()))
@@ -79,7 +79,7 @@ def write(
 
 
 def _plain(measured: Measured, names: Sequence[str]) -> dict[str, Any]:
-    # JSON has no NaN, which stands for classes without images.
+    # JSON has no NaN, the value of classes without images.
     accuracies = [None if np.isnan(a) else float(a) for a in measured.per_class]
     return {
         **_metrics(measured),

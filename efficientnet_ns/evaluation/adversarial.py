@@ -1,4 +1,4 @@
-"""Accuracy under attacks that know the model and the true label.
+"""Measures accuracy under attacks that use the model and the true label.
 
 Sources:
   Goodfellow et al. 2015 (arXiv 1412.6572): FGSM, one step along the sign of the gradient.
@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from efficientnet_ns.evaluation import accuracy
 
-# (pixels [B, S, S, 3], labels [B]) → gradient of the loss by the pixels.
+# (pixels [B, S, S, 3], labels [B]) → gradient of the loss with respect to the pixels.
 Gradient = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 _START = 3  # Salt of the random starts.
@@ -29,9 +29,9 @@ class Pgd:
     """Settings of PGD.
 
     Attributes:
-      steps: gradient steps.
-      step_size: size of one step in pixel values; None: 2.5 ε / steps, which reaches the border of
-        the ball from any start.
+      steps: number of gradient steps.
+      step_size: size of one step in pixel values; None for 2.5 ε / steps, which reaches the
+        boundary of the ball from any start.
       seed: seed of the random starts.
     """
 
@@ -40,18 +40,18 @@ class Pgd:
     seed: int = 0
 
     def size(self, epsilon: float) -> float:
-        """Size of one step at this ε, in pixel values."""
+        """Returns the size of one step at this ε, in pixel values."""
         return 2.5 * epsilon / self.steps if self.step_size is None else self.step_size
 
 
 class Attacker:
-    """Top-1 accuracy of a model on clean images and under FGSM and PGD.
+    """Measures a model's top-1 accuracy on clean images and under FGSM and PGD.
 
     Args:
       model: pixels → logits.
       strategy: the strategy under which the model was built.
       pgd: settings of PGD.
-      jit_compile: compile the attack with XLA.
+      jit_compile: whether to compile the attack with XLA.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Attacker:
           `clean`, `fgsm`, `pgd` (top-1, fractions), `examples`.
 
         Raises:
-          accuracy.IncompleteEvaluation: the batches held more or fewer examples.
+          accuracy.IncompleteEvaluation: If the batches contain more or fewer examples.
         """
         # Tensors, so that a new ε does not retrace the step.
         size = tf.constant(self._pgd.size(epsilon), tf.float32)
@@ -123,35 +123,35 @@ def _batch_sums(model, batch, epsilon, step_size, pgd: Pgd) -> dict[str, tf.Tens
 
 
 def loss_gradient(model: Callable[..., tf.Tensor], pixels: tf.Tensor, labels: tf.Tensor):
-    """A positive multiple of the gradient of each image's cross-entropy, float32 [B, S, S, 3].
+    """Returns a positive multiple of each image's cross-entropy gradient, float32 [B, S, S, 3].
 
     The attacks use only its sign. Cross-entropy is log(1 + exp(margin)), so its gradient is
-    sigmoid(margin) times the gradient of the margin. That factor is omitted: in float32 it underflows
-    to 0 where the model is very confident, which would stop the attack there.
+    sigmoid(margin) times the gradient of the margin. This function omits that factor, which
+    underflows to 0 in float32 if the model is very confident and would stop the attack.
 
     Args:
       model: pixels → logits.
       pixels: float32 [B, S, S, 3].
       labels: true classes, int32 [B].
     """
-    # Only the gradient by the pixels is needed, not those by the weights.
+    # Only the gradient with respect to the pixels is required, not to the weights.
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(pixels)
         logits = tf.cast(model(pixels, training=False), tf.float32)
         own = tf.one_hot(labels, logits.shape[-1], on_value=True, off_value=False)
-        # The lowest float32 takes the true class out of the sum: its exponential underflows to 0.
+        # The lowest float32 excludes the true class: its exponential underflows to 0.
         others = tf.reduce_logsumexp(tf.where(own, logits.dtype.min, logits), -1)
         margin = others - tf.gather(logits, labels, axis=-1, batch_dims=1)
-        # Without batch statistics images are independent, so the gradient of the sum is per image.
+        # In inference mode, images are independent, so the sum's gradient is per image.
         loss = tf.reduce_sum(margin)
     return tape.gradient(loss, pixels)
 
 
 def project(pixels: tf.Tensor, clean: tf.Tensor, epsilon: tf.Tensor | float) -> tf.Tensor:
-    """The nearest pixels within ε of the clean ones and within 0..255.
+    """Returns the nearest pixels within ε of the clean ones and within 0..255.
 
-    Bicubic resizing overshoots 0..255 in places. There, the clean value replaces the bound, so that
-    ε = 0 returns the clean image.
+    Bicubic resizing can exceed 0..255. In that case, the clean value replaces the bound, so ε = 0
+    returns the clean image.
     """
     lowest = tf.maximum(clean - epsilon, tf.minimum(clean, 0.0))
     highest = tf.minimum(clean + epsilon, tf.maximum(clean, 255.0))
@@ -161,7 +161,7 @@ def project(pixels: tf.Tensor, clean: tf.Tensor, epsilon: tf.Tensor | float) -> 
 def fgsm(
     gradient: Gradient, clean: tf.Tensor, labels: tf.Tensor, epsilon: tf.Tensor | float
 ) -> tf.Tensor:
-    """The clean pixels, float32 [B, S, S, 3], moved by ε along the sign of the gradient."""
+    """Moves the clean pixels, float32 [B, S, S, 3], by ε along the sign of the gradient."""
     return project(clean + epsilon * tf.sign(gradient(clean, labels)), clean, epsilon)
 
 
@@ -174,7 +174,7 @@ def projected_descent(
     steps: int,
     start: tf.Tensor,
 ) -> tf.Tensor:
-    """PGD's last iterate.
+    """Returns PGD's last iterate.
 
     Args:
       gradient: gradient of the loss, which the attack maximizes.
@@ -183,7 +183,7 @@ def projected_descent(
       epsilon: radius of the ball, in pixel values.
       step_size: size of a step, in pixel values.
       steps: number of steps.
-      start: pixels to start from, float32 [B, S, S, 3]; projected first.
+      start: initial pixels, float32 [B, S, S, 3]; projected first.
     """
 
     def step(done, pixels):
@@ -191,26 +191,26 @@ def projected_descent(
         return done + 1, project(moved, clean, epsilon)
 
     first = (tf.constant(0), project(start, clean, epsilon))
-    # A loop in the graph: one unrolled by Python would grow with the number of steps.
+    # A graph loop; a Python loop would be unrolled and grow with the number of steps.
     return tf.while_loop(lambda done, _: done < steps, step, first)[1]
 
 
 def random_start(
     clean: tf.Tensor, index: tf.Tensor, epsilon: tf.Tensor | float, seed: int
 ) -> tf.Tensor:
-    """Pixels drawn uniformly from the ball around the clean ones, float32 [B, S, S, 3].
+    """Draws pixels uniformly from the ball around the clean ones, float32 [B, S, S, 3].
 
     Args:
       clean: pixels, float32 [B, S, S, 3].
-      index: index of each image in the set, int32 [B]. The draw depends only on it and on the seed,
-        not on batches or devices.
+      index: index of each image in the set, int32 [B]. The draw depends only on the index and the
+        seed, not on batches or devices.
       epsilon: radius of the ball, in pixel values.
       seed: seed of all draws.
     """
 
     def draw(place: tf.Tensor) -> tf.Tensor:
         own = tf.random.experimental.stateless_fold_in([seed, _START], place)
-        # A fixed algorithm, because the default differs between device types.
+        # The algorithm is fixed because the default depends on the device type.
         return tf.random.stateless_uniform(clean.shape[1:], own, alg="philox")
 
     noise = tf.map_fn(draw, index, fn_output_signature=tf.float32)

@@ -1,10 +1,10 @@
-"""The corruptions of ImageNet-C applied to any images, in separate processes.
+"""Applies the corruptions of ImageNet-C to any images, in separate processes.
 
-The package imagecorruptions-imaug draws from NumPy's global random state, hence the processes. This
-module does not import TensorFlow, which keeps them small.
+Separate processes are required because the package imagecorruptions-imaug draws from NumPy's
+global random state. They stay small because this module does not import TensorFlow.
 
-Source: Hendrycks and Dietterich 2019 (arXiv 1903.12261). ImageNet-C's images are 224 pixels wide and
-stored as JPEG. This module corrupts the pixels that a model would see and does not compress them.
+Source: Hendrycks and Dietterich 2019 (arXiv 1903.12261). ImageNet-C's images are 224 pixels wide
+and stored as JPEG. This module corrupts the model's input pixels and does not compress them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _LEAST_SIDE = 32
 
 
 def check_installed() -> str:
-    """Version of the corruption library.
+    """Returns the version of the corruption library.
 
     Raises:
-      ConfigError: the library cannot be imported, or is another package of that name.
+      ConfigError: If the library cannot be imported or is another package of that name.
     """
     from importlib import metadata
 
@@ -36,10 +36,10 @@ def check_installed() -> str:
         import imagecorruptions  # noqa: F401
     except ImportError as e:
         raise ConfigError(
-            "--corrupt needs the package imagecorruptions-imaug, which is missing or cannot be "
+            "--corrupt requires the package imagecorruptions-imaug, which is missing or cannot be "
             f"loaded ({e}): pip install 'efficientnet-ns[robustness]', or in a clone "
             "pip install -e '.[robustness]'. If libGL is missing: apt-get install "
-            "libgl1, or replace opencv-python by opencv-python-headless."
+            "libgl1, or replace opencv-python with opencv-python-headless."
         ) from e
     try:
         # The package imagecorruptions installs a module of the same name.
@@ -53,25 +53,25 @@ def check_installed() -> str:
 
 
 def image_seeds(name: str, severity: int, first: int, count: int, seed: int) -> list[int]:
-    """The seeds of images `first` … `first + count - 1` of a set, each below 2**32.
+    """Returns the seeds of images `first` … `first + count - 1` of a set, each below 2**32.
 
     They depend only on the seed, the corruption, the severity and the index of the image.
     """
-    # Not hash(): that of a string differs from process to process.
+    # Not hash(), which differs between processes for strings.
     salt = zlib.crc32(name.encode())
     return [
-        # One uint32: np.random.seed takes no larger numbers.
+        # One uint32, because np.random.seed does not accept larger numbers.
         int(np.random.SeedSequence([seed, salt, severity, place]).generate_state(1)[0])
         for place in range(first, first + count)
     ]
 
 
 def corrupt(pixels: np.ndarray, name: str, severity: int, seeds: Sequence[int]) -> np.ndarray:
-    """Corrupts images one after the other; changes NumPy's global random state.
+    """Corrupts images one by one; changes NumPy's global random state.
 
     Args:
       pixels: uint8 [N, S, S, 3]. The library rejects images below 32 pixels, so smaller ones are
-        padded to that size by reflection and cropped again afterwards.
+        padded to that size by reflection and cropped afterwards.
       name: one of `robustness_metrics.ALEXNET_ERROR` or `ALEXNET_ERROR_EXTRA`.
       severity: 1 to 5.
       seeds: one per image.
@@ -83,7 +83,7 @@ def corrupt(pixels: np.ndarray, name: str, severity: int, seeds: Sequence[int]) 
 
     missing = max(0, _LEAST_SIDE - pixels.shape[1])
     before, size = missing // 2, pixels.shape[1]
-    # Mirrored, because constant pixels would change the mean, which `contrast` depends on.
+    # Mirrored, because constant pixels would change the mean, on which `contrast` depends.
     border = [(before, missing - before)] * 2 + [(0, 0)]
     corrupted = np.empty_like(pixels)
     for place, (image, seed) in enumerate(zip(pixels, seeds)):
@@ -97,17 +97,17 @@ def corrupt(pixels: np.ndarray, name: str, severity: int, seeds: Sequence[int]) 
 
 
 class Corruptor:
-    """Processes that corrupt images; a context manager.
+    """Corrupts images in separate processes; a context manager.
 
     Args:
       seed: seed of all draws.
-      workers: number of processes; None: one per available core.
+      workers: number of processes; None for one per available core.
     """
 
     def __init__(self, seed: int, workers: int | None = None):
         self._seed = seed
         self.workers = workers or available_cpus()
-        # Forked children would inherit TensorFlow's threads in an unknown state.
+        # Forked child processes would inherit TensorFlow's threads in an undefined state.
         context = multiprocessing.get_context("spawn")
         self._pool = concurrent.futures.ProcessPoolExecutor(self.workers, context, _start_worker)
 
@@ -120,15 +120,15 @@ class Corruptor:
     def submit(
         self, pixels: np.ndarray, name: str, severity: int, first: int
     ) -> concurrent.futures.Future:
-        """Runs `corrupt` in another process, on images from index `first` of their set on."""
+        """Runs `corrupt` in another process, on images of a set starting at index `first`."""
         seeds = image_seeds(name, severity, first, len(pixels), self._seed)
         return self._pool.submit(corrupt, pixels, name, severity, seeds)
 
 
 def _start_worker() -> None:
-    """Limits OpenCV to one thread, and ends the process when its parent ends."""
+    """Limits OpenCV to one thread and ends the process when its parent ends."""
     import cv2
 
-    # There is already a process per core.
+    # There is already one process per core.
     cv2.setNumThreads(1)
     preemption.end_with_parent()

@@ -1,7 +1,7 @@
-"""Robustness on your own labeled set: attacks and corruptions, of one model or of two to compare.
+"""Robustness on a custom labeled set: attacks and corruptions, for one model or two to compare.
 
 Every measurement (one model at one ε, or at one corruption and severity) is stored in a separate
-file, named by a hash of everything that determines it. It is made once and used by all later runs.
+file, named by a hash of everything that determines it. It is made once and reused by later runs.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 MODEL, BASELINE = "model", "baseline"
 CLEAN = 0  # Severity of the unchanged images.
-_GROUP = 32  # Images that a process corrupts per task.
+_GROUP = 32  # Number of images that a process corrupts per task.
 
 # (pixels uint8 [N, S, S, 3], corruption, severity, index of the first image in the set) → an object
-# whose `result()` is the corrupted pixels, uint8 [N, S, S, 3].
+# whose `result()` returns the corrupted pixels, uint8 [N, S, S, 3].
 Submit = Callable[[np.ndarray, str, int, int], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to measure; validated.
+    """Validated settings of what to measure.
 
     Attributes:
       corruptions: names of the corruptions.
-      severities: severities of each, 1 to 5.
+      severities: severities of each corruption, 1 to 5.
       epsilons: radii of the attacks, in pixel values.
       pgd: settings of PGD.
     """
@@ -62,7 +62,7 @@ class Settings:
         """Parses the flags.
 
         Raises:
-          ConfigError: an unknown corruption, or a severity or ε out of range.
+          ConfigError: If a corruption is unknown, or a severity or ε is out of range.
         """
         known = {**metrics.ALEXNET_ERROR, **metrics.ALEXNET_ERROR_EXTRA}
         names = list(metrics.ALEXNET_ERROR) if own.corrupt == "all" else _words(own.corrupt)
@@ -73,7 +73,7 @@ class Settings:
             )
         severities = _numbers("severities", own.severities, 1, 5)
         if not severities or any(s != int(s) for s in severities):
-            raise ConfigError(f"--severities={own.severities}: use whole numbers 1 to 5")
+            raise ConfigError(f"--severities={own.severities}: use integers from 1 to 5")
         return cls(
             tuple(dict.fromkeys(names)),
             tuple(int(s) for s in severities),
@@ -103,7 +103,7 @@ class Subject(NamedTuple):
       name: `MODEL` or `BASELINE`.
       model: pixels → logits.
       classify: pixels float32 [N, S, S, 3] → probabilities; None if nothing is corrupted.
-      identity: what determines its predictions, JSON-able.
+      identity: what determines the predictions, JSON-able.
     """
 
     name: str
@@ -116,10 +116,11 @@ class Found(NamedTuple):
     """Measurements of all models.
 
     Attributes:
-      results: `set`, `examples`, `image_size`, `models` (name → weights); with ε, `attacks`: ε →
-        model → `clean`, `fgsm`, `pgd`, top-1; with corruptions, `severities`, `clean`: model →
+      results: `set`, `examples`, `image_size`, `models` (name → weights); for attacks, `attacks`:
+        ε → model → top-1 `clean`, `fgsm`, `pgd`; for corruptions, `severities`, `clean`: model →
         error, and `corruptions`: corruption → model → error by severity. Fractions; JSON-able.
-      pictures: (PNG, caption) of the set's first image: a row per corruption, a column per severity.
+      pictures: (PNG, caption) of the set's first image: one row per corruption, one column per
+        severity.
     """
 
     results: dict[str, Any]
@@ -127,7 +128,7 @@ class Found(NamedTuple):
 
 
 class LabeledSet(NamedTuple):
-    """The images to measure on.
+    """The images on which models are measured.
 
     Attributes:
       source: the records.
@@ -146,13 +147,13 @@ def measure(config: Config, own: CustomRobustnessConfig, weights_path: str, fold
     """Measures what `own` requests on the devices of this machine.
 
     Args:
-      config: the model, and the labeled set.
+      config: the model and the labeled set.
       own: what to measure.
       weights_path: path of the model's weights, as for `weights.load_weights`.
-      folder: folder of the results; finished parts are kept in `own_set` there.
+      folder: folder of the results; its subfolder `own_set` stores completed parts.
 
     Raises:
-      ConfigError, DataError: invalid settings or data, before anything is measured.
+      ConfigError, DataError: If settings or data are invalid; raised before any measurement.
     """
     # --- Settings and data, checked before a model is built
     if os.environ.get("TF_CONFIG"):
@@ -166,7 +167,7 @@ def measure(config: Config, own: CustomRobustnessConfig, weights_path: str, fold
     kind = resolved.config.predict.inference_engine
     if kind in engines.CPU_ENGINES and not settings.corruptions:
         raise ConfigError(
-            f"--epsilons: attacks need TensorFlow's gradients: drop --inference_engine={kind}"
+            f"--epsilons: attacks need TensorFlow's gradients: remove --inference_engine={kind}"
         )
     library = corruptions.check_installed() if settings.corruptions else None
     labeled = _labeled_set(resolved, own.image_set)
@@ -193,9 +194,9 @@ def measure(config: Config, own: CustomRobustnessConfig, weights_path: str, fold
             results["attacks"] = _attacks(parts, subjects, labeled, settings, strategy, compiled)
         if settings.corruptions:
             seed = resolved.config.train.seed
-            # Another version of the library may corrupt in another way.
+            # Another version of the library may corrupt images differently.
             details = {"library": library, "seed": seed}
-            # Needed even if every part is stored: the pictures are not.
+            # Required even if every part is stored, because the pictures are not.
             with corruptions.Corruptor(seed) as corruptor:
                 submit, ahead = corruptor.submit, 2 * corruptor.workers
                 found = corrupted(parts, subjects, labeled, settings, submit, details, ahead)
@@ -225,18 +226,18 @@ def _labeled_set(resolved: ResolvedConfig, prefix: str) -> LabeledSet:
 def _baseline_config(resolved: ResolvedConfig, name: str, path: str) -> Config:
     config, stored = resolved.config, stored_model.read(path)
     name = name or stored.variant or ""
-    # Weights of the same variant without stored settings: the coefficients of the flags hold for
-    # them, too.
+    # The coefficients of the flags also apply to weights of the same variant without stored
+    # settings.
     if name in ("", config.model.model_name) and not stored.settings:
         return config
-    # Coefficients that flags set belong to the other model.
+    # Coefficients set by flags belong to the other model.
     return config.override(model_name=name, width_coefficient=None, depth_coefficient=None)
 
 
 def _subject(
     name: str, config: Config, path: str, image_size: int, strategy, classifies: bool
 ) -> Subject:
-    # Both models see the same pixels, whatever sizes they were trained at.
+    # Both models see the same pixels regardless of the sizes at which they were trained.
     resolved = ResolvedConfig.from_config(config.override(input_image_size=image_size), path)
     with strategy.scope():
         model = resolved.build_model()
@@ -246,7 +247,7 @@ def _subject(
         kind, batch = config.predict.inference_engine, config.evaluation.eval_batch_size
         engine = engines.make(kind, model, batch, strategy, dtype=config.predict.inference_dtype)
     identity = {
-        # By content: a training may go on in the same folder.
+        # By content, because training may continue in the same folder.
         "weights": weights.fingerprint(path, resolved.model_name),
         **as_dict(resolved.config.model),
         "precision": tf.keras.mixed_precision.global_policy().name,
@@ -257,7 +258,7 @@ def _subject(
 
 
 def _stage(folder: str, name: str, **identity: Any) -> manifests.Stage:
-    # With this hash in the name, a part of other settings is another file, not a conflict.
+    # With this hash in the name, a part with other settings is another file, not a conflict.
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     return manifests.Stage(os.path.join(folder, f"{name}-{digest}.json"), [], identity)
 
@@ -286,9 +287,9 @@ def corrupted(
     details: Mapping[str, Any],
     ahead: int,
 ) -> dict[str, Any]:
-    """`severities`, `clean` and `corruptions` of `Found.results`.
+    """Returns `severities`, `clean` and `corruptions` of `Found.results`.
 
-    An image is corrupted once for all models that lack the part.
+    Corrupts each image once for all models without a stored result of the part.
 
     Args:
       folder: folder of the parts.
@@ -296,7 +297,7 @@ def corrupted(
       labeled: the images.
       settings: corruptions and severities.
       submit: corrupts a group of images, usually in another process.
-      details: what determines its results in addition to the settings, JSON-able.
+      details: what determines the results in addition to the settings, JSON-able.
       ahead: number of groups that may wait for classification; bounds memory.
     """
     # Clean images depend neither on the library nor on the seed, so they get no `details`.
@@ -315,7 +316,7 @@ def corrupted(
         for part, left in lacking.items():
             hits = _count_hits(left, labeled, submit, part, ahead, progress)
             for subject, number in zip(left, hits):
-                # Stored part by part: a killed run loses the part it was at.
+                # Stored part by part, so a killed run loses only the current part.
                 with stages[part][subject.name].write() as (_, counts):
                     counts["error"] = 1 - int(number) / total
     errors: dict[str, dict[str, list[float]]] = {}
@@ -323,7 +324,7 @@ def corrupted(
         for model, stage in of_models.items():
             by_severity = errors.setdefault(name, {}).setdefault(model, [])
             by_severity.append(stage.counts()["error"])
-    # They were measured like a corruption of one severity.
+    # Clean images were measured like a corruption of one severity.
     clean = {subject: values[0] for subject, values in errors.pop("clean").items()}
     return {"severities": list(settings.severities), "clean": clean, "corruptions": errors}
 
@@ -335,7 +336,7 @@ def _stages(
     part: tuple[str, int],
     details: Mapping[str, Any],
 ) -> dict[str, manifests.Stage]:
-    """The finished work of a corruption at a severity, by model."""
+    """Returns the stage of a corruption at a severity for each model."""
     name, severity = part
     how = {**labeled.identity, "corruption": name, "severity": severity, **details}
     return {s.name: _stage(folder, f"{name}-{severity}", **s.identity, **how) for s in subjects}
@@ -349,11 +350,11 @@ def _count_hits(
     ahead: int,
     progress: Progress,
 ) -> np.ndarray:
-    """Number of correct predictions of each model, int [models]."""
+    """Counts the correct predictions of each model, int [models]."""
     classifiers = [subject.classify for subject in subjects if subject.classify is not None]
 
     def hits(corrupting, labels: np.ndarray) -> np.ndarray:
-        # Waits in its thread, while the main thread submits further groups.
+        # Waits in its own thread while the main thread submits more groups.
         pixels = corrupting.result().astype(np.float32)
         return np.array([_right(classify(pixels), labels) for classify in classifiers])
 
@@ -361,12 +362,12 @@ def _count_hits(
     waiting: collections.deque = collections.deque()
     name, severity = part
     job = submit if severity else _unchanged
-    # Engines compute several calls at once; see `inference.engines`.
+    # Engines run several calls concurrently; see `inference.engines`.
     with concurrent.futures.ThreadPoolExecutor(available_cpus()) as threads:
         for pixels, labels, first in _groups(labeled.groups):
             corrupting = job(pixels, name, severity, first)
             waiting.append(threads.submit(hits, corrupting, labels))
-            # Bounds the pixels in memory. Errors of the threads and processes are raised here, too.
+            # Bounds the pixels in memory and raises the errors of threads and processes.
             if len(waiting) > ahead:
                 total += waiting.popleft().result()
             seen += len(labels)
@@ -380,7 +381,7 @@ def _count_hits(
 
 
 def _right(probs: np.ndarray, labels: np.ndarray) -> int:
-    """Number of correct predictions; ties go to the lower class, and a row with NaN is a miss."""
+    """Counts correct predictions; ties go to the lower class, and a row with NaN is a miss."""
     return int(((probs.argmax(1) == labels) & np.isfinite(probs).all(1)).sum())
 
 
@@ -391,17 +392,17 @@ def _unchanged(pixels: np.ndarray, *unused) -> concurrent.futures.Future:
 
 
 def _groups(batches: tf.data.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """(pixels uint8 [N, S, S, 3], labels [N], index of the first image in the set)."""
+    """Yields (pixels uint8 [N, S, S, 3], labels [N], index of the first image in the set)."""
     for batch in batches.as_numpy_iterator():
         real = batch["mask"] > 0
-        # Bicubic resizing overshoots 0..255, and astype would wrap around and truncate.
+        # Bicubic resizing can exceed 0..255, and astype would wrap around and truncate.
         pixels = np.rint(np.clip(batch["image"][real], 0, 255)).astype(np.uint8)
-        # Padding comes last, so the first row is always an image.
+        # Padding is last, so the first row is always an image.
         yield pixels, batch["label"][real], int(batch["index"][0])
 
 
 def draw(labeled: LabeledSet, settings: Settings, submit: Submit) -> list[tuple[bytes, str]]:
-    """`Found.pictures`: the first image under every corruption and severity."""
+    """Returns `Found.pictures`: the first image with every corruption and severity."""
     image = next(_groups(labeled.groups))[0][:1]
     jobs = [
         (submit(image, name, severity, 0), f"{name} {severity}")

@@ -1,4 +1,4 @@
-"""Results of `custom_robustness` as JSON, Markdown and HTML."""
+"""Writes the results of `custom_robustness` as JSON, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _RELATIVE = "CE, relative to the baseline"
 
 
 def relative_errors(errors: Mapping[str, Mapping[str, list[float]]]) -> dict[str, float | None]:
-    """CE of each corruption: the model's error over the baseline's, both summed over the severities.
+    """Computes the CE of each corruption: the model's summed error divided by the baseline's.
 
-    The definition of mCE, with the baseline instead of AlexNet. None if the baseline makes no error.
+    As in mCE, but with the baseline instead of AlexNet. Errors are summed over the severities. None
+    if the baseline makes no errors.
 
     Args:
       errors: corruption → model → error by severity.
@@ -31,9 +32,9 @@ def relative_errors(errors: Mapping[str, Mapping[str, list[float]]]) -> dict[str
 
 
 def mean_relative_error(errors: Mapping[str, Mapping[str, list[float]]]) -> float | None:
-    """The mean CE of the measured corruptions, relative to the baseline, without the extra four.
+    """Returns the mean relative CE of the measured corruptions, without the extra four.
 
-    None if none of the 15 was measured or if a CE is undefined.
+    Returns None if none of the 15 was measured or a CE is undefined.
     """
     relative = relative_errors(errors)
     measured = [relative[name] for name in metrics.ALEXNET_ERROR if name in relative]
@@ -42,7 +43,7 @@ def mean_relative_error(errors: Mapping[str, Mapping[str, list[float]]]) -> floa
 
 
 def corruption_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Errors in percent: one row for clean images, one per corruption, one for the mean."""
+    """Returns errors in percent: a row for clean images, one per corruption and a mean."""
     errors, models = results["corruptions"], list(results["models"])
     clean = {f"{m} error": _percent(results["clean"][m]) for m in models}
     rows: list[dict[str, Any]] = [{"corruption": "none (clean)", **clean}]
@@ -57,14 +58,14 @@ def corruption_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     if BASELINE in models:
         relative = relative_errors(errors)
         for entry in rows:
-            # None in the row of clean images, which no CE is defined for.
+            # None in the row of clean images, for which CE is undefined.
             entry[_RELATIVE] = _percent(relative.get(entry["corruption"]))
         last[_RELATIVE] = _percent(mean_relative_error(errors))
     return [*rows, last] if counted else rows
 
 
 def severity_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Errors in percent: one row per corruption and model, one column per severity."""
+    """Returns errors in percent: one row per corruption and model, one column per severity."""
     return [
         {"corruption": name, "model": model, **dict(zip(severities, map(_percent, values)))}
         for name, of in results["corruptions"].items()
@@ -74,7 +75,7 @@ def severity_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def attack_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Top-1 accuracy in percent: one row per ε."""
+    """Returns top-1 accuracy in percent: one row per ε."""
     return [
         {
             "epsilon": epsilon,
@@ -93,7 +94,7 @@ def _percent(fraction: float | None) -> float | None:
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Title → rows of what was measured."""
+    """Maps the titles of the measured tables to their rows."""
     found = {}
     if "attacks" in results:
         found["Top-1 under attack, percent (epsilon in pixel values of 255)"] = attack_rows(results)
@@ -103,7 +104,7 @@ def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The tables in Markdown."""
+    """Returns the tables in Markdown."""
     return "\n".join(
         f"{title}\n\n{text_table.markdown(rows)}" for title, rows in tables(results).items()
     )

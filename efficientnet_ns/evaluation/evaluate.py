@@ -1,4 +1,4 @@
-"""`--mode=eval`: measures saved weights, once or for every new checkpoint."""
+"""`--mode=eval`: measures saved weights once, or every new checkpoint."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 def evaluate(config: Config) -> dict[str, dict[str, float]]:
     """Measures saved weights on the task's evaluation set and, if there is one, its test set.
 
-    The weights are those of `stored_model.weights_of`, which may also be an export; what is not given
-    about the model is read there, and the labeled records are by default those of its training. With
+    The weights are those of `stored_model.weights_of`, which may also be an export. Missing model
+    settings are read from there, and the labeled records default to those of its training. With
     `eval_continuously`, every new checkpoint in `model_dir` is measured until the last step, and the
     metrics are also logged to `model_dir/eval`.
 
@@ -36,7 +36,7 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
       Prefix of the set → metrics of the last weights measured; see `accuracy.Evaluator`.
 
     Raises:
-      ConfigError, DataError: settings or data that cannot work.
+      ConfigError, DataError: If settings or data are invalid.
     """
     path = _weights_path(config)
     stored = stored_model.read(path)
@@ -52,7 +52,7 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     if stored.exported:
         return _evaluate_export(resolved, path)
     strategy = distribution.get_strategy(config.hardware)
-    # Before the model is built, whose layers take the policy that they find.
+    # Before the model is built, because its layers use the policy set at that time.
     distribution.set_precision(config.hardware, strategy)
     with strategy.scope():
         model = resolved.build_model()
@@ -71,9 +71,9 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
 
 
 def _evaluate_export(resolved: ResolvedConfig, path: str) -> dict[str, dict[str, float]]:
-    """Measures an export, whose graph prepares the images itself."""
+    """Measures an export, whose graph includes the preprocessing of images."""
     model = exported.ExportedModel(path)
-    # Not called as a model: the engine computes.
+    # The model is never called, because the engine computes the probabilities.
     evaluator = accuracy.Evaluator(
         cast(tf.keras.Model, model), engine=cast(Callable[[np.ndarray], np.ndarray], model)
     )
@@ -84,7 +84,7 @@ def _evaluate_export(resolved: ResolvedConfig, path: str) -> dict[str, dict[str,
 def _report(
     resolved: ResolvedConfig, path: str, results: dict[str, accuracy.Measured], folder: str | None
 ) -> dict[str, dict[str, float]]:
-    """The metrics; they are logged next to published ones, and written to `folder` if there is one."""
+    """Returns the metrics, logs them next to published ones, and writes them to any `folder`."""
     if folder:
         names = tasks.class_names(resolved.task)
         accuracy_report.write(folder, resolved.config, path, results, names)
@@ -96,18 +96,18 @@ def _report(
 def _weights_path(config: Config) -> str:
     train = config.train
     continuous = config.evaluation.eval_continuously
-    # Checkpoints that do not exist yet can only be named by their folder.
+    # Checkpoints that do not exist yet can only be specified by their folder.
     path = train.model_dir if continuous else stored_model.weights_of(train)
     if not path:
         raise ConfigError(
-            "--model_dir (or --init_model_path) is needed: the model to evaluate, a folder of a "
-            "training, of noisy_student, or of an export"
+            "--model_dir (or --init_model_path) is required: the model to evaluate, a folder of a "
+            "training run, of noisy_student, or of an export"
         )
     return stored_model.find(path)
 
 
 def _check(config: Config) -> None:
-    """ConfigError for settings that cannot work."""
+    """Raises ConfigError if the settings are invalid."""
     evaluation, kind = config.evaluation, config.predict.inference_engine
     needed(config.data.label_data_dir, "label_data_dir", "the folder with the labeled records")
     if evaluation.eval_views not in (1, 2):
@@ -116,12 +116,12 @@ def _check(config: Config) -> None:
         raise ConfigError("--eval_continuously works on one machine: unset TF_CONFIG")
     if evaluation.eval_continuously and kind in engines.CPU_ENGINES:
         raise ConfigError(
-            f"--eval_continuously computes with TensorFlow: leave out --inference_engine={kind}"
+            f"--eval_continuously computes with TensorFlow: remove --inference_engine={kind}"
         )
 
 
 def _engine(config: Config, model: tf.keras.Model, strategy: tf.distribute.Strategy):
-    """The CPU engine, which uses one device; None to compute with TensorFlow under the strategy."""
+    """Returns the CPU engine, which uses one device; None to use TensorFlow under the strategy."""
     kind, dtype = config.predict.inference_engine, config.predict.inference_dtype
     if kind in engines.CPU_ENGINES and strategy.num_replicas_in_sync > 1:
         raise ConfigError(
@@ -129,7 +129,7 @@ def _engine(config: Config, model: tf.keras.Model, strategy: tf.distribute.Strat
             "and unset TF_CONFIG"
         )
     engine = engines.make(kind, model, config.evaluation.eval_batch_size, strategy, dtype=dtype)
-    # The evaluator itself computes with TensorFlow, compiled and on all replicas.
+    # The evaluator runs TensorFlow itself, compiled and on all replicas.
     return None if isinstance(engine, engines.TensorFlowEngine) else engine
 
 
@@ -139,10 +139,10 @@ def _measure_sets(
     path: str,
     preprocessing: pipeline.Preprocessing | None = None,
 ) -> dict[str, accuracy.Measured]:
-    """Prefix of the set → measurements of the model's current weights, which came from `path`.
+    """Returns set prefix → measurements of the model's current weights, loaded from `path`.
 
     Args:
-      preprocessing: None: the evaluation preprocessing of the settings.
+      preprocessing: None for the evaluation preprocessing of the settings.
     """
     results = {}
     limits = {resolved.task.eval_set: "num_eval_images"}
@@ -162,19 +162,19 @@ def _measure_sets(
 def _evaluate_each(
     resolved: ResolvedConfig, model: tf.keras.Model, evaluator: accuracy.Evaluator
 ) -> dict[str, dict[str, float]]:
-    """Measures every new checkpoint in model_dir until that of the last step."""
+    """Measures every new checkpoint in model_dir, up to that of the last step."""
     folder = needed(resolved.config.train.model_dir, "model_dir", "the folder of the checkpoints")
     total = resolved.steps_to_run
-    # Keeps all rows that an interrupted evaluation logged, so that it is continued.
+    # Keeps all rows of an interrupted evaluation so that it can be resumed.
     log = MetricsLog(os.path.join(folder, "eval"), start=total)
     logged = {row["step"] for row in log.rows}
     results: dict[str, dict[str, float]] = {}
     for path in _each_new_checkpoint(folder):
-        # Here, because the training may be started after its evaluation.
+        # Checked here because training may start after its evaluation.
         _check_length(folder, resolved.config)
         step = _step_of(path)
         try:
-            # The last one is measured even if an earlier run logged it: its metrics are returned.
+            # The last one is measured even if it is already logged: its metrics are returned.
             if step not in logged or step == total:
                 weights.load_weights(model, path, ema=resolved.config.evaluation.eval_ema)
                 measured = _measure_sets(resolved, evaluator, path)
@@ -198,7 +198,7 @@ def _evaluate_each(
 
 
 def _check_length(folder: str, config: Config) -> None:
-    """ConfigError for settings under which the training in a folder ends at another step."""
+    """Raises ConfigError if, with these settings, training in a folder ends at another step."""
     path = os.path.join(folder, "config.json")
     if not tf.io.gfile.exists(path):
         return
@@ -208,30 +208,30 @@ def _check_length(folder: str, config: Config) -> None:
     difference = manifests.describe_difference({n: noted.get(n, own[n]) for n in own}, own)
     if difference:
         raise ConfigError(
-            f"the training in {folder} ends at another step ({difference}): give the settings it was "
+            f"training in {folder} ends at another step ({difference}): pass the settings it was "
             "started with"
         )
 
 
 def _step_of(path: str) -> int:
-    """The step that the name of a training's checkpoint ends with."""
+    """Returns the step at the end of the name of a training checkpoint."""
     number = os.path.basename(path).rpartition("-")[2]
     if not number.isdecimal():
         raise ConfigError(
-            f"--eval_continuously: the newest checkpoint is {path}, but a training's is called "
-            "model.ckpt-<step>: give the folder of a training as --model_dir"
+            f"--eval_continuously: the newest checkpoint is {path}, but training names it "
+            "model.ckpt-<step>. Pass the folder of a training run as --model_dir"
         )
     return int(number)
 
 
 def _each_new_checkpoint(folder: str, seconds: float = 1.0) -> Iterator[str]:
-    """Prefixes of the newest checkpoint, each once, without end; polls every `seconds`."""
+    """Yields the prefix of each newest checkpoint once, forever; polls every `seconds`."""
     last = None
     if checkpoint_files.newest_checkpoint(folder) is None:
         logging.info("waiting for the first checkpoint in %s", folder)
     while True:
         newest = checkpoint_files.newest_checkpoint(folder)
-        # Of checkpoints written while one is measured, only the newest is measured.
+        # Of the checkpoints written during a measurement, only the newest is measured.
         if newest is not None and newest != last:
             yield newest
             last = newest

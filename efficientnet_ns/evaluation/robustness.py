@@ -1,4 +1,4 @@
-"""Accuracy and stability on the robustness sets, measured in resumable parts."""
+"""Measures accuracy and stability on the robustness sets in resumable parts."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Evaluation:
     Args:
       classify: the model.
       group: images per call of `classify`.
-      folder: folder of the finished parts, which are not measured again.
+      folder: folder of completed parts, which are not measured again.
       identity: what determines the predictions (weights, size, …), JSON-able.
       classify_whole: the model for images that are already evaluation crops, as in ImageNet-C and
-        -P; None: `classify`.
+        -P; None uses `classify`.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Evaluation:
         self._group, self._folder, self._identity = group, folder, identity
 
     def part(self, name: str, settings: dict[str, Any], measure: Callable[[], dict]) -> dict:
-        """The stored result of a part, or that of `measure`, which is then stored.
+        """Returns the stored result of a part, or calls `measure` and stores its result.
 
         Args:
           name: name of the part.
@@ -53,7 +53,7 @@ class Evaluation:
           measure: returns the result, JSON-able.
 
         Raises:
-          manifests.OutputConflict: the stored result belongs to another model or set.
+          manifests.OutputConflict: If the stored result belongs to another model or set.
         """
         stored = os.path.join(self._folder, name.replace("/", "-") + ".json")
         return manifests.Stage(stored, [], {**self._identity, **settings}).once(measure)
@@ -64,7 +64,7 @@ class Evaluation:
         reduce: Callable[[np.ndarray], np.ndarray],
         cropped: bool = False,
     ) -> np.ndarray:
-        """`reduce(probabilities)` of each group of images, concatenated.
+        """Returns `reduce(probabilities)` of each group of images, concatenated.
 
         Args:
           images: (name for messages, encoded image) pairs; read group by group.
@@ -72,7 +72,7 @@ class Evaluation:
           cropped: whether the images are already evaluation crops.
 
         Raises:
-          DataError: names the first image that cannot be classified.
+          DataError: If an image cannot be classified; names the first one.
         """
         classify = self._whole if cropped else self._classify
         images, reduced = iter(images), []
@@ -90,12 +90,12 @@ class Evaluation:
         among: Sequence[int] | None = None,
         cropped: bool = False,
     ) -> dict:
-        """`top1` and `top5` (fractions) of a set, and its numbers of `examples` and `classes`.
+        """Returns `top1` and `top5` (fractions) of a set, and its `examples` and `classes`.
 
         Args:
           name: name of the set.
           images: the set.
-          among: the classes that may be predicted; None: all.
+          among: the classes that may be predicted; None for all.
           cropped: whether the images are already evaluation crops.
         """
 
@@ -115,11 +115,11 @@ class Evaluation:
         return self.part(name, settings, measure)
 
     def real(self, path: str, images: sets.Images, right: Sequence[Sequence[int]]) -> dict:
-        """`top1` by ReaL labels, and the number of `examples`.
+        """Returns `top1` by ReaL labels and the number of `examples`.
 
         Args:
           path: path of the labels.
-          images: the validation images in order of their names, from ILSVRC2012_val_00000001.
+          images: the validation images in order of name, from ILSVRC2012_val_00000001.
           right: the correct classes of each image; see `robustness_sets.real_labels`.
         """
 
@@ -132,7 +132,7 @@ class Evaluation:
         return self.part("imagenet-real", {"set": path}, measure)
 
     def corruptions(self, images: Mapping[tuple[str, str], sets.Images]) -> dict:
-        """ImageNet-C.
+        """Measures ImageNet-C.
 
         Args:
           images: by (corruption, severity); see `robustness_sources.open_corruptions`.
@@ -147,7 +147,7 @@ class Evaluation:
             errors.setdefault(name, []).append(1 - part["top1"])
         means = {name: float(np.mean(values)) for name, values in errors.items()}
         result: dict[str, Any] = {"errors": means, "ce": metrics.corruption_errors(means)}
-        # The same in all parts: `check_equal_classes` has seen to that.
+        # The same in all parts, as `check_equal_classes` ensures.
         result["classes"] = part["classes"]
         if all(name in means for name in metrics.ALEXNET_ERROR):
             result["top1"] = 1 - float(np.mean([means[n] for n in metrics.ALEXNET_ERROR]))
@@ -155,7 +155,7 @@ class Evaluation:
         return result
 
     def perturbations(self, clips: Mapping[str, Clips]) -> dict:
-        """ImageNet-P.
+        """Measures ImageNet-P.
 
         Args:
           clips: by perturbation; see `robustness_sources.open_perturbations`.
@@ -172,7 +172,7 @@ class Evaluation:
         result: dict[str, Any] = {
             "flips": {name: part["fp"] for name, part in parts.items()},
             "distances": {name: part["ut5d"] for name, part in parts.items()},
-            # Where classes may be missing, the perturbations may have different ones.
+            # If classes may be missing, perturbations may have different classes.
             "classes": min(part["classes"] for part in parts.values()),
         }
         if all(name in parts for name in metrics.ALEXNET_FLIPS):
@@ -184,7 +184,7 @@ class Evaluation:
     def _stability(self, perturbation: str, clips: Clips) -> dict:
         frames = clips.frames(f"imagenet-p/{perturbation}")
         predicted = self.predictions(frames, metrics.best, cropped=True)
-        # [clips, frames, 5]; `Clips.frames` raises unless all clips are equally long.
+        # [clips, frames, 5]; `Clips.frames` raises an error unless all clips have the same length.
         predicted = predicted.reshape(len(clips.names), -1, predicted.shape[1])
         right = predicted[..., 0] == np.array(clips.labels)[:, np.newaxis]
         return {
@@ -201,7 +201,7 @@ _KEYS = {"imagenet-c": ("mce", "mCE"), "imagenet-p": ("mfr", "mFR")}
 
 
 def rows(results: dict[str, dict], image_size: int, model: str = "") -> list[dict[str, Any]]:
-    """One row per set: measured and published values in percent; None for an incomplete mean."""
+    """Returns a row per set: measured and published percentages; None for an incomplete mean."""
     summary = []
     for name, result in results.items():
         key, label = _KEYS.get(name, ("top1", "top-1"))
@@ -212,13 +212,13 @@ def rows(results: dict[str, dict], image_size: int, model: str = "") -> list[dic
         for method in (published.BASELINE, published.STUDENT):
             row[method] = published.paper(name, method, image_size).get(key)
         summary.append(row)
-    # Every row gets every column: a value of timm is known for some sets only.
+    # Every row gets every column, because timm's values are known only for some sets.
     columns = dict.fromkeys(column for row in summary for column in row)
     return [{column: row.get(column) for column in columns} for row in summary]
 
 
 def tables(results: dict[str, dict], image_size: int, model: str) -> dict[str, list[dict]]:
-    """Title → rows in the layout of the paper's table, for each set."""
+    """Maps the title of each set to rows in the layout of the paper's table."""
     return {
         _titled(name, result): published.table(name, result, model, image_size)
         for name, result in results.items()

@@ -22,7 +22,7 @@ class Clips(NamedTuple):
 
     Attributes:
       path: folder of the perturbation.
-      names: videos, or folders with one image per frame, relative to `path`.
+      names: paths of videos, or of folders with one image per frame, relative to `path`.
       labels: ImageNet class of each clip.
     """
 
@@ -31,13 +31,13 @@ class Clips(NamedTuple):
     labels: list[int]
 
     def frames(self, what: str) -> Iterator[tuple[str, bytes]]:
-        """(name for messages, encoded image) of all frames, clip after clip.
+        """Yields (name for messages, encoded image) of all frames, clip by clip.
 
         Args:
           what: title of the progress bar.
 
         Raises:
-          DataError: a clip has fewer than two frames or another number than the first clip.
+          DataError: If a clip has fewer than two frames or a different number than the first clip.
         """
         length = None
         with Progress(len(self.names), what, "clips") as progress:
@@ -46,7 +46,7 @@ class Clips(NamedTuple):
                 for frame in _frames(path):
                     yield f"{path}, frame {count}", frame
                     count += 1
-                # Known only now: the frames of a video are decoded as they are read.
+                # Known only here, because the frames of a video are decoded as they are read.
                 length = length or count
                 if count < 2 or count != length:
                     raise DataError(
@@ -57,15 +57,15 @@ class Clips(NamedTuple):
 
 
 def clips(path: str, classes: Mapping[str, int]) -> Clips:
-    """The clips of `path/<wnid>/`: `<clip>.mp4`, `<clip>.gif` or `<clip>/<a picture per frame>`.
+    """Lists the clips of `path/<wnid>/`: `<clip>.mp4`, `<clip>.gif` or `<clip>/<image per frame>`.
 
     Args:
       path: folder of the perturbation.
       classes: folder name → class.
 
     Raises:
-      DataError: unknown or empty folders, duplicate clips, folders with fewer than two frames
-        or with different numbers of frames, or videos that cannot be read here.
+      DataError: If there are unknown or empty folders, duplicate clips, folders with fewer than two
+        frames or different numbers of frames, or videos that cannot be read on this machine.
     """
     names = sets.folders(path)
     sets.refuse(path, "unknown class folders", [n for n in names if n not in classes])
@@ -83,7 +83,7 @@ def clips(path: str, classes: Mapping[str, int]) -> Clips:
     stems = Counter(os.path.splitext(c)[0] if videos.is_clip(c) else c for c in listed)
     sets.refuse(path, "duplicate clips", sorted(s for s, n in stems.items() if n > 1))
     videos.check_readable(listed)
-    # Of folders only: counting the frames of a video means decoding it.
+    # Only folders, because counting the frames of a video requires decoding it.
     _check_folders(path, [clip for clip in listed if not videos.is_clip(clip)])
     labels = [classes[name] for name, inside in found.items() for _ in inside]
     return Clips(path, listed, labels)
@@ -106,7 +106,7 @@ def _check_folders(path: str, names: Sequence[str]) -> None:
 
 def _frames(path: str) -> Iterator[bytes]:
     if videos.is_clip(path):
-        # Predictors take encoded images. These are decoded again at once, so compression is wasted.
+        # Predictors take encoded images, which they decode immediately, so compression is useless.
         yield from (image_conversion.png(frame, compression=0) for frame in videos.frames(path))
         return
     for name in sorted(sets.image_files(path), key=_numeric):
@@ -115,5 +115,5 @@ def _frames(path: str) -> Iterator[bytes]:
 
 
 def _numeric(name: str) -> list:
-    """A key that sorts `img2.png` before `img10.png`, as the set names its frames."""
+    """Returns a key that sorts `img2.png` before `img10.png`; the set names its frames this way."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

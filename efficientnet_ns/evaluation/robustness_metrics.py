@@ -1,4 +1,4 @@
-"""mCE, mFR and accuracy on subsets of the classes, as their authors define them.
+"""Computes mCE, mFR and accuracy on subsets of the classes, as their authors define them.
 
 Sources:
   Hendrycks and Dietterich 2019 (arXiv 1903.12261): CE, mCE, FP, FR, mFR, uT5D. AlexNet's values are
@@ -15,7 +15,7 @@ import numpy as np
 
 SEVERITIES = ("1", "2", "3", "4", "5")
 
-# Top-1 error of AlexNet, mean over the five severities (github.com/google-research/augmix,
+# Top-1 error of AlexNet, averaged over the five severities (github.com/google-research/augmix,
 # imagenet.py).
 ALEXNET_ERROR = {
     "gaussian_noise": 0.886428,
@@ -34,7 +34,7 @@ ALEXNET_ERROR = {
     "pixelate": 0.717840,
     "jpeg_compression": 0.606500,
 }
-# Not in the mean: meant for tuning (github.com/clovaai/assembled-cnn, mce/eval_robustness.py).
+# Not in the mean; intended for tuning (github.com/clovaai/assembled-cnn, mce/eval_robustness.py).
 ALEXNET_ERROR_EXTRA = {
     "speckle_noise": 0.8454,
     "gaussian_blur": 0.7871,
@@ -60,20 +60,20 @@ ALEXNET_FLIPS_EXTRA = {
     "gaussian_blur": 0.02775,
     "shear": 0.10658,
 }
-# Their frames are independent draws of noise, so each is compared with the clean first frame.
+# Their frames are independent noise samples, so each is compared with the clean first frame.
 NOISE_SEQUENCES = frozenset({"gaussian_noise", "shot_noise", "speckle_noise"})
-# Stronger noise that ImageNet-P also contains and no mean includes, e.g. `gaussian_noise_2`.
+# Stronger noise in ImageNet-P that no mean includes, e.g. `gaussian_noise_2`.
 HARDER_SEQUENCES = frozenset(f"{name}_{level}" for name in NOISE_SEQUENCES for level in (2, 3))
 
 
 def corruption_errors(errors: Mapping[str, float]) -> dict[str, float]:
-    """CE of each corruption: its error divided by AlexNet's.
+    """Computes the CE of each corruption: its error divided by AlexNet's.
 
     Args:
-      errors: corruption → top-1 error, 0..1, mean over the five severities.
+      errors: corruption → top-1 error, 0..1, averaged over the five severities.
 
     Raises:
-      ValueError: AlexNet's error on a corruption is unknown.
+      ValueError: If AlexNet's error on a corruption is unknown.
     """
     known = {**ALEXNET_ERROR, **ALEXNET_ERROR_EXTRA}
     _refuse_unknown(errors, known, "corruption")
@@ -81,10 +81,10 @@ def corruption_errors(errors: Mapping[str, float]) -> dict[str, float]:
 
 
 def mean_corruption_error(errors: Mapping[str, float]) -> float:
-    """mCE: the mean CE of the 15 corruptions; the extra four are ignored.
+    """Computes mCE, the mean CE of the 15 corruptions; ignores the extra four.
 
     Raises:
-      ValueError: one of the 15 is missing.
+      ValueError: If one of the 15 is missing.
     """
     _refuse_missing(errors, ALEXNET_ERROR, "mCE")
     relative = corruption_errors(errors)
@@ -92,15 +92,15 @@ def mean_corruption_error(errors: Mapping[str, float]) -> float:
 
 
 def flips(predicted: np.ndarray, perturbation: str) -> float:
-    """FP: fraction of frames whose prediction differs from that of their reference frame.
+    """Computes FP, the fraction of frames predicted differently from their reference frame.
 
     Args:
       predicted: top-1 classes of the frames of sequences, int [N, T], T ≥ 2.
-      perturbation: its name decides the reference: the first frame for noise sequences, else the
+      perturbation: its name determines the reference: the first frame for noise sequences, else the
         previous frame.
 
     Raises:
-      ValueError: `predicted` has another shape.
+      ValueError: If `predicted` has another shape.
     """
     predicted = np.asarray(predicted)
     if predicted.ndim != 2 or predicted.shape[1] < 2:
@@ -109,22 +109,23 @@ def flips(predicted: np.ndarray, perturbation: str) -> float:
 
 
 def _reference(predicted: np.ndarray, perturbation: str) -> np.ndarray:
-    """What the frames from the second on are compared with."""
+    """Returns the reference predictions of all frames after the first."""
     return predicted[:, :1] if perturbation in NOISE_SEQUENCES else predicted[:, :-1]
 
 
 def top5_distance(predicted: np.ndarray, perturbation: str) -> float:
-    """uT5D: how far the five best classes of a frame move, mean over frames; 0 if they stay.
+    """Computes uT5D, the mean distance by which the five best classes of a frame move.
 
-    Each of the five counts the ranks it moves by; all ranks below the fifth count as one. mT5D, which
-    divides by AlexNet's distances, is not computed: those distances are not included here.
+    A frame's distance is the total number of ranks that the five move, where all ranks below the
+    fifth count as one. mT5D, which divides by AlexNet's distances, is not computed, because those
+    distances are not included here.
 
     Args:
       predicted: the five best classes of each frame, best first, int [N, T, 5], T ≥ 2.
-      perturbation: decides the reference frame; see `flips`.
+      perturbation: determines the reference frame; see `flips`.
 
     Raises:
-      ValueError: `predicted` has another shape.
+      ValueError: If `predicted` has another shape.
     """
     predicted = np.asarray(predicted)
     if predicted.ndim != 3 or predicted.shape[1] < 2 or predicted.shape[2] != 5:
@@ -132,19 +133,19 @@ def top5_distance(predicted: np.ndarray, perturbation: str) -> float:
     before = _reference(predicted, perturbation)
     # [N, T - 1, 5, 5]: whether class i of the reference is class j of the frame.
     same = before[..., :, np.newaxis] == predicted[:, 1:, np.newaxis, :]
-    # argmax finds the one match; a class that left the five has rank 5, however far it fell.
+    # argmax finds the only match; a class that left the five has rank 5, however far it fell.
     place = np.where(same.any(-1), same.argmax(-1), 5)
     return float(np.mean(np.abs(place - np.arange(5)).sum(-1)))
 
 
 def mean_flip_rate(probabilities: Mapping[str, float]) -> float:
-    """mFR: the mean over the ten perturbations of FP divided by AlexNet's.
+    """Computes mFR, the mean over the ten perturbations of FP divided by AlexNet's.
 
     Args:
       probabilities: perturbation → FP, 0..1.
 
     Raises:
-      ValueError: a perturbation is unknown, or one of the ten is missing.
+      ValueError: If a perturbation is unknown or one of the ten is missing.
     """
     _refuse_unknown(probabilities, {**ALEXNET_FLIPS, **ALEXNET_FLIPS_EXTRA}, "perturbation")
     _refuse_missing(probabilities, ALEXNET_FLIPS, "mFR")
@@ -152,35 +153,35 @@ def mean_flip_rate(probabilities: Mapping[str, float]) -> float:
 
 
 def best(probs: np.ndarray, k: int = 5, classes: Sequence[int] | None = None) -> np.ndarray:
-    """The k best classes of each row, best first, int32 [N, k]; -1 in rows with NaN.
+    """Returns the k best classes of each row, best first, int32 [N, k]; -1 in rows with NaN.
 
     Args:
       probs: probabilities, float [N, C]. Ties go to the lower class.
       k: number of classes.
-      classes: the classes that may be predicted; None: all.
+      classes: the classes that may be predicted; None for all.
     """
     probs = np.asarray(probs)
     if classes is not None:
-        # -inf, so that a class that is not allowed loses even to one of probability 0.
+        # -inf ranks excluded classes even below allowed ones of probability 0.
         allowed = np.full(probs.shape[1], -np.inf)
         allowed[np.asarray(classes)] = 0
         probs = probs + allowed
         k = min(k, len(set(classes)))
-    # np.argpartition would leave the order of ties open.
+    # np.argpartition does not define the order of ties.
     found = np.argsort(-probs, axis=1, kind="stable")[:, :k].astype(np.int32)
     found[np.isnan(probs).any(1)] = -1
     return found
 
 
 def real_accuracy(predicted: np.ndarray, right: Sequence[Sequence[int]]) -> tuple[float, int]:
-    """(fraction of images whose prediction is one of the correct classes, number of images).
+    """Returns (fraction of images predicted as one of their correct classes, number of images).
 
     Args:
       predicted: top-1 classes, int [N].
-      right: the correct classes of each image; images without any are ignored.
+      right: the correct classes of each image; images without labels are ignored.
 
     Raises:
-      ValueError: the lengths differ, or no image has a label.
+      ValueError: If the lengths differ or no image has a label.
     """
     if len(predicted) != len(right):
         raise ValueError(f"{len(predicted)} predictions for {len(right)} lists of labels")

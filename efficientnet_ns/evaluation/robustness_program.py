@@ -1,4 +1,4 @@
-"""What `evaluate_robustness.py` does: the paper's robustness sets, or attacks on a labeled set."""
+"""Program `evaluate_robustness.py`: the paper's robustness sets, or attacks on a labeled set."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from efficientnet_ns.models import weights
 from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
-# Sets of labeled images, which may be class folders, records or tfds.
+# Sets of labeled images: class folders, records or TensorFlow Datasets.
 _LABELED = ("imagenet_a", "imagenet_r", "imagenet_v2", "imagenet_sketch")
 
 
 def evaluate_and_report(config: Config, own: CustomRobustnessConfig, sets: RobustnessConfig) -> str:
-    """Measures the paper's sets or the labeled set of `config`; the results as a Markdown table.
+    """Measures the paper's sets or the labeled set of `config`; returns a Markdown table.
 
     Raises:
-      ConfigError, DataError: settings or data that cannot work.
+      ConfigError, DataError: If settings or data are invalid.
     """
     config = data_source.with_records(config)
     sets = _with_weights(config, sets)
@@ -48,7 +48,7 @@ def evaluate_and_report(config: Config, own: CustomRobustnessConfig, sets: Robus
         found = evaluate_custom_set(config, own, sets)
         return custom_robustness_report.markdown(found)
     if own.baseline:
-        raise ConfigError("--baseline is measured with --corrupt or --epsilons, which is not given")
+        raise ConfigError("--baseline requires --corrupt or --epsilons")
     results = evaluate(config, sets)
     resolved = ResolvedConfig.from_config(config, sets.weights)
     rows = robustness.rows(results, resolved.image_size, resolved.model_name)
@@ -56,36 +56,36 @@ def evaluate_and_report(config: Config, own: CustomRobustnessConfig, sets: Robus
 
 
 def _with_weights(config: Config, sets: RobustnessConfig) -> RobustnessConfig:
-    """`sets` with the path of the weights, which are by default those in `model_dir`."""
+    """Returns `sets` with the path of the weights; the default is the weights in `model_dir`."""
     given = sets.weights or config.train.model_dir or ""
     return dataclasses.replace(sets, weights=stored_model.find(given))
 
 
 def evaluate(config: Config, sets: RobustnessConfig) -> dict[str, dict[str, Any]]:
-    """Measures the sets that are given; writes robustness.json, .md and .html.
+    """Measures the given sets; writes robustness.json, .md and .html.
 
     Args:
-      config: the model, an ImageNet one; settings not given are read from files next to its weights.
-      sets: the weights, as `stored_model.find` takes them, and the sets.
+      config: the model, with ImageNet's classes; missing settings are read from files next to its
+        weights.
+      sets: the weights, as in `stored_model.find`, and the sets.
 
     Returns:
-      Set → results, fractions.
+      Set → results, as fractions.
 
     Raises:
-      ConfigError: settings that do not fit.
-      DataError: folders that are not laid out as they must be, before anything is measured
-        on them.
-      manifests.OutputConflict: report_dir has parts of other weights, settings or sets.
+      ConfigError: If the settings do not fit.
+      DataError: If a folder has an unexpected layout; raised before any measurement.
+      manifests.OutputConflict: If report_dir has parts of other weights, settings or sets.
     """
     sets = _with_weights(config, sets)
     places = _given(sets)
     resolved = ResolvedConfig.from_config(config, sets.weights)
     if resolved.num_classes != 1000:
         raise ConfigError(
-            f"--task_name={resolved.config.data.task_name}: the sets need ImageNet's classes"
+            f"--task_name={resolved.config.data.task_name}: the sets require ImageNet's classes"
         )
     check_views(resolved)
-    # All sets are looked through before a model is built and anything is measured.
+    # All sets are checked before a model is built and anything is measured.
     measurements = _open(places, sets.allow_missing, config.data.tfds_data_dir)
     predictor = TeacherPredictor(resolved, sets.weights)
     identity = {
@@ -99,7 +99,7 @@ def evaluate(config: Config, sets: RobustnessConfig) -> dict[str, dict[str, Any]
         predictor.label,
         predictor.group,
         os.path.join(sets.report_dir, "parts"),
-        # By their content: a training may go on in the same folder.
+        # By content, because training may continue in the same folder.
         {
             **identity,
             **_not_default(resolved.config),
@@ -120,24 +120,24 @@ def _not_default(config: Config) -> dict[str, Any]:
 
 
 def _given(sets: RobustnessConfig) -> dict[str, str]:
-    """The places of the sets that are given."""
+    """Returns the paths of the given sets."""
     given = {name: path for name, path in sets.places().items() if path}
     if not sets.weights or not sets.report_dir or not given:
         raise ConfigError(
-            "--model_dir (or --weights), --report_dir and at least one set are needed: "
+            "--model_dir (or --weights), --report_dir and at least one set are required: "
             f"{', '.join(f'--{name}' for name in sets.places())}, "
-            "or --corrupt or --epsilons for a labeled set of your own"
+            "or --corrupt or --epsilons for a custom labeled set"
         )
     if ("imagenet_val" in given) != ("real_labels" in given):
-        raise ConfigError("--imagenet_val and --real_labels go together")
+        raise ConfigError("--imagenet_val and --real_labels must be set together")
     return given
 
 
 def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | None) -> dict:
-    """Set → function of the evaluation that measures it.
+    """Maps each set to a function that measures it with an `Evaluation`.
 
     Raises:
-      DataError: a folder or file does not exist, or is not laid out as it must be.
+      DataError: If a folder or file does not exist or has an unexpected layout.
     """
     absent = [
         f"--{flag}={path}"
@@ -162,7 +162,7 @@ def _open(folders: dict[str, str], allow_missing: bool, tfds_data_dir: str | Non
         images = robustness_sources.open_images(
             folders["imagenet_c"], robustness_sets.classes_of(), *options
         )
-        # A single part has no CE, which is a mean over severities: it is a set of its own.
+        # CE is a mean over severities, so a single part has none and is treated as a separate set.
         name = f"imagenet-c/{part}"
         work[name] = methodcaller("accuracy", name, images, cropped=True)
     elif "imagenet_c" in folders:
@@ -193,8 +193,8 @@ def _write(folder: str, identity: dict, results: dict[str, dict]) -> None:
     report.write_page(
         os.path.join(folder, "robustness.html"),
         title=f"Robustness of {identity['model']}",
-        intro=f"Weights: {identity['weights']}. Values compared with published ones are percent (uT5D: "
-        "places of the ranking), those by corruption and perturbation are fractions.",
+        intro=f"Weights: {identity['weights']}. Values next to published ones are percent (uT5D: "
+        "ranks); those by corruption and perturbation are fractions.",
         sections=[
             report.Section("Measured and published", report.table(rows)),
             *(
@@ -215,11 +215,11 @@ def evaluate_custom_set(
       `custom_robustness.Found.results`.
 
     Raises:
-      ConfigError, DataError: settings or data that cannot work.
+      ConfigError, DataError: If settings or data are invalid.
     """
     sets = _with_weights(config, sets)
     if not sets.weights or not sets.report_dir:
-        raise ConfigError("--model_dir (or --weights) and --report_dir are needed")
+        raise ConfigError("--model_dir (or --weights) and --report_dir are required")
     found = custom_robustness.measure(config, own, sets.weights, sets.report_dir)
     custom_robustness_report.write(sets.report_dir, found)
     return found.results

@@ -1,9 +1,9 @@
-"""Published results on the robustness sets, in percent, to compare with the measured ones.
+"""Published results on the robustness sets, in percent, for comparison with measured ones.
 
 Sources:
   Xie et al. 2020 (arXiv 1911.04252), tables 3 to 5: EfficientNet-L2, Noisy Student L2 and the best
-    earlier methods. The paper states a resolution only for ImageNet-C and -P, where the network
-    before fine-tuning at 800 pixels gets resized images.
+      earlier methods. The paper states a resolution only for ImageNet-C and -P, where the network
+      before fine-tuning at 800 pixels gets resized images.
   timm (github.com/huggingface/pytorch-image-models), results/*.csv: the published weights
     `tf_efficientnet_*.ns_jft_in1k*` of each size, evaluated there.
 """
@@ -70,7 +70,7 @@ _TIMM = {
 
 
 def timm(name: str, model: str, image_size: int) -> dict[str, float]:
-    """Results by timm for the published Noisy Student weights of this size, by key; {} if none."""
+    """Returns timm's results for published Noisy Student weights of this size, by key, or {}."""
     found = _TIMM.get((model, image_size))
     if found is None or name not in _TIMM_SETS:
         return {}
@@ -79,7 +79,7 @@ def timm(name: str, model: str, image_size: int) -> dict[str, float]:
 
 
 def paper(name: str, method: str, image_size: int) -> dict[str, float]:
-    """The paper's results for a method, by key; on ImageNet-C and -P only at this resolution."""
+    """Returns the paper's results for a method, by key; ImageNet-C and -P at this size only."""
     keys = [key for key, _ in COLUMNS.get(name, ())]
     for published, resolution, *values in PAPER.get(name, ()):
         if published == method and resolution in (None, image_size):
@@ -88,8 +88,8 @@ def paper(name: str, method: str, image_size: int) -> dict[str, float]:
 
 
 def table(name: str, result: Mapping[str, Any], model: str, image_size: int) -> list[dict]:
-    """The set's table as in the paper: one row per method, the measured one last; percent or None."""
-    # A single part of ImageNet-C is in none of the paper's tables: top-1 only.
+    """Returns the paper's table of a set, with the measured row last; in percent or None."""
+    # None of the paper's tables contains a single part of ImageNet-C: top-1 only.
     columns = COLUMNS.get(name, COLUMNS["imagenet-real"])
     keys = [key for key, _ in columns]
     rows = [(m, size, dict(zip(keys, values))) for m, size, *values in PAPER.get(name, ())]

@@ -1,4 +1,4 @@
-"""The robustness sets as folders, in the layouts of their distributions."""
+"""The robustness sets as folders, in the layouts in which they are distributed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Images(NamedTuple):
     classes: list[int]
 
     def read(self, what: str) -> Iterator[tuple[str, bytes]]:
-        """(name for messages, encoded image) of each image; `what` is the progress bar's title."""
+        """Yields (name for messages, encoded image); `what` is the title of the progress bar."""
         with self.source.reader(self.entries) as read:
             with Progress(len(self.entries), what, "images") as progress:
                 for entry in self.entries:
@@ -47,9 +47,9 @@ class Images(NamedTuple):
 
 
 def classes_of(name: str = "imagenet") -> dict[str, int]:
-    """Folder name → ImageNet class, for all classes of a set, e.g. `imagenet-a`.
+    """Maps folder names to ImageNet classes, for all classes of a set, e.g. `imagenet-a`.
 
-    Folders are called by WordNet ids; those of ImageNet-V2 by numbers, where `10` is class 10, not 2.
+    Folder names are WordNet ids. For ImageNet-V2 they are class numbers: `10` is class 10.
     """
     numbers = {wnid: i for i, wnid in enumerate(tasks.wnids())}
     if name == "imagenet-v2":
@@ -59,14 +59,14 @@ def classes_of(name: str = "imagenet") -> dict[str, int]:
 
 
 def numbered(names: Sequence[str], where: str) -> list[int]:
-    """The ImageNet class of each class name of a set.
+    """Returns the ImageNet class of each class name of a set.
 
     Args:
-      names: WordNet ids, or numbers as in ImageNet-V2.
+      names: WordNet ids, or class numbers as in ImageNet-V2.
       where: the set, for messages.
 
     Raises:
-      DataError: the names are neither.
+      DataError: If the names are neither.
     """
     for known in (classes_of("imagenet-v2"), classes_of()):
         if all(name in known for name in names):
@@ -76,7 +76,7 @@ def numbered(names: Sequence[str], where: str) -> list[int]:
 
 
 def check_whole(path: str, found: Collection[int], classes: Mapping[str, int]) -> None:
-    """Raises DataError that names the `classes` (name → class) missing from `found`."""
+    """Raises DataError with the names of the `classes` (name → class) missing from `found`."""
     have = set(found)
     missing = [name for name, number in classes.items() if number not in have]
     what = f"of {len(classes)} classes are missing (--allow_missing measures the others)"
@@ -87,40 +87,40 @@ def check_whole(path: str, found: Collection[int], classes: Mapping[str, int]) -
 
 
 def folders(path: str) -> list[str]:
-    """Names of the folders inside `path`, without hidden and system folders, sorted.
+    """Returns the sorted names of the folders in `path`, except hidden and system folders.
 
     Raises:
-      DataError: `path` is not a folder.
+      DataError: If `path` is not a folder.
     """
     if not tf.io.gfile.isdir(path):
         raise DataError(f"{path!r} is not a folder")
-    # On object stores, names of folders end with a slash.
+    # On object stores, folder names end with a slash.
     names = (name.rstrip("/") for name in tf.io.gfile.listdir(path))
     names = (name for name in names if not image_sources.is_hidden(name))
     return sorted(n for n in names if tf.io.gfile.isdir(os.path.join(path, n)))
 
 
 def image_files(path: str) -> list[str]:
-    """Names of the images directly inside a folder, sorted."""
+    """Returns the sorted names of the images directly inside a folder."""
     names = sorted(n for n in tf.io.gfile.listdir(path) if not n.startswith("."))
     return list(filter(image_sources.is_image, names))
 
 
 def class_folders(path: str, classes: Mapping[str, int]) -> Images:
-    """The images of `path/<class>/*`.
+    """Lists the images of `path/<class>/*`.
 
     Args:
       path: folder of the class folders.
       classes: folder name → class.
 
     Raises:
-      DataError: there are no class folders, or unknown or empty ones, which are listed.
+      DataError: If there are no class folders, or unknown or empty ones, which are listed.
     """
     names = folders(path)
     if not names:
         raise DataError(f"{path!r} has no class folders")
     refuse(path, "unknown class folders", [n for n in names if n not in classes])
-    # By class: as text, folder 10 of ImageNet-V2 comes before folder 2.
+    # By class, because folder names sort as text, e.g. 10 before 2 in ImageNet-V2.
     names.sort(key=classes.__getitem__)
     files = {name: image_files(os.path.join(path, name)) for name in names}
     refuse(path, "class folders without images", [n for n, found in files.items() if not found])
@@ -145,14 +145,14 @@ def parts(
     """Sorts the names of corruptions, perturbations or severities into a fixed order.
 
     Args:
-      path: where they were found.
+      path: folder that contains them.
       found: their names.
       expected: names in the order of the result.
-      optional: further names, which follow.
+      optional: additional names, which follow the expected ones.
       allow_missing: whether some of `expected` may be missing.
 
     Raises:
-      DataError: unknown names, none at all, or missing ones unless `allow_missing`.
+      DataError: If names are unknown, or missing without `allow_missing`, or `found` is empty.
     """
     refuse(path, "unknown parts", [n for n in found if n not in (*expected, *optional)])
     if not allow_missing:
@@ -167,7 +167,7 @@ def parts(
 
 
 def check_equal_classes(images: Mapping[str, Images]) -> None:
-    """Raises DataError that names classes which one set (by path) has and another lacks."""
+    """Raises DataError with the classes that one set (by path) has and another lacks."""
     union = sorted({c for found in images.values() for c in found.classes})
     names = tasks.wnids()
     for path, found in images.items():
@@ -176,7 +176,7 @@ def check_equal_classes(images: Mapping[str, Images]) -> None:
 
 
 def refuse(path: str, what: str, names: Sequence[str]) -> None:
-    """Raises DataError that lists the first twenty `names`, if there are any."""
+    """Raises DataError with the first twenty `names`, if there are any."""
     if names:
         shown = ", ".join(list(names)[:20]) + (" …" if len(names) > 20 else "")
         raise DataError(f"{path}: {len(names)} {what}: {shown}")
@@ -186,21 +186,21 @@ def refuse(path: str, what: str, names: Sequence[str]) -> None:
 
 
 def real_labels(labels_path: str, images_path: str) -> tuple[Images, list[list[int]]]:
-    """The validation images of ImageNet, and the correct classes of each by ReaL labels.
+    """Returns ImageNet's validation images and the correct classes of each by ReaL labels.
 
-    Entry i of the labels, from 0, belongs to the image ILSVRC2012_val_%08d with number i + 1.
+    Entry i of the labels, from 0, belongs to image ILSVRC2012_val_%08d with number i + 1.
 
     Args:
       labels_path: path of `real.json`.
-      images_path: folder of the images, or of class folders with them.
+      images_path: folder of the images or of their class folders.
 
     Raises:
-      DataError: no such labels, an image has another name, or there are more or fewer images than
-        labels.
+      DataError: If the labels are invalid, an image has another name, or the numbers of images and
+        labels differ.
     """
     right = json_files.read_json(labels_path)
     if not isinstance(right, list) or not all(isinstance(classes, list) for classes in right):
-        raise DataError(f"{labels_path} should hold a list of lists of classes, as real.json does")
+        raise DataError(f"{labels_path} must contain a list of lists of classes, like real.json")
     files = image_files(images_path)
     for folder in folders(images_path):
         files += [f"{folder}/{file}" for file in image_files(os.path.join(images_path, folder))]
@@ -214,8 +214,8 @@ def real_labels(labels_path: str, images_path: str) -> tuple[Images, list[list[i
     if sorted(by_place) != list(range(1, len(right) + 1)):
         raise DataError(
             f"{images_path!r} has {len(by_place)} different images, {labels_path} labels for "
-            f"{len(right)}: numbers 1 to {len(right)} are needed"
+            f"{len(right)}: numbers 1 to {len(right)} are required"
         )
     entries = [by_place[i] for i in sorted(by_place)]
-    # Without classes: an image may be of several, or of none.
+    # No classes, because an image may have several correct ones or none.
     return Images(image_sources.Folder(images_path), entries, []), right

@@ -30,15 +30,15 @@ class Records:
         self.path, self._prefix = folder, prefix
 
     def labeled_entries(self) -> list[image_sources.Entry]:
-        """All records with their labels; reads every record.
+        """Lists all records with their labels; reads every record.
 
         Raises:
-          DataError: a record is damaged or has no label.
+          DataError: If a record is damaged or has no label.
         """
         found = []
         for path in shard_names.list_shards(self.path, self._prefix):
-            # `read` checks each record, `spans` tells its place. The two stay in step, because the
-            # first damaged record raises.
+            # `read` checks each record, `spans` returns its position. They stay in step because the
+            # first damaged record raises an error.
             spans = tfrecords.spans(path)
             for record in tfrecords.read(path):
                 name = f"{os.path.basename(path)}#{record.position}"
@@ -51,7 +51,7 @@ class Records:
     @contextlib.contextmanager
     def reader(self, entries: Sequence[image_sources.Entry]) -> Iterator[image_sources.Reader]:
         """See `image_sources.Source`."""
-        # It does not check the payloads; `labeled_entries` has done that.
+        # This does not check the payloads; `labeled_entries` has done so.
         with tfrecords.payload_reader() as payload:
             yield lambda entry: image_sources.Loaded(
                 tfexamples.image_bytes(payload(entry.place)), entry.label
@@ -64,16 +64,16 @@ def open_images(
     tfds_data_dir: str | None = None,
     allow_missing: bool = False,
 ) -> sets.Images:
-    """The images of one set.
+    """Returns the images of one set.
 
     Args:
       place: a folder of class folders, a folder of labeled records, or `tfds:<name>[:split]`.
       classes: folder name → ImageNet class, for all classes of the set.
-      tfds_data_dir: data folder of TensorFlow Datasets; None: its default.
+      tfds_data_dir: data folder of TensorFlow Datasets; None for its default.
       allow_missing: whether some of the classes may be missing.
 
     Raises:
-      DataError: unknown or missing classes, or damaged files.
+      DataError: If classes are unknown or missing, or files are damaged.
     """
     if place.startswith(tfds_source.PREFIX):
         images = _of_tfds(place, tfds_data_dir)
@@ -90,7 +90,7 @@ def open_images(
 
 
 def _naming(place: str, classes: Mapping[str, int]) -> Mapping[str, int]:
-    """Folder name → class; accepts WordNet ids even for sets that use numbers, such as -V2."""
+    """Maps folder names to classes; accepts WordNet ids even for sets that use numbers (-V2)."""
     if any(name in classes for name in sets.folders(place)):
         return classes
     own = set(classes.values())
@@ -98,7 +98,7 @@ def _naming(place: str, classes: Mapping[str, int]) -> Mapping[str, int]:
 
 
 def single_corruption(place: str) -> str | None:
-    """`fog/3` for `tfds:imagenet2012_corrupted/fog_3`, one part of ImageNet-C; else None."""
+    """Returns `fog/3` for `tfds:imagenet2012_corrupted/fog_3`, a part of ImageNet-C; else None."""
     match = re.fullmatch(rf"{tfds_source.PREFIX}\w+/(\w+)_(\d)(:.*)?", place)
     return match and f"{match[1]}/{match[2]}"
 
@@ -106,17 +106,17 @@ def single_corruption(place: str) -> str | None:
 def open_corruptions(
     place: str, tfds_data_dir: str | None = None, allow_missing: bool = False
 ) -> dict[tuple[str, str], sets.Images]:
-    """(corruption, severity) → its images, of ImageNet-C.
+    """Maps each (corruption, severity) of ImageNet-C to its images.
 
     Args:
-      place: a folder `<corruption>/<severity>/` of what `open_images` takes, or `tfds:<name>` of a
+      place: a folder with `<corruption>/<severity>/`, each as in `open_images`, or `tfds:<name>`, a
         set with configurations `<corruption>_<severity>`, of which the prepared ones are used.
       tfds_data_dir: see `open_images`.
-      allow_missing: whether classes or whole corruptions may be missing. A severity never may,
-        because a corruption's error is the mean over all severities.
+      allow_missing: whether classes or entire corruptions may be missing. Severities must not be
+        missing, because a corruption's error is the mean over all severities.
 
     Raises:
-      DataError: unknown or missing parts, or parts of different classes.
+      DataError: If parts are unknown or missing, or have different classes.
     """
     if place.startswith(tfds_source.PREFIX):
         severities, place_of = _of_configurations(place, tfds_data_dir)
@@ -134,13 +134,13 @@ def open_corruptions(
         part: open_images(of_part, sets.classes_of(), tfds_data_dir, allow_missing)
         for part, of_part in places.items()
     }
-    # Even with allow_missing: parts of different classes have no meaningful mean.
+    # Also with allow_missing: the mean over parts with different classes is meaningless.
     sets.check_equal_classes({places[part]: found for part, found in images.items()})
     return images
 
 
 def _of_configurations(place: str, tfds_data_dir: str | None):
-    """Corruption → prepared severities; and a function of both that returns a part's place."""
+    """Returns corruption → prepared severities, and a function from both to a part's place."""
     name, split = tfds_source.parse(place)
     severities: dict[str, list[str]] = {}
     for configuration in tfds_source.prepared(name, tfds_data_dir):
@@ -155,14 +155,14 @@ def _of_configurations(place: str, tfds_data_dir: str | None):
 
 
 def open_perturbations(path: str, allow_missing: bool = False) -> dict[str, robustness_clips.Clips]:
-    """Perturbation → its clips, of ImageNet-P: `path/<perturbation>/<wnid>/<clip>`.
+    """Maps each perturbation of ImageNet-P to its clips: `path/<perturbation>/<wnid>/<clip>`.
 
     Args:
       path: folder of the perturbations.
       allow_missing: whether classes or perturbations may be missing.
 
     Raises:
-      DataError: unknown or missing parts, or what `robustness_clips.clips` raises.
+      DataError: If parts are unknown or missing; see also `robustness_clips.clips`.
     """
     found = [name for name in sets.folders(path) if name not in metrics.HARDER_SEQUENCES]
     needed, extra = tuple(metrics.ALEXNET_FLIPS), tuple(metrics.ALEXNET_FLIPS_EXTRA)
@@ -187,8 +187,8 @@ def _of_tfds(place: str, tfds_data_dir: str | None) -> sets.Images:
 
 def _of_records(folder: str, prefix: str) -> sets.Images:
     task = os.path.join(folder, tasks.TASK_FILE)
-    # In records made from class folders, class n is the n-th folder. Without names, labels are
-    # those of ImageNet.
+    # In records made from class folders, class n is the n-th folder. Without class names, labels
+    # are ImageNet's.
     names = tasks.get_task(task).class_names if tf.io.gfile.exists(task) else None
     return _with_classes(Records(folder, prefix), names)
 
@@ -209,5 +209,5 @@ def _with_classes(source, names: Sequence[str] | None) -> sets.Images:
 
 
 def _prefix(folder: str) -> str | None:
-    """Prefix of the record files in a folder; None if there are none."""
+    """Returns the prefix of the record files in a folder; None if there are none."""
     return next((p for p in _PREFIXES if listed(folder, f"{p}-.*-of-.*")), None)

@@ -1,1 +1,1 @@
-"""What a labeling run has produced: its report, its review sheet, what to label next."""
+"""Results of a labeling run: its report, its review sheet, and the images to label next."""

@@ -1,9 +1,10 @@
-"""The unlabeled images most worth labeling: those between two classes, from each class in turn.
+"""Selects the unlabeled images most worth labeling: those between two classes, class by class.
 
-The margin of an image is its largest probability minus the second largest. Of each predicted class the
-images come by their margin, smallest first; first the first of all classes, then the second ones, and
-so on. Near copies of an image that is on the list, and images that a person decided about, are left
-out. One pass over the predictions, on every core, in memory that grows with the classes and the list.
+The margin of an image is its largest probability minus the second largest. Each predicted class
+ranks its images by margin, smallest first. The list starts with the first image of every class,
+followed by the second ones, and so on. It excludes near copies of listed images and images that a
+person has reviewed. It takes one pass over the predictions on all cores; memory grows with the
+number of classes and the length of the list.
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ from efficientnet_ns.pseudo_labels import index
 
 LIST, SHEET = "label_next.csv", "label_next.html"
 _BYTES_PER_PROCESS = 64 << 20  # A process takes seconds to start.
-_SPARE = 2  # Candidates of a class per image of the list: some are copies.
-_ROWS = 1 << 16  # Candidates that are sorted at once, at least.
+_SPARE = 2  # Candidates of a class per listed image, because some are copies.
+_ROWS = 1 << 16  # Minimum number of candidates that are sorted at once.
 _PIXELS = 320
 
 
-# Of the fields of a `Candidate`, for one of no images.
+# Dtypes of the fields of an empty `Candidate`.
 _KINDS = (np.int64, np.int64, np.float32, np.float32, np.int64, np.int64)
 
 
 class Candidate(NamedTuple):
-    """An image, or in arrays, many of them.
+    """An image, or many images as arrays.
 
     Attributes:
-      label, second: the most probable class and the next.
+      label, second: the most probable class and the second most probable class.
       margin: probability of `label` minus that of `second`.
       prob: probability of `label`.
-      shard, record: the place in the unlabeled set; records count from 0 in the input file.
+      shard, record: the place in the unlabeled set; records are numbered from 0 in the input file.
     """
 
     label: Any
@@ -58,16 +59,16 @@ def write(config: SelectConfig, limit: int, folder: str, names: Sequence[str]) -
     """Writes `label_next.csv`, and `label_next.html`, a review sheet of the same images.
 
     Args:
-      config: names predictions and records, and the decisions that are made already.
-      limit: images on the list, at most.
-      folder: for both files.
-      names: one per class.
+      config: specifies the predictions, the records and the decisions already made.
+      limit: maximum number of images on the list.
+      folder: folder of both files.
+      names: names of the classes.
 
     Returns:
       The paths of the list and of the sheet.
 
     Raises:
-      DataError: predictions are missing or cannot be read.
+      DataError: If predictions are missing or cannot be read.
     """
     chosen = choose(config, limit)
     payloads = outcome.read_records(config, {(one.shard, one.record) for one in chosen})
@@ -87,14 +88,14 @@ def write(config: SelectConfig, limit: int, folder: str, names: Sequence[str]) -
 
 
 def choose(config: SelectConfig, limit: int) -> list[Candidate]:
-    """Up to `limit` images of different content, in the order of the list."""
+    """Returns up to `limit` images with different content, in the order of the list."""
     index_files, changes = index.index_files(config), index.changes(config)
     workers = index.count_workers(config)
     jobs = []
     for shard in index.shards(config):
-        # Positions only, whatever was decided.
+        # Only the positions, regardless of the decision.
         decided = [changes.get((shard, worker), ((),))[0] for worker in range(workers)]
-        # As many of each class as of the whole list: the other classes may have no images.
+        # Each class has enough for the entire list, because the other classes may have no images.
         jobs.append((config, shard, decided, _SPARE * limit))
     files = [index.prediction_path(config, s, w) for _, s, d, _ in jobs for w in range(len(d))]
     size = sum(filter(None, object_stores.sizes(files)))
@@ -112,20 +113,20 @@ def choose(config: SelectConfig, limit: int) -> list[Candidate]:
 
 
 def _candidates(config: SelectConfig, shard: int, decided: list, limit: int) -> Candidate:
-    """The images of a shard with the smallest margins, up to `limit` of each class."""
+    """Returns the images of a shard with the smallest margins, up to `limit` per class."""
     found = [Candidate(*(np.zeros(0, kind) for kind in _KINDS))]
     for worker, places in enumerate(decided):
         path, start = index.prediction_path(config, shard, worker), 0
         for probs in index.read_predictions(path, config.num_label_classes):
             positions = np.arange(start, start + len(probs))
             start += len(probs)
-            # Unreadable images have zeros only.
+            # All probabilities of unreadable images are zero.
             undecided = (probs.max(1) > 0) & ~np.isin(positions, places)
             probs, positions = probs[undecided], positions[undecided]
             best = probs.argmax(1)
             rows = np.arange(len(probs))
             top = probs[rows, best]
-            # The mask above has made a copy, so this changes no array of the reader.
+            # The mask above made a copy, so this does not modify the reader's array.
             probs[rows, best] = -1
             second = probs.argmax(1)
             margin = top - probs[rows, second]
@@ -133,51 +134,51 @@ def _candidates(config: SelectConfig, shard: int, decided: list, limit: int) -> 
             record = positions * len(decided) + worker
             new = Candidate(best, second, margin, top, np.full(len(best), shard), record)
             found.append(new)
-            # Sorts only once there are as many new candidates as kept ones, which bounds the cost.
+            # Sorts only if new candidates outnumber the kept ones, which bounds the cost.
             if sum(len(some.label) for some in found[1:]) > max(_ROWS, len(found[0].label)):
                 found = [_smallest(found, limit)]
     return _smallest(found, limit)
 
 
 def _smallest(found: list[Candidate], limit: int) -> Candidate:
-    """Up to `limit` candidates of each class, sorted by class, then by margin."""
+    """Returns up to `limit` candidates per class, sorted by class, then by margin."""
     joined = Candidate(*map(np.concatenate, zip(*found)))
-    # The last key is the first to sort by. Ties go by place, because shards finish in any order.
+    # The last key is the primary key. Ties are sorted by place, because shards finish in any order.
     order = np.lexsort([joined.record, joined.shard, joined.margin, joined.label])
     kept = order[_ranks(joined.label[order]) < limit]
     return Candidate(*(values[kept] for values in joined))
 
 
 def _ranks(labels: np.ndarray) -> np.ndarray:
-    """The place of each within its class, from 0, of sorted labels."""
-    # searchsorted finds the first of equal labels: where the class begins.
+    """Returns the rank, from 0, of each sorted label within its class."""
+    # searchsorted finds the first of equal labels, where the class begins.
     return np.arange(len(labels)) - np.searchsorted(labels, labels)
 
 
 def _in_turn(classes: list[deque[Candidate]], copies: _Copies, limit: int) -> list[Candidate]:
-    """Of each class the first image that is no copy, by their margins; then the second ones, and so on."""
+    """Takes the next image that is no copy from each class in turn; sorts each turn by margin."""
     chosen: list[Candidate] = []
     while classes and len(chosen) < limit:
         turn = []
-        # In this order, so that of near copies in two classes that with the smaller margin stays.
+        # In this order, so that of near copies in two classes, the smaller margin is kept.
         for own in sorted(classes, key=lambda own: own[0].margin):
             while own:
                 one = own.popleft()
                 if not copies.is_one(one.shard, one.record):
                     turn.append(one)
                     break
-        # Again, since leaving out copies may have changed the order.
+        # Sorted again, because skipping copies may have changed the order.
         chosen += sorted(turn, key=lambda one: one.margin)
         classes = [own for own in classes if own]
     return chosen[:limit]
 
 
 class _Copies:
-    """Knows copies of the images that it was asked about.
+    """Detects copies of the images passed to it before.
 
     Args:
-      candidates: all images that it may be asked about.
-      index_files: by shard, which may have fingerprints; without, no image is a copy.
+      candidates: all images that may be passed to it.
+      index_files: index files by shard. Without fingerprints in them, no image is a copy.
     """
 
     def __init__(self, candidates: Candidate, index_files: dict[int, list[str]], workers: int):
@@ -193,7 +194,7 @@ class _Copies:
                     self._marks.update(zip(keys, marks[own // workers]))
 
     def is_one(self, shard: int, record: int) -> bool:
-        """Whether an image is a copy of another one before; if not, the next ones may be of it."""
+        """Checks whether an image is a copy of an earlier one; if not, remembers it."""
         marks = self._marks.get((shard, record))
         if marks is None:
             return False

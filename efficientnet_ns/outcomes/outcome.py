@@ -1,8 +1,8 @@
 """Queries of a labeling run: SQL over the indexes and the selection, and its quarantine lists.
 
-No result grows with the number of images. Rejected images are counted as all images minus the kept
-ones, so only the kept ones are held for a join; comparisons with true labels and with an earlier
-round join the whole set, out of core.
+No result grows with the number of images. Rejected images are counted as all images minus kept
+ones, so that a join holds only the kept ones. Comparisons with true labels and with an earlier
+round use out-of-core joins.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     Truth = Sequence[ArrayLike] | str
 
 RECORDS = "records"
-_NO_LABEL = -2  # Below -1, which marks an image of no class.
+_NO_LABEL = -2  # -1 marks an image of no class.
 
-# Ties by place, so that every report of a run shows the same pictures.
+# Ties are sorted by place, so that every report of a run shows the same pictures.
 _ORDERS = {"most": "prob DESC, shard, record", "least": "prob, shard, record"}
 
-# Shard and record identify an image in every round and in the truth; worker and position depend on the
-# number of workers.
+# Shard and record identify an image in every round and in the truth; worker and position depend
+# on the number of workers.
 _IMAGES = """
 CREATE VIEW {} AS SELECT *, position * {} + worker AS record FROM {} WHERE label >= 0
 """
-# Labels joined with those of `other`: the truth, or an earlier round.
-# `copies` is NULL for rejected images, which the selection does not list.
+# Labels joined with the labels of `other`: the truth or an earlier round. `copies` is NULL for
+# rejected images, which the selection does not list.
 _COMPARED = """
 CREATE VIEW {view} AS
 SELECT {other}.label AS {column}, images.label, images.prob, copies IS NOT NULL AS kept
@@ -53,7 +53,7 @@ LEFT JOIN (SELECT shard, record, copies FROM chosen) USING (shard, record)
 
 
 class Picture(NamedTuple):
-    """An image to show, by its place in the unlabeled set."""
+    """An image to show, identified by its place in the unlabeled set."""
 
     shard: int
     record: int
@@ -65,13 +65,13 @@ class Outcome:
     """The predictions and the selection of a labeling run.
 
     Args:
-      config: of the selection.
+      config: settings of the selection.
       truth: columns `shard`, `record`, `label` (0-based, -1 for images of no class) of the images
-        whose class is known.
+        with known labels.
       previous_dir: folder of the predictions of an earlier round for the same images.
 
     Raises:
-      DataError: there is no selection, or predictions are missing.
+      DataError: If there is no selection or predictions are missing.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Outcome:
         tables = {"predictions": _indexes(config), "selection": [selection]}
         views = {"images": ("predictions", config), "chosen": ("selection", config)}
         if previous_dir:
-            # Detected: the earlier round may have had another number of workers.
+            # Detected, because the earlier round may have had a different number of workers.
             earlier = dataclasses.replace(
                 config, prediction_dir=previous_dir, total_label_replicas=-1
             )
@@ -103,11 +103,11 @@ class Outcome:
         return self._db.execute(query, list(values)).fetchall()
 
     def totals(self) -> dict[str, int]:
-        """Counts: `images`, `unreadable`, `confident`, `kept` and `records`.
+        """Returns the counts `images`, `unreadable`, `confident`, `kept` and `records`.
 
-        Confident images are at or above the threshold; records are the kept images with copies.
+        Confident images are at or above the threshold; records are kept images and their copies.
         """
-        # In float64, as the selection compares: the float32 nearest to 0.7 is below 0.7.
+        # In float64, as in the selection: the float32 nearest to 0.7 is below 0.7.
         found = self._columns(
             "SELECT * FROM (SELECT count(*) AS images, count_if(label < 0) AS unreadable, "
             "count_if(label >= 0 AND prob::DOUBLE >= $1) AS confident FROM predictions), "
@@ -117,14 +117,14 @@ class Outcome:
         return {name: int(value[0]) for name, value in found.items()}
 
     def confidence(self, bins: int) -> dict[str, np.ndarray]:
-        """Histogram of the top-1 probability, split by threshold and by kept or rejected.
+        """Returns a histogram of the top-1 probability, split by threshold and by kept or rejected.
 
         Args:
           bins: number of equal intervals of [0, 1].
 
         Returns:
-          Columns `prob` float64 (one of the bin and side of the threshold), `kept` bool and `images`
-          int, with a row per bin, side and kept or not.
+          Columns `prob` float64 (a value from the bin and side of the threshold), `kept` bool and
+          `images` int, with one row for each bin, side and value of `kept`.
         """
         # A probability of 1 belongs to the last bin.
         counted = (
@@ -143,7 +143,7 @@ class Outcome:
         )
 
     def classes(self) -> dict[str, np.ndarray]:
-        """Columns with one entry per class.
+        """Returns columns with one entry per class.
 
         Returns:
           `predicted`, `confident`, `kept` and `records` int64 [C]; `lowest` kept probability float64
@@ -154,7 +154,7 @@ class Outcome:
         columns = {name: np.zeros(count, np.int64) for name in counted}
         columns["lowest"] = np.full(count, np.nan)
         columns["quantiles"] = np.full((count, 3), np.nan)
-        # Approximate quantiles need bounded memory; exact ones would hold every probability.
+        # Approximate quantiles use bounded memory; exact ones would store every probability.
         predicted = self._query(
             "SELECT label, count(*), count_if(prob::DOUBLE >= $1), "
             "approx_quantile(prob, [0.1, 0.5, 0.9]) FROM images GROUP BY ALL",
@@ -181,16 +181,16 @@ class Outcome:
         shards: int,
         labels: Sequence[int] | None = None,
     ) -> list[Picture]:
-        """Kept or rejected images in order of confidence.
+        """Returns kept or rejected images in order of confidence.
 
         Args:
           kept: whether to return kept or rejected images.
-          order: "most" or "least" confident first.
-          limit: how many images; with `labels`, how many per class.
+          order: "most" or "least", the confidence of the first images.
+          limit: maximum number of images; with `labels`, per class.
           shards: use only the first `shards` shards.
-          labels: classes to choose from; None: all.
+          labels: classes to choose from; None for all.
         """
-        # The limit on shards stands inside as well: DuckDB does not push it through an anti join.
+        # The limit on shards is repeated: DuckDB does not push it through an anti join.
         rejected = """
             images ANTI JOIN (SELECT shard, record FROM chosen WHERE shard < $1)
             USING (shard, record)
@@ -212,7 +212,7 @@ class Outcome:
         return [Picture(*row) for row in rows]
 
     def labels(self, shard: int) -> list[tuple[int, float, bool]]:
-        """(label, top-1 probability, kept) of each record of a shard, in order; -1: unreadable."""
+        """Returns (label, top-1 probability, kept) of a shard's records; label -1 if unreadable."""
         workers = index.count_workers(self.config)
         return self._query(
             f"SELECT p.label, p.prob, copies IS NOT NULL FROM predictions AS p "
@@ -223,17 +223,17 @@ class Outcome:
         )
 
     def confusion(self) -> dict[str, np.ndarray]:
-        """Columns `truth`, `label`, `images` int of the kept images, a row per pair that occurs."""
+        """Returns columns `truth`, `label`, `images` int of kept images, a row per pair."""
         return self._columns(
             "SELECT truth, label, count(*) AS images FROM judged WHERE kept GROUP BY ALL"
         )
 
     def accuracy(self, bins: int) -> dict[str, np.ndarray]:
-        """Labels against the truth, by confidence in `bins` intervals (lower, upper].
+        """Compares labels with the truth, by confidence in `bins` intervals (lower, upper].
 
         Returns:
-          Columns `known`, `correct`, `kept` bool, `bin` int from 1, mean `prob` and `images`, with a
-          row per combination that occurs.
+          Columns `known`, `correct`, `kept` bool, `bin` int from 1, mean `prob` and `images`, a row
+          per existing combination.
         """
         return self._columns(
             "SELECT truth >= 0 AS known, truth = label AS correct, kept, "
@@ -242,7 +242,7 @@ class Outcome:
         )
 
     def agreement(self, bins: int) -> dict[str, np.ndarray]:
-        """Labels against those of the earlier round, by the confidence of this round.
+        """Compares labels with those of the earlier round, by the confidence of this round.
 
         Returns:
           Columns `bin` (0 … bins - 1), `kept`, `same` (images with equal labels) and `images`.
@@ -253,14 +253,14 @@ class Outcome:
         )
 
     def changes(self, limit: int) -> list[tuple[int, int, int]]:
-        """The most frequent (earlier label, later label, images) that differ."""
+        """Returns the most frequent changes as (earlier label, later label, images)."""
         return self._query(
             "SELECT before, label, count(*) AS images FROM compared WHERE before != label "
             f"GROUP BY ALL ORDER BY images DESC, before, label LIMIT {int(limit)}"
         )
 
     def _columns(self, query: str, *values: object) -> dict[str, np.ndarray]:
-        # DuckDB's threads return groups in any order.
+        # DuckDB's threads return groups in arbitrary order.
         return self._db.execute(f"{query} ORDER BY ALL", list(values)).fetchnumpy()
 
 
@@ -269,14 +269,14 @@ def _indexes(config: SelectConfig) -> list[str]:
 
 
 def read_truth(config: SelectConfig, truth: Truth) -> pyarrow.Table:
-    """Columns `shard`, `record`, `label` of the images whose class is known.
+    """Returns columns `shard`, `record`, `label` of the images with known labels.
 
     Args:
       truth: 0-based labels per shard and record, -1 for images of no class; a CSV or Parquet file
-        with these columns; or RECORDS: the unlabeled records' own `image/class/label`.
+        with these columns; or RECORDS for the `image/class/label` in the unlabeled records.
 
     Raises:
-      DataError: the file lacks a column, or no record has a label.
+      DataError: If the file lacks a column or no record has a label.
     """
     import pyarrow
     import pyarrow.csv
@@ -294,7 +294,7 @@ def read_truth(config: SelectConfig, truth: Truth) -> pyarrow.Table:
         truth = carried
     if isinstance(truth, str):
         with tf.io.gfile.GFile(truth, "rb") as f:
-            # Arrow does not know TensorFlow's file systems.
+            # Arrow does not support TensorFlow's file systems.
             source = pyarrow.BufferReader(f.read())
         csv = truth.endswith(".csv")
         table = pyarrow.csv.read_csv(source) if csv else pyarrow.parquet.read_table(source)
@@ -313,11 +313,11 @@ def read_truth(config: SelectConfig, truth: Truth) -> pyarrow.Table:
 
 
 def _labels(path: str) -> np.ndarray:
-    """The labels stored in a shard's records, int32 [N]; _NO_LABEL where there is none."""
+    """Returns the labels stored in a shard's records, int32 [N]; _NO_LABEL if there is none."""
     labels = []
     with tfrecords.Scanner(path) as scanner:
         while (record := scanner.take()) is not None:
-            # A damaged record keeps its place, without a label.
+            # A damaged record keeps its place and has no label.
             feature = record.payload and tfexamples.feature(
                 record.payload, tfexamples.LABEL_ONE_BASED
             )
@@ -329,7 +329,7 @@ def _labels(path: str) -> np.ndarray:
 def read_images(
     config: SelectConfig, places: Iterable[tuple[int, int]]
 ) -> dict[tuple[int, int], bytes]:
-    """Encoded images by (shard, record); b"" for images that cannot be read."""
+    """Returns encoded images by (shard, record); b"" for images that cannot be read."""
     found = read_records(config, places)
     return {place: tfexamples.image_if_any(payload) for place, payload in found.items()}
 
@@ -337,9 +337,9 @@ def read_images(
 def read_records(
     config: SelectConfig, places: Iterable[tuple[int, int]]
 ) -> dict[tuple[int, int], bytes]:
-    """Records by (shard, record); b"" for those that cannot be read.
+    """Returns records by (shard, record); b"" for records that cannot be read.
 
-    Each shard is read up to the last of its places only.
+    Reads each shard only up to the last of its places.
     """
     by_shard = defaultdict(set)
     for shard, number in places:
@@ -355,10 +355,10 @@ class Quarantine(NamedTuple):
     """Records that cannot be labeled.
 
     Attributes:
-      reasons: number of records per reason, without the byte offset in it.
+      reasons: number of records per reason; reasons exclude the byte offset.
       files: number of records per input file.
       examples: (file, record, reason) of the first records.
-      unknown: missing manifests, whose prediction files have no list.
+      unknown: paths of missing manifests, whose prediction files therefore have no list.
     """
 
     reasons: Counter[str]
@@ -368,7 +368,7 @@ class Quarantine(NamedTuple):
 
 
 def read_quarantine(config: SelectConfig, limit: int = 20) -> Quarantine:
-    """The quarantine lists of the manifests of all predictions."""
+    """Reads the quarantine lists in the manifests of all predictions."""
     workers = index.count_workers(config)
     result = Quarantine(Counter(), Counter(), [], [])
     for shard, worker in itertools.product(index.shards(config), range(workers)):
@@ -378,7 +378,7 @@ def read_quarantine(config: SelectConfig, limit: int = 20) -> Quarantine:
             result.unknown.append(manifest)
             continue
         listed = manifests.read_manifest(manifest)["counts"].get("quarantine", {})
-        # Keys of JSON objects are text, which would sort 10 before 2.
+        # Keys of JSON objects are strings, which would sort 10 before 2.
         for position, reason in sorted((int(p), r) for p, r in listed.items()):
             result.reasons[reason.split(" at byte ")[0]] += 1
             result.files[name] += 1

@@ -1,7 +1,7 @@
-"""`report.html` of a labeling run: what the teacher predicted, and what the selection kept.
+"""Writes `report.html` of a labeling run: what the teacher predicted and the selection kept.
 
-Statistics cover every image, by SQL. Pictures come from the first shards only, because finding an
-image in a shard means reading the shard up to it.
+Statistics cover every image, through SQL. Pictures are only from the first shards, because finding
+an image requires reading its shard up to that image.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from efficientnet_ns.outcomes.outcome import Outcome, Picture
 from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import RULE_SETTINGS, SELECTION, class_names_of
 
-_PICTURES = 36  # Of a grid over all classes.
+_PICTURES = 36  # In a grid over all classes.
 _PICTURES_PER_CLASS = 8
-_PIXELS = 112  # Of the larger side: twice what is shown, for dense screens.
+_PIXELS = 112  # Larger side, twice the displayed size for high-density screens.
 _AGREEMENT_BINS = 20
 _REVIEW_PIXELS = 320
 
@@ -33,18 +33,18 @@ _DEFAULTS = ReportConfig()
 
 
 def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> list[str]:
-    """Writes the report of a finished selection, and the other files requested.
+    """Writes the report of a finished selection and the other requested files.
 
     Args:
       config: settings of the selection.
       options: the path, and what to show in addition to the run.
 
     Returns:
-      The paths of the report, of the review sheet, and of the list and the sheet of images to label next.
+      The paths of the report, the review sheet, and the list and sheet of images to label next.
 
     Raises:
-      DataError: predictions, selection or truth are missing or do not fit.
-      ConfigError: the number of class names is not the number of classes.
+      DataError: If predictions, selection or truth are missing or do not match.
+      ConfigError: If the number of class names differs from the number of classes.
     """
     path = options.report_path or os.path.join(config.output_dir, "report.html")
     report.write_page(
@@ -70,7 +70,7 @@ def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> lis
 
 
 def _write_review(config: SelectConfig, options: ReportConfig, path: str) -> None:
-    """Writes a sheet of the least confident images kept of each class, least confident first."""
+    """Writes a sheet of the least confident kept images of each class, least confident first."""
     names, config = _names(config, options), _as_selected(config)
     shards = min(options.report_shards, config.num_shards)
     limit, classes = options.review_images, list(range(config.num_label_classes))
@@ -117,11 +117,11 @@ def sections(
     truth: outcome.Truth | None = None,
     class_names: Sequence[str] | None = None,
 ) -> list[report.Section]:
-    """The sections of the report, titles in lower case; see `write_report`.
+    """Returns the sections of the report, with lowercase titles; see `write_report`.
 
     Args:
-      truth: true labels by shard and record, instead of the file that `options` names.
-      class_names: one per class, instead of the file that `options` names; by default the task's.
+      truth: true labels by shard and record, instead of the file in `options`.
+      class_names: one per class, instead of the file in `options`; by default the task's.
     """
     names, config = _names(config, options, class_names), _as_selected(config)
     truth = options.truth if truth is None else truth
@@ -144,10 +144,10 @@ def sections(
 
 
 def _as_selected(config: SelectConfig) -> SelectConfig:
-    """`config` with the settings that the selection was made with, for those that are not given.
+    """Returns `config` with missing settings replaced by those of the selection.
 
     Raises:
-      ConfigError: a setting that is given is another one: the report would show it.
+      ConfigError: If a given setting, which the report would show, differs from the selection's.
     """
     manifest = os.path.join(config.output_dir, f"{SELECTION}.manifest.json")
     if not tf.io.gfile.exists(manifest):
@@ -159,7 +159,7 @@ def _as_selected(config: SelectConfig) -> SelectConfig:
     if difference:
         raise ConfigError(
             f"the selection in {config.output_dir} was made with other settings ({difference}): "
-            "leave them out"
+            "remove them"
         )
     return dataclasses.replace(config, **noted)
 
@@ -191,7 +191,7 @@ def _summary(run: _Run) -> str:
 
 
 def _confidence(run: _Run) -> str:
-    # Counted by SQL: each entry stands for all images of a bin.
+    # Counted by SQL: each entry represents all images of a bin.
     counts = run.outcome.confidence(report.HISTOGRAM_BINS)
     return report.paragraph(
         "The teacher's confidence in its labels. Rejected images above the threshold belong to "
@@ -218,10 +218,10 @@ def _balance(run: _Run) -> str:
 
 
 def _by_coverage(run: _Run) -> np.ndarray:
-    """Classes with predictions, int [P], those with the fewest confident images first."""
+    """Returns the classes with predictions, int [P], fewest confident images first."""
     predicted = np.flatnonzero(run.classes["predicted"])
     keys = (predicted, run.classes["predicted"][predicted], run.classes["confident"][predicted])
-    # The last key is the first to sort by: confident images, then all images, then the number.
+    # The last key is the primary key: confident images, then all images, then the class index.
     return predicted[np.lexsort(keys)]
 
 
@@ -273,13 +273,13 @@ def _truth(run: _Run) -> str:
         )
     # Bins are (lower, upper], from 1.
     sums = (
-        # `known` leaves out images of no class, which a label is neither right nor wrong for.
+        # `known` excludes images of no class, for which labels are neither right nor wrong.
         np.bincount(bins["bin"] - 1, known * images * values, report.CALIBRATION_BINS)
         for values in (1, bins["prob"], correct)
     )
     return (
         report.paragraph(
-            "Accuracy of the labels, and calibration of the confidence: on the dashed line, 70 % of "
+            "Accuracy of the labels and calibration of the confidence: on the dashed line, 70 % of "
             "the labels with 70 % confidence are correct."
         )
         + report.table(rows)
@@ -329,7 +329,7 @@ def _quarantine(run: _Run) -> str:
     total = sum(found.reasons.values())
     text = report.paragraph(
         f"{total} records could not be labeled, in {len(found.files)} of "
-        f"{run.config.num_shards} files. They keep their place and are never selected."
+        f"{run.config.num_shards} files. They keep their places and are never selected."
     )
     if found.unknown:
         text += report.paragraph(
@@ -363,7 +363,7 @@ _GRIDS = {
 
 
 def _pictures(run: _Run) -> dict[str, str]:
-    """Title → grids over all classes, and of some classes."""
+    """Maps titles to grids over all classes, and of some classes."""
     shards = min(run.options.report_shards, run.config.num_shards)
     chosen = _classes_to_show(run)
     overall, by_class = (
@@ -376,7 +376,7 @@ def _pictures(run: _Run) -> dict[str, str]:
         for limit, labels in ((_PICTURES, None), (_PICTURES_PER_CLASS, chosen))
     )
     shown = [picture for grid in (*overall.values(), *by_class.values()) for picture in grid]
-    # All grids at once, so that every shard is read only once.
+    # Reads the images of all grids together, so that every shard is read only once.
     found = outcome.read_images(run.config, {(p.shard, p.record) for p in shown})
     data = {place: report.thumbnail(image, _PIXELS) for place, image in found.items()}
     note = f"Pictures are taken from {shards} of {run.config.num_shards} shards."
@@ -401,7 +401,7 @@ def _pictures(run: _Run) -> dict[str, str]:
         kept = run.classes["kept"][label]
         classes.append(report.details(f"{run.names[label]}: {kept} images kept", body))
     text = report.paragraph(
-        "The least confident images kept show what the threshold lets in; the most confident images "
+        "The least confident images kept show what the threshold admits; the most confident images "
         "rejected show what it costs."
         + (" The worst covered classes come first." if len(chosen) > 1 else "")
     )
@@ -409,7 +409,7 @@ def _pictures(run: _Run) -> dict[str, str]:
 
 
 def _classes_to_show(run: _Run) -> list[int]:
-    """The worst and best covered classes and some in between, in order of their coverage."""
+    """Returns the worst and best covered classes and some in between, in order of coverage."""
     order, count = _by_coverage(run), run.options.report_classes
     if len(order) > 3 * count:
         between = np.linspace(count, len(order) - count - 1, count).astype(int)

@@ -1,1 +1,1 @@
-"""From a teacher and unlabeled images to balanced, pseudo-labeled records."""
+"""Makes balanced, pseudo-labeled records from a teacher and unlabeled images."""

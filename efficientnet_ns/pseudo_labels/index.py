@@ -1,11 +1,11 @@
-"""The predictions of a run as files, and their columnar index: all that selection needs.
+"""The prediction files of a run and their columnar index, which is all that selection reads.
 
-One Parquet file per prediction file, with a row per prediction in the same order: `shard` int32,
-`worker` int32, `position` int64 (in the prediction file), `label` int32 (-1: unreadable), `prob`
-float32 (top-1 probability), and from a teacher of this package the `fingerprints.COLUMNS` of the
-image, uint64: `hash` of the content and the words `f0`–`f3` of its fingerprint. A selection therefore
-never reads the probabilities of all classes. Readers scan row groups on every core, in bounded
-memory.
+The index has one Parquet file per prediction file, with a row per prediction in the same order:
+`shard` int32, `worker` int32, `position` int64 (in the prediction file), `label` int32 (-1 if
+unreadable), `prob` float32 (top-1 probability), and, from a teacher of this package, the image's
+`fingerprints.COLUMNS`, uint64: `hash` of the content and the words `f0`–`f3` of its fingerprint. A
+selection therefore never reads the probabilities of all classes. Readers scan row groups on all
+cores in bounded memory.
 """
 
 from __future__ import annotations
@@ -46,37 +46,37 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 UNREADABLE_LABEL = -1
-# Rows per group of a file, independent of the calls of `add`: equal rows make equal files.
+# Rows per row group, independent of the calls to `add`, so that equal rows make equal files.
 _GROUP = 1 << 16
-# A process takes seconds to start, which pays off only with this much to read.
+# Starting a process takes seconds, which pays off only with this many bytes to read.
 _BYTES_PER_PROCESS = 64 << 20
 _PREDICTIONS_AT_ONCE = 1024
-_ROWS_AT_ONCE = 1 << 19  # Rows of a RowChunk; bounds memory.
-_ROWS_PER_PART = 1 << 21  # Rows whose result waits for its turn; bounds memory.
+_ROWS_AT_ONCE = 1 << 19  # Rows per RowChunk; bounds memory.
+_ROWS_PER_PART = 1 << 21  # Rows per pending result; bounds memory.
 
 
 def task_number(config: SelectConfig) -> int:
-    """The number of the task in file names."""
+    """Returns the task index used in file names."""
     return max(config.task, 0)
 
 
 def input_path(config: SelectConfig, shard: int) -> str:
-    """The unlabeled records of a shard."""
+    """Returns the path of the unlabeled records of a shard."""
     name = shard_names.shard_name(config.file_prefix, shard, config.num_shards)
     return os.path.join(config.unlabel_data_dir, name)
 
 
 def prediction_path(config: SelectConfig, shard: int, worker: int) -> str:
-    """The predictions of one worker for a shard."""
+    """Returns the path of a worker's predictions for a shard."""
     name = shard_names.prediction_name(shard, config.num_shards, worker)
     return os.path.join(config.prediction_dir, name)
 
 
 def shards(config: SelectConfig) -> list[int]:
-    """The shards in use: all, the first `only_use_num_shards`, or one with `debug`.
+    """Returns the shards in use: all, the first `only_use_num_shards`, or one with `debug`.
 
     Raises:
-      ConfigError: a number that is out of range.
+      ConfigError: If a number is out of range.
     """
     used = config.num_shards if config.only_use_num_shards == -1 else config.only_use_num_shards
     if not 1 <= used <= config.num_shards:
@@ -90,15 +90,15 @@ def shards(config: SelectConfig) -> list[int]:
 
 
 def count_workers(config: SelectConfig) -> int:
-    """How many workers predicted each shard.
+    """Returns the number of workers that predicted each shard.
 
     Raises:
-      DataError: a prediction file is missing; the message names the first.
+      DataError: If a prediction file is missing; names the first one.
     """
     workers = config.total_label_replicas
     manifest = prediction_path(config, 0, 0) + ".manifest.json"
     found = _predicted(config)
-    # Our predictions state the number; those of the original come without manifests.
+    # Our predictions store the number; those of the original code have no manifests.
     if os.path.basename(manifest) in found:
         predicted_by = manifests.read_manifest(manifest)["config"].get("total_replicas", 1)
         if workers not in (-1, predicted_by):
@@ -108,7 +108,7 @@ def count_workers(config: SelectConfig) -> int:
             )
         workers = predicted_by
     if workers < 1:
-        # By the file names: gaps are reported as missing below.
+        # From the file names; the loop below reports gaps as missing.
         name = re.compile(rf"train-info-\d{{5}}-of-{config.num_shards:05d}-(\d{{5}})")
         numbers = [int(match[1]) for match in map(name.fullmatch, found) if match]
         workers = 1 + max(numbers, default=0)
@@ -121,7 +121,7 @@ def count_workers(config: SelectConfig) -> int:
 
 
 def _predicted(config: SelectConfig) -> set[str]:
-    """Names in prediction_dir, listed once: a request per file takes long on gs://."""
+    """Lists the names in prediction_dir once, because a request per file is slow on gs://."""
     found = set(object_stores.names(config.prediction_dir))
     if not found and not tf.io.gfile.isdir(config.prediction_dir):
         raise DataError(f"--prediction_dir={config.prediction_dir} is not a folder")
@@ -129,12 +129,12 @@ def _predicted(config: SelectConfig) -> set[str]:
 
 
 def index_files(config: SelectConfig) -> dict[int, list[str]]:
-    """The index of every prediction file by shard, built from the records where it is missing."""
+    """Returns the index files by shard; builds missing ones from the records."""
     workers, found = count_workers(config), _predicted(config)
     files: dict[int, list[str]] = {}
     missing = []
     for shard in shards(config):
-        # --debug=1 reads one worker of one shard.
+        # --debug=1 reads only one worker of one shard.
         for worker in range(1 if config.debug == 1 else workers):
             name = shard_names.index_name(shard, config.num_shards, worker)
             path = os.path.join(config.prediction_dir, name)
@@ -154,16 +154,16 @@ COLUMNS = dict(zip(_NAMES, (np.int32, np.int32, np.int64, np.int32, np.float32))
 
 
 def schema(columns: Mapping[str, type]) -> pyarrow.Schema:
-    """The schema of a Parquet file with these columns, {name: NumPy type}."""
+    """Returns the schema of a Parquet file with these columns, {name: NumPy type}."""
     import pyarrow
 
     return pyarrow.schema([(n, pyarrow.from_numpy_dtype(kind)) for n, kind in columns.items()])
 
 
 def top_one(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels int32 [N] and top-1 probabilities float32 [N] of probabilities [N, C].
+    """Returns labels int32 [N] and top-1 probabilities float32 [N] of probabilities [N, C].
 
-    A row without a positive probability stands for an unreadable image: label -1.
+    A row without a positive probability represents an unreadable image, with label -1.
     """
     top = probabilities.max(1, initial=0)
     labels = np.where(top > 0, probabilities.argmax(1), UNREADABLE_LABEL)
@@ -171,11 +171,11 @@ def top_one(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class IndexWriter(contextlib.AbstractContextManager):
-    """Writes the index of one prediction file, piece by piece, in bounded memory.
+    """Writes the index of one prediction file incrementally, in bounded memory.
 
     Args:
-      path: of the index.
-      shard, worker: of the prediction file.
+      path: path of the index.
+      shard, worker: shard and worker of the prediction file.
       marked: whether rows have `fingerprints.marks`.
     """
 
@@ -215,7 +215,7 @@ class IndexWriter(contextlib.AbstractContextManager):
         self._rows += n
 
     def close(self) -> None:
-        """Writes the remaining rows; the file is incomplete before."""
+        """Writes the remaining rows and completes the file."""
         if len(self._labels):
             self._write(len(self._labels))
         self._writer.close()
@@ -226,10 +226,10 @@ class IndexWriter(contextlib.AbstractContextManager):
 
 
 def index_from_predictions(prediction_path: str, index_path: str, shard: int, worker: int) -> None:
-    """Builds the index of a prediction file that has none, such as one of the original code.
+    """Builds the index of a prediction file without one, such as a file of the original code.
 
     Raises:
-      DataError: a prediction cannot be read.
+      DataError: If a prediction cannot be read.
     """
     with (
         atomic_path(index_path) as temporary,
@@ -240,13 +240,13 @@ def index_from_predictions(prediction_path: str, index_path: str, shard: int, wo
 
 
 def read_predictions(path: str, num_classes: int = 0) -> Iterator[np.ndarray]:
-    """The probabilities of a prediction file in order, float32 [N, C] at a time.
+    """Yields the probabilities of a prediction file in order, in arrays float32 [N, C].
 
     Args:
-      num_classes: C; 0: as the first prediction.
+      num_classes: C; 0 for that of the first prediction.
 
     Raises:
-      DataError: a prediction cannot be read, or has another number of classes.
+      DataError: If a prediction cannot be read or has another number of classes.
     """
     records = tfrecords.read(path)
     while some := list(itertools.islice(records, _PREDICTIONS_AT_ONCE)):
@@ -258,7 +258,7 @@ def read_predictions(path: str, num_classes: int = 0) -> Iterator[np.ndarray]:
 
 
 def _prediction(record: tfrecords.Record, path: str, num_classes: int) -> np.ndarray:
-    """Probabilities float32 [C] of a record; any number of classes with `num_classes` 0."""
+    """Returns a record's probabilities, float32 [C]; C may be any number if `num_classes` is 0."""
     problem = record.problem
     if record.payload is not None:
         probs = tfexamples.probabilities(record.payload)
@@ -269,7 +269,7 @@ def _prediction(record: tfrecords.Record, path: str, num_classes: int) -> np.nda
 
 
 def read_marks(index_path: str) -> np.ndarray | None:
-    """The `fingerprints.COLUMNS` of an index, uint64 [N, 5]; None if it has none."""
+    """Reads the `fingerprints.COLUMNS` of an index, uint64 [N, 5]; None if it has none."""
     import pyarrow.parquet
 
     with local_files.local_copies([index_path]) as local:
@@ -281,7 +281,7 @@ def read_marks(index_path: str) -> np.ndarray | None:
 
 
 class RowGroup(NamedTuple):
-    """A row group of a worker's index file, which begins at row `start`."""
+    """A row group of a worker's index file; it begins at row `start`."""
 
     worker: int
     path: str
@@ -293,11 +293,11 @@ class RowChunk(NamedTuple):
     """Consecutive rows of an index file.
 
     Attributes:
-      shard, worker: of the file.
+      shard, worker: shard and worker of the file.
       start: position of the first row.
-      size: rows, including unreadable images.
+      size: number of rows, including unreadable images.
       labels, probs: int32 and float32 [N], without unreadable and excluded images.
-      positions: int64 [N], in the prediction file.
+      positions: int64 [N], positions in the prediction file.
     """
 
     shard: int
@@ -310,13 +310,13 @@ class RowChunk(NamedTuple):
 
 
 def _parts(paths: Sequence[str]) -> Iterator[list[RowGroup]]:
-    """Cuts the index files of a shard, one per worker, into parts of about `_ROWS_PER_PART` rows."""
+    """Splits the index files of a shard, one per worker, into parts of about `_ROWS_PER_PART` rows."""
     import pyarrow.parquet
 
     part: list[RowGroup] = []
     rows = 0
     for worker, path in enumerate(paths):
-        # Reads the footer only.
+        # Reads only the footer.
         metadata = pyarrow.parquet.read_metadata(path)
         start = 0
         for group in range(metadata.num_row_groups):
@@ -326,21 +326,21 @@ def _parts(paths: Sequence[str]) -> Iterator[list[RowGroup]]:
                 part, rows = [], 0
             part.append(RowGroup(worker, path, group, start))
             start, rows = start + size, rows + size
-    # An empty shard has one part, too, so that every shard has a result.
+    # An empty shard also has one part, so that every shard has a result.
     yield part
 
 
-# (shard, worker) → positions of predictions, int64, ascending, and the labels that replace theirs, int32.
+# (shard, worker) → positions of predictions, int64, ascending, and their new labels, int32.
 Changes = Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]
 
 
 def decisions(config: SelectConfig) -> dict[int, dict[int, int]]:
-    """What `config.exclude` and `config.reviewed` decide, the latter last: by shard and record.
+    """Returns the decisions in `config.exclude`, then `config.reviewed`, by shard and record.
 
-    A label of -1 leaves an image out; another one is a person's.
+    The label -1 excludes an image; other labels were assigned by a person.
 
     Raises:
-      DataError: see `exclusions.of_files` and `reviews.of_files`.
+      DataError: See `exclusions.of_files` and `reviews.of_files`.
     """
     used = shards(config)
     files = [input_path(config, shard) for shard in used]
@@ -356,14 +356,14 @@ def decisions(config: SelectConfig) -> dict[int, dict[int, int]]:
 
 
 def changes(config: SelectConfig) -> Changes:
-    """The `decisions`, by shard and worker; what a person decided has the probability 1."""
+    """Returns the `decisions` by shard and worker; a person's decision has probability 1."""
     if not (config.exclude or config.reviewed):
         return {}
     workers, found = count_workers(config), {}
     for shard, by_record in decisions(config).items():
         records, labels = reviews.arrays(by_record)
         for worker in range(workers):
-            # Worker w predicted the records w, w + workers, w + 2 * workers …, in this order.
+            # Worker w predicted records w, w + workers, w + 2 * workers …, in this order.
             own = records % workers == worker
             found[shard, worker] = records[own] // workers, labels[own]
     return found
@@ -388,7 +388,7 @@ def _chunks(shard: int, part: Sequence[RowGroup], changes: Changes) -> Iterator[
                 positions = np.arange(start, start + size)
                 if changed := changes.get((shard, worker)):
                     labels, probs = _changed(labels, probs, start, *changed)
-                # Unreadable, or left out by a decision.
+                # Unreadable or excluded by a decision.
                 if size and labels.min() < 0:
                     known = labels >= 0
                     labels, probs, positions = labels[known], probs[known], positions[known]
@@ -399,7 +399,7 @@ def _chunks(shard: int, part: Sequence[RowGroup], changes: Changes) -> Iterator[
 def _changed(
     labels: np.ndarray, probs: np.ndarray, start: int, places: np.ndarray, decided: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and probabilities of the rows from `start` on, with what was decided about some."""
+    """Applies decisions to the labels and probabilities of the rows from `start`."""
     first, last = np.searchsorted(places, [start, start + len(labels)])
     rows, decided = places[first:last] - start, decided[first:last]
     # Arrow's arrays are read-only.
@@ -409,11 +409,11 @@ def _changed(
 
 
 class IndexScan:
-    """Passes over the index, with the parts of shards spread over all cores.
+    """Scans the index, with the parts of shards distributed over all cores.
 
     Args:
       files: local index files by shard, in the order of the workers.
-      changes: labels that replace those of the index.
+      changes: labels that replace those in the index.
     """
 
     def __init__(self, files: Mapping[int, Sequence[str]], changes: Changes | None = None):
@@ -428,11 +428,11 @@ class IndexScan:
     ) -> Iterator[tuple[int, Result]]:
         """Yields (shard, work(chunks of a part)) in the order of shards, workers and rows.
 
-        A large shard has several results. At most one result per core waits for the caller.
+        A large shard has several results. At most one result per core is pending.
 
         Args:
           what: title of the progress bar.
-          work: runs in several threads at once.
+          work: function that runs in several threads concurrently.
         """
         waiting: collections.deque = collections.deque()
         with (
@@ -441,7 +441,7 @@ class IndexScan:
         ):
             for shard, part in self._parts:
                 waiting.append((shard, pool.submit(self._run, work, shard, part)))
-                # Results come in order, so a fast part may wait for a slow one before it.
+                # Results are in order, so a fast part may wait for an earlier slow one.
                 if len(waiting) > available_cpus():
                     shard, future = waiting.popleft()
                     yield shard, future.result()

@@ -1,8 +1,8 @@
-"""One shard, from its records to the finished prediction file, in parts that survive a kill.
+"""Labels one shard, from its records to its prediction file, in parts that survive a kill.
 
 Reading, decoding with inference, and writing overlap: the caller's thread reads records and
-collects predictions in order, a pool computes batches of images, and one thread writes parts. Batches
-begin at multiples of their size, so that a shard resumed anywhere gives the same bits.
+collects predictions in order, a pool computes batches of images, and one thread writes parts.
+Batches begin at multiples of their size, so a shard resumed anywhere produces the same bits.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from efficientnet_ns.inference.teacher import TeacherPredictor
 from efficientnet_ns.pseudo_labels.index import IndexWriter, top_one
 from efficientnet_ns.pseudo_labels.parts import Broken, PartFile, Parts
 
-# Bytes of records in memory before they are written as a part, and what a record's Python object adds.
+# Maximum bytes of records in memory before they are written as a part, and the overhead of a
+# record's Python object.
 _MAX_PART_BYTES = 16 * 2**20
 _OBJECT_BYTES = 128
 
 
 class TooManyBadRecords(DataError):
-    """More of a shard is unreadable than max_bad_fraction allows."""
+    """Raised if more of a shard is unreadable than max_bad_fraction allows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +47,11 @@ class ShardTask:
     Attributes:
       name: unique among the tasks of an output folder.
       source: the input file.
-      shard, worker: numbers; record i of the file is the worker's if i mod `replicas` = `worker`.
+      shard, worker: indices; record i of the file is the worker's if i mod `replicas` = `worker`.
       replicas: number of workers that share the shard.
       stage: outputs and settings. Outputs are the prediction file, its index and its info file; with
-        `reassign`, the relabeled file only.
-      reassign: whether the records are pseudo-labeled ones that get new labels.
+        `reassign`, only the relabeled file.
+      reassign: whether the records are pseudo-labeled records that get new labels.
     """
 
     name: str
@@ -63,20 +64,20 @@ class ShardTask:
 
     @property
     def quarantine_path(self) -> str:
-        """`quarantine-00003-of-00128-00000.jsonl`, next to the output; exists only if needed."""
+        """`quarantine-00003-of-00128-00000.jsonl`, next to the output, if it exists."""
         folder, base = os.path.split(self.stage.outputs[0])
         return os.path.join(folder, f"quarantine-{base.removeprefix('train-info-')}.jsonl")
 
 
 @dataclasses.dataclass
 class EncodedBatch:
-    """Images that are computed together, and where the input continues after them.
+    """Images of one inference batch, and the input position after them.
 
     Attributes:
-      images: encoded; None for unusable records.
-      positions: of the records in the file.
-      problems: index into `images` → why the record is unusable.
-      place: (position, byte) of the record after the last.
+      images: encoded images; None for unusable records.
+      positions: positions of the records in the file.
+      problems: index into `images` → reason why the record is unusable.
+      place: (position, byte) of the record after the last one.
       lost: see `PartFile`.
       last: whether the input ends here.
     """
@@ -90,7 +91,7 @@ class EncodedBatch:
 
 
 def _read_batches(task: ShardTask, size: int, place: tuple[int, int]) -> Iterator[EncodedBatch]:
-    """The worker's records from `place` on, in batches of `size`; the last one may be empty."""
+    """Yields the worker's records from `place`, in batches of `size`; the last may be empty."""
     batch = EncodedBatch()
     for record, end in tfrecords.read_from(task.source, *place):
         batch.lost = max(batch.lost, record.lost)
@@ -101,7 +102,7 @@ def _read_batches(task: ShardTask, size: int, place: tuple[int, int]) -> Iterato
             batch.images.append(image)
             batch.positions.append(record.position)
         batch.place = (record.position + 1, end)
-        # A lost tail is the last record of a file, and is reported with the last batch.
+        # A lost tail is the last record of a file and is reported with the last batch.
         if len(batch.images) == size and not batch.lost:
             yield batch
             batch = EncodedBatch(place=batch.place)
@@ -110,7 +111,7 @@ def _read_batches(task: ShardTask, size: int, place: tuple[int, int]) -> Iterato
 
 
 def _image(record: tfrecords.Record) -> tuple[bytes | None, str]:
-    """(encoded image, "") or (None, the reason)."""
+    """Returns (encoded image, "") or (None, the reason)."""
     if record.payload is None:
         return None, record.problem
     try:
@@ -128,7 +129,7 @@ class ShardLabeling:
       teacher: computes the probabilities.
       task: what to label.
       options: limits.
-      lease: on the task; checked before anything is published.
+      lease: lease on the task; checked before any output is published.
     """
 
     def __init__(
@@ -139,11 +140,11 @@ class ShardLabeling:
         lease: Lease,
     ):
         self._teacher, self._task, self._options, self._lease = teacher, task, options, lease
-        # What changes the bits of predictions without being a setting of the outputs. Fingerprints
-        # are noted only if they are made, so that parts of earlier versions stay valid.
+        # Includes what changes the bits of predictions but is not a setting of the outputs.
+        # Fingerprints are stored only if made, so that parts of earlier versions stay valid.
         engine = teacher.engine
         settings = {**task.stage.config, "engine": engine.name, "batch": engine.batch_size}
-        # Exported models make none.
+        # Exported models make no fingerprints.
         self._marked = getattr(teacher, "fingerprinted", False)
         if self._marked:
             settings["fingerprints"] = True
@@ -151,13 +152,13 @@ class ShardLabeling:
         self._parts = Parts(folder, task.name, {**settings, "group": teacher.group})
 
     def run(self) -> None:
-        """Labels the records that no part covers, then assembles the outputs from the parts.
+        """Labels all records not covered by parts, then assembles the outputs from the parts.
 
         Raises:
-          TooManyBadRecords: the parts are kept, for a run with another limit.
-          LeaseLost: another process continues with the task.
+          TooManyBadRecords: Keeps the parts for a run with another limit.
+          LeaseLost: If another process has taken over the task.
         """
-        # Again if a part proves damaged when the outputs are assembled.
+        # Repeats if assembling the outputs finds a damaged part.
         while True:
             done, place, bad, last = 0, (0, 0), [], False
             for part, _ in self._parts.chain():
@@ -182,7 +183,7 @@ class ShardLabeling:
             Progress(total or 0, self._task.name, "images", done) as progress,
         ):
             ready: list[PartFile] = []
-            # A task that is done, so that there is always one to wait for.
+            # A completed task, so that there is always one to wait for.
             began, writing = time.monotonic(), disk.submit(lambda: None)
 
             def collect() -> None:
@@ -197,7 +198,7 @@ class ShardLabeling:
                     part = PartFile.join(ready)
                     bad.extend(part.quarantine)
                     self._check_bad(part, bad, total)
-                    # At most one part waits for the disk; an error of the last one surfaces here.
+                    # At most one part waits for the disk; errors of the previous one are raised here.
                     writing.result()
                     writing = disk.submit(self._publish, part)
                     ready, began = [], time.monotonic()
@@ -205,7 +206,7 @@ class ShardLabeling:
             label = getattr(self._teacher, "marked" if self._marked else "label")
             for batch in _read_batches(self._task, self._teacher.group, place):
                 waiting.append((batch, pool.submit(label, batch.images)))
-                # Enough that the pool stays busy while this thread reads; bounds memory.
+                # Enough batches to keep the pool busy while this thread reads; bounds memory.
                 if len(waiting) > 2 * concurrency:
                     collect()
             while waiting:
@@ -218,7 +219,7 @@ class ShardLabeling:
         self._parts.write(part)
 
     def _expected_total(self) -> int | None:
-        """Number of this worker's records; None where reading every header is slow."""
+        """Returns the number of the worker's records; None if reading every header is slow."""
         if "://" in self._task.source:
             return None
         count = tfrecords.count(self._task.source)
@@ -233,7 +234,7 @@ class ShardLabeling:
             # An unreadable tail counts as one more record.
             total = expected + 1
         limit, source = self._options.max_bad_fraction, self._task.source
-        # By bytes, since the number of records in a lost tail is unknown.
+        # In bytes, because the number of records in a lost tail is unknown.
         lost = part.lost / max(1, tf.io.gfile.stat(source).length) if part.lost else 0
         if len(bad) <= limit * total and lost <= limit:
             return
@@ -245,11 +246,11 @@ class ShardLabeling:
         )
 
     def _assemble(self) -> None:
-        """Publishes the outputs; raises Broken if the parts do not reach the end of the input."""
+        """Publishes the outputs; raises Broken if the parts do not cover the entire input."""
         task, stage = self._task, self._task.stage
         quarantine: list[list] = []
         firsts: list[int] = []
-        # What killed processes left is removed once for all tasks, by `Tasks.remove_left_behind`.
+        # `Tasks.remove_left_behind` removes leftovers of killed processes for all tasks at once.
         with stage.write(clean=False) as (temporary, counts), contextlib.ExitStack() as opened:
             index = None
             if not task.reassign:
@@ -267,15 +268,15 @@ class ShardLabeling:
                     firsts.append(part.first)
             if not whole:
                 raise Broken(f"{task.name}: a part was damaged or replaced")
-            # The index is whole only when it is closed, and the stage notes its size.
+            # The index is complete only when it is closed, and the stage stores its size.
             opened.close()
             if not task.reassign:
                 json_files.write_json(temporary[stage.outputs[2]], {"image_num": total})
             self._lease.check()
-            # After this, two owners may overlap: they write the same bytes.
+            # From here, two owners may overlap, which is safe because they write the same bytes.
             _write_quarantine(task, quarantine, total)
             counts.update(records=total, quarantine={str(n): why for n, _, why in quarantine})
-        # Last: a kill before this leaves parts behind, which the next run removes.
+        # Last, because the next run removes parts that remain after a kill.
         self._parts.remove(firsts)
 
 
@@ -292,24 +293,24 @@ def _part(
     first: int,
     reassign: bool,
 ) -> PartFile:
-    """A batch, which begins at the worker's record `first`, with its predictions.
+    """Returns a batch, which begins at the worker's record `first`, with its predictions.
 
     Args:
       probs: float32 [N, C], zeros for unusable records.
-      problems: index into the batch → why the image could not be decoded.
-      marks: uint64 [N, M] of a teacher that gives fingerprints.
+      problems: index into the batch → reason why the image could not be decoded.
+      marks: uint64 [N, M] from a teacher that makes fingerprints.
     """
     problems = {**problems, **batch.problems}
     labels, top_probs = top_one(probs)
     if reassign:
-        # Records with new labels need no fixed place, so that unusable ones are left out.
+        # Records with new labels have no fixed place, so unusable ones are omitted.
         payloads = [
             tfexamples.pseudo_labeled_example(image, probs[i], int(labels[i]))
             for i, image in enumerate(batch.images)
             if image is not None and i not in problems
         ]
     else:
-        # Differs (9): an unreadable record keeps its place with probabilities of zero.
+        # Differs (9): an unreadable record keeps its place, with all-zero probabilities.
         payloads = tfexamples.prediction_examples(probs)
     return PartFile(
         first=first,
@@ -326,9 +327,9 @@ def _part(
 
 
 def _write_quarantine(task: ShardTask, quarantine: list[list], total: int) -> None:
-    """Lists the unreadable records of a task, one JSON object per line; without any, no file.
+    """Writes the unreadable records of a task, one JSON object per line; no file if there are none.
 
-    `file` and `position` locate the record, `prediction` is the number of its prediction.
+    `file` and `position` locate the record; `prediction` is the index of its prediction.
     """
     if not quarantine:
         object_stores.remove(task.quarantine_path)

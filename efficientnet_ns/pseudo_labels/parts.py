@@ -1,10 +1,11 @@
-"""Finished parts of an unfinished shard, so that a killed process loses a minute, not a day of work.
+"""Completed parts of unfinished shards: a killed process loses a minute of work, not a day.
 
-A part is one file, `.part-<task>-<settings>-<first>`: a TFRecord whose first record is a JSON header
-and whose second holds the labels and top-1 probabilities; the records of the output follow. A part
-stores where in the input the next one begins, so that the parts of a shard form a chain. It is valid
-only if its checksum is right and it was made with the same settings. Parts of two processes that work
-on one shard may overlap or replace each other; any chain of them gives the same output.
+A part is one file, `.part-<task>-<settings>-<first>`: a TFRecord file whose first record is a JSON
+header and whose second record contains the labels and top-1 probabilities, followed by the records
+of the output. Each part stores the input position at which the next part begins, so the parts of a
+shard form a chain. A part is valid only if its checksum matches and it was made with the same
+settings. Parts of two processes that work on one shard may overlap or replace each other; any chain
+of them produces the same output.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from efficientnet_ns.files import atomic, object_stores, tfrecords
 
 @dataclasses.dataclass
 class PartFile:
-    """Some predictions for a shard.
+    """Predictions for a part of a shard.
 
     Attributes:
-      first: number of its first record among those of this worker.
-      records: number of the worker's records it covers.
-      place: (position, byte) in the input of the first record after it.
+      first: index of its first record among the worker's records.
+      records: number of the worker's records that it covers.
+      place: (position, byte) of the first input record after it.
       last: whether the input ends with it.
-      lost: bytes of the input after damage, where the reader cannot find records.
-      quarantine: [[number of the record among the worker's, position in the file, reason]].
+      lost: number of input bytes after damage, in which the reader cannot find records.
+      quarantine: [[index of the record among the worker's, position in the file, reason]].
       labels, top_probs: int32 and float32 [records].
-      payloads: records of the output; empty after reading.
-      marks: uint64 [records, M], see `fingerprints.marks`; M is 0 without.
+      payloads: records of the output; empty if the part was read.
+      marks: uint64 [records, M], see `fingerprints.marks`; M is 0 without fingerprints.
     """
 
     first: int
@@ -67,16 +68,16 @@ class PartFile:
 
 
 class Broken(RuntimeError):
-    """A part is damaged, or was replaced while it was read."""
+    """Raised if a part is damaged or was replaced while it was read."""
 
 
 class Parts:
     """The parts of one shard and worker.
 
     Args:
-      folder: of the part files.
+      folder: folder of the part files.
       task: name of the `ShardTask`.
-      settings: everything that determines the bits of the output.
+      settings: all settings that determine the bits of the output.
     """
 
     def __init__(self, folder: str, task: str, settings: dict):
@@ -87,20 +88,20 @@ class Parts:
         return f"{self._prefix}{self._settings}-{first:010d}"
 
     def write(self, part: PartFile) -> None:
-        """Writes a part; it appears whole."""
+        """Writes a part atomically."""
         stored = {name: getattr(part, name) for name in PartFile._STORED}
         numbers = part.labels.astype("<i4").tobytes() + part.top_probs.astype("<f4").tobytes()
         numbers += part.marks.astype("<u8").tobytes()
         body = b"".join(tfrecords.frame(p) for p in [numbers, *part.payloads])
-        # One checksum for all: those of the frames are not verified when a part is read.
+        # A single checksum, because those of the frames are not verified when a part is read.
         stored.update(settings=self._settings, bytes=len(body), crc=google_crc32c.value(body))
         header = tfrecords.frame(json.dumps(stored).encode())
         atomic.write(self._path(part.first), header + body)
 
     def chain(self) -> Iterator[tuple[PartFile, bytes]]:
-        """Yields the finished parts from the first record on, with the bytes of their records."""
+        """Yields the completed parts from the first record, and the bytes of their records."""
         first, last = 0, False
-        # A part that is missing, damaged or of other settings ends the chain.
+        # A part that is missing, damaged or made with other settings ends the chain.
         while not last and (found := self._read(first)) is not None:
             yield found
             first, last = first + found[0].records, found[0].last
@@ -116,11 +117,11 @@ class Parts:
             good = good and stored.pop("bytes") == len(content) - body
             if not good or stored.pop("crc") != google_crc32c.value(content[body:]):
                 return None
-        # Not JSON, or without one of the fields.
+        # The header is not JSON or lacks a field.
         except (ValueError, KeyError):
             return None
         numbers, end = tfrecords.payload_in(content, body)
-        # Labels, int32, as many probabilities, float32, and the marks, if any.
+        # int32 labels, the same number of float32 probabilities, and any marks.
         half = 4 * (count := stored["records"])
         stored["place"] = tuple(stored["place"])
         marks = np.frombuffer(numbers[2 * half :], "<u8")
@@ -134,11 +135,11 @@ class Parts:
         return part, content[end:]
 
     def remove(self, firsts: Sequence[int]) -> None:
-        """Removes the parts that begin with these records: the output is finished."""
+        """Removes the parts that begin with these records, once the output is finished."""
         object_stores.each(object_stores.remove, [self._path(first) for first in firsts])
 
 
 def task_of(name: str) -> str | None:
-    """The task whose part has this file name; None for other names."""
+    """Returns the task of a part with this file name; None for other names."""
     match = re.fullmatch(r"\.part-(.+)-[0-9a-f]{16}-\d{10}", name)
     return match[1] if match else None

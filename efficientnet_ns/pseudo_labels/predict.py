@@ -1,12 +1,12 @@
-"""A teacher's predictions for shards of unlabeled records (arXiv 1911.04252, algorithm 1, step 2).
+"""Predicts shards of unlabeled records with a teacher (arXiv 1911.04252, algorithm 1, step 2).
 
-Each (shard, worker) gives one prediction file in the original's format, a Parquet index of it
-without the probabilities, an info file with its count, and a manifest. Records that cannot be
-read, and images that cannot be decoded, keep their place: all-zero probabilities, label -1 in the
-index, and an entry with the reason in the manifest and in `quarantine-*.jsonl`.
+Each (shard, worker) produces one prediction file in the format of the original code, a Parquet
+index of it without the probabilities, an info file with its count, and a manifest. Unreadable
+records and images that cannot be decoded keep their place: they have all-zero probabilities, label
+-1 in the index, and an entry with the reason in the manifest and in `quarantine-*.jsonl`.
 
-Any number of processes may work on the same shards, see `files.leases`. A killed process continues
-where it was, see `parts`.
+Any number of processes may work on the same shards; see `files.leases`. After a kill, the same
+command continues from the last completed part; see `parts`.
 """
 
 from __future__ import annotations
@@ -48,25 +48,24 @@ ENGINE_FILE = "engine.json"
 def predict(
     config: Config, teacher: TeacherPredictor | exported.ExportedModel | None = None
 ) -> dict[str, int]:
-    """Labels the configured shards; finished ones are verified and skipped.
+    """Labels the configured shards; verifies and skips finished ones.
 
-    Waits for shards that another process is working on, and takes them over if it dies.
+    Waits for shards that another process is labeling and takes them over if that process dies.
 
-    To label one shard of a set on an object store, only its files are requested: listings of the
-    folders have thousands of names. Leftovers of killed processes are then removed by a call with
-    all shards.
+    For one shard of a set on an object store, this requests only its files, because folder listings
+    have thousands of names. A later call with all shards then removes leftovers of killed processes.
 
     Args:
-      config: names teacher, input and outputs; see `resolve`.
-      teacher: of the same settings; None: loads it if there is work.
+      config: specifies teacher, input and outputs; see `resolve`.
+      teacher: teacher with the same settings; if None, loads it if there is work.
 
     Returns:
       Totals over the shards: `records`, `unreadable` and `skipped_shards` (not labeled by this call).
 
     Raises:
-      ConfigError: a flag is missing or does not fit.
-      TooManyBadRecords: of the first such shard, after all others are done.
-      manifests.OutputConflict: an output is of other settings; finished shards are kept.
+      ConfigError: If a flag is missing or does not fit.
+      TooManyBadRecords: For the first such shard, after all others are finished.
+      manifests.OutputConflict: If an output was made with other settings; finished shards are kept.
     """
     resolved = resolve(config)
     tasks = Tasks(resolved)
@@ -85,20 +84,20 @@ def predict(
 
 
 def unfinished(config: Config) -> list[int]:
-    """The configured shards without finished predictions; raises as `predict`."""
+    """Returns the configured shards without finished predictions; raises errors like `predict`."""
     tasks = Tasks(resolve(config))
     return [tasks[name].shard for name in tasks.unfinished()]
 
 
 def resolve(config: Config) -> ResolvedConfig:
-    """The settings with teacher and unlabeled set as they were found.
+    """Returns the settings completed with those of the teacher and the unlabeled set.
 
-    Settings of the teacher that are not given are read from files next to its weights;
-    `predict_ckpt_path` is where these are, `file_prefix` and `num_shards` are those of the records.
+    Missing settings of the teacher are read from files next to its weights. `predict_ckpt_path` is the
+    path of the weights; `file_prefix` and `num_shards` are those of the records.
 
     Raises:
       ConfigError: a flag is missing or does not fit.
-      DataError: the folder has no such records.
+      DataError: If the folder has no such records.
     """
     path = stored_model.find(config.predict.predict_ckpt_path or config.train.model_dir or "")
     resolved = ResolvedConfig.from_config(config.override(predict_ckpt_path=path), path)
@@ -118,10 +117,10 @@ def resolve(config: Config) -> ResolvedConfig:
 
 
 def load_teacher(resolved: ResolvedConfig) -> TeacherPredictor | exported.ExportedModel:
-    """The teacher of `resolve`d settings.
+    """Loads the teacher of `resolve`d settings.
 
-    Engines differ in the last bits. Where a measurement chose one, the output folder keeps its name, so
-    that a killed run continues with it, and other workers take the same.
+    Engines differ in the last bits. If a measurement chose the engine, its name is stored in the output
+    folder, so that a resumed run and other workers use the same engine.
     """
     options, path = resolved.config.predict, resolved.config.predict.predict_ckpt_path
     if stored_model.is_export(path):
@@ -135,7 +134,7 @@ def load_teacher(resolved: ResolvedConfig) -> TeacherPredictor | exported.Export
         return TeacherPredictor(dataclasses.replace(resolved, config=config), path)
     teacher = TeacherPredictor(resolved, path)
     object_stores.make_folder(options.output_dir)
-    # A process that started at the same time may have been first, with another result.
+    # A concurrent process may have been first, with another result.
     if object_stores.size(note) is None:
         json_files.write_json(note, {"engine": teacher.engine.name})
     kept = json_files.read_object(note, "engine")
@@ -146,11 +145,11 @@ def _check(resolved: ResolvedConfig) -> None:
     config = resolved.config
     options = config.predict
     if not options.predict_ckpt_path:
-        raise ConfigError("--model_dir (or --predict_ckpt_path) is needed: the teacher")
+        raise ConfigError("--model_dir (or --predict_ckpt_path) is required: the teacher")
     if not options.output_dir:
-        raise ConfigError("--output_dir is needed for --mode=predict")
+        raise ConfigError("--output_dir is required for --mode=predict")
     if not _input_dir(config):
-        raise ConfigError("--unlabel_data_dir is needed: the folder with the records to label")
+        raise ConfigError("--unlabel_data_dir is required: the folder with the records to label")
     if not options.reassign_label and options.worker_id >= options.total_replicas:
         raise ConfigError(
             f"--worker_id={options.worker_id} is not below "
@@ -162,27 +161,27 @@ def _check(resolved: ResolvedConfig) -> None:
 
 
 def _input_dir(config: Config) -> str:
-    # The original's scripts pass the folder to label as label_data_dir.
+    # The scripts of the original code pass the folder to label as label_data_dir.
     folder = config.data.unlabel_data_dir or config.data.label_data_dir or ""
     if config.predict.reassign_label and os.path.abspath(folder) == os.path.abspath(
         config.predict.output_dir
     ):
-        raise ConfigError("--output_dir is the folder of the records to label again: name another")
+        raise ConfigError("--output_dir is the folder of the records to relabel: choose another")
     return folder
 
 
 # How long a listing of the output folder, where others finish shards, is used: in seconds, or in
-# multiples of the time that it took. With thousands of shards it takes many requests.
+# multiples of the time it took. With thousands of shards, it takes many requests.
 _LOOK_SECONDS, _LOOK_TIMES = 1.0, 50
 
 
 class Tasks:
-    """The shards to label. Each shard is checked when its turn comes; the folders are listed once for all.
+    """The shards to label. Each shard is checked on its turn; folders are listed once for all shards.
 
-    For a single shard of many on an object store, its files are requested instead.
+    For a single shard of many on an object store, this requests only its files.
 
     Attributes:
-      names: of the tasks, in the order in which this process takes them.
+      names: names of the tasks, in the order in which this process labels them.
     """
 
     def __init__(self, resolved: ResolvedConfig):
@@ -190,7 +189,7 @@ class Tasks:
         shards = shard_list(options.shard_id, options.num_shards)
         if options.shard_id == "auto":
             # Processes that start together should begin with different shards.
-            # The factor is prime, so successive process numbers give different shards.
+            # The factor is prime, so successive process IDs map to different shards.
             start = (os.getpid() * 7919) % len(shards)
             shards = shards[start:] + shards[:start]
         self._resolved = resolved
@@ -217,7 +216,7 @@ class Tasks:
         self._next_look, self._present = -math.inf, set[str]()
         if not object_stores.is_object_store(_input_dir(resolved.config)):
             for name in self.names:
-                _ = self[name]  # Empty shards are noticed before any work.
+                _ = self[name]  # Detects empty shards before any work.
 
     def __getitem__(self, name: str) -> ShardTask:
         if name not in self._made:
@@ -227,35 +226,35 @@ class Tasks:
         return self._made[name]
 
     def unfinished(self) -> list[str]:
-        """Tasks without whole outputs; verifies the others.
+        """Returns the tasks without complete outputs; verifies the others.
 
         Raises:
-          manifests.OutputConflict: outputs of other settings.
+          manifests.OutputConflict: If outputs were made with other settings.
         """
         self._look()
-        # The others cannot be finished, nor conflict with anything.
+        # Tasks without any file are neither finished nor in conflict.
         begun = [n for n in self.names if self._present & self._basenames(n)]
         done = object_stores.each(lambda name: self[name].stage.done(), begun)
         self._finished.update(name for name, whole in zip(begun, done) if whole)
         return [name for name in self.names if name not in self._finished]
 
     def finish(self, name: str) -> None:
-        """Notes that a task needs no more work."""
+        """Marks a task as finished."""
         self._finished.add(name)
 
     def done(self, name: str) -> bool:
-        """Whether all files of a task existed in the last listing."""
+        """Checks whether all files of a task existed in the last listing."""
         if name not in self._finished:
             if time.monotonic() > self._next_look:
                 self._look()
-            # By name only. Whoever claims the task then verifies it; see `_work`.
+            # Only by name; see `_work` for the verification of claimed tasks.
             if self._basenames(name) <= self._present:
                 self._finished.add(name)
         return name in self._finished
 
     def remove_left_behind(self) -> None:
-        """Removes parts, leases and temporary files of killed and slower processes, if all is finished."""
-        # Another process may still need its parts.
+        """Removes parts, leases and temporary files of killed or slower processes once all is finished."""
+        # Otherwise, another process may still need its parts.
         if self._finished < set(self.names) or not self._lists:
             return
         self._look()
@@ -287,7 +286,7 @@ class Tasks:
 
 
 def _found(paths: Sequence[str]) -> list[str]:
-    """Those paths at which there is a file."""
+    """Returns the paths at which files exist."""
     return [path for path, size in zip(paths, object_stores.sizes(paths)) if size is not None]
 
 
@@ -315,7 +314,7 @@ def _input_path(config: Config, shard: int) -> str:
 
 
 def _check_input(config: Config, shard: int, present: Container[str]) -> None:
-    """DataError for a shard that is not among the names in its folder."""
+    """Raises DataError if a shard is not among the names in its folder."""
     path = _input_path(config, shard)
     if os.path.basename(path) not in present:
         holds = unlabeled_set.described(_input_dir(config))
@@ -323,7 +322,7 @@ def _check_input(config: Config, shard: int, present: Container[str]) -> None:
 
 
 def _note_classes(resolved: ResolvedConfig) -> None:
-    """Writes the task next to the predictions, for the names of its classes."""
+    """Writes the task next to the predictions, to provide the class names."""
     options = resolved.config.predict
     path = os.path.join(options.output_dir, TASK_FILE)
     if not options.reassign_label and object_stores.size(path) is None:
@@ -334,7 +333,7 @@ def _note_classes(resolved: ResolvedConfig) -> None:
 def _task(
     resolved: ResolvedConfig, checkpoint: str, outputs: Sequence[str], shard: int
 ) -> ShardTask:
-    """A shard; DataError if it is empty and the folder's counts do not say so."""
+    """Returns the task of a shard; DataError if it is empty and the folder's counts disagree."""
     options, path = resolved.config.predict, _input_path(resolved.config, shard)
     replicas = 1 if options.reassign_label else options.total_replicas
     size = tf.io.gfile.stat(path).length
@@ -350,8 +349,8 @@ def _task(
         **normalization(resolved.model_name, resolved.task),
         "total_replicas": replicas,
     }
-    # Settings that came later are noted only if they differ from their defaults, so that outputs of
-    # earlier versions still match.
+    # Newer settings are stored only if they differ from their defaults, so that outputs of earlier
+    # versions still match.
     if options.inference_dtype != "float32":
         settings["inference_dtype"] = options.inference_dtype
     if options.fast_decode:
@@ -360,14 +359,14 @@ def _task(
         settings["test_time_views"] = options.test_time_views
     if resolved.config.data.crop_fraction is not None:
         settings["crop_fraction"] = resolved.config.data.crop_fraction
-        # Earlier versions noted the fraction but cropped without it.
+        # Earlier versions stored the fraction but did not use it to crop.
         if options.test_time_views == 10:
             settings["ten_views_cropped"] = True
     if options.noised_teacher:
         model = resolved.config.model
         settings["noised_teacher"] = {
             "seed": resolved.config.train.seed,
-            # The noise of an image is drawn with that of the others in its batch.
+            # The noise of an image is drawn together with that of its batch.
             "batch_size": resolved.config.evaluation.eval_batch_size,
             "images": resolved.unlabeled_preprocessing.describe(),
             "dropout_rate": model.dropout_rate,
@@ -389,7 +388,7 @@ def _work(
     tasks: Tasks,
     teacher: TeacherPredictor | exported.ExportedModel | None,
 ) -> int:
-    """Labels tasks until all are done, by this process or others; returns how many it labeled."""
+    """Labels tasks until this or other processes finish all; returns how many it labeled."""
     options = resolved.config.predict
     teacher = teacher or load_teacher(resolved)
     labeled = 0
@@ -400,14 +399,14 @@ def _work(
         lambda name: name in failed or tasks.done(name),
         lambda name: not tasks[name].stage.done(),
     )
-    # Closed even after an error, which releases the lease at once.
+    # Closed even after an error, which releases the lease immediately.
     with contextlib.closing(claimed) as claims:  # type: ignore[type-var]  # A generator.
         for name, lease in claims:
             try:
                 ShardLabeling(teacher, tasks[name], options, lease).run()
                 labeled += 1
                 tasks.finish(name)
-            # The task comes again, until this or the other process has finished it.
+            # The task is offered again until this or the other process finishes it.
             except LeaseLost as e:
                 logging.warning("%s", e)
             except TooManyBadRecords as e:

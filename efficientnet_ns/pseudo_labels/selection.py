@@ -1,21 +1,22 @@
-"""Which unlabeled images a student learns from: filtering and balancing (paper section 3.1).
+"""Selects the unlabeled images for a student: filtering and balancing (paper section 3.1).
 
 The selection keeps images above a confidence threshold, at most `num_image` per class, the most
-confident first; copies fill up classes with fewer. `exact_rules` holds this rule, `thresholds` that
-of the original. The selection reads the index of the predictions in passes, each on every core and in
-memory that does not grow with the number of images:
+confident first. Copies fill classes with fewer images. `exact_rules` implements this rule,
+`thresholds` the rule of the original code. The selection reads the index of the predictions in
+several passes, each on all cores and in memory that does not grow with the number of images:
 
   1. `_count`: count the images of each class by confidence, in 101 bins of width 0.01, which are the
-     statistics that the original writes. They decide for each class whether all its images get the
-     same number of copies, and if not, which bin contains the cut: the last image that is kept.
-  2. `_narrowed`: where images differ, each has a key: the bits of its confidence, or a random draw.
-     Count the keys of the range in question (the bin; all draws) in 128 parts; one contains the cut.
+     statistics that the original code writes. They determine for each class whether all images get
+     the same number of copies, and if not, which bin contains the cut: the last image that is kept.
+  2. `_narrowed`: if images differ, each has a key: the bits of its confidence or a random draw. Count
+     the keys of the relevant range (the bin or all draws) in 128 parts, one of which contains the
+     cut.
   3. `_find_cuts`: gather the few images of that part and sort them. The cut is a key; ties are broken
      by the image's place.
-  4. `_write_selection`: compare each image with the cut of its class, and write the images kept.
+  4. `_write_selection`: compare each image with the cut of its class and write the kept images.
 
-Why not SQL: DuckDB takes 1.7 times the processor time for the same passes, even without the draws,
-for which it lacks arithmetic modulo 2**64.
+This does not use SQL because DuckDB takes 1.7 times the processor time for the same passes, even
+without the draws, for which it lacks arithmetic modulo 2**64.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ from efficientnet_ns.pseudo_labels.index import IndexScan, RowChunk
 
 SELECTION = "selection.parquet"
 TOTAL, RUNNING_SUM = "total_counts.json", "total_counts_sum.json"
-# Version of the function `draws`; raise it when the function changes.
+# Version of the function `draws`; increment it if the function changes.
 DRAWS = 2
-# The settings that determine the selection: the rule, and what it is applied to.
+# The settings that determine the selection: the rule and its inputs.
 RULE_SETTINGS = (
     *("selection", "num_image", "min_threshold", "max_prob", "upsample", "use_top", "use_all"),
     "seed",
@@ -62,25 +63,26 @@ _ROW_GROUP = 1 << 20
 
 
 def select(config: SelectConfig) -> dict[str, object]:
-    """Writes statistics and the selection; verified outputs are skipped.
+    """Writes statistics and the selection; skips verified outputs.
 
-    The statistics are the original's JSON files: `prelim_stats_<shard>_<task>.json` per shard,
-    `total_counts.json`, and its running sum from the top, `total_counts_sum.json`; each {class:
+    The statistics are the JSON files of the original code: `prelim_stats_<shard>_<task>.json` per
+    shard, `total_counts.json`, and its running sum from the top, `total_counts_sum.json`; each {class:
     [[threshold, count], …]} for thresholds 0.00 … 1.00.
 
-    The selection is a Parquet table (shard, worker, position, label, prob, copies) in the order of
-    the first three. Ties in confidence go to the lower (shard, position, worker). A class with n <
-    num_image images gets num_image // n copies of each and one more of num_image % n of them,
-    drawn by `seed`. With `selection="threshold"` the rule is the original's, with draws by `seed`.
+    The selection is a Parquet table (shard, worker, position, label, prob, copies), sorted by the
+    first three columns. Ties in confidence go to the lower (shard, position, worker). A class with n <
+    num_image images gets num_image // n copies of each, and one more of num_image % n of them, drawn
+    by `seed`. With `selection="threshold"`, the rule is that of the original code, with draws by
+    `seed`.
 
     Returns:
       `unique` (images selected), `records` (with copies), `available` (predictions read), and
       `classes`: {class: [lowest kept confidence, images]}.
 
     Raises:
-      ConfigError: settings that do not fit each other or the predictions.
-      DataError: predictions are missing or do not fit the settings, or none is kept.
-      manifests.OutputConflict: the outputs are of other settings.
+      ConfigError: If settings do not match each other or the predictions.
+      DataError: If predictions are missing or do not match the settings, or none is kept.
+      manifests.OutputConflict: If the outputs were made with other settings.
     """
     check(config)
     if config.min_threshold > config.max_prob:
@@ -95,7 +97,7 @@ def select(config: SelectConfig) -> dict[str, object]:
     predictions = manifests.fingerprint(paths, sizes)
     statistics = _statistics_stage(config, predictions, names)
     stage = _selection_stage(config, predictions)
-    # First, as it may refuse the folder.
+    # First, because it may reject the folder.
     selected = config.only_get_stats or stage.done()
     counted = _are_counted(statistics)
     wanted = statistics if config.only_get_stats else stage
@@ -116,7 +118,7 @@ def select(config: SelectConfig) -> dict[str, object]:
 def _selection_stage(config: SelectConfig, predictions: str) -> manifests.Stage:
     settings = {name: getattr(config, name) for name in _DECISIVE}
     settings["predictions"] = predictions
-    # Never mix results of two definitions of the draws.
+    # Prevents mixing results of two definitions of the draws.
     settings["draws"] = DRAWS
     settings.update(_decisions(config))
     if config.debug == 1:
@@ -132,7 +134,7 @@ def _decisions(config: SelectConfig) -> dict[str, str]:
 
 
 def _check_number_of_classes(config: SelectConfig) -> None:
-    # One record, for an early error; `write_shard` checks every record that it writes.
+    # Reads one record to fail early; `write_shard` checks every record that it writes.
     path = index.prediction_path(config, index.shards(config)[0], 0)
     first = next(tfrecords.read(path), None)
     if first is None or first.payload is None:
@@ -140,7 +142,7 @@ def _check_number_of_classes(config: SelectConfig) -> None:
     classes = len(tfexamples.probabilities(first.payload))
     if classes != config.num_label_classes:
         raise DataError(
-            f"{path} holds probabilities of {classes} classes, but "
+            f"{path} contains probabilities of {classes} classes, but "
             f"--num_label_classes={config.num_label_classes}"
         )
 
@@ -150,11 +152,11 @@ _LINE = "[" + ", ".join(f"[{edge}, %d]" for edge in EDGES) + "]"
 
 
 class Counts(NamedTuple):
-    """What the first pass counts.
+    """Counts of the first pass.
 
     Attributes:
-      total: int64 [classes, 101], images of each class with EDGES[k] <= prob < EDGES[k + 1].
-      eligible: the same, of the images between --min_threshold and --max_prob.
+      total: int64 [classes, 101], number of images of each class with EDGES[k] <= prob < EDGES[k + 1].
+      eligible: the same, only for images between --min_threshold and --max_prob.
       available: number of predictions, including unreadable images.
     """
 
@@ -164,7 +166,7 @@ class Counts(NamedTuple):
 
 
 def _statistics_names(config: SelectConfig, workers: int) -> dict[tuple[int, int], str]:
-    """(shard, task) → name of its statistics; tasks share the workers of a shard evenly."""
+    """Maps (shard, task) to the name of its statistics; tasks share a shard's workers evenly."""
     tasks = config.total_replicas
     if workers % tasks:
         raise ConfigError(
@@ -201,10 +203,10 @@ def _statistics_stage(
 
 
 def _are_counted(stage: manifests.Stage) -> bool:
-    """Whether the statistics are finished; False also if what is counted changed since."""
+    """Checks whether the statistics are complete; False also if their inputs have changed."""
     noted = manifests.manifest_if_any(stage.manifest)
     if noted is not None and noted["config"] != stage.config:
-        # Not a conflict, as for a selection: statistics follow from the predictions alone.
+        # Unlike for a selection, not a conflict: statistics depend only on the predictions.
         old, new = noted["config"], stage.config
         changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
         logging.info("%s: %s changed, counting again", stage.manifest, ", ".join(changed))
@@ -224,7 +226,7 @@ def _write_statistics(stage: manifests.Stage, names, count: Callable[..., Counts
 
 
 def _write_table(path: str, table: np.ndarray, classes: np.ndarray) -> None:
-    """`{class: [[edge, count], …]}`; a format per line takes a seventh of the time of json.dumps."""
+    """Writes `{class: [[edge, count], …]}`, seven times faster than json.dumps."""
     lines = (f'"{c}": {_LINE % tuple(row)}' for c, row in zip(classes, table[classes].tolist()))
     with tf.io.gfile.GFile(path, "w") as f:
         f.write("{" + ", ".join(lines) + "}")
@@ -237,14 +239,14 @@ def _count(
     workers_per_task: int,
     save: Mapping[tuple[int, int], str],
 ) -> Counts:
-    """Step 1: counts all predictions, and writes the statistics of each shard.
+    """Step 1: counts all predictions and writes the statistics of each shard.
 
     Args:
-      workers_per_task: how many workers of a shard share a file of statistics.
+      workers_per_task: number of workers of a shard that share a statistics file.
       save: (shard, task) → path; other tables are not written.
 
     Raises:
-      DataError: a label out of range, or a wrong number of predictions.
+      DataError: If a label is out of range or the number of predictions is wrong.
     """
     shape = (config.num_label_classes, len(EDGES))
     low, high = _at_least(config.min_threshold), _at_most(config.max_prob)
@@ -253,13 +255,13 @@ def _count(
         return np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
 
     def count_part(chunks: Iterator[RowChunk]):
-        """(eligible, task → table, worker → rows) of a part of a shard."""
+        """Returns (eligible, task → table, worker → rows) of a part of a shard."""
         fit = np.zeros(shape, np.int64)
         tasks: dict[int, np.ndarray] = {}
         rows: Counter[int] = Counter()
         for chunk in chunks:
             _check_labels(chunk, shape[0])
-            # One number for class and bin, so that one bincount counts both.
+            # A single index for class and bin, so that one bincount counts both.
             cells = chunk.labels * np.int64(shape[1]) + _bins(chunk.probs)
             fit += table_of(cells[(chunk.probs >= low) & (chunk.probs <= high)])
             task = chunk.worker // workers_per_task
@@ -287,9 +289,9 @@ def _count(
 
 
 def _at_least(values) -> np.ndarray:
-    """The least float32 not below each float64.
+    """Returns the smallest float32 not below each float64.
 
-    Comparing float32 values with it is as exact as comparing in float64, and cheaper.
+    Comparing float32 values with it is as exact as comparing in float64, but cheaper.
     """
     values = np.asarray(values, np.float64)
     near = values.astype(np.float32)
@@ -297,7 +299,7 @@ def _at_least(values) -> np.ndarray:
 
 
 def _at_most(values) -> np.ndarray:
-    """The greatest float32 not above each float64."""
+    """Returns the largest float32 not above each float64."""
     return -_at_least(-np.asarray(values, np.float64))
 
 
@@ -305,8 +307,8 @@ _LEAST_OF_BIN = _at_least([*EDGES, np.inf])
 
 
 def _bins(probs: np.ndarray) -> np.ndarray:
-    """The last edge k/100 not above each probability, as if compared in float64: int32 [N]."""
-    # The product in float32 may land one bin off; the bounds decide.
+    """Returns k of the last edge k/100 not above each probability (in float64), int32 [N]."""
+    # The float32 product may be off by one bin; the bounds correct it.
     bins = (probs * np.float32(100)).astype(np.int32).clip(0, 100)
     bins += probs >= _LEAST_OF_BIN[bins + 1]
     bins -= probs < _LEAST_OF_BIN[bins]
@@ -323,7 +325,7 @@ def _check_labels(chunk: RowChunk, num_classes: int) -> None:
 
 
 def _check_numbers(config: SelectConfig, shard: int, rows: Sequence[int]) -> None:
-    """Compares the number of predictions of each worker with its file in --info_dir, if given."""
+    """Compares each worker's number of predictions with its file in --info_dir, if given."""
     for worker, found in enumerate(rows if config.info_dir else ()):
         path = os.path.join(config.info_dir, info_name(shard, config.num_shards, worker))
         noted = json_files.read_object_if_any(path, "image_num")
@@ -338,33 +340,33 @@ def _check_numbers(config: SelectConfig, shard: int, rows: Sequence[int]) -> Non
 
 
 _ALIKE, _BY_PROB, _BY_DRAW = 0, 1, 2
-_PART_BITS = 7  # 128 parts of a range of keys; a table of more would not fit in the cache.
-_ROWS_SORTED_AT_ONCE = 8_000_000  # Bounds memory when very many keys are equal.
+_PART_BITS = 7  # 128 parts of a range of keys; a larger table would not fit in the cache.
+_ROWS_SORTED_AT_ONCE = 8_000_000  # Bounds memory if many keys are equal.
 _IMAGE = np.dtype(
     [("key", "i8"), ("shard", "i4"), ("position", "i8"), ("worker", "i4"), ("label", "i4")]
 )
-# Lower keys come first; equal ones are ordered by the place of the image.
+# Lower keys are first; equal keys are ordered by the place of the image.
 _ORDER = ("key", "shard", "position", "worker")
 
 
 _CLASS_RULE = np.dtype(
     [
-        ("least", "f8"),  # The least probability kept.
-        ("kind", "i4"),  # Which key orders the images; _ALIKE: all get the same copies.
+        ("least", "f8"),  # The lowest probability kept.
+        ("kind", "i4"),  # The key that orders the images; _ALIKE: all get the same copies.
         ("cut", _IMAGE),  # The last image that gets `first` copies.
-        ("first", "i4"),  # Copies of the images up to the cut.
-        ("others", "i4"),  # Copies of the other images.
-        ("fraction", "f8"),  # Probability of one more copy.
+        ("first", "i4"),  # Copies of each image up to the cut.
+        ("others", "i4"),  # Copies of each other image.
+        ("fraction", "f8"),  # Probability of an additional copy.
     ]
 )
 
 
 class Rules:
-    """How many copies of each image are kept; initially none.
+    """Rules for the number of copies kept of each image; initially zero.
 
     Attributes:
-      seed: of the draws.
-      highest: the greatest probability kept, float32.
+      seed: seed of the draws.
+      highest: the highest probability kept, float32.
       of_class: `_CLASS_RULE` [classes].
     """
 
@@ -374,12 +376,12 @@ class Rules:
         self.of_class["least"] = np.inf
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A field of all classes."""
+        """Returns a field of all classes."""
         return self.of_class[name]
 
     def keys(self, chunk: RowChunk, rows: np.ndarray) -> np.ndarray:
-        """Keys int64 [rows] of images whose class is not _ALIKE; lower keys come first."""
-        # The bits of positive floats, read as integers, are in the order of the floats.
+        """Returns keys int64 [rows] of images whose class is not _ALIKE; lower keys are first."""
+        # Interpreted as integers, the bits of positive floats sort like the floats.
         keys = -chunk.probs[rows].view(np.int32).astype(np.int64)
         drawn = np.flatnonzero(self["kind"][chunk.labels[rows]] == _BY_DRAW)
         positions = chunk.positions[rows[drawn]]
@@ -388,11 +390,11 @@ class Rules:
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64 (Steele et al. 2014), a bijection of uint64 [N].
+    """Applies the output function of SplitMix64 (Steele et al. 2014), a bijection of uint64 [N].
 
-    Hashing what a draw is for makes it independent of the order of the work.
+    Hashing the identity of a draw makes it independent of the order of computation.
     """
-    # Sums and products are modulo 2**64; NumPy warns about that for scalars only.
+    # Sums and products are modulo 2**64; NumPy warns about this only for scalars.
     with np.errstate(over="ignore"):
         values = values + np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -401,9 +403,10 @@ def splitmix64(values: np.ndarray) -> np.ndarray:
 
 
 def draws(seed: int, shard: int, worker: int, positions: np.ndarray) -> np.ndarray:
-    """A draw per image, int64 [N] in [0, 2**63): mix(mix(mix(mix(seed) + shard) + worker) + position).
+    """Draws int64 [N] in [0, 2**63): mix(mix(mix(mix(seed) + shard) + worker) + position).
 
-    Sums are modulo 2**64, mix is splitmix64, and the lowest bit is dropped.
+    There is one draw per image. Sums are modulo 2**64, mix is splitmix64, and the lowest bit is
+    dropped.
     """
     state = splitmix64(np.array([seed % 2**64], np.uint64))
     for value in (shard, worker):
@@ -415,7 +418,7 @@ class _KeyRange(NamedTuple):
     """The range of keys that contains the cut of each class; int64 arrays [classes].
 
     Attributes:
-      low, high: the least and the greatest key, inclusive; low > high: no cut.
+      low, high: the lowest and highest key, inclusive; low > high if there is no cut.
       places: rank of the cut within the range, from 1.
     """
 
@@ -425,11 +428,11 @@ class _KeyRange(NamedTuple):
 
 
 def exact_rules(scan: IndexScan, counts: Counts, config: SelectConfig) -> Rules:
-    """The num_image most confident images of each class; seeded copies fill up smaller classes."""
-    # Differs (1): exactly the top images, and copies by a seed.
+    """Keeps the num_image most confident images of each class; seeded copies fill smaller classes."""
+    # Differs (1): exactly the top images, and copies drawn by a seed.
     rules, wanted = Rules(config), config.num_image
     n = len(rules["least"])
-    # Empty ranges: without a cut, all images of a class get the same number of copies.
+    # Ranges are initially empty: without a cut, all images of a class get the same copies.
     keys = _KeyRange(np.zeros(n, np.int64), np.full(n, -1), np.zeros(n, np.int64))
     from_top = counts.eligible[:, ::-1].cumsum(1)[:, ::-1]
     for label, size in enumerate(counts.eligible.sum(1).tolist()):
@@ -439,14 +442,14 @@ def exact_rules(scan: IndexScan, counts: Counts, config: SelectConfig) -> Rules:
         if config.use_all or size == wanted or (size < wanted and not config.upsample):
             rules["others"][label] = 1
         elif size > wanted and config.use_top:
-            # The highest bin such that it and those above hold enough images.
+            # The highest bin that, with the bins above it, contains enough images.
             k = int(np.flatnonzero(from_top[label] >= wanted)[-1])
             rules["kind"][label], rules["first"][label] = _BY_PROB, 1
             keys.low[label], keys.high[label] = _keys_of_bin(k)
-            # Of this bin, as many as the bins above it leave.
+            # From this bin, the number still missing after the bins above it.
             keys.places[label] = wanted - (from_top[label, k] - counts.eligible[label, k])
         else:
-            # Copies for too few images; or a random part of too many, where the quotient is 0.
+            # Copies if there are too few images; a random subset, with quotient 0, if too many.
             rules["others"][label], rest = divmod(wanted, size)
             rules["first"][label] = rules["others"][label] + 1
             if rest:
@@ -458,18 +461,18 @@ def exact_rules(scan: IndexScan, counts: Counts, config: SelectConfig) -> Rules:
 
 
 def _keys_of_bin(k: int) -> tuple[int, int]:
-    """The least and the greatest key of the probabilities in a bin; keys are negated bits."""
+    """Returns the lowest and highest key of a bin's probabilities; keys are negated bits."""
     low, high = (_LEAST_OF_BIN[k : k + 2]).view(np.int32).tolist()
     return 1 - high, -low
 
 
 def _between(rules: Rules, keys: _KeyRange, chunk: RowChunk) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, keys) of the images of a chunk whose keys are in the range of their class."""
-    # First by probability, which is cheap, so that keys are made for few images only.
+    """Returns (rows, keys) of a chunk's images whose keys are in the range of their class."""
+    # First filters by probability, which is cheap, so that only few images require keys.
     floor, ceiling = _at_least(rules["least"]), np.full(len(rules["least"]), rules.highest)
     by_prob = rules["kind"] == _BY_PROB
     for bound, key, narrower in ((floor, keys.high, np.maximum), (ceiling, keys.low, np.minimum)):
-        # Keys are negated bits, so the greatest key gives the least probability.
+        # Keys are negated bits, so the highest key is the lowest probability.
         bits = -key[by_prob].astype(np.int32)
         bound[by_prob] = narrower(bound[by_prob], bits.view(np.float32))
     floor[rules["kind"] == _ALIKE] = np.inf
@@ -481,9 +484,9 @@ def _between(rules: Rules, keys: _KeyRange, chunk: RowChunk) -> tuple[np.ndarray
 
 
 def _narrowed(scan: IndexScan, rules: Rules, keys: _KeyRange) -> _KeyRange:
-    """Step 2: the part, of up to 128, of each range that contains the cut."""
+    """Step 2: finds the part of each range, of up to 128, that contains the cut."""
     width = (keys.high - keys.low).clip(0).tolist()
-    # A part is 2**shift keys wide, the least power of two that makes at most 128 parts.
+    # A part has 2**shift keys, the smallest power of two that results in at most 128 parts.
     shift = np.array([max(w.bit_length() - _PART_BITS, 0) for w in width], np.int64)
     shape = (len(shift), 1 << _PART_BITS)
 
@@ -501,7 +504,7 @@ def _narrowed(scan: IndexScan, rules: Rules, keys: _KeyRange) -> _KeyRange:
     table = np.zeros(shape, np.int64)
     for _, found in scan.each("narrowing the cut", count):
         table += found
-    # [classes, 128]: images up to the end of each part. The first part with enough has the cut.
+    # [classes, 128]: images up to the end of each part. The first with enough contains the cut.
     upto = table.cumsum(1)
     part = (upto < keys.places[:, None]).sum(1).clip(0, shape[1] - 1)
     before = (upto - table)[np.arange(shape[0]), part]
@@ -511,7 +514,7 @@ def _narrowed(scan: IndexScan, rules: Rules, keys: _KeyRange) -> _KeyRange:
 
 
 def _find_cuts(scan: IndexScan, rules: Rules, keys: _KeyRange) -> None:
-    """Step 3: sorts the images of the ranges, and sets the cuts."""
+    """Step 3: sorts the images of the ranges and sets the cuts."""
 
     def gather(chunks: Iterator[RowChunk]) -> np.ndarray:
         found = [np.zeros(0, _IMAGE)]
@@ -531,14 +534,14 @@ def _find_cuts(scan: IndexScan, rules: Rules, keys: _KeyRange) -> None:
         if size > _ROWS_SORTED_AT_ONCE:
             waiting, size = [_first(waiting, keys.places)], 0
     first = _first(waiting, keys.places)
-    # Where a label repeats, NumPy keeps the last assignment: the last image is the cut.
+    # If a label repeats, NumPy keeps the last assignment: the last image is the cut.
     rules["cut"][first["label"]] = first
 
 
 def _first(tables: Sequence[np.ndarray], places: np.ndarray) -> np.ndarray:
-    """The first `places` images of each class, in order of `_ORDER`."""
+    """Returns the first `places` images of each class, ordered by `_ORDER`."""
     table = np.concatenate(tables)
-    # The last column is the first to sort by.
+    # The last column is the primary key.
     table = table[np.lexsort([table[name] for name in (*reversed(_ORDER), "label")])]
     starts = np.searchsorted(table["label"], np.arange(len(places)))
     place = np.arange(len(table)) - starts[table["label"]]
@@ -546,13 +549,13 @@ def _first(tables: Sequence[np.ndarray], places: np.ndarray) -> np.ndarray:
 
 
 def thresholds(total: np.ndarray, config: SelectConfig) -> dict[int, tuple[float, int]]:
-    """Class → (least confidence, images from there on), by the original's rule.
+    """Returns class → (lowest confidence, images at or above it) by the rule of the original code.
 
-    Of the bins below --max_prob, from the highest down: the first edge at which there are
-    --num_image images, else --min_threshold.
+    The lowest confidence is the first edge, from the highest bin below --max_prob down, with
+    --num_image images at or above it, else --min_threshold.
 
     Raises:
-      ConfigError: the rule requires a bin that begins at --min_threshold, and there is none.
+      ConfigError: If the rule requires a bin that begins at --min_threshold and there is none.
     """
     chosen = {}
     for label, counts in enumerate(total.tolist()):
@@ -575,7 +578,7 @@ def thresholds(total: np.ndarray, config: SelectConfig) -> dict[int, tuple[float
 
 
 def threshold_rules(chosen: dict[int, tuple[float, int]], config: SelectConfig) -> Rules:
-    """num_image / images copies: the integer part, and one more with the fraction as probability."""
+    """Makes num_image / images copies: the integer part, plus one with the fraction's probability."""
     rules = Rules(config)
     for label, (edge, images) in chosen.items():
         copies = 1.0 if config.use_all else config.num_image / images if images else 0.0
@@ -590,7 +593,7 @@ COLUMNS = {**index.COLUMNS, "copies": np.int32}
 
 
 def _kept(rules: Rules, chunk: RowChunk) -> dict[str, np.ndarray]:
-    """The rows of a chunk that are kept: `COLUMNS`, in the order of the chunk."""
+    """Returns the kept rows of a chunk: `COLUMNS`, in the order of the chunk."""
     labels, probs = chunk.labels, chunk.probs
     rows = np.flatnonzero((probs >= _at_least(rules["least"])[labels]) & (probs <= rules.highest))
     labels, positions = labels[rows], chunk.positions[rows]
@@ -600,7 +603,7 @@ def _kept(rules: Rules, chunk: RowChunk) -> dict[str, np.ndarray]:
     copies[before] = rules["first"][labels[before]]
     split = np.flatnonzero(rules["fraction"][labels] > 0)
     if len(split):
-        # In [0, 1]: draws have 63 bits, of which the greatest round up to 1.
+        # In [0, 1], including 1, because the highest 63-bit draws round up.
         draw = draws(rules.seed, chunk.shard, chunk.worker, positions[split]) / 2.0**63
         copies[split] += draw < rules["fraction"][labels[split]]
     some = np.flatnonzero(copies)
@@ -610,11 +613,11 @@ def _kept(rules: Rules, chunk: RowChunk) -> dict[str, np.ndarray]:
 
 
 def _before_cut(rules: Rules, chunk: RowChunk, rows: np.ndarray) -> np.ndarray:
-    """Whether images are at or before the cut of their class, bool [rows]."""
+    """Checks which images are at or before the cut of their class, bool [rows]."""
     labels, keys = chunk.labels[rows], rules.keys(chunk, rows)
     limit = rules["cut"]["key"][labels]
     before = keys < limit
-    # Few images have the key of the cut itself.
+    # Only few images have the key of the cut.
     for row in np.flatnonzero(keys == limit).tolist():
         place = (chunk.shard, int(chunk.positions[rows[row]]), chunk.worker)
         before[row] = place <= rules["cut"][labels[row]].item()[1:4]
@@ -622,7 +625,7 @@ def _before_cut(rules: Rules, chunk: RowChunk, rows: np.ndarray) -> np.ndarray:
 
 
 def class_names_of(config: SelectConfig) -> Sequence[str]:
-    """A name per class; its number, unless the task is known."""
+    """Returns a name per class; the class index if the task is unknown."""
     names = tasks.class_names(config.task_name) if config.task_name else None
     return names or [str(label) for label in range(config.num_label_classes)]
 
@@ -631,7 +634,7 @@ def _write_outputs(
     scan: IndexScan, counts: Counts, config: SelectConfig, stage: manifests.Stage
 ) -> None:
     original = config.selection == "threshold"
-    # First, as it may refuse the settings.
+    # First, because it may reject the settings.
     chosen = thresholds(counts.total, config) if original else {}
     with stage.write() as (temporary, summary):
         selection, threshold_path, total = (temporary[path] for path in stage.outputs)
@@ -641,7 +644,7 @@ def _write_outputs(
             raise DataError(
                 f"none of {counts.available} predictions is kept with --min_threshold="
                 f"{config.min_threshold}, --max_prob={config.max_prob} and "
-                f"--num_image={config.num_image}: give a lower --min_threshold"
+                f"--num_image={config.num_image}: set a lower --min_threshold"
             )
         summary.update(
             available=counts.available,
@@ -657,20 +660,20 @@ def _write_outputs(
                 *(len(empty), config.num_label_classes, config.min_threshold),
                 name_lists.shortened([names[label] for label in empty]),
             )
-        # Differs (2): the least kept confidence and the images kept.
+        # Differs (2): the lowest kept confidence and the number of images kept.
         content = {str(c): entry for c, entry in chosen.items()} or summary["classes"]
         json_files.write_json(threshold_path, content)
         across = sum(min(images, config.num_image) for _, images in chosen.values())
-        # The key is misspelled in the original, whose readers expect it so.
+        # The key is misspelled in the original code, and its readers expect this spelling.
         across_classes = {"num_image_acorss_cat": across if original else summary["unique"]}
         json_files.write_json(total, across_classes)
 
 
 def _write_selection(scan: IndexScan, rules: Rules, path: str) -> list[tuple[int, float, int, int]]:
-    """Step 4: writes one Parquet file, with rows of one shard per row group, so that readers skip the others.
+    """Step 4: writes a Parquet file with one shard per row group, so readers can skip the others.
 
     Returns:
-      (label, least probability, images, copies) of the classes with images.
+      (label, lowest probability, images, copies) of the classes with images.
     """
     import pyarrow
     import pyarrow.parquet
@@ -685,8 +688,8 @@ def _write_selection(scan: IndexScan, rules: Rules, path: str) -> list[tuple[int
             sink,
             schema,
             compression="zstd",
-            # Positions ascend, so their differences are small; bytes of floats compress when those
-            # of one significance are together.
+            # Positions ascend, so their differences are small; floats compress well if bytes of equal
+            # significance are grouped.
             use_dictionary=["shard", "worker", "label", "copies"],
             column_encoding={"position": "DELTA_BINARY_PACKED", "prob": "BYTE_STREAM_SPLIT"},
         ) as writer,
@@ -698,7 +701,7 @@ def _write_selection(scan: IndexScan, rules: Rules, path: str) -> list[tuple[int
             labels = table["label"]
             if not len(labels):
                 continue
-            # Not `lowest[labels] = …`, which takes only one of several images of a class.
+            # Not `lowest[labels] = …`, which would use only one of several images of a class.
             np.minimum.at(lowest, labels, table["prob"])
             images += np.bincount(labels, minlength=classes)
             copies += np.bincount(labels, table["copies"], classes).astype(np.int64)

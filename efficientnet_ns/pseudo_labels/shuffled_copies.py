@@ -1,8 +1,8 @@
-"""Copies of byte strings in random order, with the copies of one far apart, in little memory.
+"""Yields copies of byte strings in random order, with equal copies far apart, in little memory.
 
-A temporary file holds each byte string once. Every copy has a place on a circle, from a hash of (seed,
-shard, number), with the copies of one string at even distances plus jitter. Sorting by place gives a
-random order in which copies are spread out.
+A temporary file contains each byte string once. A hash of (seed, shard, number) assigns every copy
+a place on a circle, with the copies of a string at equal distances plus jitter. Sorting by place
+results in a random order in which copies are spread out.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import numpy as np
 from efficientnet_ns.files import tfrecords
 from efficientnet_ns.pseudo_labels.selection import splitmix64
 
-# Version of the order as a function of seed, shard and number; raise it when the function changes.
+# Version of the order as a function of seed, shard and number; increment it if that changes.
 ORDER = 2
-_BUCKET_BYTES = 64 << 20  # Held in memory at a time.
-_COPY_BYTES = 128  # What a copy takes in addition to its bytes.
-# The mean size of items is estimated from the first ones, up to this size.
+_BUCKET_BYTES = 64 << 20  # Bytes in memory at a time.
+_COPY_BYTES = 128  # Overhead of a copy.
+# The mean item size is estimated from the first items, up to this total size.
 _FIRST_BYTES = 32 << 20
 _ITEM_BYTES = 256
 
 
 class Spool(contextlib.AbstractContextManager):
-    """Byte strings on disk; memory holds 8 bytes for each, and 40 for each copy of them.
+    """Byte strings on disk, which use 8 bytes of memory each and 40 bytes for each copy.
 
-    A context manager: the file, in TMPDIR, has no name, so that nothing of it remains however the
-    process ends.
+    A context manager. The file in TMPDIR has no name, so it does not remain after the process ends,
+    even if it is killed.
     """
 
     def __init__(self) -> None:
@@ -42,21 +42,21 @@ class Spool(contextlib.AbstractContextManager):
         self._file.close()
 
     def append(self, item: bytes) -> None:
-        """Adds an item at the end."""
+        """Appends an item."""
         self._file.write(item)
         self._ends.append(self._ends[-1] + len(item))
 
     def shuffled(
         self, seed: int, shard: int, number: np.ndarray, copies: np.ndarray
     ) -> Iterator[bytes]:
-        """Yields all copies of all items; neighbors differ unless a bucket has nothing else.
+        """Yields all copies of all items; neighbors differ unless a bucket has no other items.
 
-        The order depends on the arguments, and on the sizes of the items if they exceed a bucket.
+        The order depends on the arguments, and on the item sizes if they exceed a bucket.
 
         Args:
-          seed, shard: determine the order together with the numbers.
-          number: of each item in its shard, ascending, int64 [N].
-          copies: of each item, int64 [N], at least 1.
+          seed, shard: determine the order together with `number`.
+          number: index of each item in its shard, ascending, int64 [N].
+          copies: number of copies of each item, int64 [N], at least 1.
         """
         self._file.flush()
         items = np.repeat(np.arange(len(number)), copies)
@@ -64,12 +64,12 @@ class Spool(contextlib.AbstractContextManager):
         order = np.argsort(place, kind="stable")
         items, place = items[order], place[order]
         ends = np.searchsorted(place, _bucket_starts(self._count_buckets(copies)))
-        del order, place  # Eight bytes for each copy, each.
+        del order, place  # Each uses eight bytes per copy.
         last = -1
         for part in np.split(items, ends):
             part = _apart(part, last)
             last = part[-1] if len(part) else last
-            # Read in the order of the file, for disks that seek.
+            # Reads in file order, for disks that seek.
             held = {item: self._read(item) for item in np.unique(part).tolist()}
             yield from map(held.__getitem__, part.tolist())
 
@@ -85,19 +85,19 @@ class Spool(contextlib.AbstractContextManager):
 
 
 def _bucket_starts(buckets: int) -> np.ndarray:
-    """The first place of each of `buckets` equal parts of the circle but the first, uint64."""
+    """Returns the first place of each of `buckets` equal arcs except the first, uint64."""
     return np.array([-((-k << 32) // buckets) << 32 for k in range(1, buckets)], np.uint64)
 
 
 def places(seed: int, shard: int, number: np.ndarray, copies: np.ndarray) -> np.ndarray:
-    """A place for every copy of every item.
+    """Computes a place for every copy of every item.
 
     Args:
-      number: of each item in its shard, int64 [N].
-      copies: of each item, int64 [N], at least 1.
+      number: index of each item in its shard, int64 [N].
+      copies: number of copies of each item, int64 [N], at least 1.
 
     Returns:
-      uint64 [sum(copies)], the copies of an item in a row. Two copies of an item that has c are at
+      uint64 [sum(copies)], with the copies of an item in sequence. Two of c copies of an item are at
       least about half of 2^64 / c apart.
     """
     start = splitmix64(splitmix64(np.array([seed], np.uint64)) ^ np.uint64(shard))
@@ -111,19 +111,19 @@ def places(seed: int, shard: int, number: np.ndarray, copies: np.ndarray) -> np.
 
 
 def _apart(items: np.ndarray, last: int) -> np.ndarray:
-    """`items`, reordered where one follows itself; `last` is the item before the first."""
+    """Reorders items that follow themselves; `last` is the item before the first."""
     items = _swap_repeats(items, last)
-    # Repeats that remain are at the end, with nothing after them to swap with: go backwards.
+    # Remaining repeats are at the end, with no items after them to swap, so this goes backward.
     return _swap_repeats(items[::-1], -1)[::-1]
 
 
 def _swap_repeats(items: np.ndarray, last: int) -> np.ndarray:
-    """Swaps each repeat with the next other item."""
+    """Swaps each repeat with the next different item."""
     repeats = np.flatnonzero(items == np.concatenate([[last], items[:-1]]))
     if not len(repeats):
         return items
     items, other = items.tolist(), 0
-    # From the first repeat to the end, because a swap may create repeats after it.
+    # Continues to the end, because a swap may create repeats after the first one.
     for at in range(int(repeats[0]), len(items)):
         before = items[at - 1] if at else last
         if items[at] != before:

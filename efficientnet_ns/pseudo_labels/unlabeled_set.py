@@ -1,4 +1,4 @@
-"""Which records of a folder are the unlabeled set: prefix and number of shards."""
+"""Finds the unlabeled set in a folder: its prefix and number of shards."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from efficientnet_ns.config import PredictConfig
 from efficientnet_ns.files import object_stores, shard_names
 from efficientnet_ns.files.errors import DataError
 
-_SHOWN = 8  # Names in a message.
+_SHOWN = 8  # Maximum number of names in a message.
 
 
 def find(folder: str, prefix: str, num_shards: int, part: str = "") -> tuple[str, int]:
-    """(prefix, number of shards) of the set in a folder, as given if it is there.
+    """Returns (prefix, number of shards) of the set in a folder, as given if that set exists.
 
-    Else the folder's only set counts that has what is given, that is, differs from the defaults of
-    `PredictConfig`. On an object store, of a set of a given number the first file is asked for first.
+    Otherwise, returns the only set in the folder that matches each argument that differs from the
+    default of `PredictConfig`. On an object store, if the number is given, this requests the first
+    file of the set before it lists the folder.
 
     Args:
-      part: what follows the prefix in the names, e.g. `-0` for pseudo-labeled records of task 0.
+      part: text after the prefix in the names, e.g. `-0` for pseudo-labeled records of task 0.
 
     Raises:
-      DataError: there is none, or several are possible; names the folder and what is there.
+      DataError: If there are none or several such sets; names the folder and its contents.
     """
     default = PredictConfig()
-    # The default also finds extra-…, the name that make_records gives to unlabeled sets.
+    # The default also finds extra-…, the prefix that make_records uses for unlabeled sets.
     prefixes = ("train", "extra") if prefix == default.file_prefix else (prefix,)
-    # One question instead of a listing, of a request per thousand names.
+    # One request instead of a listing, which takes a request per thousand names.
     if num_shards != default.num_shards and object_stores.is_object_store(folder):
         for name in prefixes:
             first = shard_names.shard_name(f"{name}{part}", 0, num_shards)
@@ -46,7 +47,7 @@ def find(folder: str, prefix: str, num_shards: int, part: str = "") -> tuple[str
     if fitting:
         listed = ", ".join(f"{group} ({total} shards)" for group, total in fitting)
         raise DataError(
-            f"{folder} holds several sets, {listed}: choose one with --file_prefix and --num_shards"
+            f"{folder} has several sets, {listed}: choose one with --file_prefix and --num_shards"
         )
     expected = " or ".join(f"{group}-00000-of-…" for group in groups)
     asked = "" if num_shards == default.num_shards else f" of --num_shards={num_shards}"
@@ -54,31 +55,31 @@ def find(folder: str, prefix: str, num_shards: int, part: str = "") -> tuple[str
 
 
 def files(folder: str, prefix: str, num_shards: int) -> tuple[str, list[str]]:
-    """(prefix, paths of all shards) of the set that `find` finds.
+    """Returns (prefix, paths of all shards) of the set that `find` returns.
 
     Raises:
-      DataError: see `find`; or a shard is missing.
+      DataError: If a shard is missing; see also `find`.
     """
     prefix, num_shards = find(folder, prefix, num_shards)
     present = set(_names(folder))
     names = [shard_names.shard_name(prefix, shard, num_shards) for shard in range(num_shards)]
     if lost := [name for name in names if name not in present]:
         first = os.path.join(folder, lost[0])
-        raise DataError(f"{len(lost)} of {num_shards} shards are missing, the first is {first}")
+        raise DataError(f"{len(lost)} of {num_shards} shards are missing; the first is {first}")
     return prefix, [os.path.join(folder, name) for name in names]
 
 
 def described(folder: str) -> str:
-    """What is in a folder, in words."""
+    """Describes the contents of a folder in words."""
     if not tf.io.gfile.isdir(folder):
         return "there is no such folder"
     names = _names(folder)
     if not names:
         return "it is empty"
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"it holds {', '.join(names[:_SHOWN])}{more}"
+    return f"it contains {', '.join(names[:_SHOWN])}{more}"
 
 
 def _names(folder: str) -> list[str]:
-    """What is in a folder, sorted, without hidden files."""
+    """Returns the sorted names in a folder, without hidden files."""
     return [name for name in object_stores.names(folder) if not name.startswith(".")]

@@ -1,8 +1,8 @@
-"""Balanced, pseudo-labeled records from a selection (arXiv 1911.04252, algorithm 1, step 3).
+"""Writes balanced, pseudo-labeled records from a selection (arXiv 1911.04252, algorithm 1, step 3).
 
-One output file per shard of the unlabeled set, in the original's format, with its side files:
-statistics and sample images per class. The bytes depend on the selection, the images and the seed
-only, not on the number of processes.
+There is one output file per shard of the unlabeled set, in the format of the original code, with
+its side files: statistics and sample images per class. The bytes depend only on the selection, the
+images and the seed, not on the number of processes.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import SELECTION
 from efficientnet_ns.pseudo_labels.write_shard import stage, write_shard
 
-# A process takes seconds to start, which pays off only with this much to read.
+# Starting a process takes seconds, which pays off only with this many bytes to read.
 _BYTES_PER_PROCESS = 256 << 20
 
 
 def write(config: SelectConfig, shards: Sequence[int] | None = None) -> dict[str, int]:
-    """Writes the selected records of shards; finished shards are verified and skipped.
+    """Writes the selected records of shards; verifies and skips finished shards.
 
-    The call that finds every shard finished also writes the statistics of all and `counts.json`.
+    The call that finds all shards finished also writes their overall statistics and `counts.json`.
 
     Args:
-      config: of the selection.
-      shards: numbers of the shards to write; other processes may write the others. None: all.
+      config: settings of the selection.
+      shards: indices of the shards to write; other processes may write the others. None for all.
 
     Returns:
-      `records` written, over the requested shards.
+      `records`: number of records in the requested shards.
 
     Raises:
-      DataError: a selected record cannot be read.
-      write_shard.Lost: the records read back from a file are not those selected.
-      processes.ProcessDied: one of --num_workers was killed.
+      DataError: If a selected record cannot be read.
+      write_shard.Lost: If the records read back from a file are not the selected records.
+      processes.ProcessDied: If one of --num_workers was killed.
     """
     everything = index.shards(config)
     selection_hash = _selection_hash(config)
     chosen = everything if shards is None else shards
     written = write_shards(config, chosen, selection_hash)
-    # Of all shards: the process that ends last writes what sums them up.
+    # Stages of all shards: the process that finishes last writes the overall statistics.
     stages = object_stores.each(lambda shard: stage(config, selection_hash, shard), everything)
     if all(object_stores.each(manifests.Stage.done, stages)):
         _write_final_stats(config, stages)
@@ -63,13 +63,13 @@ def write(config: SelectConfig, shards: Sequence[int] | None = None) -> dict[str
 
 
 def write_shards(config: SelectConfig, shards: Sequence[int], selection_hash: str = "") -> int:
-    """Like `write`, without the statistics of all shards and `counts.json`.
+    """Like `write`, but without the overall statistics and `counts.json`.
 
     Args:
-      selection_hash: hash of the selection file; empty: computed.
+      selection_hash: hash of the selection file; computed if empty.
 
     Returns:
-      Records written, over the requested shards.
+      Number of records in the requested shards.
     """
     selection_hash = selection_hash or _selection_hash(config)
     workers = index.count_workers(config)
@@ -78,7 +78,7 @@ def write_shards(config: SelectConfig, shards: Sequence[int], selection_hash: st
     done = object_stores.each(manifests.Stage.done, made)
     todo = {shard: stages[shard] for shard, whole in zip(shards, done) if not whole}
     files = [p for s in stages.values() for p in (s.manifest, *s.outputs)]
-    # Here for all shards, each of which would list the folders; see `manifests.Stage.write`.
+    # Once for all shards, because each would list the folders; see `manifests.Stage.write`.
     atomic.remove_abandoned(files)
     path = os.path.join(config.output_dir, SELECTION)
     with local_files.local_copies([path]) as local:
@@ -93,7 +93,7 @@ def write_shards(config: SelectConfig, shards: Sequence[int], selection_hash: st
         with Progress(len(jobs), "writing balanced records", "shards") as progress:
             for _ in run_each(write_shard, jobs, processes):
                 progress.update(1)
-    # A killed process may have begun a shard that another one finished.
+    # A killed process may have begun a shard that another process finished.
     if todo:
         atomic.remove_abandoned(files)
     return sum(shard_stage.counts()["records"] for shard_stage in stages.values())
@@ -118,9 +118,9 @@ def _processes(config: SelectConfig, shards: Sequence[int]) -> int:
 def _scratch_bytes(
     config: SelectConfig, selection: str, shards: Sequence[int], processes: int
 ) -> float:
-    """About what is needed below TMPDIR at a time: `write_shard` keeps each selected image once there.
+    """Estimates the space required in TMPDIR, where `write_shard` stores each selected image once.
 
-    TensorFlow keeps what it uploads to an object store there, too, with all copies.
+    TensorFlow also stores its uploads to an object store there, including all copies.
     """
     import pyarrow.parquet
 
@@ -136,7 +136,7 @@ def _scratch_bytes(
     counts = manifests.read_manifest(manifest)["counts"]
     sizes = object_stores.sizes([index.input_path(config, shard) for shard in shards])
     records = counts["available"] * len(shards) / len(index.shards(config))
-    # Images of the largest shards written at a time, times the mean bytes of a record.
+    # Images of the largest shards written concurrently, times the mean bytes of a record.
     return sum(sorted(images[shards])[-processes:]) * sum(filter(None, sizes)) / max(records, 1)
 
 
@@ -147,7 +147,7 @@ def _write_final_stats(config: SelectConfig, stages: Sequence[manifests.Stage]) 
     pairs = sorted(total.items(), key=lambda pair: -pair[1])
     path = os.path.join(config.output_dir, "stats", "final_stats.json")
     counts_path = os.path.join(config.output_dir, "data", tfrecords.COUNTS)
-    # Several processes may come here; all write the same content.
+    # Several processes may get here; all write the same content.
     atomic.remove_abandoned([path, counts_path])
     json_files.write_json(
         path,

@@ -1,8 +1,8 @@
-"""One file of balanced, pseudo-labeled records: images and predictions of a shard, as selected.
+"""Writes one file of balanced, pseudo-labeled records: the selected images of a shard.
 
-Images and predictions are read together in the order of the images, so that neither is held in
-memory. A temporary file holds each selected record once; they are then written in random order, with
-the copies of an image far apart.
+Images and predictions are read together in the order of the images, so neither is kept in memory.
+A temporary file contains each selected record once. The records are then written in random order,
+with the copies of an image far apart.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from efficientnet_ns.files import (
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.pseudo_labels import index, shuffled_copies
 
-# Sample pictures that are written together: on an object store each takes requests.
+# Sample pictures that are written together, because on an object store each requires requests.
 _PICTURES_AT_ONCE = 64
 _ROWS_AT_ONCE = 4096
 
 
 class Lost(RuntimeError):
-    """Records written are not the records selected."""
+    """Raised if the records written are not the selected records."""
 
 
 def stage(config: SelectConfig, selection_hash: str, shard: int) -> manifests.Stage:
-    """Outputs (records, statistics) and manifest of a shard.
+    """Returns the stage of a shard: its outputs (records, statistics) and manifest.
 
     Raises:
-      DataError: the unlabeled shard is missing.
+      DataError: If the unlabeled shard is missing.
     """
     task = index.task_number(config)
     data = os.path.join(
@@ -71,16 +71,16 @@ def write_shard(
     workers: int,
     changes: index.Changes,
 ) -> None:
-    """Writes the records of a shard, reads them back, and commits them with their statistics.
+    """Writes the records of a shard, reads them back and commits them with their statistics.
 
     Args:
-      selection: the file of `selection.select`, on this machine.
-      workers: how many predicted the shard.
-      changes: of `index.changes`, at least those of the shard.
+      selection: local path of the file from `selection.select`.
+      workers: number of workers that predicted the shard.
+      changes: result of `index.changes`, for at least this shard.
 
     Raises:
-      DataError: a selected record cannot be read, or is not the one that was selected.
-      Lost: the records read back are not those selected.
+      DataError: If a selected record cannot be read or differs from the selection.
+      Lost: If the records read back are not the selected records.
     """
     chosen = Chosen.read(selection, shard, workers)
     data_path, stats_path = stage.outputs
@@ -92,7 +92,7 @@ def write_shard(
                 spool.append(example)
             copies = spool.shuffled(config.seed, shard, chosen.image, chosen.copies)
             tfrecords.write(temporary[data_path], copies)
-        # Records are counted once, here, in the file itself.
+        # Records are counted once, here, in the written file.
         found, marks = _labels(temporary[data_path])
         _check_conservation(data_path, chosen.labels(), found)
         per_class = {str(label): copies for label, copies in found.items()}
@@ -101,7 +101,7 @@ def write_shard(
 
 
 def _labels(path: str) -> tuple[Counter[int], tfrecords.Marks]:
-    """How many records of each label a file holds, and where; damaged ones do not count."""
+    """Counts the records of each label in a file and marks their places; skips damaged records."""
     found: Counter[int] = Counter()
     with tfrecords.Scanner(path) as scanner:
         marks, begin = tfrecords.Marks(), 0
@@ -128,10 +128,10 @@ class Chosen(NamedTuple):
     """The selected images of a shard, each [N], in the order of the shard.
 
     Attributes:
-      image: int64, number in the shard.
+      image: int64, index in the shard.
       label: int32, pseudo label.
       prob: float32, probability of the label.
-      copies: int64, at least 1.
+      copies: int64, number of copies, at least 1.
     """
 
     image: np.ndarray
@@ -141,12 +141,12 @@ class Chosen(NamedTuple):
 
     @classmethod
     def read(cls, selection: str, shard: int, workers: int) -> Chosen:
-        """Reads the rows of a shard; image i was predicted by worker i mod workers."""
+        """Reads the rows of a shard; worker i mod workers predicted image i."""
         import pyarrow
         import pyarrow.parquet
 
         columns = ["worker", "position", "label", "prob", "copies"]
-        # Each row group has rows of one shard, so the others are not read.
+        # Each row group has rows of one shard, so other groups are not read.
         table = pyarrow.parquet.read_table(
             selection, columns=columns, filters=[("shard", "=", shard)]
         )
@@ -156,19 +156,19 @@ class Chosen(NamedTuple):
         order = np.argsort(image)
         read = cls(image[order], label[order], prob[order], copies[order].astype(np.int64))
         del worker, position, label, prob, copies
-        pyarrow.default_memory_pool().release_unused()  # Else it is kept to the end.
+        pyarrow.default_memory_pool().release_unused()  # Otherwise it is kept until the end.
         return read
 
     def rows(self) -> Iterator[tuple[int, int, float]]:
-        """Image, label and probability, image by image."""
-        # In parts: Python's numbers take six times the memory of the arrays.
+        """Yields the index, label and probability of each image."""
+        # In parts, because Python numbers use six times the memory of the arrays.
         for start in range(0, len(self.image), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
             columns = (column[part].tolist() for column in (self.image, self.label, self.prob))
             yield from zip(*columns)
 
     def labels(self) -> Counter[int]:
-        """How many copies of each label are to be written."""
+        """Counts the copies of each label to be written."""
         copies = np.bincount(self.label, self.copies).astype(np.int64)
         return Counter({label: n for label, n in enumerate(copies.tolist()) if n})
 
@@ -176,7 +176,7 @@ class Chosen(NamedTuple):
 def _examples(
     config: SelectConfig, chosen: Chosen, shard: int, workers: int, changes: index.Changes
 ) -> Iterator[bytes]:
-    """The selected images of a shard as pseudo-labeled records, in the order of the shard."""
+    """Yields the selected images of a shard as pseudo-labeled records, in shard order."""
     paths = [index.prediction_path(config, shard, worker) for worker in range(workers)]
     source = index.input_path(config, shard)
     samples: Counter[int] = Counter()
@@ -189,7 +189,7 @@ def _examples(
     with contextlib.ExitStack() as opened:
         images = opened.enter_context(tfrecords.Scanner(source))
         predictions = [opened.enter_context(tfrecords.Scanner(path)) for path in paths]
-        # In ascending order: scanners go forward only.
+        # In ascending order, because scanners only move forward.
         for number, label, prob in chosen.rows():
             position, worker = divmod(number, workers)
             image = _feature(images, source, number, tfexamples.IMAGE)
@@ -197,9 +197,9 @@ def _examples(
             if image is None or probs is None:
                 break  # A file ended early; `_check_number` names it.
             if (worker, position) in decided:
-                # A person's label has the probability 1, in the selection as well.
+                # A person's label has probability 1, also in the selection.
                 probs = tfexamples.certain(label, config.num_label_classes)
-            # Exactly equal, unless the shard was predicted again after the selection.
+            # Values are exactly equal unless the shard was predicted again after the selection.
             values = tfexamples.Floats(probs)
             if len(values) != config.num_label_classes or values[label] != prob:
                 raise DataError(
@@ -215,7 +215,7 @@ def _examples(
                 _write_pictures(pictures)
             yield tfexamples.pseudo_labeled_from_features(image, probs, label, prob)
         _write_pictures(pictures)
-        # To the ends of the files, whose numbers of records are compared.
+        # Moves to the ends of the files, to compare their numbers of records.
         images.skip()
         for worker, scanner in enumerate(predictions):
             scanner.skip()
@@ -223,7 +223,7 @@ def _examples(
 
 
 def _write_pictures(pictures: list[tuple[str, bytes]]) -> None:
-    """Writes (path, content) of sample pictures, and empties the list."""
+    """Writes (path, content) of sample pictures and empties the list."""
 
     def write(picture: tuple[str, bytes]) -> None:
         object_stores.make_folder(os.path.dirname(picture[0]))
@@ -235,7 +235,7 @@ def _write_pictures(pictures: list[tuple[str, bytes]]) -> None:
 
 
 def _feature(scanner: tfrecords.Scanner, path: str, position: int, key: str) -> bytes | None:
-    """A Feature of the record at a position of a file; None if the file ends before it."""
+    """Returns a Feature of the record at a position; None if the file ends before it."""
     scanner.skip(position - scanner.position)
     record = scanner.take()
     if record is None:
@@ -254,13 +254,13 @@ def _feature(scanner: tfrecords.Scanner, path: str, position: int, key: str) -> 
 def _check_number(
     images: int, predictions: int, source: str, paths: list[str], worker: int
 ) -> None:
-    """Raises DataError unless a worker has one prediction for each of its images."""
+    """Raises DataError unless a worker has exactly one prediction per image."""
     path, workers = paths[worker], len(paths)
     expected = len(range(worker, images, workers))
     if predictions < expected:
         raise DataError(
             f"{path} ends before image {predictions * workers + worker} of the shard: predict it "
-            "again, or give the total_replicas of the prediction as --total_label_replicas "
+            "again, or pass the total_replicas of the prediction as --total_label_replicas "
             f"(now {workers})"
         )
     if predictions > expected:

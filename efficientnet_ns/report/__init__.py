@@ -1,12 +1,12 @@
 """Building blocks of an HTML report in a single file: no scripts, no server, no other files.
 
-Every function except `write_page` turns data into a fragment of HTML and has no side effects; all
-text is escaped, images are inlined as data URIs.
+Every function except `write_page` converts data to an HTML fragment without side effects. All text
+is escaped, and images are inlined as data URIs.
 
 "Top-1 probabilities" are float [N] in [0, 1], masks bool [N] (or 0/1), class indices int [N] in
-0..C-1; all may be anything that `numpy.asarray` takes. `images` gives the number of images that each
-of the N entries represents, so that counts are enough. Empty data gives a short paragraph instead
-(`NOTHING`); a wrong shape or range raises a ValueError that names the argument.
+0..C-1; all may be anything that `numpy.asarray` accepts. `images` is the number of images that each
+of the N entries represents, so counts are sufficient. For empty data, functions return a short
+paragraph (`NOTHING`). An invalid shape or range raises a ValueError that names the argument.
 """
 
 from efficientnet_ns.report.measures import CALIBRATION_BINS, Calibration, Confusion

@@ -1,4 +1,4 @@
-"""Predictions against the truth: counts of confusions, and sums for calibration."""
+"""Compares predictions with the truth: counts of confusions and sums for calibration."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CALIBRATION_BINS = 15
 
 
 class Confusion(NamedTuple):
-    """Images by true class and prediction: each pair that occurs once, in order.
+    """Images by true class and prediction: each existing pair once, in order.
 
-    A matrix of thousands of classes would be mostly zeros.
+    With thousands of classes, a matrix would consist mostly of zeros.
 
     Attributes:
-      truth: int64 [P]; -1: of no class.
+      truth: int64 [P]; -1 for images of no class.
       predicted: int64 [P].
       images: int64 [P].
     """
@@ -37,18 +37,18 @@ class Confusion(NamedTuple):
         Args:
           truth: int [N], at least -1.
           predicted: int [N], at least 0.
-          images: weight of each entry, int [N]; None: 1.
+          images: weight of each entry, int [N]; None for 1.
         """
         truth, predicted = np.asarray(truth, np.int64), np.asarray(predicted, np.int64)
         classes = predicted.max(initial=0) + 1
-        # One int64 per pair: with 46,341 classes and more, the largest exceeds int32.
+        # One int64 per pair: with 46,341 or more classes, the largest key exceeds int32.
         keys, place = np.unique(truth * classes + predicted, return_inverse=True)
         total = np.bincount(place, images, len(keys)).astype(np.int64)
-        # Both round down, so that a truth of -1 comes back as -1.
+        # Both round down, which restores a truth of -1.
         return cls(keys // classes, keys % classes, total)
 
     def worst(self, limit: int) -> list[tuple[int, int, int]]:
-        """(truth, prediction, images) of the most frequent mistakes, at most `limit`.
+        """Returns (truth, prediction, images) of up to `limit` most frequent mistakes.
 
         Images of no class do not count as mistakes.
         """
@@ -58,12 +58,12 @@ class Confusion(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """Sums over equal intervals of the top-1 probability (lower, upper], the first with 0.
+    """Sums over equal intervals (lower, upper] of the top-1 probability; the first includes 0.
 
     Attributes:
       images: float64 [bins].
       confidence: summed top-1 probability, float64 [bins].
-      correct: correct predictions, float64 [bins].
+      correct: number of correct predictions, float64 [bins].
     """
 
     images: np.ndarray
@@ -78,7 +78,7 @@ class Calibration(NamedTuple):
         images: ArrayLike = 1,
         bins: int = CALIBRATION_BINS,
     ) -> Calibration:
-        """Sums over intervals.
+        """Computes the sums over intervals.
 
         Args:
           probs: top-1 probabilities, float [N].
@@ -87,7 +87,7 @@ class Calibration(NamedTuple):
           bins: number of intervals, at least 1.
         """
         probs = np.asarray(probs, np.float64)
-        # Without the outer ends: a probability that rounding carried past 1 stays in the last bin.
+        # Without the outer ends, so a probability rounded above 1 stays in the last bin.
         index = np.searchsorted(np.arange(1, bins) / bins, probs, side="left")
         values = (np.ones_like(probs), probs, np.asarray(correct))
         return cls(*(np.bincount(index, value * images, bins) for value in values))
@@ -96,10 +96,10 @@ class Calibration(NamedTuple):
     def error(self) -> float:
         """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3).
 
-        The gap between confidence and accuracy in a bin, averaged over images, in [0, 1]; NaN
-        without images.
+        The gap between confidence and accuracy in a bin, averaged over images, in [0, 1]; NaN if
+        there are no images.
         """
         images = self.images.sum()
-        # Of sums, not means: the number of images in a bin cancels against its weight.
+        # Uses sums, not means: the number of images in a bin cancels with its weight.
         gaps = np.abs(self.confidence - self.correct).sum()
         return float(gaps / images) if images else float("nan")

@@ -1,4 +1,4 @@
-"""The page: a single file without scripts that loads nothing from elsewhere."""
+"""The HTML page: a single file without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Section(NamedTuple):
 
 
 _CSS = Path(__file__).with_name("page.css")
-# With this policy, the browser itself blocks everything that is not in the file.
+# With this policy, the browser blocks all resources outside the file.
 _HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -65,10 +65,11 @@ def write_page(
     """Writes the page atomically: readers see either the old file or the new one.
 
     Args:
-      path: of the HTML file, in any file system of TensorFlow; missing folders are created.
+      path: path of the HTML file in any file system that TensorFlow supports; missing folders are
+        created.
       title: plain text.
       intro: plain text; a blank line starts a new paragraph.
-      sections: in order; more than three get a table of contents.
+      sections: sections in order; a table of contents lists them if there are more than three.
     """
     from efficientnet_ns.files import atomic, object_stores  # Load TensorFlow.
 

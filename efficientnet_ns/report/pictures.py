@@ -1,4 +1,4 @@
-"""Grids of images, inlined."""
+"""Grids of inline images."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from efficientnet_ns.report import style, tables
 
-_SMALL_BYTES = 4096  # About the size of a thumbnail.
+_SMALL_BYTES = 4096  # Approximately the size of a thumbnail.
 
 
 def thumbnail(data: bytes, size: int) -> bytes:
-    """An encoded image as a JPEG of at most `size` pixels each way.
+    """Reduces an encoded image to a JPEG of at most `size` pixels on each side.
 
-    Files of up to 4 KiB are returned unchanged; for images that cannot be decoded, b"".
+    Returns files of up to 4 KiB unchanged, and b"" for images that cannot be decoded.
     """
     from PIL import Image
 
@@ -22,29 +22,29 @@ def thumbnail(data: bytes, size: int) -> bytes:
     buffer = io.BytesIO()
     try:
         with Image.open(io.BytesIO(data)) as image:
-            # Decodes a JPEG at 1/2, 1/4 or 1/8, as far as that is not below `size`.
+            # Decodes a JPEG at 1/2, 1/4 or 1/8 of its size if the result is not below `size`.
             image.draft("RGB", (size, size))
             image.thumbnail((size, size))
-            # JPEG has neither transparency nor palettes.
+            # JPEG supports neither transparency nor palettes.
             image.convert("RGB").save(buffer, "JPEG", quality=80)
-    # SyntaxError is what PIL raises for damaged PNGs.
+    # PIL raises SyntaxError for damaged PNGs.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return b""
     return buffer.getvalue()
 
 
 def picture(data: bytes, description: str) -> str:
-    """One picture, JPEG or PNG, as wide as the page allows."""
+    """Returns HTML of a JPEG or PNG, limited to the width of the page."""
     uri = style.data_uri(data, style.mime(data) or "image/png")
     return f'<img src="{uri}" alt="{tables.escape(description)}" style="max-width: 100%">\n'
 
 
 def _is_smaller(data: bytes, size: int) -> bool:
-    """Whether the image has fewer than `size` pixels each way; False if its header is damaged."""
+    """Checks whether both sides are below `size` pixels; False if the header is damaged."""
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as image:  # Reads no more than the header.
+        with Image.open(io.BytesIO(data)) as image:  # Reads only the header.
             return max(image.size) < size
     except (OSError, ValueError, Image.DecompressionBombError):
         return False
@@ -55,7 +55,7 @@ def _grid_item(data: bytes, caption: str, size: int) -> str:
     if mime is None:
         image = '<div class="placeholder" title="unknown image format">?</div>'
     else:
-        # Enlarged images should show their pixels; photographs made smaller should be smooth.
+        # Enlarged images show their pixels; reduced photographs are smooth.
         pixelated = ' class="pixelated"' if _is_smaller(data, size) else ""
         uri = style.data_uri(data, mime)
         image = f'<img{pixelated} src="{uri}" alt="" width="{size}" height="{size}">'
@@ -65,12 +65,12 @@ def _grid_item(data: bytes, caption: str, size: int) -> str:
 def image_grid(
     items: Sequence[tuple[bytes, str]], *, columns: int = 12, pixel_size: int = 56
 ) -> str:
-    """Images in rows, each above its caption.
+    """Returns HTML of images in rows, each above its caption.
 
     Args:
-      items: encoded image (JPEG or PNG; anything else shows a placeholder) and caption, plain text.
+      items: encoded image (JPEG or PNG; others show a placeholder) and caption, plain text.
       columns: images per row.
-      pixel_size: side of the square each image is fitted into, CSS pixels.
+      pixel_size: side of the square into which each image is fitted, in CSS pixels.
     """
     if columns < 1:
         raise ValueError("columns must be at least 1")
@@ -79,7 +79,7 @@ def image_grid(
     if not len(items):
         return tables.NOTHING
     figures = "".join(_grid_item(bytes(data), text, pixel_size) for data, text in items)
-    # Columns are up to half as wide again, for captions, where the page has room.
+    # If the page has room, columns are up to 50 % wider, for captions.
     tracks = f"repeat({columns}, minmax({pixel_size}px, {pixel_size * 3 // 2}px))"
     style = f"grid-template-columns: {tracks}; --size: {pixel_size}px"
     return f'<div class="scroll"><div class="grid" style="{style}">\n{figures}</div></div>\n'

@@ -17,7 +17,7 @@ HISTOGRAM_BINS = 40
 
 
 def _curve(rows: Sequence[Mapping[str, float]], metric: str) -> tuple[list[float], list[float]]:
-    """Steps and values of the rows that have the metric."""
+    """Returns the steps and values of the rows that have the metric."""
     found = [row for row in rows if row.get(metric) is not None]
     if any("step" not in row for row in found):
         raise ValueError('runs has a row without "step"')
@@ -47,12 +47,12 @@ def _metric_plot(
 def learning_curves(
     runs: Mapping[str, Sequence[Mapping[str, float]]], *, metrics: Sequence[str]
 ) -> str:
-    """A row of plots, one per metric, with a line per run.
+    """Returns a row of plots, one per metric, with a line per run.
 
     Args:
-      runs: name of the run → rows in order of time, each with "step" and any of the metrics. A line
-        skips rows without its metric; a value that is not finite interrupts it.
-      metrics: keys of the rows; metrics that no row has are left out.
+      runs: name of the run → rows in chronological order, each with "step" and any of the metrics.
+        A line skips rows without its metric; a non-finite value interrupts it.
+      metrics: keys of the rows; metrics that no row has are omitted.
     """
     # One key per run, so that a run looks the same in all plots.
     keys = []
@@ -75,19 +75,19 @@ def learning_curves(
 def confidence_histogram(
     probs: ArrayLike, kept: ArrayLike, *, threshold: float, images: ArrayLike | None = None
 ) -> str:
-    """Histogram of the top-1 probability with kept and rejected images stacked.
+    """Plots a histogram of the top-1 probability with kept and rejected images stacked.
 
     Args:
       probs: top-1 probabilities, float [N].
       kept: mask of the images that were kept, [N].
       threshold: smallest probability to keep, in [0, 1]; marked by a line.
-      images: weight of each entry, int [N]; None: 1.
+      images: weight of each entry, int [N]; None for 1.
     """
     probs = checks.probabilities(probs, "probs")
     kept = checks.mask(kept, "kept", len(probs))
     images = checks.weights(images, len(probs))
     if not 0 <= threshold <= 1:
-        raise ValueError("threshold must lie in [0, 1]")
+        raise ValueError("threshold must be in [0, 1]")
     if not len(probs):
         return tables.NOTHING
     figure, axes = style.axes_of(640, 280)
@@ -100,7 +100,7 @@ def confidence_histogram(
     )
     axes.axvline(threshold, color=style.MARK, linestyle="dashed", linewidth=1.5)
     axes.set(xlim=(0, 1), xlabel="top-1 probability", ylabel="images")
-    # Compare in the type of the probabilities: float32(0.7) is below the float64 0.7.
+    # Compares in the dtype of the probabilities, because float32(0.7) is below float64 0.7.
     confident = probs >= probs.dtype.type(threshold)
     caption = (
         f"{images.sum()} images: {images[kept].sum()} kept, {images[~kept].sum()} rejected "
@@ -136,14 +136,14 @@ def _balance_curves(axes: Axes, before: np.ndarray, unique: np.ndarray, copies: 
 def class_balance(
     before: ArrayLike, unique: ArrayLike, copies: ArrayLike, class_names: Sequence[str]
 ) -> str:
-    """Images per class before and after selection: bars, or sorted curves above 60 classes.
+    """Plots images per class before and after selection: bars, or sorted curves above 60 classes.
 
-    A table with the numbers opens on demand.
+    A collapsed table contains the numbers.
 
     Args:
-      before: images predicted to be of the class, int [C].
-      unique: different images kept, int [C].
-      copies: repetitions added on top of `unique` to fill the class up, int [C].
+      before: number of images predicted as the class, int [C].
+      unique: number of distinct images kept, int [C].
+      copies: number of copies added to `unique` to fill the class, int [C].
       class_names: C names.
     """
     names = [str(name) for name in class_names]
@@ -178,18 +178,18 @@ def class_balance(
 
 
 def confidence_by_class(quantiles: ArrayLike, class_names: Sequence[str]) -> str:
-    """Spread of the top-1 probability per predicted class, lowest median first.
+    """Plots the spread of the top-1 probability per predicted class, lowest median first.
 
     Args:
       quantiles: 10th, 50th and 90th percentile of each class, float [C, 3]; classes with NaN, which
-        were never predicted, are left out.
+        were never predicted, are omitted.
       class_names: C names.
     """
-    # Without classes, the array has one dimension.
+    # Without classes, the array is one-dimensional.
     quantiles = np.asarray(quantiles, np.float64).reshape(-1, 3)
     names = [str(name) for name in class_names]
     if len(quantiles) != len(names):
-        raise ValueError(f"quantiles has {len(quantiles)} rows where {len(names)} are needed")
+        raise ValueError(f"quantiles has {len(quantiles)} rows; expected {len(names)}")
     predicted = np.flatnonzero(np.isfinite(quantiles).all(axis=1))
     if not len(predicted):
         return tables.NOTHING
@@ -217,11 +217,11 @@ def confidence_by_class(quantiles: ArrayLike, class_names: Sequence[str]) -> str
 
 
 def agreement_by_confidence(confidence: ArrayLike, same: ArrayLike, images: ArrayLike) -> str:
-    """Share of images to which two models give the same label, by the confidence of one of them.
+    """Plots how often two models predict the same label, by the confidence of one of them.
 
     Args:
-      confidence: upper ends of the bins, float [B] in (0, 1].
-      same, images: images with equal labels and all images in each bin, int [B].
+      confidence: upper bounds of the bins, float [B] in (0, 1].
+      same, images: numbers of images with equal labels and of all images in each bin, int [B].
     """
     confidence = checks.probabilities(confidence, "confidence")
     same = checks.integers(same, "same", low=0, length=len(confidence))

@@ -1,4 +1,4 @@
-"""A sheet on which a person confirms, corrects or rejects labels: one file, without a server."""
+"""A sheet to confirm, correct or reject labels: a single file that requires no server."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from efficientnet_ns.report import style, tables
 
 
 class ReviewImage(NamedTuple):
-    """An image to decide about.
+    """An image to review.
 
     Attributes:
-      data: JPEG or PNG.
-      file, record: its place, which the decision names.
+      data: encoded image, JPEG or PNG.
+      file, record: its place, which identifies the image in the decision.
       label: its pseudo label, 0-based.
       prob: probability of `label`, in [0, 1].
       name: name of its file; "" if unknown.
@@ -35,7 +35,7 @@ def write_review(
     names: Sequence[str],
     title: str = "Review of pseudo labels",
 ) -> None:
-    """Writes the sheet, whose button saves `review.json`, see `files.reviews`.
+    """Writes the sheet, whose button saves `review.json`; see `files.reviews`.
 
     Args:
       path: path of the HTML file; its folder must exist.
@@ -50,11 +50,11 @@ def write_review(
         }
         for one in images
     ]
-    # Nothing in a name may end the script.
+    # A name must not close the script element.
     data = json.dumps({"names": list(names), "images": rows}).replace("<", "\\u003c")
     template = Path(__file__).with_name("review.html").read_text(encoding="utf-8")
     from efficientnet_ns.files import atomic  # Loads TensorFlow.
 
-    # The data comes last, since a name in it may contain TITLE.
+    # The data is inserted last, because a name in it may contain TITLE.
     page = template.replace("TITLE", tables.escape(title)).replace("DATA", data, 1)
     atomic.write(path, page, clean=True)

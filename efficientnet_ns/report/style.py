@@ -1,6 +1,6 @@
-"""The style of the plots: a transparent background and mid-tone ink.
+"""The style of the plots: a transparent background and mid-tone colors.
 
-The same picture is readable on a light and on a dark page. Legends and captions are HTML.
+The same plot is readable on light and dark pages. Legends and captions are HTML.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_CLASSES_AS_BARS = 60
 
-PAGE_WIDTH = 1040  # CSS pixels within the margins of the page.
+PAGE_WIDTH = 1040  # In CSS pixels, within the margins of the page.
 INK = "#7b8490"
 PALETTE = (
     "#3b82c4",
@@ -31,12 +31,12 @@ PALETTE = (
     "#a0724a",
     "#d36ba6",
 )
-LINE_STYLES = ("solid", "dashed", "dotted")  # Used in turn once the palette is used up.
+LINE_STYLES = ("solid", "dashed", "dotted")  # Next one once the palette is exhausted.
 BEFORE, KEPT, REJECTED, COPIES, MARK = INK, "#3b82c4", "#b3bac3", "#8fc1ea", "#d1495b"
 
 
 class Key(NamedTuple):
-    """An entry of a legend, which is HTML, so that names of any kind stay readable."""
+    """An entry of a legend; legends are HTML so that arbitrary names are readable."""
 
     label: str
     color: str
@@ -44,7 +44,7 @@ class Key(NamedTuple):
 
 
 def legend(keys: Iterable[Key]) -> str:
-    """HTML of a legend."""
+    """Returns HTML of a legend."""
     entries = "".join(
         f'<span><i style="border-top: 3px {key.style} {key.color}"></i>{tables.escape(key.label)}</span>'
         for key in keys
@@ -53,10 +53,10 @@ def legend(keys: Iterable[Key]) -> str:
 
 
 def axes_of(width: int, height: int) -> tuple[Figure, Axes]:
-    """An empty plot of `width` x `height` CSS pixels in the style of the page."""
+    """Creates an empty plot of `width` x `height` CSS pixels in the style of the page."""
     from matplotlib.figure import Figure
 
-    # Not by pyplot, which keeps every figure in memory. An inch is 100 CSS pixels.
+    # Without pyplot, which keeps every figure in memory. An inch is 100 CSS pixels.
     figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -70,9 +70,9 @@ def axes_of(width: int, height: int) -> tuple[Figure, Axes]:
 
 
 def image(figure: Figure, alt: str) -> str:
-    """The figure as an inline PNG, at twice the resolution for dense screens."""
+    """Returns the figure as an inline PNG with twice the resolution, for high-density screens."""
     buffer = io.BytesIO()
-    # Without pyplot a PNG is always drawn by Agg, whatever backend the process has chosen.
+    # Without pyplot, Agg always draws PNGs, regardless of the process's backend.
     figure.savefig(buffer, format="png", dpi=200, transparent=True)
     width, height = (round(inches * 100) for inches in figure.get_size_inches())
     return (
@@ -82,18 +82,18 @@ def image(figure: Figure, alt: str) -> str:
 
 
 def figure(image: str, caption: str) -> str:
-    """HTML of an image with its caption, plain text."""
+    """Returns HTML of an image with a plain-text caption."""
     return f"<figure>{image}<figcaption>{tables.escape(caption)}</figcaption></figure>\n"
 
 
 def plot(drawn: Figure, title: str, caption: str, keys: Iterable[Key] = ()) -> str:
-    """HTML of a plot with its legend and caption; the alternative text is title and caption."""
+    """Returns HTML of a plot with legend and caption; its alternative text is title and caption."""
     keys = tuple(keys)
     shown = figure(image(drawn, f"{title}. {caption}"), caption)
     return (legend(keys) if keys else "") + shown
 
 
-# Names are arbitrary text: a dollar sign in one must not start a formula.
+# Names are arbitrary text, in which a dollar sign must not start a formula.
 PLAIN_TEXT: dict[str, Any] = {"parse_math": False}
 
 
@@ -102,24 +102,24 @@ def _shortened(names: Sequence[str]) -> list[str]:
 
 
 def name_ticks(axis: Axis, places: Iterable[int], names: Sequence[str], **text: Any) -> None:
-    """Labels an axis with names of any kind; long ones are shortened."""
+    """Labels an axis with arbitrary names; shortens long ones."""
     axis.set_ticks(list(places), _shortened(names), **PLAIN_TEXT, **text)
 
 
 def rotation(names: Sequence[str]) -> int:
-    """Degrees for labels along the page: 0 where they fit side by side, else 90."""
-    # About 7 pixels per letter.
+    """Returns the rotation of labels on the x-axis: 0 degrees if they fit side by side, else 90."""
+    # Approximately 7 pixels per letter.
     fits = len(names) * (max(map(len, _shortened(names))) + 2) * 7 < PAGE_WIDTH
     return 0 if fits else 90
 
 
 def mime(data: bytes) -> str | None:
-    """The type of a PNG or JPEG file; None for others."""
+    """Returns the MIME type of a PNG or JPEG file; None for others."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png"
     return "image/jpeg" if data.startswith(b"\xff\xd8\xff") else None
 
 
 def data_uri(data: bytes, mime: str) -> str:
-    """A data URI with the bytes of a file."""
+    """Returns a data URI with the bytes of a file."""
     return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"

@@ -1,4 +1,4 @@
-"""Text and tables of a report, as HTML; all text is escaped."""
+"""Text and tables of a report as HTML; all text is escaped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NOTHING = '<p class="nothing">Nothing to show.</p>'
 
 
 def escape(value: object) -> str:
-    """HTML of plain text."""
+    """Escapes plain text for HTML."""
     return html.escape(str(value), quote=True)
 
 
@@ -20,7 +20,7 @@ def _is_number(value: object) -> bool:
 
 
 def format_value(value: object) -> str:
-    """Plain text of a cell: four significant digits of floats, a dash for None."""
+    """Formats a cell as plain text: floats with four significant digits, None as a dash."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None:
@@ -29,27 +29,27 @@ def format_value(value: object) -> str:
         return "yes" if value else "no"
     if not isinstance(value, float):
         return str(value)
-    # Four significant digits would need an exponent from 10,000 on.
+    # With four significant digits, 10,000 and above would require an exponent.
     if 1e3 <= abs(value) < 1e7:
         return f"{value:.1f}"
-    # "#" keeps trailing zeros, but also the point of "1000.".
+    # "#" keeps trailing zeros, but also the decimal point in "1000.".
     return f"{value:#.4g}".rstrip(".")
 
 
 def _cell(value: object, *, numeric: bool) -> str:
-    """A cell; numbers, and missing values of numeric columns, align to the right."""
+    """Formats a cell; numbers and missing values of numeric columns are right-aligned."""
     right = _is_number(value) or (numeric and value is None)
     kind = ' class="number"' if right else ""
     return f"<td{kind}>{escape(format_value(value))}</td>"
 
 
 def table(rows: Sequence[Mapping[str, object]], *, highlight_last: bool = False) -> str:
-    """A table with one line per mapping.
+    """Returns a table with one row per mapping.
 
     Args:
-      rows: column name → value. Columns come in the order of the first row; those that only later
-        rows have follow. Missing values and None show as a dash.
-      highlight_last: whether the last row stands out.
+      rows: column name → value. Columns are in the order of the first row, followed by columns that
+        only later rows have. Missing values and None are shown as a dash.
+      highlight_last: whether to highlight the last row.
     """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     if not columns:
@@ -72,15 +72,15 @@ def table(rows: Sequence[Mapping[str, object]], *, highlight_last: bool = False)
 
 
 def paragraph(text: str) -> str:
-    """Plain text as a paragraph."""
+    """Returns plain text as a paragraph."""
     return f"<p>{escape(text)}</p>\n"
 
 
 def details(summary: str, body: str) -> str:
-    """HTML that opens on demand.
+    """Returns collapsed HTML that opens on a click.
 
     Args:
-      summary: what is always shown, plain text.
+      summary: plain text that is always visible.
       body: HTML.
     """
     return f"<details><summary>{escape(summary)}</summary>\n{body}</details>\n"

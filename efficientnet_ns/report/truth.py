@@ -1,4 +1,4 @@
-"""Predictions against the truth: confusion matrix and calibration."""
+"""Compares predictions with the truth: confusion matrix and calibration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 OUT_OF_DISTRIBUTION = -1
 MAX_CLASSES_WITH_COUNTS = 20
-# Rows and columns of a heat map; it has no pixels for more.
+# Maximum rows and columns of a heat map, which has no pixels for more.
 MAX_CELLS = 1000
 
 
@@ -26,13 +26,13 @@ def confusion(
     *,
     images: ArrayLike | None = None,
 ) -> str:
-    """Heat map of truth against prediction, with counts up to 20 classes, and the worst confusions.
+    """Plots a heat map of truth and prediction, with counts up to 20 classes, and lists confusions.
 
     Args:
-      truth: int [N] in 0..C-1, or -1 for images of no class (they get a row of their own).
+      truth: int [N] in 0..C-1, or -1 for images of no class (which have a separate row).
       predicted: int [N] in 0..C-1.
       class_names: C names.
-      images: weight of each entry, int [N]; None: 1.
+      images: weight of each entry, int [N]; None for 1.
     """
     names = [str(name) for name in class_names]
     truth = checks.integers(truth, "truth", low=OUT_OF_DISTRIBUTION, high=len(names) - 1)
@@ -47,7 +47,7 @@ def confusion(
     known = pairs.images[pairs.truth != OUT_OF_DISTRIBUTION].sum()
     caption = f"{correct} of {known} images of known class are predicted correctly."
     image, together = _heat_map(pairs, names, alt=f"Confusion matrix. {caption}")
-    cells = f" A cell stands for {together} x {together} classes." if together > 1 else ""
+    cells = f" Each cell covers {together} x {together} classes." if together > 1 else ""
     worst = [
         {"truth": names[t], "predicted": names[p], "images": n} for t, p, n in pairs.worst(limit=10)
     ]
@@ -59,23 +59,23 @@ def confusion(
 
 
 def _cells(pairs: Confusion, num_classes: int) -> tuple[np.ndarray, int]:
-    """Counts int64 [R, C] with at most MAX_CELLS columns, and the number of classes per column.
+    """Returns counts int64 [R, C] with at most MAX_CELLS columns, and the classes per column.
 
-    Images of no class, if any, have an additional last row.
+    Images of no class, if any, are in an additional last row.
     """
-    # Both are rounded up: the last cell may stand for fewer classes.
+    # Both are rounded up, so the last cell may cover fewer classes.
     together = -(-num_classes // MAX_CELLS)
     columns = -(-num_classes // together)
     unknown = pairs.truth == OUT_OF_DISTRIBUTION
     counts = np.zeros((columns + bool(unknown.any()), columns), np.int64)
     rows = np.where(unknown, columns, pairs.truth // together)
-    # counts[...] += would add only one of several pairs in the same cell.
+    # counts[...] += would add only one of the pairs in a cell.
     np.add.at(counts, (rows, pairs.predicted // together), pairs.images)
     return counts, together
 
 
 def _heat_map(pairs: Confusion, names: Sequence[str], *, alt: str) -> tuple[str, int]:
-    """An image of the counts, colored by their share of the row, and the classes per column."""
+    """Returns an image of the counts, colored by share of the row, and the classes per column."""
     counts, together = _cells(pairs, len(names))
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = int(np.clip(140 + 44 * len(names), 360, 760))
@@ -84,7 +84,7 @@ def _heat_map(pairs: Confusion, names: Sequence[str], *, alt: str) -> tuple[str,
     shown = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="predicted", ylabel="truth")
     if len(names) <= style.MAX_CLASSES_AS_BARS:
-        # The last row is there only if images of no class are.
+        # The last row exists only if there are images of no class.
         rows = [*names, "(no class)"][: len(counts)]
         letters = 8 if len(rows) <= 30 else 6
         style.name_ticks(axes.xaxis, range(len(names)), names, rotation=90, fontsize=letters)
@@ -102,7 +102,7 @@ def _heat_map(pairs: Confusion, names: Sequence[str], *, alt: str) -> tuple[str,
 
 
 def reliability(sums: Calibration) -> str:
-    """Accuracy by confidence, in CALIBRATION_BINS intervals, as a plot and a table."""
+    """Plots and tabulates accuracy by confidence in CALIBRATION_BINS intervals."""
     used = np.flatnonzero(sums.images)
     if not len(used):
         return tables.NOTHING
@@ -129,7 +129,7 @@ def reliability(sums: Calibration) -> str:
     ]
     keys = (
         style.Key("accuracy in the bin", style.KEPT),
-        # Keys are lines: this one stands for the points.
+        # Keys are drawn as lines; this one represents the points.
         style.Key("at its mean confidence", style.PALETTE[1], "dotted"),
         style.Key("perfect calibration", style.INK, "dashed"),
     )

@@ -204,8 +204,8 @@ def test_mce_relative_to_the_baseline():
     [
         ({"corrupt": "fog,smoke"}, r"--corrupt: unknown smoke; known: all, gaussian_noise"),
         ({"severities": "1,6"}, r"--severities=1,6: each must be in 1..5"),
-        ({"severities": "1.5"}, r"whole numbers 1 to 5"),
-        ({"severities": ""}, r"whole numbers 1 to 5"),
+        ({"severities": "1.5"}, r"integers from 1 to 5"),
+        ({"severities": ""}, r"integers from 1 to 5"),
         ({"epsilons": "2,x"}, r"--epsilons=2,x: could not convert"),
         ({"epsilons": "-1"}, r"--epsilons=-1: each must be in 0..255"),
     ],
@@ -227,7 +227,7 @@ def test_all_are_those_of_the_mean():
     "change, message",
     [
         ({"label_data_dir": None}, "--label_data_dir is required"),
-        ({"weights": "", "model_dir": None}, "--report_dir are needed"),
+        ({"weights": "", "model_dir": None}, "--report_dir are required"),
     ],
 )
 def test_what_is_missing(folder, tmp_path, change, message):
@@ -269,7 +269,7 @@ def test_several_machines_are_refused(folder, tmp_path, monkeypatch):
 
 def test_baseline_alone():
     sets = RobustnessConfig(weights="w", report_dir="r")
-    with pytest.raises(ConfigError, match="--baseline is measured with --corrupt or --epsilons"):
+    with pytest.raises(ConfigError, match="--baseline requires --corrupt or --epsilons"):
         robustness_program.evaluate_and_report(Config(), CustomRobustnessConfig(baseline="b"), sets)
 
 

@@ -54,5 +54,5 @@ def test_all_files_of_a_set(tmp_path):
     names = [f"{folder}/extra-0000{shard}-of-00003" for shard in range(3)]
     assert unlabeled_set.files(folder, "train", 128) == ("extra", names)
     (tmp_path / "extra-00001-of-00003").unlink()
-    with pytest.raises(DataError, match="1 of 3 shards are missing, .*/extra-00001-of-00003"):
+    with pytest.raises(DataError, match="1 of 3 shards are missing; .*/extra-00001-of-00003"):
         unlabeled_set.files(folder, "train", 128)

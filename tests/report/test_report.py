@@ -310,7 +310,7 @@ def test_confusion_of_thousands_of_classes():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 400e6, "The matrix alone would take 29 GB."
-    assert "stands for 60 x 60 classes" in document.text("figcaption")
+    assert "covers 60 x 60 classes" in document.text("figcaption")
     assert [row["predicted"] for row in document.rows()] == ["3", "59998"]
     counts, together = truth_lib._cells(report.Confusion.tally(truth, predicted), 60_000)
     assert counts.shape == (1001, 1000) and together == 60
