@@ -28,7 +28,7 @@ def run(options: BenchmarkConfig) -> str:
       ConfigError: `what` is not given, or another setting does not fit.
     """
     if not options.what:
-        raise ConfigError(f"--what is needed: one of {', '.join(_MODULES)}")
+        raise ConfigError(f"--what is required: one of {', '.join(_MODULES)}")
     module = importlib.import_module(f"efficientnet_ns.benchmarks.{_MODULES[options.what]}")
     rows, machine = module.run(options), tables.machine()
     if options.json_file:

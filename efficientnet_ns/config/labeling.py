@@ -306,7 +306,7 @@ def shard_list(text: str | None, num_shards: int) -> list[int]:
     shards: list[int] = []
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        if not first.isdecimal() or (last and not last.isdecimal()):
             raise ConfigError(f"--shard_id={text}: {part!r} is neither a number nor a range a-b")
         part_shards = range(int(first), int(last or first) + 1)
         if not part_shards:

@@ -69,7 +69,7 @@ class ModeConfig(Settings):
     mode: str = setting(
         "train_and_eval",
         "What to do.",
-        # Differs (5): the default trains and evaluates.
+        # Differs (5) in docs/differences.md: the default trains and evaluates.
         choices=("train", "eval", "train_and_eval", "predict"),
     )
 

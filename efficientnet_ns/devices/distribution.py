@@ -88,7 +88,7 @@ def _cluster_problem(cluster: Any, task: Any) -> str | None:
     kind, index = str(task.get("type")), str(task.get("index"))
     if kind not in cluster:
         return f"the task's type is {kind!r}, but the cluster has {', '.join(cluster)}"
-    if not index.isdigit() or int(index) >= len(cluster[kind]):
+    if not index.isdecimal() or int(index) >= len(cluster[kind]):
         return f"the task's index is {index}, but the cluster has {len(cluster[kind])} of {kind!r}"
     return None
 

@@ -36,6 +36,7 @@ from efficientnet_ns.config import (
     check,
     given,
     mark_given,
+    require,
 )
 from efficientnet_ns.data import tasks
 from efficientnet_ns.evaluation import evaluate
@@ -183,12 +184,9 @@ def _checked(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> di
     """Checks settings; returns those that override their rules."""
     for one in (pictures, settings, loop):
         check(one)
-    needed = {"labeled": pictures.labeled, "unlabeled": pictures.unlabeled}
+    require(pictures, "labeled", "unlabeled")
     if not pictures.dry_run:
-        needed["work_dir"] = loop.work_dir
-    for name, value in needed.items():
-        if not value:
-            raise ConfigError(f"--{name} is required")
+        require(loop, "work_dir")
     return plan.chosen_by_user(pictures, settings, loop)
 
 

@@ -79,7 +79,7 @@ def chosen_studies(names: str, quick: bool) -> dict[str, Study]:
 def chosen_seeds(text: str) -> list[int]:
     """Parses `"0,1,2"`; raises ConfigError unless it lists different non-negative integers."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts) or len({int(p) for p in parts}) < len(parts):
+    if not all(part.isdecimal() for part in parts) or len({int(p) for p in parts}) < len(parts):
         raise ConfigError(f"--seeds={text} must be different whole numbers separated by ','")
     return [int(part) for part in parts]
 

@@ -310,7 +310,7 @@ def _part(
             if image is not None and i not in problems
         ]
     else:
-        # Differs (9): an unreadable record keeps its place, with all-zero probabilities.
+        # Differs (9) in docs/differences.md: an unreadable record keeps its place, with all-zero probabilities.
         payloads = tfexamples.prediction_examples(probs)
     return PartFile(
         first=first,

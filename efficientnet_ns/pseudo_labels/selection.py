@@ -429,7 +429,7 @@ class _KeyRange(NamedTuple):
 
 def exact_rules(scan: IndexScan, counts: Counts, config: SelectConfig) -> Rules:
     """Keeps the num_image most confident images of each class; seeded copies fill smaller classes."""
-    # Differs (1): exactly the top images, and copies drawn by a seed.
+    # Differs (1) in docs/differences.md: exactly the top images, and copies drawn by a seed.
     rules, wanted = Rules(config), config.num_image
     n = len(rules["least"])
     # Ranges are initially empty: without a cut, all images of a class get the same copies.
@@ -660,7 +660,7 @@ def _write_outputs(
                 *(len(empty), config.num_label_classes, config.min_threshold),
                 name_lists.shortened([names[label] for label in empty]),
             )
-        # Differs (2): the lowest kept confidence and the number of images kept.
+        # Differs (2) in docs/differences.md: the lowest kept confidence and the number of images kept.
         content = {str(c): entry for c, entry in chosen.items()} or summary["classes"]
         json_files.write_json(threshold_path, content)
         across = sum(min(images, config.num_image) for _, images in chosen.values())

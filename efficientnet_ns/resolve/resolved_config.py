@@ -211,7 +211,7 @@ class ResolvedConfig:
     @property
     def teacher_image_size(self) -> int:
         """Resolution of the on-the-fly teacher."""
-        # Differs (6): it is configurable.
+        # Differs (6) in docs/differences.md: it is configurable.
         if self.config.train.teacher_image_size:
             return self.config.train.teacher_image_size
         if self.small_image:

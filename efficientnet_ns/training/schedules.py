@@ -9,8 +9,6 @@ import math
 
 import tensorflow as tf
 
-from efficientnet_ns.config import ConfigError
-
 WARMUP_EPOCHS = 5.0
 DECAY_FACTOR = 0.97
 DECAY_EPOCHS = 2.4
@@ -116,6 +114,9 @@ def learning_rate(
         except in the length of a schedule that ends at `final_base_lr`, as in the original.
       kind: staircase or cosine, which always ends at 0.
       scaled: whether `base_learning_rate` is per 256 images; else it is the rate itself.
+
+    Raises:
+      ValueError: If `final_base_lr` and `last_steps` leave no steps for the decay.
     """
     counted_batch_size = labeled_batch_size * label_data_sample_prob
     steps_per_epoch = num_train_images / counted_batch_size
@@ -125,7 +126,7 @@ def learning_rate(
         stairs = math.log(final_base_lr / base_learning_rate) / math.log(DECAY_FACTOR)
         epochs = train_steps * labeled_batch_size / num_train_images
         if last_steps not in (None, train_steps) and epochs <= warmup_epochs:
-            raise ConfigError(
+            raise ValueError(
                 f"--final_base_lr and --train_last_step_num need a schedule longer than its warm-up of "
                 f"{warmup_epochs:g} epochs, but it has {epochs:g}"
             )

@@ -86,7 +86,7 @@ class NoisyStudent(tf.keras.Model):
                 )
                 logs["ext/loss"] = tf.reduce_mean(unlabeled)
                 data_loss += settings.unlabel_ratio * logs["ext/loss"]
-            # Differs (3): decays only the student's weights, not a teacher's.
+            # Differs (3) in docs/differences.md: decays only the student's weights, not a teacher's.
             decay = losses.half_squared_norm(losses.decayed_variables(variables))
             loss = data_loss + settings.weight_decay * decay
             # Gradients are summed over replicas; each replica's loss is a mean over its own share.

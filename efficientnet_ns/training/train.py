@@ -140,19 +140,7 @@ def _build(
         teacher = resolved.build_teacher()
         path = needed(train.teacher_model_path, "teacher_model_path")
         weights.load_weights(teacher, path)
-    schedule = schedules.learning_rate(
-        base_learning_rate=train.base_learning_rate,
-        labeled_batch_size=train.train_batch_size,
-        label_data_sample_prob=train.label_data_sample_prob,
-        num_train_images=num_train_images,
-        train_steps=resolved.train_steps,
-        train_ratio=train.train_ratio,
-        final_base_lr=train.final_base_lr,
-        last_steps=resolved.steps_to_run,
-        warmup_epochs=train.warmup_epochs,
-        kind=train.lr_schedule,
-        scaled=train.optimizer != "adam",
-    )
+    schedule = _schedule(resolved, num_train_images)
     model = NoisyStudent(student, ema_student, train, teacher, initial)
     model.compile(
         OPTIMIZERS[train.optimizer](schedule),
@@ -163,6 +151,29 @@ def _build(
     # Slots must exist before a checkpoint is restored into them.
     model.optimizer.build(student.trainable_variables)
     return model
+
+
+def _schedule(
+    resolved: ResolvedConfig, num_train_images: int
+) -> tf.keras.optimizers.schedules.LearningRateSchedule:
+    """Returns the learning-rate schedule; ConfigError if the settings allow none."""
+    train = resolved.config.train
+    try:
+        return schedules.learning_rate(
+            base_learning_rate=train.base_learning_rate,
+            labeled_batch_size=train.train_batch_size,
+            label_data_sample_prob=train.label_data_sample_prob,
+            num_train_images=num_train_images,
+            train_steps=resolved.train_steps,
+            train_ratio=train.train_ratio,
+            final_base_lr=train.final_base_lr,
+            last_steps=resolved.steps_to_run,
+            warmup_epochs=train.warmup_epochs,
+            kind=train.lr_schedule,
+            scaled=train.optimizer != "adam",
+        )
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
 
 
 def build_student(resolved: ResolvedConfig) -> tf.keras.Model:

@@ -161,5 +161,5 @@ def test_help_with_a_value_is_help(argument, monkeypatch, capsys):
 
 
 def test_a_benchmark_without_its_subject_lists_the_choices():
-    with pytest.raises(ConfigError, match="--what is needed: one of input, train"):
+    with pytest.raises(ConfigError, match="--what is required: one of input, train"):
         registry.run(config.BenchmarkConfig())

@@ -334,7 +334,7 @@ def test_numbers_that_are_not_finite_are_refused(value):
         ({"augment_name": "randaugmnet"}, "--augment_name='randaugmnet': must be one of"),
         ({"train_batch_size": "8"}, "--train_batch_size='8': a whole number"),
         ({"train_batch_size": 0}, "--train_batch_size=0 is too small"),
-        ({"label_data_dir": ["a", "b"]}, r"--label_data_dir=\['a', 'b'\]: a text"),
+        ({"label_data_dir": ["a", "b"]}, r"--label_data_dir=\['a', 'b'\]: a string"),
         ({"base_learning_rate": "0.1"}, "--base_learning_rate='0.1': a number"),
         ({"use_cache": "no"}, "--use_cache='no': True or False"),
         ({"train_steps": None}, "--train_steps=None: a whole number"),
@@ -514,6 +514,7 @@ def test_shard_list(text, expected):
         ("1-2-3", "'1-2-3'"),
         ("1.5", "'1.5'"),
         ("8-3", "'8-3'"),
+        ("²", "'²'"),
     ],
 )
 def test_wrong_shard_list(text, named):

@@ -507,7 +507,7 @@ def test_records_without_names(folder, probs, rng):
     path = save(folder / "p.npz", probs[:2], NAMES[:2])
     with pytest.raises(DataError, match="2 of 2 records have no 'image/filename'"):
         run(folder, path, key="name", unlabel_data_dir=folder / "plain")
-    with pytest.raises(DataError, match="1 of 2 records have the hash of an earlier one"):
+    with pytest.raises(DataError, match="1 of 2 records have the hash of an earlier record"):
         run(folder, path, "other", key="hash", unlabel_data_dir=folder / "plain")
 
 

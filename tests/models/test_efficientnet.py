@@ -383,9 +383,9 @@ def test_unknown_variant_names_the_known_ones():
         ({"dropout_rate": -0.1}, "dropout_rate is -0.1"),
         ({"dropout_rate": 1.0}, "dropout_rate is 1.0"),
         ({"num_classes": 0}, "num_classes is 0"),
-        ({"num_classes": "3"}, "num_classes is '3'; a whole number"),
+        ({"num_classes": "3"}, "num_classes is '3'; it must be a whole number"),
         ({"image_size": 0}, "image_size is 0"),
-        ({"image_size": (32, 32)}, r"image_size is \(32, 32\); a whole number"),
+        ({"image_size": (32, 32)}, r"image_size is \(32, 32\); it must be a whole number"),
     ],
 )
 def test_out_of_range(kwargs, message):

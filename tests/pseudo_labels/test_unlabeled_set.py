@@ -40,7 +40,7 @@ def test_messages_name_the_folder_and_what_is_there(tmp_path):
     with pytest.raises(DataError, match=f"in {tmp_path}; it is empty"):
         unlabeled_set.find(str(tmp_path), "train", 128)
     folder = touch(tmp_path, ("validation", 12))
-    shown = r"train-00000-of-… or extra-.*it holds validation-00000-of-00012, .* and 4 more"
+    shown = r"train-00000-of-… or extra-.*it contains validation-00000-of-00012, .* and 4 more"
     with pytest.raises(DataError, match=shown):
         unlabeled_set.find(folder, "train", 128)
     with pytest.raises(DataError, match="validation-00000-of-… of --num_shards=3"):

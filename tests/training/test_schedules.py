@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns.config import ConfigError
 from efficientnet_ns.training import schedules
 
 SETTINGS = (
@@ -122,7 +121,7 @@ def test_the_end_of_a_schedule_that_is_all_warm_up_is_refused(train_steps):
         "final_base_lr": 0.0002,
         "last_steps": 100,
     }
-    with pytest.raises(ConfigError, match="longer than its warm-up of 5 epochs"):
+    with pytest.raises(ValueError, match="longer than its warm-up of 5 epochs"):
         schedules.learning_rate(train_steps=train_steps, **settings)
     assert schedules.learning_rate(train_steps=401, **settings).decay_steps > 0
 
