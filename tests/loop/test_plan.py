@@ -91,6 +91,27 @@ def test_what_the_user_chose():
 
 
 @pytest.mark.parametrize(
+    "training, looping, message",
+    [
+        ({"init_model": True}, {}, "--init_model cannot .* name the weights with --init_weights"),
+        ({"init_model_path": "runs/a"}, {}, "--init_model_path cannot be combined with --labeled"),
+        ({}, {"finetune_resolution": 300}, "--finetune_resolution cannot be .* with main.py"),
+    ],
+)
+def test_other_starts_and_fine_tuning_are_refused(training, looping, message):
+    frame = PicturesConfig(labeled="a", unlabeled="b")
+    with pytest.raises(ConfigError, match=message):
+        plan.chosen_by_user(frame, Config().override(**training), LoopConfig(**looping))
+
+
+@pytest.mark.parametrize("name, value", [("dry_run", True), ("test", "t"), ("time_limit", "1h")])
+def test_flags_of_pictures_need_pictures(name, value, monkeypatch):
+    monkeypatch.setattr(one_command.rounds, "run_loop", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match=f"--{name} requires --labeled and --unlabeled"):
+        one_command.run(PicturesConfig(**{name: value}), Config(), LoopConfig(work_dir="run"))
+
+
+@pytest.mark.parametrize(
     "text, seconds", [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("1h30m", 5400)]
 )
 def test_times(text, seconds):

@@ -302,6 +302,16 @@ def test_warm_start(config):
         rounds.model_configs(config, other)
 
 
+def test_warm_starts_and_fine_tuning_take_all_weights_of_one_model(config):
+    """Whatever the first training starts from: its weights, or all layers but some."""
+    first = config.override(init_weights="published", init_skip="dense", model_dir="teacher")
+    loop = dataclasses.replace(loop_in(Path("w"), "run", 1), finetune_resolution=16)
+    warm, tuned = rounds.warm_started(first, first), rounds.finetune_config(first, loop, 1)
+    for own, folder in ((warm, "teacher"), (tuned, rounds.model_dir(loop, 1))):
+        assert own.train.init_model and own.train.init_model_path == folder
+        assert (own.train.init_weights, own.train.init_skip) == (None, "")
+
+
 def test_fine_tuning_is_the_end_of_a_schedule_on_clean_labeled_images(varied):
     loop, rows = varied
     tuned = trained_with(Path(loop.work_dir) / "round-1/finetuned-16")

@@ -86,6 +86,18 @@ def test_models_without_published_weights_start_from_scratch(given):
     assert chosen(models="efficientnet-lite0,efficientnet-lite0")["init_weights"] == "published"
 
 
+@pytest.mark.parametrize(
+    "models, weights",
+    [
+        ("efficientnet-lite0,efficientnet-lite1", ""),
+        ("efficientnet-lite0, efficientnet-lite0", "published"),
+    ],
+)
+def test_one_probe_starts_models_of_one_variant_only(models, weights):
+    facts = dataclasses.replace(FEW, published=("efficientnet-lite0", "efficientnet-lite1"))
+    assert chosen(facts, models=models)["init_weights"] == weights
+
+
 def test_given_values_take_the_place_of_rules_and_reach_what_depends_on_them():
     settings = rules.choose(FEW, {"train_batch_size": 4, "seed": 7})
     values = rules.values(settings)
@@ -124,6 +136,17 @@ def test_time_limit_leaves_given_values_alone():
     fitted = rules.values(rules.fit(settings, FEW, given, 20.0, 60, True))
     assert {name: fitted[name] for name in given} == given
     assert fitted["train_steps"] < rules.values(settings)["train_steps"]
+
+
+def test_a_shorter_schedule_has_a_shorter_warm_up():
+    settings = rules.choose(FEW, {})
+    before, after = rules.values(settings), rules.values(rules.fit(settings, FEW, {}, 20, 600, False))
+    assert after["train_steps"] < before["train_steps"]
+    part = after["train_steps"] / before["train_steps"]
+    assert after["warmup_epochs"] == pytest.approx(before["warmup_epochs"] * part, abs=0.01)
+    given = {"warmup_epochs": 3.0}
+    fitted = rules.fit(rules.choose(FEW, given), FEW, given, 20, 600, False)
+    assert rules.values(fitted)["warmup_epochs"] == 3
 
 
 def test_enough_time_changes_nothing():

@@ -193,6 +193,10 @@ def test_what_the_method_changes(config, folder):
     assert (before.config.train.label_weight, before.config.train.unlabel_ratio) == (0, 1)
     assert tuned.config.train.init_model_path == before.config.train.model_dir
     assert (tuned.config.train.unlabel_ratio, tuned.config.train.train_last_step_num) == (0, 1)
+    skipping = config.override(init_weights="published", init_skip="dense")
+    *_, before, tuned = pieces(skipping, folder, pretrain=True)
+    assert before.config.train.init_skip == "dense" and tuned.config.train.init_model
+    assert (tuned.config.train.init_weights, tuned.config.train.init_skip) == (None, "")
     assert last(student_width=2.0).model.width_coefficient == 2
     wide = pieces(config, folder, teacher_width=1.5)
     assert wide[0].config.model.width_coefficient == 1.5
@@ -325,6 +329,20 @@ def test_teacher_that_cannot_be_trained_ends_the_study(trained, config, tmp_path
     monkeypatch.setattr(train, "train_and_evaluate", diverging)
     with pytest.raises(TrainingDiverged):
         study.run_study(config, loop_in(tmp_path), study.StudyConfig(seeds="3"))
+
+
+def test_a_diverging_arm_of_one_training_has_no_result(config, tmp_path, monkeypatch):
+    """No other arm starts from it, so the study goes on."""
+
+    def diverging(config: Config, evaluate: bool):
+        raise TrainingDiverged("the loss became nan")
+
+    monkeypatch.setattr(train, "train_and_evaluate", diverging)
+    alone = pieces(config, tmp_path, labels_only=True)
+    assert study.Runner([alone]).result("labels only", alone) is None
+    student = pieces(config, tmp_path)
+    with pytest.raises(TrainingDiverged):
+        study.Runner([student]).result("student", student)
 
 
 @pytest.fixture(scope="module")
