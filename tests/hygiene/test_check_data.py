@@ -188,7 +188,17 @@ def test_list_of_other_records_is_refused(folder, found, tmp_path):
         index.changes(config)
 
 
+def test_images_are_not_read_again_if_a_set_is_added(folder, found, monkeypatch):
+    monkeypatch.setattr(image_marks, "_write", lambda source, *_: pytest.fail(f"read {source}"))
+    both = ";".join([str(folder / "data"), str(folder / "data")])
+    assert check_data.check_data(options(folder, label_data_dir=both))["excluded"]
+
+
 def test_settings_that_do_not_fit(tmp_path, folder):
+    with pytest.raises(
+        DataError, match="--eval_data_dir=.*nowhere has no records of a set; there is no"
+    ):
+        check_data.check_data(options(folder, eval_data_dir=str(tmp_path / "nowhere")))
     with pytest.raises(ConfigError, match="--label_data_dir, --eval_data_dir or"):
         check_data.check_data(CheckConfig(output_dir=str(tmp_path)))
     with pytest.raises(DataError, match="label all shards first"):

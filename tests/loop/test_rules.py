@@ -140,7 +140,10 @@ def test_time_limit_leaves_given_values_alone():
 
 def test_a_shorter_schedule_has_a_shorter_warm_up():
     settings = rules.choose(FEW, {})
-    before, after = rules.values(settings), rules.values(rules.fit(settings, FEW, {}, 20, 600, False))
+    before, after = (
+        rules.values(settings),
+        rules.values(rules.fit(settings, FEW, {}, 20, 600, False)),
+    )
     assert after["train_steps"] < before["train_steps"]
     part = after["train_steps"] / before["train_steps"]
     assert after["warmup_epochs"] == pytest.approx(before["warmup_epochs"] * part, abs=0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from efficientnet_ns.config import FilterConfig, ReportConfig, SelectConfig
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.loop import labeling
+from efficientnet_ns.outcomes import outcome
 
 IMAGES, CLASSES, WORKERS = 30, 3, 2
 NAMES = ["ant", "bee", "</script><b>cat"]
@@ -91,6 +93,25 @@ def test_a_review_and_a_list_together(folder):
         folder, reviewed=decisions(folder, {3: 1}), exclude=str(folder / "list.csv"), use_all=True
     )
     assert labeling.select_and_write(config, FilterConfig())["unique"] == IMAGES - 1
+
+
+def test_histogram_of_confidence_counts_reviewed_images_by_their_predictions(folder):
+    config = selecting(folder, reviewed=decisions(folder, {4: 2, 7: 1, 9: 0}), num_shards=1)
+    labeling.select_and_write(config, FilterConfig())
+    bins = outcome.Outcome(config).confidence(20)
+    assert bins["images"].min() >= 0 and bins["images"].sum() == IMAGES
+    assert bins["images"][bins["kept"]].sum() == 6 * CLASSES
+    assert bins["prob"].max() < 1  # In the selection, decided images have the probability 1.
+
+
+def test_sheets_show_the_names_of_a_file(folder):
+    (folder / "names").write_text("\n".join(NAMES))
+    labeling.select_and_write(selecting(folder), FilterConfig())
+    options = ReportConfig(review_images=2, label_next=3, class_names=str(folder / "names"))
+    _, review, listed, _ = labeling.report(selecting(folder), options)
+    assert '"bee"' in Path(review).read_text()
+    with open(listed) as f:
+        assert {row["label"] for row in csv.DictReader(f)} <= set(NAMES)
 
 
 @pytest.mark.parametrize("label", [3, -1, "ant"])
