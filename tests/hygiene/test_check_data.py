@@ -194,6 +194,35 @@ def test_images_are_not_read_again_if_a_set_is_added(folder, found, monkeypatch)
     assert check_data.check_data(options(folder, label_data_dir=both))["excluded"]
 
 
+def test_marks_are_stored_in_groups_of_many_images(folder, found):
+    paths = sorted((folder / "checked" / "marks").rglob("*.parquet"))
+    sizes = {path.name: pyarrow.parquet.ParquetFile(path).metadata for path in paths}
+    assert {of.num_row_groups for of in sizes.values()} == {1}
+    assert min(of.num_rows for of in sizes.values()) > 1
+
+
+def test_no_image_is_decoded_again_when_a_set_is_added(tmp_path, monkeypatch):
+    looked = []
+
+    class Look:
+        def __init__(self, crops: bool):
+            pass
+
+        def __call__(self, record: tuple[int, bytes]) -> list[np.ndarray]:
+            looked.append(record[1])
+            return [np.array([record[0]], kind) for kind in image_marks.COLUMNS.values()]
+
+    monkeypatch.setattr(image_marks, "_Look", Look)
+    write(tmp_path / "unlabeled", "extra", [b"a", b"b", b"c"], labeled=False)
+    write(tmp_path / "test", "test", [b"d", b"e"], labeled=True)
+    (before,) = check_data._sets(options(tmp_path, label_data_dir=""))
+    assert sorted(looked) == [b"a", b"b", b"c"]
+    added = options(tmp_path, label_data_dir="", eval_data_dir=str(tmp_path / "test"))
+    evaluation, unlabeled = check_data._sets(added)
+    assert sorted(looked) == [b"a", b"b", b"c", b"d", b"e"]
+    assert unlabeled == before and not set(evaluation.marks) & set(before.marks)
+
+
 def test_settings_that_do_not_fit(tmp_path, folder):
     with pytest.raises(
         DataError, match="--eval_data_dir=.*nowhere has no records of a set; there is no"

@@ -104,7 +104,7 @@ def test_predictions_that_do_not_fit_are_refused(folder):
         doubtful_labels.check_labels(options(folder, task_name=str(folder / "task.json")))
     path = folder / "predictions" / shard_names.prediction_name(1, 2, 1)
     tfrecords.write(str(path), [r.payload for r in tfrecords.read(str(path))][:-1])
-    with pytest.raises(DataError, match="no prediction for record 199"):
+    with pytest.raises(DataError, match=f"{path} has no prediction for record 199"):
         doubtful_labels.check_labels(options(folder))
 
 
