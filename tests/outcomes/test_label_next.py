@@ -156,6 +156,17 @@ def test_the_list_and_the_sheet_of_a_run(folder, probs):
     assert (path.parent / "label_next.html").read_text().count("data:image/") == 9
 
 
+def test_debugging_one_shard_of_two_workers(folder, probs, marks):
+    """It reads the index of the first worker only, and the predictions of both."""
+    others = {(s, r) for s in (0, 2) for r in range(IMAGES)}
+    ranked = expected(probs, IMAGES, others)
+    first, second, *_ = [place for place in ranked if place[1] % WORKERS == 0]
+    marks[second] = marks[first]
+    write_predictions(folder, probs, marks)
+    wanted = expected(probs, IMAGES, {*others, second})
+    assert places(selecting(folder, debug=1, shard_id=1), IMAGES) == wanted
+
+
 def test_a_shard_without_images(folder, probs):
     write_predictions(folder, probs)
     tfrecords.write(str(folder / "predictions" / "train-info-00001-of-00003-00001"), [])

@@ -190,6 +190,13 @@ def test_truth(run, source, tmp_path):
     assert f"{right} of {(run.kept & (run.truth >= 0)).sum()} images" in shown.text("figcaption")
 
 
+def test_truth_of_one_shard_keeps_its_number(run):
+    one = dataclasses.replace(run.config, debug=1, shard_id=1)
+    table = outcome.read_truth(one, outcome.RECORDS).to_pydict()
+    assert table["shard"] == [1] * IMAGES and table["record"] == list(range(IMAGES))
+    assert table["label"] == run.truth.reshape(SHARDS, IMAGES)[1].tolist()
+
+
 def test_agreement_of_rounds_with_other_numbers_of_workers(run, tmp_path):
     rng = np.random.default_rng(9)
     probs = rng.dirichlet([0.6] * CLASSES, (SHARDS, IMAGES)).astype(np.float32)
