@@ -20,10 +20,11 @@ from fakes import ROOT, free_ports, pictures, worker_environment, write_task
 from efficientnet_ns import report as labeling_report
 from efficientnet_ns.config import Config, ConfigError, ModeConfig
 from efficientnet_ns.evaluation import accuracy, accuracy_report, evaluate
-from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files import metrics_log, tfexamples, tfrecords
 from efficientnet_ns.inference.engines import EngineError
 from efficientnet_ns.models import weights
 from efficientnet_ns.models.recipes import RECIPES
+from efficientnet_ns.models.stored_arrays import DamagedFile
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 CLASSES, COUNT = 3, 23
@@ -204,6 +205,65 @@ def test_an_engine_that_cannot_compute_is_refused(folder, monkeypatch):
     monkeypatch.setattr("efficientnet_ns.inference.engines._MAX_PARAMETERS", 1)
     with pytest.raises(EngineError, match="does not fit into a flatbuffer"):
         evaluate.evaluate(settings(folder, **xnnpack))
+
+
+def test_continuous_evaluation_on_several_machines_is_refused(folder, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", '{"cluster": {}}')
+    monkeypatch.setattr(evaluate, "_evaluate_each", lambda *_: pytest.fail("evaluated"))
+    with pytest.raises(ConfigError, match="works on one machine: unset TF_CONFIG"):
+        evaluate.evaluate(settings(folder, eval_continuously=True))
+
+
+class Training:
+    """Stands for one in progress, whose checkpoints are only names and have no weights."""
+
+    def __init__(self, folder: Path, monkeypatch):
+        self._folder = folder
+        self.read: list[str] = []
+        self.save(1)
+        monkeypatch.setattr(weights, "load_weights", self.load)
+        # Without end if nothing new comes, so that waiting fails instead.
+        waits = iter([None])
+        monkeypatch.setattr(evaluate.time, "sleep", lambda _: next(waits))
+
+    def save(self, step: int) -> None:
+        for path in self._folder.glob("model.ckpt-*"):
+            path.unlink()
+        (self._folder / f"model.ckpt-{step}.index").touch()
+        (self._folder / "checkpoint").write_text(f'model_checkpoint_path: "model.ckpt-{step}"\n')
+
+    def load(self, model, path: str, *, ema: bool) -> None:
+        self.read.append(Path(path).name)
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_skipped(folder, tmp_path, monkeypatch):
+    training = Training(tmp_path, monkeypatch)
+
+    def load(model, path: str, *, ema: bool) -> None:
+        training.load(model, path, ema=ema)
+        if path.endswith("-1"):
+            training.save(2)
+            raise DamagedFile(f"{path} cannot be read: no such file")
+
+    monkeypatch.setattr(weights, "load_weights", load)
+    monkeypatch.setattr(evaluate, "_measure_sets", lambda *_: measured(0.5, 4))
+    chosen = resolved(folder, model_dir=str(tmp_path), train_steps=2)
+    assert evaluate._evaluate_each(chosen, None, None)["validation"]["top1"] == 0.5
+    assert training.read == ["model.ckpt-1", "model.ckpt-2"]
+    assert [row["step"] for row in metrics_log.read_metrics(str(tmp_path / "eval"))] == [2]
+
+
+def test_a_missing_record_file_ends_continuous_evaluation(folder, tmp_path, monkeypatch):
+    training = Training(tmp_path, monkeypatch)
+
+    def missing(*_):
+        raise tf.errors.NotFoundError(None, None, "validation-00000-of-00003")
+
+    monkeypatch.setattr(evaluate, "_measure_sets", missing)
+    chosen = resolved(folder, model_dir=str(tmp_path), train_steps=2)
+    with pytest.raises(tf.errors.NotFoundError, match="validation-00000"):
+        evaluate._evaluate_each(chosen, None, None)
+    assert training.read == ["model.ckpt-1"]
 
 
 @pytest.mark.parametrize("kind", ["xnnpack", "auto"])

@@ -158,6 +158,19 @@ def test_finished_parts_are_kept(labeled, tmp_path):
     assert len(other.calls) == 6, "another version of the library corrupts in another way"
 
 
+def test_other_crops_are_measured_anew(folder, labeled, tmp_path):
+    fog = custom_robustness.Settings(("fog",), (1,), (), None)
+    config = settings(folder, "unused", crop_fraction=0.5)
+    cropped = custom_robustness._labeled_set(ResolvedConfig.from_config(config), "")
+    measured = []
+    for images in (labeled, cropped, labeled, cropped):
+        corruptor = Corruptor()
+        work = str(tmp_path), subjects("model"), images, fog, corruptor.submit, {}
+        custom_robustness.corrupted(*work, ahead=1)
+        measured.append(len(corruptor.calls))
+    assert measured == [1, 1, 0, 0]
+
+
 def test_a_lost_example_is_noticed(labeled, tmp_path):
     short = labeled._replace(source=labeled.source.examples(VALIDATION - 1))
     with pytest.raises(accuracy.IncompleteEvaluation, match=f"saw {VALIDATION} examples"):

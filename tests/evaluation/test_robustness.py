@@ -557,6 +557,9 @@ def test_the_program(tmp_path, monkeypatch):
     )
     again = robustness_program.evaluate(config, given)
     assert again == results
+    # Nor do predictions of other crops.
+    with pytest.raises(manifests.OutputConflict, match="crop_fraction"):
+        robustness_program.evaluate(config.override(crop_fraction=0.5), given)
     Path(path).write_bytes(Path(path).read_bytes()[:-1])
     with pytest.raises(manifests.OutputConflict, match="weights"):
         robustness_program.evaluate(config, given)
