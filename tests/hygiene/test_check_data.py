@@ -188,12 +188,6 @@ def test_list_of_other_records_is_refused(folder, found, tmp_path):
         index.changes(config)
 
 
-def test_images_are_not_read_again_if_a_set_is_added(folder, found, monkeypatch):
-    monkeypatch.setattr(image_marks, "_write", lambda source, *_: pytest.fail(f"read {source}"))
-    both = ";".join([str(folder / "data"), str(folder / "data")])
-    assert check_data.check_data(options(folder, label_data_dir=both))["excluded"]
-
-
 def test_marks_are_stored_in_groups_of_many_images(folder, found):
     paths = sorted((folder / "checked" / "marks").rglob("*.parquet"))
     sizes = {path.name: pyarrow.parquet.ParquetFile(path).metadata for path in paths}
