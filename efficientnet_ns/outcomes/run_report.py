@@ -47,6 +47,7 @@ def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> lis
       ConfigError: If the number of class names differs from the number of classes.
     """
     path = options.report_path or os.path.join(config.output_dir, "report.html")
+    names = _names(config, options)
     report.write_page(
         path,
         title="Pseudo labels",
@@ -56,22 +57,23 @@ def write_report(config: SelectConfig, options: ReportConfig = _DEFAULTS) -> lis
         ),
         sections=[
             report.Section(title[0].upper() + title[1:], body)
-            for title, body in sections(config, options)
+            for title, body in sections(config, options, class_names=names)
         ],
     )
     written, folder = [path], os.path.dirname(path)
     if options.review_images:
         written.append(os.path.join(folder, "review.html"))
-        _write_review(config, options, written[-1])
+        _write_review(config, options, written[-1], names)
     if options.label_next:
-        names = _names(config, options)
         written += label_next.write(config, options.label_next, folder, names)
     return written
 
 
-def _write_review(config: SelectConfig, options: ReportConfig, path: str) -> None:
+def _write_review(
+    config: SelectConfig, options: ReportConfig, path: str, names: Sequence[str]
+) -> None:
     """Writes a sheet of the least confident kept images of each class, least confident first."""
-    names, config = _names(config, options), _as_selected(config)
+    config = _as_selected(config)
     shards = min(options.report_shards, config.num_shards)
     limit, classes = options.review_images, list(range(config.num_label_classes))
     chosen = Outcome(config).pictures(

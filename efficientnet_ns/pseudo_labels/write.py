@@ -84,7 +84,10 @@ def write_shards(config: SelectConfig, shards: Sequence[int], selection_hash: st
     with local_files.local_copies([path]) as local:
         # Once for all shards, because decisions are read from lists and listings of whole folders.
         changes = index.changes(config) if todo else {}
-        own = {shard: {k: v for k, v in changes.items() if k[0] == shard} for shard in todo}
+        own: dict[int, dict] = {shard: {} for shard in todo}
+        for (shard, worker), changed in changes.items():
+            if shard in own:
+                own[shard][shard, worker] = changed
         jobs = [(config, local[path], todo[shard], shard, workers, own[shard]) for shard in todo]
         processes = _processes(config, list(todo))
         if todo:

@@ -80,9 +80,13 @@ class Checkpoints:
                         variable.shape, initial, np.float32
                     )
 
-    def steps(self) -> list[int]:
-        """Returns the steps of the checkpoints in the folder, newest first."""
-        return saved_steps(self.folder)
+    def steps(self, last: int | None = None) -> list[int]:
+        """Returns the steps of the checkpoints in the folder, newest first.
+
+        Args:
+          last: excludes later ones, which did not load if training has only reached this step.
+        """
+        return [step for step in saved_steps(self.folder) if last is None or step <= last]
 
     def prefix(self, step: int) -> str:
         """Returns the path of the checkpoint of a step, without its suffixes."""
@@ -104,8 +108,7 @@ class Checkpoints:
         """
         step = int(tf.convert_to_tensor(self.optimizer.iterations))
         prefix = self.prefix(step)
-        # Later checkpoints did not load.
-        earlier = [saved for saved in self.steps() if saved <= step]
+        earlier = self.steps(step)
         # Reading batch-norm statistics averages them over replicas, by all workers together.
         values = {name: tf.convert_to_tensor(self.variables[name]) for name in self.variables}
         if not self._writes:
@@ -124,7 +127,7 @@ class Checkpoints:
                 "make the folder writable, then run the same command again."
             ) from e
         # Later ones did not load; they are ignored until training reaches those steps again.
-        reached = [saved for saved in self.steps() if saved <= step]
+        reached = self.steps(step)
         # Before files are removed, so that the `checkpoint` file never names a missing one.
         self._note(reached[: self.keep])
         for old in reached[self.keep :]:
@@ -168,7 +171,7 @@ class Checkpoints:
                 logging.warning("cannot load %s: %s", self.prefix(step), reasons[-1])
                 continue
             # A kill may have come between a checkpoint and the file that names it the newest.
-            self._note([saved for saved in self.steps() if saved <= step][: self.keep])
+            self._note(self.steps(step)[: self.keep])
             return step
         if reasons:
             raise NothingLoads(

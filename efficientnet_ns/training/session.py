@@ -151,7 +151,7 @@ class Session(tf.keras.callbacks.Callback):
         self.saver.save()
 
     def _diverged(self, what: str, step: int) -> TrainingDiverged:
-        kept = [saved for saved in self.saver.steps() if saved <= step]
+        kept = self.saver.steps(step)
         last = self.saver.prefix(kept[0]) if kept else "none was saved yet"
         return TrainingDiverged(
             f"{what} between steps {self._seen} and {step}. Last good checkpoint: {last}. "
