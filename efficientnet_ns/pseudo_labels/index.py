@@ -310,7 +310,7 @@ class RowChunk(NamedTuple):
 
 
 def _parts(paths: Sequence[str]) -> Iterator[list[RowGroup]]:
-    """Splits the index files of a shard, one per worker, into parts of about `_ROWS_PER_PART` rows."""
+    """Splits a shard's index files, one per worker, into parts of about `_ROWS_PER_PART` rows."""
     import pyarrow.parquet
 
     part: list[RowGroup] = []

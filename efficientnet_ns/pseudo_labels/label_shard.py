@@ -198,7 +198,7 @@ class ShardLabeling:
                     part = PartFile.join(ready)
                     bad.extend(part.quarantine)
                     self._check_bad(part, bad, total)
-                    # At most one part waits for the disk; errors of the previous one are raised here.
+                    # At most one part waits for the disk; errors of the last one are raised here.
                     writing.result()
                     writing = disk.submit(self._publish, part)
                     ready, began = [], time.monotonic()

@@ -53,7 +53,7 @@ def predict(
     Waits for shards that another process is labeling and takes them over if that process dies.
 
     For one shard of a set on an object store, this requests only its files, because folder listings
-    have thousands of names. A later call with all shards then removes leftovers of killed processes.
+    have thousands of names. A later call with all shards removes leftovers of killed processes.
 
     Args:
       config: specifies teacher, input and outputs; see `resolve`.
@@ -92,8 +92,8 @@ def unfinished(config: Config) -> list[int]:
 def resolve(config: Config) -> ResolvedConfig:
     """Returns the settings completed with those of the teacher and the unlabeled set.
 
-    Missing settings of the teacher are read from files next to its weights. `predict_ckpt_path` is the
-    path of the weights; `file_prefix` and `num_shards` are those of the records.
+    Missing settings of the teacher are read from files next to its weights. `predict_ckpt_path` is
+    the path of the weights; `file_prefix` and `num_shards` are those of the records.
 
     Raises:
       ConfigError: a flag is missing or does not fit.
@@ -119,8 +119,8 @@ def resolve(config: Config) -> ResolvedConfig:
 def load_teacher(resolved: ResolvedConfig) -> TeacherPredictor | exported.ExportedModel:
     """Loads the teacher of `resolve`d settings.
 
-    Engines differ in the last bits. If a measurement chose the engine, its name is stored in the output
-    folder, so that a resumed run and other workers use the same engine.
+    Engines differ in the last bits. If a measurement chose the engine, its name is stored in the
+    output folder, so that a resumed run and other workers use the same engine.
     """
     options, path = resolved.config.predict, resolved.config.predict.predict_ckpt_path
     if stored_model.is_export(path):
@@ -176,7 +176,7 @@ _LOOK_SECONDS, _LOOK_TIMES = 1.0, 50
 
 
 class Tasks:
-    """The shards to label. Each shard is checked on its turn; folders are listed once for all shards.
+    """The shards to label. Each shard is checked on its turn; folders are listed once for all.
 
     For a single shard of many on an object store, this requests only its files.
 
@@ -253,7 +253,7 @@ class Tasks:
         return name in self._finished
 
     def remove_left_behind(self) -> None:
-        """Removes parts, leases and temporary files of killed or slower processes once all is finished."""
+        """Removes parts, leases and temporary files left by other processes, if all is finished."""
         # Otherwise, another process may still need its parts.
         if self._finished < set(self.names) or not self._lists:
             return

@@ -8,9 +8,9 @@ several passes, each on all cores and in memory that does not grow with the numb
   1. `_count`: count the images of each class by confidence, in 101 bins of width 0.01, which are the
      statistics that the original code writes. They determine for each class whether all images get
      the same number of copies, and if not, which bin contains the cut: the last image that is kept.
-  2. `_narrowed`: if images differ, each has a key: the bits of its confidence or a random draw. Count
-     the keys of the relevant range (the bin or all draws) in 128 parts, one of which contains the
-     cut.
+  2. `_narrowed`: if images differ, each has a key: the bits of its confidence or a random draw.
+     Count the keys of the relevant range (the bin or all draws) in 128 parts, one of which contains
+     the cut.
   3. `_find_cuts`: gather the few images of that part and sort them. The cut is a key; ties are broken
      by the image's place.
   4. `_write_selection`: compare each image with the cut of its class and write the kept images.
@@ -66,14 +66,14 @@ def select(config: SelectConfig) -> dict[str, object]:
     """Writes statistics and the selection; skips verified outputs.
 
     The statistics are the JSON files of the original code: `prelim_stats_<shard>_<task>.json` per
-    shard, `total_counts.json`, and its running sum from the top, `total_counts_sum.json`; each {class:
-    [[threshold, count], …]} for thresholds 0.00 … 1.00.
+    shard, `total_counts.json`, and its running sum from the top, `total_counts_sum.json`; each
+    {class: [[threshold, count], …]} for thresholds 0.00 … 1.00.
 
     The selection is a Parquet table (shard, worker, position, label, prob, copies), sorted by the
-    first three columns. Ties in confidence go to the lower (shard, position, worker). A class with n <
-    num_image images gets num_image // n copies of each, and one more of num_image % n of them, drawn
-    by `seed`. With `selection="threshold"`, the rule is that of the original code, with draws by
-    `seed`.
+    first three columns. Ties in confidence go to the lower (shard, position, worker). A class with
+    n < num_image images gets num_image // n copies of each, and one more of num_image % n of them,
+    drawn by `seed`. With `selection="threshold"`, the rule is that of the original code, with draws
+    by `seed`.
 
     Returns:
       `unique` (images selected), `records` (with copies), `available` (predictions read), and
@@ -155,7 +155,7 @@ class Counts(NamedTuple):
     """Counts of the first pass.
 
     Attributes:
-      total: int64 [classes, 101], number of images of each class with EDGES[k] <= prob < EDGES[k + 1].
+      total: int64 [classes, 101], images of each class with EDGES[k] <= prob < EDGES[k + 1].
       eligible: the same, only for images between --min_threshold and --max_prob.
       available: number of predictions, including unreadable images.
     """
@@ -428,7 +428,7 @@ class _KeyRange(NamedTuple):
 
 
 def exact_rules(scan: IndexScan, counts: Counts, config: SelectConfig) -> Rules:
-    """Keeps the num_image most confident images of each class; seeded copies fill smaller classes."""
+    """Keeps the num_image most confident images per class; seeded copies fill smaller classes."""
     # Differs (1) in docs/differences.md: exactly the top images, and copies drawn by a seed.
     rules, wanted = Rules(config), config.num_image
     n = len(rules["least"])
@@ -578,7 +578,7 @@ def thresholds(total: np.ndarray, config: SelectConfig) -> dict[int, tuple[float
 
 
 def threshold_rules(chosen: dict[int, tuple[float, int]], config: SelectConfig) -> Rules:
-    """Makes num_image / images copies: the integer part, plus one with the fraction's probability."""
+    """Keeps num_image / images copies; the fraction is the probability of an additional copy."""
     rules = Rules(config)
     for label, (edge, images) in chosen.items():
         copies = 1.0 if config.use_all else config.num_image / images if images else 0.0
@@ -688,8 +688,8 @@ def _write_selection(scan: IndexScan, rules: Rules, path: str) -> list[tuple[int
             sink,
             schema,
             compression="zstd",
-            # Positions ascend, so their differences are small; floats compress well if bytes of equal
-            # significance are grouped.
+            # Positions ascend, so their differences are small; floats compress well if bytes of
+            # equal significance are grouped.
             use_dictionary=["shard", "worker", "label", "copies"],
             column_encoding={"position": "DELTA_BINARY_PACKED", "prob": "BYTE_STREAM_SPLIT"},
         ) as writer,

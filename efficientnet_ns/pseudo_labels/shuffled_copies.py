@@ -97,8 +97,8 @@ def places(seed: int, shard: int, number: np.ndarray, copies: np.ndarray) -> np.
       copies: number of copies of each item, int64 [N], at least 1.
 
     Returns:
-      uint64 [sum(copies)], with the copies of an item in sequence. Two of c copies of an item are at
-      least about half of 2^64 / c apart.
+      uint64 [sum(copies)], with the copies of an item in sequence. Two of c copies of an item are
+      at least about half of 2^64 / c apart.
     """
     start = splitmix64(splitmix64(np.array([seed], np.uint64)) ^ np.uint64(shard))
     start = splitmix64(start ^ number.astype(np.uint64))
