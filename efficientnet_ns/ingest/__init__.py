@@ -1,1 +1,1 @@
-"""Making records from folders, archives, sets of TensorFlow Datasets and videos."""
+"""Makes records from folders, archives, sets of TensorFlow Datasets and videos."""

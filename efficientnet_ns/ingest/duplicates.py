@@ -1,4 +1,4 @@
-"""Unlabeled pictures that are exact copies of labeled ones."""
+"""Finds unlabeled pictures that are exact copies of labeled ones."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from efficientnet_ns.ingest.image_sources import Entry
 
 
 def among(place: str, others: Sequence[str]) -> list[str]:
-    """Names of the pictures in `place` that are also in one of `others`.
+    """Returns the names of the pictures in `place` that are also in one of `others`.
 
-    Reads only files whose size occurs on both sides.
+    Reads only files whose size occurs in both.
 
     Args:
       place, others: folders or archives of pictures.
@@ -27,10 +27,10 @@ def among(place: str, others: Sequence[str]) -> list[str]:
         theirs = [
             (source, listing.list_images(source, labeled=False).entries) for source in sources
         ]
-        # Known from the listing: most files need not be read.
+        # Sizes are known from the listing, so most files need not be read.
         sizes = {entry.size for entry in entries}
         their_sizes = {entry.size for _, found in theirs for entry in found}
-        # 0: unknown, as on object stores.
+        # 0 means unknown, as on object stores.
         sizes = sizes | their_sizes if 0 in sizes | their_sizes else sizes & their_sizes
         known = {
             content for source, found in theirs for _, content in _hashed(source, found, sizes)
@@ -39,7 +39,7 @@ def among(place: str, others: Sequence[str]) -> list[str]:
 
 
 def _hashed(source, entries: Sequence[Entry], sizes: set[int]) -> Iterator[tuple[str, bytes]]:
-    """(name, hash of the content) of the entries that have one of these sizes."""
+    """Yields (name, hash of the content) of the entries that have one of these sizes."""
     chosen = [entry for entry in entries if entry.size in sizes]
     with source.reader(chosen) as read:
         for entry in chosen:

@@ -1,4 +1,4 @@
-"""Sources of images for records: folders and archives, read in place.
+"""Sources of images for records: folders and archives that are read in place.
 
 A source lists its contents and reads any of its files in any process. Archives are never unpacked
 to disk, so names such as `../x` are harmless.
@@ -35,7 +35,7 @@ from efficientnet_ns.files.errors import DataError
 EXTENSIONS = frozenset(
     "avif bmp dib gif heic heif j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp".split()
 )
-# Folders of operating systems, desktops and network disks; names with a leading dot are hidden anyway.
+# Folders of operating systems, desktops and network disks; names with a leading dot are also hidden.
 _SYSTEM_FOLDERS = {
     *"@eadir @recently-snapshot @recycle @tmp #recycle #snapshot $recycle.bin __macosx".split(),
     *"__pycache__ found.000 lost+found recycler".split(),
@@ -52,10 +52,10 @@ class Entry(NamedTuple):
 
     Attributes:
       name: path within the source.
-      label: class, from 0; -1: none, or known to the source only after reading.
-      size: bytes as stored; 0 when unknown.
-      place: how the source finds it.
-      version: detects a replacement of the same size: modification time, or a checksum; 0: unknown.
+      label: class, from 0; -1 if there is none or it is known only after reading.
+      size: stored size in bytes; 0 if unknown.
+      place: source-specific location.
+      version: detects a replacement of the same size: modification time or checksum; 0 if unknown.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Entry(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """Something in a source that does not become a record; a folder's name ends with `/`."""
+    """An entry of a source that does not become a record; names of folders end with `/`."""
 
     name: str
     reason: str
@@ -89,7 +89,7 @@ class Contents(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """Encoded image bytes of an entry, and its class (-1: none)."""
+    """Encoded image bytes of an entry and its class, -1 if there is none."""
 
     image: bytes
     label: int
@@ -99,10 +99,10 @@ Reader = Callable[[Entry], Loaded]
 
 
 class Source(Protocol):
-    """Images to make records from; pickled for the processes that write them.
+    """Images for records; pickled for the processes that write the records.
 
     Attributes:
-      path: of the folder or archive, for messages.
+      path: path of the folder or archive, for messages.
     """
 
     path: str
@@ -116,7 +116,7 @@ class ListedSource(Source, Protocol):
     """A folder or an archive."""
 
     def entries(self) -> Contents:
-        """Its contents, in no particular order."""
+        """Returns the contents in no particular order."""
         ...
 
 
@@ -124,28 +124,28 @@ class ListedSource(Source, Protocol):
 
 
 def readable(name: str) -> str:
-    r"""`name` as Unicode that can be stored anywhere; bytes that are no UTF-8 become `\\xe9`."""
+    r"""Returns `name` as valid Unicode; bytes that are not UTF-8 become `\\xe9`."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def tidy(name: str) -> str:
-    """`name` normalized: without `/x`, `./x` or `a/../x`, printable, in one Unicode form."""
+    """Normalizes `name`: resolves `/x`, `./x` and `a/../x`; printable and in one Unicode form."""
     plain = posixpath.normpath("/" + name.replace("\\", "/")).lstrip("/")
     return unicodedata.normalize("NFC", readable(plain))
 
 
 def is_image(name: str) -> bool:
-    """Whether a name has the extension of an image."""
+    """Checks whether a name has the extension of an image."""
     return name.rpartition(".")[2].lower() in EXTENSIONS
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a path contains a hidden name, or a folder reserved by a system."""
+    """Checks whether a path contains a hidden name or a folder reserved by a system."""
     return any(part[:1] == "." or part.lower() in _SYSTEM_FOLDERS for part in name.split("/"))
 
 
 def _maybe_folder(name: str) -> str:
-    """The name of a broken link, which may have been a link to a folder of images."""
+    """Returns the name of a broken link as that of a folder unless it is an image name."""
     return name if is_image(name) else f"{name}/"
 
 
@@ -156,14 +156,14 @@ class Folder:
     """A tree of image files. Follows links, but reads no folder twice.
 
     Args:
-      path: of the folder.
-      subfolder: where the tree begins; names are relative to `path` all the same.
+      path: path of the folder.
+      subfolder: root of the tree; names are nevertheless relative to `path`.
       output: a folder to skip if it is in the tree.
     """
 
     def __init__(self, path: str, subfolder: str = "", output: str = ""):
         self.path, self._output = path, output
-        # From the root, so that `..` does not lead out of the folder.
+        # Normalized from the root, so that `..` does not lead out of the folder.
         self._start = posixpath.normpath(f"/{subfolder}").lstrip("/")
 
     def entries(self) -> Contents:
@@ -174,13 +174,13 @@ class Folder:
             )
         start = self._start
         if not tf.io.gfile.isdir(os.path.join(self.path, start)):
-            start = ""  # Its name on disk may be in another Unicode form.
+            start = ""  # The name on disk may have another Unicode form.
         walk = _walk_remote if "://" in self.path else _walk
         return walk(self.path, start, self._output)
 
     @contextlib.contextmanager
     def reader(self, entries: Sequence[Entry]) -> Iterator[Reader]:
-        # TensorFlow refuses names that are not UTF-8.
+        # TensorFlow rejects names that are not UTF-8, so local files are read without it.
         if "://" in self.path:
             with _reading_ahead(self.path, entries) as remote:
                 yield remote
@@ -203,7 +203,7 @@ _AHEAD = 64  # Images requested before they are needed.
 
 @contextlib.contextmanager
 def _reading_ahead(path: str, entries: Sequence[Entry]) -> Iterator[Reader]:
-    """A reader for entries that are mostly read in their order: a request takes longer than an image."""
+    """Yields a reader that requests entries ahead, because requests are slow; best read in order."""
     waiting: deque[tuple[Entry, concurrent.futures.Future]] = deque()
     left = iter(entries)
 
@@ -224,7 +224,7 @@ def _reading_ahead(path: str, entries: Sequence[Entry]) -> Iterator[Reader]:
         yield read
 
 
-# Errors that concern one file; others (too many open files, an unreachable server) abort the work.
+# Errors that affect one file; others (too many open files, an unreachable server) abort the work.
 _OF_THE_FILE = {
     *(errno.EACCES, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
     *(errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.EPERM),
@@ -232,10 +232,10 @@ _OF_THE_FILE = {
 
 
 def _walk(path: str, start: str, output: str) -> Contents:
-    """Walks real folders before links, so that the name under which a folder is read does not vary."""
+    """Walks real folders before links, so that a folder is always read by the same name."""
     contents = Contents([], [], [], [])
-    # The output may lie in the tree: its records are no images. If it is the top itself, the tree
-    # is walked all the same.
+    # The output may be inside the tree, and its records are not images. If it is the top itself, the
+    # tree is still walked.
     ours = {_identity(output), _identity(os.path.join(output, "manifests"))} if output else set()
     ours -= {None, _identity(os.path.join(path, start))}
     seen, folders = set(ours), [start]
@@ -275,7 +275,7 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _holds_records(names: Iterable[str]) -> bool:
-    """Whether a folder contains record files, and so is not a class."""
+    """Checks whether a folder contains record files and therefore is not a class."""
     names = list(names)
     shards = (shard_names.parse(name.removesuffix(".json")) for name in names)
     return any(shards) and not any(map(is_image, names))
@@ -284,7 +284,7 @@ def _holds_records(names: Iterable[str]) -> bool:
 def _sort_in(item: os.DirEntry, name: str, contents: Contents) -> bool:
     """Adds an item of a folder to the contents; returns whether it is a folder to walk."""
     try:
-        # That of the target, if it is a link; a broken one fails.
+        # For a link, this is the status of its target; it fails for a broken link.
         status = item.stat()
     except OSError as e:
         lost = LeftOut(_maybe_folder(name), f"cannot be read: {e.strerror}")
@@ -313,19 +313,19 @@ def _walk_remote(path: str, start: str, output: str) -> Contents:
         inside = os.path.relpath(folder, path).replace(os.sep, "/")
         inside = "" if inside == "." else inside
         if folder.rstrip("/") in ours:
-            # Also keeps the walk out of the folders below.
+            # Also excludes the folders below from the walk.
             below.clear()
             contents.ignored.append(LeftOut(f"{inside}/", RECORDS))
             continue
         contents.folders.append(inside)
-        # Without sizes: each would take a request.
+        # Without sizes, because each would require a request.
         contents.entries.extend(Entry(posixpath.join(inside, name)) for name in names)
     contents.lost.extend(LeftOut("/", f"a folder cannot be listed: {reason}") for reason in lost)
     return contents
 
 
 def _walked(top: str, lost: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
-    """The tree below a folder; adds to `lost` why a folder cannot be listed."""
+    """Walks the tree below a folder; adds reasons why folders cannot be listed to `lost`."""
     if object_stores.is_object_store(top):
         return object_stores.walk(top)
     return tf.io.gfile.walk(top, onerror=lambda e: lost.append(str(e)))
@@ -335,11 +335,11 @@ def _walked(top: str, lost: list[str]) -> Iterator[tuple[str, list[str], list[st
 
 
 class Zip:
-    """A .zip archive; entries are read at their places, links within it are followed.
+    """A .zip archive; entries are read in place, and links within it are followed.
 
     Args:
       path: of the archive, for messages.
-      local: the file to read, if it is not `path`.
+      local: the file to read if it is not `path`.
     """
 
     def __init__(self, path: str, local: str = ""):
@@ -349,9 +349,9 @@ class Zip:
         contents = Contents([], [], [], [])
         links: dict[str, str | None] = {}
         with self._open() as archive:
-            # By number, since several entries may have one name.
+            # By index, because several entries may have the same name.
             for i, info in enumerate(archive.infolist()):
-                # The upper half holds the mode of Unix, which marks links.
+                # The upper half contains the Unix mode, which marks links.
                 mode = info.external_attr >> 16
                 if info.is_dir():
                     contents.folders.append(info.filename)
@@ -369,7 +369,7 @@ class Zip:
             try:
                 archive = zipfile.ZipFile(f)
             except (zipfile.BadZipFile, tf.errors.InvalidArgumentError) as e:
-                # The latter when a short file is searched before its start.
+                # The latter is raised if zipfile seeks before the start of a short file.
                 raise DataError(f"{self.path}: not a zip file, or truncated ({e})") from e
             except (UnicodeDecodeError, NotImplementedError) as e:
                 raise DataError(
@@ -386,7 +386,7 @@ class Zip:
             def read(entry: Entry) -> Loaded:
                 try:
                     return Loaded(archive.read(infos[entry.place]), entry.label)
-                # zlib's own error, NotImplementedError for other methods, RuntimeError if encrypted.
+                # zlib.error, NotImplementedError for other methods, RuntimeError if encrypted.
                 except Exception as e:
                     raise Unusable(f"cannot be unpacked: {e}") from e
 
@@ -394,7 +394,7 @@ class Zip:
 
 
 def _zip_target(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str | None:
-    """Target of a link; None if it is outside the archive or unreadable."""
+    """Returns the target of a link; None if it is outside the archive or unreadable."""
     try:
         return _from_link(info.filename, archive.read(info).decode("utf-8", "surrogateescape"))
     except Exception as e:  # As for images.
@@ -403,13 +403,13 @@ def _zip_target(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str | None:
 
 
 class Tar:
-    """A .tar archive, which may contain .tar archives (as that of ImageNet's training images does).
+    """A .tar archive, which may contain .tar archives (as for ImageNet's training images).
 
-    An inner archive counts as a folder of its name. Links within it are followed.
+    An inner archive is treated as a folder of its name. Links within it are followed.
 
     Args:
       path: of the archive, for messages.
-      plain: the decompressed file to read, if it is not `path`.
+      plain: the decompressed file to read if it is not `path`.
     """
 
     def __init__(self, path: str, plain: str = ""):
@@ -436,7 +436,7 @@ class Tar:
 
 
 class _Window:
-    """Part of a file, from byte `start` on, as a file object for `tarfile`."""
+    """Part of a file, starting at byte `start`, as a file object for `tarfile`."""
 
     def __init__(self, file, start: int, size: int | None = None):
         self.file, self.start, self._size = file, start, size
@@ -445,7 +445,7 @@ class _Window:
     def seek(self, offset: int) -> int:
         try:
             self.file.seek(self.start + offset)
-        # TensorFlow does not seek beyond the end of a file; tarfile expects an error of its own.
+        # TensorFlow does not seek beyond the end of a file, for which tarfile expects a ReadError.
         except tf.errors.OutOfRangeError as e:
             raise tarfile.ReadError("unexpected end of data") from e
         return offset
@@ -462,10 +462,10 @@ class _Window:
 def _members(
     window: _Window, path: str, folder: str = ""
 ) -> Iterator[tuple[str, tarfile.TarInfo, int]]:
-    """(folder, member, first byte of its archive), including those of inner archives.
+    """Yields (folder, member, first byte of its archive), including members of inner archives.
 
     Raises:
-      DataError: an archive is damaged.
+      DataError: If an archive is damaged.
     """
     for member in _each(window, path):
         name = _in_folder(folder, member)
@@ -486,10 +486,10 @@ class _Archive(tarfile.TarFile):
 
 
 def _each(window: _Window, path: str) -> Iterator[tarfile.TarInfo]:
-    """The members of an archive, and of archives appended to it.
+    """Yields the members of an archive and of archives appended to it.
 
-    `tarfile` treats a damaged header as the end of an archive, and stops at the end of the first of
-    several.
+    `tarfile` treats a damaged header as the end of an archive and stops after the first of several
+    archives.
     """
     start: int | None = 0
     try:
@@ -497,17 +497,17 @@ def _each(window: _Window, path: str) -> Iterator[tarfile.TarInfo]:
             window.seek(start)
             with _Archive.open(fileobj=cast(IO[bytes], window), mode="r:") as archive:
                 while (member := archive.next()) is not None:
-                    archive.members.clear()  # It would keep them all.
+                    archive.members.clear()  # Otherwise it keeps all of them.
                     yield member
                 if start and archive.offset == start:
-                    return  # What follows the end is not an archive.
+                    return  # The data after the end is not an archive.
                 start = _behind_the_end(window, archive.offset, path)
     except (tarfile.TarError, EOFError, OSError) as e:
         raise DataError(f"{path}: {e}: the file may be truncated") from e
 
 
 def _behind_the_end(window: _Window, end: int, path: str) -> int | None:
-    """Position of data after the zeros that mark the `end` of an archive; None if there is none."""
+    """Returns the position of data after the zeros at the `end` of an archive; None if none."""
     window.seek(end)
     block = window.read(tarfile.BLOCKSIZE)
     if not block:
@@ -527,11 +527,11 @@ def _sort_member_in(
     contents: Contents,
     links: dict[str, str | None],
 ) -> None:
-    """Adds a member with its content at `place` to the contents or to the links (name → target)."""
+    """Adds a member with its content at `place` to the contents or the links (name → target)."""
     name = _in_folder(folder, member)
     if member.isdir():
         contents.folders.append(name)
-    # The archive holds the file without its holes.
+    # The archive contains the file without its holes.
     elif member.issparse():
         contents.lost.append(LeftOut(name, "stored as a sparse file"))
     elif member.isreg():
@@ -546,7 +546,7 @@ def _sort_member_in(
 
 
 def _from_link(name: str, target: str) -> str | None:
-    """The tidy target path of a symbolic link; None if it is outside the archive."""
+    """Returns the tidy target path of a symbolic link; None if it is outside the archive."""
     path = posixpath.normpath(posixpath.join(posixpath.dirname(name.lstrip("/")), target))
     return None if path.startswith(("/", "..")) else tidy(path)
 
@@ -554,7 +554,7 @@ def _from_link(name: str, target: str) -> str | None:
 def _follow(contents: Contents, links: Mapping[str, str | None]) -> None:
     """Adds the links of an archive (name → tidy target path) to its contents."""
     files, folders = {}, {""}
-    # Only links need the tables.
+    # Only links require the tables.
     for entry in contents.entries if links else ():
         name = tidy(entry.name)
         files[name] = entry
@@ -570,13 +570,13 @@ def _follow(contents: Contents, links: Mapping[str, str | None]) -> None:
         elif found in folders:
             contents.ignored.append(LeftOut(f"{name}/", AGAIN))
         else:
-            where = f"to {target}, which is not there" if target else "out of the archive"
+            where = f"to {target}, which does not exist" if target else "out of the archive"
             contents.lost.append(LeftOut(_maybe_folder(name), f"a link {where}"))
 
 
 def _resolved(path: str | None, targets: Mapping[str, str | None]) -> str | None:
-    """The path with all links followed; None for a cycle, or outside the archive."""
-    for _ in range(40):  # As many as Linux follows.
+    """Returns the path with all links followed; None for a cycle or outside the archive."""
+    for _ in range(40):  # The limit of Linux.
         if path is None:
             return None
         parts = path.split("/")
@@ -595,7 +595,7 @@ ARCHIVES: dict[str, type[Zip | Tar]] = {
     ".zip": Zip,
     **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"), Tar),
 }
-# Unlike tarfile's own, these also read files that were compressed in parts.
+# Unlike those of tarfile, these also read files compressed in several parts.
 _UNPACK: dict[bytes, Callable] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -606,13 +606,14 @@ _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 
 @contextlib.contextmanager
 def open_source(path: str, subfolder: str = "", output: str = "") -> Iterator[ListedSource]:
-    """Yields the source for an existing folder or archive; for the other arguments see `Folder`.
+    """Yields the source for an existing folder or archive; see `Folder` for the other arguments.
 
-    An archive's content determines its kind, or else its name. A compressed .tar is decompressed to a
-    file below TMPDIR for the duration of the block, because it does not allow random access. An archive on
-    an object store is copied there, because a store sends megabytes for every image and every header.
+    The kind of an archive is determined from its content, else from its name. A compressed .tar is
+    decompressed to a file in TMPDIR for the duration of the block, because it does not allow random
+    access. An archive on an object store is copied there, because a store sends megabytes for every
+    image and every header.
     """
-    # Neither folders nor pipes are read.
+    # Reads neither folders nor pipes.
     is_file = os.path.isfile(path) or not (os.path.exists(path) or tf.io.gfile.isdir(path))
     start = b""
     if is_file:
@@ -620,7 +621,7 @@ def open_source(path: str, subfolder: str = "", output: str = "") -> Iterator[Li
             start = f.read(_TAR_MAGIC_AT + len(_TAR_MAGIC))
     unpack = [opener for magic, opener in _UNPACK.items() if start.startswith(magic)]
     named = [kind for end, kind in ARCHIVES.items() if path.lower().endswith(end)]
-    # The second begins an archive without entries.
+    # The second is the start of an archive without entries.
     if start.startswith((b"PK\3\4", b"PK\5\6")):
         with local_files.local_copies([path]) as local:
             yield Zip(path, local[path])
@@ -629,7 +630,7 @@ def open_source(path: str, subfolder: str = "", output: str = "") -> Iterator[Li
             plain = os.path.join(folder, "plain.tar")
             _decompress(path, unpack[0], plain)
             yield Tar(path, plain)
-    # Tar files from before POSIX have no magic number: there the name decides.
+    # Pre-POSIX tar files have no magic number, so the name decides.
     elif start.endswith(_TAR_MAGIC) or (named and not tf.io.gfile.isdir(path)):
         kind = Tar if start.endswith(_TAR_MAGIC) else named[0]
         with local_files.local_copies([path]) as local:

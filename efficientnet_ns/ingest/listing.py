@@ -1,4 +1,4 @@
-"""Images and classes among the files of a source, and an account of all its other entries."""
+"""Finds images and classes among the files of a source and accounts for all other entries."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_sources
 from efficientnet_ns.ingest.image_sources import Entry, LeftOut
 
-# Words in the names of folders that hold a set, and the --image_set for it.
+# Words in the names of folders that contain a set, and the --image_set for it.
 _SETS = {
     **dict.fromkeys(("train", "training", "trn"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "eval"), "validation"),
     **dict.fromkeys(("test", "testing", "tst"), "test"),
     **dict.fromkeys(("dev", "extra"), None),
 }
-# Splits seg_train, SegTrain and train2017 into words; then takes off what may follow the word of a
-# set, as in trainset and valimages.
+# The first splits seg_train, SegTrain and train2017 into words; the second removes what may follow
+# the word of a set, as in trainset and valimages.
 _OWN_WORD = re.compile(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z]+")
 _OF_A_SET = re.compile(r"(\w+?)(?:sets?|data|images|imgs)?")
 
 
 class Listing(NamedTuple):
-    """The contents of a source; each entry is in one of `entries`, `lost` and `ignored`.
+    """The contents of a source; each entry is in exactly one of `entries`, `lost` and `ignored`.
 
     Attributes:
-      entries: images that are readable as far as the source knows, sorted by name.
-      class_names: names of their classes; None without labels.
+      entries: images that are readable as far as is known from the source, sorted by name.
+      class_names: names of their classes; None if unlabeled.
       lost: images that are unreadable or belong to no class.
-      ignored: number of other things, by kind.
+      ignored: number of other entries, by kind.
     """
 
     entries: Sequence[Entry]
@@ -53,19 +53,20 @@ def list_images(
     subfolder: str = "",
     accept_classes: bool = False,
 ) -> Listing:
-    """The images of a folder or archive; with `labeled`, their classes are the topmost folders.
+    """Lists the images of a folder or archive; with `labeled`, the topmost folders are their classes.
 
-    A single folder around everything in an archive is not a class. Folders without images are classes
-    too, so that numbers stay when images are added.
+    A single folder that contains everything in an archive is not a class. Folders without images are
+    also classes, so that class indices do not change if images are added.
 
     Args:
-      class_names: classes of an earlier set, in order; None: those found, sorted by name.
-      names_from: the file or flag that lists them, for messages.
+      class_names: classes of an earlier set, in order; None for those found, sorted by name.
+      names_from: the file or flag that lists `class_names`, for messages.
       subfolder: use only this folder of the source.
-      accept_classes: use the topmost folders as classes even if they do not look like classes.
+      accept_classes: whether to use the topmost folders as classes even if they do not look like
+        classes.
 
     Raises:
-      DataError: no images, or folders that cannot be classes or do not look like classes.
+      DataError: If there are no images, or the folders cannot be or do not look like classes.
     """
     where = posixpath.join(source.path, subfolder) if subfolder else source.path
     prefix = image_sources.tidy(subfolder)
@@ -83,7 +84,7 @@ def list_images(
     ]
     depth = _wrapper_depth(source, names)
     classes = sorted({_class_of(name, depth) for name in [*folders, *names]} - {""})
-    # Classes that another set already has are right.
+    # Classes that another set already has are valid.
     if not (accept_classes or set(classes) <= set(class_names or ())):
         _check_classes(where, prefix, names, depth, single_allowed=class_names is not None)
     agreed = _agreed_names(where, classes, class_names, names_from)
@@ -109,13 +110,13 @@ class _Found(NamedTuple):
 
 
 def _sorted_out(contents: image_sources.Contents, prefix: str) -> _Found:
-    """The contents of a subfolder by use; images with their names relative to it."""
+    """Sorts the contents of a subfolder by use; image names are relative to it."""
     images, lost = [], []
     ignored: Counter[str] = Counter()
     last = {entry.name: entry for entry in contents.entries}
     for name, entry in _pairs(contents.entries, prefix):
         if entry is not last[entry.name]:
-            # As when the archive is unpacked.
+            # The last one wins, as when the archive is unpacked.
             ignored["replaced by a later one of the same name"] += 1
             logging.warning(
                 "%s: using the last of several entries with this name",
@@ -127,14 +128,14 @@ def _sorted_out(contents: image_sources.Contents, prefix: str) -> _Found:
             images.append((name, entry))
     for name, item in _pairs(contents.lost, prefix):
         kind = _kind(name)
-        # A folder may have held images, whatever its name ends in.
+        # A folder may have contained images, regardless of the extension of its name.
         if kind == image_sources.HIDDEN or kind and not item.name.endswith("/"):
             ignored[kind] += 1
         else:
             lost.append(LeftOut(image_sources.readable(item.name), item.reason))
     for name, item in _pairs(contents.ignored, prefix):
         ignored[image_sources.HIDDEN if image_sources.is_hidden(name) else item.reason] += 1
-    # Tidy names may be equal; the order must not depend on the disk.
+    # Tidy names may be equal, but the order must not depend on the disk.
     images.sort(key=lambda pair: (pair[0], pair[1].name))
     if lost:
         logging.warning("cannot read %d entries, for example %s: %s", len(lost), *min(lost))
@@ -142,14 +143,14 @@ def _sorted_out(contents: image_sources.Contents, prefix: str) -> _Found:
 
 
 def _pairs(items: Iterable, prefix: str) -> Iterable[tuple]:
-    """(tidy name relative to the folder `prefix`, item) of the items in it."""
+    """Yields (tidy name relative to the folder `prefix`, item) for the items in it."""
     for item in items:
         if (name := _relative(prefix, item.name)) is not None:
             yield name, item
 
 
 def _relative(prefix: str, name: str) -> str | None:
-    """The tidy `name`, relative to the folder `prefix`; None outside it."""
+    """Returns the tidy `name` relative to the folder `prefix`; None if outside it."""
     name = image_sources.tidy(name)
     if not prefix or name == prefix:
         return name[len(prefix) :]
@@ -157,7 +158,7 @@ def _relative(prefix: str, name: str) -> str | None:
 
 
 def _kind(name: str) -> str | None:
-    """Why a file is ignored; None for an image."""
+    """Returns why a file is ignored; None for an image."""
     if image_sources.is_hidden(name):
         return image_sources.HIDDEN
     if image_sources.is_image(name):
@@ -185,7 +186,7 @@ def _no_images(where: str, found: _Found) -> str:
 
 
 def described(ignored: Counter, most: int = 8) -> str:
-    """`3 .txt, 1 hidden …` for numbers by kind."""
+    """Formats numbers by kind, e.g. `3 .txt, 1 hidden …`."""
     parts = [f"{number} {kind}" for kind, number in ignored.most_common(most)]
     rest = sum(ignored.values()) - sum(number for _, number in ignored.most_common(most))
     return ", ".join(parts + ([f"{rest} others"] if rest else []))
@@ -195,7 +196,7 @@ def described(ignored: Counter, most: int = 8) -> str:
 
 
 def _wrapper_depth(source: image_sources.ListedSource, names: list[str]) -> int:
-    """1 if an archive has all its images deep in one folder, which then is not a class."""
+    """Returns 1 if all images of an archive are deep in one folder, which then is not a class."""
     if isinstance(source, image_sources.Folder):
         return 0
     tops = {name.split("/")[0] for name in names}
@@ -210,13 +211,13 @@ def _class_of(name: str, depth: int) -> str:
 def _check_classes(
     where: str, prefix: str, names: list[str], depth: int, *, single_allowed: bool
 ) -> None:
-    """DataError if the folders with images do not look like classes.
+    """Raises DataError if the folders with images do not look like classes.
 
     Args:
       prefix: the subfolder that `names` are relative to.
-      single_allowed: whether a single class is right.
+      single_allowed: whether a single class is valid.
     """
-    # Class → levels from it down to its nearest image; 1: directly in it.
+    # Class → levels from it down to its nearest image; 1 if directly in it.
     heights: dict[str, int] = {}
     for name in names:
         if top := _class_of(name, depth):
@@ -224,7 +225,7 @@ def _check_classes(
             heights[top] = min(below, heights.get(top, below))
     of_sets = sorted(top for top in heights if _set_in(top) is not None)
     deep = sorted(top for top, height in heights.items() if height > 1)
-    # At least half of the names; among several folders, a single `test` may be a class.
+    # At least half of the names are sets; among several folders, a single `test` may be a class.
     if 2 * len(of_sets) >= len(heights) and len(of_sets) > (len(heights) > 1):
         what = f"are sets, not classes: {', '.join(of_sets)}"
     elif deep:
@@ -235,14 +236,14 @@ def _check_classes(
         return
     better = _better_folders(names) or of_sets
     options = [_option(posixpath.join(prefix, folder)) for folder in better[:4]]
-    give = f". Give one of them: {', or '.join(options)}" if options else ""
+    give = f". Pass one of them: {', or '.join(options)}" if options else ""
     raise DataError(
         f"the folders in {where!r} {what}{give}. If they are the classes, add --accept_classes"
     )
 
 
 def _set_in(name: str) -> str | None:
-    """The word in a folder's name that denotes a set: `train` in seg_train, `Test`, `testset`."""
+    """Returns the word in a folder's name that denotes a set, e.g. `train` in seg_train."""
     for word in _OWN_WORD.split(name):
         found = _OF_A_SET.fullmatch(word.lower() or "-")
         if found and found[1] in _SETS:
@@ -251,17 +252,17 @@ def _set_in(name: str) -> str | None:
 
 
 def _better_folders(names: list[str]) -> list[str]:
-    """Folders whose subfolders contain the images, the best suggestion first.
+    """Returns the folders whose subfolders contain the images, the best suggestion first.
 
-    The training set comes first, because it defines the classes; then those with the most images.
+    The training set is first, because it defines the classes, followed by those with the most images.
     """
-    # Folder → its subfolders with images directly in them, and how many.
+    # Folder → its subfolders with images directly in them, and their numbers of images.
     below: dict[str, Counter] = {}
     for name in names:
         folder = posixpath.dirname(name)
         below.setdefault(posixpath.dirname(folder), Counter())[folder] += 1
     below.pop("", None)
-    # A folder with one subfolder would give one class only.
+    # A folder with one subfolder would result in only one class.
     several = {folder: found for folder, found in below.items() if len(found) > 1} or below
     images = {folder: sum(found.values()) for folder, found in several.items()}
     return sorted(
@@ -295,12 +296,12 @@ def _agreed_names(
         if names_from.startswith("--"):
             raise DataError(
                 f"{names_from}: {new[0]!r} in {where!r} is not the WordNet id of a class of ImageNet, "
-                "as n01440764 is: leave the flag out, or rename the folder"
+                "such as n01440764: remove the flag, or rename the folder"
             )
         raise DataError(
             f"class {new[0]!r} in {where!r} is not one of the {len(known)} classes of the sets in the "
             f"output folder ({name_lists.shortened(known)}) listed in "
-            f"{names_from}: delete that file if none of these sets is left, or choose another folder"
+            f"{names_from}: delete that file if none of these sets remains, or choose another folder"
         )
     return tuple(known)
 

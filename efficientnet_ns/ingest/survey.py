@@ -1,4 +1,4 @@
-"""Contents of a folder, archive or set of records, determined before anything is written."""
+"""Examines a folder, archive or set of records before anything is written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_sources, listing, tfds_source
 from efficientnet_ns.ingest.image_sources import Entry
 
-# Number of pictures to open, spread evenly.
+# Number of evenly spaced pictures to open.
 _SAMPLE = 200
 # Assumed shorter side of pictures that are not opened.
 _UNKNOWN_SIDE = 256
@@ -27,9 +27,9 @@ class Survey(NamedTuple):
 
     Attributes:
       images: number of pictures.
-      classes: class → number of its pictures; None without labels.
+      classes: class → number of its pictures; None if unlabeled.
       median_side: shorter side of the median picture, in pixels.
-      refused: (name, reason) of unusable pictures, as far as they were opened.
+      refused: (name, reason) of the unusable pictures among the opened ones.
       ignored: number of other files, by kind.
       opened: number of pictures that were decoded.
     """
@@ -43,7 +43,7 @@ class Survey(NamedTuple):
 
 
 def is_records(place: str) -> bool:
-    """Whether a place is a folder of record files."""
+    """Checks whether a place is a folder of record files."""
     if not tf.io.gfile.isdir(place):
         return False
     return any(map(shard_names.parse, object_stores.names(place)))
@@ -53,11 +53,11 @@ def survey(place: str, *, labeled: bool, class_names: Sequence[str] | None = Non
     """Examines a folder or archive of pictures, a folder of records, or a TFDS set.
 
     Args:
-      labeled: the topmost folders are classes; for records, task.json names them.
-      class_names: the classes of another set, which this one must share; None: those found.
+      labeled: whether the topmost folders are classes; for records, task.json contains the names.
+      class_names: the classes of another set, which this one must share; None for those found.
 
     Raises:
-      DataError: there is nothing, or there are no classes; see `listing.list_images`.
+      DataError: If there are no pictures or no classes; see `listing.list_images`.
     """
     if is_records(place):
         return _of_records(place, labeled)
@@ -82,7 +82,7 @@ def survey(place: str, *, labeled: bool, class_names: Sequence[str] | None = Non
 def _look_at(
     source: image_sources.Source, entries: Sequence[Entry]
 ) -> tuple[list[int], list[tuple[str, str]]]:
-    """(shorter sides, (name, reason) of undecodable ones) of the entries."""
+    """Returns (shorter sides, (name, reason) of undecodable entries)."""
     sides: list[int] = []
     refused = []
     with source.reader(entries) as read:
@@ -93,14 +93,14 @@ def _look_at(
             except image_conversion.Unusable as e:
                 refused.append((image_sources.readable(entry.name), str(e)))
                 continue
-            # There is no shape if the image was not decoded.
+            # The shape is None if the image was not decoded.
             size = shape or image_headers.declared_size(image)
             sides += [min(size)] if size else []
     return sides, refused
 
 
 def _spread(items: Sequence) -> list:
-    # `unique` because numbers repeat if there are fewer items.
+    # `unique`, because indices repeat if there are fewer items.
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, _SAMPLE).astype(int))]
 
 
@@ -124,7 +124,7 @@ def _of_records(folder: str, labeled: bool) -> Survey:
             if record.payload is None:
                 continue
             labels[tfexamples.label(record.payload) if labeled else 0] += 1
-            # From the beginning of each file, since make_records shuffles.
+            # From the beginning of each file, because make_records shuffles.
             if number < _SAMPLE // len(paths) + 1:
                 size = image_headers.declared_size(tfexamples.image_bytes(record.payload))
                 sides += [min(size)] if size else []

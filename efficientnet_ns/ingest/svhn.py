@@ -1,7 +1,7 @@
-"""Street View House Numbers (http://ufldl.stanford.edu/housenumbers), cropped digits, as records.
+"""Makes records of Street View House Numbers, cropped digits.
 
-Sets, order, encoding and names are those of the 2019 program: of the shuffled training images the
-first 4000 become the dev set; `extra` is unlabeled.
+Source: http://ufldl.stanford.edu/housenumbers. Sets, order, encoding and names are those of the
+original code: the first 4000 shuffled training images become the dev set; `extra` is unlabeled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from efficientnet_ns.ingest.image_sources import Entry, Loaded, Reader
 
 URL = "http://ufldl.stanford.edu/housenumbers/{}_32x32.mat"
 _DOWNLOADS = "downloaded_data"
-# Images per file, as published; files per set, as in the 2019 program.
+# Published number of images per file; number of files per set as in the original code.
 _PUBLISHED = {"train": 73257, "test": 26032, "extra": 531131}
 _NUM_SHARDS = {"train": 128, "extra": 128, "dev": 64, "test": 64}
 _SIDE, _CLASSES = 32, 10
@@ -37,11 +37,10 @@ class MatFile:
     """Digits of one .mat file: `X` uint8 [32, 32, 3, N] and `y` [N, 1], 1..10 with 10 for 0.
 
     Pixels are loaded on first use and stay in the process that distributes the work (1.6 GB for
-    `extra`, twice that during loading); those of each shard are sent to the process that encodes
-    them.
+    `extra`, twice that during loading). Each shard's pixels are sent to the process that encodes them.
 
     Raises:
-      DataError: not such a file, or a label out of range.
+      DataError: If the file has another format or a label is out of range.
     """
 
     def __init__(self, path: str, image_format: str):
@@ -61,7 +60,7 @@ class MatFile:
         self.labels = labels.astype(np.int64) % _CLASSES
 
     def __getstate__(self) -> dict:
-        # Pickled for each shard, whose entries bring their pixels and labels.
+        # Pickled for each shard, whose entries contain their pixels and labels.
         return {**self.__dict__, "_pixels": None, "labels": None}
 
     def _variable(self, name: str) -> np.ndarray:
@@ -70,18 +69,18 @@ class MatFile:
         try:
             with tf.io.gfile.GFile(self.path, "rb") as f:
                 return scipy.io.loadmat(f, variable_names=[name])[name]
-        except Exception as e:  # scipy raises whatever it stumbles over.
+        except Exception as e:  # scipy raises many types of errors.
             raise DataError(
                 f"{self.path}: cannot read variable {name!r} ({type(e).__name__}: {e}). Delete the file "
                 "to download it again."
             ) from e
 
     def entries(self, prefix: str, order: np.ndarray) -> list[Entry]:
-        """The images `order`, named by their places in the file."""
+        """Returns entries for the images `order`, named by their positions in the file."""
         return [Entry(f"{prefix}#{i}", int(self.labels[i]), place=int(i)) for i in order]
 
     def attach(self, entries: Sequence[Entry]) -> list[Entry]:
-        """The entries with their pixels, uint8 [32, 32, 3]."""
+        """Returns the entries with their pixels, uint8 [32, 32, 3]."""
         if self._pixels is None:
             logging.info("loading %s", self.path)
             loaded = self._variable("X")
@@ -112,14 +111,14 @@ _EXTRA = functools.partial(tfexamples.placeholder_example, num_classes=_CLASSES)
 
 
 def make_records(config: SvhnConfig) -> dict[str, int]:
-    """Makes the records of all sets and `task.json`; run again, it continues.
+    """Makes the records of all sets and `task.json`; resumes if called again.
 
     Returns:
       Prefix → number of records.
 
     Raises:
-      ConfigError: another task, or dev_size leaves no training images.
-      DataError: a file is missing and cannot be downloaded, or is not SVHN's.
+      ConfigError: If the task is not SVHN or dev_size leaves no training images.
+      DataError: If a file is missing and cannot be downloaded, or is not a file of SVHN.
     """
     raw = needed(config.raw_data_dir, "raw_data_dir")
     needed(config.output_dir, "output_dir")
@@ -133,12 +132,12 @@ def make_records(config: SvhnConfig) -> dict[str, int]:
     files = {name: MatFile(_path(raw, name), config.image_format) for name in _PUBLISHED}
     for name, file in files.items():
         if len(file.labels) != _PUBLISHED[name]:
-            message = "%s has %d images, the published one %d"
+            message = "%s has %d images, the published file has %d"
             logging.warning(message, file.path, len(file.labels), _PUBLISHED[name])
     made = {}
     for name, (file, order) in _sets(config, files).items():
         one = _image_set(config, name, file, file.entries(name, order))
-        # What was just encoded can be decoded.
+        # The images were just encoded, so they can be decoded.
         rules = image_conversion.Rules(check=False)
         (result,) = image_records.make_sets(file, [one], rules, num_workers=config.num_workers)
         made[one.prefix] = result.records
@@ -147,9 +146,9 @@ def make_records(config: SvhnConfig) -> dict[str, int]:
 
 
 def _sets(config: SvhnConfig, files: dict[str, MatFile]) -> dict[str, tuple[MatFile, np.ndarray]]:
-    """Name of each set → its file and the images in order."""
+    """Maps the name of each set to its file and the images in order."""
     sizes = {name: len(file.labels) for name, file in files.items()}
-    # The original's generator and order of draws: the default seed gives the same split.
+    # The generator and order of draws of the original code: the default seed gives the same split.
     rng = np.random.RandomState(config.seed)
     train, extra, test = (np.arange(sizes[name]) for name in ("train", "extra", "test"))
     rng.shuffle(train)
@@ -160,7 +159,7 @@ def _sets(config: SvhnConfig, files: dict[str, MatFile]) -> dict[str, tuple[MatF
         return {"train": (files["train"], train), "dev": sets["test"], **sets}
     if config.dev_size >= sizes["train"]:
         raise ConfigError(
-            f"--dev_size={config.dev_size} leaves none of {sizes['train']} images to train on"
+            f"--dev_size={config.dev_size} leaves none of {sizes['train']} images for training"
         )
     dev, train = train[: config.dev_size], train[config.dev_size :]
     return {"train": (files["train"], train), "dev": (files["train"], dev), **sets}
@@ -199,10 +198,10 @@ _ROLES = {"train": "train", "eval": "dev", "test": "test"}
 
 
 def _path(folder: str, name: str) -> str:
-    """Path of the .mat file of a set; downloads it if it is missing.
+    """Returns the path of the .mat file of a set; downloads it if it is missing.
 
     Raises:
-      DataError: the download failed.
+      DataError: If the download fails.
     """
     url = URL.format(name)
     base = url.rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""Frames of short clips: .mp4 videos and animated .gif pictures.
+"""Reads frames of short clips: .mp4 videos and animated .gif pictures.
 
 `av` (FFmpeg) is imported only here, and only when a video is read.
 """
@@ -15,21 +15,21 @@ from efficientnet_ns.files.errors import DataError
 
 
 def is_clip(name: str) -> bool:
-    """Whether a file name has the extension of a clip."""
+    """Checks whether a file name has the extension of a clip."""
     return _extension(name) in _READERS
 
 
 def check_readable(names: Sequence[str]) -> None:
-    """DataError with the extra to install unless files of these names can be read here."""
+    """Raises DataError with the extra to install if files with these names cannot be read here."""
     if any(_extension(name) == "mp4" for name in names):
         _av()
 
 
 def frames(path: str) -> Iterator[np.ndarray]:
-    """Frames of one clip in order, uint8 [H, W, 3]; of a video, one at a time is in memory.
+    """Yields the frames of a clip in order, uint8 [H, W, 3]; decodes videos one frame at a time.
 
     Raises:
-      DataError: it cannot be decoded, or its decoder is not installed.
+      DataError: If the clip cannot be decoded or its decoder is not installed.
     """
     with tf.io.gfile.GFile(path, "rb") as f:
         content = f.read()
@@ -45,7 +45,7 @@ def _av():
         import av
     except ImportError as e:
         raise DataError(
-            "videos need av (pip install 'efficientnet-ns[robustness]', or in a clone "
+            "videos require av (pip install 'efficientnet-ns[robustness]', or in a clone "
             f"pip install -e '.[robustness]'): {e}"
         ) from e
     return av
