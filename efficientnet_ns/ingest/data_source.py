@@ -1,4 +1,4 @@
-"""From a folder, an archive or a TFDS set to records and the task file that describes them."""
+"""Makes records and their task file from a folder, an archive or a TFDS set."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from efficientnet_ns.ingest import image_records, image_sources, listing, tfds_s
 from efficientnet_ns.ingest.image_sources import Source
 from efficientnet_ns.ingest.listing import Listing
 
-# Square images up to this side get the small-image model, as SVHN's 32 pixels do.
+# Square images up to this side use the small-image model, like SVHN with 32 pixels.
 SMALL_SIDE, _FIXED_SIDE = 40, 64
 
 
 def make_records(config: MakeConfig, leave_out: Collection[str] = ()) -> dict[str, int]:
-    """Makes the records and `task.json`; run again, it continues.
+    """Makes the records and `task.json`; resumes if called again.
 
     Args:
       leave_out: names of images in a folder or archive to skip.
@@ -32,8 +32,8 @@ def make_records(config: MakeConfig, leave_out: Collection[str] = ()) -> dict[st
       Prefix → number of records.
 
     Raises:
-      ConfigError: settings that cannot work, or that do not fit other sets in the output folder.
-      DataError, manifests.OutputConflict, processes.ProcessDied: see `image_records.make_sets`.
+      ConfigError: If settings are invalid or do not fit other sets in the output folder.
+      DataError, manifests.OutputConflict, processes.ProcessDied: See `image_records.make_sets`.
     """
     _check(config)
     _check_other_sets(config)
@@ -65,9 +65,9 @@ def make_records(config: MakeConfig, leave_out: Collection[str] = ()) -> dict[st
 
 
 def _check(config: MakeConfig) -> None:
-    """ConfigError for settings that cannot work."""
+    """Raises ConfigError if the settings are invalid."""
     if not config.source or not config.output_dir:
-        raise ConfigError("--source and --output_dir are needed")
+        raise ConfigError("--source and --output_dir are required")
     for flag in ("source", "subfolder", "output_dir"):
         value = getattr(config, flag)
         if value != image_sources.readable(value):
@@ -80,31 +80,31 @@ def _check(config: MakeConfig) -> None:
     fraction = config.validation_fraction
     if fraction and not (config.labeled and fraction < 1):
         raise ConfigError(
-            f"--validation_fraction={fraction} must be below 1, and needs labeled images"
+            f"--validation_fraction={fraction} must be below 1 and requires labeled images"
         )
     if config.imagenet_labels and (
         not config.labeled or config.source.startswith(tfds_source.PREFIX)
     ):
-        raise ConfigError("--imagenet_labels needs labeled images in folders named by WordNet ids")
+        raise ConfigError("--imagenet_labels requires labeled images in WordNet id folders")
     if fraction and _prefix(config) == config.validation_set:
         raise ConfigError(
             f"--validation_fraction={fraction} would split the set {config.validation_set!r} from "
-            "itself: drop it, or use another --image_set or --validation_set"
+            "itself: remove it, or use another --image_set or --validation_set"
         )
 
 
-# Prefix by which programs that train and evaluate recognize unlabeled sets.
+# Prefix by which training and evaluation programs recognize unlabeled sets.
 _UNLABELED = "extra"
 
 
 def _check_other_sets(config: MakeConfig) -> None:
-    """Labeled and unlabeled sets may share a folder if their names distinguish them.
+    """Checks that names distinguish the labeled and unlabeled sets in a folder.
 
     Raises:
-      ConfigError: they could not, or the classes of a set are unknown.
+      ConfigError: If they do not or the classes of a set are unknown.
     """
     folder = os.path.join(config.output_dir, "manifests")
-    # Each shard has a manifest here, named after it; one of each set tells what the set is.
+    # Each shard has a manifest here, named after it; one manifest per set describes the set.
     names = object_stores.names(folder)
     parsed = {name: shard_names.parse(name.removesuffix(".json")) for name in names}
     one_of = {found[0]: name for name, found in parsed.items() if found}
@@ -112,7 +112,7 @@ def _check_other_sets(config: MakeConfig) -> None:
         prefix: manifests.read_manifest(os.path.join(folder, name))["config"].get("labeled")
         for prefix, name in one_of.items()
     }
-    # `labeled` is True or False; None in manifests of proc_svhn, which do not state it.
+    # `labeled` is True or False; None in manifests of proc_svhn, which do not contain it.
     labeled = [prefix for prefix, value in others.items() if value]
     unlabeled = [p for p, value in others.items() if value is False and p != _UNLABELED]
     prefix = _prefix(config)
@@ -122,13 +122,13 @@ def _check_other_sets(config: MakeConfig) -> None:
             "would be mistaken for a labeled set: choose another folder"
         )
     own = {prefix, config.validation_set} if config.validation_fraction else {prefix}
-    # task.json is written last: labeled sets without it are not finished.
+    # task.json is written last, so labeled sets without it are not finished.
     unfinished = sorted(set(labeled) - own)
     task = os.path.join(config.output_dir, tasks.TASK_FILE)
     if config.labeled and unfinished and not tf.io.gfile.exists(task):
         raise ConfigError(
             f"--output_dir={config.output_dir} contains {unfinished[0]}-… without {tasks.TASK_FILE}, from a run "
-            "that did not finish, so the numbers of its classes are unknown: finish it with its own "
+            "that did not finish, so its class indices are unknown: finish it with its own "
             "command first, or delete these files"
         )
     if config.labeled or not labeled:
@@ -163,18 +163,18 @@ def _prefix(config: MakeConfig) -> str:
 
 
 def _make(config: MakeConfig, source: Source, found: Listing) -> dict[str, image_records.Made]:
-    """One set of the entries, or two with a validation fraction."""
+    """Makes one set of the entries, or two with a validation fraction."""
     entries = image_records.shuffled(found.entries, config.seed, config.limit)
     parts = {_prefix(config): entries}
     if config.validation_fraction:
-        # After shuffling, the first images of a class are random ones.
+        # After shuffling, the first images of a class are random.
         rest, chosen = image_records.split(entries, config.validation_fraction)
         parts = {_prefix(config): rest, config.validation_set: chosen}
     sets = [
         _image_set(config, source, prefix, found._replace(entries=part))
         for prefix, part in parts.items()
     ]
-    # Images that are in no set are listed with the first.
+    # Images that are in no set are listed with the first set.
     drawn = len(entries) / max(1, len(found.entries))
     sets[0] = dataclasses.replace(sets[0], lost=found.lost, drawn=drawn)
     made = image_records.make_sets(
@@ -222,7 +222,7 @@ def _image_set(
             "seed": config.seed,
             "check": config.check,
             "max_side": config.max_side,
-            # Only if set, so that records of earlier versions still match.
+            # Only if True, so that records of earlier versions still match.
             **({"keep_names": True} if config.keep_names else {}),
         },
         num_classes=len(class_names) if config.labeled else None,
@@ -239,7 +239,7 @@ def _write_task(config: MakeConfig, made: dict[str, image_records.Made], fields:
         if shape and shape[0] == shape[1] <= _FIXED_SIDE and "image_size" not in fields:
             fields.update(image_size=shape[0], small_image=shape[0] <= SMALL_SIDE)
     evaluation = [prefix for prefix in ("validation", "dev") if prefix in made]
-    # If there are only a training and a test set, the latter is used for evaluation.
+    # If there are only a training and a test set, the test set is used for evaluation.
     only_test = "test" in made and "train" in made and not evaluation
     if evaluation or only_test:
         fields["eval_set"] = evaluation[0] if evaluation else "test"
@@ -255,7 +255,7 @@ def _write_task(config: MakeConfig, made: dict[str, image_records.Made], fields:
 def _from_tfds(config: MakeConfig) -> dict[str, int]:
     name, split = tfds_source.parse(config.source)
     builder = tfds_source.load_builder(name, config.tfds_data_dir)
-    # One set is wanted, so its name is that of the split, such as SVHN's `extra`.
+    # A single set is requested, so its name is that of the split, such as SVHN's `extra`.
     if split is None and (config.image_set or not config.labeled):
         split = _prefix(config)
     chosen = {_prefix(config): split} if split else tfds_source.sets_of(builder)
@@ -267,12 +267,12 @@ def _from_tfds(config: MakeConfig) -> dict[str, int]:
                 f"{source.path} has no labels: use --nolabeled to write only its images"
             )
         if split is None and source.is_unlabeled():
-            logging.warning("leaving out %s, which has no true labels", source.path)
+            logging.warning("skipping %s, which has no true labels", source.path)
             continue
         one = dataclasses.replace(config, image_set=prefix)
         if prefix != next(iter(chosen)) or config.validation_set in chosen:
-            one = dataclasses.replace(one, validation_fraction=0.0)  # It is cut only from train.
-        # A stratified part needs the labels, for which every example is read.
+            one = dataclasses.replace(one, validation_fraction=0.0)  # Only train is split.
+        # A stratified split requires the labels, for which every example is read.
         entries = source.labeled_entries() if one.validation_fraction else source.entries()
         made.update(_make(one, source, Listing(entries, source.class_names)))
     if config.labeled:
@@ -282,38 +282,38 @@ def _from_tfds(config: MakeConfig) -> dict[str, int]:
 
 
 def with_records(config: Config) -> Config:
-    """The configuration with `data_source` made into records, unless they exist.
+    """Makes records of `data_source` unless they exist, and returns the configuration with them.
 
     Returns:
-      `config` itself without a data_source; else a copy that names the records and their task.
+      A copy of `config` with the records and their task; `config` itself if it has no data_source.
 
     Raises:
-      ConfigError: not a TFDS set, or other data are given as well.
-      DataError: see `tfds_source.load_builder`.
+      ConfigError: If data_source is not a TFDS set or other data is also given.
+      DataError: See `tfds_source.load_builder`.
     """
     data = config.data
     if not data.data_source:
         return config
     if data.label_data_dir or data.task_name is not None:
         raise ConfigError(
-            f"--data_source={data.data_source} defines records and task: drop --label_data_dir and "
-            "--task_name"
+            f"--data_source={data.data_source} defines records and task: remove --label_data_dir "
+            "and --task_name"
         )
     if not data.data_source.startswith(tfds_source.PREFIX):
         raise ConfigError(
-            f"--data_source={data.data_source} must be tfds:<name>; for anything else, make records with "
+            f"--data_source={data.data_source} must be tfds:<name>; for other sources, make records with "
             "make_records.py and pass them as --label_data_dir"
         )
     name, split = tfds_source.parse(data.data_source)
     if split:
         raise ConfigError(
-            f"--data_source={data.data_source}: drop the split, because all splits are used"
+            f"--data_source={data.data_source}: remove the split, because all splits are used"
         )
     builder = tfds_source.load_builder(name, data.tfds_data_dir)
     cache = data.data_cache_dir or os.path.join(tfds_source.root(builder), "efficientnet_ns")
     folder = os.path.join(cache, builder.info.full_name)
     task = os.path.join(folder, tasks.TASK_FILE)
-    # The task is written last. Sizes of the records are checked when they are read.
+    # The task is written last. Record sizes are checked when the records are read.
     if not tf.io.gfile.exists(task):
         source, root = data.data_source, data.tfds_data_dir
         make_records(MakeConfig(source=source, output_dir=folder, tfds_data_dir=root))

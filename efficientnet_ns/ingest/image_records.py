@@ -1,7 +1,7 @@
-"""Sets of records from the images of a source: parallel, resumable, the same bytes every time.
+"""Writes sets of records from the images of a source: parallel, resumable and deterministic.
 
-Each shard is a stage of its own, with a manifest in `manifests/` next to the records. The
-contents of a shard depend only on the source and the settings, not on the processes that write it.
+Each shard is a separate stage, with a manifest in `manifests/` next to the records. The contents
+of a shard depend only on the source and the settings, not on the processes that write it.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.ingest.image_sources import Entry, LeftOut, Reader, Source, readable
 
 _IMAGES_PER_SHARD, _MAX_SHARDS = 1024, 1024
-# In the configuration of a shard: detects images replaced by others of the same size.
+# Key in the configuration of a shard; detects images replaced by others of the same size.
 _VERSIONS = "versions"
-# Images that one process writes in the time another one needs to load TensorFlow.
+# Number of images that a process writes while another loads TensorFlow.
 _IMAGES_PER_WORKER = 2048
 
 
@@ -49,15 +49,15 @@ class ImageSet:
     """One set of records to make.
 
     Attributes:
-      folder: of the records.
-      prefix: of the files: train, validation, extra …
+      folder: folder of the records.
+      prefix: prefix of the files: train, validation, extra …
       entries: the images, in the order of the records.
-      num_shards: number of files; each takes its slice of the entries.
+      num_shards: number of files; each contains a slice of the entries.
       record: (image bytes, label) → serialized Example; picklable.
-      keep_names: `record` also takes the image's path in the source.
+      keep_names: whether `record` also takes the image's path in the source.
       identity: settings that, with the entries, determine the records; JSON-able.
-      num_classes: labels must be below; None for a set without labels.
-      lost: images of the source that are not entries, and why.
+      num_classes: labels must be below this number; None for a set without labels.
+      lost: images of the source that are not entries, with reasons.
       drawn: fraction of the source's images used in sets; the same fraction of `lost` counts as
         unusable.
     """
@@ -74,10 +74,10 @@ class ImageSet:
     keep_names: bool = False
 
     def shards(self, number: int) -> list[_Shard]:
-        """The contents of each file; `number` is that of the set."""
-        # Shards differ by one image at most.
+        """Returns the contents of each file; `number` is the index of the set."""
+        # Shard sizes differ by at most one image.
         bounds = np.linspace(0, len(self.entries), self.num_shards + 1).astype(int)
-        made = dataclasses.replace(self, entries=(), lost=())  # Processes need no other entries.
+        made = dataclasses.replace(self, entries=(), lost=())  # Processes need no others.
         return [
             _Shard(self._stage(shard, start, stop), self.entries[start:stop], made, number)
             for shard, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:]))
@@ -100,7 +100,7 @@ class _Shard(NamedTuple):
     stage: manifests.Stage
     entries: Sequence[Entry]
     of: ImageSet  # Without entries.
-    number: int  # Of the set.
+    number: int  # Index of the set.
 
 
 class Made(NamedTuple):
@@ -109,7 +109,7 @@ class Made(NamedTuple):
     Attributes:
       records: number of records.
       bad: [name, reason] of every omitted image.
-      shape: (height, width) if all images were decoded and have the same, else None.
+      shape: (height, width) if all images were decoded and have the same shape, else None.
     """
 
     records: int
@@ -118,7 +118,7 @@ class Made(NamedTuple):
 
 
 def digest(values: Iterable[object]) -> str:
-    """Short hash of a sequence of strings, numbers and tuples of them."""
+    """Returns a short hash of a sequence of strings, numbers and tuples of them."""
     sha = hashlib.sha256()
     for value in values:
         sha.update(repr(value).encode("utf-8", "backslashreplace") + b"\n")
@@ -126,34 +126,34 @@ def digest(values: Iterable[object]) -> str:
 
 
 def unlabeled_record(image: bytes, label: int, name: str = "") -> bytes:
-    """An unlabeled record; the label is dropped."""
+    """Makes an unlabeled record; drops the label."""
     return tfexamples.unlabeled_example(image, name)
 
 
 def default_num_shards(images: int) -> int:
-    """Number of files for a set of `images` images."""
+    """Returns the number of files for a set of `images` images."""
     return max(1, min(_MAX_SHARDS, -(-images // _IMAGES_PER_SHARD)))
 
 
 def shuffled(entries: Sequence[Entry], seed: int, limit: int | None = None) -> list[Entry]:
-    """The entries in the order of a seeded permutation, the first `limit` of them."""
+    """Returns the first `limit` entries in the order of a seeded permutation."""
     return [entries[i] for i in np.random.default_rng(seed).permutation(len(entries))[:limit]]
 
 
 def held_out(images: int, fraction: float) -> int:
-    """Number of a class's images that `split` chooses: at least one of two, never all."""
+    """Returns how many images of a class `split` chooses: at least one of two, never all."""
     return min(max(round(fraction * images), 1), images - 1) if images else 0
 
 
 def split(entries: Sequence[Entry], fraction: float) -> tuple[list[Entry], list[Entry]]:
-    """(rest, chosen): of each class, the first `fraction` of its entries are chosen; see `held_out`."""
+    """Returns (rest, chosen): the first `fraction` of each class is chosen; see `held_out`."""
     totals = Counter(entry.label for entry in entries)
     left = {c: held_out(n, fraction) for c, n in totals.items()}
     rest: list[Entry] = []
     chosen: list[Entry] = []
     for entry in entries:
         (chosen if left[entry.label] else rest).append(entry)
-        # Counts down to 0, from where on all are in the rest.
+        # Counts down to 0, after which all entries go to the rest.
         left[entry.label] -= bool(left[entry.label])
     return rest, chosen
 
@@ -166,20 +166,20 @@ def make_sets(
     num_workers: int | None = None,
     max_bad_fraction: float = 0.01,
 ) -> list[Made]:
-    """Writes sets of records from one source; finished shards are verified and skipped.
+    """Writes sets of records from one source; verifies and skips finished shards.
 
     Args:
-      source: where the images come from.
-      num_workers: processes; None: one per CPU core.
+      source: source of the images.
+      num_workers: number of processes; None for one per CPU core.
       max_bad_fraction: fraction of a set's images that may be unusable.
 
     Returns:
       The result for each set; `<prefix>-quarantine.json` lists the omitted images.
 
     Raises:
-      DataError: too many unusable images, or a label out of range.
-      manifests.OutputConflict: files in the way.
-      processes.ProcessDied: a process was killed.
+      DataError: If too many images are unusable or a label is out of range.
+      manifests.OutputConflict: If other files are in the way.
+      processes.ProcessDied: If a process was killed.
     """
     for one in sets:
         _refuse_other_sharding(one)
@@ -195,14 +195,14 @@ def make_sets(
     total, left = (sum(len(shard.entries) for shard in some) for some in (shards, pending))
     workers = num_workers or min(available_cpus(), 1 + left // _IMAGES_PER_WORKER)
     processes = min(workers, len(pending))
-    # A generator: pixels are attached when a process is about to take the shard.
+    # A generator, so that pixels are attached just before a process takes the shard.
     jobs = ((source, _attached(source, shard), rules) for shard in pending)
     with Progress(total, f"records in {sets[0].folder}", "images", done=total - left) as progress:
         for job, counts in run_each(_write_shard, jobs, processes, initializer=_start_worker):
             results[job[1].number].add(counts)
             progress.update(len(job[1].entries))
     made = [result.finish() for result in results]
-    # Last, so that counts.json describes whole sets only.
+    # Last, so that counts.json describes only complete sets.
     for number in range(len(sets)):
         own = [shard.stage for shard in shards if shard.number == number]
         tfrecords.note_counts(
@@ -212,14 +212,14 @@ def make_sets(
 
 
 def _done(shard: _Shard) -> bool:
-    """`manifests.Stage.done`, with an error that describes how the images differ."""
+    """Like `manifests.Stage.done`, but its error describes how the images differ."""
     stage = shard.stage
     noted = manifests.manifest_if_any(stage.manifest)
     if noted is None:
         return stage.done()
     now, before = stage.config, noted["config"]
     if not (_VERSIONS in now and _VERSIONS in before):
-        # Earlier versions did not store them, and some file systems do not know them.
+        # Earlier versions did not store them, and some file systems do not provide them.
         now = {name: value for name, value in now.items() if name != _VERSIONS}
         now.update({name: before[name] for name in (_VERSIONS,) if name in before})
     try:
@@ -251,20 +251,20 @@ def _refuse_other_sharding(one: ImageSet) -> None:
 
 
 class _Result:
-    """Adds up the counts of the shards of a set."""
+    """Sums the counts of the shards of a set."""
 
     def __init__(self, one: ImageSet, max_bad_fraction: float):
         self._set, self._allowed = one, max_bad_fraction
         self._records = 0
         self._shapes: set[tuple[int, int] | None] = set()
         self._bad = [list(item) for item in one.lost]
-        # What is lost may be too much, which is known before anything is written.
+        # Fails before anything is written if too many images are lost.
         self._check()
 
     def add(self, counts: dict) -> None:
         self._records += counts["records"]
         self._bad += counts["bad"]
-        # None for shards of several shapes, or of images that were not decoded.
+        # None for shards with several shapes or with images that were not decoded.
         if counts["records"]:
             self._shapes.add(tuple(counts["shape"]) if counts["shape"] else None)
         self._check()
@@ -273,7 +273,7 @@ class _Result:
         lost = len(self._set.lost)
         bad = len(self._bad) - lost + round(lost * self._set.drawn)
         images = len(self._set.entries) + round(lost * self._set.drawn)
-        # One image of a few is no sign of a wrong source; what cannot even be read may be a folder.
+        # A single bad image does not indicate a wrong source, but a lost entry may be a folder.
         least = 1 if self._allowed and not lost else 0
         if bad > max(self._allowed * images, least):
             path = self._write()
@@ -289,7 +289,7 @@ class _Result:
         self._bad.sort()
         if self._bad:
             path = self._write()
-            logging.warning("left out %d images, listed in %s", len(self._bad), path)
+            logging.warning("omitted %d images, listed in %s", len(self._bad), path)
         else:
             object_stores.remove(self._path())  # From an attempt before the images were repaired.
         shape = next(iter(self._shapes)) if len(self._shapes) == 1 else None
@@ -310,23 +310,23 @@ class _Result:
 
 
 def _attached(source: Source, shard: _Shard) -> _Shard:
-    """The shard with pixels that only this process has: a source may attach them to its entries."""
+    """Returns the shard with pixels if its source attaches them, which only this process can do."""
     attach = getattr(source, "attach", None)
     return shard._replace(entries=attach(shard.entries)) if attach else shard
 
 
 def _start_worker() -> None:
-    """One CPU thread, no accelerator; ends with the parent."""
+    """Limits the process to one CPU thread and no accelerator, and ends it with its parent."""
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    # Otherwise every process would reserve memory of the GPU.
+    # Otherwise every process would reserve GPU memory.
     for kind in ("GPU", "TPU"):
         tf.config.set_visible_devices([], kind)
     preemption.end_with_parent()
 
 
 def _write_shard(source: Source, shard: _Shard, rules: image_conversion.Rules) -> dict:
-    """Writes a shard; its counts."""
+    """Writes a shard; returns its counts."""
     stage, entries, of, _ = shard
     bad: list[list[str]] = []
     shapes = set()
@@ -350,11 +350,11 @@ def _write_shard(source: Source, shard: _Shard, rules: image_conversion.Rules) -
         # Writing has run `payloads`, which fills `bad` and `shapes`.
         shape = next(iter(shapes)) if len(shapes) == 1 else None
         counts.update(**marks.noted(), bad=bad, shape=shape)
-    # As the manifest gives them when the shard is skipped: lists instead of tuples.
+    # As in the manifest of a skipped shard: lists instead of tuples.
     return json.loads(json.dumps(counts))
 
 
-# What concerns one file; other errors of a file system end the work.
+# Errors that affect one file; other errors of a file system abort the work.
 _UNREADABLE = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError, FileNotFoundError)
 
 

@@ -35,7 +35,7 @@ from efficientnet_ns.files.errors import DataError
 EXTENSIONS = frozenset(
     "avif bmp dib gif heic heif j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp".split()
 )
-# Folders of operating systems, desktops and network disks; names with a leading dot are also hidden.
+# Folders of operating systems, desktops and network disks; names with leading dots are also hidden.
 _SYSTEM_FOLDERS = {
     *"@eadir @recently-snapshot @recycle @tmp #recycle #snapshot $recycle.bin __macosx".split(),
     *"__pycache__ found.000 lost+found recycler".split(),
@@ -203,7 +203,7 @@ _AHEAD = 64  # Images requested before they are needed.
 
 @contextlib.contextmanager
 def _reading_ahead(path: str, entries: Sequence[Entry]) -> Iterator[Reader]:
-    """Yields a reader that requests entries ahead, because requests are slow; best read in order."""
+    """Yields a reader that requests entries ahead because requests are slow; for ordered reads."""
     waiting: deque[tuple[Entry, concurrent.futures.Future]] = deque()
     left = iter(entries)
 
@@ -234,8 +234,8 @@ _OF_THE_FILE = {
 def _walk(path: str, start: str, output: str) -> Contents:
     """Walks real folders before links, so that a folder is always read by the same name."""
     contents = Contents([], [], [], [])
-    # The output may be inside the tree, and its records are not images. If it is the top itself, the
-    # tree is still walked.
+    # The output may be inside the tree, and its records are not images. If it is the top itself,
+    # the tree is still walked.
     ours = {_identity(output), _identity(os.path.join(output, "manifests"))} if output else set()
     ours -= {None, _identity(os.path.join(path, start))}
     seen, folders = set(ours), [start]

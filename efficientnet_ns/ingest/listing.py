@@ -53,10 +53,10 @@ def list_images(
     subfolder: str = "",
     accept_classes: bool = False,
 ) -> Listing:
-    """Lists the images of a folder or archive; with `labeled`, the topmost folders are their classes.
+    """Lists the images of a folder or archive; with `labeled`, the topmost folders are classes.
 
-    A single folder that contains everything in an archive is not a class. Folders without images are
-    also classes, so that class indices do not change if images are added.
+    A single folder that contains everything in an archive is not a class. Folders without images
+    are also classes, so that class indices do not change if images are added.
 
     Args:
       class_names: classes of an earlier set, in order; None for those found, sorted by name.
@@ -254,7 +254,7 @@ def _set_in(name: str) -> str | None:
 def _better_folders(names: list[str]) -> list[str]:
     """Returns the folders whose subfolders contain the images, the best suggestion first.
 
-    The training set is first, because it defines the classes, followed by those with the most images.
+    The training set is first, because it defines the classes, followed by those with most images.
     """
     # Folder → its subfolders with images directly in them, and their numbers of images.
     below: dict[str, Counter] = {}
@@ -301,7 +301,7 @@ def _agreed_names(
         raise DataError(
             f"class {new[0]!r} in {where!r} is not one of the {len(known)} classes of the sets in the "
             f"output folder ({name_lists.shortened(known)}) listed in "
-            f"{names_from}: delete that file if none of these sets remains, or choose another folder"
+            f"{names_from}: delete that file if none of these sets is left, or choose another folder"
         )
     return tuple(known)
 

@@ -37,7 +37,8 @@ class MatFile:
     """Digits of one .mat file: `X` uint8 [32, 32, 3, N] and `y` [N, 1], 1..10 with 10 for 0.
 
     Pixels are loaded on first use and stay in the process that distributes the work (1.6 GB for
-    `extra`, twice that during loading). Each shard's pixels are sent to the process that encodes them.
+    `extra`, twice that during loading). Pixels of each shard are sent to the process that encodes
+    them.
 
     Raises:
       DataError: If the file has another format or a label is out of range.

@@ -1,7 +1,7 @@
-"""Image classification sets of TensorFlow Datasets as a source of encoded images.
+"""Image classification sets of TensorFlow Datasets as sources of encoded images.
 
-Images are copied as the set stores them, without decoding. `tensorflow_datasets` is imported only
-here, and only when it is used.
+Images are copied as stored, without decoding. `tensorflow_datasets` is imported only here, and only
+when it is used.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ PREFIX = "tfds:"
 # A version begins with a digit or an asterisk, a split with a letter or an underscore.
 _SPEC = re.compile(r"tfds:(?P<name>[\w/-]+(:[\d*][\w.*]*)?)(:(?P<split>[A-Za-z_].*))?")
 
-# Sets whose statistics and other constants are those of a task.
+# Sets that use the statistics and other constants of a task.
 KNOWN_TASKS = {"imagenet2012": "imagenet", "svhn_cropped": "svhn"}
-# Names that sets give to their splits → prefix of the records.
+# Name of a split → prefix of its records.
 SPLITS = {
     "train": "train",
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -37,10 +37,10 @@ SPLITS = {
 
 
 def parse(spec: str) -> tuple[str, str | None]:
-    """`tfds:name[/config][:version][:split]` → (what TFDS takes as a name, split or None).
+    """Parses `tfds:name[/config][:version][:split]` into (name for TFDS, split or None).
 
     Raises:
-      DataError: not of this form.
+      DataError: If `spec` has another form.
     """
     match = _SPEC.fullmatch(spec)
     if match is None:
@@ -51,10 +51,10 @@ def parse(spec: str) -> tuple[str, str | None]:
 
 
 def load_builder(name: str, data_dir: str | None):
-    """The TFDS builder of a set on this machine; downloads the set if it is missing.
+    """Returns the TFDS builder of a set; downloads and prepares the set if it is missing.
 
     Raises:
-      DataError: the set is unknown or cannot be downloaded; the message explains what to do.
+      DataError: If the set is unknown or cannot be downloaded; the message explains what to do.
     """
     import tensorflow_datasets as tfds
 
@@ -64,31 +64,31 @@ def load_builder(name: str, data_dir: str | None):
         folder = data_dir or tfds.core.constants.DATA_DIR
         raise DataError(
             f"tfds:{name}: TensorFlow Datasets {tfds.__version__} has no such set, and none was "
-            f"prepared in {folder}. Names: https://www.tensorflow.org/datasets/catalog; for a set of "
-            "your own, pass the folder it was built in as --tfds_data_dir."
+            f"prepared in {folder}. Names: https://www.tensorflow.org/datasets/catalog; for your "
+            "own set, pass the folder in which it was built as --tfds_data_dir."
         ) from e
     if _is_prepared(builder):
         return builder
     logging.info("downloading and preparing tfds:%s in %s", name, builder.data_dir)
     try:
         builder.download_and_prepare()
-    except Exception as e:  # Of urllib, requests, apache_beam, the set's own code …
+    except Exception as e:  # From urllib, requests, apache_beam, the set's code …
         raise DataError(_how_to_get(builder, name, e)) from e
     return builder
 
 
 def _is_prepared(builder) -> bool:
-    # The info of a missing set comes from the package, without files.
+    # For a missing set, the package provides the info without files.
     return tf.io.gfile.exists(os.path.join(str(builder.data_dir), "dataset_info.json"))
 
 
 def root(builder) -> str:
-    """The TFDS folder of a builder, which contains `<name>/[<config>/]<version>`."""
+    """Returns the TFDS folder of a builder, which contains `<name>/[<config>/]<version>`."""
     return str(builder.data_dir)[: -len(builder.info.full_name) - 1]
 
 
 def prepared(name: str, data_dir: str | None) -> list[str]:
-    """Names of a set's configurations that are on this machine, sorted."""
+    """Returns the sorted names of a set's prepared configurations."""
     import tensorflow_datasets as tfds
 
     folder = os.path.expanduser(os.path.join(data_dir or tfds.core.constants.DATA_DIR, name))
@@ -118,14 +118,14 @@ def _how_to_get(builder, name: str, error: Exception) -> str:
 
 
 class Tfds:
-    """One split of a prepared set; examples are read at their places in its files.
+    """One split of a prepared set; examples are read at their positions in its files.
 
     Args:
       builder: a TFDS builder.
       split: name of a split, or a part such as `train[:90%]`.
 
     Raises:
-      DataError: no such split, not exactly one image, or files of another format.
+      DataError: If there is no such split or not exactly one image, or files have another format.
     """
 
     def __init__(self, builder, split: str):
@@ -138,8 +138,8 @@ class Tfds:
             )
         try:
             self._files = [
-                # TFDS cuts parts such as train[:90%] out of files by records; a `take` of -1 is the
-                # rest.
+                # TFDS selects parts such as train[:90%] by records within files; a `take` of -1
+                # means all remaining records.
                 (str(f.filename), int(f.skip), None if f.take < 0 else int(f.take))
                 for f in builder.info.splits[split].file_instructions
             ]
@@ -153,18 +153,18 @@ class Tfds:
             self.class_names = tuple(builder.info.features[self._label].names)
 
     def entries(self) -> list[Entry]:
-        """All examples in the order of the files; labels become known when they are read."""
+        """Lists all examples in file order; labels become known when the examples are read."""
         return list(itertools.chain.from_iterable(map(_entries_of, self._files)))
 
     def is_unlabeled(self) -> bool:
-        """Whether the first example has no true label, as in test sets of competitions."""
+        """Checks whether the first example has no true label, as in test sets of competitions."""
         # Scans the files only up to the first one with an example.
         first = next(filter(None, map(_entries_of, self._files)), [])[:1]
         with self.reader(first) as read:
             return bool(self._label and first) and read(first[0]).label < 0
 
     def labeled_entries(self) -> list[Entry]:
-        """`entries` with labels; reads all examples."""
+        """Returns `entries` with labels; reads all examples."""
         entries = self.entries()
         with self.reader(entries) as read:
             return [entry._replace(label=read(entry).label) for entry in entries]
@@ -175,7 +175,7 @@ class Tfds:
 
         features = tfds.builder_from_directory(self._folder).info.features
         skip_decoding = {}
-        # Other pictures are tensors of pixels, which become PNG below.
+        # Other pictures are pixel tensors, which are encoded as PNG below.
         if isinstance(features[self._image], tfds.features.Image):
             skip_decoding = {self._image: tfds.decode.SkipDecoding()}
         with tfrecords.payload_reader() as payload:
@@ -193,7 +193,7 @@ class Tfds:
 
 
 def _entries_of(file: tuple[str, int, int | None]) -> list[Entry]:
-    """The examples of a file, without the first `skip` ones, `take` of them (None: all)."""
+    """Lists `take` examples of a file (None for all) after the first `skip` ones."""
     path, skip, take = file
     spans = list(tfrecords.spans(path))[skip : None if take is None else skip + take]
     name = os.path.basename(path)
@@ -204,7 +204,7 @@ def _entries_of(file: tuple[str, int, int | None]) -> list[Entry]:
 
 
 def _keys(builder, path: str) -> tuple[str, str | None]:
-    """Names of the image and of the label among the features."""
+    """Returns the names of the image and label features."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -212,7 +212,7 @@ def _keys(builder, path: str) -> tuple[str, str | None]:
     pictures = [key for key, feature in top.items() if _is_picture(feature)]
     labels = [key for key, f in top.items() if isinstance(f, tfds.features.ClassLabel)]
     supervised = builder.info.supervised_keys or ()
-    # Of several, the supervised keys decide.
+    # If there are several, the supervised keys decide.
     image = next((key for key in supervised if key in pictures), None)
     label = next((key for key in supervised if key in labels), None)
     image = image or (pictures[0] if len(pictures) == 1 else None)
@@ -235,13 +235,13 @@ def _is_picture(feature) -> bool:
 
 
 def sets_of(builder) -> dict[str, str]:
-    """Prefix of the records → split, for the splits of a task, including `train`.
+    """Maps the prefix of the records to the split, for the splits of a task, including `train`.
 
     Raises:
-      DataError: no split called train.
+      DataError: If there is no split called train.
     """
     splits = builder.info.splits
-    # Reversed, so that of several names for a set the first in SPLITS counts.
+    # Reversed, so that of several names for a set, the first in SPLITS is used.
     found = {prefix: name for name, prefix in reversed(SPLITS.items()) if name in splits}
     if "train" not in found:
         raise DataError(
@@ -252,7 +252,7 @@ def sets_of(builder) -> dict[str, str]:
 
 
 def task_fields(builder) -> dict[str, object]:
-    """Fields of the task of a known set; empty for others."""
+    """Returns the task fields of a known set; empty for others."""
     known = KNOWN_TASKS.get(builder.name)
     if known is None:
         return {}

@@ -218,10 +218,10 @@ def test_the_cache_is_in_the_tfds_folder_unless_told(tmp_path, data_dir):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"label_data_dir": "somewhere"}, "drop --label_data_dir and --task_name"),
-        ({"task_name": "svhn"}, "drop --label_data_dir and --task_name"),
+        ({"label_data_dir": "somewhere"}, "remove --label_data_dir and --task_name"),
+        ({"task_name": "svhn"}, "remove --label_data_dir and --task_name"),
         ({"data_source": "photos.zip"}, "must be tfds:<name>; .*make_records.py"),
-        ({"data_source": "tfds:tiny_arrows:train"}, "drop the split"),
+        ({"data_source": "tfds:tiny_arrows:train"}, "remove the split"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, data_dir, values, message):

@@ -514,8 +514,8 @@ def test_default_number_of_shards(images, shards):
         ({"source": ""}, "--source and --output_dir"),
         ({"num_shards": 16}, "--num_shards=16 is more than 15"),
         ({"validation_fraction": 1.0}, "--validation_fraction=1.0 must be below 1"),
-        ({"validation_fraction": 0.5, "labeled": False}, "needs labeled images"),
-        ({"imagenet_labels": True, "labeled": False}, "--imagenet_labels needs labeled images"),
+        ({"validation_fraction": 0.5, "labeled": False}, "requires labeled images"),
+        ({"imagenet_labels": True, "labeled": False}, "--imagenet_labels requires labeled images"),
     ],
 )
 def test_settings_that_cannot_work(tmp_path, values, message):

@@ -173,7 +173,7 @@ def test_a_tar_with_everything_adds_up(tmp_path, caplog, kind):
     found = sums(caplog)
     assert found["records"] == 15 + 1 + 4 == len(contents(tmp_path / "out"))
     bad = {path.removeprefix("all/all/"): why for path, why in quarantine(tmp_path / "out").items()}
-    assert bad["bee/nothing.png"].endswith("ant/none.png, which is not there")
+    assert bad["bee/nothing.png"].endswith("ant/none.png, which does not exist")
     assert bad["bee/outside.png"] == bad["bee/absolute.png"] == "a link out of the archive"
     assert bad["bee/pipe.png"] == "not a file but a pipe, device or similar"
     assert bad.keys() >= {"bee/circle.png", "bee/broken/", "loose.png"} and len(bad) == 8
@@ -410,17 +410,17 @@ def test_a_subfolder_in_another_unicode_form(tmp_path):
     [
         (
             ("seg_train/seg_train/sea", "seg_train/seg_train/street", "seg_test/seg_test/sea"),
-            "are sets, not classes: seg_test, seg_train. Give one of them: "
+            "are sets, not classes: seg_test, seg_train. Pass one of them: "
             "--subfolder=seg_train/seg_train --image_set=train. If",
         ),
         (
             ("Train/0", "Train/1", "Test", "Meta"),
-            "are sets, not classes: Test, Train. Give one of them: "
+            "are sets, not classes: Test, Train. Pass one of them: "
             "--subfolder=Train --image_set=train",
         ),
         (
             ("PetImages/Cat", "PetImages/Dog"),
-            "all images of 'PetImages' are in folders below it. Give one of them: "
+            "all images of 'PetImages' are in folders below it. Pass one of them: "
             "--subfolder=PetImages. If",
         ),
         (("cats", "dogs/small", "dogs/large"), "all images of 'dogs' are in folders below it"),
