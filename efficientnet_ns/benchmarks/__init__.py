@@ -1,1 +1,1 @@
-"""What `python -m efficientnet_ns.benchmark` measures: one module per part of the product."""
+"""The measurements of `python -m efficientnet_ns.benchmark`: one module per part of the package."""

@@ -1,7 +1,7 @@
-"""What XLA makes of one update: kernels, the bytes they move, transfers to the host. Nothing is run.
+"""Counts kernels, moved bytes and host transfers of one update compiled by XLA, without running it.
 
-XLA compiles for the CPU of this machine. Compilers for other devices fuse differently, but start from the same
-operations, so what a part of the update adds is comparable.
+XLA compiles for the CPU of this machine. Compilers for other devices fuse differently, but start
+from the same operations, so the cost that a part of the update adds is comparable.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from efficientnet_ns.benchmarks import training
 from efficientnet_ns.benchmarks.tables import Row
 from efficientnet_ns.config import BenchmarkConfig
 
-# Instructions that name or rename memory; every other one of the entry computation is a kernel.
+# Instructions that only name memory; all others in the entry computation are kernels.
 _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
 _TRANSFERS = {"infeed", "outfeed", "send", "recv"}
 # `  ROOT %name = f32[8,64]{1,0} add(%a, %b), …`; the type of a tuple is in parentheses.
@@ -27,12 +27,12 @@ _BYTES = {"pred": 1, "bf16": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """An executable of XLA.
+    """Counts of an XLA executable.
 
     Attributes:
-      kernels: instructions that compute or copy.
-      megabytes: what they read and write, each operand and result once per kernel.
-      transfers: instructions that exchange data with the host in mid-step.
+      kernels: number of instructions that compute or copy.
+      megabytes: data that they read and write, each operand and result once per kernel.
+      transfers: number of instructions that exchange data with the host during the step.
     """
 
     kernels: int
@@ -41,7 +41,7 @@ class Counted:
 
 
 def run(config: BenchmarkConfig) -> list[Row]:
-    """Kernels, bytes and transfers of an update, without and with what a student's update adds.
+    """Counts kernels, bytes and transfers of a plain update and of a student's complete update.
 
     Compiling takes minutes for large models.
     """
@@ -49,7 +49,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
     (plain_name, plain), (name, whole) = (
         (training.OWN_UPDATES[key], count(optimized_hlo(key, config))) for key in ("ours", "whole")
     )
-    # uint8 pixels, and an int32 label each.
+    # uint8 pixels and one int32 label per image.
     images = config.batch_size * (3 * config.image_size**2 + 4)
     return [
         Row(f"{what}: {plain_name}", plain.kernels, "kernels"),
@@ -68,7 +68,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
 
 
 def optimized_hlo(key: str, config: BenchmarkConfig) -> str:
-    """XLA's text of an update of `training.OWN_UPDATES` after all optimizations."""
+    """Returns XLA's text of an update of `training.OWN_UPDATES` after all optimizations."""
     compiled = tf.function(training.UPDATES[key](config), jit_compile=True)
     batch = training.random_batch(config)
     return compiled.experimental_get_compiler_ir(batch)(stage="optimized_hlo")
@@ -78,7 +78,7 @@ def count(hlo: str) -> Counted:
     """Counts the instructions of the entry computation of an HLO module in text form."""
     sizes: dict[str, float] = {}
     kernels, transfers, moved = 0, 0, 0.0
-    # What comes before the entry are the insides of fused kernels and of loops.
+    # The text before the entry contains the bodies of fused kernels and loops.
     for line in hlo[hlo.index("\nENTRY") :].splitlines():
         found = _INSTRUCTION.match(line)
         if not found:
@@ -94,6 +94,6 @@ def count(hlo: str) -> Counted:
 
 
 def _size(dtype: str, shape: str) -> float:
-    """Bytes of an array: ("f32", "8,64") → 2048."""
+    """Returns the bytes of an array: ("f32", "8,64") → 2048."""
     item = _BYTES.get(dtype) or int(re.sub(r"\D", "", dtype) or 0) / 8
     return item * math.prod(int(side) for side in shape.split(",") if side)

@@ -1,9 +1,9 @@
-"""Time that other libraries take to turn encoded photos into pixels: PIL, OpenCV, PyTorch.
+"""Measures how fast other libraries convert encoded photos to pixels: PIL, OpenCV, PyTorch.
 
-Each peer is a function that handles some images on one thread. Training peers crop at random, flip and
-apply two operations, evaluation peers take the center crop; all resize bicubically to uint8, timm to
-normalized float32 as well, its default. Each library has a process of its own: some crash next to
-TensorFlow.
+Each peer is a function that processes some images on one thread. Training peers crop at random,
+flip and apply two operations; evaluation peers use the center crop. All resize bicubically to
+uint8; timm also to normalized float32, its default. Each library runs in a separate process,
+because some crash in a process with TensorFlow.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Prepare = Callable[[bytes], object]
 def installed(
     encoded: list[bytes], size: int, chunk: int
 ) -> Iterator[dict[str, Callable[[], int]]]:
-    """Name of each installed peer → function that handles `chunk` of the images.
+    """Maps the name of each installed peer to a function that processes `chunk` images.
 
     Args:
       encoded: JPEG images.
@@ -42,7 +42,7 @@ def installed(
     peers: dict[str, Callable[[], int]] = {}
     with contextlib.ExitStack() as stack:
         for library in _LIBRARIES:
-            # Spawned, because a fork would bring TensorFlow along.
+            # Spawned, because a fork would inherit TensorFlow.
             process = concurrent.futures.ProcessPoolExecutor(
                 1, mp_context=multiprocessing.get_context("spawn")
             )
@@ -50,7 +50,7 @@ def installed(
             try:
                 kinds = process.submit(_start, library, encoded, size).result()
             except (ImportError, concurrent.futures.process.BrokenProcessPool) as e:
-                logging.warning("%s is left out: %s (requirements-peers.txt)", library, e)
+                logging.warning("%s is skipped: %s (requirements-peers.txt)", library, e)
                 continue
             for kind in kinds:
                 peers[f"{library}{kind}"] = functools.partial(_work, process, kind, chunk)
@@ -61,12 +61,12 @@ def _work(process: concurrent.futures.Executor, kind: str, chunk: int) -> int:
     return process.submit(_handle, kind, chunk).result()
 
 
-_images: list[Iterator[bytes]] = []  # Of the peer's process: one, without end.
+_images: list[Iterator[bytes]] = []  # In the peer's process: one infinite iterator.
 _kinds: dict[str, Prepare] = {}
 
 
 def _start(library: str, encoded: list[bytes], size: int) -> list[str]:
-    """Prepares this process for a library; its kinds of work."""
+    """Prepares this process for a library; returns its kinds of work."""
     _images.append(itertools.cycle(encoded))
     _kinds.update(_made(library, size))
     return list(_kinds)
@@ -79,7 +79,7 @@ def _handle(kind: str, chunk: int) -> int:
 
 
 def _made(library: str, size: int) -> dict[str, Prepare]:
-    """Kind of work → how the library prepares an image; ImportError if it is not installed."""
+    """Maps kinds of work to the library's functions; ImportError if it is not installed."""
     needed, make = _LIBRARIES[library]
     for name in needed:
         importlib.import_module(name)
@@ -124,7 +124,7 @@ def _torchvision(size: int) -> dict[str, Prepare]:
     evaluate = v2.Compose([v2.Resize(resized, interpolation=cubic), v2.CenterCrop(size)])
 
     def decoded(image: bytes) -> torch.Tensor:
-        # PyTorch warns about buffers that cannot be written, which bytes are.
+        # PyTorch warns about read-only buffers such as bytes.
         content = torch.frombuffer(bytearray(image), dtype=torch.uint8)
         return decode_jpeg(content, mode=ImageReadMode.RGB)
 
@@ -137,7 +137,7 @@ def _albumentations(size: int) -> dict[str, Prepare]:
     import simplejpeg
 
     cv2.setNumThreads(1)
-    # What RandAugment's operations correspond to, in their order; there is no SolarizeAdd.
+    # Equivalents of RandAugment's operations, in the same order; there is no SolarizeAdd.
     operations = [
         A.AutoContrast(p=1),
         A.Equalize(p=1),
@@ -182,7 +182,7 @@ def _opencv(size: int) -> dict[str, Prepare]:
     return {EVAL: evaluate}
 
 
-# Name → (modules it needs, function of the image size that makes its `{kind: prepare}`).
+# Name → (required modules, function of the image size that returns `{kind: prepare}`).
 _LIBRARIES: dict[str, tuple[tuple[str, ...], Callable[[int], dict[str, Prepare]]]] = {
     "timm": (("timm", "PIL"), _timm),
     "torchvision v2": (("torchvision",), _torchvision),

@@ -1,8 +1,8 @@
-"""Images per second of the input pipeline, stage by stage, against other libraries.
+"""Measures images per second of the input pipeline, by stage, and compares other libraries.
 
-"One core" is one thread, for us and for the peers (`input_peers`), that turns encoded bytes in memory
-into pixels. Ours are batches of uint8 if augmented, else of float32, not normalized, which is the
-model's first layer.
+"One core" means one thread, for this package and its peers (`input_peers`), that converts encoded
+bytes in memory to pixels. The results of this package are batches of uint8 if augmented, else of
+float32. They are not normalized, because normalization is the model's first layer.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from efficientnet_ns.files.paths import listed
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}$")
-_MOST_IMAGES = 512  # Kept in memory.
+_MOST_IMAGES = 512  # Maximum number of images in memory.
 _CHUNK = 16  # Images per batch, and between two readings of the clock.
-# Each of the fifty single stages, which show where the time goes, gets this share of the duration of
-# the measurements that are compared.
+# Each of the fifty single stages, which show where time is spent, runs for this fraction of the
+# duration of the compared measurements.
 _STAGE_SHARE = 0.1
 _LAYERS, _MAGNITUDE = 2, 27
 
@@ -37,7 +37,7 @@ def run(settings: BenchmarkConfig) -> list[Row]:
     """Measures all stages; `settings.data` is a folder of images or of records.
 
     Raises:
-      ConfigError: the folder has neither.
+      ConfigError: If the folder has neither.
     """
     files, encoded = encoded_images(settings.data)
     stages = {
@@ -48,7 +48,7 @@ def run(settings: BenchmarkConfig) -> list[Row]:
     wholes = _wholes(encoded, settings.image_size)
     parts = measure(stages, settings.seconds * _STAGE_SHARE)
     with input_peers.installed(encoded, settings.image_size, _CHUNK) as peers:
-        # Short turns: a disturbance of a second affects few of them.
+        # Turns are short, so that a disturbance of a second affects only few of them.
         measured = measure({**wholes, **peers}, settings.seconds, turns=9)
     rows = _one_core(parts, stages) + _one_core(measured, wholes)
     rows += _against_peers(measured, list(peers))
@@ -77,17 +77,17 @@ def _against_peers(measured: Measured, peers: list[str]) -> list[Row]:
 
 
 def encoded_images(folder: str) -> tuple[list[str], list[bytes]]:
-    """Paths of the image or record files in a folder, and encoded images from them.
+    """Returns the paths of the image or record files in a folder, and encoded images from them.
 
-    Without a folder, no paths and generated images.
+    If `folder` is empty, returns no paths and generated images.
 
     Raises:
-      ConfigError: the folder has neither images nor records.
+      ConfigError: If the folder has neither images nor records.
     """
     if not folder:
         return [], _made_images()
     above = listed(folder, r"[^.].*")
-    # The folder and those in it, such as class folders.
+    # The folder and its subfolders, such as class folders.
     paths = sorted(itertools.chain(above, *(listed(f, r"[^.].*") for f in above)))
     shards = [path for path in paths if _SHARD.fullmatch(path)]
     pictures = [path for path in paths if path.lower().endswith(_SUFFIXES)]
@@ -106,7 +106,7 @@ def encoded_images(folder: str) -> tuple[list[str], list[bytes]]:
 
 
 def _made_images(count: int = 48, height: int = 400, width: int = 500) -> list[bytes]:
-    """JPEGs with the detail of photographs: noise of several scales, seeded."""
+    """Generates JPEGs with the detail of photographs: seeded noise at several scales."""
     rng = np.random.default_rng(0)
 
     def picture() -> bytes:
@@ -131,14 +131,14 @@ def _one_thread() -> tf.data.Options:
 
 
 def _worker(data: tf.data.Dataset, function: Callable[..., tf.Tensor]) -> Callable[[], int]:
-    """Maps `function(element, seed)` over the endlessly repeated `data`, on one thread.
+    """Maps `function(element, seed)` over the infinitely repeated `data` on one thread.
 
-    The results have one shape and come in batches: passing single ones to Python would take a third of
-    the time of the whole pipeline.
+    The results have one shape and are batched, because passing them to Python one by one would take
+    a third of the time of the entire pipeline.
     """
     mapped = data.repeat().enumerate().map(lambda index, x: function(x, tf.stack([index, 0])))
     batches = mapped.batch(_CHUNK, drop_remainder=True).with_options(_one_thread())
-    # Begun by the first call, which warms up.
+    # Started by the first call, which warms up.
     iterator: list[Iterator] = []
 
     def work() -> int:
@@ -172,7 +172,7 @@ def _stages(encoded: list[bytes], size: int) -> dict[str, Callable[[], int]]:
 
     crops = source.enumerate().map(lambda i, image: random_crop(image, tf.stack([i, 0]))).cache()
     floats = crops.map(lambda image: images.resize(image, size)).take(64).cache()
-    # Images of different shapes do not fit into a batch, but their sizes do.
+    # Images of different shapes cannot be batched, but their sizes can.
     return {
         "decode": _worker(source, lambda image, _: tf.size(images.decode(image))),
         "decode a random crop": _worker(source, lambda *args: tf.size(random_crop(*args))),
@@ -183,7 +183,7 @@ def _stages(encoded: list[bytes], size: int) -> dict[str, Callable[[], int]]:
 
 
 def _op_stages(encoded: list[bytes], size: int) -> dict[str, Callable[[], int]]:
-    """Every op at the published magnitude, and the policies made of them, on uint8 images."""
+    """Returns stages for every op at the published magnitude and for the policies that use them."""
     source = tf.data.Dataset.from_tensor_slices(encoded[:64])
     pixels = source.map(lambda image: images.to_uint8(images.eval_image(image, size))).cache()
 
@@ -193,7 +193,7 @@ def _op_stages(encoded: list[bytes], size: int) -> dict[str, Callable[[], int]]:
         )
 
         def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-            # They differ from image to image, but take no time to draw.
+            # They differ between images, but take no time to draw.
             draws = tf.fill([4], tf.cast(seed[0] % 16, tf.float32) / 16)
             return levels.apply_op(name, args, "original", image, draws)
 
@@ -256,7 +256,7 @@ def _all_cores(encoded: list[bytes], settings: BenchmarkConfig) -> list[Row]:
         )
         return lambda: len(next(batches))
 
-    # One after the other, since each fills its buffers on all cores even while another is measured.
+    # One after another, because each fills its buffers on all cores even while another is measured.
     rows = []
     for name, preprocessing in _preprocessings(settings.image_size).items():
         rate = measure({name: worker(preprocessing)}, settings.seconds).rate(name)

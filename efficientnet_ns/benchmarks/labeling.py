@@ -1,9 +1,9 @@
-"""Labeling end to end, from records to predictions with their index, against its limits.
+"""Measures labeling end to end, from records to predictions with their index.
 
-Of each engine that is installed: predict, and the bare engine on tensors in memory. Peers: the same
-network in `tf.keras.applications` under `tf.function`, on decoded images, with TensorFlow's defaults
-and without its oneDNN kernels, as on CPUs without AVX512_VNNI; ONNX Runtime, if it and tf2onnx are
-installed.
+For each installed engine, this measures predict and, as its limit, the bare engine on tensors in
+memory. Peers are the same network in `tf.keras.applications` under `tf.function`, on decoded
+images, with TensorFlow's defaults and without its oneDNN kernels, as on CPUs without AVX512_VNNI;
+and ONNX Runtime, if it and tf2onnx are installed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from efficientnet_ns.models import weights
 from efficientnet_ns.pseudo_labels import predict
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
-_FIRST_IMAGES = 64  # Of the shard that warms up.
+_FIRST_IMAGES = 64  # Number of images in the warm-up shard.
 _TURNS = 5
 _KERAS = keras_peer.NAME
-# Engine → its settings. XNNPACK, which is always there, is what the others are compared with.
+# Engine → its settings. XNNPACK, which is always available, is the baseline for the others.
 _ENGINES = {
     "xnnpack": {"inference_engine": "xnnpack"},
     "openvino": {"inference_engine": "openvino"},
@@ -42,13 +42,13 @@ _ENGINES = {
 
 
 def run(config: BenchmarkConfig) -> list[tables.Row]:
-    """Images per second of all contenders, measured in turns.
+    """Measures images per second of all contenders in turns.
 
-    In each turn, predict labels a shard that takes about `config.seconds`, so that costs per shard
-    are as small as in real ones.
+    In each turn, predict labels a shard that takes about `config.seconds`, so that the relative
+    cost per shard is as small as for real shards.
 
     Raises:
-      ConfigError: `config.data` has no images, or Keras does not have the model.
+      ConfigError: If `config.data` has no images or Keras does not have the model.
     """
     _, images = inputs.encoded_images(config.data)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -71,7 +71,7 @@ def run(config: BenchmarkConfig) -> list[tables.Row]:
 
 
 def _ratios(measured: tables.Measured, engine_names: list[str]) -> list[tables.Row]:
-    """Each engine's predict against its bare engine, the peers, and predict with XNNPACK."""
+    """Compares each engine's predict with its bare engine, the peers, and predict with XNNPACK."""
     rows = []
     for name in engine_names:
         own = f"predict, {name}"
@@ -90,18 +90,18 @@ def _works(config: BenchmarkConfig, images: list[bytes], folder: str) -> dict[st
         try:
             works[name] = _Work(config, images, os.path.join(folder, name), engine)
         except engines.EngineError as e:
-            logging.warning("%s is left out: %s", name, e)
+            logging.warning("%s is skipped: %s", name, e)
     return works
 
 
 class _Work:
-    """A teacher with random weights, and a shard of records for it.
+    """A teacher with random weights and a shard of records for it.
 
     Args:
-      engine: settings that name the engine.
+      engine: settings that select the engine.
 
     Raises:
-      EngineError: it is not installed, or the CPU lacks something.
+      EngineError: If the engine is not installed or the CPU does not support it.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class _Work:
         tf.io.gfile.makedirs(folder)
         weights.save_weights(self.model, settings.predict.predict_ckpt_path)
         self.teacher = predict.TeacherPredictor(self._resolved, settings.predict.predict_ckpt_path)
-        # Pixels for the bare engine, which decodes nothing.
+        # Pixels for the bare engine, which does not decode images.
         self._ready = np.random.default_rng(0).uniform(
             0, 255, [self.teacher.group, *self.model.input_shape[1:]]
         )
@@ -135,15 +135,15 @@ class _Work:
         tfrecords.write_sharded(self._settings.data.unlabel_data_dir, "train", chosen, 1)
 
     def decoded(self, images: list[bytes]) -> np.ndarray:
-        """The evaluation crops of the images: float32 [N, S, S, 3]."""
+        """Returns the evaluation crops of the images, float32 [N, S, S, 3]."""
         evaluate = self._resolved.preprocessing().evaluate
         return tf.stack([evaluate(image) for image in images]).numpy()
 
     def label_shard(self) -> int:
-        """Labels the shard into a new folder; the first, short one determines the size of the next."""
+        """Labels the shard into a new folder; the first, short run sets the size of the next."""
         self._runs += 1
         folder = os.path.join(self._folder, str(self._runs))
-        # In the folder of another run, the shard would be finished and skipped.
+        # In the folder of an earlier run, the shard would already be finished and be skipped.
         settings = self._settings.override(output_dir=folder, info_dir=folder)
         start = time.perf_counter()
         images = predict.predict(settings, teacher=self.teacher)["records"]
@@ -153,13 +153,13 @@ class _Work:
         return images
 
     def bare_engine(self) -> int:
-        """All threads of the engine, each on its own group of images."""
+        """Runs all threads of the engine, each on a separate group of images."""
         engine = self.teacher.engine
         return _in_threads(engine.concurrency, 8, lambda: engine(self._ready))
 
 
 def _in_threads(threads: int, rounds: int, work: Callable[[], np.ndarray]) -> int:
-    """Total rows that `work` returns, called `rounds` times on each of `threads` threads."""
+    """Calls `work` `rounds` times on each of `threads` threads; returns the total rows."""
 
     def one_thread(_: int) -> int:
         return sum(len(work()) for _ in range(rounds))
@@ -169,9 +169,9 @@ def _in_threads(threads: int, rounds: int, work: Callable[[], np.ndarray]) -> in
 
 
 def _keras(model_name: str, pixels: np.ndarray) -> Callable[[], int]:
-    """Inference of the same network of Keras."""
+    """Returns a function that runs inference of the same network of Keras."""
     model = keras_peer.build(model_name)
-    # Keras builds the variant at its own resolution.
+    # Keras builds the variant at its default resolution.
     batch = tf.image.resize(pixels, model.input_shape[1:3])
     step = tf.function(lambda x: model(x, training=False))
 
@@ -183,18 +183,18 @@ def _keras(model_name: str, pixels: np.ndarray) -> Callable[[], int]:
 
 @contextlib.contextmanager
 def _without_onednn(model_name: str, pixels: np.ndarray) -> Iterator[Callable[[], int]]:
-    """`_keras` in its own process, since TensorFlow reads the variable only once."""
+    """Runs `_keras` in a separate process, because TensorFlow reads the variable only once."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
         1, mp_context=context, initializer=_start_peer, initargs=(model_name, pixels)
     ) as pool:
-        # The process starts with its first task, and takes the environment over then.
+        # The process starts with its first task and inherits the environment at that time.
         with tables.environment(**{tables.ONEDNN: "0"}):
             pool.submit(_peer_works).result()
         yield lambda: pool.submit(_peer_works).result()
 
 
-_peer: list[Callable[[], int]] = []  # Of the process without oneDNN: one.
+_peer: list[Callable[[], int]] = []  # In the process without oneDNN: a single one.
 
 
 def _start_peer(model_name: str, pixels: np.ndarray) -> None:
@@ -206,12 +206,12 @@ def _peer_works() -> int:
 
 
 def _onnxruntime(model: tf.keras.Model, pixels: np.ndarray) -> dict[str, Callable[[], int]]:
-    """The same network in ONNX Runtime, on all cores and per core; empty if not installed."""
+    """Runs the same network in ONNX Runtime, on all cores and per core; empty if not installed."""
     try:
         import onnxruntime
         import tf2onnx
     except ImportError as e:
-        logging.warning("ONNX Runtime is left out: %s (pip install onnxruntime tf2onnx)", e)
+        logging.warning("ONNX Runtime is skipped: %s (pip install onnxruntime tf2onnx)", e)
         return {}
     signature = [tf.TensorSpec([None, *model.input_shape[1:]], tf.float32, name="pixels")]
     proto, _ = tf2onnx.convert.from_keras(model, input_signature=signature, opset=17)

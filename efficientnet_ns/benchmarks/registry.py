@@ -1,4 +1,4 @@
-"""What `benchmark.py` can measure, and how its results are printed and written."""
+"""Runs the measurements of `benchmark.py`, and formats and writes their results."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from efficientnet_ns.benchmarks import tables
 from efficientnet_ns.config import BenchmarkConfig, ConfigError
 from efficientnet_ns.files import json_files
 
-# --what → module with `run(BenchmarkConfig) -> list[tables.Row]`. Modules are imported when chosen:
-# each needs other peers.
+# --what → module with `run(BenchmarkConfig) -> list[tables.Row]`. Modules are imported only when
+# selected, because each requires different peers.
 _MODULES = {
     "input": "inputs",
     "train": "training",
@@ -22,10 +22,10 @@ _MODULES = {
 
 
 def run(options: BenchmarkConfig) -> str:
-    """Measures `options.what`; the table, which with `json_file` is written there too.
+    """Measures `options.what`, returns the table and writes the results to any `json_file`.
 
     Raises:
-      ConfigError: `what` is not given, or another setting does not fit.
+      ConfigError: If `what` is not given or another setting does not fit.
     """
     if not options.what:
         raise ConfigError(f"--what is required: one of {', '.join(_MODULES)}")

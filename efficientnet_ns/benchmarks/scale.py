@@ -1,9 +1,9 @@
-"""What each host of a training reads, by arithmetic: no file is made, no byte is read.
+"""Calculates what each host reads in training, without making or reading any file.
 
-The set is described by --files, --records and --record_bytes; where a host reads comes from the code
-that plans it in training, `data.streams`. Files are those of an object store, of which TensorFlow
-reads GCS_READ_CACHE_BLOCK_SIZE_MB at a time, to the end of the file at most; listings have 1000 names
-a page, and begin with a question of one name.
+--files, --records and --record_bytes describe the set. `data.streams`, which also plans the reads
+in training, determines where a host reads. Files are on an object store, from which TensorFlow
+reads GCS_READ_CACHE_BLOCK_SIZE_MB at a time, up to the end of the file. Listings have 1000 names
+per page and begin with a request for one name.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from efficientnet_ns.files import shard_names, tfrecords
 from efficientnet_ns.models import efficientnet
 
 _PAGE = 1000  # Names per request of a listing.
-_NAME_BYTES = 100  # Of a listing, per name.
-_RESUMES = 5  # Steps at which to resume.
+_NAME_BYTES = 100  # Bytes of a listing per name.
+_RESUMES = 5  # Number of steps at which to resume.
 
 
 def run(config: BenchmarkConfig) -> list[Row]:
-    """Bytes and requests of the host that reads most, when it starts, steps, resumes and restores.
+    """Returns bytes and requests of the host that reads most, to start, step, resume and restore.
 
     Raises:
-      ConfigError: the hosts do not divide the batch.
+      ConfigError: If the batch is not divisible by the hosts.
     """
     if config.batch_size % config.hosts:
         raise ConfigError(
-            f"--batch_size={config.batch_size} does not divide by --hosts={config.hosts}"
+            f"--batch_size={config.batch_size} is not divisible by --hosts={config.hosts}"
         )
     described = _Described(config)
     steps = max(1, config.records // config.batch_size)
@@ -56,7 +56,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
         "resume, mean": tuple(np.mean(resumes, axis=0)),
         "resume, most": tuple(np.max(resumes, axis=0)),
         f"restore of {config.model_name}": (checkpoint, _requests(checkpoint)),
-        # The input for its name and for its shards, the output for those that are finished.
+        # The input for its name and for its shards, and the output for finished shards.
         "predict, start": 3 * listing,
     }
     rows = [Row("epoch, bytes", epoch[0] / 1e6, "MB", epoch[0] / even, "1/hosts of the set")]
@@ -68,7 +68,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
 
 
 def _block() -> int:
-    # Unless told otherwise, TensorFlow reads 64 MB.
+    # By default, TensorFlow reads 64 MB.
     return int(os.environ.get("GCS_READ_CACHE_BLOCK_SIZE_MB", "64")) << 20
 
 
@@ -77,7 +77,7 @@ def _requests(size: float) -> int:
 
 
 class _Described:
-    """A set that is not there, and what the hosts of a training read of it."""
+    """A hypothetical set and what hosts read of it in training."""
 
     def __init__(self, config: BenchmarkConfig):
         counts = [len(part) for part in np.array_split(np.arange(config.records), config.files)]
@@ -96,11 +96,11 @@ class _Described:
         self._hosts = [self._plan.streams(share) for share in shares]
 
     def epoch(self) -> tuple[float, float]:
-        """(bytes, requests) of an epoch."""
+        """Returns (bytes, requests) of an epoch."""
         return self._most(lambda stream: self._plan.run(stream, tf.constant(0, tf.int64)))
 
     def resume(self, step: int) -> tuple[float, float]:
-        """(bytes, requests) until the first batch from a step on: the windows that it falls into."""
+        """Returns (bytes, requests) before the first batch from `step`: its windows."""
         start = step * self._plan.batch_size
         epoch = tf.constant(start // self.source.total, tf.int64)
 
@@ -113,8 +113,8 @@ class _Described:
         return self._most(part)
 
     def _most(self, part) -> tuple[float, float]:
-        """(bytes, requests) of the host that reads most of the parts of its streams' runs."""
-        # The order of one epoch stands for that of all.
+        """Returns (bytes, requests) of the host whose parts of its streams' runs are largest."""
+        # The order of one epoch represents all epochs.
         order = self._plan.order(tf.constant(0, tf.int64))
         places = tf.function(lambda stream: self._plan.layout.places(order, *part(stream)))
         streams = tf.range(self._plan.num_streams, dtype=tf.int64)
@@ -124,18 +124,18 @@ class _Described:
         return float(size), float(requests)
 
     def _cost(self, file, offset, skip, take, _) -> tuple[float, float]:
-        """(bytes, requests) of some places."""
+        """Returns (bytes, requests) of some places."""
         left = self._sizes[file.numpy()] - offset.numpy()
         requests = -(-(skip + take).numpy() * self._record // _block())
         return np.minimum(requests * _block(), left).sum(), requests.sum()
 
 
 def _checkpoint_bytes(model_name: str) -> int:
-    """Of a training: weights and their averages, and of what is trained two slots."""
+    """Returns the bytes of a checkpoint: weights, averages, and two slots per trained weight."""
     model = efficientnet.build_model(model_name)
     weights, trained = (
         sum(int(np.prod(w.shape)) for w in some)
         for some in (model.weights, model.trainable_weights)
     )
-    # float32, and everything twice: weights and averages, two slots.
+    # float32, and everything twice: weights and averages; two slots.
     return 4 * 2 * (weights + trained)

@@ -1,4 +1,4 @@
-"""Statistics, selection and report on a generated index of any size."""
+"""Measures statistics, selection and report on a generated index of any size."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import SELECTION, select
 
 _SHARDS = 128
-_BYTES_PER_ROW = 30  # Index, selection and what is spilled; measured below 20.
+_BYTES_PER_ROW = 30  # Index, selection and spilled data; measured below 20.
 # The paper's 130,000 images per class out of 300 million for 1000 classes.
 _SHARE_WANTED = 130_000 * 1000 / 300e6
 
 
 def run(config: BenchmarkConfig) -> list[Row]:
-    """Generates `rows` predictions of `classes` classes below `data`, and selects from them.
+    """Generates `rows` predictions of `classes` classes in `data` and selects from them.
 
-    Selection and report have their own processes, so that their peak memory is known.
+    Selection and report run in separate processes, so that their peak memory is known.
 
     Raises:
-      ConfigError: the disk is too small.
+      ConfigError: If the disk is too small.
     """
     with tempfile.TemporaryDirectory(dir=config.data or None) as folder:
         free = shutil.disk_usage(folder).free
         if free < _BYTES_PER_ROW * config.rows:
             raise ConfigError(
                 f"--rows={config.rows} need {_BYTES_PER_ROW * config.rows >> 20} MB below "
-                f"{folder}, which has {free >> 20} MB free: give another folder as --data"
+                f"{folder}, which has {free >> 20} MB free: pass another folder as --data"
             )
         settings = SelectConfig(
             unlabel_data_dir=folder,
@@ -106,8 +106,8 @@ def _measured_report(settings: SelectConfig) -> list[Row]:
 def _in_own_process(
     work: Callable[[SelectConfig], object], settings: SelectConfig
 ) -> tuple[Any, float, float, float]:
-    """(result, seconds, peak of memory in MB before and after)."""
-    # Spawned, since TensorFlow's threads do not survive a fork.
+    """Returns (result, seconds, peak memory in MB before and after)."""
+    # Spawned, because TensorFlow's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_watched, work, settings).result()
@@ -124,7 +124,7 @@ def _shard_rows(rows: int, shard: int) -> int:
 
 
 def _make_images(settings: SelectConfig, rows: int) -> None:
-    """Writes the images of the shards that a report takes pictures from."""
+    """Writes the images of the shards from which a report takes pictures."""
     example = tfexamples.unlabeled_example(tf.io.encode_png(tf.zeros([8, 8, 3], tf.uint8)).numpy())
     for shard in range(ReportConfig().report_shards):
         images = itertools.repeat(example, _shard_rows(rows, shard))
@@ -134,7 +134,7 @@ def _make_images(settings: SelectConfig, rows: int) -> None:
 def make_index(settings: SelectConfig, rows: int) -> None:
     """Writes the index of `rows` predictions; the prediction files are empty.
 
-    Classes differ in size by a factor of about 50, and in confidence; more than half of the
+    Classes differ in confidence and, by a factor of about 50, in size. More than half of the
     predictions are above 0.3.
     """
     classes = settings.num_label_classes
@@ -152,7 +152,7 @@ def make_index(settings: SelectConfig, rows: int) -> None:
         path = os.path.join(settings.prediction_dir, name)
         with index.IndexWriter(path, shard, 0) as writer:
             writer.add(labels, probs)
-        # It only has to be there: what is selected from is the index.
+        # The file must only exist, because the selection reads the index.
         open(index.prediction_path(settings, shard, 0), "wb").close()
 
     with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:

@@ -1,8 +1,9 @@
-"""Exported models on decoded images: throughput and latency by batch size, threads and oneDNN.
+"""Measures exported models on decoded images by batch size, threads and oneDNN.
 
-Peers: the export without optimization, TensorFlow Lite, and the same network in
-`tf.keras.applications`. All SavedModels run in TensorFlow's session loader, as in a server. A process
-has one thread pool and one kind of kernels, so each situation has its own process.
+Peers of the throughput and latency are the export without optimization, TensorFlow Lite, and the
+same network in `tf.keras.applications`. All SavedModels run in TensorFlow's session loader, as in a
+server. A process has one thread pool and one kind of kernels, so each situation has a separate
+process.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _LATENCIES = 40
 _TURNS = 15
 _KERAS, _LITE = keras_peer.NAME, "TFLite float32"
 _CPU, _NONE, _BFLOAT16 = "SavedModel cpu", "SavedModel none", "SavedModel cpu bfloat16"
-# Contender → what it is compared with.
+# Contender → its peer.
 _PEERS = {_CPU: _NONE, _LITE: _KERAS, _BFLOAT16: _CPU}
 
 
 class Situation(NamedTuple):
-    """The number of threads, and whether TensorFlow uses oneDNN kernels."""
+    """The number of threads and whether TensorFlow uses oneDNN kernels."""
 
     threads: int
     onednn: bool
@@ -67,11 +68,11 @@ def _situations(config: BenchmarkConfig) -> list[Situation]:
 
 
 def _export(config: BenchmarkConfig, folder: str) -> None:
-    """Writes a folder or file per contender, with random weights."""
+    """Writes a folder or file with random weights for each contender."""
     settings = Config().override(model_name=config.model_name, input_image_size=config.image_size)
     resolved = ResolvedConfig.from_config(settings)
     model = resolved.build_model()
-    # Layers take the policy that is global when they are made.
+    # Layers use the policy that is global when they are created.
     tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
     reduced = resolved.build_model()
     tf.keras.mixed_precision.set_global_policy("float32")
@@ -91,7 +92,7 @@ def _export(config: BenchmarkConfig, folder: str) -> None:
 
 
 def _shift(model: tf.keras.Model) -> None:
-    """Makes biases nonzero, as after training: TensorFlow optimizes the addition of zeros away."""
+    """Makes biases nonzero, as after training, because TensorFlow optimizes away adding zeros."""
     rng = np.random.default_rng(0)
     for variable in model.variables:
         if variable.name.endswith(("/beta:0", "/bias:0")):
@@ -99,11 +100,11 @@ def _shift(model: tf.keras.Model) -> None:
 
 
 def _export_keras(config: BenchmarkConfig, folder: str) -> None:
-    """The same network of Keras, as a SavedModel."""
+    """Exports the same network of Keras as a SavedModel."""
     shape = (config.image_size, config.image_size, 3)
     model = keras_peer.build(config.model_name, input_shape=shape)
     holder = tf.Module()
-    # The variables of a function must belong to the object that is saved.
+    # The variables of a function must belong to the saved object.
     holder.held = model.variables
 
     @tf.function(input_signature=[tf.TensorSpec([None, *shape], tf.float32)])
@@ -114,7 +115,7 @@ def _export_keras(config: BenchmarkConfig, folder: str) -> None:
 
 
 def _measure(config: BenchmarkConfig, folder: str, situation: Situation) -> list[tables.Row]:
-    """Throughput of all contenders in turns, then latencies of the optimized export."""
+    """Measures throughput of all contenders in turns, then latencies of the optimized export."""
     # Without oneDNN, TensorFlow has no fast kernels for bfloat16.
     names = [_NONE, _CPU, _KERAS] + [_BFLOAT16] * situation.onednn
     calls = {
@@ -130,7 +131,7 @@ def _measure(config: BenchmarkConfig, folder: str, situation: Situation) -> list
         work: dict[str, Callable[[], int]] = {
             name: functools.partial(_count, call, pixels) for name, call in calls.items()
         }
-        # Whatever the batch, an interpreter computes one image at a time.
+        # Regardless of the batch, an interpreter processes one image at a time.
         work[_LITE] = functools.partial(lite, pixels[0])
         rows += _throughput(work, f", batch {batch}, {situation}", config.seconds / len(batches))
     for batch in _BATCHES:
@@ -146,10 +147,10 @@ def _count(call: Callable[[np.ndarray], np.ndarray], pixels: np.ndarray) -> int:
 def session(
     folder: str, signature: str, threads: int | None = None
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Runs a signature of a SavedModel through the session loader: input → probabilities.
+    """Loads a signature of a SavedModel with the session loader: input → probabilities.
 
     Args:
-      threads: CPU threads; the first session of a process decides for all. None: all cores.
+      threads: CPU threads; the first session of a process decides for all. None for all cores.
     """
     options = tf.compat.v1.ConfigProto(
         intra_op_parallelism_threads=threads or 0, inter_op_parallelism_threads=threads or 0
@@ -159,12 +160,12 @@ def session(
         meta = tf.compat.v1.saved_model.loader.load(loaded, ["serve"], folder)
     chosen = meta.signature_def[signature]
     (source,) = (info.name for info in chosen.inputs.values())
-    # Cheaper per call than `run`, which looks its arguments up each time.
+    # Cheaper per call than `run`, which looks up its arguments each time.
     return loaded.make_callable(chosen.outputs["probabilities"].name, [source])
 
 
 def _lite(content: bytes, threads: int) -> Callable[[np.ndarray], int]:
-    """Runs an interpreter per thread, each on its own images; returns the number of images."""
+    """Returns a function that runs an interpreter per thread and returns the number of images."""
     # Threads cannot share an interpreter.
     runners = [lite_files.runner(content, 1) for _ in range(threads)]
     pool = ThreadPoolExecutor(threads)

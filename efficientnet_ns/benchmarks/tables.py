@@ -1,4 +1,4 @@
-"""How measurements are taken and shown: rows of one run, next to their peers."""
+"""Takes and formats measurements: rows of one run, next to their peers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.files.text_table import text_table
 
-# What makes processors of one name differ, as /proc/cpuinfo calls it.
+# Instruction sets that distinguish processors of the same name, as in /proc/cpuinfo.
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
-# Whether TensorFlow uses its oneDNN kernels; a process reads it once.
+# Controls whether TensorFlow uses its oneDNN kernels; a process reads it once.
 ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 
 
@@ -31,11 +31,12 @@ class Row(NamedTuple):
 
     Attributes:
       name: what was measured.
-      value: in `unit`.
+      value: measured value in `unit`.
       unit: images/s, ms, MB, rows/s …
-      ratio: to the peer of the same run; above 1 is better; None without a peer.
+      ratio: ratio to the peer of the same run; above 1 is better; None without a peer.
       peer: name of that peer.
-      spread: between the slowest and the fastest turn, as a part of `value`; None: one measurement.
+      spread: difference of the fastest and slowest turn as a fraction of `value`; None for a single
+        measurement.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Row(NamedTuple):
 
 @contextlib.contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """Sets environment variables for processes that are started inside the block."""
+    """Sets environment variables for processes started inside the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -68,31 +69,31 @@ class Measured:
     turns: dict[str, list[float]]
 
     def rate(self, name: str) -> float:
-        """The median turn."""
+        """Returns the rate of the median turn."""
         return statistics.median(self.turns[name])
 
     def spread(self, name: str) -> float:
-        """(fastest turn - slowest turn) / median turn."""
+        """Returns (fastest turn - slowest turn) / median turn."""
         turns = self.turns[name]
         return (max(turns) - min(turns)) / statistics.median(turns)
 
     def ratio(self, name: str, peer: str) -> float:
-        """How much faster than `peer`: the median over turns of the ratio within the turn.
+        """Returns the speedup over `peer`: the median over turns of the ratio within a turn.
 
-        Unlike the ratio of two medians, it is robust to changes of the machine's speed that last
-        longer than a turn.
+        Unlike the ratio of two medians, it is robust to changes in machine speed that last longer
+        than a turn.
         """
         pairs = zip(self.turns[name], self.turns[peer])
         return statistics.median(own / other for own, other in pairs)
 
 
 def measure(contenders: dict[str, Callable[[], int]], seconds: float, turns: int = 5) -> Measured:
-    """Measures contenders in turns, so that all see the same machine.
+    """Measures contenders in turns, so that all run under the same conditions.
 
     Args:
       contenders: name → function that does some work and returns the number of units done.
-      seconds: how long each contender runs in all, after one call to warm up.
-      turns: number of turns; each has at least one call.
+      seconds: total duration of each contender, after one warm-up call.
+      turns: number of turns, each with at least one call.
     """
     for work in contenders.values():
         work()
@@ -107,7 +108,7 @@ def measure(contenders: dict[str, Callable[[], int]], seconds: float, turns: int
 
 
 def format_rows(rows: list[Row]) -> str:
-    """The rows as a table for the terminal."""
+    """Formats the rows as a table for the terminal."""
     lines = []
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f} x {row.peer}"
@@ -117,11 +118,11 @@ def format_rows(rows: list[Row]) -> str:
 
 
 def machine() -> str:
-    """One line on where the figures were measured: cores, processor, versions."""
+    """Describes the machine in one line: cores, processor, versions."""
     lines: list[str] = []
     with contextlib.suppress(OSError):  # Not Linux.
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    # Those of the last processor stand for all.
+    # The values of the last processor represent all processors.
     facts = dict(
         re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if " :" in line or "\t:" in line
     )
@@ -137,14 +138,14 @@ def machine() -> str:
 
 
 def as_json(rows: list[Row]) -> list[dict[str, Any]]:
-    """The rows as JSON-able objects."""
+    """Returns the rows as JSON-able objects."""
     return [row._asdict() for row in rows]
 
 
 def peak_memory() -> float:
-    """Peak memory of this process in MB (10^6 bytes)."""
+    """Returns the peak memory of this process in MB (10^6 bytes)."""
     with contextlib.suppress(OSError, StopIteration):  # Not Linux.
-        # Not ru_maxrss, which begins at the memory of the process that started this one.
+        # Not ru_maxrss, which starts at the memory of the parent process.
         lines = Path("/proc/self/status").read_text().splitlines()
         peak = next(line for line in lines if line.startswith("VmHWM"))
         return int(peak.split()[1]) * 1024 / 1e6

@@ -1,6 +1,7 @@
-"""The training step against that of `tf.keras.applications` on the same device.
+"""Compares the training step with that of `tf.keras.applications` on the same device.
 
-Each contender has its own process, so that its peak memory is known and no contender slows another.
+Each contender runs in a separate process, so that its peak memory is known and no contender slows
+down another.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from efficientnet_ns.benchmarks.tables import Measured, Row
 from efficientnet_ns.config import BenchmarkConfig
 
 _KERAS = keras_peer.NAME
-# Those of our model: key → name in the results.
+# Updates of our model: key → name in the results.
 OWN_UPDATES = {
     "ours": "forward, backward, RMSProp",
     "whole": "whole step (weight decay, moving average, metrics)",
@@ -28,17 +29,17 @@ _TURNS = 8
 
 
 def run(config: BenchmarkConfig) -> list[Row]:
-    """Images per second and peak memory of one update of our model and of Keras'.
+    """Measures images per second and peak memory of one update of our model and of Keras'.
 
     Both do the same work: forward and backward pass in training mode, cross entropy with label
     smoothing, RMSProp. Our model is also measured with everything that a student's update adds, in
     float32 and in mixed_bfloat16, which most CPUs emulate.
-    Ratios are medians over closely spaced turns, since a machine's speed drifts.
+    Ratios are medians over closely spaced turns, because machine speed drifts.
 
     Raises:
-      ConfigError: Keras does not have the model.
+      ConfigError: If Keras does not have the model.
     """
-    keras_peer.class_name(config.model_name)  # The processes would report an unknown one late.
+    keras_peer.class_name(config.model_name)  # The processes would report this late.
     turns = _take_turns(["keras", *OWN_UPDATES], config)
     memory = {key: measured[-1]["megabytes"] for key, measured in turns.items()}
     speed = Measured({key: [turn["rate"] for turn in taken] for key, taken in turns.items()})
@@ -55,7 +56,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
 
 
 def _take_turns(keys: list[str], config: BenchmarkConfig) -> dict[str, list[dict[str, float]]]:
-    """The measurements of each contender, turn by turn; one process works at a time."""
+    """Measures each contender turn by turn; only one process works at a time."""
     share = dataclasses.replace(config, seconds=config.seconds / _TURNS, json_file="")
     settings = json.dumps(dataclasses.asdict(share))
     with contextlib.ExitStack() as stack:
@@ -66,7 +67,7 @@ def _take_turns(keys: list[str], config: BenchmarkConfig) -> dict[str, list[dict
             pipe = subprocess.PIPE
             process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
             running[key] = stack.enter_context(process)
-            # Runs first: leaving the process' own block waits for its end.
+            # Runs first, because exiting the process's context waits for its end.
             stack.callback(process.kill)
             _ask(process)  # Builds, compiles and warms up.
         results: dict[str, list[dict[str, float]]] = {key: [] for key in keys}
@@ -77,7 +78,7 @@ def _take_turns(keys: list[str], config: BenchmarkConfig) -> dict[str, list[dict
 
 
 def _ask(process: subprocess.Popen) -> dict[str, float]:
-    """One turn of a contender."""
+    """Requests one turn of a contender."""
     assert process.stdout is not None
     print(file=process.stdin, flush=True)
     line = process.stdout.readline()
@@ -87,7 +88,7 @@ def _ask(process: subprocess.Popen) -> dict[str, float]:
 
 
 def _keras_update(config: BenchmarkConfig) -> Callable:
-    """Keras' own model, with its classifier's softmax left out."""
+    """Returns an update of Keras' model without the softmax of its classifier."""
     shape = (config.image_size, config.image_size, 3)
     model = keras_peer.build(config.model_name, input_shape=shape, classifier_activation=None)
     return _plain_update(model)
@@ -96,7 +97,7 @@ def _keras_update(config: BenchmarkConfig) -> Callable:
 def _our_update(config: BenchmarkConfig) -> Callable:
     from efficientnet_ns.models import efficientnet
 
-    # As many classes as Keras' model has.
+    # The same number of classes as Keras' model.
     return _plain_update(efficientnet.build_model(config.model_name, 1000, config.image_size))
 
 
@@ -142,7 +143,7 @@ def _bfloat16_update(config: BenchmarkConfig) -> Callable:
     return _whole_update(config)
 
 
-# Key → function of the settings that returns (batch) → what the update reports.
+# Key → function of the settings that returns a function: batch → results of the update.
 UPDATES = {
     "keras": _keras_update,
     "ours": _our_update,
@@ -152,7 +153,7 @@ UPDATES = {
 
 
 def random_batch(config: BenchmarkConfig) -> dict:
-    """Images and labels as the input pipeline gives them to an update: uint8 and int32."""
+    """Returns images and labels as from the input pipeline: uint8 and int32."""
     import tensorflow as tf
 
     shape = [config.batch_size, config.image_size, config.image_size, 3]
@@ -175,14 +176,14 @@ def _work(key: str, config: BenchmarkConfig) -> Iterator[dict[str, float]]:
     while True:
         steps, start = 0, time.perf_counter()
         while (elapsed := time.perf_counter() - start) < config.seconds or steps < 2:
-            # To the host, which waits for the device.
+            # Copying to the host waits for the device.
             tf.nest.map_structure(lambda x: x.numpy(), update(batch))
             steps += 1
         yield {"rate": steps * config.batch_size / elapsed, "megabytes": tables.peak_memory()}
 
 
 def contend(key: str, settings: str) -> None:
-    """The main function of a contender's process: one turn and one line of output per input line."""
+    """The main function of a contender's process: one turn and one output line per input line."""
     turns = _work(key, BenchmarkConfig(**json.loads(settings)))
     for _ in sys.stdin:
         print(json.dumps(next(turns)), flush=True)

@@ -53,5 +53,5 @@ def test_a_set_of_a_single_batch(monkeypatch):
 
 
 def test_hosts_that_do_not_divide_the_batch():
-    with pytest.raises(ConfigError, match="--batch_size=1024 does not divide by --hosts=3"):
+    with pytest.raises(ConfigError, match="--batch_size=1024 is not divisible by --hosts=3"):
         scale.run(BenchmarkConfig(what="scale", hosts=3, batch_size=1024))
