@@ -30,7 +30,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
     """Returns bytes and requests of the host that reads most, to start, step, resume and restore.
 
     Raises:
-      ConfigError: If the batch is not divisible by the hosts.
+      ConfigError: If the batch size is not divisible by the number of hosts.
     """
     if config.batch_size % config.hosts:
         raise ConfigError(
@@ -100,7 +100,7 @@ class _Described:
         return self._most(lambda stream: self._plan.run(stream, tf.constant(0, tf.int64)))
 
     def resume(self, step: int) -> tuple[float, float]:
-        """Returns (bytes, requests) before the first batch from `step`: its windows."""
+        """Returns (bytes, requests) to read the windows of the first batch when resuming at `step`."""
         start = step * self._plan.batch_size
         epoch = tf.constant(start // self.source.total, tf.int64)
 
@@ -113,7 +113,7 @@ class _Described:
         return self._most(part)
 
     def _most(self, part) -> tuple[float, float]:
-        """Returns (bytes, requests) of the host whose parts of its streams' runs are largest."""
+        """Returns (bytes, requests) of the host that reads most; `part` selects part of a run."""
         # The order of one epoch represents all epochs.
         order = self._plan.order(tf.constant(0, tf.int64))
         places = tf.function(lambda stream: self._plan.layout.places(order, *part(stream)))

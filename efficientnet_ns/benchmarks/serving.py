@@ -1,8 +1,8 @@
-"""Measures exported models on decoded images by batch size, threads and oneDNN.
+"""Measures throughput and latency of exported models on decoded images.
 
-Peers of the throughput and latency are the export without optimization, TensorFlow Lite, and the
-same network in `tf.keras.applications`. All SavedModels run in TensorFlow's session loader, as in a
-server. A process has one thread pool and one kind of kernels, so each situation has a separate
+Batch size, threads and oneDNN vary. Peers are the export without optimization, TensorFlow Lite, and
+the same network in `tf.keras.applications`. All SavedModels run in TensorFlow's session loader, as
+in a server. A process has one thread pool and one kind of kernels, so each situation has a separate
 process.
 """
 
