@@ -100,7 +100,7 @@ class _Described:
         return self._most(lambda stream: self._plan.run(stream, tf.constant(0, tf.int64)))
 
     def resume(self, step: int) -> tuple[float, float]:
-        """Returns (bytes, requests) to read the windows of the first batch when resuming at `step`."""
+        """Returns (bytes, requests) of the windows of the first batch if resumed at `step`."""
         start = step * self._plan.batch_size
         epoch = tf.constant(start // self.source.total, tf.int64)
 

@@ -216,7 +216,7 @@ def _labeled_set(resolved: ResolvedConfig, prefix: str) -> LabeledSet:
         "input": manifests.fingerprint(source.paths),
         "examples": source.total,
     }
-    # This and `inference_dtype` below: only if not the default, so that parts of earlier versions match.
+    # Like `inference_dtype` below, only if not the default, so that earlier parts match.
     if resolved.config.data.crop_fraction is not None:
         identity["crop_fraction"] = resolved.config.data.crop_fraction
     batches = functools.partial(distribution.eval_share, resolved, source)

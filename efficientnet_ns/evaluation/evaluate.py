@@ -125,7 +125,7 @@ def _engine(config: Config, model: tf.keras.Model, strategy: tf.distribute.Strat
     kind, dtype = config.predict.inference_engine, config.predict.inference_dtype
     if kind in engines.CPU_ENGINES and strategy.num_replicas_in_sync > 1:
         raise ConfigError(
-            f"--inference_engine={kind} evaluates on one device: give --num_replicas=1, "
+            f"--inference_engine={kind} evaluates on one device: set --num_replicas=1 "
             "and unset TF_CONFIG"
         )
     engine = engines.make(kind, model, config.evaluation.eval_batch_size, strategy, dtype=dtype)
@@ -181,7 +181,7 @@ def _evaluate_each(
                 results = {name: one.metrics for name, one in measured.items()}
         except (FileNotFoundError, tf.errors.NotFoundError, tf.errors.DataLossError):
             if checkpoint_files.newest_checkpoint(folder) == path:
-                raise  # It is still there: something else is missing or damaged.
+                raise  # It still exists, so something else is missing or damaged.
             # Training keeps only the newest checkpoints.
             logging.warning("%s was removed before it could be measured", path)
             continue

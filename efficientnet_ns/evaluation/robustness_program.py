@@ -113,7 +113,7 @@ def evaluate(config: Config, sets: RobustnessConfig) -> dict[str, dict[str, Any]
 
 
 def _not_default(config: Config) -> dict[str, Any]:
-    """Other settings that change predictions, unless they are the defaults: earlier parts lack them."""
+    """Returns non-default settings that change predictions; earlier parts lack the defaults."""
     values, defaults = config.values(), Config().values()
     names = ("crop_fraction", "precision", "inference_dtype", "fast_decode")
     return {name: values[name] for name in names if values[name] != defaults[name]}

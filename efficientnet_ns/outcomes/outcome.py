@@ -136,7 +136,7 @@ class Outcome:
             "SELECT images.prob, kept, CASE WHEN kept THEN coalesce(chosen.images, 0) "
             "ELSE images.images - coalesce(chosen.images, 0) END AS images "
             f"FROM {counted.format('images')} AS images "
-            # By their predictions: what a person decided has the probability 1 in the selection.
+            # By their predictions, because a person's decision has probability 1 in the selection.
             f"LEFT JOIN {counted.format('images SEMI JOIN chosen USING (shard, record)')} AS chosen "
             "USING (bin, confident) "
             "CROSS JOIN (VALUES (true), (false)) AS sides(kept)"

@@ -98,10 +98,10 @@ def _write_review(
 def _names(
     config: SelectConfig, options: ReportConfig, given: Sequence[str] | None = None
 ) -> list[str]:
-    """One name per class: `given`, those of the file that `options` names, or the task's.
+    """Returns one name per class: `given`, those in the file in `options`, or the task's.
 
     Raises:
-      ConfigError: another number of names.
+      ConfigError: If the number of names is not the number of classes.
     """
     if given is None and options.class_names:
         with tf.io.gfile.GFile(options.class_names) as f:

@@ -96,7 +96,7 @@ def resolve(config: Config) -> ResolvedConfig:
     the path of the weights; `file_prefix` and `num_shards` are those of the records.
 
     Raises:
-      ConfigError: a flag is missing or does not fit.
+      ConfigError: If a flag is missing or does not fit.
       DataError: If the folder has no such records.
     """
     path = stored_model.find(config.predict.predict_ckpt_path or config.train.model_dir or "")

@@ -82,7 +82,7 @@ def write_shards(config: SelectConfig, shards: Sequence[int], selection_hash: st
     atomic.remove_abandoned(files)
     path = os.path.join(config.output_dir, SELECTION)
     with local_files.local_copies([path]) as local:
-        # Once for all shards, because decisions are read from lists and listings of whole folders.
+        # Once for all shards, because reading decisions requires lists and folder listings.
         changes = index.changes(config) if todo else {}
         own: dict[int, dict] = {shard: {} for shard in todo}
         for (shard, worker), changed in changes.items():
