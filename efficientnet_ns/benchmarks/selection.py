@@ -21,7 +21,7 @@ from efficientnet_ns.benchmarks.tables import Row
 from efficientnet_ns.config import BenchmarkConfig, ConfigError, ReportConfig, SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.files import shard_names, tfexamples, tfrecords
-from efficientnet_ns.outcomes import run_report
+from efficientnet_ns.outcomes import labeling_report
 from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import SELECTION, select
 
@@ -95,7 +95,7 @@ def _measured(settings: SelectConfig) -> list[Row]:
 
 
 def _measured_report(settings: SelectConfig) -> list[Row]:
-    _, seconds, before, peak = _in_own_process(run_report.write_report, settings)
+    _, seconds, before, peak = _in_own_process(labeling_report.write_report, settings)
     return [
         Row("report: time", seconds, "s"),
         Row("report: peak memory", peak, "MB"),

@@ -15,7 +15,7 @@ from efficientnet_ns import report
 from efficientnet_ns.config import Config, DemoConfig, ExportConfig, LoopConfig
 from efficientnet_ns.data import tasks
 from efficientnet_ns.files import metrics_log, shard_names, text_table, tfexamples, tfrecords
-from efficientnet_ns.loop import digits, picture_report, rounds, study_results
+from efficientnet_ns.loop import digits, rounds, run_report, study_results
 from efficientnet_ns.loop.state import State
 from efficientnet_ns.loop.study import chosen_seeds
 from efficientnet_ns.resolve import stored_model
@@ -128,7 +128,7 @@ def table_row(result: dict[str, Any], labeled: int, num_image: int) -> dict[str,
     # Each class with images has `num_image` records, including copies.
     pseudo = f" + {num_image * len(kept)} pseudo" if kept else ""
     return {
-        "round": picture_report.name_of(result["round"]),
+        "round": run_report.name_of(result["round"]),
         "model": f"{result['model']} (narrow)",
         "steps": result["steps"],
         "labels used": f"{labeled}{pseudo}",
@@ -152,7 +152,7 @@ def spread(results: list[list[dict[str, Any]]]) -> list[dict[str, str]]:
             part: study_results.with_spread(*study_results.mean_sd(values))
             for part, values in found.items()
         }
-        table.append({title: picture_report.name_of(row["round"]), **cells})
+        table.append({title: run_report.name_of(row["round"]), **cells})
     for name, place in (("teacher", 0), ("control", -1)):
         cells = {}
         for part in ("dev", "test"):
@@ -240,7 +240,7 @@ def write_report(
     ]
     names = tasks.get_task("digits").class_names or ()
     for number in range(1, len(rows) - 1):
-        sections += picture_report.round_sections(config, loop, number, names, truth)
+        sections += run_report.round_sections(config, loop, number, names, truth)
     report.write_page(
         path,
         title="Noisy Student on handwritten digits",

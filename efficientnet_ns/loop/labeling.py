@@ -25,7 +25,7 @@ from efficientnet_ns.config import (
 )
 from efficientnet_ns.data import tasks
 from efficientnet_ns.ingest import data_source
-from efficientnet_ns.outcomes import run_report
+from efficientnet_ns.outcomes import labeling_report
 from efficientnet_ns.pseudo_labels import index, predict, unlabeled_set, write
 from efficientnet_ns.pseudo_labels.selection import select
 
@@ -57,18 +57,18 @@ def select_and_write(selection: SelectConfig, options: FilterConfig) -> dict[str
         named = {names[int(k)] if names else k: kept for k, kept in result["classes"].items()}
         result["classes"] = named
     if options.report:
-        result["report"] = run_report.write_report(selection)[0]
+        result["report"] = labeling_report.write_report(selection)[0]
     return result
 
 
 def report(selection: SelectConfig, options: ReportConfig) -> list[str]:
-    """Writes the labeling report of a finished selection; see `run_report.write_report`.
+    """Writes the labeling report of a finished selection; see `labeling_report.write_report`.
 
     Raises:
       ConfigError: If a folder is not given.
     """
     require(selection, "unlabel_data_dir", "prediction_dir", "output_dir")
-    return run_report.write_report(completed(selection), options)
+    return labeling_report.write_report(completed(selection), options)
 
 
 def completed(selection: SelectConfig) -> SelectConfig:

@@ -42,7 +42,7 @@ from efficientnet_ns.data import tasks
 from efficientnet_ns.evaluation import evaluate
 from efficientnet_ns.files import object_stores, progress, text_table
 from efficientnet_ns.ingest import data_source, duplicates, survey
-from efficientnet_ns.loop import hurdles, labels_csv, mistakes, picture_report, plan, rounds, rules
+from efficientnet_ns.loop import labels_csv, mistakes, plan, rounds, rules, run_checks, run_report
 from efficientnet_ns.loop.plan import Plan
 from efficientnet_ns.loop.state import State
 from efficientnet_ns.models import published
@@ -149,7 +149,7 @@ def from_pictures(pictures: PicturesConfig, settings: Config, loop: LoopConfig) 
 
     Raises:
       ConfigError, DataError: If settings or pictures cannot work.
-      hurdles.CannotWork: If the teacher has learned nothing.
+      run_checks.CannotWork: If the teacher has learned nothing.
     """
     values, made = _planned(pictures, settings, loop)
     work = loop.work_dir
@@ -246,7 +246,7 @@ class _Run:
             rows.append(self._probe(base, loop))
             base = rounds.started_from(base, self._in_work("probe"))
         names = tasks.class_names(tasks.get_task(base.data.task_name or "")) or ()
-        watch = hurdles.Watch(base, loop, names, self._warn)
+        watch = run_checks.Watch(base, loop, names, self._warn)
         trained = rounds.run_loop(base, loop, watch)
         rows += trained
         if self.pictures.control:
@@ -258,7 +258,7 @@ class _Run:
         if best < len(tops) - 1:
             self._warn(
                 f"student {len(tops) - 1} ({tops[-1]:.1%} held out) is worse than "
-                f"{picture_report.name_of(best)} ({tops[best]:.1%}), which is kept as the best model"
+                f"{run_report.name_of(best)} ({tops[best]:.1%}), which is kept as the best model"
             )
         model = rounds.model_configs(base, loop)[best]
         # With this entry, `stored_model.find` resolves `work_dir` to the best model.
@@ -266,10 +266,10 @@ class _Run:
         self.state.once("labels", lambda: self._label(base, loop, model, best, len(trained)))
         exported = self.state.once("export", lambda: self._export(model))
         # --- Report
-        table = picture_report.table(rows, sets, base, best)
+        table = run_report.table(rows, sets, base, best)
         judged = self._judged(model)
         with progress.stage("report"):
-            path = picture_report.write(
+            path = run_report.write(
                 self._in_work("report.html"),
                 plan=self.plan,
                 config=base,
@@ -381,7 +381,7 @@ class _Run:
 
     def _tell_of_records(self, data: Mapping[str, Any]) -> None:
         for name in ("labeled", "unlabeled"):
-            self.warnings += hurdles.quarantined(self._in_work("data", name))
+            self.warnings += run_checks.quarantined(self._in_work("data", name))
         if number := data["counts"].get("duplicates"):
             self.warnings.append(
                 f"{number} unlabeled pictures are exact copies of labeled or test pictures and "

@@ -29,14 +29,14 @@ from efficientnet_ns.files.metrics_log import MetricsLog
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training import preview, schedules, settings_check
-from efficientnet_ns.training.cautions import cautions
 from efficientnet_ns.training.checkpoints import Checkpoints, saved_steps
 from efficientnet_ns.training.claim import claim, expecting_other_records, note_start
 from efficientnet_ns.training.inputs import Inputs
+from efficientnet_ns.training.model_dir_lock import ModelDirLock
 from efficientnet_ns.training.optimizers import OPTIMIZERS
 from efficientnet_ns.training.session import Session, loop_steps
+from efficientnet_ns.training.settings_warnings import settings_warnings
 from efficientnet_ns.training.student import NoisyStudent
-from efficientnet_ns.training.turn import Turn
 
 
 def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, float]:
@@ -60,7 +60,7 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
     resolved = ResolvedConfig.from_config(config)
     config = resolved.config
     model_dir = settings_check.check(config)
-    with preemption.StopRequest() as stop, Turn(model_dir) as turn:
+    with preemption.StopRequest() as stop, ModelDirLock(model_dir) as lock:
         with stop.immediate():
             # --- Devices. They come first: after TensorFlow's first computation, CPUs can no longer be
             # divided into replicas, and other workers can no longer be joined.
@@ -77,9 +77,9 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
                 strategy, functools.partial(Inputs.find, resolved, evaluate=evaluate)
             )
             if writes:
-                turn.ask()
+                lock.try_acquire()
                 if not saved_steps(model_dir):  # Files of a run that never began are replaced.
-                    turn.take()
+                    lock.acquire()
             sources = {"labeled": inputs.labeled, "unlabeled": inputs.unlabeled}
             since = claim(config, sources, writes=writes)
             inputs = dataclasses.replace(inputs, order_since=since)
@@ -99,7 +99,7 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
                     model = _build(resolved, resolved.epoch_images(inputs.labeled), strategy)
                 keep = config.train.keep_checkpoint_max
                 saver = Checkpoints(
-                    model_dir, model, keep=keep, writes=writes, before_write=turn.check
+                    model_dir, model, keep=keep, writes=writes, before_write=lock.check
                 )
                 start = saver.restore_latest()
                 distribution.check_agreement(strategy, start)
@@ -108,7 +108,7 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
 
                 if writes:
                     # A lost machine's lease could expire while the model was built.
-                    turn.take()
+                    lock.acquire()
                     # Only now, because another process might have been saving until here.
                     saver.remove_unfinished()
 
@@ -266,8 +266,8 @@ def _log_start(
     if inputs.unlabeled is not None:
         logging.info("unlabeled images: %s", resolved.unlabeled_preprocessing.describe())
     if start == 0:
-        for caution in cautions(resolved, inputs.labeled.total):
-            logging.warning("%s", caution)
+        for text in settings_warnings(resolved, inputs.labeled.total):
+            logging.warning("%s", text)
     if not writes:
         return
     note_start(folder, start, config.values())

@@ -18,7 +18,7 @@ from efficientnet_ns.files.paths import listed
 from efficientnet_ns.inference import photo_files
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.models import weights
-from efficientnet_ns.outcomes import run_report
+from efficientnet_ns.outcomes import labeling_report
 from efficientnet_ns.pseudo_labels import predict, selection, write
 from efficientnet_ns.serving import export, model_export
 from efficientnet_ns.training import train
@@ -246,7 +246,7 @@ def test_filter(home, predicted):
     )
     assert selection.select(chosen)["available"] == 8
     assert write.write(chosen)["records"] > 0
-    assert Path(run_report.write_report(chosen)[0]).stat().st_size
+    assert Path(labeling_report.write_report(chosen)[0]).stat().st_size
 
 
 def test_exported_variables(tmp_path):

@@ -17,7 +17,7 @@ from fakes import ROOT, class_folders, flat_folder
 import efficientnet_ns as ns
 from efficientnet_ns.config import SelectConfig
 from efficientnet_ns.files import tfexamples, tfrecords
-from efficientnet_ns.loop import hurdles, labels_csv, plan, rules
+from efficientnet_ns.loop import labels_csv, plan, rules, run_checks
 from efficientnet_ns.models import weights
 from efficientnet_ns.outcomes import outcome
 from efficientnet_ns.resolve import stored_model
@@ -165,12 +165,12 @@ def test_labels_csv(tmp_path, monkeypatch):
     [(0.109, 300, 10, True), (0.28, 300, 10, False), (0.5, 40, 2, True), (1.0, 5, 2, False)],
 )
 def test_chance(top1, examples, classes, chance):
-    assert hurdles.is_chance(top1, examples, classes) is chance
+    assert run_checks.is_chance(top1, examples, classes) is chance
 
 
 def test_quarantine_is_told(tmp_path):
     listing = [{"path": "a.jpg", "reason": "not a picture"}]
     (tmp_path / "train-quarantine.json").write_text(json.dumps(listing))
-    (line,) = hurdles.quarantined(str(tmp_path))
+    (line,) = run_checks.quarantined(str(tmp_path))
     assert "pictures that could not be used: 1, such as a.jpg (not a picture)" in line
-    assert hurdles.quarantined(str(tmp_path / "none")) == []
+    assert run_checks.quarantined(str(tmp_path / "none")) == []

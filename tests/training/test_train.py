@@ -45,11 +45,11 @@ from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.leases import LeaseLost
 from efficientnet_ns.models import checkpoint_files, efficientnet, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
-from efficientnet_ns.training import checkpoints, claim, inputs, preview, train, turn
+from efficientnet_ns.training import checkpoints, claim, inputs, model_dir_lock, preview, train
 from efficientnet_ns.training.input_wait import InputWait
+from efficientnet_ns.training.model_dir_lock import ModelDirLock
 from efficientnet_ns.training.session import Session, TrainingDiverged
 from efficientnet_ns.training.student import NoisyStudent
-from efficientnet_ns.training.turn import Turn
 
 pytestmark = pytest.mark.usefixtures("shared_students")
 
@@ -419,12 +419,12 @@ def test_training_that_never_began_gives_way(folder, tmp_path, only_reads):
 
 def test_training_that_runs_does_not_give_way(folder, tmp_path, monkeypatch):
     """Another process has not reached its first checkpoint, or has."""
-    monkeypatch.setattr(turn, "LEASE_SECONDS", 2.0)
+    monkeypatch.setattr(model_dir_lock, "LEASE_SECONDS", 2.0)
     config = settings(folder, tmp_path)
     claimed(config)
     noted = (tmp_path / claim.SETTINGS).read_text()
-    with Turn(str(tmp_path)) as other:
-        other.ask()
+    with ModelDirLock(str(tmp_path)) as other:
+        other.try_acquire()
         for seed in (0, 1):
             with pytest.raises(claim.DirectoryConflict, match=f"process {os.getpid()} on .* is"):
                 train.train_and_evaluate(config.override(seed=seed), evaluate=False)

@@ -15,7 +15,7 @@ from efficientnet_ns.files import metrics_log
 from efficientnet_ns.loop import rounds
 from efficientnet_ns.loop.mistakes import Judged
 from efficientnet_ns.loop.plan import Plan
-from efficientnet_ns.outcomes import outcome, run_report
+from efficientnet_ns.outcomes import labeling_report, outcome
 from efficientnet_ns.report.pictures import picture
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training import preview
@@ -171,7 +171,9 @@ def round_sections(
     options = ReportConfig(previous_prediction_dir=previous)
     return [
         report.Section(f"Round {number}: {title}", body)
-        for title, body in run_report.sections(selection, options, truth=truth, class_names=names)
+        for title, body in labeling_report.sections(
+            selection, options, truth=truth, class_names=names
+        )
     ]
 
 

@@ -7,12 +7,12 @@ import tensorflow as tf
 
 from efficientnet_ns.config import Config
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
-from efficientnet_ns.training import cautions, ema
+from efficientnet_ns.training import ema, settings_warnings
 
 
 def told(num_images: int, **values) -> list[str]:
     config = Config().override(task_name="digits", model_name="efficientnet-test", **values)
-    return cautions.cautions(ResolvedConfig.from_config(config), num_images)
+    return settings_warnings.settings_warnings(ResolvedConfig.from_config(config), num_images)
 
 
 GOOD = {"train_steps": 700, "train_batch_size": 32, "bn_momentum": 0.9}
@@ -58,4 +58,6 @@ def test_initial_share_is_what_the_averages_keep(momentum, decay, steps):
     for step in range(1, steps + 1):
         statistic *= momentum
         ema.update([average], [tf.Variable(statistic)], ema.ramped_decay(decay, tf.constant(step)))
-    assert cautions.initial_share(momentum, decay, steps) == pytest.approx(float(average), rel=1e-4)
+    assert settings_warnings.initial_share(momentum, decay, steps) == pytest.approx(
+        float(average), rel=1e-4
+    )

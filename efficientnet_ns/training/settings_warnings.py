@@ -11,7 +11,7 @@ _MAX_SHARE = 0.01
 _MANY_EPOCHS = 5000
 
 
-def cautions(resolved: ResolvedConfig, num_images: int) -> list[str]:
+def settings_warnings(resolved: ResolvedConfig, num_images: int) -> list[str]:
     """Returns a line for each setting that is unlikely to work, with a value to use instead.
 
     Args:

@@ -20,7 +20,7 @@ from efficientnet_ns import report
 from efficientnet_ns.config import ConfigError, ReportConfig, SelectConfig, mark_given
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.outcomes import outcome, run_report
+from efficientnet_ns.outcomes import labeling_report, outcome
 from efficientnet_ns.outcomes.outcome import Outcome
 from efficientnet_ns.pseudo_labels import index
 from efficientnet_ns.pseudo_labels.selection import select
@@ -91,12 +91,12 @@ def run(tmp_path_factory) -> Run:
 
 
 def section(run: Run, title: str, truth=None, **options) -> Document:
-    sections = run_report.sections(run.config, ReportConfig(**options), truth=truth)
+    sections = labeling_report.sections(run.config, ReportConfig(**options), truth=truth)
     return Document(dict(sections)[title])
 
 
 def test_sections_with_and_without_what_is_not_always_there(run):
-    titles = [title for title, _ in run_report.sections(run.config)]
+    titles = [title for title, _ in labeling_report.sections(run.config)]
     assert titles == [
         "summary",
         "confidence of the pseudo labels",
@@ -110,7 +110,7 @@ def test_sections_with_and_without_what_is_not_always_there(run):
         "records in quarantine",
     ]
     options = ReportConfig(truth=outcome.RECORDS, previous_prediction_dir=run.config.prediction_dir)
-    more = {title for title, _ in run_report.sections(run.config, options)} - set(titles)
+    more = {title for title, _ in labeling_report.sections(run.config, options)} - set(titles)
     assert more == {"pseudo labels against the hidden truth", "agreement with the round before"}
 
 
@@ -338,27 +338,27 @@ def test_command(run, tmp_path):
 def test_settings_of_another_selection_are_refused(run):
     other = dataclasses.replace(run.config, num_image=NUM_IMAGE + 1, min_threshold=0.9)
     with pytest.raises(ConfigError, match=r"min_threshold: .* → 0.9, num_image: "):
-        run_report.sections(other)
+        labeling_report.sections(other)
 
 
 def test_a_default_that_is_given_is_no_other_setting_by_chance(run):
     """`--num_image=1300` is refused like any other number, though it is the default."""
     other = dataclasses.replace(run.config, num_image=SelectConfig().num_image)
-    run_report.sections(other)
+    labeling_report.sections(other)
     mark_given(other, ["num_image"])
     with pytest.raises(ConfigError, match=rf"num_image: {NUM_IMAGE} → 1300\)"):
-        run_report.sections(other)
+        labeling_report.sections(other)
 
 
 def test_what_does_not_fit_is_named(run, tmp_path):
     with pytest.raises(ConfigError, match="2 class names for 5 classes"):
-        run_report.sections(run.config, class_names=["a", "b"])
+        labeling_report.sections(run.config, class_names=["a", "b"])
     (tmp_path / "t.csv").write_text("shard,record\n0,0\n")
     with pytest.raises(DataError, match="no column 'label'"):
         outcome.read_truth(run.config, str(tmp_path / "t.csv"))
     nowhere = dataclasses.replace(run.config, output_dir=str(tmp_path))
     with pytest.raises(DataError, match=r"selection\.parquet is missing"):
-        run_report.sections(nowhere)
+        labeling_report.sections(nowhere)
     unlabeled = dataclasses.replace(run.config, unlabel_data_dir=str(tmp_path), num_shards=1)
     tfrecords.write(index.input_path(unlabeled, 0), [tfexamples.unlabeled_example(b"x")])
     with pytest.raises(DataError, match="there is no truth to compare with"):

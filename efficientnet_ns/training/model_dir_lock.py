@@ -18,38 +18,38 @@ LEASE_SECONDS = 10.0
 _UNIT = "training"
 
 
-class Turn:
-    """The right to write to a model_dir, from `take` to the end of the block."""
+class ModelDirLock:
+    """The right to write to a model_dir, from `acquire` to the end of the block."""
 
     def __init__(self, folder: str):
         self._folder = folder
         self._leases: leases.Leases | None = None
         self._lease: leases.Lease | None = None
 
-    def __enter__(self) -> Turn:
+    def __enter__(self) -> ModelDirLock:
         return self
 
-    def ask(self) -> None:
-        """Claims the folder if it has no live lease.
+    def try_acquire(self) -> None:
+        """Acquires the folder if it has no live lease.
 
         Raises:
-          DirectoryConflict: If a process of this machine trains there; `take` handles those of
+          DirectoryConflict: If a process of this machine trains there; `acquire` handles those of
             other machines.
         """
         self._leases = leases.Leases(self._folder, LEASE_SECONDS)
         self._lease = self._leases.claim(_UNIT)
-        # It certainly runs, so `take` raises at its next heartbeat, before a model is built.
+        # It certainly runs, so `acquire` raises at its next heartbeat, before a model is built.
         if self._lease is None and self._leases.is_held_here(_UNIT):
-            self.take()
+            self.acquire()
 
-    def take(self) -> None:
-        """Claims the folder; call it after `ask`, before anything is written.
+    def acquire(self) -> None:
+        """Acquires the folder; call it after `try_acquire`, before anything is written.
 
         Raises:
           DirectoryConflict: If another live process trains in the folder.
         """
         if self._leases is None:
-            raise RuntimeError("call ask before take")
+            raise RuntimeError("call try_acquire before acquire")
         if self._lease is not None:
             return
         try:

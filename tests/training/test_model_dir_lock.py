@@ -14,9 +14,9 @@ import pytest
 
 from efficientnet_ns.files import leases
 from efficientnet_ns.files.leases import LeaseLost
-from efficientnet_ns.training import turn
+from efficientnet_ns.training import model_dir_lock
 from efficientnet_ns.training.claim import DirectoryConflict
-from efficientnet_ns.training.turn import Turn
+from efficientnet_ns.training.model_dir_lock import ModelDirLock
 
 
 class Clock:
@@ -51,16 +51,16 @@ def owner_of(folder) -> dict:
 
 
 def test_second_process_of_this_machine_is_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(turn, "LEASE_SECONDS", 2.0)
+    monkeypatch.setattr(model_dir_lock, "LEASE_SECONDS", 2.0)
     named = f"process {os.getpid()} on {socket.gethostname()} is training in {tmp_path}"
-    with Turn(str(tmp_path)) as first:
-        first.ask()
+    with ModelDirLock(str(tmp_path)) as first:
+        first.try_acquire()
         with (
-            Turn(str(tmp_path)) as second,
+            ModelDirLock(str(tmp_path)) as second,
             pytest.raises(DirectoryConflict, match=re.escape(named)),
         ):
-            second.ask()
-        first.take()
+            second.try_acquire()
+        first.acquire()
         first.check()
     assert list(tmp_path.iterdir()) == []
 
@@ -68,8 +68,8 @@ def test_second_process_of_this_machine_is_refused_at_once(tmp_path, monkeypatch
 def test_killed_process_of_this_machine_is_followed_at_once(tmp_path, clock):
     """Even while it is a zombie: its parent has not waited for it."""
     code = (
-        "import sys, time; from efficientnet_ns.training.turn import Turn; "
-        "Turn(sys.argv[1]).ask(); print('held', flush=True); time.sleep(1000)"
+        "import sys, time; from efficientnet_ns.training.model_dir_lock import ModelDirLock; "
+        "ModelDirLock(sys.argv[1]).try_acquire(); print('held', flush=True); time.sleep(1000)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -78,8 +78,8 @@ def test_killed_process_of_this_machine_is_followed_at_once(tmp_path, clock):
     process.send_signal(signal.SIGKILL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert owner_of(tmp_path)["pid"] == process.pid
-    with Turn(str(tmp_path)) as mine:
-        mine.ask()
+    with ModelDirLock(str(tmp_path)) as mine:
+        mine.try_acquire()
         assert owner_of(tmp_path)["pid"] == os.getpid()
         assert clock.now < 0.1
     process.communicate()
@@ -90,8 +90,8 @@ def test_number_of_a_dead_process_may_be_this_ones(tmp_path, clock):
     """A container that is started again: same machine, same number."""
     this = leases._this_process()
     write_lease(tmp_path, **{**this, "started": "1"})
-    with Turn(str(tmp_path)) as mine:
-        mine.ask()
+    with ModelDirLock(str(tmp_path)) as mine:
+        mine.try_acquire()
         assert owner_of(tmp_path)["started"] == this["started"]
         assert clock.now < 0.1
 
@@ -99,35 +99,35 @@ def test_number_of_a_dead_process_may_be_this_ones(tmp_path, clock):
 def test_training_on_another_machine_is_refused_when_it_shows_a_sign(tmp_path, clock):
     write_lease(tmp_path, beat=1)
     clock.meanwhile = lambda: write_lease(tmp_path, beat=2)
-    with Turn(str(tmp_path)) as mine:
-        mine.ask()
+    with ModelDirLock(str(tmp_path)) as mine:
+        mine.try_acquire()
         with pytest.raises(DirectoryConflict, match="process 7 on far is training in"):
-            mine.take()
+            mine.acquire()
     assert owner_of(tmp_path)["token"] == "other"
 
 
 def test_lost_machine_is_followed_without_a_wait_if_the_model_takes_as_long(tmp_path, clock):
     write_lease(tmp_path)
-    with Turn(str(tmp_path)) as mine:
-        mine.ask()
+    with ModelDirLock(str(tmp_path)) as mine:
+        mine.try_acquire()
         assert clock.now == 0 and owner_of(tmp_path)["token"] == "other"
-        clock.now = building = turn.LEASE_SECONDS + 1
-        mine.take()
+        clock.now = building = model_dir_lock.LEASE_SECONDS + 1
+        mine.acquire()
         assert clock.now < building + 0.1
         assert owner_of(tmp_path)["pid"] == os.getpid()
 
 
 def test_lost_machine_is_followed_after_its_time(tmp_path, clock):
     write_lease(tmp_path)
-    with Turn(str(tmp_path)) as mine:
-        mine.ask()
-        mine.take()
-        assert turn.LEASE_SECONDS < clock.now < turn.LEASE_SECONDS + 1
+    with ModelDirLock(str(tmp_path)) as mine:
+        mine.try_acquire()
+        mine.acquire()
+        assert model_dir_lock.LEASE_SECONDS < clock.now < model_dir_lock.LEASE_SECONDS + 1
 
 
 def test_process_that_stood_still_notices_its_follower(tmp_path):
-    with Turn(str(tmp_path)) as mine:
-        mine.ask()
+    with ModelDirLock(str(tmp_path)) as mine:
+        mine.try_acquire()
         write_lease(tmp_path)
         with pytest.raises(LeaseLost, match="process 7 on far took this work over"):
             mine.check()
@@ -135,7 +135,7 @@ def test_process_that_stood_still_notices_its_follower(tmp_path):
 
 
 def test_lease_that_was_deleted_stops_nothing(tmp_path):
-    with Turn(str(tmp_path)) as mine:
-        mine.ask()
+    with ModelDirLock(str(tmp_path)) as mine:
+        mine.try_acquire()
         (tmp_path / ".lease-training").unlink()
         mine.check()
