@@ -126,7 +126,8 @@ class ExportConfig(Settings):
     format: str = setting("savedmodel", "File format.", choices=("savedmodel", "tflite", "onnx"))
     optimize_for: str = setting(
         "cpu",
-        "cpu: batch norm folded, weights frozen; accelerator: folded; none: as trained.",
+        "cpu: batch norm folded, weights frozen; accelerator: folded; none: as trained. Not for TFLite, "
+        "where batch norm is always folded.",
         choices=("cpu", "accelerator", "none"),
     )
     serving_dtype: str = setting(

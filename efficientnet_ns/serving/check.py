@@ -75,7 +75,7 @@ def _recorded(path: str, shards: Sequence[str]) -> Iterator[tuple[str, bytes]]:
             # A damaged record is skipped. An intact record without an image, below, means records of
             # another kind, such as predictions, which would all fail.
             if record.payload is None:
-                logging.warning("skipping %s in the comparison: %s", where, record.problem)
+                logging.warning("skipping %s: %s", where, record.problem)
                 continue
             try:
                 yield where, tfexamples.image_bytes(record.payload)
@@ -91,7 +91,7 @@ def _listed(path: str) -> Iterator[tuple[str, bytes]]:
                 try:
                     yield os.path.join(path, entry.name), read(entry).image
                 except (image_conversion.Unusable, OSError, tf.errors.OpError) as e:
-                    logging.warning("skipping %s/%s in the comparison: %s", path, entry.name, e)
+                    logging.warning("skipping %s/%s: %s", path, entry.name, e)
 
 
 def _in_turn(entries: Sequence[image_sources.Entry]) -> list[image_sources.Entry]:
@@ -112,7 +112,7 @@ def _decodable(images: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
         try:
             yield image_conversion.prepare(image, image_conversion.Rules())[0]
         except image_conversion.Unusable as e:
-            logging.warning("skipping %s in the comparison: %s", name, e)
+            logging.warning("skipping %s: %s", name, e)
 
 
 def difference(expected: np.ndarray, found: np.ndarray) -> Difference:

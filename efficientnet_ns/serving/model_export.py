@@ -89,6 +89,11 @@ def _check(options: ExportConfig) -> None:
         raise ConfigError(
             "--serving_dtype applies to SavedModels; use --tflite_type for a TFLite file"
         )
+    if options.format == "tflite" and options.optimize_for != "cpu":
+        raise ConfigError(
+            f"--optimize_for={options.optimize_for} does not apply to --format=tflite, whose "
+            "converter always folds batch norm: remove it"
+        )
     if options.format != "tflite" and options.tflite_type != "float32":
         raise ConfigError(f"--tflite_type={options.tflite_type} needs --format=tflite")
 

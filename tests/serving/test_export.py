@@ -193,6 +193,7 @@ def test_missing_folders_are_named(config, tmp_path, missing):
     "settings",
     [
         {"tflite_type": "int8"},
+        {"format": "tflite", "optimize_for": "none"},
         {"format": "tflite", "serving_dtype": "bfloat16"},
         {"format": "onnx", "tflite_type": "float16"},
     ],
