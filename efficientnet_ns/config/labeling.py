@@ -1,4 +1,7 @@
-"""Settings of selection and writing, the labeling report, and labeling on many machines."""
+"""Settings of selection and writing, the labeling report, and labeling on many machines.
+
+The settings of a labeling teacher (`--mode=predict`) are `sections.PredictConfig`.
+"""
 
 from __future__ import annotations
 
