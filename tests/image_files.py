@@ -93,6 +93,25 @@ def png(
 
 
 _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+
+
+def on_white(rgba: np.ndarray) -> np.ndarray:
+    """[H, W, 4] over white, rounded half up: uint8 [H, W, 3]."""
+    color, share = rgba[..., :3].astype(int), rgba[..., 3:].astype(int)
+    return ((2 * (color * share + 255 * (255 - share)) + 255) // 510).astype(np.uint8)
+
+
+def as_decoded(name: str, image: Image.Image) -> np.ndarray:
+    """The 8-bit image of that name on white, or without the alpha of BMPs: uint8 [H, W, 3]."""
+    # Pillow scales the samples to 8 bits, but not the one that is transparent.
+    for bits, factor in (("2", 85), ("4", 17)):
+        if name.startswith(f"PNG gray {bits} bit") and "tRNS" in name:
+            image.info["transparency"] *= factor
+    if image.has_transparency_data and image.format != "BMP":
+        return on_white(np.asarray(image.convert("RGBA")))
+    return np.asarray(image.convert("RGB"))
+
+
 _KINDS = {0: "gray", 2: "RGB", 3: "palette", 4: "gray + alpha", 6: "RGBA"}
 _TRANSPARENT = {0: b"\0\1", 2: b"\0\1\0\2\0\3", 3: b"\0\x80"}
 

@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.data import images, misread
+from efficientnet_ns.data import images, misread, transparency
 
 JPEG_QUALITY = 95
 
@@ -59,8 +59,8 @@ def prepare(raw: bytes, rules: Rules) -> tuple[bytes, tuple[int, int] | None]:
 
     JPEG, PNG, GIF and BMP pass through unchanged unless they must be shrunk or TensorFlow would
     misread them (`misread`). Those and other formats that Pillow opens become JPEG if lossy and PNG
-    if not: first frame, no alpha, high byte of 16-bit samples. HEIC requires the package
-    pillow-heif. Pixels stay as they are stored: no orientation is applied.
+    if not: first frame, transparent pixels on white (`transparency.on_white`), high byte of 16-bit
+    samples. HEIC requires the package pillow-heif. No orientation is applied.
 
     Raises:
       Unusable: If neither TensorFlow nor Pillow can decode it, or its pixels have no known range.
@@ -192,6 +192,9 @@ def _eight_bit(image, tags: dict[int, int]):
         return Image.fromarray(high.astype(np.uint8))
     if image.mode in ("I", "F"):
         raise _unknown_range({"I": "32-bit integer", "F": "floating-point"}[image.mode])
+    # `images.decode` ignores the alpha of BMPs, which many programs leave undefined.
+    if image.format != "BMP" and image.has_transparency_data:
+        return Image.fromarray(transparency.on_white(np.asarray(image.convert("RGBA"))).numpy())
     return image if image.mode in ("RGB", "L") else image.convert("RGB")
 
 

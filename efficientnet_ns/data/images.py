@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from efficientnet_ns.data import misread
+from efficientnet_ns.data import misread, transparency
 
 # Padding of the evaluation crop, in pixels at its scale: 224 of 256, 299 of 331 and so on.
 CROP_PADDING = 32
@@ -27,12 +27,18 @@ def decode(image_bytes: tf.Tensor) -> tf.Tensor:
     """Decodes JPEG, PNG, GIF (first frame) or BMP bytes, scalar string, to uint8 [H, W, 3].
 
     JPEG gives exactly the pixels of tf.image.decode_jpeg(channels=3), including grayscale and CMYK.
-    Gray becomes RGB, palettes are looked up, alpha is dropped, and 16-bit channels keep their high
-    byte. Orientation tags are ignored. Images that TensorFlow would misread (most BMPs with
-    palettes, transparent GIFs; see `misread`) are rejected like undecodable ones;
-    `image_conversion.prepare` converts both.
+    Gray becomes RGB, palettes are looked up, transparent PNGs are shown on white (see `transparency`),
+    the alpha of BMPs is dropped, and 16-bit channels keep their high byte. Orientation tags are
+    ignored. Images that TensorFlow would misread (most BMPs with palettes, transparent GIFs; see
+    `misread`) are rejected like undecodable ones; `image_conversion.prepare` converts both.
     """
-    return tf.io.decode_image(misread.refuse(image_bytes), channels=3, expand_animations=False)
+    image_bytes = misread.refuse(image_bytes)
+    pixels = tf.cond(
+        transparency.is_transparent_png(image_bytes),
+        lambda: transparency.on_white(tf.io.decode_png(image_bytes, channels=4)),
+        lambda: tf.io.decode_image(image_bytes, channels=3, expand_animations=False),
+    )
+    return tf.ensure_shape(pixels, [None, None, 3])
 
 
 def decode_reduced(image_bytes: tf.Tensor, size: int, fraction: float | None = None) -> tf.Tensor:

@@ -25,7 +25,10 @@ def thumbnail(data: bytes, size: int) -> bytes:
             # Decodes a JPEG at 1/2, 1/4 or 1/8 of its size if the result is not below `size`.
             image.draft("RGB", (size, size))
             image.thumbnail((size, size))
-            # JPEG supports neither transparency nor palettes.
+            # JPEG supports neither transparency nor palettes. As in training, transparent is white.
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
             image.convert("RGB").save(buffer, "JPEG", quality=80)
     # PIL raises SyntaxError for damaged PNGs.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

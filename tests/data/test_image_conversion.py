@@ -42,6 +42,7 @@ NOT_BY_TENSORFLOW = {
     "GIF transparent, not used",
     "GIF transparent, local palette",
     "GIF frame within a larger screen",
+    "GIF frame beyond its screen",
     "GIF animated, transparent",
 }
 # Refused → a part of the reason.
@@ -74,7 +75,7 @@ def decoded_by_tensorflow(name: str) -> bool:
 
 
 def by_pillow(name: str, content: bytes) -> np.ndarray:
-    """uint8 [H, W, 3]: the first frame without alpha, the high byte of wide samples."""
+    """uint8 [H, W, 3]: the first frame on white (BMP: without alpha), the high byte of samples."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(content))
@@ -85,7 +86,7 @@ def by_pillow(name: str, content: bytes) -> np.ndarray:
         bits = 12 if "12 bit" in name else 16
         high = (np.asarray(image).astype(np.int64) >> bits - 8).astype(np.uint8)
         image = Image.fromarray(255 - high if "white is 0" in name else high)
-    return np.asarray(image.convert("RGB"))
+    return image_files.as_decoded(name, image)
 
 
 def assert_close(result: np.ndarray, expected: np.ndarray, *, lossy: bool) -> None:

@@ -7,6 +7,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import image_files
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -338,7 +339,7 @@ def formats():
     return {
         "png": (encode(rgb, "PNG"), rgb),
         "png, gray": (encode(gray, "PNG"), gray_as_rgb),
-        "png, alpha": (encode(alpha, "PNG"), rgb),
+        "png, alpha": (encode(alpha, "PNG"), image_files.on_white(alpha)),
         "png, palette": (encode_palette(palette_index, colors, "PNG"), colors[palette_index]),
         "png, 16 bit": (encode(wide, "PNG"), wide_as_rgb),
         "gif": (encode_palette(palette_index, colors, "GIF"), colors[palette_index]),

@@ -86,7 +86,7 @@ def test_every_kind_of_file_is_answered_right_or_as_invalid(model, served):
     for name in ("BMP palette 8 bit", "BMP RLE8", "BMP 32 bit, masks RGBX", "GIF transparent"):
         assert not valid[name], name
     exact = [n for n in contents if n.startswith(("PNG", "BMP", "GIF")) and valid[n]]
-    pixels = [np.asarray(sixteen_to_eight(contents[name])) for name in exact]
+    pixels = [eight_bits(name) for name in exact]
     rows = [index for index, name in enumerate(contents) if name in exact]
     np.testing.assert_allclose(answer["probabilities"][rows], expected(model, pixels), atol=1e-5)
     assert not answer["probabilities"][~answer["valid"]].any()
@@ -94,11 +94,11 @@ def test_every_kind_of_file_is_answered_right_or_as_invalid(model, served):
     assert not any(valid[name] for name in others if name != "JPEG, two frames (MPO)")
 
 
-def sixteen_to_eight(content: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(content))
+def eight_bits(name: str) -> np.ndarray:
+    image = Image.open(io.BytesIO(image_files.FILES[name]()))
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    return image_files.as_decoded(name, image)
 
 
 def peak_megabytes() -> float:
