@@ -78,6 +78,7 @@ docs-serve: venv-docs
 install: venv-run  ## install the package into .venv, for use from any folder
 	@echo "Installing the package into $(VENV)"
 	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	echo "Installed. The programs: source $(VENV)/bin/activate && python -m efficientnet_ns"
 
 .PHONY: clean
 clean:  ## remove .venv, caches and build products; keep runs/

@@ -4,7 +4,8 @@
 
 `photos` has one folder per class. A teacher is trained on it and labels `more_photos`; noised students
 are trained on both. Rules derive every setting from the pictures and the machine (--dry_run shows the
-settings and the estimated time); each flag overrides its rule. If killed, the same command continues.
+settings and the estimated time). Each flag that you pass overrides its rule; the defaults below apply
+only to folders of records. If killed, the same command continues.
 
 With folders of records instead (--label_data_dir, --task_name, --unlabel_data_dir), all settings come
 from the flags, and the output is one line of JSON per model.

@@ -1,4 +1,4 @@
-"""Classify photos: `python -m efficientnet_ns.predict_image --model_dir=DIR photo.jpg …`."""
+"""Classify photos, or all photos in folders: `python -m efficientnet_ns.predict_image --model_dir=DIR photo.jpg …`."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -14,10 +14,11 @@ import tensorflow as tf
 
 from efficientnet_ns.config import Config, ConfigError, PhotosConfig
 from efficientnet_ns.data import image_conversion, tasks
+from efficientnet_ns.files import object_stores
 from efficientnet_ns.files.standard_output import escaped, photo_block, printable
 from efficientnet_ns.inference import exported
 from efficientnet_ns.inference import photos as photos_lib
-from efficientnet_ns.ingest import data_source
+from efficientnet_ns.ingest import data_source, image_sources
 from efficientnet_ns.models import weights
 from efficientnet_ns.resolve import stored_model
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
@@ -40,8 +41,8 @@ def predict_images(
       config: settings that are not given are read from files next to the weights.
       weights_path: a path that `stored_model.find` accepts: weights, or the folder of a training run,
         of noisy_student or of an export.
-      photos: paths of image files: JPEG, PNG, GIF, BMP and others that `image_conversion.prepare`
-        accepts; `-` is standard input.
+      photos: paths of image files (JPEG, PNG, GIF, BMP and others that `image_conversion.prepare`
+        accepts) or of folders with such files, at any depth; `-` is standard input.
       top: number of classes per photo.
       ema: whether to use the moving-average weights.
 
@@ -58,12 +59,13 @@ def predict_images(
             "a model and at least one photo are required: --model_dir=run photo.jpg, or "
             "--model_name=efficientnet-lite0 --weights=published photo.jpg"
         )
+    found = [file for photo in photos for file in _files(os.fspath(photo))]
     path = stored_model.find(weights_path)
     if stored_model.is_export(path):
         classify, names = _exported(config, path)
     else:
-        classify, names = _built(config, path, ema=ema, compiled=len(photos) > _FEW)
-    for photo in [os.fspath(photo) for photo in photos]:
+        classify, names = _built(config, path, ema=ema, compiled=len(found) > _FEW)
+    for photo in found:
         try:
             probabilities = _classified(_content(photo), classify)
         except (tf.errors.OpError, image_conversion.Unusable) as error:
@@ -73,6 +75,23 @@ def predict_images(
         else:
             best = cast(list[photos_lib.Prediction], photos_lib.top_k(probabilities, names, top))
             yield {"photo": photo, "predictions": [guess._asdict() for guess in best]}
+
+
+def _files(photo: str) -> list[str]:
+    """Returns the image files in a folder, sorted; a path that is not a folder as it is."""
+    if object_stores.is_object_store(photo):
+        walk: Iterable[tuple[str, list[str], list[str]]] = object_stores.walk(photo)
+    elif os.path.isdir(photo):
+        walk = os.walk(photo)
+    else:
+        return [photo]
+    paths = (os.path.join(folder, name) for folder, _, names in walk for name in names)
+    images = sorted(
+        p
+        for p in paths
+        if image_sources.is_image(p) and not image_sources.is_hidden(os.path.relpath(p, photo))
+    )
+    return images or [photo]
 
 
 # Encoded scalar string → probabilities float32 [C]; InvalidArgumentError if it cannot be decoded.

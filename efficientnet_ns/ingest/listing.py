@@ -263,7 +263,7 @@ def _better_folders(names: list[str]) -> list[str]:
         below.setdefault(posixpath.dirname(folder), Counter())[folder] += 1
     below.pop("", None)
     # A folder with one subfolder would result in only one class.
-    several = {folder: found for folder, found in below.items() if len(found) > 1} or below
+    several = {folder: found for folder, found in below.items() if len(found) > 1}
     images = {folder: sum(found.values()) for folder, found in several.items()}
     return sorted(
         images, key=lambda folder: (_image_set(folder) != "train", -images[folder], folder)

@@ -53,6 +53,7 @@ from efficientnet_ns.training import probe
 
 # A few broken files in a folder of pictures do not stop the run; they are listed.
 _MAX_BAD_FRACTION = 0.5
+_ROUNDS = "rounds"  # Folder of the teacher and the students in the work_dir.
 # Fields of a task that trained weights determine.
 _OF_THE_MODEL = ("mean", "std", "small_image", "image_size")
 
@@ -104,6 +105,12 @@ def run(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> None:
     if not (pictures.labeled or pictures.unlabeled):
         if unused := sorted(given(pictures)):
             raise ConfigError(f"--{unused[0]} requires --labeled and --unlabeled")
+        data = settings.data
+        if not (data.label_data_dir or data.data_source or data.unlabel_data_dir):
+            raise ConfigError(
+                "--labeled and --unlabeled (pictures) and --work_dir are required; or, for records, "
+                "--label_data_dir, --task_name, --unlabel_data_dir and --work_dir"
+            )
         rows = rounds.run_loop(settings, loop)
         print("\n".join(map(json.dumps, rows)))
         return
@@ -157,8 +164,9 @@ def from_pictures(pictures: PicturesConfig, settings: Config, loop: LoopConfig) 
     # Before any work: after a kill, the plan is read, even if the machine would suggest another.
     plan.write(made, pictures, values, work)
     run = _Run(pictures, made, work)
-    if run.state.finished:
-        print(f"continuing {work}: finished are {', '.join(run.state.finished)}", file=sys.stderr)
+    # The rounds keep a state of their own.
+    if done := [*run.state.finished, *State.recorded(os.path.join(work, _ROUNDS))]:
+        print(f"continuing {work}: finished are {', '.join(done)}", file=sys.stderr)
     verbosity = logging.get_verbosity()
     try:
         # The progress line shows the essentials of each stage's log.
@@ -239,7 +247,7 @@ class _Run:
         self._tell_of_records(data)
         base, loop = plan.configs(chosen)
         base = base.override(**data["places"])
-        loop = dataclasses.replace(loop, work_dir=self._in_work("rounds"))
+        loop = dataclasses.replace(loop, work_dir=self._in_work(_ROUNDS))
         # --- Probe, rounds, control
         rows = []
         if chosen["init_weights"]:

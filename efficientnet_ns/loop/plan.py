@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -174,19 +174,29 @@ def is_pictures(place: str) -> bool:
 _SUBFOLDER = re.compile(r"--subfolder=([^\s,]+?)(?: --image_set=\w+)?(?=,|\.? |\.?$)")
 
 
-def _labeled(place: str) -> Survey:
-    """Surveys the labeled pictures; its errors suggest this program's flags."""
+# What `ingest.listing` advises for `make_records` → what helps here.
+_ADVICE = {
+    "use --nolabeled for images without classes": "at least 2 are required",
+    "; use --nolabeled to write them as unlabeled": ": expected a folder per class",
+}
+
+
+def _labeled(flag: str, place: str, class_names: Sequence[str] | None = None) -> Survey:
+    """Surveys the labeled pictures that `--<flag>` names; its errors suggest this program's flags."""
     try:
-        return survey.survey(place, labeled=True)
+        return survey.survey(place, labeled=True, class_names=class_names)
     except DataError as e:
-        text = _SUBFOLDER.sub(rf"--labeled={place.rstrip('/')}/\1", str(e))
-        text = text.split(" If they are the classes, add")[0]
-        text = text.replace("use --nolabeled for images without classes", "at least 2 are required")
+        text = _SUBFOLDER.sub(rf"--{flag}={place.rstrip('/')}/\1", str(e))
+        text, cut, _ = text.partition(" If they are the classes, add")
+        if cut and f"--{flag}=" not in text:
+            text += " Expected a folder per class."
+        for advice, here in _ADVICE.items():
+            text = text.replace(advice, here)
         raise DataError(text) from e
 
 
 def _look(pictures: PicturesConfig) -> dict[str, Survey]:
-    found = {"labeled": _labeled(pictures.labeled)}
+    found = {"labeled": _labeled("labeled", pictures.labeled)}
     names = tuple(found["labeled"].classes or ())
     if len([name for name in names if (found["labeled"].classes or {})[name]]) < 2:
         raise ConfigError(
@@ -195,7 +205,7 @@ def _look(pictures: PicturesConfig) -> dict[str, Survey]:
         )
     found["unlabeled"] = survey.survey(pictures.unlabeled, labeled=False)
     if pictures.test:
-        found["test"] = survey.survey(pictures.test, labeled=True, class_names=names)
+        found["test"] = _labeled("test", pictures.test, names)
     return found
 
 

@@ -25,6 +25,7 @@ from efficientnet_ns.evaluation import evaluate
 from efficientnet_ns.files import shard_names
 from efficientnet_ns.ingest import data_source
 from efficientnet_ns.loop.state import State
+from efficientnet_ns.models import efficientnet
 from efficientnet_ns.models.recipes import EPOCHS_OF_TRAIN_STEPS, RECIPES
 from efficientnet_ns.pseudo_labels import index, predict, unlabeled_set, write
 from efficientnet_ns.pseudo_labels.selection import select
@@ -131,11 +132,15 @@ def model_configs(config: Config, loop: LoopConfig) -> list[Config]:
     """Returns the training settings of each model: the first teacher, then the students.
 
     Raises:
-      ConfigError: If the loop's lists have different lengths, or name an unpublished model.
+      ConfigError: If the loop's lists have different lengths, or name an unknown model.
     """
     models = [name.strip() for name in loop.models.split(",")]
     if len(models) < 2:
         raise ConfigError(f"--models={loop.models}: name a teacher and at least one student")
+    for name in models:
+        if name not in efficientnet.VARIANTS:
+            known = ", ".join(efficientnet.VARIANTS)
+            raise ConfigError(f"--models={loop.models}: unknown model {name!r}; known: {known}")
     sizes = _per_model("image_sizes", loop.image_sizes, int, len(models))
     ratios = _per_model("unlabel_ratios", loop.unlabel_ratios, float, len(models) - 1)
     trainings = []

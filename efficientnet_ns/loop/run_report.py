@@ -99,7 +99,9 @@ def write(
         title="Noisy Student on your pictures",
         intro=(
             f"{plan.facts.labeled} labeled pictures of {plan.facts.classes} classes, "
-            f"{plan.facts.unlabeled} unlabeled ones. The best model on the held-out pictures: {name_of(best)}."
+            f"{plan.facts.unlabeled} unlabeled ones. The best model, which is exported: {name_of(best)}. A student "
+            "replaces its teacher unless it is clearly worse on the held-out pictures: by more than "
+            "the standard error, because so few pictures cannot separate closer models."
         ),
         sections=sections,
     )

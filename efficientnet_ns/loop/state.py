@@ -52,6 +52,12 @@ class State:
             )
         self._state["settings"] = stored
 
+    @staticmethod
+    def recorded(folder: str) -> list[str]:
+        """Names of the stages recorded in a folder, in order; empty if it has no state yet."""
+        found = json_files.read_object_if_any(os.path.join(folder, "state.json"), "stages")
+        return list(found["stages"]) if found else []
+
     @property
     def finished(self) -> list[str]:
         """Names of the recorded stages, in order."""

@@ -26,10 +26,11 @@ def thumbnail(data: bytes, size: int) -> bytes:
             image.draft("RGB", (size, size))
             image.thumbnail((size, size))
             # JPEG supports neither transparency nor palettes. As in training, transparent is white.
+            shown: Image.Image = image
             if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            image.convert("RGB").save(buffer, "JPEG", quality=80)
+                shown = Image.new("RGBA", image.size, "white")
+                shown.alpha_composite(image.convert("RGBA"))
+            shown.convert("RGB").save(buffer, "JPEG", quality=80)
     # PIL raises SyntaxError for damaged PNGs.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return b""

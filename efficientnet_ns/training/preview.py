@@ -102,7 +102,7 @@ def _png(sections: Sequence[tuple[str, np.ndarray, Sequence[str]]]) -> bytes:
     figure = Figure(figsize=(1.5 * _COLUMNS, sum(1.85 * r + 0.45 for r in rows)), dpi=100)
     parts = figure.subfigures(len(sections), 1, squeeze=False, height_ratios=rows)[:, 0]
     for part, number, (heading, images, titles) in zip(parts, rows, sections):
-        part.suptitle(heading, fontsize=12, x=0.02, ha="left", parse_math=False)
+        part.suptitle(heading, fontsize=10, x=0.02, ha="left", parse_math=False)
         axes = part.subplots(number, _COLUMNS, squeeze=False).ravel()
         part.subplots_adjust(
             left=0.02, right=0.98, bottom=0.02, top=1 - 0.75 / (1.85 * number + 0.45), hspace=0.42

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def photos(tmp_path_factory) -> list[str]:
 def bad_photos(tmp_path_factory) -> dict[str, str]:
     """Path → a part of its error."""
     folder = tmp_path_factory.mktemp("bad")
+    (folder / "nothing").mkdir()
     (folder / "text.jpg").write_bytes(b"no picture")
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "half.jpg").write_bytes(jpeg(noise(np.random.default_rng(0), 64, 64))[:800])
@@ -62,7 +64,7 @@ def bad_photos(tmp_path_factory) -> dict[str, str]:
         str(folder / "empty.jpg"): "the file is empty",
         str(folder / "half.jpg"): "Invalid JPEG data",
         str(folder / "absent.jpg"): "No such file",
-        str(folder): "directory",
+        str(folder / "nothing"): "directory",
     }
 
 
@@ -115,6 +117,21 @@ def test_answers_are_those_of_the_evaluation(config, folder, photos, tmp_path):
         assert [g["index"] for g in guesses] == np.argsort(-row).tolist()
         assert [g["name"] for g in guesses] == [NAMES[i] for i in np.argsort(-row)]
         np.testing.assert_allclose([g["probability"] for g in guesses], -np.sort(-row), atol=1e-6)
+
+
+def test_folders_of_photos(config, folder, photos, tmp_path):
+    names = ["b.png", "a/c.png", "a/.hidden.png", "a/notes.txt"]
+    for name in names:
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos[0], path)
+    (tmp_path / "empty").mkdir()
+    given = [photos[0], tmp_path / "photos", tmp_path / "empty"]
+    first, *rest, empty = photo_files.predict_images(config, str(folder), given)
+    expected = [str(tmp_path / "photos" / name) for name in ("a/c.png", "b.png")]
+    assert [one["photo"] for one in rest] == expected
+    assert [one["predictions"] for one in rest] == [first["predictions"]] * 2
+    assert empty["photo"] == str(tmp_path / "empty") and "directory" in empty["error"]
 
 
 def test_tasks_like_imagenet_are_cropped(tmp_path, photos):

@@ -135,6 +135,21 @@ def test_one_class_and_sets_for_classes(tmp_path):
     assert "accept_classes" not in str(refused.value)
 
 
+def test_folders_without_classes(tmp_path):
+    class_folders(tmp_path / "apple" / "deep" / "64", {"": 3})
+    class_folders(tmp_path / "photos", {"": 3})
+    with pytest.raises(DataError, match="folders below it. Expected a folder per class.$"):
+        plan.make(pictures(tmp_path, labeled=str(tmp_path)), {}, "")
+    for flag in ("labeled", "test"):
+        with pytest.raises(DataError, match="expected a folder per class$"):
+            plan.make(pictures(tmp_path, **{flag: str(tmp_path / "photos")}), {}, "")
+
+
+def test_pictures_or_records_are_needed():
+    with pytest.raises(ConfigError, match="--labeled and --unlabeled .pictures. and --work_dir"):
+        one_command.run(PicturesConfig(), Config(), LoopConfig())
+
+
 def test_places_are_needed():
     with pytest.raises(ConfigError, match="--unlabeled is required"):
         one_command.run(PicturesConfig(labeled="x"), Config(), LoopConfig(work_dir="run"))

@@ -478,7 +478,7 @@ def test_another_model_in_a_round_that_is_finished_is_refused(undisturbed, confi
 @pytest.mark.parametrize(
     "models, message",
     [
-        ("efficientnet-test,efficientnet-b9", "unknown model 'efficientnet-b9'"),
+        ("efficientnet-test,efficientnet-b9", "^--models=.*: unknown model 'efficientnet-b9'"),
         ("efficientnet-test,", "unknown model ''"),
     ],
 )
