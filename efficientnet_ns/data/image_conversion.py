@@ -118,11 +118,24 @@ def _open(raw: bytes, reason: str):
             _refuse_unknown_range(tags)
             image = Image.open(io.BytesIO(raw))
             image.load()
-            return _eight_bit(image, tags), _is_lossy(image.format or "", raw)
+            if _is_transparent(image, raw):
+                pixels = transparency.on_white(np.asarray(image.convert("RGBA")))
+                shown = Image.fromarray(pixels.numpy())
+            else:
+                shown = _eight_bit(image, tags)
+            return shown, _is_lossy(image.format or "", raw)
     except Unusable:
         raise
     except Exception as e:  # Decoders of damaged files raise nearly anything.
         raise Unusable(f"{reason}; Pillow: {_without_address(e)}") from e
+
+
+def _is_transparent(image, raw: bytes) -> bool:
+    """Returns whether an opened image has transparent pixels that are meant to be transparent."""
+    # Programs leave the fourth byte of these undefined, and `images.decode` ignores that of BMPs.
+    if image.format in ("BMP", "DIB") or (image.format == "TGA" and not raw[17] & 15):
+        return False
+    return image.has_transparency_data
 
 
 def _need_heif_decoder(raw: bytes) -> None:
@@ -192,9 +205,6 @@ def _eight_bit(image, tags: dict[int, int]):
         return Image.fromarray(high.astype(np.uint8))
     if image.mode in ("I", "F"):
         raise _unknown_range({"I": "32-bit integer", "F": "floating-point"}[image.mode])
-    # `images.decode` ignores the alpha of BMPs, which many programs leave undefined.
-    if image.format != "BMP" and image.has_transparency_data:
-        return Image.fromarray(transparency.on_white(np.asarray(image.convert("RGBA"))).numpy())
     return image if image.mode in ("RGB", "L") else image.convert("RGB")
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -65,7 +65,10 @@ def predict_images(
         classify, names = _exported(config, path)
     else:
         classify, names = _built(config, path, ema=ema, compiled=len(found) > _FEW)
-    for photo in found:
+    for photo, problem in found:
+        if problem:
+            yield {"photo": photo, "error": problem}
+            continue
         try:
             probabilities = _classified(_content(photo), classify)
         except (tf.errors.OpError, image_conversion.Unusable) as error:
@@ -77,21 +80,18 @@ def predict_images(
             yield {"photo": photo, "predictions": [guess._asdict() for guess in best]}
 
 
-def _files(photo: str) -> list[str]:
-    """Returns the image files in a folder, sorted; a path that is not a folder as it is."""
-    if object_stores.is_object_store(photo):
-        walk: Iterable[tuple[str, list[str], list[str]]] = object_stores.walk(photo)
-    elif os.path.isdir(photo):
-        walk = os.walk(photo)
-    else:
-        return [photo]
-    paths = (os.path.join(folder, name) for folder, _, names in walk for name in names)
-    images = sorted(
-        p
-        for p in paths
-        if image_sources.is_image(p) and not image_sources.is_hidden(os.path.relpath(p, photo))
-    )
-    return images or [photo]
+def _files(photo: str) -> list[tuple[str, str]]:
+    """Returns (path, "") of a photo or of all images in a folder, or (path, why it is unreadable)."""
+    if photo == "-" or image_sources.is_image(photo):  # Without a request for each on a store.
+        return [(photo, "")]
+    on_store = object_stores.is_object_store(photo)
+    if not (tf.io.gfile.isdir(photo) if on_store else os.path.isdir(photo)):
+        return [(photo, "")]
+    contents = image_sources.Folder(photo).entries()
+    names = [entry.name for entry in contents.entries if image_sources.is_image(entry.name)]
+    found = [*((name, "") for name in names), *contents.lost]
+    shown = [(os.path.join(photo, n), r) for n, r in found if not image_sources.is_hidden(n)]
+    return sorted(shown) or [(photo, "a folder without images")]
 
 
 # Encoded scalar string → probabilities float32 [C]; InvalidArgumentError if it cannot be decoded.

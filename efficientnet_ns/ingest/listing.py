@@ -234,8 +234,7 @@ def _check_classes(
         what = f"form only one class, {min(heights)!r}: use --nolabeled for images without classes"
     else:
         return
-    better = _better_folders(names) or of_sets
-    options = [_option(posixpath.join(prefix, folder)) for folder in better[:4]]
+    options = [_option(posixpath.join(prefix, folder)) for folder in _better_folders(names)[:4]]
     give = f". Pass one of them: {', or '.join(options)}" if options else ""
     raise DataError(
         f"the folders in {where!r} {what}{give}. If they are the classes, add --accept_classes"
@@ -297,6 +296,11 @@ def _agreed_names(
             raise DataError(
                 f"{names_from}: {new[0]!r} in {where!r} is not the WordNet id of a class of ImageNet, "
                 "such as n01440764: remove the flag, or rename the folder"
+            )
+        if not names_from:
+            raise DataError(
+                f"class {new[0]!r} in {where!r} is not one of the {len(known)} known classes: "
+                f"{name_lists.shortened(known)}"
             )
         raise DataError(
             f"class {new[0]!r} in {where!r} is not one of the {len(known)} classes of the sets in the "

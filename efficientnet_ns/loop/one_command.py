@@ -193,6 +193,7 @@ def _checked(pictures: PicturesConfig, settings: Config, loop: LoopConfig) -> di
     for one in (pictures, settings, loop):
         check(one)
     require(pictures, "labeled", "unlabeled")
+    rounds.variants(loop.models)  # Called only for its errors, before the pictures are read.
     if not pictures.dry_run:
         require(loop, "work_dir")
     return plan.chosen_by_user(pictures, settings, loop)

@@ -186,7 +186,8 @@ def _labeled(flag: str, place: str, class_names: Sequence[str] | None = None) ->
     try:
         return survey.survey(place, labeled=True, class_names=class_names)
     except DataError as e:
-        text = _SUBFOLDER.sub(rf"--{flag}={place.rstrip('/')}/\1", str(e))
+        top = f"--{flag}={place.rstrip('/')}/"
+        text = _SUBFOLDER.sub(lambda found: top + found[1], str(e))
         text, cut, _ = text.partition(" If they are the classes, add")
         if cut and f"--{flag}=" not in text:
             text += " Expected a folder per class."

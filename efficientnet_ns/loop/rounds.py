@@ -128,19 +128,29 @@ def check(config: Config, loop: LoopConfig) -> list[Config]:
     return trainings
 
 
+def variants(models: str) -> list[str]:
+    """Returns the variants that `--models` names: the teacher's, then the students'.
+
+    Raises:
+      ConfigError: If there are fewer than two, or one is unknown.
+    """
+    names = [name.strip() for name in models.split(",")]
+    if len(names) < 2:
+        raise ConfigError(f"--models={models}: name a teacher and at least one student")
+    for name in names:
+        if name not in efficientnet.VARIANTS:
+            known = ", ".join(efficientnet.VARIANTS)
+            raise ConfigError(f"--models={models}: unknown model {name!r}; known: {known}")
+    return names
+
+
 def model_configs(config: Config, loop: LoopConfig) -> list[Config]:
     """Returns the training settings of each model: the first teacher, then the students.
 
     Raises:
       ConfigError: If the loop's lists have different lengths, or name an unknown model.
     """
-    models = [name.strip() for name in loop.models.split(",")]
-    if len(models) < 2:
-        raise ConfigError(f"--models={loop.models}: name a teacher and at least one student")
-    for name in models:
-        if name not in efficientnet.VARIANTS:
-            known = ", ".join(efficientnet.VARIANTS)
-            raise ConfigError(f"--models={loop.models}: unknown model {name!r}; known: {known}")
+    models = variants(loop.models)
     sizes = _per_model("image_sizes", loop.image_sizes, int, len(models))
     ratios = _per_model("unlabel_ratios", loop.unlabel_ratios, float, len(models) - 1)
     trainings = []

@@ -101,7 +101,7 @@ def write(
             f"{plan.facts.labeled} labeled pictures of {plan.facts.classes} classes, "
             f"{plan.facts.unlabeled} unlabeled ones. The best model, which is exported: {name_of(best)}. A student "
             "replaces its teacher unless it is clearly worse on the held-out pictures: by more than "
-            "the standard error, because so few pictures cannot separate closer models."
+            "the standard error, since a smaller difference may be chance."
         ),
         sections=sections,
     )

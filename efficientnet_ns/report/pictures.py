@@ -24,12 +24,13 @@ def thumbnail(data: bytes, size: int) -> bytes:
         with Image.open(io.BytesIO(data)) as image:
             # Decodes a JPEG at 1/2, 1/4 or 1/8 of its size if the result is not below `size`.
             image.draft("RGB", (size, size))
-            image.thumbnail((size, size))
-            # JPEG supports neither transparency nor palettes. As in training, transparent is white.
+            # JPEG supports neither transparency nor palettes. As in training, transparent is white;
+            # before the reduction, which would mix in the colors behind.
             shown: Image.Image = image
-            if image.has_transparency_data:
+            if image.has_transparency_data and image.format != "BMP":
                 shown = Image.new("RGBA", image.size, "white")
                 shown.alpha_composite(image.convert("RGBA"))
+            shown.thumbnail((size, size))
             shown.convert("RGB").save(buffer, "JPEG", quality=80)
     # PIL raises SyntaxError for damaged PNGs.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

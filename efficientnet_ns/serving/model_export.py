@@ -92,7 +92,7 @@ def _check(options: ExportConfig) -> None:
     if options.format == "tflite" and options.optimize_for != "cpu":
         raise ConfigError(
             f"--optimize_for={options.optimize_for} does not apply to --format=tflite, whose "
-            "converter always folds batch norm: remove it"
+            "converter always folds batch norm: remove the flag"
         )
     if options.format != "tflite" and options.tflite_type != "float32":
         raise ConfigError(f"--tflite_type={options.tflite_type} needs --format=tflite")

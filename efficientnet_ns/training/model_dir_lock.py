@@ -29,7 +29,7 @@ class ModelDirLock:
     def __enter__(self) -> ModelDirLock:
         return self
 
-    def try_acquire(self) -> None:
+    def acquire_if_free(self) -> None:
         """Acquires the folder if it has no live lease.
 
         Raises:
@@ -43,13 +43,13 @@ class ModelDirLock:
             self.acquire()
 
     def acquire(self) -> None:
-        """Acquires the folder; call it after `try_acquire`, before anything is written.
+        """Acquires the folder; call it after `acquire_if_free`, before anything is written.
 
         Raises:
           DirectoryConflict: If another live process trains in the folder.
         """
         if self._leases is None:
-            raise RuntimeError("call try_acquire before acquire")
+            raise RuntimeError("call acquire_if_free before acquire")
         if self._lease is not None:
             return
         try:

@@ -77,7 +77,7 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
                 strategy, functools.partial(Inputs.find, resolved, evaluate=evaluate)
             )
             if writes:
-                lock.try_acquire()
+                lock.acquire_if_free()
                 if not saved_steps(model_dir):  # Files of a run that never began are replaced.
                     lock.acquire()
             sources = {"labeled": inputs.labeled, "unlabeled": inputs.unlabeled}

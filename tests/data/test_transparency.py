@@ -55,6 +55,34 @@ def test_long_chunks_before_the_pixels_are_skipped(transparent):
     np.testing.assert_array_equal(images.decode(content), image_files.as_decoded("", image))
 
 
+def test_pngs_of_many_chunks_are_searched_only_at_their_beginning():
+    content = image_files.png(2, 8, extra=chunk(b"teXt", b"") * 2000, transparent=b"\0\1\0\2\0\3")
+    assert not transparency.is_transparent_png(content)
+    images.decode(content)
+
+
+def test_images_of_several_blocks(rng):
+    pixels = rng.integers(0, 256, [1100, 1000, 4], np.uint8)
+    np.testing.assert_array_equal(transparency.on_white(pixels), image_files.on_white(pixels))
+
+
+def tga(attribute_bits: int) -> bytes:
+    """A 32-bit TGA whose fourth bytes are 0."""
+    header = struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 4, 3, 32, 0x20 | attribute_bits)
+    return header + bytes([10, 20, 30, 0]) * 12
+
+
+def test_an_undefined_fourth_byte_is_no_transparency():
+    dib = image_files.FILES["BMP 32 bit, header 124, alpha"]()[14:]
+    for content, color in ((tga(0), 30), (tga(8), 255)):
+        stored, _ = image_conversion.prepare(content, image_conversion.Rules())
+        assert (images.decode(stored).numpy()[..., 0] == color).all()
+    stored, _ = image_conversion.prepare(dib, image_conversion.Rules())
+    with Image.open(io.BytesIO(dib)) as image:
+        assert image.format == "DIB"
+        np.testing.assert_array_equal(images.decode(stored), np.asarray(image.convert("RGB")))
+
+
 @pytest.mark.parametrize("length", [8, 20, 26, 33, 40, 60])
 def test_cut_off_files_are_named_by_the_decoder(length):
     content = image_files.FILES["PNG RGBA 8 bit"]()[:length]

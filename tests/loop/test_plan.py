@@ -145,6 +145,30 @@ def test_folders_without_classes(tmp_path):
             plan.make(pictures(tmp_path, **{flag: str(tmp_path / "photos")}), {}, "")
 
 
+def test_sets_without_classes(tmp_path):
+    place = tmp_path / r"back\d"
+    class_folders(place / "train", {"": 3})
+    class_folders(place / "test", {"": 3})
+    with pytest.raises(DataError, match="are sets, not classes: test, train. Expected a folder"):
+        plan.make(pictures(tmp_path, labeled=str(place)), {}, "")
+    class_folders(place / "val", {"a": 2, "b": 2})
+    with pytest.raises(DataError, match=r"Pass one of them: --labeled=.*/back\\d/val\.$"):
+        plan.make(pictures(tmp_path, labeled=str(place)), {}, "")
+
+
+def test_a_test_picture_of_another_class(folder, tmp_path):
+    class_folders(tmp_path / "other", {"blue": 2, "zebra": 2})
+    with pytest.raises(DataError, match="class 'zebra' in .* is not one of the 2 known classes: "):
+        plan.make(pictures(folder, test=str(tmp_path / "other")), {}, "")
+
+
+def test_unknown_models_of_pictures(tmp_path):
+    frame = pictures(tmp_path, dry_run=True)
+    loop = LoopConfig(models="efficientnet-b9,efficientnet-b0")
+    with pytest.raises(ConfigError, match="^--models=.*: unknown model 'efficientnet-b9'"):
+        one_command.run(frame, Config(), loop)
+
+
 def test_pictures_or_records_are_needed():
     with pytest.raises(ConfigError, match="--labeled and --unlabeled .pictures. and --work_dir"):
         one_command.run(PicturesConfig(), Config(), LoopConfig())

@@ -54,12 +54,12 @@ def test_second_process_of_this_machine_is_refused_at_once(tmp_path, monkeypatch
     monkeypatch.setattr(model_dir_lock, "LEASE_SECONDS", 2.0)
     named = f"process {os.getpid()} on {socket.gethostname()} is training in {tmp_path}"
     with ModelDirLock(str(tmp_path)) as first:
-        first.try_acquire()
+        first.acquire_if_free()
         with (
             ModelDirLock(str(tmp_path)) as second,
             pytest.raises(DirectoryConflict, match=re.escape(named)),
         ):
-            second.try_acquire()
+            second.acquire_if_free()
         first.acquire()
         first.check()
     assert list(tmp_path.iterdir()) == []
@@ -69,7 +69,7 @@ def test_killed_process_of_this_machine_is_followed_at_once(tmp_path, clock):
     """Even while it is a zombie: its parent has not waited for it."""
     code = (
         "import sys, time; from efficientnet_ns.training.model_dir_lock import ModelDirLock; "
-        "ModelDirLock(sys.argv[1]).try_acquire(); print('held', flush=True); time.sleep(1000)"
+        "ModelDirLock(sys.argv[1]).acquire_if_free(); print('held', flush=True); time.sleep(1000)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -79,7 +79,7 @@ def test_killed_process_of_this_machine_is_followed_at_once(tmp_path, clock):
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert owner_of(tmp_path)["pid"] == process.pid
     with ModelDirLock(str(tmp_path)) as mine:
-        mine.try_acquire()
+        mine.acquire_if_free()
         assert owner_of(tmp_path)["pid"] == os.getpid()
         assert clock.now < 0.1
     process.communicate()
@@ -91,7 +91,7 @@ def test_number_of_a_dead_process_may_be_this_ones(tmp_path, clock):
     this = leases._this_process()
     write_lease(tmp_path, **{**this, "started": "1"})
     with ModelDirLock(str(tmp_path)) as mine:
-        mine.try_acquire()
+        mine.acquire_if_free()
         assert owner_of(tmp_path)["started"] == this["started"]
         assert clock.now < 0.1
 
@@ -100,7 +100,7 @@ def test_training_on_another_machine_is_refused_when_it_shows_a_sign(tmp_path, c
     write_lease(tmp_path, beat=1)
     clock.meanwhile = lambda: write_lease(tmp_path, beat=2)
     with ModelDirLock(str(tmp_path)) as mine:
-        mine.try_acquire()
+        mine.acquire_if_free()
         with pytest.raises(DirectoryConflict, match="process 7 on far is training in"):
             mine.acquire()
     assert owner_of(tmp_path)["token"] == "other"
@@ -109,7 +109,7 @@ def test_training_on_another_machine_is_refused_when_it_shows_a_sign(tmp_path, c
 def test_lost_machine_is_followed_without_a_wait_if_the_model_takes_as_long(tmp_path, clock):
     write_lease(tmp_path)
     with ModelDirLock(str(tmp_path)) as mine:
-        mine.try_acquire()
+        mine.acquire_if_free()
         assert clock.now == 0 and owner_of(tmp_path)["token"] == "other"
         clock.now = building = model_dir_lock.LEASE_SECONDS + 1
         mine.acquire()
@@ -120,14 +120,14 @@ def test_lost_machine_is_followed_without_a_wait_if_the_model_takes_as_long(tmp_
 def test_lost_machine_is_followed_after_its_time(tmp_path, clock):
     write_lease(tmp_path)
     with ModelDirLock(str(tmp_path)) as mine:
-        mine.try_acquire()
+        mine.acquire_if_free()
         mine.acquire()
         assert model_dir_lock.LEASE_SECONDS < clock.now < model_dir_lock.LEASE_SECONDS + 1
 
 
 def test_process_that_stood_still_notices_its_follower(tmp_path):
     with ModelDirLock(str(tmp_path)) as mine:
-        mine.try_acquire()
+        mine.acquire_if_free()
         write_lease(tmp_path)
         with pytest.raises(LeaseLost, match="process 7 on far took this work over"):
             mine.check()
@@ -136,6 +136,6 @@ def test_process_that_stood_still_notices_its_follower(tmp_path):
 
 def test_lease_that_was_deleted_stops_nothing(tmp_path):
     with ModelDirLock(str(tmp_path)) as mine:
-        mine.try_acquire()
+        mine.acquire_if_free()
         (tmp_path / ".lease-training").unlink()
         mine.check()

@@ -424,7 +424,7 @@ def test_training_that_runs_does_not_give_way(folder, tmp_path, monkeypatch):
     claimed(config)
     noted = (tmp_path / claim.SETTINGS).read_text()
     with ModelDirLock(str(tmp_path)) as other:
-        other.try_acquire()
+        other.acquire_if_free()
         for seed in (0, 1):
             with pytest.raises(claim.DirectoryConflict, match=f"process {os.getpid()} on .* is"):
                 train.train_and_evaluate(config.override(seed=seed), evaluate=False)
