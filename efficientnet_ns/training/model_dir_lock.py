@@ -19,7 +19,7 @@ _UNIT = "training"
 
 
 class ModelDirLock:
-    """The right to write to a model_dir, from `acquire` to the end of the block."""
+    """A lock on a model_dir, held from `acquire` to the end of the block."""
 
     def __init__(self, folder: str):
         self._folder = folder
