@@ -164,7 +164,7 @@ REQUESTS = {
     "predict one shard": (121, 6),
     "predict one shard again": (70, 0),
     "filter": (223, 28),
-    "filter again": (67, 2),
+    "filter again": (69, 2),
     "export": (128, 14),
 }
 

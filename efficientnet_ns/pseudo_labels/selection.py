@@ -36,6 +36,7 @@ from absl import logging
 from efficientnet_ns.config import ConfigError, SelectConfig, check
 from efficientnet_ns.data import tasks
 from efficientnet_ns.files import (
+    atomic,
     json_files,
     local_files,
     manifests,
@@ -102,6 +103,8 @@ def select(config: SelectConfig) -> dict[str, object]:
     counted = _are_counted(statistics)
     wanted = statistics if config.only_get_stats else stage
     if selected and counted:
+        # Of a process that was killed after another one had finished the same selection.
+        atomic.remove_abandoned([wanted.manifest, *wanted.outputs])
         return wanted.counts()
     _check_number_of_classes(config)
     with local_files.local_copies(paths) as local:

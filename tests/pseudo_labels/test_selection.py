@@ -582,9 +582,13 @@ def test_finished_selection_is_not_made_again(small, monkeypatch):
     first = selection.select(small)
     path = Path(small.output_dir) / selection.SELECTION
     before = path.stat().st_mtime_ns
+    # Of a process that was killed while another one finished; its number is above all real ones.
+    left = path.with_name(f".tmp-{socket.gethostname()}-{2**22 + 1}-{selection.SELECTION}")
+    left.write_bytes(b"half")
     monkeypatch.setattr(index, "IndexScan", lambda *_: pytest.fail("selected again"))
     assert selection.select(small) == first
     assert path.stat().st_mtime_ns == before
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("field, value", [("num_image", 4), ("min_threshold", 0.5), ("seed", 1)])
