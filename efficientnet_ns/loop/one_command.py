@@ -204,7 +204,7 @@ def _stages(made: Plan, pictures: PicturesConfig) -> dict[str, float]:
     chosen, facts = made.chosen, made.facts
     # The names are those that `State.once` is called with, here and in `rounds`.
     parts = rules.seconds(facts, chosen, made.pace, control=pictures.control)
-    models = [name.strip() for name in chosen["models"].split(",")]
+    models = rounds.variants(chosen["models"])
     students = len(models) - 1
     labeling = parts["labeling"] / len(models)
     stages = {
