@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from absl import logging
@@ -44,6 +44,32 @@ class Listing(NamedTuple):
     ignored: Counter = Counter()
 
 
+class Advice(NamedTuple):
+    """What messages advise if the folders of a source are not classes.
+
+    Attributes:
+      without_classes: what to do if there are no classes.
+      another_folder: function of (folder in the source, its image set or None) that returns how to
+        use this folder instead.
+      accept_classes: what to do if the folders are the classes nevertheless; may be empty.
+    """
+
+    without_classes: str
+    another_folder: Callable[[str, str | None], str]
+    accept_classes: str = ""
+
+
+def _subfolder(folder: str, image_set: str | None) -> str:
+    return f"--subfolder={folder}" + (f" --image_set={image_set}" if image_set else "")
+
+
+MAKE_RECORDS = Advice(
+    without_classes="use --nolabeled for images without classes",
+    another_folder=_subfolder,
+    accept_classes="If they are the classes, add --accept_classes",
+)
+
+
 def list_images(
     source: image_sources.ListedSource,
     labeled: bool,
@@ -52,6 +78,7 @@ def list_images(
     names_from: str = "",
     subfolder: str = "",
     accept_classes: bool = False,
+    advice: Advice = MAKE_RECORDS,
 ) -> Listing:
     """Lists the images of a folder or archive; with `labeled`, the topmost folders are classes.
 
@@ -64,6 +91,7 @@ def list_images(
       subfolder: use only this folder of the source.
       accept_classes: whether to use the topmost folders as classes even if they do not look like
         classes.
+      advice: what to do if they are not classes, for messages.
 
     Raises:
       DataError: If there are no images, or the folders cannot be or do not look like classes.
@@ -86,7 +114,15 @@ def list_images(
     classes = sorted({_class_of(name, depth) for name in [*folders, *names]} - {""})
     # Classes that another set already has are valid.
     if not (accept_classes or set(classes) <= set(class_names or ())):
-        _check_classes(where, prefix, names, depth, single_allowed=class_names is not None)
+        problem = _not_classes(names, depth, single_allowed=class_names is not None)
+        if problem:
+            better = [posixpath.join(prefix, folder) for folder in _better_folders(names)[:4]]
+            raise DataError(f"the folders in {where!r} {problem}{_advised(advice, better)}")
+    if not classes:
+        raise DataError(
+            f"the images in {where!r} are not in folders that could be classes: "
+            f"{advice.without_classes}"
+        )
     agreed = _agreed_names(where, classes, class_names, names_from)
     numbers = {name: i for i, name in enumerate(agreed)}
     labels = [numbers.get(_class_of(name, depth)) for name in names]
@@ -208,13 +244,10 @@ def _class_of(name: str, depth: int) -> str:
     return parts[depth] if len(parts) > depth + 1 else ""
 
 
-def _check_classes(
-    where: str, prefix: str, names: list[str], depth: int, *, single_allowed: bool
-) -> None:
-    """Raises DataError if the folders with images do not look like classes.
+def _not_classes(names: Sequence[str], depth: int, *, single_allowed: bool) -> str:
+    """Returns why the folders with the images `names` do not look like classes, or "".
 
     Args:
-      prefix: the subfolder that `names` are relative to.
       single_allowed: whether a single class is valid.
     """
     # Class → levels from it down to its nearest image; 1 if directly in it.
@@ -227,18 +260,21 @@ def _check_classes(
     deep = sorted(top for top, height in heights.items() if height > 1)
     # At least half of the names are sets; among several folders, a single `test` may be a class.
     if 2 * len(of_sets) >= len(heights) and len(of_sets) > (len(heights) > 1):
-        what = f"are sets, not classes: {', '.join(of_sets)}"
-    elif deep:
-        what = f"do not look like classes: all images of {deep[0]!r} are in folders below it"
-    elif len(heights) == 1 and not single_allowed:
-        what = f"form only one class, {min(heights)!r}: use --nolabeled for images without classes"
-    else:
-        return
-    options = [_option(posixpath.join(prefix, folder)) for folder in _better_folders(names)[:4]]
-    give = f". Pass one of them: {', or '.join(options)}" if options else ""
-    raise DataError(
-        f"the folders in {where!r} {what}{give}. If they are the classes, add --accept_classes"
+        return f"are sets, not classes: {', '.join(of_sets)}"
+    if deep:
+        return f"do not look like classes: all images of {deep[0]!r} are in folders below it"
+    if len(heights) == 1 and not single_allowed:
+        return f"form only one class, {min(heights)!r}"
+    return ""
+
+
+def _advised(advice: Advice, better: Sequence[str]) -> str:
+    """Returns the end of a message: the `better` folders, or what to do without classes."""
+    options = [advice.another_folder(folder, _image_set(folder)) for folder in better]
+    text = (
+        f". Pass one of them: {', or '.join(options)}" if options else f"; {advice.without_classes}"
     )
+    return f"{text}. {advice.accept_classes}" if advice.accept_classes else text
 
 
 def _set_in(name: str) -> str | None:
@@ -275,19 +311,9 @@ def _image_set(folder: str) -> str | None:
     return word and (_SETS[word] or word)
 
 
-def _option(folder: str) -> str:
-    image_set = _image_set(folder)
-    return f"--subfolder={folder}" + (f" --image_set={image_set}" if image_set else "")
-
-
 def _agreed_names(
     where: str, found: list[str], known: Sequence[str] | None, names_from: str
 ) -> tuple[str, ...]:
-    if not found:
-        raise DataError(
-            f"the images in {where!r} are not in folders that could be classes; use --nolabeled "
-            "to write them as unlabeled"
-        )
     if known is None:
         return tuple(found)
     new = [name for name in found if name not in known]

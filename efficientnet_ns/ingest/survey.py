@@ -49,12 +49,19 @@ def is_records(place: str) -> bool:
     return any(map(shard_names.parse, object_stores.names(place)))
 
 
-def survey(place: str, *, labeled: bool, class_names: Sequence[str] | None = None) -> Survey:
+def survey(
+    place: str,
+    *,
+    labeled: bool,
+    class_names: Sequence[str] | None = None,
+    advice: listing.Advice = listing.MAKE_RECORDS,
+) -> Survey:
     """Examines a folder or archive of pictures, a folder of records, or a TFDS set.
 
     Args:
       labeled: whether the topmost folders are classes; for records, task.json contains the names.
       class_names: the classes of another set, which this one must share; None for those found.
+      advice: what to do if folders are not classes, for messages.
 
     Raises:
       DataError: If there are no pictures or no classes; see `listing.list_images`.
@@ -66,7 +73,7 @@ def survey(place: str, *, labeled: bool, class_names: Sequence[str] | None = Non
     if not tf.io.gfile.exists(place):
         raise DataError(f"{place} does not exist: expected a folder or archive of pictures")
     with image_sources.open_source(place) as source:
-        found = listing.list_images(source, labeled, class_names)
+        found = listing.list_images(source, labeled, class_names, advice=advice)
         if not found.entries:
             raise DataError(f"none of the pictures in {place} is in the folder of a class")
         entries = _spread(found.entries)

@@ -21,7 +21,6 @@ from efficientnet_ns.files import (
     progress,
     text_table,
 )
-from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.ingest import image_records, listing, survey, tfds_source
 from efficientnet_ns.ingest.survey import Survey
 from efficientnet_ns.loop import rules
@@ -170,30 +169,14 @@ def is_pictures(place: str) -> bool:
     return not (place.startswith(tfds_source.PREFIX) or survey.is_records(place))
 
 
-# How make_records suggests a folder.
-_SUBFOLDER = re.compile(r"--subfolder=([^\s,]+?)(?: --image_set=\w+)?(?=,|\.? |\.?$)")
-
-
-# What `ingest.listing` advises for `make_records` → what helps here.
-_ADVICE = {
-    "use --nolabeled for images without classes": "at least 2 are required",
-    "; use --nolabeled to write them as unlabeled": ": expected a folder per class",
-}
-
-
 def _labeled(flag: str, place: str, class_names: Sequence[str] | None = None) -> Survey:
-    """Surveys the labeled pictures that `--<flag>` names; its errors suggest this program's flags."""
-    try:
-        return survey.survey(place, labeled=True, class_names=class_names)
-    except DataError as e:
-        top = f"--{flag}={place.rstrip('/')}/"
-        text = _SUBFOLDER.sub(lambda found: top + found[1], str(e))
-        text, cut, _ = text.partition(" If they are the classes, add")
-        if cut and f"--{flag}=" not in text:
-            text += " Expected a folder per class."
-        for advice, here in _ADVICE.items():
-            text = text.replace(advice, here)
-        raise DataError(text) from e
+    """Surveys the labeled pictures that `--<flag>` names."""
+    top = place.rstrip("/")
+    advice = listing.Advice(
+        without_classes="expected a folder for each of at least 2 classes",
+        another_folder=lambda folder, image_set: f"--{flag}={top}/{folder}",
+    )
+    return survey.survey(place, labeled=True, class_names=class_names, advice=advice)
 
 
 def _look(pictures: PicturesConfig) -> dict[str, Survey]:

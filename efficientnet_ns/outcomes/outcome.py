@@ -50,6 +50,14 @@ SELECT {other}.label AS {column}, images.label, images.prob, copies IS NOT NULL 
 FROM images JOIN {other} USING (shard, record)
 LEFT JOIN (SELECT shard, record, copies FROM chosen) USING (shard, record)
 """
+# The predicted probabilities of kept images. In the selection, an image that a person labeled has
+# probability 1, so only those are looked up among the predictions.
+_KEPT_AS_PREDICTED = """
+(SELECT prob FROM chosen WHERE prob < 1
+ UNION ALL
+ SELECT prob FROM images SEMI JOIN (SELECT shard, record FROM chosen WHERE prob >= 1)
+ USING (shard, record))
+"""
 
 
 class Picture(NamedTuple):
@@ -136,8 +144,7 @@ class Outcome:
             "SELECT images.prob, kept, CASE WHEN kept THEN coalesce(chosen.images, 0) "
             "ELSE images.images - coalesce(chosen.images, 0) END AS images "
             f"FROM {counted.format('images')} AS images "
-            # By their predictions, because a person's decision has probability 1 in the selection.
-            f"LEFT JOIN {counted.format('images SEMI JOIN chosen USING (shard, record)')} AS chosen "
+            f"LEFT JOIN {counted.format(_KEPT_AS_PREDICTED)} AS chosen "
             "USING (bin, confident) "
             "CROSS JOIN (VALUES (true), (false)) AS sides(kept)"
         )

@@ -424,7 +424,7 @@ def test_a_subfolder_in_another_unicode_form(tmp_path):
             "--subfolder=PetImages. If",
         ),
         (("cats", "dogs/small", "dogs/large"), "all images of 'dogs' are in folders below it"),
-        (("images",), "form only one class, 'images': use --nolabeled"),
+        (("images",), "form only one class, 'images'; use --nolabeled"),
         (("trainset/a", "trainset/b", "valid2017/a"), "--subfolder=trainset --image_set=train"),
         (("data/val/a", "data/val/b"), "--subfolder=data/val --image_set=validation"),
     ],
