@@ -21,7 +21,7 @@ from efficientnet_ns.files import (
     progress,
     text_table,
 )
-from efficientnet_ns.ingest import image_records, listing, survey, tfds_source
+from efficientnet_ns.ingest import data_source, image_records, listing, survey, tfds_source
 from efficientnet_ns.ingest.survey import Survey
 from efficientnet_ns.loop import rules
 from efficientnet_ns.loop.rules import Facts, Setting
@@ -219,6 +219,15 @@ def published_models() -> tuple[str, ...]:
     )
 
 
+def _side(chosen: Mapping[str, Any], facts: Facts) -> int:
+    return chosen["input_image_size"] or max(facts.median_side, 8)
+
+
+def _is_small_image(chosen: Mapping[str, Any], facts: Facts) -> bool:
+    """Returns whether the task will have small-image models, as make_records decides."""
+    return not chosen["init_weights"] and facts.median_side <= data_source.SMALL_SIDE
+
+
 def _measured_pace(chosen: Mapping[str, Any], facts: Facts) -> float:
     config, _ = configs(chosen)
     model = chosen["models"].split(",")[0]
@@ -227,14 +236,16 @@ def _measured_pace(chosen: Mapping[str, Any], facts: Facts) -> float:
         model_name=model.strip(),
         task_name="imagenet",
         init_model=False,
-        input_image_size=chosen["input_image_size"] or max(facts.median_side, 8),
+        input_image_size=_side(chosen, facts),
+        small_image_model=_is_small_image(chosen, facts),
     )
     return pace.images_per_second(with_task)
 
 
 def _guessed_pace(chosen: Mapping[str, Any], facts: Facts) -> float:
-    size = chosen["input_image_size"] or max(facts.median_side, 8)
-    return _GUESS * facts.cores * (1 + 50 * facts.accelerators) * (_GUESSED_SIZE / size) ** 2
+    # Without the strides of stages 2 and 3, the later stages have 4 times the side.
+    side = _side(chosen, facts) * (4 if _is_small_image(chosen, facts) else 1)
+    return _GUESS * facts.cores * (1 + 50 * facts.accelerators) * (_GUESSED_SIZE / side) ** 2
 
 
 # --- Settings ---------------------------------------------------------------------------------------

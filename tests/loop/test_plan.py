@@ -52,6 +52,19 @@ def test_dry_run_writes_nothing(folder, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("weights, small", [("", True), ("published", False)])
+def test_pace_is_that_of_the_model_to_train(folder, monkeypatch, weights, small):
+    measured = []
+    monkeypatch.setattr(
+        plan.pace, "images_per_second", lambda config: measured.append(config) or 12.5
+    )
+    values = {"init_weights": weights, "width_coefficient": 0.5}
+    plan.make(pictures(folder, dry_run=True), values, "")
+    [config] = measured
+    assert config.model.small_image_model == small
+    assert config.model.width_coefficient == 0.5
+
+
 def test_a_teacher_without_a_student_is_refused_before_anything_is_done(
     folder, tmp_path, monkeypatch
 ):
