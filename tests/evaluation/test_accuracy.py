@@ -1,4 +1,4 @@
-"""Accuracy over padded batches: every example counts once, as NumPy counts it."""
+"""Accuracy over padded batches counts every example once and agrees with NumPy."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_two_replicas_give_the_same_numbers(evaluator, evaluator_of_two, rng, si
 
 
 def test_again_and_again(evaluator, rng):
-    """Nothing is left over from one evaluation in the next."""
+    """No state is left from one evaluation to the next."""
     first, second = examples(rng, 5), examples(rng, 11)
     before = evaluator(batches(*first), 5)
     evaluator(batches(*second), 11)
@@ -131,7 +131,7 @@ def test_description():
 
 
 def test_ties_are_not_all_hits(evaluator):
-    """Equal logits answer the first class, as argmax does wherever a model is used."""
+    """Equal logits predict the first class, like argmax."""
     labels = np.arange(CLASSES, dtype=np.int32)
     logits = np.zeros([CLASSES, CLASSES], np.float32)
     measured = evaluator(batches(logits, labels), CLASSES)
@@ -139,11 +139,11 @@ def test_ties_are_not_all_hits(evaluator):
     assert measured["top5"] == pytest.approx(5 / CLASSES)
 
 
-# Looked at closely.
+# Detailed measurements.
 
 
 def details_by_numpy(logits: np.ndarray, labels: np.ndarray):
-    """Confusion matrix, ECE and accuracy per class, one example after the other."""
+    """Computes confusion matrix, ECE and accuracy per class, one example at a time."""
     probs = np.exp(logits.astype(np.float64))
     probs /= probs.sum(1, keepdims=True)
     confusion = np.zeros([CLASSES, CLASSES], int)
@@ -188,7 +188,7 @@ def test_a_class_without_images_has_no_accuracy(evaluator, rng):
 
 
 def test_memory_does_not_grow_with_the_square_of_the_classes():
-    """A matrix of so many classes would take 80 GB, and its cells have no number in 32 bits."""
+    """A matrix would take 80 GB, and its flat indices would overflow 32 bits."""
     classes = 100_000
     inputs = tf.keras.Input([1])
     logits = tf.keras.layers.Lambda(lambda x: tf.one_hot(tf.cast(x[:, 0], tf.int32), classes))
@@ -234,7 +234,7 @@ def test_an_engine_computes_the_same(evaluator, rng):
 
 
 def test_an_engine_answers_calls_too(rng):
-    """In place of the model, which would be wrong here."""
+    """The engine replaces the model, whose predictions would be wrong here."""
     _, labels = examples(rng, 13)
     logits = np.eye(CLASSES)[(labels + 1) % CLASSES]
     engine = lambda pixels: np.roll(pixels, -1, axis=1)  # noqa: E731
@@ -247,7 +247,7 @@ def test_an_engine_answers_calls_too(rng):
 
 
 def test_mirrored_view_is_averaged():
-    """A model that answers by the left edge sees the right one in the mirrored view."""
+    """A model that looks at the left edge sees the right edge in the mirrored view."""
     inputs = tf.keras.Input([2, 2, 3])
     model = tf.keras.Model(inputs, tf.keras.layers.Lambda(lambda x: x[:, 0, 0])(inputs))
     pixels = np.zeros([1, 2, 2, 3], np.float32)

@@ -1,4 +1,4 @@
-"""`--mode=eval`: what it measures and writes, against NumPy and the model called by hand."""
+"""`--mode=eval`: its results and files, compared with NumPy and direct model calls."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("evaluation")
     write_task(path / "task.json", CLASSES)
     examples = [
-        # The last class is in minority.
+        # The last class is a minority.
         tfexamples.labeled_example(image, i % 7 % CLASSES)
         for i, image in enumerate(pictures(COUNT, 5))
     ]
@@ -46,7 +46,7 @@ def folder(tmp_path_factory) -> Path:
     for name, variable in weights.variable_names(resolved(path).build_model()).items():
         for suffix in ("", weights.EMA_SUFFIX):
             value = variable + rng.uniform(-0.05, 0.05, variable.shape)
-            # Not equally sure of all images.
+            # Makes the confidence vary between images.
             tensors[name + suffix] = value * 20 if name.endswith("dense/kernel") else value
     (path / "model").mkdir()
     weights.write_checkpoint(str(path / "model" / "model.ckpt-7"), tensors)
@@ -71,7 +71,7 @@ def resolved(folder: Path, **values) -> ResolvedConfig:
 
 @functools.cache
 def answers(folder: Path, *, ema=True, size=None, mirrored=False) -> tuple[np.ndarray, np.ndarray]:
-    """(probabilities float64 [N, C], labels [N]) by calling the model, without batches and masks."""
+    """Returns (probabilities float64 [N, C], labels [N]) by calling the model without batches."""
     chosen = resolved(folder, input_image_size=size)
     model = chosen.build_model()
     weights.load_weights(model, str(folder / "model"), ema=ema)
@@ -103,7 +103,7 @@ def expected_metrics(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def calibration_error(probs: np.ndarray, labels: np.ndarray) -> float:
-    """Guo et al. 2017, equation 3, with 15 bins."""
+    """Guo et al. (2017), equation 3, with 15 bins."""
     inside: dict[int, list] = {}
     for row, label in zip(probs, labels):
         inside.setdefault(math.ceil(row.max() * 15), []).append((row.max(), row.argmax() == label))
@@ -160,7 +160,7 @@ def test_page(evaluated, folder):
     stated = re.search(r"Expected calibration error ([0-9.]+) \(15 bins, (\d+) images", page)
     assert float(stated[1]) == pytest.approx(calibration_error(probs, labels), rel=2e-3)
     assert int(stated[2]) == COUNT
-    # The classes, worst first, with their images.
+    # The page lists classes with their image counts, worst first.
     text = html.unescape(re.sub(r"<[^>]+>", " ", page.split("worst first</h2>")[1]))
     rows = re.findall(r"(?m)^\s*(\d)\s+(\d+)\s+(\d\.?\d*)\s*$", text)[:CLASSES]
     right = probs.argmax(1) == labels
@@ -215,14 +215,14 @@ def test_continuous_evaluation_on_several_machines_is_refused(folder, monkeypatc
 
 
 class Training:
-    """Stands for one in progress, whose checkpoints are only names and have no weights."""
+    """Imitates training in progress, whose checkpoints are names without weights."""
 
     def __init__(self, folder: Path, monkeypatch):
         self._folder = folder
         self.read: list[str] = []
         self.save(1)
         monkeypatch.setattr(weights, "load_weights", self.load)
-        # Without end if nothing new comes, so that waiting fails instead.
+        # Fails after one wait instead of waiting forever for a new checkpoint.
         waits = iter([None])
         monkeypatch.setattr(evaluate.time, "sleep", lambda _: next(waits))
 
@@ -268,7 +268,7 @@ def test_a_missing_record_file_ends_continuous_evaluation(folder, tmp_path, monk
 
 @pytest.mark.parametrize("kind", ["xnnpack", "auto"])
 def test_the_engine_computes(folder, monkeypatch, kind):
-    """It computes every image, TensorFlow none; predictions would use the same engine."""
+    """The engine, rather than TensorFlow, computes every image, as in predictions."""
     seen, asked = [], []
 
     def make(kind, model, batch_size, strategy, *, dtype):
@@ -298,9 +298,9 @@ _MORE = [(1, 4), (1, 23), (1, 64), (4, 4), (4, 7), (4, 23), (4, 64)]
     "replicas, batch", [*_QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in _MORE)]
 )
 def test_count_is_exact(folder, replicas, batch, tmp_path):
-    """Batches that do not divide the set, nor by the replicas, and one larger than the set.
+    """Batch sizes that do not divide the set or split evenly over replicas, and a larger one.
 
-    In a process of its own: TensorFlow refuses other numbers of replicas than the first of a process.
+    Runs in a separate process, because TensorFlow fixes the number of replicas per process.
     """
     config = {"model_dir": folder / "model", "label_data_dir": folder / "labeled"}
     config.update(task_name=folder / "task.json", model_name="efficientnet-test")
@@ -316,7 +316,7 @@ def test_count_is_exact(folder, replicas, batch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("images, batch", [(23, 8), (22, 5), (1, 4)])
 def test_count_is_exact_with_two_processes(folder, tmp_path, images, batch):
-    """MultiWorkerMirroredStrategy; each process prints what all of them measured."""
+    """Under MultiWorkerMirroredStrategy, each process prints the results of all processes."""
     config = {"model_dir": folder / "model", "label_data_dir": folder / "labeled"}
     config.update(task_name=folder / "task.json", model_name="efficientnet-test")
     config.update(num_eval_images=images, eval_batch_size=batch, eval_dir=tmp_path / "out")
@@ -353,7 +353,7 @@ def test_count_is_exact_with_two_processes(folder, tmp_path, images, batch):
     ]
 
 
-# --- Beside the published value -------------------------------------------------------------------
+# --- Comparison with the published value ----------------------------------------------------------
 
 
 def measured(top1: float, examples: int) -> dict[str, accuracy.Measured]:
@@ -388,7 +388,7 @@ def test_nothing_is_published_of_other_models_and_sets(values, examples):
 
 
 def test_eval_prints_measured_beside_published(folder, tmp_path, monkeypatch, capsys, caplog):
-    """`main --mode=eval`: a published model on a set as large as it says ImageNet's is."""
+    """`main --mode=eval` of a published model, on a set that passes for ImageNet by its size."""
     from efficientnet_ns import main
     from efficientnet_ns.data import tasks
 

@@ -1,4 +1,4 @@
-"""FGSM and PGD: on linear models, against the definitions written out in NumPy."""
+"""FGSM and PGD on linear models, compared with their definitions in NumPy."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def linear(kernel: np.ndarray) -> tf.keras.Model:
 
 @pytest.fixture
 def problem():
-    """Pixels, some outside 0..255 as bicubic resizing leaves them; labels; weights."""
+    """Returns pixels (some outside 0..255, as after bicubic resizing), labels and weights."""
     rng = np.random.default_rng(0)
     pixels = rng.uniform(-20, 275, [COUNT, SIZE, SIZE, 3]).astype(np.float32)
     kernel = rng.normal(0, 0.01, [SIZE * SIZE * 3, CLASSES]).astype(np.float32)
     logits = pixels.reshape(COUNT, -1) @ kernel
-    # About two thirds are answered right.
+    # The model classifies about two thirds correctly.
     labels = np.where(rng.random(COUNT) < 0.7, logits.argmax(1), rng.integers(0, CLASSES, COUNT))
     return pixels, labels.astype(np.int32), kernel
 
@@ -45,7 +45,7 @@ def batches(pixels, labels, size=BATCH) -> tf.data.Dataset:
     return data.map(lambda batch: pipeline.pad_batch(batch, size))
 
 
-# In NumPy, one image at a time.
+# NumPy reference, one image at a time.
 
 
 def numpy_gradient(image, label, kernel):
@@ -104,7 +104,7 @@ def test_as_numpy_attacks(problem, epsilon):
 
 
 def test_pixels_as_numpy_moves_them(problem):
-    """Every pixel, not only the answers."""
+    """Compares every pixel, not only the predictions."""
     pixels, labels, kernel = problem
     model, clean = linear(kernel), tf.constant(pixels)
 
@@ -126,7 +126,7 @@ def test_pixels_as_numpy_moves_them(problem):
 
 
 def test_two_classes_have_a_closed_form(problem):
-    """The gradient's sign does not depend on the pixels: PGD ends in the corner FGSM jumps to."""
+    """The gradient's sign is independent of the pixels, so PGD ends in the corner FGSM reaches."""
     pixels, _, kernel = problem
     kernel = kernel[:, :2]
     labels = np.arange(COUNT, dtype=np.int32) % 2
@@ -150,7 +150,7 @@ def test_two_classes_have_a_closed_form(problem):
 
 
 def test_a_sure_model_is_attacked_too():
-    """Its cross-entropy has a gradient of exactly 0 in float32."""
+    """The gradient of its cross-entropy is exactly 0 in float32."""
     kernel = np.zeros([SIZE * SIZE * 3, CLASSES], np.float32)
     kernel[:, 0], kernel[:, 1] = 1, -1
     pixels = np.full([1, SIZE, SIZE, 3], 100, np.float32)

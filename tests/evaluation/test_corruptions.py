@@ -1,4 +1,4 @@
-"""Corruptions of ImageNet-C by the optional library: skipped without it."""
+"""ImageNet-C corruptions by the optional library; skipped if it is not installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = [*metrics.ALEXNET_ERROR, *metrics.ALEXNET_ERROR_EXTRA]
 
 @pytest.fixture
 def pixels() -> np.ndarray:
-    """Smooth images, so that noise and blur are both seen."""
+    """Smooth images, on which both noise and blur are visible."""
     y, x = np.mgrid[:32, :32]
     waves = [128 + 90 * np.sin(x / (3 + i)) * np.cos(y / (4 + i)) for i in range(3)]
     image = np.stack(waves, -1)
@@ -47,7 +47,7 @@ def test_names_are_the_librarys(library):
     assert set(library.get_corruption_names("all")) == set(NAMES)
 
 
-# Compiled by Numba at its first use, which takes seconds.
+# Numba compiles it at its first use, which takes seconds.
 SLOW = {"glass_blur"}
 
 
@@ -67,7 +67,7 @@ def test_repeats_whatever_came_before(library, pixels, name):
 
 
 def test_severity_of_noise(library, pixels):
-    """The standard deviations of the paper's code, on an image without clipping."""
+    """Uses the standard deviations of the paper's code on an image without clipping."""
     gray = np.full([1, 64, 64, 3], 128, np.uint8)
     for severity, scale in ((1, 0.08), (2, 0.12)):
         noisy = corruptions.corrupt(gray, "gaussian_noise", severity, [7])
@@ -78,7 +78,7 @@ def test_severity_of_noise(library, pixels):
 
 def test_small_images_are_mirrored_to_the_least_size(library, pixels):
     small = pixels[:, :16, :16]
-    # Brightness is by pixel and contrast by the mean, which mirroring leaves as it is.
+    # Brightness is per pixel and contrast depends on the mean, which mirroring preserves.
     bright = corruptions.corrupt(pixels, "brightness", 2, [0, 0])[:, :16, :16]
     np.testing.assert_array_equal(corruptions.corrupt(small, "brightness", 2, [0, 0]), bright)
     found = corruptions.corrupt(small, "contrast", 2, [0, 0]).astype(float)

@@ -1,4 +1,4 @@
-"""Attacks and corruptions of a labeled set: what is measured, kept and written."""
+"""Attacks and corruptions of a labeled set: results, caching and files."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def labeled(folder) -> custom_robustness.LabeledSet:
 
 
 def darker(pixels, name, severity, seeds):
-    """In place of the library: a quantity that depends on everything it is given."""
+    """Replaces the library with a function that depends on all of its arguments."""
     salt = np.array(seeds, np.uint64)[:, None, None, None] % 7
     return (pixels // (severity + len(name) % 3) + salt).astype(np.uint8)
 
 
 class Corruptor:
-    """Runs `darker` at once, and counts."""
+    """Runs `darker` synchronously and records its calls."""
 
     def __init__(self, seed=0, workers=1):
         self.seed, self.workers, self.calls = seed, workers, []
@@ -70,7 +70,7 @@ class Corruptor:
 
 
 def by_brightness(modulus):
-    """A "model" that answers by the pixels' sum."""
+    """Returns a "model" that predicts a class from the sum of the pixels."""
 
     def classify(pixels):
         assert pixels.dtype == np.float32
@@ -89,7 +89,7 @@ CHOSEN = custom_robustness.Settings(("fog", "snow", "saturate"), (1, 3), (), Non
 
 
 def expected_errors(folder) -> dict:
-    """By NumPy, image after image, from the record files."""
+    """Computes the errors in NumPy from the record files, one image at a time."""
     images, labels = [], []
     for path in sorted((folder / "labeled").glob("validation-*")):
         for raw in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
@@ -121,7 +121,7 @@ def test_errors_as_numpy_counts(folder, labeled, tmp_path):
         for corruption in CHOSEN.corruptions:
             of_model = found["corruptions"][corruption][name]
             assert of_model == pytest.approx(expected[name, corruption])
-    # Once for both models.
+    # Both models share each corruption.
     assert corruptor.calls == [(c, s, VALIDATION, 0) for c in CHOSEN.corruptions for s in (1, 3)]
 
 
@@ -286,12 +286,12 @@ def test_baseline_alone():
         robustness_program.evaluate_and_report(Config(), CustomRobustnessConfig(baseline="b"), sets)
 
 
-# The whole.
+# End to end.
 
 
 @pytest.mark.slow
 def test_the_program(folder, tmp_path, monkeypatch):
-    """Two models, attacks and corruptions, from records to the files."""
+    """Two models, attacks and corruptions, from records to output files."""
     made = []
     monkeypatch.setattr(corruptions, "check_installed", lambda: "1")
     monkeypatch.setattr(
@@ -306,7 +306,7 @@ def test_the_program(folder, tmp_path, monkeypatch):
     sets = RobustnessConfig(weights=paths[0], report_dir=str(out))
     results = robustness_program.evaluate_custom_set(config, own, sets)
     assert results["examples"] == 5 and list(results["attacks"]) == ["0", "4"]
-    # The clean accuracy is that of the model called by hand.
+    # The clean accuracy equals that of calling the model directly.
     chosen = ResolvedConfig.from_config(config)
     source = pipeline.Source.find(config.data.label_data_dir, "validation").examples(5)
     (first, second) = chosen.eval_batches(source).as_numpy_iterator()

@@ -1,4 +1,4 @@
-"""Robustness: small trees in the distributed layouts, against the definitions written out here."""
+"""Robustness on small folders in the published layouts, compared with independent definitions."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CORRUPTIONS = [
 
 
 def classify(images):
-    """A "model" that answers what a hash of the file says, among the first six classes."""
+    """A "model" that predicts one of the first six classes from a hash of the file."""
     probs = np.zeros([len(images), 1000], np.float32)
     for row, image in zip(probs, images):
         row[:6] = np.random.default_rng(list(image)).dirichlet(np.ones(6))
@@ -54,7 +54,7 @@ def classify(images):
 def write(folder, count):
     folder.mkdir(parents=True)
     for i in range(count):
-        # Pictures need not be readable: this model looks at the bytes.
+        # Images need not be readable, as this model only looks at the bytes.
         content = hashlib.sha256(f"{i} {folder}".encode()).digest()[:16]
         (folder / f"{i:03d}.JPEG").write_bytes(content)
 
@@ -66,7 +66,7 @@ def evaluation(tmp_path):
 
 @pytest.fixture
 def three_classes(monkeypatch):
-    """All of ImageNet are three classes, so that whole sets are small."""
+    """Reduces ImageNet to three classes, so that whole sets are small."""
     monkeypatch.setattr(tasks, "wnids", lambda name="imagenet": WNIDS)
 
 
@@ -226,7 +226,7 @@ def test_all_thousand_classes_are_needed(tmp_path):
 
 
 def test_classes_of_the_subsets():
-    """Counts, ends and sums of the lists of their authors."""
+    """Checks lengths, ends and sums of the authors' lists."""
     a, r = (list(sets.classes_of(name).values()) for name in ("imagenet-a", "imagenet-r"))
     assert len(a) == len(r) == 200 and a == sorted(set(a)) and r == sorted(set(r))
     assert a[:6] == [6, 11, 13, 15, 17, 22] and a[-4:] == [984, 986, 987, 988]
@@ -249,7 +249,7 @@ def test_partial_results_have_no_mean(evaluation, imagenet_c):
 
 
 def test_subset_of_classes(evaluation, tmp_path):
-    """Only the set's classes may be answered, whatever the model prefers."""
+    """Only the set's classes can be predicted."""
     root, kept = tmp_path / "a", [0, 2]
     for label in kept:
         write(root / WNIDS[label], 9)
@@ -267,7 +267,7 @@ def test_subset_of_classes(evaluation, tmp_path):
 
 
 def test_crops_go_to_the_model_for_whole_pictures(tmp_path):
-    """Those of -C and -P; all others are cropped."""
+    """Images of -C and -P are already cropped; all others must be cropped."""
     asked = []
 
     def model(name):
@@ -301,7 +301,7 @@ def test_ten_views_are_crops():
 
 
 def test_top5_of_a_subset_as_counted(tmp_path):
-    """Five best of eight allowed classes of twelve, one image after the other."""
+    """The top 5 among eight allowed classes of twelve, one image at a time."""
     wnids, kept = tasks.wnids()[:12], [0, 1, 3, 4, 6, 8, 9, 11]
 
     def many(images):
@@ -392,10 +392,10 @@ def test_mfr_as_defined(evaluation, tmp_path, three_classes):
 
 
 def distance_by_definition(before, after) -> int:
-    """The paper's sum over i of the j from min(i, σ(i)) + 1 to max(i, σ(i)) with 1 ≤ j - 1 ≤ 5."""
+    """The paper's sum over i of j from min(i, σ(i)) + 1 to max(i, σ(i)) with 1 ≤ j - 1 ≤ 5."""
     total = 0
     for i in range(1, 6):
-        # Where the i-th class of the frame before stands now, from 1.
+        # Rank of the previous frame's i-th class in this frame, starting at 1.
         now = list(after).index(before[i - 1]) + 1
         for j in range(min(i, now) + 1, max(i, now) + 1):
             total += 1 <= j - 1 <= 5
@@ -478,7 +478,7 @@ def test_unreadable_pictures_are_named(tmp_path):
 
 
 def test_tables_are_laid_out_as_the_papers():
-    """Rows as in the paper and in timm's results; the measured one last."""
+    """Rows are those of the paper and of timm's results; the measured row is last."""
     result = {"top1": 0.12345, "top5": 0.4, "examples": 7500, "classes": 200}
     assert published.table("imagenet-a", result, "efficientnet-b0", 224) == [
         {"method": "ResNeXt-101 WSL", "resolution": None, "top-1": 61.0, "top-5": None},
@@ -494,7 +494,7 @@ def test_tables_are_laid_out_as_the_papers():
     assert table[-1]["uT5D"] == 4.57 and table[-2]["mFR"] == 12.2
     sketch = published.table("imagenet-sketch", result, "efficientnet-l2", 475)
     assert sketch[0]["top-1"] == 51.4 and len(sketch) == 2
-    # At a resolution that nobody published there is no row to compare with.
+    # No row is published at this resolution.
     assert len(published.table("imagenet-sketch", result, "efficientnet-l2", 500)) == 1
 
 
@@ -507,7 +507,7 @@ def test_incomplete_sets_are_marked():
 
 
 def test_the_program(tmp_path, monkeypatch):
-    """From weights and pictures to the files, once through everything."""
+    """From weights and images to output files."""
     from efficientnet_ns.config import Config, RobustnessConfig
     from efficientnet_ns.evaluation import robustness_program
     from efficientnet_ns.models import weights
@@ -527,7 +527,7 @@ def test_the_program(tmp_path, monkeypatch):
         for i in range(2):
             folder = tmp_path / "p" / name / "n01440764/clip"
             folder.mkdir(parents=True, exist_ok=True)
-            # What the crop of the evaluation would leave out is all that differs.
+            # Frames differ only outside the center crop of the evaluation.
             framed = np.pad(pixels[:24, :24], [(4, 4), (4, 4), (0, 0)], constant_values=250 * i)
             Image.fromarray(framed).save(folder / f"{i}.png")
     given = RobustnessConfig(
@@ -541,7 +541,7 @@ def test_the_program(tmp_path, monkeypatch):
         robustness_program.evaluate(config, dataclasses.replace(given, allow_missing=False))
     assert not out.exists(), "all sets are looked through before anything is measured"
     results = robustness_program.evaluate(config, given)
-    # One picture in 200 classes: whatever is answered, one of them is right.
+    # With one image in each of 200 classes, a constant prediction is right once.
     assert results["imagenet-a"]["top1"] == 1 / 200
     stability = results["imagenet-p"]
     assert len(set(stability["distances"].values())) == 1 and stability["ut5d"] > 0
@@ -551,13 +551,13 @@ def test_the_program(tmp_path, monkeypatch):
     assert "| imagenet-a | top-1 | 0.5 | 49.6 | 83.7 |" in text
     assert "### imagenet-a\n" in text and "| efficientnet-test, measured | 32 | 0.5 | 2.5 |" in text
     assert "83.7" in (out / "robustness.html").read_text()
-    # Other weights at the same place do not take over the finished parts.
+    # Other weights at the same path do not reuse the finished parts.
     monkeypatch.setattr(
         "efficientnet_ns.evaluation.robustness_program.TeacherPredictor", mock.Mock()
     )
     again = robustness_program.evaluate(config, given)
     assert again == results
-    # Nor do predictions of other crops.
+    # Predictions of other crops are not reused either.
     with pytest.raises(manifests.OutputConflict, match="crop_fraction"):
         robustness_program.evaluate(config.override(crop_fraction=0.5), given)
     Path(path).write_bytes(Path(path).read_bytes()[:-1])

@@ -1,4 +1,4 @@
-"""Robustness sets from records, TensorFlow Datasets and videos, against what is in them."""
+"""Robustness sets from records, TensorFlow Datasets and videos."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from efficientnet_ns.evaluation import robustness_sources as sources
 from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 
-# Three classes of ImageNet-A, in a set that numbers them otherwise than ImageNet does.
+# Three classes of ImageNet-A, numbered differently than in ImageNet.
 NAMES = ["n01531178", "n01498041", "n01534433"]
 NUMBERS = [11, 6, 13]
 
@@ -37,7 +37,7 @@ def pixels(image: bytes) -> tuple[int, ...]:
 
 
 class TinyNatural(tfds.core.GeneratorBasedBuilder):
-    """One split, classes are WordNet ids."""
+    """One split whose classes are WordNet IDs."""
 
     VERSION = tfds.core.Version("1.0.0")
     SPLITS = ("test",)
@@ -70,19 +70,19 @@ class TinyTwoSplits(TinyNatural):
 
 
 class TinyBirds(TinyNatural):
-    """Classes of its own."""
+    """Classes that are not in ImageNet."""
 
     CLASSES = ["crow", "owl", "tit"]
 
 
 class TinyMatched(TinyNatural):
-    """A configuration with a hyphen, as imagenet_v2 has."""
+    """A configuration name with a hyphen, like those of imagenet_v2."""
 
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="matched-frequency")]
 
 
 class TinyCorrupted(TinyNatural):
-    """Configurations as those of imagenet2012_corrupted."""
+    """Configurations like those of imagenet2012_corrupted."""
 
     BUILDER_CONFIGS = [
         tfds.core.BuilderConfig(name=f"{name}_{severity}")
@@ -102,7 +102,7 @@ def data_dir(tmp_path_factory) -> str:
 
 
 def seen(images: sets.Images) -> set[tuple[int, tuple[int, ...]]]:
-    """(class, color) of each image."""
+    """Returns (class, color) of each image."""
     contents = (image for _, image in images.read("test"))
     return {(entry.label, pixels(image)) for entry, image in zip(images.entries, contents)}
 
@@ -140,7 +140,7 @@ def test_tfds_sets_that_do_not_fit(data_dir, place, message):
 
 
 def classify(images):
-    """Answers the class whose number is that of the picture's green, mostly."""
+    """Predicts the class selected by the image's green value, with probability 0.9."""
     probs = np.full([len(images), 1000], 1e-4, np.float32)
     for row, image in zip(probs, images):
         row[NUMBERS[pixels(image)[1] % 4 % 3]] = 0.9
@@ -170,7 +170,7 @@ def test_one_corruption_of_tfds(data_dir):
 
 
 def test_names_of_the_configurations_of_the_real_set():
-    """Those of imagenet2012_corrupted are the corruptions and severities known here."""
+    """imagenet2012_corrupted has exactly the corruptions and severities known here."""
     from tensorflow_datasets.image_classification import imagenet2012_corrupted
 
     configs = imagenet2012_corrupted.Imagenet2012Corrupted.BUILDER_CONFIGS
@@ -203,12 +203,12 @@ def test_records_with_labels_of_imagenet(tmp_path):
 
 
 def test_records_of_class_folders(tmp_path):
-    """Their task file names the classes, in the order of the labels."""
+    """The task file of the records names the classes in the order of the labels."""
     write_records(tmp_path / "a", "train", [0, 1, 2])
     tasks.write_task(str(tmp_path / "a" / "task.json"), num_classes=3, class_names=NAMES)
     images = sources.open_images(str(tmp_path / "a"), sets.classes_of("imagenet-a"), None, True)
     assert seen(images) == EXPECTED
-    # -V2's folders are numbers, which sort as text.
+    # The folders of -V2 are numbers, which are sorted as text.
     tasks.write_task(
         str(tmp_path / "a" / "task.json"), num_classes=3, class_names=["11", "6", "13"]
     )
@@ -239,7 +239,7 @@ def test_records_that_cannot_be_used(tmp_path):
 
 
 def color(image: bytes) -> int:
-    """A "model" that sees one of four shades of red."""
+    """A "model" that recognizes four shades of red."""
     return round(pixels(image)[0] / 60)
 
 
@@ -274,11 +274,11 @@ def test_flips_of_clips(tmp_path, four_classes, kind):
         for wnid, shades in SHADES.items():
             folder = tmp_path / name / wnid
             folder.mkdir(parents=True)
-            # Blue differs, as Pillow makes one frame of equal ones.
+            # Blue differs, because Pillow merges equal frames.
             frames = flat([(60 * shade, 30, 9 * t) for t, shade in enumerate(shades)])
             if kind == "folder":
                 (folder / "clip").mkdir()
-                # Without leading zeros, as the makers of the set call them: img9, img10.
+                # No leading zeros, like the files of the published set: img9, img10.
                 for i, frame in enumerate(frames):
                     Image.fromarray(frame).save(folder / "clip" / f"img{i + 8}.png")
             else:
@@ -293,7 +293,7 @@ def test_flips_of_clips(tmp_path, four_classes, kind):
             row[t] != row[0 if first else t - 1] for row in SHADES.values() for t in range(1, 5)
         ]
         assert result["flips"][name] == pytest.approx(sum(changed) / 16)
-        # The best class leaves the five, all below stay: one distance of five.
+        # The best class leaves the top five and all others keep their rank: a distance of five.
         assert result["distances"][name] == pytest.approx(5 * sum(changed) / 16)
     assert result["classes"] == 4 and "mfr" not in result
 

@@ -1,4 +1,4 @@
-"""Engines: the same probabilities whatever computes them, however many images there are."""
+"""Every engine returns the same probabilities, for any number of images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLASSES, SIZE = 7, 32
 
 
 def unsure(model: tf.keras.Model, rng: np.random.Generator) -> tf.keras.Model:
-    """Random weights and statistics, with logits far from uniform and from one-hot."""
+    """Sets random weights and statistics that keep logits far from uniform and one-hot."""
     for variable in model.weights:
         if "head_dense/kernel" in variable.name:
             variable.assign(rng.normal(0, 1, variable.shape))
@@ -60,11 +60,11 @@ def test_probabilities(engine, pixels, expected, n):
     answer = engine(pixels[:n])
     assert answer.dtype == np.float32 and answer.shape == (n, CLASSES)
     np.testing.assert_allclose(answer, expected[:n], atol=1e-5)
-    assert expected.std(0).max() > 1e-2  # The images differ for this model.
+    assert expected.std(0).max() > 1e-2  # The model tells the images apart.
 
 
 def test_views_of_an_array(engine, pixels, expected):
-    """One of several views of each image: its rows do not follow each other in memory."""
+    """The rows of one of several views per image are not contiguous in memory."""
     views = np.stack([pixels, pixels[:, :, ::-1]], 1)
     np.testing.assert_allclose(engine(views[:, 0]), expected, atol=1e-5)
 
@@ -77,7 +77,7 @@ def test_many_threads(engine, pixels, expected):
 
 
 def test_answers_repeat_bit_by_bit(engine, pixels):
-    """Whatever stands in the other rows, and whichever thread computes it."""
+    """Results depend neither on the other rows nor on the thread."""
     first = engine(pixels[:8])
     others = pixels[:8].copy()
     others[4:] = 0
@@ -88,7 +88,7 @@ def test_answers_repeat_bit_by_bit(engine, pixels):
 
 @pytest.fixture(params=[1, 2])
 def device_engine(request, model) -> engines.TensorFlowEngine:
-    """Of TensorFlow, on so many replicas."""
+    """TensorFlow's engine on one or two replicas."""
     if request.param == 1:
         return engines.TensorFlowEngine(model, 4)
     strategy = request.getfixturevalue("two_replicas")
@@ -99,7 +99,7 @@ def device_engine(request, model) -> engines.TensorFlowEngine:
 
 
 def test_replicas_compute_their_parts_of_a_batch(device_engine, model, pixels):
-    """To the bit, as the model does it alone with as many rows."""
+    """Results are bitwise equal to those of the model on the same number of rows."""
     alone = tf.function(lambda rows: tf.nn.softmax(model(rows, training=False)))
     rows = device_engine._per_replica
     expected = [alone(tf.constant(pixels[i : i + rows])).numpy() for i in range(0, 8, rows)]
@@ -107,7 +107,7 @@ def test_replicas_compute_their_parts_of_a_batch(device_engine, model, pixels):
 
 
 def test_transfers_and_results_do_not_wait_for_the_device(device_engine, pixels, monkeypatch):
-    """A step ends only when the next batch is on its devices; a result comes when that has begun."""
+    """The next batch is transferred during a step, and its step starts before results are read."""
     expected = [device_engine(pixels[:4]), device_engine(pixels[4:8])]
     transfer, step, fetch = (getattr(device_engine, f"_{n}") for n in ("transfer", "step", "fetch"))
     transferred, begun = threading.Semaphore(0), []
@@ -174,12 +174,12 @@ def test_rates_are_of_all_cores(model):
 
 
 def test_an_engine_that_is_not_installed(model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "openvino", None)  # An import of it fails.
+    monkeypatch.setitem(sys.modules, "openvino", None)  # Makes its import fail.
     with pytest.raises(
         engines.EngineError, match=r"openvino: .*pip install 'efficientnet-ns\[open"
     ):
         engines.make("openvino", model, 4)
-    # A broken installation is no reason to stop.
+    # `auto` tolerates a broken installation.
     monkeypatch.setattr(engines, "has_choice", lambda *_: True)
     assert engines.make("auto", model, 4).name == "xnnpack"
 
@@ -199,11 +199,11 @@ def test_bfloat16_in_openvino(model, pixels, expected):
     engine = engines.make("auto", model, 4, dtype="bfloat16")
     assert engine.name == "openvino-bfloat16"
     difference = abs(engine(pixels) - expected).max()
-    assert 1e-5 < difference < 0.03  # Eight bits of mantissa.
+    assert 1e-5 < difference < 0.03  # The significand has eight bits.
 
 
 def test_model_that_fits_no_flatbuffer(model, monkeypatch, caplog, pixels, expected):
-    """What is chosen for the user is said; what the user chose is not replaced."""
+    """A fallback from `auto` is logged; an explicit choice is never replaced."""
     monkeypatch.setattr(engines, "_MAX_PARAMETERS", 1000)
     with pytest.raises(engines.EngineError, match="=xnnpack: .* does not fit into a flatbuffer"):
         engines.make("xnnpack", model, 4)
@@ -246,7 +246,7 @@ def test_normalization_and_batch_norm_are_folded(model):
     assert "CONV_2D" in names
     kinds = (tf.keras.layers.Conv2D, tf.keras.layers.DepthwiseConv2D)
     convolutions = sum(isinstance(layer, kinds) for layer in model.layers)
-    # One swish per convolution that has one is a LOGISTIC and a MUL; batch norms add none.
+    # Each swish is one LOGISTIC and one MUL; batch norms add no ops.
     assert names.count("MUL") <= names.count("LOGISTIC") + 1
     assert names.count("CONV_2D") + names.count("DEPTHWISE_CONV_2D") == convolutions
 
@@ -255,7 +255,7 @@ def test_lite_is_convolutions_and_nothing_else(small_lite):
     lite = efficientnet.build_model(small_lite, CLASSES, SIZE)
     interpreter = engines.interpreter(engines.convert(lite, 2))
     names = {op["op_name"] for op in interpreter._get_ops_details()} - {"DELEGATE"}
-    # SUB and MUL normalize, ADD is the shortcut's, MEAN the pooling's; relu6 is part of convolutions.
+    # SUB and MUL normalize the input, ADD is the shortcut, MEAN the pooling; relu6 is fused.
     assert names == {
         *("SUB", "MUL", "CONV_2D", "DEPTHWISE_CONV_2D", "ADD"),
         *("MEAN", "FULLY_CONNECTED", "SOFTMAX"),
@@ -264,7 +264,7 @@ def test_lite_is_convolutions_and_nothing_else(small_lite):
 
 @pytest.mark.slow
 def test_b0_and_the_numbers_of_the_original(large_goldens):
-    """Checkpoint and probabilities made by the original code."""
+    """Compares with probabilities that the original code computed from its checkpoint."""
     from efficientnet_ns.models import weights
 
     folder = large_goldens / "6_model" / "b0_224_1000"

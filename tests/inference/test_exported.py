@@ -1,4 +1,4 @@
-"""A training and its export, as the programs that use a trained model take them: by its folder only."""
+"""A training run and its export, used by passing only their folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pictures() -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """`run`, a training; `export`, made of it; `records`, labeled and unlabeled ones."""
+    """Creates `run` (a training run), `export` (its export) and `records`, some unlabeled."""
     folder = tmp_path_factory.mktemp("models")
     task = str(folder / "task.json")
     tasks.write_task(task, num_classes=3, class_names=NAMES, image_size=SIZE)
@@ -61,11 +61,11 @@ def folder(tmp_path_factory) -> Path:
     run = Config().override(model_dir=str(folder / "run"))
     model_export.export_model(run, options)
     lite = ExportConfig(export_dir=str(folder / "lite"), format="tflite")
-    os.rename(model_export.export_model(run, lite), folder / "model")  # Known by its content.
+    os.rename(model_export.export_model(run, lite), folder / "model")  # Recognized by its content.
     return folder
 
 
-# The folder of versions, and a TensorFlow Lite file.
+# A folder of versions and a TensorFlow Lite file.
 EXPORTS = ("export", "model")
 
 
@@ -98,7 +98,7 @@ def test_photo_that_cannot_be_read(folder, tmp_path, export):
 
 @pytest.mark.parametrize("export", EXPORTS)
 def test_evaluation(folder, tmp_path, export):
-    """The records are those of the training; an export names them in no place."""
+    """The training run knows its records; the export does not."""
     found = evaluate.evaluate(of(folder, "run", inference_engine="tf"))
     assert (folder / "run" / "eval" / "eval.json").exists()
     records = str(folder / "records")
@@ -159,7 +159,7 @@ def test_settings_that_a_graph_cannot_follow(folder, name, value):
 
 
 def test_another_lite_file(folder, tmp_path):
-    """One without what `export_model` attaches."""
+    """A file without the metadata that `export_model` attaches."""
     content = (folder / "model").read_bytes()
     (tmp_path / "bare.tflite").write_bytes(content[: content.index(b"PK\x03\x04")])
     with pytest.raises(json_files.BrokenFile, match="bare.tflite.*export_model"):
@@ -167,7 +167,7 @@ def test_another_lite_file(folder, tmp_path):
 
 
 def test_lite_file_of_a_model_of_whole_images(tmp_path):
-    """Crop and evaluation set are those of the training."""
+    """The file keeps the crop settings and the evaluation set of the task."""
     task = str(tmp_path / "task.json")
     tasks.write_task(task, num_classes=3, image_size=SIZE, small_image=True, eval_set="dev")
     config = Config().override(model_name="efficientnet-test", task_name=task)

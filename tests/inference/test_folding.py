@@ -23,7 +23,7 @@ def test_folding_changes_no_number(rng, small_lite, name):
 
 
 def test_pointwise_convolutions_of_small_maps_are_products(rng):
-    """At 128 pixels the first maps are 64 wide, the others at most 32."""
+    """At 128 pixels, the first maps are 64 wide and the others at most 32."""
     model = efficientnet.build_model("efficientnet-test", CLASSES, 128)
     folded = folding.fold_batch_norm(model, for_cpu=True)
     call = tf.function(folded).get_concrete_function(tf.TensorSpec([None, 128, 128, 3]))

@@ -1,4 +1,4 @@
-"""Two photographs with published weights of EfficientNet-Lite: every format sees the same in them."""
+"""Published EfficientNet-Lite weights recognize two photographs in every format."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from efficientnet_ns.inference import engines, exported, lite_files, photo_files
 from efficientnet_ns.models import efficientnet
 from efficientnet_ns.serving import model_export, tflite
 
-# scikit-learn's photographs: a Chinese pavilion by a lake, a dahlia.
+# scikit-learn's photographs: a Chinese pavilion by a lake and a dahlia.
 PHOTOS = ("china.jpg", "flower.jpg")
 TEMPLES = {"palace", "monastery", "bell cote"}
-# ImageNet has no dahlia: Lite0 takes it for a daisy, Lite1 and Lite2 take its regular petals for the
-# cells of a honeycomb.
+# ImageNet has no dahlia: Lite0 predicts a daisy, and Lite1 and Lite2 see a honeycomb in its
+# regular petals.
 SHOWN = {
     "lite0": (TEMPLES, {"daisy"}),
     "lite1": (TEMPLES, {"honeycomb"}),
@@ -53,7 +53,7 @@ def expected(lite0, pixels) -> np.ndarray:
 
 
 def check_names(rows: Sequence[Sequence[str]], name: str = "lite0") -> None:
-    """`rows` has the classes of each photo by the variant `name`, best first."""
+    """Checks the best class of each photo in `rows`, as predicted by the variant `name`."""
     for row, shown in zip(rows, SHOWN[name], strict=True):
         assert row[0] in shown, row
 
@@ -77,7 +77,7 @@ def test_predict_image(photos, expected):
 
 
 def test_tflite_and_xnnpack(lite0, pixels, expected, monkeypatch):
-    """Both compute one file, which is converted once here to save time."""
+    """Both run the same file, which is converted only once to save time."""
     content = tflite.convert(lite0, "float32")
     check_probabilities(lite_files.runner(content)(pixels), expected, 1e-4)
     monkeypatch.setattr(engines, "convert", lambda model, batch_size: content)
@@ -88,7 +88,7 @@ def test_tflite_and_xnnpack(lite0, pixels, expected, monkeypatch):
 
 @pytest.mark.slow
 def test_int8(lite0, pixels, expected):
-    """A few images are enough to see that no layer loses what the photographs show."""
+    """A few calibration images suffice to show that no layer destroys the predictions."""
     run = lite_files.runner(tflite.convert(lite0, "int8", [*pixels, *pixels[:, :, ::-1]]))
     check_probabilities(run(pixels), expected, 0.15)
 

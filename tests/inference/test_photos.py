@@ -1,4 +1,4 @@
-"""Photos on the command line get the answers of the evaluation; names of classes; one-liners."""
+"""Photos on the command line are predicted as in evaluation; class names; one-liners."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def jpeg(pixels: np.ndarray) -> bytes:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> list[str]:
-    """Of several sizes and formats."""
+    """Photos of several sizes and formats."""
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("photos")
     contents = {
         "wide.jpg": jpeg(noise(rng, 40, 71)),
@@ -53,7 +53,7 @@ def photos(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def bad_photos(tmp_path_factory) -> dict[str, str]:
-    """Path → a part of its error."""
+    """Maps each path to a part of its error message."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "nothing").mkdir()
     (folder / "text.jpg").write_bytes(b"no picture")
@@ -69,7 +69,7 @@ def bad_photos(tmp_path_factory) -> dict[str, str]:
 
 
 def make_config(folder: Path, **fields) -> Config:
-    """A task from a file, and a checkpoint whose moving averages differ from its raw weights."""
+    """Creates a task file and a checkpoint whose moving averages differ from its raw weights."""
     task = folder / "task.json"
     task.write_text(json.dumps({"num_classes": len(NAMES), "image_size": 16, **fields}))
     config = Config().override(model_name="efficientnet-test", task_name=str(task))
@@ -90,12 +90,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(folder) -> Config:
-    """Small images, not cropped, as digits are."""
+    """Small, uncropped images, like digits."""
     return make_config(folder, small_image=True, flip=False, class_names=NAMES)
 
 
 def by_eval_path(config: Config, weights_path: str, paths: list[str], tmp_path: Path) -> np.ndarray:
-    """Probabilities of photos that are the records of an evaluation set."""
+    """Predicts the photos as records of an evaluation set."""
     examples = [tfexamples.labeled_example(Path(path).read_bytes(), 0) for path in paths]
     tfrecords.write_sharded(str(tmp_path), "validation", examples, 1)
     resolved = ResolvedConfig.from_config(config)
@@ -154,7 +154,7 @@ def test_raw_weights(config, folder, photos):
 
 @pytest.mark.parametrize("repeats, calls", [(1, 3), (20, 1)])
 def test_many_photos_trace_the_model_once(config, folder, photos, monkeypatch, repeats, calls):
-    """Few are answered without a graph; either way the answers are the same."""
+    """A few photos are predicted without a graph, with the same results."""
     count = 0
     build_model = ResolvedConfig.build_model
 
@@ -242,7 +242,7 @@ def test_what_is_needed(weights_path, photos):
 
 def test_command_line(config, folder, photos, bad_photos):
     bad = next(iter(bad_photos))
-    # Photos may stand anywhere between the flags.
+    # Photos may appear anywhere between the flags.
     done = forks.python(
         *("-m", "efficientnet_ns.predict_image", photos[0]),
         *("--model_name=efficientnet-test", f"--task_name={config.data.task_name}"),
@@ -275,7 +275,7 @@ def test_text():
     assert text == "b.jpg\n  cannot be read: Input is empty."
 
 
-# Names of classes.
+# Class names.
 
 
 def test_imagenet_names():

@@ -1,4 +1,4 @@
-"""Sets of TensorFlow Datasets: as records, and straight into training. Built here, no network."""
+"""TensorFlow Datasets, converted to records or read directly in training. Needs no network."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TinyArrows(_Set):
 
 
 class TinyTensors(_Set):
-    """Pixels that are stored as they are, and three splits; the test set has no true labels."""
+    """Raw pixels in three splits; the test split has no true labels."""
 
     COUNTS = {"train": 6, "validation": 3, "test": 4}
     IMAGE = tfds.features.Tensor(shape=(8, 8, 3), dtype=np.uint8)
@@ -68,7 +68,7 @@ class TinyTensors(_Set):
 
 
 class TinyText(_Set):
-    """No images."""
+    """Has no images."""
 
     IMAGE = tfds.features.Tensor(shape=(8, 8, 3), dtype=np.float32)
     SUPERVISED = None
@@ -80,7 +80,7 @@ class TinyText(_Set):
 
 
 class TinyByHand(_Set):
-    """Cannot be downloaded."""
+    """Requires a manual download."""
 
     MANUAL_DOWNLOAD_INSTRUCTIONS = "Get arrows.zip from example.org."
 
@@ -110,7 +110,7 @@ def contents(folder: Path, prefix: str) -> set[tuple[int, bytes]]:
 
 
 def stored(data_dir: str, name: str, split: str) -> set[tuple[int, bytes]]:
-    """What TFDS itself reads, its images not decoded."""
+    """Reads a split with TFDS itself, without decoding its images."""
     skip = {"picture": tfds.decode.SkipDecoding()}
     data = tfds.load(name, split=split, data_dir=data_dir, decoders=skip)
     return {(int(e["direction"]), e["picture"]) for e in tfds.as_numpy(data)}
@@ -167,7 +167,7 @@ def test_what_a_set_is_known_for():
     assert tfds_source._keys(builder, "") == ("image", "label")
     imagenet = tfds.builder("imagenet2012", data_dir="unused")
     assert tfds_source.task_fields(imagenet)["image_size"] is None
-    # Sorted WordNet ids, as the labels of the ImageNet task.
+    # Sorted WordNet IDs, like the labels of the ImageNet task.
     names = imagenet.info.features["label"].names
     assert len(names) == 1000 and names == sorted(names)
 
@@ -197,7 +197,7 @@ def test_training_straight_from_a_set(tmp_path, data_dir):
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     assert modes.run("eval", config)["test"]["top1"] == metrics["eval/top1"]
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
-    # The training is that of the records, however they were named.
+    # Passing the folder of the records continues the same training.
     named = config.override(
         data_source="", label_data_dir=str(folder), task_name=str(folder / "task.json")
     )
@@ -286,7 +286,7 @@ def test_a_limit(tmp_path, data_dir):
 
 @pytest.mark.slow
 def test_any_number_of_processes_writes_the_same_bytes(tmp_path, data_dir):
-    """Which find the set in its folder: they know nothing of the class that built it."""
+    """Worker processes find the set in its folder, without the class that built it."""
     for workers in (1, 2):
         folder = tmp_path / str(workers)
         run("tfds:tiny_arrows", folder, data_dir, num_workers=workers, num_shards=3)

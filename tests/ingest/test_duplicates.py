@@ -1,4 +1,4 @@
-"""Unlabeled pictures that are labeled, too."""
+"""Unlabeled images that are also in the labeled set."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_archives(tmp_path):
 
 
 def test_object_stores_which_tell_no_sizes(tmp_path):
-    """TensorFlow's file system in memory stands for them."""
+    """Uses TensorFlow's in-memory file system in place of an object store."""
     class_folders(tmp_path / "photos", {"a": 2, "b": 1})
     flat_folder(tmp_path / "more", 2)
     shutil.copy(tmp_path / "photos" / "b" / "b 0.png", tmp_path / "more" / "copy.png")

@@ -1,4 +1,4 @@
-"""Records from folders and archives: what becomes a class, what is left out, the same bytes always."""
+"""Records from folders and archives: classes, skipped files and reproducible bytes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_kind_of_input_gives_the_same_records(tmp_path, kind):
     got = contents(tmp_path / "out")
     labels = {name: i for i, name in enumerate(["ant", "bee", "cat"], start=1)}
     assert sorted(got) == sorted((labels[n.split("/")[0]], image) for n, image in expected.items())
-    # In the order of the seeded permutation of the sorted names, in two slices.
+    # The order is the seeded permutation of the sorted names, cut into two shards.
     order = np.random.default_rng(0).permutation(15)
     names = sorted(expected)
     assert [image for _, image in got] == [expected[names[i]] for i in order]
@@ -81,7 +81,7 @@ def test_a_compressed_archive_is_decompressed_while_it_is_read(tmp_path, monkeyp
 
 
 def test_an_archive_of_archives_has_a_class_per_archive(tmp_path):
-    """As ImageNet's training images are distributed."""
+    """ImageNet's training images are distributed in this form."""
     inner = {}
     for name in ("n02", "n01"):
         write_tar(tmp_path / f"{name}.tar", {f"{name}_{i}.JPEG": picture(i) for i in range(3)})
@@ -93,7 +93,7 @@ def test_an_archive_of_archives_has_a_class_per_archive(tmp_path):
 
 @pytest.mark.parametrize("write", [write_zip, write_tar])
 def test_odd_names_in_archives(tmp_path, write):
-    """Nothing is written outside, or anywhere but into records; classes are found all the same."""
+    """Finds the classes and writes nothing but records in the output folder."""
     odd = {
         "../ant/1.png": picture(1),
         "/bee/2.png": picture(2),
@@ -193,7 +193,7 @@ def test_other_sets_keep_the_classes_of_the_first(tmp_path):
 
 
 def test_no_set_is_added_to_one_whose_classes_are_unknown(tmp_path):
-    """What a run that stopped has written may be of other classes than those of the next source."""
+    """A stopped run may have written other classes than those of the next source."""
     folder = write_folder(tmp_path / "in", files())
     for number in range(2):
         (folder / f"cat/broken{number}.png").write_bytes(b"no image")
@@ -280,7 +280,7 @@ def test_unreadable_images_are_listed_and_too_many_stop(tmp_path):
     assert [item["path"] for item in listing] == sorted(bad)
     assert all(item["reason"] for item in listing)
     assert sorted(image for _, image in contents(tmp_path / "out")) == sorted(files().values())
-    # The check is what finds a damaged image of a known format; the rest needs none.
+    # Only the check detects damaged images of known formats; other bad files fail without it.
     run(folder, tmp_path / "unchecked", max_bad_fraction=0.25, check=False)
     listing = json.loads((tmp_path / "unchecked/train-quarantine.json").read_text())
     assert "ant/cut.jpg" not in [item["path"] for item in listing] and len(listing) == 3
@@ -353,7 +353,7 @@ def test_large_images_are_shrunk_and_small_ones_left(tmp_path):
     assert picture(2, side=30) in [image for _, image in contents(tmp_path / "out")]
 
 
-# Running it again, or elsewhere.
+# Repeated, interrupted and parallel runs.
 
 
 @pytest.mark.slow
@@ -431,7 +431,7 @@ def test_manifest_of_another_set_that_is_damaged_is_named(tmp_path):
             run(source, tmp_path / "out", image_set="validation")
 
 
-# Stops for good inside the sixth image, with two of five shards finished and one begun.
+# Hangs in the eighth image, with two of five shards finished and one begun.
 STUCK = """
 import sys, time
 from efficientnet_ns.config.ingest import MakeConfig
@@ -490,7 +490,7 @@ def test_processes_do_not_outlive_a_killed_parent(tmp_path):
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "straight")
 
 
-# Numbers, and what is refused.
+# Split sizes, shard counts and refused input.
 
 
 def test_split_takes_a_part_of_each_class():

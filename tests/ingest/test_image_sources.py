@@ -1,4 +1,4 @@
-"""All that is in a folder or archive becomes a record, is listed in the quarantine, or is counted."""
+"""Every entry of a folder or archive is converted, listed in the quarantine or counted."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def quarantine(output: Path, prefix: str = "train") -> dict[str, str]:
 
 
 def sums(caplog) -> dict[str, int]:
-    """The numbers of the line that adds up, and what was ignored by kind."""
+    """Parses the numbers of the summary line, including the ignored entries by kind."""
     (line,) = (r.getMessage() for r in caplog.records if " entries = " in r.getMessage())
     numbers = re.search(
         r"(?P<entries>\d+) entries = (?P<records>\d+) records \+ (?P<bad>\d+) in quarantine \+ "
@@ -55,11 +55,11 @@ def sums(caplog) -> dict[str, int]:
     return {**found, **{kind: int(number) for kind, number in kinds.items()}}
 
 
-# Sums.
+# Totals.
 
 
 def odd_folder(tmp_path: Path) -> Path:
-    """15 images, 3 links to images, a folder that is linked, and all that is none."""
+    """Creates 15 images, 3 links to images, a linked folder and entries that are not images."""
     folder = write_folder(
         tmp_path / "in",
         {
@@ -90,7 +90,7 @@ def odd_folder(tmp_path: Path) -> Path:
     os.link(folder / "bee/00.png", folder / "bee/hard.png")
     (folder / "bee/tree again").symlink_to(outside / "more")
     (folder / "cat/circle").symlink_to(folder)
-    (folder / "aaa").symlink_to(folder / "ant")  # Sorts first, and is read last all the same.
+    (folder / "aaa").symlink_to(folder / "ant")  # Sorts first but is read last.
     (folder / "cat/broken.png").symlink_to("nothing.png")
     (folder / "cat/broken").symlink_to("/nowhere/at/all")
     (folder / "cat/self.png").symlink_to("self.png")
@@ -123,7 +123,7 @@ def test_a_folder_with_everything_adds_up(tmp_path, caplog):
         "cat/caf\\xe8.png": quarantine(tmp_path / "out")["cat/caf\\xe8.png"],
         "loose.png": "in no class folder",
     }
-    # Of the links three to images, with a hard one, and a tree of two.
+    # The 3 are links to images, one of them hard; the 2 are in a linked folder.
     assert found["records"] == 15 + 1 + 3 + 2 + 1 + 1 == len(contents(tmp_path / "out"))
     assert found["bad"] == 9
     assert found[image_sources.HIDDEN] == 2 + 1 + 1 + 5 + 1
@@ -198,7 +198,7 @@ def test_a_zip_with_everything_adds_up(tmp_path, caplog):
         archive.writestr("empty/", b"")
     data = bytearray(path.read_bytes())
     for name, offset, value in [("bee/secret.png", 8, 1), ("bee/method.png", 10, 99)]:
-        place = data.rindex(name.encode()) - 46  # The entry in the directory at the end.
+        place = data.rindex(name.encode()) - 46  # The entry in the central directory.
         data[place + offset] |= value
     place = data.index(b"bee/secret.png") - 30
     data[place + 6] |= 1
@@ -235,7 +235,7 @@ def test_of_what_is_lost_as_much_counts_as_is_drawn(tmp_path):
         run(folder, tmp_path / "ten", limit=10, max_bad_fraction=0.1)
 
 
-# What cannot be read.
+# Unreadable input.
 
 
 def test_a_folder_whose_path_is_too_long(tmp_path):
@@ -260,7 +260,7 @@ def test_a_folder_whose_path_is_too_long(tmp_path):
 
 @contextlib.contextmanager
 def unprivileged() -> Iterator[None]:
-    """Root may read everything; somebody else may not."""
+    """Drops root privileges, because root may read everything."""
     user = os.geteuid()
     os.seteuid(user or 65534)
     try:
@@ -270,7 +270,7 @@ def unprivileged() -> Iterator[None]:
 
 
 def test_a_folder_and_a_file_without_permission():
-    with tempfile.TemporaryDirectory() as name:  # pytest's own are closed to others.
+    with tempfile.TemporaryDirectory() as name:  # Other users cannot enter pytest's folders.
         os.chmod(name, 0o755)
         folder = write_folder(Path(name), {**files(), "bee/in/x.png": picture(1)})
         (folder / "bee/in").chmod(0)
@@ -355,7 +355,7 @@ def test_joined_archives_are_read_to_the_last(tmp_path, kind):
 def test_an_archive_compressed_in_parts(tmp_path):
     plain = write_tar(tmp_path / "plain.tar", files()).read_bytes()
     parts = [gzip.compress(plain[i : i + 5000]) for i in range(0, len(plain), 5000)]
-    (tmp_path / "in.tar").write_bytes(b"".join(parts))  # The name does not tell.
+    (tmp_path / "in.tar").write_bytes(b"".join(parts))  # The name does not reveal the compression.
     assert run(tmp_path / "in.tar", tmp_path / "out") == {"train": 15}
 
 
@@ -402,7 +402,7 @@ def test_a_subfolder_in_another_unicode_form(tmp_path):
     assert run(folder, tmp_path / "out", subfolder="\u00e9t/") == {"train": 15}
 
 
-# Folders that are no classes.
+# Folders that are not classes.
 
 
 @pytest.mark.parametrize(
@@ -471,7 +471,7 @@ def test_the_folder_that_the_message_gives_is_right(tmp_path):
     assert tasks.get_task(str(tmp_path / "out/task.json")).test_set == "test"
 
 
-# Output folders, and sets that share one.
+# Output folders and sets that share a folder.
 
 
 @pytest.mark.parametrize("where", ["records", "cat/records", "."])
@@ -515,7 +515,7 @@ def test_labeled_and_unlabeled_sets_in_one_folder(tmp_path, caplog):
 
 
 def deadly(image: bytes, label: int) -> bytes:
-    """A record, unless the image is the one at which memory runs out."""
+    """Returns a record, except for one image that kills the process, as if out of memory."""
     if image == picture(103) and not os.path.exists(os.environ["ALIVE"]):
         os.kill(os.getpid(), signal.SIGKILL)
     return tfexamples.labeled_example(image, label)

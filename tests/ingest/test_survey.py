@@ -1,4 +1,4 @@
-"""What is found out about pictures and records without writing anything."""
+"""Surveys of images and records, which write nothing."""
 
 from __future__ import annotations
 

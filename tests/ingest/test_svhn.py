@@ -27,7 +27,7 @@ SIZES = {"train": 23, "test": 9, "extra": 14}
 
 @functools.cache
 def digits(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 [N, 32, 32, 3], labels as in the files, 1..10)."""
+    """Returns (uint8 [N, 32, 32, 3], labels as in the files, 1..10)."""
     rng = np.random.default_rng(sorted(SIZES).index(name))
     images = rng.integers(0, 256, [SIZES[name], 32, 32, 3], np.uint8)
     return images, rng.permutation(np.arange(SIZES[name]) % 10 + 1)
@@ -53,7 +53,7 @@ def run(raw: Path, output: Path, **values) -> dict[str, int]:
 
 
 def contents(folder: Path, prefix: str) -> tuple[np.ndarray, list[int], list[set[str]]]:
-    """(pixels, labels as stored, keys) of all records in order; read by TensorFlow."""
+    """Returns (pixels, labels as stored, keys) of all records in order, read with TensorFlow."""
     pixels, labels, keys = [], [], []
     for path in shard_names.list_shards(str(folder), prefix):
         for item in tf.data.TFRecordDataset(path):
@@ -65,7 +65,7 @@ def contents(folder: Path, prefix: str) -> tuple[np.ndarray, list[int], list[set
 
 
 def original_order() -> dict[str, np.ndarray]:
-    """Places in the files, as NumPy's global generator with seed 0 gave them."""
+    """Returns the positions in the files, as drawn by NumPy's global generator with seed 0."""
     np.random.seed(0)
     train, extra = np.arange(SIZES["train"]), np.arange(SIZES["extra"])
     np.random.shuffle(train)
@@ -82,7 +82,7 @@ def test_sets_are_those_of_the_original(tmp_path, raw, num_workers):
         pixels, labels, keys = contents(folder, prefix)
         images, truth = digits("train" if prefix == "dev" else prefix)
         np.testing.assert_array_equal(pixels, images[order])
-        # 10 stands for the digit 0; records count from 1.
+        # Label 10 is the digit 0; labels of records start at 1.
         assert labels == [int(label) % 10 + 1 for label in truth[order]]
         expected = {"image/encoded", "image/class/label"}
         if prefix == "extra":
@@ -173,7 +173,7 @@ def test_a_broken_file_is_named(tmp_path):
 
 
 def test_a_missing_file_is_downloaded(tmp_path, raw, monkeypatch):
-    """To where the original puts it."""
+    """Stores the file where the original code does."""
     asked = []
 
     def urlopen(url, timeout):

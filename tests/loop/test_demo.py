@@ -1,4 +1,4 @@
-"""The demo: its data, its table, and the whole of it with few steps, killed once."""
+"""The demo: data, table, and a short end-to-end run that is killed once."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ UNLABELED = DIGITS - TEST - DEV - TRAIN
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded_once():
-    """The sets are made several times here; reading the package's table takes most of the time of it."""
+    """Caches the digits: several tests create the sets, and loading dominates their time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, "load", functools.cache(digits.load))
         yield
 
 
 def read(folder: Path, prefix: str) -> list[list[bytes]]:
-    """Payloads by shard."""
+    """Returns payloads by shard."""
     return [
         [record.payload for record in tfrecords.read(path)]
         for path in shard_names.list_shards(str(folder), prefix)
@@ -60,7 +60,7 @@ def sets(prepared) -> dict[str, list[bytes]]:
 
 @pytest.fixture(scope="module")
 def classes() -> dict[bytes, int]:
-    """Class of each picture of the collection, by its pixels."""
+    """Maps the pixels of each image to its class."""
     pixels, labels = digits.load()
     return {image.tobytes(): int(label) for image, label in zip(pixels, labels)}
 
@@ -127,7 +127,7 @@ def test_same_seed_same_data(prepared, tmp_path):
 
 
 def test_another_seed_has_other_labels_but_the_same_dev_and_test(prepared, tmp_path):
-    """So no setting that was chosen on dev, with any seed, has seen a test picture."""
+    """Settings chosen on dev with any seed have therefore not seen a test image."""
     folder, _ = prepared
     other = digits.make_records(str(tmp_path), seed=1, labels_per_class=3)
     assert (other["train"], other["unlabeled"]) == (30, UNLABELED + 20)
@@ -192,7 +192,7 @@ def test_finding_compares_the_last_student():
 
 
 def results_of(*top1: float) -> list[dict]:
-    """Results of one seed: teacher, student, control, with the same accuracy on dev and test."""
+    """Returns results of one seed (teacher, student, control), equal on dev and test."""
     names = [0, 1, "control"]
     return [
         {"round": name, "measured": {"dev": {"top1": value}, "test": {"top1": value}}}
@@ -234,10 +234,10 @@ def test_folder_of_another_demo(tmp_path):
         demo.run_demo(dataclasses.replace(config, labels_per_class=6))
 
 
-# --- All of it ------------------------------------------------------------------------------------
+# --- End to end -----------------------------------------------------------------------------------
 
-# Models of four steps are sure of nothing, so every label counts; small ones, since compiling takes
-# most of the time.
+# After four steps no prediction is confident, so every label counts. The models are small because
+# compilation takes most of the time.
 KILLED_ONCE = """
 import dataclasses, os, runpy, signal, sys
 from efficientnet_ns.loop import demo

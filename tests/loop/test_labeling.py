@@ -1,4 +1,4 @@
-"""What the programs of labeling refuse before they begin."""
+"""Settings that the labeling programs refuse before they start."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_report_without_a_selection():
     ],
 )
 def test_classes_by_name(monkeypatch, task, expected):
-    """Where the task has names."""
+    """Classes are reported by name if the task has names."""
     found = {"1": 1, "134": 3, "517": 5}
     monkeypatch.setattr(labeling, "select", lambda selection: {"classes": found})
     places = ("unlabel_data_dir", "prediction_dir", "prelim_stats_dir", "output_dir")
@@ -63,7 +63,7 @@ def test_classes_by_name(monkeypatch, task, expected):
 
 
 def test_the_number_of_classes_is_the_tasks(tmp_path):
-    """Another one that is given is refused, also the default."""
+    """Any other given number is refused, even the default."""
     path = str(tmp_path / "task.json")
     tasks.write_task(path, num_classes=7)
     selection = SelectConfig(task_name=path, only_get_stats=1)

@@ -1,4 +1,4 @@
-"""Two folders in, a model out: killed and continued, from published weights, and what shows trouble."""
+"""The one command: resuming after kills, published weights, and reports of problems."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from efficientnet_ns.outcomes import outcome
 from efficientnet_ns.resolve import stored_model
 
 NAMES = ("Über rot", "grün & gelb", "blue")
-# Small enough for a test, and enough to tell colors apart.
+# Small enough for a test, but enough to tell colors apart.
 QUICK = {
     "models": "efficientnet-test,efficientnet-test",
     "input_image_size": 16,
@@ -55,7 +55,7 @@ def write_pictures(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_killed_and_continued(tmp_path):
-    """Killed once in every part: the same files as an undisturbed run, and nothing done twice."""
+    """Killed once per stage, it writes the files of an undisturbed run and repeats no work."""
     places, work = write_pictures(tmp_path), tmp_path / "run"
     stretched = {**QUICK, "train_ratio": 1.5}
     arguments = {**places, **stretched, "work_dir": str(work)}
@@ -103,7 +103,7 @@ def test_killed_and_continued(tmp_path):
 
 @pytest.mark.slow
 def test_from_published_weights(tmp_path, monkeypatch):
-    """Weights of a package: the probe is where all trainings start, and a row of the table."""
+    """All training runs start from the probe, which is a row of the table."""
     monkeypatch.setattr(plan, "published_models", lambda: ("efficientnet-test",))
     monkeypatch.setattr(rules, "PUBLISHED", ("efficientnet-test",))
     load = weights.load_weights

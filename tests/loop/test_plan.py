@@ -1,4 +1,4 @@
-"""What is told before anything is written, and how an earlier plan is taken up."""
+"""Plans: their description, refused settings, and reuse of an earlier plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop on tiny data: layout, killed at several moments and continued, refusals."""
+"""The loop on tiny data: layout, resuming after kills, and refused settings."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def undisturbed(folder, config) -> tuple[LoopConfig, list[dict]]:
 
 
 def stages(loop: LoopConfig) -> dict[str, dict]:
-    """Recorded results, without what depends on speed or on how often the loop was started."""
+    """Returns recorded results, except those that depend on speed or the number of starts."""
     recorded = json.loads((Path(loop.work_dir) / "state.json").read_text())["stages"]
     for result in recorded.values():
         for pace in ("images_per_second", "input_wait"):
@@ -72,13 +72,13 @@ def stages(loop: LoopConfig) -> dict[str, dict]:
 
 
 def balanced(loop: LoopConfig, number: int) -> dict[str, bytes]:
-    """The balanced records of a round."""
+    """Returns the balanced records of a round."""
     data = Path(loop.work_dir) / f"round-{number}" / "selected" / "data"
     return {path.name: path.read_bytes() for path in sorted(data.glob("train-0-*"))}
 
 
 def predicted(loop: LoopConfig, number: int) -> dict[str, bytes]:
-    """The predictions of a round, and what is noted of them."""
+    """Returns the predictions of a round and their metadata."""
     folder = Path(loop.work_dir) / f"round-{number}" / "predictions"
     return {path.name: path.read_bytes() for path in sorted(folder.glob("[ti]*"))}
 
@@ -153,12 +153,12 @@ def test_balanced_records(undisturbed):
 
 
 def test_each_student_is_taught_by_the_model_before(undisturbed, config):
-    """Labels of a round come from the newest checkpoint of the round before."""
+    """Labels of a round come from the newest checkpoint of the previous round."""
     loop, _ = undisturbed
     for number in (1, 2):
         prediction, selection = rounds.stage_configs(config, loop, number)
         assert prediction.predict.predict_ckpt_path == rounds.model_dir(loop, number - 1)
-        # Its settings are those the predictions there were made with: all are skipped.
+        # Predictions with these settings exist already, so all shards are skipped.
         assert predict.predict(prediction)["skipped_shards"] == 2
         assert selection.unlabel_data_dir == config.data.unlabel_data_dir
         student = json.loads((Path(rounds.model_dir(loop, number)) / "config.json").read_text())
@@ -169,8 +169,8 @@ def test_each_student_is_taught_by_the_model_before(undisturbed, config):
 
 # --- Killed and continued -------------------------------------------------------------------------
 
-# TensorFlow is loaded once, and each run forks before it is used. A moment is the end of the name of
-# a file that is about to appear, and a text in it.
+# TensorFlow is loaded once, and each run forks before using it. A moment is the end of a file name
+# and a text in the file; the run is killed just before that file appears.
 KILLED_AT = """
 import json, os, signal, sys
 import tensorflow as tf
@@ -207,22 +207,22 @@ for moment in moments:
 """
 
 MOMENTS = [
-    # The teacher: one step saved, another taken.
+    # Teacher: one step is saved, the next is done but not saved.
     ("round-0/model/model.ckpt-2", ""),
-    # Predictions: the first shard finished, of the second only the manifest.
+    # Predictions: the first shard is finished; the second has only its manifest.
     ("round-1/predictions/train-info-00001-of-00002-00000", ""),
-    # The selection: finished, but not recorded as such.
+    # Selection: finished but not recorded.
     ("state.json", "round 1: select"),
-    # Balanced records: the same in the middle.
+    # Balanced records: the first shard is finished; the second has only its manifest.
     ("round-1/selected/data/train-0-00001-of-00002", ""),
-    # The student: trained, its metrics not recorded.
+    # Student: trained, but its metrics are not recorded.
     ("state.json", "round 1: student efficientnet-test"),
 ]
 
 
 @pytest.mark.slow
 def test_killed_and_continued(folder, config, undisturbed):
-    """One round less, whose results are those of the first round of two."""
+    """Runs one round, whose results equal those of the first of two rounds."""
     loop = loop_in(folder, "killed", 1)
     arguments = [settings(folder), dataclasses.asdict(loop), MOMENTS]
     done = forks.python("-c", KILLED_AT, *map(json.dumps, arguments))
@@ -252,7 +252,7 @@ def test_finished_loop_does_nothing(undisturbed, config, monkeypatch):
 
 @pytest.fixture(scope="module")
 def varied(folder, config) -> tuple[LoopConfig, list[dict]]:
-    """A student larger than its teacher, taught with another ratio, then fine-tuned larger still."""
+    """A student with larger images and another ratio, fine-tuned on still larger images."""
     loop = dataclasses.replace(
         loop_in(folder, "varied", 1),
         image_sizes="8,12",
@@ -285,7 +285,7 @@ def test_each_model_has_its_image_size_and_ratio(varied):
 
 @pytest.mark.slow
 def test_warm_start(config):
-    """Each student begins with its teacher's weights; one of another variant cannot."""
+    """Each student starts from its teacher's weights, which requires the same variant."""
     loop = LoopConfig(
         work_dir="w", models="efficientnet-b0," * 2 + "efficientnet-b0", warm_start=True
     )
@@ -303,7 +303,7 @@ def test_warm_start(config):
 
 
 def test_warm_starts_and_fine_tuning_take_all_weights_of_one_model(config):
-    """Whatever the first training starts from: its weights, or all layers but some."""
+    """Even if the first training run starts from other weights or skips layers."""
     first = config.override(init_weights="published", init_skip="dense", model_dir="teacher")
     loop = dataclasses.replace(loop_in(Path("w"), "run", 1), finetune_resolution=16)
     warm, tuned = rounds.warm_started(first, first), rounds.finetune_config(first, loop, 1)
@@ -319,7 +319,7 @@ def test_fine_tuning_is_the_end_of_a_schedule_on_clean_labeled_images(varied):
     assert tuned["init_model"] and tuned["init_model_path"] == rounds.model_dir(loop, 1)
     # 1.4 passes over 9 images in batches of 4.
     assert rows[2]["steps"] == tuned["train_last_step_num"] == 3
-    # Measured are the tuned weights, not those they began with.
+    # The tuned weights are measured, not the initial ones.
     log = (Path(loop.work_dir) / "round-1/finetuned-16/metrics.jsonl").read_text().splitlines()
     tuned_loss, student_loss = (row["measured"]["validation"]["loss"] for row in (rows[2], rows[1]))
     assert tuned_loss == pytest.approx(json.loads(log[-1])["eval/loss"], rel=1e-4)
@@ -389,7 +389,7 @@ def test_published_recipes(config):
 
 
 def test_unlabeled_set_beside_the_labeled_ones(folder, tmp_path):
-    """As `make_records --nolabeled` leaves it when it writes into the folder of those."""
+    """`make_records --nolabeled` can write into the folder of the labeled sets."""
     both = tmp_path / "both"
     shutil.copytree(folder / "labeled", both)
     source = tmp_path / "photos"
@@ -417,7 +417,7 @@ def test_unlabeled_set_beside_the_labeled_ones(folder, tmp_path):
 
 
 def test_decisions_are_those_of_every_selection(folder, config, tmp_path):
-    """A list that is missing, or is about other records, is refused before the teacher is trained."""
+    """A list that is missing or names other records is refused before training the teacher."""
     loop = loop_in(tmp_path, "work")
     record = next((folder / "unlabeled").glob("extra-*"))
     (tmp_path / "list.csv").write_text(f"file,record\n{record},0\n")
@@ -544,7 +544,7 @@ def test_failed_stage_is_not_recorded(tmp_path):
     "top1, best",
     [
         ((0.8, 0.9, 0.95), 2),
-        ((0.8, 0.77), 1),  # As good as 100 images can tell: the standard error is 0.04.
+        ((0.8, 0.77), 1),  # Not significantly worse on 100 images: the standard error is 0.04.
         ((0.8, 0.75), 0),
         ((0.8, 0.7, 0.85), 2),
         ((1.0, 0.99), 0),

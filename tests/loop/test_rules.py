@@ -1,4 +1,4 @@
-"""The table of settings: every row has a value, given ones win, a time limit is kept."""
+"""The table of settings: complete rows, precedence of given values, and time limits."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_time_limit(limit):
     assert after["models"].count(",") == 1
     assert rules.seconds(facts, before, 20.0, control=False)["teacher"] > limit / 4
     pace = 20.0 * (before["input_image_size"] / after["input_image_size"]) ** 2
-    if limit > 60:  # Less than the least.
+    if limit > 60:  # 60 s is below the minimum.
         assert sum(rules.seconds(facts, after, pace, control=False).values()) <= limit
     assert after["steps_per_eval"] <= after["train_steps"]
 

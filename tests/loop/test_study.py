@@ -1,4 +1,4 @@
-"""Studies: the table of questions, runs that are shared and continued, and what is said of them."""
+"""Studies: the table of questions, shared and resumed runs, and summaries."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def kinds(work: list[study.Work]) -> list[str]:
 
 
 def test_images_of_a_training_are_those_it_computes(config):
-    """By which the time that is left is estimated; the paper's ablations stretch by train_ratio."""
+    """The estimate of the remaining time uses them; the paper's ablations set train_ratio."""
     plain = config.override(train_steps=10, train_batch_size=4, unlabel_ratio=1.5)
     assert study._images(plain) == 10 * (4 + 6)
     assert study._images(plain.override(train_ratio=2.0)) == 20 * 10
@@ -158,7 +158,7 @@ def test_unknown_setting_of_an_arm():
         study.split_changes({"unlabel_ration": 1.0})
 
 
-# --- What arms are made of ------------------------------------------------------------------------
+# --- Pieces of arms -------------------------------------------------------------------------------
 
 
 def test_pieces_of_the_loop(config, folder):
@@ -212,7 +212,7 @@ def test_what_the_method_changes(config, folder):
 
 
 def test_folders_are_named_by_all_that_determines_them(config, folder):
-    """A change of the teacher's settings reaches the folder of the student's training."""
+    """A change of the teacher's settings also changes the student's folder."""
 
     def folders(config: Config, **changes) -> list[str]:
         return [
@@ -222,7 +222,7 @@ def test_folders_are_named_by_all_that_determines_them(config, folder):
         ]
 
     assert folders(config) == folders(config)
-    # What may change between runs of one training names no folder.
+    # Settings that may change between runs of one training do not affect folder names.
     assert folders(config.override(eval_batch_size=3)) == folders(config)
     for other in (
         folders(config.override(seed=4)),
@@ -236,7 +236,7 @@ def test_folders_are_named_by_all_that_determines_them(config, folder):
 
 def test_folders_do_not_depend_on_where_the_work_dir_is(config, tmp_path):
     def names(work_dir: str) -> list[str]:
-        # Data that a study makes are in its work_dir.
+        # A study stores the data it creates in its work_dir.
         own = config.override(label_data_dir=os.path.join(work_dir, "data"))
         loop = dataclasses.replace(loop_in(tmp_path), work_dir=work_dir)
         work = study.pieces(own, loop, {})
@@ -271,7 +271,7 @@ MAY_FINISH = "may finish"
 
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
-    """Folders that were trained in, by trainings that only say how good they are."""
+    """Replaces training and evaluation with stubs; returns the training folders."""
     folders = []
 
     def training(config: Config, evaluate: bool) -> dict:
@@ -293,22 +293,22 @@ def trained(monkeypatch) -> list[str]:
 
 
 def select(config: SelectConfig) -> None:
-    """Stands for a selection; nothing at all is as sure as one arm of `TABLE` wants."""
+    """Stub of a selection; no image is as confident as one arm of `TABLE` requires."""
     if config.min_threshold > 0.98:
         raise DataError("no image is left")
 
 
 @pytest.mark.slow
 def test_interrupted_study_does_not_train_twice(trained, config, tmp_path):
-    """Two seeds, each a teacher and two students for five arms; ended in the fourth training."""
+    """Two seeds, each a teacher and two students for five arms; the fourth run is interrupted."""
     arguments = config, loop_in(tmp_path), study.StudyConfig(seeds="3,4")
     with pytest.raises(KeyboardInterrupt):
         study.run_study(*arguments)
     begun, trained[:] = list(trained), [MAY_FINISH]
-    # Of the first seed, all is done.
+    # The first seed is complete.
     assert list(json.loads((tmp_path / "study.json").read_text())["seeds"]) == [3]
     answer = study.run_study(*arguments)
-    # The training that was ended is started again, and none of those before it.
+    # The interrupted training restarts; earlier ones are not repeated.
     assert trained[1] == begun[3]
     assert len(set(begun)) == 4 and len(set(trained[1:])) == len(trained[1:]) == 3
     assert len({*begun, *trained[1:]}) == 6
@@ -332,7 +332,7 @@ def test_teacher_that_cannot_be_trained_ends_the_study(trained, config, tmp_path
 
 
 def test_a_diverging_arm_of_one_training_has_no_result(config, tmp_path, monkeypatch):
-    """No other arm starts from it, so the study goes on."""
+    """No other arm depends on it, so the study continues."""
 
     def diverging(config: Config, evaluate: bool):
         raise TrainingDiverged("the loss became nan")
@@ -347,7 +347,7 @@ def test_a_diverging_arm_of_one_training_has_no_result(config, tmp_path, monkeyp
 
 @pytest.fixture(scope="module")
 def finished(config, folder) -> tuple[Path, dict, list[str], list[str]]:
-    """(work_dir, answer, folders trained in, folders labeled into) of a whole study."""
+    """Returns (work_dir, answer, training folders, labeling folders) of a complete study."""
     trained, labeled = [], []
     original, label = train.train_and_evaluate, predict.predict
 
@@ -371,7 +371,7 @@ def finished(config, folder) -> tuple[Path, dict, list[str], list[str]]:
 
 @pytest.mark.slow
 def test_arms_share_what_is_equal(finished):
-    """A teacher, its labels, and two students; a third has no data. Other arms are one of them."""
+    """Arms share a teacher, its labels and two students; the arm without images trains nothing."""
     _, _, trained, labeled = finished
     assert len(trained) == len(set(trained)) == 3
     assert all((Path(folder) / "measured.json").exists() for folder in trained)
@@ -395,7 +395,7 @@ def test_answer(finished):
 
 @pytest.mark.slow
 def test_arm_without_images_has_no_result(finished):
-    """A threshold above every confidence leaves nothing to learn from; the others go on."""
+    """A threshold above every confidence leaves no images; the other arms continue."""
     _, answer, _, _ = finished
     arms = answer["studies"]["none"]["arms"]
     assert (arms["empty"]["top1"], arms["empty"]["n"]) == ({"3": None}, 0)
@@ -416,7 +416,7 @@ def test_files(finished):
 
 @pytest.mark.slow
 def test_every_kind_of_change_can_be_run(finished, config, monkeypatch):
-    """Each of them leads to a model of its own; the teacher is that of the other study."""
+    """Each change yields a separate model; the teacher is shared with the other study."""
     work_dir, _, trained, _ = finished
     changes = {
         "as it is": {},
@@ -434,7 +434,7 @@ def test_every_kind_of_change_can_be_run(finished, config, monkeypatch):
     before = len(list((work_dir / "cache").glob("train-*")))
     answer = study.run_study(config, loop_in(work_dir), study.StudyConfig(seeds="3"))
     assert all(arm["n"] == 1 for arm in answer["studies"]["kinds"]["arms"].values())
-    # Two trainings for the pretrained one, and none for the first.
+    # The pretrained arm takes two training runs, the first arm none.
     assert len(list((work_dir / "cache").glob("train-*"))) == before + len(changes)
 
 
@@ -462,7 +462,7 @@ study.run_study(config, test_study.loop_in(folder), study.StudyConfig(seeds="3")
 
 @pytest.mark.slow
 def test_killed_study_continues(finished, folder, config, monkeypatch):
-    """Killed when the student has made one of two steps; then continued by the same call."""
+    """Killed after one of the student's two steps, then continued by the same call."""
     done_dir, answer, trained, _ = finished
     student = Path(trained[1]).name
     arguments = [f"{student}/model.ckpt-1", settings(folder), str(folder / "killed")]
@@ -512,7 +512,7 @@ def test_digits_are_made_by_themselves(tmp_path, monkeypatch):
 
 
 def found(values: dict[str, list[float | None]]) -> dict:
-    """Top-1 by arm and seed 0, 1, … as `summary` takes them."""
+    """Returns top-1 by arm and seed (0, 1, …) in the form that `summary` expects."""
     return {
         (seed, "s", arm): value
         and {"measured": {"dev": {"top1": 0.0}, "test": {"top1": value}}, "seconds": 1.0}
@@ -570,6 +570,6 @@ def test_readings(differences, expected, words):
 
 
 def test_names_of_the_method_are_no_settings():
-    """A change's name must mean one thing."""
+    """The name of a change must be unambiguous."""
     others = {*Config().values(), *SelectConfig.__dataclass_fields__}
     assert not set(questions.Method.__dataclass_fields__) & others

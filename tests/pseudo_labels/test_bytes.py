@@ -1,8 +1,8 @@
-"""The files of labeling are those of commit 689ed74, byte by byte: begun work continues.
+"""Labeling writes the bytes that commit 689ed74 wrote, so work begun with it continues.
 
-`DIGESTS` were computed by running `digests` of this file with the code of that commit. Where one
-changes on purpose, raise the version that goes into the manifest (`DRAWS`, `ORDER`), so that files
-of two definitions are never mixed.
+`DIGESTS` were computed by running `digests` of this file with the code of that commit. If one
+changes on purpose, increase the version in the manifest (`DRAWS`, `ORDER`) so that files of two
+definitions are never mixed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLASSES, SHARDS, WORKERS, ROWS = 5, 2, 2, 230
 
 
 def png(number: int) -> bytes:
-    """A PNG of one pixel, without compression, so that no library decides about its bytes."""
+    """Returns an uncompressed PNG of one pixel, so that no library affects its bytes."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         crc = zlib.crc32(kind + body)
@@ -41,10 +41,10 @@ def png(number: int) -> bytes:
 
 
 class Teacher:
-    """Probabilities from a hash of the image: the same on every machine.
+    """Predicts probabilities from a hash of the image, the same on every machine.
 
     Args:
-      groups: how many groups are labeled before the process is "killed".
+      groups: Number of groups to label before the process is "killed".
     """
 
     group = 16
@@ -64,7 +64,7 @@ class Teacher:
             if image is None:
                 continue
             row = np.frombuffer(hashlib.sha256(image).digest()[:CLASSES], np.uint8)
-            # Few values, so that there are ties.
+            # Few values, so that ties occur.
             row = (row // 32).astype(np.float32) ** 3 + 1
             probs[place] = row / row.sum()
             if image.endswith(b"?"):
@@ -73,7 +73,7 @@ class Teacher:
 
 
 def make_set(folder: Path) -> Config:
-    """Unlabeled records, some unreadable; returns the settings of their prediction."""
+    """Writes unlabeled records, some unreadable; returns the settings for predicting them."""
     (folder / "unlabeled").mkdir(parents=True)
     (folder / "teacher.safetensors").write_bytes(b"weights")
     task = {"num_classes": CLASSES, "image_size": 8, "small_image": True}
@@ -111,7 +111,7 @@ def labeled(config: Config, output: Path, teacher: Teacher) -> None:
 
 
 def killed(config: Config, output: Path) -> None:
-    """Labels three groups of the first shard, and leaves their parts."""
+    """Labels three groups of the first shard and leaves their parts."""
     with pytest.raises(KeyboardInterrupt):
         labeled(config, output, Teacher(groups=3))
 
@@ -144,7 +144,7 @@ def digest(content: bytes) -> str:
 
 
 def parquet_digest(path: Path) -> str:
-    """Of the rows and of how they are cut into groups: the bytes depend on the version of Arrow."""
+    """Hashes the rows and row group sizes; Arrow's version determines the file's bytes."""
     with pyarrow.parquet.ParquetFile(path) as file:
         groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         table = file.read()
@@ -154,27 +154,27 @@ def parquet_digest(path: Path) -> str:
 
 
 def without_marks(counted: dict) -> None:
-    """Leaves out where records begin, which 689ed74 did not note; readers without them still work."""
+    """Removes record offsets, which 689ed74 did not write and readers do not require."""
     for name in ("every", "marks"):
         counted.pop(name, None)
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """File → digest of its content, with the path of the folder left out."""
+    """Maps each file to a digest of its content without the folder's path."""
     result = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if not path.is_file() or path.name.startswith((".lease", ".tmp")):
             continue
         if path.name == "task.json":
-            continue  # Of the teacher, which 689ed74 did not note.
+            continue  # Written for the teacher; 689ed74 did not write it.
         if path.suffix == ".parquet":
             result[name] = parquet_digest(path)
         elif name.endswith(".jsonl"):
             content = path.read_text().replace(str(folder.parent), "")
             result[name] = digest(content.encode())
         elif "manifest" in path.name:
-            # Hashes and sizes of Parquet files are those of one version of Arrow.
+            # Hashes and sizes of Parquet files depend on the version of Arrow.
             manifest = json.loads(path.read_text())
             for key in ("selection", "predictions"):
                 if len(str(manifest["config"].get(key))) == 16:
@@ -194,7 +194,7 @@ def digests_of(folder: Path) -> dict[str, str]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """All files that labeling, selection and writing make of one small set: one digest a step."""
+    """Labels, selects and writes one small set; returns one digest per step."""
     config = make_set(folder)
     outputs = {"parts of a killed run": folder / "killed", "predictions": folder / "whole"}
     killed(config, outputs["parts of a killed run"])
@@ -230,7 +230,7 @@ def test_files_are_those_of_689ed74(tmp_path):
 
 
 def test_killed_run_of_689ed74_is_continued(tmp_path):
-    """Its parts are those of ours, see above; what they cover is not labeled again."""
+    """Its parts equal ours (see above), and the records they cover are not labeled again."""
     config = make_set(tmp_path)
     killed(config, tmp_path / "killed")
     parts = len(list((tmp_path / "killed" / "predictions").glob(".part-*")))

@@ -1,4 +1,4 @@
-"""The pseudo-label factory as a whole, killed again and again: predict, select, write."""
+"""Predicting, selecting and writing pseudo-labels under repeated kills."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from unlabeled_sets import CLASSES, corrupt, png, save_teacher, write_shards
 from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 
 SHARDS, RECORDS, PICTURES, PER_CLASS = 6, 24_000, 500, 150_000
-KILLS = {"predict": 60, "select": 40}  # The second selects and writes.
+KILLS = {"predict": 60, "select": 40}  # The second command selects and writes.
 
 
 @pytest.fixture(scope="module")
 def unlabeled(tmp_path_factory) -> Path:
-    """A teacher, and shards of which one record in a hundred is corrupted."""
+    """A teacher, and shards with one corrupted record in a hundred."""
     folder = tmp_path_factory.mktemp("factory")
     save_teacher(folder / "teacher", CLASSES, seed=2)
     rng = np.random.default_rng(4)
@@ -48,7 +48,7 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """Everything that was made, but for what tells when and by whom."""
+    """Returns all files, except those that depend on times and processes."""
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(out.rglob("*"))
@@ -58,13 +58,13 @@ def files(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_hundred_kills_change_nothing(unlabeled, tmp_path):
-    """Two workers at each stage; none of the final records is lost, changed or written twice."""
+    """Two workers per stage; no final record is lost, changed or duplicated."""
     quiet = tmp_path / "quiet"
     quiet.mkdir()
     for command in commands(unlabeled, quiet).values():
         torture.run_with_kills([command], 0, 0, (1.0, 2.0), quiet)
     expected, left, runs = files(quiet), dict(KILLS), 0
-    # A fast machine may be done before all kills were given out: the rest is for another run.
+    # A fast machine may finish before all kills; the remaining kills go to another run.
     while any(left.values()):
         rough = tmp_path / f"rough-{runs}"
         rough.mkdir()

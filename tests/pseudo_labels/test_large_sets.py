@@ -1,4 +1,4 @@
-"""Labeling at length: written again and again after kills, and ten times as much each time.
+"""Labeling at scale: random kills, and memory and time over growing sets.
 
 `pytest -m slow -s tests/pseudo_labels/test_large_sets.py` prints the tables.
 """
@@ -64,7 +64,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3
 def make(
     folder: Path, images: int, *, shards: int, classes: int, picture: list[bytes], **values
 ) -> dict:
-    """An unlabeled set with predictions; returns the settings of its selection."""
+    """Creates an unlabeled set with predictions; returns the settings of its selection."""
     settings = {
         "unlabel_data_dir": str(folder),
         "prediction_dir": str(folder),
@@ -108,7 +108,7 @@ KILLS = 30
 
 
 def test_killed_at_random_moments(tmp_path):
-    """Every process of the run dies at once, or the parent alone; the files end up the same."""
+    """Kills all processes of the run or only the parent; the final files are the same."""
     settings = make(
         tmp_path,
         60000,
@@ -127,7 +127,7 @@ def test_killed_at_random_moments(tmp_path):
     kills, began = 0, 0.0
     while kills < KILLS:
         process = subprocess.Popen(child(settings, 2), env=ENVIRONMENT, start_new_session=True)
-        # From the first second, when all is still being imported, to the end of the work.
+        # From the first second, during the imports, to the end of the work.
         time.sleep(began + moments.random() * 14)
         if process.poll() is not None:
             assert process.returncode == 0
@@ -147,7 +147,7 @@ def test_killed_at_random_moments(tmp_path):
 
 
 def test_memory_is_flat_and_time_linear(tmp_path, capfd):
-    """Tiny pictures in one shard, ten classes, most images several times."""
+    """Tiny images in one shard and ten classes; most images are written several times."""
     save_teacher(tmp_path / "teacher", 10, seed=1)
     peaks: dict[str, list[float]] = {}
     for images in (10**4, 10**5, 10**6):
@@ -185,5 +185,5 @@ def test_memory_is_flat_and_time_linear(tmp_path, capfd):
                     flush=True,
                 )
     for name, (small, _, large) in peaks.items():
-        # Buffers fill; beyond them, a hundred times the records take no more memory.
+        # Beyond filled buffers, a hundred times as many records take no more memory.
         assert large < small + 250, name

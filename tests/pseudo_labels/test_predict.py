@@ -1,4 +1,4 @@
-"""Predictions of a teacher: format, order, resuming, and records that are no images."""
+"""Predictions of a teacher: format, order, resuming, and unreadable records."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def encoded(pixels: np.ndarray, mode: str, kind: str) -> bytes:
 
 
 def odd_images(rng: np.random.Generator) -> dict[str, bytes]:
-    """Kinds of images that real collections hold besides RGB of the right size."""
+    """Returns kinds of images, besides RGB of the right size, that real collections contain."""
     gray, cmyk = (rng.integers(0, 256, [9, 11, n], np.uint8) for n in (1, 4))
     deep = rng.integers(0, 65536, [9, 11, 3], np.uint16)
     frames = [Image.fromarray(rng.integers(0, 256, [9, 11], np.uint8)) for _ in range(2)]
@@ -73,7 +73,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def settings(folder: Path, output: str | Path, **values) -> Config:
-    """Predictions for the set of `folder`, below `folder / output`."""
+    """Returns settings that predict the set of `folder` into `folder / output`."""
     defaults = {
         "predict_ckpt_path": str(folder / "teacher"),
         "unlabel_data_dir": str(folder / "unlabeled"),
@@ -87,7 +87,7 @@ def settings(folder: Path, output: str | Path, **values) -> Config:
 
 
 def predictions(path: str | Path) -> tuple[np.ndarray, list[int]]:
-    """(probabilities [N, C], classes) of a prediction file."""
+    """Returns (probabilities [N, C], classes) of a prediction file."""
     spec = {
         "probabilities": tf.io.FixedLenFeature([CLASSES], tf.float32),
         "classes": tf.io.FixedLenFeature([], tf.int64),
@@ -99,7 +99,7 @@ def predictions(path: str | Path) -> tuple[np.ndarray, list[int]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_predictor_per_teacher() -> Iterator[None]:
-    """Building and tracing a model takes seconds; every run here has the same settings of it."""
+    """Reuses predictors, because building and tracing a model takes seconds."""
     original, made = predict.TeacherPredictor, {}
 
     def predictor(resolved: ResolvedConfig, checkpoint: str):
@@ -121,7 +121,7 @@ def finished(folder) -> Config:
 
 @pytest.fixture(scope="module")
 def answer(folder) -> Callable[[bytes], np.ndarray]:
-    """Encoded image → probabilities, from one image at a time through the teacher's weights."""
+    """Returns a function that predicts one encoded image with the teacher's weights."""
     resolved = ResolvedConfig.from_config(config(folder / f"task_{CLASSES}.json"))
     model = resolved.build_model()
     weights.load_weights(model, str(folder / "teacher"))
@@ -143,7 +143,7 @@ def expected(folder, answer) -> list[np.ndarray]:
     ]
 
 
-# --- What is written ------------------------------------------------------------------------------
+# --- Output ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shard", range(3))
@@ -153,7 +153,7 @@ def test_predictions_are_the_forward_pass(finished, expected, shard):
     )
     np.testing.assert_allclose(probs, expected[shard], atol=1e-6)
     assert classes == expected[shard].argmax(1).tolist()
-    assert expected[shard].std(0).max() > 1e-3  # The images differ for this teacher.
+    assert expected[shard].std(0).max() > 1e-3  # The teacher tells the images apart.
 
 
 def test_odd_images_are_all_read(finished):
@@ -193,7 +193,7 @@ def test_index(finished):
 
 
 def test_index_has_hashes_and_fingerprints(folder, finished):
-    """Of the whole images, at whatever size the teacher sees them."""
+    """They describe the whole images, regardless of the teacher's input size."""
     for shard in range(3):
         source = f"extra-{shard:05d}-of-00003"
         (path,) = image_marks.write_marks(
@@ -238,7 +238,7 @@ def test_two_workers_share_each_shard(folder, expected):
 
 @pytest.fixture(scope="module")
 def noisy_answers(folder) -> Callable[..., np.ndarray]:
-    """Settings → probabilities of ten images by a noised teacher."""
+    """Returns a function from settings to the probabilities of ten images by a noised teacher."""
     rng = np.random.default_rng(5)
     encoded_images = [png(rng) for _ in range(10)]
 
@@ -287,7 +287,7 @@ def test_noise_of_a_teacher_needs_tensorflow_and_one_view(folder, flag):
 
 
 def test_the_measured_engine_is_kept_for_all_workers(folder, monkeypatch):
-    """A second measurement might choose another one, whose last bits differ."""
+    """A second measurement might choose another engine, whose last bits differ."""
     asked = []
 
     def teacher(resolved: ResolvedConfig, checkpoint: str) -> SimpleNamespace:
@@ -310,7 +310,7 @@ def test_of_two_measurements_at_the_same_time_the_first_counts(folder, monkeypat
 
     def teacher(resolved: ResolvedConfig, checkpoint: str) -> SimpleNamespace:
         kind = resolved.config.predict.inference_engine
-        if kind == "auto":  # Meanwhile another process finishes its measurement.
+        if kind == "auto":  # Another process finishes its measurement in the meantime.
             note = Path(resolved.config.predict.output_dir, predict.ENGINE_FILE)
             note.parent.mkdir(parents=True)
             json_files.write_json(str(note), {"engine": "xnnpack"})
@@ -329,7 +329,7 @@ def test_less_exact_predictions_are_others(folder):
         return tasks[tasks.names[0]].stage.config
 
     for choice in ({"inference_dtype": "bfloat16"}, {"fast_decode": True}):
-        assert not choice.keys() & identity().keys()  # As before there was a choice.
+        assert not choice.keys() & identity().keys()  # As before these options existed.
         assert identity(**choice) == {**identity(), **choice}
 
 
@@ -340,11 +340,11 @@ def test_less_exact_predictions_are_others(folder):
         {"unl_aug": "clean"},
         {"dropout_rate": 0.6},
         {"stochastic_depth_rate": 0.6},
-        {"eval_batch_size": 5},  # The noise is drawn for a batch.
+        {"eval_batch_size": 5},  # Noise is drawn per batch.
     ],
 )
 def test_another_noise_makes_other_labels(folder, change):
-    """Those of one are not taken for those of the other; without noise none of it matters."""
+    """Labels of different noise are never mixed; without noise, these settings have no effect."""
 
     def identities(**values) -> list[dict]:
         resolved = ResolvedConfig.from_config(settings(folder, "unused", **values))
@@ -396,7 +396,7 @@ def test_files_of_unknown_origin_are_left_alone(folder):
 
 
 def flip_payload(path: Path, record: int) -> None:
-    """Changes the last byte of a record's payload, which its checksum then denies."""
+    """Changes the last byte of a record's payload, which invalidates its checksum."""
     content = bytearray(path.read_bytes())
     end = 0
     for _ in range(record + 1):
@@ -407,7 +407,7 @@ def flip_payload(path: Path, record: int) -> None:
 
 @pytest.fixture(scope="module")
 def damaged(folder) -> Path:
-    """Twelve records in one shard of two; numbers 2, 4, 5, 7 and the truncated last one are bad."""
+    """Twelve records in one of two shards; 2, 4, 5, 7 and the truncated last one are bad."""
     rng = np.random.default_rng(3)
     images = [png(rng) for _ in range(12)]
     images[4] = images[4][:40]
@@ -436,7 +436,7 @@ def test_bad_records_keep_their_place(folder, damaged, answer, caplog):
     probs, _ = predictions(output / "train-info-00001-of-00002-00000")
     good = [i for i in range(12) if i not in bad]
     np.testing.assert_array_equal(probs[bad], np.zeros([5, CLASSES]))
-    # No two of the good ones are alike, so that none can stand in another's place.
+    # All good images differ, so none can be confused with another.
     payloads = {r.position: r.payload for r in tfrecords.read(str(damaged))}
     own = [answer(tfexamples.image_bytes(payloads[i])) for i in good]
     np.testing.assert_allclose(probs[good], own, atol=1e-6)
@@ -460,7 +460,7 @@ def test_bad_records_keep_their_place(folder, damaged, answer, caplog):
 
 
 def test_too_many_bad_records(folder, damaged):
-    """The shard before is kept. The second worker's first bad record is the shard's record 5."""
+    """The previous shard is kept. The second worker's first bad record is the shard's record 5."""
     mine = settings(
         folder,
         "too_many",
@@ -479,7 +479,7 @@ def test_too_many_bad_records(folder, damaged):
 
 
 def test_answers_that_are_no_numbers(folder):
-    """Such a teacher must not label anything: NaN would be the highest confidence of all."""
+    """Such a teacher must not label anything: NaN would be the highest confidence."""
     reader = tf.train.load_checkpoint(str(folder / "teacher"))
     values = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
     bias = next(name for name in values if "dense/bias" in name)
@@ -509,7 +509,7 @@ def test_empty_shard_is_named(folder, tmp_path):
 
 
 def test_empty_shards_that_were_written_so(folder, tmp_path):
-    """Predictions of them, and records selected from few: both are labeled again."""
+    """Predictions of empty shards and records selected from few images can be labeled again."""
     rng = np.random.default_rng(5)
     images = [tfexamples.unlabeled_example(png(rng)) for _ in range(2)]
     tfrecords.write_sharded(str(tmp_path / "unlabeled"), "extra", images, 3)
@@ -539,7 +539,7 @@ def test_empty_shards_that_were_written_so(folder, tmp_path):
     ):
         mine = settings(folder, tmp_path / f"again-{number}", **again, **options)
         assert predict.predict(mine) == {"records": written, "unreadable": 0, "skipped_shards": 0}
-        # Finished, they are known to be.
+        # Finished empty shards are recognized.
         assert predict.predict(mine)["skipped_shards"] == 3
     # By default, the counts are next to the predictions.
     assert list(Path(mine.predict.output_dir).glob("info-0000?-of-00003-00000.txt"))
@@ -569,7 +569,7 @@ def test_flags_that_do_not_fit(folder, values, message):
 
 
 def test_lost_tail_counts_as_much_as_it_is(folder, tmp_path):
-    """A damaged length loses many records, of which nobody can tell the number."""
+    """A damaged length loses an unknown number of records."""
     rng = np.random.default_rng(5)
     payloads = [tfexamples.unlabeled_example(png(rng)) for _ in range(8)]
     write_shards(tmp_path / "unlabeled", [payloads])
@@ -588,12 +588,12 @@ def test_lost_tail_counts_as_much_as_it_is(folder, tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing that handles errors handles it."""
+    """Simulates a kill, which no error handler catches."""
 
 
 @pytest.fixture(scope="module")
 def long(folder) -> tuple[Path, dict]:
-    """One shard of 700 records of which some are bad, and the files of an undisturbed run."""
+    """One shard of 700 records, some bad, and the files of an undisturbed run."""
     rng = np.random.default_rng(11)
     images = [png(rng) for _ in range(700)]
     for i in (0, 63, 64, 300, 699):
@@ -612,7 +612,7 @@ def long_settings(folder: Path, output: str | Path, **values) -> Config:
 
 
 def contents(done: Config) -> dict[str, bytes]:
-    """Everything that was written, by name."""
+    """Returns all written files by name."""
     folders = [Path(done.predict.output_dir), Path(done.predict.info_dir)]
     return {path.name: path.read_bytes() for folder in folders for path in folder.iterdir()}
 
@@ -630,7 +630,7 @@ def kill_after(monkeypatch, writes: int) -> None:
 
 
 def count_labeled(monkeypatch) -> list[int]:
-    """Sizes of the groups labeled from now on."""
+    """Records the sizes of the groups labeled from now on."""
     sizes, original = [], TeacherPredictor.marked
     monkeypatch.setattr(
         TeacherPredictor,
@@ -705,7 +705,7 @@ def test_killed_while_putting_the_parts_together(long, tmp_path, monkeypatch):
 
 
 def test_two_processes_on_one_shard(long, tmp_path):
-    """Threads stand for them: each has its own leases, teacher and parts."""
+    """Uses threads in place of processes; each has its own leases, teacher and parts."""
     folder, expected = long
     mine = long_settings(folder, tmp_path)
     with ThreadPoolExecutor(2) as pool:
@@ -736,7 +736,7 @@ def test_store_without_folders_and_renames(folder, finished):
 
 @pytest.fixture(scope="module")
 def device_teacher(folder) -> TeacherPredictor:
-    """Of TensorFlow's engine, made on one of two machines that do not wait for each other."""
+    """A teacher with TensorFlow's engine, built by one of two workers that do not synchronize."""
     workers = {
         "cluster": {"worker": ["absent:1", "absent:2"]},
         "task": {"type": "worker", "index": 1},
@@ -773,7 +773,7 @@ def test_all_cores_decode_a_group(device_teacher, rng, monkeypatch):
 
 @pytest.mark.slow
 def test_file_of_weights(folder, finished, monkeypatch):
-    """The same teacher from a .safetensors file; the fingerprint is of the file."""
+    """The same teacher from a .safetensors file, whose content hash is the fingerprint."""
     monkeypatch.setattr(predict, "TeacherPredictor", TeacherPredictor)
     model = ResolvedConfig.from_config(config(folder / f"task_{CLASSES}.json")).build_model()
     weights.load_weights(model, str(folder / "teacher"))
@@ -804,7 +804,7 @@ def test_two_views(folder, answer, monkeypatch):
 
 @pytest.mark.parametrize("number", [3, 10])
 def test_number_of_views_that_there_is_not(folder, number):
-    """Ten views need a crop, which small images do not have."""
+    """Ten views require a crop, which small images do not have."""
     with pytest.raises(ConfigError, match=f"--test_time_views={number}"):
         predict.predict(settings(folder, "flags", test_time_views=number))
 
@@ -828,7 +828,7 @@ def test_ten_views_are_corners_and_center(fraction):
 
 
 def test_reassigned_labels(folder, tmp_path, answer):
-    """Pseudo-labeled records in, the same under new labels out; what cannot be read is left out."""
+    """Relabels pseudo-labeled records and leaves out unreadable ones."""
     rng = np.random.default_rng(7)
     pictures = [png(rng) for _ in range(5)]
     pictures[3] = b"no image"
@@ -875,7 +875,7 @@ def test_relabeled_records_are_not_written_over_the_old(folder):
 
 
 def mutated(content: bytes, rng: np.random.Generator) -> bytes:
-    """Bytes changed, cut out, repeated or cut off."""
+    """Returns `content` with bytes changed, removed, repeated or truncated."""
     content = bytearray(content)
     for _ in range(rng.integers(1, 4)):
         a, b = sorted(rng.integers(0, len(content) + 1, 2))
@@ -904,9 +904,9 @@ def seeds_of_images(rng: np.random.Generator) -> list[bytes]:
 
 
 def fuzz(folder: Path, tmp_path: Path, number: int) -> None:
-    """Mutated images, mutated Examples and mutated record bytes: all are accounted for, to the end.
+    """Mutates images, Examples and record bytes, and accounts for every record to the end.
 
-    Every record is in quarantine or in the balanced set, there as often as was selected.
+    Every record is in the quarantine or, as often as selected, in the balanced set.
     """
     rng = np.random.default_rng(number)
     seeds = seeds_of_images(rng)
@@ -940,7 +940,7 @@ def fuzz(folder: Path, tmp_path: Path, number: int) -> None:
     assert np.flatnonzero(probs.sum(1) == 0).tolist() == bad
     rest = np.delete(probs, bad, 0)
     np.testing.assert_allclose(rest.sum(1), 1, atol=1e-4)
-    # Both kinds are there, so that the check is one of both.
+    # Both kinds occur, so the check covers both.
     assert number // 10 < len(bad) < number * 9 // 10
     images = [
         tfexamples.image_bytes(r.payload)
@@ -951,13 +951,13 @@ def fuzz(folder: Path, tmp_path: Path, number: int) -> None:
 
 
 def check_written(config: Config, readable: Counter) -> None:
-    """Selects and writes; compares with the readable (image, label), which may occur repeatedly."""
+    """Selects and writes; compares with the readable (image, label), which may repeat."""
     options = config.predict
     unlabeled = config.data.unlabel_data_dir
     classes = Counter()
     for (_, label), times in readable.items():
         classes[label] += times
-    per_class = 2 * max(classes.values()) - 1  # At least once all, and unequal numbers of copies.
+    per_class = 2 * max(classes.values()) - 1  # Copies must be unequal, at least 1.
     for name, chosen in {"all": {"use_all": True}, "filled": {"num_image": per_class}}.items():
         folder = Path(options.output_dir).parent / name
         selection = SelectConfig(
@@ -1007,7 +1007,7 @@ def test_many_mutated_records_and_images(folder, tmp_path):
 
 @pytest.mark.slow
 def test_two_workers_killed_again_and_again(folder, tmp_path):
-    """SIGKILLs at random moments leave the files of an undisturbed run, to the last byte."""
+    """SIGKILLs at random moments leave the files of an undisturbed run, byte for byte."""
     rng = np.random.default_rng(21)
     pictures = [png(rng) for _ in range(500)]
     payloads = [tfexamples.unlabeled_example(picture) for picture in pictures]

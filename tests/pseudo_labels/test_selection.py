@@ -1,4 +1,4 @@
-"""Statistics as the original computes them, and the exact top-K selection against plain Python."""
+"""Statistics, compared with the original, and exact top-K selection, compared with plain Python."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CLASSES = 10
 
 
 def config(folder: Path, **values) -> SelectConfig:
-    """Settings of the goldens, with all folders below `folder`."""
+    """Returns settings of the goldens, with all folders below `folder`."""
     defaults = {
         "unlabel_data_dir": str(folder / "unlabeled"),
         "prediction_dir": str(folder / "predictions"),
@@ -54,7 +54,7 @@ def config(folder: Path, **values) -> SelectConfig:
 
 
 def draw_of(*numbers: int) -> int:
-    """The seeded draw of (seed, shard, worker, position): splitmix64, in Python's integers."""
+    """Returns the seeded draw of (seed, shard, worker, position): splitmix64 in Python integers."""
     state = 0
     for number in numbers:
         x = (state + number + 0x9E3779B97F4A7C15) % 2**64
@@ -75,14 +75,14 @@ def make_predictions(folder: Path, table: list[list[list[list[float]]]]) -> None
 
 
 def one_hot(label: int, prob: float) -> list[float]:
-    """Probabilities of `CLASSES` classes with a given top one; the others share the rest."""
+    """Returns probabilities with `prob` for `label`; the other classes share the rest."""
     row = np.full(CLASSES, (1 - prob) / (CLASSES - 1))
     row[label] = prob
     return row.tolist()
 
 
 def read_selection(settings_: SelectConfig) -> dict[tuple[int, int, int], tuple[int, int]]:
-    """(shard, worker, position) → (label, copies), as written to disk."""
+    """Maps (shard, worker, position) to (label, copies), as written to disk."""
     table = pyarrow.parquet.read_table(f"{settings_.output_dir}/{selection.SELECTION}").to_pydict()
     keys = zip(table["shard"], table["worker"], table["position"])
     return dict(zip(keys, zip(table["label"], table["copies"])))
@@ -142,7 +142,7 @@ def test_selection_is_that_of_the_original_where_it_draws_nothing(original, expe
 
 
 def test_best_images_of_each_class(original, expected):
-    """Ours is the exact top of the candidates that the original takes for a class."""
+    """Selects the exact top of the original's candidates for each class."""
     result = selection.select(original)["classes"]
     for label, entry in expected["per_class"].items():
         lowest, images = result[label]
@@ -160,7 +160,7 @@ def test_side_files(original):
         == len(read_selection(original))
         == sum(n for _, n in counts["classes"].values())
     )
-    # The misspelt key is what the original's readers look for.
+    # The original's readers expect the misspelled key.
     side = json.loads((Path(original.output_dir) / "num_image_across_cat.json").read_text())
     assert side == {"num_image_acorss_cat": counts["unique"]}
 
@@ -175,7 +175,7 @@ def test_outcome_has_every_prediction_once(original):
 
 
 def test_record_numbers_of_two_workers(tmp_path):
-    """Worker w of 2 predicted records w, w + 2, …; the outcome is in the order of the records."""
+    """Worker w of 2 predicted records w, w + 2, …; the outcome is in record order."""
     probs = [0.31, 0.35, 0.41, 0.45, 0.51]
     workers = [[one_hot(1, p) for p in probs[worker::2]] for worker in (0, 1)]
     make_predictions(tmp_path, [workers])
@@ -191,7 +191,7 @@ def test_record_numbers_of_two_workers(tmp_path):
 
 
 def reference_exact(rows, settings_: SelectConfig):
-    """What must be selected: {class: {(shard, worker, position)}} and {class: sorted copies}."""
+    """Returns the expected {class: {(shard, worker, position)}} and {class: sorted copies}."""
     classes = defaultdict(list)
     for shard, worker, position, label, prob in rows:
         if label >= 0 and settings_.min_threshold <= float(prob) <= settings_.max_prob:
@@ -212,13 +212,13 @@ def reference_exact(rows, settings_: SelectConfig):
 
 
 def reference_thresholds(rows, settings_: SelectConfig) -> dict[str, list]:
-    """The rule of the original: from the top, the first step at which there are enough."""
+    """The original's rule: from the top, the first step with enough images."""
     result = {}
     for label in range(CLASSES):
         probs = np.array([float(row[4]) for row in rows if row[3] == label])
         steps = [k / 100 for k in range(101) if k / 100 >= settings_.min_threshold]
         steps = [step for step in steps if step < settings_.max_prob]
-        # Images of the steps from this one on; the last of them has no upper end of its own.
+        # Images count up to the end of the last step, which is open if that step is 1.
         ceiling = (len(steps) + round(100 * settings_.min_threshold)) / 100
         counted = probs[probs < ceiling] if ceiling <= 1 else probs
         entry = [settings_.min_threshold, int((counted >= settings_.min_threshold).sum())]
@@ -231,7 +231,7 @@ def reference_thresholds(rows, settings_: SelectConfig) -> dict[str, list]:
     return result
 
 
-# Few values, so that ties are common, and some that are exactly at a threshold or beside it.
+# Few values, so that ties are common, and some exactly at or next to a threshold.
 PROBS = [np.float32(p) for p in (0.0, 0.25, 0.29, 0.3, 0.5, 0.505, 0.75, 1.0, 1.0000001)]
 PROBS += [
     np.nextafter(np.float32(0.3), np.float32(0)),
@@ -241,7 +241,7 @@ PROBS += [
 
 @st.composite
 def indexes(draw):
-    """Rows (shard, worker, position, label, prob) of up to 2 shards with 2 workers."""
+    """Draws rows (shard, worker, position, label, prob) of up to 2 shards with 2 workers."""
     rows = []
     for shard in range(2):
         for worker in range(2):
@@ -253,7 +253,7 @@ def indexes(draw):
 
 
 def write_indexes(folder: Path, rows) -> None:
-    """The index alone: the predictions beside it are empty files."""
+    """Writes only the index; the prediction files are empty."""
     (folder / "predictions").mkdir()
     for shard in range(2):
         for worker in range(2):
@@ -267,7 +267,7 @@ def write_indexes(folder: Path, rows) -> None:
 
 
 def refused(settings_: SelectConfig) -> None:
-    """Nothing is kept, or the bounds exclude each other."""
+    """Checks the error if nothing is kept or the bounds exclude each other."""
     crossed = settings_.min_threshold > settings_.max_prob
     with pytest.raises(ConfigError if crossed else DataError, match="--min_threshold"):
         selection.select(settings_)
@@ -305,7 +305,7 @@ def test_selection_is_exactly_the_top(rows, threshold, tmp_path_factory, **value
     assert {label: sorted(keys.values()) for label, keys in by_class.items()} == copies
     assert result["available"] == len(rows)
     assert result["records"] == sum(map(sum, copies.values()))
-    # Which of a class get one more is decided by this hash alone.
+    # This hash alone decides which images of a class get one more copy.
     for label, keys in by_class.items():
         order = sorted(
             keys,
@@ -345,7 +345,7 @@ def test_thresholds_are_those_of_the_rule(rows, threshold, tmp_path_factory, **v
 
 
 def test_random_part_of_classes_with_enough(tmp_path):
-    """--use_top=0: num_image of each class by the seed, not the most confident."""
+    """With --use_top=0, the seed, not the confidence, chooses num_image images per class."""
     make_predictions(tmp_path, [[[one_hot(1, p) for p in np.linspace(0.4, 0.9, 40)]]])
     chosen = []
     for seed in (0, 1):
@@ -373,7 +373,7 @@ def by_threshold(goldens, tmp_path_factory) -> SelectConfig:
 
 
 def test_threshold_mode_is_the_original(by_threshold, expected, goldens):
-    """Thresholds, totals, candidates, and the copies of classes in which nothing is drawn."""
+    """Thresholds, totals, candidates, and copies of classes without random draws."""
     output = Path(by_threshold.output_dir)
     for name in ("threshold.json", "num_image_across_cat.json"):
         theirs = json.loads((goldens / "filter_unlabel" / name).read_text())
@@ -393,7 +393,7 @@ def test_threshold_mode_is_the_original(by_threshold, expected, goldens):
             if rule["deterministic"]:
                 assert my == their
             elif rule["include_copy"] > 1:
-                # Every candidate is kept; only who gets one more is drawn.
+                # Every candidate is kept; only the extra copies are drawn.
                 assert set(my) == set(their)
                 assert len(my) == entry["candidates_per_label"][str(label)]
             assert set(my.values()) <= {int(rule["include_copy"]), int(rule["include_copy"]) + 1}
@@ -492,7 +492,7 @@ def test_seed_decides_only_who_gets_the_extra_copy(goldens, tmp_path):
 
 
 def test_statistics_of_every_bin_edge(tmp_path):
-    """Probabilities at k / 100 and their neighbors below, in bins of float64."""
+    """Probabilities at k / 100 and just below, in float64 bins."""
     probs = np.float32([k / 100 for k in range(12, 101)])
     probs = np.concatenate([probs, np.nextafter(probs, np.float32(0))])
     make_predictions(tmp_path, [[[one_hot(3, float(p)) for p in probs]]])
@@ -510,7 +510,7 @@ def test_statistics_of_every_bin_edge(tmp_path):
 
 @pytest.fixture
 def small(tmp_path) -> SelectConfig:
-    """Two shards by one worker, a few records."""
+    """Two shards by one worker, with a few records."""
     rows = [one_hot(label, 0.6) for label in (0, 1, 1, 2)]
     make_predictions(tmp_path, [[rows], [rows]])
     return config(tmp_path, num_shards=2, num_image=3)
@@ -558,7 +558,7 @@ def test_nothing_above_the_threshold(tmp_path):
     make_predictions(tmp_path, [[[one_hot(1, 0.4)]]])
     with pytest.raises(DataError, match="none of 1 predictions .*--min_threshold=0.5"):
         selection.select(config(tmp_path, num_shards=1, min_threshold=0.5))
-    # Nothing is recorded as done: the corrected command goes on.
+    # Nothing is recorded as done, so the corrected command succeeds.
     result = selection.select(config(tmp_path, num_shards=1, min_threshold=0.3))
     assert result["unique"] == 1
 
@@ -582,7 +582,7 @@ def test_finished_selection_is_not_made_again(small, monkeypatch):
     first = selection.select(small)
     path = Path(small.output_dir) / selection.SELECTION
     before = path.stat().st_mtime_ns
-    # Of a process that was killed while another one finished; its number is above all real ones.
+    # Left by a process killed while another one finished; no real process has this ID.
     left = path.with_name(f".tmp-{socket.gethostname()}-{2**22 + 1}-{selection.SELECTION}")
     left.write_bytes(b"half")
     monkeypatch.setattr(index, "IndexScan", lambda *_: pytest.fail("selected again"))
@@ -635,7 +635,7 @@ def test_another_definition_of_the_draws_is_refused(small, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["exact", "threshold"])
 def test_a_large_shard_is_read_in_parts(tmp_path, monkeypatch, rng, mode):
-    """Shards of one file or two, cut into parts of at most 50 rows, give the bytes of whole ones."""
+    """Shards of one file or two, read in parts of at most 50 rows, give the same bytes."""
     table = [
         [
             [one_hot(*x) for x in zip(rng.integers(0, 3, n), rng.choice([0.5, 0.61, 0.7], n))]
@@ -696,7 +696,7 @@ def test_side_files_are_made_again(small):
 
 
 def test_other_file_systems(small, tmp_path, monkeypatch):
-    """TensorFlow's file system in memory stands for those of the cloud."""
+    """Uses TensorFlow's in-memory file system in place of cloud storage."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     selection.select(small)
     remote = dataclasses.replace(

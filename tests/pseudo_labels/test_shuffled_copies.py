@@ -1,4 +1,4 @@
-"""The shuffle of copies: nothing lost, spread, and the same for the same seed."""
+"""Shuffled copies are complete, spread out, and reproducible from the seed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def copies(rng) -> np.ndarray:
 
 @pytest.fixture(params=[128 << 20, 2000])
 def bucket(request, monkeypatch) -> None:
-    """One bucket, and several."""
+    """One bucket or several."""
     monkeypatch.setattr(shuffled_copies, "_BUCKET_BYTES", request.param)
 
 
@@ -57,7 +57,7 @@ def test_copies_are_spread_over_the_whole_file(copies, bucket):
         found[value].append(at)
     for image, n in enumerate(copies.tolist()):
         gaps = np.diff(found[payload(image)])
-        # Random places would bring two of 30 copies as close as a thousandth of the file.
+        # Random positions would put two of 30 copies within a thousandth of the file.
         if 5 <= n < 100:
             assert gaps.min() > 0.35 * len(result) / n
             assert gaps.max() < 1.7 * len(result) / n
@@ -78,7 +78,7 @@ def test_single_images_are_in_random_order():
     "bucket_bytes, digest", [(64 << 20, "acddf447c72d17e6"), (2000, "82a919587ea13423")]
 )
 def test_order_is_that_of_689ed74(monkeypatch, bucket_bytes, digest):
-    """One image has so many copies that they meet, in one bucket and in several hundred."""
+    """One image has so many copies that some are adjacent, in one bucket and in hundreds."""
     monkeypatch.setattr(shuffled_copies, "_BUCKET_BYTES", bucket_bytes)
     result = shuffled(np.array([1500, *[1] * 2500]), seed=5, shard=2)
     assert hashlib.sha256(b"".join(result)).hexdigest()[:16] == digest
@@ -90,7 +90,7 @@ def test_one_image_alone_and_nothing():
 
 
 def test_an_image_that_is_nearly_everything():
-    """Nine others cannot part thirty copies, but they all must part some."""
+    """Nine other images cannot separate thirty copies, but each must separate some."""
     result = shuffled(np.array([30, *[1] * 9]))
     together = sum(a == b for a, b in zip(result, result[1:]))
     assert len(result) == 39
@@ -98,7 +98,7 @@ def test_an_image_that_is_nearly_everything():
 
 
 def test_few_images_are_parted_as_far_as_possible(rng):
-    """More than half of the copies are of one image: every other copy parts two of them."""
+    """One image has more than half of the copies, so every other copy separates two of them."""
     for seed in range(30):
         copies = rng.integers(1, 5, 6)
         copies[0] = copies[1:].sum() + rng.integers(2, 9)

@@ -1,4 +1,4 @@
-"""Which records of a folder are the unlabeled set."""
+"""Identification of the unlabeled set among a folder's records."""
 
 from __future__ import annotations
 

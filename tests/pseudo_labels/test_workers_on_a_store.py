@@ -1,4 +1,4 @@
-"""Machines that share the shards of a set on an object store: some die, the store is slow and busy."""
+"""Machines share a set's shards on a slow, busy object store, and some die."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 ROOT = Path(__file__).parents[2]
 RECORDS, GROUP = 10, 4
 
-# A machine of its own, as far as leases and temporary names can tell.
+# Acts as a separate machine in its leases and temporary names.
 WORKER = """
 import hashlib, json, socket, sys
 import numpy as np
@@ -40,7 +40,7 @@ class Teacher:
 
 predict.predict(Config().override(**json.loads(sys.argv[1])), Teacher())
 """
-# What is killed, and when: while it saves a part, between the files of an output, while it cleans up.
+# Kills while saving a part, between the files of an output, and during cleanup.
 KILLS = (
     {"pattern": r"upload .*/\.part-", "skip": 1},
     {"pattern": r"upload .*manifest\.json", "after": True},
@@ -98,7 +98,7 @@ def test_nothing_is_lost_and_nothing_is_left(store, bucket, tmp_path, rng, worke
     )
     names = store.names(bucket, "predictions/")
     assert [name for name in names if "/." in name] == []
-    assert len(names) == 4 * shards + 1  # Predictions, index, info and manifest; the task.
+    assert len(names) == 4 * shards + 1  # Four files per shard, and the task.
     for shard, some in enumerate(images):
         name = shard_names.prediction_name(shard, shards, 0)
         expected = tfexamples.prediction_examples(np.stack([probabilities(i) for i in some]))

@@ -1,4 +1,4 @@
-"""Balanced records from predictions of the original, through the command line and in-process."""
+"""Balanced records from the original's predictions, by command line and in-process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHARDS, CLASSES, NUM_IMAGE = 4, 10, 100
 
 
 def picture(number: int) -> bytes:
-    """A PNG of 2 x 2 pixels that no other number gives."""
+    """Returns a 2 x 2 PNG that is unique to the number."""
     pixels = np.frombuffer(number.to_bytes(12, "little"), np.uint8).reshape(2, 2, 3)
     return tf.io.encode_png(pixels).numpy()
 
@@ -56,7 +56,7 @@ def config(folder: Path, output: str, **values) -> SelectConfig:
 
 
 def command(settings: SelectConfig) -> list[str]:
-    """The flags that differ from their defaults."""
+    """Returns the flags that differ from their defaults."""
     defaults = SelectConfig()
     return [
         f"--{name}={value}"
@@ -75,7 +75,7 @@ class Written(NamedTuple):
 
 
 def parse(path: Path) -> list[Written]:
-    """Reads an output file by the description of the format alone; no other key may be there."""
+    """Reads an output file by the format description alone and allows no other keys."""
     spec = {
         "image/encoded": tf.io.FixedLenFeature([], tf.string),
         "label": tf.io.FixedLenFeature([], tf.int64),
@@ -94,7 +94,7 @@ def parse(path: Path) -> list[Written]:
 
 
 def files(folder: str) -> dict[str, bytes]:
-    """Content of every file below a folder, without what a killed process left half written."""
+    """Returns all files below a folder, except partial files of killed processes."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(Path(folder).rglob("*"))
@@ -104,7 +104,7 @@ def files(folder: str) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def inputs(goldens, tmp_path_factory) -> Path:
-    """The predictions of the original, and as many pictures."""
+    """The original's predictions and a matching number of images."""
     folder = tmp_path_factory.mktemp("write")
     shutil.copytree(goldens / "filter_unlabel" / "predictions", folder / "predictions")
     (folder / "unlabeled").mkdir()
@@ -117,12 +117,12 @@ def inputs(goldens, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def by_command(inputs) -> tuple[SelectConfig, dict]:
-    """Settings and printed result of the command line."""
+    """Returns settings and printed result of the command line."""
     settings = config(inputs, "by_command")
     done = forks.python(*("-m", "efficientnet_ns.filter_unlabel", "--report"), *command(settings))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    # Other runs, whose files are compared, have none.
+    # Other runs, whose files are compared, have no report.
     shutil.move(result["report"], inputs / "report.html")
     return settings, result
 
@@ -184,7 +184,7 @@ def test_copies_do_not_stand_together(written):
     for rows in written:
         images = [record.image for record in rows]
         assert not any(a == b for a, b in zip(images, images[1:]))
-        # Nor are the records in the order of the input.
+        # Records are not in input order either.
         assert sorted(images, key=images.index) != sorted(images)
 
 
@@ -236,7 +236,7 @@ def test_seed_changes_the_order(inputs, by_command):
 
 
 def test_number_of_processes_and_runs_does_not_matter(inputs, by_command):
-    """Two shards by two processes, then the others; the last run sums up."""
+    """Two processes write two shards, one writes the others; the last run writes the totals."""
     settings = config(inputs, "processes", num_workers=2)
     select(settings)
     records_written = write.write(settings, shards=[1, 3])["records"]
@@ -251,7 +251,7 @@ def test_number_of_processes_and_runs_does_not_matter(inputs, by_command):
 
 
 def test_a_call_per_shard_is_one_call_over_all(inputs, by_command, entry_flags):
-    """The original's scripts call once per shard, first for the statistics, then for the records."""
+    """The original's scripts call once per shard, first for statistics, then for records."""
     settings = config(inputs, "per_shard")
     for only_get_stats in (1, 0):
         for shard in (2, 0, 3, 1):
@@ -295,7 +295,7 @@ runpy.run_module("efficientnet_ns.filter_unlabel", run_name="__main__")
 
 
 def test_killed_run_is_continued(inputs, by_command, monkeypatch):
-    """The third shard's manifest is there, its records are not yet: it alone is written again."""
+    """The third shard has a manifest but no records, so only this shard is written again."""
     settings = config(inputs, "killed")
     done = forks.python("-c", KILLED_AT_ITS_THIRD_SHARD, *command(settings))
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -317,7 +317,7 @@ def test_killed_run_is_continued(inputs, by_command, monkeypatch):
     assert files(settings.output_dir) == files(by_command[0].output_dir)
 
 
-# --- Inputs that do not fit -----------------------------------------------------------------------
+# --- Mismatched inputs ----------------------------------------------------------------------------
 
 
 def make_small(folder: Path, workers: int = 1, **values) -> SelectConfig:
@@ -356,7 +356,7 @@ def assert_nothing_written(settings: SelectConfig) -> None:
 
 
 def test_what_a_killed_process_left_of_a_finished_shard_is_removed(by_command):
-    """Another process may have finished the shard that a killed one had begun."""
+    """Another process may have finished the shard that a killed one began."""
     settings = by_command[0]
     folder, host = Path(settings.output_dir) / "data", socket.gethostname()
     shard = next(folder.glob("train-*")).name
@@ -424,7 +424,7 @@ def test_records_of_two_workers_meet_their_images(tmp_path):
 
 
 def test_other_file_systems(tmp_path, monkeypatch):
-    """TensorFlow's file system in memory stands for those of the cloud."""
+    """Uses TensorFlow's in-memory file system in place of cloud storage."""
     settings = make_small(tmp_path, workers=2)
     write.write(settings)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -437,7 +437,7 @@ def test_other_file_systems(tmp_path, monkeypatch):
         if name.startswith(("data/", "stats/stats_")):
             with tf.io.gfile.GFile(f"{remote.output_dir}/{name}", "rb") as f:
                 assert f.read() == content, name
-    # The copy of the selection on this machine.
+    # Deletes the local copy of the selection.
     gc.collect()
     assert not list(tmp_path.glob(".tmp-*"))
 
@@ -467,7 +467,7 @@ def test_selection_comes_first(tmp_path):
 
 
 def test_wrong_number_of_workers_is_noticed(tmp_path):
-    """Two of three prediction files were there: positions mean other images."""
+    """Only two of three prediction files exist, so positions refer to other images."""
     settings = make_small(tmp_path, workers=3)
     Path(index.prediction_path(settings, 0, 2)).unlink()
     settings = dataclasses.replace(

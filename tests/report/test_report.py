@@ -1,4 +1,4 @@
-"""Tests of the building blocks of the HTML report."""
+"""Building blocks of the HTML report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from efficientnet_ns import report
 from efficientnet_ns.report import truth as truth_lib
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-HOSTILE = "<script>alert('$x_{$')</script>"  # As HTML a script, to Matplotlib a broken formula.
+HOSTILE = "<script>alert('$x_{$')</script>"  # A script in HTML, a broken formula in Matplotlib.
 
 
 def encoded(kind: str, size: tuple[int, int] = (8, 8), color: str = "teal") -> bytes:
@@ -31,7 +31,7 @@ def encoded(kind: str, size: tuple[int, int] = (8, 8), color: str = "teal") -> b
 
 
 def plot_sizes(document: Document) -> list[tuple[int, int]]:
-    """CSS sizes of the plots, after a check that each is a PNG of twice that size."""
+    """Returns CSS sizes of the plots and checks that each is a PNG of twice that size."""
     sizes = []
     for attributes, (head, data) in zip(document.attributes("img"), document.images()):
         size = int(attributes["width"]), int(attributes["height"])
@@ -43,7 +43,7 @@ def plot_sizes(document: Document) -> list[tuple[int, int]]:
 
 
 def ink(document: Document, index: int = 0) -> dict[str, int]:
-    """Opaque pixels of a plot by color (#rrggbb)."""
+    """Counts the opaque pixels of a plot by color (#rrggbb)."""
     with Image.open(io.BytesIO(document.images()[index][1])) as image:
         pixels = np.asarray(image.convert("RGBA")).reshape(-1, 4)
     colors = pixels[pixels[:, 3] == 255].view(">u4")
@@ -126,7 +126,7 @@ def test_learning_curves_plots_lines_and_last_values():
     ]
     assert len(plot_sizes(document)) == 2
     assert document.text("span") == f"teacher {HOSTILE}"
-    # Both runs are drawn in the colors of the legend, the one of a single point too.
+    # Both runs use the legend's colors, even the one with a single point.
     assert len(set(legend_colors(document))) == 2
     assert set(legend_colors(document)) <= ink(document, 0).keys()
 
@@ -161,7 +161,7 @@ def test_confidence_histogram_counts():
     kept = [False, False, False, False, False, True]
     document = Document(report.confidence_histogram(probs, kept, threshold=0.7))
     caption = document.text("figcaption")
-    # 0.7 is below the float64 0.7 as a float32, yet at the threshold for a float32 comparison.
+    # 0.7 as a float32 is below the float64 0.7, but counts as at the threshold.
     assert [int(number) for number in re.findall(r"\d+", caption)] == [6, 1, 5, 2]
     assert document.text("span") == "kept rejected threshold 0.7"
     assert plot_sizes(document) == [(640, 280)]
@@ -238,7 +238,7 @@ def test_image_grid_rejects_sizes_below_one(name):
         report.image_grid([(encoded("PNG"), "")], **{name: 0})
 
 
-# Quality of pseudo labels.
+# Quality of pseudo-labels.
 
 
 def test_confusion_counts():
@@ -268,7 +268,7 @@ def test_confusion_of_many_classes_lists_the_worst():
 @pytest.mark.parametrize("bins", [1, 10, 15])
 def test_calibration_error_equals_the_definition(bins):
     rng = np.random.default_rng(bins)
-    # Includes every bin edge and both ends.
+    # Includes all bin edges and both ends.
     probs = np.concatenate([rng.random(300), np.arange(bins + 1) / bins])
     correct = rng.random(len(probs)) < probs**2
     expected = plain_calibration_error(correct.tolist(), probs.tolist(), bins)
@@ -281,10 +281,10 @@ def test_calibration_error_by_hand():
     def error(correct, probs, **options) -> float:
         return report.Calibration.tally(probs, correct, bins=2, **options).error
 
-    # Bins of 0.5: (0.2, 0.4) with accuracy 0.5 and (0.8, 0.9) with accuracy 1.
+    # Bins of width 0.5: (0.2, 0.4) with accuracy 0.5 and (0.8, 0.9) with accuracy 1.
     assert error([1, 0, 1, 1], [0.2, 0.4, 0.8, 0.9]) == pytest.approx(0.5 * 0.2 + 0.5 * 0.15)
     assert error([True, True], [1.0, 1.0]) == 0.0
-    # An edge belongs to the bin below it.
+    # An edge belongs to the lower bin.
     assert error([1, 0], [0.5, 0.9]) == pytest.approx((0.5 + 0.9) / 2)
     assert error([1, 0], [0.5, 0.9], images=[3, 1]) == pytest.approx((3 * 0.5 + 0.9) / 4)
     assert np.isnan(error([], []))
@@ -302,7 +302,7 @@ def test_worst_confusions():
 
 
 def test_confusion_of_thousands_of_classes():
-    """Cells of many classes: nothing of the size of the square of their number is ever made."""
+    """Memory does not grow with the square of the number of classes."""
     names = [str(i) for i in range(60_000)]
     truth, predicted = [59_999, 59_999, -1, 0], [59_998, 3, 59_999, 0]
     tracemalloc.start()
@@ -319,7 +319,7 @@ def test_confusion_of_thousands_of_classes():
     }  # fmt: skip
 
 
-# Empty and wrong input.
+# Empty and invalid input.
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_page_is_complete_and_self_contained(tmp_path):
     assert document.text("h2") == "Curves Images Table Nothing"
     assert document.text("p").startswith(f"p < 0.3 {HOSTILE} Next")
     assert "käse" in document.text("figcaption")
-    # Whatever a browser could load is either inside the file or an anchor in it.
+    # Everything a browser could load is embedded in the file or an anchor in it.
     for _, attributes in document.elements:
         assert attributes.get("src", "data:").startswith("data:")
         assert attributes.get("href", "#").startswith("#")

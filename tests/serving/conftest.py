@@ -1,4 +1,4 @@
-"""One exported model for all tests of serving."""
+"""An exported model shared by all serving tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from efficientnet_ns.serving import export
 
 @pytest.fixture(scope="module", autouse=True)
 def layers_for_eager_execution() -> None:
-    """Tests of other rooms build models in graphs, which leaves Keras' layer classes there."""
+    """Other tests build models in graphs, which leaves Keras' layer classes in graph mode."""
     efficientnet.build_model("efficientnet-test", CLASSES, SIZE)
 
 

@@ -1,4 +1,4 @@
-"""Images on which an export is compared with its model."""
+"""Images for comparing an export with its model."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_check_data_of_class_folders_takes_from_each(tmp_path):
 
 
 def test_check_data_takes_what_records_take(tmp_path):
-    """Formats that are converted when records are made."""
+    """Accepts formats that are converted when records are made."""
     Image.fromarray(noise()).save(tmp_path / "a.webp", lossless=True)
     (found,) = check.encoded_images(str(tmp_path), 9)
     np.testing.assert_array_equal(tf.io.decode_png(found), noise())

@@ -1,4 +1,4 @@
-"""The client against servers of this package and others."""
+"""The client with this package's server and with others."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ def test_client_refuses_what_cannot_work(wrong, capsys):
 
 
 def decoded(value):
-    """JSON → numpy input as the published REST API reads it: {"b64": …} are bytes."""
+    """Converts JSON to NumPy input like the published REST API: {"b64": …} are bytes."""
     if isinstance(value, dict) and set(value) == {"b64"}:
         return base64.b64decode(value["b64"], validate=True)
     return [decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def rest_answer(served: Session, body: dict) -> dict:
-    """What `POST …:predict` answers, by the published rules for rows and columns."""
+    """Returns the response to `POST …:predict`, by the published row and column formats."""
     signature = body.get("signature_name", "serving_default")
     (name,) = served.signatures[signature].inputs
     rows = "instances" in body
     content = body["instances" if rows else "inputs"]
-    if rows:  # One input: each instance is its value, or an object with its name.
+    if rows:  # One input: each instance is its value or an object keyed by its name.
         content = [x[name] if isinstance(x, dict) and name in x else x for x in content]
     elif isinstance(content, dict) and name in content:
         content = content[name]
@@ -79,7 +79,7 @@ def rest_answer(served: Session, body: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def rest(served):
-    """Address and log of a server with the REST API; `failures` statuses are sent first."""
+    """Address and log of a REST server, which first sends the statuses in `failures`."""
 
     class Handler(BaseHTTPRequestHandler):
         failures: list[int] = []
@@ -114,7 +114,7 @@ def test_rest_bodies(model, served, wrap):
     columns = rest_answer(served, {"inputs": wrap(objects)})["outputs"]
     np.testing.assert_allclose(columns["probabilities"], expected(model, images), atol=1e-5)
     assert [row["class_names"] for row in rows] == columns["class_names"]
-    assert not any(name.endswith("_bytes") for name in columns)  # Would come back as base64.
+    assert not any(name.endswith("_bytes") for name in columns)  # They would be returned as base64.
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_client_gives_up(rest, photos, capsys):
 
 
 def answering(status: int, body: bytes, **headers: str):
-    """Address of a server that always gives this; a context."""
+    """Runs a server that always sends this response; yields its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -185,7 +185,7 @@ def answering(status: int, body: bytes, **headers: str):
 
 
 def outputs(**changed) -> dict:
-    """What an exported model answers to two photos, with some of it changed or, if None, missing."""
+    """Returns an export's outputs for two photos, with changes; None removes an output."""
     good = {
         "valid": [True, True],
         "top_classes": [[1, 0], [0, 1]],
@@ -263,7 +263,7 @@ def test_client_names_where_it_is_sent(tmp_path, capsys):
 
 @pytest.mark.parametrize("reply", [b"", b"SSH-2.0-OpenSSH_9\r\n", None])
 def test_client_of_servers_without_http(reply, tmp_path, capsys):
-    """One that closes, one of another protocol, one that says nothing in time."""
+    """The server closes, speaks another protocol, or sends nothing before the timeout."""
     (tmp_path / "a.jpg").write_bytes(b"x")
     with socket.create_server(("127.0.0.1", 0)) as server:
 

@@ -1,4 +1,4 @@
-"""What the client accepts as an address and as predictions, and how it prints them."""
+"""Addresses and predictions that the client accepts, and how it prints them."""
 
 from __future__ import annotations
 

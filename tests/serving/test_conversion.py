@@ -1,4 +1,4 @@
-"""Weights read in one format and written in another."""
+"""Conversion of weights between formats."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_converter_with_another_model(tmp_path, models):
 
 
 def test_a_training_tells_the_model(tmp_path):
-    """Variant, width and classes need no flags."""
+    """Variant, width and classes come from the training run, without flags."""
     settings = Config().override(
         model_name="efficientnet-test",
         width_coefficient=0.5,
@@ -103,7 +103,7 @@ def test_a_training_tells_the_model(tmp_path):
 
 
 def test_command_line(tmp_path, models):
-    """A damaged source is one line that names it, not a stack trace."""
+    """A damaged source is reported in one line without a traceback."""
     source, target = tmp_path / "source.safetensors", tmp_path / "target.safetensors"
     weights.save_weights(models[0], str(source))
     source.write_bytes(source.read_bytes()[:-1])

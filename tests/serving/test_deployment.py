@@ -1,4 +1,4 @@
-"""Deployment files as their programs read them."""
+"""Deployment files, parsed as by the programs that use them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_changed_deployment_files_stay(base, model):
 
 
 def test_start_script_of_a_killed_run_becomes_executable(tmp_path):
-    """The run ended between writing it and changing its mode."""
+    """The run was killed before it could set the file's mode."""
     deployment.write(str(tmp_path), "m")
     script = tmp_path / "deploy" / "start.sh"
     script.chmod(0o644)
@@ -42,7 +42,7 @@ def test_start_script_of_a_killed_run_becomes_executable(tmp_path):
 
 
 def test_deployment_files_appear_whole(tmp_path, monkeypatch):
-    """A run that ends before a file is renamed leaves nothing of it under its name."""
+    """A run that is killed before the rename leaves no partial file under the final name."""
 
     def killed(*unused, **options):
         raise KeyboardInterrupt
@@ -58,7 +58,7 @@ def test_deployment_files_appear_whole(tmp_path, monkeypatch):
 
 
 def batching_parameters():
-    """An empty message with the server's fields of that name, whose package has no such file."""
+    """Returns an empty BatchingParameters message, whose definition the server's package lacks."""
     file = descriptor_pb2.FileDescriptorProto(
         name="batching.proto", dependency=[wrappers_pb2.DESCRIPTOR.name]
     )
@@ -88,7 +88,7 @@ def test_text_protos_parse(base):
         (base / "deploy" / "batching_parameters.txt").read_text(),
         batching_parameters(),
     )
-    # The server refuses a file whose last allowed size is not the largest batch.
+    # The server requires the last allowed size to be the largest batch.
     assert list(batching.allowed_batch_sizes) == list(deployment.BATCH_SIZES)
     assert batching.max_batch_size.value == deployment.BATCH_SIZES[-1]
 
@@ -122,7 +122,7 @@ def test_start_script_without_a_server_starts_a_container(base, tmp_path):
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
     options, _, arguments = done.partition(f" tensorflow/serving:{tf.__version__} ")
-    # Only so do signals reach the server.
+    # Otherwise, signals do not reach the server.
     assert "--init --entrypoint tensorflow_model_server" in options
     assert arguments.split()[:2] == ["--port=8500", "--rest_api_port=8501"]
     assert arguments.split()[-1] == "--version"
@@ -158,7 +158,8 @@ def test_compose_file_and_kubernetes_manifest(base):
     inside = "/models/efficientnet-test"
     assert service["volumes"] == [f"..:{inside}:ro"]
     assert f"--model_config_file={inside}/deploy/models.config" in service["command"]
-    # A shell reads the check as it is written, with \\r\\n for printf.
+    # The shell gets the check verbatim, with \\r\
+    #  for printf.
     kind, *check_command = service["healthcheck"]["test"]
     assert kind == "CMD" and check_command[:2] == ["bash", "-c"]
     assert "GET /v1/models/efficientnet-test HTTP/1.0\\r\\n\\r\\n" in check_command[2]

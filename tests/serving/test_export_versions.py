@@ -61,12 +61,12 @@ def test_next_version(base, tmp_path):
 
 
 def test_version_appears_after_its_deployment_files(model, tmp_path, monkeypatch):
-    """So an export that ends before they are written is repeated as a whole."""
+    """An export that is killed before writing them is repeated completely."""
 
     def killed(*unused):
         raise KeyboardInterrupt
 
-    # What is saved does not matter here.
+    # The saved content does not matter here.
     monkeypatch.setattr(export, "Classifier", Mock())
     monkeypatch.setattr(tf.saved_model, "save", lambda *unused, **options: None)
     monkeypatch.setattr(export, "_set_classify_method", lambda folder: None)
@@ -100,7 +100,7 @@ def test_killed_exports_leave_complete_versions_only(tmp_path, rng, model):
             stdout=subprocess.PIPE,
         )
         assert worker.stdout.readline() == b"go\n"
-        time.sleep(rng.uniform(0.5, 8))  # Somewhere inside an export.
+        time.sleep(rng.uniform(0.5, 8))  # At a random moment of an export.
         worker.send_signal(signal.SIGKILL)
         worker.wait()
         for version in (path for path in tmp_path.iterdir() if path.name.isdigit()):

@@ -1,4 +1,4 @@
-"""Sizes from the headers of image files."""
+"""Image sizes read from file headers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_pixels_are_counted_from_the_header(kind, height, width):
 
 def test_pixels_that_files_claim():
     huge = bytearray(jpeg())
-    start = huge.index(b"\xff\xc0") + 5  # Behind marker, length and bits per sample.
+    start = huge.index(b"\xff\xc0") + 5  # After the marker, length and bits per sample.
     huge[start : start + 4] = struct.pack(">HH", 65_500, 65_500)
     files = {**lying_files(), "huge.jpg": bytes(huge)}
     sizes = {"bomb.png": 30_000**2, "huge.jpg": 65_500**2, "huge.bmp": 20_000**2}

@@ -1,4 +1,4 @@
-"""Signatures as TensorFlow Serving uses them, on good, odd and hostile images."""
+"""Signatures as TensorFlow Serving calls them, on valid, unusual and malicious images."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_no_images(served):
 
 
 def odd(rng: np.random.Generator, content: bytes) -> bytes:
-    """Truncated, with bytes changed, or both."""
+    """Returns `content` truncated, with changed bytes, or both."""
     data = bytearray(content)
     for _ in range(rng.integers(0, 20)):
         data[rng.integers(0, len(data))] = rng.integers(0, 256)

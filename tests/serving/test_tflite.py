@@ -46,7 +46,7 @@ def test_tflite(model, tmp_path, kind, tolerance):
 
 
 class Fields:
-    """A table of a flatbuffer, read by the positions of its fields."""
+    """A flatbuffer table whose fields are read by position."""
 
     def __init__(self, data: bytes, position: int | None = None):
         start = int.from_bytes(data[:4], "little") if position is None else position
@@ -90,38 +90,38 @@ def test_tflite_metadata_is_of_the_public_schema(model, tmp_path):
     root = Fields(data)
     assert root.text(0) == "efficientnet-test" and root.text(7) == "1.0.0"
     image, probability = root.only(3).only(2), root.only(3).only(3)
-    assert image.child(3).number(0) == 2  # The union's member: image properties.
+    assert image.child(3).number(0) == 2  # Union type: image properties.
     size = image.child(3).child(1).child(1)
     uint = flatbuffers.number_types.Uint32Flags
     assert (size.number(0, uint), size.number(1, uint)) == (SIZE, SIZE)
     assert image.child(3).child(1).number(0) == 1  # RGB.
     unit = image.only(4)
-    # The graph takes 0..255: whoever follows the metadata must change nothing.
+    # The graph expects 0..255, so the normalization in the metadata must be the identity.
     assert unit.number(0) == 1 and (unit.child(1).floats(0), unit.child(1).floats(1)) == ([0], [1])
     labels = probability.only(6)
-    assert labels.number(2) == 2  # Labels of the tensor's axis.
+    assert labels.number(2) == 2  # Labels of the axis.
     with zipfile.ZipFile(path) as attached:
         assert attached.read(labels.text(0)).decode().split() == list(NAMES)
-    for i in range(stored.BuffersLength()):  # Weights where kernels may load vectors from.
+    for i in range(stored.BuffersLength()):  # Kernels require aligned weights for vector loads.
         if stored.Buffers(i).DataLength():
             address = stored.Buffers(i).DataAsNumpy().__array_interface__["data"][0]
             start = np.frombuffer(content, np.uint8).__array_interface__["data"][0]
             assert (address - start) % 16 == 0
 
 
-# What the Edge TPU's compiler maps, of TensorFlow Lite's integer ops.
+# Integer ops of TensorFlow Lite that the Edge TPU compiler maps.
 EDGE_TPU = "ADD CONV_2D DEPTHWISE_CONV_2D FULLY_CONNECTED MEAN MUL QUANTIZE RESHAPE SOFTMAX SUB"
 
 
 def test_int8_of_lite_is_integers_only(small_lite):
-    """Bytes go in as they are and come out; between them are ops that the Edge TPU has."""
+    """Input and output are bytes, and the Edge TPU supports all ops in between."""
     from tensorflow.lite.python import schema_py_generated as schema
 
     lite = efficientnet.build_model(small_lite, len(NAMES), SIZE)
-    # Pale, and overshooting as bicubic resizing does: neither may become the range of the input.
+    # Pale and, as after bicubic resizing, out of range: neither may set the input range.
     images = [np.full([SIZE, SIZE, 3], value, np.float32) for value in (-9.0, 120.0)]
     content = tflite.convert(lite, "int8", images)
-    assert images[0].max() == -9.0  # The caller's images stay.
+    assert images[0].max() == -9.0  # The caller's images are unchanged.
     interpreter = engines.interpreter(content)
     source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
     assert (source["dtype"], target["dtype"]) == (np.uint8, np.uint8)

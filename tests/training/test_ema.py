@@ -1,4 +1,4 @@
-"""The moving average against the original's trajectories, and on two replicas."""
+"""The moving average, compared with the original's trajectories and on two replicas."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_update_by_hand():
 
 
 def test_anchors_hold_a_share_of_the_average():
-    """Copies that start at their anchors: a quarter of the anchor, three of the average without it."""
+    """The result is a quarter of the anchor plus three quarters of the plain average."""
     anchor, source = tf.constant([1.0, -2.0]), tf.Variable([0.0, 0.0])
     plain, mixed = tf.Variable(anchor), tf.Variable(anchor)
     for values in ([3.0, 5.0], [-1.0, 2.0], [4.0, 4.0]):
@@ -121,14 +121,14 @@ def test_two_replicas(two_replicas):
         two_replicas.run(replica)
 
     step()
-    # Each copy moved once, by a quarter of the way; with a move per replica it would be 1.875 and 0.25.
+    # Each copy moves once, by a quarter; one move per replica would give 1.875 and 0.25.
     for local in two_replicas.experimental_local_results(copy):
         np.testing.assert_array_equal(local, [1.5, 1.0])
     for local in two_replicas.experimental_local_results(mixed):
         np.testing.assert_array_equal(local, [1.25, 1.5])
     locals_ = two_replicas.experimental_local_results(statistic_mixed)
     np.testing.assert_array_equal([float(v[0]) for v in locals_], [0.5, 1.0])
-    # Every replica averages its own statistic; what is read is the mean over replicas.
+    # Each replica averages its own statistic; reading returns the mean over replicas.
     locals_ = two_replicas.experimental_local_results(statistic_copy)
     np.testing.assert_array_equal([float(v[0]) for v in locals_], [1.0, 2.0])
     assert float(statistic_copy.read_value()[0]) == 1.5

@@ -1,4 +1,4 @@
-"""What fine-tuning on few pictures adds: Adam, cosine, kept statistics, a linear probe."""
+"""Fine-tuning on few images: Adam, cosine decay, kept statistics, and a linear probe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ADAM = {"optimizer": "adam", "lr_schedule": "cosine", "base_learning_rate": 1e-3
 
 
 def assert_resumes(whole: Config, lost: str) -> None:
-    """A copy of a finished training that has lost its last checkpoints trains to the same end."""
+    """Checks that a copy without the last checkpoints trains to the same result."""
     folder = Path(whole.train.model_dir)
     resumed = whole.override(model_dir=f"{folder} resumed")
     shutil.copytree(folder, resumed.train.model_dir)
@@ -48,7 +48,7 @@ def test_adam_resumes_to_the_same_weights(folder):
         n.endswith("/Adam_1") for n in names
     )
     assert not any("RMSProp" in name for name in names)
-    # The slots are no obstacle to those who want the weights.
+    # Optimizer slots do not prevent loading the weights.
     weights.load_weights(train.ResolvedConfig.from_config(whole).build_model(), folder / "whole")
 
 
@@ -80,7 +80,7 @@ def test_kept_statistics_stay_and_scales_learn(rng):
     np.testing.assert_array_equal(network(images, training=True), network(images, training=False))
     np.testing.assert_array_equal(bn.moving_mean, before)
     assert bn.gamma.name in [v.name for v in model.trainable_variables]
-    for layer in model.layers:  # The model is used again by other tests.
+    for layer in model.layers:  # Other tests reuse the model.
         if hasattr(layer, "keep_statistics"):
             layer.keep_statistics = False
 
@@ -100,7 +100,7 @@ def test_settings_that_do_not_go_together(folder, values, message):
 
 @pytest.mark.parametrize("how", [{"init_weights": "absent"}, {"init_model": True}])
 def test_statistics_of_any_initial_weights_are_kept(folder, how):
-    """What is missed is the weights, not a flag that would let their statistics be kept."""
+    """Only the weights are missing; keeping their statistics requires no other flag."""
     values = {"init_model_path": "absent", **how, "keep_bn_statistics": True}
     with pytest.raises(FileNotFoundError, match="absent"):
         train.train_and_evaluate(settings(folder, "absent", **values))
@@ -108,7 +108,7 @@ def test_statistics_of_any_initial_weights_are_kept(folder, how):
 
 @pytest.mark.slow
 def test_share_of_the_initial_weights(folder):
-    """The weights learn as without it; the averages lie between them and the start, also when resumed."""
+    """Raw weights are unaffected; averages keep a share of the initial weights, even if resumed."""
     start = settings(folder, "before", train_steps=1)
     train.train_and_evaluate(start)
     values = {"init_weights": start.train.model_dir, "init_skip": "head/dense/", **ADAM}
@@ -126,7 +126,7 @@ def test_share_of_the_initial_weights(folder):
     for name in averages:
         raw = name.removesuffix(weights.EMA_SUFFIX)
         np.testing.assert_array_equal(found[raw], without[raw])
-        if "head/dense" not in name:  # It starts at random values.
+        if "head/dense" not in name:  # The head starts from random values.
             expected = 0.25 * initial[raw] + 0.75 * without[name]
             np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
     kernel = "efficientnet-test/head/dense/kernel" + weights.EMA_SUFFIX

@@ -1,4 +1,4 @@
-"""The records of a training."""
+"""Input records of training."""
 
 from __future__ import annotations
 

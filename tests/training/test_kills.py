@@ -1,4 +1,4 @@
-"""`python -m efficientnet_ns.main`, killed again and again, ends in the bits of one that was not."""
+"""`python -m efficientnet_ns.main`, killed repeatedly, gives the bits of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from efficientnet_ns.config import Config
 from efficientnet_ns.files import json_files, metrics_log
 from efficientnet_ns.training import claim
 
-LOOP = 5  # Steps between two looks of the host.
+LOOP = 5  # Steps per host loop.
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def student(folder: Path, name: str, steps: int, **values) -> Config:
-    """Every kind of noise; saves every second host loop, evaluates every third."""
+    """All kinds of noise; saves every second host loop and evaluates every third."""
     return noised(
         folder,
         name,
@@ -43,7 +43,7 @@ def student(folder: Path, name: str, steps: int, **values) -> Config:
 
 
 def start(config: Config) -> subprocess.Popen:
-    """The program with the flags of `config`."""
+    """Starts the program with the flags of `config`."""
     defaults = Config().values()
     flags = [f"--{k}={v}" for k, v in config.values().items() if v != defaults[k]]
     return subprocess.Popen(
@@ -62,7 +62,7 @@ def last_step(model_dir: str) -> int:
 
 
 def kill_somewhere(config: Config, rng: random.Random, number=signal.SIGKILL) -> int:
-    """Starts the program and ends it, at start-up or after some more rows; returns its code."""
+    """Starts the program, kills it at start-up or after a few rows, and returns its exit code."""
     before = last_step(config.train.model_dir)
     further = rng.randint(0, 3) * LOOP
     process = start(config)

@@ -1,4 +1,4 @@
-"""The losses by hand, and every scalar the original reports for recorded logits."""
+"""Losses, compared with hand calculations and with every scalar the original reports."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ THREE = tf.constant([[0.0, math.log(2.0), math.log(5.0)]])
     [
         (TWO, 1, 0.0, math.log(4 / 3)),
         (TWO, 0, 0.0, math.log(4)),
-        # 0.95 on the label, 0.05 on the other.
+        # 0.95 on the label, 0.05 on the other class.
         (TWO, 1, 0.1, 0.95 * 0.287682 + 0.05 * 1.386294),
         (TWO, 0, 0.1, 0.95 * 1.386294 + 0.05 * 0.287682),
-        # 0.7 + 0.3/3 on the label, 0.3/3 on each of the others, whose losses are ln 8 and ln 4.
+        # 0.7 + 0.3/3 on the label, 0.3/3 on each other class, whose losses are ln 8 and ln 4.
         (THREE, 2, 0.3, 0.8 * 0.470004 + 0.1 * 2.079442 + 0.1 * 1.386294),
     ],
 )
@@ -130,7 +130,7 @@ def variables_of(inputs: dict[str, np.ndarray]) -> list[tf.Variable]:
 
 
 def student_half_squared_norm(case: dict) -> float:
-    """The part of the original's weight decay that is the student's: the gradient has no other."""
+    """The student's part of the original's weight decay, the only part with a gradient."""
     return sum(
         value
         for name, value in case["l2_loss_per_variable"].items()
@@ -190,12 +190,12 @@ def test_weight_decay_equals_original(inputs, cases, name):
     if not case["teacher_model"]:
         assert norm == pytest.approx(case["l2_sum_counted"], rel=1e-6)
         term = case["weight_decay"] * norm
-        # `wd_term` is a difference of two float32 near 18.
+        # `wd_term` is a difference of two float32 values near 18.
         assert term == pytest.approx(case["scalars"]["wd_term"], abs=2e-6)
 
 
 class Given(tf.keras.Model):
-    """Takes its own logits as images, and owns the variables that weight decay counts."""
+    """Returns its images as logits and owns the variables that weight decay counts."""
 
     def __init__(self, variables: list[tf.Variable]):
         super().__init__()
@@ -232,7 +232,7 @@ def test_reported_scalars_equal_original(inputs, cases, name):
     logs = {key: float(v) for key, v in trainer.train_step(batch_of(batch)).items()}
 
     expected = {k: v for k, v in case["scalars"].items() if k not in ("train/epoch", "wd_term")}
-    # The original adds the teacher's weights to the value it reports, though not to the gradient.
+    # The original includes the teacher's weights in the reported value, but not in the gradient.
     expected["train/loss"] = expected["train/data_loss"] + case[
         "weight_decay"
     ] * student_half_squared_norm(case)

@@ -1,4 +1,4 @@
-"""Two processes never train in one folder, and none waits for the dead."""
+"""Two processes never train in one folder, and none waits for a dead process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from efficientnet_ns.training.model_dir_lock import ModelDirLock
 
 
 class Clock:
-    """Time that passes when somebody sleeps, each time with something that happens."""
+    """A clock that advances only in `sleep`, which also calls `meanwhile`."""
 
     def __init__(self):
         self.now, self.meanwhile = 0.0, lambda: None
@@ -41,7 +41,7 @@ def clock(monkeypatch) -> Clock:
 
 
 def write_lease(folder, **values) -> None:
-    """The lease of a process on another machine."""
+    """Writes the lease of a process on another machine."""
     owner = {"host": "far", "machine": "far/1", "pid": 7, "token": "other", **values}
     (folder / ".lease-training").write_text(json.dumps(owner) + "\n")
 
@@ -66,7 +66,7 @@ def test_second_process_of_this_machine_is_refused_at_once(tmp_path, monkeypatch
 
 
 def test_killed_process_of_this_machine_is_followed_at_once(tmp_path, clock):
-    """Even while it is a zombie: its parent has not waited for it."""
+    """Even if it is a zombie, because its parent has not waited for it."""
     code = (
         "import sys, time; from efficientnet_ns.training.model_dir_lock import ModelDirLock; "
         "ModelDirLock(sys.argv[1]).acquire_if_free(); print('held', flush=True); time.sleep(1000)"
@@ -87,7 +87,7 @@ def test_killed_process_of_this_machine_is_followed_at_once(tmp_path, clock):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="processes have no start times")
 def test_number_of_a_dead_process_may_be_this_ones(tmp_path, clock):
-    """A container that is started again: same machine, same number."""
+    """A restarted container has the same machine and the same process ID."""
     this = leases._this_process()
     write_lease(tmp_path, **{**this, "started": "1"})
     with ModelDirLock(str(tmp_path)) as mine:

@@ -1,4 +1,4 @@
-"""RMSProp against the original's trajectories and against a second implementation in NumPy."""
+"""RMSProp, compared with the original's trajectories and a NumPy implementation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TRAINABLE = ("bn/gamma", "dense/bias", "dense/kernel", "small/w")
 
 
 class FromTable(tf.keras.optimizers.schedules.LearningRateSchedule):
-    """The recorded rate of each step."""
+    """Returns the recorded rate of each step."""
 
     def __init__(self, rates):
         self.rates = tf.constant(rates, tf.float32)
@@ -22,7 +22,7 @@ class FromTable(tf.keras.optimizers.schedules.LearningRateSchedule):
 
 
 class NumpyRMSProp:
-    """The update written out, in double precision."""
+    """The update in double precision."""
 
     def __init__(self, values, rho=0.9, momentum=0.9, epsilon=1e-3):
         self.values = [np.asarray(v, np.float64) for v in values]
@@ -90,7 +90,7 @@ def test_differs_from_keras():
     optimizers.RMSPropTF1(0.1).apply_gradients([(tf.constant([0.1]), ours)])
     keras = tf.keras.optimizers.RMSprop(0.1, rho=0.9, momentum=0.9, epsilon=1e-3)
     keras.apply_gradients([(tf.constant([0.1]), theirs)])
-    # A mean square that starts at 0 makes Keras' first step about √10 times the rate.
+    # Keras' mean square starts at 0, which makes its first step about √10 times the rate.
     assert 1 - float(ours[0]) == pytest.approx(0.1 * 0.1 / np.sqrt(0.902), rel=1e-5)
     assert 1 - float(theirs[0]) > 0.2
 
@@ -149,7 +149,7 @@ def test_config_round_trip(learning_rate):
 
 
 def test_no_weight_decay_is_applied_by_keras():
-    # A decay of 0 would still rewrite every weight once a step.
+    # A decay of 0 would still rewrite every weight at every step.
     assert optimizers.RMSPropTF1().weight_decay is None
     variable = tf.Variable([2.0])
     optimizer = optimizers.RMSPropTF1(0.1, weight_decay=0.5)

@@ -1,4 +1,4 @@
-"""The learning-rate schedule against the original's numbers and against its definition."""
+"""The learning-rate schedule, compared with the original's numbers and its definition."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ DEFAULTS = {"train_batch_size": 4096, "train_steps": 109474, "num_train_images":
 
 
 def schedule_of(flags: dict) -> schedules.WarmupStaircase:
-    """The schedule that the original's flags ask for."""
+    """Returns the schedule for the original's flags."""
     flags = {**DEFAULTS, **flags}
     train_ratio = flags.get("train_ratio", 1.0)
     return schedules.learning_rate(
         base_learning_rate=0.016,
         labeled_batch_size=flags["train_batch_size"],
-        # Labeled images that a mask drops do not count.
+        # Labeled images dropped by the mask do not count.
         label_data_sample_prob=flags.get("label_data_sample_prob", 1.0),
         num_train_images=flags["num_train_images"],
         train_steps=int(flags["train_steps"] * train_ratio),
@@ -63,7 +63,7 @@ def test_equals_original(recorded, name):
 def test_ramp_and_staircase_by_hand():
     schedule = schedules.WarmupStaircase(peak=0.5, decay_steps=2.5, warmup_steps=4)
     rates = [float(schedule(tf.constant(step))) for step in range(9)]
-    # floor(step / 2.5) is 1 from step 3 on, 2 from step 5 on, 3 from step 8 on.
+    # floor(step / 2.5) is 1 from step 3, 2 from step 5, and 3 from step 8.
     expected = [0.0, 0.125, 0.25, 0.375] + [0.5 * 0.97**stair for stair in (1, 2, 2, 2, 3)]
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
 
@@ -113,7 +113,7 @@ def test_final_rate_is_reached_at_the_end(labeled_batch_size):
 
 @pytest.mark.parametrize("train_steps", [300, 400])
 def test_the_end_of_a_schedule_that_is_all_warm_up_is_refused(train_steps):
-    """Its 5 epochs are 400 steps, after which no step is left for the decay."""
+    """The 5 warm-up epochs take 400 steps, which leaves no step for the decay."""
     settings = {
         "base_learning_rate": 0.016,
         "labeled_batch_size": 128,
@@ -127,7 +127,7 @@ def test_the_end_of_a_schedule_that_is_all_warm_up_is_refused(train_steps):
 
 
 def test_last_step_of_a_long_schedule_is_exact_enough():
-    # float32 steps stay whole numbers up to 2^24.
+    # float32 represents steps exactly up to 2^24.
     schedule = schedules.WarmupStaircase(peak=1.0, decay_steps=12_010.9375, warmup_steps=10)
     for stair in (1, 72, 1000):
         edge = math.ceil(stair * 12_010.9375)

@@ -1,4 +1,4 @@
-"""Settings that will hardly work are told before the training."""
+"""Warnings about unsuitable settings before training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GOOD = {"train_steps": 700, "train_batch_size": 32, "bn_momentum": 0.9}
 
 def test_nothing_to_tell():
     assert told(100, **GOOD) == []
-    assert told(1281167) == []  # ImageNet's own.
+    assert told(1281167) == []  # The size of ImageNet.
 
 
 def test_imagenets_schedule_for_few_images():
@@ -44,7 +44,7 @@ def test_warm_up_longer_than_half_of_the_schedule():
 def test_averages_that_do_not_converge():
     (line,) = told(1000, **{**GOOD, "train_steps": 300, "bn_momentum": 0.99}, warmup_epochs=0)
     assert "--bn_momentum=0.97 (now 0.99)" in line
-    # Of trained weights they are good from the beginning.
+    # Statistics of trained weights are good from the start.
     given = {"init_model": True, "init_model_path": "w", "train_steps": 300, "bn_momentum": 0.99}
     assert told(1000, **{**GOOD, **given}, warmup_epochs=0) == []
     given = {"init_weights": "w", "train_steps": 300, "bn_momentum": 0.99}
@@ -53,7 +53,7 @@ def test_averages_that_do_not_converge():
 
 @pytest.mark.parametrize("momentum, decay, steps", [(0.9, 0.9999, 20), (0.99, 0.9, 60)])
 def test_initial_share_is_what_the_averages_keep(momentum, decay, steps):
-    """As layers and `ema.update` compute them, for a statistic of 1 whose batches give 0."""
+    """Simulates the layers and `ema.update` for a statistic of 1 whose batches give 0."""
     statistic, average = 1.0, tf.Variable(1.0)
     for step in range(1, steps + 1):
         statistic *= momentum

@@ -1,4 +1,4 @@
-"""One update of a student: against a hand-written one, the original, and itself elsewhere."""
+"""One update of a student, compared with NumPy, the original, two replicas and XLA."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def give_models_back():
 
 
 def steps(trainer: student.NoisyStudent, batch: dict, count: int = 1) -> list[dict[str, float]]:
-    """Updates without a compiled function; what each step alone reports."""
+    """Runs updates outside a compiled function; returns the logs of each step."""
     logs = []
     for _ in range(count):
         for metric in trainer.metrics:
@@ -58,11 +58,11 @@ def assert_same(actual: dict, expected: dict) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Against an update written out
+# Compared with an update in NumPy
 
 
 class ByHand:
-    """Two optimizer slots, the averages and the loss, in NumPy but for the derivative."""
+    """Two optimizer slots, the averages and the loss, in NumPy except for the derivative."""
 
     def __init__(self, trainer: student.NoisyStudent, settings: TrainConfig):
         self.model = tiny(3, **NO_NOISE)
@@ -127,7 +127,7 @@ def test_updates_by_hand(kind):
         **NO_NOISE,
     )
     hand = ByHand(trainer, trainer.settings)
-    # The unlabeled batch is not `RATIO` times the labeled one: the factor is not a count.
+    # The batch sizes do not have the ratio `RATIO`, which is a loss factor rather than a count.
     batch = make_batch(4, 6)
     targets = {
         "supervised": None,
@@ -151,7 +151,7 @@ def test_updates_by_hand(kind):
 
 
 def test_own_labels_by_hand():
-    """Only sure predictions of the weak image count, as hard labels of the strong one."""
+    """Only confident predictions on the weak image count, as hard labels for the strong one."""
     trainer = make_trainer(unlabel_ratio=RATIO, consistency_threshold=0.35, **NO_NOISE)
     batch = make_batch(4, 6)
     parts = [batch[name] for name in ("image", "unl_image", "weak_image")]
@@ -192,9 +192,9 @@ def test_stored_labels_equal_the_teacher_on_the_fly(temperature):
     del stored["teacher_image"]
     kwargs = {"temperature": temperature, "unlabel_ratio": RATIO, **NO_NOISE}
     on_the_fly, from_file = make_trainer(teacher=teacher, **kwargs), make_trainer(**kwargs)
-    # The labels and probabilities that `batch` stores are others: the teacher's answer must win.
+    # `batch` stores other labels and probabilities, which the teacher's predictions override.
     for fly, file in zip(steps(on_the_fly, batch, 2), steps(from_file, stored, 2)):
-        del fly["unl/acc_to_dump"], file["unl/acc_to_dump"]  # always against the stored label
+        del fly["unl/acc_to_dump"], file["unl/acc_to_dump"]  # Always relative to the stored label.
         assert fly == pytest.approx(file, rel=2e-5)
     assert_close(values(on_the_fly.student), values(from_file.student))
 
@@ -216,7 +216,7 @@ def test_teacher_never_changes(temperature):
 
 
 def frozen_trainer(seed: int, step: int) -> student.NoisyStudent:
-    """With a rate of 0 only noise makes the loss of one step differ from another's."""
+    """With a learning rate of 0, only noise makes the losses of two steps differ."""
     trainer = make_trainer(seed=seed, learning_rate=0.0, **STRONG_NOISE)
     trainer.optimizer.iterations.assign(step)
     return trainer
@@ -274,12 +274,12 @@ def test_replicas_draw_different_noise(two_replicas):
         return (first != second).numpy().any()
 
     assert differs(trainer.student.get_layer("head_bn").moving_mean)
-    assert not differs(trainer.student.get_layer("stem_bn").moving_mean)  # before all noise
+    assert not differs(trainer.student.get_layer("stem_bn").moving_mean)  # Precedes all noise.
     assert not differs(trainer.student.get_layer("head_conv").kernel)
 
 
 class CountingReductions(tf.distribute.ReductionToOneDevice):
-    """Notes the shapes that replicas exchange, reduction by reduction."""
+    """Records the shapes that replicas exchange in each reduction."""
 
     def __init__(self):
         super().__init__()
@@ -295,7 +295,7 @@ class CountingReductions(tf.distribute.ReductionToOneDevice):
 
 
 def test_replicas_exchange_gradients_once():
-    """One reduction of all gradients, and nothing else: no statistics, averages or metrics."""
+    """One reduction of all gradients and nothing else: no statistics, averages or metrics."""
     reductions = CountingReductions()
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], cross_device_ops=reductions)
     with strategy.scope():
@@ -323,7 +323,7 @@ def test_compiled_by_xla_equals_eager(kind):
     kwargs = {} if kind == "supervised" else {"temperature": 0.5, "unlabel_ratio": RATIO}
     if kind == "hard":
         kwargs["temperature"] = -1.0
-    # The noise has the same bits, whoever compiles it.
+    # The noise is bitwise equal with and without XLA.
     kwargs |= NO_NOISE if kind == "teacher" else STRONG_NOISE
 
     def trainer_of(jit_compile):
@@ -341,13 +341,13 @@ def test_compiled_by_xla_equals_eager(kind):
 
 @pytest.mark.slow
 def test_bfloat16_compiled_by_xla():
-    """Weights, slots and losses stay float32; the update is that of float32, roughly."""
+    """Weights, slots and losses stay float32; the update roughly matches that of float32."""
     batch = make_batch(8, 8)
     kwargs = {"temperature": 0.5, "unlabel_ratio": RATIO, "learning_rate": 0.01, **STRONG_NOISE}
     reference = make_trainer(**kwargs)
     (expected,) = steps(reference, batch)
     tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
-    # Not lent to other tests, which need models of float32.
+    # Built separately, because other tests require float32 models.
     models = [build(**STRONG_NOISE) for _ in range(2)]
     for model, number in zip(models, (1, 2)):
         model.set_weights(initial_weights(number))
@@ -374,7 +374,7 @@ def test_evaluation_compiled_by_xla():
 
 
 # --------------------------------------------------------------------------------------------------
-# The original's numbers, from its checkpoint of 32 MB
+# Compared with the original, from its 32 MB checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +394,7 @@ def restored(large_goldens, ema: bool) -> tf.keras.Model:
 
 
 def has_no_gradient(name: str) -> bool:
-    """Offsets of the normalizations that only others follow: what is left is rounding."""
+    """Offsets that a later normalization cancels, which leaves only rounding errors."""
     last = "tpu_batch_normalization_1" if "/blocks_0/" in name else "tpu_batch_normalization_2"
     return name.endswith(f"{last}/beta")
 
@@ -474,13 +474,13 @@ def test_three_updates_equal_original(large_goldens, recorded):
             else:
                 value = variables[name]
             scale = np.abs(arrays[key]).max()
-            # Rounding grows from step to step; TensorFlow 1.15 and 2.15 differ by 0.7 % in the third.
+            # Rounding errors grow; TensorFlow 1.15 and 2.15 differ by 0.7 % in the third step.
             atol = (0.001, 0.004, 0.02)[number] * scale + 1e-4
             np.testing.assert_allclose(value, arrays[key], rtol=0, atol=atol, err_msg=key)
 
 
 def test_unlabeled_pixels_outside_of_uint8_do_not_wrap():
-    """Augmented labeled images are uint8; bicubic overshoot of the others is outside 0..255."""
+    """Labeled images are uint8, but bicubic unlabeled images may exceed 0..255."""
     batch = make_batch(num_unlabeled=4)
     overshoot = tf.cast(batch["unl_image"], tf.float32) * 1.1 - 12.0
     logs = []

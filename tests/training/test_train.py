@@ -1,4 +1,4 @@
-"""Training end to end on tiny records: what it leaves, resuming bit for bit, and refusals."""
+"""Training end to end on tiny records: output, bitwise resuming, and refused settings."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def straight(folder) -> tuple[Config, dict[str, float]]:
     return config, train.train_and_evaluate(config)
 
 
-# --- What a training leaves -----------------------------------------------------------------------
+# --- Output of training ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -148,7 +148,7 @@ def test_evaluation_alone_gives_the_last_evaluation(straight):
 
 
 def test_finished_training_is_left_alone(straight):
-    """Settings that do not change what is learned may be others."""
+    """Settings that do not affect what is learned may change."""
     config, metrics = straight
     model_dir = Path(config.train.model_dir)
     before = {path: path.stat().st_mtime_ns for path in model_dir.glob("model.ckpt-*")}
@@ -167,7 +167,7 @@ def test_supervised(folder):
 
 @pytest.fixture(scope="module")
 def on_the_fly(straight, folder) -> Config:
-    """Everything at once: a teacher on the fly, frozen layers, the end of a schedule."""
+    """Combines a teacher on the fly, frozen layers and the end of a schedule."""
     config = noised(
         folder,
         "on_the_fly",
@@ -191,7 +191,7 @@ def test_teacher_on_the_fly(straight, on_the_fly):
     *_, trained, measured = metrics_log.read_metrics(on_the_fly.train.model_dir)
     assert set(trained) == {"step"} | LABELED_METRICS | UNLABELED_METRICS | TRAIN_METRICS
     assert set(measured) == {"step"} | EVAL_METRICS
-    # At temperature 0.5 the teacher is surer than it is by itself, and not as sure as a hard label.
+    # At temperature 0.5, the teacher is more confident than at 1, but less than a hard label.
     assert 1 / CLASSES < trained["unl/target_prob"] < 1
     assert saved_steps(on_the_fly.train.model_dir) == [4, 7]
     state = tf.train.get_checkpoint_state(on_the_fly.train.model_dir)
@@ -204,7 +204,7 @@ def test_teacher_on_the_fly(straight, on_the_fly):
 
 
 def test_frozen_layers_stay_as_they_began(on_the_fly):
-    """Stem and block 0, their averages and statistics too; the rest does not."""
+    """Stem and block 0 keep their weights, averages and statistics; all other layers change."""
     fresh = train._build(ResolvedConfig.from_config(on_the_fly), LABELED)
     initial = {name: v.numpy() for name, v in weights.variable_names(fresh.student).items()}
     stored = tensors(on_the_fly.train.model_dir, 7)
@@ -223,7 +223,7 @@ def test_frozen_layers_stay_as_they_began(on_the_fly):
 
 
 def test_killed_training_ends_in_the_same_bits(straight, folder):
-    """Steps 5 and 6 were taken but not saved; they are taken again in another process."""
+    """Steps 5 and 6 were done but not saved; another process repeats them."""
     config = noised(folder, "killed")
     done = forks.python("-c", KILLED_BEFORE_STEP_6_IS_SAVED, changed_settings(config))
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -249,12 +249,12 @@ def test_damaged_checkpoint_is_passed_over(straight, folder, caplog):
 
 @pytest.fixture(scope="module")
 def model(folder) -> NoisyStudent:
-    """The supervised student, built once for tests that train no step of it."""
+    """The supervised student, built once for tests that do not train it."""
     return train._build(ResolvedConfig.from_config(settings(folder, "unused")), LABELED)
 
 
 def test_saving_below_a_damaged_checkpoint(model, tmp_path):
-    """What cannot be loaded does not push out what can."""
+    """A checkpoint that cannot be loaded does not displace one that can."""
     saver = checkpoints.Checkpoints(str(tmp_path), model, keep=1)
     for step in (8, 2, 4):
         model.optimizer.iterations.assign(step)
@@ -283,7 +283,7 @@ def test_failed_save_names_no_later_damaged_checkpoint(model, tmp_path, monkeypa
 
 
 def save_below_damage(saver: checkpoints.Checkpoints, model: NoisyStudent) -> None:
-    """Checkpoints of step 2 and, damaged, 8; the training is at step 4."""
+    """Saves checkpoints of step 2 and, damaged, step 8; training is at step 4."""
     for step in (2, 8):
         model.optimizer.iterations.assign(step)
         damaged = saver.save()
@@ -293,7 +293,7 @@ def save_below_damage(saver: checkpoints.Checkpoints, model: NoisyStudent) -> No
 
 
 def test_kill_between_a_checkpoint_and_its_mention(model, tmp_path):
-    """Who asks TensorFlow for the newest checkpoint must get the one that training goes on from."""
+    """TensorFlow's latest checkpoint must be the one that training continues from."""
     saver = checkpoints.Checkpoints(str(tmp_path), model, keep=3)
     for step in (2, 4):
         model.optimizer.iterations.assign(step)
@@ -323,7 +323,7 @@ def test_loss_that_explodes(folder):
 
 
 def test_patience(folder, monkeypatch):
-    """The second of two evaluations in a row that are no better ends the training, for good."""
+    """Training ends for good at the second consecutive evaluation without improvement."""
     accuracies = iter([0.5, 0.6, 0.6, 0.4, 0.9])
     others = {"top5": 1.0, "loss": 1.0, "examples": 1.0}
     monkeypatch.setattr(
@@ -337,13 +337,13 @@ def test_patience(folder, monkeypatch):
     assert saved_steps(config.train.model_dir)[-1] == 8
     assert train.train_and_evaluate(config) == metrics
     assert next(accuracies) == 0.9
-    # Those who want the rest get it.
+    # Without patience, training continues to its last step.
     assert train.train_and_evaluate(config.override(patience=0), evaluate=False)["step"] == 9
 
 
 @pytest.fixture
 def session(folder, model, tmp_path) -> Iterator[Session]:
-    """Of a training in `tmp_path`, which saves every step."""
+    """A session of training in `tmp_path` that saves every step."""
     saver = checkpoints.Checkpoints(str(tmp_path), model, keep=5)
     yield Session(
         saver,
@@ -369,7 +369,7 @@ def test_loss_that_explodes_inside_the_first_host_loop(session, model, tmp_path,
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 def test_weights_that_break_after_the_last_loss(session, model, tmp_path, broken):
-    """The loss is a number, the weights after its update are none: they are not saved."""
+    """The loss is finite, but the updated weights are not, so they are not saved."""
     model.optimizer.iterations.assign(1)
     session.on_epoch_end(0, {"train/loss": 1.0})
     model.optimizer.iterations.assign(2)
@@ -397,7 +397,7 @@ def test_folder_of_another_training(straight):
 
 
 def claimed(config: Config, **options) -> int:
-    """Claims model_dir for a training of `config`."""
+    """Claims model_dir for training with `config`."""
     labeled = ResolvedConfig.from_config(config).labeled_source()
     return claim.claim(config, {"labeled": labeled, "unlabeled": None}, **options)
 
@@ -407,7 +407,7 @@ def pretend_checkpoint(config: Config) -> None:
 
 
 def test_training_that_never_began_gives_way(folder, tmp_path, only_reads):
-    """A wrong path was given; the right settings must find no other training there."""
+    """After a start with a wrong path failed, the corrected settings must not conflict."""
     typo = settings(folder, tmp_path, init_model=True, init_model_path=str(tmp_path / "typo"))
     with pytest.raises(FileNotFoundError, match="typo"):
         train.train_and_evaluate(typo, evaluate=False)
@@ -418,7 +418,7 @@ def test_training_that_never_began_gives_way(folder, tmp_path, only_reads):
 
 
 def test_training_that_runs_does_not_give_way(folder, tmp_path, monkeypatch):
-    """Another process has not reached its first checkpoint, or has."""
+    """Another process is training, whether or not it has saved a checkpoint."""
     monkeypatch.setattr(model_dir_lock, "LEASE_SECONDS", 2.0)
     config = settings(folder, tmp_path)
     claimed(config)
@@ -451,7 +451,7 @@ def test_slash_at_the_end_of_a_path_makes_no_other_training(folder, tmp_path):
 
 
 def test_normalization_is_noted_whether_the_task_or_the_variant_states_it(folder, tmp_path):
-    """So that a training begun with one continues with the other if the numbers are the same."""
+    """Training that began with one continues with the other if the numbers are equal."""
     task = Path(write_task(tmp_path / "task.json"))
     fields = json.loads(task.read_text())
     row = efficientnet.get_variant("efficientnet-test")
@@ -495,7 +495,7 @@ def test_records_that_were_replaced(tmp_path):
     with pytest.raises(claim.DirectoryConflict, match=f"{path}: 6 records in .* → 6 records in"):
         claimed(config)
     (tmp_path / "model" / claim.RECORDS).unlink()
-    claimed(config)  # As a training that was begun before records were noted.
+    claimed(config)  # Like a training run that began before records were noted.
     claimed(config)
     for old in (tmp_path / "labeled").glob("train-*"):
         old.unlink()
@@ -515,7 +515,7 @@ def test_what_killed_trainings_left_is_removed(folder, tmp_path):
 
 
 def test_checkpoint_of_another_number_of_classes(straight, tmp_path):
-    """The task's file was edited since."""
+    """The task file was edited in the meantime."""
     config, _ = straight
     shutil.copytree(config.train.model_dir, tmp_path / "model")
     other = config.override(
@@ -588,12 +588,12 @@ def test_missing_sets(folder, tmp_path):
         )
 
 
-# --- Records that cannot be used ------------------------------------------------------------------
+# --- Unusable records -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def only_reads(model, monkeypatch) -> None:
-    """Training that draws its batches but takes no step."""
+    """Replaces training with reading its batches."""
 
     def draw(_, batches, *, epochs: int, steps_per_epoch: int, **unused) -> None:
         for _ in batches.take(epochs * steps_per_epoch):
@@ -677,7 +677,7 @@ def flip_last_byte_of_payload(path: Path) -> None:
 @pytest.mark.parametrize("values", [{"preview_images": 4}, {"debug": 1}])
 @pytest.mark.parametrize("damaged", [True, False])
 def test_bad_record_is_named_before_the_first_step(values, damaged, tmp_path, only_reads):
-    """What the preview and --debug read is explained as what training reads."""
+    """The preview and --debug explain bad records like training does."""
     write_data(tmp_path)
     name, payload, problem = BROKEN_RECORDS["label 0, which is none"]
     path, position = tmp_path / "labeled" / name, 2
@@ -703,7 +703,7 @@ def test_bad_record_stops_an_evaluation(straight, tmp_path):
 
 @pytest.mark.slow
 def test_bad_record_stops_a_training_that_continues_when_it_is_repaired(tmp_path):
-    """The same through Keras, whose errors come from inside the compiled loop."""
+    """Keras raises these errors inside the compiled loop."""
     write_data(tmp_path)
     good = tfexamples.labeled_example(IMAGE, 0)
     name, bad = "train-00001-of-00002", tfexamples.labeled_example(IMAGE, CLASSES)
@@ -773,7 +773,7 @@ def test_truncated_set_is_not_measured(straight, tmp_path):
 
 
 def test_new_head_on_old_weights(straight, tmp_path):
-    """Weights of another number of classes: everything but the head is taken over."""
+    """Weights with another number of classes are loaded except for the head."""
     start = {"init_model": True, "init_model_path": straight[0].train.model_dir}
     config = settings(
         tmp_path, "unused", task_name=write_task(tmp_path / "task.json", CLASSES + 2), **start
@@ -792,7 +792,7 @@ def test_new_head_on_old_weights(straight, tmp_path):
         np.testing.assert_array_equal(network.get_layer("head_dense").kernel, head)
 
 
-# --- Stopping on request, and other ways to go on -------------------------------------------------
+# --- Stop requests and other ways to continue -----------------------------------------------------
 
 ASKED_TO_STOP = """
 import json, os, signal, sys
@@ -817,7 +817,7 @@ config.run(main, words=True)
 
 
 def test_request_to_stop_saves_and_continues_in_the_same_bits(on_the_fly, folder):
-    """The signal comes while step 5 is being logged, which no interval would have saved."""
+    """The signal arrives while step 5 is logged; no interval would have saved that step."""
     config = on_the_fly.override(model_dir=str(folder / "stopped"), preview_images=3)
     done = forks.python("-c", ASKED_TO_STOP, changed_settings(config))
     assert done.returncode == 75, done.stderr
@@ -852,7 +852,7 @@ def test_frozen_layers_drop_nothing_and_keep_their_statistics():
 
 @pytest.mark.slow
 def test_evaluation_that_was_cut_off_is_made_up_for(straight, folder):
-    """The checkpoint of step 4 was written, its evaluation was not."""
+    """The checkpoint of step 4 was saved, but not evaluated."""
     config = noised(folder, "unevaluated")
     shutil.copytree(straight[0].train.model_dir, config.train.model_dir)
     model_dir = Path(config.train.model_dir)
@@ -860,7 +860,7 @@ def test_evaluation_that_was_cut_off_is_made_up_for(straight, folder):
         path.unlink()
     log = model_dir / metrics_log.METRICS
     rows = log.read_text().splitlines(keepends=True)
-    # A killed writer's last line is not whole.
+    # A killed writer leaves a partial last line.
     log.write_text("".join(rows[:2]) + rows[2][:9])
     train.train_and_evaluate(config)
     assert_same_training(config.train.model_dir, straight[0].train.model_dir, 7)
@@ -870,7 +870,7 @@ def test_evaluation_that_was_cut_off_is_made_up_for(straight, folder):
 
 
 def test_images_and_steps_that_are_counted(folder):
-    """Labeled images left out of the loss are computed all the same."""
+    """Labeled images excluded from the loss are still computed."""
     values = {"train_batch_size": 8, "label_data_sample_prob": 0.5, "unlabel_ratio": 3.0}
     stretched = {"train_steps": 10, "train_ratio": 2.0, "train_last_step_num": 4}
     resolved = ResolvedConfig.from_config(settings(folder, "never", **values, **stretched))
@@ -916,7 +916,7 @@ def test_continuous_evaluation_ends_with_the_last_step(straight, tmp_path):
 
 @pytest.mark.slow
 def test_continuous_evaluation_of_another_length_is_refused(straight, tmp_path):
-    """It would wait for a step that the training does not reach."""
+    """It would wait for a step that training never reaches."""
     config, _ = straight
     longer = config.override(train_steps=9, eval_continuously=True)
     with pytest.raises(ConfigError, match="another step .train_steps: 7 → 9"):
@@ -947,7 +947,7 @@ def test_waiting_for_the_first_checkpoint_is_logged(tmp_path, caplog):
 
 
 def test_unlabeled_images_without_a_part_in_an_earlier_training(folder, tmp_path):
-    """Earlier versions accepted them; now that they are refused, it continues without."""
+    """Earlier versions accepted such images; training continues without them."""
     config = settings(folder, tmp_path, unlabel_data_dir="/no/such")
     claimed(config)
     pretend_checkpoint(config)
@@ -983,7 +983,7 @@ def test_notes_of_another_kind_are_named(folder, tmp_path, name):
         claimed(config)
 
 
-# --- What is to be looked at ----------------------------------------------------------------------
+# --- Logs and previews ----------------------------------------------------------------------------
 
 
 def test_every_start_is_noted_with_all_flags(straight):
@@ -994,11 +994,11 @@ def test_every_start_is_noted_with_all_flags(straight):
 
 
 def test_metrics_in_a_store_without_appending(tmp_path, monkeypatch):
-    """Rows are in the file when `flush` says so, and a continued log drops what came after."""
+    """`flush` writes the rows to the file, and a resumed log drops later rows."""
     written = []
     write = json_files.write_json_lines
     monkeypatch.setattr(json_files, "write_json_lines", lambda *a: written.append(1) or write(*a))
-    folder = "file://" + str(tmp_path)  # A scheme, so treated as a store; TensorFlow knows it.
+    folder = "file://" + str(tmp_path)  # The scheme makes it a store, which TensorFlow can access.
     log = metrics_log.MetricsLog(folder, 0)
     for step in range(1, 6):
         log.add(step, {"train/loss": 1.0 / step})
@@ -1012,7 +1012,7 @@ def test_metrics_in_a_store_without_appending(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("torn", ["", "{", '{"step": 3, "eval/to', "\0\0\0"])
 def test_row_that_was_cut_off_is_logged_again(tmp_path, caplog, torn):
-    """By a kill, or by the power: the run that continues writes it, once."""
+    """Lost by a kill or a power failure; the resumed run writes the row once."""
     path = tmp_path / metrics_log.METRICS
     path.write_text('{"step": 1}\n{"step": 2}\n' + torn)
     assert [row["step"] for row in metrics_log.read_metrics(str(tmp_path))] == [1, 2]
@@ -1036,7 +1036,7 @@ def test_damaged_metrics_are_named(tmp_path):
 
 
 def test_input_wait_is_the_time_the_batches_took():
-    """An input of which every batch takes 20 ms, and one that is ready."""
+    """Compares an input whose batches take 20 ms each with one that is ready."""
     wait = InputWait()
     slow = tf.data.Dataset.range(5).map(lambda i: tf.py_function(pause, [i], tf.int64))
     assert [int(i) for i in wait.measure(slow)] == [0, 1, 2, 3, 4]
@@ -1063,7 +1063,7 @@ def test_input_wait_under_replicas(two_replicas):
 
 
 def test_preview_of_classes_that_look_like_formulas(folder, tmp_path):
-    """Matplotlib takes text between two dollar signs for mathematics."""
+    """Matplotlib parses text between two dollar signs as math."""
     task = {"num_classes": CLASSES, "image_size": SIZE, "small_image": True}
     names = ["$1 to $2", "$x_{$", "\\frac"]
     (tmp_path / "task.json").write_text(json.dumps({**task, "class_names": names}))
@@ -1074,7 +1074,7 @@ def test_preview_of_classes_that_look_like_formulas(folder, tmp_path):
 
 
 def test_preview_shows_the_images_and_their_labels(tmp_path):
-    """One plain color per class, and none of them changed: each is found in the picture."""
+    """One plain, unaugmented color per class, each of which must appear in the preview."""
     colors = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]
     images = [tf.io.encode_png(np.full([SIZE, SIZE, 3], c, np.uint8)).numpy() for c in colors]
     examples = [tfexamples.labeled_example(image, i) for i, image in enumerate(images)]
@@ -1092,7 +1092,7 @@ def test_preview_shows_the_images_and_their_labels(tmp_path):
 
 
 def test_preview_shows_as_many_unlabeled_as_labeled_images(folder, tmp_path, monkeypatch):
-    """Also for a training that drops half of the labeled ones."""
+    """Even if training drops half of the labeled images."""
     sections, picture = [], pictures(1, 0)[0]
     monkeypatch.setattr(preview, "_png", lambda parts: (sections.extend(parts), picture)[1])
     unlabeled = {"unlabel_data_dir": str(folder / "pseudo")}
