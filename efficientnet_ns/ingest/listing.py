@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -60,7 +61,7 @@ class Advice(NamedTuple):
 
 
 def _subfolder(folder: str, image_set: str | None) -> str:
-    return f"--subfolder={folder}" + (f" --image_set={image_set}" if image_set else "")
+    return f"--subfolder={shlex.quote(folder)}" + (f" --image_set={image_set}" if image_set else "")
 
 
 MAKE_RECORDS = Advice(

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -174,7 +175,7 @@ def _labeled(flag: str, place: str, class_names: Sequence[str] | None = None) ->
     top = place.rstrip("/")
     advice = listing.Advice(
         without_classes="expected a folder for each of at least 2 classes",
-        another_folder=lambda folder, image_set: f"--{flag}={top}/{folder}",
+        another_folder=lambda folder, image_set: f"--{flag}={shlex.quote(f'{top}/{folder}')}",
     )
     return survey.survey(place, labeled=True, class_names=class_names, advice=advice)
 

@@ -167,7 +167,7 @@ def test_sets_without_classes(tmp_path):
     with pytest.raises(DataError, match="are sets, not classes: test, train; expected a folder"):
         plan.make(pictures(tmp_path, labeled=str(place)), {}, "")
     class_folders(place / "val", {"a": 2, "b": 2})
-    with pytest.raises(DataError, match=r"Pass one of them: --labeled=.*/back\\d/val$"):
+    with pytest.raises(DataError, match=r"Pass one of them: --labeled='.*/back\\d/val'$"):
         plan.make(pictures(tmp_path, labeled=str(place)), {}, "")
 
 
