@@ -1,7 +1,7 @@
 """Measures the package's code: `make measure`, or `python tests/code_measures.py [--root DIR]`.
 
 Prints lines per room, the size and documentation of functions, and what a reader of the training
-program has to read. Everything is read off the syntax trees; nothing is imported.
+program has to read. Everything comes from the syntax trees; nothing is imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def sources(folder: Path) -> dict[str, str]:
-    """Module name relative to `folder` → source text."""
+    """Returns source texts by module name relative to `folder`."""
     return {
         ".".join(path.relative_to(folder).with_suffix("").parts): path.read_text()
         for path in sorted(folder.rglob("*.py"))
@@ -31,7 +31,7 @@ def lines(modules: dict[str, str]) -> int:
 
 
 def lines_per_room(modules: dict[str, str]) -> dict[str, tuple[int, int]]:
-    """Room → (modules, lines); the programs at the root count as the room `programs`."""
+    """Returns (modules, lines) by room; programs at the root count as the room `programs`."""
     rooms: dict[str, tuple[int, int]] = {}
     for name, text in modules.items():
         room = name.split(".")[0] if "." in name else "programs"
@@ -41,7 +41,7 @@ def lines_per_room(modules: dict[str, str]) -> dict[str, tuple[int, int]]:
 
 
 def definitions(text: str) -> Iterator[tuple[ast.AST, bool]]:
-    """Functions and classes of a module, and whether each is public: no name on its path is not."""
+    """Yields functions and classes of a module, and whether every name on their path is public."""
     waiting = [(ast.parse(text), True, False)]
     while waiting:
         node, public, inside_function = waiting.pop()
@@ -65,7 +65,7 @@ def function_lengths(modules: dict[str, str]) -> list[int]:
 
 
 def documented(modules: dict[str, str]) -> tuple[float, float]:
-    """Percentage of functions and classes with a docstring: of all, and of the public ones."""
+    """Returns the percentage with a docstring of all functions and classes, and of public ones."""
     found = [(node, public) for text in modules.values() for node, public in definitions(text)]
     have = [(ast.get_docstring(node) is not None, public) for node, public in found]
     public = [has for has, is_public in have if is_public]
@@ -73,7 +73,7 @@ def documented(modules: dict[str, str]) -> tuple[float, float]:
 
 
 def typed(modules: dict[str, str]) -> tuple[float, float]:
-    """Percentage of public functions with any type hint, and with all of them."""
+    """Returns the percentage of public functions with any type hint, and with all of them."""
     some = every = count = 0
     for text in modules.values():
         for node, public in definitions(text):
@@ -87,7 +87,7 @@ def typed(modules: dict[str, str]) -> tuple[float, float]:
 
 
 def comments_per_100_lines(modules: dict[str, str]) -> float:
-    """Comment tokens per 100 lines that hold code."""
+    """Returns the number of comment tokens per 100 lines that hold code."""
     comments = code = 0
     layout = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     for text in modules.values():
@@ -102,7 +102,7 @@ def comments_per_100_lines(modules: dict[str, str]) -> float:
 
 
 def own_imports(name: str, modules: dict[str, str]) -> set[str]:
-    """Modules of the package that module `name` imports, inside functions too."""
+    """Returns the package's modules that module `name` imports, including inside functions."""
     found = set()
     for node in ast.walk(ast.parse(modules[name])):
         targets = []
@@ -122,7 +122,7 @@ def own_imports(name: str, modules: dict[str, str]) -> set[str]:
 
 
 def closure(start: str, modules: dict[str, str]) -> set[str]:
-    """Modules that `start` needs, itself included."""
+    """Returns the modules that `start` needs, including itself."""
     seen, waiting = {start}, [start]
     while waiting:
         new = own_imports(waiting.pop(), modules) - seen
@@ -132,7 +132,7 @@ def closure(start: str, modules: dict[str, str]) -> set[str]:
 
 
 def table(root: Path) -> str:
-    """All measures as lines of text."""
+    """Formats all measures as lines of text."""
     modules, tests = sources(root / PACKAGE), sources(root / "tests")
     lengths = function_lengths(modules)
     needed = closure("training.train", modules)

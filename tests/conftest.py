@@ -1,4 +1,4 @@
-"""Four logical CPU devices, fixed seeds, and where the numbers of the original code are."""
+"""Four logical CPU devices, fixed seeds, and the location of the original code's numbers."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ GOLDENS_VARIABLE = "EFFICIENTNET_NS_GOLDENS"
 # Tests compile more than they run. XLA reads this when it is first used.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-# Before anything makes TensorFlow look at its devices; without a strategy all runs on the first.
+# Must precede TensorFlow's first use of devices; without a strategy, all runs on the first.
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Keras 2.15 itself, once a random seed is set.
+    # Keras 2.15 itself causes this once a random seed is set.
     config.addinivalue_line(
         "filterwarnings", "ignore:non-integer arguments to randrange:DeprecationWarning"
     )
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # What is imported by now stays; collections need not walk through it every time.
+    gc.freeze()  # Collections need not scan what is already imported.
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_functions_stay() -> Iterator[None]:
-    """Keras sets TensorFlow's seed too, at which TensorFlow forgets every function it has compiled.
+    """Keeps Keras from setting TensorFlow's seed, which would discard every compiled function.
 
-    It does so for random operations that have a state; this package has none but in benchmarks.
+    The reset is for stateful random operations, which this package uses only in benchmarks.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tf.compat.v2.random, "set_seed", lambda seed: None)
@@ -59,9 +59,9 @@ def compiled_functions_stay() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
-    """Every test starts from the same seeds and leaves Keras' global state as it was."""
+    """Starts every test from the same seeds and restores Keras' global state."""
     tf.keras.utils.set_random_seed(0)
-    logging.set_verbosity(logging.INFO)  # The converter of TensorFlow Lite changes it.
+    logging.set_verbosity(logging.INFO)  # The TensorFlow Lite converter changes it.
     yield
     tf.keras.mixed_precision.set_global_policy("float32")
 
@@ -73,7 +73,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="session")
 def goldens() -> Path:
-    """The small numbers of the original code, kept beside the tests."""
+    """The small results of the original code, kept next to the tests."""
     return Path(__file__).parent / "goldens"
 
 
@@ -88,7 +88,7 @@ def large_goldens() -> Path:
 
 @pytest.fixture
 def small_lite(monkeypatch) -> str:
-    """`efficientnet-lite0` with the blocks of efficientnet-test, for tests that need only its kind."""
+    """`efficientnet-lite0` with the blocks of efficientnet-test, for tests that need any Lite."""
     rows = efficientnet.VARIANTS
     small = rows["efficientnet-test"]
     row = dataclasses.replace(
@@ -114,7 +114,7 @@ def store(tmp_path_factory) -> Iterator[gcs.Store]:
 
 @pytest.fixture
 def bucket(store, monkeypatch) -> Iterator[str]:
-    """The name of an empty bucket, which this process reaches as `gs://<name>`; all else is healthy."""
+    """The name of an empty bucket, reachable as `gs://<name>`, in a store without faults."""
     for name, value in store.environment().items():
         monkeypatch.setenv(name, value)
     name = f"bucket-{next(_buckets)}"
@@ -134,8 +134,8 @@ def two_replicas() -> tf.distribute.MirroredStrategy:
 def entry_flags(monkeypatch) -> Callable[[str, list[str]], flags.FlagValues]:
     """Parses a command line with the flags of a program.
 
-    Paths of flag files are relative to the repository. Words that are not flags are refused where
-    the program refuses them.
+    Paths of flag files are relative to the repository. Positional arguments are refused where the
+    program refuses them.
     """
     monkeypatch.chdir(Path(__file__).parents[1])
 

@@ -1,7 +1,7 @@
-"""Fakes and set-ups that several files of tests share; no tests of their own.
+"""Fakes and setups shared by several test files; contains no tests.
 
-Its neighbors: gcs.py (an object store), image_files.py (image files of every kind), unlabeled_sets.py (unlabeled records and a
-teacher for them), torture.py (processes that are killed again and again).
+Related modules: gcs.py (an object store), image_files.py (image files of every kind), torture.py
+(repeatedly killed processes), unlabeled_sets.py (unlabeled records and a teacher for them).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def mostly_slow(values: Iterable, quick: Iterable) -> list:
-    """Parameters of a test, of which only those in `quick` are part of the default run."""
+    """Marks parameters of a test as slow, except those in `quick`."""
     chosen = set(quick)
     return [v if v in chosen else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
@@ -55,7 +55,7 @@ def mostly_slow(values: Iterable, quick: Iterable) -> list:
 CLASSES, SIZE = 3, 8
 LABELED, UNLABELED, VALIDATION = 13, 11, 7
 PACE = ("images_per_second", "input_wait")
-# Do not change what is compiled, but for the length of a host loop.
+# Settings that do not change what is compiled, except for the length of a host loop.
 PACE_SETTINGS = ("iterations_per_loop", "save_checkpoints_steps", "steps_per_eval")
 
 
@@ -76,7 +76,7 @@ def write_task(path: Path, num_classes: int = CLASSES) -> str:
 
 
 def write_data(folder: Path) -> None:
-    """A task, labeled records in two sets, unlabeled records with and without pseudo labels."""
+    """Writes a task, two labeled sets, and unlabeled records with and without pseudo labels."""
     write_task(folder / "task.json")
     for prefix, count, seed in (("train", LABELED, 1), ("validation", VALIDATION, 2)):
         examples = [
@@ -95,7 +95,7 @@ def write_data(folder: Path) -> None:
 
 
 def settings(folder: Path, model_dir: str | Path, **values) -> Config:
-    """Supervised training of the smallest model on the data of `folder`."""
+    """Returns settings for supervised training of the smallest model on the data of `folder`."""
     defaults = {
         "model_name": "efficientnet-test",
         "task_name": str(folder / "task.json"),
@@ -109,13 +109,13 @@ def settings(folder: Path, model_dir: str | Path, **values) -> Config:
         "iterations_per_loop": 1,
         "save_checkpoints_steps": 1,
         "preview_images": 0,
-        "inference_engine": "tf",  # Ready sooner than XNNPACK.
+        "inference_engine": "tf",  # Starts faster than XNNPACK.
     }
     return Config().override(**{**defaults, **values})
 
 
 def noised(folder: Path, model_dir: str | Path, **values) -> Config:
-    """A student of stored soft labels with every kind of noise; 7 steps in loops of 2."""
+    """Returns settings of a student with stored soft labels and all noise: 7 steps, loops of 2."""
     noise = {
         "unlabel_data_dir": str(folder / "pseudo"),
         "unlabel_ratio": 1.5,
@@ -141,7 +141,7 @@ def tensors(model_dir: str, step: int) -> dict[str, np.ndarray]:
 
 
 def assert_same_training(one: str, other: str, step: int) -> None:
-    """Checkpoints equal in every bit, and the same rows of metrics, but for the speed."""
+    """Asserts that checkpoints are bit-identical and metrics equal, except for the speed."""
     ours, theirs = tensors(one, step), tensors(other, step)
     assert set(ours) == set(theirs)
     for name, value in ours.items():
@@ -165,9 +165,9 @@ def saved_steps(model_dir: str) -> list[int]:
 
 @contextlib.contextmanager
 def one_student_per_settings() -> Iterator[None]:
-    """Trainings of the same settings take the same compiled student, with its first values again.
+    """Reuses one compiled student, reset to its initial values, for runs with the same settings.
 
-    Building and tracing one takes most of the time of a training of a few steps.
+    Building and tracing a student takes most of the time of a short training run.
     """
     original, made = train._build, {}
 
@@ -214,7 +214,7 @@ train.train_and_evaluate(Config().override(**json.loads(sys.argv[1])))
 
 
 def changed_settings(config: Config) -> str:
-    """JSON of every setting that is not at its default."""
+    """Returns the settings that differ from their defaults as JSON."""
     defaults = Config().values()
     return json.dumps({n: v for n, v in config.values().items() if v != defaults[n]})
 
@@ -224,7 +224,7 @@ def changed_settings(config: Config) -> str:
 NUM_CLASSES = 10
 
 
-# Building a model takes longer than a step with it: tests use the same ones again, with new weights.
+# Building a model takes longer than a step, so tests reuse models with new weights.
 _free: dict[tuple, list[tf.keras.Model]] = collections.defaultdict(list)
 _lent: list[tuple[tuple, tf.keras.Model]] = []
 
@@ -240,7 +240,7 @@ def initial_weights(seed: int) -> list[np.ndarray]:
 
 
 def tiny(seed: int, **kwargs) -> tf.keras.Model:
-    """A model that no one else has in this test, with the initial weights of `seed`."""
+    """Lends a model not used elsewhere in this test, with the initial weights of `seed`."""
     if tf.distribute.has_strategy():
         model = build_test_model(**kwargs)
     else:
@@ -274,7 +274,7 @@ def make_trainer(
     jit_compile: bool = False,
     **model_kwargs,
 ) -> student.NoisyStudent:
-    """A student of seed 1 whose averages start elsewhere, at seed 2."""
+    """Returns a student with seed 1 whose averages start from other weights, those of seed 2."""
     trainer = student.NoisyStudent(
         tiny(1, **model_kwargs),
         tiny(2, **model_kwargs),
@@ -295,7 +295,7 @@ def make_trainer(
 
 
 def make_batch(num_labeled: int = 4, num_unlabeled: int = 0, seed: int = 0) -> dict[str, tf.Tensor]:
-    """A batch with everything that any kind of training reads; arrays of their own random numbers."""
+    """Returns a batch with the inputs of every kind of training; each array is drawn separately."""
     rng = np.random.default_rng(seed)
 
     def images(count):
@@ -325,7 +325,7 @@ def variable_values(model: tf.keras.Model) -> dict[str, np.ndarray]:
 
 
 def worker_environment(addresses: list[str], index: int) -> dict[str, str]:
-    """Of one process of several, or of the only one."""
+    """Returns the environment of one of several worker processes, or of a single process."""
     environment = {key: v for key, v in os.environ.items() if key != "TF_CONFIG"}
     if len(addresses) > 1:
         task = {"type": "worker", "index": index}
@@ -386,7 +386,7 @@ def loop_settings(folder: Path) -> dict:
 
 
 def load_outcome(config: SelectConfig) -> dict[str, np.ndarray]:
-    """Every prediction and what the selection made of it, for sets that fit in memory.
+    """Returns every prediction and its outcome in the selection, for sets that fit in memory.
 
     Returns:
       Columns `shard`, `record` (position in the shard), `label`, `prob`, `copies` (0: rejected),
@@ -413,7 +413,7 @@ VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
 class Document(HTMLParser):
-    """Parses HTML strictly: elements must be closed, in order, and attributes not be repeated."""
+    """Parses HTML strictly: elements must be closed in order, and attributes must not repeat."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -467,7 +467,7 @@ class Document(HTMLParser):
 
 
 def plain_calibration_error(correct, probs, bins):
-    """Guo et al. 2017, equation 3, one bin and one image at a time."""
+    """Computes equation 3 of Guo et al. (2017), one bin and one image at a time."""
     total = 0.0
     for m in range(1, bins + 1):
         low, high = (m - 1) / bins, m / bins
@@ -535,7 +535,7 @@ def make_records(source: Path, output: Path, **values) -> dict[str, int]:
 
 
 def labeled_contents(folder: Path, prefix: str = "train") -> list[tuple[int, bytes]]:
-    """(label, image) of all records, in order; read by TensorFlow."""
+    """Returns (label, image) of all records in order, as read by TensorFlow."""
     found = []
     for path in shard_names.list_shards(str(folder), prefix):
         for item in tf.data.TFRecordDataset(path):
@@ -553,7 +553,7 @@ def flat_frames(colors, size=(48, 64)) -> list[np.ndarray]:
 
 
 def write_mp4(path, frames) -> None:
-    """H.264, as the clips of ImageNet-P."""
+    """Writes H.264, like the clips of ImageNet-P."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=1)
@@ -572,7 +572,7 @@ def write_gif(path, frames) -> None:
 # --- The scripts of tpu_scripts --------------------------------------------------------------------
 
 SCRIPT_FOLDER = ROOT / "tpu_scripts"
-# Variables of whoever runs the tests would change what the scripts print.
+# The user's environment variables would change what the scripts print.
 SCRIPT_SETTINGS = re.compile(
     r"^PYTHON$|MODEL|TEACHER|DATA|DIR|CKPT|SHARD|HARDWARE|TPU|ZONE|SPOT|PROJECT|FLAGS$"
 )
@@ -597,7 +597,7 @@ def run_script(script: Path | str, *words: str, check: bool = True, **variables:
 
 
 def script_commands(script: str, *words: str, **variables: object) -> list[tuple[str, list[str]]]:
-    """(module, arguments) of each program that a dry run prints."""
+    """Returns (module, arguments) of each program printed by a dry run."""
     printed = run_script(script, "--dry_run", *words, PYTHON="python", **variables).stdout
     found = []
     for line in printed.splitlines():
@@ -609,7 +609,7 @@ def script_commands(script: str, *words: str, **variables: object) -> list[tuple
 
 
 def write_mat(folder: Path) -> None:
-    """Files as SVHN's: X uint8 [32, 32, 3, images], y [images, 1] with 10 for the digit 0."""
+    """Writes files like SVHN's: X uint8 [32, 32, 3, images], y [images, 1] with 10 for digit 0."""
     import scipy.io
     from sklearn.datasets import load_digits
 
@@ -634,14 +634,14 @@ COLORS = ((210, 40, 50), (50, 190, 70), (60, 70, 220))
 
 
 def photo(number: int, color: tuple[int, int, int]) -> Image.Image:
-    """24 × 30 pixels of about a color, another picture for each number."""
+    """Returns 24 × 30 pixels of roughly one color, a different picture for each number."""
     rng = np.random.default_rng(number)
     pixels = np.array(color) + rng.normal(0, 20, [24, 30, 3]) + rng.normal(0, 15, 3)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 def class_folders(folder: Path, classes: dict[str, int], first: int = 0) -> None:
-    """PNG files in a folder per class, each class of a color."""
+    """Writes PNG files to a folder per class, each class in one color."""
     for number, (name, count) in enumerate(classes.items()):
         (folder / name).mkdir(parents=True)
         for i in range(count):
@@ -650,7 +650,7 @@ def class_folders(folder: Path, classes: dict[str, int], first: int = 0) -> None
 
 
 def flat_folder(folder: Path, count: int, classes: int = 2, first: int = 500) -> None:
-    """PNG files of several colors in one folder."""
+    """Writes PNG files of several colors to one folder."""
     folder.mkdir(parents=True)
     for i in range(count):
         number = i % classes

@@ -1,4 +1,4 @@
-"""Python programs in processes of their own that need not load TensorFlow, which takes seconds.
+"""Runs Python programs in separate processes without loading TensorFlow, which takes seconds.
 
 They are forks of one process that has loaded TensorFlow but never uses it. How a program behaves while
 it loads (what it prints, what it imports) is tested with real processes.
@@ -32,7 +32,7 @@ def python(
       env: variables in addition to those of this process.
 
     Returns:
-      With `stdout` and `stderr`; `returncode` is that of a signal, negative, as in `subprocess`.
+      The completed process. As in `subprocess`, `returncode` is negative after a signal.
     """
     with tempfile.TemporaryDirectory() as folder:
         request = {
@@ -68,7 +68,7 @@ def _server() -> subprocess.Popen[str]:
 
 
 def _serve() -> None:
-    """Forks a process that waits for another one, which becomes the program."""
+    """For each request, forks a process that forks the program and waits for it."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         if not os.fork():
@@ -78,7 +78,7 @@ def _serve() -> None:
             if not program:
                 _become(**request)
             _, status = os.waitpid(program, 0)
-            # A link appears with its content.
+            # A link appears atomically with its content.
             os.symlink(
                 str(os.waitstatus_to_exitcode(status)), os.path.join(request["folder"], "code")
             )

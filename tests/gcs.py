@@ -1,11 +1,11 @@
-"""An object store for tests: what TensorFlow's own `gs://` file system talks to.
+"""An object store for tests that serves TensorFlow's own `gs://` file system.
 
 TensorFlow reaches storage.googleapis.com through the proxy that `https_proxy` names. `Store` is that
-proxy: it ends the encryption itself, with a certificate made when it starts, and replies like Cloud
-Storage from memory. Every request is logged with its bytes, and any can be delayed, refused, or
-answered by killing the client.
+proxy: it terminates TLS with a certificate created at startup, and replies like Cloud
+Storage from memory. It logs every request with its bytes, and can delay or refuse any request, or
+answer it by killing the client.
 
-It runs in a process of its own, because TensorFlow keeps Python's lock during some of its requests.
+It runs in a separate process because TensorFlow holds Python's lock during some of its requests.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 _HOSTS = ("www.googleapis.com", "storage.googleapis.com", "oauth2.googleapis.com")
-_PAGE = 1000  # Names in a page of a listing, as in Cloud Storage.
+_PAGE = 1000  # Names per page of a listing, as in Cloud Storage.
 
 
 class Request(NamedTuple):
-    """What a client asked for.
+    """A request of a client.
 
     Attributes:
       kind: `get`, `stat`, `list`, `probe` (a listing of one name), `bucket`, `start` (of an upload),
         `upload`, `mkdir`, `copy`, `delete`.
       bucket, name: of the object; `name` is the prefix of a listing.
-      code: of the reply.
+      code: status code of the reply.
       up, down: bytes of object content sent and received.
-      client: who asked, see `Store.environment`.
+      client: name of the client; see `Store.environment`.
     """
 
     kind: str
@@ -58,15 +58,15 @@ class Request(NamedTuple):
 
 @dataclasses.dataclass
 class Fault:
-    """What happens to requests, from the `skip`-th on, whose `<kind> <bucket>/<name>` matches.
+    """A fault in requests, from the `skip`-th on, whose `<kind> <bucket>/<name>` matches.
 
     Attributes:
       pattern: regular expression.
-      code: replied instead of the content; 0: the client is killed, before the request has an effect
-        or, with `after`, when it has had it.
-      skip: requests that are left alone first.
-      times: requests that are treated so.
-      client: whose requests; empty: everybody's.
+      code: status code to reply with; 0: kill the client before the request takes effect or, with
+        `after`, once it has taken effect.
+      skip: matching requests to leave unaffected first.
+      times: number of requests to affect.
+      client: client whose requests are affected; empty: all.
     """
 
     pattern: str
@@ -91,10 +91,10 @@ class _Reply(NamedTuple):
 
 
 class Store:
-    """The server, which starts at once. All methods may be called from any thread.
+    """A server that starts immediately. All methods may be called from any thread.
 
     Args:
-      folder: where the certificate is written.
+      folder: folder for the certificate.
     """
 
     def __init__(self, folder: Path):
@@ -112,7 +112,7 @@ class Store:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def environment(self, client: str = "test") -> dict[str, str]:
-        """Variables with which a process reaches this store under a name."""
+        """Returns the variables with which a process reaches this store as `client`."""
         port = self._server.server_address[1]
         return {
             "https_proxy": f"http://{client}:x@127.0.0.1:{port}",
@@ -125,7 +125,7 @@ class Store:
     # --- What goes wrong ------------------------------------------------------------------------------
 
     def delay(self, seconds: float) -> None:
-        """Every request takes at least so long from now on."""
+        """Makes every request take at least this long from now on."""
         self._latency = seconds
 
     def fail(self, pattern: str, **fault) -> None:
@@ -133,18 +133,18 @@ class Store:
         self._faults.append(Fault(pattern, **fault))
 
     def heal(self) -> int:
-        """Ends delays and faults; returns how many faults were still to come."""
+        """Ends delays and faults; returns the number of faults that were still pending."""
         left, self._faults, self._latency = len(self._faults), [], 0.0
         return left
 
     def watch(self, client: str, pid: int) -> None:
-        """Tells which process a fault of a client kills."""
+        """Sets the process that a fault of a client kills."""
         self._pids[client] = pid
 
     # --- What is stored -----------------------------------------------------------------------------
 
     def create(self, bucket: str) -> str:
-        """Makes an empty bucket; returns its address."""
+        """Creates an empty bucket; returns its address."""
         self._objects[bucket].clear()
         self._names[bucket].clear()
         return f"gs://{bucket}"
@@ -167,7 +167,7 @@ class Store:
             self._names[bucket].remove(name)
 
     def names(self, bucket: str, prefix: str = "") -> list[str]:
-        """Names of a bucket that begin with `prefix`, sorted."""
+        """Returns the sorted names in a bucket that begin with `prefix`."""
         with self._lock:
             names = self._names[bucket]
             first = bisect.bisect_left(names, prefix)
@@ -178,13 +178,13 @@ class Store:
         return self._objects[bucket][name].content
 
     def requests(self, first: int = 0) -> list[Request]:
-        """What was asked for, from the `first`-th request on, in the order of the replies."""
+        """Returns the requests from the `first`-th on, in the order of the replies."""
         return self._requests[first:]
 
     # --- Replies ------------------------------------------------------------------------------------
 
     def reply(self, method: str, url: str, headers: dict[str, str], body: bytes, client: str):
-        """The reply to one request; None: the client was killed."""
+        """Returns the reply to a request, or None if the client was killed."""
         time.sleep(self._latency)
         kind, bucket, name, act = self._understood(method, url, headers, body)
         fault = self._fault(f"{kind} {bucket}/{name}", client)
@@ -224,7 +224,7 @@ class Store:
     def _understood(
         self, method: str, url: str, headers: dict[str, str], body: bytes
     ) -> tuple[str, str, str, Callable[[], _Reply]]:
-        """(kind, bucket, name, what to do) of a request."""
+        """Parses a request into (kind, bucket, name, action)."""
         parts = urllib.parse.urlsplit(url)
         query = dict(urllib.parse.parse_qsl(parts.query))
         path, unquote = parts.path, urllib.parse.unquote
@@ -273,7 +273,7 @@ class Store:
         if not asked.startswith("bytes */"):
             received[int(asked.split()[1].partition("-")[0]) :] = body
         if total == "*" or len(received) < int(total):
-            # How much has arrived; nothing when the header is missing.
+            # The range received so far; without the header, nothing has arrived.
             held = (("Range", f"bytes=0-{len(received) - 1}"),) if received else ()
             return _Reply(308, b"", held)
         return _described(self.put(bucket, name, bytes(received)))
@@ -346,7 +346,7 @@ def _described(found: _Object) -> _Reply:
 
 
 def _certificate(folder: Path) -> Path:
-    """Makes a certificate for the hosts of the API, trusted by whoever is told its path."""
+    """Creates a certificate for the API hosts, trusted by clients that are given its path."""
     path, names = folder / "certificate.pem", ",".join(f"DNS:{host}" for host in _HOSTS)
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     command += ["-keyout", folder / "key.pem", "-out", path, "-subj", "/CN=test"]
@@ -364,13 +364,13 @@ _Manager.register("Store", Store)
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[Store]:
-    """Yields a store of another process, which ends with the block."""
+    """Yields a store in another process, which ends with the block."""
     with _Manager(ctx=multiprocessing.get_context("spawn")) as manager:
         yield manager.Store(folder)
 
 
 class Counted(collections.Counter):
-    """Requests of a block by kind, and their bytes, `up` and `down`."""
+    """Requests within a block by kind, and their bytes, `up` and `down`."""
 
     @property
     def requests(self) -> int:
@@ -379,7 +379,7 @@ class Counted(collections.Counter):
 
 @contextlib.contextmanager
 def counted(store: Store, client: str = "") -> Iterator[Counted]:
-    """Yields what, when the block ends, counts the requests of a client, or of all."""
+    """Yields a counter, filled when the block ends, of the requests of a client or of all."""
     before, counter = len(store.requests()), Counted()
     yield counter
     for request in store.requests(before):
@@ -394,14 +394,14 @@ class _Server(socketserver.ThreadingTCPServer):
     context: ssl.SSLContext
 
     def handle_error(self, request, client_address) -> None:
-        """Clients that are killed leave broken connections."""
+        """Ignores the broken connections that killed clients leave."""
 
 
 class _Connection(socketserver.StreamRequestHandler):
     disable_nagle_algorithm = True
 
     def handle(self) -> None:
-        # What libcurl asks a proxy: a tunnel to the host, with the user of the proxy's address.
+        # libcurl requests a tunnel to the host, with the user name from the proxy's address.
         _, _, headers = self._head()
         user = base64.b64decode(headers.get("proxy-authorization", "").partition(" ")[2])
         client = user.decode().partition(":")[0]

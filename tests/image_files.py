@@ -1,6 +1,6 @@
 """Image files of every kind the formats allow, written from their definitions or by Pillow.
 
-`FILES`: name → function that returns the bytes. All show about 20 x 14 pixels of noise.
+`FILES` maps names to functions that return the bytes. All show about 20 x 14 pixels of noise.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ HEIGHT, WIDTH = 14, 21  # Odd, so that rows of packed bits end within a byte.
 
 
 def noise(channels: int = 3, depth: int = 8, seed: int = 0) -> np.ndarray:
-    """uint16 [HEIGHT, WIDTH, channels] of `depth` bits."""
+    """Returns noise of `depth` bits as uint16 [HEIGHT, WIDTH, channels]."""
     rng = np.random.default_rng(seed)
     return rng.integers(0, 2**depth, [HEIGHT, WIDTH, channels], np.uint16)
 
 
 def smooth() -> np.ndarray:
-    """uint8 [48, 64, 3] that lossy compression leaves nearly as it is."""
+    """Returns uint8 [48, 64, 3] that lossy compression barely changes."""
     y, x = np.mgrid[0:48, 0:64]
     return np.stack([4 * x, 5 * y, 255 - 2 * x - 2 * y], -1).astype(np.uint8)
 
@@ -48,7 +48,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def _packed_rows(samples: np.ndarray, depth: int) -> list[bytes]:
-    """[H, W, C] → rows of bits, most significant first, filled up to whole bytes."""
+    """Packs [H, W, C] into rows of bits, most significant first, padded to whole bytes."""
     rows = samples.reshape(len(samples), -1)
     if depth == 16:
         return [row.astype(">u2").tobytes() for row in rows]
@@ -65,10 +65,10 @@ def png(
     extra: bytes = b"",
     colors: int = 256,
 ) -> bytes:
-    """A PNG of color type `kind`.
+    """Returns a PNG of color type `kind`.
 
-    `transparent` is the body of its tRNS chunk, `extra` are further chunks behind the header;
-    `colors` is the length of a palette, in which some pixels have no place when it is short.
+    `transparent` is the body of its tRNS chunk, and `extra` holds further chunks after the header.
+    `colors` is the length of the palette; in a short one, some pixels have no entry.
     """
     samples = noise(_CHANNELS[kind], depth)
     passes = _ADAM7 if interlaced else [(0, 0, 1, 1)]
@@ -96,14 +96,14 @@ _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 
 
 
 def on_white(rgba: np.ndarray) -> np.ndarray:
-    """[H, W, 4] over white, rounded half up: uint8 [H, W, 3]."""
+    """Blends [H, W, 4] over white, rounding half up, into uint8 [H, W, 3]."""
     color, share = rgba[..., :3].astype(int), rgba[..., 3:].astype(int)
     return ((2 * (color * share + 255 * (255 - share)) + 255) // 510).astype(np.uint8)
 
 
 def as_decoded(name: str, image: Image.Image) -> np.ndarray:
-    """The 8-bit image of that name on white, or without the alpha of BMPs: uint8 [H, W, 3]."""
-    # Pillow scales the samples to 8 bits, but not the one that is transparent.
+    """Returns the 8-bit image of that name on white (BMP: without alpha) as uint8 [H, W, 3]."""
+    # Pillow scales the samples to 8 bits, but not the transparent one.
     for bits, factor in (("2", 85), ("4", 17)):
         if name.startswith(f"PNG gray {bits} bit") and "tRNS" in name:
             image.info["transparency"] *= factor
@@ -167,10 +167,10 @@ def bmp(
     data: bytes | None = None,
     filler: bytes = b"\0",
 ) -> bytes:
-    """A BMP; `header` 12 is OS/2's, 40 Windows', 108 and 124 its later ones.
+    """Returns a BMP; `header` 12 is OS/2's, 40 Windows', 108 and 124 its later ones.
 
-    `colors` uint8 [N, 3] is the palette, whose entries end with `filler`; `data` takes the place
-    of noise.
+    `colors` uint8 [N, 3] is the palette, whose entries end with `filler`; `data` replaces the
+    noise.
     """
     width, height = WIDTH, HEIGHT
     rng = np.random.default_rng(3)
@@ -280,12 +280,12 @@ def gif(
     comment: bytes = b"",
     background: int = 0,
 ) -> bytes:
-    """A GIF of one frame, WIDTH x HEIGHT, on a screen of another size if told so."""
+    """Returns a GIF with one WIDTH x HEIGHT frame, possibly on a screen of another size."""
     index = np.random.default_rng(0).integers(0, colors, [HEIGHT, WIDTH], np.uint8)
     whole = by_pillow(
         Image.frombytes("L", (WIDTH, HEIGHT), index.tobytes()), "GIF", interlace=int(interlaced)
     )
-    # Pillow's own frame, for its LZW data only: a descriptor, perhaps a table, the data, the end.
+    # Only the LZW data of Pillow's frame: a descriptor, an optional table, the data, the end.
     at = whole.index(b"\x2c" + struct.pack("<HHHH", 0, 0, WIDTH, HEIGHT))
     flags = whole[at + 9]
     data = whole[at + 10 + (3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0) :]
@@ -334,7 +334,7 @@ _GIFS = {
 }
 
 
-# JPEG. All but the color spaces differ by rounding only.
+# JPEG. Except for the color spaces, all differ only by rounding.
 
 
 def _without_marker(data: bytes, marker: int) -> bytes:
@@ -357,7 +357,7 @@ def _exif(orientation: int) -> Image.Exif:
 
 
 def _ycck() -> bytes:
-    """Pillow's CMYK with the Adobe marker of YCCK, whose pixels it then is by definition."""
+    """Returns Pillow's CMYK with the Adobe marker of YCCK, which redefines its pixels."""
     data = _jpeg("CMYK")
     return data.replace(_adobe(0), _adobe(2))
 
@@ -397,7 +397,7 @@ _JPEGS = {
 def tiff(
     samples: np.ndarray, *, photometric: int = 1, sample_format: int = 1, order: str = "<"
 ) -> bytes:
-    """An uncompressed TIFF of [H, W, C] samples of their own type."""
+    """Returns an uncompressed TIFF of [H, W, C] samples of their own type."""
     height, width, channels = samples.shape
     samples = samples.astype(samples.dtype.newbyteorder(order))
     bits = samples.dtype.itemsize * 8
@@ -420,7 +420,7 @@ def tiff(
 
 
 def _tiff12() -> bytes:
-    """Three bytes hold two pixels; 22 pixels a row."""
+    """Returns a TIFF with 20 pixels per row, two of them in three bytes."""
     rows = _packed_rows(noise(1, 12)[:, :20], 12)
     whole = tiff(np.frombuffer(b"".join(rows), np.uint8).reshape(HEIGHT, -1, 1))
     for tag, before, after in ((256, 30, 20), (258, 8, 12)):

@@ -1,8 +1,9 @@
-"""Installs the package as users do, with pip, at both ends of the ranges of pyproject.toml; `make test-install` runs it.
+"""Installs the package with pip at both ends of the ranges of pyproject.toml (`make test-install`).
 
-For the highest and then the lowest versions: a new virtual environment, the package, each extra on top of it, each time
-`pip check` and a program that needs what was installed; then the tests of the modules that depend on the ranges most.
-Needs no package but pip. `--only=highest` or `--only=lowest` tries one end; `--no-tests` leaves out the tests.
+For the highest and then the lowest versions, it creates a virtual environment and installs the
+package and then each extra on top, each time running `pip check` and a program that needs what was
+installed. Then it runs the tests of the modules that depend on the ranges most. It needs no package
+but pip. `--only=highest` or `--only=lowest` tries one end; `--no-tests` leaves out the tests.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pip._vendor.packaging.requirements import Requirement
 from pip._vendor.packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
-# Extra → what must run once it is installed.
+# Maps each extra to the program that must run once it is installed.
 PROGRAMS = {
     "": """
 from efficientnet_ns.pseudo_labels import selection, write_shard
@@ -76,13 +77,13 @@ TESTS = [
 
 
 def dependencies() -> dict[str, list[str]]:
-    """Extra → its requirements; the empty name stands for the package's own."""
+    """Returns the requirements of each extra; the empty name stands for the package itself."""
     project = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
     return {"": project["dependencies"], **project["optional-dependencies"]}
 
 
 def lowest(extras: list[str]) -> list[str]:
-    """`name==version` of the lowest versions that the package with some extras accepts, for this Python."""
+    """Returns `name==version` of the lowest versions that the package with some extras accepts."""
     pinned: dict[str, Version] = {}
     for requirement in map(Requirement, sum((dependencies()[extra] for extra in extras), [])):
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
@@ -100,7 +101,7 @@ def step(what: str, command: list[str | Path], folder: Path) -> bool:
     begun = time.monotonic()
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     environment.pop("PYTHONPATH", None)
-    # Python imports from where it is started, so there must be nothing.
+    # Python imports from the current folder, so it must be empty.
     with tempfile.TemporaryDirectory(dir=folder) as empty:
         done = subprocess.run(command, cwd=empty, env=environment, text=True, capture_output=True)
     word = "passed" if done.returncode == 0 else "FAILED"
@@ -111,7 +112,7 @@ def step(what: str, command: list[str | Path], folder: Path) -> bool:
 
 
 def check(end: str, folder: Path, tests: list[str]) -> list[bool]:
-    """Every step at one end of the ranges, whether it passed."""
+    """Runs every step at one end of the ranges; returns whether each one passed."""
     print(f"Python {sys.version.split()[0]}, {end} versions", flush=True)
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"

@@ -1,4 +1,4 @@
-"""The pages that users read, and the commands on them: name → text, command → what is shown of its output."""
+"""The pages for users by name, and the commands on them with the output that the pages show."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PAGES = {
         *sorted((ROOT / "docs").glob("*.md")),
     ]
 }
-# A block without a language holds commands, one of `text` right after it what they print. In the text, a program with
-# flags is a command too.
+# A block without a language holds commands; a `text` block right after it holds their output.
+# Inline code with a program and its flags is also a command.
 _BLOCK = re.compile(
     r"^```(?P<language>\w*)\n(?P<body>.*?)^```$|`(?P<inline>(?:python -m (?:efficientnet_ns|pytest)\b|make )[^`]*)`",
     re.MULTILINE | re.DOTALL,
@@ -24,14 +24,14 @@ _BLOCK = re.compile(
 
 
 class Block(NamedTuple):
-    """Commands that stand together, and the lines that the page shows of their output."""
+    """A block of commands, and the lines of their output that the page shows."""
 
     commands: list[str]
     shown: list[str]
 
 
 def blocks(text: str) -> list[Block]:
-    """The commands of a page, in order; lines that end in a backslash are joined, comments left out."""
+    """Returns the commands of a page in order, with continued lines joined and comments removed."""
     found: list[Block] = []
     for match in _BLOCK.finditer(text):
         if match["inline"]:

@@ -1,4 +1,4 @@
-"""What the tests of serving share: a small classifier, images, and a server's session."""
+"""Shared by the serving tests: a small classifier, images, and a server's session."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PREPROCESSING = Preprocessing(SIZE)
 
 
 class Session:
-    """A SavedModel in the C++ session loader, each signature by name."""
+    """A SavedModel in the C++ session loader; calls each signature by name."""
 
     def __init__(self, folder: str):
         self._session = tf.compat.v1.Session(graph=tf.Graph())
@@ -64,7 +64,7 @@ def elsewhere(command: list[str], folder: Path) -> subprocess.CompletedProcess:
 
 
 def bomb(side: int = 30_000) -> bytes:
-    """A PNG of one color; its compressed rows are made without the whole of them."""
+    """Returns a PNG of one color, compressed without holding all of its rows."""
     squeeze = zlib.compressobj(9)
     row = bytes(1 + side * 3)
     data = b"".join(squeeze.compress(row) for _ in range(side // 100)) + squeeze.flush()

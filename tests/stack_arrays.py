@@ -1,6 +1,6 @@
 """Numbers that both stacks compute, for test_stack.py.
 
-As a program, into a file:
+To write them to a file:
 
 python tests/stack_arrays.py FILE.npz
 """
@@ -24,18 +24,18 @@ from efficientnet_ns.inference import engines
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.training import train
 
-# What is equal to the bit, by prefix: what is computed with integers, and what the same kernels compute.
+# Prefixes of bit-identical arrays: those computed with integers or by the same kernels.
 EXACT = ("pixels/", "draws/", "initial/")
 SIZE = 32
 
 
 def compute() -> dict[str, np.ndarray]:
-    """Name → array; every call of one stack on one machine gives the same."""
+    """Returns arrays by name; every call of one stack on one machine gives the same values."""
     return {**_pixels(), **_draws(), **_model(), **_training()}
 
 
 def pictures() -> tf.Tensor:
-    """Six smooth images with some noise, uint8 [6, 40, 52, 3]."""
+    """Returns six smooth images with some noise, uint8 [6, 40, 52, 3]."""
     y, x = np.mgrid[:40, :52][..., np.newaxis]
     waves = np.sin(0.11 * x + np.arange(3)) + np.cos(0.17 * y * np.arange(1, 4))
     noise = np.random.default_rng(0).normal(0, 12, [6, 40, 52, 3])
@@ -66,7 +66,7 @@ def _draws() -> dict[str, np.ndarray]:
 
 def _model() -> dict[str, np.ndarray]:
     tf.keras.utils.set_random_seed(5)
-    tf.random.set_seed(5)  # conftest.py keeps Keras from it.
+    tf.random.set_seed(5)  # conftest.py keeps Keras from doing so.
     model = efficientnet.build_model("efficientnet-test", 10, SIZE)
     values = {name: v.numpy() for name, v in weights.variable_names(model).items()}
     pixels = pictures()[:, :SIZE, :SIZE]
@@ -79,7 +79,7 @@ def _model() -> dict[str, np.ndarray]:
 
 
 def _training() -> dict[str, np.ndarray]:
-    """The noised student, 7 steps: its metrics and final weights."""
+    """Trains the noised student for 7 steps; returns its metrics and final weights."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fakes.write_data(folder)

@@ -1,4 +1,4 @@
-"""The shape of the package: who imports whom, where flags are read, what nothing may mention."""
+"""The architecture of the package: imports, where flags are read, forbidden content and names."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ ENTRIES = {
     "evaluate_robustness",
     "study",
 }
-# From the top floor down: a room imports what is below it, and itself. The programs at the package's
-# root stand above them all, and import no other program.
+# From the top floor down: a room imports only itself and rooms below it. The programs at the
+# package's root are above all rooms and import no other program.
 FLOORS = (
     "loop",
     "benchmarks",
@@ -65,7 +65,7 @@ FLOORS = (
     "files",
 )
 PROGRAMS = ENTRIES - {"serving.client"}
-# Take plain arguments, so that their numbers can be checked without a configuration.
+# Modules that take plain arguments, so that they can be tested without a configuration.
 WITHOUT_CONFIG = [
     "models.",
     "data.augment",
@@ -81,11 +81,11 @@ WITHOUT_CONFIG = [
 
 
 def imports(source: str, module: str = "", *, top_level: bool = False) -> Iterator[str]:
-    """Dotted names of what a module imports, relative names resolved.
+    """Yields the dotted names that a module imports, with relative names resolved.
 
     Args:
       module: its name inside the package.
-      top_level: leave out what is imported inside functions, and only for type checkers.
+      top_level: leave out imports inside functions and those only for type checkers.
     """
     for node in _statements(ast.parse(source), top_level):
         if isinstance(node, ast.Import):
@@ -110,7 +110,7 @@ def _statements(node: ast.AST, top_level: bool) -> Iterator[ast.AST]:
 
 
 def own_imports(source: str, module: str = "", **kwargs) -> set[str]:
-    """Modules of the package that a module imports, e.g. `data.records`; `` is the package itself."""
+    """Returns package modules that a module imports, e.g. `data.records`; `` is the package."""
     found = set()
     for name in imports(source, module, **kwargs):
         if name == PACKAGE or name.startswith(f"{PACKAGE}."):
@@ -229,7 +229,7 @@ def test_numbers_know_no_settings():
 
 def test_entries_are_the_programs():
     programs = {m for m, source in SOURCES.items() if '__name__ == "__main__"' in source}
-    assert programs == ENTRIES | {"__main__"}  # Which lists them.
+    assert programs == ENTRIES | {"__main__"}  # It lists the programs.
 
 
 def test_flags_are_read_in_one_place():
@@ -241,7 +241,7 @@ def test_flags_are_read_in_one_place():
 
 @pytest.mark.parametrize("module", sorted(PROGRAMS))
 def test_programs_are_doors(module):
-    """Docstring, imports, `main` of one statement after its imports, and the call of `config.run`."""
+    """They have a docstring, imports, a `main` of one statement after imports, and `config.run`."""
     assert len(SOURCES[module].splitlines()) <= 30
     docstring, *statements = ast.parse(SOURCES[module]).body
     imported = [s for s in statements if isinstance(s, ast.Import | ast.ImportFrom)]
@@ -277,7 +277,7 @@ def test_tensorflow_addons_stays_in_one_module():
     "module", sorted(ENTRIES | {m for m in SOURCES if m.startswith("config.")} | {"__init__"})
 )
 def test_tensorflow_is_not_loaded_by_the_command_line(module):
-    """Neither by the module nor by what it imports at its top."""
+    """Checks the module and, recursively, its top-level imports."""
     waiting, seen = [module], set()
     while waiting:
         current = waiting.pop()
@@ -285,13 +285,13 @@ def test_tensorflow_is_not_loaded_by_the_command_line(module):
         top = {n.split(".")[0] for n in imports(SOURCES[current], current, top_level=True)}
         assert not top & {"tensorflow", "tensorflow_addons", "keras"}, current
         below = own_imports(SOURCES[current], current, top_level=True) - seen
-        # A package's own __init__ is loaded with each of its modules.
+        # Loading a module also loads its package's __init__.
         below |= {f"{t.split('.')[0]}.__init__" for t in below if "." in t} & set(SOURCES)
         waiting += [target for target in below - seen if target in SOURCES]
 
 
-# Expands patterns, or takes a path for one → where it stands, for what is no path of a user or after
-# `local_files.without_wildcards`.
+# Maps names that expand patterns, or treat a path as one, to the modules that may use them: on
+# paths that are not the user's, or after `local_files.without_wildcards`.
 EXPANDS: dict[str, set[str]] = {
     **dict.fromkeys(["glob", "iglob", "rglob", "glob1", "match_filenames_once"], set()),
     **dict.fromkeys(["matching_files", "MatchingFiles", "get_matching_files"], set()),
@@ -301,14 +301,14 @@ EXPANDS: dict[str, set[str]] = {
     **dict.fromkeys(["MatchFiles", "ReadFromTFRecord", "ReadFromParquet", "ReadFromText"], set()),
     "load_checkpoint": {"models.checkpoint_files"},
     "read_parquet": {"files.parquet_sql"},
-    # The benchmark's of what it saved below TMPDIR; the demo's is for the reader.
+    # The benchmark loads what it saved below TMPDIR; the demo shows the call to the reader.
     "saved_model.load": {"inference.exported", "loop.demo"},
     "saved_model.loader": {"benchmarks.serving"},
 }
 
 
 def expansions(source: str) -> set[str]:
-    """Which of `EXPANDS` a source names: as attribute, name, import or in a text that is code."""
+    """Returns names in `EXPANDS` that a source uses: attributes, names, imports, code strings."""
     words = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):
@@ -340,7 +340,7 @@ def test_no_path_is_taken_for_a_pattern():
 
 
 def test_cores_are_counted_in_one_place():
-    """Those of the machine are not those that the process may use."""
+    """The process may be limited to fewer cores than the machine has."""
     counted = re.compile(r"cpu_count|sched_getaffinity")
     assert {module for module, source in SOURCES.items() if counted.search(source)} == {
         "config.cpus"
@@ -348,13 +348,13 @@ def test_cores_are_counted_in_one_place():
 
 
 def test_tests_import_no_other_tests():
-    """What several files of tests need is in fakes.py and its neighbors."""
+    """Helpers for several test files are in fakes.py and related modules."""
     for path in (ROOT / "tests").rglob("*.py"):
         named = {name.split(".")[0] for name in imports(path.read_text())}
         assert not {name for name in named if name.startswith("test_")}, path
 
 
-# The public face.
+# The public API.
 
 
 def test_public_names_are_found():
@@ -376,11 +376,11 @@ def test_import_of_the_package_loads_no_tensorflow():
     assert re.fullmatch(r"[\d.]+ False", done.stdout.strip())
 
 
-# What nothing may mention or be called.
+# Forbidden content and names.
 
 
 def project_files() -> list[Path]:
-    """Files under version control, and those about to be."""
+    """Returns the files under version control and those that may be added."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listing = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True)
@@ -389,7 +389,7 @@ def project_files() -> list[Path]:
     return [path for name in listing.stdout.split("\0") if name and (path := ROOT / name).is_file()]
 
 
-# Absolute: not below another folder or a variable, and not in a web address.
+# Absolute paths: not below another folder or a variable, and not in a URL.
 MACHINE_PATH = re.compile(rb"(?<![\w.$}\])~-])/(?:work|home|root|Users)/\w")
 
 

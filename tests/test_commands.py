@@ -1,7 +1,7 @@
-"""The commands of README and docs run, page by page, in the order and among the files that the page assumes.
+"""Runs the commands of README and docs page by page, in order, with the files that a page assumes.
 
-Where a page shows output, it is what came out, but for its numbers. `QUICK` has the flags that are added so that a
-command takes seconds, `NOT_RUN` the commands that cannot run here; each with its reason.
+Output that a page shows must match except for numbers. `QUICK` has the flags that make a command
+take seconds, and `NOT_RUN` the commands that cannot run here, each with its reason.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COMMANDS = {page: blocks(text) for page, text in PAGES.items() if blocks(text)}
 
 
 class Quick(NamedTuple):
-    """Flags for commands in which a pattern is found."""
+    """Flags for commands that match a pattern."""
 
     pattern: str
     flags: str
@@ -103,8 +103,8 @@ QUICK = (
     Quick(r"proc_svhn", "--dev_size=40 --num_shards=4", "fewer pictures than SVHN has"),
 )
 
-# Pattern → why it does not run here. Of our programs, tests/test_pages.py parses the flags; of others, what is named
-# in the command is looked up below.
+# Maps patterns to why they do not run here. tests/test_pages.py parses the flags of our programs;
+# what other commands name is looked up below.
 NOT_RUN = {
     r"^make (?!demo$)": "would install packages where the tests run; the target is looked up",
     r"^source |venv env": "environments: tests/install_ranges.py",
@@ -117,7 +117,7 @@ NOT_RUN = {
     r"ray_address": "needs a cluster; tests/pipelines/test_ray_cluster.py starts one",
     r"python -m pytest": "a test itself",
 }
-# Pattern → module that the command needs.
+# Maps patterns to the module that the command needs.
 NEEDED = {
     r"label_beam": "apache_beam",
     r"label_ray": "ray",
@@ -147,15 +147,15 @@ def quick(command: str) -> list[str]:
 
 
 class Shell:
-    """Runs commands in a folder, where `export` lasts."""
+    """Runs commands in a folder and keeps exported variables."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        # Programs that start others find the package as if it were installed.
+        # Lets programs that start others find the package as if it were installed.
         self.variables = {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)}
 
     def __call__(self, command: str) -> str:
-        """What the command prints; `gs://…` is a folder here, as object stores have their own tests."""
+        """Returns the output; `gs://…` is a folder here, as object stores have their own tests."""
         command = command.replace("gs://…", "store")
         words = shlex.split(command)
         if words[0] == "export":
@@ -178,7 +178,7 @@ class Shell:
 
 
 def without_numbers(line: str) -> str:
-    """The line with every number as 0, and every rule and gap as long as the others."""
+    """Replaces every number with 0, and every rule and gap with one of fixed length."""
     line = re.sub(r"[\d.,%+-]*\d[\d.,%]*", "0", " ".join(line.split()))
     return re.sub(r"-{2,}", "--", line)
 
@@ -207,7 +207,7 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
-    """What `make demo` leaves, and teacher, student and selected labels of it at the places of the pages."""
+    """What `make demo` leaves, with its teacher and student also where the pages expect them."""
     folder = tmp_path_factory.mktemp("digits")
     (folder / "printed.txt").write_text(Shell(folder)("python -m efficientnet_ns.demo"))
     loop = folder / "runs/demo/loop"
@@ -223,7 +223,7 @@ def for_readme(shell: Shell) -> None:
 
 
 def for_any_teacher(shell: Shell) -> None:
-    """The page's own teacher, and probabilities for the unlabeled pictures of `my_data`."""
+    """Writes the page's own teacher, and probabilities for the unlabeled pictures of `my_data`."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGES["docs/any_teacher.md"], re.S)
     (shell.folder / "teacher.py").write_text(code)
     shutil.rmtree(shell.folder / "my_data")
@@ -269,7 +269,7 @@ def for_training(shell: Shell) -> None:
 
 
 def for_published_models(shell: Shell) -> None:
-    """Untrained weights in place of those that the page's links lead to."""
+    """Writes untrained weights in place of those that the page links to."""
     model = ns.build_model("efficientnet-b0")
     ns.save_weights(model, str(shell.folder / "noisy_student_efficientnet-b0"))
     flowers = ns.build_model("efficientnet-b0", num_classes=5)
@@ -314,7 +314,7 @@ def nothing(_: Shell) -> None:
     pass
 
 
-# Page → the fixture that it starts from, and what it assumes beyond that.
+# Maps each page to the fixture that it starts from, and to what it assumes beyond that.
 PREPARED: dict[str, tuple[str, Callable[[Shell], None]]] = {
     "README.md": ("pictures", for_readme),
     "CONTRIBUTING.md": ("", nothing),
@@ -363,7 +363,7 @@ def extras() -> set[str]:
 
 @pytest.mark.parametrize("page", COMMANDS)
 def test_what_commands_name_exists(page):
-    """Targets of make, extras of pip, files of pytest and pip, and the flags of the client."""
+    """Checks targets of make, extras of pip, files of pytest and pip, and flags of the client."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for command in [c for block in COMMANDS[page] for c in block.commands]:
         first = command.partition("&&")[0]

@@ -20,14 +20,14 @@ from efficientnet_ns.serving import export, tflite
 from efficientnet_ns.serving.signatures import OutputSpec
 
 CLASSES, SIZE = 4, 32
-# Model name → changes of its coefficients.
+# Maps model names to changes of their coefficients.
 VARIANTS = {
     "efficientnet-test": {},
     "efficientnet-b0": {"width_coefficient": 0.25, "depth_coefficient": 0.3},
     "efficientnet-lite0": {"width_coefficient": 0.25, "depth_coefficient": 0.3},
 }
-# Largest difference of a probability from the float32 model. bfloat16 keeps 8 bits of every value,
-# and folded batch norm is rounded once more; predictions of different images are 0.3 apart.
+# Largest allowed difference from the float32 model's probabilities. bfloat16 keeps 8 bits of
+# every value, and folded batch norm is rounded again; image predictions are 0.3 apart.
 PRECISIONS = {"float32": 1e-5, "mixed_bfloat16": 0.2}
 EXACT = 1e-5
 
@@ -65,7 +65,7 @@ def pixels(images) -> np.ndarray:
 
 
 def randomize(model: tf.keras.Model, pixels: np.ndarray) -> None:
-    """Random weights and statistics under which the images get different, unsure predictions."""
+    """Sets random weights and statistics that give the images different, uncertain predictions."""
     rng = np.random.default_rng(1)
     for variable in model.weights:
         if "variance" in variable.name:

@@ -1,4 +1,4 @@
-"""Every preset under flags/ parses, describes a buildable model and the published run, and says what it is."""
+"""The presets under flags/ parse, build their models, match the published runs and have headers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ ROOT = Path(__file__).parent.parent
 PRESETS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("flags/**/*.flags"))
 RUNS = [name for name in PRESETS if name.startswith("flags/run/")]
 MODELS = [name.split("-")[1] for name in RECIPES]
-# Of the paper, which has no Lite.
+# The paper's sizes; it has no Lite models.
 SIZES = [name.split("-")[1] for name, recipe in RECIPES.items() if recipe.top1]
-# Building the graphs of the others takes longer than it is worth every time.
+# Building the other graphs is too slow for every test run.
 QUICK = {"efficientnet-b0"}
 
 
 def entry_of(preset: str) -> str:
-    """The program a preset is for; parts of presets are for main."""
+    """Returns the program that a preset is for; partial presets are for main."""
     command = re.search(r"^# Command: python -m efficientnet_ns\.(\w+)", text_of(preset), re.M)
     return command[1] if command else "main"
 
@@ -41,13 +41,13 @@ def text_of(preset: str) -> str:
 
 @pytest.fixture
 def parse(entry_flags):
-    """Preset → the flags of its entry."""
+    """Maps a preset to the flags of its program."""
     return lambda preset, *more: entry_flags(entry_of(preset), [f"--flagfile={preset}", *more])
 
 
 @pytest.fixture
 def settings(parse):
-    """Preset of a training or prediction → its configuration."""
+    """Maps a preset for training or prediction to its configuration."""
     return lambda preset, *more: config.from_flags(Config, parse(preset, *more))
 
 
@@ -59,7 +59,7 @@ def test_preset_parses(preset, parse):
     lines = text_of(preset).splitlines()
     assert lines[0].startswith("# ")
     for line in lines:
-        # A comment after a value would silently become part of it, an indented one an argument.
+        # A comment after a value would silently become part of it; an indented one, an argument.
         assert "#" not in line[1:] and line == line.strip()
     values = parse(preset)
     if entry_of(preset) in ("main", "noisy_student", "study"):
@@ -81,7 +81,7 @@ def test_header_says_what_how_and_what_to_expect(preset, entry_flags):
 
 
 def model_of(preset: str) -> str:
-    """The name of the model, without parsing."""
+    """Returns the model name without parsing flags."""
     for line in reversed(text_of(preset).splitlines()):
         if line.startswith("--model_name="):
             return line.split("=")[1]
@@ -107,7 +107,7 @@ def output_shape(resolved: ResolvedConfig) -> tuple:
 @pytest.mark.parametrize("preset", with_a_model())
 def test_model_of_preset_is_built(preset, settings):
     chosen = settings(preset)
-    # What does not shape the model is left out, so that presets of one model share it.
+    # Omits what does not shape the model, so that presets of one model share it.
     shaping = Config(model=chosen.model).override(task_name=chosen.data.task_name)
     resolved = ResolvedConfig.from_config(shaping)
     assert output_shape(resolved) == (None, resolved.num_classes)
@@ -173,7 +173,7 @@ def test_stated_accuracies_are_those_of_the_papers():
 
 
 def test_page_lists_every_run_with_its_accuracy():
-    """A run of one size is a cell of the table by size, any other one is named."""
+    """A run of one size is a cell of the table by size; all other runs are named."""
     page = (ROOT / "docs/presets.md").read_text()
     rows = {
         row[0]: row[1:4] for row in re.findall(r"^\| (\w\d) " + 3 * r"\| ([\d.]+).*? ", page, re.M)

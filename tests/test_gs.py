@@ -1,7 +1,7 @@
 """The whole loop with all inputs and outputs on an object store, counted in requests and bytes.
 
-Both are exact, so that a change that reads twice, or asks per file, fails. Left out of the counts are
-heartbeats, which come with time, and TensorBoard's file, which a thread uploads.
+Both counts are exact, so a change that reads twice or requests each file separately fails. They
+exclude heartbeats, which depend on time, and TensorBoard's file, which a thread uploads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNCOUNTED = (".lease-", "events.out")
 
 
 class Run:
-    """What the stages asked for: stage → requests, without those that vary."""
+    """The requests of each stage, without those that vary."""
 
     def __init__(self, store, bucket: str):
         self.store, self.bucket, self.requests = store, bucket, {}
@@ -49,7 +49,7 @@ class Run:
         return Counter(request.kind for request in self.requests[name])
 
     def read(self, name: str, ending: str) -> int:
-        """Bytes that a stage read of files with such names."""
+        """Returns the bytes that a stage read from files with this ending."""
         return sum(r.down for r in self.requests[name] if r.code < 300 and r.name.endswith(ending))
 
     def size(self, *prefixes: str, ending: str = "") -> int:
@@ -85,7 +85,7 @@ def prediction(root: str, **values) -> Config:
 
 
 class Unsure:
-    """A teacher for which all classes are as likely."""
+    """A teacher for which all classes are equally likely."""
 
     name, batch_size, concurrency, group = "unsure", 8, 1, 8
 
@@ -101,7 +101,7 @@ def run(store, shared_students) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in store.environment().items():
             patch.setenv(name, value)
-        # A look at every question, else their number depends on the time.
+        # Look every time; otherwise, the number of looks depends on timing.
         patch.setattr(predict, "_LOOK_SECONDS", -1)
         patch.setattr(predict, "_LOOK_TIMES", -1)
         store.create("loop")
@@ -154,7 +154,7 @@ def test_every_record_is_there(run):
     assert sum(tfrecords.count_all([f"gs://loop/selected/data/train-0-00000-of-0000{SHARDS}"])) > 0
 
 
-# Stage → requests, and uploads among them. More of either is more time and money at any size.
+# Maps stages to requests and the uploads among them. More of either costs time and money.
 REQUESTS = {
     "labeled": (131, 11),
     "unlabeled": (75, 5),
@@ -203,7 +203,7 @@ def test_unlabeled_records_are_read_once_by_each_stage(run):
 
 @pytest.mark.parametrize("stage", ["predict one shard", "predict one shard again"])
 def test_one_shard_of_many_is_no_listing_of_all(run, stage):
-    """Else the listings of all shards, each by itself, grow as the square of their number."""
+    """Otherwise, if every shard listed all shards, the cost would grow quadratically."""
     listed = [r.name for r in run.requests[stage] if r.kind == "list"]
     assert [name for name in listed if name.startswith(("unlabeled/", "one/"))] == []
     name = f"one/train-info-00001-of-0000{SHARDS}-00000"
@@ -227,7 +227,7 @@ def test_the_graph_is_uploaded_last(run):
 
 @pytest.mark.slow
 def test_a_restore_reads_a_large_checkpoint_once(store, bucket):
-    """Of 80 MB, ten of TensorFlow's blocks, in another order than they are stored."""
+    """Its 80 MB span ten of TensorFlow's blocks and are restored in another order than stored."""
     names = [f"model/{'abcdefghij'[7 * i % 10]}{i}" for i in range(40)]
     values = {name: np.full([1 << 19], i, np.float32) for i, name in enumerate(names)}
     prefix = f"gs://{bucket}/model.ckpt-1"

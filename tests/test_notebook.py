@@ -1,4 +1,4 @@
-"""The notebook: a clean file, whose programs and flags exist; run as a whole on small .mat files."""
+"""The notebook: a clean file whose programs and flags exist; run as a whole on small .mat files."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def code_cells(notebook: nbformat.NotebookNode) -> dict[str, nbformat.NotebookNo
 def programs(
     notebook: nbformat.NotebookNode, hardware: str = "cpu"
 ) -> tuple[dict[str, object], list[tuple[str, list[str]]]]:
-    """The notebook's constants, and (module, flags) of each program it starts, in order.
+    """Returns the notebook's constants, and (module, flags) of each program it starts, in order.
 
-    Of the cells only the constants and the statements that start a program are run.
+    Runs only the constants and the statements that start a program.
     """
     found: list[tuple[str, list[str]]] = []
     names: dict = {"entry": lambda module, *flags: found.append((module, [*flags]))}
@@ -211,7 +211,7 @@ def test_notebook_runs_on_small_data(tmp_path, notebook):
         last = [row for row in map(json.loads, lines) if "eval/top1" in row][-1]
         sets = json.loads((tmp_path / name / "eval" / "eval.json").read_text())["sets"]
         assert {key: sets[key]["examples"] for key in sets} == {"dev": 40, "test": 60}
-        # Measured by the training, and by another process from its checkpoint.
+        # Measured during training, and by another process from the checkpoint.
         assert last["step"] == last_step and last["eval/top1"] == sets["dev"]["top1"]
         assert f"| {name} | {sets['dev']['top1']:.2%} | {sets['test']['top1']:.2%} |" in table
 

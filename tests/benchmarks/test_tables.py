@@ -1,4 +1,4 @@
-"""Figures of a process, whatever started it."""
+"""Figures of a process, regardless of what started it."""
 
 from __future__ import annotations
 

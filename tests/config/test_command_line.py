@@ -1,4 +1,4 @@
-"""What every program does: one-line errors, exit codes, help, and output that nobody reads."""
+"""Behavior of every program: one-line errors, exit codes, help, and output that is not read."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def start(program: str, *arguments: str, **streams) -> subprocess.Popen:
 
 
 def test_unknown_flags_are_wrong_usage():
-    """Also in programs that take other words."""
+    """Programs with positional arguments are no exception."""
     programs = ("main", "predict_image", "label_beam", "serving.client")
     running = {program: start(program, "--no_such_flag=1") for program in programs}
     for program, process in running.items():
@@ -54,7 +54,7 @@ def test_unknown_flags_are_wrong_usage():
 
 @pytest.mark.parametrize("arguments", [["--help"], []])
 def test_nobody_reads_the_output(arguments):
-    """As of `| head`, which has gone by then."""
+    """As with `| head`, which has already exited."""
     reader, writer = os.pipe()
     os.close(reader)
     process = start("list_models", *arguments, stdout=writer)
@@ -109,7 +109,7 @@ def test_full_help_has_a_heading_for_each_section():
 
 
 def test_help_does_not_load_tensorflow():
-    """Of one program: that none imports it is read off the sources by test_architecture."""
+    """Checks one program; test_architecture checks the imports of all programs in their sources."""
     answer = run("-X", "importtime", "-m", "efficientnet_ns.evaluate_robustness", "--helpshort")
     modules = {line.split("|")[-1].strip() for line in answer.stderr.splitlines()}
     assert {"absl", "efficientnet_ns.config"} <= modules
@@ -123,7 +123,7 @@ def test_help_does_not_load_tensorflow():
 def test_help_shows_every_flag(program, entry_flags):
     values = entry_flags(program, [])
     full = flag_help.full(values, sys.argv[0], "What it does.")
-    own = set(values) - set(flags.FlagValues()) - {"input_dir"}  # An earlier name.
+    own = set(values) - set(flags.FlagValues()) - {"input_dir"}  # A former name.
     assert own and all(f"--{name}=<" in full or f"--[no]{name} " in full for name in own)
     assert "--input_dir" not in full
     names = program_table.PROGRAMS[program]

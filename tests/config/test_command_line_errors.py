@@ -1,4 +1,4 @@
-"""What every program does with its command line and with errors that the user can fix."""
+"""How every program handles its command line and errors that the user can fix."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_flag_file_may_begin_with_a_byte_order_mark(first, tmp_path):
 
 
 def test_flag_files_are_read_where_they_stand(tmp_path, monkeypatch):
-    """Later flags override; a file that names itself is read once; presets need no repository."""
+    """Later flags override, self-inclusions are read once, and presets need no repository."""
     monkeypatch.chdir(tmp_path)
     preset = tmp_path / "installed" / "flags" / "part.flags"
     preset.parent.mkdir(parents=True)

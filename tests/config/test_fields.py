@@ -1,4 +1,4 @@
-"""Flags: one per field, the original's names and defaults, wrong values answered at once."""
+"""Flags: one per field, the original's names and defaults, and early errors for invalid values."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SECTIONS = {
     "hardware": HardwareConfig,
     "legacy": LegacyConfig,
 }
-# Program → the dataclasses whose fields are its flags.
+# Maps each program to the dataclasses whose fields are its flags.
 ENTRIES = {
     "main": [ModeConfig, Config],
     "noisy_student": [PicturesConfig, Config, LoopConfig],
@@ -90,8 +90,8 @@ ALL = list(
     )
 )
 
-# Program here → the programs of google-research/noisystudent (commit aac52bf) whose flags it takes,
-# with their names, types and defaults; its predict_label.py is `main --mode=predict` here.
+# Maps each program to the programs of google-research/noisystudent (commit aac52bf) whose flags it
+# takes, with their names, types and defaults. Here, predict_label.py is `main --mode=predict`.
 ORIGINAL = {
     "main": ["main.py", "predict_label.py"],
     "filter_unlabel": ["filter_unlabel.py"],
@@ -101,7 +101,7 @@ KINDS = {"string": "str", "integer": "int", "float": "float", "bool": "bool"}
 
 
 def flatten(cls: type) -> list[tuple[type, dataclasses.Field]]:
-    """(dataclass, field) of every setting."""
+    """Returns (dataclass, field) for every setting."""
     classes = SECTIONS.values() if cls is Config else [cls]
     return [(owner, field) for owner in classes for field in dataclasses.fields(owner)]
 
@@ -114,7 +114,7 @@ def kind_of(cls: type, name: str) -> type:
 
 @pytest.fixture
 def flags_of(entry_flags):
-    """Program → its flags by name."""
+    """Maps a program to its flags by name."""
 
     def found(entry: str) -> dict[str, flags.Flag]:
         values = entry_flags(entry, [])
@@ -158,7 +158,7 @@ def test_studies_are_listed_in_help():
 
 @pytest.mark.parametrize("argument, shard", [([], None), (["--shard_id=0"], 0)])
 def test_not_given_is_none(argument, shard):
-    """Though --help shows a default, which may be given as well."""
+    """The value is None although --help shows a default, which may also be given explicitly."""
     assert parse(SelectConfig, *argument).shard_id == shard
     assert Config().identity()["num_label_classes"] == 1000
 
@@ -195,7 +195,7 @@ def test_the_originals_names_types_and_defaults(entry, flags_of, goldens):
 
 
 def test_values_of_the_original_are_accepted():
-    """Its texts have no list of choices; these are those that its code accepts."""
+    """The original's help texts list no choices. Its code accepts these values."""
     for argument in (
         "--augment_name=v1",
         "--unl_aug=default",
@@ -386,7 +386,7 @@ def test_home_folders_are_expanded_in_paths_of_any_name(cls, name, monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere/me")
     values = config.as_dict if cls is not Config else Config.identity
     assert values(parse(cls, f"--{name}=~/a"))[name] == "/somewhere/me/a"
-    # Not of a word that stands for a place.
+    # Keywords that stand for a location are not expanded.
     assert values(parse(cls, f"--{name}=published"))[name] == "published"
 
 
@@ -420,7 +420,7 @@ def test_paths_compare_without_the_slash_at_their_end():
 
 @pytest.mark.parametrize("nothing", ["none", ""])
 def test_a_preset_can_be_taken_back(nothing):
-    """And the training is the same as one that never had it."""
+    """Training is then the same as without the preset's value."""
     preset = f"--flagfile={ROOT}/flags/model/b2.flags"
     assert parse(Config, preset).data.augment_name == "randaugment"
     plain = parse(Config, preset, f"--augment_name={nothing}")
@@ -455,7 +455,7 @@ def test_override_of_an_unknown_name():
 
 
 def test_identity():
-    """Of the sections that make the weights, all but what may change between runs; JSON-able."""
+    """Covers sections that determine the weights, except what may change between runs, as JSON."""
     identity = Config().identity()
     free = {
         "data_source",
@@ -524,11 +524,11 @@ def test_wrong_shard_list(text, named):
     assert named in str(e.value).split(f"--shard_id={text}", 1)[1]
 
 
-# No setting without effect.
+# Every setting has an effect.
 
 
 def names_read(source: str) -> set[str]:
-    """Attributes that are read, and texts in functions that read attributes by name."""
+    """Returns attributes that are read, and strings in functions that call `getattr`."""
     found = set()
     tree = ast.parse(source)
     for node in ast.walk(tree):
@@ -560,10 +560,10 @@ def test_every_setting_is_read_somewhere():
     package = ROOT / "efficientnet_ns"
     sources = [p for p in package.rglob("*.py") if p != package / "config.py"]
     read = set().union(*(names_read(path.read_text()) for path in sources))
-    # Those for old command lines have no effect, as their help states.
+    # Legacy flags have no effect, as their help states.
     settings = {f.name for cls in ALL if cls is not LegacyConfig for _, f in flatten(cls)}
     assert len(settings) > 60
-    # Only one value, or no effect: accepted for old scripts, as their help says.
+    # Accepted for old scripts: they allow one value or have no effect, as their help states.
     assert settings - read == {"data_type", "eval_imagenet_p"}
 
 
@@ -572,7 +572,7 @@ def test_shards_named_twice_count_once():
 
 
 def test_paths_become_strings(tmp_path):
-    """Every dataclass of settings takes `pathlib.Path` for a path."""
+    """Every dataclass of settings accepts `pathlib.Path` for a path."""
     classes = [
         ModelConfig,
         DataConfig,

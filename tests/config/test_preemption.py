@@ -1,4 +1,4 @@
-"""Signals: the first asks, a later one ends; programs answer with their exit code."""
+"""Signals: the first requests a stop, a later one ends the program, and exit codes tell why."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def signals_are_not_ignored():
-    """As `nohup` would make them, here and in the programs that are started."""
+    """Undoes `nohup` in this process and in the programs that it starts."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
 
 def send(number: int) -> None:
-    """A signal to this process, handled when this returns."""
+    """Sends a signal to this process and waits until it is handled."""
     os.kill(os.getpid(), number)
     threading.Event().wait(0.01)
 
@@ -90,7 +90,7 @@ def test_other_threads_cannot_take_signals():
 
 
 def program(body: str) -> subprocess.Popen:
-    """A program whose `main` is `body` (indented by 4), which prints `ready` at first."""
+    """Starts a program whose `main` is `body` (indented by 4), which must first print `ready`."""
     code = f"""
 import os, signal, sys, time
 from efficientnet_ns import config
@@ -127,7 +127,7 @@ def test_programs_end_with_their_code(number):
 
 
 def in_child(work) -> tuple[int, int]:
-    """(process id of a forked child that runs `work`, where to read that it called `ready`)."""
+    """Forks a child that runs `work`; returns its process ID and a pipe that signals `ready`."""
     ready, says_ready = os.pipe()
     child = os.fork()
     if child == 0:
@@ -162,7 +162,7 @@ def test_a_later_signal_ends_work_that_never_looks(monkeypatch):
 def test_signals_in_quick_succession_are_one_request(second):
     with StopRequest() as stop:
         send(signal.SIGTERM)
-        send(second)  # Not the same moment, so that both reach the handler.
+        send(second)  # Sent separately so that both reach the handler.
         assert stop.requested
         with pytest.raises(Preempted), stop.immediate():
             pytest.fail("a request from before is heeded at the door")
@@ -170,7 +170,7 @@ def test_signals_in_quick_succession_are_one_request(second):
 
 
 def test_a_signal_inside_native_code_is_heeded_after_it():
-    """The main thread is inside a C function, as in a host loop of the device."""
+    """The main thread is inside a C function, as in a host loop on a device."""
     with StopRequest() as stop:
         threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM)).start()
         while not stop.requested:
@@ -208,7 +208,7 @@ with preemption.StopRequest() as stop:
     [("anywhere", 30, preemption.EXIT_CODE, ""), ("loop", 2, 0, "saved\n")],
 )
 def test_a_main_thread_that_is_held_up(where, seconds, code, printed):
-    """TensorFlow may ask an overloaded store for minutes; a host loop may take as long, and goes on."""
+    """A main thread stuck in a store request is ended; an equally long host loop continues."""
     done = subprocess.run(
         [sys.executable, "-c", HELD_UP, where, str(seconds)],
         cwd=ROOT,

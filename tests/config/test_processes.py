@@ -46,7 +46,7 @@ def test_a_request_to_stop_ends_the_jobs_of_other_processes(tmp_path):
     try:
         workers = [int(process.stdout.readline()) for _ in range(2)]
         process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=60)  # Of a job that sleeps for much longer.
+        _, error = process.communicate(timeout=60)  # The job sleeps for much longer.
     finally:
         process.kill()
     assert process.returncode == preemption.EXIT_CODE, error

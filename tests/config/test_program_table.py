@@ -1,4 +1,4 @@
-"""The list of programs, and the flags that `--help` begins with."""
+"""The list of programs, and the flags that `--help` shows first."""
 
 from __future__ import annotations
 

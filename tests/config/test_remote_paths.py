@@ -1,4 +1,4 @@
-"""Paths on object stores are looked at before a program works, and its uploads leave nothing."""
+"""Object-store paths are checked before a program starts work; its uploads leave nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RandAugment: every op against the original's output, the level table, the draws."""
+"""RandAugment: every op against the original's output, the level table, and the random draws."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def load(name):
 
 
 def parse_call(call):
-    """`Op(1,name=2.5)` -> ("Op", [1, 2.5])."""
+    """Parses `Op(1,name=2.5)` into ("Op", [1, 2.5])."""
     name, args = re.fullmatch(r"(\w+)\((.*)\)", call).groups()
     return name, [json.loads(arg.split("=")[-1]) for arg in args.split(",") if arg]
 
 
 def single_op_cases():
-    """(op, args, image, expected) for every stored call of a single op."""
+    """Returns (op, args, image, expected) for every stored call of a single op."""
     cases = []
     for file in ("ops_noise_64x48.npz", "edge_cases.npz"):
         arrays = load(file)
@@ -47,7 +47,7 @@ CASES = single_op_cases()
 
 
 def pipeline_cases():
-    """(op, fields, expected) for every stored layer; fields are M, cutout_const, sign and so on."""
+    """Returns (op, fields, expected) for every stored layer; fields are M, cutout_const, etc."""
     cases = []
     for key, expected in load("pipeline_synth_96x96.npz").items():
         if key != "input":
@@ -144,7 +144,7 @@ def test_degenerate_images_keep_their_shape(shape):
 
 
 def projected(image, coefficients):
-    """The image [H, W, 3] under the first six coefficients of a projective transform."""
+    """Applies the first six coefficients of a projective transform to an image [H, W, 3]."""
     return tf.raw_ops.ImageProjectiveTransformV3(
         images=tf.convert_to_tensor(image)[tf.newaxis],
         transforms=tf.stack([*coefficients, 0.0, 0.0])[tf.newaxis],
@@ -156,13 +156,13 @@ def projected(image, coefficients):
 
 
 def rotation(degrees, height, width):
-    """Six coefficients; that they are TensorFlow Addons' has a test of its own."""
+    """Returns six coefficients; a separate test compares them with TensorFlow Addons'."""
     radians = tf.constant(degrees) * (np.pi / 180)
     return tf.unstack(augment._rotation(radians, float(height), float(width))[0])[:6]
 
 
 def test_rotation_is_that_of_tensorflow_addons(rng):
-    """Bit for bit, also as it is rounded in a graph."""
+    """Both agree bit for bit, including the rounding in a graph."""
     image = pytest.importorskip("tensorflow_addons").image
     addons = image.transform_ops.angles_to_projective_transforms
     radians = rng.uniform(-4, 4, 200).astype(np.float32)
@@ -191,21 +191,21 @@ SHAPES = [(1, 1), (1, 9), (8, 1), (33, 20), (20, 33)]
 
 
 def in_both_shapes(function, image):
-    """Results with the size known to the graph, and not."""
+    """Yields the result with a known size, and in a graph with an unknown size."""
     yield function(image).numpy()
     yield tf.function(function, input_signature=[UNKNOWN_SIZE])(image).numpy()
 
 
 @functools.cache
 def compiled(op):
-    """An op in a graph that knows neither the size nor the level."""
+    """Compiles an op into a graph that knows neither the size nor the level."""
     return tf.function(augment.OPS[op], input_signature=[UNKNOWN_SIZE, tf.TensorSpec([])])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_warps_equal_projective_transform(shape):
     image = noise(*shape)
-    # 0.5 and 1 put sources exactly between pixels.
+    # At levels 0.5 and 1, sources fall exactly between pixels.
     for level in (-0.81, -0.5, 0.0, 0.09, 1.0):
         for op, coefficients in (
             ("ShearX", (1.0, level, 0.0, 0.0, 1.0, 0.0)),
@@ -238,7 +238,7 @@ def test_warps_of_the_usual_size_equal_projective_transform():
 
 
 def pil_equalize(channel):
-    """The loop of Pillow's ImageOps.equalize."""
+    """Equalizes with the loop of Pillow's ImageOps.equalize."""
     histogram = np.bincount(channel.ravel(), minlength=256)
     occupied = histogram[histogram > 0]
     step = (occupied.sum() - occupied[-1]) // 255
@@ -251,12 +251,12 @@ def pil_equalize(channel):
     return np.array(table, np.uint8)[channel]
 
 
-# The last ones look up pairs of values.
+# The last shapes take the path that looks up pairs of values.
 @pytest.mark.parametrize("shape", [*SHAPES, (200, 131), (128, 128), (129, 130)])
 def test_equalize_and_auto_contrast_follow_their_definition(shape):
     flat = np.full((*shape, 3), 7, np.uint8)
     narrow = noise(*shape).numpy() // [4, 16, 1]
-    # Each channel of another distribution, to tell channels apart.
+    # Each channel has a different distribution, so that mixed-up channels are detected.
     for image in (noise(*shape).numpy(), narrow.astype(np.uint8), flat):
         expected = np.stack([pil_equalize(image[..., c]) for c in range(3)], axis=-1)
         for result in in_both_shapes(augment.OPS["Equalize"], tf.constant(image)):
@@ -294,8 +294,8 @@ def test_blends_follow_their_definition_for_all_pairs_of_value_and_gray():
         degenerate, image = np.float32(degenerate), np.float32(image)
         return np.clip(degenerate + np.float32(factor) * (image - degenerate), 0, 255)
 
-    # One channel and the other two take all pairs of values. So each value of a channel meets every
-    # gray level that colors with it have: a step of the others changes gray by less than one.
+    # One channel and the other two take all pairs of values, so each value of a channel meets every
+    # gray level possible with it: a step of the others changes gray by less than one.
     value, others = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
     channels = [[value if c == one else others for c in range(3)] for one in range(3)]
     image = np.concatenate([np.stack(planes, axis=-1) for planes in channels])
@@ -353,7 +353,7 @@ def test_layer_at_level_equals_original(name, synth):
 @pytest.mark.parametrize("name", sorted(set(randaugment.RANDAUGMENT_OPS) - {"Cutout"}))
 def test_rand_augment_applies_the_op_at_its_level(name, synth, monkeypatch):
     monkeypatch.setattr(randaugment, "RANDAUGMENT_OPS", (name,))
-    # At this level Translate moves the whole image out, with either sign.
+    # At this level, Translate moves the whole image out of the frame with either sign.
     expected = {case[2].tobytes() for case in pipeline_cases() if case[0] == name}
     run = tf.function(
         lambda seed: randaugment.rand_augment(synth, seed, num_layers=1, magnitude=27)
@@ -394,7 +394,7 @@ def test_each_layer_runs_exactly_one_op_drawn_uniformly(use_cutout, monkeypatch)
     expected_ops = randaugment.RANDAUGMENT_OPS[: 16 if use_cutout else 15]
     assert set(calls) == set(expected_ops)
     assert sum(map(len, calls.values())) == runs * layers
-    # Each layer draws for itself: op and sign agree with those of the layer before by chance only.
+    # Layers draw independently: op and sign match those of the previous layer only by chance.
     pairs = [pair for i, pair in enumerate(zip(sequence, sequence[1:])) if (i + 1) % layers]
     assert sum(before[0] == after[0] for before, after in pairs) < len(pairs) / 8
     signs = [(b[1], a[1]) for b, a in pairs if {b[0], a[0]} <= levels.SIGNED_OPS]
@@ -534,7 +534,7 @@ def test_cutout_grays_a_random_square():
         square[top:bottom, left:right] = 128
         np.testing.assert_array_equal(result, square)
     tops, lefts, bottoms, rights = np.array(boxes).T
-    # Of 32 equally likely centers, 0..8 start at the border, and 24..31 end at it.
+    # Of 32 equally likely centers, 0..8 give squares at the first border, 24..31 at the last.
     for first, last in ((tops, bottoms), (lefts, rights)):
         assert abs(np.mean(first == 0) - 9 / 32) < 0.1
         assert abs(np.mean(last == 32) - 8 / 32) < 0.1

@@ -1,4 +1,4 @@
-"""AutoAugment: the published tables, which op runs how often, with which arguments."""
+"""AutoAugment: the published tables, and how often and with which arguments each op runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_policies(policy, first, last, ops):
 
 
 def expected_argument(name, level, translate_const):
-    """Level → argument as the papers' code defines it, in plain arithmetic."""
+    """Computes an argument from a level as the papers' code does, in plain arithmetic."""
     fraction = level / 10
     return {
         "Rotate": 30 * fraction,
@@ -72,7 +72,7 @@ def expected_argument(name, level, translate_const):
 
 @pytest.mark.parametrize("policy", autoaugment.POLICIES)
 def test_each_op_runs_with_its_probability_and_argument(policy, monkeypatch):
-    """Every sub-policy alone, in place of the image: a trace of what ran."""
+    """Each sub-policy runs alone, with ops that record calls instead of changing the image."""
     calls = []
 
     def recording(name):
@@ -117,7 +117,7 @@ def test_each_op_runs_with_its_probability_and_argument(policy, monkeypatch):
 
 
 def test_sub_policies_are_drawn_uniformly(image, monkeypatch):
-    # Each inverts from another threshold, which the smallest changed pixel tells.
+    # Each sub-policy solarizes above a different threshold, so the result identifies it.
     subs = tuple(((("Solarize", 1.0, level)), ("Invert", 0.0, 0)) for level in range(1, 10))
     monkeypatch.setitem(autoaugment.POLICIES, "marked", subs)
     outcomes = {
@@ -210,7 +210,7 @@ def test_preprocessing_applies_and_describes_it(monkeypatch):
     ],
 )
 def test_policy_is_given_as_the_log_prints_it(policy):
-    """With or without its list of operations, for labeled and unlabeled images."""
+    """The list of operations is optional; the text works for labeled and unlabeled images."""
     for text in (str(policy), policy.describe(**policy.constants(224, False))):
         config = Config().override(augment_name=text, unl_aug=text, randaug_mag=1)
         resolved = ResolvedConfig.from_config(config)

@@ -1,4 +1,4 @@
-"""Every kind of image file against Pillow, pixel by pixel: decoded, and as a record stores it."""
+"""Every kind of image file compared with Pillow, pixel by pixel: decoded, and stored in records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from efficientnet_ns.data import image_conversion, image_headers, images
 
-# What TensorFlow reads wrongly or not at all, of the formats it takes; converted in records.
+# Files of supported formats that TensorFlow misreads or rejects; records store them converted.
 NOT_BY_TENSORFLOW = {
     "BMP palette 1 bit",
     "BMP palette 4 bit",
@@ -45,7 +45,7 @@ NOT_BY_TENSORFLOW = {
     "GIF frame beyond its screen",
     "GIF animated, transparent",
 }
-# Refused → a part of the reason.
+# Maps each rejected file to a part of the reason.
 UNUSABLE = {
     "BMP 32 bit, masks BGR": "does not read BMPs with this palette, compression or color order",
     "BMP with a JPEG inside": "Unsupported BMP pixel depth",
@@ -65,7 +65,7 @@ UNUSABLE = {
 }
 LOSSY = {name for name in image_files.FILES if name.startswith(("JPEG", "AVIF", "HEIC"))}
 LOSSY |= {"WebP lossy", "WebP lossy, alpha", "WebP animated, lossy"}
-# Two decoders of JPEG, or one more encoding with quality 95.
+# Allows for two JPEG decoders, or one more encoding at quality 95.
 LARGEST, MEAN = 8, 2.0
 
 
@@ -75,12 +75,12 @@ def decoded_by_tensorflow(name: str) -> bool:
 
 
 def by_pillow(name: str, content: bytes) -> np.ndarray:
-    """uint8 [H, W, 3]: the first frame on white (BMP: without alpha), the high byte of samples."""
+    """Returns the first frame on white (BMP: without alpha) as uint8 [H, W, 3], high bytes only."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(content))
         image.load()
-    if name == "JPEG CMYK":  # Not Adobe's, so not inverted, which Pillow takes for granted.
+    if name == "JPEG CMYK":  # Not Adobe's, so not inverted as Pillow assumes.
         image = Image.frombytes("CMYK", image.size, (255 - np.asarray(image)).tobytes())
     if image.mode.startswith("I"):
         bits = 12 if "12 bit" in name else 16
@@ -145,7 +145,7 @@ def test_shrunk_images_keep_their_colors(name):
     whole = Image.fromarray(by_pillow(name, content))
     expected = np.asarray(whole.resize((32, 24), Image.Resampling.LANCZOS))
     difference = np.abs(decode(tf.constant(stored)).numpy().astype(int) - expected)
-    assert difference.mean() < 4  # Colors at half of the resolution; inverted, it is above 100.
+    assert difference.mean() < 4  # Chroma has half the resolution; inverted, it is above 100.
 
 
 @pytest.mark.parametrize(

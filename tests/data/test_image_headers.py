@@ -1,4 +1,4 @@
-"""Sizes that image files declare, against an independent reader; and those that lie."""
+"""Sizes declared by image files, compared with an independent reader, and false headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding, crops and resizing: the original's numbers, odd formats, odd sizes."""
+"""Decoding, crops and resizing: the original's numbers, unusual formats and sizes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SMALL = load("small_image.npz")
 
 
 def to_box(bbox):
-    """The original's begin + size form, with channels, to (y, x, h, w)."""
+    """Converts the original's begin and size, with channels, to (y, x, h, w)."""
     return bbox[[0, 1, 3, 4]]
 
 
 def sources(name):
-    """The golden image as encoded bytes and as pixels, as far as stored."""
+    """Returns the golden image as encoded bytes and as pixels, if stored."""
     found = []
     if f"jpeg_bytes|{name}" in EVAL:
         encoded = tf.constant(EVAL[f"jpeg_bytes|{name}"].tobytes())
@@ -107,7 +107,7 @@ def test_decode_equals_original():
 def test_whole_image_is_resized_without_cropping():
     encoded = tf.io.encode_png(noise(48, 48))
     np.testing.assert_array_equal(images.whole_image(encoded, 48), noise(48, 48))
-    # Every second pixel, as TF1's resize takes them when it halves.
+    # TF1's resize takes every second pixel when it halves the size.
     np.testing.assert_allclose(images.whole_image(encoded, 24), noise(48, 48)[::2, ::2], atol=1e-3)
     assert images.whole_image(noise(30, 50), 24).shape == (24, 24, 3)
 
@@ -148,7 +148,7 @@ def test_to_uint8_clips_and_truncates():
 
 
 def photograph(height: int, width: int) -> bytes:
-    """A JPEG with waves of several lengths, none of which 1/8 of the size cannot show."""
+    """Returns a JPEG with waves of several lengths, all of which survive at 1/8 of the size."""
     y, x = np.mgrid[:height, :width] / 64
     waves = np.stack([np.sin(x + y), np.cos(x - 2 * y), np.sin(y) * np.cos(x)], -1)
     return tf.io.encode_jpeg((waves * 100 + 128).astype(np.uint8), quality=95).numpy()
@@ -161,7 +161,7 @@ def photograph(height: int, width: int) -> bytes:
         (100, 1.0, (100, 150)),  # Exactly 8 times.
         (101, 1.0, (200, 300)),
         (200, 1.0, (200, 300)),
-        (224, None, (400, 600)),  # The crop has 700 pixels: a third would do, a quarter not.
+        (224, None, (400, 600)),  # The crop has 700 pixels: 1/3 suffices, 1/4 does not.
         (448, 0.875, (800, 1200)),
     ],
 )
@@ -171,7 +171,7 @@ def test_large_photographs_are_decoded_no_larger_than_needed(size, fraction, sha
     assert reduced.shape == (*shape, 3)
     exact = images.eval_image(images.decode(encoded), size, fraction).numpy()
     fast = images.eval_image(reduced, size, fraction).numpy()
-    # Not half-pixel centers: a pixel of the small image is in another place by up to half a pixel of it.
+    # Without half-pixel centers, pixels of the small image are displaced by up to half a pixel.
     assert np.abs(fast - exact).mean() < 6
     assert np.corrcoef(fast.ravel(), exact.ravel())[0, 1] > 0.99
 
@@ -205,7 +205,7 @@ def test_random_crop_box_stays_in_range():
     y, x, h, w = boxes.T
     assert (boxes >= 0).all() and (y + h <= 300).all() and (x + w <= 400).all()
     area, aspect = h * w / (300 * 400), w / h
-    # Rounding to whole pixels moves both a little.
+    # Rounding to whole pixels changes both slightly.
     assert area.min() > 0.099 and area.max() <= 1 and area.min() < 0.15 and area.max() > 0.8
     assert aspect.min() > 0.72 and aspect.max() < 1.37 and np.ptp(aspect) > 0.5
     assert len(np.unique(y)) > 50 and len(np.unique(x)) > 50
@@ -217,7 +217,7 @@ def test_random_crop_box_stays_in_range():
 
 
 def test_random_crop_box_falls_back_to_the_eval_crop():
-    # No box of aspect 3/4 to 4/3 in 20 x 2000 pixels covers a tenth of it.
+    # No box with an aspect ratio of 3/4 to 4/3 covers a tenth of 20 x 2000 pixels.
     expected = images.center_crop_box(20, 2000, 224)
     for seed in range(5):
         np.testing.assert_array_equal(images.random_crop_box(20, 2000, [seed, 0]), [0, 0, 20, 2000])
@@ -240,7 +240,7 @@ def test_train_image_is_the_resized_random_crop():
         run(tf.constant(EVAL["input|jpeg2"]), tf.constant([4, 0])), results[4]
     )
 
-    # A horizontal ramp tells where the crop was taken from and how wide it is.
+    # A horizontal ramp reveals the position and width of the crop.
     ramp = np.broadcast_to(np.arange(250, dtype=np.uint8)[None, :, None], (200, 250, 3))
     firsts, widths = [], []
     for seed in range(30):
@@ -327,7 +327,7 @@ def test_static_shapes():
 
 
 def formats():
-    """Name -> (bytes, expected pixels)."""
+    """Maps format names to (bytes, expected pixels)."""
     rgb = noise(14, 18)
     gray = rgb[..., 0]
     gray_as_rgb = np.repeat(gray[..., None], 3, axis=-1)
@@ -417,7 +417,7 @@ def test_tiny_images(shape, encoder):
 
 
 def with_png_size(encoded, height, width):
-    """Writes another size into the header of a PNG, with a valid checksum."""
+    """Replaces the size in the header of a PNG and updates the checksum."""
     header = b"IHDR" + struct.pack(">II", width, height) + encoded[24:29]
     return encoded[:12] + header + struct.pack(">I", zlib.crc32(header)) + encoded[33:]
 

@@ -1,6 +1,6 @@
-"""Datasets: what is in a batch, in which order, from where a run continues, and what is left out.
+"""Datasets: the content and order of batches, resuming, and records that are left out.
 
-Run as a program, with a folder of records, it prints digests of a training's first batches.
+Run as a program with a folder of records, it prints digests of the first training batches.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CLEAN = pipeline.Preprocessing(SIZE, augmentation=pipeline.RandAugment(2, 27), c
 
 @functools.cache
 def pictures() -> tuple[bytes, ...]:
-    """PNGs and JPEGs of several sizes; those with an even number are SIZE pixels wide and high."""
+    """Returns PNGs and JPEGs of several sizes; even-numbered ones are SIZE pixels wide and high."""
     rng = np.random.default_rng(5)
     encoded = []
     for i in range(COUNT):
@@ -49,13 +49,13 @@ def pictures() -> tuple[bytes, ...]:
 
 
 def pseudo_probs() -> np.ndarray:
-    """Confidence of the stored labels, which are not the most probable classes."""
+    """Returns probabilities whose most probable classes are not the stored labels."""
     return np.random.default_rng(6).random((COUNT, COUNT), np.float32)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """`train`: labeled records; `pseudo`: pseudo-labeled ones of the same pictures."""
+    """`labeled`: labeled records; `pseudo`: pseudo-labeled records of the same pictures."""
     base = tmp_path_factory.mktemp("records")
     labeled = [tfexamples.labeled_example(picture, i) for i, picture in enumerate(pictures())]
     pseudo = [
@@ -93,7 +93,7 @@ def noised_stream(source, **changes) -> tf.data.Dataset:
 
 @pytest.fixture(scope="module")
 def noised(labeled) -> list[dict[str, np.ndarray]]:
-    """The first batches of a training with RandAugment; building its graph takes a while."""
+    """The first training batches with RandAugment, shared because building the graph is slow."""
     return take(noised_stream(labeled), 8)
 
 
@@ -102,7 +102,7 @@ def take(data: tf.data.Dataset, count: int) -> list[dict[str, np.ndarray]]:
 
 
 def assert_same(one: list[dict], other: list[dict]) -> None:
-    """Equal bit for bit."""
+    """Asserts that both are equal bit for bit."""
     assert len(one) == len(other) > 0
     for a, b in zip(one, other):
         assert a.keys() == b.keys()
@@ -112,7 +112,7 @@ def assert_same(one: list[dict], other: list[dict]) -> None:
 
 
 def order(source, count: int, **changes) -> list[int]:
-    """Numbers of the first records of a stream."""
+    """Returns the numbers of the first records of a stream."""
     data = labeled_batches(source, CHEAP, batch_size=1, **changes)
     return [int(batch["label"][0]) for batch in take(data, count)]
 
@@ -122,7 +122,7 @@ CHEAP = pipeline.Preprocessing(8, small_image=True, clean=True)
 
 
 def write_shard(folder: Path, payloads: list[bytes]) -> pipeline.Source:
-    """One shard, without counts.json."""
+    """Writes one shard, without counts.json."""
     folder.mkdir(exist_ok=True)
     tfrecords.write(str(folder / "train-00000-of-00001"), payloads)
     return pipeline.Source.find(str(folder), "train")
@@ -172,7 +172,7 @@ def test_stored_labels_and_probabilities_come_through_unchanged(pseudo):
 
 
 def test_images_belong_to_their_labels(labeled, pseudo):
-    """By the evaluation crop, which every record has only one of."""
+    """Compares the evaluation crop, of which every record has only one."""
     expected = np.stack([PLAIN.evaluate(tf.constant(picture)) for picture in pictures()])
     (batch,) = take(labeled_batches(labeled, CLEAN, batch_size=COUNT), 1)
     np.testing.assert_array_equal(batch["image"], expected[batch["label"]])
@@ -189,14 +189,14 @@ def test_images_for_a_teacher_are_the_clean_crop(pseudo):
     }
     stored = take(unlabeled_batches(pseudo, SMALL), 2)
     for batch, same in zip(take(data, 2), stored):
-        # The student sees the same images in both ways.
+        # The student sees the same images in both cases.
         np.testing.assert_array_equal(batch["unl_image"], same["unl_image"])
         for image, label in zip(batch["teacher_image"], same["unl_label"]):
             np.testing.assert_array_equal(image, images.eval_image(pictures()[label], 24))
 
 
 def test_weak_images_are_drawn_apart_from_the_augmented_ones(pseudo):
-    """The strong ones are those of a training with a teacher; the weak ones are cropped by themselves."""
+    """Strong images are those of training with a teacher; weak images are cropped independently."""
     weak = dataclasses.replace(NOISED, augmentation=None)
     (batch,) = take(unlabeled_batches(pseudo, NOISED, weak_preprocessing=weak), 1)
     (strong,) = take(unlabeled_batches(pseudo, NOISED), 1)
@@ -261,7 +261,7 @@ def test_teacher_on_the_fly_sees_its_own_size(folder, labeled, pseudo):
 
 
 def test_settings_of_both_streams(folder):
-    """Which augmentation each gets."""
+    """Checks the augmentation of each stream."""
     settings = {"randaug_mag": 5, "randaug_layer": 3, "randaug_mode": "clipped", "cutout_op": False}
     noise = pipeline.RandAugment(3, 5, "clipped", use_cutout=False)
     for augment_name, unl_aug, expected in (
@@ -299,7 +299,7 @@ def test_every_epoch_has_every_record_once(labeled, buffer):
 
 
 def test_order_depends_on_the_seed_alone(tmp_path, labeled):
-    """That of the records in one shard, and that of the shards."""
+    """The seed determines the order of records within a shard and the order of shards."""
     payloads = [tfexamples.labeled_example(pictures()[0], i) for i in range(COUNT)]
     for source, buffer in ((write_shard(tmp_path, payloads), COUNT), (labeled, 1)):
         orders = [order(source, COUNT, seed=seed, shuffle_buffer=buffer) for seed in (0, 1, 2, 0)]
@@ -331,7 +331,7 @@ def test_a_picture_is_noised_differently_each_time_and_by_each_stream(tmp_path):
 
 
 def test_a_noised_stream_started_later_is_the_tail_of_the_whole(labeled, noised):
-    """Across epochs: batch 4, records 20 to 24, ends the first and begins the second."""
+    """Batch 4, records 20 to 24, spans the first and the second epoch."""
     tail = take(noised_stream(labeled, start_step=4), 4)
     assert_same(tail, noised[4:])
     labels = np.concatenate([batch["label"] for batch in noised])
@@ -379,7 +379,7 @@ def test_small_images_are_shifted_by_reflection():
 
 @pytest.mark.parametrize("small", [False, True])
 def test_order_and_constants_of_the_noise(small):
-    """Those of the original: 40 and 100 pixels at any size, and SVHN's own at 32."""
+    """They are the original's: 40 and 100 pixels at any size, and SVHN's own values at 32."""
     policy = pipeline.RandAugment(3, 11, "clipped", use_cutout=False)
     preprocessing = pipeline.Preprocessing(32, small, flip=False, augmentation=policy)
     settings = {"num_layers": 3, "magnitude": 11, "mode": "clipped", "use_cutout": False}
@@ -511,7 +511,7 @@ def test_the_tail_of_a_truncated_shard_is_left_out(tmp_path):
 
 
 def spoiled(tmp_path: Path, payload: bytes) -> pipeline.Source:
-    """Two shards with good records before and after a bad one, the third of the second shard."""
+    """Writes two shards of good records, except for the third record of the second shard."""
     good = [tfexamples.labeled_example(p, i) for i, p in enumerate(pictures()[:4])]
     tfrecords.write(str(tmp_path / "train-00000-of-00002"), good)
     tfrecords.write(str(tmp_path / "train-00001-of-00002"), [*good[:2], payload, *good[2:]])
@@ -578,7 +578,7 @@ def test_damaged_record_is_named(tmp_path):
 
 
 def test_a_truncated_tail_is_not_blamed(tmp_path):
-    """It is left out, so what went wrong is elsewhere."""
+    """A truncated tail is skipped, so the error is elsewhere."""
     spoiled(tmp_path, tfexamples.labeled_example(pictures()[0], 99))
     path = tmp_path / "train-00000-of-00002"
     path.write_bytes(path.read_bytes()[:-3])

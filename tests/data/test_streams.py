@@ -1,4 +1,4 @@
-"""Streams: the same batches for any number of hosts, each of which reads its part only."""
+"""Streams: the same batches for any number of hosts, each of which reads only its part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from efficientnet_ns.files import shard_names, tfrecords
 
 SIZE = 400  # Bytes of a payload.
 BATCH = 32
-COUNT = 2048  # The payload of a record is its number, filled up.
+COUNT = 2048  # The payload of a record is its number, padded.
 BUFFER = 256
 
 
@@ -27,7 +27,7 @@ def payload(number: int) -> bytes:
 
 
 def write_set(folder: Path, counts: list[int]) -> streams.Source:
-    """Files of so many records, numbered through in the order of the files."""
+    """Writes files with these numbers of records, numbered consecutively across files."""
     folder.mkdir(exist_ok=True)
     for shard, (count, end) in enumerate(zip(counts, np.cumsum(counts))):
         path = folder / shard_names.shard_name("train", shard, len(counts))
@@ -58,7 +58,7 @@ def read(
     buffer: int = BUFFER,
     seed: int = 3,
 ) -> np.ndarray:
-    """int64 [steps, rows, 2]: index and record of a host's rows."""
+    """Returns the index and record of a host's rows as int64 [steps, rows, 2]."""
     plan, start = Plan(source, batch, seed, buffer), start_step * batch
     low, high = share.rows(batch)
 
@@ -71,7 +71,7 @@ def read(
 
 
 def places(source: streams.Source, share: Share) -> Counter[tuple[int, int]]:
-    """(file, records read of it) of the first epoch of a host, by the plan."""
+    """Returns (file, records read from it) of a host's first epoch, according to the plan."""
     plan, zero = Plan(source, BATCH, 3, BUFFER), tf.constant(0, tf.int64)
     found: Counter[tuple[int, int]] = Counter()
     for stream in range(*plan.streams(share)):
@@ -83,7 +83,7 @@ def places(source: streams.Source, share: Share) -> Counter[tuple[int, int]]:
 
 @pytest.fixture
 def opened(monkeypatch) -> Iterator[list[tuple[int, int]]]:
-    """(number of the file, records read of it) each time that a file is opened."""
+    """Records (file number, records read from it) each time a file is opened."""
     places: list[tuple[int, int]] = []
     read_place = streams.Layout._read_place
 
@@ -101,7 +101,7 @@ def opened(monkeypatch) -> Iterator[list[tuple[int, int]]]:
 
 @pytest.mark.parametrize("files", mostly_slow([1, 7, 64], [7]))
 def test_hosts_share_one_batch_and_one_reading(sets, files, opened):
-    """1, 2, 4 and 8 hosts: equal batches, each record once per epoch, 1/hosts of the bytes and files."""
+    """Hosts get equal batches, each record once per epoch, and read 1/hosts of bytes and files."""
     source, steps = sets(files), COUNT // BATCH
     whole = read(source, 0, steps)
     np.testing.assert_array_equal(whole[..., 0].ravel(), np.arange(COUNT))
@@ -114,8 +114,8 @@ def test_hosts_share_one_batch_and_one_reading(sets, files, opened):
         np.testing.assert_array_equal(own, whole[:, slice(*share.rows(BATCH))])
         planned = places(source, share)
         assert planned.total() > 0 and not planned - Counter(opened)
-        # What is read ahead of the next epoch: at most two windows of 32 records of each stream, which lie
-        # in pieces of 29 or more.
+        # Each stream reads ahead at most two windows of 32 records of the next epoch, in pieces of
+        # 29 or more.
         assert (Counter(opened) - planned).total() <= 6 * 8 // hosts
         assert sum(n * times for (_, n), times in planned.items()) <= 1.02 * COUNT / hosts
         if files == 64:
@@ -129,10 +129,10 @@ def test_hosts_share_one_batch_and_one_reading(sets, files, opened):
             [5, 0, 31, 1, 3, 60],
             12,
             6,
-        ),  # Files of unequal sizes, one of them empty; N is no multiple.
-        ([7, 4], 16, 4),  # Fewer records than a batch has rows.
+        ),  # Unequal files, one of them empty; the total is not a multiple of the batch size.
+        ([7, 4], 16, 4),  # Fewer records than rows in a batch.
         ([40] * 9, 30, 15),  # More hosts than streams.
-        ([40] * 9, 20, 4),  # Hosts whose rows are no whole number of streams.
+        ([40] * 9, 20, 4),  # Hosts whose rows are not a whole number of streams.
     ],
 )
 def test_every_epoch_has_every_record_once(tmp_path, counts, batch, hosts):
@@ -150,7 +150,7 @@ def test_every_epoch_has_every_record_once(tmp_path, counts, batch, hosts):
 
 @pytest.mark.parametrize("files", [1, 7, 64])
 def test_a_host_resumes_anywhere_by_a_window_and_a_file(sets, files, opened, rng):
-    """With the same records, having read no more than the window and the file it lies in."""
+    """It yields the same records and reads no more than the window and the file containing it."""
     source, share = sets(files), Share(1, 4, 4)
     plan = Plan(source, BATCH, 3, BUFFER)
     first, end = plan.streams(share)
@@ -158,7 +158,7 @@ def test_a_host_resumes_anywhere_by_a_window_and_a_file(sets, files, opened, rng
     for step in rng.choice(len(whole) - 2, 2, replace=False):
         opened.clear()
         np.testing.assert_array_equal(read(source, step, 2, share), whole[step : step + 2])
-        ahead = plan.window + 2 * plan.rows * 2  # The next window may have been begun.
+        ahead = plan.window + 2 * plan.rows * 2  # The next window may have started.
         limit = (end - first) * (plan.window + ahead + max(source.counts))
         assert sum(count for _, count in opened) <= limit
 
@@ -179,7 +179,7 @@ def test_a_file_with_fewer_records_than_counted_is_an_error(tmp_path):
 
 
 def test_marks_save_reading_files_from_their_start(sets, opened):
-    """Without, a run that begins inside a file reads what is before it, and nothing else changes."""
+    """Without marks, a run starting inside a file reads all before it; the result is the same."""
     source, share = sets(1), Share(1, 2, 2)
     expected = read(source, 5, 3, share)
     with_marks = sum(count for _, count in opened)
@@ -190,7 +190,7 @@ def test_marks_save_reading_files_from_their_start(sets, opened):
 
 
 def test_records_move_as_far_as_in_one_buffer(sets):
-    """Neighbors of a file part by a third of the windows, and files come in another order."""
+    """Neighbors in a file move a third of the windows apart, and the order of files changes."""
     source, steps = sets(64), COUNT // BATCH
     epochs = read(source, 0, 2 * steps)[..., 1].reshape(2, steps, BATCH)
     for buffer, windows in ((BUFFER, BUFFER / BATCH), (COUNT, steps)):
@@ -199,9 +199,9 @@ def test_records_move_as_far_as_in_one_buffer(sets):
         when[batches.ravel()] = np.repeat(np.arange(steps), BATCH)
         same_file = np.arange(COUNT - 1) % 32 != 31
         apart = np.abs(np.diff(when))[same_file]
-        longest = min(windows, 32 / 4)  # A file's records are in a stream's run, which it may end.
+        longest = min(windows, 32 / 4)  # A file stays within one stream's run and may end it.
         assert apart.mean() > longest / 5
-    # Where a file's records come, in one epoch and the next.
+    # Mean positions of each file's records in two consecutive epochs.
     middle = [
         [np.mean(np.nonzero(epoch // 32 == file)[0]) for file in range(64)] for epoch in epochs
     ]
@@ -210,10 +210,10 @@ def test_records_move_as_far_as_in_one_buffer(sets):
 
 
 def test_a_small_set_is_shuffled_whole(sets):
-    """Of one file in order: when a record comes says nothing about its place in the file."""
+    """For one sorted file, the order of records is independent of their positions in the file."""
     when = np.argsort(read(sets(1), 0, COUNT // BATCH, buffer=COUNT)[..., 1].ravel())
     assert abs(np.corrcoef(when, np.arange(COUNT))[0, 1]) < 0.1
-    batches = when.reshape(-1, BATCH) // BATCH  # By parts of the file: the batches they are in.
+    batches = when.reshape(-1, BATCH) // BATCH  # The batches of each part of the file.
     assert all(len(set(part)) > BATCH / 2 for part in batches)
 
 

@@ -1,6 +1,6 @@
-"""What a host of a training asks an object store for: at its start, in steps, and when it resumes.
+"""Object-store requests of a training host: at the start, in steps, and when it resumes.
 
-The store counts requests and bytes; `benchmark --what=scale` is held to them.
+The store counts requests and bytes, which must agree with `benchmark --what=scale`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from efficientnet_ns.files import tfrecords
 
 WINDOW = 32
 SMALL = BenchmarkConfig(what="scale", batch_size=32, files=64, records=2068, record_bytes=1000)
-# Files of several blocks, of which TensorFlow then reads 1 MB at a time.
+# Files of several blocks, which TensorFlow reads 1 MB at a time.
 LARGE = dataclasses.replace(SMALL, records=1556, record_bytes=100_000)
 FOLDERS = [str(Path(__file__).parent), str(Path(gcs.__file__).parent)]
 
 
 class Written:
-    """A set in the store, and what is expected of it."""
+    """A set in the store, and its expected requests and bytes."""
 
     def __init__(self, store: gcs.Store, bucket: str, config: BenchmarkConfig):
         self.config, self.folder = config, f"gs://{bucket}/set"
@@ -56,15 +56,15 @@ class Written:
 
 
 def planned(source: Source, config: BenchmarkConfig) -> Plan:
-    """A plan whose 8 streams have windows of `WINDOW` records."""
+    """Returns a plan whose 8 streams have windows of `WINDOW` records."""
     return Plan(source, config.batch_size, 0, 8 * WINDOW)
 
 
 def batches(plan: Plan, hosts: int, host: int, step: int, steps: int) -> Iterator[list[int]]:
-    """Numbers of the records of each of `steps` batches that a host reads from a step on."""
+    """Yields the record numbers of `steps` batches that a host reads, starting at a step."""
     share = Share(host, hosts, hosts)
     low, high = share.rows(plan.batch_size)
-    # `take`, since tf.data reads ahead of what is asked for.
+    # Without `take`, tf.data would read ahead.
     data = plan.read(step * plan.batch_size, share).take(steps * (high - low))
     records = (int(record) for _, record in data.as_numpy_iterator())
     for _ in range(steps):
@@ -72,7 +72,7 @@ def batches(plan: Plan, hosts: int, host: int, step: int, steps: int) -> Iterato
 
 
 def serve() -> None:
-    """Writes the batches that each line of arguments asks for; a process with other variables does."""
+    """Prints the batches requested by each input line, in a process with its own environment."""
     config = BenchmarkConfig(**json.loads(sys.argv[-1]))
     plan = planned(Source.find(sys.argv[-2], "train"), config)
     print("ready", flush=True)
@@ -83,7 +83,7 @@ def serve() -> None:
 
 @contextlib.contextmanager
 def serving(store: gcs.Store, written: Written, client: str) -> Iterator[subprocess.Popen[str]]:
-    """Yields a process that runs `serve`, as a client of the store."""
+    """Yields a process that runs `serve` as a client of the store."""
     code = f"import sys; sys.path[:0] = {FOLDERS}; import test_streams_on_a_store as t; t.serve()"
     arguments = [written.folder, json.dumps(dataclasses.asdict(written.config))]
     command = [sys.executable, "-c", code, *arguments]
@@ -96,7 +96,7 @@ def serving(store: gcs.Store, written: Written, client: str) -> Iterator[subproc
 
 
 def ask(child: subprocess.Popen[str], *arguments: int) -> Iterator[list[int]]:
-    """Batches of a process of `serving`, by (hosts, host, step, steps), until it is killed."""
+    """Yields batches of a `serving` process for (hosts, host, step, steps) until it is killed."""
     assert child.stdin and child.stdout
     child.stdin.write(json.dumps(arguments) + "\n")
     child.stdin.flush()
@@ -108,7 +108,7 @@ def ask(child: subprocess.Popen[str], *arguments: int) -> Iterator[list[int]]:
 
 
 def test_counts_are_taken_once(store, bucket):
-    """By the first that starts; from then on a start is two listings, one of them of one name."""
+    """The first host counts. Later starts take two listings, one of them of a single name."""
     written = Written(store, bucket, SMALL)
     with gcs.counted(store) as first:
         counted = Source.find(written.folder, "train")
@@ -124,15 +124,15 @@ def test_counts_are_taken_once(store, bucket):
 
 
 def check(store: gcs.Store, written: Written, read, shares, client: str = "") -> list[tuple]:
-    """Reads an epoch and resumes, on some hosts; `read` has the arguments of `ask`.
+    """Reads an epoch and resumes on each host; `read` takes the arguments of `ask`.
 
     Returns:
-      (hosts, host, requests of the epoch, requests of the step that was resumed at) of each.
+      (hosts, host, requests of the epoch, requests of the resumed step) for each host.
     """
     steps, rng = written.config.records // SMALL.batch_size, np.random.default_rng(0)
     whole = list(read(1, 0, 0, steps))
     records = np.concatenate(whole)
-    # All but those of the last, incomplete batch, once.
+    # Every record once, except those of the last, incomplete batch.
     assert len(set(records)) == len(records) == steps * SMALL.batch_size
     assert set(records) <= set(range(written.config.records))
     window, found = WINDOW * written.config.record_bytes, []
@@ -142,8 +142,8 @@ def check(store: gcs.Store, written: Written, read, shares, client: str = "") ->
         own = [batch[rows] for batch in whole]
         with gcs.counted(store, client) as epoch:
             assert list(read(hosts, host, 0, steps)) == own
-        # A window lies in up to three pieces, of which blocks are read. At the end of the epoch each
-        # stream has begun with the next one.
+        # A window lies in up to three pieces, which are read in blocks. At the end of the epoch,
+        # each stream has already started the next epoch.
         most, requests = expected.epoch()
         a_window = streams * (window + 3 * min(written.file, scale._block()))
         assert epoch["down"] <= most + a_window, (hosts, host, epoch)
@@ -153,8 +153,8 @@ def check(store: gcs.Store, written: Written, read, shares, client: str = "") ->
             with gcs.counted(store, client) as resumed:
                 assert list(read(hosts, host, step, 1)) == [own[step]]
             needed, requests = expected.resume(step)
-            # Nothing is read ahead. TensorFlow begins with the byte before a place, and where a place
-            # ends with a block, it may ask for the next one.
+            # Nothing is read ahead. TensorFlow starts one byte before a place, and if a place ends
+            # at a block boundary, it may request the next block.
             more = streams if written.file > scale._block() else 0
             assert resumed.requests == resumed["get"] <= requests + more
             most = needed + requests + more * scale._block()
@@ -166,7 +166,7 @@ def check(store: gcs.Store, written: Written, read, shares, client: str = "") ->
 
 @pytest.mark.parametrize("files", mostly_slow([1, 7, 64], [7]))
 def test_a_host_reads_its_part_of_an_epoch_and_a_window_to_resume(store, bucket, files):
-    """Any number of hosts has the same batches, reads what is planned, and nothing ahead to resume."""
+    """For any number of hosts: equal batches, reads as planned, and no read-ahead to resume."""
     written = Written(store, bucket, dataclasses.replace(SMALL, files=files))
     plan = planned(Source.find(written.folder, "train"), written.config)
     assert plan.num_streams == 8
@@ -183,7 +183,7 @@ def test_files_of_several_blocks(store, bucket, monkeypatch, files):
     with serving(store, written, "host") as child:
         found = check(store, written, functools.partial(ask, child), shares, "host")
     for hosts in (1, 2, 4, 8):
-        # Where a run or a piece of a file (there are 64 to 70) begins, part of a block is read in vain.
+        # At the start of each run or piece of a file (64 to 70 pieces), part of a block is wasted.
         most = (72 + 2 * 8) // hosts << 20
         assert written.expected(hosts).epoch()[0] <= written.bytes / hosts + most
         costs = [(epoch, resumed) for n, _, epoch, resumed in found if n == hosts]
@@ -194,7 +194,7 @@ def test_files_of_several_blocks(store, bucket, monkeypatch, files):
 
 @pytest.mark.slow
 def test_a_host_is_killed_and_resumes(store, bucket, rng):
-    """While it reads, at any request: another process has the batches that come next."""
+    """After a kill at any read request, another process continues with the next batches."""
     written = Written(store, bucket, dataclasses.replace(SMALL, files=7))
     plan = planned(Source.find(written.folder, "train"), written.config)
     steps, hosts, host = 2 * SMALL.records // SMALL.batch_size, 4, 1

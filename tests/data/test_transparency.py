@@ -47,7 +47,7 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 @pytest.mark.parametrize("transparent", [b"", b"\0\1\0\2\0\3"])
 def test_long_chunks_before_the_pixels_are_skipped(transparent):
-    # Looks like tRNS, but lies within a chunk.
+    # Looks like tRNS but is inside another chunk.
     long = chunk(b"teXt", b"tRNS" * 70_000)
     content = image_files.png(2, 8, extra=long, transparent=transparent)
     assert bool(transparency.is_transparent_png(content)) == bool(transparent)
@@ -67,7 +67,7 @@ def test_images_of_several_blocks(rng):
 
 
 def tga(attribute_bits: int) -> bytes:
-    """A 32-bit TGA whose fourth bytes are 0."""
+    """Returns a 32-bit TGA whose pixels have 0 as their fourth byte."""
     header = struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 4, 3, 32, 0x20 | attribute_bits)
     return header + bytes([10, 20, 30, 0]) * 12
 

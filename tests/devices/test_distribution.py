@@ -117,7 +117,7 @@ def test_groups_that_do_not_divide(setting, replicas):
 @pytest.mark.slow
 @pytest.mark.parametrize("setting, group", [(1, 1), (2, 2), (-2, 4)])
 def test_group_equals_one_device_with_its_rows(rng, setting, group):
-    """Outputs, statistics and gradients of 4 replicas against the plain layer on whole groups."""
+    """Compares outputs, statistics and gradients of 4 replicas with one layer on whole groups."""
     pixels = (3 * rng.standard_normal([8, 5, 5, 3]) + 1).astype(np.float32)
     weight = rng.standard_normal(pixels.shape).astype(np.float32)
     strategy = mirrored(4)
@@ -170,7 +170,7 @@ def test_group_equals_one_device_with_its_rows(rng, setting, group):
 @pytest.mark.slow
 @pytest.mark.parametrize("replicas", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_update_is_the_same_on_any_number_of_replicas(replicas):
-    """With all the noise, a teacher, all kinds of loss, dropped labels and weight decay."""
+    """Covers all noise, a teacher, every kind of loss, dropped labels and weight decay."""
     batch = make_batch(8, 16)
     kwargs = {
         "temperature": 0.7,
@@ -193,7 +193,7 @@ def test_update_is_the_same_on_any_number_of_replicas(replicas):
         }
 
     shares = strategy.experimental_distribute_values_from_function(share)
-    # Without `tf.function`: three steps compute for less time than one takes to trace.
+    # Runs eagerly: three steps take less time than tracing one.
     for _ in range(3):
         for metric in (*alone.metrics, *shared.metrics):
             metric.reset_state()
@@ -212,7 +212,7 @@ def test_update_is_the_same_on_any_number_of_replicas(replicas):
 
 
 def test_sampled_labels_shrink_the_labeled_loss():
-    """The mean stays over all labeled images; which ones count changes from step to step."""
+    """The mean is still over all labeled images; the sampled ones change with every step."""
     batch = make_batch(64)
     trainers = [
         make_trainer(learning_rate=0.0, label_data_sample_prob=p, survival_prob=1.0, dropout_rate=0)
@@ -229,7 +229,7 @@ def test_sampled_labels_shrink_the_labeled_loss():
 
 
 def gathered(hosts: list[list[dict[str, np.ndarray]]], local: int) -> list[dict[str, np.ndarray]]:
-    """Whole batches, put together from what every host hands to its `local` replicas."""
+    """Assembles whole batches from what each host passes to its `local` replicas."""
     return [
         {
             key: np.concatenate([host[first + i][key] for host in hosts for i in range(local)])
@@ -372,7 +372,7 @@ def test_precision_off_tpu(precision, policy):
 
 
 class Launcher:
-    """Starts trainings as programs; what still runs at the end is killed."""
+    """Starts training programs, and kills those still running at the end."""
 
     def __init__(self, folder: Path):
         self.folder, self.running = folder, []
@@ -458,7 +458,7 @@ def test_wrong_descriptions_of_a_cluster(monkeypatch, text, problem):
 
 
 def test_machine_of_a_cluster_that_works_alone(monkeypatch):
-    """Without it, TensorFlow would wait for the other."""
+    """Without `local_only`, TensorFlow would wait for the other machine."""
     workers = {"cluster": {"worker": ["absent:1", "b:1"]}, "task": {"type": "worker", "index": 1}}
     monkeypatch.setenv("TF_CONFIG", json.dumps(workers))
     strategy = distribution.get_strategy(HardwareConfig(), local_only=True)
@@ -524,10 +524,10 @@ def test_two_replicas_train_as_one_device(train_here, alone, folder):
 
 
 def test_two_workers_train_as_one_device(launcher, alone, folder):
-    """`MultiWorkerMirroredStrategy`, each worker a process of its own."""
+    """Each worker of `MultiWorkerMirroredStrategy` is a separate process."""
     assert_same_curve(launcher.finish(launcher.start("workers", workers=2), "workers"), alone)
     assert_same_result(folder, "workers")
-    # One writer: the same files as of a single process, one file of events.
+    # Only one worker writes: the files are those of a single process, with one event file.
     assert len(list((folder / "workers").glob("events*"))) == 1
     files = [
         {p.name for p in (folder / where).iterdir() if "events" not in p.name}
@@ -541,7 +541,7 @@ STEPS = 16
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder) -> list[dict[str, float]]:
-    """Metrics of two workers that nobody disturbs."""
+    """Metrics of two workers that are not interrupted."""
     launcher = Launcher(folder)
     try:
         started = launcher.start("straight", f"--train_steps={STEPS}", workers=2)
@@ -575,7 +575,7 @@ def test_killed_worker_stops_the_others_and_all_continue(launcher, folder, unint
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [0, 1])
 def test_one_worker_asked_to_stop_stops_all_at_one_step(launcher, folder, uninterrupted, asked):
-    """Either of them: the chief, which saves, or the other, which only takes part in it."""
+    """Either the chief, which saves, or the other worker, which only takes part, may be asked."""
     name = f"asked_{asked}"
     flags = (f"--train_steps={STEPS}", "--save_checkpoints_steps=1000")
     workers = launcher.start(name, *flags, workers=2)
@@ -595,7 +595,7 @@ def test_one_worker_asked_to_stop_stops_all_at_one_step(launcher, folder, uninte
 
 @pytest.mark.slow
 def test_digits_on_four_replicas_and_two_workers(launcher, tmp_path, folder):
-    """100 steps of the demo's student network on the handwritten digits."""
+    """Trains the demo's student network for 100 steps on the handwritten digits."""
     from efficientnet_ns.loop import digits
 
     digits.make_records(str(tmp_path / "data"), seed=0, labels_per_class=10)
@@ -609,7 +609,7 @@ def test_digits_on_four_replicas_and_two_workers(launcher, tmp_path, folder):
         "--unlabel_ratio=0",
         "--train_batch_size=32",
         "--train_steps=100",
-        # At ten times the rate, a difference grows by a third with every step, whatever its cause.
+        # At ten times this rate, any difference grows by a third with every step.
         "--base_learning_rate=0.004",
         "--iterations_per_loop=1",
         "--save_checkpoints_steps=100",
@@ -630,7 +630,7 @@ def test_digits_on_four_replicas_and_two_workers(launcher, tmp_path, folder):
     losses = {k: [r["train/loss"] for r in v if "train/loss" in r] for k, v in rows.items()}
     assert len(losses["one"]) == 100 and np.mean(losses["one"][-10:]) < np.mean(losses["one"][:10])
     for name in ("replicas", "workers"):
-        # Rounding still grows, tenfold in some twenty steps.
+        # Rounding errors still grow, about tenfold in twenty steps.
         np.testing.assert_allclose(losses[name][:50], losses["one"][:50], rtol=1e-3)
         np.testing.assert_allclose(losses[name], losses["one"], rtol=0.05)
         assert rows[name][-1]["eval/examples"] == rows["one"][-1]["eval/examples"]

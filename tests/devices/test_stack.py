@@ -1,4 +1,4 @@
-"""The two stacks: what is settled before TensorFlow is imported, and the same numbers from both."""
+"""The two stacks: what is decided before TensorFlow is imported, and equal numbers from both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REFERENCE = ROOT / "tests" / "goldens" / "stacks" / "reference.npz"
 
 
 def python(*arguments: object, interpreter: str = sys.executable, **more: str):
-    """Runs a Python with the package and the tests on its path."""
+    """Runs Python with the package and the tests on its path."""
     path = os.pathsep.join(map(str, (more.pop("first", ""), ROOT, ROOT / "tests")))
     environment = {**os.environ, "PYTHONPATH": path.strip(os.pathsep), **more}
     command = [interpreter, *map(str, arguments)]
@@ -47,7 +47,7 @@ keras._tfll_initialized = True
 
 @pytest.fixture
 def fakes(tmp_path):
-    """A folder of packages that come before the installed ones, and a function that writes one."""
+    """A folder of packages that shadow the installed ones, and a function that writes one."""
 
     def write(name: str, source: str) -> None:
         (tmp_path / f"{name}.py").write_text(source)
@@ -100,7 +100,7 @@ def test_keras_3_in_use_is_refused_in_one_line(fakes):
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1].startswith("ImportError: efficientnet_ns needs Keras 2")
     assert "import efficientnet_ns first" in refused.stderr
-    # Imported but not used yet: TensorFlow still decides by the variable.
+    # TensorFlow is imported but not used yet, so the variable still takes effect.
     write("tensorflow", KERAS_3.replace("True", "False"))
     assert python("-c", "import tensorflow, efficientnet_ns", first=folder).returncode == 0
 
@@ -112,12 +112,12 @@ def test_this_stack_has_keras_2():
 
 # --- The numbers ------------------------------------------------------------------------------------
 
-# How far what is rounded may be from the reference stack; the CPU may be another one too.
+# Allowed deviation of rounded values from the reference stack, whose CPU may also differ.
 TOLERANCE = {"computed/": 1e-5, "trained/": 1e-4, "initial/": 1e-6, "pixels/": 0, "draws/": 0}
 
 
 def compare(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
-    """Within the tolerance of each group; prints how far each array is."""
+    """Checks the tolerance of each group, and prints the deviation of each array."""
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype and ours[name].shape == value.shape, name
@@ -178,7 +178,7 @@ train.train_and_evaluate(Config().override(**json.loads(sys.argv[1])))
 
 @pytest.mark.parametrize("begins_here", [True, False])
 def test_training_continues_on_the_other_stack(ours, other, tmp_path, begins_here):
-    """Killed after step 6, it goes on from the checkpoint of step 4."""
+    """Killed after step 6, training resumes from the checkpoint of step 4."""
     set_ups.write_data(tmp_path)
     config = set_ups.noised(tmp_path, "student")
     settings = set_ups.changed_settings(config)
@@ -205,7 +205,7 @@ tf.keras.utils.set_random_seed(3)
 model = efficientnet.build_model("efficientnet-test", 10, 32)
 export.export(model, Preprocessing(32), sys.argv[1], 1)
 """
-# As a server loads it: TensorFlow alone, by the loader of sessions.
+# Loads the model as a server does: with TensorFlow alone, by the session loader.
 ANSWER = """
 import sys, numpy as np, tensorflow as tf
 with tf.compat.v1.Session(graph=tf.Graph()) as session:

@@ -1,4 +1,4 @@
-"""Leases: nobody works twice, nobody waits for the dead, whatever the store can do."""
+"""Leases: no work is done twice and no process waits for a dead one, on any kind of store."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from efficientnet_ns.files.leases import LeaseLost, Leases
 
 @pytest.fixture(params=["local", "ram"])
 def folder(request, tmp_path) -> str:
-    """A local folder, and a store whose files only have names, as objects do."""
+    """A local folder, and a store that has names but no folders, like an object store."""
     return str(tmp_path) if request.param == "local" else f"ram://{tmp_path}"
 
 
 class Clock:
-    """Time that passes when somebody sleeps, and `during` which something may happen."""
+    """A clock that advances on sleep, `during` which something may happen."""
 
     def __init__(self):
         self.now, self.during = 0.0, None
@@ -62,7 +62,7 @@ def leases_in(folder: str) -> list[str]:
 
 
 def test_every_unit_is_done_once(folder):
-    """Five workers, as fast as they can."""
+    """Five workers compete at full speed."""
     units = [f"unit-{i}" for i in range(12)]
     finished, work, errors = set(), Counter(), []
 
@@ -100,7 +100,7 @@ def test_held_unit_is_not_given_out(folder):
 
 
 def test_names_that_begin_alike(folder):
-    """`a` is no lease of `a-1`."""
+    """A lease of `a` is not one of `a-1`."""
     first, second = (Leases(folder, 30, 0) for _ in range(2))
     leases = [first.claim("x-00001"), second.claim("x-0000")]
     assert all(leases)
@@ -151,7 +151,7 @@ def test_lease_that_is_being_written_is_respected(folder, clock, text):
 
 
 def test_the_last_of_two_claims_at_once_has_the_unit(folder, clock):
-    """A rival that looked before this claim was visible writes its own while this one settles."""
+    """A rival that checked before this claim was visible writes its own while this one settles."""
     mine = Leases(folder, 100, 1)
     clock.during = lambda: write_lease(folder, beat=1)
     assert mine.claim("a") is None
@@ -169,7 +169,7 @@ def test_lost_lease_is_noticed(folder, how):
     with pytest.raises(LeaseLost, match="another process took this work over"):
         lease.check()
     lease.release()
-    # The other's lease stays.
+    # The rival's lease remains.
     assert leases_in(folder) == ([] if how == "removed" else [".lease-a"])
 
 
@@ -193,7 +193,7 @@ def test_heartbeat(folder):
 
 
 def test_waits_for_what_others_hold(folder, clock):
-    """A unit held by somebody is asked for again until it is done, or its owner is silent."""
+    """Retries a unit held by another process until it is done or its owner is silent."""
     write_lease(folder)
     mine = Leases(folder, lease_seconds=100, settle_seconds=0)
     finished = set()

@@ -1,6 +1,6 @@
 """Finished work is never lost and never done twice, whatever interrupts it.
 
-Run as a program, with a folder, it is killed at every point of `Stage.write`; see `test_killed`.
+Run as a program with a folder, it is killed at every point of `Stage.write`; see `test_killed`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def finish(stage: manifests.Stage) -> None:
 
 
 def files(folder: Path) -> list[str]:
-    """All files below a folder, temporary ones too."""
+    """Returns all files below a folder, including temporary ones."""
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
@@ -124,7 +124,7 @@ def test_broken_manifest_is_named(tmp_path):
 
 
 class Interrupted(BaseException):
-    """Such as KeyboardInterrupt: not an Exception."""
+    """Like KeyboardInterrupt, not an Exception."""
 
 
 @pytest.mark.parametrize("written", [(), ("data",), ("data", "stats")])
@@ -155,13 +155,13 @@ def test_a_failure_leaves_earlier_outputs_alone(tmp_path):
     assert len(files(tmp_path)) == 3
 
 
-# Killed. The points are calls that `Stage.write` makes; a process that is killed cleans nothing up.
+# Killed at calls made by `Stage.write`. A killed process cleans nothing up.
 
 KILL_POINTS = ["half written", "written", "rename 0", "rename 1", "rename 2"]
 
 
 def run_and_die(folder: Path, point: str) -> None:
-    """Does the stage's work, and at `point` kills this process."""
+    """Does the stage's work and kills this process at `point`."""
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -336,7 +336,7 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
 
 
 def test_temporary_files_of_other_machines_go_when_they_are_old(tmp_path):
-    """Names of machines have numbers between dashes, too."""
+    """Machine names may also contain numbers between dashes."""
     names = [f".tmp-vm-{n}-w-0-77-out" for n in range(2)]
     for name in (*names, ".tmp-vm-0-w-0-77-other"):
         (tmp_path / name).write_text("part")
@@ -369,7 +369,7 @@ def test_scratch_folders_of_killed_processes_are_removed(tmp_path, monkeypatch):
 
 
 def test_scratch_folders_of_other_users_stay(tmp_path, monkeypatch):
-    """In a TMPDIR that users share, what another one's killed process left is not ours to remove."""
+    """In a shared TMPDIR, leftovers of another user's killed process are not ours to remove."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()

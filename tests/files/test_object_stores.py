@@ -1,4 +1,4 @@
-"""What differs on object stores, counted in requests: they are exact, unlike seconds."""
+"""Behavior specific to object stores, measured in requests, which are exact, unlike seconds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def requests(store, first: int) -> list[str]:
 def test_folders_are_not_made(store, bucket):
     with gcs.counted(store) as counted:
         object_stores.make_folder(f"gs://{bucket}/a/b")
-        object_stores.make_folder("gs://no-such-bucket/a")  # TensorFlow asks for it without end.
+        object_stores.make_folder("gs://no-such-bucket/a")  # TensorFlow would retry forever.
     assert counted.requests == 0
 
 
@@ -72,7 +72,7 @@ for _ in range(4):
 
 @pytest.mark.slow
 def test_lengths_that_tensorflow_remembers(store, bucket):
-    """TensorFlow was imported first, so that it keeps every length for five seconds."""
+    """TensorFlow was imported first and therefore caches every length for five seconds."""
     store.put(bucket, "a", b"before")
     child = subprocess.Popen(
         [sys.executable, "-c", REMEMBERING, f"gs://{bucket}/a"],
@@ -96,7 +96,7 @@ def test_lengths_that_tensorflow_remembers(store, bucket):
 def test_listing_takes_a_request_per_thousand_names(store, bucket):
     for i in range(2001):
         store.put(bucket, f"a/{i:04d}", b"")
-    store.put(bucket, "ab", b"")  # A prefix is no folder.
+    store.put(bucket, "ab", b"")  # A prefix is not a folder.
     with gcs.counted(store) as counted:
         assert object_stores.names(f"gs://{bucket}/a") == [f"{i:04d}" for i in range(2001)]
     assert counted["list"] == 3 and counted.requests <= 4
@@ -123,7 +123,7 @@ def test_a_finished_stage(store, bucket):
     stage = manifests.Stage(f"{path}.json", [path], {"a": 1})
     with gcs.counted(store) as looked:
         assert not stage.done()
-    assert looked.requests == 3  # An absent output takes two.
+    assert looked.requests == 3  # An absent output takes two requests.
     with gcs.counted(store) as written, stage.write(clean=False) as (temporary, counts):
         with tf.io.gfile.GFile(temporary[path], "w") as f:
             f.write("content")
@@ -154,7 +154,7 @@ def test_leases(store, bucket):
         lease = ours.claim("a")
     assert counted.requests == 4
     assert theirs.claim("a") is None
-    # A process of another machine, whose lease is longer, then shorter.
+    # The lease of a process on another machine, longer and then shorter than ours.
     for host in ("far" * 99, ""):
         content = {"machine": "far", "pid": 1, "token": host}
         store.put(bucket, "x/.lease-a", json.dumps(content).encode())

@@ -1,4 +1,4 @@
-"""Paths with characters of patterns work everywhere, and mean themselves."""
+"""Paths with glob characters work everywhere and are taken literally."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from efficientnet_ns.serving import export, model_export
 from efficientnet_ns.training import train
 
 ODD = "a[b]?*c"
-# What the name matches as a pattern.
+# A name that ODD matches as a pattern.
 MATCHED = "ab-anything-c"
 CLASSES, SIZE = 3, 16
 
@@ -38,7 +38,7 @@ def write_images(folder: Path, rng: np.random.Generator, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """The odd folder, with images; beside it one whose files are not to be taken for its own."""
+    """The odd folder with images, next to a folder that its name matches as a pattern."""
     home = tmp_path_factory.mktemp("paths") / ODD
     rng = np.random.default_rng(0)
     for name in ("cat", "dog", "sea"):
@@ -50,7 +50,7 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(home) -> Config:
-    """Of a training on records that are made here."""
+    """Settings of training on records that are created here."""
     photos, data = str(home / "photos"), str(home / "data")
     made = MakeConfig(source=photos, output_dir=data, validation_fraction=0.4, num_workers=1)
     data_source.make_records(made)
@@ -76,12 +76,12 @@ def settings(home) -> Config:
 
 @pytest.fixture(scope="module")
 def trained(settings) -> dict[str, float]:
-    """Metrics of the training."""
+    """Metrics of the training run."""
     return train.train_and_evaluate(settings)
 
 
 def checkpoints(config: Config) -> dict[str, bytes]:
-    """Name → content of the files of checkpoints."""
+    """Returns the content of the checkpoint files by name."""
     found = listed(config.train.model_dir, r"model\.ckpt-.*")
     return {Path(path).name: Path(path).read_bytes() for path in found}
 
@@ -100,7 +100,7 @@ def test_temporary_files_of_killed_processes(tmp_path):
     folder, other = tmp_path / ODD, tmp_path / MATCHED
     for place in (folder, other):
         place.mkdir()
-        # Numbers of processes end far below.
+        # Process IDs never get this high.
         (place / f"{atomic._temporary_prefix()}99999999-name").touch()
     atomic.remove_abandoned([str(folder / "name")])
     assert not list(folder.iterdir())
@@ -109,7 +109,7 @@ def test_temporary_files_of_killed_processes(tmp_path):
 
 @pytest.mark.parametrize("name", [ODD, "back\\slash", "plain"])
 def test_what_tensorflow_reads(tmp_path, monkeypatch, name):
-    """A checkpoint, a folder with folders, and nothing left behind."""
+    """Covers a checkpoint and a nested folder; nothing is left behind."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
@@ -125,13 +125,13 @@ def test_what_tensorflow_reads(tmp_path, monkeypatch, name):
     with local_files.without_wildcards(str(folder)) as literal:
         assert Path(literal, "variables", "data").read_text() == "inside"
     assert not list(temporary.iterdir())
-    # What the links led to is still there.
+    # The targets of the links still exist.
     assert (folder / "variables" / "data").read_text() == "inside"
     assert tf.io.gfile.exists(prefix + ".index")
 
 
 def test_links_of_a_killed_process_are_removed_alone(tmp_path, monkeypatch):
-    """What removes them does not follow them."""
+    """Removal does not follow the links."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     folder = tmp_path / ODD / "deep"
@@ -157,7 +157,7 @@ def test_no_folder_for_the_links(tmp_path, monkeypatch):
 
 
 def test_database_reads_the_file_that_is_named(tmp_path):
-    """And not that of a folder which the name would match as a pattern."""
+    """It does not read the file in a folder that the name matches as a pattern."""
     import pyarrow
     import pyarrow.parquet
 
@@ -171,7 +171,7 @@ def test_database_reads_the_file_that_is_named(tmp_path):
         assert database.execute("SELECT * FROM rows").fetchall() == [(name,)]
 
 
-# --- The whole way in such a folder ---------------------------------------------------------------
+# --- The whole pipeline in such a folder ----------------------------------------------------------
 
 
 def test_another_number_of_shards_is_refused(home, settings):
@@ -250,7 +250,7 @@ def test_filter(home, predicted):
 
 
 def test_exported_variables(tmp_path):
-    """They are read from files when the model is loaded."""
+    """Loading the model reads them from files."""
     module = tf.Module()
     module.variable = tf.Variable([0.25, 0.75])
     strings = tf.TensorSpec([None], tf.string)
@@ -266,7 +266,7 @@ def test_exported_variables(tmp_path):
 
 @pytest.mark.slow
 def test_export(home, settings, trained, capsys, caplog):
-    """Weights in variables, which TensorFlow reads from files when the model is loaded."""
+    """The weights are in variables, which TensorFlow reads from files when it loads the model."""
     options = {"optimize_for": "none", "check_data": settings.data.label_data_dir}
     folder = model_export.export_model(
         settings, ExportConfig(export_dir=str(home / "export"), version=1, **options)

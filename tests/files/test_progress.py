@@ -1,4 +1,4 @@
-"""The line of a whole run."""
+"""The progress line of a whole run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples from the Features of other records, and floats that are read singly."""
+"""Examples built from features of other records, and floats that are read individually."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from efficientnet_ns.files.errors import DataError
 
 
 def unpacked(probabilities: list[float]) -> bytes:
-    """A prediction whose floats are written one by one, which the format allows."""
+    """Returns a prediction with unpacked floats, which the format allows."""
     values = b"".join(b"\x0d" + np.float32(p).tobytes() for p in probabilities)
     feature = b"\x12" + bytes([len(values)]) + values
     key = b"probabilities"

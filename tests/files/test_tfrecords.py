@@ -1,4 +1,4 @@
-"""Record formats: names, examples against the original's, damage, counts, writing."""
+"""Record formats: names, examples against the original's, damage, counts, and writing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAYLOADS = [b"first", b"", bytes(range(256)) + b"third", b"the last record"]
 
 
 def payloads(path) -> list[bytes]:
-    """As TensorFlow reads them."""
+    """Reads payloads with TensorFlow."""
     return list(tf.data.TFRecordDataset(str(path)).as_numpy_iterator())
 
 
@@ -31,14 +31,14 @@ def golden(name: str) -> list[bytes]:
 
 
 def content(payload: bytes) -> dict[str, tuple[str, list]]:
-    """Key → (kind, values) of an Example."""
+    """Maps the keys of an Example to (kind, values)."""
     features = tf.train.Example.FromString(payload).features.feature
     kinds = {key: feature.WhichOneof("kind") for key, feature in features.items()}
     return {key: (kind, list(getattr(features[key], kind).value)) for key, kind in kinds.items()}
 
 
 def same_bytes(ours: bytes, theirs: bytes) -> bool:
-    """Whether two Examples are equal up to the order of their keys, which has no meaning."""
+    """Checks whether two Examples are equal up to the order of their keys, which has no meaning."""
     sort = tf.train.Example.FromString(theirs).SerializeToString(deterministic=True)
     return len(ours) == len(theirs) and ours == sort
 
@@ -54,7 +54,7 @@ def names_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-# Names of files.
+# File names.
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_prediction_of_an_unreadable_image():
 
 
 def test_pseudo_labeled_records_equal_the_originals():
-    """Made from the original's input and predictions, they are what the original made of them."""
+    """From the same input and predictions, both produce equal records."""
     rows = zip(golden("unlabeled"), golden("predictions"), golden("filtered"))
     for unlabeled, prediction, theirs in rows:
         image, probs = (
@@ -289,7 +289,7 @@ def test_payload_that_is_no_example():
 
 
 def spans(payloads_: list[bytes]) -> list[tuple[int, int]]:
-    """Begin and end of each record in the file."""
+    """Returns the start and end of each record in the file."""
     found, offset = [], 0
     for payload in payloads_:
         found.append((offset, offset + 16 + len(payload)))
@@ -482,7 +482,7 @@ def test_empty_file_nobody_accounts_for_is_an_error(path):
     path.write_bytes(b"")
     with pytest.raises(DataError, match=f"{path} is empty"):
         tfrecords.count_all([str(path)])
-    # One that was written so on purpose is fine.
+    # A file that was deliberately written empty is valid.
     tfrecords.note_counts([str(path)])
     assert tfrecords.count_all([str(path)]) == [0]
 
@@ -547,7 +547,7 @@ class Broken(Exception):
 
 
 class Failing(list):
-    """Payloads whose slice for one shard raises after its first."""
+    """Payloads whose slice for one shard raises after its first item."""
 
     def __init__(self, items, shard):
         super().__init__(items)
@@ -600,7 +600,7 @@ def test_round_trip(tmp_path_factory, items, shards):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_no_damage_passes_unnoticed(tmp_path_factory, data):
-    """Whatever one byte is changed to, every payload that is returned is one that was written."""
+    """After any one-byte change, every returned payload is one that was written."""
     items = data.draw(st.lists(st.binary(max_size=40), min_size=1, max_size=5))
     path = tmp_path_factory.mktemp("damage") / "file"
     tfrecords.write(str(path), items)
@@ -682,7 +682,7 @@ def test_reading_from_the_middle(tmp_path):
 @pytest.mark.parametrize("size", [0, 1, 100, 127, 128, 16_300, 16_384])
 @pytest.mark.parametrize("name", ["", "a folder/photo 1.jpg"])
 def test_image_of_a_record_with_nothing_else_but_its_name(name, size, rng):
-    """Read at the level of bytes, and only where a protocol buffer's reader finds the same."""
+    """Reads bytes directly, but only where a protocol buffer parser finds the same."""
     image = rng.bytes(size)
     record = tfexamples.unlabeled_example(image, name)
     assert tfexamples._only_image(record) == tfexamples.image_bytes(record) == image
@@ -706,7 +706,7 @@ def test_image_of_a_record_with_nothing_else_but_its_name(name, size, rng):
 
 
 def plainly_read(content: bytes) -> list[tfrecords.Record]:
-    """The records of a file, without blocks or skipping."""
+    """Reads the records of a file without blocks or skipping."""
     found, at = [], 0
     while at < len(content):
         header, lost = content[at : at + 12], len(content) - at
@@ -735,14 +735,14 @@ def scanned(path: str) -> list[tfrecords.Record]:
 
 @pytest.fixture(params=[tfrecords._BLOCK, 50, 1])
 def block(request, monkeypatch) -> int:
-    """Blocks that hold everything, a few records, and less than a header."""
+    """Block sizes that hold the whole file, a few records, or less than a header."""
     monkeypatch.setattr(tfrecords, "_BLOCK", request.param)
     return request.param
 
 
 @pytest.fixture
 def file(tmp_path, rng) -> str:
-    """Records of 0 to 60 bytes."""
+    """A file with records of 0 to 60 bytes."""
     path = str(tmp_path / "records")
     tfrecords.write(path, [rng.bytes(size) for size in (0, 5, 60, 1, 30, 30, 0, 12)])
     return path
@@ -773,7 +773,7 @@ def test_alternates(file, block):
 
 
 def test_mutated_files_are_read_alike(file, block, tmp_path, rng):
-    """Flipped bytes and cuts anywhere: the same records, problems and positions."""
+    """Files with flipped bytes or cuts give the same records, problems and positions."""
     content = Path(file).read_bytes()
     path = str(tmp_path / "mutated")
     for number in range(300):

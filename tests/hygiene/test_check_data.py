@@ -1,4 +1,4 @@
-"""Copies of images are found in every form and set, and what is listed is left out."""
+"""Copies of images are found in every form and set, and listed images are left out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from efficientnet_ns.pseudo_labels import selection
 
 
 def photo(seed: int, width: int = 160, height: int = 120) -> Image.Image:
-    """Smooth random shapes in color, as different as photographs."""
+    """Returns smooth random color shapes that differ as much as photographs."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, [9, 12, 3], np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
@@ -66,7 +66,7 @@ def write(folder: Path, prefix: str, images: list[bytes], *, labeled: bool) -> N
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Evaluation images 0-9, labeled ones 10-19 and a leak, unlabeled ones with copies of all."""
+    """Evaluation images 0-9, labeled images 10-19 and a leak, and unlabeled copies of all."""
     path = tmp_path_factory.mktemp("check")
     write(path / "data", "validation", [encoded(photo(i)) for i in range(10)], labeled=True)
     labeled = [*map(encoded, map(photo, range(10, 20))), encoded(photo(3), 70)]
@@ -101,7 +101,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def unlabeled_number(row: dict[str, str]) -> int:
-    """Of an image in the order in which `write` got it; records take turns in two files."""
+    """Returns an image's index in the list given to `write`, which alternates between two files."""
     return 2 * int(row["record"]) + int(row["file"].endswith("00001-of-00002"))
 
 
@@ -109,7 +109,7 @@ def test_copies_of_every_kind(folder, found):
     listed = rows(folder / "checked" / "exclude.csv")
     unlabeled = [row for row in listed if row["set"] == "unlabeled"]
     number = len(COPIES)
-    # Of evaluation images; of a labeled one; the second of two copies. Flat images are not compared.
+    # Copies of evaluation images and of a labeled one, and a second copy. Flat images are skipped.
     assert {unlabeled_number(row) for row in unlabeled} == {*range(number), number, number + 2}
     by_number = {unlabeled_number(row): row for row in unlabeled}
     for place in range(number):
@@ -130,14 +130,14 @@ def test_report_shows_the_pairs(found):
     page = Path(found["report"]).read_text()
     assert page.count("<img") == 2 * found["excluded"]
     assert "Labeled images that are copies of evaluation images" in page
-    # Files of unlabeled records that keep no name are named by their place.
+    # Unlabeled records without names are identified by their position.
     assert "train 10.jpg: " in page and "extra-00000-of-00002 0: " in page
 
 
 def test_equal_files_only(folder):
     result = check_data.check_data(options(folder, near=False))
     assert result["copies"] == {"unlabeled of evaluation": 1}
-    assert check_data.check_data(options(folder))["excluded"] > 1  # From the same marks.
+    assert check_data.check_data(options(folder))["excluded"] > 1  # Reuses the marks.
 
 
 def test_selection_leaves_out_what_is_listed(folder, found, tmp_path):
@@ -232,14 +232,14 @@ def test_settings_that_do_not_fit(tmp_path, folder):
 
 
 def flipped(rng: np.random.Generator, prints: np.ndarray, bits: int) -> np.ndarray:
-    """Fingerprints that differ from others in `bits` bits each."""
+    """Flips `bits` random bits of each fingerprint."""
     places = np.stack([rng.permutation(256) < bits for _ in prints])
     packed = np.packbits(places, axis=1, bitorder="little").view(np.uint64)
     return prints ^ packed
 
 
 def test_near_prints_are_those_of_all_pairs(tmp_path, rng):
-    """What is found is near, and what differs in few bits is found."""
+    """Every match is near, and every fingerprint that differs in few bits is found."""
     evaluation = rng.integers(0, 2**64, [50, 4], np.uint64)
     copied = [
         flipped(rng, evaluation[10 * n : 10 * n + 10], bits)
@@ -291,7 +291,7 @@ def test_grid_of_any_size(shape, rng):
 
 
 def test_fingerprint_does_not_change():
-    """Those of two runs, and of two machines, are compared."""
+    """Fingerprints are compared across runs and machines."""
     y, x = np.mgrid[:64, :64]
     grids = np.stack([127 + 100 * np.sin(y * x / 300), 127 + 60 * np.cos(x / 3 + y)])
     found = fingerprints.fingerprints(grids.astype(np.float32))

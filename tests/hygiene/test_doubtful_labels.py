@@ -1,4 +1,4 @@
-"""Planted errors in labels are found, and only predictions that fit the records are taken."""
+"""Planted label errors are found, and only predictions that match the records are accepted."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def truth(rng) -> np.ndarray:
 
 @pytest.fixture
 def labels(truth) -> np.ndarray:
-    """Every 20th is wrong."""
+    """Every 20th label is wrong."""
     return np.where(np.arange(IMAGES) % 20 == 7, (truth + 1) % CLASSES, truth)
 
 
 @pytest.fixture
 def folder(tmp_path, rng, truth, labels) -> Path:
-    """Labeled records in two files, predictions by two workers, of 98 % accuracy."""
+    """Labeled records in two files, and predictions of 98 % accuracy by two workers."""
     image = png(rng)
     examples = [
         tfexamples.labeled_example(image, int(label), f"{n}.png" if n % 2 else "")
@@ -39,7 +39,7 @@ def folder(tmp_path, rng, truth, labels) -> Path:
     ]
     tfrecords.write_sharded(str(tmp_path / "data"), "train", examples, 2)
     guessed = np.where(rng.random(IMAGES) < 0.02, rng.integers(0, CLASSES, IMAGES), truth)
-    sureness = np.where(rng.random([IMAGES, 1]) < 0.1, 2, 15)  # Most are sure, as of a network.
+    sureness = np.where(rng.random([IMAGES, 1]) < 0.1, 2, 15)  # Most are confident, as usual.
     probs = np.eye(CLASSES)[guessed] * sureness + rng.random([IMAGES, CLASSES])
     probs = (probs / probs.sum(1, keepdims=True)).astype(np.float32)
     probs[40] = 0  # Unreadable.
@@ -69,7 +69,7 @@ def test_planted_errors_come_first(folder, labels):
     result = doubtful_labels.check_labels(options(folder))
     with (folder / "doubts" / "doubtful.csv").open() as f:
         rows = list(csv.DictReader(f))
-    # Records took turns in the files.
+    # Records alternate between the files.
     found = [2 * int(row["record"]) + ("00001-of" in row["file"]) for row in rows]
     planted = set(range(7, IMAGES, 20))
     assert result["doubtful"] == len(rows) and result["images"] == IMAGES - 1

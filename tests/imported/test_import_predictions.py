@@ -1,4 +1,4 @@
-"""Predictions of other models: every format and key, several teachers, and what is refused."""
+"""Predictions of other models: every format and key, several teachers, and rejected input."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run(folder: Path, source: str | Path, output: str = "out", **values) -> dict
 
 
 def written(folder: Path, output: str = "out") -> np.ndarray:
-    """The probabilities in all prediction files, [N, C]."""
+    """Returns the probabilities in all prediction files, [N, C]."""
     rows = []
     for path in sorted((folder / output).glob("train-info-*-00000")):
         rows += [tfexamples.probabilities(r.payload) for r in tfrecords.read(str(path))]
@@ -80,10 +80,10 @@ def labels(folder: Path, output: str = "out") -> list[int]:
 
 
 def save(path: Path, values: np.ndarray, keys=None, *, wide=None) -> str:
-    """A table in the format of the path's suffix; its name.
+    """Writes a table in the format of the path's suffix; returns its name.
 
     Args:
-      wide: names of a column per class; None: one column of lists.
+      wide: column names, one per class; None: one column of lists.
     """
     columns = {} if keys is None else {"key": list(keys)}
     columns.update(
@@ -156,7 +156,7 @@ def test_logits_and_temperature(folder, probs):
 
 
 def test_superset_of_the_classes(folder, rng):
-    """Columns of one class are added, others left out, and images of none get no label."""
+    """Columns of one class are summed, others dropped, and images of no class get no label."""
     values = rng.dirichlet(np.ones(5) * 9, TOTAL)
     values[3] = [0.7, 0.05, 0.1, 0.1, 0.05]
     (folder / "map").write_text("-\nowl\nhen\n2\nhen\n")
@@ -192,7 +192,7 @@ def test_missing_and_unknown_on_request(folder, probs):
 
 
 def test_continues_after_a_kill(folder, probs, monkeypatch):
-    """Finished shards are kept; the bytes are those of an undisturbed run."""
+    """Finished shards are kept, and the bytes are those of an uninterrupted run."""
     path = save(folder / "p.npy", probs)
     run(folder, path, "whole")
     original, calls = tfexamples.framed_predictions, []
@@ -239,7 +239,7 @@ def test_another_order_of_classes_does_not_replace_finished_labels(folder, probs
 
 
 class Teacher:
-    """Labels the image of `folder` with the rows of `probs`, in order."""
+    """Labels the images of `folder` with the rows of `probs`, in order."""
 
     group = 4
     engine = types.SimpleNamespace(name="fake", batch_size=4, concurrency=1)
@@ -252,7 +252,7 @@ class Teacher:
 
 
 def test_own_predictions_imported_are_the_same_files(folder, probs):
-    """To the last byte, and so are the records that a student reads."""
+    """They are equal byte for byte, as are the records that a student reads."""
     (folder / "teacher.safetensors").write_bytes(b"weights")
     own = Config().override(
         model_name="efficientnet-test",
@@ -282,7 +282,7 @@ def test_own_predictions_imported_are_the_same_files(folder, probs):
 
 @pytest.mark.slow
 def test_the_example_of_the_docs(tmp_path, monkeypatch):
-    """A teacher of scikit-learn labels a folder, and our student learns from it."""
+    """A scikit-learn teacher labels a folder, and our student learns from it."""
     fakes.class_folders(tmp_path / "photos", {"hen": 20, "owl": 20})
     fakes.flat_folder(tmp_path / "more_photos", 30)
     monkeypatch.chdir(tmp_path)
@@ -337,7 +337,7 @@ def changed(probs: np.ndarray, row: int, values) -> np.ndarray:
     return copy
 
 
-# What is wrong → (function of folder and probabilities that returns source and settings, message).
+# Maps a fault to (function from folder and probabilities to source and settings, message).
 MALFORMED = {
     "no file": (lambda f, p: ("none.npy", {}), "no such file or folder"),
     "another kind": (lambda f, p: (_text(f / "p.txt", "0.5"), {}), "one of these types"),
@@ -496,7 +496,7 @@ def test_malformed(case, folder, probs):
     with pytest.raises(DataError, match=message) as error:
         run(folder, source, **settings)
     assert str(folder) in str(error.value)
-    # Nothing that is whole and wrong is left: at most shards before the end of a stream.
+    # No complete but wrong output remains, at most the shards before the end of a stream.
     finished = {p.name for p in (folder / "out").glob("train-info-*-00000")}
     assert "train-info-00002-of-00003-00000" not in finished
 

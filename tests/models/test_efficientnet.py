@@ -48,15 +48,15 @@ SIZES = {
     "efficientnet-test": (36_120 + 368, 368, 36_120 + 2 * 368, 3, 32),
 }
 LITE = [name for name in SIZES if "-lite" in name]
-# Those of the original.
+# The variants of the original.
 PUBLISHED = sorted({*SIZES} - {"efficientnet-test", *LITE})
-# Building the graphs of the larger ones takes long.
+# Building the graphs of the larger ones is slow.
 QUICK = ("efficientnet-test", "efficientnet-b0", "efficientnet-b2", "efficientnet-lite0")
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What is left of a model that was built without memory for its weights."""
+    """Properties of a model that was built without memory for its weights."""
 
     variables: dict[str, tuple[list[int], bool]]  # TF1 name → shape, trainable
     num_decayed: int
@@ -73,14 +73,14 @@ class Summary:
 
 @functools.cache
 def summary(name: str, **kwargs) -> Summary:
-    """Builds a model in a graph, where variables are not initialized, and forgets it."""
+    """Summarizes a model built in a temporary graph, where variables are not initialized."""
 
     def zeros(next_creator, **creator):
         shape, dtype = creator["shape"], creator["dtype"]
         return next_creator(**{**creator, "initial_value": lambda: tf.zeros(shape, dtype)})
 
-    # No layer has Python control flow to convert, and a graph is many small objects that last: twice as
-    # fast together.
+    # Layers have no Python control flow to convert, and a graph is many small long-lived objects.
+    # Skipping AutoGraph and garbage collection together halves the time.
     build_model = tf.autograph.experimental.do_not_convert(efficientnet.build_model)
     gc.disable()
     try:
@@ -177,7 +177,7 @@ def test_coefficients_equal_original(name, recorded_counts):
 
 
 def test_variables_of_lite0_are_those_of_b0_without_squeeze(recorded_variables):
-    """Same widths and depths, so that the names of its TF1 checkpoints follow."""
+    """Widths and depths are equal, so the names of its TF1 checkpoints follow."""
     expected = {
         key.replace("efficientnet-b0/", "efficientnet-lite0/"): (shape, trainable)
         for key, shape, trainable in recorded_variables["efficientnet-b0"]
@@ -208,7 +208,7 @@ def test_row_of_lite(name):
 
 
 def tiny_lite(num_classes: int = 10, image_size: int = 32, **kwargs) -> tf.keras.Model:
-    """Width 0.25 gives the first block as many channels out as a scaled stem would give it."""
+    """At width 0.25, the first block outputs as many channels as a scaled stem would feed it."""
     small = {"width_coefficient": 0.25, "depth_coefficient": 0.3}
     return efficientnet.build_model(
         "efficientnet-lite0", num_classes, image_size, **small, **kwargs
@@ -243,7 +243,7 @@ def test_small_image_model(recorded_variables, recorded_counts):
     large = summary("efficientnet-b0")
     backbone = {k: v for k, v in large.variables.items() if "/head/dense/" not in k}
     assert backbone.items() <= small.variables.items()
-    # Blocks 1 and 3 open stages 2 and 3.
+    # Blocks 1 and 3 start stages 2 and 3.
     assert large.strides == [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
     assert small.strides == [1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
 
@@ -251,9 +251,9 @@ def test_small_image_model(recorded_variables, recorded_counts):
 @pytest.mark.parametrize(
     "filters, width, expected",
     [
-        (16, 1.2, 24),  # 19.2 → 16 would be 17 % below; the case that tells B3 with the guard
+        (16, 1.2, 24),  # 16 would be 17 % below 19.2; in B3, only the guard avoids this
         (40, 1.2, 48),
-        (32, 1.1, 32),  # 35.2 → 32 is 9.1 % below
+        (32, 1.1, 32),  # 32 is 9.1 % below 35.2
         (24, 1.1, 24),
         (16, 1.4, 24),
         (16, 4.3, 72),
@@ -313,7 +313,7 @@ def test_block_table_of_a_scaled_model():
 
 
 def test_squeeze_width_is_a_quarter_of_the_input():
-    # Block 1 expands 16 channels to 96; a quarter of the 16 is squeezed to, not of the 96.
+    # Block 1 expands 16 channels to 96 but squeezes to a quarter of the 16, not of the 96.
     inputs = [32, 16, 24, 24, 40, 40, 80, 80, 80, 112, 112, 112, 192, 192, 192, 192]
     assert summary("efficientnet-b0").squeezed == [filters // 4 for filters in inputs]
 
@@ -399,7 +399,7 @@ def test_out_of_range(kwargs, message):
 
 @pytest.fixture(scope="module")
 def wide() -> tf.keras.Model:
-    """The small model with so many weights that their standard deviations are sharp."""
+    """The small model, widened so that its weights give precise standard deviations."""
     tf.keras.utils.set_random_seed(1)
     return tiny(num_classes=400, width_coefficient=32.0)
 
@@ -408,7 +408,7 @@ def wide() -> tf.keras.Model:
     "layer, expected",
     [
         ("stem_conv", math.sqrt(2 / (3 * 3 * 256))),
-        ("blocks_1_dw_conv", math.sqrt(2 / (3 * 3))),  # as if one filter, whatever the channels
+        ("blocks_1_dw_conv", math.sqrt(2 / (3 * 3))),  # as for one filter, whatever the channels
         ("blocks_1_expand_conv", math.sqrt(2 / 512)),
         ("blocks_2_se_reduce", math.sqrt(2 / 128)),
         ("blocks_2_se_expand", math.sqrt(2 / 1024)),
@@ -420,7 +420,7 @@ def test_convolution_initialiser(wide, layer, expected):
     error = 5 / math.sqrt(2 * kernel.size)  # five standard errors of a standard deviation
     assert np.std(kernel) == pytest.approx(expected, rel=error)
     assert abs(np.mean(kernel)) < 5 * expected / math.sqrt(kernel.size)
-    # A truncated normal distribution of this standard deviation would end at 2.27 of it.
+    # A truncated normal distribution would end at 2.27 times this standard deviation.
     assert np.max(np.abs(kernel)) > 2.5 * expected
 
 
@@ -474,7 +474,7 @@ def test_batch_norm_in_training(rng):
     expected = (x - mean) / np.sqrt(variance + 1e-3) * gamma + beta
     np.testing.assert_allclose(layer(x, training=True), expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(layer.moving_mean, 0.9 * 0.5 + 0.1 * mean, rtol=1e-5)
-    # The biased variance: with N/(N-1) = 12/11 it would be 9 % of the increment off.
+    # The biased variance: with N/(N-1) = 12/11, the increment would be 9 % too large.
     np.testing.assert_allclose(layer.moving_variance, 0.9 * 2.0 + 0.1 * variance, rtol=1e-5)
 
 
@@ -591,7 +591,7 @@ def assert_same_computation(saved: tf.keras.Model, made: tf.keras.Model, rng) ->
     images = pixels(rng).astype(np.float32)
     np.testing.assert_array_equal(made(images), saved(images))
     assert heads.settings(made) == heads.settings(saved)
-    # With the gradient and the noise of ours, not with those of Keras' layers of the same name.
+    # The layers are ours, with their gradient and noise, not Keras layers of the same name.
     kinds = {type(layer) for layer in saved.layers}
     assert {type(layer) for layer in made.layers} == kinds
     assert {layers.Swish, layers.StochasticDepth, layers.Dropout} <= kinds
@@ -623,7 +623,7 @@ def test_swish_layer_has_the_gradient_of_one_pass():
 
 
 def test_survival_falls_linearly():
-    # Only blocks with a shortcut have one: all but the first of each stage.
+    # Only blocks with a shortcut have a probability: all but the first of each stage.
     expected = {i: 1 - 0.2 * i / 16 for i in (2, 4, 6, 7, 9, 10, 12, 13, 14)}
     assert summary("efficientnet-b0").survival_probs == pytest.approx(expected)
 
@@ -655,7 +655,7 @@ def test_dropout_drops_single_units():
     outputs = noise(layers.Dropout(0.3, name="a"), (64, 256))
     assert set(np.unique(outputs)) == {0.0, np.float32(1 / 0.7)}
     assert outputs.mean() == pytest.approx(1.0, abs=0.025)  # standard deviation 0.0051
-    # Rows and columns are mixed.
+    # Every row and every column has kept and dropped units.
     assert outputs.mean(0).min() > 0 and outputs.mean(1).min() > 0
     assert outputs.std(0).min() > 0 and outputs.std(1).min() > 0
 
@@ -751,7 +751,7 @@ def test_model_is_noisy_in_training_only(rng):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_compiled_by_xla_equals_eager(rng, training):
-    # Without noise: XLA on a CPU draws other numbers from the same seed.
+    # Without noise, because XLA on CPU draws different numbers from the same seed.
     model, images = tiny(survival_prob=1.0, dropout_rate=0.0), pixels(rng)
 
     def forward(images):
@@ -800,5 +800,5 @@ def test_mixed_bfloat16_trains(rng):
     assert {v.dtype for v in model.weights} == {tf.float32}
     assert all(np.isfinite(value).all() for value in after)
     unchanged = {v.name for v, old, new in zip(model.weights, before, after) if (old == new).all()}
-    # What a batch norm follows cannot have a gradient with respect to its offset.
+    # A batch norm cancels the offsets that precede it, so they have no gradient.
     assert unchanged <= {f"blocks_{i}_project_bn/beta:0" for i in range(3)}

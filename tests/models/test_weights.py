@@ -1,4 +1,4 @@
-"""Checkpoints of the original: names, round trip, refusals, and the logits they give."""
+"""Checkpoints of the original: names, round trip, refusals, and logits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tiny(num_classes: int = 10, **kwargs) -> tf.keras.Model:
 
 
 def counting(model: tf.keras.Model, start: int = 0, suffix: str = "") -> dict[str, np.ndarray]:
-    """Other consecutive numbers for every variable, so that no two can be mistaken."""
+    """Returns distinct consecutive numbers for every variable so that mix-ups are detected."""
     values = {}
     for name, variable in weights.variable_names(model).items():
         size = int(np.prod(variable.shape))
@@ -55,7 +55,7 @@ def model() -> tf.keras.Model:
 
 @pytest.fixture
 def checkpoint(tmp_path, model) -> Path:
-    """A checkpoint with raw and averaged values, optimizer slots and a step, as the original's."""
+    """A checkpoint like the original's: raw and averaged values, optimizer slots, and a step."""
     prefix = tmp_path / "model.ckpt-1000"
     raw = counting(model)
     slots = {f"{name}/RMSProp": value + 0.5 for name, value in raw.items()}
@@ -69,7 +69,7 @@ def test_names_of_the_first_two_blocks(model):
     names = {
         name: variable.shape.as_list() for name, variable in weights.variable_names(model).items()
     }
-    # Without expansion the projection is the block's first convolution, with it the second.
+    # The projection is the block's first convolution without expansion and its second with it.
     assert names["efficientnet-test/blocks_0/conv2d/kernel"] == [1, 1, 8, 8]
     assert "efficientnet-test/blocks_0/conv2d_1/kernel" not in names
     assert names["efficientnet-test/blocks_1/conv2d/kernel"] == [1, 1, 8, 16]
@@ -130,7 +130,7 @@ def test_folder_with_a_checkpoint_file(checkpoint, model):
     "folder", ["noisy_student_efficientnet-b0", "noisy-student-efficientnet-b1"]
 )
 def test_unpacked_archive(checkpoint, tmp_path, folder):
-    """The folder inside has no fixed name, and its `checkpoint` file may mean another machine."""
+    """The inner folder has no fixed name; its `checkpoint` file may refer to another machine."""
     inner = tmp_path / "unpacked" / folder
     inner.mkdir(parents=True)
     for path in checkpoint.parent.glob(f"{checkpoint.name}.*"):
@@ -142,7 +142,7 @@ def test_unpacked_archive(checkpoint, tmp_path, folder):
 
 @pytest.fixture
 def student_checkpoint(tmp_path) -> Path:
-    """As of the original training with a teacher on the fly, which is of another size."""
+    """A checkpoint like that of the original with an on-the-fly teacher of another size."""
     prefix = tmp_path / "student" / "model.ckpt-9"
     prefix.parent.mkdir()
     student, teacher = tiny(), tiny(depth_coefficient=2.0)
@@ -168,7 +168,7 @@ def test_student_and_teacher_in_one_checkpoint(student_checkpoint, model, ema):
 
 @pytest.mark.parametrize("ema", [False, True])
 def test_new_head(checkpoint, ema):
-    """What is skipped keeps its values, whatever its shape in the file."""
+    """Skipped variables keep their values, regardless of their shape in the file."""
     target = tiny(num_classes=7)
     before, values = snapshot(target), counting(tiny(), 100_000 if ema else 0)
     weights.load_weights(target, str(checkpoint), ema=ema, skip=["head/dense/kernel", "dense/bias"])
@@ -224,7 +224,7 @@ def test_missing_averages(tmp_path, model, untouched):
     ],
 )
 def test_unexpected_variable(tmp_path, model, untouched, extra, ema):
-    """Everything the model needs is there, and one more."""
+    """The file has every variable of the model and one more."""
     values = {**counting(model, 7), **counting(model, 9, weights.EMA_SUFFIX), extra: np.zeros(2)}
     weights.write_checkpoint(str(tmp_path / "model"), values)
     with pytest.raises(weights.WeightsError, match="only in the file") as error:
@@ -365,11 +365,11 @@ def test_folder_with_several_checkpoints(checkpoint, model, untouched):
 
 
 # --------------------------------------------------------------------------------------------------
-# Logits, against the original's and against a second implementation
+# Logits, compared with the original's and a second implementation
 
 
 class NumpyEfficientNet:
-    """Evaluation in NumPy, straight from variables under the original's names."""
+    """Evaluates in NumPy, directly from variables under the original's names."""
 
     def __init__(self, values: Mapping[str, np.ndarray], blocks: list[efficientnet.Stage]):
         self.values, self.blocks = values, blocks
@@ -390,7 +390,7 @@ class NumpyEfficientNet:
         else:
             names = (bn, f"{scope}/conv2d", f"{bn}_1")
         kernel = self.values[f"{scope}/depthwise_conv2d/depthwise_kernel"]
-        # A depthwise convolution is one whose kernel is diagonal in the channels.
+        # A depthwise convolution is a convolution whose kernel is diagonal in the channels.
         diagonal = kernel * np.eye(kernel.shape[2])
         x = swish(self.bn(convolve(x, diagonal, block.stride), names[0]))
         gate = swish(self.conv(x.mean((1, 2), keepdims=True), f"{scope}/se/conv2d"))
@@ -418,7 +418,7 @@ def swish(x: np.ndarray) -> np.ndarray:
 
 
 def convolve(x: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
-    """Cross-correlation with TensorFlow's SAME padding: the odd pixel goes to the end."""
+    """Cross-correlates with TensorFlow's SAME padding: the odd pixel goes to the end."""
     size, side = kernel.shape[0], x.shape[1]
     out = -(-side // stride)
     total = max((out - 1) * stride + size - side, 0)
@@ -511,12 +511,12 @@ def test_one_folder_describes_one_kind_of_model(tmp_path, model):
     weights.save_weights(other, tmp_path / "two.safetensors")
     weights.save_weights(other, tmp_path / "elsewhere" / "two")
     weights.save_weights(model, tmp_path / "elsewhere" / "two.safetensors")
-    weights.save_weights(model, tmp_path / "elsewhere" / "two")  # It replaces the only one.
+    weights.save_weights(model, tmp_path / "elsewhere" / "two")  # Replaces the only checkpoint.
 
 
 @pytest.mark.parametrize("name", ["model.ckpt-1", "model.safetensors"])
 def test_lite_there_and_back(tmp_path, small_lite, name):
-    """Its normalization is in no flag and no task: it is that of the variant, and of the weights."""
+    """Its normalization is not set by flags or tasks, but by the variant and the weights."""
     model = efficientnet.build_model(small_lite, 3, 32)
     weights.save_weights(model, tmp_path / name)
     settings = weights.stored_settings(tmp_path / name)
@@ -531,7 +531,7 @@ def test_lite_there_and_back(tmp_path, small_lite, name):
     "name", ["model.ckpt-1", "model.safetensors", "model.keras", "model.h5", "folder"]
 )
 def test_the_crop_travels_with_the_weights(tmp_path, name):
-    """Where `preprocess` shows a model what it was evaluated on, whatever its weights were stored in."""
+    """`preprocess` uses the crop of the model's evaluation, regardless of the weights' format."""
     model = tiny(crop_fraction=0.5)
     if name.endswith((".keras", ".h5")):
         model.save(tmp_path / name)

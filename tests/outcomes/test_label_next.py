@@ -22,7 +22,7 @@ SHARDS, WORKERS, IMAGES, CLASSES = 3, 2, 40, 4
 
 
 def predictions(rng: np.random.Generator) -> np.ndarray:
-    """float32 [S, N, C]; class 3 has a single image, one is unreadable."""
+    """Returns float32 [S, N, C]; class 3 has a single image, and one image is unreadable."""
     probs = rng.dirichlet(np.ones(CLASSES - 1), [SHARDS, IMAGES]).astype(np.float32)
     probs = np.concatenate([probs, np.zeros([SHARDS, IMAGES, 1], np.float32)], 2)
     probs[1, 7], probs[2, 5] = [0, 0, 0.1, 0.9], 0
@@ -36,7 +36,7 @@ def probs(rng) -> np.ndarray:
 
 @pytest.fixture
 def marks(rng) -> np.ndarray:
-    """uint64 [S, N, 5], of images that are no copies of each other."""
+    """Marks of distinct images, uint64 [S, N, 5]."""
     return rng.integers(1, 2**63, [SHARDS, IMAGES, len(fingerprints.COLUMNS)], np.uint64)
 
 
@@ -77,7 +77,7 @@ def write_predictions(folder: Path, probs: np.ndarray, marks: np.ndarray | None 
 
 
 def expected(probs: np.ndarray, limit: int, left_out: set[tuple[int, int]]) -> list:
-    """(shard, record), by sorting everything."""
+    """Returns (shard, record) by sorting everything."""
     found = []
     for (shard, record), row in ((at, probs[at]) for at in np.ndindex(SHARDS, IMAGES)):
         if row.max() > 0 and (shard, record) not in left_out:
@@ -108,8 +108,8 @@ def test_smallest_margins_of_all_classes_in_turn(folder, probs, limit):
 def test_near_copies_come_once(folder, probs, marks):
     first, second, third, *_ = expected(probs, 3, set())
     marks[second] = marks[first]
-    marks[second][0] ^= np.uint64(1)  # Another content,
-    marks[second][1] ^= np.uint64(2**31 - 1)  # and 31 bits of the fingerprint.
+    marks[second][0] ^= np.uint64(1)  # Different content
+    marks[second][1] ^= np.uint64(2**31 - 1)  # and 31 different fingerprint bits.
     marks[third][0] = marks[first][0]
     write_predictions(folder, probs, marks)
     wanted = expected(probs, 12, {second, third})
@@ -132,7 +132,7 @@ def test_images_without_structure_are_no_copies_of_each_other(folder, probs, mar
 
 
 def test_the_list_and_the_sheet_of_a_run(folder, probs):
-    """Decided and excluded images are not asked about; the sheet is read by --reviewed."""
+    """Decided and excluded images are left out, and `--reviewed` accepts the sheet."""
     write_predictions(folder, probs)
     first, second, *_ = expected(probs, 2, set())
     files = {s: str(folder / "records" / f"extra-{s:05d}-of-{SHARDS:05d}") for s in range(SHARDS)}
@@ -157,7 +157,7 @@ def test_the_list_and_the_sheet_of_a_run(folder, probs):
 
 
 def test_debugging_one_shard_of_two_workers(folder, probs, marks):
-    """It reads the index of the first worker only, and the predictions of both."""
+    """It reads only the first worker's index but the predictions of both."""
     others = {(s, r) for s in (0, 2) for r in range(IMAGES)}
     ranked = expected(probs, IMAGES, others)
     first, second, *_ = [place for place in ranked if place[1] % WORKERS == 0]

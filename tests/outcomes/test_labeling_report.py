@@ -1,4 +1,4 @@
-"""The report of a labeling run against a plain reading of the same files."""
+"""Compares the report of a labeling run with a plain reading of the same files."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ THRESHOLD, NUM_IMAGE = 0.5, 9
 
 
 def picture(number: int) -> bytes:
-    """A PNG whose pixel says which image it is."""
+    """Returns a PNG whose pixels encode the number of the image."""
     buffer = io.BytesIO()
     Image.new("RGB", (2, 2), (number % 256, number // 256, 7)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 class Run(NamedTuple):
-    """A labeled and selected set; every array is over all images in the order of shard and record."""
+    """A labeled and selected set; arrays cover all images, ordered by shard and record."""
 
     config: SelectConfig
     label: np.ndarray
@@ -219,7 +219,7 @@ def test_agreement_of_rounds_with_other_numbers_of_workers(run, tmp_path):
 
 
 def numbers(shown: Document) -> list[int]:
-    """Which images are shown, over all shards."""
+    """Returns the numbers of the shown images across all shards."""
     result = []
     for _, data in shown.images():
         red, green, _ = Image.open(io.BytesIO(data)).getpixel((0, 0))
@@ -307,7 +307,7 @@ def test_quarantine(run, tmp_path):
 
 @pytest.mark.slow
 def test_command(run, tmp_path):
-    """One file that loads nothing, with everything in it."""
+    """The report is a single, self-contained file."""
     names = tmp_path / "names.txt"
     names.write_text("ant\nbee\ncat\n<dog>\nelk\n")
     flags = {
@@ -342,7 +342,7 @@ def test_settings_of_another_selection_are_refused(run):
 
 
 def test_a_default_that_is_given_is_no_other_setting_by_chance(run):
-    """`--num_image=1300` is refused like any other number, though it is the default."""
+    """`--num_image=1300` is refused like any other number, although it is the default."""
     other = dataclasses.replace(run.config, num_image=SelectConfig().num_image)
     labeling_report.sections(other)
     mark_given(other, ["num_image"])

@@ -1,4 +1,4 @@
-"""A person's decisions: a sheet, driven in a browser, and what the selection makes of them."""
+"""Human decisions: a sheet driven in a browser, and the effect on the selection."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def selecting(folder: Path, **values) -> SelectConfig:
 
 
 def test_decisions_are_honored(folder):
-    """Rejected images are gone; corrected and confirmed ones come first, with certain labels."""
+    """Rejected images are removed; corrected and confirmed ones come first, with certain labels."""
     changes = {0: None, 1: None, 4: 2, 7: 1, 9: 0}
     labeling.select_and_write(
         selecting(folder, reviewed=decisions(folder, changes)), FilterConfig()
@@ -86,7 +86,7 @@ def test_decisions_are_honored(folder):
 
 
 def test_a_review_and_a_list_together(folder):
-    """A person's decision is the last."""
+    """The human decision takes precedence."""
     file = folder / "records" / "extra-00000-of-00001"
     (folder / "list.csv").write_text(f"file,record\n{file},3\n{file},6\n")
     config = selecting(
@@ -158,7 +158,7 @@ window.addEventListener("load", () => {
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
 def test_sheet_in_a_browser(folder, rng):
-    """Confirm, correct, reject, take back; what is saved is what `filter_unlabel` reads."""
+    """Confirms, corrects, rejects and undoes; `filter_unlabel` reads what is saved."""
     file = str(folder / "records" / "extra-00000-of-00001")
     images = [report.ReviewImage(png(rng, 32, 48), file, i, i % CLASSES, 0.5) for i in range(5)]
     path = folder / "review.html"

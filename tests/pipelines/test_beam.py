@@ -1,4 +1,4 @@
-"""The Beam pipeline: the files of the ordinary commands, resuming, and errors of workers."""
+"""The Beam pipeline: the files of the ordinary commands, resuming, and worker errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from efficientnet_ns.pseudo_labels.selection import select
 
 SHARDS = 3
 DECISIONS = {"exclude": "list.csv", "reviewed": "review.json"}
-# What DirectRunner comes to without a connection, over which it fetches another runner.
+# What DirectRunner falls back to offline; online, it fetches another runner.
 RUNNER = "--runner=FnApiRunner"
 _RESULT = "apache_beam.runners.portability.fn_api_runner.fn_runner.RunnerResult"
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def beam():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A teacher, and three shards of which one has a damaged record."""
+    """A teacher, and three shards, one of which has a damaged record."""
     path = tmp_path_factory.mktemp("beam")
     rng = np.random.default_rng(0)
     save_teacher(path / "teacher", CLASSES, seed=1)
@@ -61,7 +61,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_predictor() -> Iterator[None]:
-    """Building and tracing a model takes seconds; all runs here have the same settings of it."""
+    """Shares one model: building and tracing takes seconds, and all runs use the same settings."""
     made = []
 
     def predictor(*arguments) -> TeacherPredictor:
@@ -79,7 +79,7 @@ def stages(folder: Path, work: Path, **values) -> tuple[Config, SelectConfig]:
 
 @pytest.fixture(scope="module")
 def ordinary(folder) -> Path:
-    """What the ordinary functions make."""
+    """The output of the ordinary functions."""
     work = folder / "ordinary"
     prediction, selection = stages(folder, work)
     for worker in range(2):
@@ -94,7 +94,7 @@ def test_files_are_those_of_the_ordinary_commands(beam, folder, ordinary, tmp_pa
     assert contents(tmp_path) == contents(ordinary)
     assert (result["unreadable"], result["available"]) == (1, 75)
     assert result["records"] == CLASSES * 20
-    # Among them everything that there is to make, of every worker and shard.
+    # They include every output of every worker and shard.
     names = {Path(name).name for name in contents(tmp_path)}
     for shard in range(SHARDS):
         assert {f"train-info-{shard:05d}-of-00003-{w:05d}" for w in range(2)} <= names
@@ -118,14 +118,14 @@ def test_finished_shards_are_not_done_again(beam, folder, ordinary, tmp_path, mo
     assert sorted(done) == [f"train-info-{s:05d}-of-00003-{w:05d}" for s, w in
                             [(0, 0), (1, 0), (1, 1), (2, 0)]]  # fmt: skip
     assert contents(tmp_path) == contents(ordinary)
-    monkeypatch.setattr(predict, "TeacherPredictor", None)  # Without work no model is loaded.
+    monkeypatch.setattr(predict, "TeacherPredictor", None)  # Without work, no model is loaded.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*0*-of-0*")}
     beam.label(prediction, selection, [RUNNER])
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) > 20
 
 
 def test_what_a_person_and_a_list_decided_is_honored(beam, folder, tmp_path):
-    """As filter_unlabel does; a list that is missing is refused before the pipeline starts."""
+    """As in filter_unlabel; a missing list is refused before the pipeline starts."""
     file = folder / "unlabeled" / shard_names.shard_name("extra", 0, SHARDS)
     decided = [{"file": str(file), "record": 3, "label": 2}]
     (tmp_path / "review.json").write_text(json.dumps({"decisions": decided}))
@@ -141,7 +141,7 @@ def test_what_a_person_and_a_list_decided_is_honored(beam, folder, tmp_path):
     made, wanted = map(contents, works)
     assert made.keys() == wanted.keys()
     for name in made:
-        # Manifests name the folders.
+        # Manifests contain the folder names.
         assert made[name] == wanted[name] or name.endswith(".manifest.json"), name
     rows = pyarrow.parquet.read_table(works[0] / "selected" / "selection.parquet").to_pylist()
     kept = {r["position"] * 2 + r["worker"]: r for r in rows if r["shard"] == 0}
@@ -153,7 +153,7 @@ def test_what_a_person_and_a_list_decided_is_honored(beam, folder, tmp_path):
 
 
 def test_counters(beam, folder, tmp_path, monkeypatch):
-    """Of images, bytes, unreadable records and time, as a runner shows them."""
+    """A runner shows counts of images, bytes, unreadable records and time."""
     results = []
     finish = beam.apache_beam.Pipeline.__exit__
 
@@ -163,7 +163,7 @@ def test_counters(beam, folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(beam.apache_beam.Pipeline, "__exit__", kept)
     prediction, selection = stages(folder, tmp_path)
-    beam.whole_set.load_teacher(prediction).meter.take()  # That of all tests here.
+    beam.whole_set.load_teacher(prediction).meter.take()  # Resets the shared meter.
     beam.label(prediction, selection, [RUNNER])
     counted = {
         one.key.metric.name: one.committed
@@ -197,7 +197,7 @@ def test_groups_of_shards_are_few_and_hold_each_once():
 
 
 def test_bundle_that_fails_is_started_again(beam, folder, ordinary, tmp_path, monkeypatch):
-    """A worker that dies in the middle of a shard leaves nothing that another would stumble over."""
+    """A worker that dies in the middle of a shard leaves nothing that would affect another."""
     prediction, selection = stages(folder, tmp_path, part_seconds=0.0)
     rename, failed = label_shard.ShardLabeling._assemble, []
 
@@ -220,7 +220,7 @@ def test_shard_with_too_many_bad_records_is_refused_after_the_others(beam, folde
     with pytest.raises(label_shard.TooManyBadRecords, match=r"extra-00001-of-00003: 1 of"):
         beam.label(prediction, selection, [RUNNER])
     finished = {path.name for path in (tmp_path / "predictions").glob("*.manifest.json")}
-    # Record 4 of shard 1 is worker 0's.
+    # Record 4 of shard 1 belongs to worker 0.
     assert len(finished) == 5 and "train-info-00001-of-00003-00000.manifest.json" not in finished
     assert not (tmp_path / "selected").exists()
 
@@ -283,7 +283,7 @@ def test_command_with_several_processes(beam, folder, ordinary, tmp_path):
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert json.loads(answer.stdout.splitlines()[-1])["records"] == CLASSES * 20
     assert contents(tmp_path) == contents(ordinary)
-    # An error inside a worker: the message alone, and the exit code of unusable data.
+    # A worker error prints only its message and exits with the code of unusable data.
     damaged = tmp_path / "selected" / "selection.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-10])
     answer = subprocess.run(

@@ -1,4 +1,4 @@
-"""Labeling on a Ray cluster: the files of the ordinary commands, whatever becomes of its nodes."""
+"""Labeling on a Ray cluster: the files of the ordinary commands, even if nodes fail."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ NODE = {"num_cpus": 1, "resources": {"teacher": 1}, "object_store_memory": 80 * 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator:
-    """Three nodes with a place for one actor each."""
+    """Three nodes, each with room for one actor."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    # Ray gives its workers the lowest priority, with which a busy machine lets them wait for minutes.
+    # Ray gives workers the lowest priority, so on a busy machine they would wait for minutes.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
     nodes = Cluster(initialize_head=True, head_node_args=NODE)
@@ -61,7 +61,7 @@ def cluster() -> Iterator:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A teacher, and 64 shards of which one has a damaged record."""
+    """A teacher, and 64 shards, one of which has a damaged record."""
     path = tmp_path_factory.mktemp("ray")
     rng = np.random.default_rng(0)
     save_teacher(path / "teacher", CLASSES, seed=1)
@@ -83,7 +83,7 @@ def pool(cluster, **values) -> RayConfig:
 
 @pytest.fixture(scope="module")
 def ordinary(folder) -> Path:
-    """What the ordinary functions make."""
+    """The output of the ordinary functions."""
     work = folder / "ordinary"
     prediction, selection = stages(folder, work)
     predict.predict(prediction.override(shard_id="auto"))
@@ -110,7 +110,7 @@ def parent(process: int) -> int:
 
 
 def raylet_at_work(cluster, folder: Path) -> int | None:
-    """The process of a node other than the head whose actor labels a shard now."""
+    """Returns the process of a node other than the head whose actor is labeling a shard."""
     raylets = {node.all_processes["raylet"][0].process.pid for node in cluster.worker_nodes}
     for lease in folder.glob(".lease-*"):
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -121,7 +121,7 @@ def raylet_at_work(cluster, folder: Path) -> int | None:
 
 
 def kill_node(raylet: int) -> None:
-    """Ends it and its workers, as when a machine is gone."""
+    """Kills a node and its workers, as if the machine were lost."""
     family = [raylet]
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -133,7 +133,7 @@ def kill_node(raylet: int) -> None:
 
 @pytest.mark.slow
 def test_a_node_is_killed_and_one_joins(cluster, folder, ordinary, tmp_path):
-    """The files are those of the ordinary commands, also where the run itself was stopped before."""
+    """The files equal those of the ordinary commands, even if the run itself was stopped before."""
     line = command(folder, tmp_path, cluster)
     options = {"cwd": ROOT, "stdout": PIPE, "stderr": PIPE, "text": True}
     made = lambda: sorted(tmp_path.glob("predictions/*.manifest.json"))  # noqa: E731
@@ -149,7 +149,7 @@ def test_a_node_is_killed_and_one_joins(cluster, folder, ordinary, tmp_path):
     assert (job.communicate()[0], job.returncode) == ("", 75)
     before = {path: path.stat().st_mtime_ns for path in made()}
     assert 3 <= len(before) < SHARDS
-    # Two actors come to shards that are held here. So only a new one can do what a lost one had.
+    # Two actors block on shards that are held here, so only a new one can do a lost one's work.
     names = [f"train-info-{shard:05d}-of-{SHARDS:05d}-00000" for shard in (SHARDS - 2, SHARDS - 1)]
     held = [Leases(str(tmp_path / "predictions"), 300).claim(name) for name in names]
     job = started(len(before) + 8)
@@ -175,11 +175,11 @@ def test_a_node_is_killed_and_one_joins(cluster, folder, ordinary, tmp_path):
 
 
 class FakeRay:
-    """Calls of actors are done when they are asked for; `lost` (unit, times) end their actors.
+    """Runs actor calls when results are requested; `lost` maps units to calls that end actors.
 
     Attributes:
       places: CPUs in the cluster.
-      most: actors that there were at a time.
+      most: largest number of actors at a time.
     """
 
     def __init__(self, places: int, lost: dict[object, int]):
@@ -253,7 +253,7 @@ class FakeCall:
 
 @pytest.fixture
 def run(monkeypatch):
-    """Labels units (0, 0), (0, 1), … with a pool on a fake of Ray; returns (messages, FakeRay)."""
+    """Labels units (0, 0), (0, 1), … with a pool on a fake Ray; returns (messages, FakeRay)."""
 
     def run(number, places, lost=(), label=lambda unit: "", **options):
         fake = FakeRay(places, dict(lost))
@@ -281,7 +281,7 @@ def run(monkeypatch):
     [
         (20, 5, {}, 5),  # As many as fit.
         (20, 5, {"max_actors": 3}, 3),
-        (20, 2, {"min_actors": 4}, 4),  # More are requested than there are places for,
+        (20, 2, {"min_actors": 4}, 4),  # More requested than there is room for,
         (3, 5, {"min_actors": 4}, 3),  # but none without work.
         (20, 5, {"cpus_per_actor": 2.0}, 2),
     ],

@@ -1,4 +1,4 @@
-"""What the models of a run are built with, where task and variant both have a say."""
+"""How task and variant together determine the models of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("small_lite")
 
 
 def normalizations(tmp_path, student: str, teacher: str, **task) -> list[dict]:
-    """`mean` and `std` of the student and of the teacher on the fly."""
+    """Returns `mean` and `std` of the student and of the on-the-fly teacher."""
     path = tmp_path / "task.json"
     path.write_text(json.dumps({"num_classes": 5, "image_size": 32, **task}))
     config = Config().override(
@@ -76,7 +76,7 @@ def test_evaluation_and_test_set_have_limits_of_their_own(tmp_path):
 
 
 def test_task_next_to_the_records_is_not_overlooked(tmp_path):
-    """The default task is ImageNet's, whose classes would be taken for those of the records."""
+    """Otherwise, the default task would assign ImageNet's classes to the records."""
     path = tmp_path / "task.json"
     path.write_text('{"num_classes": 3}')
     config = Config().override(label_data_dir=f"{tmp_path}/other;{tmp_path}")

@@ -1,4 +1,4 @@
-"""A trained model knows its settings: what is not given is read beside the weights."""
+"""A trained model knows its settings: omitted settings are read from next to the weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_task(path: Path, **values) -> str:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A folder as a training leaves it, whose task file has gone since."""
+    """The folder of a finished training run whose task file was deleted afterwards."""
     folder = tmp_path_factory.mktemp("training")
     task = write_task(folder / "their_task.json")
     config = Config().override(
@@ -71,7 +71,7 @@ def test_flags_override(run, tmp_path):
     given = Config().override(input_image_size=32, task_name=task, dropout_rate=0.1)
     resolved = ResolvedConfig.from_config(given, run)
     assert (resolved.image_size, resolved.config.model.dropout_rate) == (32, 0.1)
-    # Pixels are normalized and cropped as the model needs it, whatever set it is used on.
+    # Pixels are normalized and cropped as the model requires, regardless of the data set.
     assert (resolved.task.eval_set, resolved.task.mean) == ("validation", MEAN)
     assert resolved.small_image
 
@@ -89,7 +89,7 @@ def test_conflicts(run, tmp_path):
 
 
 def test_the_default_size_may_be_given(run):
-    """`--model_name=efficientnet-b0` is not the same as nothing."""
+    """`--model_name=efficientnet-b0` is not the same as omitting the flag."""
     with pytest.raises(ConfigError, match="--model_name=efficientnet-b0"):
         ResolvedConfig.from_config(Config().override(model_name="efficientnet-b0"), run)
 
@@ -103,7 +103,7 @@ def test_trainings_from_before_the_task_was_noted(run, tmp_path):
 
 
 def test_a_file_of_weights(run, tmp_path):
-    """Its metadata; a config.json beside it is of another program."""
+    """Its metadata applies; a config.json next to it belongs to another program."""
     model = ResolvedConfig.from_config(Config(), run).build_model()
     weights.save_weights(model, tmp_path / "a.safetensors")
     (tmp_path / "config.json").write_text("{}")
@@ -135,7 +135,7 @@ def test_last_model_of_a_loop(tmp_path):
 
 
 def test_best_model_of_the_command_for_pictures(tmp_path):
-    """Its rounds are a work_dir in its own."""
+    """Its rounds are in a work_dir nested in its own."""
 
     def write(folder: Path, **stages) -> str:
         folder.mkdir(exist_ok=True)
