@@ -83,7 +83,7 @@ def test_every_public_name_is_documented():
 
 
 def test_files_that_the_code_names_are_described():
-    """Covers files that users find in folders, such as `review.html`, and tables of benchmarks."""
+    """Covers the files that users find in folders, such as `review.html`."""
     foreign = {"config.json", "dataset_info.json", "imagenet_classes.txt", "labels.txt"}
     named = {
         name
