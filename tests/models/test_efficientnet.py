@@ -408,7 +408,7 @@ def wide() -> tf.keras.Model:
     "layer, expected",
     [
         ("stem_conv", math.sqrt(2 / (3 * 3 * 256))),
-        ("blocks_1_dw_conv", math.sqrt(2 / (3 * 3))),  # as for one filter, for any number of channels
+        ("blocks_1_dw_conv", math.sqrt(2 / (3 * 3))),  # As for one filter.
         ("blocks_1_expand_conv", math.sqrt(2 / 512)),
         ("blocks_2_se_reduce", math.sqrt(2 / 128)),
         ("blocks_2_se_expand", math.sqrt(2 / 1024)),
