@@ -18,7 +18,7 @@ from efficientnet_ns.ingest.image_sources import Entry
 
 # Number of evenly spaced pictures to open.
 _SAMPLE = 200
-# Assumed shorter side of pictures that are not opened.
+# Assumed shorter side if none of the opened pictures tells its own.
 _UNKNOWN_SIDE = 256
 
 
@@ -46,7 +46,10 @@ def is_records(place: str) -> bool:
     """Checks whether a place is a folder of record files."""
     if not tf.io.gfile.isdir(place):
         return False
-    return any(map(shard_names.parse, object_stores.names(place)))
+    try:
+        return any(map(shard_names.parse, object_stores.names(place)))
+    except UnicodeDecodeError:  # TensorFlow lists no folder with such a name; records have none.
+        return False
 
 
 def survey(
@@ -155,4 +158,6 @@ def _of_tfds(place: str, labeled: bool) -> Survey:
             raise DataError(f"{place} has no labels")
         counts = Counter(entry.label for entry in entries)
         classes = {name: counts[i] for i, name in enumerate(source.class_names)}
-    return Survey(len(entries), classes, _UNKNOWN_SIDE, [], Counter(), 0)
+    opened = _spread(entries)
+    sides, refused = _look_at(source, opened)
+    return Survey(len(entries), classes, _median(sides), refused, Counter(), len(opened))

@@ -22,7 +22,7 @@ from efficientnet_ns.files import (
     progress,
     text_table,
 )
-from efficientnet_ns.ingest import data_source, image_records, listing, survey, tfds_source
+from efficientnet_ns.ingest import image_records, listing, survey, tfds_source
 from efficientnet_ns.ingest.survey import Survey
 from efficientnet_ns.loop import rules
 from efficientnet_ns.loop.rules import Facts, Setting
@@ -108,12 +108,12 @@ def make(pictures: PicturesConfig, values: Mapping[str, Any], work_dir: str) -> 
     limit = seconds_of(pictures.time_limit) if pictures.time_limit else None
     # A measurement builds and runs a model, so it is made only if the user asked about the time.
     measure = bool(limit or pictures.dry_run)
-    speed = _measured_pace(chosen, facts) if measure else _guessed_pace(chosen, facts)
+    speed = _measured_pace(chosen) if measure else _guessed_pace(chosen, facts)
     if limit:
         settings = rules.fit(settings, facts, values, speed, limit, pictures.control)
         size = rules.values(settings)["input_image_size"]
         # Measured at the rule's size; convolution time is proportional to the number of pixels.
-        speed *= (chosen["input_image_size"] / size) ** 2 if size else 1.0
+        speed *= (chosen["input_image_size"] / size) ** 2
     return Plan(facts, settings, speed, measure, found)
 
 
@@ -173,8 +173,10 @@ def is_pictures(place: str) -> bool:
 def _labeled(flag: str, place: str, class_names: Sequence[str] | None = None) -> Survey:
     """Surveys the labeled pictures that `--<flag>` names."""
     top = place.rstrip("/")
+    if not tf.io.gfile.isdir(top):
+        top = "<folder where the archive is unpacked>"
     advice = listing.Advice(
-        without_classes="expected a folder for each of at least 2 classes",
+        without_classes="expected a folder per class",
         another_folder=lambda folder, image_set: f"--{flag}={shlex.quote(f'{top}/{folder}')}",
     )
     return survey.survey(place, labeled=True, class_names=class_names, advice=advice)
@@ -220,16 +222,7 @@ def published_models() -> tuple[str, ...]:
     )
 
 
-def _side(chosen: Mapping[str, Any], facts: Facts) -> int:
-    return chosen["input_image_size"] or max(facts.median_side, 8)
-
-
-def _is_small_image(chosen: Mapping[str, Any], facts: Facts) -> bool:
-    """Returns whether the task will have small-image models, as make_records decides."""
-    return not chosen["init_weights"] and facts.median_side <= data_source.SMALL_SIDE
-
-
-def _measured_pace(chosen: Mapping[str, Any], facts: Facts) -> float:
+def _measured_pace(chosen: Mapping[str, Any]) -> float:
     config, _ = configs(chosen)
     model = chosen["models"].split(",")[0]
     # The task file is not written yet. Any task will do, because a classifier takes little time.
@@ -237,15 +230,13 @@ def _measured_pace(chosen: Mapping[str, Any], facts: Facts) -> float:
         model_name=model.strip(),
         task_name="imagenet",
         init_model=False,
-        input_image_size=_side(chosen, facts),
-        small_image_model=_is_small_image(chosen, facts),
     )
     return pace.images_per_second(with_task)
 
 
 def _guessed_pace(chosen: Mapping[str, Any], facts: Facts) -> float:
     # Without the strides of stages 2 and 3, the later stages have 4 times the side.
-    side = _side(chosen, facts) * (4 if _is_small_image(chosen, facts) else 1)
+    side = chosen["input_image_size"] * (4 if chosen["small_image_model"] else 1)
     return _GUESS * facts.cores * (1 + 50 * facts.accelerators) * (_GUESSED_SIZE / side) ** 2
 
 

@@ -92,19 +92,25 @@ def _models(facts: Facts, chosen: Chosen) -> str:
     return ",".join([model] * (1 + students))
 
 
-def _image_size(facts: Facts, chosen: Chosen) -> int | None:
-    if not _pretrained(chosen):
-        # None: the size in the task, which make_records derives from small pictures.
-        return (
-            None
-            if facts.median_side <= data_source.SMALL_SIDE
-            else 224
-            if facts.accelerators
-            else 96
-        )
+def _side(facts: Facts, chosen: Chosen) -> int:
+    """Returns the shorter side of the median picture in the records, at least 8 pixels."""
+    return max(8, min(facts.median_side, chosen.get("max_side", facts.median_side)))
+
+
+def _are_small(facts: Facts, chosen: Chosen) -> bool:
+    # Published weights have the strides for large images.
+    return not _pretrained(chosen) and _side(facts, chosen) <= data_source.SMALL_SIDE
+
+
+def _image_size(facts: Facts, chosen: Chosen) -> int:
+    side = _side(facts, chosen)
+    if _are_small(facts, chosen):
+        return side
     if facts.accelerators:
         return 224
-    return 160 if facts.median_side > 64 else 128
+    if _pretrained(chosen):
+        return 160 if side > 64 else 128
+    return 96
 
 
 def _held_out(facts: Facts, _: Chosen) -> float:
@@ -191,8 +197,14 @@ RULES: tuple[Rule, ...] = (
         _PROTOTYPE,
     ),
     Rule(
+        "small_image_model",
+        _are_small,
+        "from scratch, pictures of up to 40 px need all their pixels: two strides less",
+        "the original code's SVHN model",
+    ),
+    Rule(
         "max_side",
-        lambda _, chosen: max(320, 2 * (chosen["input_image_size"] or 0)),
+        lambda _, chosen: max(320, 2 * chosen["input_image_size"]),
         "larger pictures only cost time to decode",
         "twice the model's size leaves room for random crops",
     ),
@@ -366,7 +378,7 @@ def fit(
 
     def estimate() -> float:
         now = {**chosen, **changed}
-        speed = pace * (size / now["input_image_size"]) ** 2 if size else pace
+        speed = pace * (size / now["input_image_size"]) ** 2
         return sum(seconds(facts, now, speed, control=control).values())
 
     def shorten(least: float) -> None:
@@ -382,7 +394,7 @@ def fit(
         changed["models"] = ",".join(chosen["models"].split(",")[:2])
     shorten(0.5)
     for smaller in _SIZES:
-        if estimate() > limit and size and smaller < size and "input_image_size" not in given:
+        if estimate() > limit and smaller < size and "input_image_size" not in given:
             changed["input_image_size"] = smaller
     shorten(0.05)
     changed = {name: value for name, value in changed.items() if value != chosen[name]}

@@ -167,7 +167,7 @@ def test_another_lite_file(folder, tmp_path):
 
 
 def test_lite_file_of_a_model_of_whole_images(tmp_path):
-    """The file keeps the crop settings and the evaluation set of the task."""
+    """The file keeps the image settings and the evaluation set of the task."""
     task = str(tmp_path / "task.json")
     tasks.write_task(task, num_classes=3, image_size=SIZE, small_image=True, eval_set="dev")
     config = Config().override(model_name="efficientnet-test", task_name=task)

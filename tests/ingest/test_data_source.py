@@ -14,7 +14,7 @@ from efficientnet_ns.config.ingest import MakeConfig
 from efficientnet_ns.data import image_conversion, tasks
 from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.ingest import data_source, tfds_source
+from efficientnet_ns.ingest import data_source, survey, tfds_source
 from efficientnet_ns.loop import modes
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training import train
@@ -114,6 +114,15 @@ def stored(data_dir: str, name: str, split: str) -> set[tuple[int, bytes]]:
     skip = {"picture": tfds.decode.SkipDecoding()}
     data = tfds.load(name, split=split, data_dir=data_dir, decoders=skip)
     return {(int(e["direction"]), e["picture"]) for e in tfds.as_numpy(data)}
+
+
+def test_survey_of_a_set(data_dir, monkeypatch):
+    load = tfds_source.load_builder
+    monkeypatch.setattr(tfds_source, "load_builder", lambda name, _: load(name, data_dir))
+    found = survey.survey("tfds:tiny_arrows:train[:9]", labeled=True)
+    assert (found.images, found.opened, found.median_side) == (9, 9, 8)
+    assert sum((found.classes or {}).values()) == 9
+    assert survey.survey("tfds:tiny_arrows:test", labeled=False).classes is None
 
 
 def test_a_whole_set(tmp_path, data_dir):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from fakes import class_folders, flat_folder
 
@@ -30,6 +32,13 @@ def test_unusable_pictures_are_refused(tmp_path):
     found = survey(str(tmp_path / "more"), labeled=False)
     assert [name for name, _ in found.refused] == ["empty.jpg"]
     assert found.classes is None and found.ignored == {".txt": 1}
+
+
+def test_names_that_are_not_utf_8_are_refused(tmp_path):
+    flat_folder(tmp_path / "more", 2)
+    (tmp_path / "more" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"x")
+    found = survey(str(tmp_path / "more"), labeled=False)
+    assert [name for name, _ in found.refused] == ["caf\\xe9.jpg"]
 
 
 def test_records_without_a_task_have_no_classes(tmp_path):

@@ -21,7 +21,7 @@ def test_mp4(tmp_path):
     assert len(frames) == 31
     for frame, color in zip(frames, COLORS):
         assert frame.shape == (48, 64, 3) and frame.dtype == np.uint8
-        # Videos lose only half of the chroma and the full value range.
+        # Videos store chroma at half the resolution, and a smaller range of values.
         np.testing.assert_allclose(frame.mean((0, 1)), color, atol=4)
 
 

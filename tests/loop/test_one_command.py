@@ -55,7 +55,7 @@ def write_pictures(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_killed_and_continued(tmp_path):
-    """Killed once per stage, it writes the files of an undisturbed run and repeats no work."""
+    """Killed in several stages, it writes the files of an undisturbed run and repeats no work."""
     places, work = write_pictures(tmp_path), tmp_path / "run"
     stretched = {**QUICK, "train_ratio": 1.5}
     arguments = {**places, **stretched, "work_dir": str(work)}

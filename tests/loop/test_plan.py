@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -151,13 +152,20 @@ def test_one_class_and_sets_for_classes(tmp_path):
 def test_folders_without_classes(tmp_path):
     class_folders(tmp_path / "apple" / "deep" / "64", {"": 3})
     class_folders(tmp_path / "photos", {"": 3})
-    with pytest.raises(
-        DataError, match="folders below it; expected a folder for each of at least 2"
-    ):
+    with pytest.raises(DataError, match="folders below it; expected a folder per class$"):
         plan.make(pictures(tmp_path, labeled=str(tmp_path)), {}, "")
     for flag in ("labeled", "test"):
-        with pytest.raises(DataError, match="could be classes: expected a folder for each"):
+        with pytest.raises(DataError, match="could be classes: expected a folder per class$"):
             plan.make(pictures(tmp_path, **{flag: str(tmp_path / "photos")}), {}, "")
+
+
+def test_sets_in_an_archive(tmp_path):
+    for name in ("train", "val"):
+        class_folders(tmp_path / "photos" / "my set" / name, {"a": 2, "b": 2})
+    archive = shutil.make_archive(str(tmp_path / "photos"), "zip", tmp_path / "photos")
+    unpacked = "--labeled='<folder where the archive is unpacked>/my set/train'"
+    with pytest.raises(DataError, match=f"sets, not classes.*Pass one of them: {unpacked}"):
+        plan.make(pictures(tmp_path, labeled=archive), {}, "")
 
 
 def test_sets_without_classes(tmp_path):

@@ -116,6 +116,24 @@ def test_students_by_cores():
     assert chosen(dataclasses.replace(FEW, cores=16))["models"].count(",") == 2
 
 
+@pytest.mark.parametrize(
+    "side, given, size, small",
+    [
+        (32, {}, 32, True),
+        (4, {}, 8, True),
+        (40, {}, 40, True),
+        (41, {}, 96, False),
+        (100, {"max_side": 32}, 32, True),
+        (32, {"input_image_size": 96}, 96, True),
+        (64, {"small_image_model": True}, 96, True),
+        (32, {"init_weights": "published"}, 128, False),
+    ],
+)
+def test_small_pictures_keep_their_size_from_scratch(side, given, size, small):
+    values = chosen(dataclasses.replace(FEW, published=(), median_side=side), **given)
+    assert (values["input_image_size"], values["small_image_model"]) == (size, small)
+
+
 @pytest.mark.parametrize("limit", [60, 600, 1800])
 def test_time_limit(limit):
     facts = dataclasses.replace(FEW, cores=16)

@@ -44,7 +44,7 @@ class Teacher:
     """Predicts probabilities from a hash of the image, the same on every machine.
 
     Args:
-      groups: Number of groups to label before the process is "killed".
+      groups: number of groups to label before the process is "killed".
     """
 
     group = 16

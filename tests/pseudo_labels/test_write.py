@@ -295,7 +295,7 @@ runpy.run_module("efficientnet_ns.filter_unlabel", run_name="__main__")
 
 
 def test_killed_run_is_continued(inputs, by_command, monkeypatch):
-    """The third shard has a manifest but no records, so only this shard is written again."""
+    """The third shard has a manifest but no records, so writing continues with this shard."""
     settings = config(inputs, "killed")
     done = forks.python("-c", KILLED_AT_ITS_THIRD_SHARD, *command(settings))
     assert done.returncode == -signal.SIGKILL, done.stderr
