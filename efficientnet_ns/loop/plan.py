@@ -237,7 +237,10 @@ def _measured_pace(chosen: Mapping[str, Any]) -> float:
 def _guessed_pace(chosen: Mapping[str, Any], facts: Facts) -> float:
     # Without the strides of stages 2 and 3, the later stages have 4 times the side.
     side = chosen["input_image_size"] * (4 if chosen["small_image_model"] else 1)
-    return _GUESS * facts.cores * (1 + 50 * facts.accelerators) * (_GUESSED_SIZE / side) ** 2
+    # As measured at widths of 0.5 and depths of 0.2 and 0.4.
+    width, depth = (chosen.get(f"{what}_coefficient") or 1.0 for what in ("width", "depth"))
+    relative = (side / _GUESSED_SIZE) ** 2 * width * depth**0.5
+    return _GUESS * facts.cores * (1 + 50 * facts.accelerators) / relative
 
 
 # --- Settings ---------------------------------------------------------------------------------------

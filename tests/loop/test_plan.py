@@ -66,6 +66,15 @@ def test_pace_is_that_of_the_model_to_train(folder, monkeypatch, weights, small)
     assert config.model.width_coefficient == 0.5
 
 
+def test_guessed_pace_depends_on_the_model(folder):
+    def guessed(**values) -> float:
+        return plan.make(pictures(folder), {"init_weights": "", **values}, "").pace
+
+    assert guessed(width_coefficient=0.5, depth_coefficient=0.25) == pytest.approx(4 * guessed())
+    assert guessed(input_image_size=48) == pytest.approx(guessed() / 4)
+    assert guessed(small_image_model=False) == pytest.approx(16 * guessed())
+
+
 def test_a_teacher_without_a_student_is_refused_before_anything_is_done(
     folder, tmp_path, monkeypatch
 ):
