@@ -55,6 +55,9 @@ def prepare() -> None:
                 "efficientnet_ns needs Keras 2, but this program has already used tf.keras, which "
                 f"is Keras 3: import efficientnet_ns first, or set {_LEGACY}=1"
             )
+    else:
+        # With it, TensorFlow 2.15 looks for tf_keras and does not load its own Keras 2.
+        os.environ.pop(_LEGACY, None)
     for name, value in _OBJECT_STORES.items():
         os.environ.setdefault(name, value)
     if "tensorflow" not in sys.modules:

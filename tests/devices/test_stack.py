@@ -92,6 +92,15 @@ def test_keras_2_is_asked_for(fakes, set_to):
         assert done.stdout.strip() == "1"
 
 
+def test_keras_of_tensorflow_is_loaded_without_tf_keras():
+    """The variable may be set for other programs, or come from a process of the other stack."""
+    code = (
+        "import os, sys; sys.modules['tf_keras'] = None; import efficientnet_ns; "
+        "print(os.environ.get('TF_USE_LEGACY_KERAS'))"
+    )
+    assert python("-c", code, TF_USE_LEGACY_KERAS="1").stdout.strip() == "None"
+
+
 def test_keras_3_in_use_is_refused_in_one_line(fakes):
     folder, write = fakes
     write("tf_keras", "")
