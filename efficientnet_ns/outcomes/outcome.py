@@ -50,8 +50,8 @@ SELECT {other}.label AS {column}, images.label, images.prob, copies IS NOT NULL 
 FROM images JOIN {other} USING (shard, record)
 LEFT JOIN (SELECT shard, record, copies FROM chosen) USING (shard, record)
 """
-# The predicted probabilities of kept images. In the selection, an image that a person labeled has
-# probability 1, so only those are looked up among the predictions.
+# The predicted probabilities of kept images, if a person has labeled some: these have probability 1
+# in the selection, so only such images are looked up among the predictions.
 _KEPT_AS_PREDICTED = """
 (SELECT prob FROM chosen WHERE prob < 1
  UNION ALL
@@ -89,6 +89,11 @@ class Outcome:
         selection = os.path.join(config.output_dir, SELECTION)
         if not tf.io.gfile.exists(selection):
             raise DataError(f"{selection} is missing: run the selection first")
+        manifest = f"{selection}.manifest.json"
+        self._reviewed = (
+            not tf.io.gfile.exists(manifest)
+            or "reviewed" in manifests.read_manifest(manifest)["config"]
+        )
         tables = {"predictions": _indexes(config), "selection": [selection]}
         views = {"images": ("predictions", config), "chosen": ("selection", config)}
         if previous_dir:
@@ -140,11 +145,12 @@ class Outcome:
             f"prob::DOUBLE >= {float(self.config.min_threshold)!r}::DOUBLE AS confident, "
             "max(prob)::DOUBLE AS prob, count(*) AS images FROM {} GROUP BY ALL)"
         )
+        kept = _KEPT_AS_PREDICTED if self._reviewed else "chosen"
         return self._columns(
             "SELECT images.prob, kept, CASE WHEN kept THEN coalesce(chosen.images, 0) "
             "ELSE images.images - coalesce(chosen.images, 0) END AS images "
             f"FROM {counted.format('images')} AS images "
-            f"LEFT JOIN {counted.format(_KEPT_AS_PREDICTED)} AS chosen "
+            f"LEFT JOIN {counted.format(kept)} AS chosen "
             "USING (bin, confident) "
             "CROSS JOIN (VALUES (true), (false)) AS sides(kept)"
         )
