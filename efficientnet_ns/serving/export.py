@@ -267,7 +267,7 @@ def _facts(
     return {
         "model": model.name,
         "type": kind,
-        "input": f"pixels 0..255 RGB, {crop} bicubic resize",
+        "input": f"pixels 0..255 RGB, {crop} bicubic resize of TensorFlow 1",
         "image_size": preprocessing.image_size,
         "small_image": preprocessing.small_image,
         "crop_fraction": preprocessing.crop_fraction,

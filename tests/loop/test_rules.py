@@ -148,6 +148,14 @@ def test_time_limit(limit):
     assert after["steps_per_eval"] <= after["train_steps"]
 
 
+def test_few_updates_forget_the_initial_statistics():
+    facts = dataclasses.replace(FEW, published=())
+    assert chosen(facts)["bn_momentum"] == 0.97
+    assert chosen(facts, teacher_steps=50)["bn_momentum"] == 0.87
+    fitted = rules.values(rules.fit(rules.choose(facts, {}), facts, {}, 20.0, 60, False))
+    assert not [text for text in rules.warnings(facts, fitted) if "bn_momentum" in text]
+
+
 def test_time_limit_leaves_given_values_alone():
     given = {"teacher_steps": 5000, "input_image_size": 300, "models": "a,b,c"}
     settings = rules.choose(FEW, given)
