@@ -125,14 +125,7 @@ def list_images(
             f"{advice.without_classes}"
         )
     agreed = _agreed_names(where, classes, class_names, names_from)
-    numbers = {name: i for i, name in enumerate(agreed)}
-    labels = [numbers.get(_class_of(name, depth)) for name in names]
-    loose = [
-        LeftOut(image_sources.readable(entry.name), "in no class folder")
-        for entry, label in zip(entries, labels)
-        if label is None
-    ]
-    entries = [e._replace(label=n) for e, n in zip(entries, labels) if n is not None]
+    entries, loose = _with_labels(entries, [_class_of(name, depth) for name in names], agreed)
     _report_classes(where, agreed, entries)
     return Listing(entries, agreed, [*found.lost, *loose], found.ignored)
 
@@ -335,6 +328,20 @@ def _agreed_names(
             f"{names_from}: delete that file if none of these sets is left, or choose another folder"
         )
     return tuple(known)
+
+
+def _with_labels(
+    entries: Sequence[Entry], classes: Sequence[str], names: Sequence[str]
+) -> tuple[list[Entry], list[LeftOut]]:
+    """Returns the entries with labels, and those whose class is none of `names`."""
+    numbers = {name: i for i, name in enumerate(names)}
+    labels = [numbers.get(name) for name in classes]
+    loose = [
+        LeftOut(image_sources.readable(entry.name), "in no class folder")
+        for entry, label in zip(entries, labels)
+        if label is None
+    ]
+    return [e._replace(label=n) for e, n in zip(entries, labels) if n is not None], loose
 
 
 def _report_classes(where: str, names: Sequence[str], entries: Sequence[Entry]) -> None:

@@ -20,7 +20,7 @@ from efficientnet_ns.files import exclusions, manifests, name_lists, tfexamples
 from efficientnet_ns.outcomes import label_next, outcome
 from efficientnet_ns.outcomes.outcome import Outcome, Picture
 from efficientnet_ns.pseudo_labels import index
-from efficientnet_ns.pseudo_labels.selection import RULE_SETTINGS, SELECTION, class_names_of
+from efficientnet_ns.pseudo_labels.selection import RULE_SETTINGS, class_names_of
 
 _PICTURES = 36  # In a grid over all classes.
 _PICTURES_PER_CLASS = 8
@@ -151,10 +151,9 @@ def _as_selected(config: SelectConfig) -> SelectConfig:
     Raises:
       ConfigError: If a given setting, which the report would show, differs from the selection's.
     """
-    manifest = os.path.join(config.output_dir, f"{SELECTION}.manifest.json")
-    if not tf.io.gfile.exists(manifest):
+    made_with = outcome.made_with(config)
+    if made_with is None:
         return config
-    made_with = manifests.read_manifest(manifest)["config"]
     noted = {name: made_with[name] for name in RULE_SETTINGS if name in made_with}
     chosen = {name: value for name, value in given(config).items() if name in noted}
     difference = manifests.describe_difference({name: noted[name] for name in chosen}, chosen)

@@ -12,7 +12,7 @@ import itertools
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -60,6 +60,14 @@ _KEPT_AS_PREDICTED = """
 """
 
 
+def made_with(config: SelectConfig) -> dict[str, Any] | None:
+    """Returns the settings with which the selection was made; None if it has no manifest."""
+    manifest = os.path.join(config.output_dir, f"{SELECTION}.manifest.json")
+    if not tf.io.gfile.exists(manifest):
+        return None
+    return manifests.read_manifest(manifest)["config"]
+
+
 class Picture(NamedTuple):
     """An image to show, identified by its place in the unlabeled set."""
 
@@ -89,11 +97,6 @@ class Outcome:
         selection = os.path.join(config.output_dir, SELECTION)
         if not tf.io.gfile.exists(selection):
             raise DataError(f"{selection} is missing: run the selection first")
-        manifest = f"{selection}.manifest.json"
-        self._reviewed = (
-            not tf.io.gfile.exists(manifest)
-            or "reviewed" in manifests.read_manifest(manifest)["config"]
-        )
         tables = {"predictions": _indexes(config), "selection": [selection]}
         views = {"images": ("predictions", config), "chosen": ("selection", config)}
         if previous_dir:
@@ -145,7 +148,8 @@ class Outcome:
             f"prob::DOUBLE >= {float(self.config.min_threshold)!r}::DOUBLE AS confident, "
             "max(prob)::DOUBLE AS prob, count(*) AS images FROM {} GROUP BY ALL)"
         )
-        kept = _KEPT_AS_PREDICTED if self._reviewed else "chosen"
+        settings = made_with(self.config)
+        kept = _KEPT_AS_PREDICTED if settings is None or "reviewed" in settings else "chosen"
         return self._columns(
             "SELECT images.prob, kept, CASE WHEN kept THEN coalesce(chosen.images, 0) "
             "ELSE images.images - coalesce(chosen.images, 0) END AS images "
