@@ -172,15 +172,12 @@ def measure(config: Config, own: CustomRobustnessConfig, weights_path: str, fold
     library = corruptions.check_installed() if settings.corruptions else None
     labeled = _labeled_set(resolved, own.image_set)
     # --- Models
-    chosen = {MODEL: (resolved.config, weights_path)}
-    if own.baseline:
-        baseline = stored_model.find(own.baseline)
-        chosen[BASELINE] = _baseline_config(resolved, own.baseline_model_name, baseline), baseline
+    chosen = _chosen_models(resolved, own, weights_path)
     subjects = [
         _subject(name, config, path, resolved.image_size, strategy, bool(settings.corruptions))
         for name, (config, path) in chosen.items()
     ]
-    results = {
+    results: dict[str, Any] = {
         "set": labeled.identity["set"],
         "examples": labeled.source.total,
         "image_size": resolved.image_size,
@@ -199,8 +196,7 @@ def measure(config: Config, own: CustomRobustnessConfig, weights_path: str, fold
             # Required even if every part is stored, because the pictures are not.
             with corruptions.Corruptor(seed) as corruptor:
                 submit, ahead = corruptor.submit, 2 * corruptor.workers
-                found = corrupted(parts, subjects, labeled, settings, submit, details, ahead)
-                results.update(found)
+                results |= corrupted(parts, subjects, labeled, settings, submit, details, ahead)
                 pictures = draw(labeled, settings, submit)
     return Found(results, pictures)
 
@@ -221,6 +217,17 @@ def _labeled_set(resolved: ResolvedConfig, prefix: str) -> LabeledSet:
         identity["crop_fraction"] = resolved.config.data.crop_fraction
     batches = functools.partial(distribution.eval_share, resolved, source)
     return LabeledSet(source, batches, groups, identity)
+
+
+def _chosen_models(
+    resolved: ResolvedConfig, own: CustomRobustnessConfig, weights_path: str
+) -> dict[str, tuple[Config, str]]:
+    """Returns settings and weights of the model and, if there is one, of the baseline."""
+    chosen = {MODEL: (resolved.config, weights_path)}
+    if own.baseline:
+        path = stored_model.find(own.baseline)
+        chosen[BASELINE] = _baseline_config(resolved, own.baseline_model_name, path), path
+    return chosen
 
 
 def _baseline_config(resolved: ResolvedConfig, name: str, path: str) -> Config:

@@ -264,11 +264,7 @@ class _Run:
         sets = tasks.get_task(base.data.task_name or "")
         tops = [row["measured"][sets.eval_set]["top1"] for row in trained]
         best = rounds.best_model(base, trained)
-        if best < len(tops) - 1:
-            self._warn(
-                f"student {len(tops) - 1} ({tops[-1]:.1%} held out) is worse than "
-                f"{run_report.name_of(best)} ({tops[best]:.1%}), which is kept as the best model"
-            )
+        self._tell_of_worse_student(tops, best)
         model = rounds.model_configs(base, loop)[best]
         # With this entry, `stored_model.find` resolves `work_dir` to the best model.
         self.state.once(stored_model.BEST, lambda: {"round": best})
@@ -398,6 +394,14 @@ class _Run:
             )
 
     # --- After the rounds
+
+    def _tell_of_worse_student(self, tops: list[float], best: int) -> None:
+        """Warns if the last student is not the best model; `tops` holds each model's top-1."""
+        if best < len(tops) - 1:
+            self._warn(
+                f"student {len(tops) - 1} ({tops[-1]:.1%} held out) is worse than "
+                f"{run_report.name_of(best)} ({tops[best]:.1%}), which is kept as the best model"
+            )
 
     def _control(
         self, base: Config, loop: LoopConfig, trained: list[dict[str, Any]]

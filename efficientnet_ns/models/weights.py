@@ -6,6 +6,7 @@ For checkpoints of the original code, see `checkpoint_files`; for files of Keras
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -126,30 +127,26 @@ def load_weights(
     _check_arguments("load_weights", model, path)
     standard = heads.standard(model)
     path = published.located(path, standard.name)
-    names: Names
-    known: Callable[[str], bool]
     file = file_path(path)
-    if file is not None:
-        if scope is not None:
-            raise WeightsError(f"{path} has no scopes; scope={scope!r} is for checkpoints")
-        opened, content = _open_file(file, model, ema)
-        names = foreign_weights.stored_names(standard, content.naming)
-        known = functools.partial(_known, content.naming, set(names.values()), None)
-        stored, naming = content.settings, content.naming
+    if file is None:
+        source = _open_checkpoint_of(path, model, standard, ema, scope)
+    elif scope is None:
+        source = _open_file_of(file, model, standard, ema)
     else:
-        opened, names, known = _checkpoint_names(path, model, standard, ema, scope)
-        stored, naming = folder_settings(os.path.dirname(opened.path)), foreign_weights.TF1
-    kept = _skipped(variable_names(standard), skip)
+        raise WeightsError(f"{path} has no scopes; scope={scope!r} is for checkpoints")
+    names, kept = source.names, _skipped(variable_names(standard), skip)
     targets = {
-        names[key]: Target(variable, foreign_weights.axes(naming, key[1], variable.shape.rank))
+        names[key]: Target(
+            variable, foreign_weights.axes(source.naming, key[1], variable.shape.rank)
+        )
         for key, variable in foreign_weights.layer_variables(standard).items()
         if id(variable) not in kept
     }
     head = [names[key] for key in foreign_weights.HEAD if key in names]
-    assign(opened, targets, known, head)
+    assign(source.opened, targets, source.known, head)
     if standard is not model:
         heads.take_head(model, standard)
-    _warn_of_other_settings(model, stored, opened.path)
+    _warn_of_other_settings(model, source.settings, source.opened.path)
 
 
 def _check_arguments(function: str, model: object, path: object) -> None:
@@ -163,25 +160,52 @@ def _check_arguments(function: str, model: object, path: object) -> None:
 Names = Mapping[foreign_weights.Key, str]
 
 
-def _checkpoint_names(
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """An opened file of weights, and how to read a network's variables from it.
+
+    Attributes:
+      names: names of the variables in the file.
+      known: whether another name in the file is expected, and so no error.
+      naming: whose names and axes these are.
+      settings: see `stored_settings`.
+    """
+
+    opened: StoredFile
+    names: Names
+    known: Callable[[str], bool]
+    naming: foreign_weights.Naming
+    settings: Mapping[str, Any]
+
+
+def _open_file_of(file: str, model: tf.keras.Model, standard: tf.keras.Model, ema: bool) -> _Source:
+    opened, content = _open_file(file, model, ema)
+    names = foreign_weights.stored_names(standard, content.naming)
+    known = functools.partial(_known, content.naming, set(names.values()), None)
+    return _Source(opened, names, known, content.naming, content.settings)
+
+
+def _open_checkpoint_of(
     path: PathLike,
     model: tf.keras.Model,
     standard: tf.keras.Model,
     ema: bool,
     scope: str | None,
-) -> tuple[StoredFile, Names, Callable[[str], bool]]:
-    """Returns a checkpoint, its names of the variables, and a check for other names in it."""
+) -> _Source:
     file = open_checkpoint(checkpoint_prefix(path))
+    settings, naming = folder_settings(os.path.dirname(file.path)), foreign_weights.TF1
     above = "" if scope is None else f"{scope}/"
     if _OBJECT_GRAPH in file.shapes:
-        paths_of_layers = {key: above + name for key, name in _object_names(model).items()}
-        return file, paths_of_layers, lambda n: not n.startswith(f"{above}layer_with_weights")
+        layers = {key: above + name for key, name in _object_names(model).items()}
+        prefix = f"{above}layer_with_weights"
+        return _Source(file, layers, lambda n: not n.startswith(prefix), naming, settings)
     above += f"{standard.name}/"
-    plain = foreign_weights.stored_names(standard, foreign_weights.TF1)
+    plain = foreign_weights.stored_names(standard, naming)
     # Includes the other copy of a variable, skipped ones, and a classifier that the model lacks.
     ours = {above + name + copy for name in plain.values() for copy in ("", EMA_SUFFIX)}
     names = {key: above + name + (EMA_SUFFIX if ema else "") for key, name in plain.items()}
-    return file, names, functools.partial(_known, foreign_weights.TF1, ours, scope)
+    known = functools.partial(_known, naming, ours, scope)
+    return _Source(file, names, known, naming, settings)
 
 
 def _known(

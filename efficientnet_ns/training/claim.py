@@ -76,15 +76,25 @@ def claim(
         return since
     if difference:
         logging.warning("taking over %s, which has no checkpoint (%s)", folder, difference)
-    object_stores.make_folder(folder)
-    written = (SETTINGS, tasks.TASK_FILE, RECORDS, preview.FILE, metrics_log.METRICS, RUNS)
-    atomic.remove_abandoned([os.path.join(folder, name) for name in (*written, "checkpoint")])
     # The settings that a run was started with stay unchanged.
     stays = noted and not difference
     settings = noted if stays else {**config.identity(), **_task_fields(config)}
-    settings = {**settings, _ORDER: streams.ORDER_VERSION, _SINCE: since}
+    _write_claim(folder, noted, {**settings, _ORDER: streams.ORDER_VERSION, _SINCE: since})
+    # Also if the user deleted the list to continue with new records.
+    if not begun or object_stores.size(os.path.join(folder, RECORDS)) is None:
+        json_files.write_json(os.path.join(folder, RECORDS), listing, indent=1)
+    # The current task, because class names may have been added.
+    tasks.write_task(os.path.join(folder, tasks.TASK_FILE), **dataclasses.asdict(task))
+    return since
+
+
+def _write_claim(folder: str, noted: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Creates the folder, removes what a killed process left there, and writes the settings."""
+    object_stores.make_folder(folder)
+    written = (SETTINGS, tasks.TASK_FILE, RECORDS, preview.FILE, metrics_log.METRICS, RUNS)
+    atomic.remove_abandoned([os.path.join(folder, name) for name in (*written, "checkpoint")])
     if settings != noted:
-        if since:
+        if since := settings[_SINCE]:
             logging.warning(
                 "%s was started with an earlier order of records: at step %d, it continues with the next "
                 "epoch, in the current order",
@@ -92,12 +102,6 @@ def claim(
                 since,
             )
         json_files.write_json(os.path.join(folder, SETTINGS), settings, indent=1)
-    # Also if the user deleted the list to continue with new records.
-    if not begun or object_stores.size(os.path.join(folder, RECORDS)) is None:
-        json_files.write_json(os.path.join(folder, RECORDS), listing, indent=1)
-    # The current task, because class names may have been added.
-    tasks.write_task(os.path.join(folder, tasks.TASK_FILE), **dataclasses.asdict(task))
-    return since
 
 
 @contextlib.contextmanager

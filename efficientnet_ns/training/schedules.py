@@ -122,27 +122,23 @@ def learning_rate(
     steps_per_epoch = num_train_images / counted_batch_size
     decay_epochs = DECAY_EPOCHS * train_ratio
     if final_base_lr is not None:
-        # The number of stairs, each a factor of 0.97, from the first rate to the last.
-        stairs = math.log(final_base_lr / base_learning_rate) / math.log(DECAY_FACTOR)
         epochs = train_steps * labeled_batch_size / num_train_images
         if last_steps not in (None, train_steps) and epochs <= warmup_epochs:
             raise ValueError(
                 f"--final_base_lr and --train_last_step_num need a schedule longer than its warm-up of "
                 f"{warmup_epochs:g} epochs, but it has {epochs:g}"
             )
+        # The number of stairs, each a factor of 0.97, from the first rate to the last.
+        stairs = math.log(final_base_lr / base_learning_rate) / math.log(DECAY_FACTOR)
         decay_epochs = (epochs - warmup_epochs) / stairs
     start_step = 0 if last_steps is None else train_steps - last_steps
     peak = base_learning_rate * (counted_batch_size / 256.0 if scaled else 1.0)
+    warmup_steps = int(steps_per_epoch * warmup_epochs)
     if kind == "cosine":
         return WarmupCosine(
-            peak=peak,
-            total_steps=train_steps,
-            warmup_steps=int(steps_per_epoch * warmup_epochs),
-            start_step=start_step,
+            peak=peak, total_steps=train_steps, warmup_steps=warmup_steps, start_step=start_step
         )
+    decay_steps = steps_per_epoch * decay_epochs
     return WarmupStaircase(
-        peak=peak,
-        decay_steps=steps_per_epoch * decay_epochs,
-        warmup_steps=int(steps_per_epoch * warmup_epochs),
-        start_step=start_step,
+        peak=peak, decay_steps=decay_steps, warmup_steps=warmup_steps, start_step=start_step
     )

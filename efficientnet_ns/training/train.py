@@ -62,27 +62,9 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
     model_dir = settings_check.check(config)
     with preemption.StopRequest() as stop, ModelDirLock(model_dir) as lock:
         with stop.immediate():
-            # --- Devices. They come first: after TensorFlow's first computation, CPUs can no longer be
-            # divided into replicas, and other workers can no longer be joined.
-            strategy = distribution.get_strategy(config.hardware)
-            stop.take_signals()  # TensorFlow takes over SIGTERM when it joins other workers.
-            distribution.check(resolved, strategy)
-            distribution.set_precision(config.hardware, strategy)
-            distribution.start_xla()
+            strategy = _join_devices(resolved, stop)
             writes = distribution.is_chief(strategy)
-
-            # --- Records, and model_dir as the folder of this run. The chief counts the
-            # records, and the other workers read its counts.
-            inputs = distribution.chief_first(
-                strategy, functools.partial(Inputs.find, resolved, evaluate=evaluate)
-            )
-            if writes:
-                lock.acquire_if_free()
-                if not saved_steps(model_dir):  # Files of a run that never began are replaced.
-                    lock.acquire()
-            sources = {"labeled": inputs.labeled, "unlabeled": inputs.unlabeled}
-            since = claim(config, sources, writes=writes)
-            inputs = dataclasses.replace(inputs, order_since=since)
+            inputs = _claim_records(resolved, strategy, lock, evaluate=evaluate)
 
         with (
             # From the inside out: TensorFlow's input error becomes a DataError that names the
@@ -121,6 +103,46 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
             session.catch_up()
             _fit(model, strategy, inputs, session)
             return session.finish()
+
+
+def _join_devices(resolved: ResolvedConfig, stop: preemption.StopRequest) -> tf.distribute.Strategy:
+    """Returns the strategy of all devices and sets their precision.
+
+    This comes first: after TensorFlow's first computation, CPUs can no longer be divided into
+    replicas, and other workers can no longer be joined.
+    """
+    hardware = resolved.config.hardware
+    strategy = distribution.get_strategy(hardware)
+    stop.take_signals()  # TensorFlow takes over SIGTERM when it joins other workers.
+    distribution.check(resolved, strategy)
+    distribution.set_precision(hardware, strategy)
+    distribution.start_xla()
+    return strategy
+
+
+def _claim_records(
+    resolved: ResolvedConfig,
+    strategy: tf.distribute.Strategy,
+    lock: ModelDirLock,
+    *,
+    evaluate: bool,
+) -> Inputs:
+    """Finds the records, and claims `model_dir` for a run on them.
+
+    The chief counts the records, and the other workers read its counts.
+    """
+    inputs = distribution.chief_first(
+        strategy, functools.partial(Inputs.find, resolved, evaluate=evaluate)
+    )
+    writes = distribution.is_chief(strategy)
+    if writes:
+        lock.acquire_if_free()
+        # Files of a run that never began are replaced.
+        if not saved_steps(needed(resolved.config.train.model_dir, "model_dir")):
+            lock.acquire()
+    sources = {"labeled": inputs.labeled, "unlabeled": inputs.unlabeled}
+    since = claim(resolved.config, sources, writes=writes)
+    return dataclasses.replace(inputs, order_since=since)
 
 
 def _build(
