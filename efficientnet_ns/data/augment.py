@@ -382,9 +382,8 @@ def cutout_at(
     return tf.ensure_shape(result, image.shape)
 
 
-# Name → operation. A new op also needs a row in `levels.LEVEL_TO_ARGS` and may need one in
-# `levels.SIGNED_OPS` and `levels._CLIP_ARGS`. `randaugment.RANDAUGMENT_OPS` is all of OPS, so a new
-# op changes every RandAugment policy.
+# Name → operation. A new op also needs a row in `levels.LEVEL_TO_ARGS`. RandAugment draws from
+# `randaugment.RANDAUGMENT_OPS` only.
 OPS: dict[str, Callable[..., tf.Tensor]] = {
     "AutoContrast": auto_contrast,
     "Equalize": equalize,

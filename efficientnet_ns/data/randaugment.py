@@ -11,7 +11,12 @@ from efficientnet_ns.data import augment, images, levels
 
 # Constants of the original code at magnitude 10, in pixels.
 CUTOUT_CONST, TRANSLATE_CONST = 40.0, 100.0
-RANDAUGMENT_OPS: tuple[str, ...] = tuple(augment.OPS)
+# In the order of the original code: a random draw selects an op by its place here.
+RANDAUGMENT_OPS = (
+    *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "Color", "Contrast"),
+    *("Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY", "SolarizeAdd"),
+    "Cutout",
+)
 
 
 def _policy(

@@ -1,4 +1,4 @@
-"""The error for input that cannot be used."""
+"""The error for input that cannot be used; `config.command_line` makes it one line for the user."""
 
 from __future__ import annotations
 

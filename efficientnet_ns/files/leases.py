@@ -12,6 +12,8 @@ therefore need neither atomic renames nor exclusive creation: local folders, NFS
 If a process stalls for too long, two may work on one unit. This only costs time: every output is
 written under a private name, is published atomically, and has the same content regardless of who
 made it. A process that finds another lease in place of its own gives up the unit.
+
+`pseudo_labels.predict` leases shards, `training.model_dir_lock` a model_dir.
 """
 
 from __future__ import annotations

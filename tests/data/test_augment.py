@@ -94,7 +94,7 @@ def test_names():
         "Cutout",
     ]
     assert list(randaugment.RANDAUGMENT_OPS) == names
-    assert set(names) == set(augment.OPS) == set(levels.LEVEL_TO_ARGS)
+    assert set(names) <= set(augment.OPS) == set(levels.LEVEL_TO_ARGS)
 
 
 @pytest.mark.parametrize("name", randaugment.RANDAUGMENT_OPS)
@@ -323,7 +323,7 @@ def test_contrast_of_a_large_image_blends_towards_white():
 
 def test_level_table_equals_original():
     entries = json.loads((GOLDENS / "level_to_arg.json").read_text())
-    assert {entry["op"] for entry in entries} == set(levels.LEVEL_TO_ARGS)
+    assert {entry["op"] for entry in entries} == set(randaugment.RANDAUGMENT_OPS)
     for entry in entries:
         constants = entry["magnitude"], entry["cutout_const"], entry["translate_const"]
         args = levels.LEVEL_TO_ARGS[entry["op"]](*constants)
