@@ -47,6 +47,10 @@ class Facts:
 Chosen = Mapping[str, Any]
 
 
+# Values that turn a setting off.
+_OFF = (False, 0, -1, "")
+
+
 class Rule(NamedTuple):
     """A row of the table.
 
@@ -55,12 +59,14 @@ class Rule(NamedTuple):
       value: (facts, settings of the rows above) → value.
       reason: why, briefly; a format string for the fields of the facts.
       source: where the value comes from.
+      off: why a value in `_OFF` was chosen; "" if the reason is the same.
     """
 
     name: str
     value: Callable[[Facts, Chosen], Any]
     reason: str
     source: str
+    off: str = ""
 
 
 class Setting(NamedTuple):
@@ -195,6 +201,7 @@ RULES: tuple[Rule, ...] = (
         _published,
         "pretrained features help with only {labeled} labels",
         "arXiv 1805.08974",
+        off="no published weights of these models are installed, or 200,000 labels suffice",
     ),
     Rule("models", _models, "teacher and students; CPU cores: {cores}", _PROTOTYPE),
     Rule(
@@ -208,6 +215,7 @@ RULES: tuple[Rule, ...] = (
         _are_small,
         "from scratch, pictures of up to 40 px need all their pixels: two strides less",
         "the original code's SVHN model",
+        off="larger pictures, or published weights, have the usual strides",
     ),
     Rule(
         "max_side",
@@ -248,18 +256,21 @@ RULES: tuple[Rule, ...] = (
         _either(True, False),
         "a few pictures give worse statistics than the published ones",
         "keras.io: BatchNormalization in fine-tuning",
+        off="from scratch, there are no statistics to keep",
     ),
     Rule(
         "teacher_initial_share",
         _initial_share,
         "with few labels, a model between the probe and the fine-tuned one is better",
         "arXiv 2109.01903; measured on TrashNet and CIFAR-10",
+        off="enough labels, or no published weights to stay near",
     ),
     Rule(
         "fix_layer_num",
         _frozen_blocks,
         "early layers transfer well; freezing them halves the time of an update",
         "measured on TrashNet; arXiv 1411.1792",
+        off="all layers are trained: new weights, or an accelerator",
     ),
     Rule("bn_momentum", _bn_momentum, "converges within the updates", "the digits' presets"),
     Rule("weight_decay", _always(1e-5), "as published", _PAPER),
@@ -324,8 +335,10 @@ def choose(facts: Facts, given: Chosen) -> list[Setting]:
         if rule.name in given:
             setting = Setting(rule.name, given[rule.name], "given", "")
         else:
-            reason = rule.reason.format(**dataclasses.asdict(facts))
-            setting = Setting(rule.name, rule.value(facts, chosen), reason, rule.source)
+            value = rule.value(facts, chosen)
+            text = rule.off if rule.off and value in _OFF else rule.reason
+            reason = text.format(**dataclasses.asdict(facts))
+            setting = Setting(rule.name, value, reason, rule.source)
         chosen[setting.name] = setting.value
         settings.append(setting)
     ruled = {rule.name for rule in RULES}

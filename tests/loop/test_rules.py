@@ -57,6 +57,16 @@ def test_published_weights_decide_the_start():
     assert scratch["train_steps"] > chosen()["train_steps"]
 
 
+def test_a_setting_that_is_off_has_a_reason_of_its_own():
+    def reasons(facts):
+        return {setting.name: setting.reason for setting in rules.choose(facts, {})}
+
+    on, off = reasons(FEW), reasons(dataclasses.replace(FEW, published=(), median_side=32))
+    for name in ("init_weights", "keep_bn_statistics", "teacher_initial_share", "fix_layer_num"):
+        assert on[name] != off[name], name
+    assert "strides less" in off["small_image_model"] != on["small_image_model"]
+
+
 def test_few_labels_keep_the_teacher_near_the_probe():
     assert chosen()["teacher_initial_share"] == 0.5
     many = dataclasses.replace(FEW, labeled=400, smallest_class=40)
