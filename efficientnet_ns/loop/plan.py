@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import shlex
@@ -333,5 +334,7 @@ def time_line(plan: Plan, pictures: PicturesConfig) -> str:
     how = "measured" if plan.measured else "a guess; --dry_run measures it"
     line = f"time: about {progress.duration(total)} at {plan.pace:.3g} pictures/s ({how})"
     if pictures.time_limit and total > 1.1 * seconds_of(pictures.time_limit):
-        line += f", the minimum: --time_limit={pictures.time_limit} is too short"
+        # Rounded up, because a rounded estimate may look like the limit.
+        line += f", the minimum: --time_limit={pictures.time_limit} is too short; "
+        line += f"set {math.ceil(total / 60)}m"
     return line

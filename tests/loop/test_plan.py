@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -43,6 +44,15 @@ def test_description(folder, monkeypatch):
     assert "77     given" in " ".join(text.split("  ")) or " 77 " in text
     assert "efficientnet-ns[weights]" in text and "time: about" in text
     assert "WARNING: 12 unlabeled pictures for 15" in text
+
+
+def test_a_time_limit_that_is_too_short_names_one_that_is_enough(folder):
+    def line(limit):
+        asked = pictures(folder, time_limit=limit)
+        return plan.time_line(plan.make(asked, {}, ""), asked)
+
+    found = re.search(r"--time_limit=1m is too short; set (\d+m)$", line("1m"))
+    assert found and "too short" not in line(found[1])
 
 
 def test_dry_run_writes_nothing(folder, tmp_path, capsys, monkeypatch):
