@@ -389,8 +389,8 @@ class _Run:
             self.warnings += run_checks.quarantined(self._in_work("data", name))
         if number := data["counts"].get("duplicates"):
             self.warnings.append(
-                f"{number} unlabeled pictures are exact copies of labeled or test pictures and "
-                "were excluded"
+                "unlabeled pictures that were excluded as exact copies of labeled or test pictures: "
+                f"{number}"
             )
 
     # --- After the rounds
