@@ -82,9 +82,19 @@ def _pretrained(chosen: Chosen) -> bool:
     return bool(chosen["init_weights"])
 
 
-def _either(pretrained: Any, scratch: Any) -> Callable[[Facts, Chosen], Any]:
-    """Makes a rule with one value for published weights, another for training from scratch."""
-    return lambda _, chosen: pretrained if _pretrained(chosen) else scratch
+def _either(pretrained: Any, scratch: Any, small: Any = None) -> Callable[[Facts, Chosen], Any]:
+    """Makes a rule with one value for published weights, another for training from scratch.
+
+    Args:
+      small: value for the small-image model; None: `scratch`.
+    """
+
+    def choice(_: Facts, chosen: Chosen) -> Any:
+        if _pretrained(chosen):
+            return pretrained
+        return small if chosen["small_image_model"] and small is not None else scratch
+
+    return choice
 
 
 def _always(value: Any) -> Callable[[Facts, Chosen], Any]:
@@ -124,11 +134,16 @@ def _held_out(facts: Facts, _: Chosen) -> float:
     return round(min(0.1, max(0.02, 1000 / facts.labeled)), 3)
 
 
-def _steps(pretrained: int, scratch: int, passes: int, batch: str) -> Callable:
-    """Makes a rule: at least this many updates, and passes over the labels; at most 20,000."""
+def _steps(pretrained: int, scratch: int, batch: str, *, small_passes: int) -> Callable:
+    """Makes a rule: at least this many updates, and passes over the labels; at most 20,000.
+
+    Args:
+      small_passes: passes of the small-image model, whose updates take little time; others make 10.
+    """
 
     def steps(facts: Facts, chosen: Chosen) -> int:
         least = pretrained if _pretrained(chosen) else scratch
+        passes = small_passes if chosen["small_image_model"] else 10
         wanted = passes * facts.labeled * (1 - chosen["held_out"]) / chosen[batch]
         return round(min(max(least, wanted), 20_000))
 
@@ -150,6 +165,11 @@ def _bn_momentum(_: Facts, chosen: Chosen) -> float:
     """Returns a decay after which at most 0.1 % of the initial statistics are left."""
     updates = min(_updates(chosen, name) for name in ("teacher_steps", "train_steps"))
     return min(0.97, max(0.5, math.floor(100 * 0.001 ** (1 / updates)) / 100))
+
+
+def _warm_start(_: Facts, chosen: Chosen) -> bool:
+    variants = {name.strip() for name in chosen["models"].split(",")}
+    return chosen["small_image_model"] and len(variants) == 1
 
 
 def _steps_per_eval(_: Facts, chosen: Chosen) -> int:
@@ -188,6 +208,7 @@ def _published(facts: Facts, chosen: Chosen) -> str:
 
 _PROTOTYPE = "measured with published weights; from scratch, an initial guess"
 _PAPER = "arXiv 1911.04252"
+_SMALL = "measured on CIFAR-10"
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -229,22 +250,29 @@ RULES: tuple[Rule, ...] = (
     Rule("unlabel_ratio", _always(3.0), "unlabeled pictures per labeled one", _PROTOTYPE),
     Rule(
         "teacher_steps",
-        _steps(500, 2000, 10, "teacher_batch_size"),
-        "at least 10 passes over the labels",
+        _steps(500, 2000, "teacher_batch_size", small_passes=64),
+        "at least 10 passes over the labels, 64 of a small-image model",
         _PROTOTYPE,
     ),
     Rule(
         "train_steps",
-        _steps(600, 3000, 10, "train_batch_size"),
-        "at least 10 passes over the labels",
+        _steps(600, 3000, "train_batch_size", small_passes=32),
+        "at least 10 passes over the labels, 32 of a small-image model",
         _PROTOTYPE,
+    ),
+    Rule(
+        "warm_start",
+        _warm_start,
+        "few updates: each student continues from its teacher",
+        _SMALL,
+        off="each student learns anew, from the probe or from scratch",
     ),
     Rule("optimizer", _always("adam"), "few updates, no tuning", "arXiv 1412.6980"),
     Rule("lr_schedule", _always("cosine"), "ends at 0 after any number of updates", _PROTOTYPE),
     Rule(
         "base_learning_rate",
-        _either(5e-4, 1e-3),
-        "for Adam; halved for published weights",
+        _either(5e-4, 1e-3, small=4e-3),
+        "for Adam; lower for published weights",
         _PROTOTYPE,
     ),
     Rule("warmup_epochs", _warmup, "a twentieth of the updates", _PROTOTYPE),
@@ -275,14 +303,25 @@ RULES: tuple[Rule, ...] = (
     Rule("bn_momentum", _bn_momentum, "converges within the updates", "the digits' presets"),
     Rule("weight_decay", _always(1e-5), "as published", _PAPER),
     Rule("label_smoothing", _always(0.1), "as published", _PAPER),
-    Rule("dropout_rate", _always(0.3), "noise of the student", _PROTOTYPE),
-    Rule("stochastic_depth_rate", _always(0.2), "noise of the student", _PAPER),
+    Rule("dropout_rate", _either(0.3, 0.3, small=0.1), "noise of the student", _PROTOTYPE),
+    Rule(
+        "stochastic_depth_rate",
+        _either(0.2, 0.2, small=0.0),
+        "noise of the student",
+        _PAPER,
+        off="few updates: a small-image model does not learn more noised pictures",
+    ),
     Rule("augment_name", _always("randaugment"), "noise of the student", _PAPER),
-    Rule("randaug_layer", _always(2), "as published", _PAPER),
+    Rule(
+        "randaug_layer",
+        _either(2, 2, small=1),
+        "as published; 1 for a small-image model, which makes few updates",
+        _PAPER,
+    ),
     Rule(
         "randaug_mag",
-        _always(10),
-        "lower magnitudes make Posterize and Solarize stronger",
+        _either(10, 10, small=5),
+        "lower magnitudes make Posterize and Solarize stronger; 5 for a small-image model",
         _PROTOTYPE,
     ),
     Rule(

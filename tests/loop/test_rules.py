@@ -144,6 +144,19 @@ def test_small_pictures_keep_their_size_from_scratch(side, given, size, small):
     assert (values["input_image_size"], values["small_image_model"]) == (size, small)
 
 
+def test_small_pictures_from_scratch_get_weak_noise_and_many_updates():
+    small = dataclasses.replace(FEW, labeled=4000, published=(), median_side=32)
+    weak, usual = chosen(small), chosen(dataclasses.replace(small, median_side=64))
+    for noise in ("dropout_rate", "stochastic_depth_rate", "randaug_layer", "randaug_mag"):
+        assert weak[noise] < usual[noise], noise
+    for number in ("teacher_steps", "train_steps", "base_learning_rate"):
+        assert weak[number] > usual[number], number
+    assert weak["warm_start"] and not usual["warm_start"] and not chosen()["warm_start"]
+    # Only models of one variant can start from each other.
+    assert not chosen(small, models="efficientnet-b0,efficientnet-b1")["warm_start"]
+    assert chosen(small, models="efficientnet-b0, efficientnet-b0")["warm_start"]
+
+
 @pytest.mark.parametrize("limit", [60, 600, 1800])
 def test_time_limit(limit):
     facts = dataclasses.replace(FEW, cores=16)
