@@ -67,6 +67,14 @@ def test_preset_parses(preset, parse):
         assert resolved.train_steps > 0
 
 
+def test_installed_package_includes_every_folder_of_presets():
+    # Python 3.10 has no module that reads TOML.
+    form = r'^"share/efficientnet_ns/(flags/.+)" = \["(.+)/\*"\]$'
+    listed = re.findall(form, text_of("pyproject.toml"), re.M)
+    folders = sorted({str(Path(preset).parent) for preset in PRESETS})
+    assert listed == [(folder, folder) for folder in folders]
+
+
 @pytest.mark.parametrize("preset", RUNS)
 def test_header_says_what_how_and_what_to_expect(preset, entry_flags):
     header = "\n".join(line for line in text_of(preset).splitlines() if line.startswith("#"))

@@ -334,7 +334,8 @@ def time_line(plan: Plan, pictures: PicturesConfig) -> str:
     how = "measured" if plan.measured else "a guess; --dry_run measures it"
     line = f"time: about {progress.duration(total)} at {plan.pace:.3g} pictures/s ({how})"
     if pictures.time_limit and total > 1.1 * seconds_of(pictures.time_limit):
-        # Rounded up, because a rounded estimate may look like the limit.
-        line += f", the minimum: --time_limit={pictures.time_limit} is too short; "
-        line += f"set {math.ceil(total / 60)}m"
+        line += f", the minimum: --time_limit={pictures.time_limit} is too short"
+        if plan.found:  # A run that continues keeps its limit.
+            # Rounded up, because less than the estimate would again be too short.
+            line += f"; set {math.ceil(total / 60)}m"
     return line

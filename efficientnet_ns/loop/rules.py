@@ -86,13 +86,13 @@ def _either(pretrained: Any, scratch: Any, small: Any = None) -> Callable[[Facts
     """Makes a rule with one value for published weights, another for training from scratch.
 
     Args:
-      small: value for the small-image model; None: `scratch`.
+      small: value for small pictures from scratch; None: `scratch`.
     """
 
-    def choice(_: Facts, chosen: Chosen) -> Any:
+    def choice(facts: Facts, chosen: Chosen) -> Any:
         if _pretrained(chosen):
             return pretrained
-        return small if chosen["small_image_model"] and small is not None else scratch
+        return small if small is not None and _use_small_model(facts, chosen) else scratch
 
     return choice
 
@@ -119,6 +119,11 @@ def _are_small(facts: Facts, chosen: Chosen) -> bool:
     return not _pretrained(chosen) and _side(facts, chosen) <= data_source.SMALL_SIDE
 
 
+def _use_small_model(facts: Facts, chosen: Chosen) -> bool:
+    """Checks whether the small-image model is to learn small pictures from scratch."""
+    return chosen["small_image_model"] and _are_small(facts, chosen)
+
+
 def _image_size(facts: Facts, chosen: Chosen) -> int:
     side = _side(facts, chosen)
     if _are_small(facts, chosen):
@@ -138,12 +143,13 @@ def _steps(pretrained: int, scratch: int, batch: str, *, small_passes: int) -> C
     """Makes a rule: at least this many updates, and passes over the labels; at most 20,000.
 
     Args:
-      small_passes: passes of the small-image model, whose updates take little time; others make 10.
+      small_passes: passes over small pictures from scratch, whose updates take little time; over
+        others 10.
     """
 
     def steps(facts: Facts, chosen: Chosen) -> int:
         least = pretrained if _pretrained(chosen) else scratch
-        passes = small_passes if chosen["small_image_model"] else 10
+        passes = small_passes if _use_small_model(facts, chosen) else 10
         wanted = passes * facts.labeled * (1 - chosen["held_out"]) / chosen[batch]
         return round(min(max(least, wanted), 20_000))
 
@@ -167,9 +173,9 @@ def _bn_momentum(_: Facts, chosen: Chosen) -> float:
     return min(0.97, max(0.5, math.floor(100 * 0.001 ** (1 / updates)) / 100))
 
 
-def _warm_start(_: Facts, chosen: Chosen) -> bool:
+def _warm_start(facts: Facts, chosen: Chosen) -> bool:
     variants = {name.strip() for name in chosen["models"].split(",")}
-    return chosen["small_image_model"] and len(variants) == 1
+    return _use_small_model(facts, chosen) and len(variants) == 1
 
 
 def _steps_per_eval(_: Facts, chosen: Chosen) -> int:
@@ -207,8 +213,8 @@ def _published(facts: Facts, chosen: Chosen) -> str:
 
 
 _PROTOTYPE = "measured with published weights; from scratch, an initial guess"
+_PROTOTYPE_SMALL = "measured with published weights, and on CIFAR-10 from scratch"
 _PAPER = "arXiv 1911.04252"
-_SMALL = "measured on CIFAR-10"
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -222,7 +228,7 @@ RULES: tuple[Rule, ...] = (
         _published,
         "pretrained features help with only {labeled} labels",
         "arXiv 1805.08974",
-        off="no published weights of these models are installed, or 200,000 labels suffice",
+        off="none are installed that fit all models, or there are at least 200,000 labels",
     ),
     Rule("models", _models, "teacher and students; CPU cores: {cores}", _PROTOTYPE),
     Rule(
@@ -251,20 +257,20 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "teacher_steps",
         _steps(500, 2000, "teacher_batch_size", small_passes=64),
-        "at least 10 passes over the labels, 64 of a small-image model",
-        _PROTOTYPE,
+        "at least 10 passes over the labels, 64 over small pictures from scratch; at most 20,000",
+        _PROTOTYPE_SMALL,
     ),
     Rule(
         "train_steps",
         _steps(600, 3000, "train_batch_size", small_passes=32),
-        "at least 10 passes over the labels, 32 of a small-image model",
-        _PROTOTYPE,
+        "at least 10 passes over the labels, 32 over small pictures from scratch; at most 20,000",
+        _PROTOTYPE_SMALL,
     ),
     Rule(
         "warm_start",
         _warm_start,
-        "few updates: each student continues from its teacher",
-        _SMALL,
+        "small pictures from scratch: each student continues from its teacher",
+        "measured on CIFAR-10",
         off="each student learns anew, from the probe or from scratch",
     ),
     Rule("optimizer", _always("adam"), "few updates, no tuning", "arXiv 1412.6980"),
@@ -272,8 +278,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "base_learning_rate",
         _either(5e-4, 1e-3, small=4e-3),
-        "for Adam; lower for published weights",
-        _PROTOTYPE,
+        "for Adam; lower for published weights, higher for small pictures from scratch",
+        _PROTOTYPE_SMALL,
     ),
     Rule("warmup_epochs", _warmup, "a twentieth of the updates", _PROTOTYPE),
     Rule(
@@ -291,7 +297,7 @@ RULES: tuple[Rule, ...] = (
         _initial_share,
         "with few labels, a model between the probe and the fine-tuned one is better",
         "arXiv 2109.01903; measured on TrashNet and CIFAR-10",
-        off="enough labels, or no published weights to stay near",
+        off="enough labels, no published weights, or statistics that are not kept",
     ),
     Rule(
         "fix_layer_num",
@@ -303,26 +309,26 @@ RULES: tuple[Rule, ...] = (
     Rule("bn_momentum", _bn_momentum, "converges within the updates", "the digits' presets"),
     Rule("weight_decay", _always(1e-5), "as published", _PAPER),
     Rule("label_smoothing", _always(0.1), "as published", _PAPER),
-    Rule("dropout_rate", _either(0.3, 0.3, small=0.1), "noise of the student", _PROTOTYPE),
+    Rule("dropout_rate", _either(0.3, 0.3, small=0.1), "noise of the student", _PROTOTYPE_SMALL),
     Rule(
         "stochastic_depth_rate",
         _either(0.2, 0.2, small=0.0),
         "noise of the student",
         _PAPER,
-        off="few updates: a small-image model does not learn more noised pictures",
+        off="small pictures from scratch: too much noise for so few updates",
     ),
     Rule("augment_name", _always("randaugment"), "noise of the student", _PAPER),
     Rule(
         "randaug_layer",
         _either(2, 2, small=1),
-        "as published; 1 for a small-image model, which makes few updates",
-        _PAPER,
+        "2 as published; 1 for small pictures from scratch",
+        f"{_PAPER}; measured on CIFAR-10",
     ),
     Rule(
         "randaug_mag",
         _either(10, 10, small=5),
-        "lower magnitudes make Posterize and Solarize stronger; 5 for a small-image model",
-        _PROTOTYPE,
+        "10 keeps Posterize and Solarize weak; 5 for small pictures from scratch",
+        _PROTOTYPE_SMALL,
     ),
     Rule(
         "randaug_mode", _always("clipped"), "keeps images recognizable at every level", _PROTOTYPE

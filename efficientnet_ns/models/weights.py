@@ -75,16 +75,6 @@ def file_path(path: PathLike) -> str | None:
     return None
 
 
-def _open_file(
-    path: str, model: tf.keras.Model, ema: bool
-) -> tuple[StoredFile, weight_files.Content]:
-    with damage_named(path):
-        with tf.io.gfile.GFile(path, "rb") as f:
-            content = weight_files.read(f.read(), model, ema=ema)
-        shapes = {name: list(array.shape) for name, array in content.arrays.items()}
-        return StoredFile(path, shapes, content.arrays.__getitem__), content
-
-
 def load_weights(
     model: tf.keras.Model,
     path: PathLike,
@@ -129,9 +119,9 @@ def load_weights(
     path = published.located(path, standard.name)
     file = file_path(path)
     if file is None:
-        source = _open_checkpoint_of(path, model, standard, ema, scope)
+        source = _checkpoint_source(path, model, standard, ema, scope)
     elif scope is None:
-        source = _open_file_of(file, model, standard, ema)
+        source = _file_source(file, model, standard, ema)
     else:
         raise WeightsError(f"{path} has no scopes; scope={scope!r} is for checkpoints")
     names, kept = source.names, _skipped(variable_names(standard), skip)
@@ -178,14 +168,18 @@ class _Source:
     settings: Mapping[str, Any]
 
 
-def _open_file_of(file: str, model: tf.keras.Model, standard: tf.keras.Model, ema: bool) -> _Source:
-    opened, content = _open_file(file, model, ema)
+def _file_source(path: str, model: tf.keras.Model, standard: tf.keras.Model, ema: bool) -> _Source:
+    with damage_named(path):
+        with tf.io.gfile.GFile(path, "rb") as f:
+            content = weight_files.read(f.read(), model, ema=ema)
+        shapes = {name: list(array.shape) for name, array in content.arrays.items()}
+    opened = StoredFile(path, shapes, content.arrays.__getitem__)
     names = foreign_weights.stored_names(standard, content.naming)
     known = functools.partial(_known, content.naming, set(names.values()), None)
     return _Source(opened, names, known, content.naming, content.settings)
 
 
-def _open_checkpoint_of(
+def _checkpoint_source(
     path: PathLike,
     model: tf.keras.Model,
     standard: tf.keras.Model,
@@ -193,11 +187,12 @@ def _open_checkpoint_of(
     scope: str | None,
 ) -> _Source:
     file = open_checkpoint(checkpoint_prefix(path))
-    settings, naming = folder_settings(os.path.dirname(file.path)), foreign_weights.TF1
+    folder, naming = os.path.dirname(file.path), foreign_weights.TF1
     above = "" if scope is None else f"{scope}/"
     if _OBJECT_GRAPH in file.shapes:
         layers = {key: above + name for key, name in _object_names(model).items()}
         prefix = f"{above}layer_with_weights"
+        settings = folder_settings(folder)
         return _Source(file, layers, lambda n: not n.startswith(prefix), naming, settings)
     above += f"{standard.name}/"
     plain = foreign_weights.stored_names(standard, naming)
@@ -205,7 +200,7 @@ def _open_checkpoint_of(
     ours = {above + name + copy for name in plain.values() for copy in ("", EMA_SUFFIX)}
     names = {key: above + name + (EMA_SUFFIX if ema else "") for key, name in plain.items()}
     known = functools.partial(_known, naming, ours, scope)
-    return _Source(file, names, known, naming, settings)
+    return _Source(file, names, known, naming, folder_settings(folder))
 
 
 def _known(

@@ -64,7 +64,12 @@ def train_and_evaluate(config: Config, *, evaluate: bool = True) -> dict[str, fl
         with stop.immediate():
             strategy = _join_devices(resolved, stop)
             writes = distribution.is_chief(strategy)
-            inputs = _claim_records(resolved, strategy, lock, evaluate=evaluate)
+            # The chief counts the records, and the other workers read its counts.
+            inputs = distribution.chief_first(
+                strategy, functools.partial(Inputs.find, resolved, evaluate=evaluate)
+            )
+            since = _claim_model_dir(inputs, lock, model_dir, writes=writes)
+            inputs = dataclasses.replace(inputs, order_since=since)
 
         with (
             # From the inside out: TensorFlow's input error becomes a DataError that names the
@@ -120,29 +125,14 @@ def _join_devices(resolved: ResolvedConfig, stop: preemption.StopRequest) -> tf.
     return strategy
 
 
-def _claim_records(
-    resolved: ResolvedConfig,
-    strategy: tf.distribute.Strategy,
-    lock: ModelDirLock,
-    *,
-    evaluate: bool,
-) -> Inputs:
-    """Finds the records, and claims `model_dir` for a run on them.
-
-    The chief counts the records, and the other workers read its counts.
-    """
-    inputs = distribution.chief_first(
-        strategy, functools.partial(Inputs.find, resolved, evaluate=evaluate)
-    )
-    writes = distribution.is_chief(strategy)
+def _claim_model_dir(inputs: Inputs, lock: ModelDirLock, model_dir: str, *, writes: bool) -> int:
+    """Locks `model_dir` and claims it for a run on these records; returns `claim`'s step."""
     if writes:
         lock.acquire_if_free()
-        # Files of a run that never began are replaced.
-        if not saved_steps(needed(resolved.config.train.model_dir, "model_dir")):
+        if not saved_steps(model_dir):  # Files of a run that never began are replaced.
             lock.acquire()
     sources = {"labeled": inputs.labeled, "unlabeled": inputs.unlabeled}
-    since = claim(resolved.config, sources, writes=writes)
-    return dataclasses.replace(inputs, order_since=since)
+    return claim(inputs.resolved.config, sources, writes=writes)
 
 
 def _build(

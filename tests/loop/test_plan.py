@@ -46,7 +46,10 @@ def test_description(folder, monkeypatch):
     assert "WARNING: 12 unlabeled pictures for 15" in text
 
 
-def test_a_time_limit_that_is_too_short_names_one_that_is_enough(folder):
+def test_a_time_limit_that_is_too_short_names_one_that_is_enough(folder, monkeypatch):
+    monkeypatch.setattr(plan, "published_models", lambda: ())
+    monkeypatch.setattr(plan.pace, "images_per_second", lambda config: 12.5)
+
     def line(limit):
         asked = pictures(folder, time_limit=limit)
         return plan.time_line(plan.make(asked, {}, ""), asked)

@@ -155,6 +155,11 @@ def test_small_pictures_from_scratch_get_weak_noise_and_many_updates():
     # Only models of one variant can start from each other.
     assert not chosen(small, models="efficientnet-b0,efficientnet-b1")["warm_start"]
     assert chosen(small, models="efficientnet-b0, efficientnet-b0")["warm_start"]
+    # The model variant that the user gives does not make the pictures small, nor the start new.
+    large = dataclasses.replace(small, median_side=400)
+    for facts in (large, dataclasses.replace(large, published=FEW.published)):
+        given = chosen(facts, small_image_model=True)
+        assert given == {**chosen(facts, small_image_model=False), "small_image_model": True}
 
 
 @pytest.mark.parametrize("limit", [60, 600, 1800])
