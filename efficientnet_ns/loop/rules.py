@@ -82,23 +82,22 @@ def _pretrained(chosen: Chosen) -> bool:
     return bool(chosen["init_weights"])
 
 
-def _either(pretrained: Any, scratch: Any, small: Any = None) -> Callable[[Facts, Chosen], Any]:
-    """Makes a rule with one value for published weights, another for training from scratch.
-
-    Args:
-      small: value for small pictures from scratch; None: `scratch`.
-    """
-
-    def choice(facts: Facts, chosen: Chosen) -> Any:
-        if _pretrained(chosen):
-            return pretrained
-        return small if small is not None and _use_small_model(facts, chosen) else scratch
-
-    return choice
+def _either(pretrained: Any, scratch: Any) -> Callable[[Facts, Chosen], Any]:
+    """Makes a rule with one value for published weights, another for training from scratch."""
+    return lambda _, chosen: pretrained if _pretrained(chosen) else scratch
 
 
 def _always(value: Any) -> Callable[[Facts, Chosen], Any]:
     return lambda *_: value
+
+
+def _small_or(small: Any, other: Callable[[Facts, Chosen], Any]) -> Callable[[Facts, Chosen], Any]:
+    """Makes a rule with a value for small pictures from scratch, and another rule for the rest."""
+    return lambda facts, chosen: small if _use_small_model(facts, chosen) else other(facts, chosen)
+
+
+def _variants(chosen: Chosen) -> set[str]:
+    return {name.strip() for name in chosen.get("models", "").split(",")} - {""}
 
 
 def _models(facts: Facts, chosen: Chosen) -> str:
@@ -174,8 +173,7 @@ def _bn_momentum(_: Facts, chosen: Chosen) -> float:
 
 
 def _warm_start(facts: Facts, chosen: Chosen) -> bool:
-    variants = {name.strip() for name in chosen["models"].split(",")}
-    return _use_small_model(facts, chosen) and len(variants) == 1
+    return _use_small_model(facts, chosen) and len(_variants(chosen)) == 1
 
 
 def _steps_per_eval(_: Facts, chosen: Chosen) -> int:
@@ -205,7 +203,7 @@ def _published(facts: Facts, chosen: Chosen) -> str:
     """Chooses published weights if the models that the user gave have some."""
     # Published weights fit only the published shapes.
     other_shape = any(chosen.get(f"{side}_coefficient") for side in ("width", "depth"))
-    models = {name.strip() for name in chosen.get("models", "").split(",")} - {""}
+    models = _variants(chosen)
     # All models start from one probe, so they must be of one variant.
     fit = not other_shape and len(models) <= 1 and models <= set(facts.published)
     # With enough pictures, initial weights help little.
@@ -277,7 +275,7 @@ RULES: tuple[Rule, ...] = (
     Rule("lr_schedule", _always("cosine"), "ends at 0 after any number of updates", _PROTOTYPE),
     Rule(
         "base_learning_rate",
-        _either(5e-4, 1e-3, small=4e-3),
+        _small_or(4e-3, _either(5e-4, 1e-3)),
         "for Adam; lower for published weights, higher for small pictures from scratch",
         _PROTOTYPE_SMALL,
     ),
@@ -309,10 +307,10 @@ RULES: tuple[Rule, ...] = (
     Rule("bn_momentum", _bn_momentum, "converges within the updates", "the digits' presets"),
     Rule("weight_decay", _always(1e-5), "as published", _PAPER),
     Rule("label_smoothing", _always(0.1), "as published", _PAPER),
-    Rule("dropout_rate", _either(0.3, 0.3, small=0.1), "noise of the student", _PROTOTYPE_SMALL),
+    Rule("dropout_rate", _small_or(0.1, _always(0.3)), "noise of the student", _PROTOTYPE_SMALL),
     Rule(
         "stochastic_depth_rate",
-        _either(0.2, 0.2, small=0.0),
+        _small_or(0.0, _always(0.2)),
         "noise of the student",
         _PAPER,
         off="small pictures from scratch: too much noise for so few updates",
@@ -320,13 +318,13 @@ RULES: tuple[Rule, ...] = (
     Rule("augment_name", _always("randaugment"), "noise of the student", _PAPER),
     Rule(
         "randaug_layer",
-        _either(2, 2, small=1),
+        _small_or(1, _always(2)),
         "2 as published; 1 for small pictures from scratch",
         f"{_PAPER}; measured on CIFAR-10",
     ),
     Rule(
         "randaug_mag",
-        _either(10, 10, small=5),
+        _small_or(5, _always(10)),
         "10 keeps Posterize and Solarize weak; 5 for small pictures from scratch",
         _PROTOTYPE_SMALL,
     ),
