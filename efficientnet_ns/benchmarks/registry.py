@@ -15,6 +15,7 @@ _MODULES = {
     "train": "training",
     "predict": "labeling",
     "select": "selection",
+    "copies": "copies",
     "serving": "serving",
     "scale": "scale",
     "compiled": "compiled",

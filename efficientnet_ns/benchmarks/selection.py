@@ -5,20 +5,17 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import itertools
-import multiprocessing
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.benchmarks import tables
 from efficientnet_ns.benchmarks.tables import Row
-from efficientnet_ns.config import BenchmarkConfig, ConfigError, ReportConfig, SelectConfig
+from efficientnet_ns.config import BenchmarkConfig, ReportConfig, SelectConfig
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.files import shard_names, tfexamples, tfrecords
 from efficientnet_ns.outcomes import labeling_report
@@ -40,12 +37,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
       ConfigError: If the disk is too small.
     """
     with tempfile.TemporaryDirectory(dir=config.data or None) as folder:
-        free = shutil.disk_usage(folder).free
-        if free < _BYTES_PER_ROW * config.rows:
-            raise ConfigError(
-                f"--rows={config.rows} need {_BYTES_PER_ROW * config.rows >> 20} MB below "
-                f"{folder}, which has {free >> 20} MB free: pass another folder as --data"
-            )
+        tables.require_disk(config, folder, _BYTES_PER_ROW)
         settings = SelectConfig(
             unlabel_data_dir=folder,
             prediction_dir=folder,
@@ -75,48 +67,22 @@ def run(config: BenchmarkConfig) -> list[Row]:
             rows += _measured(chosen)
             if mode == "exact":
                 _make_images(chosen, config.rows)
-                rows += _measured_report(chosen)
+                watched = tables.in_own_process(labeling_report.write_report, chosen)
+                rows += watched.rows("report")
             shutil.rmtree(output)
     return rows
 
 
 def _measured(settings: SelectConfig) -> list[Row]:
-    result, seconds, before, peak = _in_own_process(select, settings)
+    run = tables.in_own_process(select, settings)
     name = f"statistics + selection, {settings.selection}"
     size = os.path.getsize(os.path.join(settings.output_dir, SELECTION))
     return [
-        Row(f"{name}: rate", result["available"] / seconds, "rows/s"),
-        Row(f"{name}: time", seconds, "s"),
-        Row(f"{name}: peak memory", peak, "MB"),
-        Row(f"{name}: of it the process before", before, "MB"),
-        Row(f"{name}: images selected", result["unique"], "images"),
+        Row(f"{name}: rate", run.result["available"] / run.seconds, "rows/s"),
+        *run.rows(name),
+        Row(f"{name}: images selected", run.result["unique"], "images"),
         Row(f"{name}: selection on disk", size / 1e6, "MB"),
     ]
-
-
-def _measured_report(settings: SelectConfig) -> list[Row]:
-    _, seconds, before, peak = _in_own_process(labeling_report.write_report, settings)
-    return [
-        Row("report: time", seconds, "s"),
-        Row("report: peak memory", peak, "MB"),
-        Row("report: of it the process before", before, "MB"),
-    ]
-
-
-def _in_own_process(
-    work: Callable[[SelectConfig], object], settings: SelectConfig
-) -> tuple[Any, float, float, float]:
-    """Returns (result, seconds, peak memory in MB before and after)."""
-    # Spawned, because TensorFlow's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_watched, work, settings).result()
-
-
-def _watched(work: Callable[[SelectConfig], object], settings: SelectConfig):
-    before, start = tables.peak_memory(), time.perf_counter()
-    result = work(settings)
-    return result, time.perf_counter() - start, before, tables.peak_memory()
 
 
 def _shard_rows(rows: int, shard: int) -> int:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import multiprocessing
 import os
 import platform
 import re
 import resource
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from efficientnet_ns.config import BenchmarkConfig, ConfigError
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.files.text_table import text_table
 
@@ -152,3 +156,56 @@ def peak_memory() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Bytes on macOS, KiB elsewhere.
     return used * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+_Settings = TypeVar("_Settings")
+
+
+class Watched(NamedTuple):
+    """What a function returned and took.
+
+    Attributes:
+      result: what it returned.
+      seconds, cpu_seconds: time by the clock, and of all cores together.
+      before, peak: peak memory of its process in MB, before and after.
+    """
+
+    result: Any
+    seconds: float
+    cpu_seconds: float
+    before: float
+    peak: float
+
+    def rows(self, name: str) -> list[Row]:
+        """Returns time and memory as lines of a result."""
+        return [
+            Row(f"{name}: time", self.seconds, "s"),
+            Row(f"{name}: CPU time", self.cpu_seconds, "s"),
+            Row(f"{name}: peak memory", self.peak, "MB"),
+            Row(f"{name}: of it the process before", self.before, "MB"),
+        ]
+
+
+def in_own_process(work: Callable[[_Settings], object], settings: _Settings) -> Watched:
+    """Calls `work(settings)` in a process of its own, so that its peak memory is known."""
+    # Spawned, because TensorFlow's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_watched, work, settings).result()
+
+
+def _watched(work: Callable[[_Settings], object], settings: _Settings) -> Watched:
+    before, start, cpu = peak_memory(), time.perf_counter(), time.process_time()
+    result = work(settings)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    return Watched(result, seconds, cpu_seconds, before, peak_memory())
+
+
+def require_disk(config: BenchmarkConfig, folder: str, bytes_per_row: int) -> None:
+    """Raises ConfigError if the disk of `folder` is too small for `config.rows`."""
+    free = shutil.disk_usage(folder).free
+    if free < bytes_per_row * config.rows:
+        raise ConfigError(
+            f"--rows={config.rows} need {bytes_per_row * config.rows >> 20} MB below "
+            f"{folder}, which has {free >> 20} MB free: pass another folder as --data"
+        )

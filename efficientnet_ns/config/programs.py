@@ -45,7 +45,7 @@ class BenchmarkConfig(Settings):
     what: str | None = setting(
         None,
         "What to measure.",
-        choices=("input", "predict", "select", "serving", "train", "scale", "compiled"),
+        choices=("input", "predict", "select", "copies", "serving", "train", "scale", "compiled"),
     )
     data: str = setting("", "Folder of images or of records; default: generated images.")
     model_name: str = setting("efficientnet-b0", "Variant to measure.")
@@ -53,7 +53,9 @@ class BenchmarkConfig(Settings):
     batch_size: int = setting(16, "Images per step.", low=1)
     seconds: float = setting(10.0, "Duration of each measurement.", low=0.1)
     threads: int | None = setting(None, "CPU threads; default: all.", low=1)
-    rows: int = setting(30_000_000, "Predictions to select from (select).", low=1)
+    rows: int = setting(
+        30_000_000, "Predictions to select from (select), or images to compare (copies).", low=1
+    )
     classes: int = setting(1000, "Classes of the predictions (select).", low=1)
     hosts: int = setting(8, "Hosts that share each batch (scale).", low=1)
     files: int = setting(1024, "Record files of the set (scale).", low=1)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.files import atomic
+from efficientnet_ns.files import atomic, local_files
 from efficientnet_ns.files.errors import DataError
 
 COLUMNS = ("file", "record")
@@ -26,17 +25,17 @@ def place(path: str) -> str:
 
 
 def write(path: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a list.
+    """Writes a list of any length, row by row.
 
     Args:
       columns: names of the columns after `COLUMNS`.
       rows: path of a file, position of a record, and the values of `columns`.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, *columns])
-    writer.writerows([place(file), *values] for file, *values in rows)
-    atomic.write(path, text.getvalue(), clean=True)
+    atomic.remove_abandoned([path])
+    with atomic.atomic_path(path) as temporary, tf.io.gfile.GFile(temporary, "w") as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow([*COLUMNS, *columns])
+        writer.writerows([place(file), *values] for file, *values in rows)
 
 
 def read(path: str) -> dict[str, np.ndarray]:
@@ -50,22 +49,31 @@ def read(path: str) -> dict[str, np.ndarray]:
 
     if not tf.io.gfile.exists(path):
         raise DataError(f"--exclude={path}: the file does not exist")
-    with tf.io.gfile.GFile(path, "rb") as f:
-        source = pyarrow.BufferReader(f.read())
-    types = {"file": pyarrow.string(), "record": pyarrow.int64()}
-    convert = pyarrow.csv.ConvertOptions(column_types=types, include_columns=list(COLUMNS))
+    # The path of a file is stored once, not in each of its rows.
+    types = {
+        "file": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+        "record": pyarrow.int64(),
+    }
+    # Without `null_values`, an empty cell is an error instead of a missing number.
+    convert = pyarrow.csv.ConvertOptions(
+        column_types=types, include_columns=list(COLUMNS), null_values=[]
+    )
     try:
-        table = pyarrow.csv.read_csv(source, convert_options=convert)
+        with local_files.local_copies([path]) as local:
+            table = pyarrow.csv.read_csv(local[path], convert_options=convert)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError) as e:
         raise DataError(
             f"--exclude={path} is not a list with the columns {' and '.join(COLUMNS)}: {e}"
         ) from e
-    files, records = table["file"].combine_chunks().dictionary_encode(), table["record"].to_numpy()
-    numbers = files.indices.to_numpy()
-    return {
-        place(name.as_py()): np.unique(records[numbers == number])
-        for number, name in enumerate(files.dictionary)
-    }
+    names = table["file"].combine_chunks()
+    numbers = names.indices.to_numpy()
+    # One sort groups the records by file.
+    records = table["record"].to_numpy()[np.argsort(numbers, kind="stable")]
+    ends = np.cumsum(np.bincount(numbers, minlength=len(names.dictionary)))
+    found: dict[str, list[np.ndarray]] = {}
+    for name, group in zip(names.dictionary, np.split(records, ends[:-1])):
+        found.setdefault(place(name.as_py()), []).append(group)
+    return {file: np.unique(np.concatenate(groups)) for file, groups in found.items()}
 
 
 def of_files(path: str, files: list[str]) -> dict[int, np.ndarray]:

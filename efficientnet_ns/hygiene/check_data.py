@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -30,6 +30,7 @@ from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.hygiene import image_marks
 from efficientnet_ns.hygiene.near_copies import (
     EVALUATION,
+    EXCLUDED,
     LABELED,
     ROLES,
     UNLABELED,
@@ -61,13 +62,13 @@ def check_data(options: CheckConfig) -> dict[str, Any]:
     search = Search(sets, near=options.near)
     totals = search.totals()
     object_stores.make_folder(options.output_dir)
-    copies = search.copies()
-    names, excluded = _names(copies), [copy for copy in copies if copy.excluded]
-    _write_list(os.path.join(options.output_dir, "copies.csv"), copies, names)
-    _write_list(os.path.join(options.output_dir, "exclude.csv"), excluded, names)
+    names = _names(search.named())
+    for name, where in (("copies.csv", "true"), ("exclude.csv", EXCLUDED)):
+        _write_list(os.path.join(options.output_dir, name), search.copies(where), names)
     path = os.path.join(options.output_dir, "report.html")
     _write_report(path, sets, search, totals)
-    result: dict[str, Any] = {"copies": {}, "excluded": len(excluded), "report": path}
+    excluded = sum(out for _, out in totals.values())
+    result: dict[str, Any] = {"copies": {}, "excluded": excluded, "report": path}
     # Sums equal files and near copies, which the report lists separately.
     for (role, of_role, _), (number, _) in totals.items():
         name = f"{ROLES[role]} of {ROLES[of_role]}"
@@ -170,29 +171,25 @@ def _noted(folder: str, num_shards: int) -> tuple[list[str], int]:
     return paths, workers
 
 
-def _write_list(path: str, copies: Sequence[Copy], names: Mapping[tuple[str, int], str]) -> None:
-    rows = []
-    for copy in copies:
-        own = (copy.file, copy.record, ROLES[copy.role])
-        # `exclusions.write` makes only the first path of a row absolute.
-        other = (exclusions.place(copy.of_file), copy.of_record, ROLES[copy.of_role])
-        distance = copy.distance if copy.distance >= 0 else "same"
-        both = ((copy.file, copy.record), (copy.of_file, copy.of_record))
-        rows.append([*own, *other, distance, *(names.get(place, "") for place in both)])
+def _write_list(path: str, copies: Iterable[Copy], names: Mapping[tuple[str, int], str]) -> None:
     columns = ["set", "of_file", "of_record", "of_set", "distance", "name", "of_name"]
-    exclusions.write(path, columns, rows)
+    exclusions.write(path, columns, (_row(copy, names) for copy in copies))
 
 
-def _names(copies: Sequence[Copy]) -> dict[tuple[str, int], str]:
+def _row(copy: Copy, names: Mapping[tuple[str, int], str]) -> list[Any]:
+    own = (copy.file, copy.record, ROLES[copy.role])
+    # `exclusions.write` makes only the first path of a row absolute.
+    other = (exclusions.place(copy.of_file), copy.of_record, ROLES[copy.of_role])
+    distance = copy.distance if copy.distance >= 0 else "same"
+    both = ((copy.file, copy.record), (copy.of_file, copy.of_record))
+    return [*own, *other, distance, *(names.get(place, "") for place in both)]
+
+
+def _names(named: Mapping[str, set[int]]) -> dict[tuple[str, int], str]:
     """Returns file names by record, for the images that users act on: evaluation and labeled."""
-    wanted: dict[str, set[int]] = {}
-    for copy in copies:
-        for role, file, record in (copy[:3], copy[3:6]):
-            if role != UNLABELED:
-                wanted.setdefault(file, set()).add(record)
     return {
         (file, record): tfexamples.file_name(payload)
-        for file, records in wanted.items()
+        for file, records in named.items()
         for record, payload in tfrecords.payloads_of(file, records).items()
     }
 
@@ -242,7 +239,7 @@ def _write_report(
     )
 
 
-def _pairs(copies: Sequence[Copy]) -> str:
+def _pairs(copies: Iterable[Copy]) -> str:
     """Renders the pairs as pictures, the most different first."""
     items = []
     for copy in copies:

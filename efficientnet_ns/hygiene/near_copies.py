@@ -9,7 +9,7 @@ Thus, 100 million images are compared with 50,000 of an evaluation set, and with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from absl import logging
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 EVALUATION, LABELED, UNLABELED = range(3)  # In the order in which images are kept.
 ROLES = ("evaluation", "labeled", "unlabeled")
+# Kept are all evaluation images, labeled ones that are not copies of evaluation images, and
+# unlabeled ones that are not copies.
+EXCLUDED = f"(place.role = {UNLABELED} OR (place.role = {LABELED} AND origin.role = {EVALUATION}))"
 _WORDS = fingerprints.COLUMNS[1:]
 # Prints that differ in at most 15 bits (training images: 7) always share a band. With 16 bits, each
 # of 10^8 training images would share one with 1,500 others by chance; with 24, with 6.
@@ -31,6 +34,7 @@ _EVALUATION_BANDS = [(word, shift, 16) for word in _WORDS for shift in (0, 16, 3
 _TRAINING_BANDS = [(word, shift, 24) for word in _WORDS for shift in (0, 20, 40)]
 # Prints of one band are compared pairwise: half a million pairs for this many prints.
 _CROWD = 1000
+_AT_ONCE = 10_000  # Copies in memory.
 
 
 class ImageSet(NamedTuple):
@@ -190,28 +194,35 @@ class Search:
         """Returns {(role, role of the first image, equal content): (copies, excluded copies)}."""
         rows = self._db.execute(
             "SELECT place.role, origin.role, distance < 0, count(*), "
-            f"count_if({_EXCLUDED})::BIGINT FROM copies GROUP BY ALL ORDER BY ALL"
+            f"count_if({EXCLUDED})::BIGINT FROM copies GROUP BY ALL ORDER BY ALL"
         ).fetchall()
         return {(a, b, same): (copies, out) for a, b, same, copies, out in rows}
 
-    def copies(self, where: str = "true", limit: int | None = None) -> list[Copy]:
-        """Returns the copies by role of the first image and of the copy, the most different first.
+    def copies(self, where: str = "true", limit: int | None = None) -> Iterator[Copy]:
+        """Yields the copies by role of the first image and of the copy, the most different first.
 
         Args:
-          where: SQL condition on `place`, `origin` and `distance`.
+          where: SQL condition on `place`, `origin` and `distance`; `EXCLUDED` is one.
           limit: maximum number; None: all.
         """
         end = "" if limit is None else f"LIMIT {limit}"
-        rows = self._db.execute(
+        # A cursor, because another query would end the one that is being read.
+        found = self._db.cursor().execute(
             f"SELECT place.role, place.file, place.record, origin.role, origin.file, origin.record, distance, "
-            f"{_EXCLUDED} FROM copies WHERE {where} ORDER BY origin.role, place.role, distance DESC, place {end}"
-        ).fetchall()
-        return [
-            Copy(role, self._files[f][1], record, of_role, self._files[of][1], of_record, *rest)
-            for role, f, record, of_role, of, of_record, *rest in rows
-        ]
+            f"{EXCLUDED} FROM copies WHERE {where} ORDER BY origin.role, place.role, distance DESC, place {end}"
+        )
+        while rows := found.fetchmany(_AT_ONCE):
+            for role, f, record, of_role, of, of_record, *rest in rows:
+                copied = (role, self._files[f][1], record)
+                yield Copy(*copied, of_role, self._files[of][1], of_record, *rest)
 
-
-# Kept are all evaluation images, labeled ones that are not copies of evaluation images, and
-# unlabeled ones that are not copies.
-_EXCLUDED = f"(place.role = {UNLABELED} OR (place.role = {LABELED} AND origin.role = {EVALUATION}))"
+    def named(self) -> dict[str, set[int]]:
+        """Returns file → records of the evaluation and labeled images that are or have copies."""
+        found: dict[str, set[int]] = {}
+        sides = (
+            f"SELECT {side}.file, {side}.record FROM copies WHERE {side}.role < {UNLABELED}"
+            for side in ("place", "origin")
+        )
+        for file, record in self._db.execute(" UNION ".join(sides)).fetchall():
+            found.setdefault(self._files[file][1], set()).add(record)
+        return found
