@@ -79,7 +79,8 @@ def make_sets(folder: str, rows: int) -> tuple[list[ImageSet], int]:
       The sets, and the number of planted copies.
     """
     images = _random(np.random.default_rng(0), _EVALUATION_IMAGES)
-    marks = os.path.join(folder, "evaluation.parquet")
+    records = shard_names.shard_name("validation", 0, 1)
+    marks = os.path.join(folder, f"{records}.parquet")
     # As `image_marks` writes them, but without crops.
     columns = [np.arange(len(images)), np.zeros(len(images)), *images.T]
     pyarrow.parquet.write_table(
@@ -103,7 +104,7 @@ def make_sets(folder: str, rows: int) -> tuple[list[ImageSet], int]:
 
     with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:
         planted = sum(pool.map(make, range(_SHARDS)))
-    evaluation = ImageSet(EVALUATION, "evaluation", ["evaluation"], [marks])
+    evaluation = ImageSet(EVALUATION, "evaluation", [records], [marks])
     return [evaluation, ImageSet(UNLABELED, "unlabeled", names, paths, workers=1)], planted
 
 
