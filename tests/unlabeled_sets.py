@@ -67,7 +67,8 @@ def pipeline_stages(
         "max_bad_fraction": 0.1,
     }
     job = {"num_image": 20, "min_threshold": 0.1}
-    job |= {name: values.pop(name) for name in ("exclude", "reviewed") if name in values}
+    if "reviewed" in values:
+        job["reviewed"] = values.pop("reviewed")
     settings = config(folder / f"task_{CLASSES}.json", **{**defaults, **values})
     return labeling.pipeline_stages(settings, PipelineConfig(work_dir=str(work), **job))
 

@@ -123,7 +123,7 @@ class _Described:
         size, requests = np.max(sums, axis=0)
         return float(size), float(requests)
 
-    def _cost(self, file, offset, skip, take, _) -> tuple[float, float]:
+    def _cost(self, file, offset, skip, take, *_) -> tuple[float, float]:
         """Returns (bytes, requests) of some places."""
         left = self._sizes[file.numpy()] - offset.numpy()
         requests = -(-(skip + take).numpy() * self._record // _block())

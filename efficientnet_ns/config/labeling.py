@@ -267,7 +267,6 @@ class PipelineConfig(Settings):
     upsample: int = of_selection("upsample")
     use_top: int = of_selection("use_top")
     use_all: bool = of_selection("use_all")
-    exclude: str = of_selection("exclude")
     reviewed: str = of_selection("reviewed")
     num_samples: int = of_selection("num_samples")
 

@@ -103,7 +103,6 @@ class LoopConfig(Settings):
     min_threshold: float = setting(
         0.3, "Minimum confidence of pseudo labels to keep.", low=0, high=1
     )
-    exclude: str = of_selection("exclude")
     reviewed: str = of_selection("reviewed")
 
 

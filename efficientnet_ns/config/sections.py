@@ -91,6 +91,11 @@ class DataConfig(Settings):
     num_train_shards: int | None = setting(
         None, "Train on only the first N shards of the labeled set; default: all.", low=1
     )
+    exclude: str = setting(
+        "",
+        "List of records neither to train on nor to select, such as exclude.csv from check_data or "
+        "doubtful.csv from check_labels.",
+    )
     augment_name: str | None = setting(
         None,
         "Augmentation of training images: randaugment (v1 in the original code), autoaugment, none (also "

@@ -324,11 +324,13 @@ def name_bad_record(source: Source, check: Callable[[bytes], None]) -> str | Non
     Args:
       check: function that raises if a payload cannot be used.
     """
-    for path, count in zip(source.paths, source.counts):
+    left_out = source.excluded or ((),) * len(source.paths)
+    for path, count, excluded in zip(source.paths, source.counts, map(frozenset, left_out)):
         # A truncated tail is neither counted nor read, so it is never the cause.
         for record in itertools.islice(tfrecords.read(path), count):
             problem = record.problem
-            if record.payload is not None:
+            # Damage also stops the reading of records that are excluded.
+            if record.payload is not None and record.position not in excluded:
                 try:
                     check(record.payload)
                 except Exception as e:  # Any error: the user needs the location of the record.

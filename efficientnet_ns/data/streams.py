@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,11 +59,13 @@ class Source:
       paths: TFRecord files.
       counts: number of records to use from the start of each file.
       files: facts about each whole file; empty if only `counts` are known.
+      excluded: positions of records of each file that are not used, ascending; empty: all are used.
     """
 
     paths: tuple[str, ...]
     counts: tuple[int, ...]
     files: tuple[tfrecords.Counted, ...] = ()
+    excluded: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def find(
@@ -87,9 +89,29 @@ class Source:
         return source
 
     @property
+    def used(self) -> tuple[int, ...]:
+        """Number of records to use of each file."""
+        if not self.excluded:
+            return self.counts
+        return tuple(n - len(excluded) for n, excluded in zip(self.counts, self.excluded))
+
+    @property
     def total(self) -> int:
         """Number of records."""
-        return sum(self.counts)
+        return sum(self.used)
+
+    def without(self, excluded: Mapping[int, np.ndarray]) -> Source:
+        """Excludes records; DataError if none are left.
+
+        Args:
+          excluded: index of a file → positions of its records.
+        """
+        found = [excluded.get(i, np.zeros(0, np.int64)) for i in range(len(self.paths))]
+        kept = [tuple(at[at < n].tolist()) for at, n in zip(found, self.counts)]
+        source = dataclasses.replace(self, excluded=tuple(kept) if any(kept) else ())
+        if not source.total:
+            raise DataError(f"all {self.total} records are excluded: {self.paths[0]}")
+        return source
 
     def shards(self, number: int) -> Source:
         """Returns the first `number` files; DataError if there are fewer or they are empty."""
@@ -104,8 +126,17 @@ class Source:
         """Returns the first `number` records in file order; DataError if there are fewer."""
         if number > self.total:
             raise DataError(f"{number} records are requested, but there are {self.total}")
-        ends = np.minimum(np.cumsum(self.counts), number)
-        return dataclasses.replace(self, counts=tuple(np.diff(ends, prepend=0).tolist()))
+        ends = np.minimum(np.cumsum(self.used), number)
+        counts = np.diff(ends, prepend=0).tolist()
+        if not self.excluded:
+            return dataclasses.replace(self, counts=tuple(counts))
+        # The records up to the last one that is used.
+        whole = [
+            np.setdiff1d(np.arange(n), excluded)[:wanted].max(initial=-1) + 1
+            for n, excluded, wanted in zip(self.counts, self.excluded, counts)
+        ]
+        every = {i: np.array(excluded, np.int64) for i, excluded in enumerate(self.excluded)}
+        return dataclasses.replace(self, counts=tuple(map(int, whole))).without(every)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +179,9 @@ class Places(NamedTuple):
     Attributes:
       file: index of the file.
       offset: byte at which to start reading, where a record begins.
-      skip, take: number of records to skip from there, then to take.
+      skip, take: number of records to skip from there, then to take, including excluded ones.
       buffer: bytes per read.
+      record: position in the file of the first record to take.
     """
 
     file: tf.Tensor
@@ -157,6 +189,38 @@ class Places(NamedTuple):
     skip: tf.Tensor
     take: tf.Tensor
     buffer: tf.Tensor
+    record: tf.Tensor
+
+
+class _Excluded:
+    """The excluded records of all files, each as one number that orders files and positions.
+
+    Args:
+      excluded: positions of the excluded records of each file, ascending.
+    """
+
+    _FILE = 1 << 40  # More than a file has records.
+
+    def __init__(self, excluded: Sequence[Sequence[int]]):
+        files = np.repeat(np.arange(len(excluded)), list(map(len, excluded)))
+        positions = np.concatenate([np.asarray(one, np.int64) for one in excluded])
+        ranks = np.concatenate([np.arange(len(one)) for one in excluded])
+        self._positions = tf.constant(files * self._FILE + positions)
+        # Number of used records of the file before each excluded one.
+        self._before = tf.constant(files * self._FILE + positions - ranks)
+        self._start = tf.constant(np.cumsum([0, *map(len, excluded)])[:-1], tf.int64)
+
+    def position(self, file: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+        """Returns the position in its file of each used record `number`; int64 [n] each."""
+        key = file * self._FILE + number
+        skipped = tf.searchsorted(self._before, key, "right", tf.int64)
+        return number + skipped - tf.gather(self._start, file)
+
+    def contains(self, file: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
+        """Checks whether a record is excluded; int64 scalars."""
+        key = (file * self._FILE + position)[None]
+        ends = [tf.searchsorted(self._positions, key, side) for side in ("left", "right")]
+        return (ends[0] < ends[1])[0]
 
 
 class Layout:
@@ -168,7 +232,7 @@ class Layout:
     """
 
     def __init__(self, source: Source, pieces: int = 1):
-        counts = np.asarray(source.counts, np.int64)
+        counts = np.asarray(source.used, np.int64)
         parts = -(-pieces // len(counts))
         edges = counts[:, None] * np.arange(parts + 1) // parts
         sizes = np.diff(edges).ravel()
@@ -187,6 +251,7 @@ class Layout:
         self._every = tf.constant(every, tf.int64)
         means = [file.size / max(file.records, 1) or _BUFFER for file in files]
         self._bytes = tf.constant(means, tf.float64)
+        self._excluded = _Excluded(source.excluded) if source.excluded else None
 
     def shuffled(self, seed: tf.Tensor) -> tf.Tensor:
         """Returns the pieces in random order; `seed` is int [2]."""
@@ -194,7 +259,7 @@ class Layout:
         return tf.random.experimental.stateless_shuffle(pieces, seed)
 
     def places(self, order: tf.Tensor | None, begin: tf.Tensor, end: tf.Tensor) -> Places:
-        """Locates the records `begin` … `end` - 1.
+        """Locates the used records `begin` … `end` - 1.
 
         Args:
           order: order of the pieces; None is their order in the files.
@@ -208,13 +273,18 @@ class Layout:
         file, record = tf.gather(self._file, piece), tf.gather(self._first, piece)
         skip = tf.maximum(begin - ends + count, 0)
         take = tf.minimum(end - ends, 0) + count - skip
+        record += skip
+        if self._excluded is not None:
+            after = self._excluded.position(file, record + take - 1) + 1
+            record = self._excluded.position(file, record)
+            take = tf.maximum(after - record, 0)
         every = tf.gather(self._every, file)
-        mark, skipped = (record + skip) // every, (record + skip) % every
+        mark, skipped = record // every, record % every
         offset = tf.gather(self._marks, tf.gather(self._mark, file) + mark)
         # Reads of equal length, none longer than the default, limit unnecessary reading.
         size = tf.cast(skipped + take, tf.float64) * tf.gather(self._bytes, file)
         buffer = tf.cast(size / tf.math.ceil(size / _BUFFER), tf.int64) + _LEAST_BUFFER
-        return Places(file, offset, skipped, take, buffer)
+        return Places(file, offset, skipped, take, buffer, record)
 
     def read(self, order: tf.Tensor | None, begin: tf.Tensor, end: tf.Tensor) -> tf.data.Dataset:
         """Reads the records `begin` … `end` - 1, serialized."""
@@ -232,7 +302,13 @@ class Layout:
         spec = tf.TensorSpec([], tf.string)
         found = tf.data.experimental.from_variant(records, spec).skip(place.skip).take(place.take)
         # A file with fewer records than were counted would shift all records that follow.
-        return found.apply(tf.data.experimental.assert_cardinality(place.take))
+        found = found.apply(tf.data.experimental.assert_cardinality(place.take))
+        excluded = self._excluded
+        if excluded is None:
+            return found
+        numbered = found.enumerate(place.record)
+        kept = numbered.filter(lambda record, _: ~excluded.contains(place.file, record))
+        return kept.map(lambda _, content: content)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from efficientnet_ns.files import atomic, local_files
 from efficientnet_ns.files.errors import DataError
 
 COLUMNS = ("file", "record")
+_SET = "set"  # Column of lists that name records of several sets.
 
 
 def place(path: str) -> str:
@@ -38,25 +39,29 @@ def write(path: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> N
         writer.writerows([place(file), *values] for file, *values in rows)
 
 
-def read(path: str) -> dict[str, np.ndarray]:
-    """Reads a list: absolute path of a file → positions of its records, int64, ascending.
+def _read(path: str, kind: str) -> tuple[dict[str, np.ndarray], bool]:
+    """Reads absolute path of a file → positions of its records, int64, ascending.
+
+    Returns:
+      The records, and whether the list has a column `set`; if so, only those of `kind` are returned.
 
     Raises:
-      DataError: If the list does not exist or lacks a column.
+      DataError: If the list does not exist, lacks a column, or a record is not a number.
     """
     import pyarrow
+    import pyarrow.compute
     import pyarrow.csv
 
     if not tf.io.gfile.exists(path):
         raise DataError(f"--exclude={path}: the file does not exist")
+    with tf.io.gfile.GFile(path) as f:
+        has_sets = _SET in f.readline().strip().split(",")
     # The path of a file is stored once, not in each of its rows.
-    types = {
-        "file": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
-        "record": pyarrow.int64(),
-    }
-    # Without `null_values`, an empty cell is an error instead of a missing number.
+    text = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
     convert = pyarrow.csv.ConvertOptions(
-        column_types=types, include_columns=list(COLUMNS), null_values=[]
+        column_types={"file": text, "record": pyarrow.int64(), _SET: text},
+        include_columns=[*COLUMNS, _SET] if has_sets else COLUMNS,
+        null_values=[],  # An empty cell is an error, not a missing number.
     )
     try:
         with local_files.local_copies([path]) as local:
@@ -65,26 +70,41 @@ def read(path: str) -> dict[str, np.ndarray]:
         raise DataError(
             f"--exclude={path} is not a list with the columns {' and '.join(COLUMNS)}: {e}"
         ) from e
-    names = table["file"].combine_chunks()
-    numbers = names.indices.to_numpy()
+    if has_sets:
+        table = table.filter(pyarrow.compute.equal(table[_SET], kind))
+    names, numbers = table["file"].combine_chunks(), table["record"].to_numpy()
+    return _by_file(names.dictionary.to_pylist(), names.indices.to_numpy(), numbers), has_sets
+
+
+def _by_file(names: list[str], index: np.ndarray, records: np.ndarray) -> dict[str, np.ndarray]:
     # One sort groups the records by file.
-    records = table["record"].to_numpy()[np.argsort(numbers, kind="stable")]
-    ends = np.cumsum(np.bincount(numbers, minlength=len(names.dictionary)))
+    groups = np.split(
+        records[np.argsort(index, kind="stable")],
+        np.cumsum(np.bincount(index, minlength=len(names)))[:-1],
+    )
     found: dict[str, list[np.ndarray]] = {}
-    for name, group in zip(names.dictionary, np.split(records, ends[:-1])):
-        found.setdefault(place(name.as_py()), []).append(group)
-    return {file: np.unique(np.concatenate(groups)) for file, groups in found.items()}
+    for name, group in zip(names, groups):
+        if len(group):
+            found.setdefault(place(name), []).append(group)
+    return {file: np.unique(np.concatenate(parts)) for file, parts in found.items()}
 
 
-def of_files(path: str, files: list[str]) -> dict[int, np.ndarray]:
+def of_files(
+    path: str, files: Sequence[str], kind: str, *, required: bool = True
+) -> dict[int, np.ndarray]:
     """Returns index in `files` → positions to leave out, for the files that a list names.
 
+    Args:
+      kind: set of these files, "labeled" or "unlabeled". In lists with a column `set`, such as those
+        of check_data, only its rows count.
+      required: whether a list without this column must name one of the files.
+
     Raises:
-      DataError: If `read` raises it or the list names none of the files.
+      DataError: If the list cannot be read, or names records of this kind in other files only.
     """
-    listed = read(path)
+    listed, has_sets = _read(path, kind)
     found = {i: listed[at] for i, at in enumerate(map(place, files)) if at in listed}
-    if listed and not found:
+    if listed and not found and (required or has_sets):
         raise DataError(
             f"--exclude={path} names records of {min(listed)}, but none of the set with "
             f"{files[0]}: if the records were moved, run check_data again"

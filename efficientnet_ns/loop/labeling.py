@@ -199,6 +199,7 @@ def pipeline_stages(config: Config, job: PipelineConfig) -> tuple[Config, Select
         file_prefix=config.predict.file_prefix,
         num_label_classes=resolved.num_classes,
         seed=config.train.seed,
+        exclude=config.data.exclude,
         **{k: v for k, v in dataclasses.asdict(job).items() if k != "work_dir"},
     )
     return config, selection

@@ -297,7 +297,7 @@ def selection_config(prediction: Config, loop: LoopConfig, folder: str) -> Selec
         num_shards=options.num_shards,
         num_image=loop.num_image,
         min_threshold=loop.min_threshold,
-        exclude=loop.exclude,
+        exclude=prediction.data.exclude,
         reviewed=loop.reviewed,
         num_label_classes=ResolvedConfig.from_config(prediction).num_classes,
         file_prefix=options.file_prefix,

@@ -346,7 +346,7 @@ def decisions(config: SelectConfig) -> dict[int, dict[int, int]]:
     files = [input_path(config, shard) for shard in used]
     decided: dict[int, dict[int, int]] = {}
     if config.exclude:
-        for number, records in exclusions.of_files(config.exclude, files).items():
+        for number, records in exclusions.of_files(config.exclude, files, "unlabeled").items():
             decided[used[number]] = dict.fromkeys(records.tolist(), UNREADABLE_LABEL)
     if config.reviewed:
         classes = config.num_label_classes

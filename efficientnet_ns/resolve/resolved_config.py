@@ -18,7 +18,7 @@ from efficientnet_ns.config.sections import Config, DataConfig
 from efficientnet_ns.data import pipeline, tasks
 from efficientnet_ns.data.autoaugment import AutoAugment
 from efficientnet_ns.data.randaugment import RandAugment
-from efficientnet_ns.files import tfexamples
+from efficientnet_ns.files import exclusions, tfexamples
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.paths import listed
 from efficientnet_ns.models import efficientnet
@@ -142,7 +142,27 @@ class ResolvedConfig:
         spare = self.config.train.model_dir
         source = pipeline.Source.find(self._label_data_dir, self.task.train_set, spare=spare)
         number = self.config.data.num_train_shards
-        return _limited(source, source.shards, "num_train_shards", number)
+        return self.without_excluded(
+            _limited(source, source.shards, "num_train_shards", number), "labeled"
+        )
+
+    def without_excluded(self, source: pipeline.Source, kind: str) -> pipeline.Source:
+        """Returns a set without the records in `exclude`.
+
+        Args:
+          kind: "labeled" or "unlabeled".
+
+        Raises:
+          DataError: If the list cannot be used, or no record is left.
+        """
+        path = self.config.data.exclude
+        if not path:
+            return source
+        # A list without sets may name records of the other kind only.
+        kept = source.without(exclusions.of_files(path, source.paths, kind, required=False))
+        out = source.total - kept.total
+        logging.info("--exclude: %d of %d %s records are left out", out, source.total, kind)
+        return kept
 
     def evaluation_source(
         self, prefix: str | None = None, limit: str = "num_eval_images"

@@ -9,9 +9,11 @@ import os
 import platform
 import socket
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
@@ -180,10 +182,15 @@ def _task_fields(config: Config) -> dict[str, Any]:
 
 def _listing(source: pipeline.Source) -> dict[str, dict[str, int]]:
     """Returns sizes and counts, which reveal replaced files without reading them."""
-    return {
+    listing: dict[str, dict[str, int]] = {
         path: {"bytes": file.size, "records": count}
         for path, count, file in zip(source.paths, source.counts, source.files, strict=True)
     }
+    for path, excluded in zip(source.paths, source.excluded):
+        if excluded:
+            content = np.array(excluded, "<i8").tobytes()
+            listing[path] |= {"excluded": len(excluded), "excluded_crc32": zlib.crc32(content)}
+    return listing
 
 
 def _check_records(folder: str, listing: Mapping[str, Mapping[str, Any]]) -> None:
@@ -207,4 +214,7 @@ def _check_records(folder: str, listing: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 def _size(entry: Mapping[str, int] | None) -> str:
-    return f"{entry['records']} records in {entry['bytes']} bytes" if entry else "no file"
+    if not entry:
+        return "no file"
+    size = f"{entry['records']} records in {entry['bytes']} bytes"
+    return f"{size}, {entry['excluded']} excluded" if "excluded" in entry else size

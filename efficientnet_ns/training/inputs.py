@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import re
 
 import tensorflow as tf
 
 from efficientnet_ns.data import pipeline
+from efficientnet_ns.files import shard_names
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 from efficientnet_ns.training.input_wait import InputWait
 
@@ -53,6 +56,9 @@ class Inputs:
             unlabeled = pipeline.Source.find(
                 config.data.unlabel_data_dir, ("train", "extra"), spare=spare
             )
+            # Pseudo-labeled records are named otherwise, and their selection has excluded these.
+            if not _is_pseudo_labeled(unlabeled):
+                unlabeled = resolved.without_excluded(unlabeled, "unlabeled")
         if evaluate:
             evaluation = resolved.evaluation_source()
         return cls(resolved, labeled, unlabeled, evaluation, InputWait())
@@ -75,3 +81,9 @@ class Inputs:
         return self.resolved.naming_bad_records(
             self.labeled, self.evaluation, unlabeled=self.unlabeled
         )
+
+
+def _is_pseudo_labeled(source: pipeline.Source) -> bool:
+    """Checks whether records were written by `filter_unlabel`: `train-<task>-00000-of-…`."""
+    found = shard_names.parse(os.path.basename(source.paths[0]))
+    return found is not None and re.fullmatch(r"train-\d+", found[0]) is not None

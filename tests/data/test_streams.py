@@ -15,6 +15,7 @@ from fakes import mostly_slow
 from efficientnet_ns.data import streams
 from efficientnet_ns.data.streams import Plan, Share
 from efficientnet_ns.files import shard_names, tfrecords
+from efficientnet_ns.files.errors import DataError
 
 SIZE = 400  # Bytes of a payload.
 BATCH = 32
@@ -231,3 +232,66 @@ def test_a_part_of_a_set_in_order(tmp_path, begin, end):
     source = write_set(tmp_path, [8, 0, 8, 7])
     found = list(streams.in_order(source, begin, end).as_numpy_iterator())
     assert found == [payload(i) for i in range(begin, end)]
+
+
+# --- Excluded records -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def excluding(sets) -> tuple[streams.Source, set[int]]:
+    """Returns a set of 7 files without some records, and the numbers of these."""
+    source = sets(7)
+    starts = np.cumsum([0, *source.counts])
+    positions = {
+        0: np.arange(source.counts[0]),  # A whole file.
+        1: np.array([0, 1, 5, 6, source.counts[1] - 1, source.counts[1] + 3]),
+        4: np.arange(0, source.counts[4], 3),
+        6: np.array([100]),
+    }
+    numbers = {int(starts[f] + at) for f, some in positions.items() for at in some.tolist()}
+    return source.without(positions), numbers - {int(starts[1] + source.counts[1] + 3)}
+
+
+def test_excluded_records_are_not_read(excluding):
+    source, excluded = excluding
+    left = sorted(set(range(COUNT)) - excluded)
+    assert source.total == len(left) < COUNT
+    records = streams.in_order(source, 0, source.total).as_numpy_iterator()
+    assert [int(record.split()[0]) for record in records] == left
+    records = streams.in_order(source, 500, 700).as_numpy_iterator()
+    assert [int(record.split()[0]) for record in records] == left[500:700]
+
+
+def test_epochs_without_excluded_records(excluding):
+    """Each used record comes once per epoch, for any number of hosts, and after a restart."""
+    source, excluded = excluding
+    steps = 2 * source.total // BATCH
+    whole = read(source, 0, steps)
+    for epoch in range(2):
+        numbers = whole[..., 1].ravel()[epoch * source.total : (epoch + 1) * source.total]
+        assert len(set(numbers)) == len(numbers) and not set(numbers) & excluded
+    assert (
+        set(numbers) <= set(whole[..., 1].ravel()[: source.total]) == set(range(COUNT)) - excluded
+    )
+    share = Share(1, 4, 4)
+    own = read(source, 0, steps, share)
+    np.testing.assert_array_equal(own, whole[:, slice(*share.rows(BATCH))])
+    np.testing.assert_array_equal(read(source, 37, 20), whole[37:57])
+
+
+def test_first_examples_without_excluded_records(excluding):
+    source, excluded = excluding
+    left = sorted(set(range(COUNT)) - excluded)
+    for number in (1, 2, 300, source.total):
+        some = source.examples(number)
+        assert some.total == number
+        records = streams.in_order(some, 0, number).as_numpy_iterator()
+        assert [int(record.split()[0]) for record in records] == left[:number]
+
+
+def test_nothing_is_left(sets):
+    source = sets(7)
+    everything = {file: np.arange(count) for file, count in enumerate(source.counts)}
+    with pytest.raises(DataError, match=f"all {COUNT} records are excluded"):
+        source.without(everything)
+    assert source.without({2: np.array([10**6])}) == source  # Beyond the end of the file.

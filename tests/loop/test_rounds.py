@@ -421,13 +421,14 @@ def test_decisions_are_those_of_every_selection(folder, config, tmp_path):
     loop = loop_in(tmp_path, "work")
     record = next((folder / "unlabeled").glob("extra-*"))
     (tmp_path / "list.csv").write_text(f"file,record\n{record},0\n")
-    listed = dataclasses.replace(loop, exclude=str(tmp_path / "list.csv"))
-    rounds.check(config, listed)
+    listed = config.override(exclude=str(tmp_path / "list.csv"))
+    for training in rounds.check(listed, loop):
+        assert training.data.exclude == listed.data.exclude
     for number in (1, 2):
-        assert rounds.stage_configs(config, listed, number)[1].exclude == listed.exclude
+        assert rounds.stage_configs(listed, loop, number)[1].exclude == listed.data.exclude
     (tmp_path / "list.csv").write_text("file,record\n/elsewhere/extra-00000-of-00001,0\n")
     with pytest.raises(DataError, match="names records of .*, but none of the set"):
-        rounds.check(config, listed)
+        rounds.check(listed, loop)
     with pytest.raises(DataError, match="--reviewed=x.json: the file does not exist"):
         rounds.check(config, dataclasses.replace(loop, reviewed="x.json"))
 

@@ -505,6 +505,26 @@ def test_records_that_were_replaced(tmp_path):
         claimed(config)
 
 
+def test_list_of_excluded_records_that_changed(folder, tmp_path):
+    record, other = sorted((folder / "labeled").glob("train-*"))[:2]
+    exclude = tmp_path / "exclude.csv"
+    exclude.write_text(f"file,record\n{record},1\n")
+    config = settings(folder, "model").override(
+        model_dir=str(tmp_path / "model"), exclude=str(exclude)
+    )
+    claimed(config)
+    pretend_checkpoint(config)
+    claimed(config)
+    exclude.write_text(f"file,record\n{record},2\n")
+    with pytest.raises(claim.DirectoryConflict, match=f"{record}: .*, 1 excluded → .*, 1 excluded"):
+        claimed(config)
+    exclude.write_text(f"file,record\n{other},1\n")
+    with pytest.raises(claim.DirectoryConflict, match=f"{record}: .*, 1 excluded → [^,]* bytes,"):
+        claimed(config)
+    with pytest.raises(claim.DirectoryConflict, match="exclude: .* → ''"):
+        claimed(config.override(exclude=""))
+
+
 def test_what_killed_trainings_left_is_removed(folder, tmp_path):
     killed = subprocess.Popen(["true"])
     killed.wait()
@@ -667,6 +687,43 @@ def test_bad_record_is_named(case, tmp_path, only_reads):
     ).override(train_steps=8)
     with pytest.raises(DataError, match=f"{path}, record 2: .*{problem}"):
         train.train_and_evaluate(config)
+
+
+def test_excluded_records_are_not_used(tmp_path, only_reads):
+    """Excludes a labeled record that would stop training, and unlabeled ones without labels."""
+    write_data(tmp_path)
+    name, payload, _ = BROKEN_RECORDS["label 0, which is none"]
+    bad = replace_record(tmp_path, name, 2, payload)
+    for path in (tmp_path / "pseudo").glob("train-0-*"):
+        path.rename(path.with_name(path.name.replace("train-0-", "extra-")))
+    (extra, *_) = sorted((tmp_path / "pseudo").glob("extra-*"))
+    rows = [("labeled", bad, 2), ("unlabeled", extra, 0), ("unlabeled", extra, 1)]
+    exclude = tmp_path / "exclude.csv"
+    exclude.write_text("\n".join(["set,file,record", *(f"{s},{f},{r}" for s, f, r in rows)]))
+    config = settings(
+        tmp_path, "model", unlabel_data_dir=str(tmp_path / "pseudo"), unlabel_ratio=1.0
+    ).override(exclude=str(exclude), train_batch_size=LABELED - 1)
+    found = inputs.Inputs.find(ResolvedConfig.from_config(config), evaluate=False)
+    whole = inputs.Inputs.find(
+        ResolvedConfig.from_config(config.override(exclude="")), evaluate=False
+    )
+    assert found.labeled.total == whole.labeled.total - 1
+    assert found.unlabeled.total == whole.unlabeled.total - 2
+    teacher = config.override(unlabel_ratio=0.0, unlabel_data_dir="")
+    train.train_and_evaluate(teacher, evaluate=False)
+
+
+def test_pseudo_labeled_records_were_selected_before(tmp_path):
+    """The list names the records that they were selected from."""
+    write_data(tmp_path)
+    (tmp_path / "exclude.csv").write_text(
+        "set,file,record\nunlabeled,/data/extra-00000-of-00001,0\n"
+    )
+    config = settings(
+        tmp_path, "model", unlabel_data_dir=str(tmp_path / "pseudo"), unlabel_ratio=1.0
+    ).override(exclude=str(tmp_path / "exclude.csv"))
+    found = inputs.Inputs.find(ResolvedConfig.from_config(config), evaluate=False)
+    assert not found.labeled.excluded and not found.unlabeled.excluded
 
 
 def flip_last_byte_of_payload(path: Path) -> None:
