@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from efficientnet_ns.files import atomic, local_files
@@ -37,10 +37,15 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def connect(threads: int, **tables: Sequence[str]) -> duckdb.DuckDBPyConnection:
+def connect(
+    threads: int, *, numbered: Collection[str] = (), **tables: Sequence[str]
+) -> duckdb.DuckDBPyConnection:
     """Opens a `database` with one view per keyword over the Parquet files given for it.
 
     Remote files are copied to TMPDIR for the lifetime of the connection.
+
+    Args:
+      numbered: names of views with the additional column `file`, the index of a row's file.
     """
     db = database(threads)
     copies = contextlib.ExitStack()
@@ -50,5 +55,14 @@ def connect(threads: int, **tables: Sequence[str]) -> duckdb.DuckDBPyConnection:
         # DuckDB expands wildcards in paths, so `run[1]/x` would read `run1/x`.
         literal = (re.sub(r"[*?\[]", r"[\g<0>]", path) for path in local.values())
         files = ", ".join(map(_quoted, literal))
-        db.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet([{files}])")
+        rows = f"SELECT * FROM read_parquet([{files}])"
+        if name in numbered:
+            numbers = ", ".join(f"({_quoted(at)}, {n})" for n, at in enumerate(local.values()))
+            db.execute(f"CREATE TABLE {name}_files (filename VARCHAR, file INT)")
+            db.execute(f"INSERT INTO {name}_files VALUES {numbers}")
+            rows = (
+                f"SELECT * EXCLUDE (filename) FROM read_parquet([{files}], filename = true) "
+                f"JOIN {name}_files USING (filename)"
+            )
+        db.execute(f"CREATE VIEW {name} AS {rows}")
     return db

@@ -14,12 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
+from absl import logging
 
 from efficientnet_ns import report
 from efficientnet_ns.config import CheckConfig, ConfigError, check, require
 from efficientnet_ns.data import fingerprints, tasks
 from efficientnet_ns.files import (
     exclusions,
+    manifests,
     object_stores,
     parquet_sql,
     shard_names,
@@ -41,6 +43,7 @@ from efficientnet_ns.hygiene.near_copies import (
 from efficientnet_ns.pseudo_labels import unlabeled_set
 
 _PAIRS = 24  # Pictures of pairs per section.
+_HELD_OUT = ("validation", "dev", "test")  # Usual names of evaluation and test sets.
 _PIXELS = 192
 
 
@@ -49,11 +52,13 @@ def check_data(options: CheckConfig) -> dict[str, Any]:
 
     Returns:
       `copies`: number of images by `<role> of <role>`; `excluded`: number of images in
-      `exclude.csv`; `report`: path of the page.
+      `exclude.csv`; `crowded`: see `Search`; `report`: path of the page.
 
     Raises:
-      ConfigError: If no set is given, or no task identifies the sets of a labeled folder.
-      DataError: If shards of a set are missing, or predictions cannot be used.
+      ConfigError: If no set is given, a folder is given as two kinds of sets, or no task identifies
+        the sets of a labeled folder.
+      DataError: If a folder has no set, shards of a set are missing, or predictions are of another
+        set or cannot be used.
       manifests.OutputConflict: If the fingerprints in the output folder are of other records.
     """
     check(options)
@@ -68,7 +73,8 @@ def check_data(options: CheckConfig) -> dict[str, Any]:
     path = os.path.join(options.output_dir, "report.html")
     _write_report(path, sets, search, totals)
     excluded = sum(out for _, out in totals.values())
-    result: dict[str, Any] = {"copies": {}, "excluded": excluded, "report": path}
+    result: dict[str, Any] = {"copies": {}, "excluded": excluded}
+    result |= {"crowded": search.crowded, "report": path}
     # Sums equal files and near copies, which the report lists separately.
     for (role, of_role, _), (number, _) in totals.items():
         name = f"{ROLES[role]} of {ROLES[of_role]}"
@@ -87,30 +93,55 @@ def _sets(options: CheckConfig) -> list[ImageSet]:
         made = image_marks.write_marks(files, marks, crops=role == EVALUATION)
         sets.append(ImageSet(role, f"{prefix} of {folder}", files, made))
 
-    for folder in filter(None, options.label_data_dir.split(";")):
-        task = _task(options, folder)
-        held_out = [name for name in (task.eval_set, task.test_set) if name]
-        # No repetition: one set may serve as evaluation and test set.
-        for prefix in dict.fromkeys(held_out):
-            if _has(folder, prefix):
+    labeled, evaluated = (
+        list(filter(None, folders.split(";")))
+        for folders in (options.label_data_dir, options.eval_data_dir)
+    )
+    _check_folders(labeled, evaluated)
+    for folder in labeled:
+        task, before = _task(options, folder), len(sets)
+        # A test set that the task does not name must not leak either. No repetition: one set may
+        # serve as evaluation and test set.
+        for prefix in dict.fromkeys((task.eval_set, task.test_set, *_HELD_OUT)):
+            if prefix and prefix != task.train_set and _has(folder, prefix):
                 add(EVALUATION, folder, prefix)
         if _has(folder, task.train_set):
             add(LABELED, folder, task.train_set)
-    for folder in filter(None, options.eval_data_dir.split(";")):
+        _require_more(sets, before, "label_data_dir", folder)
+    for folder in evaluated:
         before = len(sets)
         # Includes `train`, the name of a labeled set in make_records unless --image_set is given.
-        for prefix in ("validation", "dev", "test", "train"):
+        for prefix in (*_HELD_OUT, "train"):
             if _has(folder, prefix):
                 add(EVALUATION, folder, prefix)
-        if len(sets) == before:
-            raise DataError(
-                f"--eval_data_dir={folder} has no records of a set; {unlabeled_set.described(folder)}"
-            )
+        _require_more(sets, before, "eval_data_dir", folder)
     if options.unlabel_data_dir:
         sets.append(_unlabeled(options))
     if not sets:
         raise ConfigError("--label_data_dir, --eval_data_dir or --unlabel_data_dir is required")
+    if not any(one.role == EVALUATION for one in sets):
+        logging.warning(
+            "no evaluation set was given (--label_data_dir, --eval_data_dir), so copies of evaluation "
+            "images are not looked for"
+        )
     return sorted(sets, key=lambda one: one.role)
+
+
+def _check_folders(labeled: Sequence[str], evaluated: Sequence[str]) -> None:
+    both = {exclusions.place(folder) for folder in labeled} & set(map(exclusions.place, evaluated))
+    if both:
+        raise ConfigError(
+            f"{min(both)} is in --label_data_dir and --eval_data_dir, where its training set would "
+            "count as an evaluation set: pass it only as --label_data_dir, which includes its "
+            "evaluation and test sets"
+        )
+
+
+def _require_more(sets: Sequence[ImageSet], before: int, flag: str, folder: str) -> None:
+    if len(sets) == before:
+        raise DataError(
+            f"--{flag}={folder} has no records of a set; {unlabeled_set.described(folder)}"
+        )
 
 
 def _task(options: CheckConfig, folder: str) -> tasks.Task:
@@ -137,15 +168,15 @@ def _unlabeled(options: CheckConfig) -> ImageSet:
     prefix, files = unlabeled_set.files(folder, options.file_prefix, options.num_shards)
     name = f"{prefix} of {folder}"
     if options.prediction_dir:
-        return ImageSet(UNLABELED, name, files, *_noted(options.prediction_dir, len(files)))
+        return ImageSet(UNLABELED, name, files, *_noted(options.prediction_dir, files))
     marks = _marks_folder(options, ROLES[UNLABELED], prefix, folder)
     return ImageSet(UNLABELED, name, files, image_marks.write_marks(files, marks, crops=False))
 
 
-def _noted(folder: str, num_shards: int) -> tuple[list[str], int]:
+def _noted(folder: str, files: Sequence[str]) -> tuple[list[str], int]:
     """Returns the indexes of a labeling run, with fingerprints, and the workers per shard."""
+    num_shards, workers = len(files), 0
     shards = range(num_shards)
-    workers = 0
     # Indexes do not store the number of workers; the first shard's applies to all.
     while tf.io.gfile.exists(os.path.join(folder, shard_names.index_name(0, num_shards, workers))):
         workers += 1
@@ -168,7 +199,27 @@ def _noted(folder: str, num_shards: int) -> tuple[list[str], int]:
             f"the index in --prediction_dir={folder} has no fingerprints (it is of an import, an "
             "exported model, or an earlier version): drop --prediction_dir to read the images"
         )
+    _check_input(folder, files)
     return paths, workers
+
+
+def _check_input(folder: str, files: Sequence[str]) -> None:
+    """Raises DataError if the predictions are of other files, compared by names and sizes."""
+
+    def differs(shard: int) -> bool:
+        name = f"{shard_names.prediction_name(shard, len(files), 0)}.manifest.json"
+        manifest = manifests.manifest_if_any(os.path.join(folder, name))
+        # The original code wrote no manifests.
+        noted = manifest and manifest["config"].get("input")
+        return noted is not None and noted != manifests.fingerprint([files[shard]])
+
+    different = object_stores.each(differs, range(len(files)))
+    if any(different):
+        raise DataError(
+            f"--prediction_dir={folder} has predictions of other records than "
+            f"{files[different.index(True)]}: pass the predictions of this set, or drop "
+            "--prediction_dir to read the images"
+        )
 
 
 def _write_list(path: str, copies: Iterable[Copy], names: Mapping[tuple[str, int], str]) -> None:
@@ -216,8 +267,14 @@ def _write_report(
     listed = [
         {"set": ROLES[one.role], "records": one.name, "files": len(one.files)} for one in sets
     ]
+    found = report.table(rows)
+    if search.crowded:
+        found += report.paragraph(
+            f"{search.crowded} images are similar to too many others to be compared with each of them: "
+            "among training images, only those with equal fingerprints were found to be their copies."
+        )
     sections = [
-        report.Section("Copies", report.table(rows)),
+        report.Section("Copies", found),
         report.Section("Sets", report.table(listed)),
     ]
     # Leaks of evaluation images first, in every set.

@@ -87,7 +87,8 @@ CREATE TABLE near (first STRUCT(role INT, file INT, record BIGINT),
   other STRUCT(role INT, file INT, record BIGINT), distance INT);
 """
 _OF_MARKS = """
-SELECT {{'role': {role}, 'file': {file}, 'record': record}} AS place, crop, hash, {words} FROM {view}
+SELECT {{'role': {role}, 'file': {first} + file, 'record': record}} AS place, crop, hash, {words}
+FROM {view}
 """
 # Inverts how W workers share a shard: record i is at position i // W of worker i mod W.
 _OF_INDEX = """
@@ -118,18 +119,33 @@ distance FROM found WHERE origin < place GROUP BY place;
 """
 
 
+def _key(word: str, shift: int, bits: int) -> str:
+    return f"(({word} >> {shift}) & {(1 << bits) - 1})"
+
+
+def _crowd(word: str, shift: int) -> str:
+    """Returns the name of the table of the values that too many prints have in a band."""
+    return f"crowd_{word}_{shift}"
+
+
 class Search:
     """Finds the copies among the images of several sets.
 
     Args:
       sets: the sets; those of one role may be in any order.
       near: whether to also find near copies.
+
+    Attributes:
+      crowded: number of images that are in a crowd in every band, so that only those with equal
+        fingerprints are found to be their copies (evaluation images excepted).
     """
 
     def __init__(self, sets: Sequence[ImageSet], *, near: bool = True):
         self._files = [(one.role, path) for one in sets for path in one.files]
         self._db = self._load(sets, near)
+        self.crowded = 0
         if near:
+            self.crowded = self._count_crowded()
             self._compare("queries", "place", _EVALUATION_BANDS)
             self._compare("prints", "first", _TRAINING_BANDS)
         self._db.execute(_COPIES.format(columns=", ".join(_WORDS)))
@@ -138,16 +154,15 @@ class Search:
         tables: dict[str, Sequence[str]] = {}
         selects, words, first = [], ", ".join(_WORDS), 0
         for number, one in enumerate(sets):
+            view = f"marks_{number}"
+            tables[view] = one.marks
+            # A row of an index names its shard; rows of `image_marks` do not.
+            template = _OF_INDEX if one.workers else _OF_MARKS
             values = {"role": one.role, "words": words, "first": first, "workers": one.workers}
-            # A row of an index names its shard. Rows of `image_marks` do not, so each of its files
-            # has a separate view.
-            for place, marks in enumerate([one.marks] if one.workers else [[m] for m in one.marks]):
-                view = f"marks_{number}_{place}"
-                tables[view] = marks
-                template = _OF_INDEX if one.workers else _OF_MARKS
-                selects.append(template.format(view=view, file=first + place, **values))
+            selects.append(template.format(view=view, **values))
             first += len(one.files)
-        db = parquet_sql.connect(available_cpus(), **tables)
+        numbered = [name for name, one in zip(tables, sets) if not one.workers]
+        db = parquet_sql.connect(available_cpus(), numbered=numbered, **tables)
         # Images without structure have only zero bits; if `near` is False, no image has structure.
         structured = " OR ".join(f"{word} != 0" for word in _WORDS) if near else "false"
         db.execute(
@@ -157,38 +172,46 @@ class Search:
 
     def _compare(self, table: str, first: str, bands: Sequence[tuple[str, int, int]]) -> None:
         differ = " + ".join(f"bit_count(xor(a.{word}, b.{word}))::INT" for word in _WORDS)
-        crowded = set()
         with Progress(len(bands), f"comparing {table}", "bands") as progress:
             for word, shift, bits in bands:
-                key = f"(({word} >> {shift}) & {(1 << bits) - 1})"
-                counted = (
-                    f"SELECT {key} AS band FROM prints GROUP BY band HAVING count(*) > {_CROWD}"
-                )
-                if table == "prints":
-                    crowded.add(
-                        self._db.execute(f"SELECT count(*) FROM ({counted})").fetchall()[0][0]
-                    )
-                # Evaluation images are few enough to be compared with crowds as well.
-                crowd = f"AND band NOT IN ({counted})" if table == "prints" else ""
                 self._db.execute(
                     _COMPARE.format(
-                        key=key,
+                        key=_key(word, shift, bits),
                         first=first,
                         table_a=table,
                         words=", ".join(_WORDS),
                         distance=differ,
                         threshold=fingerprints.THRESHOLD,
-                        crowd=crowd,
+                        # Evaluation images are few enough to be compared with crowds as well.
+                        crowd=f"AND band NOT IN (FROM {_crowd(word, shift)})"
+                        if table == "prints"
+                        else "",
                     )
                 )
                 progress.update(1)
-        # Bands group the same prints in different ways, so a sum over them would count prints
-        # twice.
-        if any(crowded):
-            logging.warning(
-                "up to %d groups of more than %d similar images are compared by equal fingerprints only",
-                *(max(crowded), _CROWD),
+
+    def _count_crowded(self) -> int:
+        """Finds the crowds of each band; returns the images that are in a crowd in every band."""
+        for word, shift, bits in _TRAINING_BANDS:
+            self._db.execute(
+                f"CREATE TABLE {_crowd(word, shift)} AS SELECT {_key(word, shift, bits)} AS band "
+                f"FROM prints GROUP BY band HAVING count(*) > {_CROWD}"
             )
+        everywhere = " AND ".join(
+            f"{_key(word, shift, bits)} IN (FROM {_crowd(word, shift)})"
+            for word, shift, bits in _TRAINING_BANDS
+        )
+        columns = ", ".join(_WORDS)
+        number = self._db.execute(
+            f"SELECT count(*) FROM images WHERE ({columns}) IN (SELECT ({columns}) FROM prints WHERE {everywhere})"
+        ).fetchall()[0][0]
+        if number:
+            logging.warning(
+                "%d images are each similar to more than %d others in every band: among training images, "
+                "only those with equal fingerprints are found to be their copies",
+                *(number, _CROWD),
+            )
+        return number
 
     def totals(self) -> dict[tuple[int, int, bool], tuple[int, int]]:
         """Returns {(role, role of the first image, equal content): (copies, excluded copies)}."""

@@ -17,10 +17,10 @@ from unlabeled_sets import write_index, write_shards
 
 from efficientnet_ns.config import CheckConfig, ConfigError, SelectConfig
 from efficientnet_ns.data import fingerprints
-from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files import manifests, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.hygiene import check_data, image_marks, near_copies
-from efficientnet_ns.pseudo_labels import selection
+from efficientnet_ns.pseudo_labels import index, selection
 
 
 def photo(seed: int, width: int = 160, height: int = 120) -> Image.Image:
@@ -177,8 +177,6 @@ def test_list_of_other_records_is_refused(folder, found, tmp_path):
         num_shards=1,
         exclude=str(tmp_path / "list.csv"),
     )
-    from efficientnet_ns.pseudo_labels import index
-
     with pytest.raises(
         DataError, match="names records of .*, but none of the set .* run check_data again"
     ):
@@ -226,6 +224,52 @@ def test_settings_that_do_not_fit(tmp_path, folder):
         check_data.check_data(CheckConfig(output_dir=str(tmp_path)))
     with pytest.raises(DataError, match="label all shards first"):
         check_data.check_data(options(folder, prediction_dir=str(tmp_path)))
+    task = str(folder / "data" / "task.json")
+    with pytest.raises(DataError, match="--label_data_dir=.*dta has no records .* no such folder"):
+        check_data.check_data(options(folder, label_data_dir=str(folder / "dta"), task_name=task))
+    with pytest.raises(ConfigError, match="data is in --label_data_dir and --eval_data_dir"):
+        check_data.check_data(options(folder, eval_data_dir=f"{folder}/data/"))
+
+
+def test_a_test_set_that_the_task_does_not_name(tmp_path):
+    leak = encoded(photo(1))
+    write(tmp_path / "data", "train", [leak, encoded(photo(2))], labeled=True)
+    write(tmp_path / "data", "test", [leak, encoded(photo(3))], labeled=True)
+    (tmp_path / "data" / "task.json").write_text(json.dumps({"num_classes": 2}))
+    found = check_data.check_data(options(tmp_path, unlabel_data_dir=""))
+    assert found["copies"] == {"labeled of evaluation": 1} and found["excluded"] == 1
+
+
+def test_without_evaluation_images_there_is_no_all_clear(folder, tmp_path, caplog):
+    given = {"label_data_dir": "", "output_dir": str(tmp_path), "near": False}
+    check_data.check_data(options(folder, **given))
+    assert "copies of evaluation images are not looked for" in caplog.text
+
+
+def test_predictions_of_other_records(tmp_path, rng):
+    """They have as many shards, but their positions mean other images."""
+    for name, seeds in (("one", (1, 2)), ("two", (3, 4, 5))):
+        write(tmp_path / name, "extra", [encoded(photo(i)) for i in seeds], labeled=False)
+    (tmp_path / "predictions").mkdir()
+    for shard in range(2):
+        source = tmp_path / "one" / f"extra-{shard:05d}-of-00002"
+        name = str(tmp_path / "predictions" / f"%s-{shard:05d}-of-00002-00000%s")
+        marks = rng.integers(0, 2**64, [1, 5], np.uint64)
+        with index.IndexWriter(name % ("index", ".parquet"), shard, 0, marked=True) as writer:
+            writer.add(np.zeros(1), np.ones(1), marks)
+        noted = {
+            "config": {"input": manifests.fingerprint([str(source)])},
+            "sizes": {},
+            "counts": {},
+        }
+        Path(name % ("train-info", ".manifest.json")).write_text(json.dumps(noted))
+    given = {"label_data_dir": "", "prediction_dir": str(tmp_path / "predictions")}
+    one, two = (
+        options(tmp_path, **given, unlabel_data_dir=str(tmp_path / name)) for name in ("one", "two")
+    )
+    assert check_data.check_data(one)["copies"] == {}
+    with pytest.raises(DataError, match="has predictions of other records than .*two/extra-00000"):
+        check_data.check_data(two)
 
 
 # --- The search -----------------------------------------------------------------------------------
@@ -236,6 +280,14 @@ def flipped(rng: np.random.Generator, prints: np.ndarray, bits: int) -> np.ndarr
     places = np.stack([rng.permutation(256) < bits for _ in prints])
     packed = np.packbits(places, axis=1, bitorder="little").view(np.uint64)
     return prints ^ packed
+
+
+def write_marks(path: Path, prints: np.ndarray, rng: np.random.Generator) -> str:
+    """Writes fingerprints, uint64 [N, 4], as `image_marks` does; hashes are random."""
+    hashes = rng.integers(0, 2**64, len(prints), np.uint64)
+    columns = [np.arange(len(prints)), np.zeros(len(prints), np.int32), hashes, *prints.T]
+    pyarrow.parquet.write_table(pyarrow.table(dict(zip(image_marks.COLUMNS, columns))), path)
+    return str(path)
 
 
 def test_near_prints_are_those_of_all_pairs(tmp_path, rng):
@@ -251,12 +303,8 @@ def test_near_prints_are_those_of_all_pairs(tmp_path, rng):
     training = np.concatenate([*copied, others, opposite, flipped(rng, others[:10], 4)])
     sets = []
     for role, prints in ((near_copies.EVALUATION, evaluation), (near_copies.UNLABELED, training)):
-        path = tmp_path / f"{role}.parquet"
-        numbers = np.arange(len(prints))
-        hashes = rng.integers(0, 2**64, len(prints), np.uint64)
-        columns = [numbers, np.zeros(len(prints), np.int32), hashes, *prints.T]
-        pyarrow.parquet.write_table(pyarrow.table(dict(zip(image_marks.COLUMNS, columns))), path)
-        sets.append(near_copies.ImageSet(role, "", [str(role)], [str(path)]))
+        path = write_marks(tmp_path / f"{role}.parquet", prints, rng)
+        sets.append(near_copies.ImageSet(role, "", [str(role)], [path]))
     found = {one.record: one for one in near_copies.Search(sets).copies()}
     distances = {
         record: (one.of_role, one.of_record, one.distance) for record, one in found.items()
@@ -270,6 +318,34 @@ def test_near_prints_are_those_of_all_pairs(tmp_path, rng):
     for number in range(10):
         assert distances[150 + number] == (near_copies.UNLABELED, 40 + number, 4)
     assert not set(range(30, 150)) & set(distances)
+
+
+def test_sets_of_many_files(tmp_path, rng):
+    """ImageNet has 1,152 record files."""
+    prints = rng.integers(0, 2**64, [1100, 4], np.uint64)
+    prints[1050] = prints[7]
+    paths = [write_marks(tmp_path / f"{i}.parquet", prints[i : i + 1], rng) for i in range(1100)]
+    (found,) = near_copies.Search(
+        [near_copies.ImageSet(near_copies.UNLABELED, "", [*map(str, range(1100))], paths)]
+    ).copies()
+    assert (found.file, found.of_file, found.distance) == ("1050", "7", 0)
+
+
+def test_too_many_similar_images_are_counted(tmp_path, rng, monkeypatch, caplog):
+    """Of 1,024 images that differ from one another in up to 10 bits, only equal ones are found."""
+    monkeypatch.setattr(near_copies, "_CROWD", 20)
+    prints = np.repeat(rng.integers(0, 2**64, [1, 4], np.uint64), 1024, 0)
+    # Each band has the same value in 32 or more of them.
+    prints[:, 0] ^= np.arange(1024, dtype=np.uint64) % 32
+    prints[:, 2] ^= np.arange(1024, dtype=np.uint64) // 32
+    others = rng.integers(0, 2**64, [2, 4], np.uint64)
+    others[1] = others[0] ^ 1
+    path = write_marks(tmp_path / "marks", np.concatenate([prints, prints[:3], others]), rng)
+    search = near_copies.Search([near_copies.ImageSet(near_copies.UNLABELED, "", ["x"], [path])])
+    assert search.crowded == 1024 + 3
+    assert "1027 images are each similar to more than 20 others" in caplog.text
+    found = {copy.record: (copy.of_record, copy.distance) for copy in search.copies()}
+    assert found == {1024: (0, 0), 1025: (1, 0), 1026: (2, 0), 1028: (1027, 4)}
 
 
 # --- Fingerprints ---------------------------------------------------------------------------------
