@@ -146,6 +146,56 @@ def test_columns_called_as_the_classes_are_those(folder, probs):
     np.testing.assert_array_equal(written(folder), probs)
 
 
+@pytest.mark.parametrize("names", [CLASSES, None], ids=["named", "numbered"])
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+def test_columns_called_by_numbers_are_those_classes(kind, names, folder, probs, caplog):
+    task = {"num_classes": len(CLASSES), **({"class_names": names} if names else {})}
+    (folder / "records" / "task.json").write_text(json.dumps(task))
+    order = [2, 0, 1]
+    run(folder, save(folder / f"p.{kind}", probs[:, order], wide=list(map(str, order))))
+    np.testing.assert_array_equal(written(folder), probs)
+    assert "the order of the task" not in caplog.text
+
+
+def test_unknown_columns_are_in_the_order_of_the_task_with_a_warning(folder, probs, caplog):
+    run(folder, save(folder / "p.csv", probs, wide="cab"))
+    np.testing.assert_array_equal(written(folder), probs)
+    assert "'c', 'a', 'b' are taken for the classes in the order of the task, 'hen'" in caplog.text
+
+
+def test_columns_in_addition_to_the_classes(folder, rng, caplog):
+    values = rng.dirichlet(np.ones(4), TOTAL)
+    values[3] = [0.1, 0.7, 0.1, 0.1]
+    wide = ["7", "emu", "hen", "owl"]
+    assert run(folder, save(folder / "p.csv", values, wide=wide), min_mass=0.4)["outside"] >= 1
+    (folder / "map").write_text("7\n-\nhen\nowl\n")
+    run(folder, "p.csv", "mapped", min_mass=0.4, class_map=str(folder / "map"))
+    np.testing.assert_array_equal(written(folder), written(folder, "mapped"))
+    assert "'emu' are not classes of the task" in caplog.text
+
+
+@pytest.mark.parametrize("kind, wide", [("npz", None), ("parquet", None), ("parquet", CLASSES)])
+def test_wide_rows_are_read_in_small_blocks(kind, wide, folder, probs, monkeypatch):
+    path = save(folder / f"p.{kind}", probs, NAMES, wide=wide)
+    run(folder, path, "whole", key="name")
+    run(folder, save(folder / "p.npy", probs), "in_order")
+    assert prediction_tables.block_rows(21_841) == 384
+    assert prediction_tables.block_rows(10) == prediction_tables._ROWS
+    monkeypatch.setattr(prediction_tables, "_BLOCK_BYTES", 100)
+    table = prediction_tables.Table(str(folder / path), "key")
+    # In Parquet files, the key counts as one more number.
+    sizes = [4, 4, 1] if kind == "npz" else [3, 3, 3]
+    assert [len(b.values) for b in table.blocks()] == sizes
+    run(folder, path, key="name")
+    assert contents(folder / "out") == contents(folder / "whole")
+    run(folder, "p.npy", "small")
+    assert contents(folder / "small") == contents(folder / "in_order")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_logits_and_temperature(folder, probs):
     logits = np.log(probs.astype(np.float64)) + 3
     run(folder, save(folder / "l.npy", logits), values="logits", temperature=2.0)
@@ -368,7 +418,7 @@ MALFORMED = {
     ),
     "NaN": (
         lambda f, p: (save(f / "p.npy", changed(p, 6, np.nan)), {}),
-        "row 6 has NaN, .* as do 0 more of the 9 rows",
+        r"row 6 has NaN, .* .at least 1 such rows",
     ),
     "no sum of one": (
         lambda f, p: (save(f / "p.npy", changed(p, 2, [0.5, 0.2, 0.2])), {}),
@@ -408,6 +458,22 @@ MALFORMED = {
         lambda f, p: (save(f / "p.parquet", p, [*NAMES[:-1], None]), {"key": "name"}),
         "1 rows have no key in 'key'",
     ),
+    "one class written differently": (
+        lambda f, p: (save(f / "p.csv", p, wide=["owl", "Hen", "7"]), {}),
+        "some columns are named after classes, but none after 'hen'; no class is named 'Hen'",
+    ),
+    "a class without a column": (
+        lambda f, p: (save(f / "p.csv", p[:, :2], wide=["owl", "hen"]), {}),
+        "some columns are named after classes, but none after '7'; no class is named otherwise",
+    ),
+    "numbers of other classes": (
+        lambda f, p: (_text(f / "p.csv", "1,2,3\n" + "0.1,0.2,0.7\n" * 9), {}),
+        "the first line must name the columns",
+    ),
+    "two numbers for a header": (
+        lambda f, p: (_text(f / "p.csv", "0,1\n" + "0.1,0.9\n" * 9), {}),
+        "the first line must name the columns",
+    ),
     "CSV without header": (
         lambda f, p: (_text(f / "p.csv", "0.1,0.2,0.7\n" * 9), {}),
         "the first line must name the columns",
@@ -438,8 +504,21 @@ MALFORMED = {
     ),
     "lists of two lengths": (
         lambda f, p: (_text(f / "p.jsonl", '{"p": [0.1, 0.2, 0.7]}\n{"p": [0.1, 0.9]}\n'), {}),
-        "lists of 3 and of 2 numbers",
+        "lists of 3 and, in row 1, of 2 numbers",
     ),
+    "a row without a list": (
+        lambda f, p: (_parquet(f / "p.parquet", p=[None, *p[1:]]), {}),
+        "p.parquet, row 0 has no list of numbers",
+    ),
+    "lists of words": (
+        lambda f, p: (_parquet(f / "p.parquet", p=[["0.1", "0.2", "0.7"]]), {}),
+        "'p' is neither",
+    ),
+    "lists of lists": (
+        lambda f, p: (_parquet(f / "p.parquet", p=[[[0.1], [0.2], [0.7]]]), {}),
+        "'p' is neither",
+    ),
+    "an empty file of lines": (lambda f, p: (_text(f / "p.jsonl", ""), {}), "first line is empty"),
     "an array, not objects": (lambda f, p: (_text(f / "p.jsonl", "[1]\n"), {}), "an object, not"),
     "a class map of no class": (
         lambda f, p: (save(f / "p.npy", p), {"class_map": _path(f / "map", "hen\nowls\n7\n")}),
