@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import types
 from pathlib import Path
 
@@ -194,6 +195,64 @@ def test_wide_rows_are_read_in_small_blocks(kind, wide, folder, probs, monkeypat
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_positions_of_records_with_names_are_doubtful(folder, probs, rng, caplog):
+    """make_records shuffles: rows in the order of a folder would get labels of other images."""
+    path = save(folder / "p.npz", probs, NAMES)
+    run(folder, path, "named", key="name")
+    assert "Rows match records by position" not in caplog.text
+    run(folder, save(folder / "p.npy", probs))
+    assert "which make_records shuffles; the first is 'folder/0.png'" in caplog.text
+    caplog.clear()
+    write_shards(folder / "plain", [[], [tfexamples.unlabeled_example(png(rng))] * TOTAL])
+    tfrecords.note_counts(
+        [str(p) for p in sorted((folder / "plain").iterdir())], [{"records": 0}, {"records": TOTAL}]
+    )
+    task = str(folder / "records" / "task.json")
+    run(folder, "p.npy", "other", unlabel_data_dir=folder / "plain", task_name=task)
+    assert "Rows match records by position" not in caplog.text
+
+
+def test_one_row_serves_all_records_with_its_hash(folder, probs, rng):
+    image, other = png(rng), png(rng)
+    records = [tfexamples.unlabeled_example(*pair) for pair in ((image, "a"), (other, "b"))]
+    write_shards(folder / "copies", [records, [tfexamples.unlabeled_example(image, "c")]])
+    keys = [hashlib.sha256(content).hexdigest() for content in (other, image)]
+    path = save(folder / "p.npz", probs[:2], keys)
+    task = str(folder / "records" / "task.json")
+    result = run(folder, path, key="hash", unlabel_data_dir=folder / "copies", task_name=task)
+    assert result == {"records": 3, "missing": 0, "outside": 0, "disagreeing": 0}
+    np.testing.assert_array_equal(written(folder), probs[[1, 0, 1]])
+
+
+@pytest.mark.parametrize("key", ["name", "hash"])
+def test_unreadable_records_count_as_missing_rows(key, folder, probs):
+    first = folder / "records" / "extra-00000-of-00003"
+    content = bytearray(first.read_bytes())
+    content[20] ^= 1  # In the payload of the first record.
+    first.write_bytes(content)
+    keys = NAMES if key == "name" else (folder / "hashes").read_text().split()
+    path = save(folder / "p.npz", probs[1:], keys[1:])
+    with pytest.raises(
+        DataError, match="1 records of .* no row, for example 'unreadable record 0'"
+    ):
+        run(folder, path, key=key)
+    assert run(folder, path, key=key, allow_missing=True)["missing"] == 1
+    np.testing.assert_array_equal(written(folder)[1:], probs[1:])
+    assert labels(folder)[0] == -1
+
+
+def test_space_for_rows_with_keys_is_checked_first(folder, probs, monkeypatch):
+    path = save(folder / "p.npz", probs, NAMES)
+    needed = 2 * 4 * TOTAL * len(CLASSES)
+    usage = types.SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match="p.npz in record order: .* Set TMPDIR"):
+        run(folder, f"{path};{path}", key="name")
+    assert not (folder / "out").exists()
+    usage.free += 1
+    run(folder, f"{path};{path}", key="name")
 
 
 def test_logits_and_temperature(folder, probs):
@@ -456,7 +515,14 @@ MALFORMED = {
     ),
     "an empty key": (
         lambda f, p: (save(f / "p.parquet", p, [*NAMES[:-1], None]), {"key": "name"}),
-        "1 rows have no key in 'key'",
+        "p.parquet, row 8 has no key in 'key'",
+    ),
+    "a blank key": (
+        lambda f, p: (
+            save(f / "p.csv", p, [*NAMES[:5], " ", *NAMES[6:]], wide=CLASSES),
+            {"key": "name", "allow_unknown": True, "allow_missing": True},
+        ),
+        "p.csv, row 5 has no key in 'key'",
     ),
     "one class written differently": (
         lambda f, p: (save(f / "p.csv", p, wide=["owl", "Hen", "7"]), {}),
@@ -575,9 +641,11 @@ def test_malformed(case, folder, probs):
     with pytest.raises(DataError, match=message) as error:
         run(folder, source, **settings)
     assert str(folder) in str(error.value)
+    late = "shards have been written from the rows before" in str(error.value)
     # No complete but wrong output remains, at most the shards before the end of a stream.
     finished = {p.name for p in (folder / "out").glob("train-info-*-00000")}
     assert "train-info-00002-of-00003-00000" not in finished
+    assert late == bool(finished)
 
 
 def test_records_without_names(folder, probs, rng):
@@ -586,8 +654,26 @@ def test_records_without_names(folder, probs, rng):
     path = save(folder / "p.npz", probs[:2], NAMES[:2])
     with pytest.raises(DataError, match="2 of 2 records have no 'image/filename'"):
         run(folder, path, key="name", unlabel_data_dir=folder / "plain")
-    with pytest.raises(DataError, match="1 of 2 records have the hash of an earlier record"):
-        run(folder, path, "other", key="hash", unlabel_data_dir=folder / "plain")
+    named = [tfexamples.unlabeled_example(png(rng), "a.png") for _ in range(2)]
+    write_shards(folder / "twice", [named])
+    (folder / "twice" / "task.json").write_text('{"num_classes": 3}')
+    with pytest.raises(DataError, match="1 of 2 records have the name of an earlier .* 'a.png'"):
+        run(folder, path, "other", key="name", unlabel_data_dir=folder / "twice")
+
+
+def test_a_late_error_says_how_to_import_a_corrected_source(folder, probs, monkeypatch):
+    monkeypatch.setattr(prediction_tables, "_ROWS", 4)
+    save(folder / "p.npy", changed(probs, 8, np.nan))
+    with pytest.raises(
+        DataError, match="row 8 has NaN.* 2 shards have been written .* delete .*out"
+    ):
+        run(folder, "p.npy")
+    np.save(folder / "p.npy", probs)
+    with pytest.raises(manifests.OutputConflict, match="imported"):
+        run(folder, "p.npy")
+    shutil.rmtree(folder / "out")
+    run(folder, "p.npy")
+    np.testing.assert_array_equal(written(folder), probs)
 
 
 def test_settings_that_do_not_fit(folder, probs):
