@@ -171,8 +171,9 @@ class ImportConfig(Settings):
     )
     key: str = setting(
         "position",
-        "How rows are matched to records. position: row i is record i, shard after shard; name: the "
-        "record's image/filename; hash: SHA-256 of the image, in hexadecimal digits.",
+        "How rows are matched to records. position: row i is record i, shard after shard (make_records "
+        "shuffles: rows in the order of a folder get wrong labels); name: the record's image/filename; "
+        "hash: SHA-256 of the image, in hexadecimal digits.",
         choices=("position", "name", "hash"),
     )
     key_column: str = setting("key", "Column, or array in a .npz file, with the keys.")
@@ -186,11 +187,11 @@ class ImportConfig(Settings):
         "",
         "Text file with one line per class of the source: the name or number of the task's class, or - "
         "for none. Probabilities of classes with the same line are added. Default: columns are matched "
-        "by class name, else in the task's order.",
+        "by class name, else by number, else in the task's order.",
     )
     min_mass: float = setting(
         0.5,
-        "If --class_map omits classes, images with less than this probability in the task's classes "
+        "If some columns are no class of the task, images with less than this probability in the task's classes "
         "get no label; the probabilities of other images are renormalized.",
         low=0,
         high=1,

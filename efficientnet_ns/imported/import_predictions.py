@@ -2,7 +2,7 @@
 
 Rows of probabilities or logits become prediction files, indexes and counts in the formats of
 `predict`. Rows that match records by position are streamed. Rows with keys are joined with the
-records' keys by out-of-core SQL and arranged in a temporary file of the size of the predictions.
+records' keys by out-of-core SQL and arranged in temporary files of the size of the predictions.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from efficientnet_ns.data import tasks
 from efficientnet_ns.files import (
     atomic,
     json_files,
+    local_files,
     manifests,
     object_stores,
     parquet_sql,
@@ -33,12 +34,11 @@ from efficientnet_ns.files import (
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.files.progress import Progress
 from efficientnet_ns.imported import record_keys
-from efficientnet_ns.imported.prediction_tables import Table
+from efficientnet_ns.imported.prediction_tables import Table, block_rows
 from efficientnet_ns.imported.probability_rows import Conversion, target_classes
 from efficientnet_ns.pseudo_labels import unlabeled_set
 from efficientnet_ns.pseudo_labels.index import IndexWriter, top_one
 
-_ROWS = 1 << 15  # Rows written at once; bounds memory.
 # Why a record has no prediction.
 _FOUND, _MISSING, _OUTSIDE, _DISAGREEING = range(4)
 _REASONS = {_MISSING: "missing", _OUTSIDE: "outside", _DISAGREEING: "disagreeing"}
@@ -58,6 +58,7 @@ def import_predictions(options: ImportConfig) -> dict[str, Any]:
       ConfigError: If a flag is missing or invalid.
       DataError: If rows and records do not match, or rows are not probabilities.
       manifests.OutputConflict: If an output was made with other settings.
+      OSError: If TMPDIR has too little space for rows with keys.
     """
     check(options)
     require(options, "source", "unlabel_data_dir", "output_dir")
@@ -128,9 +129,18 @@ def _write_all(
     names = tasks.class_names(task)
     teachers: list[_InOrder | _ByKey] = []
     with atomic.scratch_folder("import") as scratch:
-        keys = (
-            [] if options.key == "position" else record_keys.write_keys(sources, options.output_dir)
-        )
+        keys: list[str] = []
+        if options.key != "position":
+            needed = 4 * sum(counts) * task.num_classes * len(tables)
+            local_files.require_bytes(needed, f"the rows of {options.source} in record order")
+            keys = record_keys.write_keys(sources, options.output_dir)
+        elif first := record_keys.first_name(sources, counts):
+            logging.warning(
+                "Rows match records by position: those of %s must be in the order of the records, "
+                "which make_records shuffles; the first is %r. Rows in another order get wrong "
+                "labels; save the file names as their keys, and set --key=name",
+                *(options.source, first),
+            )
         for number, table in enumerate(tables):
             targets = target_classes(options.class_map, table, names, task.num_classes)
             convert = Conversion(options, task.num_classes, targets)
@@ -141,7 +151,15 @@ def _write_all(
                 teachers.append(_ByKey(table, convert, options, keys, counts, path))
         with Progress(sum(counts), "importing predictions", "images") as progress:
             for shard, (stage, count) in enumerate(zip(stages, counts)):
-                _write_shard(options, teachers, stage, shard, count, shard == len(stages) - 1)
+                try:
+                    _write_shard(options, teachers, stage, shard, count, shard == len(stages) - 1)
+                except DataError as e:
+                    if not shard:
+                        raise
+                    raise DataError(
+                        f"{e}. {shard} shards have been written from the rows before: with a "
+                        f"corrected source, set another --output_dir, or delete {options.output_dir}"
+                    ) from e
                 progress.update(count)
 
 
@@ -158,6 +176,7 @@ def _write_shard(
             teacher.skip(count)
         return
     without: Counter[int] = Counter()
+    rows = block_rows(stage.config["num_classes"])
     with stage.write() as (temporary, summary):
         predictions, indexes, info = (temporary[path] for path in stage.outputs)
         with (
@@ -165,8 +184,8 @@ def _write_shard(
             IndexWriter(indexes, shard, 0) as index,
         ):
             f.write(b"")  # Creates the file even if the shard is empty.
-            for start in range(0, count, _ROWS):
-                size = min(_ROWS, count - start)
+            for start in range(0, count, rows):
+                size = min(rows, count - start)
                 probs, why = _combined([t.read(size) for t in teachers], options.combine)
                 f.write(tfexamples.framed_predictions(probs))
                 index.add(*top_one(probs))
@@ -247,8 +266,9 @@ class _InOrder:
 
     def skip(self, size: int) -> None:
         """Skips rows of a finished shard."""
-        for start in range(0, size, _ROWS):
-            self.read(min(_ROWS, size - start))
+        rows = block_rows(self._probs.shape[1])
+        for start in range(0, size, rows):
+            self.read(min(rows, size - start))
 
     def finish(self) -> None:
         """Raises DataError if rows are left."""
@@ -257,11 +277,11 @@ class _InOrder:
 
 
 # A full join keeps rows without a record and records without a row, which `_check_join` counts.
-# Null keys match nothing.
+# The null keys of unreadable records match nothing. One row serves all records with its hash.
 _JOIN = """
-CREATE TABLE joined AS SELECT row, key, place FROM source FULL JOIN
-(SELECT {key} AS key, first + position AS place FROM records JOIN firsts USING (shard)) AS known
-USING (key)
+CREATE VIEW known AS
+SELECT {key} AS key, first + position AS place FROM records JOIN firsts USING (shard);
+CREATE TABLE joined AS SELECT row, key, place FROM source FULL JOIN known USING (key)
 """
 
 
@@ -278,19 +298,19 @@ class _ByKey:
         path: str,
     ):
         total = sum(counts)
-        places = _joined(table, options, keys, counts)
+        rows, places = _joined(table, options, keys, counts)
         # A new file is all zeros, the values for records without a row; it cannot be empty.
         self._probs = np.memmap(path, np.float32, "w+", shape=(max(total, 1), convert.num_classes))
         self._why = np.full(total, _MISSING, np.int8)
         self._at, first = 0, 0
         for block in table.blocks():
             probs, outside = convert(block)
-            place = places[first : first + len(probs)]
+            part = slice(*np.searchsorted(rows, [first, first + len(probs)]))
+            row, place = rows[part] - first, places[part]
             first += len(probs)
-            known = place >= 0
             # Each position is written once, because `_joined` rejects keys that occur twice.
-            self._probs[place[known]] = probs[known]
-            self._why[place[known]] = np.where(outside[known], _OUTSIDE, _FOUND)
+            self._probs[place] = probs[row]
+            self._why[place] = np.where(outside[row], _OUTSIDE, _FOUND)
 
     def read(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """See `_InOrder.read`."""
@@ -308,27 +328,27 @@ class _ByKey:
 
 def _joined(
     table: Table, options: ImportConfig, keys: Sequence[str], counts: Sequence[int]
-) -> np.ndarray:
-    """Returns the record number of each row of a table, int64 [rows]; -1 without a record.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the numbers of matching rows, in order, and of their records, both int64.
 
     Raises:
-      DataError: If a key is null or occurs twice, or a row or record has no match although the
+      DataError: If a key is blank or occurs twice, or a row or record has no match although the
         options require one.
     """
     import pyarrow
+    import pyarrow.compute
 
-    column = options.key
     db = parquet_sql.connect(available_cpus(), records=keys)
     firsts = np.cumsum([0, *counts])[:-1]
     db.register("firsts", pyarrow.table({"shard": np.arange(len(counts)), "first": firsts}))
-    ((named, unique, total),) = db.execute(
-        f"SELECT count({column}), count(DISTINCT {column}), count(*) FROM records"
-    ).fetchall()
-    # Before the join, in which a key shared by two records would give one row two positions.
-    _check_records(db, column, named, unique, total)
+    if options.key == "name":
+        _check_names(db)
     db.execute("CREATE TABLE source (row BIGINT, key VARCHAR)")
     first = 0
     for block in table.blocks():
+        blank = pyarrow.compute.utf8_trim_whitespace(pyarrow.compute.fill_null(block.keys, ""))
+        if (row := pyarrow.compute.index(blank, "").as_py()) >= 0:
+            raise DataError(f"{block.row(row)} has no key in {options.key_column!r}")
         # Registered batch by batch: DuckDB would replace errors inside a stream by its own.
         keys_of = pyarrow.table(
             {"row": np.arange(first, first + len(block.values)), "key": block.keys}
@@ -336,59 +356,63 @@ def _joined(
         db.register("batch", keys_of)
         db.execute("INSERT INTO source SELECT * FROM batch")
         first += len(block.values)
-    db.execute(_JOIN.format(key=column))
-    _check_join(db, table, options)
-    found = db.execute("SELECT row, place FROM joined WHERE row IS NOT NULL").fetchnumpy()
-    # DuckDB masks nulls, the positions of rows without a record.
-    row, place = found["row"], np.ma.filled(np.ma.asarray(found["place"]), -1)
-    # The join does not preserve the order.
-    places = np.full(len(row), -1, np.int64)
-    places[np.asarray(row, np.int64)] = place
-    return places
-
-
-def _check_records(db, column: str, named: int, unique: int, total: int) -> None:
-    if column == "name" and named < total:
+    # Before the join, which would multiply them by the records of the same content.
+    twice = "SELECT key FROM source GROUP BY key HAVING count(*) > 1 ORDER BY key"
+    if count := _number(db, twice):
         raise DataError(
-            f"{total - named} of {total} records have no {tfexamples.FILE_NAME!r}, which --key=name "
+            f"{table.source}: {count} keys occur twice, for example {_examples(db, twice)}"
+        )
+    db.execute(_JOIN.format(key=options.key))
+    _check_join(db, table, options)
+    # The join does not preserve the order.
+    found = "SELECT row, place FROM joined WHERE row IS NOT NULL AND place IS NOT NULL ORDER BY row"
+    columns = db.execute(found).fetchnumpy()
+    return np.asarray(columns["row"]), np.asarray(columns["place"])
+
+
+def _check_names(db) -> None:
+    """Raises DataError unless all images have different names; unreadable records have none."""
+    ((nameless, copies, total),) = db.execute(
+        "SELECT count(hash) FILTER (name IS NULL), count(name) - count(DISTINCT name), count(*) "
+        "FROM records"
+    ).fetchall()
+    if nameless:
+        raise DataError(
+            f"{nameless} of {total} records have no {tfexamples.FILE_NAME!r}, which --key=name "
             "requires: recreate them with make_records, or use --key=hash or --key=position"
         )
-    if unique < named:
-        twice = _examples(
-            db, f"SELECT {column} FROM records GROUP BY 1 HAVING count({column}) > 1 ORDER BY 1"
-        )
+    if copies:
+        twice = "SELECT name FROM records GROUP BY 1 HAVING count(name) > 1 ORDER BY 1"
         raise DataError(
-            f"{named - unique} of {total} records have the {column} of an earlier record, for example "
-            f"{twice}: a row would match several records. Remove the copies, or use another --key"
+            f"{copies} of {total} records have the name of an earlier record, for example "
+            f"{_examples(db, twice)}: a row would match several records. Remove the copies, or use "
+            "another --key"
         )
 
 
 def _check_join(db, table: Table, options: ImportConfig) -> None:
-    def number(query: str) -> int:
-        return db.execute(f"SELECT count(*) FROM ({query})").fetchall()[0][0]
-
     source, folder = table.source, options.unlabel_data_dir
-    if count := number("SELECT 1 FROM joined WHERE row IS NOT NULL AND key IS NULL"):
-        raise DataError(f"{source}: {count} rows have no key in {options.key_column!r}")
-    twice = (
-        "SELECT key FROM joined WHERE row IS NOT NULL GROUP BY key HAVING count(*) > 1 ORDER BY key"
-    )
-    if count := number(twice):
-        raise DataError(f"{source}: {count} keys occur twice, for example {_examples(db, twice)}")
     unknown = "SELECT key FROM joined WHERE place IS NULL AND row IS NOT NULL ORDER BY row"
-    if (count := number(unknown)) and not options.allow_unknown:
-        known = _examples(db, f"SELECT {options.key} FROM records ORDER BY shard, position")
+    if (count := _number(db, unknown)) and not options.allow_unknown:
+        known = _examples(db, "SELECT key FROM known WHERE key IS NOT NULL ORDER BY place")
         raise DataError(
             f"{source}: {count} keys match no record in {folder}, for example "
             f"{_examples(db, unknown)}, but the records have {known}. Set --allow_unknown if the "
             "table contains more images than the records"
         )
-    missing = "SELECT key FROM joined WHERE row IS NULL AND key IS NOT NULL ORDER BY place"
-    if count := number(missing):
+    missing = (
+        "SELECT coalesce(key, 'unreadable record ' || place) FROM joined WHERE row IS NULL "
+        "ORDER BY place"
+    )
+    if count := _number(db, missing):
         text = f"{source}: {count} records of {folder} have no row, for example {_examples(db, missing)}"
         if not options.allow_missing:
             raise DataError(f"{text}. Set --allow_missing to leave them unlabeled")
         logging.warning("%s", text)
+
+
+def _number(db, query: str) -> int:
+    return db.execute(f"SELECT count(*) FROM ({query})").fetchall()[0][0]
 
 
 def _examples(db, query: str) -> str:

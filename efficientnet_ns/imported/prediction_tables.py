@@ -11,7 +11,7 @@ import csv
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,9 +23,16 @@ from efficientnet_ns.files.paths import listed
 
 if TYPE_CHECKING:
     import pyarrow
+    import pyarrow.parquet
 
-_ROWS = 1 << 16  # Approximate rows of a block.
+_ROWS = 1 << 16  # Maximum rows of a block.
+_BLOCK_BYTES = 64 << 20  # Of its numbers, in 64 bits.
 _CSV_BYTES = 16 << 20
+
+
+def block_rows(columns: int) -> int:
+    """Returns how many rows of `columns` numbers to process at once, to bound memory."""
+    return max(1, min(_ROWS, _BLOCK_BYTES // (8 * max(columns, 1))))
 
 
 class Block(NamedTuple):
@@ -150,12 +157,10 @@ class _Arrow(_Reader):
 
     def _columns(self, schema: pyarrow.Schema) -> None:
         """Finds the columns of the values in a schema."""
-        import pyarrow.types as kinds
-
         names = list(schema.names)
         if self._key and self._key not in names:
             raise DataError(
-                f"{self._path} has no column {self._key!r} (--key_column); it has {_listed(names)}"
+                f"{self._path} has no column {self._key!r} (--key_column); it has {quoted(names)}"
             )
         others = [name for name in names if name != self._key]
         # A single column of lists must be the values; other columns are then ignored.
@@ -163,42 +168,57 @@ class _Arrow(_Reader):
         if len(lists) == 1:
             self._values, self.names = lists, None
             return
-        texts = [
-            n
-            for n in others
-            if not (kinds.is_floating(t := schema.field(n).type) or kinds.is_integer(t))
-        ]
+        texts = [n for n in others if not _is_numeric(schema.field(n).type)]
         if texts or not others:
             raise DataError(
                 f"{self._path}: expected one column of lists of numbers, or one column of numbers per "
-                f"class; {_listed(texts or names)} {'are' if len(texts) > 1 else 'is'} neither. Remove "
+                f"class; {quoted(texts or names)} {'are' if len(texts) > 1 else 'is'} neither. Remove "
                 "other columns, or name the key column with --key_column"
                 f"{_hint(self._key)}"
             )
         self._values = self.names = others
 
-    def _split(self, batch: pyarrow.RecordBatch) -> tuple[pyarrow.Array | None, np.ndarray]:
-        keys = batch.column(self._key).cast("string") if self._key else None
-        if self.names is not None:
-            columns = [batch.column(name).to_numpy(zero_copy_only=False) for name in self.names]
-            return keys, np.stack(columns, 1)
-        (column,) = (batch.column(name) for name in self._values)
-        # With nulls, an array of floats: the length of a null, NaN, equals no other and is rejected.
+    def _split(
+        self, batches: Iterable[pyarrow.RecordBatch]
+    ) -> Iterator[tuple[pyarrow.Array | None, np.ndarray]]:
+        first = 0
+        for batch in batches:
+            keys = batch.column(self._key).cast("string") if self._key else None
+            if self.names is None:
+                yield keys, self._lists(batch.column(self._values[0]), first)
+            else:
+                columns = [batch.column(name).to_numpy(zero_copy_only=False) for name in self.names]
+                yield keys, np.stack(columns, 1)
+            first += len(batch)
+
+    def _lists(self, column: pyarrow.Array, first: int) -> np.ndarray:
+        """Returns the numbers of lists of equal lengths; `first` is the row of the first one."""
+        if column.null_count:
+            null = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+            raise DataError(f"{self._path}, row {first + null} has no list of numbers")
         lengths = column.value_lengths().to_numpy(zero_copy_only=False)
-        if len(lengths) and not (lengths == lengths[0]).all():
-            other = int(np.flatnonzero(lengths != lengths[0])[0])
+        if len(other := np.flatnonzero(lengths != lengths[:1])):
             raise DataError(
-                f"{self._path}: lists of {lengths[0]:g} and of {lengths[other]:g} numbers in one column"
+                f"{self._path}: lists of {lengths[0]} and, in row {first + other[0]}, of "
+                f"{lengths[other[0]]} numbers in one column"
             )
         # Not `column.values`, which ignores that a batch may be a slice of a longer array.
         values = column.flatten().to_numpy(zero_copy_only=False)
-        return keys, values.reshape(len(column), -1)
+        return values.reshape(len(column), -1)
 
 
 def _is_list(kind: pyarrow.DataType) -> bool:
+    """Checks for lists of numbers."""
     import pyarrow.types as kinds
 
-    return kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)
+    lists = (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list)
+    return any(check(kind) for check in lists) and _is_numeric(kind.value_type)
+
+
+def _is_numeric(kind: pyarrow.DataType) -> bool:
+    import pyarrow.types as kinds
+
+    return kinds.is_floating(kind) or kinds.is_integer(kind)
 
 
 def _hint(key: str) -> str:
@@ -206,7 +226,8 @@ def _hint(key: str) -> str:
     return "" if key else ". If it has keys, add --key=name or --key=hash"
 
 
-def _listed(names: Sequence[str]) -> str:
+def quoted(names: Sequence[str]) -> str:
+    """Returns the first names and how many more there are, for messages."""
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(map(repr, names[:8])) + more
 
@@ -226,8 +247,17 @@ class _Parquet(_Arrow):
 
         columns = [*self._values, *([self._key] if self._key else [])]
         with _local(self._path) as path, pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(_ROWS, columns=columns):
-                yield self._split(batch)
+            rows = block_rows(_width(file.metadata))
+            yield from self._split(file.iter_batches(rows, columns=columns))
+
+
+def _width(metadata: pyarrow.parquet.FileMetaData) -> int:
+    """Returns the numbers per row, including those of lists, in the first row group."""
+    if not metadata.num_row_groups:
+        return 0
+    group = metadata.row_group(0)
+    numbers = sum(group.column(i).num_values for i in range(group.num_columns))
+    return numbers // max(group.num_rows, 1)
 
 
 class _Csv(_Arrow):
@@ -236,7 +266,9 @@ class _Csv(_Arrow):
 
         with tf.io.gfile.GFile(self._path) as f:
             header = next(csv.reader([f.readline().removeprefix("\ufeff")]), [])
-        if not header or all(_is_number(name) for name in header):
+        # pandas names columns 0, 1, 2, …; in a row of data, only 0 and 1 could be probabilities.
+        numbered = len(header) > 2 and set(header) == {str(i) for i in range(len(header))}
+        if not header or (all(_is_number(name) for name in header) and not numbered):
             raise DataError(f"{self._path}: the first line must name the columns, not {header[:4]}")
         if len(set(header)) < len(header):
             raise DataError(f"{self._path}: two columns have the same name")
@@ -254,7 +286,7 @@ class _Csv(_Arrow):
             _local(self._path) as path,
             pyarrow.csv.open_csv(path, read_options=read, convert_options=convert) as batches,
         ):
-            yield from map(self._split, batches)
+            yield from self._split(batches)
 
 
 class _Jsonl(_Arrow):
@@ -263,6 +295,8 @@ class _Jsonl(_Arrow):
 
         with tf.io.gfile.GFile(self._path) as f:
             line = f.readline()
+        if not line.strip():
+            raise DataError(f"{self._path}: the first line is empty; each line must be an object")
         first: Any = json.loads(line)
         if not isinstance(first, dict):
             raise DataError(f"{self._path}: each line must be an object, not {line.strip()[:40]}")
@@ -292,7 +326,7 @@ class _Jsonl(_Arrow):
             _local(self._path) as path,
             pyarrow.json.open_json(path, read_options=read, parse_options=parse) as batches,
         ):
-            yield from map(self._split, batches)
+            yield from self._split(batches)
 
 
 class _Numpy(_Reader):
@@ -328,12 +362,12 @@ class _Numpy(_Reader):
                 if self._key and self._key not in stored:
                     raise DataError(
                         f"{self._path} has no array {self._key!r} (--key_column); it has "
-                        f"{_listed(stored.files)}"
+                        f"{quoted(stored.files)}"
                     )
                 others = [name for name in stored.files if name != self._key]
                 if len(others) != 1:
                     raise DataError(
-                        f"{self._path}: expected one array of numbers, found {_listed(others)}"
+                        f"{self._path}: expected one array of numbers, found {quoted(others)}"
                         f"{_hint(self._key)}"
                     )
                 yield (stored[self._key] if self._key else None), stored[others[0]]
@@ -343,8 +377,9 @@ class _Numpy(_Reader):
         import pyarrow
 
         with self._arrays() as (keys, values):
-            for start in range(0, len(values), _ROWS):
-                part = slice(start, start + _ROWS)
+            rows = block_rows(values.shape[1])
+            for start in range(0, len(values), rows):
+                part = slice(start, start + rows)
                 # astype: keys may be bytes or numbers.
                 named = None if keys is None else pyarrow.array(keys[part].astype(str))
                 yield named, np.asarray(values[part])

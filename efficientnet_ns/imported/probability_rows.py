@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from efficientnet_ns.config import ImportConfig
 from efficientnet_ns.files.errors import DataError
-from efficientnet_ns.imported.prediction_tables import Block, Table
+from efficientnet_ns.imported.prediction_tables import Block, Table, quoted
 
 _NONE = "-"  # In a class map: not a class of the task.
 # Maximum deviation of a row's sum from 1. Rounding to 16 bits (bfloat16) changes each probability by
@@ -24,17 +25,14 @@ def target_classes(
 
     Args:
       path: path of the class map, a text file with one line per column: name or number of the class,
-        or `-`. If "", columns named like the classes are matched by name; others are in task order.
+        or `-`. If "", see `_named_classes`.
       names: names of the classes, if known.
 
     Raises:
-      DataError: If a line names no class, or a class has no line.
+      DataError: If a line names no class, or a class has no line or, by name, no column.
     """
     if not path:
-        header = table.names
-        if header is None or names is None or sorted(header) != sorted(names):
-            return None
-        return np.array([list(names).index(name) for name in header])
+        return None if table.names is None else _named_classes(table, names or (), num_classes)
     numbers = {name: label for label, name in enumerate(names or ())}
     # If the name of a class is a number, the name takes precedence.
     numbers = {**{str(label): label for label in range(num_classes)}, **numbers, _NONE: -1}
@@ -53,6 +51,35 @@ def target_classes(
             + f", nor to {lacking.size - 1} others: no image could get these labels"
         )
     return targets
+
+
+def _named_classes(table: Table, names: Sequence[str], num_classes: int) -> np.ndarray | None:
+    """Matches columns by class name, else by number 0..K-1, else by position.
+
+    If all classes have a column of their name, other columns are not classes of the task.
+    """
+    header, labels = table.names or [], {name: label for label, name in enumerate(names)}
+    numbers = [str(label) for label in range(num_classes)]
+    if not (labels.keys() & header):
+        if set(header) == set(numbers):
+            return np.array(header, np.int64)
+        if len(header) == num_classes:  # Otherwise, `Conversion` rejects them.
+            logging.warning(
+                "%s: columns are neither named after classes nor numbered from 0; %s are taken for "
+                "the classes in the order of the task, %s",
+                *(table.source, quoted(header), quoted(names or numbers)),
+            )
+        return None
+    extra = [name for name in header if name not in labels]
+    found = set(header)
+    if missing := [name for name in names if name not in found]:
+        raise DataError(
+            f"{table.source}: some columns are named after classes, but none after {quoted(missing)}"
+            f"; no class is named {quoted(extra) or 'otherwise'}. Rename columns, or set --class_map"
+        )
+    if extra:
+        logging.warning("%s: %s are not classes of the task", table.source, quoted(extra))
+    return np.array([labels.get(name, -1) for name in header])
 
 
 class Conversion:
@@ -140,6 +167,6 @@ def _refuse(block: Block, wrong: np.ndarray, what: str, values: np.ndarray, hint
     row = values[first]
     shown = ", ".join(f"{v:.4g}" for v in row[:4]) + (", …" if len(row) > 4 else "")
     raise DataError(
-        f"{block.row(first)} has {what}: [{shown}], sum {row.sum():.4g}; as do {wrong.sum() - 1} "
-        f"more of the {len(wrong)} rows from {block.first} on{hint}"
+        f"{block.row(first)} has {what}: [{shown}], sum {row.sum():.4g} (at least "
+        f"{wrong.sum()} such rows){hint}"
     )

@@ -7,7 +7,9 @@ hexadecimal digits, as `sha256sum` prints it); null if a record has none.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -51,6 +53,14 @@ def write_keys(sources: Sequence[str], folder: str) -> list[str]:
         for _ in run_each(_write, todo, processes):
             progress.update(1)
     return [stage.outputs[0] for stage in stages]
+
+
+def first_name(sources: Sequence[str], counts: Sequence[int]) -> str:
+    """Returns the file name in the first record of a set; "" if it is unreadable or has none."""
+    for source in itertools.compress(sources, counts):
+        with contextlib.suppress(DataError):
+            return tfexamples.file_name(tfrecords.payloads_of(source, [0])[0])
+    return ""
 
 
 def _write(source: str, shard: int, stage: manifests.Stage) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import types
 from pathlib import Path
 
@@ -144,6 +145,114 @@ def test_columns_called_as_the_classes_are_those(folder, probs):
     order = [2, 0, 1]
     run(folder, save(folder / "p.csv", probs[:, order], wide=[CLASSES[i] for i in order]))
     np.testing.assert_array_equal(written(folder), probs)
+
+
+@pytest.mark.parametrize("names", [CLASSES, None], ids=["named", "numbered"])
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+def test_columns_called_by_numbers_are_those_classes(kind, names, folder, probs, caplog):
+    task = {"num_classes": len(CLASSES), **({"class_names": names} if names else {})}
+    (folder / "records" / "task.json").write_text(json.dumps(task))
+    order = [2, 0, 1]
+    run(folder, save(folder / f"p.{kind}", probs[:, order], wide=list(map(str, order))))
+    np.testing.assert_array_equal(written(folder), probs)
+    assert "the order of the task" not in caplog.text
+
+
+def test_unknown_columns_are_in_the_order_of_the_task_with_a_warning(folder, probs, caplog):
+    run(folder, save(folder / "p.csv", probs, wide="cab"))
+    np.testing.assert_array_equal(written(folder), probs)
+    assert "'c', 'a', 'b' are taken for the classes in the order of the task, 'hen'" in caplog.text
+
+
+def test_columns_in_addition_to_the_classes(folder, rng, caplog):
+    values = rng.dirichlet(np.ones(4), TOTAL)
+    values[3] = [0.1, 0.7, 0.1, 0.1]
+    wide = ["7", "emu", "hen", "owl"]
+    assert run(folder, save(folder / "p.csv", values, wide=wide), min_mass=0.4)["outside"] >= 1
+    (folder / "map").write_text("7\n-\nhen\nowl\n")
+    run(folder, "p.csv", "mapped", min_mass=0.4, class_map=str(folder / "map"))
+    np.testing.assert_array_equal(written(folder), written(folder, "mapped"))
+    assert "'emu' are not classes of the task" in caplog.text
+
+
+@pytest.mark.parametrize("kind, wide", [("npz", None), ("parquet", None), ("parquet", CLASSES)])
+def test_wide_rows_are_read_in_small_blocks(kind, wide, folder, probs, monkeypatch):
+    path = save(folder / f"p.{kind}", probs, NAMES, wide=wide)
+    run(folder, path, "whole", key="name")
+    run(folder, save(folder / "p.npy", probs), "in_order")
+    assert prediction_tables.block_rows(21_841) == 384
+    assert prediction_tables.block_rows(10) == prediction_tables._ROWS
+    monkeypatch.setattr(prediction_tables, "_BLOCK_BYTES", 100)
+    table = prediction_tables.Table(str(folder / path), "key")
+    # In Parquet files, the key counts as one more number.
+    sizes = [4, 4, 1] if kind == "npz" else [3, 3, 3]
+    assert [len(b.values) for b in table.blocks()] == sizes
+    run(folder, path, key="name")
+    assert contents(folder / "out") == contents(folder / "whole")
+    run(folder, "p.npy", "small")
+    assert contents(folder / "small") == contents(folder / "in_order")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_positions_of_records_with_names_are_doubtful(folder, probs, rng, caplog):
+    """make_records shuffles: rows in the order of a folder would get labels of other images."""
+    path = save(folder / "p.npz", probs, NAMES)
+    run(folder, path, "named", key="name")
+    assert "Rows match records by position" not in caplog.text
+    run(folder, save(folder / "p.npy", probs))
+    assert "which make_records shuffles; the first is 'folder/0.png'" in caplog.text
+    caplog.clear()
+    write_shards(folder / "plain", [[], [tfexamples.unlabeled_example(png(rng))] * TOTAL])
+    tfrecords.note_counts(
+        [str(p) for p in sorted((folder / "plain").iterdir())], [{"records": 0}, {"records": TOTAL}]
+    )
+    task = str(folder / "records" / "task.json")
+    run(folder, "p.npy", "other", unlabel_data_dir=folder / "plain", task_name=task)
+    assert "Rows match records by position" not in caplog.text
+
+
+def test_one_row_serves_all_records_with_its_hash(folder, probs, rng):
+    image, other = png(rng), png(rng)
+    records = [tfexamples.unlabeled_example(*pair) for pair in ((image, "a"), (other, "b"))]
+    write_shards(folder / "copies", [records, [tfexamples.unlabeled_example(image, "c")]])
+    keys = [hashlib.sha256(content).hexdigest() for content in (other, image)]
+    path = save(folder / "p.npz", probs[:2], keys)
+    task = str(folder / "records" / "task.json")
+    result = run(folder, path, key="hash", unlabel_data_dir=folder / "copies", task_name=task)
+    assert result == {"records": 3, "missing": 0, "outside": 0, "disagreeing": 0}
+    np.testing.assert_array_equal(written(folder), probs[[1, 0, 1]])
+
+
+@pytest.mark.parametrize("key", ["name", "hash"])
+def test_unreadable_records_count_as_missing_rows(key, folder, probs):
+    first = folder / "records" / "extra-00000-of-00003"
+    content = bytearray(first.read_bytes())
+    content[20] ^= 1  # In the payload of the first record.
+    first.write_bytes(content)
+    keys = NAMES if key == "name" else (folder / "hashes").read_text().split()
+    path = save(folder / "p.npz", probs[1:], keys[1:])
+    with pytest.raises(
+        DataError, match="1 records of .* no row, for example 'unreadable record 0'"
+    ):
+        run(folder, path, key=key)
+    assert run(folder, path, key=key, allow_missing=True)["missing"] == 1
+    np.testing.assert_array_equal(written(folder)[1:], probs[1:])
+    assert labels(folder)[0] == -1
+
+
+def test_space_for_rows_with_keys_is_checked_first(folder, probs, monkeypatch):
+    path = save(folder / "p.npz", probs, NAMES)
+    needed = 2 * 4 * TOTAL * len(CLASSES)
+    usage = types.SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match="p.npz in record order: .* Set TMPDIR"):
+        run(folder, f"{path};{path}", key="name")
+    assert not (folder / "out").exists()
+    usage.free += 1
+    run(folder, f"{path};{path}", key="name")
 
 
 def test_logits_and_temperature(folder, probs):
@@ -368,7 +477,7 @@ MALFORMED = {
     ),
     "NaN": (
         lambda f, p: (save(f / "p.npy", changed(p, 6, np.nan)), {}),
-        "row 6 has NaN, .* as do 0 more of the 9 rows",
+        r"row 6 has NaN, .* .at least 1 such rows",
     ),
     "no sum of one": (
         lambda f, p: (save(f / "p.npy", changed(p, 2, [0.5, 0.2, 0.2])), {}),
@@ -406,7 +515,30 @@ MALFORMED = {
     ),
     "an empty key": (
         lambda f, p: (save(f / "p.parquet", p, [*NAMES[:-1], None]), {"key": "name"}),
-        "1 rows have no key in 'key'",
+        "p.parquet, row 8 has no key in 'key'",
+    ),
+    "a blank key": (
+        lambda f, p: (
+            save(f / "p.csv", p, [*NAMES[:5], " ", *NAMES[6:]], wide=CLASSES),
+            {"key": "name", "allow_unknown": True, "allow_missing": True},
+        ),
+        "p.csv, row 5 has no key in 'key'",
+    ),
+    "one class written differently": (
+        lambda f, p: (save(f / "p.csv", p, wide=["owl", "Hen", "7"]), {}),
+        "some columns are named after classes, but none after 'hen'; no class is named 'Hen'",
+    ),
+    "a class without a column": (
+        lambda f, p: (save(f / "p.csv", p[:, :2], wide=["owl", "hen"]), {}),
+        "some columns are named after classes, but none after '7'; no class is named otherwise",
+    ),
+    "numbers of other classes": (
+        lambda f, p: (_text(f / "p.csv", "1,2,3\n" + "0.1,0.2,0.7\n" * 9), {}),
+        "the first line must name the columns",
+    ),
+    "two numbers for a header": (
+        lambda f, p: (_text(f / "p.csv", "0,1\n" + "0.1,0.9\n" * 9), {}),
+        "the first line must name the columns",
     ),
     "CSV without header": (
         lambda f, p: (_text(f / "p.csv", "0.1,0.2,0.7\n" * 9), {}),
@@ -438,8 +570,21 @@ MALFORMED = {
     ),
     "lists of two lengths": (
         lambda f, p: (_text(f / "p.jsonl", '{"p": [0.1, 0.2, 0.7]}\n{"p": [0.1, 0.9]}\n'), {}),
-        "lists of 3 and of 2 numbers",
+        "lists of 3 and, in row 1, of 2 numbers",
     ),
+    "a row without a list": (
+        lambda f, p: (_parquet(f / "p.parquet", p=[None, *p[1:]]), {}),
+        "p.parquet, row 0 has no list of numbers",
+    ),
+    "lists of words": (
+        lambda f, p: (_parquet(f / "p.parquet", p=[["0.1", "0.2", "0.7"]]), {}),
+        "'p' is neither",
+    ),
+    "lists of lists": (
+        lambda f, p: (_parquet(f / "p.parquet", p=[[[0.1], [0.2], [0.7]]]), {}),
+        "'p' is neither",
+    ),
+    "an empty file of lines": (lambda f, p: (_text(f / "p.jsonl", ""), {}), "first line is empty"),
     "an array, not objects": (lambda f, p: (_text(f / "p.jsonl", "[1]\n"), {}), "an object, not"),
     "a class map of no class": (
         lambda f, p: (save(f / "p.npy", p), {"class_map": _path(f / "map", "hen\nowls\n7\n")}),
@@ -496,9 +641,11 @@ def test_malformed(case, folder, probs):
     with pytest.raises(DataError, match=message) as error:
         run(folder, source, **settings)
     assert str(folder) in str(error.value)
+    late = "shards have been written from the rows before" in str(error.value)
     # No complete but wrong output remains, at most the shards before the end of a stream.
     finished = {p.name for p in (folder / "out").glob("train-info-*-00000")}
     assert "train-info-00002-of-00003-00000" not in finished
+    assert late == bool(finished)
 
 
 def test_records_without_names(folder, probs, rng):
@@ -507,8 +654,26 @@ def test_records_without_names(folder, probs, rng):
     path = save(folder / "p.npz", probs[:2], NAMES[:2])
     with pytest.raises(DataError, match="2 of 2 records have no 'image/filename'"):
         run(folder, path, key="name", unlabel_data_dir=folder / "plain")
-    with pytest.raises(DataError, match="1 of 2 records have the hash of an earlier record"):
-        run(folder, path, "other", key="hash", unlabel_data_dir=folder / "plain")
+    named = [tfexamples.unlabeled_example(png(rng), "a.png") for _ in range(2)]
+    write_shards(folder / "twice", [named])
+    (folder / "twice" / "task.json").write_text('{"num_classes": 3}')
+    with pytest.raises(DataError, match="1 of 2 records have the name of an earlier .* 'a.png'"):
+        run(folder, path, "other", key="name", unlabel_data_dir=folder / "twice")
+
+
+def test_a_late_error_says_how_to_import_a_corrected_source(folder, probs, monkeypatch):
+    monkeypatch.setattr(prediction_tables, "_ROWS", 4)
+    save(folder / "p.npy", changed(probs, 8, np.nan))
+    with pytest.raises(
+        DataError, match="row 8 has NaN.* 2 shards have been written .* delete .*out"
+    ):
+        run(folder, "p.npy")
+    np.save(folder / "p.npy", probs)
+    with pytest.raises(manifests.OutputConflict, match="imported"):
+        run(folder, "p.npy")
+    shutil.rmtree(folder / "out")
+    run(folder, "p.npy")
+    np.testing.assert_array_equal(written(folder), probs)
 
 
 def test_settings_that_do_not_fit(folder, probs):
