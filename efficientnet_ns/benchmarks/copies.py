@@ -1,4 +1,4 @@
-"""Measures the search for copies on a generated index of any size, with copies planted in it."""
+"""Measures the search for copies: what it finds, and its cost on a generated index of any size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from efficientnet_ns.benchmarks import tables
+from efficientnet_ns.benchmarks import copy_kinds, inputs, tables
 from efficientnet_ns.benchmarks.tables import Row
 from efficientnet_ns.config import BenchmarkConfig
 from efficientnet_ns.config.cpus import available_cpus
@@ -26,6 +26,7 @@ from efficientnet_ns.pseudo_labels import index
 
 _SHARDS = 128
 _BYTES_PER_ROW = 300  # Index and temporary files; measured below 250.
+_MOST_PHOTOS = 4096
 _EVALUATION_IMAGES = 50_000  # As many as ImageNet's validation images.
 # This fraction of the images are copies of evaluation images, and as many are copies of other
 # unlabeled images.
@@ -35,14 +36,17 @@ _BITS = {EVALUATION: 15, UNLABELED: 7}
 
 
 def run(config: BenchmarkConfig) -> list[Row]:
-    """Generates the index of `rows` images in `data` and finds the copies in it.
+    """Finds copies of the photos in `data`, if given, then those in a generated index of `rows`.
 
-    The search runs in a separate process, so that its peak memory is known.
+    The second search runs in a separate process, so that its peak memory is known.
 
     Raises:
-      ConfigError: If the disk is too small.
+      ConfigError: If `data` has no images, or the disk of TMPDIR is too small.
     """
-    with tempfile.TemporaryDirectory(dir=config.data or None) as folder:
+    kinds = []
+    if config.data:
+        kinds = copy_kinds.measure(inputs.encoded_images(config.data, most=_MOST_PHOTOS)[1])
+    with tempfile.TemporaryDirectory() as folder:
         tables.require_disk(config, folder, _BYTES_PER_ROW)
         start = time.perf_counter()
         sets, planted = make_sets(folder, config.rows)
@@ -51,6 +55,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
             watched = tables.in_own_process(find, sets)
         found, others = watched.result
         return [
+            *kinds,
             Row("making the index (not part of the rest)", made, "s"),
             Row("index on disk", size / 1e6, "MB"),
             Row("search: rate", config.rows / watched.seconds, "rows/s"),

@@ -76,7 +76,7 @@ def _against_peers(measured: Measured, peers: list[str]) -> list[Row]:
 # Images.
 
 
-def encoded_images(folder: str) -> tuple[list[str], list[bytes]]:
+def encoded_images(folder: str, most: int = _MOST_IMAGES) -> tuple[list[str], list[bytes]]:
     """Returns the paths of the image or record files in a folder, and encoded images from them.
 
     If `folder` is empty, returns no paths and generated images.
@@ -96,7 +96,7 @@ def encoded_images(folder: str) -> tuple[list[str], list[bytes]]:
         found = (tfexamples.image_bytes(payload) for payload in payloads if payload is not None)
     else:
         found = (tf.io.gfile.GFile(path, "rb").read() for path in pictures)
-    encoded = list(itertools.islice(found, _MOST_IMAGES))
+    encoded = list(itertools.islice(found, most))
     if not encoded:
         raise ConfigError(
             f"--data={folder}: neither images ({', '.join(_SUFFIXES)}) nor records "

@@ -207,5 +207,5 @@ def require_disk(config: BenchmarkConfig, folder: str, bytes_per_row: int) -> No
     if free < bytes_per_row * config.rows:
         raise ConfigError(
             f"--rows={config.rows} need {bytes_per_row * config.rows >> 20} MB below "
-            f"{folder}, which has {free >> 20} MB free: pass another folder as --data"
+            f"{folder}, which has {free >> 20} MB free: set TMPDIR to a folder on a larger disk"
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
-from efficientnet_ns.benchmarks import copies
+from efficientnet_ns.benchmarks import copies, copy_kinds
 from efficientnet_ns.config import BenchmarkConfig, ConfigError
+from efficientnet_ns.data import images
 
 
 def test_planted_copies_are_found(tmp_path):
@@ -16,7 +19,18 @@ def test_planted_copies_are_found(tmp_path):
 
 
 def test_a_disk_that_is_too_small(tmp_path):
-    config = BenchmarkConfig(what="copies", data=str(tmp_path), rows=10**12)
-    with pytest.raises(ConfigError, match="--rows=1000000000000 need .* MB free: pass another"):
-        copies.run(config)
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="--rows=1000000000000 need .* MB free: set TMPDIR"):
+        copies.run(BenchmarkConfig(what="copies", rows=10**12))
+
+
+def test_kinds_of_copies(rng):
+    """Small pictures with few details have copies of every kind but crops elsewhere."""
+    shapes = [rng.integers(0, 256, [9, 12, 3], np.uint8) for _ in range(6)]
+    photos = [tf.image.resize(shape, [120, 160], "bicubic") for shape in shapes]
+    encoded = [tf.io.encode_jpeg(images.to_uint8(photo), quality=95).numpy() for photo in photos]
+    found = {row.name: row.value for row in copy_kinds.measure(encoded)}
+    assert found["JPEG, quality 30: found as copies of training images"] == 100
+    assert found["gray: found as copies of evaluation images"] == 100
+    assert found["center crop of 90 %: found as copies of evaluation images"] == 100
+    assert found["center crop of 90 %: found as copies of training images"] == 0
+    assert found["other training images taken for copies"] == 0
