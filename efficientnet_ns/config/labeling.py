@@ -54,7 +54,8 @@ class SelectConfig(Settings):
     min_threshold: float = setting(0.0, "Minimum confidence to keep.", low=0, high=1)
     max_prob: float = setting(
         2.0,
-        "Maximum confidence to keep; the default is above 1 because rounded values may exceed 1.",
+        "Maximum confidence to keep, except for labels in --reviewed; the default is above 1 because "
+        "rounded values may exceed 1.",
         low=0,
     )
     task_name: str | None = setting(
@@ -94,8 +95,9 @@ class SelectConfig(Settings):
     )
     reviewed: str = setting(
         "",
-        "Decisions saved by a review sheet: rejected images are never selected; the others get the "
-        "reviewer's label with probability 1.",
+        "Decisions saved by review sheets: rejected images are never selected; the others get the "
+        "reviewer's label with probability 1. Several files are joined with ';', and later ones take "
+        "precedence.",
     )
     seed: int = setting(0, "Random seed for the choice of copies and the order of records.", low=0)
     num_samples: int = setting(5, "Number of sample pictures to keep per class and shard.", low=0)

@@ -1,9 +1,11 @@
-"""Reads human decisions about pseudo-labeled images from the JSON file that a review sheet saves.
+"""Reads human decisions about pseudo-labeled images from the JSON files that review sheets save.
 
 `{"decisions": [{"file": path, "record": position, "label": class, or null if rejected}, …]}`
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -12,6 +14,11 @@ from efficientnet_ns.files import exclusions, json_files
 from efficientnet_ns.files.errors import DataError
 
 REJECTED = -1
+
+
+def paths(joined: str) -> list[str]:
+    """Returns the files of `--reviewed`, which are joined with `;`."""
+    return [path for path in joined.split(";") if path]
 
 
 def read(path: str, num_classes: int) -> dict[str, dict[int, int]]:
@@ -23,39 +30,59 @@ def read(path: str, num_classes: int) -> dict[str, dict[int, int]]:
     if not tf.io.gfile.exists(path):
         raise DataError(f"--reviewed={path}: the file does not exist")
     decisions = json_files.read_object(path, "decisions")["decisions"]
+    if not isinstance(decisions, list):
+        kind = type(decisions).__name__
+        raise DataError(f"--reviewed={path}: expected a list of decisions, not {kind}")
     found: dict[str, dict[int, int]] = {}
     for number, one in enumerate(decisions):
-        try:
-            file, record, label = one["file"], one["record"], one["label"]
-            good = isinstance(record, int) and (label is None or 0 <= label < num_classes)
-        except (TypeError, KeyError):
-            good = False
-        if not good:
+        if not _is_decision(one, num_classes):
             raise DataError(
-                f"--reviewed={path}, decision {number}: expected file, record and a label of "
-                f"0..{num_classes - 1} or null, not {one!r}"
+                f"--reviewed={path}, decision {number}: expected a file, a record from 0 and a label "
+                f"of 0..{num_classes - 1} or null, not {one!r}"
             )
-        found.setdefault(exclusions.place(file), {})[record] = REJECTED if label is None else label
+        label = REJECTED if one["label"] is None else one["label"]
+        found.setdefault(exclusions.place(one["file"]), {})[one["record"]] = label
     return found
 
 
-def of_files(path: str, files: list[str], num_classes: int) -> dict[int, dict[int, int]]:
-    """Returns index in `files` → the decisions about its records.
+def _is_decision(one: Any, num_classes: int) -> bool:
+    def is_below(value: Any, limit: int) -> bool:
+        # Not `isinstance`, which accepts true and false.
+        return type(value) is int and 0 <= value < limit
+
+    if not (isinstance(one, dict) and {"file", "record", "label"} <= set(one)):
+        return False
+    label = one["label"]
+    return (
+        isinstance(one["file"], str)
+        and is_below(one["record"], 2**63)
+        and (label is None or is_below(label, num_classes))
+    )
+
+
+def of_files(
+    joined: str, files: list[str], num_classes: int
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Returns index in `files` → positions of reviewed records, int64, and their labels, int32.
+
+    Args:
+      joined: files with decisions, joined with `;`; later ones take precedence.
 
     Raises:
-      DataError: If `read` raises it or no decision is about one of the files.
+      DataError: If `read` raises it or a file has only decisions about other records.
     """
-    decided = read(path, num_classes)
-    found = {i: decided[at] for i, at in enumerate(map(exclusions.place, files)) if at in decided}
-    if decided and not found:
-        raise DataError(
-            f"--reviewed={path} has no decisions about the set with {files[0]}, but about records of "
-            f"{min(decided)}: was one of them moved?"
-        )
-    return found
-
-
-def arrays(decisions: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Converts decisions to positions, int64, ascending, and labels, int32."""
-    positions = np.array(sorted(decisions), np.int64)
-    return positions, np.array([decisions[p] for p in positions.tolist()], np.int32)
+    found: dict[int, dict[int, int]] = {}
+    for path in paths(joined):
+        decided = read(path, num_classes)
+        own = {i: decided[at] for i, at in enumerate(map(exclusions.place, files)) if at in decided}
+        if decided and not own:
+            raise DataError(
+                f"--reviewed={path} has no decisions about the set with {files[0]}, but about "
+                f"records of {min(decided)}: was one of them moved?"
+            )
+        for i, labels in own.items():
+            found.setdefault(i, {}).update(labels)
+    return {
+        i: (np.array(list(labels), np.int64), np.array(list(labels.values()), np.int32))
+        for i, labels in found.items()
+    }

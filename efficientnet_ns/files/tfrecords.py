@@ -262,6 +262,18 @@ def payloads_of(path: str, positions: Iterable[int]) -> dict[int, bytes]:
     return found
 
 
+def payloads_at(places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], bytes]:
+    """Like `payloads_of`, for (path, position) in several files, each of which is read once."""
+    by_file: dict[str, set[int]] = {}
+    for path, position in places:
+        by_file.setdefault(path, set()).add(position)
+    return {
+        (path, position): payload
+        for path, positions in sorted(by_file.items())
+        for position, payload in payloads_of(path, positions).items()
+    }
+
+
 @contextlib.contextmanager
 def payload_reader() -> Iterator[Callable[[tuple[str, int, int]], bytes]]:
     """Yields a function: (path, first byte, length) as in `spans` → the payload, unchecked.

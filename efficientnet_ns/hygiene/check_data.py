@@ -298,13 +298,17 @@ def _write_report(
 
 def _pairs(copies: Iterable[Copy]) -> str:
     """Renders the pairs as pictures, the most different first."""
+    shown = [
+        (place, "same file" if copy.distance < 0 else f"{copy.distance} bits")
+        for copy in copies
+        for place in ((copy.of_file, copy.of_record), (copy.file, copy.record))
+    ]
+    payloads = tfrecords.payloads_at(place for place, _ in shown)
     items = []
-    for copy in copies:
-        alike = "same file" if copy.distance < 0 else f"{copy.distance} bits"
-        for file, record in ((copy.of_file, copy.of_record), (copy.file, copy.record)):
-            payload = tfrecords.payloads_of(file, [record])[record]
-            name = tfexamples.file_name(payload) or f"{os.path.basename(file)} {record}"
-            picture = report.thumbnail(tfexamples.image_if_any(payload), _PIXELS)
-            items.append((picture, f"{name}: {alike}"))
+    for (file, record), alike in shown:
+        payload = payloads[file, record]
+        name = tfexamples.file_name(payload) or f"{os.path.basename(file)} {record}"
+        picture = report.thumbnail(tfexamples.image_if_any(payload), _PIXELS)
+        items.append((picture, f"{name}: {alike}"))
     text = "Pairs of the first image and its copy, the most different first."
     return report.paragraph(text) + report.image_grid(items, columns=8, pixel_size=96)

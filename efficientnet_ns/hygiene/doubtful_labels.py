@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -210,12 +210,16 @@ def _write_report(
         }
         for label in order
     ]
+    most = doubts[:_PICTURES]
+    by_label = {label: by_class[label][:_PER_CLASS] for label in order[:_LISTED_CLASSES]}
+    # The records of all grids together, so that every file is read only once.
+    shown = itertools.chain(most, *by_label.values())
+    payloads = tfrecords.payloads_at((one.file, one.record) for one in shown)
     opened = [
         report.details(
-            f"{names[label]}: {len(by_class[label])} doubtful",
-            _grid(by_class[label][:_PER_CLASS], names),
+            f"{names[label]}: {len(by_class[label])} doubtful", _grid(some, names, payloads)
         )
-        for label in order[:_LISTED_CLASSES]
+        for label, some in by_label.items()
     ]
     report.write_page(
         path,
@@ -228,7 +232,7 @@ def _write_report(
             "not."
         ),
         sections=[
-            report.Section("Most doubtful", _grid(doubts[:_PICTURES], names)),
+            report.Section("Most doubtful", _grid(most, names, payloads)),
             report.Section("Classes", report.table(rows)),
             report.Section("Pictures by class", "".join(opened)),
         ],
@@ -239,10 +243,12 @@ def _most_common(labels: Sequence[int]) -> int:
     return int(np.bincount(labels).argmax())
 
 
-def _grid(doubts: Sequence[Doubt], names: Sequence[str]) -> str:
+def _grid(
+    doubts: Sequence[Doubt], names: Sequence[str], payloads: Mapping[tuple[str, int], bytes]
+) -> str:
     items = []
     for one in doubts:
-        payload = tfrecords.payloads_of(one.file, [one.record])[one.record]
+        payload = payloads[one.file, one.record]
         caption = f"{names[one.label]} → {names[one.suggested]} {one.prob:.2f}"
         caption += f": {one.name}" if one.name else ""
         items.append((report.thumbnail(tfexamples.image_if_any(payload), _PIXELS), caption))

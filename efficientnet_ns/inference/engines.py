@@ -272,10 +272,13 @@ def convert(
       configure: function that sets options of the converter, e.g. quantization.
 
     Raises:
-      ValueError: If the model is too large for a flatbuffer or computes in bfloat16.
+      ConfigError: If the model is too large for a flatbuffer.
+      ValueError: If it computes in bfloat16.
     """
     if model.count_params() > _MAX_PARAMETERS:
-        raise ValueError(f"{model.name} does not fit into a flatbuffer, which is limited to 2 GB")
+        raise ConfigError(
+            f"{model.name} does not fit into a flatbuffer, which, unlike a SavedModel, is limited to 2 GB"
+        )
     if any(layer.compute_dtype == "bfloat16" for layer in model.layers):
         raise ValueError(
             f"{model.name} computes in bfloat16, which TensorFlow Lite does not support"

@@ -100,12 +100,12 @@ def choose(config: SelectConfig, limit: int) -> list[Candidate]:
     files = [index.prediction_path(config, s, w) for _, s, d, _ in jobs for w in range(len(d))]
     size = sum(filter(None, object_stores.sizes(files)))
     processes = min(len(jobs), available_cpus(), size // _BYTES_PER_PROCESS)
-    found = []
+    best = _Best(_SPARE * limit)
     with Progress(len(jobs), "margins of predictions", "shards") as progress:
         for _, some in run_each(_candidates, jobs, processes):
-            found.append(some)
+            best.add(some)
             progress.update(1)
-    joined = _smallest(found, _SPARE * limit)
+    joined = best.result()
     by_class: dict[int, deque[Candidate]] = {}
     for row in zip(*(values.tolist() for values in joined)):
         by_class.setdefault(row[0], deque()).append(Candidate(*row))
@@ -114,7 +114,7 @@ def choose(config: SelectConfig, limit: int) -> list[Candidate]:
 
 def _candidates(config: SelectConfig, shard: int, decided: list, limit: int) -> Candidate:
     """Returns the images of a shard with the smallest margins, up to `limit` per class."""
-    found = [Candidate(*(np.zeros(0, kind) for kind in _KINDS))]
+    found = _Best(limit)
     for worker, places in enumerate(decided):
         path, start = index.prediction_path(config, shard, worker), 0
         for probs in index.read_predictions(path, config.num_label_classes):
@@ -132,21 +132,36 @@ def _candidates(config: SelectConfig, shard: int, decided: list, limit: int) -> 
             margin = top - probs[rows, second]
             # Worker w of n predicts records w, w + n, w + 2n … of a shard.
             record = positions * len(decided) + worker
-            new = Candidate(best, second, margin, top, np.full(len(best), shard), record)
-            found.append(new)
-            # Sorts only if new candidates outnumber the kept ones, which bounds the cost.
-            if sum(len(some.label) for some in found[1:]) > max(_ROWS, len(found[0].label)):
-                found = [_smallest(found, limit)]
-    return _smallest(found, limit)
+            found.add(Candidate(best, second, margin, top, np.full(len(best), shard), record))
+    return found.result()
 
 
-def _smallest(found: list[Candidate], limit: int) -> Candidate:
-    """Returns up to `limit` candidates per class, sorted by class, then by margin."""
-    joined = Candidate(*map(np.concatenate, zip(*found)))
-    # The last key is the primary key. Ties are sorted by place, because shards finish in any order.
-    order = np.lexsort([joined.record, joined.shard, joined.margin, joined.label])
-    kept = order[_ranks(joined.label[order]) < limit]
-    return Candidate(*(values[kept] for values in joined))
+class _Best:
+    """Collects candidates in bounded memory: those with the smallest margins, per class.
+
+    Args:
+      limit: maximum number per class.
+    """
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._found = [Candidate(*(np.zeros(0, kind) for kind in _KINDS))]
+
+    def add(self, new: Candidate) -> None:
+        """Adds candidates, in any order."""
+        self._found.append(new)
+        # Sorts only if new candidates outnumber the kept ones, which bounds the cost.
+        if sum(len(some.label) for some in self._found[1:]) > max(_ROWS, len(self._found[0].label)):
+            self._found = [self.result()]
+
+    def result(self) -> Candidate:
+        """Returns up to `limit` candidates per class, sorted by class, then by margin."""
+        joined = Candidate(*map(np.concatenate, zip(*self._found)))
+        # The last key is the primary key. Ties are sorted by place, because shards finish in any
+        # order.
+        order = np.lexsort([joined.record, joined.shard, joined.margin, joined.label])
+        kept = order[_ranks(joined.label[order]) < self._limit]
+        return Candidate(*(values[kept] for values in joined))
 
 
 def _ranks(labels: np.ndarray) -> np.ndarray:

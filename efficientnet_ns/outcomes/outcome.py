@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -358,14 +358,9 @@ def read_records(
 
     Reads each shard only up to the last of its places.
     """
-    by_shard = defaultdict(set)
-    for shard, number in places:
-        by_shard[shard].add(number)
-    found = {}
-    for shard, wanted in sorted(by_shard.items()):
-        payloads = tfrecords.payloads_of(index.input_path(config, shard), wanted)
-        found.update({(shard, number): payload for number, payload in payloads.items()})
-    return found
+    paths = {(shard, number): (index.input_path(config, shard), number) for shard, number in places}
+    payloads = tfrecords.payloads_at(paths.values())
+    return {place: payloads[path] for place, path in paths.items()}
 
 
 class Quarantine(NamedTuple):

@@ -298,6 +298,7 @@ class RowChunk(NamedTuple):
       size: number of rows, including unreadable images.
       labels, probs: int32 and float32 [N], without unreadable and excluded images.
       positions: int64 [N], positions in the prediction file.
+      decided: bool [N], whether a person assigned the label.
     """
 
     shard: int
@@ -307,6 +308,7 @@ class RowChunk(NamedTuple):
     labels: np.ndarray
     probs: np.ndarray
     positions: np.ndarray
+    decided: np.ndarray
 
 
 def _parts(paths: Sequence[str]) -> Iterator[list[RowGroup]]:
@@ -330,29 +332,37 @@ def _parts(paths: Sequence[str]) -> Iterator[list[RowGroup]]:
     yield part
 
 
-# (shard, worker) → positions of predictions, int64, ascending, and their new labels, int32.
-Changes = Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]
+# Positions, int64, ascending, and their new labels, int32: -1 excludes an image; a person assigned
+# the others.
+Decisions = tuple[np.ndarray, np.ndarray]
+Changes = Mapping[tuple[int, int], Decisions]  # By shard and worker.
 
 
-def decisions(config: SelectConfig) -> dict[int, dict[int, int]]:
-    """Returns the decisions in `config.exclude`, then `config.reviewed`, by shard and record.
+def decisions(config: SelectConfig) -> dict[int, Decisions]:
+    """Returns the decisions in `config.exclude` and `config.reviewed`, by shard and record.
 
-    The label -1 excludes an image; other labels were assigned by a person.
+    Those of a person take precedence.
 
     Raises:
       DataError: See `exclusions.of_files` and `reviews.of_files`.
     """
     used = shards(config)
     files = [input_path(config, shard) for shard in used]
-    decided: dict[int, dict[int, int]] = {}
-    if config.exclude:
-        for number, records in exclusions.of_files(config.exclude, files, "unlabeled").items():
-            decided[used[number]] = dict.fromkeys(records.tolist(), UNREADABLE_LABEL)
-    if config.reviewed:
-        classes = config.num_label_classes
-        for number, labels in reviews.of_files(config.reviewed, files, classes).items():
-            decided.setdefault(used[number], {}).update(labels)
-    return decided
+    excluded = exclusions.of_files(config.exclude, files, "unlabeled") if config.exclude else {}
+    reviewed = reviews.of_files(config.reviewed, files, config.num_label_classes)
+    nothing = np.zeros(0, np.int64), np.zeros(0, np.int32)
+    return {
+        used[i]: _overlaid(reviewed.get(i, nothing), excluded.get(i, nothing[0]))
+        for i in sorted({*excluded, *reviewed})
+    }
+
+
+def _overlaid(reviewed: Decisions, excluded: np.ndarray) -> Decisions:
+    """Returns the decisions of a person, and the label -1 for the other excluded records."""
+    # Of equal records, `first` is that of the person.
+    records, first = np.unique(np.concatenate([reviewed[0], excluded]), return_index=True)
+    left_out = np.full(len(excluded), UNREADABLE_LABEL, np.int32)
+    return records, np.concatenate([reviewed[1], left_out])[first]
 
 
 def changes(config: SelectConfig) -> Changes:
@@ -360,8 +370,7 @@ def changes(config: SelectConfig) -> Changes:
     if not (config.exclude or config.reviewed):
         return {}
     workers, found = count_workers(config), {}
-    for shard, by_record in decisions(config).items():
-        records, labels = reviews.arrays(by_record)
+    for shard, (records, labels) in decisions(config).items():
         for worker in range(workers):
             # Worker w predicted records w, w + workers, w + 2 * workers …, in this order.
             own = records % workers == worker
@@ -385,27 +394,27 @@ def _chunks(shard: int, part: Sequence[RowGroup], changes: Changes) -> Iterator[
             ):
                 labels, probs = (batch.column(k).to_numpy() for k in range(2))
                 size = len(labels)
-                positions = np.arange(start, start + size)
+                positions, decided = np.arange(start, start + size), np.zeros(size, bool)
+                columns = (labels, probs, positions, decided)
+                chunk = RowChunk(shard, worker, start, size, *columns)
                 if changed := changes.get((shard, worker)):
-                    labels, probs = _changed(labels, probs, start, *changed)
+                    chunk = _changed(chunk, *changed)
                 # Unreadable or excluded by a decision.
-                if size and labels.min() < 0:
-                    known = labels >= 0
-                    labels, probs, positions = labels[known], probs[known], positions[known]
-                yield RowChunk(shard, worker, start, size, labels, probs, positions)
+                if size and chunk.labels.min() < 0:
+                    known = chunk.labels >= 0
+                    chunk = RowChunk(*chunk[:4], *(column[known] for column in chunk[4:]))
+                yield chunk
                 start += size
 
 
-def _changed(
-    labels: np.ndarray, probs: np.ndarray, start: int, places: np.ndarray, decided: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Applies decisions to the labels and probabilities of the rows from `start`."""
-    first, last = np.searchsorted(places, [start, start + len(labels)])
-    rows, decided = places[first:last] - start, decided[first:last]
+def _changed(chunk: RowChunk, places: np.ndarray, decided: np.ndarray) -> RowChunk:
+    """Applies decisions to the rows of a chunk."""
+    first, last = np.searchsorted(places, [chunk.start, chunk.start + chunk.size])
+    rows = places[first:last] - chunk.start
     # Arrow's arrays are read-only.
-    labels, probs = labels.copy(), probs.copy()
-    labels[rows], probs[rows] = decided, 1
-    return labels, probs
+    chunk = chunk._replace(labels=chunk.labels.copy(), probs=chunk.probs.copy())
+    chunk.labels[rows], chunk.probs[rows], chunk.decided[rows] = decided[first:last], 1, True
+    return chunk
 
 
 class IndexScan:

@@ -42,6 +42,7 @@ from efficientnet_ns.files import (
     manifests,
     name_lists,
     object_stores,
+    reviews,
     tfexamples,
     tfrecords,
 )
@@ -132,8 +133,12 @@ def _selection_stage(config: SelectConfig, predictions: str) -> manifests.Stage:
 
 
 def _decisions(config: SelectConfig) -> dict[str, str]:
-    files = {name: getattr(config, name) for name in ("exclude", "reviewed")}
-    return {name: manifests.content_hash(path) for name, path in files.items() if path}
+    files = {"exclude": [config.exclude], "reviewed": reviews.paths(config.reviewed)}
+    return {
+        name: ";".join(map(manifests.content_hash, paths))
+        for name, paths in files.items()
+        if any(paths)
+    }
 
 
 def _check_number_of_classes(config: SelectConfig) -> None:
@@ -266,7 +271,7 @@ def _count(
             _check_labels(chunk, shape[0])
             # A single index for class and bin, so that one bincount counts both.
             cells = chunk.labels * np.int64(shape[1]) + _bins(chunk.probs)
-            fit += table_of(cells[(chunk.probs >= low) & (chunk.probs <= high)])
+            fit += table_of(cells[(chunk.probs >= low) & _not_above(chunk, high)])
             task = chunk.worker // workers_per_task
             tasks[task] = tasks.get(task, 0) + table_of(cells)
             rows[chunk.worker] += chunk.size
@@ -304,6 +309,11 @@ def _at_least(values) -> np.ndarray:
 def _at_most(values) -> np.ndarray:
     """Returns the largest float32 not above each float64."""
     return -_at_least(-np.asarray(values, np.float64))
+
+
+def _not_above(chunk: RowChunk, highest: np.ndarray) -> np.ndarray:
+    """Checks which probabilities are not above `highest`, bool [N]; labels by a person never are."""
+    return (chunk.probs <= highest) | chunk.decided
 
 
 _LEAST_OF_BIN = _at_least([*EDGES, np.inf])
@@ -369,7 +379,7 @@ class Rules:
 
     Attributes:
       seed: seed of the draws.
-      highest: the highest probability kept, float32.
+      highest: the highest probability kept of predicted labels, float32.
       of_class: `_CLASS_RULE` [classes].
     """
 
@@ -479,8 +489,8 @@ def _between(rules: Rules, keys: _KeyRange, chunk: RowChunk) -> tuple[np.ndarray
         bits = -key[by_prob].astype(np.int32)
         bound[by_prob] = narrower(bound[by_prob], bits.view(np.float32))
     floor[rules["kind"] == _ALIKE] = np.inf
-    labels, probs = chunk.labels, chunk.probs
-    rows = np.flatnonzero((probs >= floor[labels]) & (probs <= ceiling[labels]))
+    labels = chunk.labels
+    rows = np.flatnonzero((chunk.probs >= floor[labels]) & _not_above(chunk, ceiling[labels]))
     found, labels = rules.keys(chunk, rows), labels[rows]
     inside = (found >= keys.low[labels]) & (found <= keys.high[labels])
     return rows[inside], found[inside]
@@ -551,7 +561,7 @@ def _first(tables: Sequence[np.ndarray], places: np.ndarray) -> np.ndarray:
     return table[place < places[table["label"]]]
 
 
-def thresholds(total: np.ndarray, config: SelectConfig) -> dict[int, tuple[float, int]]:
+def thresholds(counts: Counts, config: SelectConfig) -> dict[int, tuple[float, int]]:
     """Returns class → (lowest confidence, images at or above it) by the rule of the original code.
 
     The lowest confidence is the first edge, from the highest bin below --max_prob down, with
@@ -561,9 +571,10 @@ def thresholds(total: np.ndarray, config: SelectConfig) -> dict[int, tuple[float
       ConfigError: If the rule requires a bin that begins at --min_threshold and there is none.
     """
     chosen = {}
-    for label, counts in enumerate(total.tolist()):
-        images = 0
-        for edge, count in zip(reversed(EDGES), reversed(counts)):
+    # Below 1, only labels by a person are eligible in the last bin, which the loop leaves out.
+    certain = counts.eligible[:, -1] * (config.max_prob < 1)
+    for label, (images, bins) in enumerate(zip(certain.tolist(), counts.total.tolist())):
+        for edge, count in zip(reversed(EDGES), reversed(bins)):
             if not config.min_threshold <= edge < config.max_prob:
                 continue
             images += count
@@ -598,7 +609,8 @@ COLUMNS = {**index.COLUMNS, "copies": np.int32}
 def _kept(rules: Rules, chunk: RowChunk) -> dict[str, np.ndarray]:
     """Returns the kept rows of a chunk: `COLUMNS`, in the order of the chunk."""
     labels, probs = chunk.labels, chunk.probs
-    rows = np.flatnonzero((probs >= _at_least(rules["least"])[labels]) & (probs <= rules.highest))
+    least = _at_least(rules["least"])
+    rows = np.flatnonzero((probs >= least[labels]) & _not_above(chunk, rules.highest))
     labels, positions = labels[rows], chunk.positions[rows]
     copies = rules["others"][labels]
     unlike = np.flatnonzero(rules["kind"][labels])
@@ -638,7 +650,7 @@ def _write_outputs(
 ) -> None:
     original = config.selection == "threshold"
     # First, because it may reject the settings.
-    chosen = thresholds(counts.total, config) if original else {}
+    chosen = thresholds(counts, config) if original else {}
     with stage.write() as (temporary, summary):
         selection, threshold_path, total = (temporary[path] for path in stage.outputs)
         rules = threshold_rules(chosen, config) if original else exact_rules(scan, counts, config)

@@ -7,6 +7,7 @@ images and the seed, not on the number of processes.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -82,8 +83,10 @@ def write_shards(config: SelectConfig, shards: Sequence[int], selection_hash: st
     atomic.remove_abandoned(files)
     path = os.path.join(config.output_dir, SELECTION)
     with local_files.local_copies([path]) as local:
-        # Once for all shards, because reading decisions requires lists and folder listings.
-        changes = index.changes(config) if todo else {}
+        # Once for all shards, because reading decisions requires files and folder listings. Excluded
+        # images, which may be many, are not in the selection.
+        labeled = dataclasses.replace(config, exclude="")
+        changes = index.changes(labeled) if todo else {}
         own: dict[int, dict] = {shard: {} for shard in todo}
         for (shard, worker), changed in changes.items():
             if shard in own:

@@ -76,7 +76,7 @@ def write_shard(
     Args:
       selection: local path of the file from `selection.select`.
       workers: number of workers that predicted the shard.
-      changes: result of `index.changes`, for at least this shard.
+      changes: result of `index.changes`, for at least this shard; without excluded images.
 
     Raises:
       DataError: If a selected record cannot be read or differs from the selection.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ def write_review(
 ) -> None:
     """Writes the sheet, whose button saves `review.json`; see `files.reviews`.
 
+    The browser keeps decisions, so that a sheet that was closed continues with them.
+
     Args:
       path: path of the HTML file; its folder must exist.
       images: the images, in the order shown.
@@ -44,14 +47,16 @@ def write_review(
       title: plain text.
     """
     rows = [
-        {
-            "source": style.data_uri(one.data, style.mime(one.data) or "image/jpeg"),
-            **{name: getattr(one, name) for name in ("file", "record", "label", "prob", "name")},
-        }
+        {name: getattr(one, name) for name in ("file", "record", "label", "prob", "name")}
         for one in images
     ]
+    # The browser keeps the decisions of each sheet under its key, until the sheet has other images.
+    key = hashlib.sha256(json.dumps([title, list(names), rows]).encode()).hexdigest()[:16]
+    for row, one in zip(rows, images):
+        row["source"] = style.data_uri(one.data, style.mime(one.data) or "image/jpeg")
     # A name must not close the script element.
-    data = json.dumps({"names": list(names), "images": rows}).replace("<", "\\u003c")
+    data = json.dumps({"key": f"efficientnet_ns-{key}", "names": list(names), "images": rows})
+    data = data.replace("<", "\\u003c")
     template = Path(__file__).with_name("review.html").read_text(encoding="utf-8")
     from efficientnet_ns.files import atomic  # Loads TensorFlow.
 

@@ -76,7 +76,7 @@ class _Job(NamedTuple):
 
 
 def _check(options: ExportConfig) -> None:
-    """Raises ConfigError for incompatible settings."""
+    """Raises ConfigError for incompatible settings and missing packages."""
     int8 = options.format == "tflite" and options.tflite_type == "int8"
     if int8 and not (options.calibration_data or options.check_data):
         raise ConfigError(
@@ -96,6 +96,9 @@ def _check(options: ExportConfig) -> None:
         )
     if options.format != "tflite" and options.tflite_type != "float32":
         raise ConfigError(f"--tflite_type={options.tflite_type} needs --format=tflite")
+    if options.format == "onnx":
+        # Before the model is loaded, and before a file is written that cannot be compared.
+        onnx_files.check_installed(compared=bool(options.check_data))
 
 
 def _file_name(model, version: int | str, options: ExportConfig) -> str:

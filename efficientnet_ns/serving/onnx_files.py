@@ -13,9 +13,8 @@ from absl import logging
 from efficientnet_ns.config import ConfigError
 
 _OPSET = 17
-_MAX_BYTES = (
-    2**31 - 2**24
-)  # A file is one protocol buffer of up to 2 GB; the rest is for the graph.
+# A file is one protocol buffer of up to 2 GB; the rest is for the graph.
+_MAX_BYTES = 2**31 - 2**24
 _BATCH = 8
 INPUT, OUTPUT = "pixels", "probabilities"
 
@@ -29,12 +28,14 @@ def convert(model: tf.keras.Model, facts: Mapping[str, object], labels: Sequence
       labels: class names in order, stored as JSON under `labels`.
 
     Raises:
-      ConfigError: If tf2onnx is not installed.
-      ValueError: If the model is too large for one file.
+      ConfigError: If tf2onnx is not installed, or the model is too large for one file.
     """
     converter = _imported("tf2onnx").convert
     if 4 * model.count_params() > _MAX_BYTES:
-        raise ValueError(f"{model.name} does not fit into an ONNX file, which is limited to 2 GB")
+        raise ConfigError(
+            f"--format=onnx: {model.name} does not fit into an ONNX file, which is limited to 2 GB: "
+            "use --format=savedmodel"
+        )
     signature = [tf.TensorSpec([None, *model.input_shape[1:]], tf.float32, name=INPUT)]
 
     @tf.function(input_signature=signature)
@@ -51,6 +52,12 @@ def convert(model: tf.keras.Model, facts: Mapping[str, object], labels: Sequence
         # Values must be strings.
         made.metadata_props.add(key=key, value=json.dumps(value))
     return made.SerializeToString(deterministic=True)
+
+
+def check_installed(*, compared: bool) -> None:
+    """Raises ConfigError if a package is missing that converts or, if `compared`, runs a file."""
+    for name in ("tf2onnx", *(["onnxruntime"] if compared else [])):
+        _imported(name)
 
 
 def runner(content: bytes) -> Callable[[np.ndarray], np.ndarray]:

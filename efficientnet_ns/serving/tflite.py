@@ -28,7 +28,8 @@ def convert(model: tf.keras.Model, kind: str, representative: Sequence[np.ndarra
         its ranges.
 
     Raises:
-      ValueError: If the kind is unknown, `int8` has no images, or the model exceeds 2 GB.
+      ConfigError: If the model exceeds 2 GB.
+      ValueError: If the kind is unknown or `int8` has no images.
     """
     if kind not in TYPES:
         raise ValueError(f"unknown TFLite type {kind!r}; known: {', '.join(TYPES)}")

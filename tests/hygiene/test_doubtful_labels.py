@@ -87,8 +87,13 @@ def test_planted_errors_come_first(folder, labels):
     assert [row["name"] for row in rows] == [f"{n}.png" if n % 2 else "" for n in found]
 
 
-def test_report_has_pictures_by_class(folder):
+def test_report_has_pictures_by_class(folder, monkeypatch):
+    read, payloads_of = [], tfrecords.payloads_of
+    monkeypatch.setattr(
+        tfrecords, "payloads_of", lambda path, some: (read.append(path), payloads_of(path, some))[1]
+    )
     result = doubtful_labels.check_labels(options(folder))
+    assert len(read) == len(set(read)) == 2  # Each file once.
     page = Path(result["report"]).read_text()
     assert "cat, wild" in page and page.count("<img") > result["doubtful"]
     with (folder / "doubts" / "doubtful.csv").open() as f:

@@ -105,6 +105,21 @@ def test_smallest_margins_of_all_classes_in_turn(folder, probs, limit):
         assert (row[one.label], row[one.second]) == tuple(np.sort(row)[:-3:-1])
 
 
+def test_candidates_are_reduced_as_shards_arrive(folder, probs, monkeypatch):
+    monkeypatch.setattr(label_next, "_ROWS", 1)
+    held, add = [], label_next._Best.add
+
+    def watched(best: label_next._Best, new: label_next.Candidate) -> None:
+        add(best, new)
+        held.append(sum(len(some.label) for some in best._found))
+
+    monkeypatch.setattr(label_next._Best, "add", watched)
+    write_predictions(folder, probs)
+    assert places(selecting(folder), 3) == expected(probs, 3, set())
+    kept = label_next._SPARE * 3 * CLASSES
+    assert len(held) == SHARDS * (WORKERS + 1) and max(held) <= 2 * kept
+
+
 def test_near_copies_come_once(folder, probs, marks):
     first, second, third, *_ = expected(probs, 3, set())
     marks[second] = marks[first]

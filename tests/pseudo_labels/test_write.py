@@ -24,7 +24,7 @@ from fakes import Document
 
 from efficientnet_ns import config as config_lib
 from efficientnet_ns.config import FilterConfig, SelectConfig
-from efficientnet_ns.files import shard_names, tfexamples, tfrecords
+from efficientnet_ns.files import exclusions, shard_names, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.loop import labeling
 from efficientnet_ns.pseudo_labels import index, write, write_shard
@@ -274,6 +274,8 @@ def test_decisions_are_read_once_for_all_shards(inputs, monkeypatch):
     select(settings)
     calls, changes = [], index.changes
     monkeypatch.setattr(index, "changes", lambda *args: (calls.append(args), changes(*args))[1])
+    # Excluded images are not in the selection.
+    monkeypatch.setattr(exclusions, "read", lambda path: pytest.fail(f"{path} was read"))
     assert write.write(settings, shards=[1, 3])["records"] > 0
     assert len(calls) == 1
 

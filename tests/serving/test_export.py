@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from efficientnet_ns import inference
 from efficientnet_ns.config import Config, ConfigError, ExportConfig
 from efficientnet_ns.data.pipeline import Preprocessing
 from efficientnet_ns.files import manifests
+from efficientnet_ns.inference import engines
 from efficientnet_ns.models import efficientnet, weights
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
-from efficientnet_ns.serving import export, model_export, provenance
+from efficientnet_ns.serving import export, model_export, onnx_files, provenance
 from efficientnet_ns.serving.signatures import OutputSpec
 
 CLASSES, SIZE = 5, 32
@@ -201,6 +203,36 @@ def test_missing_folders_are_named(config, tmp_path, missing):
 def test_settings_of_the_other_format_are_refused(config, tmp_path, settings):
     with pytest.raises(ConfigError, match="tflite"):
         model_export.export_model(config, ExportConfig(export_dir=str(tmp_path), **settings))
+
+
+def test_packages_are_missed_before_anything_is_written(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tf2onnx", types.ModuleType("tf2onnx"))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    options = ExportConfig(
+        export_dir=str(tmp_path / "export"), format="onnx", check_data=str(tmp_path)
+    )
+    with pytest.raises(ConfigError, match="--format=onnx: onnxruntime cannot be imported"):
+        model_export.export_model(config, options)
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "module", "limit", "message"),
+    [
+        ({"format": "onnx"}, onnx_files, "_MAX_BYTES", "ONNX file.* use --format=savedmodel"),
+        ({"format": "tflite"}, engines, "_MAX_PARAMETERS", "flatbuffer, .* unlike a SavedModel"),
+    ],
+)
+def test_models_above_2_gb_are_refused(
+    config, tmp_path, monkeypatch, values, module, limit, message
+):
+    converter = types.ModuleType("tf2onnx")
+    converter.convert = None
+    monkeypatch.setitem(sys.modules, "tf2onnx", converter)
+    monkeypatch.setattr(module, limit, 1000)
+    with pytest.raises(ConfigError, match=message):
+        model_export.export_model(config, ExportConfig(export_dir=str(tmp_path), **values))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
