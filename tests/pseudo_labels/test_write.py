@@ -275,7 +275,7 @@ def test_decisions_are_read_once_for_all_shards(inputs, monkeypatch):
     calls, changes = [], index.changes
     monkeypatch.setattr(index, "changes", lambda *args: (calls.append(args), changes(*args))[1])
     # Excluded images are not in the selection.
-    monkeypatch.setattr(exclusions, "read", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(exclusions, "of_files", lambda path, *_: pytest.fail(f"{path} was read"))
     assert write.write(settings, shards=[1, 3])["records"] > 0
     assert len(calls) == 1
 
