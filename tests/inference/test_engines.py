@@ -86,6 +86,27 @@ def test_answers_repeat_bit_by_bit(engine, pixels):
         np.testing.assert_array_equal(engine(others)[:4], first[:4])
 
 
+@pytest.mark.parametrize("n", [1, 3, 4, 11])
+def test_all_workers_give_the_results_of_one_call(model, pixels, n):
+    """Bitwise, because the rows that share a batch never change a result."""
+    engine = engines.XnnpackEngine(model, threads=3)
+    np.testing.assert_array_equal(engines.on_all_workers(engine)(pixels[:n]), engine(pixels[:n]))
+
+
+def test_parts_are_whole_batches_and_few():
+    called = []
+
+    def engine(rows):
+        called.append(len(rows))
+        return rows
+
+    engine.batch_size, engine.concurrency = 3, 2
+    rows = np.arange(100)
+    np.testing.assert_array_equal(engines.on_all_workers(engine)(rows), rows)
+    # At most four parts per worker, each of whole batches except for the last one.
+    assert sorted(called) == [10, 15, 15, 15, 15, 15, 15]
+
+
 @pytest.fixture(params=[1, 2])
 def device_engine(request, model) -> engines.TensorFlowEngine:
     """TensorFlow's engine on one or two replicas."""
