@@ -217,10 +217,11 @@ def check_views(resolved: ResolvedConfig) -> None:
         raise ConfigError(f"--test_time_views={number}: it must be one of {known}")
     options = resolved.config.predict
     other_engine = options.inference_engine in engines.CPU_ENGINES
+    other_engine |= options.inference_dtype != "float32"
     if options.noised_teacher and (number > 1 or other_engine or options.fast_decode):
         raise ConfigError(
-            "--noised_teacher requires one view (--test_time_views=1), TensorFlow as the engine, and "
-            "images decoded as for training (no --fast_decode)"
+            "--noised_teacher requires one view (--test_time_views=1), TensorFlow as the engine "
+            "(no --inference_dtype), and images decoded as for training (no --fast_decode)"
         )
 
 
