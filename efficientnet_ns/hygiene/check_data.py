@@ -20,6 +20,7 @@ from efficientnet_ns.config import CheckConfig, ConfigError, check, require
 from efficientnet_ns.data import fingerprints, tasks
 from efficientnet_ns.files import (
     exclusions,
+    manifests,
     object_stores,
     parquet_sql,
     shard_names,
@@ -163,10 +164,16 @@ def _noted(folder: str, num_shards: int) -> tuple[list[str], int]:
     # A labeling run writes all indexes with the same columns, so the first one is enough.
     db = parquet_sql.connect(1, first=paths[:1])
     columns = {name for name, *_ in db.execute("DESCRIBE first").fetchall()}
-    if not set(fingerprints.COLUMNS) <= columns:
+    # Version 1.0.0 also stored fingerprints of images of reduced size, which differ.
+    manifest = (
+        f"{os.path.join(folder, shard_names.prediction_name(0, num_shards, 0))}.manifest.json"
+    )
+    made_with = (manifests.manifest_if_any(manifest) or {"config": {}})["config"]
+    if made_with.get("fast_decode") or not set(fingerprints.COLUMNS) <= columns:
         raise DataError(
-            f"the index in --prediction_dir={folder} has no fingerprints (it is of an import, an "
-            "exported model, or an earlier version): drop --prediction_dir to read the images"
+            f"the index in --prediction_dir={folder} has no usable fingerprints (it is of an import, an "
+            "exported model, an earlier version, --fast_decode or --nofingerprints): drop "
+            "--prediction_dir to read the images"
         )
     return paths, workers
 

@@ -79,9 +79,10 @@ class TeacherPredictor:
         images = max(batch, min(64, _PIECE * 224**2 // self._size**2))
         self.group = -(-images // batch) * batch
         options = config.predict
-        # Noise depends on the encoded bytes, and records with new labels have no index.
+        # Noise depends on the encoded bytes, and records with new labels have no index. Fingerprints of
+        # reduced images differ in several bits from those of whole ones.
         self.fingerprinted = options.fingerprints and not (
-            options.noised_teacher or options.reassign_label
+            options.noised_teacher or options.reassign_label or options.fast_decode
         )
         self._crop_fraction = preprocessing.crop_fraction
         self._decode_image = None

@@ -17,9 +17,10 @@ from unlabeled_sets import write_index, write_shards
 
 from efficientnet_ns.config import CheckConfig, ConfigError, SelectConfig
 from efficientnet_ns.data import fingerprints
-from efficientnet_ns.files import tfexamples, tfrecords
+from efficientnet_ns.files import json_files, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.hygiene import check_data, image_marks, near_copies
+from efficientnet_ns.pseudo_labels import index as index_lib
 from efficientnet_ns.pseudo_labels import selection
 
 
@@ -226,6 +227,20 @@ def test_settings_that_do_not_fit(tmp_path, folder):
         check_data.check_data(CheckConfig(output_dir=str(tmp_path)))
     with pytest.raises(DataError, match="label all shards first"):
         check_data.check_data(options(folder, prediction_dir=str(tmp_path)))
+
+
+def test_fingerprints_of_reduced_images_are_not_used(tmp_path):
+    """Version 1.0.0 stored them with --fast_decode."""
+    with index_lib.IndexWriter(
+        str(tmp_path / "index-00000-of-00001-00000.parquet"), 0, 0, marked=True
+    ):
+        pass
+    assert len(check_data._noted(str(tmp_path), 1)[0]) == 1
+    manifest = {"config": {"fast_decode": True}, "counts": {}, "sizes": {}}
+    path = tmp_path / "train-info-00000-of-00001-00000.manifest.json"
+    json_files.write_json(str(path), manifest)
+    with pytest.raises(DataError, match="no usable fingerprints .*--fast_decode.*drop --pred"):
+        check_data._noted(str(tmp_path), 1)
 
 
 # --- The search -----------------------------------------------------------------------------------

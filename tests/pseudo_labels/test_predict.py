@@ -210,6 +210,15 @@ def test_index_has_hashes_and_fingerprints(folder, finished):
         assert f"{noted['hash'][0].as_py():016x}" == digest[:16]
 
 
+def test_reduced_images_have_no_fingerprints(folder):
+    """They would differ from those of the whole images, which check_data compares them with."""
+    mine = settings(folder, "reduced", fast_decode=True, inference_engine="tf", shard_id="1")
+    teacher = TeacherPredictor(predict.resolve(mine), mine.predict.predict_ckpt_path)
+    predict.predict(mine, teacher)
+    index = f"{mine.predict.output_dir}/index-00001-of-00003-00000.parquet"
+    assert pyarrow.parquet.read_schema(index).names == list(index_lib.COLUMNS)
+
+
 def test_index_can_be_built_from_the_predictions(finished, tmp_path):
     for shard in range(3):
         source = f"{finished.predict.output_dir}/train-info-{shard:05d}-of-00003-00000"
