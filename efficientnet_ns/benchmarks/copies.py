@@ -35,14 +35,14 @@ _BITS = {EVALUATION: 15, UNLABELED: 7}
 
 
 def run(config: BenchmarkConfig) -> list[Row]:
-    """Generates the index of `rows` images in `data` and finds the copies in it.
+    """Generates the index of `rows` images in TMPDIR and finds the copies in it.
 
     The search runs in a separate process, so that its peak memory is known.
 
     Raises:
       ConfigError: If the disk is too small.
     """
-    with tempfile.TemporaryDirectory(dir=config.data or None) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         tables.require_disk(config, folder, _BYTES_PER_ROW)
         start = time.perf_counter()
         sets, planted = make_sets(folder, config.rows)

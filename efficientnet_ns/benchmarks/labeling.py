@@ -22,7 +22,7 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.benchmarks import inputs, keras_peer, tables
-from efficientnet_ns.config import BenchmarkConfig, Config
+from efficientnet_ns.config import BenchmarkConfig, Config, ConfigError
 from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.inference import engines
@@ -48,8 +48,33 @@ def run(config: BenchmarkConfig) -> list[tables.Row]:
     cost per shard is as small as for real shards.
 
     Raises:
-      ConfigError: If `config.data` has no images or Keras does not have the model.
+      ConfigError: If `config.data` has no images, Keras does not have the model, or there are fewer
+        cores than `config.threads`.
     """
+    # Before TensorFlow starts its threads.
+    with _limited_cores(config.threads):
+        return _run(config)
+
+
+@contextlib.contextmanager
+def _limited_cores(number: int | None) -> Iterator[None]:
+    """Runs on some cores only, like `taskset`; so do the threads and processes started inside."""
+    if number is None:
+        yield
+        return
+    if not hasattr(os, "sched_setaffinity"):
+        raise ConfigError(f"--threads={number}: --what=predict can be limited on Linux only")
+    cores = os.sched_getaffinity(0)
+    if number > len(cores):
+        raise ConfigError(f"--threads={number}: there are only {len(cores)} cores")
+    os.sched_setaffinity(0, sorted(cores)[:number])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _run(config: BenchmarkConfig) -> list[tables.Row]:
     _, images = inputs.encoded_images(config.data)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         works = _works(config, images, folder)

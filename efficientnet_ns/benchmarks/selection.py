@@ -29,14 +29,14 @@ _SHARE_WANTED = 130_000 * 1000 / 300e6
 
 
 def run(config: BenchmarkConfig) -> list[Row]:
-    """Generates `rows` predictions of `classes` classes in `data` and selects from them.
+    """Generates `rows` predictions of `classes` classes in TMPDIR and selects from them.
 
     Selection and report run in separate processes, so that their peak memory is known.
 
     Raises:
       ConfigError: If the disk is too small.
     """
-    with tempfile.TemporaryDirectory(dir=config.data or None) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         tables.require_disk(config, folder, _BYTES_PER_ROW)
         settings = SelectConfig(
             unlabel_data_dir=folder,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import pytest
 
-from efficientnet_ns.benchmarks import copies
+from efficientnet_ns.benchmarks import copies, selection
 from efficientnet_ns.config import BenchmarkConfig, ConfigError
 
 
@@ -15,8 +17,13 @@ def test_planted_copies_are_found(tmp_path):
     assert copies.find(sets) == (planted, 0)
 
 
-def test_a_disk_that_is_too_small(tmp_path):
-    config = BenchmarkConfig(what="copies", data=str(tmp_path), rows=10**12)
-    with pytest.raises(ConfigError, match="--rows=1000000000000 need .* MB free: pass another"):
-        copies.run(config)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("what", [copies, selection])
+def test_a_disk_that_is_too_small(what, tmp_path, monkeypatch):
+    """Nothing is written to a folder of photos, which other measurements read."""
+    photos, temporary = tmp_path / "photos", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    config = BenchmarkConfig(data=str(photos), rows=10**12)
+    with pytest.raises(ConfigError, match=f"=1000000000000 need .* {temporary}.*: set TMPDIR"):
+        what.run(config)
+    assert not list(temporary.iterdir()) and not photos.exists()
