@@ -88,7 +88,7 @@ _kinds: dict[str, Prepare] = {}
 def _start(library: str, encoded: list[bytes], size: int) -> list[str]:
     """Prepares this process for a library and tries all images; returns its kinds of work."""
     # Otherwise, albumentations looks for a new version of itself on the network.
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    os.environ.update(NO_ALBUMENTATIONS_UPDATE="1")
     _images.append(itertools.cycle(encoded))
     _kinds.update(_made(library, size))
     for prepare, image in itertools.product(_kinds.values(), encoded):

@@ -22,8 +22,8 @@ import tensorflow as tf
 from absl import logging
 
 from efficientnet_ns.benchmarks import inputs, keras_peer, tables
-from efficientnet_ns.config import BenchmarkConfig, Config, ConfigError
-from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.config import BenchmarkConfig, Config
+from efficientnet_ns.config.cpus import available_cpus, limited_cpus
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.inference import engines
 from efficientnet_ns.models import weights
@@ -52,26 +52,8 @@ def run(config: BenchmarkConfig) -> list[tables.Row]:
         cores than `config.threads`.
     """
     # Before TensorFlow starts its threads.
-    with _limited_cores(config.threads):
+    with limited_cpus(config.threads):
         return _run(config)
-
-
-@contextlib.contextmanager
-def _limited_cores(number: int | None) -> Iterator[None]:
-    """Runs on some cores only, like `taskset`; so do the threads and processes started inside."""
-    if number is None:
-        yield
-        return
-    if not hasattr(os, "sched_setaffinity"):
-        raise ConfigError(f"--threads={number}: --what=predict can be limited on Linux only")
-    cores = os.sched_getaffinity(0)
-    if number > len(cores):
-        raise ConfigError(f"--threads={number}: there are only {len(cores)} cores")
-    os.sched_setaffinity(0, sorted(cores)[:number])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, cores)
 
 
 def _run(config: BenchmarkConfig) -> list[tables.Row]:
