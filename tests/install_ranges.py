@@ -2,8 +2,9 @@
 
 For the highest and then the lowest versions, it creates a virtual environment and installs the
 package and then each extra on top, each time running `pip check` and a program that needs what was
-installed. Then it runs the tests of the modules that depend on the ranges most. It needs no package
-but pip. `--only=highest` or `--only=lowest` tries one end; `--no-tests` leaves out the tests.
+installed. Then it runs the tests of the modules that depend on the ranges most. Finally, it checks
+without installing anything that pip finds the versions of all requirements files. It needs no package
+but pip. `--only=highest`, `lowest` or `pinned` does one of these; `--no-tests` leaves out the tests.
 """
 
 from __future__ import annotations
@@ -134,15 +135,29 @@ def check(end: str, folder: Path, tests: list[str]) -> list[bool]:
     return results
 
 
+def check_pinned(folder: Path) -> list[bool]:
+    """Resolves each requirements file; returns whether each one can be installed."""
+    print(f"Python {sys.version.split()[0]}, pinned versions", flush=True)
+    venv.create(folder / "venv", with_pip=True)
+    resolve = [folder / "venv" / "bin" / "python", "-m", "pip", "install", "--dry-run", "--quiet"]
+    return [
+        step(path.name, [*resolve, "--no-input", "--requirement", path], folder)
+        for path in sorted(ROOT.glob("requirements*.txt"))
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=["highest", "lowest"])
+    parser.add_argument("--only", choices=["highest", "lowest", "pinned"])
     parser.add_argument("--no-tests", action="store_true")
     options = parser.parse_args()
     results = []
-    for end in [options.only] if options.only else ["highest", "lowest"]:
+    for end in [options.only] if options.only else ["highest", "lowest", "pinned"]:
         with tempfile.TemporaryDirectory() as folder:
-            results += check(end, Path(folder), [] if options.no_tests else TESTS)
+            if end == "pinned":
+                results += check_pinned(Path(folder))
+            else:
+                results += check(end, Path(folder), [] if options.no_tests else TESTS)
     print(f"{results.count(True)} passed, {results.count(False)} failed")
     sys.exit(not all(results))
 

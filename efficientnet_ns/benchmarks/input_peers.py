@@ -15,15 +15,32 @@ import importlib
 import io
 import itertools
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from absl import logging
+from PIL import Image
 
 TRAIN, EVAL = ": train", ": evaluation"  # In the names of peers.
 _EVAL_FRACTION = 224 / 256
 _OPERATIONS = 2
 # timm's name of the policy with two operations.
 _TIMM_POLICY = "rand-m10-n2"
+
+
+def common(encoded: list[bytes]) -> list[bytes]:
+    """Returns the images that all peers can decode: RGB JPEGs."""
+
+    def is_rgb_jpeg(image: bytes) -> bool:
+        try:
+            with Image.open(io.BytesIO(image)) as opened:
+                return opened.format == "JPEG" and opened.mode == "RGB"
+        except OSError:
+            return False
+
+    return list(filter(is_rgb_jpeg, encoded))
+
 
 # Encoded image → pixels.
 Prepare = Callable[[bytes], object]
@@ -35,8 +52,10 @@ def installed(
 ) -> Iterator[dict[str, Callable[[], int]]]:
     """Maps the name of each installed peer to a function that processes `chunk` images.
 
+    Peers that fail on an image are skipped with a warning.
+
     Args:
-      encoded: JPEG images.
+      encoded: RGB JPEGs; see `common`.
       size: side of the result in pixels.
     """
     peers: dict[str, Callable[[], int]] = {}
@@ -49,7 +68,8 @@ def installed(
             stack.enter_context(process)
             try:
                 kinds = process.submit(_start, library, encoded, size).result()
-            except (ImportError, concurrent.futures.process.BrokenProcessPool) as e:
+            # Other versions of a library may raise anything, which must not end the measurement.
+            except Exception as e:
                 logging.warning("%s is skipped: %s (requirements-peers.txt)", library, e)
                 continue
             for kind in kinds:
@@ -66,9 +86,13 @@ _kinds: dict[str, Prepare] = {}
 
 
 def _start(library: str, encoded: list[bytes], size: int) -> list[str]:
-    """Prepares this process for a library; returns its kinds of work."""
+    """Prepares this process for a library and tries all images; returns its kinds of work."""
+    # Otherwise, albumentations looks for a new version of itself on the network.
+    os.environ.update(NO_ALBUMENTATIONS_UPDATE="1")
     _images.append(itertools.cycle(encoded))
     _kinds.update(_made(library, size))
+    for prepare, image in itertools.product(_kinds.values(), encoded):
+        prepare(image)
     return list(_kinds)
 
 
@@ -88,7 +112,6 @@ def _made(library: str, size: int) -> dict[str, Prepare]:
 
 def _timm(size: int) -> dict[str, Prepare]:
     import torch
-    from PIL import Image
     from timm.data import create_transform
 
     torch.set_num_threads(1)
@@ -137,22 +160,29 @@ def _albumentations(size: int) -> dict[str, Prepare]:
     import simplejpeg
 
     cv2.setNumThreads(1)
+    # As our warps: the nearest pixel, and gray where there is none.
+    warp: dict[str, Any] = {
+        "interpolation": cv2.INTER_NEAREST,
+        "border_mode": cv2.BORDER_CONSTANT,
+        "fill": 128,
+        "p": 1,
+    }
     # Equivalents of RandAugment's operations, in the same order; there is no SolarizeAdd.
     operations = [
         A.AutoContrast(p=1),
         A.Equalize(p=1),
         A.InvertImg(p=1),
-        A.Rotate(limit=(27, 27), p=1),
+        A.Rotate(limit=(27, 27), **warp),
         A.Posterize(num_bits=4, p=1),
         A.Solarize(p=1),
         A.ColorJitter(brightness=0, contrast=0, saturation=(0.1, 1.9), hue=0, p=1),
         A.RandomBrightnessContrast(brightness_limit=0, contrast_limit=0.9, p=1),
         A.RandomBrightnessContrast(brightness_limit=0.9, contrast_limit=0, p=1),
         A.Sharpen(p=1),
-        A.Affine(shear={"x": (-15, 15)}, p=1),
-        A.Affine(shear={"y": (-15, 15)}, p=1),
-        A.Affine(translate_px={"x": (-100, 100)}, p=1),
-        A.Affine(translate_px={"y": (-100, 100)}, p=1),
+        A.Affine(shear={"x": (-15, 15)}, **warp),
+        A.Affine(shear={"y": (-15, 15)}, **warp),
+        A.Affine(translate_px={"x": (-100, 100)}, **warp),
+        A.Affine(translate_px={"y": (-100, 100)}, **warp),
         A.CoarseDropout(num_holes_range=(1, 1), p=1),
     ]
     train = A.Compose(

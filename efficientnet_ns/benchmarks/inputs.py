@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from efficientnet_ns.benchmarks import input_peers
 from efficientnet_ns.benchmarks.tables import Measured, Row, measure
@@ -45,9 +46,16 @@ def run(settings: BenchmarkConfig) -> list[Row]:
         **_stages(encoded, settings.image_size),
         **_op_stages(encoded, settings.image_size),
     }
-    wholes = _wholes(encoded, settings.image_size)
+    # All contenders get the same images.
+    compared = input_peers.common(encoded)
+    if len(compared) < len(encoded):
+        logging.warning(
+            "%d of %d images, which are no RGB JPEGs, are left out of comparisons",
+            *(len(encoded) - len(compared), len(encoded)),
+        )
+    wholes = _wholes(compared or encoded, settings.image_size)
     parts = measure(stages, settings.seconds * _STAGE_SHARE)
-    with input_peers.installed(encoded, settings.image_size, _CHUNK) as peers:
+    with input_peers.installed(compared, settings.image_size, _CHUNK) as peers:
         # Turns are short, so that a disturbance of a second affects only few of them.
         measured = measure({**wholes, **peers}, settings.seconds, turns=9)
     rows = _one_core(parts, stages) + _one_core(measured, wholes)
@@ -64,7 +72,7 @@ def _one_core(measured: Measured, names: Iterable[str]) -> list[Row]:
 
 def _against_peers(measured: Measured, peers: list[str]) -> list[Row]:
     if not peers:
-        return [Row("no peer is installed (requirements-peers.txt)", float("nan"), "")]
+        return [Row("no peer can be compared (requirements-peers.txt)", float("nan"), "")]
     rows = _one_core(measured, peers)
     for ours, kind in ((_TRAIN, input_peers.TRAIN), (_EVAL, input_peers.EVAL)):
         for peer in (name for name in peers if kind in name):

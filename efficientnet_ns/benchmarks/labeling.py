@@ -23,7 +23,7 @@ from absl import logging
 
 from efficientnet_ns.benchmarks import inputs, keras_peer, tables
 from efficientnet_ns.config import BenchmarkConfig, Config
-from efficientnet_ns.config.cpus import available_cpus
+from efficientnet_ns.config.cpus import available_cpus, limited_cpus
 from efficientnet_ns.files import tfexamples, tfrecords
 from efficientnet_ns.inference import engines
 from efficientnet_ns.models import weights
@@ -48,8 +48,15 @@ def run(config: BenchmarkConfig) -> list[tables.Row]:
     cost per shard is as small as for real shards.
 
     Raises:
-      ConfigError: If `config.data` has no images or Keras does not have the model.
+      ConfigError: If `config.data` has no images, Keras does not have the model, or there are fewer
+        cores than `config.threads`.
     """
+    # Before TensorFlow starts its threads.
+    with limited_cpus(config.threads):
+        return _run(config)
+
+
+def _run(config: BenchmarkConfig) -> list[tables.Row]:
     _, images = inputs.encoded_images(config.data)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         works = _works(config, images, folder)

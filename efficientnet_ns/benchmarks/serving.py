@@ -131,8 +131,7 @@ def _measure(config: BenchmarkConfig, folder: str, situation: Situation) -> list
         work: dict[str, Callable[[], int]] = {
             name: functools.partial(_count, call, pixels) for name, call in calls.items()
         }
-        # Regardless of the batch, an interpreter processes one image at a time.
-        work[_LITE] = functools.partial(lite, pixels[0])
+        work[_LITE] = functools.partial(lite, pixels)
         rows += _throughput(work, f", batch {batch}, {situation}", config.seconds / len(batches))
     for batch in _BATCHES:
         name = f"{_CPU}, batch {batch}, {situation}"
@@ -165,14 +164,17 @@ def session(
 
 
 def _lite(content: bytes, threads: int) -> Callable[[np.ndarray], int]:
-    """Returns a function that runs an interpreter per thread and returns the number of images."""
+    """Returns a function that divides a batch among an interpreter per thread; returns its size.
+
+    An interpreter processes one image at a time, so a batch of one uses one thread.
+    """
     # Threads cannot share an interpreter.
     runners = [lite_files.runner(content, 1) for _ in range(threads)]
     pool = ThreadPoolExecutor(threads)
 
-    def work(image: np.ndarray) -> int:
-        images = np.stack([image] * 4)
-        return sum(len(done) for done in pool.map(lambda runner: runner(images), runners))
+    def work(pixels: np.ndarray) -> int:
+        parts = np.array_split(pixels, min(threads, len(pixels)))
+        return sum(len(done) for done in pool.map(lambda run, part: run(part), runners, parts))
 
     return work
 
@@ -188,7 +190,8 @@ def _throughput(work: dict[str, Callable[[], int]], where: str, seconds: float) 
     for name in work:
         peer = _PEERS.get(name, "")
         ratio = measured.ratio(name, peer) if peer else None
-        rows.append(tables.Row(name + where, measured.rate(name), "images/s", ratio, peer))
+        rate, spread = measured.rate(name), measured.spread(name)
+        rows.append(tables.Row(name + where, rate, "images/s", ratio, peer, spread))
     return rows
 
 

@@ -91,6 +91,12 @@ class Measured:
         return statistics.median(own / other for own, other in pairs)
 
 
+def rotated(names: list[str], turn: int) -> list[str]:
+    """Returns the order of a turn: each starts with another name, so that none is always first."""
+    start = turn % len(names)
+    return names[start:] + names[:start]
+
+
 def measure(contenders: dict[str, Callable[[], int]], seconds: float, turns: int = 5) -> Measured:
     """Measures contenders in turns, so that all run under the same conditions.
 
@@ -102,8 +108,9 @@ def measure(contenders: dict[str, Callable[[], int]], seconds: float, turns: int
     for work in contenders.values():
         work()
     measured: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(turns):
-        for name, work in contenders.items():
+    for turn in range(turns):
+        for name in rotated(list(contenders), turn):
+            work = contenders[name]
             units, start = 0, time.perf_counter()
             while (elapsed := time.perf_counter() - start) < seconds / turns or not units:
                 units += work()

@@ -44,10 +44,11 @@ def run(config: BenchmarkConfig) -> list[Row]:
     memory = {key: measured[-1]["megabytes"] for key, measured in turns.items()}
     speed = Measured({key: [turn["rate"] for turn in taken] for key, taken in turns.items()})
     what = f"{config.model_name} at {config.image_size}, batch {config.batch_size}"
-    rows = [Row(f"{what}: {_KERAS}", speed.rate("keras"), "images/s")]
+    rate, spread = speed.rate("keras"), speed.spread("keras")
+    rows = [Row(f"{what}: {_KERAS}", rate, "images/s", spread=spread)]
     for key, name in OWN_UPDATES.items():
-        ratio = speed.ratio(key, "keras")
-        rows.append(Row(f"{what}: {name}", speed.rate(key), "images/s", ratio, _KERAS))
+        rate, spread, ratio = speed.rate(key), speed.spread(key), speed.ratio(key, "keras")
+        rows.append(Row(f"{what}: {name}", rate, "images/s", ratio, _KERAS, spread))
     rows.append(Row(f"peak memory: {_KERAS}", memory["keras"], "MB"))
     for key, name in OWN_UPDATES.items():
         ratio = memory["keras"] / memory[key]
@@ -71,8 +72,8 @@ def _take_turns(keys: list[str], config: BenchmarkConfig) -> dict[str, list[dict
             stack.callback(process.kill)
             _ask(process)  # Builds, compiles and warms up.
         results: dict[str, list[dict[str, float]]] = {key: [] for key in keys}
-        for _ in range(_TURNS):
-            for key in keys:
+        for turn in range(_TURNS):
+            for key in tables.rotated(keys, turn):
                 results[key].append(_ask(running[key]))
         return results
 

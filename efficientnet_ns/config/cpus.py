@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from efficientnet_ns.config.fields import ConfigError
+
 _limit = math.inf
 
 
@@ -15,6 +17,31 @@ def limit_cpus(cores: float) -> None:
     """Limits `available_cpus` of this process to `cores`, which a scheduler reserved for it."""
     global _limit
     _limit = cores
+
+
+@contextlib.contextmanager
+def limited_cpus(threads: int | None) -> Iterator[None]:
+    """Runs on some cores only, like `taskset`, with all threads and processes started inside.
+
+    Args:
+      threads: number of cores, from --threads; None for all.
+
+    Raises:
+      ConfigError: If there are fewer cores, or the system cannot limit a process.
+    """
+    if threads is None:
+        yield
+        return
+    if not hasattr(os, "sched_setaffinity"):
+        raise ConfigError(f"--threads={threads}: only Linux can limit a process to some cores")
+    cores = os.sched_getaffinity(0)
+    if threads > len(cores):
+        raise ConfigError(f"--threads={threads}: there are only {len(cores)} cores")
+    os.sched_setaffinity(0, sorted(cores)[:threads])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def available_cpus(groups: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgroup") -> int:

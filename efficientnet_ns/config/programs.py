@@ -47,12 +47,16 @@ class BenchmarkConfig(Settings):
         "What to measure.",
         choices=("input", "predict", "select", "copies", "serving", "train", "scale", "compiled"),
     )
-    data: str = setting("", "Folder of images or of records; default: generated images.")
+    data: str = setting(
+        "", "Folder of images or of records (input, predict); default: generated images."
+    )
     model_name: str = setting("efficientnet-b0", "Variant to measure.")
     image_size: int = setting(224, "Image side in pixels.", low=8)
     batch_size: int = setting(16, "Images per step.", low=1)
     seconds: float = setting(10.0, "Duration of each measurement.", low=0.1)
-    threads: int | None = setting(None, "CPU threads; default: all.", low=1)
+    threads: int | None = setting(
+        None, "CPU threads (input, train, predict, serving); default: all.", low=1
+    )
     rows: int = setting(
         30_000_000, "Predictions to select from (select), or images to compare (copies).", low=1
     )

@@ -401,12 +401,12 @@ class PredictConfig(Settings):
     fast_decode: bool = setting(
         False,
         "Decode large JPEGs at 1/2, 1/4 or 1/8 of their size, which is faster and changes pixels "
-        "slightly.",
+        "slightly; implies --nofingerprints.",
     )
     fingerprints: bool = setting(
         True,
         "Store a hash and a perceptual fingerprint of each image in the index, for check_data; this "
-        "requires decoding whole images.",
+        "requires decoding whole images. Exported models, --noised_teacher and --fast_decode store none.",
     )
     max_bad_fraction: float = setting(
         0.01, "Stop when more than this fraction of a shard's records is unreadable.", low=0, high=1

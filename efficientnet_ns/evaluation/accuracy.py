@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import tensorflow as tf
 
+from efficientnet_ns.inference import engines, exported
 from efficientnet_ns.inference import views as views_lib
 from efficientnet_ns.report.measures import Calibration, Confusion
 
@@ -66,8 +67,8 @@ class Evaluator:
       model: pixels → logits.
       strategy: the strategy under which the model was built.
       views: 1, or 2 to average the probabilities of the image and its mirror image.
-      engine: computes the probabilities on one device instead of the model; see
-        `inference.engines`.
+      engine: computes the probabilities on one device, with all of its workers, instead of the model;
+        see `engines.on_all_workers`.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Evaluator:
         strategy: tf.distribute.Strategy | None = None,
         *,
         views: int = 1,
-        engine: Callable[[np.ndarray], np.ndarray] | None = None,
+        engine: engines.CpuEngine | exported.ExportedModel | None = None,
     ):
         self._strategy = strategy or tf.distribute.get_strategy()
         if views not in views_lib.CROP_VIEWS:
@@ -86,10 +87,12 @@ class Evaluator:
         def compiled(batch):
             return _measures(_logits(forward, batch["image"], views), batch)
 
+        classify = engines.on_all_workers(engine) if engine else None
+
         def by_engine(batch):
             def logits(pixels):
                 # Logits are defined up to a constant, so log-probabilities are logits.
-                return tf.math.log(tf.maximum(engine(pixels.numpy()), _TINY))
+                return tf.math.log(tf.maximum(classify(pixels.numpy()), _TINY))
 
             return _measures(_logits(logits, batch["image"], views), batch)
 

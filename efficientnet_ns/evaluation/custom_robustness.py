@@ -20,7 +20,6 @@ import numpy as np
 import tensorflow as tf
 
 from efficientnet_ns.config import Config, ConfigError, CustomRobustnessConfig, as_dict
-from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.data import image_conversion, pipeline
 from efficientnet_ns.devices import distribution
 from efficientnet_ns.evaluation import accuracy, adversarial, corruptions
@@ -249,10 +248,11 @@ def _subject(
     with strategy.scope():
         model = resolved.build_model()
     weights.load_weights(model, path)
-    engine = None
+    classify = None
     if classifies:
         kind, batch = config.predict.inference_engine, config.evaluation.eval_batch_size
         engine = engines.make(kind, model, batch, strategy, dtype=config.predict.inference_dtype)
+        classify = engines.on_all_workers(engine)
     identity = {
         # By content, because training may continue in the same folder.
         "weights": weights.fingerprint(path, resolved.model_name),
@@ -261,7 +261,7 @@ def _subject(
     }
     if config.predict.inference_dtype != "float32":
         identity["inference_dtype"] = config.predict.inference_dtype
-    return Subject(name, model, engine, identity)
+    return Subject(name, model, classify, identity)
 
 
 def _stage(folder: str, name: str, **identity: Any) -> manifests.Stage:
@@ -361,7 +361,7 @@ def _count_hits(
     classifiers = [subject.classify for subject in subjects if subject.classify is not None]
 
     def hits(corrupting, labels: np.ndarray) -> np.ndarray:
-        # Waits in its own thread while the main thread submits more groups.
+        # Other processes corrupt the next groups in the meantime.
         pixels = corrupting.result().astype(np.float32)
         return np.array([_right(classify(pixels), labels) for classify in classifiers])
 
@@ -369,17 +369,14 @@ def _count_hits(
     waiting: collections.deque = collections.deque()
     name, severity = part
     job = submit if severity else _unchanged
-    # Engines run several calls concurrently; see `inference.engines`.
-    with concurrent.futures.ThreadPoolExecutor(available_cpus()) as threads:
-        for pixels, labels, first in _groups(labeled.groups):
-            corrupting = job(pixels, name, severity, first)
-            waiting.append(threads.submit(hits, corrupting, labels))
-            # Bounds the pixels in memory and raises the errors of threads and processes.
-            if len(waiting) > ahead:
-                total += waiting.popleft().result()
-            seen += len(labels)
-            progress.update(len(labels), f"{name} {severity}" if severity else name)
-        total += sum(future.result() for future in waiting)
+    for pixels, labels, first in _groups(labeled.groups):
+        waiting.append((job(pixels, name, severity, first), labels))
+        # Bounds the pixels in memory and raises the errors of processes.
+        if len(waiting) > ahead:
+            total += hits(*waiting.popleft())
+        seen += len(labels)
+        progress.update(len(labels), f"{name} {severity}" if severity else name)
+    total += sum(hits(*group) for group in waiting)
     if seen != labeled.source.total:
         raise accuracy.IncompleteEvaluation(
             f"saw {seen} examples, but the set has {labeled.source.total}"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import cast
 
-import numpy as np
 import tensorflow as tf
 from absl import logging
 
@@ -74,9 +73,7 @@ def _evaluate_export(resolved: ResolvedConfig, path: str) -> dict[str, dict[str,
     """Measures an export, whose graph includes the preprocessing of images."""
     model = exported.ExportedModel(path)
     # The model is never called, because the engine computes the probabilities.
-    evaluator = accuracy.Evaluator(
-        cast(tf.keras.Model, model), engine=cast(Callable[[np.ndarray], np.ndarray], model)
-    )
+    evaluator = accuracy.Evaluator(cast(tf.keras.Model, model), engine=model)
     results = _measure_sets(resolved, evaluator, path, exported.Encoded(resolved.image_size))
     return _report(resolved, path, results, resolved.config.evaluation.eval_dir)
 

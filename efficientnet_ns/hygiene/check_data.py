@@ -194,23 +194,30 @@ def _noted(folder: str, files: Sequence[str]) -> tuple[list[str], int]:
     # A labeling run writes all indexes with the same columns, so the first one is enough.
     db = parquet_sql.connect(1, first=paths[:1])
     columns = {name for name, *_ in db.execute("DESCRIBE first").fetchall()}
-    if not set(fingerprints.COLUMNS) <= columns:
+    # Version 1.0.0 also stored fingerprints of images of reduced size, which differ.
+    made_with = _made_with(folder, 0, num_shards)
+    if made_with.get("fast_decode") or not set(fingerprints.COLUMNS) <= columns:
         raise DataError(
-            f"the index in --prediction_dir={folder} has no fingerprints (it is of an import, an "
-            "exported model, or an earlier version): drop --prediction_dir to read the images"
+            f"the index in --prediction_dir={folder} has no usable fingerprints (it is of an import, an "
+            "exported model, an earlier version, --fast_decode or --nofingerprints): drop "
+            "--prediction_dir to read the images"
         )
     _check_input(folder, files)
     return paths, workers
+
+
+def _made_with(folder: str, shard: int, num_shards: int) -> dict[str, Any]:
+    """Returns the settings of a shard's predictions; empty if they have no manifest."""
+    name = f"{shard_names.prediction_name(shard, num_shards, 0)}.manifest.json"
+    manifest = manifests.manifest_if_any(os.path.join(folder, name))
+    return manifest["config"] if manifest else {}
 
 
 def _check_input(folder: str, files: Sequence[str]) -> None:
     """Raises DataError if the predictions are of other files, compared by names and sizes."""
 
     def differs(shard: int) -> bool:
-        name = f"{shard_names.prediction_name(shard, len(files), 0)}.manifest.json"
-        manifest = manifests.manifest_if_any(os.path.join(folder, name))
-        # The original code wrote no manifests.
-        noted = manifest and manifest["config"].get("input")
+        noted = _made_with(folder, shard, len(files)).get("input")
         return noted is not None and noted != manifests.fingerprint([files[shard]])
 
     different = object_stores.each(differs, range(len(files)))

@@ -9,13 +9,14 @@ Calls from several threads are safe; up to `concurrency` calls run in parallel.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -38,6 +39,7 @@ _MAX_PARAMETERS = 2**31 // 4 - 2**22
 # `auto` uses OpenVINO only if it is faster by this factor, so that a tie gives the same engine in every run:
 # predictions of another engine cannot continue a shard.
 _CLEARLY_FASTER = 1.1
+_PARTS_PER_WORKER = 4
 
 
 class EngineError(ConfigError):
@@ -188,7 +190,7 @@ class OpenVinoEngine(CpuEngine):
             "CPU", "OPTIMIZATION_CAPABILITIES"
         ):
             raise EngineError(
-                "--inference_dtype=bfloat16: this CPU does not support bfloat16 (AVX512_BF16 or AMX); use float32"
+                "this CPU does not support bfloat16 (AVX512_BF16 or AMX); use --inference_dtype=float32"
             )
         # For B0 at 224 pixels, 2 to 8 are fastest: smaller batches pay per-layer overhead, larger ones
         # exceed the cache.
@@ -225,7 +227,7 @@ def _openvino():
         import openvino
     except ImportError as e:
         raise EngineError(
-            f"--inference_engine=openvino: it cannot be imported ({e}): pip install 'efficientnet-ns[openvino]'"
+            f"OpenVINO cannot be imported ({e}): pip install 'efficientnet-ns[openvino]'"
         ) from e
     return openvino
 
@@ -241,6 +243,27 @@ def interpreter(content: bytes, threads: int | None = None) -> Interpreter:
         made = Interpreter(model_content=content, num_threads=threads)
         made.allocate_tensors()
     return made
+
+
+def on_all_workers(engine) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns a function that divides the rows of each call among the workers of an engine.
+
+    For callers with one thread, such as an evaluation. The results are those of the engine.
+
+    Args:
+      engine: an engine, or another function of rows with `batch_size` and `concurrency`.
+    """
+    pool = ThreadPoolExecutor(engine.concurrency)
+
+    def compute(rows: np.ndarray) -> np.ndarray:
+        # Several parts per worker, because some cores may be slower. Only the last part is padded.
+        most = _PARTS_PER_WORKER * engine.concurrency * engine.batch_size
+        part = -(-len(rows) // most) * engine.batch_size
+        return np.concatenate(
+            list(pool.map(engine, [rows[i : i + part] for i in range(0, len(rows), part)]))
+        )
+
+    return compute
 
 
 def _by_batches(compute, pixels: np.ndarray, size: int) -> np.ndarray:
@@ -318,9 +341,9 @@ CPU_ENGINES = {"xnnpack": XnnpackEngine, "openvino": OpenVinoEngine}
 Engine = TensorFlowEngine | XnnpackEngine | OpenVinoEngine
 
 
-def has_choice(dtype: str = "float32") -> bool:
+def has_choice() -> bool:
     """Checks whether `auto` may have to measure which engine is faster."""
-    return dtype == "float32" and importlib.util.find_spec("openvino") is not None
+    return importlib.util.find_spec("openvino") is not None
 
 
 def make(
@@ -336,7 +359,7 @@ def make(
     Args:
       kind: `tf`, `xnnpack`, `openvino`, or `auto`: a CPU engine if there is no accelerator and it can
         compute the model, else tf. The CPU engine of `auto` is xnnpack, or openvino if that is
-        installed and clearly faster on this machine.
+        installed, works, and is clearly faster on this machine.
       model: pixels → logits, with its weights loaded.
       batch_size: batch size of the tf engine; the others choose their own.
       strategy: the strategy under which the model was built; None for the current one.
@@ -346,19 +369,14 @@ def make(
       EngineError: If the engine is not installed or cannot compute the model in `dtype`.
     """
     if dtype != "float32":
-        if kind not in ("auto", "openvino"):
-            raise EngineError(
-                f"--inference_dtype={dtype}: --inference_engine={kind} computes in the model's own precision; use openvino, "
-                "or --precision=mixed_bfloat16 with tf"
-            )
-        return OpenVinoEngine(model, dtype=dtype)
+        _check_dtype(kind, dtype, strategy)
+        with _naming(f"--inference_dtype={dtype}", "use float32"):
+            return OpenVinoEngine(model, dtype=dtype)
     if kind in CPU_ENGINES:
-        try:
+        with _naming(f"--inference_engine={kind}", "use tf or auto"):
             return CPU_ENGINES[kind](model)
-        except EngineError:
-            raise
-        except ValueError as e:
-            raise EngineError(f"--inference_engine={kind}: {e}; use tf or auto") from e
+    if kind not in ("auto", "tf"):
+        raise EngineError(f"--inference_engine={kind}: must be auto, tf, {', '.join(CPU_ENGINES)}")
     if kind == "auto" and not has_accelerator(strategy):
         try:
             return _faster(model)
@@ -367,17 +385,49 @@ def make(
     return TensorFlowEngine(model, batch_size, strategy)
 
 
+def _check_dtype(kind: str, dtype: str, strategy: tf.distribute.Strategy | None) -> None:
+    """Raises EngineError unless OpenVINO is to compute in `dtype`."""
+    if kind not in ("auto", "openvino"):
+        raise EngineError(
+            f"--inference_dtype={dtype}: --inference_engine={kind} computes in the model's own "
+            "precision; use openvino, or --precision=mixed_bfloat16 with tf"
+        )
+    if kind == "auto" and has_accelerator(strategy):
+        raise EngineError(
+            f"--inference_dtype={dtype} is for CPUs, but there is an accelerator or more than one "
+            "replica: set --precision=mixed_bfloat16 instead, or --inference_engine=openvino to use "
+            "the CPUs"
+        )
+
+
+@contextlib.contextmanager
+def _naming(flag: str, advice: str) -> Iterator[None]:
+    """Converts errors of a CPU engine to EngineError and adds the flag that selected the engine."""
+    try:
+        yield
+    except EngineError as e:
+        raise EngineError(f"{flag}: {e}") from e
+    except (ValueError, RuntimeError) as e:
+        raise EngineError(f"{flag}: {_one_line(e)}; {advice}") from e
+
+
+def _one_line(error: Exception) -> str:
+    # Messages of OpenVINO begin with lines that name only its source files.
+    return " ".join(str(error).split())
+
+
 def _faster(model: tf.keras.Model) -> XnnpackEngine | OpenVinoEngine:
-    """Returns XNNPACK unless OpenVINO is installed and clearly faster on this machine."""
+    """Returns XNNPACK unless OpenVINO is installed, works and is clearly faster on this machine."""
     xnnpack = XnnpackEngine(model)
     if not has_choice():
         return xnnpack
     try:
         other = OpenVinoEngine(model)
-    except EngineError as e:
-        logging.warning("%s; using XNNPACK instead", e)
+        rates = [_rate(engine, model.input_shape[1:]) for engine in (xnnpack, other)]
+    # OpenVINO raises RuntimeError, e.g. if it cannot compile the model for this CPU.
+    except (EngineError, RuntimeError) as e:
+        logging.warning("%s; using XNNPACK instead", _one_line(e))
         return xnnpack
-    rates = [_rate(engine, model.input_shape[1:]) for engine in (xnnpack, other)]
     faster = other if rates[1] > _CLEARLY_FASTER * rates[0] else xnnpack
     logging.info("xnnpack: %.1f images/s, openvino: %.1f images/s; using %s", *rates, faster.name)
     return faster

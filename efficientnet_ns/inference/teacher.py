@@ -79,9 +79,10 @@ class TeacherPredictor:
         images = max(batch, min(64, _PIECE * 224**2 // self._size**2))
         self.group = -(-images // batch) * batch
         options = config.predict
-        # Noise depends on the encoded bytes, and records with new labels have no index.
+        # Noise depends on the encoded bytes, and records with new labels have no index. Fingerprints of
+        # reduced images differ in several bits from those of whole ones.
         self.fingerprinted = options.fingerprints and not (
-            options.noised_teacher or options.reassign_label
+            options.noised_teacher or options.reassign_label or options.fast_decode
         )
         self._crop_fraction = preprocessing.crop_fraction
         self._decode_image = None
@@ -217,10 +218,11 @@ def check_views(resolved: ResolvedConfig) -> None:
         raise ConfigError(f"--test_time_views={number}: it must be one of {known}")
     options = resolved.config.predict
     other_engine = options.inference_engine in engines.CPU_ENGINES
+    other_engine |= options.inference_dtype != "float32"
     if options.noised_teacher and (number > 1 or other_engine or options.fast_decode):
         raise ConfigError(
-            "--noised_teacher requires one view (--test_time_views=1), TensorFlow as the engine, and "
-            "images decoded as for training (no --fast_decode)"
+            "--noised_teacher requires one view (--test_time_views=1), TensorFlow as the engine "
+            "(no --inference_dtype), and images decoded as for training (no --fast_decode)"
         )
 
 

@@ -275,7 +275,12 @@ class ShardLabeling:
             self._lease.check()
             # From here, two owners may overlap, which is safe because they write the same bytes.
             _write_quarantine(task, quarantine, total)
-            counts.update(records=total, quarantine={str(n): why for n, _, why in quarantine})
+            counts.update(
+                records=total,
+                quarantine={str(n): why for n, _, why in quarantine},
+                # Not in the configuration, so that outputs of earlier versions still match.
+                engine=self._teacher.engine.name,
+            )
         # Last, because the next run removes parts that remain after a kill.
         self._parts.remove(firsts)
 

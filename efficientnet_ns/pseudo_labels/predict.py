@@ -16,7 +16,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -76,11 +76,23 @@ def predict(
     _note_classes(resolved)
     tasks.remove_left_behind()
     counts = object_stores.each(lambda name: tasks[name].stage.counts(), tasks.names)
+    _warn_of_mixed_engines(resolved.config.predict.output_dir, counts)
     return {
         "records": sum(c["records"] for c in counts),
         "unreadable": sum(len(c["quarantine"]) for c in counts),
         "skipped_shards": len(tasks.names) - labeled,
     }
+
+
+def _warn_of_mixed_engines(folder: str, counts: Sequence[Mapping[str, Any]]) -> None:
+    # Earlier versions did not store the engine.
+    found = sorted({c["engine"] for c in counts if "engine" in c})
+    if len(found) > 1:
+        logging.warning(
+            "%s: shards were labeled with different engines (%s), whose predictions differ in the last "
+            "bits",
+            *(folder, ", ".join(found)),
+        )
 
 
 def unfinished(config: Config) -> list[int]:
@@ -119,26 +131,50 @@ def resolve(config: Config) -> ResolvedConfig:
 def load_teacher(resolved: ResolvedConfig) -> TeacherPredictor | exported.ExportedModel:
     """Loads the teacher of `resolve`d settings.
 
-    Engines differ in the last bits. If a measurement chose the engine, its name is stored in the
-    output folder, so that a resumed run and other workers use the same engine.
+    Engines differ in the last bits. The engine that `auto` chooses is stored in the output folder, so
+    that a resumed run and other workers use the same engine, regardless of what is installed.
+
+    Raises:
+      ConfigError: If this machine cannot use the engine of the output folder.
     """
     options, path = resolved.config.predict, resolved.config.predict.predict_ckpt_path
     if stored_model.is_export(path):
         return exported.ExportedModel(path)
-    if options.inference_engine != "auto" or not engines.has_choice(options.inference_dtype):
+    if options.inference_engine != "auto" or options.inference_dtype != "float32":
         return TeacherPredictor(resolved, path)
     note = os.path.join(options.output_dir, ENGINE_FILE)
     kept = json_files.read_object_if_any(note, "engine")
-    if kept:
-        config = resolved.config.override(inference_engine=kept["engine"])
-        return TeacherPredictor(dataclasses.replace(resolved, config=config), path)
-    teacher = TeacherPredictor(resolved, path)
-    object_stores.make_folder(options.output_dir)
-    # A concurrent process may have been first, with another result.
-    if object_stores.size(note) is None:
-        json_files.write_json(note, {"engine": teacher.engine.name})
-    kept = json_files.read_object(note, "engine")
-    return teacher if kept["engine"] == teacher.engine.name else load_teacher(resolved)
+    if kept is None:
+        teacher = TeacherPredictor(resolved, path)
+        kept = _keep_engine(note, teacher.engine.name, options.lease_seconds)
+        if kept["engine"] == teacher.engine.name:
+            return teacher
+    engine = kept["engine"]
+    try:
+        config = resolved.config.override(inference_engine=engine)
+        teacher = TeacherPredictor(dataclasses.replace(resolved, config=config), path)
+    except ConfigError as e:
+        raise ConfigError(
+            f"{e}; according to {note}, {engine} labels this folder: make it usable here, or choose "
+            "another --output_dir"
+        ) from e
+    if engine in engines.CPU_ENGINES and engines.has_accelerator():
+        logging.warning(
+            "%s: labeling on CPUs with %s, like the processes before; to use the accelerator, choose "
+            "another --output_dir",
+            *(note, engine),
+        )
+    return teacher
+
+
+def _keep_engine(note: str, engine: str, lease_seconds: float) -> dict[str, str]:
+    """Stores the engine, unless another process was first; returns what is stored."""
+    folder, unit = os.path.split(note)
+    # Without the lease, two processes could both find no file and keep different engines.
+    leases = Leases(folder, lease_seconds)
+    for _ in leases.claims([unit], lambda _: object_stores.size(note) is not None):
+        json_files.write_json(note, {"engine": engine})
+    return json_files.read_object(note, "engine")
 
 
 def _check(resolved: ResolvedConfig) -> None:
@@ -264,7 +300,7 @@ class Tasks:
 
     def _is_left(self, name: str, ours: Container[str]) -> bool:
         task = parts.task_of(name) or unit_of(name)
-        return task in self._shards or atomic.is_temporary(name, ours)
+        return task == ENGINE_FILE or task in self._shards or atomic.is_temporary(name, ours)
 
     def _look(self) -> None:
         options, began = self._resolved.config.predict, time.monotonic()

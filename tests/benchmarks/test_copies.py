@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from efficientnet_ns.benchmarks import copies, copy_kinds
+from efficientnet_ns.benchmarks import copies, copy_kinds, selection
 from efficientnet_ns.config import BenchmarkConfig, ConfigError
 from efficientnet_ns.data import images
 
@@ -18,9 +20,12 @@ def test_planted_copies_are_found(tmp_path):
     assert copies.find(sets) == (planted, 0)
 
 
-def test_a_disk_that_is_too_small(tmp_path):
-    with pytest.raises(ConfigError, match="--rows=1000000000000 need .* MB free: set TMPDIR"):
-        copies.run(BenchmarkConfig(what="copies", rows=10**12))
+@pytest.mark.parametrize("what", [copies, selection])
+def test_a_disk_that_is_too_small(what, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"=1000000000000 need .* {tmp_path}.*: set TMPDIR"):
+        what.run(BenchmarkConfig(rows=10**12))
+    assert not list(tmp_path.iterdir())
 
 
 def test_kinds_of_copies(rng):

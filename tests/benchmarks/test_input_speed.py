@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
 
 import numpy as np
@@ -57,6 +58,54 @@ def test_peers_turn_photographs_into_pixels(rng, caplog):
             works = [peers[name] for name in peers if name.startswith(library)]
             assert works or f"{library} is skipped: No module named" in caplog.text
             assert [work() for work in works] == [3] * len(works)
+
+
+def test_all_contenders_get_the_same_images(rng):
+    pixels = rng.integers(0, 256, (20, 30, 3), np.uint8)
+    rgb = tf.io.encode_jpeg(pixels).numpy()
+    others = [tf.io.encode_png(pixels).numpy(), tf.io.encode_jpeg(pixels[..., :1]).numpy(), b"none"]
+    assert input_peers.common([others[0], rgb, *others[1:]]) == [rgb]
+
+
+class _InThisProcess:
+    """Replaces a pool of one process."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, work, *args):
+        done = concurrent.futures.Future()
+        try:
+            done.set_result(work(*args))
+        except Exception as e:
+            done.set_exception(e)
+        return done
+
+
+def test_a_peer_that_fails_is_skipped(monkeypatch, caplog):
+    def fails(image):
+        if image == b"odd":
+            raise TypeError("an unexpected image")
+
+    libraries = {
+        "good": ((), lambda size: {input_peers.EVAL: len}),
+        "bad": ((), lambda size: {input_peers.TRAIN: fails}),
+    }
+    monkeypatch.setattr(input_peers, "_LIBRARIES", libraries)
+    monkeypatch.setattr(input_peers, "_images", [])
+    monkeypatch.setattr(input_peers, "_kinds", {})
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", _InThisProcess)
+    monkeypatch.setenv("NO_ALBUMENTATIONS_UPDATE", "0")
+    with input_peers.installed([b"even", b"odd"], 8, 3) as peers:
+        assert [work() for work in peers.values()] == [3]
+    assert list(peers) == ["good: evaluation"]
+    assert "bad is skipped: an unexpected image" in caplog.text
 
 
 def test_ratios_are_of_the_same_kind():

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from efficientnet_ns.benchmarks import labeling, tables
-from efficientnet_ns.config import BenchmarkConfig, cpus
+from efficientnet_ns.config import BenchmarkConfig, ConfigError, cpus
 from efficientnet_ns.files import shard_names, tfrecords
 
 
@@ -28,8 +28,20 @@ def test_everybody_works_in_each_turn():
     calls = []
     contenders = {name: lambda name=name: calls.append(name) or 5 for name in "ab"}
     measured = tables.measure(contenders, seconds=0.0, turns=3)
-    assert "".join(calls) == "ab" * 4  # The first turn warms up.
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"  # The first turn warms up.
     assert set(measured.turns) == {"a", "b"} and min(measured.rate("a"), measured.rate("b")) > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux can limit the cores")
+def test_threads_limit_all_contenders(monkeypatch):
+    seen = []
+    monkeypatch.setattr(labeling, "_run", lambda config: seen.append(cpus.available_cpus()))
+    before = os.sched_getaffinity(0)
+    labeling.run(BenchmarkConfig(threads=1))
+    labeling.run(BenchmarkConfig())
+    assert seen == [1, cpus.available_cpus()] and os.sched_getaffinity(0) == before
+    with pytest.raises(ConfigError, match=f"--threads={len(before) + 1}: there are only"):
+        labeling.run(BenchmarkConfig(threads=len(before) + 1))
 
 
 def test_a_ratio_compares_within_the_turns():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
+import pytest
+
 from efficientnet_ns.benchmarks import serving, tables
 from efficientnet_ns.config import BenchmarkConfig
 from efficientnet_ns.inference import folding
@@ -36,6 +39,22 @@ def test_ratios_are_against_the_peer_of_the_same_turns():
     assert ratios[f"{serving._NONE}, batch 1"] == (None, "")
     ratio, peer = ratios[f"{serving._CPU}, batch 1"]
     assert peer == serving._NONE and ratio > 100
+    assert all(row.spread >= 0 for row in rows)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_a_batch_is_divided_among_interpreters(monkeypatch, batch):
+    """Each image is computed once, whatever the number of interpreters."""
+    computed = []
+
+    def runner(content, threads):
+        return lambda pixels: computed.append(pixels) or pixels
+
+    monkeypatch.setattr(serving.lite_files, "runner", runner)
+    pixels = np.arange(batch)[:, None]
+    assert serving._lite(b"", 3)(pixels) == batch
+    assert len(computed) == min(batch, 3) and max(map(len, computed)) == -(-batch // 3)
+    np.testing.assert_array_equal(sorted(np.concatenate(computed)), pixels)
 
 
 def test_the_measured_model_has_no_bias_that_could_be_left_out():

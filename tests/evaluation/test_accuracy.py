@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import tracemalloc
 
 import numpy as np
@@ -10,6 +11,7 @@ import tensorflow as tf
 
 from efficientnet_ns.data import pipeline
 from efficientnet_ns.evaluation import accuracy
+from efficientnet_ns.inference import engines
 
 BATCH, CLASSES = 8, 7
 
@@ -223,9 +225,7 @@ def test_four_devices_count_every_example(rng):
 def test_an_engine_computes_the_same(evaluator, rng):
     logits, labels = examples(rng, 13)
 
-    def engine(pixels):
-        return tf.nn.softmax(pixels).numpy()
-
+    engine = engines.CpuEngine("softmax", 3, [lambda pixels: tf.nn.softmax(pixels).numpy()] * 2)
     other = accuracy.Evaluator(passing_logits(), engine=engine)
     measured = other.measure(batches(logits, labels), 13)
     expected = evaluator.measure(batches(logits, labels), 13)
@@ -233,11 +233,28 @@ def test_an_engine_computes_the_same(evaluator, rng):
     np.testing.assert_array_equal(matrix(measured), matrix(expected))
 
 
+def test_an_engine_computes_with_all_of_its_workers(evaluator, rng):
+    logits, labels = examples(rng, 13)
+    # Broken after the timeout unless four calls overlap.
+    barrier = threading.Barrier(4, timeout=30)
+
+    def worker(pixels):
+        barrier.wait()
+        return tf.nn.softmax(pixels).numpy()
+
+    engine = engines.CpuEngine("waits for the others", 2, [worker] * 4)
+    other = accuracy.Evaluator(passing_logits(), engine=engine)
+    # Each batch of 8 rows is divided into 4 parts.
+    assert other(batches(logits, labels), 13) == pytest.approx(
+        evaluator(batches(logits, labels), 13), rel=1e-5
+    )
+
+
 def test_an_engine_answers_calls_too(rng):
     """The engine replaces the model, whose predictions would be wrong here."""
     _, labels = examples(rng, 13)
     logits = np.eye(CLASSES)[(labels + 1) % CLASSES]
-    engine = lambda pixels: np.roll(pixels, -1, axis=1)  # noqa: E731
+    engine = engines.CpuEngine("rolled", 8, [lambda pixels: np.roll(pixels, -1, axis=1)])
     assert accuracy.Evaluator(passing_logits(), engine=engine)(batches(logits, labels), 13) == {
         "top1": 1.0,
         "top5": 1.0,

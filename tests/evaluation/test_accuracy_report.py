@@ -21,7 +21,7 @@ from efficientnet_ns import report as labeling_report
 from efficientnet_ns.config import Config, ConfigError, ModeConfig
 from efficientnet_ns.evaluation import accuracy, accuracy_report, evaluate
 from efficientnet_ns.files import metrics_log, tfexamples, tfrecords
-from efficientnet_ns.inference.engines import EngineError
+from efficientnet_ns.inference.engines import CpuEngine, EngineError
 from efficientnet_ns.models import weights
 from efficientnet_ns.models.recipes import RECIPES
 from efficientnet_ns.models.stored_arrays import DamagedFile
@@ -272,12 +272,12 @@ def test_the_engine_computes(folder, monkeypatch, kind):
     seen, asked = [], []
 
     def make(kind, model, batch_size, strategy, *, dtype):
-        def engine(pixels):
+        def worker(pixels):
             seen.append(len(pixels))
             return np.full([len(pixels), CLASSES], [0.2, 0.5, 0.3], np.float32)
 
         asked.append(kind)
-        return engine
+        return CpuEngine("fake", 8, [worker])
 
     monkeypatch.setattr("efficientnet_ns.inference.engines.make", make)
     found = evaluate.evaluate(settings(folder, inference_engine=kind))["validation"]

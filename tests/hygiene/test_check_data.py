@@ -17,7 +17,7 @@ from unlabeled_sets import write_index, write_shards
 
 from efficientnet_ns.config import CheckConfig, ConfigError, SelectConfig
 from efficientnet_ns.data import fingerprints
-from efficientnet_ns.files import manifests, tfexamples, tfrecords
+from efficientnet_ns.files import json_files, manifests, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
 from efficientnet_ns.hygiene import check_data, image_marks, near_copies
 from efficientnet_ns.pseudo_labels import index, selection
@@ -270,6 +270,19 @@ def test_predictions_of_other_records(tmp_path, rng):
     assert check_data.check_data(one)["copies"] == {}
     with pytest.raises(DataError, match="has predictions of other records than .*two/extra-00000"):
         check_data.check_data(two)
+
+
+def test_fingerprints_of_reduced_images_are_not_used(tmp_path):
+    """Version 1.0.0 stored them with --fast_decode."""
+    files = ["extra-00000-of-00001"]
+    with index.IndexWriter(str(tmp_path / "index-00000-of-00001-00000.parquet"), 0, 0, marked=True):
+        pass
+    assert len(check_data._noted(str(tmp_path), files)[0]) == 1
+    manifest = {"config": {"fast_decode": True}, "counts": {}, "sizes": {}}
+    path = tmp_path / "train-info-00000-of-00001-00000.manifest.json"
+    json_files.write_json(str(path), manifest)
+    with pytest.raises(DataError, match="no usable fingerprints .*--fast_decode.*drop --pred"):
+        check_data._noted(str(tmp_path), files)
 
 
 # --- The search -----------------------------------------------------------------------------------

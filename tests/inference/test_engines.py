@@ -86,6 +86,27 @@ def test_answers_repeat_bit_by_bit(engine, pixels):
         np.testing.assert_array_equal(engine(others)[:4], first[:4])
 
 
+@pytest.mark.parametrize("n", [1, 3, 4, 11])
+def test_all_workers_give_the_results_of_one_call(model, pixels, n):
+    """Bitwise, because the rows that share a batch never change a result."""
+    engine = engines.XnnpackEngine(model, threads=3)
+    np.testing.assert_array_equal(engines.on_all_workers(engine)(pixels[:n]), engine(pixels[:n]))
+
+
+def test_parts_are_whole_batches_and_few():
+    called = []
+
+    def engine(rows):
+        called.append(len(rows))
+        return rows
+
+    engine.batch_size, engine.concurrency = 3, 2
+    rows = np.arange(100)
+    np.testing.assert_array_equal(engines.on_all_workers(engine)(rows), rows)
+    # At most four parts per worker, each of whole batches except for the last one.
+    assert sorted(called) == [10, 15, 15, 15, 15, 15, 15]
+
+
 @pytest.fixture(params=[1, 2])
 def device_engine(request, model) -> engines.TensorFlowEngine:
     """TensorFlow's engine on one or two replicas."""
@@ -154,7 +175,7 @@ def test_one_step_at_a_time(device_engine, pixels, monkeypatch):
 
 
 def test_auto_is_xnnpack_on_one_cpu(model, two_replicas, monkeypatch):
-    monkeypatch.setattr(engines, "has_choice", lambda *_: False)
+    monkeypatch.setattr(engines, "has_choice", lambda: False)
     assert engines.make("auto", model, 4).name == "xnnpack"
     assert engines.make("auto", model, 4, two_replicas).name == "tf"
 
@@ -176,12 +197,75 @@ def test_rates_are_of_all_cores(model):
 def test_an_engine_that_is_not_installed(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)  # Makes its import fail.
     with pytest.raises(
-        engines.EngineError, match=r"openvino: .*pip install 'efficientnet-ns\[open"
+        engines.EngineError,
+        match=r"^--inference_engine=openvino: .*pip install 'efficientnet-ns\[open",
     ):
         engines.make("openvino", model, 4)
+    # Names the flag that was given.
+    with pytest.raises(engines.EngineError, match=r"^--inference_dtype=bfloat16: .*pip install"):
+        engines.make("auto", model, 4, dtype="bfloat16")
     # `auto` tolerates a broken installation.
-    monkeypatch.setattr(engines, "has_choice", lambda *_: True)
+    monkeypatch.setattr(engines, "has_choice", lambda: True)
     assert engines.make("auto", model, 4).name == "xnnpack"
+
+
+class OpenVino:
+    """Replaces the module with one that cannot compile the model.
+
+    Args:
+      error: what compiling raises; None to raise when computing.
+    """
+
+    def __init__(self, error: Exception | None):
+        self._error = error
+
+    def Core(self):  # noqa: N802
+        return self
+
+    def get_property(self, *_):
+        return ["BF16"]
+
+    def compile_model(self, *_):
+        if self._error:
+            raise self._error
+        return self
+
+    def create_infer_request(self):
+        return self
+
+    def infer(self, *_, **__):
+        raise RuntimeError("Exception from core.cpp:1:\nno memory")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [(RuntimeError("from core.cpp:7:\nodd"), "core.cpp:7: odd"), (None, "memory")],
+)
+def test_auto_does_without_an_engine_that_fails(model, monkeypatch, caplog, error, text):
+    monkeypatch.setitem(sys.modules, "openvino", OpenVino(error))
+    monkeypatch.setattr(engines, "has_choice", lambda: True)
+    assert engines.make("auto", model, 4).name == "xnnpack"
+    assert f"{text}; using XNNPACK instead" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_that_fails_is_named(model, monkeypatch, dtype):
+    monkeypatch.setitem(sys.modules, "openvino", OpenVino(RuntimeError("from core.cpp:7:\nodd")))
+    flag = "inference_engine=openvino" if dtype == "float32" else "inference_dtype=bfloat16"
+    with pytest.raises(engines.EngineError, match=f"^--{flag}: from core.cpp:7: odd; use "):
+        engines.make("openvino", model, 4, dtype=dtype)
+    monkeypatch.setattr(engines, "_MAX_PARAMETERS", 1)
+    with pytest.raises(engines.EngineError, match=f"^--{flag}: .* does not fit into a flatbuffer"):
+        engines.make("openvino", model, 4, dtype=dtype)
+
+
+def test_bfloat16_does_not_replace_an_accelerator(model, two_replicas, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", OpenVino(RuntimeError("compiled")))
+    message = "--inference_dtype=bfloat16 is for CPUs.*--precision=mixed_bfloat16"
+    with pytest.raises(engines.EngineError, match=message):
+        engines.make("auto", model, 4, two_replicas, dtype="bfloat16")
+    with pytest.raises(engines.EngineError, match="compiled"):
+        engines.make("openvino", model, 4, two_replicas, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("kind", ["tf", "xnnpack"])

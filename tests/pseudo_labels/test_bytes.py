@@ -153,9 +153,9 @@ def parquet_digest(path: Path) -> str:
     return digest(repr((groups, schema)).encode() + b"".join(columns))
 
 
-def without_marks(counted: dict) -> None:
-    """Removes record offsets, which 689ed74 did not write and readers do not require."""
-    for name in ("every", "marks"):
+def without_additions(counted: dict) -> None:
+    """Removes what 689ed74 did not write and readers do not require: record offsets, the engine."""
+    for name in ("every", "marks", "engine"):
         counted.pop(name, None)
 
 
@@ -181,12 +181,12 @@ def digests_of(folder: Path) -> dict[str, str]:
                     manifest["config"].pop(key)
             for key in [k for k in manifest["sizes"] if k.endswith(".parquet")]:
                 manifest["sizes"].pop(key)
-            without_marks(manifest["counts"])
+            without_additions(manifest["counts"])
             result[name] = digest(json.dumps(manifest).encode())
         elif path.name == tfrecords.COUNTS:
             entries = json.loads(path.read_text())
             for entry in entries.values():
-                without_marks(entry)
+                without_additions(entry)
             result[name] = digest(json.dumps(entries, indent=1).encode())
         else:
             result[name] = digest(path.read_bytes())

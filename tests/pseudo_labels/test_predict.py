@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -208,6 +210,15 @@ def test_index_has_hashes_and_fingerprints(folder, finished):
         assert f"{noted['hash'][0].as_py():016x}" == digest[:16]
 
 
+def test_reduced_images_have_no_fingerprints(folder):
+    """They would differ from those of the whole images, which check_data compares them with."""
+    mine = settings(folder, "reduced", fast_decode=True, inference_engine="tf", shard_id="1")
+    teacher = TeacherPredictor(predict.resolve(mine), mine.predict.predict_ckpt_path)
+    predict.predict(mine, teacher)
+    index = f"{mine.predict.output_dir}/index-00001-of-00003-00000.parquet"
+    assert pyarrow.parquet.read_schema(index).names == list(index_lib.COLUMNS)
+
+
 def test_index_can_be_built_from_the_predictions(finished, tmp_path):
     for shard in range(3):
         source = f"{finished.predict.output_dir}/train-info-{shard:05d}-of-00003-00000"
@@ -279,7 +290,13 @@ def test_noise_of_a_teacher_repeats(noisy_answers, answer, noise):
 
 
 @pytest.mark.parametrize(
-    "flag", [{"test_time_views": 2}, {"inference_engine": "xnnpack"}, {"fast_decode": True}]
+    "flag",
+    [
+        {"test_time_views": 2},
+        {"inference_engine": "xnnpack"},
+        {"inference_dtype": "bfloat16"},
+        {"fast_decode": True},
+    ],
 )
 def test_noise_of_a_teacher_needs_tensorflow_and_one_view(folder, flag):
     with pytest.raises(ConfigError, match="--noised_teacher"):
@@ -295,7 +312,6 @@ def test_the_measured_engine_is_kept_for_all_workers(folder, monkeypatch):
         return SimpleNamespace(engine=SimpleNamespace(name="openvino"))
 
     monkeypatch.setattr(predict, "TeacherPredictor", teacher)
-    monkeypatch.setattr(predict.engines, "has_choice", lambda *_: True)
     resolved = predict.resolve(settings(folder, "kept_engine"))
     for _ in range(2):
         predict.load_teacher(resolved)
@@ -318,9 +334,97 @@ def test_of_two_measurements_at_the_same_time_the_first_counts(folder, monkeypat
         return SimpleNamespace(engine=SimpleNamespace(name="openvino"))
 
     monkeypatch.setattr(predict, "TeacherPredictor", teacher)
-    monkeypatch.setattr(predict.engines, "has_choice", lambda *_: True)
     predict.load_teacher(resolved)
     assert asked == ["auto", "xnnpack"]
+
+
+def test_processes_that_measure_at_the_same_time_agree(folder, monkeypatch):
+    """Each finds no engine, measures, and gets another result."""
+    resolved = predict.resolve(settings(folder, "agreement", lease_seconds=1.0))
+    results, measured = iter(["xnnpack", "openvino", "tf"]), threading.Barrier(3, timeout=60)
+
+    def teacher(resolved: ResolvedConfig, checkpoint: str) -> SimpleNamespace:
+        kind = resolved.config.predict.inference_engine
+        if kind == "auto":
+            kind = next(results)
+            measured.wait()
+        return SimpleNamespace(engine=SimpleNamespace(name=kind))
+
+    write = json_files.write_json
+
+    def slow_write(*args) -> None:
+        time.sleep(0.1)
+        write(*args)
+
+    monkeypatch.setattr(predict, "TeacherPredictor", teacher)
+    monkeypatch.setattr(predict.json_files, "write_json", slow_write)
+    with ThreadPoolExecutor(3) as pool:
+        teachers = list(pool.map(predict.load_teacher, [resolved] * 3))
+    assert len({teacher.engine.name for teacher in teachers}) == 1
+    output = Path(resolved.config.predict.output_dir)
+    assert [path.name for path in output.iterdir()] == [predict.ENGINE_FILE]
+
+
+def test_a_machine_without_the_engine_of_the_folder_labels_nothing(folder, monkeypatch):
+    resolved = predict.resolve(settings(folder, "other_engine"))
+    note = Path(resolved.config.predict.output_dir, predict.ENGINE_FILE)
+    note.parent.mkdir(parents=True)
+    json_files.write_json(str(note), {"engine": "openvino"})
+    # The fixture's predictor may have another engine.
+    monkeypatch.setattr(predict, "TeacherPredictor", TeacherPredictor)
+    monkeypatch.setitem(sys.modules, "openvino", None)  # Makes its import fail.
+    message = rf"pip install 'efficientnet-ns\[openvino\]'; according to {note}, openvino labels"
+    with pytest.raises(ConfigError, match=message):
+        predict.load_teacher(resolved)
+    json_files.write_json(str(note), {"engine": "magic"})
+    with pytest.raises(
+        ConfigError, match=f"must be auto, tf, xnnpack, openvino.*{note}, magic labels"
+    ):
+        predict.load_teacher(resolved)
+
+
+def test_the_only_engine_is_kept_too(folder, monkeypatch):
+    """Otherwise, a process with more engines would choose another one."""
+    resolved = predict.resolve(settings(folder, "only_engine"))
+    monkeypatch.setattr(predict.engines, "has_choice", lambda: False)
+    monkeypatch.setattr(predict, "TeacherPredictor", TeacherPredictor)
+    assert predict.load_teacher(resolved).engine.name == "xnnpack"
+    note = Path(resolved.config.predict.output_dir, predict.ENGINE_FILE)
+    assert json_files.read_json(str(note)) == {"engine": "xnnpack"}
+
+
+def test_a_cpu_engine_on_a_machine_with_an_accelerator_is_mentioned(folder, monkeypatch, caplog):
+    resolved = predict.resolve(settings(folder, "accelerator"))
+    note = Path(resolved.config.predict.output_dir, predict.ENGINE_FILE)
+    note.parent.mkdir(parents=True)
+    json_files.write_json(str(note), {"engine": "xnnpack"})
+    monkeypatch.setattr(predict, "TeacherPredictor", lambda *_: None)
+    predict.load_teacher(resolved)
+    assert "labeling on CPUs" not in caplog.text
+    monkeypatch.setattr(predict.engines, "has_accelerator", lambda: True)
+    predict.load_teacher(resolved)
+    assert f"{note}: labeling on CPUs with xnnpack" in caplog.text
+
+
+def test_a_manifest_names_the_engine(folder, caplog):
+    """Manifests of earlier versions, which do not, stay valid."""
+    mine = settings(folder, "named_engines")
+    whole = {"records": 19, "unreadable": 0, "skipped_shards": 0}
+    assert predict.predict(mine) == whole
+    paths = sorted(Path(mine.predict.output_dir).glob("*.manifest.json"))
+    manifests_made = [json_files.read_json(str(path)) for path in paths]
+    assert len(paths) == 3 and all(m["counts"]["engine"] for m in manifests_made)
+    assert not any("engine" in m["config"] for m in manifests_made)
+    del manifests_made[0]["counts"]["engine"]
+    json_files.write_json(str(paths[0]), manifests_made[0])
+    assert predict.predict(mine) == {**whole, "skipped_shards": 3}
+    assert "different engines" not in caplog.text
+    manifests_made[0]["counts"]["engine"] = "abacus"
+    json_files.write_json(str(paths[0]), manifests_made[0])
+    assert predict.predict(mine) == {**whole, "skipped_shards": 3}
+    assert f"{mine.predict.output_dir}: shards were labeled with different engines (abacus, " in (
+        caplog.text
+    )
 
 
 def test_less_exact_predictions_are_others(folder):
