@@ -28,24 +28,34 @@ _LEAST_DEVIATION = 2.0  # Minimum standard deviation of the brightness; flatter 
 
 def grid(pixels: tf.Tensor) -> tf.Tensor:
     """Converts decoded pixels, uint8 [H, W, 3], to brightness, float32 [GRID, GRID] in 0..255."""
-    # For large images, every n-th row and column is enough and takes a fraction of the work. A
-    # strided slice would copy pixel by pixel in generic code, which is four times slower.
-    for axis in (0, 1):
-        size = tf.shape(pixels)[axis]
-        pixels = tf.gather(pixels, tf.range(0, size, tf.maximum(size // (2 * GRID), 1)), axis=axis)
-    # Float sums of whole numbers are exact below 2**24, regardless of their order.
-    gray = tf.tensordot(tf.cast(pixels, tf.float32), tf.constant([299.0, 587.0, 114.0]), 1)
-    for axis in (0, 1):  # Images smaller than the grid are enlarged by an integer factor.
-        gray = tf.repeat(gray, (GRID - 1) // tf.shape(gray)[axis] + 1, axis=axis)
-    down, across = (_groups(tf.shape(gray)[axis]) for axis in (0, 1))
-    sums = tf.matmul(tf.matmul(down, gray), across, transpose_b=True)
-    counts = tf.reduce_sum(down, 1)[:, None] * tf.reduce_sum(across, 1)
-    return sums / (1000.0 * counts)
+    height, width = tf.unstack(tf.shape(pixels)[:2])
+    rows, row_groups, row_counts = _lines(height)
+    columns, column_groups, column_counts = _lines(width)
+    # A strided slice would copy pixel by pixel in generic code, which is four times slower.
+    pixels = tf.cast(tf.gather(tf.gather(pixels, rows), columns, axis=1), tf.float32)
+    # Float sums of whole numbers are exact below 2**24, regardless of their order. Summing the rows
+    # first leaves fewer colors to convert to brightness.
+    colors = tf.math.segment_sum(pixels, row_groups)
+    gray = tf.tensordot(colors, tf.constant([299.0, 587.0, 114.0]), 1)
+    sums = tf.transpose(tf.math.segment_sum(tf.transpose(gray), column_groups))
+    grid = sums / (1000.0 * (row_counts[:, tf.newaxis] * column_counts))
+    return tf.ensure_shape(grid, [GRID, GRID])
 
 
-def _groups(size: tf.Tensor) -> tf.Tensor:
-    """Assigns `size` lines to GRID groups: 0 or 1, float32 [GRID, size]."""
-    return tf.one_hot((tf.range(size) * GRID) // size, GRID, axis=0)
+def _lines(size: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Chooses lines (rows or columns) out of `size` and assigns them to GRID groups.
+
+    For large images, every n-th line is enough and takes a fraction of the work. Images smaller than
+    the grid are enlarged by an integer factor.
+
+    Returns:
+      (lines int32 [L], their groups int32 [L], lines of each group float32 [GRID]); L >= GRID.
+    """
+    lines = tf.range(0, size, tf.maximum(size // (2 * GRID), 1))
+    lines = tf.repeat(lines, (GRID - 1) // tf.size(lines) + 1)
+    count = tf.size(lines)
+    groups = tf.range(count) * GRID // count
+    return lines, groups, tf.math.segment_sum(tf.ones([count]), groups)
 
 
 def crops(pixels: tf.Tensor) -> tf.Tensor:
@@ -63,10 +73,16 @@ def crops(pixels: tf.Tensor) -> tf.Tensor:
 
 
 def marks(images: Sequence[bytes | None], grids: np.ndarray) -> np.ndarray:
-    """Returns `COLUMNS`, uint64 [N, 5]: the first 64 bits of the SHA-256 and the fingerprint."""
+    """Returns `COLUMNS`, uint64 [N, 5]: the first 64 bits of the SHA-256 and the fingerprint.
+
+    Args:
+      images: encoded images; a single one if all grids are of its crops.
+      grids: float32 [N, GRID, GRID].
+    """
     hashes = [hashlib.sha256(image or b"").digest()[:8] for image in images]
     first = np.array([int.from_bytes(digest, "big") for digest in hashes], np.uint64)
-    return np.concatenate([first[:, None], fingerprints(grids)], 1)
+    found = fingerprints(grids)
+    return np.concatenate([np.broadcast_to(first[:, None], [len(found), 1]), found], 1)
 
 
 @functools.cache

@@ -22,6 +22,10 @@ CROP_PADDING = 32
 # Smooth chroma upsampling reads one chroma sample (two pixels) on each side.
 _CHROMA_REACH = 2
 
+# Pixels of an image per pixel of the resized one, from which converting them all to float32 costs
+# more than it saves: 18 for 96 pixels, 13 for 224, 9 for 380.
+_CAST_BELOW = 12
+
 
 def decode(image_bytes: tf.Tensor) -> tf.Tensor:
     """Decodes JPEG, PNG, GIF (first frame) or BMP bytes, scalar string, to uint8 [H, W, 3].
@@ -102,14 +106,24 @@ def resize(image: tf.Tensor, size: int) -> tf.Tensor:
     Uses neither half-pixel centers nor aligned corners nor antialiasing, because the published
     weights were trained this way. Overshoots exceed 0..255 by up to about 30.
     """
-    # The kernel converts a pixel to float32 each time it reads it, about eight times. Converting
-    # once beforehand saves a third of the time.
-    return tf.raw_ops.ResizeBicubic(
-        images=tf.cast(image, tf.float32)[tf.newaxis],
-        size=[size, size],
-        align_corners=False,
-        half_pixel_centers=False,
-    )[0]
+    image = tf.convert_to_tensor(image)
+    shape = tf.shape(image)
+    batch = image[tf.newaxis]
+
+    def resized(images: tf.Tensor) -> tf.Tensor:
+        return tf.raw_ops.ResizeBicubic(
+            images=images, size=[size, size], align_corners=False, half_pixel_centers=False
+        )
+
+    # The kernel converts a pixel to float32 each time it reads it, up to 16 times per pixel of the
+    # result. Converting the image once beforehand saves a fifth of the time if it is small; of a
+    # large one, the kernel reads only a part.
+    result = tf.cond(
+        shape[0] * shape[1] < _CAST_BELOW * size**2,
+        lambda: resized(tf.cast(batch, tf.float32)),
+        lambda: resized(batch),
+    )
+    return tf.ensure_shape(result[0], [size, size, 3])
 
 
 def center_crop_box(

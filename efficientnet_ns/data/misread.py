@@ -15,6 +15,9 @@ SIGNATURES = (_BMP, _GIF, _RIFF)
 _FILE_HEADER = 14  # Bytes before the header that gives the size of a BMP.
 _COLOR_MASKS = (0xFF0000, 0xFF00, 0xFF)
 _STRING = [tf.TensorSpec([], tf.string)]
+# Called, not copied into the caller's graph, where skipping the nodes of a check that is not needed
+# takes longer than decoding a small JPEG.
+CALLED = {"_noinline": True}
 _EXTENSION, _IMAGE, _GRAPHIC_CONTROL = 0x21, 0x2C, 0xF9
 
 
@@ -57,7 +60,7 @@ def _number(values: tf.Tensor, first: int | tf.Tensor, size: int) -> tf.Tensor:
     return tf.reduce_sum(tf.cast(values[first : first + size], tf.int64) * weights)
 
 
-@tf.function(input_signature=_STRING, autograph=False)
+@tf.function(input_signature=_STRING, autograph=False, experimental_attributes=CALLED)
 def _bmp(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     longest = _FILE_HEADER + 124 + 256 * 4
     values = _bytes(tf.strings.substr(image_bytes, 0, longest), longest)
@@ -88,7 +91,7 @@ def _bmp(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     )
 
 
-@tf.function(input_signature=_STRING, autograph=False)
+@tf.function(input_signature=_STRING, autograph=False, experimental_attributes=CALLED)
 def _gif(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     values = _bytes(image_bytes, 16)
     end = tf.size(values, tf.int64) - 16

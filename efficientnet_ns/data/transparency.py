@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from efficientnet_ns.data import misread
+
 _SIGNATURE, _COLOR_TYPE, _SECOND_CHUNK = b"\x89PNG\r\n\x1a\n", 25, 33
 _GRAY_AND_ALPHA, _RGBA = b"\4", b"\6"
 _MOST_CHUNKS = 1000
@@ -26,7 +28,11 @@ def is_transparent_png(image_bytes: tf.Tensor) -> tf.Tensor:
     )
 
 
-@tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
+@tf.function(
+    input_signature=[tf.TensorSpec([], tf.string)],
+    autograph=False,
+    experimental_attributes=misread.CALLED,
+)
 def _has_transparency(png: tf.Tensor) -> tf.Tensor:
     # Zeros after the end, because a damaged file may be shorter; the decoder will name the damage.
     header = tf.strings.join([tf.strings.substr(png, 0, _COLOR_TYPE + 1), b"\0" * _COLOR_TYPE])
@@ -53,7 +59,11 @@ def _has_trns(png: tf.Tensor) -> tf.Tensor:
     return name == b"tRNS"
 
 
-@tf.function(input_signature=[tf.TensorSpec([None, None, 4], tf.uint8)], autograph=False)
+@tf.function(
+    input_signature=[tf.TensorSpec([None, None, 4], tf.uint8)],
+    autograph=False,
+    experimental_attributes=misread.CALLED,
+)
 def on_white(pixels: tf.Tensor) -> tf.Tensor:
     """Composites uint8 [H, W, 4] on white: uint8 [H, W, 3]; opaque pixels do not change."""
     # Differs (10) in docs/differences.md.

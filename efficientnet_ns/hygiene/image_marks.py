@@ -103,5 +103,5 @@ class _Look:
         except tf.errors.OpError:
             return None
         count = len(found)
-        marks = fingerprints.marks([image] * count, found)
+        marks = fingerprints.marks([image], found)
         return [np.full(count, position), np.arange(count, dtype=np.int32), *marks.T]

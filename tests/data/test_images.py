@@ -142,6 +142,31 @@ def test_crop_and_resize_equals_original():
                 np.testing.assert_array_equal(result[::8], rows)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize(
+    ("height", "width"), [(83, 83), (84, 82), (83, 84), (84, 84), (21, 337), (337, 21), (300, 301)]
+)
+def test_large_and_small_images_are_resized_alike(height, width, dtype):
+    # Images of at least 12 * 24 * 24 = 83 * 83.3 pixels are not converted beforehand.
+    pixels = noise(height, width).astype(dtype)
+    resize = tf.function(
+        lambda image: images.resize(image, 24),
+        input_signature=[tf.TensorSpec([None, None, 3], dtype)],
+    )
+    expected = tf.raw_ops.ResizeBicubic(images=pixels[None].astype(np.float32), size=[24, 24])[0]
+    np.testing.assert_array_equal(resize(pixels), expected)
+    np.testing.assert_array_equal(images.resize(pixels, 24), expected)
+
+
+def test_checks_of_other_formats_stay_out_of_the_graph():
+    """Dead nodes are not free: of JPEG, they took longer than decoding a small image."""
+    decode = tf.function(images.decode, input_signature=[tf.TensorSpec([], tf.string)])
+    called = decode.get_concrete_function().graph.as_graph_def().library.function
+    kept = [f.signature.name for f in called if f.attr["_noinline"].b]
+    for check in ("_bmp", "_gif", "_has_transparency", "on_white"):
+        assert any(check in name for name in kept), (check, kept)
+
+
 def test_to_uint8_clips_and_truncates():
     values = tf.constant([-3.2, 0.0, 0.99, 1.0, 254.999, 255.0, 300.0])
     assert images.to_uint8(values).numpy().tolist() == [0, 0, 0, 1, 254, 255, 255]

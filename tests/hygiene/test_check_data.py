@@ -371,6 +371,29 @@ def test_grid_is_the_mean_of_areas(rng):
     np.testing.assert_allclose(fingerprints.grid(tf.constant(pixels)), expected, atol=0.01)
 
 
+@pytest.mark.parametrize("shape", [(1, 7), (63, 64), (65, 129), (127, 511), (383, 97), (256, 255)])
+def test_grid_is_exact(shape, rng):
+    pixels = rng.integers(0, 256, [*shape, 3], np.uint8)
+    gray = pixels.astype(np.int64) @ np.array([299, 587, 114])
+    groups = []
+    for axis in (0, 1):
+        gray = gray.take(range(0, shape[axis], max(shape[axis] // 128, 1)), axis)
+        gray = np.repeat(gray, 63 // gray.shape[axis] + 1, axis)
+        groups.append(np.arange(gray.shape[axis]) * 64 // gray.shape[axis])
+    expected = np.zeros([64, 64], np.float32)
+    for y, x in np.ndindex(64, 64):
+        area = gray[groups[0] == y][:, groups[1] == x]
+        expected[y, x] = np.float32(area.sum()) / np.float32(1000 * area.size)
+    np.testing.assert_array_equal(fingerprints.grid(tf.constant(pixels)), expected)
+
+
+def test_crops_have_the_hash_of_their_image(rng):
+    grids = rng.random([3, 64, 64], np.float32) * 255
+    np.testing.assert_array_equal(
+        fingerprints.marks([b"image"], grids), fingerprints.marks([b"image"] * 3, grids)
+    )
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (28, 28), (64, 700), (63, 65)])
 def test_grid_of_any_size(shape, rng):
     pixels = rng.integers(0, 256, [*shape, 3], np.uint8)
