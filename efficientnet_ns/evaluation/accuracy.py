@@ -9,7 +9,6 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import tensorflow as tf
 
-from efficientnet_ns.inference import engines, exported
 from efficientnet_ns.inference import views as views_lib
 from efficientnet_ns.report.measures import Calibration, Confusion
 
@@ -67,8 +66,8 @@ class Evaluator:
       model: pixels → logits.
       strategy: the strategy under which the model was built.
       views: 1, or 2 to average the probabilities of the image and its mirror image.
-      engine: computes the probabilities on one device, with all of its workers, instead of the model;
-        see `engines.on_all_workers`.
+      classify: pixels → probabilities, on one device, instead of the model; see
+        `engines.on_all_workers`.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class Evaluator:
         strategy: tf.distribute.Strategy | None = None,
         *,
         views: int = 1,
-        engine: engines.CpuEngine | exported.ExportedModel | None = None,
+        classify: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
         self._strategy = strategy or tf.distribute.get_strategy()
         if views not in views_lib.CROP_VIEWS:
@@ -87,9 +86,7 @@ class Evaluator:
         def compiled(batch):
             return _measures(_logits(forward, batch["image"], views), batch)
 
-        classify = engines.on_all_workers(engine) if engine else None
-
-        def by_engine(batch):
+        def by_function(batch):
             def logits(pixels):
                 # Logits are defined up to a constant, so log-probabilities are logits.
                 return tf.math.log(tf.maximum(classify(pixels.numpy()), _TINY))
@@ -97,8 +94,8 @@ class Evaluator:
             return _measures(_logits(logits, batch["image"], views), batch)
 
         gathered = (_PREDICTIONS, _CONFIDENCE)
-        # An engine is a NumPy function, which tf.function cannot trace, so its step runs eagerly.
-        self._step = by_engine if engine else replicated(self._strategy, compiled, gathered)
+        # tf.function cannot trace a NumPy function, so its step runs eagerly.
+        self._step = by_function if classify else replicated(self._strategy, compiled, gathered)
         self._num_classes = model.output_shape[-1]
 
     def __call__(self, batches: Batches, num_examples: int) -> dict[str, float]:

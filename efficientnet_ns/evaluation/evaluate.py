@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
@@ -59,9 +60,9 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
         evaluator = accuracy.Evaluator(model, strategy, views=config.evaluation.eval_views)
         return _evaluate_each(resolved, model, evaluator)
     weights.load_weights(model, path, ema=config.evaluation.eval_ema)
-    evaluator = accuracy.Evaluator(
-        model, strategy, views=config.evaluation.eval_views, engine=_engine(config, model, strategy)
-    )
+    classify = _by_engine(config, model, strategy)
+    views = config.evaluation.eval_views
+    evaluator = accuracy.Evaluator(model, strategy, views=views, classify=classify)
     results = _measure_sets(resolved, evaluator, path)
     folder = config.evaluation.eval_dir
     if not folder and config.train.model_dir:
@@ -72,8 +73,10 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
 def _evaluate_export(resolved: ResolvedConfig, path: str) -> dict[str, dict[str, float]]:
     """Measures an export, whose graph includes the preprocessing of images."""
     model = exported.ExportedModel(path)
-    # The model is never called, because the engine computes the probabilities.
-    evaluator = accuracy.Evaluator(cast(tf.keras.Model, model), engine=model)
+    # The model is never called, because the function computes the probabilities.
+    evaluator = accuracy.Evaluator(
+        cast(tf.keras.Model, model), classify=engines.on_all_workers(model)
+    )
     results = _measure_sets(resolved, evaluator, path, exported.Encoded(resolved.image_size))
     return _report(resolved, path, results, resolved.config.evaluation.eval_dir)
 
@@ -117,8 +120,10 @@ def _check(config: Config) -> None:
         )
 
 
-def _engine(config: Config, model: tf.keras.Model, strategy: tf.distribute.Strategy):
-    """Returns the CPU engine, which uses one device; None to use TensorFlow under the strategy."""
+def _by_engine(
+    config: Config, model: tf.keras.Model, strategy: tf.distribute.Strategy
+) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Returns what the CPU engine computes; None to use TensorFlow under the strategy."""
     kind, dtype = config.predict.inference_engine, config.predict.inference_dtype
     if kind in engines.CPU_ENGINES and strategy.num_replicas_in_sync > 1:
         raise ConfigError(
@@ -127,7 +132,8 @@ def _engine(config: Config, model: tf.keras.Model, strategy: tf.distribute.Strat
         )
     engine = engines.make(kind, model, config.evaluation.eval_batch_size, strategy, dtype=dtype)
     # The evaluator runs TensorFlow itself, compiled and on all replicas.
-    return None if isinstance(engine, engines.TensorFlowEngine) else engine
+    compiled = isinstance(engine, engines.TensorFlowEngine)
+    return None if compiled else engines.on_all_workers(engine)
 
 
 def _measure_sets(

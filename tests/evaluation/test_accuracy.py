@@ -224,17 +224,6 @@ def test_four_devices_count_every_example(rng):
 
 def test_an_engine_computes_the_same(evaluator, rng):
     logits, labels = examples(rng, 13)
-
-    engine = engines.CpuEngine("softmax", 3, [lambda pixels: tf.nn.softmax(pixels).numpy()] * 2)
-    other = accuracy.Evaluator(passing_logits(), engine=engine)
-    measured = other.measure(batches(logits, labels), 13)
-    expected = evaluator.measure(batches(logits, labels), 13)
-    assert measured.metrics == pytest.approx(expected.metrics, rel=1e-5)
-    np.testing.assert_array_equal(matrix(measured), matrix(expected))
-
-
-def test_an_engine_computes_with_all_of_its_workers(evaluator, rng):
-    logits, labels = examples(rng, 13)
     # Broken after the timeout unless four calls overlap.
     barrier = threading.Barrier(4, timeout=30)
 
@@ -243,19 +232,20 @@ def test_an_engine_computes_with_all_of_its_workers(evaluator, rng):
         return tf.nn.softmax(pixels).numpy()
 
     engine = engines.CpuEngine("waits for the others", 2, [worker] * 4)
-    other = accuracy.Evaluator(passing_logits(), engine=engine)
     # Each batch of 8 rows is divided into 4 parts.
-    assert other(batches(logits, labels), 13) == pytest.approx(
-        evaluator(batches(logits, labels), 13), rel=1e-5
-    )
+    other = accuracy.Evaluator(passing_logits(), classify=engines.on_all_workers(engine))
+    measured = other.measure(batches(logits, labels), 13)
+    expected = evaluator.measure(batches(logits, labels), 13)
+    assert measured.metrics == pytest.approx(expected.metrics, rel=1e-5)
+    np.testing.assert_array_equal(matrix(measured), matrix(expected))
 
 
 def test_an_engine_answers_calls_too(rng):
     """The engine replaces the model, whose predictions would be wrong here."""
     _, labels = examples(rng, 13)
     logits = np.eye(CLASSES)[(labels + 1) % CLASSES]
-    engine = engines.CpuEngine("rolled", 8, [lambda pixels: np.roll(pixels, -1, axis=1)])
-    assert accuracy.Evaluator(passing_logits(), engine=engine)(batches(logits, labels), 13) == {
+    classify = lambda pixels: np.roll(pixels, -1, axis=1)  # noqa: E731
+    assert accuracy.Evaluator(passing_logits(), classify=classify)(batches(logits, labels), 13) == {
         "top1": 1.0,
         "top5": 1.0,
         "loss": pytest.approx(0),
