@@ -1,4 +1,4 @@
-"""Divides class folders into labeled, unlabeled and test pictures, to try how well few labels do.
+"""Divides class folders into labeled, unlabeled and test pictures, to measure how well few labels work.
 
   python tests/draw_labels.py my_pictures runs/drawn --labels=40 --draw=0
 

@@ -100,7 +100,7 @@ QUICK = (
         "B0 takes minutes to compile",
     ),
     Quick(r"benchmark --what=select", "--rows=20000 --classes=10", "30 million rows take a while"),
-    Quick(r"benchmark --what=copies", "--rows=20000", "100 million rows take a while"),
+    Quick(r"benchmark --what=copies", "--rows=20000", "30 million rows take a while"),
     Quick(r"proc_svhn", "--dev_size=40 --num_shards=4", "fewer pictures than SVHN has"),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import math
 import os
 import tempfile
 import threading
@@ -61,7 +62,7 @@ def run(config: BenchmarkConfig) -> list[Row]:
             Row("search: rate", config.rows / watched.seconds, "rows/s"),
             *watched.rows("search"),
             Row("search: temporary files", (largest[0] - size) / 1e6, "MB"),
-            Row("planted copies that were found", 100 * found / max(planted, 1), "%"),
+            Row("planted copies that were found", 100 * found / (planted or math.nan), "%"),
             Row("other images taken for copies", others, "images"),
         ]
 

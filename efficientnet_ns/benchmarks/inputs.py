@@ -50,7 +50,7 @@ def run(settings: BenchmarkConfig) -> list[Row]:
     compared = input_peers.common(encoded)
     if len(compared) < len(encoded):
         logging.warning(
-            "%d of %d images, which are no RGB JPEGs, are left out of comparisons",
+            "%d of %d images are not RGB JPEGs and are left out of the comparison",
             *(len(encoded) - len(compared), len(encoded)),
         )
     wholes = _wholes(compared or encoded, settings.image_size)

@@ -213,6 +213,6 @@ def require_disk(config: BenchmarkConfig, folder: str, bytes_per_row: int) -> No
     free = shutil.disk_usage(folder).free
     if free < bytes_per_row * config.rows:
         raise ConfigError(
-            f"--rows={config.rows} need {bytes_per_row * config.rows >> 20} MB below "
+            f"--rows={config.rows} needs {bytes_per_row * config.rows >> 20} MB below "
             f"{folder}, which has {free >> 20} MB free: set TMPDIR to a folder on a larger disk"
         )

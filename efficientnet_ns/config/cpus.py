@@ -33,7 +33,9 @@ def limited_cpus(threads: int | None) -> Iterator[None]:
         yield
         return
     if not hasattr(os, "sched_setaffinity"):
-        raise ConfigError(f"--threads={threads}: only Linux can limit a process to some cores")
+        raise ConfigError(
+            f"--threads={threads}: a process can be restricted to some cores only on Linux"
+        )
     cores = os.sched_getaffinity(0)
     if threads > len(cores):
         raise ConfigError(f"--threads={threads}: there are only {len(cores)} cores")

@@ -193,7 +193,7 @@ class ImportConfig(Settings):
     )
     min_mass: float = setting(
         0.5,
-        "If some columns are no class of the task, images with less than this probability in the task's classes "
+        "If some columns are not classes of the task, images with less than this probability in the task's classes "
         "get no label; the probabilities of other images are renormalized.",
         low=0,
         high=1,

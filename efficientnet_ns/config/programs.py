@@ -48,7 +48,8 @@ class BenchmarkConfig(Settings):
         choices=("input", "predict", "select", "copies", "serving", "train", "scale", "compiled"),
     )
     data: str = setting(
-        "", "Folder of images or of records (input, predict); default: generated images."
+        "",
+        "Folder of images or of records (input, predict, copies); default: generated images (copies: none).",
     )
     model_name: str = setting("efficientnet-b0", "Variant to measure.")
     image_size: int = setting(224, "Image side in pixels.", low=8)

@@ -110,14 +110,21 @@ class Source:
         kept = [tuple(at[at < n].tolist()) for at, n in zip(found, self.counts)]
         source = dataclasses.replace(self, excluded=tuple(kept) if any(kept) else ())
         if not source.total:
-            raise DataError(f"all {self.total} records are excluded: {self.paths[0]}")
+            raise DataError(
+                f"--exclude leaves none of the {self.total} records of the set with {self.paths[0]}"
+            )
         return source
 
     def shards(self, number: int) -> Source:
         """Returns the first `number` files; DataError if there are fewer or they are empty."""
         if number > len(self.paths):
             raise DataError(f"{number} shards are requested, but there are {len(self.paths)}")
-        first = Source(self.paths[:number], self.counts[:number], self.files[:number])
+        first = Source(
+            self.paths[:number],
+            self.counts[:number],
+            self.files[:number],
+            self.excluded[:number],
+        )
         if not first.total:
             raise DataError(f"the first {number} shards hold no records: {first.paths[0]}")
         return first

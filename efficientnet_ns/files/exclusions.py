@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from efficientnet_ns.files import atomic, local_files
 from efficientnet_ns.files.errors import DataError
 
 COLUMNS = ("file", "record")
-_SET = "set"  # Column of lists that name records of several sets.
+SET = "set"  # Column of lists that name records of several sets, with one of these values:
+_KINDS = ("evaluation", "labeled", "unlabeled")
 
 
 def place(path: str) -> str:
@@ -55,12 +57,12 @@ def _read(path: str, kind: str) -> tuple[dict[str, np.ndarray], bool]:
     if not tf.io.gfile.exists(path):
         raise DataError(f"--exclude={path}: the file does not exist")
     with tf.io.gfile.GFile(path) as f:
-        has_sets = _SET in f.readline().strip().split(",")
+        has_sets = SET in next(csv.reader([f.readline().removeprefix("\ufeff")]), [])
     # The path of a file is stored once, not in each of its rows.
     text = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
     convert = pyarrow.csv.ConvertOptions(
-        column_types={"file": text, "record": pyarrow.int64(), _SET: text},
-        include_columns=[*COLUMNS, _SET] if has_sets else COLUMNS,
+        column_types={"file": text, "record": pyarrow.int64(), SET: text},
+        include_columns=[*COLUMNS, SET] if has_sets else COLUMNS,
         null_values=[],  # An empty cell is an error, not a missing number.
     )
     try:
@@ -71,9 +73,20 @@ def _read(path: str, kind: str) -> tuple[dict[str, np.ndarray], bool]:
             f"--exclude={path} is not a list with the columns {' and '.join(COLUMNS)}: {e}"
         ) from e
     if has_sets:
-        table = table.filter(pyarrow.compute.equal(table[_SET], kind))
+        _check_kinds(path, table[SET].unique().to_pylist())
+        table = table.filter(pyarrow.compute.equal(table[SET], kind))
     names, numbers = table["file"].combine_chunks(), table["record"].to_numpy()
+    if numbers.min(initial=0) < 0:
+        raise DataError(f"--exclude={path} has the record {numbers.min()}; records count from 0")
     return _by_file(names.dictionary.to_pylist(), names.indices.to_numpy(), numbers), has_sets
+
+
+def _check_kinds(path: str, found: list[str]) -> None:
+    if wrong := set(found) - set(_KINDS):
+        raise DataError(
+            f"--exclude={path} has {min(wrong)!r} in the column {SET!r}; it must be one of "
+            f"{', '.join(_KINDS)}"
+        )
 
 
 def _by_file(names: list[str], index: np.ndarray, records: np.ndarray) -> dict[str, np.ndarray]:
@@ -107,6 +120,8 @@ def of_files(
     if listed and not found and (required or has_sets):
         raise DataError(
             f"--exclude={path} names records of {min(listed)}, but none of the set with "
-            f"{files[0]}: if the records were moved, run check_data again"
+            f"{files[0]}: if the records were moved, run the command that wrote the list again"
         )
+    if listed and not found:
+        logging.warning("--exclude=%s names no record of the set with %s", path, files[0])
     return found

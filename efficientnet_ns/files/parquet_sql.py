@@ -51,7 +51,9 @@ def connect(
     copies = contextlib.ExitStack()
     weakref.finalize(db, copies.close)
     for name, paths in tables.items():
-        local = copies.enter_context(local_files.local_copies(paths))
+        found = copies.enter_context(local_files.local_copies(paths))
+        # DuckDB does so, too, and names files accordingly.
+        local = {path: re.sub("/+", "/", at) for path, at in found.items()}
         # DuckDB expands wildcards in paths, so `run[1]/x` would read `run1/x`.
         literal = (re.sub(r"[*?\[]", r"[\g<0>]", path) for path in local.values())
         files = ", ".join(map(_quoted, literal))

@@ -121,8 +121,8 @@ def _sets(options: CheckConfig) -> list[ImageSet]:
         raise ConfigError("--label_data_dir, --eval_data_dir or --unlabel_data_dir is required")
     if not any(one.role == EVALUATION for one in sets):
         logging.warning(
-            "no evaluation set was given (--label_data_dir, --eval_data_dir), so copies of evaluation "
-            "images are not looked for"
+            "no evaluation set was found in --label_data_dir or --eval_data_dir, so copies of evaluation "
+            "images are not searched for"
         )
     return sorted(sets, key=lambda one: one.role)
 
@@ -230,7 +230,7 @@ def _check_input(folder: str, files: Sequence[str]) -> None:
 
 
 def _write_list(path: str, copies: Iterable[Copy], names: Mapping[tuple[str, int], str]) -> None:
-    columns = ["set", "of_file", "of_record", "of_set", "distance", "name", "of_name"]
+    columns = [exclusions.SET, "of_file", "of_record", "of_set", "distance", "name", "of_name"]
     exclusions.write(path, columns, (_row(copy, names) for copy in copies))
 
 
@@ -277,8 +277,8 @@ def _write_report(
     found = report.table(rows)
     if search.crowded:
         found += report.paragraph(
-            f"{search.crowded} images are similar to too many others to be compared with each of them: "
-            "among training images, only those with equal fingerprints were found to be their copies."
+            f"{search.crowded} images are similar to too many others to be compared with all of them; "
+            "among training images, only exact fingerprint matches of them were found."
         )
     sections = [
         report.Section("Copies", found),

@@ -184,8 +184,9 @@ def _write_list(path: str, doubts: Sequence[Doubt], names: Sequence[str]) -> Non
     for one in doubts:
         numbers = (f"{one.prob:.4f}", f"{one.margin:.4f}")
         classes = (names[one.label], names[one.suggested])
-        rows.append([one.file, one.record, one.name, *classes, *numbers])
-    exclusions.write(path, ["name", "label", "suggested", "probability", "margin"], rows)
+        rows.append([one.file, one.record, "labeled", one.name, *classes, *numbers])
+    columns = [exclusions.SET, "name", "label", "suggested", "probability", "margin"]
+    exclusions.write(path, columns, rows)
 
 
 def _write_report(

@@ -62,7 +62,6 @@ class Copy(NamedTuple):
       role, file, record: of the copy.
       of_role, of_file, of_record: of the first image.
       distance: bits in which the fingerprints differ; -1: equal content.
-      excluded: whether the copy should be excluded.
     """
 
     role: int
@@ -72,7 +71,6 @@ class Copy(NamedTuple):
     of_file: str
     of_record: int
     distance: int
-    excluded: bool
 
 
 # `place` orders images by role, set, file and record, because DuckDB compares structs field by
@@ -207,8 +205,8 @@ class Search:
         ).fetchall()[0][0]
         if number:
             logging.warning(
-                "%d images are each similar to more than %d others in every band: among training images, "
-                "only those with equal fingerprints are found to be their copies",
+                "%d images are similar to more than %d others in every band; among training images, only "
+                "exact fingerprint matches of them are found",
                 *(number, _CROWD),
             )
         return number
@@ -231,13 +229,13 @@ class Search:
         end = "" if limit is None else f"LIMIT {limit}"
         # A cursor, because another query would end the one that is being read.
         found = self._db.cursor().execute(
-            f"SELECT place.role, place.file, place.record, origin.role, origin.file, origin.record, distance, "
-            f"{EXCLUDED} FROM copies WHERE {where} ORDER BY origin.role, place.role, distance DESC, place {end}"
+            "SELECT place.role, place.file, place.record, origin.role, origin.file, origin.record, distance "
+            f"FROM copies WHERE {where} ORDER BY origin.role, place.role, distance DESC, place {end}"
         )
         while rows := found.fetchmany(_AT_ONCE):
-            for role, f, record, of_role, of, of_record, *rest in rows:
+            for role, f, record, of_role, of, of_record, distance in rows:
                 copied = (role, self._files[f][1], record)
-                yield Copy(*copied, of_role, self._files[of][1], of_record, *rest)
+                yield Copy(*copied, of_role, self._files[of][1], of_record, distance)
 
     def named(self) -> dict[str, set[int]]:
         """Returns file → records of the evaluation and labeled images that are or have copies."""

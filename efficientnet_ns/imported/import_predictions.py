@@ -157,8 +157,8 @@ def _write_all(
                     if not shard:
                         raise
                     raise DataError(
-                        f"{e}. {shard} shards have been written from the rows before: with a "
-                        f"corrected source, set another --output_dir, or delete {options.output_dir}"
+                        f"{e}. Shards written from earlier rows: {shard}. To import a corrected source, "
+                        f"set another --output_dir, or delete the files of this import in {options.output_dir}"
                     ) from e
                 progress.update(count)
 

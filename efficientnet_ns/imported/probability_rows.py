@@ -73,9 +73,10 @@ def _named_classes(table: Table, names: Sequence[str], num_classes: int) -> np.n
     extra = [name for name in header if name not in labels]
     found = set(header)
     if missing := [name for name in names if name not in found]:
+        unknown = f"; no class is named {quoted(extra)}" if extra else ""
         raise DataError(
             f"{table.source}: some columns are named after classes, but none after {quoted(missing)}"
-            f"; no class is named {quoted(extra) or 'otherwise'}. Rename columns, or set --class_map"
+            f"{unknown}. Rename columns, or set --class_map"
         )
     if extra:
         logging.warning("%s: %s are not classes of the task", table.source, quoted(extra))
@@ -167,6 +168,6 @@ def _refuse(block: Block, wrong: np.ndarray, what: str, values: np.ndarray, hint
     row = values[first]
     shown = ", ".join(f"{v:.4g}" for v in row[:4]) + (", …" if len(row) > 4 else "")
     raise DataError(
-        f"{block.row(first)} has {what}: [{shown}], sum {row.sum():.4g} (at least "
-        f"{wrong.sum()} such rows){hint}"
+        f"{block.row(first)} has {what}: [{shown}], sum {row.sum():.4g} (such "
+        f"rows so far: {wrong.sum()}){hint}"
     )

@@ -258,9 +258,9 @@ def on_all_workers(engine) -> Callable[[np.ndarray], np.ndarray]:
     def compute(rows: np.ndarray) -> np.ndarray:
         # Several parts per worker, because some cores may be slower. Only the last part is padded.
         most = _PARTS_PER_WORKER * engine.concurrency * engine.batch_size
-        part = -(-len(rows) // most) * engine.batch_size
+        part = max(1, -(-len(rows) // most)) * engine.batch_size
         return np.concatenate(
-            list(pool.map(engine, [rows[i : i + part] for i in range(0, len(rows), part)]))
+            list(pool.map(engine, [rows[i : i + part] for i in range(0, max(1, len(rows)), part)]))
         )
 
     return compute

@@ -14,7 +14,7 @@ from efficientnet_ns.config import ConfigError, comparable
 from efficientnet_ns.files import json_files, manifests, object_stores, progress
 
 # Settings that may change until the first selection is made.
-_UNTIL_SELECTED = ("num_image", "min_threshold", "exclude", "reviewed")
+_UNTIL_SELECTED = ("num_image", "min_threshold", "reviewed")
 
 
 class State:
@@ -42,8 +42,11 @@ class State:
         self._state = json_files.read_object(self._path, "settings", "stages")
         known = {name: value for name, value in (defaults or {}).items() if name in settings}
         stored = {**known, **self._state["settings"]}
-        if not any(stage.endswith(": select") for stage in self._state["stages"]):
-            stored.update({name: settings[name] for name in _UNTIL_SELECTED if name in settings})
+        stages = self._state["stages"]
+        if not any(stage.endswith(": select") for stage in stages):
+            # Trainings apply the list of excluded records, too.
+            free = _UNTIL_SELECTED if stages else (*_UNTIL_SELECTED, "exclude")
+            stored.update({name: settings[name] for name in free if name in settings})
         difference = manifests.describe_difference(comparable(stored), comparable(settings))
         if difference:
             raise ConfigError(

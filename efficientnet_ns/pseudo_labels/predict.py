@@ -155,12 +155,12 @@ def load_teacher(resolved: ResolvedConfig) -> TeacherPredictor | exported.Export
         teacher = TeacherPredictor(dataclasses.replace(resolved, config=config), path)
     except ConfigError as e:
         raise ConfigError(
-            f"{e}; according to {note}, {engine} labels this folder: make it usable here, or choose "
-            "another --output_dir"
+            f"{e}; {note} requires {engine} for this folder: install it here, or choose another "
+            "--output_dir"
         ) from e
     if engine in engines.CPU_ENGINES and engines.has_accelerator():
         logging.warning(
-            "%s: labeling on CPUs with %s, like the processes before; to use the accelerator, choose "
+            "%s: labeling on CPUs with %s, as earlier processes did; to use the accelerator, choose "
             "another --output_dir",
             *(note, engine),
         )
@@ -171,9 +171,14 @@ def _keep_engine(note: str, engine: str, lease_seconds: float) -> dict[str, str]
     """Stores the engine, unless another process was first; returns what is stored."""
     folder, unit = os.path.split(note)
     # Without the lease, two processes could both find no file and keep different engines.
-    leases = Leases(folder, lease_seconds)
-    for _ in leases.claims([unit], lambda _: object_stores.size(note) is not None):
-        json_files.write_json(note, {"engine": engine})
+    claimed = Leases(folder, lease_seconds).claims(
+        [unit], lambda _: object_stores.size(note) is not None
+    )
+    with contextlib.closing(claimed) as claims:  # type: ignore[type-var]  # A generator.
+        for _, lease in claims:
+            with contextlib.suppress(LeaseLost):
+                lease.check()
+                json_files.write_json(note, {"engine": engine})
     return json_files.read_object(note, "engine")
 
 

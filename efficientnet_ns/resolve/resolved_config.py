@@ -141,10 +141,10 @@ class ResolvedConfig:
         """
         spare = self.config.train.model_dir
         source = pipeline.Source.find(self._label_data_dir, self.task.train_set, spare=spare)
+        # First, because a list may name only records of other shards.
+        source = self.without_excluded(source, "labeled")
         number = self.config.data.num_train_shards
-        return self.without_excluded(
-            _limited(source, source.shards, "num_train_shards", number), "labeled"
-        )
+        return _limited(source, source.shards, "num_train_shards", number)
 
     def without_excluded(self, source: pipeline.Source, kind: str) -> pipeline.Source:
         """Returns a set without the records in `exclude`.

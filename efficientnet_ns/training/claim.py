@@ -153,6 +153,8 @@ def _changed_settings(noted: Mapping[str, Any], config: Config) -> str:
         return ""
     # Settings added since then had their defaults; earlier versions did not record the task.
     task = _task_fields(config)
+    # Earlier versions did not apply the list; `_check_records` notices what it changes.
+    noted = {"exclude": config.data.exclude, **noted}
     noted = comparable({**Config().identity(), **task, **noted})
     noted = {name: value for name, value in noted.items() if name not in (_ORDER, _SINCE)}
     if not noted["unlabel_ratio"]:
@@ -217,4 +219,6 @@ def _size(entry: Mapping[str, int] | None) -> str:
     if not entry:
         return "no file"
     size = f"{entry['records']} records in {entry['bytes']} bytes"
-    return f"{size}, {entry['excluded']} excluded" if "excluded" in entry else size
+    if "excluded" not in entry:
+        return size
+    return f"{size}, {entry['excluded']} excluded (CRC {entry['excluded_crc32']:08x})"

@@ -56,7 +56,7 @@ class Inputs:
             unlabeled = pipeline.Source.find(
                 config.data.unlabel_data_dir, ("train", "extra"), spare=spare
             )
-            # Pseudo-labeled records are named otherwise, and their selection has excluded these.
+            # Pseudo-labeled records have other names, and the selection has left out the listed ones.
             if not _is_pseudo_labeled(unlabeled):
                 unlabeled = resolved.without_excluded(unlabeled, "unlabeled")
         if evaluate:

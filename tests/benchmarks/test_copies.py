@@ -23,7 +23,7 @@ def test_planted_copies_are_found(tmp_path):
 @pytest.mark.parametrize("what", [copies, selection])
 def test_a_disk_that_is_too_small(what, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with pytest.raises(ConfigError, match=f"=1000000000000 need .* {tmp_path}.*: set TMPDIR"):
+    with pytest.raises(ConfigError, match=f"=1000000000000 needs .* {tmp_path}.*: set TMPDIR"):
         what.run(BenchmarkConfig(rows=10**12))
     assert not list(tmp_path.iterdir())
 

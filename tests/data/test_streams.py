@@ -289,9 +289,14 @@ def test_first_examples_without_excluded_records(excluding):
         assert [int(record.split()[0]) for record in records] == left[:number]
 
 
+def test_first_shards_without_excluded_records(excluding):
+    source, _ = excluding
+    assert source.shards(2).total == sum(source.used[:2]) == source.counts[1] - 5
+
+
 def test_nothing_is_left(sets):
     source = sets(7)
     everything = {file: np.arange(count) for file, count in enumerate(source.counts)}
-    with pytest.raises(DataError, match=f"all {COUNT} records are excluded"):
+    with pytest.raises(DataError, match=f"leaves none of the {COUNT} records"):
         source.without(everything)
     assert source.without({2: np.array([10**6])}) == source  # Beyond the end of the file.

@@ -33,6 +33,16 @@ def test_paths_of_one_file_are_one_file(tmp_path, monkeypatch):
     assert list(records) == [1, 2, 4]
 
 
+def test_values_that_mean_nothing(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text("file,record\n/a,-1\n")
+    with pytest.raises(DataError, match="has the record -1; records count from 0"):
+        exclusions.of_files(str(path), ["/a"], "labeled")
+    path.write_text('\ufeff"file","record","set"\n/a,1,train\n')
+    with pytest.raises(DataError, match="has 'train' in the column 'set'; it must be one of eval"):
+        exclusions.of_files(str(path), ["/a"], "labeled")
+
+
 @pytest.mark.parametrize("row", ["/a,", "/a,x", "/a,1.5"])
 def test_a_record_that_is_not_a_number(tmp_path, row):
     (tmp_path / "list.csv").write_text(f"file,record\n/a,1\n{row}\n")

@@ -169,6 +169,9 @@ def test_database_reads_the_file_that_is_named(tmp_path):
         (tmp_path / MATCHED / "index.parquet").touch()
         database = parquet_sql.connect(1, rows=[str(tmp_path / name / "index.parquet")])
         assert database.execute("SELECT * FROM rows").fetchall() == [(name,)]
+        path = f"{tmp_path}//{name}/index.parquet"
+        database = parquet_sql.connect(1, numbered=["rows"], rows=[path])
+        assert database.execute("SELECT * FROM rows").fetchall() == [(name, 0)]
 
 
 # --- The whole pipeline in such a folder ----------------------------------------------------------

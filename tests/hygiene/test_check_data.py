@@ -178,7 +178,7 @@ def test_list_of_other_records_is_refused(folder, found, tmp_path):
         exclude=str(tmp_path / "list.csv"),
     )
     with pytest.raises(
-        DataError, match="names records of .*, but none of the set .* run check_data again"
+        DataError, match="names records of .*, but none of the set .* run the command that wrote"
     ):
         index.changes(config)
     (tmp_path / "list.csv").write_text("name\nx\n")
@@ -243,7 +243,7 @@ def test_a_test_set_that_the_task_does_not_name(tmp_path):
 def test_without_evaluation_images_there_is_no_all_clear(folder, tmp_path, caplog):
     given = {"label_data_dir": "", "output_dir": str(tmp_path), "near": False}
     check_data.check_data(options(folder, **given))
-    assert "copies of evaluation images are not looked for" in caplog.text
+    assert "copies of evaluation images are not searched for" in caplog.text
 
 
 def test_predictions_of_other_records(tmp_path, rng):
@@ -356,7 +356,7 @@ def test_too_many_similar_images_are_counted(tmp_path, rng, monkeypatch, caplog)
     path = write_marks(tmp_path / "marks", np.concatenate([prints, prints[:3], others]), rng)
     search = near_copies.Search([near_copies.ImageSet(near_copies.UNLABELED, "", ["x"], [path])])
     assert search.crowded == 1024 + 3
-    assert "1027 images are each similar to more than 20 others" in caplog.text
+    assert "1027 images are similar to more than 20 others" in caplog.text
     found = {copy.record: (copy.of_record, copy.distance) for copy in search.copies()}
     assert found == {1024: (0, 0), 1025: (1, 0), 1026: (2, 0), 1028: (1027, 4)}
 

@@ -477,7 +477,7 @@ MALFORMED = {
     ),
     "NaN": (
         lambda f, p: (save(f / "p.npy", changed(p, 6, np.nan)), {}),
-        r"row 6 has NaN, .* .at least 1 such rows",
+        r"row 6 has NaN, .* .such rows so far: 1",
     ),
     "no sum of one": (
         lambda f, p: (save(f / "p.npy", changed(p, 2, [0.5, 0.2, 0.2])), {}),
@@ -530,7 +530,7 @@ MALFORMED = {
     ),
     "a class without a column": (
         lambda f, p: (save(f / "p.csv", p[:, :2], wide=["owl", "hen"]), {}),
-        "some columns are named after classes, but none after '7'; no class is named otherwise",
+        "some columns are named after classes, but none after '7'. Rename",
     ),
     "numbers of other classes": (
         lambda f, p: (_text(f / "p.csv", "1,2,3\n" + "0.1,0.2,0.7\n" * 9), {}),
@@ -641,7 +641,7 @@ def test_malformed(case, folder, probs):
     with pytest.raises(DataError, match=message) as error:
         run(folder, source, **settings)
     assert str(folder) in str(error.value)
-    late = "shards have been written from the rows before" in str(error.value)
+    late = "Shards written from earlier rows" in str(error.value)
     # No complete but wrong output remains, at most the shards before the end of a stream.
     finished = {p.name for p in (folder / "out").glob("train-info-*-00000")}
     assert "train-info-00002-of-00003-00000" not in finished
@@ -665,7 +665,7 @@ def test_a_late_error_says_how_to_import_a_corrected_source(folder, probs, monke
     monkeypatch.setattr(prediction_tables, "_ROWS", 4)
     save(folder / "p.npy", changed(probs, 8, np.nan))
     with pytest.raises(
-        DataError, match="row 8 has NaN.* 2 shards have been written .* delete .*out"
+        DataError, match="row 8 has NaN.* Shards written from earlier rows: 2. .* delete .*out"
     ):
         run(folder, "p.npy")
     np.save(folder / "p.npy", probs)

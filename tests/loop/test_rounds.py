@@ -426,6 +426,9 @@ def test_decisions_are_those_of_every_selection(folder, config, tmp_path):
         assert training.data.exclude == listed.data.exclude
     for number in (1, 2):
         assert rounds.stage_configs(listed, loop, number)[1].exclude == listed.data.exclude
+    # A list of labeled records only.
+    (tmp_path / "list.csv").write_text(f"file,record,set\n{folder}/labeled/train,0,labeled\n")
+    rounds.check(listed, loop)
     (tmp_path / "list.csv").write_text("file,record\n/elsewhere/extra-00000-of-00001,0\n")
     with pytest.raises(DataError, match="names records of .*, but none of the set"):
         rounds.check(listed, loop)

@@ -353,7 +353,7 @@ def test_processes_that_measure_at_the_same_time_agree(folder, monkeypatch):
     write = json_files.write_json
 
     def slow_write(*args) -> None:
-        time.sleep(0.1)
+        time.sleep(0.01)
         write(*args)
 
     monkeypatch.setattr(predict, "TeacherPredictor", teacher)
@@ -373,12 +373,14 @@ def test_a_machine_without_the_engine_of_the_folder_labels_nothing(folder, monke
     # The fixture's predictor may have another engine.
     monkeypatch.setattr(predict, "TeacherPredictor", TeacherPredictor)
     monkeypatch.setitem(sys.modules, "openvino", None)  # Makes its import fail.
-    message = rf"pip install 'efficientnet-ns\[openvino\]'; according to {note}, openvino labels"
+    message = (
+        rf"pip install 'efficientnet-ns\[openvino\]'; {note} requires openvino for this folder"
+    )
     with pytest.raises(ConfigError, match=message):
         predict.load_teacher(resolved)
     json_files.write_json(str(note), {"engine": "magic"})
     with pytest.raises(
-        ConfigError, match=f"must be auto, tf, xnnpack, openvino.*{note}, magic labels"
+        ConfigError, match=f"must be auto, tf, xnnpack, openvino.*{note} requires magic"
     ):
         predict.load_teacher(resolved)
 

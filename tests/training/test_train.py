@@ -516,13 +516,29 @@ def test_list_of_excluded_records_that_changed(folder, tmp_path):
     pretend_checkpoint(config)
     claimed(config)
     exclude.write_text(f"file,record\n{record},2\n")
-    with pytest.raises(claim.DirectoryConflict, match=f"{record}: .*, 1 excluded → .*, 1 excluded"):
+    with pytest.raises(
+        claim.DirectoryConflict, match=f"{record}: .*, 1 excluded .CRC .* → .*, 1 excluded"
+    ):
         claimed(config)
     exclude.write_text(f"file,record\n{other},1\n")
-    with pytest.raises(claim.DirectoryConflict, match=f"{record}: .*, 1 excluded → [^,]* bytes,"):
+    with pytest.raises(
+        claim.DirectoryConflict, match=f"{record}: .*, 1 excluded .* → [^,]* bytes,"
+    ):
         claimed(config)
     with pytest.raises(claim.DirectoryConflict, match="exclude: .* → ''"):
         claimed(config.override(exclude=""))
+
+
+def test_folder_of_a_version_without_lists_of_excluded_records(folder, tmp_path):
+    """A list that names none of its records changes nothing."""
+    config = settings(folder, "model").override(model_dir=str(tmp_path / "model"))
+    claimed(config)
+    pretend_checkpoint(config)
+    noted = json.loads((tmp_path / "model" / claim.SETTINGS).read_text())
+    assert noted.pop("exclude") == ""
+    (tmp_path / "model" / claim.SETTINGS).write_text(json.dumps(noted))
+    (tmp_path / "list.csv").write_text("file,record\n/elsewhere,1\n")
+    claimed(config.override(exclude=str(tmp_path / "list.csv")))
 
 
 def test_what_killed_trainings_left_is_removed(folder, tmp_path):
