@@ -593,7 +593,7 @@ def test_answers_that_are_no_numbers(folder):
     mine = settings(folder, "nan", shard_id="1", predict_ckpt_path=str(folder / "broken"))
     with pytest.raises(label_shard.TooManyBadRecords, match="extra-00001-of-00003: 3 of 3 .* NaN"):
         predict.predict(mine)
-    assert times(mine) == {}
+    assert [Path(path).name for path in times(mine)] == [predict.ENGINE_FILE]
 
 
 def test_missing_shard_is_named(folder, tmp_path):
@@ -958,7 +958,8 @@ def test_reassigned_labels(folder, tmp_path, answer):
     assert predict.predict(mine) == {"records": 5, "unreadable": 1, "skipped_shards": 0}
     output = Path(mine.predict.output_dir)
     names = {path.name for path in output.iterdir()}
-    assert names == {source.name, f"{source.name}.manifest.json", f"quarantine-{source.name}.jsonl"}
+    of_source = {source.name, f"{source.name}.manifest.json", f"quarantine-{source.name}.jsonl"}
+    assert names == {*of_source, predict.ENGINE_FILE}
     read = [r.payload for r in tfrecords.read(str(output / source.name))]
     good = [0, 1, 2, 4]
     assert [tfexamples.image_bytes(payload) for payload in read] == [pictures[i] for i in good]
