@@ -80,7 +80,7 @@ def _marks(image: bytes, *, crops: bool = False) -> np.ndarray:
     """Returns the marks of an image, and of its crops, uint64 [V, 5]."""
     pixels = images.decode(tf.constant(image))
     grids = fingerprints.crops(pixels) if crops else fingerprints.grid(pixels)[tf.newaxis]
-    return fingerprints.marks([image] * len(grids), grids.numpy())
+    return fingerprints.marks([image], grids.numpy())
 
 
 def _found(folder: str, role: int, originals: np.ndarray, kinds: np.ndarray) -> list[Copy]:

@@ -56,17 +56,18 @@ def _read(path: str, kind: str) -> tuple[dict[str, np.ndarray], bool]:
 
     if not tf.io.gfile.exists(path):
         raise DataError(f"--exclude={path}: the file does not exist")
-    with tf.io.gfile.GFile(path) as f:
-        has_sets = SET in next(csv.reader([f.readline().removeprefix("\ufeff")]), [])
     # The path of a file is stored once, not in each of its rows.
     text = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
-    convert = pyarrow.csv.ConvertOptions(
-        column_types={"file": text, "record": pyarrow.int64(), SET: text},
-        include_columns=[*COLUMNS, SET] if has_sets else COLUMNS,
-        null_values=[],  # An empty cell is an error, not a missing number.
-    )
+    types = {"file": text, "record": pyarrow.int64(), SET: text}
     try:
         with local_files.local_copies([path]) as local:
+            with tf.io.gfile.GFile(local[path]) as f:
+                has_sets = SET in next(csv.reader([f.readline().removeprefix("\ufeff")]), [])
+            convert = pyarrow.csv.ConvertOptions(
+                column_types=types,
+                include_columns=[*COLUMNS, SET] if has_sets else COLUMNS,
+                null_values=[],  # An empty cell is an error, not a missing number.
+            )
             table = pyarrow.csv.read_csv(local[path], convert_options=convert)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError) as e:
         raise DataError(

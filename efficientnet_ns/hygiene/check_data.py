@@ -195,14 +195,15 @@ def _noted(folder: str, files: Sequence[str]) -> tuple[list[str], int]:
     db = parquet_sql.connect(1, first=paths[:1])
     columns = {name for name, *_ in db.execute("DESCRIBE first").fetchall()}
     # Version 1.0.0 also stored fingerprints of images of reduced size, which differ.
-    made_with = _made_with(folder, 0, num_shards)
-    if made_with.get("fast_decode") or not set(fingerprints.COLUMNS) <= columns:
+    made_with = object_stores.each(lambda shard: _made_with(folder, shard, num_shards), shards)
+    reduced = any(settings.get("fast_decode") for settings in made_with)
+    if reduced or not set(fingerprints.COLUMNS) <= columns:
         raise DataError(
             f"the index in --prediction_dir={folder} has no usable fingerprints (it is of an import, an "
             "exported model, an earlier version, --fast_decode or --nofingerprints): drop "
             "--prediction_dir to read the images"
         )
-    _check_input(folder, files)
+    _check_input(folder, files, made_with)
     return paths, workers
 
 
@@ -213,11 +214,15 @@ def _made_with(folder: str, shard: int, num_shards: int) -> dict[str, Any]:
     return manifest["config"] if manifest else {}
 
 
-def _check_input(folder: str, files: Sequence[str]) -> None:
-    """Raises DataError if the predictions are of other files, compared by names and sizes."""
+def _check_input(folder: str, files: Sequence[str], made_with: Sequence[Mapping[str, Any]]) -> None:
+    """Raises DataError if the predictions are of other files, compared by names and sizes.
+
+    Args:
+      made_with: see `_made_with`, of each file.
+    """
 
     def differs(shard: int) -> bool:
-        noted = _made_with(folder, shard, len(files)).get("input")
+        noted = made_with[shard].get("input")
         return noted is not None and noted != manifests.fingerprint([files[shard]])
 
     different = object_stores.each(differs, range(len(files)))
