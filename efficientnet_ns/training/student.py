@@ -59,8 +59,10 @@ class NoisyStudent(tf.keras.Model):
         parts = [batch["image"]]
         if settings.unlabel_ratio:
             parts.append(batch["unl_image"])
+        unlabeled_weight = settings.unlabel_ratio
         if settings.consistency_threshold:
             parts.append(batch["weak_image"])
+            unlabeled_weight = 1.0  # λ_u of arXiv 2001.07685, whatever the ratio.
         sizes = [part.shape[0] for part in parts]
         # One batch, so that all kinds of images share batch-norm statistics. In float, because
         # interpolated pixels may exceed 0..255 slightly.
@@ -70,7 +72,7 @@ class NoisyStudent(tf.keras.Model):
             # --- Forward pass, with dropout and stochastic depth
             logits = self.student(images, training=True)
             labeled_logits, *unlabeled_logits = tf.split(logits, sizes)
-            # --- L = label_weight · L_labeled + unlabel_ratio · L_unlabeled + weight_decay · Σ½‖v‖²
+            # --- L = label_weight · L_labeled + unlabeled_weight · L_unlabeled + weight_decay · Σ½‖v‖²
             smoothing, keep = settings.label_smoothing, settings.label_data_sample_prob
             labeled = losses.smoothed_cross_entropy(labeled_logits, labels, smoothing)
             if keep < 1:
@@ -85,7 +87,7 @@ class NoisyStudent(tf.keras.Model):
                     strong_logits, pseudo_labels, pseudo_probs, smoothing=smoothing
                 )
                 logs["ext/loss"] = tf.reduce_mean(unlabeled)
-                data_loss += settings.unlabel_ratio * logs["ext/loss"]
+                data_loss += unlabeled_weight * logs["ext/loss"]
             # Differs (3) in docs/differences.md: decays only the student's weights, not a teacher's.
             decay = losses.half_squared_norm(losses.decayed_variables(variables))
             loss = data_loss + settings.weight_decay * decay
@@ -147,7 +149,10 @@ class NoisyStudent(tf.keras.Model):
             [tf.cast(self.settings.seed, tf.int32), tf.cast(self.optimizer.iterations, tf.int32)]
         )
         seed = layers.fold_in(seed, 0)
+        # Without noise: all unlabeled rows, or only the weak images, which come last.
         quiet_from = None if self.settings.unl_model_noise else sizes[0]
+        if quiet_from is None and self.settings.consistency_threshold:
+            quiet_from = sum(sizes[:-1])
         if replicas == 1:
             return layers.noise_seed(seed, quiet_from=quiet_from)
         starts = [replicas * sum(sizes[:part]) for part in range(len(sizes))]

@@ -161,7 +161,8 @@ def test_own_labels_by_hand():
     assert 0 < sure.sum() < 6
     smooth = 0.9 * np.eye(NUM_CLASSES) + 0.1 / NUM_CLASSES
     expected = -np.sum(smooth[batch["label"]] * labeled) / 4
-    expected += RATIO * -np.sum(sure[:, None] * smooth[own] * strong) / 6
+    # The unlabeled loss has weight 1, whatever the ratio.
+    expected += -np.sum(sure[:, None] * smooth[own] * strong) / 6
     trainer = make_trainer(unlabel_ratio=RATIO, consistency_threshold=0.35, **NO_NOISE)
     (logs,) = steps(trainer, batch)
     assert logs["train/data_loss"] == pytest.approx(expected, rel=1e-5)
@@ -222,6 +223,13 @@ def frozen_trainer(seed: int, step: int) -> student.NoisyStudent:
     return trainer
 
 
+def without_batch_statistics(trainer: student.NoisyStudent) -> None:
+    """Batch statistics would mix the rows."""
+    for layer in trainer.student.layers:
+        if isinstance(layer, layers.BatchNorm):
+            layer.trainable = False
+
+
 def test_noise_is_a_function_of_seed_and_step():
     batch = make_batch()
     first, second, third = (
@@ -244,12 +252,23 @@ def test_unlabeled_rows_are_noised_only_when_asked_for(noised):
     trainer = make_trainer(
         learning_rate=0.0, unlabel_ratio=RATIO, unl_model_noise=noised, **STRONG_NOISE
     )
-    for layer in trainer.student.layers:
-        if isinstance(layer, layers.BatchNorm):
-            layer.trainable = False  # Batch statistics would mix the rows.
+    without_batch_statistics(trainer)
     first, second = steps(trainer, make_batch(4, 6), 2)
     assert first["lab/loss"] != second["lab/loss"]
     assert (first["ext/loss"] != second["ext/loss"]) == noised
+
+
+def test_weak_images_pass_without_noise():
+    batch = make_batch(4, 6)
+    own = tf.nn.softmax(make_trainer(**STRONG_NOISE).student(batch["weak_image"]))
+    threshold = np.median(np.max(own, -1))
+    trainer = make_trainer(
+        learning_rate=0.0, unlabel_ratio=RATIO, consistency_threshold=threshold, **STRONG_NOISE
+    )
+    without_batch_statistics(trainer)
+    first, second = steps(trainer, batch, 2)
+    assert first["unl/used"] == second["unl/used"] == 0.5
+    assert first["ext/loss"] != second["ext/loss"]  # The strong images are noised.
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
