@@ -63,16 +63,20 @@ def measure(encoded: Sequence[bytes]) -> list[Row]:
         copies.append([_marks(make(pixels, rng).numpy())[0] for make in _KINDS.values()])
     whole, kinds = np.stack(originals), np.stack(copies, 1)
     with tempfile.TemporaryDirectory() as folder:
-        of_evaluation = _found(folder, EVALUATION, whole, kinds)
-        of_training = _found(folder, UNLABELED, whole[:, :1], kinds)
+        found = {
+            "evaluation": _found(folder, EVALUATION, whole, kinds),
+            "training": _found(folder, UNLABELED, whole[:, :1], kinds),
+        }
     rows = []
     for number, kind in enumerate(_KINDS, 1):
-        for name, found in (("training", of_training), ("evaluation", of_evaluation)):
-            right = sum(one.file == f"{number}" and one.record == one.of_record for one in found)
+        for role, pairs in found.items():
+            right = sum(one.file == f"{number}" and one.record == one.of_record for one in pairs)
             share = 100 * right / len(encoded)
-            rows.append(Row(f"{kind}: found as copies of {name} images", share, "%"))
-    wrong = sum(one.record != one.of_record for one in of_training)
-    rows.append(Row("other training images taken for copies", wrong, "images"))
+            rows.append(Row(f"{kind}: found as copies of {role} images", share, "%"))
+    for role, pairs in found.items():
+        wrong = {one.record for one in pairs if one.record != one.of_record}
+        share = 100 * len(wrong) / len(encoded)
+        rows.append(Row(f"taken for copies of other {role} images", share, "%"))
     return rows
 
 

@@ -60,6 +60,7 @@ def check_data(options: CheckConfig) -> dict[str, Any]:
       DataError: If a folder has no set, shards of a set are missing, or predictions are of another
         set or cannot be used.
       manifests.OutputConflict: If the fingerprints in the output folder are of other records.
+      OSError: If TMPDIR has too little space, see `Search`.
     """
     check(options)
     require(options, "output_dir")

@@ -38,4 +38,5 @@ def test_kinds_of_copies(rng):
     assert found["gray: found as copies of evaluation images"] == 100
     assert found["center crop of 90 %: found as copies of evaluation images"] == 100
     assert found["center crop of 90 %: found as copies of training images"] == 0
-    assert found["other training images taken for copies"] == 0
+    assert found["taken for copies of other training images"] == 0
+    assert found["taken for copies of other evaluation images"] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -342,6 +343,15 @@ def test_sets_of_many_files(tmp_path, rng):
         [near_copies.ImageSet(near_copies.UNLABELED, "", [*map(str, range(1100))], paths)]
     ).copies()
     assert (found.file, found.of_file, found.distance) == ("1050", "7", 0)
+
+
+def test_space_for_near_copies_is_checked_first(tmp_path, rng, monkeypatch):
+    path = write_marks(tmp_path / "marks.parquet", rng.integers(0, 2**64, [1000, 4], np.uint64), rng)
+    sets = [near_copies.ImageSet(near_copies.UNLABELED, "", ["file"], [path])]
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=300_000))
+    with pytest.raises(OSError, match="comparing 1000 images: .* Set TMPDIR"):
+        near_copies.Search(sets)
+    assert not [*near_copies.Search(sets, near=False).copies()]
 
 
 def test_too_many_similar_images_are_counted(tmp_path, rng, monkeypatch, caplog):
