@@ -54,16 +54,20 @@ measure: venv-run  ## print lines per room, lengths of functions, docstrings, co
 	@$(VENV)/bin/python tests/code_measures.py $(ARGS)
 
 .PHONY: benchmark
-benchmark:  ## compare speed with other libraries (half an hour on an idle machine); writes runs/benchmark/
+benchmark:  ## compare speed with other libraries (20 minutes on an idle machine); writes runs/benchmark/tables.md
 	@$(MAKE) --no-print-directory VENV=.venv-peers PYTHON="$(PYTHON)" compare
 
 .PHONY: compare
 compare: venv-peers
 	@mkdir -p runs/benchmark
-	for what in input train predict select serving; do
+	whats=(input train predict select serving)
+	for what in $${whats[@]}; do
 	  echo "$$what"
 	  $(RUN) efficientnet_ns.benchmark --what=$$what $(ARGS) | tee runs/benchmark/$$what.txt
 	done
+	for what in $${whats[@]}; do
+	  printf '### %s\n\n```\n%s\n```\n\n' $$what "$$(< runs/benchmark/$$what.txt)"
+	done > runs/benchmark/tables.md
 
 .PHONY: docs
 docs: venv-docs  ## build the pages as a site in site/; docs-serve previews it while you edit

@@ -383,8 +383,8 @@ class PredictConfig(Settings):
     )
     inference_dtype: str = setting(
         "float32",
-        "Precision of openvino: float32, or bfloat16, which is faster on CPUs that support it (AVX512_BF16, "
-        "AMX) but less exact. For tf, set --precision.",
+        "Precision of openvino: float32, or bfloat16, which is less exact and needs a CPU with AVX512_BF16 "
+        "(measure whether it is faster) or AMX (it is faster). For tf, set --precision.",
         choices=("float32", "bfloat16"),
     )
     test_time_views: int = setting(
