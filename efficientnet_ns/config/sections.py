@@ -216,12 +216,14 @@ class TrainConfig(Settings):
         0.1, "Label smoothing: weight of the uniform distribution.", low=0, high=1
     )
     unlabel_ratio: float = setting(
-        0.0, "Unlabeled images per labeled one, and the weight of their loss.", low=0
+        0.0,
+        "Unlabeled images per labeled one, and the weight of their loss (1 with --consistency_threshold).",
+        low=0,
     )
     unl_model_noise: bool = setting(
         True,
-        "Apply dropout and stochastic depth to unlabeled images as well; --nounl_model_noise: only to "
-        "labeled images, an ablation of the paper.",
+        "Apply dropout and stochastic depth to unlabeled images as well (with --consistency_threshold, only to "
+        "the augmented ones); --nounl_model_noise: only to labeled images, an ablation of the paper.",
     )
     label_weight: float = setting(
         1.0,
@@ -242,8 +244,8 @@ class TrainConfig(Settings):
     consistency_threshold: float = setting(
         0.0,
         "Without a teacher: minimum probability at which the student's prediction for an unlabeled image "
-        "that is only cropped and flipped becomes the hard label of the augmented image (FixMatch: 0.95); "
-        "0: use a teacher's pseudo labels.",
+        "that is only cropped and flipped, without dropout and stochastic depth, becomes the hard label of the "
+        "augmented image, whose loss has weight 1 (FixMatch: 0.95); 0: use a teacher's pseudo labels.",
         low=0,
         high=1,
     )
@@ -383,8 +385,8 @@ class PredictConfig(Settings):
     )
     inference_dtype: str = setting(
         "float32",
-        "Precision of openvino: float32, or bfloat16, which is less exact and needs a CPU with AVX512_BF16 "
-        "(measure whether it is faster) or AMX (it is faster). For tf, set --precision.",
+        "Precision of openvino: float32, or bfloat16, which is less exact, needs a CPU with AVX512_BF16 or "
+        "AMX, and is not always faster: measure. For tf, set --precision.",
         choices=("float32", "bfloat16"),
     )
     test_time_views: int = setting(

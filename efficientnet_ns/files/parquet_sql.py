@@ -13,7 +13,7 @@ from efficientnet_ns.files import atomic, local_files
 if TYPE_CHECKING:
     import duckdb
 
-_MEMORY = "2GB"
+MEMORY_BYTES = 2 * 10**9
 
 
 def database(threads: int) -> duckdb.DuckDBPyConnection:
@@ -26,7 +26,7 @@ def database(threads: int) -> duckdb.DuckDBPyConnection:
     db = duckdb.connect()
     db.execute("SET enable_progress_bar = false")
     db.execute(f"SET threads = {threads}")
-    db.execute(f"SET memory_limit = '{_MEMORY}'")
+    db.execute(f"SET memory_limit = '{MEMORY_BYTES}B'")
     # DuckDB creates the folder when needed and removes it at the end.
     db.execute(f"SET temp_directory = {_quoted(atomic.scratch_name('duckdb'))}")
     return db

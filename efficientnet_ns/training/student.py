@@ -72,7 +72,7 @@ class NoisyStudent(tf.keras.Model):
             # --- Forward pass, with dropout and stochastic depth
             logits = self.student(images, training=True)
             labeled_logits, *unlabeled_logits = tf.split(logits, sizes)
-            # --- L = label_weight · L_labeled + unlabeled_weight · L_unlabeled + weight_decay · Σ½‖v‖²
+            # --- L = label_weight · L_labeled + weight · L_unlabeled + weight_decay · Σ½‖v‖²
             smoothing, keep = settings.label_smoothing, settings.label_data_sample_prob
             labeled = losses.smoothed_cross_entropy(labeled_logits, labels, smoothing)
             if keep < 1:

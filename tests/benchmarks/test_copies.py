@@ -40,3 +40,7 @@ def test_kinds_of_copies(rng):
     assert found["center crop of 90 %: found as copies of training images"] == 0
     assert found["taken for copies of other training images"] == 0
     assert found["taken for copies of other evaluation images"] == 0
+    twin = tf.io.encode_jpeg(images.to_uint8(photos[0]), quality=90).numpy()
+    found = {row.name: row.value for row in copy_kinds.measure([*encoded, twin])}
+    for role in ("training", "evaluation"):
+        assert found[f"taken for copies of other {role} images"] == pytest.approx(100 / 7)

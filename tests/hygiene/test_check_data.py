@@ -346,10 +346,14 @@ def test_sets_of_many_files(tmp_path, rng):
 
 
 def test_space_for_near_copies_is_checked_first(tmp_path, rng, monkeypatch):
-    path = write_marks(tmp_path / "marks.parquet", rng.integers(0, 2**64, [1000, 4], np.uint64), rng)
+    path = write_marks(
+        tmp_path / "marks.parquet", rng.integers(0, 2**64, [1000, 4], np.uint64), rng
+    )
     sets = [near_copies.ImageSet(near_copies.UNLABELED, "", ["file"], [path])]
     monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=300_000))
-    with pytest.raises(OSError, match="comparing 1000 images: .* Set TMPDIR"):
+    assert not [*near_copies.Search(sets).copies()]  # Everything fits into memory.
+    monkeypatch.setattr(near_copies, "_BYTES_PER_ROW", 10**8)
+    with pytest.raises(OSError, match="comparing 1000 fingerprints: .* Set TMPDIR"):
         near_copies.Search(sets)
     assert not [*near_copies.Search(sets, near=False).copies()]
 

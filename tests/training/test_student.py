@@ -258,17 +258,24 @@ def test_unlabeled_rows_are_noised_only_when_asked_for(noised):
     assert (first["ext/loss"] != second["ext/loss"]) == noised
 
 
-def test_weak_images_pass_without_noise():
+@pytest.mark.parametrize("noised", [True, False])
+def test_weak_images_pass_without_noise(noised):
     batch = make_batch(4, 6)
     own = tf.nn.softmax(make_trainer(**STRONG_NOISE).student(batch["weak_image"]))
     threshold = np.median(np.max(own, -1))
     trainer = make_trainer(
-        learning_rate=0.0, unlabel_ratio=RATIO, consistency_threshold=threshold, **STRONG_NOISE
+        learning_rate=0.0,
+        unlabel_ratio=RATIO,
+        unl_model_noise=noised,
+        consistency_threshold=threshold,
+        **STRONG_NOISE,
     )
     without_batch_statistics(trainer)
-    first, second = steps(trainer, batch, 2)
-    assert first["unl/used"] == second["unl/used"] == 0.5
-    assert first["ext/loss"] != second["ext/loss"]  # The strong images are noised.
+    logs = steps(trainer, batch, 4)
+    assert {log["unl/used"] for log in logs} == {0.5}
+    # Those of the augmented images.
+    assert (logs[0]["ext/loss"] != logs[1]["ext/loss"]) == noised
+    assert logs[0]["lab/loss"] != logs[1]["lab/loss"]
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
