@@ -148,7 +148,10 @@ def _require_more(sets: Sequence[ImageSet], before: int, flag: str, folder: str)
 def _task(options: CheckConfig, folder: str) -> tasks.Task:
     path = options.task_name or os.path.join(folder, tasks.TASK_FILE)
     if not options.task_name and not tf.io.gfile.exists(path):
-        raise ConfigError(f"--task_name is required to identify the sets in {folder}")
+        raise ConfigError(
+            f"--task_name is required to identify the sets in {folder}: it has no {tasks.TASK_FILE}; "
+            f"{unlabeled_set.described(folder)}"
+        )
     return tasks.get_task(path)
 
 

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 from efficientnet_ns import report
-from efficientnet_ns.config import LabelsConfig, SelectConfig, check, require
+from efficientnet_ns.config import ConfigError, LabelsConfig, SelectConfig, check, require
 from efficientnet_ns.data import tasks
 from efficientnet_ns.files import exclusions, object_stores, tfexamples, tfrecords
 from efficientnet_ns.files.errors import DataError
@@ -74,17 +75,19 @@ def check_labels(options: LabelsConfig) -> dict[str, Any]:
       `report`: path of the page.
 
     Raises:
-      ConfigError: If a folder is not given.
+      ConfigError: If a folder is not given, or there is no folder of predictions.
       tasks.TaskError: If there is no such task, or none next to the predictions.
       DataError: If predictions are missing, or do not match the records.
     """
     check(options)
     require(options, "label_data_dir", "prediction_dir", "output_dir")
+    if not tf.io.gfile.isdir(options.prediction_dir):
+        raise ConfigError(f"--prediction_dir={options.prediction_dir} is not a folder")
     task = tasks.get_task(
         options.task_name or os.path.join(options.prediction_dir, tasks.TASK_FILE)
     )
     prefix, num_shards = unlabeled_set.find(
-        options.label_data_dir, options.file_prefix, options.num_shards
+        options.label_data_dir, options.file_prefix, options.num_shards, exact=True
     )
     # `index` finds files by selection settings; here, the labeled set acts as the unlabeled one.
     places = SelectConfig(

@@ -88,7 +88,10 @@ def import_predictions(options: ImportConfig) -> dict[str, Any]:
 def _task(options: ImportConfig) -> tasks.Task:
     beside = os.path.join(options.unlabel_data_dir, tasks.TASK_FILE)
     if not options.task_name and not tf.io.gfile.exists(beside):
-        raise ConfigError(f"--task_name is required to define the classes: {beside} does not exist")
+        raise ConfigError(
+            f"--task_name is required to define the classes: {beside} does not exist; "
+            f"{unlabeled_set.described(options.unlabel_data_dir)}"
+        )
     return tasks.get_task(options.task_name or beside)
 
 

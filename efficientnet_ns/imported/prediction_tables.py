@@ -97,7 +97,10 @@ class Table:
             # Also a ValueError, but raised by this module: it names the file.
             if isinstance(e, DataError):
                 raise
-            raise DataError(f"{path} cannot be read: {e}{_hint(self._key)}") from e
+            # NumPy's message suggests a setting that would run code in the file.
+            objects = "an array of Python objects; save keys with .astype(str)"
+            reason = objects if "allow_pickle" in str(e) else e
+            raise DataError(f"{path} cannot be read: {reason}{_hint(self._key)}") from e
 
     def rows(self) -> int | None:
         """Returns the number of rows if reading headers is sufficient; otherwise None."""
@@ -270,6 +273,11 @@ class _Csv(_Arrow):
         numbered = len(header) > 2 and set(header) == {str(i) for i in range(len(header))}
         if not header or (all(_is_number(name) for name in header) and not numbered):
             raise DataError(f"{self._path}: the first line must name the columns, not {header[:4]}")
+        if "" in header:
+            raise DataError(
+                f"{self._path}: a column has no name, like the index that pandas writes: remove it "
+                "(`to_csv(…, index=False)`)"
+            )
         if len(set(header)) < len(header):
             raise DataError(f"{self._path}: two columns have the same name")
         # Explicit, because Arrow would infer integers from a column of only "0" and "1".
@@ -353,7 +361,7 @@ class _Numpy(_Reader):
                 if self._key:
                     raise DataError(
                         f"{self._path} has no keys: save them with the array in a .npz file, as "
-                        f"{self._key!r}, or omit --key"
+                        f"{self._key!r}"
                     )
                 yield None, np.load(path, mmap_mode="r")
                 return

@@ -8,6 +8,7 @@ Only files are shared, so all nodes must have access to the folders.
 from __future__ import annotations
 
 import contextlib
+import logging as standard_logging
 import math
 import signal
 import sys
@@ -72,7 +73,9 @@ def _connected(address: str) -> Iterator[None]:
     # Ray prints events there, such as the death of a node.
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            ray.init(address=address or None, log_to_driver=False, logging_level="ERROR")
+            ray.init(
+                address=address or None, log_to_driver=False, logging_level=standard_logging.ERROR
+            )
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)  # Ray replaces it.
             yield

@@ -13,7 +13,9 @@ from efficientnet_ns.files.errors import DataError
 _SHOWN = 8  # Maximum number of names in a message.
 
 
-def find(folder: str, prefix: str, num_shards: int, part: str = "") -> tuple[str, int]:
+def find(
+    folder: str, prefix: str, num_shards: int, part: str = "", *, exact: bool = False
+) -> tuple[str, int]:
     """Returns (prefix, number of shards) of the set in a folder, as given if that set exists.
 
     Otherwise, returns the only set in the folder that matches each argument that differs from the
@@ -22,13 +24,15 @@ def find(folder: str, prefix: str, num_shards: int, part: str = "") -> tuple[str
 
     Args:
       part: text after the prefix in the names, e.g. `-0` for pseudo-labeled records of task 0.
+      exact: whether the default prefix finds only sets of this name, as for labeled sets.
 
     Raises:
       DataError: If there are none or several such sets; names the folder and its contents.
     """
     default = PredictConfig()
     # The default also finds extra-…, the prefix that make_records uses for unlabeled sets.
-    prefixes = ("train", "extra") if prefix == default.file_prefix else (prefix,)
+    detected = prefix == default.file_prefix and not exact
+    prefixes = ("train", "extra") if detected else (prefix,)
     # One request instead of a listing, which takes a request per thousand names.
     if num_shards != default.num_shards and object_stores.is_object_store(folder):
         for name in prefixes:

@@ -104,6 +104,8 @@ def test_report_has_pictures_by_class(folder, monkeypatch):
 def test_predictions_that_do_not_fit_are_refused(folder):
     with pytest.raises(ConfigError, match="--prediction_dir is required"):
         doubtful_labels.check_labels(options(folder, prediction_dir=""))
+    with pytest.raises(ConfigError, match="--prediction_dir=/none is not a folder"):
+        doubtful_labels.check_labels(options(folder, prediction_dir="/none"))
     (folder / "task.json").write_text('{"num_classes": 3}')
     with pytest.raises(DataError, match="predictions of 4 classes, but the task has 3"):
         doubtful_labels.check_labels(options(folder, task_name=str(folder / "task.json")))
@@ -111,6 +113,13 @@ def test_predictions_that_do_not_fit_are_refused(folder):
     tfrecords.write(str(path), [r.payload for r in tfrecords.read(str(path))][:-1])
     with pytest.raises(DataError, match=f"{path} has no prediction for record 199"):
         doubtful_labels.check_labels(options(folder))
+
+
+def test_unlabeled_records_in_the_same_folder_are_no_choice(folder, rng):
+    tfrecords.write_sharded(
+        str(folder / "data"), "extra", [tfexamples.unlabeled_example(png(rng))], 1
+    )
+    assert doubtful_labels.check_labels(options(folder))["doubtful"]
 
 
 def test_predictions_of_a_larger_set_are_refused(folder):

@@ -469,6 +469,17 @@ MALFORMED = {
         lambda f, p: (save(f / "p.npy", p.astype(object)), {}),
         "p.npy cannot be read: .*Python objects",
     ),
+    "pickled keys": (
+        lambda f, p: (save(f / "p.npz", p, np.array(NAMES, object)), {"key": "name"}),
+        r"p.npz cannot be read: an array of Python objects; save keys with .astype\(str\)",
+    ),
+    "index of pandas": (
+        lambda f, p: (
+            _text(f / "p.csv", ",ant,bee,cat\n0,0.2,0.3,0.5\n1,0.2,0.3,0.5\n"),
+            {},
+        ),
+        "a column has no name, like the index that pandas writes",
+    ),
     "one dimension": (lambda f, p: (save(f / "p.npy", p[:, 0]), {}), r"\[images, classes\]"),
     "texts": (lambda f, p: (save(f / "p.npy", p.astype(str)), {}), "an array of numbers"),
     "wrong number of classes": (
