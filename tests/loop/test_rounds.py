@@ -268,6 +268,7 @@ def trained_with(folder: Path) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_each_model_has_its_image_size_and_ratio(varied):
     loop, rows = varied
     work = Path(loop.work_dir)
@@ -312,6 +313,7 @@ def test_warm_starts_and_fine_tuning_take_all_weights_of_one_model(config):
         assert (own.train.init_weights, own.train.init_skip) == (None, "")
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_the_end_of_a_schedule_on_clean_labeled_images(varied):
     loop, rows = varied
     tuned = trained_with(Path(loop.work_dir) / "round-1/finetuned-16")
@@ -349,6 +351,7 @@ def test_slash_at_the_end_of_a_path_is_no_other_setting(tmp_path):
         State(str(tmp_path), {"label_data_dir": "data", "seed": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_fine_tuned_loop_is_continued_and_can_grow(varied, config, monkeypatch):
     loop, rows = varied

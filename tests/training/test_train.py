@@ -322,6 +322,7 @@ def test_loss_that_explodes(folder):
     assert all(np.isfinite(value).all() for value in tensors(config.train.model_dir, 1).values())
 
 
+@pytest.mark.slow
 def test_patience(folder, monkeypatch):
     """Training ends for good at the second consecutive evaluation without improvement."""
     accuracies = iter([0.5, 0.6, 0.6, 0.4, 0.9])
@@ -889,6 +890,7 @@ config.run(main, words=True)
 """
 
 
+@pytest.mark.slow
 def test_request_to_stop_saves_and_continues_in_the_same_bits(on_the_fly, folder):
     """The signal arrives while step 5 is logged; no interval would have saved that step."""
     config = on_the_fly.override(model_dir=str(folder / "stopped"), preview_images=3)
