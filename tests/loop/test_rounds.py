@@ -268,7 +268,6 @@ def trained_with(folder: Path) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_each_model_has_its_image_size_and_ratio(varied):
     loop, rows = varied
     work = Path(loop.work_dir)
@@ -351,7 +350,6 @@ def test_slash_at_the_end_of_a_path_is_no_other_setting(tmp_path):
         State(str(tmp_path), {"label_data_dir": "data", "seed": 2})
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_fine_tuned_loop_is_continued_and_can_grow(varied, config, monkeypatch):
     loop, rows = varied
