@@ -31,7 +31,7 @@ demo: venv-run  ## run the whole method on small data, on a CPU
 
 .PHONY: test
 test: venv-dev  ## run the quick tests
-	@$(RUN) pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
+	@$(RUN) pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 .PHONY: test-all
 test-all: venv-dev  ## run all tests, including slow ones

@@ -35,31 +35,11 @@ tf.config.set_logical_device_configuration(
 )
 
 
-_LONGEST = (
-    "test_train",
-    "test_distribution",
-    "test_rounds",
-    "test_student_beats_teacher",
-    "test_gs",
-    "test_stack",
-    "test_pipeline",
-    "test_student",
-    "test_predict",
-    "test_accuracy_report",
-)
-
-
 def pytest_configure(config: pytest.Config) -> None:
     # Keras 2.15 itself causes this once a random seed is set.
     config.addinivalue_line(
         "filterwarnings", "ignore:non-integer arguments to randrange:DeprecationWarning"
     )
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Moves the longest files to the front, so that the processes of `make test` end together."""
-    places = {name: place for place, name in enumerate(_LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def pytest_collection_finish() -> None:
