@@ -320,6 +320,7 @@ PREPARED: dict[str, tuple[str, Callable[[Shell], None]]] = {
     "README.md": ("pictures", for_readme),
     "CONTRIBUTING.md": ("", nothing),
     "docs/any_teacher.md": ("pictures", for_any_teacher),
+    "docs/benchmarks.md": ("", nothing),
     "docs/clean_data.md": ("pictures", for_clean_data),
     "docs/demo.md": ("", nothing),
     "docs/devices.md": ("", nothing),
