@@ -15,7 +15,7 @@ from efficientnet_ns import config
 from efficientnet_ns.config import Config, LoopConfig, SelectConfig
 from efficientnet_ns.data import tasks
 from efficientnet_ns.loop import demo, rounds, study
-from efficientnet_ns.models import efficientnet
+from efficientnet_ns.models import complexity, efficientnet
 from efficientnet_ns.models.recipes import RECIPES
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
@@ -109,7 +109,9 @@ def with_a_model():
 @functools.cache
 def output_shape(resolved: ResolvedConfig) -> tuple:
     with tf.Graph().as_default():
-        return resolved.build_model().output_shape
+        model = resolved.build_model()
+    complexity.restore_classes(model)
+    return model.output_shape
 
 
 @pytest.mark.parametrize("preset", with_a_model())

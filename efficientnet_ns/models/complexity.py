@@ -73,9 +73,16 @@ def count_variant(
     with tf.Graph().as_default():  # Where variables are declared, not initialized.
         model = efficientnet.build_model(variant, num_classes, image_size)
         counted = count(model)
-    # In a graph, Keras switches layer classes to their TensorFlow 1 versions, also for existing
-    # models; the next layer that is created from a class switches it back.
+    restore_classes(model)
+    return counted
+
+
+def restore_classes(model: tf.keras.Model) -> None:
+    """Makes other models usable again after `model` was built in a `tf.Graph`; call it outside.
+
+    In a graph, Keras switches layer classes to their TensorFlow 1 versions, also for existing
+    models; the next layer that is created from a class switches it back.
+    """
     kinds: set[Any] = {type(model), *map(type, model.layers)}
     for kind in kinds:
         kind.__new__(kind)
-    return counted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -18,7 +19,7 @@ import tensorflow as tf
 from fakes import mostly_slow
 
 from efficientnet_ns.inference import folding
-from efficientnet_ns.models import efficientnet, heads, layers, weights
+from efficientnet_ns.models import complexity, efficientnet, heads, layers, weights
 from efficientnet_ns.training import losses
 
 # At 1000 classes: trainable, batch-norm statistics, total, MBConv blocks, head channels. The published
@@ -84,8 +85,13 @@ def summary(name: str, **kwargs) -> Summary:
     build_model = tf.autograph.experimental.do_not_convert(efficientnet.build_model)
     gc.disable()
     try:
-        with tf.Graph().as_default(), tf.variable_creator_scope(zeros):
+        with (
+            contextlib.ExitStack() as outside,
+            tf.Graph().as_default(),
+            tf.variable_creator_scope(zeros),
+        ):
             model = build_model(name, **kwargs)
+            outside.callback(complexity.restore_classes, model)
             trainable = {id(v) for v in model.trainable_weights}
             decayed = losses.decayed_variables(model.trainable_weights)
             return Summary(

@@ -20,6 +20,7 @@ import tensorflow as tf
 import torch_saver
 
 from efficientnet_ns.models import (
+    complexity,
     efficientnet,
     foreign_weights,
     heads,
@@ -870,6 +871,7 @@ def test_timm_names(name, timm_shapes):
         model = efficientnet.build_model(name, image_size=SIZE)
         names = foreign_weights.stored_names(model, foreign_weights.TIMM)
         variables = foreign_weights.layer_variables(model)
+    complexity.restore_classes(model)
     found = {}
     for key, variable in variables.items():
         order = foreign_weights.axes(foreign_weights.TIMM, key[1], len(variable.shape))

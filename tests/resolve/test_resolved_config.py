@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from efficientnet_ns.config import Config, ConfigError
 from efficientnet_ns.files import tfexamples, tfrecords
-from efficientnet_ns.models import heads
+from efficientnet_ns.models import complexity, heads
 from efficientnet_ns.resolve.resolved_config import ResolvedConfig
 
 LITE = {"mean": [127 / 255] * 3, "std": [128 / 255] * 3}
@@ -29,8 +29,11 @@ def normalizations(tmp_path, student: str, teacher: str, **task) -> list[dict]:
     )
     resolved = ResolvedConfig.from_config(config)
     with tf.Graph().as_default():
-        models = [heads.settings(m) for m in (resolved.build_model(), resolved.build_teacher())]
-    return [{name: model[name] for name in ("mean", "std")} for model in models]
+        models = [resolved.build_model(), resolved.build_teacher()]
+        found = [heads.settings(model) for model in models]
+    for model in models:
+        complexity.restore_classes(model)
+    return [{name: one[name] for name in ("mean", "std")} for one in found]
 
 
 @pytest.mark.parametrize(
