@@ -22,11 +22,17 @@ from efficientnet_ns.config.cpus import available_cpus
 from efficientnet_ns.data import fingerprints
 from efficientnet_ns.files import shard_names
 from efficientnet_ns.hygiene import image_marks
-from efficientnet_ns.hygiene.near_copies import EVALUATION, UNLABELED, ImageSet, Search
+from efficientnet_ns.hygiene.near_copies import (
+    BYTES_PER_ROW,
+    EVALUATION,
+    UNLABELED,
+    ImageSet,
+    Search,
+)
 from efficientnet_ns.pseudo_labels import index
 
 _SHARDS = 128
-_BYTES_PER_ROW = 460  # Index (56), and what the search requires.
+_BYTES_PER_ROW = BYTES_PER_ROW + 60  # A row of the index takes 56.
 _MOST_PHOTOS = 4096
 _EVALUATION_IMAGES = 50_000  # As many as ImageNet's validation images.
 # This fraction of the images are copies of evaluation images, and as many are copies of other

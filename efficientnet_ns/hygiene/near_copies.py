@@ -35,7 +35,7 @@ _TRAINING_BANDS = [(word, shift, 24) for word in _WORDS for shift in (0, 20, 40)
 # Prints of one band are compared pairwise: half a million pairs for this many prints.
 _CROWD = 1000
 _AT_ONCE = 10_000  # Copies in memory.
-_BYTES_PER_ROW = 400  # In memory and temporary files; measured: 357 in files for 100 million.
+BYTES_PER_ROW = 400  # In memory and temporary files; measured: 357 in files for 100 million.
 
 
 class ImageSet(NamedTuple):
@@ -168,8 +168,8 @@ class Search:
         if near:
             counts = " UNION ALL ".join(f"SELECT count(*) FROM {view}" for view in tables)
             rows = sum(count for (count,) in db.execute(counts).fetchall())
-            if _BYTES_PER_ROW * rows > parquet_sql.MEMORY_BYTES:
-                local_files.require_bytes(_BYTES_PER_ROW * rows, f"comparing {rows} fingerprints")
+            if BYTES_PER_ROW * rows > parquet_sql.MEMORY_BYTES:
+                local_files.require_bytes(BYTES_PER_ROW * rows, f"comparing {rows} fingerprints")
         # Images without structure have only zero bits; if `near` is False, no image has structure.
         structured = " OR ".join(f"{word} != 0" for word in _WORDS) if near else "false"
         db.execute(

@@ -352,7 +352,7 @@ def test_space_for_near_copies_is_checked_first(tmp_path, rng, monkeypatch):
     sets = [near_copies.ImageSet(near_copies.UNLABELED, "", ["file"], [path])]
     monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=300_000))
     assert not [*near_copies.Search(sets).copies()]  # Everything fits into memory.
-    monkeypatch.setattr(near_copies, "_BYTES_PER_ROW", 10**8)
+    monkeypatch.setattr(near_copies, "BYTES_PER_ROW", 10**8)
     with pytest.raises(OSError, match="comparing 1000 fingerprints: .* Set TMPDIR"):
         near_copies.Search(sets)
     assert not [*near_copies.Search(sets, near=False).copies()]
